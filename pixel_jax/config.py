@@ -1,0 +1,78 @@
+"""Strict loading of `ml_collections` configurations into frozen dataclasses: nothing is ignored and nothing is guessed."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that does not say what it should; the message names the key and its value."""
+
+
+def load(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """`values` (a dict or `ml_collections.ConfigDict`) as an instance of the dataclass `cls`, nested dataclasses included.
+
+    An unknown key, a missing required key or a value of another type is a `ConfigError` with the dotted path of the key.
+    An int is accepted where a float is declared, a list where a tuple is; nothing else is converted.
+    """
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(f"{where} must be a mapping with the keys of {cls.__name__}, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    found = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ConfigError(f"unknown key {where}.{key}; the nearest known one is {where}.{near[0]}")
+        found[key] = convert(hints[key], value, f"{where}.{key}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in found and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
+    try:
+        return cls(**found)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` checked against the type `hint` of the field at `where`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        for option in arguments:
+            try:
+                return convert(option, value, where)
+            except ConfigError:
+                continue
+    elif origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(repr, arguments))}, not {value!r}")
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            each = arguments[:1] * len(value) if arguments[1:] == (Ellipsis,) else arguments
+            if len(each) == len(value):
+                return tuple(
+                    convert(kind, x, f"{where}[{i}]") for i, (kind, x) in enumerate(zip(each, value, strict=True))
+                )
+    elif origin in (dict, Mapping):
+        if hasattr(value, "items"):
+            return {convert(arguments[0], k, where): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    elif dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else load(hint, value, where)
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint in (int, bool, str, types.NoneType) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", None) if origin is None else None
+    raise ConfigError(f"{where} must be {name or hint}, not {value!r} ({type(value).__name__})")

@@ -1,0 +1,50 @@
+"""Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
+comes back from a tool, and tokenizers."""
+
+from pixel_jax.dialog.automaton import Calls, State, finish, init, step, token_table
+from pixel_jax.dialog.grammar import Call, MalformedCallError, Number, Turn, parse_call, parse_turn
+from pixel_jax.dialog.observations import Arguments, Kind, Observations
+from pixel_jax.dialog.template import (
+    CHAT_TEMPLATE,
+    GUIDELINES,
+    TOOLS,
+    Media,
+    first_messages,
+    flatten,
+    render,
+    system_prompt,
+    to_ids,
+    user_text,
+)
+from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary, build_tokenizer
+
+__all__ = [
+    "CHAT_TEMPLATE",
+    "GUIDELINES",
+    "TOOLS",
+    "Arguments",
+    "Call",
+    "Calls",
+    "Kind",
+    "MalformedCallError",
+    "Media",
+    "Number",
+    "Observations",
+    "State",
+    "TokenBytes",
+    "Turn",
+    "Vocabulary",
+    "build_tokenizer",
+    "finish",
+    "first_messages",
+    "flatten",
+    "init",
+    "parse_call",
+    "parse_turn",
+    "render",
+    "step",
+    "system_prompt",
+    "to_ids",
+    "token_table",
+    "user_text",
+]

@@ -1,0 +1,186 @@
+"""Tokenizers: what the rest of the package needs to know of one, and how to build a small one.
+
+`Vocabulary` reads any byte-level Hugging Face fast tokenizer (Qwen's, or one of ours): which bytes every token stands
+for, and the ids of the special tokens, of the ten digits and of the minus sign. Text that a policy writes is judged by
+these bytes (`automaton.py`); text that is shown to it is assembled from ids (`observations.py`).
+
+`build_tokenizer` makes a tokenizer whose tokens are long pieces of text given by the caller, with all 256 bytes to fall
+back on, so that every text survives `decode(encode(text))`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pixel_jax.dialog.template import CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog.
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = {
+    "end_of_text": END_OF_TEXT,
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image_pad": "<|image_pad|>",
+    "video_pad": "<|video_pad|>",
+}
+
+
+@functools.cache
+def byte_alphabet() -> dict[str, int]:
+    """The 256 characters that stand for the 256 bytes in the files of a byte-level tokenizer (GPT-2's convention)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+def _spell(text: str) -> str:
+    """`text` in the byte alphabet."""
+    characters = {byte: character for character, byte in byte_alphabet().items()}
+    return "".join(characters[byte] for byte in text.encode())
+
+
+class TokenBytes(NamedTuple):
+    """The bytes of every token, one after another: token v is `data[start[v] : start[v] + length[v]]`."""
+
+    data: np.ndarray  # u8 [N]
+    start: np.ndarray  # i32 [V]
+    length: np.ndarray  # i32 [V]
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes]) -> TokenBytes:
+        length = np.array([len(token) for token in tokens], np.int32)
+        data = np.frombuffer(b"".join(tokens) or b"\0", np.uint8)
+        return cls(data, (np.cumsum(length) - length).astype(np.int32), length)
+
+    def __getitem__(self, token):
+        # A NamedTuple's own indexing is by field; reading it by token would be a silent mistake.
+        raise TypeError("TokenBytes is read through .data, .start and .length, or Vocabulary.to_bytes")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What a byte-level fast tokenizer's ids mean.
+
+    `table` covers the ids 0..len(tokenizer)-1; an id that the tokenizer does not use, and any id beyond (a model's
+    embedding is often padded), stands for no bytes.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    table: TokenBytes
+    end_of_text: int
+    im_start: int
+    im_end: int
+    vision_start: int
+    vision_end: int
+    image_pad: int
+    video_pad: int
+    digits: tuple[int, ...]  # the tokens of "0", "1", ... "9"
+    minus: int  # the token of "-"
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+        tokens = token_bytes(tokenizer)
+        special = {}
+        for field, text in SPECIAL_TOKENS.items():
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(f"the tokenizer has no special token {text}: it encodes it as {len(ids)} tokens {ids}")
+            special[field] = ids[0]
+        single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
+        missing = [character for character in "0123456789-" if character.encode() not in single]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
+            )
+        digits = tuple(single[str(digit).encode()] for digit in range(10))
+        return cls(tokenizer, TokenBytes.of(tokens), digits=digits, minus=single[b"-"], **special)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become those tokens."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes that `ids` stand for, special tokens written out."""
+        data, start, length = self.table.data, self.table.start, self.table.length
+        known = (int(index) for index in ids if 0 <= index < len(start))
+        return b"".join(data[start[index] : start[index] + length[index]].tobytes() for index in known)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes of every token id of a byte-level fast tokenizer; b"" for ids that are not used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise TypeError(f"{type(tokenizer).__name__} is not a fast tokenizer: it has no tokenizer.json behind it")
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
+    if kinds != {"ByteLevel"}:
+        raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes")
+    alphabet = byte_alphabet()
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    tokens = [b""] * (max([*vocabulary.values(), *added]) + 1)
+    for text, index in vocabulary.items():
+        try:
+            tokens[index] = bytes([alphabet[character] for character in text])
+        except KeyError as error:
+            raise ValueError(f"token {index} {text!r} has {error}, which is outside the byte alphabet") from None
+    for index, text in added.items():
+        tokens[index] = text.encode()
+    return tokens
+
+
+def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with `pieces` (any text of two bytes or more) as single tokens and the 256 bytes for all the rest.
+
+    At every position of a text the longest piece that fits is taken. Ids: bytes 0..255, the pieces in the given order,
+    then the special tokens, which no piece may contain. Saved and loaded like any tokenizer of transformers.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(SPECIAL_TOKENS.values())
+    seen = set()
+    for piece in pieces:
+        if len(piece.encode()) < 2:
+            raise ValueError(f"piece {piece!r} is shorter than two bytes: every single byte is a token already")
+        if piece in seen:
+            raise ValueError(f"piece {piece!r} is given twice")
+        if inside := [token for token in special if token in piece]:
+            raise ValueError(
+                f"piece {piece!r} contains the special token {inside[0]}, which is always a token of its own"
+            )
+        seen.add(piece)
+
+    vocabulary = {character: byte for character, byte in byte_alphabet().items()}
+    for piece in pieces:
+        vocabulary[_spell(piece)] = len(vocabulary)
+    # No merges: a stretch of text is one token if it is in the vocabulary (`ignore_merges`), and bytes otherwise.
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if pieces:
+        # Alternatives are tried in order: longest first is longest match.
+        longest_first = sorted(pieces, key=lambda piece: (-len(piece), piece))
+        pattern = Regex("|".join(re.sub(r"([^\w\s])", r"\\\1", piece) for piece in longest_first))
+        split = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, behavior="isolated"), split])
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL_TOKENS["im_end"],
+        pad_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )

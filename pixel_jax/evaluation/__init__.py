@@ -1,0 +1,1 @@
+"""Scores, intervals and pages: how a trained model is judged and looked at."""

@@ -1,0 +1,179 @@
+"""The one door to attention.
+
+Who may look where is data, not code: every query and every key carries an order number, and a key is visible to a query
+iff `0 <= key <= query`. Two tiny examples for four tokens, the last one padding:
+
+    causal:         q_order [0, 1, 2, 3]   k_order [0, 1, 2, -1]
+    bidirectional:  q_order [0, 0, 0, 0]   k_order [0, 0, 0, -1]
+
+Segments add "and only within your own segment". A query that sees no key returns zeros (and a log-sum-exp of -inf), never NaN.
+
+The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as a scan over chunks of keys, forward
+and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain JAX can be
+pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in memory too.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 256  # keys a step of the chunked implementation looks at
+
+
+class Mask(NamedTuple):
+    """q_order int32 [B, T]; k_order int32 [B, S], negative = never visible; q_segment [B, T] and k_segment [B, S] or None."""
+
+    q_order: jax.Array
+    k_order: jax.Array
+    q_segment: jax.Array | None = None
+    k_segment: jax.Array | None = None
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, implementation: str = "dense", return_lse: bool = False
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(q k^T / sqrt(head_dim)) v over the visible keys, softmax in float32.
+
+    q: [B, T, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], each key head shared by heads / kv_heads query heads
+    implementation: 'dense' (an array of scores [.., T, S]) or 'chunked' (memory linear in T and S; see `chunked_attention`)
+    -> [B, T, heads, head_dim], and with return_lse also the log-sum-exp of the scores, float32 [B, T, heads]
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    if implementation == "dense":
+        out, lse = dense_attention(grouped, k, v, mask)
+    elif implementation == "chunked":
+        out, lse = chunked_attention(grouped, k, v, mask, CHUNK)
+    else:
+        raise ValueError(f"attention implementation {implementation!r} is not one of 'dense', 'chunked'")
+    out = out.reshape(q.shape)
+    return (out, lse.reshape(batch, length, heads)) if return_lse else out
+
+
+def visible(mask: Mask) -> jax.Array:
+    """bool [B, T, S]"""
+    seen = (mask.k_order >= 0)[:, None, :] & (mask.k_order[:, None, :] <= mask.q_order[:, :, None])
+    if mask.q_segment is not None:
+        seen &= mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
+    return seen
+
+
+def scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q [B, T, KV, G, D], k [B, S, KV, D] -> scaled scores, at least float32, [B, KV, G, T, S]"""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=wide) * q.shape[-1] ** -0.5
+
+
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, KV, G, D] -> output like q, log-sum-exp [B, T, KV, G]"""
+    seen = visible(mask)[:, None, None]
+    s = jnp.where(seen, scores(q, k), -jnp.inf)
+    top = jax.lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    # The inner where keeps -inf out of the exponential's derivative.
+    p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - top), 0.0)
+    total = p.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    p = p / jnp.where(empty, 1.0, total)
+    out = jnp.einsum("bkgts,bskd->btkgd", p.astype(v.dtype), v)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+    return out, jnp.moveaxis(lse[..., 0], 3, 1)
+
+
+def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, chunk: int) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, KV, G, D]; k, v [B, S, KV, D] -> output like q, and log-sum-exp float32 [B, T, KV, G] (-inf: no key)"""
+    pad = -k.shape[1] % chunk
+    if pad:
+        widen = lambda x, value: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], constant_values=value)  # noqa: E731
+        k, v = widen(k, 0), widen(v, 0)
+        k_segment = None if mask.k_segment is None else widen(mask.k_segment, 0)
+        mask = mask._replace(k_order=widen(mask.k_order, -1), k_segment=k_segment)
+    return _attend(chunk, q, k, v, mask)
+
+
+def _chunks(k, v, mask: Mask, chunk: int):
+    """Keys, values and their orders and segments, [S, ...] cut into a leading axis to scan over."""
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+    return cut(k), cut(v), cut(mask.k_order), None if mask.k_segment is None else cut(mask.k_segment)
+
+
+def _forward(chunk, q, k, v, mask):
+    batch, length, kv_heads, groups, head_dim = q.shape
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+
+    def add(carry, keys):
+        top, total, out = carry
+        k, v, k_order, k_segment = keys
+        seen = visible(mask._replace(k_order=k_order, k_segment=k_segment))[:, None, None]
+        s = jnp.where(seen, scores(q, k), -jnp.inf)
+        # -inf - -inf would be NaN: until a key is seen the running maximum counts as 0.
+        new_top = jnp.maximum(top, jax.lax.stop_gradient(s.max(axis=-1)))
+        shift = jnp.where(jnp.isfinite(new_top), new_top, 0.0)
+        fade = jnp.exp(top - shift)
+        p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - shift[..., None]), 0.0)
+        part = jnp.einsum("bkgts,bskd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+        return (new_top, fade * total + p.sum(axis=-1), fade[..., None] * out + part), None
+
+    shape = (batch, kv_heads, groups, length)
+    start = (jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, head_dim), wide))
+    (top, total, out), _ = jax.lax.scan(add, start, _chunks(k, v, mask, chunk))
+    empty = total == 0
+    total = jnp.where(empty, 1.0, total)
+    out = jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
+    return out, jnp.moveaxis(jnp.where(empty, -jnp.inf, top + jnp.log(total)), 3, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(chunk, q, k, v, mask):
+    return _forward(chunk, q, k, v, mask)
+
+
+def _attend_forward(chunk, q, k, v, mask):
+    out, lse = _forward(chunk, q, k, v, mask)
+    return (out, lse), (q, k, v, mask, out, lse)
+
+
+def _attend_backward(chunk, residuals, cotangents):
+    q, k, v, mask, out, lse = residuals
+    d_out, d_lse = cotangents
+    wide = lse.dtype
+    keys_last = lambda x: jnp.moveaxis(x, 1, 3)  # noqa: E731  [B, T, KV, G] -> [B, KV, G, T]
+    # d scores = p * (d_out . v - delta), and the log-sum-exp's own cotangent enters as d_lse * p.
+    delta = keys_last(jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_lse)[..., None]
+    shift = keys_last(jnp.where(jnp.isfinite(lse), lse, 0.0))[..., None]
+    scale = q.shape[-1] ** -0.5
+
+    def add(d_q, keys):
+        k, v, k_order, k_segment = keys
+        seen = visible(mask._replace(k_order=k_order, k_segment=k_segment))[:, None, None]
+        p = jnp.where(seen, jnp.exp(jnp.where(seen, scores(q, k) - shift, 0.0)), 0.0)
+        d_v = jnp.einsum("bkgts,btkgd->bskd", p.astype(v.dtype), d_out, preferred_element_type=wide)
+        d_p = jnp.einsum("btkgd,bskd->bkgts", d_out, v, preferred_element_type=wide)
+        d_s = (p * (d_p - delta) * scale).astype(q.dtype)
+        d_k = jnp.einsum("bkgts,btkgd->bskd", d_s, q, preferred_element_type=wide)
+        d_q = d_q + jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=wide)
+        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+
+    d_q, (d_k, d_v) = jax.lax.scan(add, jnp.zeros(q.shape, wide), _chunks(k, v, mask, chunk))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(k.shape)  # noqa: E731
+    return d_q.astype(q.dtype), join(d_k), join(d_v), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    """One attention over several sets of keys from its partial results (output [..., D], log-sum-exp [...])."""
+    outs, lses = zip(*parts, strict=True)
+    top = jnp.max(jnp.stack(lses), axis=0)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))
+    weights = [jnp.exp(lse - top) for lse in lses]
+    total = sum(weights)
+    total = jnp.where(total == 0, 1.0, total)
+    merged = sum((w / total)[..., None] * out for w, out in zip(weights, outs, strict=True))
+    return merged.astype(outs[0].dtype)

@@ -1,0 +1,147 @@
+"""The decoder: grouped-query attention, gated MLP, M-RoPE; a scan over stacked layers, or unrolled over a cache."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pixel_jax.models.attention import Mask, attention, merge
+from pixel_jax.models.config import TextConfig
+from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, stack
+from pixel_jax.models.rope import mrope_angles, rotate
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far.
+
+    k, v: one array per layer, [B, kv_heads, L, head_dim]. A tuple, not one stacked array: a stacked cache carried through a
+          loop is copied at every layer.
+    length: int32 [B], tokens written in each row; further ones go to slots length, length + 1, ...
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, config: TextConfig, batch: int, capacity: int, dtype) -> "KVCache":
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))  # noqa: E731
+        return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+
+class Attention(nnx.Module):
+    def __init__(self, key: jax.Array, config: TextConfig, dtype):
+        keys = jax.random.split(key, 4)
+        dim, head_dim = config.hidden_size, config.head_dim
+        query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=True, dtype=dtype)
+        self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
+        self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
+        self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=False, dtype=dtype)
+        self.head_dim = head_dim
+
+    def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
+        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def out(self, attended: jax.Array) -> jax.Array:
+        return self.o_proj(attended.reshape(*attended.shape[:2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, key: jax.Array, config: TextConfig, dtype):
+        keys = jax.random.split(key)
+        dim = config.hidden_size
+        self.self_attn = Attention(keys[0], config, dtype)
+        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=False, dtype=dtype)
+        self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, x, cos, sin, mask: Mask, implementation: str) -> jax.Array:
+        """x [B, T, D], no cache"""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn.out(attention(q, k, v, mask, implementation=implementation))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, prefix, prefix_mask: Mask | None):
+        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots.
+
+        prefix: None or the (k, v) of B // n prompts, each shared by n neighbouring rows. -> x, cache_k, cache_v
+        """
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
+        cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
+        own = attention(q, _keys_first(cache_k, q), _keys_first(cache_v, q), mask, return_lse=prefix is not None)
+        if prefix is not None:
+            # The n rows of a prompt become n times as many queries of one row: its keys are read, never repeated.
+            shared_k, shared_v = (_keys_first(c, q) for c in prefix)
+            folded = q.reshape(shared_k.shape[0], -1, *q.shape[2:])
+            out, lse = attention(folded, shared_k, shared_v, prefix_mask, return_lse=True)
+            own = merge([own, (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
+        x = x + self.self_attn.out(own)
+        return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v
+
+
+def _keys_first(cache: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, kv_heads, L, head_dim] -> [B, L, kv_heads, head_dim], a view the compiler undoes"""
+    return jnp.swapaxes(cache, 1, 2).astype(like.dtype)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, key: jax.Array, config: TextConfig, dtype):
+        self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: TextConfig, key: jax.Array, dtype):
+        keys = jax.random.split(key)
+        self.config = config
+        self.embed_tokens = Embedding(keys[0], config, dtype)
+        self.layers = stack(lambda k: DecoderLayer(k, config, dtype), keys[1], config.num_hidden_layers)
+        self.norm = RMSNorm(config.hidden_size, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
+
+    def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+
+    def __call__(self, x, positions, valid, *, segments=None, remat=False, implementation="dense") -> jax.Array:
+        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
+        cos, sin = self.angles(positions)
+        order = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
+        mask = Mask(order, jnp.where(valid, order, -1), segments, segments)
+
+        def block(x, layer):
+            return layer(x, cos, sin, mask, implementation), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, self.layers)
+        return self.norm(x)
+
+    def step(self, layers, x, positions, valid, cache: KVCache, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
+        """See `Qwen2_5_VL.step`."""
+        batch, length = valid.shape
+        capacity = cache.k[0].shape[2]
+        cos, sin = self.angles(positions)
+        order = cache.length[:, None] + jnp.arange(length)
+        write = jnp.where(valid, order, capacity)  # out of range: dropped
+        mask = Mask(order, jnp.broadcast_to(jnp.arange(capacity), (batch, capacity)))
+        prefix_mask = None
+        if prefix is not None:
+            prompts, _, prompt_length, _ = prefix.k[0].shape
+            if batch % prompts:
+                raise ValueError(f"{batch} rows cannot share the cache of {prompts} prompts evenly")
+            index = jnp.arange(prompt_length)
+            prefix_mask = Mask(
+                jnp.full((prompts, batch // prompts * length), prompt_length),
+                jnp.where(index < prefix.length[:, None], index, -1),
+            )
+        keys, values = [], []
+        for i, layer in enumerate(layers):
+            shared = None if prefix is None else (prefix.k[i], prefix.v[i])
+            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, shared, prefix_mask)
+            keys.append(k)
+            values.append(v)
+        return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))

@@ -1,0 +1,69 @@
+"""What the model sees, row by row."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Visual(NamedTuple):
+    """Images and videos of a batch of rows, padded to static shapes.
+
+    An item is an image (one temporal slice) or a video (several); a temporal slice is two frames, for a still image the same
+    one twice. Every slice goes through the vision tower on its own: attention never crosses slices.
+
+    patches:  uint8 [B, F, P, 588]  frame patches in merge order (`pixel_jax.ops.patchify`); F frames a row at most
+    slices:   int32 [B, S, 2]       the two frames of each slice, in order of appearance; -1 = absent
+    grids:    int32 [B, K, 3]       items in order of appearance: slices, height and width in patches; zeros = absent
+    seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
+    """
+
+    patches: jax.Array
+    slices: jax.Array
+    grids: jax.Array
+    seconds: jax.Array
+
+
+class Located(NamedTuple):
+    """Where the j-th visual token of a row lies. All int32 [B, T].
+
+    item:   index among the row's items
+    within: index within the item (raster order, slice by slice)
+    slice:  index among the row's temporal slices
+    offset: index within the slice
+    known:  bool, False beyond the last token of the row's items
+    """
+
+    item: jax.Array
+    within: jax.Array
+    slice: jax.Array
+    offset: jax.Array
+    known: jax.Array
+
+
+def merged_grids(grids: jax.Array, merge: int) -> jax.Array:
+    """Grids [..., 3] in patches -> in visual tokens."""
+    return grids // jnp.array([1, merge, merge], grids.dtype)
+
+
+def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
+    """Rank [B, T] of visual tokens among their row's -> the item, slice and offset they stand for (`grids` [B, K, 3])."""
+    t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
+    count = t * h * w
+    ends = jnp.cumsum(count, axis=1)
+    item = jnp.sum(rank[:, :, None] >= ends[:, None, :], axis=-1, dtype=jnp.int32)
+    known = (rank >= 0) & (item < grids.shape[1])
+    item = jnp.minimum(item, grids.shape[1] - 1)
+    take = lambda x: jnp.take_along_axis(x, item, axis=1)  # noqa: E731
+    within = rank - take(ends - count)
+    area = jnp.maximum(take(h * w), 1)
+    return Located(item, within, take(jnp.cumsum(t, axis=1) - t) + within // area, within % area, known)
+
+
+def slice_grids(grids: jax.Array, num_slices: int) -> jax.Array:
+    """Items [B, K, 3] -> (height, width) in patches of each temporal slice, int32 [B, num_slices, 2]; 0 where absent."""
+    ends = jnp.cumsum(grids[..., 0], axis=1)
+    item = jnp.sum(jnp.arange(num_slices)[None, :, None] >= ends[:, None, :], axis=-1)
+    # One item more, of size zero, stands for "absent".
+    padded = jnp.pad(grids[..., 1:], ((0, 0), (0, 1), (0, 0)))
+    return jnp.take_along_axis(padded, item[..., None], axis=1)

@@ -1,0 +1,196 @@
+"""A model as users meet it: a Hugging Face directory in, logits for Hugging Face arrays, a Hugging Face directory out."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixel_jax.models.checkpoint import load_weights, save_weights
+from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.processor import Processor
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.rope import mrope_positions
+
+
+def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> tuple[Qwen2_5_VL, Processor | None]:
+    """Read a directory with config.json and safetensors files.
+
+    mesh:  where to put the weights, by their logical axes; None: one device
+    dtype: of the weights; None keeps the files'
+    -> model, and its processor, or None if the directory has neither tokenizer nor preprocessor files
+    """
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
+    try:
+        values = json.loads((directory / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
+    config = Qwen2_5_VLConfig.from_hf(values)
+    abstract = jax.eval_shape(functools.partial(Qwen2_5_VL, config), jax.random.key(0))
+    if mesh is None:
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: place, abstract)
+    else:
+        from pixel_jax.parallel.sharding import shardings as shardings_of
+
+        shardings = shardings_of(abstract, mesh)
+    return load_weights(abstract, directory, shardings, dtype), Processor.from_directory(directory, config)
+
+
+def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path) -> None:
+    """Write the same format back (adapters merged beforehand)."""
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_weights(model, directory)
+    if jax.process_index() == 0:
+        dtype = model.language_model.embed_tokens.weight.dtype
+        values = {**model.config.to_hf(), "torch_dtype": jnp.dtype(dtype).name}
+        (directory / "config.json").write_text(json.dumps(values, indent=2))
+        if processor is not None:
+            processor.save(directory)
+
+
+def forward(
+    model: Qwen2_5_VL,
+    *,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray | None = None,
+    pixel_values: np.ndarray | None = None,
+    image_grid_thw: np.ndarray | None = None,
+    pixel_values_videos: np.ndarray | None = None,
+    video_grid_thw: np.ndarray | None = None,
+    second_per_grid_ts: np.ndarray | None = None,
+    position_ids: np.ndarray | None = None,
+) -> np.ndarray:
+    """Logits float32 [batch, length, vocab] for arrays in the Hugging Face layout, of any size.
+
+    input_ids, attention_mask: [batch, length], padding on either side; rows of the logits at padding mean nothing
+    pixel_values(_videos):     [patches of all images (videos) of the batch, 1176], in the order in which their placeholder
+                               tokens appear, row by row
+    image/video_grid_thw:      [items, 3]
+    second_per_grid_ts:        [videos], 1.0 if not given
+    position_ids:              [3, batch, length], computed if not given
+    Lengths, patches and items are padded to powers of two, so that few shapes are compiled.
+    """
+    tokens = np.asarray(input_ids, np.int32)
+    if tokens.ndim != 2:
+        raise ValueError(f"input_ids must be [batch, length], got shape {tokens.shape}")
+    vocab = model.config.text.vocab_size
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab:
+        raise ValueError(f"input_ids must lie in [0, {vocab}), got {tokens.min()} to {tokens.max()}")
+    valid = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if valid.shape != tokens.shape:
+        raise ValueError(f"attention_mask has shape {valid.shape}, input_ids {tokens.shape}")
+    images = _Items("image", pixel_values, image_grid_thw, model.config)
+    videos = _Items("video", pixel_values_videos, video_grid_thw, model.config, second_per_grid_ts, default_seconds=1.0)
+    rows = [_row_items(r, tokens[r][valid[r]], images, videos, model.config) for r in range(len(tokens))]
+    for items in (images, videos):
+        if items.used != len(items.grids):
+            raise ValueError(f"input_ids show {items.used} {items.kind}s, the grids describe {len(items.grids)}")
+
+    batch, length = tokens.shape
+    padded = _bucket(length, 32)
+    grow = lambda x, axis: np.pad(x, [(0, padded - length if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+    pixels, hw, grids, seconds = _pack(rows, model.config)
+    if position_ids is not None:
+        position_ids = np.asarray(position_ids, np.int32)
+        if position_ids.shape != (3, batch, length):
+            raise ValueError(f"position_ids must be {(3, batch, length)}, got shape {position_ids.shape}")
+        position_ids = grow(position_ids, 2)
+    logits = _logits(model, grow(tokens, 1), grow(valid, 1), pixels, hw, grids, seconds, position_ids)
+    return np.asarray(logits)[:, :length]
+
+
+@jax.jit
+def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
+    """pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None"""
+    tokens = jnp.where(valid, tokens, 0)
+    features = None
+    if pixels is not None:
+        features = model.encode(pixels.reshape(-1, *pixels.shape[2:]), hw.reshape(-1, 2))
+        features = features.reshape(*pixels.shape[:2], *features.shape[1:])
+    if positions is None:
+        start = jnp.zeros(tokens.shape[:1], jnp.int32)
+        positions, _ = mrope_positions(model.is_visual(tokens), valid, grids, seconds, start, model.config)
+    return model.logits(model.backbone(model.embed(tokens, features, grids), positions, valid))
+
+
+class _Items:
+    """The images or the videos of a batch, handed out in order."""
+
+    def __init__(self, kind, pixels, grids, config, seconds=None, default_seconds=0.0):
+        self.kind, self.used, self.offset = kind, 0, 0
+        if (pixels is None) != (grids is None):
+            raise ValueError(f"pixel values and grids of {kind}s must be given together")
+        self.pixels = np.zeros((0, config.vision.patch_dim), np.float32) if pixels is None else np.asarray(pixels, np.float32)
+        self.grids = np.zeros((0, 3), np.int32) if grids is None else np.asarray(grids, np.int32)
+        if self.grids.ndim != 2 or self.grids.shape[1] != 3:
+            raise ValueError(f"{kind} grids must be [items, 3], got shape {self.grids.shape}")
+        merge = config.vision.spatial_merge_size
+        for grid in self.grids:
+            if grid.min() < 1 or grid[1] % merge or grid[2] % merge:
+                raise ValueError(f"{kind} grid {grid.tolist()} must be positive, height and width multiples of {merge}")
+        expected = (int(self.grids.prod(axis=1).sum()), config.vision.patch_dim)
+        if self.pixels.shape != expected:
+            raise ValueError(f"pixel values of {kind}s have shape {self.pixels.shape}, their grids need {expected}")
+        self.seconds = np.full(len(self.grids), default_seconds, np.float32)
+        if seconds is not None:
+            if np.shape(seconds) != (len(self.grids),):
+                raise ValueError(f"second_per_grid_ts has shape {np.shape(seconds)} for {len(self.grids)} videos")
+            self.seconds = np.asarray(seconds, np.float32)
+
+    def next(self):
+        """(grid, patches [t, h * w, 1176], seconds) of the next one"""
+        grid, seconds = self.grids[self.used], self.seconds[self.used]
+        count = int(grid.prod())
+        patches = self.pixels[self.offset : self.offset + count].reshape(grid[0], -1, self.pixels.shape[1])
+        self.used, self.offset = self.used + 1, self.offset + count
+        return grid, patches, seconds
+
+
+def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, config: Qwen2_5_VLConfig) -> list:
+    """The items that the placeholder tokens of a row stand for, in order of appearance."""
+    visual = tokens[(tokens == config.image_token_id) | (tokens == config.video_token_id)]
+    found, at = [], 0
+    while at < len(visual):
+        items = images if visual[at] == config.image_token_id else videos
+        if items.used == len(items.grids):
+            raise ValueError(f"row {row} shows more {items.kind}s than the {len(items.grids)} given")
+        found.append(items.next())
+        need = int(found[-1][0].prod()) // config.vision.merge_unit
+        have = int((visual[at : at + need] == visual[at]).sum())
+        if have != need:
+            grid = found[-1][0].tolist()
+            raise ValueError(f"row {row}: {items.kind} {items.used - 1} with grid {grid} needs {need} tokens, has {have}")
+        at += need
+    return found
+
+
+def _pack(rows: list[list], config: Qwen2_5_VLConfig):
+    """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty"""
+    most = max(len(items) for items in rows)
+    if most == 0:
+        return None, None, np.zeros((len(rows), 0, 3), np.int32), np.zeros((len(rows), 0), np.float32)
+    num_slices = _bucket(max(sum(int(grid[0]) for grid, _, _ in items) for items in rows), 1)
+    num_patches = _bucket(max(patches.shape[1] for items in rows for _, patches, _ in items), 16)
+    pixels = np.zeros((len(rows), num_slices, num_patches, config.vision.patch_dim), np.float32)
+    hw = np.zeros((len(rows), num_slices, 2), np.int32)
+    grids = np.zeros((len(rows), _bucket(most, 1), 3), np.int32)
+    seconds = np.zeros(grids.shape[:2], np.float32)
+    for r, items in enumerate(rows):
+        at = 0
+        for k, (grid, patches, interval) in enumerate(items):
+            grids[r, k], seconds[r, k] = grid, interval
+            pixels[r, at : at + grid[0], : patches.shape[1]] = patches
+            hw[r, at : at + grid[0]] = grid[1:]
+            at += int(grid[0])
+    return pixels, hw, grids, seconds
+
+
+def _bucket(n: int, least: int) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())

@@ -1,0 +1,100 @@
+"""The small parts every network here is made of, and the one place where a weight is declared.
+
+A weight is declared once, by `Weight(value, axes=...)` inside the module that owns it: its value carries shape and dtype, its
+place in the module tree is its Hugging Face key, and `axes` names each dimension for sharding. Linear weights keep the Hugging
+Face layout [out, in]. Layers that repeat are one module whose weights have a leading `layers` axis (`stack`).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STD = 0.02  # initializer_range of the released configurations
+
+
+class Weight(nnx.Param):
+    """A base weight. Metadata `axes`: one logical name (or None: never sharded) for each dimension."""
+
+
+class LoRAWeight(nnx.Param):
+    """A weight of a low-rank adapter; metadata as in `Weight`."""
+
+
+def is_variable(x) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:
+    return Weight((INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype), axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, with W [out, in]; with an adapter y += scale * (x A^T) B^T, computed in float32.
+
+    axes: logical names of (out, in).
+    """
+
+    def __init__(self, key: jax.Array, in_dim: int, out_dim: int, axes: tuple, *, bias: bool, dtype):
+        self.weight = normal(key, (out_dim, in_dim), axes, dtype)
+        self.bias = nnx.data(Weight(jnp.zeros((out_dim,), dtype), axes=axes[:1]) if bias else None)
+        self.lora_a = nnx.data(None)  # LoRAWeight [rank, in]
+        self.lora_b = nnx.data(None)  # LoRAWeight [out, rank]
+        self.lora_scale = 0.0
+
+    def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
+        """[..., in] -> [..., out]; dtype: of the result, that of x if None"""
+        y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=dtype or x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if self.lora_a is not None:
+            low = jnp.einsum("...i,ri->...r", x.astype(self.lora_a.dtype), self.lora_a[...])
+            y = y + (self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b[...])).astype(y.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last dimension; statistics in float32 (or wider, if the input is)."""
+
+    def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
+        self.weight = Weight(jnp.ones((dim,), dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * wide.astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """down(silu(gate(x)) * up(x)), as in SwiGLU."""
+
+    def __init__(self, key: jax.Array, dim: int, hidden: int, axes: tuple, *, bias: bool, dtype):
+        keys = jax.random.split(key, 3)
+        self.gate_proj = Linear(keys[0], dim, hidden, axes, bias=bias, dtype=dtype)
+        self.up_proj = Linear(keys[1], dim, hidden, axes, bias=bias, dtype=dtype)
+        self.down_proj = Linear(keys[2], hidden, dim, axes[::-1], bias=bias, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def stack(make: Callable[[jax.Array], nnx.Module], key: jax.Array, num_layers: int) -> nnx.Module:
+    """`num_layers` modules as one whose weights have a leading axis `layers`. make: key -> module."""
+    module = jax.vmap(make)(jax.random.split(key, num_layers))
+    for weight in jax.tree.leaves(module, is_leaf=is_variable):
+        weight.set_metadata(axes=("layers", *weight.axes))
+    return module
+
+
+def unstack(module: nnx.Module, num_layers: int) -> tuple[nnx.Module, ...]:
+    """The layers of a stacked module one by one, for an unrolled loop."""
+
+    def take(i):
+        layer = jax.tree.map(lambda w: w[i], module)
+        for weight in jax.tree.leaves(layer, is_leaf=is_variable):
+            weight.set_metadata(axes=weight.axes[1:])
+        return layer
+
+    return tuple(take(i) for i in range(num_layers))

@@ -1,0 +1,109 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on any linear layer, stacked or not, of decoder or vision tower.
+
+An adapter is part of the model's tree: `lora_a` and `lora_b` beside the `weight` they add to, float32 whatever the weight is.
+Training, sharding and curvature take it as a dictionary of arrays with `split`, and put it back with `combine`:
+
+    adapter, rest = split(model, LoRAWeight)
+    gradient = jax.grad(lambda adapter, rest, batch: loss(combine(adapter, rest), batch))(adapter, rest, batch)
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pixel_jax.models.checkpoint import named_weights
+from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+
+Filter = type | Callable[[str, nnx.Variable], bool]
+
+
+def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Qwen2_5_VL:
+    """The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
+
+    targets: regular expression that must match the whole Hugging Face path of a linear layer, `{}` standing for the layer
+             number: 'model.layers.{}.self_attn.q_proj', 'visual.blocks.{}.attn.qkv', 'lm_head'. With '{}' written as such or
+             as '.*'; for example r'model\\..*\\.(q_proj|v_proj)'
+    Scale alpha / rank. Raises if nothing matches or if a target has an adapter already.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be positive, got {rank}")
+    model = _copy(model)
+    chosen = [(path, linear) for path, linear in linears(model) if re.fullmatch(targets, path)]
+    if not chosen:
+        raise ValueError(f"targets {targets!r} match no linear layer; there are {[path for path, _ in linears(model)]}")
+    for number, (path, linear) in enumerate(chosen):
+        if linear.lora_a is not None:
+            raise ValueError(f"{path} has an adapter already")
+        *layers, out_dim, in_dim = linear.weight.shape
+        *layer_axis, out_axis, in_axis = linear.weight.axes
+        bound = 1 / math.sqrt(in_dim)  # Kaiming uniform with a = sqrt(5)
+        shape = (*layers, rank, in_dim)
+        a = jax.random.uniform(jax.random.fold_in(key, number), shape, jnp.float32, -bound, bound)
+        linear.lora_a = LoRAWeight(a, axes=(*layer_axis, None, in_axis))
+        linear.lora_b = LoRAWeight(jnp.zeros((*layers, out_dim, rank)), axes=(*layer_axis, out_axis, None))
+        linear.lora_scale = alpha / rank
+    return model
+
+
+def merge_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
+    """The model without adapters: each weight W becomes W + scale * B A, added in float32."""
+    model = _copy(model)
+    for _, linear in linears(model):
+        if linear.lora_a is None:
+            continue
+        weight = linear.weight[...]
+        change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
+        merged = (weight.astype(change.dtype) + change).astype(weight.dtype)
+        linear.weight = Weight(merged, axes=linear.weight.axes)
+        linear.lora_a = linear.lora_b = None
+    return model
+
+
+def linears(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear]]:
+    """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
+    for path, key, weight in named_weights(model):
+        owner = model
+        for entry in path[:-1]:
+            owner = getattr(owner, entry.name) if hasattr(entry, "name") else owner[entry.key]
+        if isinstance(owner, Linear) and weight is owner.weight:
+            yield key.removesuffix(".weight"), owner
+
+
+def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.Module]:
+    """(the selected weights by Hugging Face path, the model without them), both pytrees.
+
+    wanted: a class of weights, or a function of (path, weight)
+    """
+    select = wanted if not isinstance(wanted, type) else lambda _, weight: isinstance(weight, wanted)
+    selected, rest = {}, []
+    for _, key, weight in named_weights(model):
+        if select(key, weight):
+            selected[key] = weight[...]
+            weight = weight.replace(None)
+        rest.append(weight)
+    if not selected:
+        raise ValueError(f"no weight is selected by {wanted}")
+    return selected, jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_variable), rest)
+
+
+def combine(selected: dict[str, jax.Array], rest: nnx.Module) -> nnx.Module:
+    """The model that `split` took apart."""
+    selected, whole = dict(selected), []
+    for _, key, weight in named_weights(rest):
+        empty = not jax.tree.leaves(weight)
+        if empty != (key in selected):
+            raise ValueError(f"{key} is {'missing from' if empty else 'in both'} the weights to combine")
+        whole.append(weight.replace(selected.pop(key)) if empty else weight)
+    if selected:
+        raise ValueError(f"the model has no place for {sorted(selected)}")
+    return jax.tree.unflatten(jax.tree.structure(rest, is_leaf=is_variable), whole)
+
+
+def _copy(model):
+    """New modules and variables around the same arrays, free to be changed."""
+    return jax.tree.map(lambda x: x, model)

@@ -1,0 +1,4 @@
+class Processor:
+    @classmethod
+    def from_directory(cls, directory, config):
+        return None

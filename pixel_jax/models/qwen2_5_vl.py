@@ -1,0 +1,143 @@
+"""Qwen2.5-VL as one immutable pytree of weights, and the forward function that every user of the model shares."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.decoder import Decoder, KVCache
+from pixel_jax.models.inputs import Visual, locate, slice_grids
+from pixel_jax.models.layers import Linear, unstack
+from pixel_jax.models.rope import mrope_positions
+from pixel_jax.models.vision import VisionTower
+from pixel_jax.ops import pixel_values
+
+
+class Qwen2_5_VL(nnx.Module):
+    """Randomly initialised from `key`; `pixel_jax.from_pretrained` reads a checkpoint."""
+
+    def __init__(self, config: Qwen2_5_VLConfig, key: jax.Array, dtype=jnp.float32):
+        keys = jax.random.split(key, 3)
+        self.config = config
+        self.visual = VisionTower(config.vision, keys[0], dtype)
+        self.language_model = Decoder(config.text, keys[1], dtype)
+        # Tied: the head reads embed_tokens. A second attribute holding it would be a second leaf with a gradient of its own.
+        self.lm_head = nnx.data(None)
+        if not config.tie_word_embeddings:
+            dim, vocab = config.text.hidden_size, config.text.vocab_size
+            self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
+
+    def encode(self, pixels: jax.Array, hw: jax.Array, *, remat: bool = False, implementation: str = "dense") -> jax.Array:
+        """Temporal slices float32 [N, P, 1176] with grids int32 [N, 2] in patches -> visual tokens [N, P / 4, D] (raster)."""
+        return self.visual(pixels, hw, remat=remat, implementation=implementation)
+
+    def is_visual(self, tokens: jax.Array) -> jax.Array:
+        return (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
+
+    def embed(
+        self, tokens: jax.Array, features: jax.Array | None = None, grids: jax.Array | None = None, seen: jax.Array | int = 0
+    ) -> jax.Array:
+        """Embeddings [B, T, D] of tokens int32 [B, T], visual ones replaced by features.
+
+        features: [B, S, P / 4, D], the row's temporal slices from `encode`, in order of appearance
+        grids:    int32 [B, K, 3], the items they belong to
+        seen:     int32 [B] or int, how many of these visual tokens came before this stretch
+        The j-th visual token of the row takes the j-th feature; one beyond the row's items keeps its own embedding.
+        """
+        x = self.language_model.embed_tokens.weight[...][tokens]
+        if features is None or grids.shape[1] == 0:
+            return x
+        batch, _, tokens_per_slice, dim = features.shape
+        is_visual = self.is_visual(tokens)
+        rank = jnp.asarray(seen).reshape(-1, 1) + jnp.cumsum(is_visual, axis=1) - 1
+        place = locate(rank, grids, self.config.vision.spatial_merge_size)
+        index = place.slice * tokens_per_slice + place.offset
+        flat = features.reshape(batch, -1, dim)
+        chosen = jnp.take_along_axis(flat, index[..., None], axis=1, mode="fill", fill_value=0)
+        return jnp.where((is_visual & place.known)[..., None], chosen.astype(x.dtype), x)
+
+    def backbone(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, segments=None, remat=False, implementation="dense"
+    ) -> jax.Array:
+        """Embeddings [B, T, D] -> hidden states [B, T, D] after the last norm, without a cache.
+
+        positions: int32 [3, B, T]; valid: bool [B, T], gaps allowed; a token sees the valid ones up to itself
+        segments:  int32 [B, T] or None, packed examples that must not see each other
+        """
+        return self.language_model(
+            x, positions, valid, segments=segments, remat=remat, implementation=implementation
+        )
+
+    def unstack(self) -> tuple[nnx.Module, ...]:
+        """The decoder layers one by one, for `step`. Call it once, outside the decoding loop."""
+        return unstack(self.language_model.layers, self.config.text.num_hidden_layers)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """Room for `capacity` tokens in each of `batch` rows."""
+        return KVCache.empty(self.config.text, batch, capacity, self.language_model.embed_tokens.weight.dtype)
+
+    def step(
+        self,
+        layers: tuple[nnx.Module, ...],
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: KVCache,
+        prefix: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Append T tokens to each row's cache and return their hidden states [B, T, D].
+
+        layers: from `unstack`
+        x:      [B, T, D], positions int32 [3, B, T]
+        valid:  bool [B, T], left-aligned: a row's new tokens come first. Tokens that are not valid are not written.
+        cache:  the row's own tokens; the caller sees to it that length + T fits, what does not fit is dropped
+        prefix: the cache of B // n prompts; row r continues prompt r // n. It is read, not copied.
+        """
+        return self.language_model.step(layers, x, positions, valid, cache, prefix)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., vocab]"""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        if self.lm_head is None:
+            weight = self.language_model.embed_tokens.weight[...]
+            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide)
+        return self.lm_head(hidden, dtype=wide)
+
+
+def encode_visual(model: Qwen2_5_VL, visual: Visual, *, remat: bool = False, implementation: str = "dense") -> jax.Array:
+    """All temporal slices of a batch of rows -> [B, S, P / 4, D]; absent slices give meaningless finite numbers."""
+    batch, num_slices, _ = visual.slices.shape
+    frames = jnp.maximum(visual.slices, 0)
+    first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
+    pixels = pixel_values(first, second)
+    hw = slice_grids(visual.grids, num_slices)
+    pixels = pixels.reshape(batch * num_slices, *pixels.shape[2:])
+    features = model.encode(pixels, hw.reshape(-1, 2), remat=remat, implementation=implementation)
+    return features.reshape(batch, num_slices, *features.shape[1:])
+
+
+def forward_hidden(
+    model: Qwen2_5_VL,
+    tokens: jax.Array,
+    valid: jax.Array,
+    visual: Visual | None,
+    *,
+    remat: bool = False,
+    implementation: str = "dense",
+    segments: jax.Array | None = None,
+) -> jax.Array:
+    """Tokens int32 [B, T], valid bool [B, T] and what the rows show -> hidden states [B, T, D].
+
+    The one forward of tuning, reinforcement learning, scoring and curvature; `model.logits` turns its result into logits.
+    Packed segments share one run of positions: rotary attention only depends on differences.
+    """
+    tokens = jnp.where(valid, tokens, 0)
+    features, grids = None, jnp.zeros((tokens.shape[0], 0, 3), jnp.int32)
+    seconds = jnp.zeros(grids.shape[:2], jnp.float32)
+    if visual is not None:
+        features = encode_visual(model, visual, remat=remat, implementation=implementation)
+        grids, seconds = visual.grids, visual.seconds
+    x = model.embed(tokens, features, grids)
+    start = jnp.zeros(tokens.shape[:1], jnp.int32)
+    positions, _ = mrope_positions(model.is_visual(tokens), valid, grids, seconds, start, model.config)
+    return model.backbone(x, positions, valid, segments=segments, remat=remat, implementation=implementation)

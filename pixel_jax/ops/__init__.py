@@ -1,0 +1,21 @@
+"""Pixels: cropping, resizing, frame selection and patches, each a pure function that works under `jit` and `vmap`."""
+
+from pixel_jax.ops.crop_resize import crop_resize
+from pixel_jax.ops.patchify import FRAME_PATCH, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, patchify, pixel_values
+from pixel_jax.ops.smart_resize import smart_resize
+from pixel_jax.ops.video import gather_frames, sample_frames, temporal_slices
+
+__all__ = [
+    "FRAME_PATCH",
+    "IMAGE_MEAN",
+    "IMAGE_STD",
+    "MERGE",
+    "PATCH",
+    "crop_resize",
+    "gather_frames",
+    "patchify",
+    "pixel_values",
+    "sample_frames",
+    "smart_resize",
+    "temporal_slices",
+]

@@ -1,0 +1,36 @@
+"""One mesh for everything: rows are split over `data` and `fsdp`, weights over `fsdp` and `tensor`."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the three axes of `AXES`, in that order; an axis left out has size 1.
+
+    One axis may be -1: what the others leave of the devices. Without a `shape` all devices are on `fsdp`.
+
+    `data` replicates the weights and comes first (the slowest links), `tensor` comes last (neighbouring chips). All axes
+    are `Auto`: the compiler places the activations, a few constraints guide it. (JAX's own default is `Explicit`.)
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = {"fsdp": -1} if shape is None else dict(shape)
+    unknown = set(shape) - set(AXES)
+    if unknown:
+        raise ValueError(f"unknown mesh axis {sorted(unknown)[0]!r}; the axes are {', '.join(AXES)}")
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+        raise ValueError(f"mesh axes are positive, one of them may be -1: {shape}")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if len(devices) % known:
+            raise ValueError(f"mesh {shape} does not divide {len(devices)} devices")
+        sizes[sizes.index(-1)] = len(devices) // known
+    wanted = math.prod(sizes)
+    if wanted > len(devices):
+        raise ValueError(f"mesh {shape} needs {wanted} devices, there are {len(devices)}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:wanted])

@@ -1,0 +1,51 @@
+"""Everything that shapes a rollout. Defaults are the released recipe (Pixel Reasoner §4.2, App., and its code)."""
+
+import dataclasses
+
+PATCH = 14  # pixels a side, Qwen2.5-VL
+FACTOR = 28  # a merged patch: two by two
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Static: part of the compiled program's identity. Pixel budgets are areas, inclusive, before rounding to `FACTOR`."""
+
+    group_size: int = 8  # rows of one prompt (n of the paper)
+    temperature: float = 1.0  # 0 decodes greedily
+    later_temperature: float | None = None  # after the first call; None: the same (the released code: 0.9)
+    top_p: float = 0.95
+    top_k: int = 40  # 0: off
+    max_new_tokens: int = 2048  # of one turn
+    max_calls: int = 4  # executed; one more is counted and ends the row
+    max_images: int = 16  # images of a row; a video counts as one
+    max_tokens: int = 12_088  # prompt and response together
+    max_response: int = 10_000  # room kept for what follows the prompt, observations included
+    min_pixels: int = 4 * FACTOR**2
+    max_pixels: int = 2000 * FACTOR**2
+    crop_min_pixels: int = 4 * FACTOR**2
+    crop_max_pixels: int = 1000 * FACTOR**2
+    select_min_pixels: int = 4 * FACTOR**2
+    select_max_pixels: int = 400 * FACTOR**2
+    video_min_pixels: int = 4 * FACTOR**2
+    video_max_pixels: int = 512 * FACTOR**2
+    max_side: int = 3584  # longest side of anything shown, in pixels; the static canvas of a resize
+    pad: float = 0.1  # added on each side of a box, as a share of the image
+    min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
+    one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
+    observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
+
+    def __post_init__(self):
+        if not 0 <= self.pad <= 1:
+            raise ValueError(f"pad is a share of the image, in [0, 1]: {self.pad}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
+        for name in ("group_size", "max_new_tokens", "max_response", "observe_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+        for name in ("temperature", "top_k", "max_calls", "max_images", "min_crop"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        for kind in ("", "crop_", "select_", "video_"):
+            low, high = getattr(self, f"{kind}min_pixels"), getattr(self, f"{kind}max_pixels")
+            if not 0 < low <= high:
+                raise ValueError(f"{kind}min_pixels {low} and {kind}max_pixels {high} are not an interval")

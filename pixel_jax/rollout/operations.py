@@ -1,0 +1,228 @@
+"""What a tool call means: from the numbers the model wrote to the pixels it gets, or to the message that says why not.
+
+Pixel Reasoner code, `experience_maker.py` (crop and select), with three faults mended: a coordinate of exactly 1 is
+relative, indices below 1 are out of range, and crops are cut from the full-resolution canvas. All arithmetic is on
+integers (millionths), so every device and the host agree.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax.dialog.automaton import Calls as ParsedCalls
+from pixel_jax.dialog.observations import MAX_IMAGES, Arguments, Kind
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.config import FACTOR, RolloutConfig
+
+MILLION = 1_000_000
+MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
+
+
+class Gallery(NamedTuple):
+    """The images a row may crop, in the order the model counts them; entry 0 of a video row is the video itself."""
+
+    canvas: jax.Array  # int32 [R, M]
+    region: jax.Array  # int32 [R, M, 4], x1 y1 x2 y2 in the canvas
+    count: jax.Array  # int32 [R]
+
+
+class Result(NamedTuple):
+    """What R calls come to. Where `count` is 0 the observation is a message; nothing else of the row is meaningful."""
+
+    message: Arguments  # what the observation says, its kind above all
+    canvas: jax.Array  # int32 [R, V]
+    region: jax.Array  # int32 [R, V, 4]
+    size: jax.Array  # int32 [R, V, 2], (height, width) shown to the model
+    count: jax.Array  # int32 [R], images shown
+
+
+def scale(millionths: jax.Array, side: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`millionths` (0 to 10^6) of `side` (below 2^21) as whole pixels and millionths, exactly, in 32 bits."""
+    thousands, rest = millionths // 1000 * side, millionths % 1000 * side
+    thousands, low = thousands + rest // 1000, rest % 1000
+    return thousands // 1000, thousands % 1000 * 1000 + low
+
+
+def round_half_even(whole: jax.Array, millionths: jax.Array) -> jax.Array:
+    """Python's `round`, which Pillow's `crop` applies to every coordinate."""
+    half = MILLION // 2
+    return whole + ((millionths > half) | ((millionths == half) & (whole % 2 == 1)))
+
+
+def to_pixels(units, micros, negative, side, outward, absolute, pad: int) -> jax.Array:
+    """One coordinate in pixels of an image with that `side`, padded by `pad` millionths of it and clipped to it.
+
+    The number is ±(`units` + `micros`·10⁻⁶); `outward` is -1 for a left or top edge, +1 for a right or bottom one.
+    """
+    relative = jnp.minimum(units, 2) * MILLION + micros
+    relative = jnp.where(negative, -relative, relative) + outward * pad
+    whole, part = scale(jnp.clip(relative, 0, MILLION), side)
+
+    pixels = jnp.minimum(units, 1 << 22)
+    borrow = negative & (micros > 0)
+    pixels = jnp.where(negative, -pixels, pixels) - borrow
+    micros = jnp.where(borrow, MILLION - micros, micros)
+    pad_whole, pad_part = scale(jnp.asarray(pad, jnp.int32), side)
+    micros = micros + outward * pad_part
+    pixels = pixels + outward * pad_whole + micros // MILLION
+    micros = micros % MILLION
+
+    rounded = jnp.where(absolute, round_half_even(pixels, micros), round_half_even(whole, part))
+    return jnp.clip(rounded, 0, side)
+
+
+def box_in_region(call: ParsedCalls, region: jax.Array, config: RolloutConfig) -> jax.Array:
+    """The called box [R, 4] in canvas pixels, relative to `region` [R, 4], padding applied, clipped to the region."""
+    width, height = region[:, 2] - region[:, 0], region[:, 3] - region[:, 1]
+    beyond = (call.box_units > 1) | ((call.box_units == 1) & (call.box_micros > 0))
+    if config.one_is_absolute:
+        beyond = call.box_units >= 1
+    absolute = jnp.any(beyond & ~call.box_negative, axis=1)
+    pad = round(config.pad * MILLION)
+    sides, outward = (width, height, width, height), (-1, -1, 1, 1)
+    box = [
+        to_pixels(
+            call.box_units[:, i], call.box_micros[:, i], call.box_negative[:, i], sides[i], outward[i], absolute, pad
+        )
+        for i in range(4)
+    ]
+    return jnp.stack(box, axis=1) + region[:, jnp.array([0, 1, 0, 1])]
+
+
+def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
+    """Size [..., 2] (height, width) at which `region` [..., 4] is shown, and whether it can be.
+
+    Rounding up can exceed a tight budget, and a sliver has no size at all.
+    """
+    height, width = region[..., 3] - region[..., 1], region[..., 2] - region[..., 0]
+    short, long = jnp.minimum(height, width), jnp.maximum(height, width)
+    possible = (short > 0) & (long <= MAX_RATIO * short)
+    height, width = jnp.where(possible, height, 28), jnp.where(possible, width, 28)
+    size = jnp.stack(smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels), axis=-1)
+    fits = (size[..., 0] * size[..., 1] <= max_pixels) & (jnp.max(size, axis=-1) <= max_side)
+    return size, possible & fits
+
+
+def execute(
+    call: ParsedCalls, gallery: Gallery, is_video, canvas_size, num_canvases, views: int, config: RolloutConfig
+):
+    """The result of each row's call.
+
+    Args:
+      call: what the automaton read, R rows.
+      gallery: the images of each row so far.
+      is_video: bool [R]; canvas_size: int32 [R, C, 2]; num_canvases: int32 [R].
+      views: V, most images one observation can show: 1 where no row is a video.
+    """
+    rows = jnp.arange(call.tool.shape[0])
+    # ---- crop
+    target = call.target_image
+    fresh_video = is_video & (gallery.count == 1)
+    low = jnp.where(is_video & ~fresh_video, 2, 1)
+    high = jnp.where(fresh_video, num_canvases, gallery.count)
+    in_range = (target >= low) & (target <= high)
+    index = jnp.where(in_range, target, low) - 1
+    frame = jnp.minimum(index, canvas_size.shape[1] - 1)
+    frame_size = canvas_size[rows, frame]
+    whole = jnp.stack([jnp.zeros_like(frame), jnp.zeros_like(frame), frame_size[:, 1], frame_size[:, 0]], axis=1)
+    crop_canvas = jnp.where(fresh_video, frame, gallery.canvas[rows, index])
+    source = jnp.where(fresh_video[:, None], whole, gallery.region[rows, index])
+    box = box_in_region(call, source, config)
+    width, height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
+    crop_size, crop_fits = shown_size(box, config.crop_min_pixels, config.crop_max_pixels, config.max_side)
+    crop_kind = jnp.select(
+        [
+            ~call.target_integer,
+            ~in_range & ~is_video,
+            ~in_range & fresh_video,
+            ~in_range,
+            (width < 0) | (height < 0),
+            (width <= config.min_crop) | (height <= config.min_crop),
+            ~crop_fits,
+        ],
+        [
+            Kind.MALFORMED,
+            Kind.BAD_IMAGE_INDEX,
+            Kind.BAD_VIDEO_INDEX,
+            Kind.BAD_SELECTED_INDEX,
+            Kind.MALFORMED,
+            Kind.CROP_TOO_SMALL,
+            Kind.MALFORMED,
+        ],
+        Kind.CROP,
+    )
+    # ---- select
+    slots = jnp.arange(call.frames.shape[1])
+    listed = slots < call.num_frames[:, None]
+    frames_in_range = jnp.all(~listed | ((call.frames >= 1) & (call.frames <= num_canvases[:, None])), axis=1)
+    chosen = jnp.clip(call.frames[:, :views] - 1, 0, canvas_size.shape[1] - 1)
+    chosen_size = jnp.take_along_axis(canvas_size, chosen[..., None], axis=1)
+    zeros = jnp.zeros_like(chosen)
+    frame_regions = jnp.stack([zeros, zeros, chosen_size[..., 1], chosen_size[..., 0]], axis=-1)
+    select_size, select_fits = shown_size(
+        frame_regions, config.select_min_pixels, config.select_max_pixels, config.max_side
+    )
+    select_fits = jnp.all(select_fits | ~listed[:, :views], axis=1)
+    select_kind = jnp.select(
+        [
+            ~is_video,
+            call.num_frames == 0,
+            call.num_frames > MAX_IMAGES,
+            ~frames_in_range,
+            ~select_fits,
+        ],
+        [Kind.SELECT_ON_IMAGE, Kind.MALFORMED, Kind.TOO_MANY_FRAMES, Kind.FRAMES_OUT_OF_RANGE, Kind.MALFORMED],
+        Kind.FRAMES,
+    )
+    # ---- either
+    crop = call.tool == 0
+    kind = jnp.where(call.valid, jnp.where(crop, crop_kind, select_kind), Kind.MALFORMED)
+    count = jnp.select([kind == Kind.CROP, kind == Kind.FRAMES], [1, call.num_frames], 0)
+    first = jnp.arange(views) == 0
+    canvas = jnp.where(crop[:, None], crop_canvas[:, None], chosen)
+    region = jnp.where(crop[:, None, None], box[:, None], frame_regions)
+    size = jnp.where(crop[:, None, None], crop_size[:, None], select_size)
+    present = jnp.where(crop[:, None], first, listed[:, :views]) & (count > 0)[:, None]
+    shown_width, shown_height = size[:, 0, 1], size[:, 0, 0]
+    zero = jnp.zeros_like(kind)
+    fills = {
+        Kind.CROP: (shown_width, shown_height),
+        Kind.FRAMES: (shown_width, shown_height, gallery.count, gallery.count + count - 1),
+        Kind.TOO_MANY_FRAMES: (call.num_frames,),
+        Kind.FRAMES_OUT_OF_RANGE: (num_canvases,),
+        Kind.BAD_IMAGE_INDEX: (gallery.count,),
+        Kind.BAD_VIDEO_INDEX: (num_canvases, target),
+        Kind.BAD_SELECTED_INDEX: (gallery.count, target),
+        Kind.CROP_TOO_SMALL: (width, height),
+    }
+    integers = [jnp.stack([*fill, *[zero] * (4 - len(fill))], axis=1) for fill in fills.values()]
+    size = jnp.where(present[..., None], size, 0)
+    pads = size[..., 0] * size[..., 1] // FACTOR**2
+    message = Arguments(
+        kind=kind,
+        integers=jnp.select([(kind == k)[:, None] for k in fills], integers, 0),
+        items=call.frames,
+        num_items=call.num_frames,
+        pads=jnp.pad(pads, ((0, 0), (0, MAX_IMAGES - views))),
+    )
+    return Result(
+        message=message,
+        canvas=jnp.where(present, canvas, -1),
+        region=jnp.where(present[..., None], region, 0),
+        size=size,
+        count=count,
+    )
+
+
+def add_to_gallery(gallery: Gallery, result: Result, rows: jax.Array) -> Gallery:
+    """The gallery with the images of `result` appended in the rows where `rows` (bool [R]) holds."""
+    views = result.canvas.shape[1]
+    shown = (jnp.arange(views) < result.count[:, None]) & rows[:, None]
+    slot = jnp.where(shown, gallery.count[:, None] + jnp.arange(views), gallery.canvas.shape[1])
+    at = (jnp.arange(slot.shape[0])[:, None], slot)
+    return Gallery(
+        canvas=gallery.canvas.at[at].set(result.canvas, mode="drop"),
+        region=gallery.region.at[at].set(result.region, mode="drop"),
+        count=gallery.count + jnp.where(rows, result.count, 0),
+    )

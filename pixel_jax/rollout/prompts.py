@@ -1,0 +1,123 @@
+"""From questions and pixels to the arrays a rollout reads."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from pixel_jax.dialog import automaton, template
+from pixel_jax.dialog.observations import Observations
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.rollout.trajectory import Prompts, Tables
+
+
+class Query(NamedTuple):
+    """A question about images, or about the frames of one video. Images are uint8 [h, w, 3]."""
+
+    question: str
+    images: Sequence[np.ndarray]
+    is_video: bool = False
+    seconds: float = 1.0  # that two frames of the video cover
+
+
+class PromptError(ValueError):
+    """A query that cannot become a prompt; the message names it and the value at fault."""
+
+
+def tables(vocabulary: Vocabulary) -> Tables:
+    """What the compiled programs need to know of a tokenizer. Build it once and share it."""
+    return Tables(
+        bytes=automaton.token_table(vocabulary),
+        observations=Observations.of(vocabulary),
+        stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
+    )
+
+
+def prompt_tokens(query: Query, vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot") -> list[int]:
+    """Token ids of system prompt and question, up to where the assistant begins; pads counted from the images' sizes."""
+    if not query.images:
+        raise PromptError(f"the question {query.question!r} comes without an image or frame")
+    for i, image in enumerate(query.images):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+            raise PromptError(
+                f"image {i + 1} of {query.question!r} is {image.dtype} {image.shape}, not uint8 [h, w, 3]"
+            )
+    pads = []
+    kind = "video" if query.is_video else "image"
+    low, high = (
+        (config.video_min_pixels, config.video_max_pixels) if query.is_video else (config.min_pixels, config.max_pixels)
+    )
+    for i, image in enumerate(query.images):
+        height, width = smart_resize(*image.shape[:2], min_pixels=low, max_pixels=high)
+        if height * width > high or max(height, width) > config.max_side:
+            raise PromptError(
+                f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "
+                f"{width}x{height}, over the limit of {high} pixels or {config.max_side} a side: crop it first"
+            )
+        pads.append(height * width // FACTOR**2)
+    media = [template.Media(kind, None)] * len(query.images)
+    if query.is_video:
+        if len({image.shape for image in query.images}) > 1:
+            raise PromptError(f"the frames of {query.question!r} differ in size")
+        media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
+    pieces = template.render(template.first_messages(query.question, media, guidelines=guidelines))
+    return template.to_ids(pieces, vocabulary.encode, pads)
+
+
+def build_prompts(
+    queries: Sequence[Query],
+    vocabulary: Vocabulary,
+    token_tables: Tables,
+    config: RolloutConfig,
+    *,
+    width: int | None = None,
+    canvas: tuple[int, int, int] | None = None,
+    uids: Sequence[int] | None = None,
+    guidelines: str = "vcot",
+) -> Prompts:
+    """B queries as one batch of static shape.
+
+    Args:
+      width: tokens of the longest prompt; canvas: (images, height, width) of the largest. By default the next multiples of
+        32 and of 64: give them to share one compilation among batches.
+      uids: what the rows' random keys are derived from, by default 0, 1, ...
+    """
+    ids = [prompt_tokens(query, vocabulary, config, guidelines) for query in queries]
+    longest = max(map(len, ids))
+    most = max(len(query.images) for query in queries)
+    height, wide = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))
+    width = width or _up(longest, 32)
+    canvas = canvas or (most, _up(height, 64), _up(wide, 64))
+    if longest > width:
+        raise PromptError(f"a prompt of {longest} tokens does not fit the width of {width}")
+    if longest >= config.max_tokens:
+        raise PromptError(f"a prompt of {longest} tokens leaves nothing of the {config.max_tokens} a row may have")
+    if most > canvas[0] or height > canvas[1] or wide > canvas[2]:
+        raise PromptError(f"{most} images of up to {wide}x{height} pixels do not fit the canvas {canvas}")
+    batch = len(queries)
+    tokens = np.zeros((batch, width), np.int32)
+    canvases = np.zeros((batch, *canvas, 3), np.uint8)
+    sizes = np.zeros((batch, canvas[0], 2), np.int32)
+    for b, (query, row) in enumerate(zip(queries, ids, strict=True)):
+        tokens[b, : len(row)] = row
+        for i, image in enumerate(query.images):
+            canvases[b, i, : image.shape[0], : image.shape[1]] = image
+            sizes[b, i] = image.shape[:2]
+    return Prompts(
+        tokens=tokens,
+        length=np.array([len(row) for row in ids], np.int32),
+        canvases=canvases,
+        canvas_size=sizes,
+        num_canvases=np.array([len(query.images) for query in queries], np.int32),
+        is_video=np.array([query.is_video for query in queries]),
+        seconds=np.array([query.seconds if query.is_video else 0.0 for query in queries], np.float32),
+        uid=np.arange(batch, dtype=np.int32) if uids is None else np.asarray(uids, np.int32),
+        tables=token_tables,
+    )
+
+
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -1,0 +1,211 @@
+"""The multi-turn rollout: as one compiled program, and driven step by step from the host.
+
+Both are made of the same functions (`machine.py`) and give the same tokens.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pixel_jax.dialog import template
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.parallel.sharding import ROWS, batch_sharding
+from pixel_jax.rollout import machine
+from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
+from pixel_jax.rollout.trajectory import Prompts, Trajectories
+
+
+def rollout(
+    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, *, opening: Sequence[int] = ()
+) -> Trajectories:
+    """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
+
+    The rows decode together until each has ended its turn; those that asked for pixels get them (cropped and resized from
+    the full-resolution canvas, encoded, appended to their caches) or a message, and go on. On a mesh, rows are split over
+    `data` and `fsdp`; the mesh is the one the model's weights lie on.
+
+    Args:
+      key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
+      opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
+    """
+    mesh, shape = layout(model, prompts, config)
+    with jax.set_mesh(mesh) if mesh is not None else _nothing():
+        return compiled_rollout(model, place(prompts, mesh), key, jnp.array(opening, jnp.int32), config, shape, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
+def compiled_rollout(
+    model, prompts, key, opening, config: RolloutConfig, shape: Shape, mesh: Mesh | None
+) -> Trajectories:
+    """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
+    layers = model.unstack()
+    shared, state = machine.start(model, layers, prompts, key, opening, config, shape)
+    state = constrain_rows(state, mesh)
+
+    def turn(state: State) -> State:
+        state = jax.lax.while_loop(
+            lambda state: jnp.any(state.status == WRITING),
+            lambda state: machine.decode(model, layers, shared, state, config),
+            state,
+        )
+        # Outside the token loop: in it, the caches would be copied at every token.
+        state = jax.lax.cond(
+            jnp.any(state.status == WAITING),
+            lambda state: machine.observe(model, layers, shared, state, config, shape),
+            lambda state: state,
+            state,
+        )
+        return constrain_rows(state, mesh)
+
+    state = jax.lax.while_loop(lambda state: jnp.any(state.status != DONE), turn, state)
+    return constrain_rows(machine.finish(shared, state, config), mesh)
+
+
+class Observation(NamedTuple):
+    """What a tool of the user's own gives back: text, and images uint8 [h, w, 3] with sides that are multiples of 28."""
+
+    text: str
+    images: Sequence[np.ndarray] = ()
+
+
+def host_rollout(
+    model: Qwen2_5_VL,
+    prompts: Prompts,
+    key: jax.Array,
+    config: RolloutConfig,
+    *,
+    opening: Sequence[int] = (),
+    tool: Callable[[int, str], Observation | None] | None = None,
+    vocabulary: Vocabulary | None = None,
+    on_token: Callable[[State], None] | None = None,
+) -> Trajectories:
+    """`rollout`, driven from the host: the same steps, compiled one by one, so that every state can be looked at.
+
+    Args:
+      tool: called with (row, text of its turn) for every row that ended a turn. What it returns is shown to the row in a
+        user turn and counts as a call; None leaves the row to the built-in tools. Needs `vocabulary`.
+      on_token: called with the state after every token.
+    """
+    if tool is not None and vocabulary is None:
+        raise ValueError("a tool of one's own reads and writes text: pass the vocabulary too")
+    mesh, shape = layout(model, prompts, config)
+    prompts = place(prompts, mesh)
+    with jax.set_mesh(mesh) if mesh is not None else _nothing():
+        layers = _unstack(model)
+        shared, state = _start(model, layers, prompts, key, jnp.array(opening, jnp.int32), config, shape)
+        while np.any(np.asarray(state.status) != DONE):
+            while np.any(np.asarray(state.status) == WRITING):
+                state = _decode(model, layers, shared, state, config)
+                if on_token is not None:
+                    on_token(state)
+            if tool is not None:
+                state = _call_tool(model, layers, shared, state, config, shape, tool, vocabulary)
+            if np.any(np.asarray(state.status) == WAITING):
+                state = _observe(model, layers, shared, state, config, shape)
+        return _finish(shared, state, config)
+
+
+def _call_tool(
+    model, layers, shared: Shared, state: State, config, shape: Shape, tool, vocabulary: Vocabulary
+) -> State:
+    """Rows whose turn `tool` answers read its observation; the others are left waiting."""
+    rows = state.status.shape[0]
+    tokens, length, turn_start = (np.asarray(x) for x in (state.tokens, state.length, state.turn_start))
+    ids, images = [[] for _ in range(rows)], [[] for _ in range(rows)]
+    for row in np.flatnonzero(np.asarray(state.status) == WAITING):
+        answer = tool(
+            int(row), vocabulary.to_bytes(tokens[row, turn_start[row] : length[row]]).decode(errors="replace")
+        )
+        if answer is None or int(state.num_calls[row]) >= config.max_calls:
+            continue
+        ids[row], images[row] = _observation_tokens(answer, vocabulary), list(answer.images)
+        if len(images[row]) > shape.views:
+            raise ValueError(f"a tool showed {len(images[row])} images, there is room for {shape.views}")
+    if not any(ids):
+        return state
+    width = 64 * -(-max(map(len, ids)) // 64)
+    padded, lengths = np.zeros((rows, width), np.int32), np.array([len(row) for row in ids], np.int32)
+    canvases = np.zeros((rows, shape.views, *machine.budgets(config, shape)[2].canvas, 3), np.uint8)
+    sizes = np.zeros((rows, shape.views, 2), np.int32)
+    for row in range(rows):
+        padded[row, : lengths[row]] = ids[row]
+        for i, image in enumerate(images[row]):
+            if (
+                any(side % FACTOR for side in image.shape[:2])
+                or image.shape[0] * image.shape[1] > shape.patches * PATCH**2
+            ):
+                raise ValueError(
+                    f"a tool showed an image of {image.shape}: sides are multiples of 28, within the budget"
+                )
+            canvases[row, i, : image.shape[0], : image.shape[1]] = image
+            sizes[row, i] = image.shape[:2]
+    return _show(model, layers, shared, state, padded, lengths, canvases, sizes, config, shape)
+
+
+def _observation_tokens(answer: Observation, vocabulary: Vocabulary) -> list[int]:
+    content = [{"type": "text", "text": answer.text}]
+    content += [{"type": "image", "image": None} for _ in answer.images]
+    pads = [image.shape[0] * image.shape[1] // FACTOR**2 for image in answer.images]
+    # The first piece of a rendered dialog is the system message; what follows it is what the row reads.
+    before, *rest = template.render([{"role": "system", "content": ""}, {"role": "user", "content": content}])
+    before = before.removeprefix("<|im_start|>system\n<|im_end|>")
+    return template.to_ids([before, *rest], vocabulary.encode, pads)
+
+
+# The steps, compiled one by one.
+_unstack = jax.jit(lambda model: model.unstack())
+_start = jax.jit(machine.start, static_argnames=("config", "shape"))
+_decode = jax.jit(machine.decode, static_argnames=("config",))
+_observe = jax.jit(machine.observe, static_argnames=("config", "shape"))
+_show = jax.jit(machine.show, static_argnames=("config", "shape"))
+_finish = jax.jit(machine.finish, static_argnames=("config",))
+
+
+def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
+    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]] if mesh is not None else 1
+    batch = prompts.tokens.shape[0]
+    if batch % shards:
+        raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
+    video = bool(np.any(np.asarray(prompts.is_video)))
+    still = not bool(np.all(np.asarray(prompts.is_video)))
+    seen = (
+        [config.crop_max_pixels]
+        + [config.max_pixels] * still
+        + [config.video_max_pixels, config.select_max_pixels] * video
+    )
+    views = 8 if video else 1
+    return mesh, Shape(views=views, shards=shards, patches=max(seen) // PATCH**2)
+
+
+def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:
+    """The prompts on the mesh: rows split, tables everywhere."""
+    if mesh is None:
+        return prompts
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    tables = jax.device_put(prompts.tables, everywhere)
+    rows = jax.device_put(prompts._replace(tables=()), batch_sharding(mesh))
+    return rows._replace(tables=tables)
+
+
+def constrain_rows(tree, mesh: Mesh | None):
+    """Every array of a row-wise state split by rows."""
+    if mesh is None:
+        return tree
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()

@@ -1,0 +1,43 @@
+"""One token a row, drawn by the Gumbel trick so that a row's choice depends on nothing but its logits and its key."""
+
+import jax
+import jax.numpy as jnp
+
+
+def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
+    """`logits` [R, V] with everything outside the `top_k` largest, then outside the nucleus `top_p`, at -inf.
+
+    The nucleus is the smallest set of most probable tokens (after `top_k`, renormalised) whose mass reaches `top_p`.
+    """
+    vocab = logits.shape[-1]
+    if top_k == 0 or top_k >= vocab:
+        if top_p == 1.0:
+            return logits
+        top_k = vocab
+    largest = jax.lax.top_k(logits, top_k)[0]
+    threshold = largest[:, -1:]
+    if top_p < 1.0:
+        probabilities = jax.nn.softmax(largest)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        threshold = jnp.min(jnp.where(before < top_p, largest, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def sample(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, *, top_k: int, top_p: float, greedy: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [R] and their log-probabilities float32 [R] under the full distribution softmax(logits / temperature).
+
+    `logits` float32 [R, V], `keys` [R], `temperature` float32 [R]. The truncation changes which tokens can be drawn, never
+    the log-probability that is recorded: a ratio against a truncated distribution is biased. Greedy decoding records
+    the log-probability at temperature one.
+    """
+    if greedy:
+        scaled = logits
+        choice = jnp.argmax(logits, axis=-1)
+    else:
+        scaled = logits / temperature[:, None]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        choice = jnp.argmax(truncate(scaled, top_k=top_k, top_p=top_p) + noise, axis=-1)
+    chosen = jnp.take_along_axis(scaled, choice[:, None], axis=-1)[:, 0]
+    return choice.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)

@@ -1,0 +1,102 @@
+"""From canvases to what the vision tower sees, inside the compiled program."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.ops import crop_resize, patchify, pixel_values
+from pixel_jax.rollout.config import FACTOR, PATCH
+
+
+class Budget(NamedTuple):
+    """Static bounds of what is shown: its area, its longest side, and the patches room is kept for."""
+
+    max_pixels: int
+    max_side: int
+    patches: int
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """The smallest static canvas that holds every size within the budget, both sides multiples of `FACTOR`."""
+        side = min(self.max_pixels // FACTOR, self.max_side)
+        return side, side
+
+
+def render(canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget) -> jax.Array:
+    """One view: `region` (x1 y1 x2 y2) of `canvas` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
+
+    A size of zero gives zeros.
+    """
+    view = crop_resize(canvas, region, size, canvas=budget.canvas)
+    return patchify(view, size, max_patches=budget.patches)
+
+
+def encode_still(model: Qwen2_5_VL, patches: jax.Array, size: jax.Array) -> jax.Array:
+    """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels."""
+    lead = patches.shape[:-2]
+    flat = patches.reshape(-1, *patches.shape[-2:])
+    features = model.encode(pixel_values(flat, flat), size.reshape(-1, 2) // PATCH)
+    return features.reshape(*lead, *features.shape[1:])
+
+
+def show_waiting(
+    model: Qwen2_5_VL,
+    canvases: jax.Array,
+    canvas: jax.Array,
+    region: jax.Array,
+    size: jax.Array,
+    waiting: jax.Array,
+    *,
+    budget: Budget,
+    shards: int,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
+
+    The waiting rows are moved together and taken `chunk` at a time, in each of the `shards` that rows are split over, so
+    that the cost follows how many wait. The number of chunks is that of the fullest shard: a loop on a mesh has to turn
+    equally often everywhere.
+
+    Args:
+      canvases: uint8 [B, C, H, W, 3]; row r looks at those of prompt r // (R // B).
+      canvas: int32 [R, V]; region: int32 [R, V, 4]; size: int32 [R, V, 2].
+      waiting: bool [R].
+    """
+    rows, views = canvas.shape
+    local, group = rows // shards, rows // canvases.shape[0]
+    split = lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+    canvases, canvas, region, size, waiting = map(split, (canvases, canvas, region, size, waiting))
+    chunk = min(chunk, local)
+    chunks = -(-local // chunk)
+    order = jnp.argsort(~waiting, axis=1)
+    order = jnp.pad(order, ((0, 0), (0, chunks * chunk - local)), constant_values=local)
+    count = jnp.max(jnp.sum(waiting, axis=1))
+
+    def view(shard_canvases, row, canvas, region, size):
+        return render(shard_canvases[row // group, canvas], region, size, budget)
+
+    view = jax.vmap(view, (None, None, 0, 0, 0))  # the views of a row
+    view = jax.vmap(view, (None, 0, 0, 0, 0))  # the rows of a chunk
+    view = jax.vmap(view)  # the shards
+    take = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
+    put = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
+
+    def body(state):
+        i, shown, features = state
+        at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk, axis=1)
+        sizes = take(size, at)
+        pixels = view(canvases, jnp.minimum(at, local - 1), jnp.maximum(take(canvas, at), 0), take(region, at), sizes)
+        encoded = encode_still(model, pixels, sizes)
+        return i + 1, put(shown, at, pixels), put(features, at, encoded.astype(features.dtype))
+
+    shape = jax.eval_shape(
+        lambda p, s: encode_still(model, p, s),
+        jax.ShapeDtypeStruct((1, budget.patches, 588), jnp.uint8),
+        jax.ShapeDtypeStruct((1, 2), jnp.int32),
+    )
+    shown = jnp.zeros((shards, local, views, budget.patches, 588), jnp.uint8)
+    features = jnp.zeros((shards, local, views, *shape.shape[1:]), shape.dtype)
+    _, shown, features = jax.lax.while_loop(lambda s: s[0] * chunk < count, body, (jnp.int32(0), shown, features))
+    return shown.reshape(rows, *shown.shape[2:]), features.reshape(rows, *features.shape[2:])

@@ -1,0 +1,23 @@
+"""Advantages within a group of rollouts of one prompt (GRPO; Pixel Reasoner leaves the division by the deviation out)."""
+
+import numpy as np
+
+
+def group_advantage(rewards: np.ndarray, *, scale_by_std: bool = False, eps: float = 1e-4) -> np.ndarray:
+    """Rewards [groups, n] minus the mean of their group; with `scale_by_std` divided by (sample deviation + eps).
+
+    The paper's code does not divide; dividing is GRPO as published. Every chosen token of a row has its row's advantage.
+    """
+    rewards = np.asarray(rewards, np.float32)
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if not scale_by_std:
+        return centred
+    if rewards.shape[1] < 2:
+        raise ValueError(f"a deviation needs at least two rollouts a prompt, there are {rewards.shape[1]}")
+    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
+
+
+def informative(rewards: np.ndarray, *, threshold: float = 0.01) -> np.ndarray:
+    """Which groups of the shaped rewards [groups, n] teach anything: mean |r - mean r| of at least `threshold`, bool [groups]."""
+    rewards = np.asarray(rewards, np.float32)
+    return np.abs(rewards - rewards.mean(axis=1, keepdims=True)).mean(axis=1) >= threshold

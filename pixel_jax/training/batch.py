@@ -1,0 +1,58 @@
+"""What a training step reads: trajectories without their bookkeeping, plus one advantage and one weight a row."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import numpy as np
+
+from pixel_jax.models.inputs import Visual
+
+if TYPE_CHECKING:
+    from pixel_jax.rollout.trajectory import Trajectories
+
+Array = jax.Array | np.ndarray
+
+
+class Batch(NamedTuple):
+    """R rows; on the host NumPy, in a step traced."""
+
+    tokens: Array  # int32 [R, L]
+    valid: Array  # bool [R, L]
+    chosen: Array  # bool [R, L], the tokens that carry loss
+    logprobs: Array  # float32 [R, L], the sampler's
+    old_logprobs: Array  # float32 [R, L], the denominator of the policy ratio
+    visual: Visual
+    advantage: Array  # float32 [R]
+    weight: Array  # float32 [R]; 0 marks a row of padding
+
+
+def from_trajectories(
+    trajectories: "Trajectories", advantage: Array | None = None, old_logprobs: Array | None = None
+) -> Batch:
+    """The training view of `trajectories`; without `advantage` zeros, without `old_logprobs` the sampler's own."""
+    rows = trajectories.tokens.shape[0]
+    return Batch(
+        tokens=trajectories.tokens,
+        valid=trajectories.valid,
+        chosen=trajectories.chosen,
+        logprobs=trajectories.logprobs,
+        old_logprobs=trajectories.logprobs if old_logprobs is None else old_logprobs,
+        visual=trajectories.visual,
+        advantage=np.zeros(rows, np.float32) if advantage is None else advantage,
+        weight=np.ones(rows, np.float32),
+    )
+
+
+def take(batch: Batch, rows) -> Batch:
+    """The rows `rows` (indices or a slice) of every field."""
+    return jax.tree.map(lambda x: x[rows], batch)
+
+
+def pad_rows(batch: Batch, rows: int) -> Batch:
+    """A host batch of at most `rows` rows, filled up with copies of its first row that weigh nothing."""
+    have = batch.tokens.shape[0]
+    if not 0 < have <= rows:
+        raise ValueError(f"cannot pad {have} rows to {rows}")
+    index = np.arange(rows)
+    padded = take(batch, np.where(index < have, index, 0))
+    return padded._replace(weight=np.where(index < have, padded.weight, 0).astype(np.float32))

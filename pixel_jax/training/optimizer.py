@@ -1,0 +1,57 @@
+"""AdamW, its schedule and its clipping."""
+
+import dataclasses
+from typing import Literal
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The released reinforcement-learning recipe (lr 1e-6, warm-up 3 %, cosine down to half)."""
+
+    learning_rate: float = 1e-6
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_fraction: float = 0.5  # of the learning rate, where the cosine ends
+    warmup: float = 0.03  # share of all steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0  # global norm of the gradient
+
+    def __post_init__(self):
+        for name in ("warmup", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, in [0, 1]: {getattr(self, name)}")
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ValueError(f"learning_rate {self.learning_rate} and clip {self.clip} must be positive")
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Step -> learning rate: linear warm-up from zero, then the schedule over what is left of `total_steps`."""
+    warmup = round(config.warmup * total_steps)
+    rest = max(total_steps - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, rest, alpha=config.final_fraction)
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    if warmup == 0:
+        return after
+    # The first step already moves: warm-up counts from one.
+    ramp = lambda step: config.learning_rate * (step + 1) / (warmup + 1)  # noqa: E731
+    return optax.join_schedules([ramp, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            learning_rate(config, total_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )

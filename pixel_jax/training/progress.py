@@ -1,0 +1,103 @@
+"""What a person at the terminal sees: progress, time left, and why nothing happens while a program compiles."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def announce_compiles(minimum: float = 0.2, stream=None) -> None:
+    """Say before a program compiles (once lowering it took `minimum` seconds: small ones compile unnoticed) and when it has.
+
+    JAX keeps listeners for the life of the process: call this once, at its start.
+    """
+    announced: set[str] = set()
+
+    def listen(event: str, seconds: float, **facts) -> None:
+        name = str(facts.get("fun_name", "a program"))
+        if event == LOWERED and seconds >= minimum:
+            announced.add(name)
+            print(f"compiling {name} ...", file=stream or sys.stderr, flush=True)
+        elif event == COMPILED and name in announced:
+            announced.discard(name)
+            print(f"compiled {name} in {seconds:.1f} s", file=stream or sys.stderr, flush=True)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def use_compilation_cache(directory: str | os.PathLike) -> None:
+    """Keep compiled programs in `directory` (unless the environment names another), for the next start."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03, or 2:03 under an hour."""
+    minutes, seconds = divmod(round(max(seconds, 0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """One line on the terminal, rewritten; in a log file a line every `every` seconds."""
+
+    def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
+        self.label, self.total, self.start = label, total, start
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.every = 0.2 if self.live else every
+        self.began, self.shown = None, None
+
+    def update(self, done: int, facts: Mapping[str, float]) -> None:
+        """`done` of `total` steps are behind us; `facts` are shown beside them."""
+        now = time.monotonic()
+        if self.began is None:  # the first step compiles: the pace is measured from its end
+            self.began, self.start = now, done
+        if done < self.total and self.shown is not None and now - self.shown < self.every:
+            return
+        self.shown = now
+        left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        line = f"{self.label} {done}/{self.total}  {left} left  {shown}"
+        if self.live:
+            self.stream.write("\r\x1b[K" + line + ("\n" if done >= self.total else ""))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+
+class MetricsLog:
+    """One JSON object a line. Lines of steps that a restart is about to repeat are dropped when it opens."""
+
+    def __init__(self, path: str | os.PathLike, start: int):
+        path = pathlib.Path(path)
+        kept = [line for line in read_metrics(path) if line["step"] < start]
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self.file = path.open("a")
+
+    def write(self, step: int, facts: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps({"step": step, **facts}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; a last line cut short by a kill is left out."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,194 @@
+"""Reinforcement learning with the curiosity reward: roll out, score, weigh, replay, update (Pixel Reasoner §4.2)."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.parallel.sharding import shard_batch
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import Prompts, Trajectories, executed_calls, to_host
+from pixel_jax.training import rewards
+from pixel_jax.training.advantages import group_advantage, informative
+from pixel_jax.training.answers import correctness
+from pixel_jax.training.batch import Batch, from_trajectories, take
+from pixel_jax.training.loop import run
+from pixel_jax.training.losses import PolicyLossConfig
+from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.replay import Replay, ReplayConfig
+from pixel_jax.training.rewards import RewardConfig
+from pixel_jax.training.state import TrainState, init_state
+from pixel_jax.training.steps import ForwardConfig, check_report, check_rows, make_rl_step, make_score_step
+
+T = TypeVar("T")
+Score = Callable[[Trajectories, Sequence[Any]], np.ndarray]  # (R rows on the host, an answer a row) -> correct [R]
+
+
+@dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Defaults are the paper's, and the released code's where the paper is silent; the switches are in the parts."""
+
+    iterations: int  # rollouts; an iteration makes as many updates as its rows fill train batches
+    prompts: int = 512  # an iteration
+    train_batch: int = 256  # rows an update
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    scale_by_std: bool = False  # GRPO as published divides by the group's deviation, the released code does not
+    replay: ReplayConfig = ReplayConfig()
+    loss: PolicyLossConfig = PolicyLossConfig()
+    # The ratio's denominator: recomputed by the trainer before the updates, or as the sampler recorded it (one forward less).
+    old_logprobs: Literal["recomputed", "sampler"] = "recomputed"
+    trainable: str = ".*"  # the vision tower is trained, too
+    optimizer: OptimizerConfig = OptimizerConfig()
+    forward: ForwardConfig = ForwardConfig()
+    seed: int = 0
+    save_every: int = 1
+    keep: int = 2
+
+    def __post_init__(self):
+        if self.rows % self.train_batch:
+            raise ValueError(
+                f"{self.prompts} prompts x {self.rollout.group_size} rollouts = {self.rows} rows are no multiple of "
+                f"train_batch {self.train_batch}"
+            )
+        if self.rollout.temperature <= 0:
+            raise ValueError("greedy rollouts (temperature 0) are all alike: nothing can be learned from them")
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.rollout.group_size
+
+    @property
+    def updates(self) -> int:
+        """In one iteration."""
+        return self.rows // self.train_batch
+
+
+def text_score(decode: Callable[[Sequence[int]], str], config: RewardConfig) -> Score:
+    """Scores what the policy wrote, as text, by `answers.correctness`; `decode` turns token ids into text."""
+
+    def score(trajectories: Trajectories, answers: Sequence[Any]) -> np.ndarray:
+        texts = [decode(row[chosen]) for row, chosen in zip(trajectories.tokens, trajectories.chosen, strict=True)]
+        return np.array(
+            [correctness(x, y, unparsable=config.unparsable) for x, y in zip(texts, answers, strict=True)], np.float32
+        )
+
+    return score
+
+
+def shaped_rewards(
+    trajectories: Trajectories, correct: np.ndarray, is_video: np.ndarray, n: int, config: RewardConfig
+) -> np.ndarray:
+    """The shaped reward of host trajectories, float32 [groups, n]; `correct` [R], `is_video` [groups]."""
+    observation = trajectories.calls.observation
+    ops = executed_calls(trajectories) if config.count == "executed" else trajectories.num_calls
+    carried_out = np.sum(observation >= 0, axis=1)
+    last = np.take_along_axis(observation, np.maximum(carried_out - 1, 0)[:, None], axis=1)[:, 0]
+    failed_last = (carried_out > 0) & (last > 1)
+    groups = (x.reshape(-1, n) for x in (correct, ops, failed_last))
+    return np.asarray(rewards.shape(*groups, is_video, config))
+
+
+def rollout_metrics(
+    trajectories: Trajectories, correct: np.ndarray, shaped: np.ndarray, teaching: np.ndarray
+) -> dict[str, float]:
+    """What the rows of an iteration did, as plain numbers."""
+    ops, calls = executed_calls(trajectories), trajectories.num_calls
+    executed = trajectories.calls.observation >= 0
+    facts = {
+        "accuracy": np.mean(correct > 0.5),
+        "rapr": np.mean(ops > 0),  # rate of pixel-space reasoning
+        "reward": np.mean(shaped),
+        "operations": np.mean(ops),
+        "calls": np.mean(calls),
+        "call_errors": np.sum(trajectories.calls.observation > 1) / max(np.sum(executed), 1),
+        "informative": np.mean(teaching),  # share of groups
+        "response_tokens": np.mean(np.sum(trajectories.chosen, axis=1)),
+        "finished": np.mean(trajectories.stop == 0),
+    }
+    return {name: float(x) for name, x in facts.items()}
+
+
+def rl(
+    model: T,
+    data: Iterator[tuple[Prompts, Sequence[Any]]],
+    score: Score,
+    config: RLConfig,
+    *,
+    directory: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    label: str = "rl",
+    stream=None,
+) -> T:
+    """The model after `config.iterations` rounds of rollout and updates.
+
+    `data` yields prompts and one reference answer (whatever `score` understands) for each; it has `get_state` and
+    `set_state`. Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run.
+    """
+    optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
+    temperatures = {
+        "temperature": config.rollout.temperature,
+        "later_temperature": config.rollout.later_temperature,
+    }
+    update = make_rl_step(config.forward, config.loss, optimizer, mesh=mesh, **temperatures)
+    scorer = make_score_step(config.forward, mesh=mesh, **temperatures)
+    replay = Replay(config.replay, config.seed)
+    place = (lambda batch: batch) if mesh is None else (lambda batch: shard_batch(batch, mesh))
+
+    def old_logprobs(state: TrainState, batch: Batch) -> np.ndarray:
+        policy = state.model
+        parts = (slice(start, start + config.train_batch) for start in range(0, config.rows, config.train_batch))
+        return np.concatenate([np.asarray(scorer(policy, place(take(batch, part)))[0]) for part in parts])
+
+    def step(state: TrainState, i: int):
+        began = time.monotonic()
+        prompts, answers = next(data)
+        if len(answers) != config.prompts:
+            raise ValueError(f"{len(answers)} prompts, the configuration says {config.prompts}")
+        key = jax.random.fold_in(jax.random.key(config.seed), i)
+        n = config.rollout.group_size
+        trajectories = to_host(rollout(state.model, prompts, key, config.rollout))
+        rolled = time.monotonic()
+        correct = np.asarray(score(trajectories, [answer for answer in answers for _ in range(n)]), np.float32)
+        check_rows(correct, f"iteration {i}: the correctness")
+        shaped = shaped_rewards(trajectories, correct, np.asarray(prompts.is_video), n, config.reward)
+        check_rows(shaped.reshape(-1), f"iteration {i}: the reward")
+        teaching = informative(shaped, threshold=config.replay.threshold)
+        facts = rollout_metrics(trajectories, correct, shaped, teaching)
+        advantage = group_advantage(shaped, scale_by_std=config.scale_by_std).reshape(-1)
+        batch = from_trajectories(trajectories, advantage)
+        if config.old_logprobs == "recomputed" and (teaching.any() or config.replay.kind == "none"):
+            batch = batch._replace(old_logprobs=old_logprobs(state, batch))
+            check_rows(batch.old_logprobs, f"iteration {i}: the log-probabilities")
+        selected = replay.select(batch, np.repeat(teaching, n))
+        facts |= {"seconds_rollout": rolled - began, "updates": 0 if selected is None else config.updates}
+        reports = []
+        for u in range(facts["updates"]):
+            part = take(selected, slice(u * config.train_batch, (u + 1) * config.train_batch))
+            state, report = update(state, place(part))
+            reports.append(check_report(report, i * config.updates + u))
+        facts |= {
+            name: float(np.mean([report[name] for report in reports])) for name in (reports[0] if reports else ())
+        }
+        facts["seconds"] = time.monotonic() - began
+        return state, facts
+
+    return run(
+        label,
+        init_state(model, optimizer, trainable=config.trainable, mesh=mesh),
+        step,
+        steps=config.iterations,
+        host={"data": data, "replay": replay},
+        directory=directory,
+        save_every=config.save_every,
+        keep=config.keep,
+        mesh=mesh,
+        shown=("accuracy", "rapr", "reward", "loss"),
+        stream=stream,
+    ).model

@@ -1,0 +1,105 @@
+"""Supervised tuning on traces: the warm start (Pixel Reasoner §4.1, App.)."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Literal, TypeVar
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.parallel.sharding import shard_batch
+from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.loop import run
+from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.state import TrainState, init_state
+from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Batch, learning rate and warm-up of the paper; the released script's cosine to zero and frozen vision tower."""
+
+    steps: int
+    batch_size: int = 128  # rows (the released script: 16)
+    trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
+    normalizer: Literal["row", "token"] = "row"  # the mean of the rows' means, or the mean of all tokens
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup=0.1, final_fraction=0.0)
+    forward: ForwardConfig = ForwardConfig()
+    save_every: int = 100
+    keep: int = 2
+
+
+class Shuffled:
+    """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
+    an epoch is completed from the next one."""
+
+    def __init__(self, rows: Batch, batch_size: int, seed: int):
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.size = rows.tokens.shape[0]
+        self.position = 0
+
+    def __iter__(self) -> "Shuffled":
+        return self
+
+    def __next__(self) -> Batch:
+        index = []
+        while len(index) < self.batch_size:
+            epoch, place = divmod(self.position, self.size)
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+            part = order[place : place + self.batch_size - len(index)]
+            index.extend(part)
+            self.position += len(part)
+        return take(self.rows, np.array(index))
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self.position, "size": self.size, "seed": self.seed}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        for name in ("size", "seed"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the data had {name} {state[name]} when the checkpoint was made, now {getattr(self, name)}"
+                )
+        self.position = state["position"]
+
+
+def sft(
+    model: T,
+    data: Iterator[Batch],
+    config: SFTConfig,
+    *,
+    directory: str | os.PathLike | None = None,
+    mesh: Mesh | None = None,
+    label: str = "sft",
+    stream=None,
+) -> T:
+    """The model after `config.steps` updates on batches of `data` (host arrays; `get_state` and `set_state` as in Grain).
+
+    With a `directory` the run is resumable: started again, it continues from its newest checkpoint.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    update = make_sft_step(config.forward, optimizer, normalizer=config.normalizer, mesh=mesh)
+
+    def step(state: TrainState, i: int):
+        batch = next(data)
+        if batch.tokens.shape[0] != config.batch_size:
+            raise ValueError(f"a batch of {batch.tokens.shape[0]} rows, the configuration says {config.batch_size}")
+        state, report = update(state, batch if mesh is None else shard_batch(batch, mesh))
+        return state, check_report(report, i)
+
+    state = init_state(model, optimizer, trainable=config.trainable, mesh=mesh)
+    return run(
+        label,
+        state,
+        step,
+        steps=config.steps,
+        host={"data": data},
+        directory=directory,
+        save_every=config.save_every,
+        keep=config.keep,
+        mesh=mesh,
+        stream=stream,
+    ).model

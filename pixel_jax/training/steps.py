@@ -1,0 +1,245 @@
+"""The three jitted steps: tuning, reinforcement learning, scoring. Built once by factories, then called with arrays only."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from pixel_jax.models import forward_hidden
+from pixel_jax.models.layers import LoRAWeight
+from pixel_jax.parallel.sharding import ROWS, constrain, is_variable, shardings
+from pixel_jax.training.batch import Batch
+from pixel_jax.training.losses import (
+    Loss,
+    PolicyLossConfig,
+    policy_loss,
+    predictions,
+    sft_loss,
+    token_logprobs,
+    turn_temperature,
+)
+from pixel_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How a step runs the model; none of it changes what is computed, up to rounding."""
+
+    micro_batches: int = 1  # the batch's rows are taken in so many turns
+    remat: bool = True  # recompute activations in the backward pass
+    implementation: Literal["dense", "chunked"] = "dense"  # attention
+    logit_chunk: int = 256  # positions whose logits exist at once
+    compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
+
+    def __post_init__(self):
+        if self.micro_batches < 1 or self.logit_chunk < 1:
+            raise ValueError(f"micro_batches {self.micro_batches} and logit_chunk {self.logit_chunk} must be positive")
+
+
+class Report(NamedTuple):
+    """What a step says about itself."""
+
+    metrics: dict[str, jax.Array]  # float32 []
+    rows: jax.Array  # float32 [R], each row's loss; zero for padding
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss, gradient, reward or log-probability is NaN or infinite."""
+
+
+def check_rows(values, what: str) -> None:
+    """Stop if any of `values` [rows, ...] is not finite, naming the rows."""
+    values = np.asarray(values)
+    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if bad.size:
+        shown = ", ".join(f"{i}: {values[i]}" for i in bad[:8]) + (", ..." if bad.size > 8 else "")
+        raise NonFiniteError(f"{what} of {bad.size} of {len(values)} rows is not finite ({shown})")
+
+
+def check_report(report: Report, step: int) -> dict[str, float]:
+    """The metrics as floats. Waits for the step; a loss or gradient that is not finite stops with the rows at fault."""
+    check_rows(report.rows, f"step {step}: the loss")
+    metrics = {name: float(x) for name, x in jax.device_get(report.metrics).items()}
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(metrics[name]):
+            raise NonFiniteError(f"step {step}: {name} is {metrics[name]} although every row's loss is finite")
+    return metrics
+
+
+def cast(model, dtype: str | None):
+    """`model` with its base weights in `dtype`; adapters stay as they are."""
+    if dtype is None:
+        return model
+    return jax.tree.map(
+        lambda w: w if isinstance(w, LoRAWeight) else jax.tree.map(lambda x: x.astype(dtype), w),
+        model,
+        is_leaf=is_variable,
+    )
+
+
+def trajectory_logprobs(
+    model, batch: Batch, config: ForwardConfig, *, temperature: float = 1.0, later_temperature: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of every token given what came before it in its row, and the entropy there: float32 [R, L] each.
+
+    Temperatures as in a rollout: the full distribution, scaled. Positions that nothing predicts (a row's first token,
+    padding) hold arbitrary finite numbers.
+    """
+    model = cast(model, config.compute_dtype)
+    hidden = forward_hidden(
+        model, batch.tokens, batch.valid, batch.visual, remat=config.remat, implementation=config.implementation
+    )
+    predicted = predictions(batch.tokens, batch.valid)
+    scale: jax.Array | float = temperature
+    if later_temperature is not None:
+        # A turn's first token is predicted at the last position of the observation before it: temperatures move with targets.
+        chosen = turn_temperature(batch.chosen, temperature, later_temperature)
+        scale = predictions(chosen, batch.valid).target
+    logprobs, entropy = token_logprobs(
+        model.logits, hidden, predicted.target, temperature=scale, chunk=config.logit_chunk
+    )
+    return tuple(jnp.take_along_axis(x, predicted.source, axis=1) for x in (logprobs, entropy))
+
+
+def split_rows(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
+    """[R, ...] -> [parts, R / parts, ...]; part m has the rows m, m + parts, ... so that every device has its share of each."""
+
+    def split(x):
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return constrain(jax.tree.map(split, batch), mesh, None, ROWS)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """The inverse of `split_rows`, for one array."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+
+def make_step(
+    loss: Callable[..., Loss], optimizer: optax.GradientTransformation, micro_batches: int, mesh: Mesh | None, name: str
+) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """One update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
+
+    The state is donated.
+    """
+
+    def gradient(state: TrainState, batch: Batch):
+        def total(trainable):
+            value = loss(state._replace(trainable=trainable).model, batch)
+            return value.total, value
+
+        (_, value), grads = jax.value_and_grad(total, has_aux=True)(state.trainable)
+        return value, grads
+
+    def step(state: TrainState, batch: Batch):
+        rows = batch.tokens.shape[0]
+        if rows % micro_batches:
+            raise ValueError(f"{rows} rows cannot be split into {micro_batches} micro-batches")
+        batch = constrain(batch, mesh, ROWS)
+        if micro_batches == 1:
+            value, grads = gradient(state, batch)
+        else:
+            parts = split_rows(batch, micro_batches, mesh)
+
+            def accumulate(carry, part):
+                value, grads = gradient(state, part)
+                sums = (value.total, value.denominator, value.sums, grads)
+                return jax.tree.map(jnp.add, carry, sums), value.rows
+
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradient, state, first)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                (shapes[0].total, shapes[0].denominator, shapes[0].sums, shapes[1]),
+            )
+            (total, denominator, sums, grads), row_losses = jax.lax.scan(accumulate, zeros, parts)
+            value = Loss(total, denominator, join_rows(row_losses), sums)
+        # A batch of nothing but padding has gradient zero, not NaN.
+        scale = 1.0 / jnp.where(value.denominator > 0, value.denominator, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        new = TrainState(optax.apply_updates(state.trainable, updates), state.rest, opt_state, state.step + 1)
+        if mesh is not None:  # what comes out lies as what went in: no second compilation, no drifting layout
+            new = jax.lax.with_sharding_constraint(new, shardings(new, mesh))
+        tokens = jnp.maximum(value.sums["tokens"], 1.0)
+        metrics = {key: x / tokens for key, x in value.sums.items() if key != "tokens"}
+        metrics |= {
+            "loss": value.total * scale,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": value.sums["tokens"],
+        }
+        return new, Report(metrics, jnp.where(batch.weight > 0, value.rows, 0.0))
+
+    step.__name__ = name
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_sft_step(
+    config: ForwardConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    normalizer: Literal["row", "token"] = "row",
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """(state, batch) -> (state, report): one step of supervised tuning on the chosen tokens. `advantage` is not read."""
+
+    def loss(model, batch: Batch) -> Loss:
+        logprobs, entropy = trajectory_logprobs(model, batch, config)
+        return sft_loss(logprobs, entropy, batch.chosen, batch.weight, normalizer=normalizer)
+
+    return make_step(loss, optimizer, config.micro_batches, mesh, "sft_step")
+
+
+def make_rl_step(
+    config: ForwardConfig,
+    loss_config: PolicyLossConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: float = 1.0,
+    later_temperature: float | None = None,
+    mesh: Mesh | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+    """(state, batch) -> (state, report): one clipped policy-gradient step; temperatures are those of the rollout."""
+
+    def loss(model, batch: Batch) -> Loss:
+        logprobs, entropy = trajectory_logprobs(
+            model, batch, config, temperature=temperature, later_temperature=later_temperature
+        )
+        return policy_loss(
+            logprobs,
+            entropy,
+            batch.old_logprobs,
+            batch.logprobs,
+            batch.advantage,
+            batch.chosen,
+            batch.weight,
+            loss_config,
+        )
+
+    return make_step(loss, optimizer, config.micro_batches, mesh, "rl_step")
+
+
+def make_score_step(
+    config: ForwardConfig, *, temperature: float = 1.0, later_temperature: float | None = None, mesh: Mesh | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(model, batch) -> log-probabilities and entropies of the chosen tokens, float32 [R, L], zero elsewhere."""
+
+    def score_step(model, batch: Batch):
+        def score(part: Batch):
+            both = trajectory_logprobs(
+                model, part, config, temperature=temperature, later_temperature=later_temperature
+            )
+            return tuple(jnp.where(part.chosen, x, 0.0) for x in both)
+
+        batch = constrain(batch, mesh, ROWS)
+        if config.micro_batches == 1:
+            return score(batch)
+        both = jax.lax.map(score, split_rows(batch, config.micro_batches, mesh))
+        return tuple(constrain(join_rows(x), mesh, ROWS) for x in both)
+
+    return jax.jit(score_step)

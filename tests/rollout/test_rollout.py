@@ -1,0 +1,284 @@
+"""The rollout as a whole: one program, the same tokens however it is run, and trajectories that say what happened."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.dialog.observations import Kind
+from pixel_jax.ops import smart_resize
+from pixel_jax.parallel import make_mesh, shard
+from pixel_jax.rollout import rollout as module
+from pixel_jax.rollout import trajectory
+from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
+from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout
+from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.steps import ForwardConfig, make_score_step
+from tests.rollout import talker
+
+KEY = jax.random.key(7)
+FORBIDDEN = re.compile(r"callback|infeed|outfeed|\bsend\b|\brecv\b|host_compute|custom-call.*(python|Callback)", re.I)
+
+
+def replace(config, **fields):
+    import dataclasses
+
+    return dataclasses.replace(config, **fields)
+
+
+@pytest.fixture(scope="module")
+def trajectories():
+    return trajectory.to_host(rollout(talker.model(), talker.prompts(4), KEY, talker.CONFIG))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Images and videos in one batch."""
+    return trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, talker.CONFIG))
+
+
+def response(t, row):
+    """Text after the prompt, and each of its turns by who wrote it: [(chosen, text), ...]."""
+    words = talker.vocabulary()
+    spans, chosen = [], None
+    for token, mine, valid in zip(t.tokens[row], t.chosen[row], t.valid[row], strict=True):
+        if not valid:
+            continue
+        if mine != chosen:
+            spans.append((bool(mine), []))
+            chosen = mine
+        spans[-1][1].append(int(token))
+    return [(mine, words.to_bytes(ids).decode()) for mine, ids in spans]
+
+
+def test_rows_differ_and_everything_happens(trajectories):
+    stops = set(trajectories.stop.tolist())
+    assert trajectory.STOP_ANSWER in stops
+    assert len(set(trajectories.num_calls.tolist())) >= 3
+    seen = set(trajectories.calls.observation.ravel().tolist())
+    assert {Kind.CROP, Kind.MALFORMED, Kind.SELECT_ON_IMAGE, Kind.BAD_IMAGE_INDEX} <= seen
+
+
+@pytest.mark.parametrize("which", ["trajectories", "mixed"])
+def test_the_conversation_is_what_the_host_would_have_said(which, request):
+    """Turn by turn: the calls are those the host parser reads, the observations follow them, the images fit."""
+    t = request.getfixturevalue(which)
+    for row in range(t.tokens.shape[0]):
+        spans = response(t, row)
+        assert not spans[0][0]  # the prompt
+        turns = [text for mine, text in spans if mine]
+        shown = [text for mine, text in spans[1:] if not mine]
+        calls = [parse_turn(text) for text in turns]
+        assert sum(turn.required for turn in calls) == t.num_calls[row]
+        assert len(shown) in (len(turns), len(turns) - 1)
+        for i, text in enumerate(shown):
+            assert text.startswith("\n<|im_start|>user\n\n")
+            assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+            kind = Kind(int(t.calls.observation[row, i]))
+            assert ("Here is the cropped image" in text) == (kind == Kind.CROP)
+            assert ("Here are the selected frames" in text) == (kind == Kind.FRAMES)
+            assert (calls[i].call is None) <= (kind == Kind.MALFORMED)
+        # Every visual token belongs to an image or video the row was shown, and none is missing.
+        tokens = t.tokens[row][t.valid[row]]
+        pads = np.isin(tokens, [talker.vocabulary().image_pad, talker.vocabulary().video_pad]).sum()
+        assert pads == (t.visual.grids[row].prod(axis=1) // 4).sum()
+
+
+def test_crops_are_pillows(trajectories):
+    """What the model saw of a box is what Pillow makes of it."""
+    prompts, checked = talker.prompts(4), 0
+    queries = talker.queries(4)
+    for row in range(trajectories.tokens.shape[0]):
+        first = prompts.canvases.shape[1]
+        query = queries[trajectories.prompt[row]]
+        for i, kind in enumerate(trajectories.calls.observation[row]):
+            if kind != Kind.CROP:
+                continue
+            x1, y1, x2, y2 = trajectories.calls.box[row, i].tolist()
+            size = smart_resize(y2 - y1, x2 - x1, min_pixels=784, max_pixels=4 * 784)
+            picture = Image.fromarray(query.images[trajectories.calls.canvas[row, i]]).crop((x1, y1, x2, y2))
+            expected = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+            expected = expected.reshape(size[0] // 28, 2, 14, size[1] // 28, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+            expected = expected.reshape(-1, 588)
+            patches = trajectories.visual.patches[row, first + i]
+            np.testing.assert_array_equal(patches[: len(expected)], expected)
+            assert not patches[len(expected) :].any()
+            assert trajectories.visual.grids[row, first + i].tolist() == [1, size[0] // 14, size[1] // 14]
+            checked += 1
+    assert checked >= 3
+
+
+def test_sampler_and_trainer_agree(mixed):
+    """Log-probabilities recorded while sampling with caches are those of one full forward over the trajectory."""
+    scored, _ = make_score_step(ForwardConfig(remat=False))(talker.model(), from_trajectories(mixed))
+    np.testing.assert_allclose(np.asarray(scored)[mixed.chosen], mixed.logprobs[mixed.chosen], atol=2e-5)
+    assert mixed.chosen.sum() > 40
+
+
+def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
+    for name in ("tokens", "valid", "chosen", "num_calls", "stop"):
+        np.testing.assert_array_equal(np.asarray(getattr(a, name))[rows_a], np.asarray(getattr(b, name))[rows_b], name)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x)[rows_a], np.asarray(y)[rows_b]), a.calls, b.calls
+    )
+    np.testing.assert_allclose(np.asarray(a.logprobs)[rows_a], np.asarray(b.logprobs)[rows_b], atol=2e-5)
+    np.testing.assert_array_equal(np.asarray(a.visual.patches)[rows_a], np.asarray(b.visual.patches)[rows_b])
+
+
+def test_the_host_driven_twin_gives_the_same(mixed):
+    lengths = []
+    twin = host_rollout(
+        talker.model(),
+        talker.prompts(4, video=True),
+        KEY,
+        talker.CONFIG,
+        on_token=lambda state: lengths.append(np.asarray(state.length).sum()),
+    )
+    same_tokens(twin, mixed)
+    assert len(lengths) > 5 and np.all(np.diff(lengths) > 0)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(trajectories):
+    """Prompts 2 and 0 alone, in the other order, under their own keys."""
+    prompts = talker.prompts(4)
+    picked = prompts._replace(tables=())
+    picked = type(prompts)(*jax.tree.map(lambda x: np.asarray(x)[[2, 0]], tuple(picked)))._replace(tables=prompts.tables)
+    alone = rollout(talker.model(), picked, KEY, talker.CONFIG)
+    same_tokens(alone, trajectories, slice(0, 4), slice(8, 12))
+    same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
+
+
+def test_eight_devices_give_the_same_tokens():
+    """Four shards of rows with different numbers of turns, weights split over fsdp and tensor."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    prompts = talker.prompts(4)
+    single = rollout(talker.model(), prompts, KEY, talker.CONFIG)
+    sharded = rollout(shard(talker.model(), mesh), prompts, KEY, talker.CONFIG)
+    assert len(sharded.tokens.sharding.device_set) == 8
+    turns = np.asarray(single.num_calls).reshape(4, -1).max(axis=1)
+    assert len(set(turns.tolist())) > 1, "the shards must need different numbers of turns"
+    same_tokens(sharded, single)
+
+
+def lowered(model, prompts, config):
+    mesh, shape = layout(model, prompts, config)
+    return compiled_rollout.lower(model, prompts, KEY, jnp.zeros(0, jnp.int32), config, shape, mesh)
+
+
+def test_one_program_without_the_host(monkeypatch):
+    """The compiled module talks to nobody. Put a callback into a step and this very test finds it."""
+    model, prompts, config = talker.model(), talker.prompts(2), replace(talker.CONFIG, group_size=2)
+    clean = lowered(model, prompts, config)
+    for text in (clean.as_text(), clean.compile().as_text()):
+        assert not FORBIDDEN.search(text)
+
+    from pixel_jax.rollout import machine
+
+    honest = machine.sample
+
+    def calls_home(logits, *args, **kwargs):
+        logits = jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(logits.shape, logits.dtype), logits)
+        return honest(logits, *args, **kwargs)
+
+    monkeypatch.setattr(machine, "sample", calls_home)
+    compiled_rollout.clear_cache()
+    dirty = lowered(model, prompts, config)
+    assert FORBIDDEN.search(dirty.as_text()) and FORBIDDEN.search(dirty.compile().as_text())
+    compiled_rollout.clear_cache()
+
+
+def test_one_compilation_for_all_image_sizes(trajectories):
+    before = compiled_rollout._cache_size()
+    model, prompts = talker.model(), talker.prompts(4)
+    rollout(model, prompts, KEY, talker.CONFIG)
+    size = compiled_rollout._cache_size()
+    queries = [Query("Which digit?", [talker.image(i, 60 + 31 * i, 190 - 17 * i)]) for i in range(4)]
+    other = build_prompts(
+        queries, talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=96, canvas=(2, 192, 192)
+    )
+    rollout(model, other, jax.random.key(8), talker.CONFIG)
+    assert compiled_rollout._cache_size() == size <= before + 1
+
+
+def test_limits_end_rows(trajectories):
+    """Calls past the limit are counted and not executed; a full buffer or a long turn ends the row and says so."""
+    model, prompts = talker.model(), talker.prompts(4)
+    few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1)))
+    ended = few.stop == trajectory.STOP_CALLS
+    assert ended.any() and (few.num_calls[ended] == 2).all() and (few.calls.observation[ended, 1] == -1).all()
+    short = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_new_tokens=3)))
+    assert trajectory.STOP_TURN_LENGTH in short.stop
+    assert short.chosen.sum(axis=1)[short.stop == trajectory.STOP_TURN_LENGTH].min() >= 3
+    small = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_response=40)))
+    assert trajectory.STOP_TOKENS in small.stop
+    lonely = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_images=2)))
+    full = lonely.stop == trajectory.STOP_IMAGES
+    assert full.any()
+    for row in np.flatnonzero(full):  # the last message is taken back
+        assert not response(lonely, row)[-1][0] or len(response(lonely, row)) == 1
+
+
+def test_an_opening_is_written_for_the_model_and_not_learned():
+    words = talker.vocabulary()
+    opening = words.encode(talker.CROP + "0.05, 0.11, ")
+    t = trajectory.to_host(rollout(talker.model(), talker.prompts(2), KEY, talker.CONFIG, opening=opening))
+    width = talker.prompts(2).tokens.shape[1]
+    assert (t.tokens[:, width : width + len(opening)] == opening).all()
+    assert not t.chosen[:, : width + len(opening)].any() and t.chosen[:, width + len(opening)].all()
+    assert (t.calls.kind[:, 0] >= 0).all()
+    assert (t.calls.observation[:, 0] == Kind.CROP).any()
+
+
+def test_a_tool_of_ones_own():
+    """The host twin hands turns to a tool; what it shows is read, counted and recorded."""
+    words, asked = talker.vocabulary(), []
+
+    def tool(row, text):
+        if "crop_image" not in text:
+            return None
+        asked.append(text)
+        return Observation("Look here:", [talker.image(row, 28, 56)])
+
+    t = trajectory.to_host(
+        host_rollout(talker.model(), talker.prompts(2), KEY, talker.CONFIG, tool=tool, vocabulary=words)
+    )
+    assert asked and all(text.endswith("<|im_end|>") for text in asked)
+    rows = np.flatnonzero((t.calls.kind == 3).any(axis=1))
+    assert rows.size
+    text = "".join(text for _, text in response(t, rows[0]))
+    pads = "<|image_pad|>" * 2
+    expected = f"\n<|im_start|>user\nLook here:<|vision_start|>{pads}<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert expected in text
+    scored, _ = make_score_step(ForwardConfig(remat=False))(talker.model(), from_trajectories(t))
+    np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+
+
+def test_calling_the_subpackage_runs_a_rollout(trajectories):
+    import pixel_jax
+
+    same_tokens(pixel_jax.rollout(talker.model(), talker.prompts(4), KEY, talker.CONFIG), trajectories)
+    assert pixel_jax.rollout.rollout is module
+
+
+@pytest.mark.parametrize(
+    "query, message",
+    [
+        (Query("Q", []), "without an image"),
+        (Query("Q", [np.zeros((28, 28, 4), np.uint8)]), r"\(28, 28, 4\)"),
+        (Query("Q", [np.zeros((28, 28, 3), np.float32)]), "float32"),
+        (Query("Q", [np.zeros((30, 40, 3), np.uint8), np.zeros((40, 30, 3), np.uint8)], True), "differ in size"),
+        (Query("Q", [np.zeros((28, 28 * 150, 3), np.uint8)]), "4200x28"),
+    ],
+)
+def test_bad_queries_are_named(query, message):
+    with pytest.raises(PromptError, match=message):
+        build_prompts([query], talker.vocabulary(), talker.token_tables(), talker.CONFIG)
+
+
+def test_a_prompt_that_does_not_fit_is_named():
+    with pytest.raises(PromptError, match="width of 4"):
+        build_prompts(talker.queries(1), talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=4)

@@ -1,0 +1,55 @@
+"""Configurations are strict: every key is known and every value has the declared type."""
+
+import dataclasses
+from typing import Literal
+
+import ml_collections
+import pytest
+
+from pixel_jax.config import ConfigError, load
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    mode: Literal["a", "b"] = "a"
+    sizes: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.rate < 0:
+            raise ValueError(f"rate must not be negative: {self.rate}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    steps: int
+    inner: Inner = Inner()
+    limit: float | None = None
+    on: bool = False
+    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def test_a_config_dict_becomes_nested_dataclasses():
+    values = ml_collections.ConfigDict({"steps": 3, "inner": {"rate": 1, "sizes": [1, 2]}, "mesh": {"data": 2}})
+    assert load(Outer, values) == Outer(3, Inner(rate=1.0, sizes=(1, 2)), mesh={"data": 2})
+    assert type(load(Outer, values).inner.rate) is float
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"steps": 1, "inner": {"rat": 1.0}}, r"config\.inner\.rat.*nearest.*config\.inner\.rate"),
+        ({"steps": 1.0}, r"config\.steps must be int, not 1\.0 \(float\)"),
+        ({"steps": True}, r"config\.steps must be int, not True"),
+        ({"steps": 1, "on": 1}, r"config\.on must be bool"),
+        ({"steps": 1, "limit": "none"}, r"config\.limit must be float \| None"),
+        ({"steps": 1, "inner": {"mode": "c"}}, r"config\.inner\.mode must be one of 'a', 'b', not 'c'"),
+        ({"steps": 1, "inner": {"sizes": [1, "2"]}}, r"config\.inner\.sizes\[1\] must be int"),
+        ({"steps": 1, "inner": 4}, r"config\.inner must be a mapping"),
+        ({"inner": {}}, "lacks steps"),
+        ({"steps": 1, "inner": {"rate": -1.0}}, r"config\.inner: rate must not be negative: -1\.0"),
+    ],
+)
+def test_errors_name_the_key_and_the_value(values, words):
+    with pytest.raises(ConfigError, match=words):
+        load(Outer, values)

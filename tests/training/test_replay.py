@@ -1,0 +1,117 @@
+"""Selective sample replay: who is in, with what probability, and what a checkpoint keeps."""
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import make_batch
+
+from pixel_jax.training.batch import from_trajectories, pad_rows, take
+from pixel_jax.training.replay import Replay, ReplayConfig, trim, widen
+
+
+def marked(rows, seed=0, advantage=None):
+    """A batch whose first token says which row it is."""
+    batch = make_batch(rows, seed)
+    batch.tokens[:, 0] = 1000 * seed + np.arange(rows)
+    if advantage is not None:
+        batch = batch._replace(advantage=np.array(advantage, np.float32))
+    return batch
+
+
+def names(batch):
+    return sorted(batch.tokens[:, 0].tolist())
+
+
+def test_informative_rows_are_all_in_and_the_rest_is_drawn():
+    replay = Replay(ReplayConfig(), 0)
+    rows = marked(8, advantage=[1, -1, 0.5, -0.5, 0, 0, 0, 0])
+    chosen = replay.select(rows, np.arange(8) < 4)
+    assert chosen.tokens.shape[0] == 8
+    assert set(names(chosen)) == {0, 1, 2, 3}  # all of them, and replayed ones only from among them
+    for name, row in zip(chosen.tokens[:, 0], range(8), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, take(chosen, row), take(rows, int(name)))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+def test_probabilities_follow_the_advantage(exponent):
+    replay = Replay(ReplayConfig(exponent=exponent), 0)
+    sizes = np.array([0.1, -0.2, 0.3, -0.4])
+    replay.select(marked(4, advantage=sizes), np.ones(4, bool))
+    expected = np.abs(sizes) ** exponent / np.sum(np.abs(sizes) ** exponent)
+    np.testing.assert_allclose(replay.probabilities(), expected, rtol=1e-6)
+    drawn = np.zeros(4)
+    replay.rollouts = 1  # within the episode
+    for _ in range(50):
+        chosen = replay.select(marked(100, seed=1), np.zeros(100, bool))
+        replay.rollouts = 1
+        drawn += np.bincount(chosen.tokens[:, 0], minlength=4)
+    np.testing.assert_allclose(drawn / drawn.sum(), expected, atol=0.03)  # s.e. .007
+
+
+def test_a_full_batch_is_not_diluted():
+    replay = Replay(ReplayConfig(), 0)
+    replay.select(marked(4, seed=1), np.ones(4, bool))
+    assert names(replay.select(marked(4, seed=2), np.ones(4, bool))) == [2000, 2001, 2002, 2003]
+
+
+def test_an_episode_ends_and_a_run_does_not():
+    for life, replayed in (("episode", False), ("run", True)):
+        replay = Replay(ReplayConfig(life=life, episode=2), 0)
+        replay.select(marked(4, seed=1), np.ones(4, bool))
+        assert names(replay.select(marked(4, seed=2), np.zeros(4, bool)))[0] >= 1000
+        third = replay.select(marked(4, seed=3), np.zeros(4, bool))
+        assert (third is not None) == replayed
+
+
+def test_the_oldest_leave_first():
+    replay = Replay(ReplayConfig(capacity=3), 0)
+    replay.select(marked(5), np.ones(5, bool))
+    assert [int(row.tokens[0]) for row in replay.rows] == [2, 3, 4]
+
+
+def test_repeat_and_none():
+    rows, some = marked(7), np.array([1, 0, 0, 1, 0, 1, 0], bool)
+    repeated = names(Replay(ReplayConfig(kind="repeat"), 0).select(rows, some))
+    assert set(repeated) == {0, 3, 5} and max(map(repeated.count, {0, 3, 5})) == 3
+    assert Replay(ReplayConfig(kind="repeat"), 0).select(rows, np.zeros(7, bool)) is None
+    assert names(Replay(ReplayConfig(kind="none"), 0).select(rows, some)) == list(range(7))
+    assert Replay(ReplayConfig(), 0).select(rows, np.zeros(7, bool)) is None
+
+
+def test_a_restored_buffer_draws_the_same():
+    replay = Replay(ReplayConfig(life="run"), 5)
+    replay.select(marked(6, seed=1), np.arange(6) < 3)
+    copy = Replay(ReplayConfig(life="run"), 99)
+    copy.set_state(replay.get_state())
+    for _ in range(3):
+        a, b = (r.select(marked(6, seed=2), np.arange(6) < 2) for r in (replay, copy))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+    empty = Replay(ReplayConfig(), 0)
+    empty.set_state(Replay(ReplayConfig(), 3).get_state())
+    assert not empty.rows
+
+
+def test_rows_are_kept_without_their_empty_patches():
+    batch = make_batch(2)
+    patches = np.zeros((2, 3, 40, 588), np.uint8)
+    patches[:, :1, :16] = batch.visual.patches
+    row = take(batch._replace(visual=batch.visual._replace(patches=patches)), 0)
+    small = trim(row)
+    assert small.visual.patches.shape == (1, 16, 588)
+    jax.tree.map(np.testing.assert_array_equal, widen(small, (3, 40, 588)), row)
+    with pytest.raises(ValueError, match=r"\(1, 16, 588\).*\(1, 8, 588\)"):
+        widen(small, (1, 8, 588))
+
+
+def test_padding_weighs_nothing():
+    batch = pad_rows(make_batch(3), 5)
+    assert batch.tokens.shape[0] == 5 and batch.weight.tolist() == [1, 1, 1, 0, 0]
+    with pytest.raises(ValueError, match="6 rows to 5"):
+        pad_rows(make_batch(6), 5)
+
+
+def test_a_batch_from_trajectories_takes_the_samplers_log_probabilities():
+    rows = make_batch(3)
+    batch = from_trajectories(rows)  # has the fields a trajectory has
+    assert batch.old_logprobs is rows.logprobs and batch.weight.tolist() == [1, 1, 1]
+    assert (batch.advantage == 0).all()
