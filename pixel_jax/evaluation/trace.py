@@ -94,10 +94,9 @@ def make_trace(
     shown = iter(zip(frames[int(grids[:items, 0].sum()) :, 0], grids[items:], strict=True))
 
     turns, call = [], -1
-    for mine, ids in _spans(t, row)[1:]:
-        text = vocabulary.to_bytes(ids).decode("utf-8", "replace")
-        if mine or not turns:
-            turns.append(Turn("assistant", text.removesuffix(END)))
+    for role, text in _messages(t, row, vocabulary)[2:]:
+        if role == "assistant":
+            turns.append(Turn("assistant", text.removesuffix("\n").removesuffix(END)))
             continue
         call += 1
         kind = int(t.calls.observation[row, call])
@@ -126,20 +125,21 @@ def _picture(image: np.ndarray, caption: str) -> Picture:
     return Picture(encode_png(image), image.shape[1], image.shape[0], caption)
 
 
-def _spans(t: Trajectories, row: int) -> list[tuple[bool, list[int]]]:
-    """The row's tokens by who wrote them, the prompt first."""
-    spans: list[tuple[bool, list[int]]] = []
-    for token, mine in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
-        if not spans or spans[-1][0] != bool(mine):
-            spans.append((bool(mine), []))
-        spans[-1][1].append(int(token))
-    return spans
+def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """(role, text) of every message. A message begins where the template, not the policy, wrote `<|im_start|>`."""
+    messages: list[list[int]] = []
+    for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
+        if token == vocabulary.im_start and not chosen:
+            messages.append([])
+        else:
+            messages[-1].append(int(token))
+    texts = (vocabulary.to_bytes(ids).decode("utf-8", "replace") for ids in messages)
+    return [tuple(text.split("\n", 1)) for text in texts]
 
 
 def _readable(text: str) -> str:
     """An observation without its chat markup; images are drawn beside it."""
-    body = text.split("<|im_start|>user\n", 1)[-1].split(END, 1)[0]
-    return body.split("<|vision_start|>", 1)[0].strip("\n")
+    return text.split(END, 1)[0].split("<|vision_start|>", 1)[0].strip("\n")
 
 
 def _name(query: Query, index: int) -> str:

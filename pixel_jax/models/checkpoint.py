@@ -133,7 +133,9 @@ def _check_tied(reader: Reader, model: Qwen2_5_VL) -> None:
     shape = model.language_model.embed_tokens.weight.shape
     head, embedding = (reader.tensor(key, shape)[:] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     if not np.array_equal(head, embedding):
-        raise ValueError("config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight")
+        raise ValueError(
+            "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
+        )
 
 
 def save_weights(model: Qwen2_5_VL, directory: Path) -> None:

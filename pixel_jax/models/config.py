@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-
 @dataclass(frozen=True)
 class VisionConfig:
     """The vision tower. Defaults are those of the released checkpoints; sizes have none."""
@@ -63,8 +62,8 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = (16, 24, 24)
     max_position_embeddings: int = 128000
     # For text generation elsewhere; nothing in the network depends on them.
-    bos_token_id: int | None = 151643
-    eos_token_id: int | tuple[int, ...] | None = 151645
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
 
     @property
@@ -127,7 +126,9 @@ class Qwen2_5_VLConfig:
             vision["in_channels"] = vision["in_chans"]
         for part, prefix in ((text, where), (vision, "vision_config.")):
             if part.get("hidden_act", "silu") != "silu":
-                raise ValueError(f"config.json: {prefix}hidden_act {part['hidden_act']!r} is not supported, only 'silu'")
+                raise ValueError(
+                    f"config.json: {prefix}hidden_act {part['hidden_act']!r} is not supported, only 'silu'"
+                )
         if text.get("use_sliding_window", False):
             raise ValueError("config.json: use_sliding_window is not supported")
         ids = {name: config[name] for name in cls.__dataclass_fields__ if name.endswith("_id") and name in config}

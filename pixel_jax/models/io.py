@@ -126,7 +126,9 @@ class _Items:
         self.kind, self.used, self.offset = kind, 0, 0
         if (pixels is None) != (grids is None):
             raise ValueError(f"pixel values and grids of {kind}s must be given together")
-        self.pixels = np.zeros((0, config.vision.patch_dim), np.float32) if pixels is None else np.asarray(pixels, np.float32)
+        self.pixels = (
+            np.zeros((0, config.vision.patch_dim), np.float32) if pixels is None else np.asarray(pixels, np.float32)
+        )
         self.grids = np.zeros((0, 3), np.int32) if grids is None else np.asarray(grids, np.int32)
         if self.grids.ndim != 2 or self.grids.shape[1] != 3:
             raise ValueError(f"{kind} grids must be [items, 3], got shape {self.grids.shape}")
@@ -165,7 +167,9 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
         have = int((visual[at : at + need] == visual[at]).sum())
         if have != need:
             grid = found[-1][0].tolist()
-            raise ValueError(f"row {row}: {items.kind} {items.used - 1} with grid {grid} needs {need} tokens, has {have}")
+            raise ValueError(
+                f"row {row}: {items.kind} {items.used - 1} with grid {grid} needs {need} tokens, has {have}"
+            )
         at += need
     return found
 

@@ -60,7 +60,7 @@ def merge_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
         change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
         merged = (weight.astype(change.dtype) + change).astype(weight.dtype)
         linear.weight = Weight(merged, axes=linear.weight.axes)
-        linear.lora_a = linear.lora_b = None
+        linear.lora_a, linear.lora_b, linear.lora_scale = None, None, 0.0
     return model
 
 

@@ -27,7 +27,9 @@ class Qwen2_5_VL(nnx.Module):
             dim, vocab = config.text.hidden_size, config.text.vocab_size
             self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
 
-    def encode(self, pixels: jax.Array, hw: jax.Array, *, remat: bool = False, implementation: str = "dense") -> jax.Array:
+    def encode(
+        self, pixels: jax.Array, hw: jax.Array, *, remat: bool = False, implementation: str = "dense"
+    ) -> jax.Array:
         """Temporal slices float32 [N, P, 1176] with grids int32 [N, 2] in patches -> visual tokens [N, P / 4, D] (raster)."""
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
 
@@ -35,7 +37,11 @@ class Qwen2_5_VL(nnx.Module):
         return (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
 
     def embed(
-        self, tokens: jax.Array, features: jax.Array | None = None, grids: jax.Array | None = None, seen: jax.Array | int = 0
+        self,
+        tokens: jax.Array,
+        features: jax.Array | None = None,
+        grids: jax.Array | None = None,
+        seen: jax.Array | int = 0,
     ) -> jax.Array:
         """Embeddings [B, T, D] of tokens int32 [B, T], visual ones replaced by features.
 
@@ -57,16 +63,21 @@ class Qwen2_5_VL(nnx.Module):
         return jnp.where((is_visual & place.known)[..., None], chosen.astype(x.dtype), x)
 
     def backbone(
-        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, segments=None, remat=False, implementation="dense"
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        *,
+        segments=None,
+        remat=False,
+        implementation="dense",
     ) -> jax.Array:
         """Embeddings [B, T, D] -> hidden states [B, T, D] after the last norm, without a cache.
 
         positions: int32 [3, B, T]; valid: bool [B, T], gaps allowed; a token sees the valid ones up to itself
         segments:  int32 [B, T] or None, packed examples that must not see each other
         """
-        return self.language_model(
-            x, positions, valid, segments=segments, remat=remat, implementation=implementation
-        )
+        return self.language_model(x, positions, valid, segments=segments, remat=remat, implementation=implementation)
 
     def unstack(self) -> tuple[nnx.Module, ...]:
         """The decoder layers one by one, for `step`. Call it once, outside the decoding loop."""
@@ -104,7 +115,9 @@ class Qwen2_5_VL(nnx.Module):
         return self.lm_head(hidden, dtype=wide)
 
 
-def encode_visual(model: Qwen2_5_VL, visual: Visual, *, remat: bool = False, implementation: str = "dense") -> jax.Array:
+def encode_visual(
+    model: Qwen2_5_VL, visual: Visual, *, remat: bool = False, implementation: str = "dense"
+) -> jax.Array:
     """All temporal slices of a batch of rows -> [B, S, P / 4, D]; absent slices give meaningless finite numbers."""
     batch, num_slices, _ = visual.slices.shape
     frames = jnp.maximum(visual.slices, 0)

@@ -22,6 +22,8 @@ def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
         concrete = np.asarray(indices)
         if concrete.size == 0:
             raise ValueError("indices is an empty list of frames")
+        if not np.issubdtype(concrete.dtype, np.integer):
+            raise ValueError(f"indices must be integers, got {concrete.tolist()}")
         outside = concrete[(concrete < 0) | (concrete >= video.shape[0])]
         if outside.size:
             raise ValueError(f"frame indices {outside.tolist()} are outside [0, {video.shape[0]})")
@@ -32,7 +34,10 @@ def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def sample_frames(num_frames: int, count: int) -> np.ndarray:
-    """Indices of `count` frames spread evenly over a video of `num_frames`, first and last included. int32 [count]."""
+    """Indices of `count` frames spread evenly over a video, first and last included (as qwen-vl-utils samples them).
+
+    int32 [min(count, num_frames)]: a shorter video gives all its frames.
+    """
     if num_frames < 1 or count < 1:
         raise ValueError(f"need at least one frame to sample from and to sample, got {num_frames} and {count}")
     return np.round(np.linspace(0, num_frames - 1, min(count, num_frames))).astype(np.int32)

@@ -397,6 +397,8 @@ def finish(shared: Shared, state: State, config: RolloutConfig) -> Trajectories:
     first = visual.patches.shape[1]
     frame = first + jnp.arange(grids.shape[1])
     still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
+    slices = beside(visual.slices, still)
+    present_first = jnp.argsort(slices[..., :1] < 0, axis=1, stable=True)
     return Trajectories(
         tokens=beside(prompt_tokens, state.tokens),
         valid=beside(
@@ -407,7 +409,7 @@ def finish(shared: Shared, state: State, config: RolloutConfig) -> Trajectories:
         logprobs=beside(blank.astype(jnp.float32), jnp.where(state.chosen, state.logprobs, 0.0)),
         visual=Visual(
             patches=beside(visual.patches, state.patches.reshape(rows, -1, *state.patches.shape[3:])),
-            slices=beside(visual.slices, still),
+            slices=jnp.take_along_axis(slices, present_first, axis=1),
             grids=beside(visual.grids, grids),
             seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),
         ),

@@ -184,7 +184,7 @@ def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[
         + [config.video_max_pixels, config.select_max_pixels] * video
     )
     views = 8 if video else 1
-    return mesh, Shape(views=views, shards=shards, patches=max(seen) // PATCH**2)
+    return mesh, Shape(views=views, shards=shards, patches=4 * (max(seen) // FACTOR**2))
 
 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:

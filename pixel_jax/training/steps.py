@@ -170,7 +170,7 @@ def make_step(
         metrics = {key: x / tokens for key, x in value.sums.items() if key != "tokens"}
         metrics |= {
             "loss": value.total * scale,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": value.sums["tokens"],
         }
         return new, Report(metrics, jnp.where(batch.weight > 0, value.rows, 0.0))

@@ -133,8 +133,10 @@ def test_gradients_of_every_weight(pair, rng):
         position_ids=torch.tensor(np.asarray(positions, np.int64)),
     ).logits
     (logits[:, -3:] ** 2).sum().backward()
-    expected = {name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p.grad.numpy()
-                for name, p in theirs.named_parameters()}
+    expected = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): p.grad.numpy()
+        for name, p in theirs.named_parameters()
+    }
     theirs.zero_grad()
 
     @jax.jit
@@ -245,8 +247,9 @@ def test_embed_by_rank(model, rng):
     tokens = jnp.array([[5, IMAGE, IMAGE, 6, VIDEO, VIDEO, IMAGE]])
     table = model.language_model.embed_tokens.weight[...]
     got = model.embed(tokens, features, grids)[0]
-    expected = jnp.stack([table[5], features[0, 0, 0], features[0, 0, 1], table[6], features[0, 1, 0],
-                          features[0, 2, 0], table[IMAGE]])
+    expected = jnp.stack(
+        [table[5], features[0, 0, 0], features[0, 0, 1], table[6], features[0, 1, 0], features[0, 2, 0], table[IMAGE]]
+    )
     assert (got == expected).all()
     later = model.embed(tokens[:, 4:], features, grids, seen=jnp.array([2]))[0]
     assert (later == expected[4:]).all()
@@ -270,7 +273,9 @@ def test_forward_hidden_from_frames(model, rng):
     assert np.isfinite(hidden).all()
     pairs = [[(0, 0), (1, 2)], [(2, 2), (2, 2)]]
     pixels = [pixel_values(patches[r, a], patches[r, b]) for r in range(2) for a, b in pairs[r]]
-    features = jax.jit(Qwen2_5_VL.encode)(model, jnp.stack(pixels), jnp.array([[2, 4], [4, 4], [4, 2], [0, 0]])).reshape(2, 2, 4, 32)
+    features = jax.jit(Qwen2_5_VL.encode)(
+        model, jnp.stack(pixels), jnp.array([[2, 4], [4, 4], [4, 2], [0, 0]])
+    ).reshape(2, 2, 4, 32)
     x = model.embed(tokens, features, visual.grids)
     is_visual = model.is_visual(tokens)
     start = jnp.zeros(2, jnp.int32)
@@ -315,4 +320,6 @@ def test_forward_counts_placeholders(model):
     with pytest.raises(ValueError, match=r"shape \(12, 1176\), their grids need \(16, 1176\)"):
         pixel_jax.forward(model, input_ids=np.array([[1]]), **{**good, "pixel_values": np.zeros((12, 1176))})
     with pytest.raises(ValueError, match=r"grid \[1, 3, 4\] must be positive, height and width multiples of 2"):
-        pixel_jax.forward(model, input_ids=np.array([[1]]), pixel_values=np.zeros((12, 1176)), image_grid_thw=[[1, 3, 4]])
+        pixel_jax.forward(
+            model, input_ids=np.array([[1]]), pixel_values=np.zeros((12, 1176)), image_grid_thw=[[1, 3, 4]]
+        )

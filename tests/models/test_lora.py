@@ -41,8 +41,10 @@ def test_fresh_adapter_changes_nothing_and_merged_one_is_the_same(model):
 def test_every_linear_of_the_vision_tower(model, rng):
     adapted = add_lora(model, jax.random.key(0), rank=3, alpha=3, targets=r"visual\..*")
     names = {name for name, linear in linears(adapted) if linear.lora_a is not None}
-    block = {f"visual.blocks.{{}}.{part}" for part in
-             ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
+    block = {
+        f"visual.blocks.{{}}.{part}"
+        for part in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    }
     assert names == block | {"visual.merger.mlp.0", "visual.merger.mlp.2"}
     assert adapted.visual.blocks.attn.qkv.lora_a.shape == (3, 3, 32)
     assert adapted.visual.blocks.attn.qkv.lora_a.axes == ("layers", None, "vision_embed")

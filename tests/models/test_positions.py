@@ -52,8 +52,11 @@ def test_golden_cases_cover_what_they_should():
     videos = [s for case in CASES for s in case["seconds"] if s > 0]
     assert {0.5, 0.3, 1.0} <= set(videos)
     assert any(len(case["grids"]) > 2 for case in CASES)
-    assert any(g[0] > 1 and (g[0] - 1) * s * c["tokens_per_second"] > max(g[1:]) // 2
-               for c in CASES for g, s in zip(c["grids"], c["seconds"], strict=True))  # time decides the span
+    assert any(
+        g[0] > 1 and (g[0] - 1) * s * c["tokens_per_second"] > max(g[1:]) // 2
+        for c in CASES
+        for g, s in zip(c["grids"], c["seconds"], strict=True)
+    )  # time decides the span
 
 
 def test_a_turn_appended_later_continues(config):

@@ -204,22 +204,22 @@ def test_one_compilation_for_all_image_sizes(trajectories):
     assert compiled_rollout._cache_size() == size <= before + 1
 
 
-def test_limits_end_rows(trajectories):
+def test_limits_end_rows():
     """Calls past the limit are counted and not executed; a full buffer or a long turn ends the row and says so."""
     model, prompts = talker.model(), talker.prompts(4)
-    few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1)))
-    ended = few.stop == trajectory.STOP_CALLS
-    assert ended.any() and (few.num_calls[ended] == 2).all() and (few.calls.observation[ended, 1] == -1).all()
-    short = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_new_tokens=3)))
-    assert trajectory.STOP_TURN_LENGTH in short.stop
-    assert short.chosen.sum(axis=1)[short.stop == trajectory.STOP_TURN_LENGTH].min() >= 3
-    small = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_response=40)))
-    assert trajectory.STOP_TOKENS in small.stop
-    lonely = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_images=2)))
-    full = lonely.stop == trajectory.STOP_IMAGES
+    few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1, max_images=2)))
+    spent = few.stop == trajectory.STOP_CALLS
+    assert spent.any() and (few.num_calls[spent] == 2).all() and (few.calls.observation[spent, 1] == -1).all()
+    full = few.stop == trajectory.STOP_IMAGES
     assert full.any()
     for row in np.flatnonzero(full):  # the last message is taken back
-        assert not response(lonely, row)[-1][0] or len(response(lonely, row)) == 1
+        assert [mine for mine, _ in response(few, row)] == [False]
+    # A crop takes nine tokens to ask for, an answer two.
+    short = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_new_tokens=8, max_response=20)))
+    long = short.stop == trajectory.STOP_TURN_LENGTH
+    assert long.any() and (short.chosen.sum(axis=1)[long] >= 8).all()
+    assert trajectory.STOP_TOKENS in short.stop
+    assert (short.valid[:, prompts.tokens.shape[1] :].sum(axis=1) <= 20).all()
 
 
 def test_an_opening_is_written_for_the_model_and_not_learned():

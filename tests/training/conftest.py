@@ -4,7 +4,7 @@ import pytest
 from tiny_model import make_batch, make_model
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model():
     return make_model()
 

@@ -1,0 +1,33 @@
+"""Tune a Qwen2.5-VL directory on your own JSON-lines files: first `pixel-jax sft`, then `pixel-jax rl` on its result.
+
+    pixel-jax sft --config=configs/pixel/own_data.py --config.model=DIR --config.data=traces.jsonl --config.out=runs/sft
+    pixel-jax rl  --config=configs/pixel/own_data.py --config.model=runs/sft/model --config.data=questions.jsonl \
+                  --config.out=runs/rl
+
+The formats are described in `pixel_jax/data/jsonl.py`. Fields that are not set here have the paper's values.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.model = config_dict.required_placeholder(str)
+    config.data = config_dict.required_placeholder(str)
+    config.out = config_dict.required_placeholder(str)
+    # Axis sizes; -1 takes the devices that are left. An empty mesh runs on one device.
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    config.canvas = (1, 1536, 1536)  # one image of at most 1536 x 1536 pixels a prompt
+    config.prompt_width = 2560
+
+    config.sft = ConfigDict()
+    config.sft.steps = 246  # four epochs of the paper's 7,850 traces
+    config.sft.batch_size = 128
+    config.sft.forward = {"micro_batches": 16, "implementation": "chunked", "compute_dtype": "bfloat16"}
+
+    config.rl = ConfigDict()
+    config.rl.iterations = 90
+    config.rl.prompts = 512
+    config.rl.train_batch = 256
+    config.rl.forward = {"micro_batches": 64, "implementation": "chunked", "compute_dtype": "bfloat16"}
+    return config

@@ -1,0 +1,1 @@
+"""Datasets in: images, traces, batches."""

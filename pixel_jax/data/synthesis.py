@@ -1,0 +1,168 @@
+"""Reasoning traces written from templates around a reference cue (Pixel Reasoner §4.1, App. E).
+
+A cue is the box, or the frames, that answer the question. A trace looks at it at once, or makes one of the paper's
+mistakes first and corrects it; the mistake is shown and never learned. Nothing here knows what the question is about:
+the sentences come with the cue.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pixel_jax.data.traces import Trace, Turn, right, wrong
+from pixel_jax.rollout.prompts import Query
+
+CALL_BOX = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
+CALL_FRAMES = '<tool_call>\n{"name": "select_frames", "arguments": {"target_frames": ['
+END_TARGET = '], "target_image": %d}}\n</tool_call>'
+END_FRAMES = "]}}\n</tool_call>"
+
+IMAGE_KINDS = ("single", "recrop", "recrop_twice", "further")
+VIDEO_KINDS = ("single", "reselect")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Shares of the kinds of traces. Defaults: the paper's (its 7,500 traces are 5,500 with operations and 2,000 without)."""
+
+    direct: float = 2000 / 7500  # of image traces: answered without looking closer
+    image: tuple[float, float, float, float] = (0.3, 0.2, 0.2, 0.3)  # of the others, in the order of IMAGE_KINDS
+    video: tuple[float, float] = (0.9, 0.1)  # VIDEO_KINDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """The words around calls and answers; `{}` is the name of the cue."""
+
+    zoom: str = "Now I will zoom in to look clearer at '{}'.\n"
+    select: str = "Now I will select some frames to look clearer at '{}'.\n"
+    missed: str = "It is not in this crop. "
+    too_large: str = "It is still too small to read. "
+    wrong_frames: str = "It is not in these frames. "
+    answer: str = "The answer is \\boxed{"
+
+
+SENTENCES = Sentences()
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the image, in hundredths
+
+
+def written_box(box: Sequence[float]) -> str:
+    return ", ".join(f"{x:.2f}" for x in box)
+
+
+def opening_zoom(cue: str) -> str:
+    return SENTENCES.zoom.format(cue) + CALL_BOX
+
+
+def opening_select(cue: str) -> str:
+    return SENTENCES.select.format(cue) + CALL_FRAMES
+
+
+def crop_call(cue: str, box: Sequence[float], target: int = 1) -> str:
+    return opening_zoom(cue) + written_box(box) + END_TARGET % target
+
+
+def select_call(cue: str, frames: Sequence[int]) -> str:
+    """`frames` count from 1."""
+    return opening_select(cue) + ", ".join(map(str, frames)) + END_FRAMES
+
+
+def final_answer(answer: str) -> str:
+    return SENTENCES.answer + answer + "}"
+
+
+def outward(box: Sequence[float], width: int, height: int) -> Box:
+    """The smallest box in whole hundredths of an image that holds `box` (pixels), clipped to the image."""
+    x1, y1, x2, y2 = box
+    low = [np.floor(100 * x / side) / 100 for x, side in ((x1, width), (y1, height))]
+    high = [np.ceil(100 * x / side) / 100 for x, side in ((x2, width), (y2, height))]
+    return tuple(float(x) for x in np.clip([*low, *high], 0.0, 1.0))
+
+
+def in_pixels(box: Sequence[float], width: int, height: int) -> tuple[int, int, int, int]:
+    """What the crop tool cuts out for a box in hundredths, without padding."""
+    return tuple(round(round(100 * x) * side / 100) for x, side in zip(box, (width, height) * 2, strict=True))
+
+
+def missing_box(rng: np.random.Generator, reference: Box) -> Box:
+    """A random box that does not touch the reference: a tenth to four tenths of the image a side."""
+    while True:
+        width, height = (int(x) for x in rng.integers(10, 40, size=2, endpoint=True))
+        x, y = int(rng.integers(0, 100 - width, endpoint=True)), int(rng.integers(0, 100 - height, endpoint=True))
+        box = (x / 100, y / 100, (x + width) / 100, (y + height) / 100)
+        if box[2] <= reference[0] or box[0] >= reference[2] or box[3] <= reference[1] or box[1] >= reference[3]:
+            return box
+        if (reference[2] - reference[0]) * (reference[3] - reference[1]) > 0.3:
+            raise ValueError(f"the reference {reference} leaves too little of the image to miss it")
+
+
+def loose_box(rng: np.random.Generator, reference: Box, factor: tuple[float, float]) -> Box:
+    """A square-ish box around the reference, `factor` times as wide and as high, the reference anywhere in it."""
+    box = []
+    for low, high in ((reference[0], reference[2]), (reference[1], reference[3])):
+        side = min((high - low) * rng.uniform(*factor), 1.0)
+        start = np.clip(rng.uniform(high - side, low), 0.0, 1.0 - side)
+        box.append((np.floor(100 * start) / 100, min(np.ceil(100 * (start + side)) / 100, 1.0)))
+    (x1, x2), (y1, y2) = box
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def direct_trace(query: Query, answer: str) -> Trace:
+    return Trace(query, (right(final_answer(answer)),), answer)
+
+
+def image_trace(
+    rng: np.random.Generator, query: Query, cue: str, reference: Box, answer: str, kind: str, *, learned: Box | None = None
+) -> Trace:
+    """A trace that looks at `reference` of the first image, after the mistake of its `kind` (one of IMAGE_KINDS).
+
+    `learned` is the box that is written instead of the reference, if annotations are not exact.
+    """
+    target = reference if learned is None else learned
+    end = right(final_answer(answer))
+    if kind == "single":
+        turns = (right(crop_call(cue, target)), end)
+    elif kind in ("recrop", "recrop_twice"):
+        misses = [missing_box(rng, reference) for _ in range(1 if kind == "recrop" else 2)]
+        turns = [wrong((SENTENCES.missed if i else "") + crop_call(cue, box)) for i, box in enumerate(misses)]
+        turns = (*turns, right(SENTENCES.missed + crop_call(cue, target)), end)
+    elif kind == "further":
+        height, width = query.images[0].shape[:2]
+        loose = loose_box(rng, reference, (3.0, 6.0))
+        x1, y1, x2, y2 = in_pixels(loose, width, height)
+        inner = np.array(in_pixels(target, width, height)) - (x1, y1, x1, y1)
+        within = outward(inner, x2 - x1, y2 - y1)
+        turns = (
+            wrong(crop_call(cue, loose)),
+            right(SENTENCES.too_large + crop_call(cue, within, target=2)),
+            end,
+        )
+    else:
+        raise ValueError(f"kind must be one of {IMAGE_KINDS}, not {kind!r}")
+    return Trace(query, turns, answer)
+
+
+def video_trace(
+    rng: np.random.Generator, query: Query, cue: str, frames: Sequence[int], answer: str, kind: str
+) -> Trace:
+    """A trace that selects `frames` (from 1), after as many wrong ones if its `kind` is "reselect"."""
+    turns: tuple[Turn, ...] = (right(select_call(cue, frames)), right(final_answer(answer)))
+    if kind == "reselect":
+        others = [i for i in range(1, len(query.images) + 1) if i not in frames]
+        if not others:
+            raise ValueError(f"all {len(query.images)} frames are the reference: none is wrong")
+        picked = sorted(int(i) for i in rng.choice(others, min(len(frames), len(others)), replace=False))
+        turns = (
+            wrong(select_call(cue, picked)),
+            right(SENTENCES.wrong_frames + select_call(cue, frames)),
+            turns[1],
+        )
+    elif kind != "single":
+        raise ValueError(f"kind must be one of {VIDEO_KINDS}, not {kind!r}")
+    return Trace(query, turns, answer)
+
+
+def draw_kind(rng: np.random.Generator, kinds: Sequence[str], shares: Sequence[float]) -> str:
+    return kinds[int(rng.choice(len(kinds), p=np.array(shares) / np.sum(shares)))]

@@ -1,0 +1,259 @@
+"""From a written trace to the rows that a model is trained on: the same `Trajectories` that a rollout returns.
+
+A trace is a question and the assistant's turns as text. Its calls are read, carried out and answered by the functions of
+the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have met had it
+written those turns itself; only pixels are resized by Pillow here, with the same bits.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from pixel_jax.dialog import automaton
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.models.inputs import Visual
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.operations import Gallery, Result, add_to_gallery, execute
+from pixel_jax.rollout.prompts import Query, prompt_tokens
+from pixel_jax.rollout.trajectory import STOP_ANSWER, Calls, Tables, Trajectories
+
+WAVE = 256  # traces answered by one call of the device: one compilation for all of them
+
+
+class Turn(NamedTuple):
+    """One turn of the assistant: stretches of text, each learned or only read."""
+
+    parts: tuple[tuple[str, bool], ...]
+    ends: bool = True  # `<|im_end|>` follows, learned if the last part is; else the row stops in mid-turn
+
+
+class Trace(NamedTuple):
+    query: Query
+    turns: tuple[Turn, ...]
+    answer: str  # the reference, for scoring
+
+
+class Shape(NamedTuple):
+    """Static room of a row: one compilation of the training step for each."""
+
+    length: int  # tokens
+    frames: int  # frame patches F, and at most as many temporal slices and items
+    patches: int  # of a frame, P
+
+
+class TraceError(ValueError):
+    """A trace that does not fit its row or does not read as it was meant to."""
+
+
+def wrong(text: str) -> Turn:
+    """A turn that shows a mistake: the model reads it and does not learn it."""
+    return Turn(((text, False),))
+
+
+def right(text: str) -> Turn:
+    return Turn(((text, True),))
+
+
+def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """`region` (x1 y1 x2 y2) of uint8 [h, w, 3] at `size` (height, width), as patches uint8 [h w / 196, 588] (merge order)."""
+    height, width = (int(side) for side in size)
+    view = Image.fromarray(image).crop(tuple(int(x) for x in region)).resize((width, height), Image.BICUBIC)
+    grid = np.asarray(view).reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
+    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
+
+
+class _Row:
+    """A row as it grows."""
+
+    def __init__(self, trace: Trace, index: int, vocabulary: Vocabulary, config: RolloutConfig):
+        self.trace, self.index = trace, index
+        query = trace.query
+        self.ids = prompt_tokens(query, vocabulary, config)
+        self.chosen = [False] * len(self.ids)
+        self.frames: list[np.ndarray] = []
+        self.slices: list[tuple[int, int]] = []
+        self.grids: list[tuple[int, int, int]] = []
+        self.calls: list[dict] = []
+        low, high = (
+            (config.video_min_pixels, config.video_max_pixels)
+            if query.is_video
+            else (config.min_pixels, config.max_pixels)
+        )
+        sizes = [smart_resize(*image.shape[:2], min_pixels=low, max_pixels=high) for image in query.images]
+        if query.is_video:
+            last = len(query.images) - 1
+            self.slices = [(i, min(i + 1, last)) for i in range(0, len(query.images), 2)]
+            self.grids = [(len(self.slices), sizes[0][0] // PATCH, sizes[0][1] // PATCH)]
+            self.frames = [self.view(i, None, size) for i, size in enumerate(sizes)]
+        else:
+            for i, size in enumerate(sizes):
+                self.show(self.view(i, None, size), size)
+
+    def view(self, canvas: int, region, size) -> np.ndarray:
+        image = self.trace.query.images[canvas]
+        return frame_patches(image, (0, 0, image.shape[1], image.shape[0]) if region is None else region, size)
+
+    def show(self, patches: np.ndarray, size) -> None:
+        self.slices.append((len(self.frames), len(self.frames)))
+        self.grids.append((1, int(size[0]) // PATCH, int(size[1]) // PATCH))
+        self.frames.append(patches)
+
+    def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
+        """Append a turn; returns its ids."""
+        ids, chosen = [], []
+        for text, learned in turn.parts:
+            part = vocabulary.encode(text)
+            ids += part
+            chosen += [learned] * len(part)
+        if turn.ends:
+            ids.append(vocabulary.im_end)
+            chosen.append(chosen[-1])
+        self.ids += ids
+        self.chosen += chosen
+        return ids
+
+
+@functools.partial(jax.jit, static_argnames=("config", "views", "length"))
+def _respond(tables: Tables, turns, gallery: Gallery, is_video, canvas_size, num_canvases, config, views, length):
+    """What the rollout answers to turns int32 [WAVE, T] (-1: no token): result, observation ids and lengths, gallery."""
+    state, _ = jax.lax.scan(
+        lambda state, tokens: (automaton.step(tables.bytes, state, tokens), None), automaton.init(WAVE), turns.T
+    )
+    call = automaton.finish(state)
+    result = execute(call, gallery, is_video, canvas_size, num_canvases, views, config)
+    ids, lengths = tables.observations.assemble(result.message, length)
+    kind = jnp.where(call.valid, call.tool, 2)
+    return call.required, kind, result, ids, lengths, add_to_gallery(gallery, result, call.required)
+
+
+def _answer_calls(rows: list[_Row], turns: list[list[int]], galleries, tables: Tables, config: RolloutConfig) -> list:
+    """Every row of one wave reads the observation of the call it just wrote; returns the galleries after it."""
+    most = max(len(row.trace.query.images) for row in rows)
+    views = 8 if any(row.trace.query.is_video for row in rows) else 1
+    width = -(-max(map(len, turns)) // 16) * 16
+    padded = np.full((WAVE, width), -1, np.int32)
+    canvas_size = np.ones((WAVE, most, 2), np.int32)
+    for i, (row, turn) in enumerate(zip(rows, turns, strict=True)):
+        padded[i, : len(turn)] = turn
+        for j, image in enumerate(row.trace.query.images):
+            canvas_size[i, j] = image.shape[:2]
+    fill = lambda values, dtype: np.resize(np.array(values, dtype), WAVE)  # noqa: E731
+    num_canvases = fill([len(row.trace.query.images) for row in rows], np.int32)
+    is_video = fill([row.trace.query.is_video for row in rows], bool)
+    gallery = jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *galleries)
+    bound = tables.observations.bound(
+        crop_pads=config.crop_max_pixels // FACTOR**2,
+        frame_pads=config.select_max_pixels // FACTOR**2 if views > 1 else 0,
+        num_frames=views,
+    )
+    answer = _respond(tables, padded, gallery, is_video, canvas_size, num_canvases, config, views, bound)
+    required, kind, result, ids, lengths, gallery = jax.tree.map(np.asarray, answer)
+    result: Result
+    for i, row in enumerate(rows):
+        if not required[i]:
+            raise TraceError(f"turn {len(row.calls) + 1} of a trace about {row.trace.query.question!r} is no call")
+        row.ids += ids[i, : lengths[i]].tolist()
+        row.chosen += [False] * int(lengths[i])
+        shown = int(result.count[i])
+        for view in range(shown):
+            patches = row.view(int(result.canvas[i, view]), result.region[i, view], result.size[i, view])
+            row.show(patches, result.size[i, view])
+        row.calls.append(
+            {
+                "kind": int(kind[i]),
+                "observation": int(result.message.kind[i]),
+                "canvas": int(result.canvas[i, 0]) if shown else -1,
+                "box": result.region[i, 0] if shown else np.zeros(4, np.int32),
+                "frames": result.canvas[i] if kind[i] == 1 and shown else np.zeros(0, np.int32),
+            }
+        )
+    return [Gallery(*(x[i] for x in gallery)) for i in range(len(rows))]
+
+
+def _first_gallery(query: Query, config: RolloutConfig, most: int) -> Gallery:
+    slots = config.max_images + most
+    region = np.zeros((slots, 4), np.int32)
+    for i, image in enumerate(query.images):
+        region[i, 2:] = image.shape[1::-1]
+    count = 1 if query.is_video else len(query.images)
+    return Gallery(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, np.int32(count))
+
+
+def to_trajectories(
+    traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, shape: Shape
+) -> Trajectories:
+    """One row a trace, in order, on the host. Every call but one that ends its trace is answered."""
+    rows = [_Row(trace, i, vocabulary, config) for i, trace in enumerate(traces)]
+    most = max(len(trace.query.images) for trace in traces)
+    galleries = {row.index: _first_gallery(row.trace.query, config, most) for row in rows}
+    turn, active = 0, rows
+    while active:
+        written = {row.index: row.write(row.trace.turns[turn], vocabulary) for row in active}
+        turn += 1
+        active = [row for row in active if len(row.trace.turns) > turn]
+        for start in range(0, len(active), WAVE):
+            part = active[start : start + WAVE]
+            after = _answer_calls(
+                part, [written[row.index] for row in part], [galleries[row.index] for row in part], tables, config
+            )
+            galleries |= {row.index: gallery for row, gallery in zip(part, after, strict=True)}
+    return _pack(rows, config, shape)
+
+
+def _pack(rows: list[_Row], config: RolloutConfig, shape: Shape) -> Trajectories:
+    count, numbers = len(rows), config.max_calls + 1
+    tokens = np.zeros((count, shape.length), np.int32)
+    valid, chosen = np.zeros((2, count, shape.length), bool)
+    visual = Visual(
+        patches=np.zeros((count, shape.frames, shape.patches, 3 * PATCH**2), np.uint8),
+        slices=np.full((count, shape.frames, 2), -1, np.int32),
+        grids=np.zeros((count, shape.frames, 3), np.int32),
+        seconds=np.zeros((count, shape.frames), np.float32),
+    )
+    calls = Calls(
+        *(np.full((count, numbers), -1, np.int32) for _ in range(3)),
+        box=np.zeros((count, numbers, 4), np.int32),
+        frames=np.full((count, numbers, 8), -1, np.int32),
+    )
+    for i, row in enumerate(rows):
+        largest = max(len(patches) for patches in row.frames)
+        for name, have, room in (
+            ("tokens", len(row.ids), shape.length),
+            ("frames", len(row.frames), shape.frames),
+            ("patches", largest, shape.patches),
+            ("calls", len(row.calls), config.max_calls),
+        ):
+            if have > room:
+                raise TraceError(f"trace {i} has {have} {name}, there is room for {room}")
+        tokens[i, : len(row.ids)] = row.ids
+        valid[i, : len(row.ids)] = True
+        chosen[i, : len(row.ids)] = row.chosen
+        for j, patches in enumerate(row.frames):
+            visual.patches[i, j, : len(patches)] = patches
+        visual.slices[i, : len(row.slices)] = row.slices
+        visual.grids[i, : len(row.grids)] = row.grids
+        if row.trace.query.is_video:
+            visual.seconds[i, 0] = row.trace.query.seconds
+        for j, call in enumerate(row.calls):
+            for name, value in call.items():
+                if name == "frames":
+                    calls.frames[i, j, : len(value)] = value
+                else:
+                    getattr(calls, name)[i, j] = value
+    return Trajectories(
+        tokens=tokens,
+        valid=valid,
+        chosen=chosen,
+        logprobs=np.zeros(tokens.shape, np.float32),
+        visual=visual,
+        prompt=np.arange(count, dtype=np.int32),
+        calls=calls,
+        num_calls=np.array([len(row.calls) for row in rows], np.int32),
+        stop=np.full(count, STOP_ANSWER, np.int32),
+    )

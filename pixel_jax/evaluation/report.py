@@ -1,0 +1,133 @@
+"""Pages: one self-contained HTML file of numbers, curves and traces. Everything from outside is escaped."""
+
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+
+from pixel_jax.evaluation.trace import Picture, Trace, Turn
+
+COLORS = ("#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a")  # of calls 1, 2, ...
+
+
+def text(value) -> str:
+    """`value` as HTML text."""
+    return html.escape(str(value), quote=True)
+
+
+def figure(picture: Picture, *, width: int) -> str:
+    """A picture `width` CSS pixels wide, its boxes over it."""
+    boxes = []
+    line = max(picture.width, picture.height) / 150
+    for number, x1, y1, x2, y2 in picture.boxes:
+        color = COLORS[(number - 1) % len(COLORS)]
+        boxes.append(
+            f'<rect x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" fill="none" stroke="{color}" '
+            f'stroke-width="{line:.1f}"/><text x="{x1 + line:.1f}" y="{max(y1 - line, 12 * line):.1f}" fill="{color}" '
+            f'font-size="{12 * line:.0f}" stroke="white" stroke-width="{line / 2:.1f}" paint-order="stroke">{number}</text>'
+        )
+    return (
+        f'<figure style="width:{width}px"><svg viewBox="0 0 {picture.width} {picture.height}" role="img" '
+        f'aria-label="{text(picture.caption)}"><image href="data:image/png;base64,{text(picture.png)}" '
+        f'width="{picture.width}" height="{picture.height}"/>{"".join(boxes)}</svg>'
+        f"<figcaption>{text(picture.caption)}, {picture.width}×{picture.height}</figcaption></figure>"
+    )
+
+
+def turn(item: Turn, number: int) -> str:
+    """One turn; `number` is that of the last call made."""
+    color = COLORS[(number - 1) % len(COLORS)] if number else "#555"
+    name = "model" if item.role == "assistant" else f"operation {number}"
+    pictures = "".join(figure(picture, width=140) for picture in item.pictures)
+    style = "tool failed" if item.failed else item.role
+    return (
+        f'<div class="turn {style}"><span class="who" style="color:{color}">{name}</span>'
+        f"<pre>{text(item.text)}</pre>{pictures}</div>"
+    )
+
+
+def trace(item: Trace) -> str:
+    """A conversation: the image with every box, what the model first saw, then turn by turn."""
+    verdict = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>', None: ""}[item.correct]
+    known = "" if item.reference is None else f" · reference {text(item.reference)}"
+    given = "" if item.answer is None else f"answer {text(item.answer)}"
+    wide = 280 if len(item.pictures) == 1 else 130
+    pictures = "".join(figure(picture, width=wide) for picture in item.pictures)
+    overview = "".join(figure(picture, width=112 if len(item.overview) == 1 else 60) for picture in item.overview)
+    turns, number = [], 0
+    for part in item.turns:
+        number += part.role != "assistant"
+        turns.append(turn(part, number))
+    return (
+        f'<article class="trace"><h3>{text(item.title or item.question)}</h3>'
+        f'<p class="meta">{text(item.question)} · {given}{known} {verdict} · ended: {text(item.stop)}</p>'
+        f'<div class="columns"><div class="images">{pictures}{overview}</div>'
+        f'<div class="turns">{"".join(turns)}</div></div></article>'
+    )
+
+
+def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
+    """A page of traces alone."""
+    return page(title, [("", "".join(trace(item) for item in traces))])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table; cells are escaped."""
+    cells = lambda row, tag: "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str) -> str:
+    """Panels side by side, each {label of a line: points (x, y) with y in [0, 1]}, as inline SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    shown, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.0), squeeze=False)
+    for axis, (name, lines) in zip(axes[0], panels.items(), strict=True):
+        for i, (label, points) in enumerate(lines.items()):
+            axis.plot(*zip(*points, strict=True), label=label, color=COLORS[i % len(COLORS)], linewidth=1.8)
+        axis.set(title=name, xlabel=x_label, ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    shown.tight_layout()
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "pixel_jax"}):
+        shown.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(shown)
+    svg = buffer.getvalue()
+    return f'<div class="curves">{svg[svg.index("<svg") :]}</div>'
+
+
+def paragraph(words: str) -> str:
+    return f"<p>{text(words)}</p>"
+
+
+def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None = None) -> str:
+    """A whole page from (heading, HTML) sections; `data` is embedded as JSON for whoever wants the numbers."""
+    css = resources.files("pixel_jax.evaluation").joinpath("report.css").read_text()
+    body = "".join((f"<h2>{text(head)}</h2>" if head else "") + content for head, content in sections)
+    numbers = ""
+    if data is not None:
+        # "<" is the only character that could end the script element early.
+        safe = json.dumps(data).replace("<", "\\u003c")
+        numbers = f'<script type="application/json" id="metrics">{safe}</script>'
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{text(title)}</title><style>{css}</style></head><body><h1>{text(title)}</h1>{body}{numbers}</body></html>"
+    )
+
+
+def write(path: str | os.PathLike, content: str) -> None:
+    """Write a page whole or not at all."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(content)
+    os.replace(partial, path)

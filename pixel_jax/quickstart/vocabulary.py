@@ -1,0 +1,41 @@
+"""A tokenizer whose tokens are long pieces of the dialog: every text is what a 7B model would write, in a tenth of the tokens."""
+
+import re
+
+from pixel_jax.data import miniature, synthesis
+from pixel_jax.dialog import observations, template
+from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
+
+CUE = "the card"
+MAX_TARGETS = 4  # images a trace can name
+
+
+def pieces() -> list[str]:
+    """Prompt and observations in as few tokens as numbers allow; a coordinate is one token."""
+    sentences = synthesis.SENTENCES
+    found = [
+        "system\n" + template.system_prompt(),
+        "assistant\n",
+        "user\n",
+        *(template.user_text(question) for question in (miniature.QUESTION, miniature.VIDEO_QUESTION)),
+        synthesis.opening_zoom(CUE),
+        synthesis.opening_select(CUE),
+        *(synthesis.END_TARGET % target for target in range(1, MAX_TARGETS + 1)),
+        synthesis.END_FRAMES,
+        sentences.missed,
+        sentences.too_large,
+        sentences.wrong_frames,
+        sentences.answer,
+        ", ",
+    ]
+    for text in observations.TEXTS.values():
+        # Numbers are written digit by digit; what lies between them is constant.
+        stretches = re.split(r"\{(?:\d|list)\}", "user\n" + text)
+        found += [stretch for stretch in stretches if len(stretch.encode()) > 1]
+    hundredths = [f"{x / 100:.2f}" for x in range(101)]
+    found += [f"{x}, " for x in hundredths] + hundredths
+    return list(dict.fromkeys(found))
+
+
+def build_vocabulary() -> Vocabulary:
+    return Vocabulary.of(build_tokenizer(pieces()))
