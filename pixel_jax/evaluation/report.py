@@ -97,8 +97,9 @@ def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_
         axis.legend(frameon=False, fontsize=8)
     shown.tight_layout()
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pixel_jax"}):
-        shown.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "pixel_jax", "svg.fonttype": "none"}):
+        # Metadata would bring a date, and the addresses of vocabularies.
+        shown.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     pyplot.close(shown)
     svg = buffer.getvalue()
     return f'<div class="curves">{svg[svg.index("<svg") :]}</div>'

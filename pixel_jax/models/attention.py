@@ -89,7 +89,7 @@ def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, chun
     """q [B, T, KV, G, D]; k, v [B, S, KV, D] -> output like q, and log-sum-exp float32 [B, T, KV, G] (-inf: no key)"""
     pad = -k.shape[1] % chunk
     if pad:
-        widen = lambda x, value: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], constant_values=value)  # noqa: E731
+        widen = lambda x, value: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
         k, v = widen(k, 0), widen(v, 0)
         k_segment = None if mask.k_segment is None else widen(mask.k_segment, 0)
         mask = mask._replace(k_order=widen(mask.k_order, -1), k_segment=k_segment)
@@ -98,7 +98,7 @@ def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, chun
 
 def _chunks(k, v, mask: Mask, chunk: int):
     """Keys, values and their orders and segments, [S, ...] cut into a leading axis to scan over."""
-    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
     return cut(k), cut(v), cut(mask.k_order), None if mask.k_segment is None else cut(mask.k_segment)
 
 
@@ -142,7 +142,7 @@ def _attend_backward(chunk, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
     wide = lse.dtype
-    keys_last = lambda x: jnp.moveaxis(x, 1, 3)  # noqa: E731  [B, T, KV, G] -> [B, KV, G, T]
+    keys_last = lambda x: jnp.moveaxis(x, 1, 3)  #   [B, T, KV, G] -> [B, KV, G, T]
     # d scores = p * (d_out . v - delta), and the log-sum-exp's own cotangent enters as d_lse * p.
     delta = keys_last(jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_lse)[..., None]
     shift = keys_last(jnp.where(jnp.isfinite(lse), lse, 0.0))[..., None]
@@ -160,7 +160,7 @@ def _attend_backward(chunk, residuals, cotangents):
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
     d_q, (d_k, d_v) = jax.lax.scan(add, jnp.zeros(q.shape, wide), _chunks(k, v, mask, chunk))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(k.shape)  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(k.shape)
     return d_q.astype(q.dtype), join(d_k), join(d_v), None
 
 

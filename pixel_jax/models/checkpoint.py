@@ -121,10 +121,10 @@ def load_weights(model: Qwen2_5_VL, directory: Path, shardings, dtype=None) -> Q
 def _load(reader: Reader, keys: str | list[str], shape: tuple[int, ...], place: jax.sharding.Sharding, dtype):
     if isinstance(keys, str):
         tensor = reader.tensor(keys, shape)
-        read = lambda index: tensor[index]  # noqa: E731
+        read = lambda index: tensor[index]
     else:
         tensors = [reader.tensor(key, shape[1:]) for key in keys]
-        read = lambda index: np.stack([tensor[index[1:]] for tensor in tensors[index[0]]])  # noqa: E731
+        read = lambda index: np.stack([tensor[index[1:]] for tensor in tensors[index[0]]])
     return jax.make_array_from_callback(shape, place, lambda index: np.asarray(read(index), dtype))
 
 

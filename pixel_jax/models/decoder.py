@@ -27,7 +27,7 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, config: TextConfig, batch: int, capacity: int, dtype) -> "KVCache":
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))  # noqa: E731
+        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
 
     def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
-        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)  # noqa: E731
+        split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 

@@ -43,7 +43,7 @@ class Located(NamedTuple):
 
 def merged_grids(grids: jax.Array, merge: int) -> jax.Array:
     """Grids [..., 3] in patches -> in visual tokens."""
-    return grids // jnp.array([1, merge, merge], grids.dtype)
+    return jnp.asarray(grids) // jnp.array([1, merge, merge], jnp.int32)
 
 
 def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
@@ -54,7 +54,7 @@ def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
     item = jnp.sum(rank[:, :, None] >= ends[:, None, :], axis=-1, dtype=jnp.int32)
     known = (rank >= 0) & (item < grids.shape[1])
     item = jnp.minimum(item, grids.shape[1] - 1)
-    take = lambda x: jnp.take_along_axis(x, item, axis=1)  # noqa: E731
+    take = lambda x: jnp.take_along_axis(x, item, axis=1)
     within = rank - take(ends - count)
     area = jnp.maximum(take(h * w), 1)
     return Located(item, within, take(jnp.cumsum(t, axis=1) - t) + within // area, within % area, known)

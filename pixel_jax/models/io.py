@@ -94,7 +94,7 @@ def forward(
 
     batch, length = tokens.shape
     padded = _bucket(length, 32)
-    grow = lambda x, axis: np.pad(x, [(0, padded - length if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+    grow = lambda x, axis: np.pad(x, [(0, padded - length if i == axis else 0) for i in range(x.ndim)])
     pixels, hw, grids, seconds = _pack(rows, model.config)
     if position_ids is not None:
         position_ids = np.asarray(position_ids, np.int32)

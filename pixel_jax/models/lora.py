@@ -23,11 +23,11 @@ Filter = type | Callable[[str, nnx.Variable], bool]
 
 
 def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Qwen2_5_VL:
-    """The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
+    r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
 
-    targets: regular expression that must match the whole Hugging Face path of a linear layer, `{}` standing for the layer
-             number: 'model.layers.{}.self_attn.q_proj', 'visual.blocks.{}.attn.qkv', 'lm_head'. With '{}' written as such or
-             as '.*'; for example r'model\\..*\\.(q_proj|v_proj)'
+    targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
+             number of a stacked layer: model.layers.{}.self_attn.q_proj, visual.blocks.{}.attn.qkv, lm_head. For example
+             r".*\.(q_proj|v_proj)", or r"model\.layers\..*" for every linear layer of the decoder.
     Scale alpha / rank. Raises if nothing matches or if a target has an adapter already.
     """
     if rank < 1:

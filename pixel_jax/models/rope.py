@@ -79,7 +79,7 @@ def mrope_positions(
     place = locate(rank, grids, config.vision.spatial_merge_size)
     is_visual = is_visual & place.known  # a visual token that belongs to no item is text
     t, h, w = jnp.moveaxis(merged_grids(grids, config.vision.spatial_merge_size), -1, 0)
-    take = lambda x: jnp.take_along_axis(x, place.item, axis=1)  # noqa: E731
+    take = lambda x: jnp.take_along_axis(x, place.item, axis=1)
 
     def seconds_to_ids(index):  # [B, T] slices since the item's first -> positions
         return (index.astype(jnp.float32) * take(seconds) * config.vision.tokens_per_second).astype(jnp.int32)

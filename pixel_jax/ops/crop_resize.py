@@ -9,9 +9,9 @@ written to is static. Two formulations give the same bits:
   so that time follows the size of the box. About as fast as Pillow; the dense form takes ten times as long there.
 
 Pillow (`src/libImaging/Resample.c`) computes each weight in double precision, rounds it to 22-bit fixed point, and
-rounds the image to 8 bits between its two passes. So do we, in doubles whatever the precision of the caller. A weight
-moves by one unit only where a double's last bits decide its rounding, which happens about once in 10^9 weights and
-then shows in one of 16,000 pixels.
+rounds the image to 8 bits between its two passes. So do we, in doubles whatever the precision of the caller. Compilers
+may round a double's last bit differently; that moves a weight by one unit only if it lies within about 1e-9 units of a
+rounding boundary (none of 21 million did), and the weight then shows in one of 16,000 pixels.
 """
 
 from typing import NamedTuple

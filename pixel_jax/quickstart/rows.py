@@ -1,6 +1,6 @@
 """The rows that each phase trains on, drawn from seeds."""
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,6 +8,9 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.prompts import Query
+
+if TYPE_CHECKING:
+    from pixel_jax.quickstart.config import QuickstartConfig
 
 MARGIN = 8  # pixels of the scene around a digit that a reference box leaves: one pixel of the overview
 
@@ -45,5 +48,27 @@ def read_row(rng: np.random.Generator, scenes: miniature.SceneConfig, split: str
     return Trace(Query(miniature.QUESTION, [image]), (turn,), str(scene.label))
 
 
-def label_of(traces: Sequence[Trace]) -> list[str]:
-    return [trace.answer for trace in traces]
+def noisy(rng: np.random.Generator, box: synthesis.Box, deviation: float) -> synthesis.Box:
+    """`box` with a normal error on every edge, `deviation` in pixels of the overview; at least one hundredth wide and high."""
+    hundredths = 100 * np.array(box) + rng.normal(0, 100 * deviation * MARGIN / miniature.SIDE, 4)
+    x1, y1, x2, y2 = np.clip(np.round(hundredths), 0, 100)
+    x1, y1 = min(x1, 99), min(y1, 99)
+    return tuple(float(x) / 100 for x in (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+
+
+def warm_row(rng: np.random.Generator, config: "QuickstartConfig", split: str) -> Trace:
+    """One trace of the warm start, of any kind: direct, single-pass, corrected, further in; or of a clip."""
+    if rng.random() < config.video_share:
+        clip = miniature.draw_clip(rng, split)
+        kind = synthesis.draw_kind(rng, synthesis.VIDEO_KINDS, config.mix.video)
+        return synthesis.video_trace(rng, clip_query(clip), CUE, [clip.target + 1], str(clip.label), kind)
+    scene = miniature.draw_scene(rng, split, config.scenes)
+    if rng.random() < config.mix.direct:
+        return synthesis.direct_trace(scene_query(scene), str(scene.label))
+    kinds, shares = synthesis.IMAGE_KINDS, config.mix.image
+    if not scene.small:  # a large digit leaves no room to miss it, nor to begin with a much larger box
+        kinds, shares = ("single",), (1.0,)
+    reference = reference_box(scene)
+    learned = noisy(rng, reference, config.box_noise)
+    kind = synthesis.draw_kind(rng, kinds, shares)
+    return synthesis.image_trace(rng, scene_query(scene), CUE, reference, str(scene.label), kind, learned=learned)

@@ -52,6 +52,7 @@ class Shared(NamedTuple):
     prompts: Prompts
     prefix: KVCache
     visual: Visual
+    temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
 
 
 class State(NamedTuple):
@@ -117,10 +118,14 @@ def start(
     prompts: Prompts,
     key: jax.Array,
     opening: jax.Array,
+    temperature: jax.Array,
     config: RolloutConfig,
     shape: Shape,
 ) -> tuple[Shared, State]:
-    """Read the prompts once each and set up the rows, which have written `opening` (int32 [O]) and nothing else."""
+    """Read the prompts once each and set up the rows, which have written `opening` and nothing else.
+
+    `opening` int32 [O] ends with -1 where it is shorter.
+    """
     visual = prompt_visual(prompts, config, shape)
     batch, width = prompts.tokens.shape
     valid = jnp.arange(width) < prompts.length[:, None]
@@ -170,17 +175,15 @@ def start(
         num_calls=jnp.zeros(rows, jnp.int32),
         keys=keys,
     )
-    shared = Shared(prompts, prefix, visual)
-    if opening.shape[0]:
-        ids = jnp.broadcast_to(opening, (rows, opening.shape[0]))
-        state = append(model, layers, shared, state, ids, jnp.full(rows, opening.shape[0], jnp.int32))
-        reader, _ = jax.lax.scan(
-            lambda reader, token: (automaton.step(prompts.tables.bytes, reader, jnp.full(rows, token)), None),
-            state.reader,
-            opening,
-        )
-        state = state._replace(reader=reader)
-    return shared, state
+    shared = Shared(prompts, prefix, visual, temperature)
+    written = jnp.broadcast_to(jnp.maximum(opening, 0), (rows, opening.shape[0]))
+    state = append(model, layers, shared, state, written, jnp.full(rows, jnp.sum(opening >= 0), jnp.int32))
+    reader, _ = jax.lax.scan(
+        lambda reader, token: (automaton.step(prompts.tables.bytes, reader, jnp.full(rows, token)), None),
+        state.reader,
+        opening,
+    )
+    return shared, state._replace(reader=reader)
 
 
 def append(
@@ -207,29 +210,73 @@ def append(
     positions, next_pos = mrope_positions(
         model.is_visual(ids), valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos, model.config
     )
-    hidden, cache = model.step(layers, x, positions, valid, state.cache, shared.prefix)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix)
     room = state.tokens.shape[1]
     slot = jnp.where(valid, state.length[:, None] + jnp.arange(width), room)
     return state._replace(
         tokens=state.tokens.at[jnp.arange(rows)[:, None], slot].set(ids, mode="drop"),
         length=state.length + lengths,
-        hidden=jnp.where((lengths > 0)[:, None], last, state.hidden),
+        hidden=last,
         next_pos=next_pos,
         cache=cache,
     )
+
+
+READ_CHUNK = 32
+
+
+def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: KVCache):
+    """Every row appends the first `lengths` of its embeddings `x` [R, T, D] to its cache: the hidden state of its last
+    token (`hidden` [R, D] where there is none) and the cache.
+
+    Taken `READ_CHUNK` tokens at a time for as long as any row has more: there is room for the longest observation, and
+    most are a fraction of it.
+    """
+
+    def piece(start, width, hidden, cache):
+        index = start + jnp.arange(width)
+        out, cache = model.step(
+            layers,
+            jax.lax.dynamic_slice_in_dim(x, start, width, axis=1),
+            jax.lax.dynamic_slice_in_dim(positions, start, width, axis=2),
+            index < lengths[:, None],
+            cache,
+            prefix,
+        )
+        last = lengths - 1 - start
+        here = (last >= 0) & (last < width)
+        out = jnp.take_along_axis(out, jnp.clip(last, 0, width - 1)[:, None, None], axis=1)[:, 0]
+        return jnp.where(here[:, None], out, hidden), cache
+
+    if x.shape[1] == 1:
+        return piece(0, 1, hidden, cache)
+    width = min(READ_CHUNK, x.shape[1])
+    spare = -x.shape[1] % width
+    x, positions = jnp.pad(x, ((0, 0), (0, spare), (0, 0))), jnp.pad(positions, ((0, 0), (0, 0), (0, spare)))
+    longest = jnp.max(lengths)
+    _, hidden, cache = jax.lax.while_loop(
+        lambda carry: carry[0] < longest,
+        lambda carry: (carry[0] + width, *piece(carry[0], width, *carry[1:])),
+        (jnp.int32(0), hidden, cache),
+    )
+    return hidden, cache
 
 
 def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig) -> State:
     """Every row that is writing chooses one token and reads it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
-    later = config.temperature if config.later_temperature is None else config.later_temperature
-    temperature = jnp.where(state.num_calls > 0, later, config.temperature).astype(jnp.float32)
+    temperature = jnp.where(state.num_calls > 0, shared.temperature[1], shared.temperature[0])
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
     logits = model.logits(state.hidden)
     token, logprob = sample(
-        logits, keys, temperature, top_k=config.top_k, top_p=config.top_p, greedy=config.temperature == 0
+        logits,
+        keys,
+        temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        # A placeholder that the policy wrote would take the features of an image shown later.
+        banned=(model.config.image_token_id, model.config.video_token_id),
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
     reader = automaton.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))

@@ -3,6 +3,7 @@
 Both are made of the same functions (`machine.py`) and give the same tokens.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -37,16 +38,29 @@ def rollout(
     """
     mesh, shape = layout(model, prompts, config)
     with jax.set_mesh(mesh) if mesh is not None else _nothing():
-        return compiled_rollout(model, place(prompts, mesh), key, jnp.array(opening, jnp.int32), config, shape, mesh)
+        return compiled_rollout(model, place(prompts, mesh), key, *traced(config, opening), shape=shape, mesh=mesh)
+
+
+OPENING_STEP = 8  # openings are padded to a multiple, to share a program
+
+
+def traced(config: RolloutConfig, opening: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
+    """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
+    padded = np.full(OPENING_STEP * max(1, -(-len(opening) // OPENING_STEP)), -1, np.int32)
+    padded[: len(opening)] = opening
+    later = config.temperature if config.later_temperature is None else config.later_temperature
+    temperature = np.array([config.temperature, later], np.float32)
+    same = dataclasses.replace(config, temperature=1.0, later_temperature=None)
+    return jnp.asarray(padded), jnp.asarray(temperature), same
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def compiled_rollout(
-    model, prompts, key, opening, config: RolloutConfig, shape: Shape, mesh: Mesh | None
+    model, prompts, key, opening, temperature, config: RolloutConfig, *, shape: Shape, mesh: Mesh | None
 ) -> Trajectories:
     """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
     layers = model.unstack()
-    shared, state = machine.start(model, layers, prompts, key, opening, config, shape)
+    shared, state = machine.start(model, layers, prompts, key, opening, temperature, config, shape)
     state = constrain_rows(state, mesh)
 
     def turn(state: State) -> State:
@@ -99,7 +113,8 @@ def host_rollout(
     prompts = place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else _nothing():
         layers = _unstack(model)
-        shared, state = _start(model, layers, prompts, key, jnp.array(opening, jnp.int32), config, shape)
+        opening, temperature, config = traced(config, opening)
+        shared, state = _start(model, layers, prompts, key, opening, temperature, config, shape)
         while np.any(np.asarray(state.status) != DONE):
             while np.any(np.asarray(state.status) == WRITING):
                 state = _decode(model, layers, shared, state, config)

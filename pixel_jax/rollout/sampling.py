@@ -24,20 +24,24 @@ def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
 
 
 def sample(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, *, top_k: int, top_p: float, greedy: bool
+    logits: jax.Array,
+    keys: jax.Array,
+    temperature: jax.Array,
+    *,
+    top_k: int,
+    top_p: float,
+    banned: tuple[int, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [R] and their log-probabilities float32 [R] under the full distribution softmax(logits / temperature).
 
-    `logits` float32 [R, V], `keys` [R], `temperature` float32 [R]. The truncation changes which tokens can be drawn, never
-    the log-probability that is recorded: a ratio against a truncated distribution is biased. Greedy decoding records
-    the log-probability at temperature one.
+    `logits` float32 [R, V], `keys` [R], `temperature` float32 [R]; a row at temperature 0 takes its most probable token
+    and records its log-probability at temperature 1. The truncation, and `banned` tokens, change which tokens can be
+    drawn, never the log-probability that is recorded: a ratio against a truncated distribution is biased.
     """
-    if greedy:
-        scaled = logits
-        choice = jnp.argmax(logits, axis=-1)
-    else:
-        scaled = logits / temperature[:, None]
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-        choice = jnp.argmax(truncate(scaled, top_k=top_k, top_p=top_p) + noise, axis=-1)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    drawable = scaled.at[:, jnp.array(banned, jnp.int32)].set(-jnp.inf) if banned else scaled
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    noise = jnp.where((temperature > 0)[:, None], noise, 0.0)
+    choice = jnp.argmax(truncate(drawable, top_k=top_k, top_p=top_p) + noise, axis=-1)
     chosen = jnp.take_along_axis(scaled, choice[:, None], axis=-1)[:, 0]
     return choice.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)

@@ -1,14 +1,12 @@
 """What a training step reads: trajectories without their bookkeeping, plus one advantage and one weight a row."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from pixel_jax.models.inputs import Visual
-
-if TYPE_CHECKING:
-    from pixel_jax.rollout.trajectory import Trajectories
+from pixel_jax.rollout.trajectory import Trajectories
 
 Array = jax.Array | np.ndarray
 
@@ -27,7 +25,7 @@ class Batch(NamedTuple):
 
 
 def from_trajectories(
-    trajectories: "Trajectories", advantage: Array | None = None, old_logprobs: Array | None = None
+    trajectories: Trajectories, advantage: Array | None = None, old_logprobs: Array | None = None
 ) -> Batch:
     """The training view of `trajectories`; without `advantage` zeros, without `old_logprobs` the sampler's own."""
     rows = trajectories.tokens.shape[0]

@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,10 +14,10 @@ LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def announce_compiles(minimum: float = 0.2, stream=None) -> None:
+def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
     """Say before a program compiles (once lowering it took `minimum` seconds: small ones compile unnoticed) and when it has.
 
-    JAX keeps listeners for the life of the process: call this once, at its start.
+    Call it once, at the start of a process; what it returns ends it.
     """
     announced: set[str] = set()
 
@@ -31,6 +31,7 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> None:
             print(f"compiled {name} in {seconds:.1f} s", file=stream or sys.stderr, flush=True)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:

@@ -1,8 +1,8 @@
 """Writes golden_positions.json: M-RoPE position ids from the release that introduced Qwen2.5-VL.
 
 Run it where `transformers==4.49.0` and torch are installed:  python tests/models/make_golden_positions.py
-Later releases differ for video: 4.50 to 5.2 cut fractional `second_per_grid_ts` to whole seconds before multiplying, 5.3 and
-later also start the text after a video elsewhere. 4.49 is what the released checkpoints were trained with.
+Later releases differ for video: 4.57 cuts fractional `second_per_grid_ts` to whole seconds before multiplying, 5.3 and
+later also start the text after a video elsewhere.
 """
 
 import json

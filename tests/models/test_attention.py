@@ -25,7 +25,7 @@ def naive(q, k, v, mask):
 
 def case(rng, batch=2, queries=7, keys=11, heads=4, kv_heads=2, dim=8, segments=False):
     """Ragged: some keys are padding, the first query of row 0 sees nothing."""
-    draw = lambda *shape: jnp.array(rng.standard_normal(shape, dtype=np.float32))  # noqa: E731
+    draw = lambda *shape: jnp.array(rng.standard_normal(shape, dtype=np.float32))
     q, k, v = draw(batch, queries, heads, dim), draw(batch, keys, kv_heads, dim), draw(batch, keys, kv_heads, dim)
     q_order = rng.integers(0, keys, (batch, queries))
     k_order = np.where(rng.random((batch, keys)) < 0.8, np.arange(keys), -1)

@@ -72,7 +72,7 @@ def test_a_turn_appended_later_continues(config):
     tail, last = compute(visual[:, cut:], valid[:, cut:], grids[:, 1:], seconds[:, 1:], middle, config)
     joined = np.concatenate([head, tail], axis=2)
     assert (joined == np.asarray(whole))[:, valid].all() and int(last[0]) == int(end[0])
-    spread = lambda x: np.insert(x, [1, cut, cut], True, axis=1)  # noqa: E731
+    spread = lambda x: np.insert(x, [1, cut, cut], True, axis=1)
     holes = np.insert(valid, [1, cut, cut], False, axis=1)
     gappy, gappy_end = compute(spread(visual), holes, grids, seconds, start, config)
     assert (np.asarray(gappy)[:, holes] == np.asarray(whole)[:, valid]).all() and int(gappy_end[0]) == int(end[0])

@@ -45,7 +45,7 @@ def test_block(pair, rng, index, full):
     tower, grid = theirs.model.visual, torch.tensor([[1, h, w]])
     order, windows = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
     whole, _ = get_vision_attention_seqlens(grid, tower.config)
-    permute = lambda y: tower.permute_input_for_window_attn(y, order, seq_len=h * w)  # noqa: E731
+    permute = lambda y: tower.permute_input_for_window_attn(y, order, seq_len=h * w)
     with torch.no_grad():
         hidden = permute(torch.tensor(x))
         angles = tower.rotary_pos_emb(hidden, get_vision_position_ids(grid, 2))

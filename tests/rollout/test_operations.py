@@ -53,9 +53,7 @@ def reference(call, video, sizes, images, config):
                 return (Kind.BAD_SELECTED_INDEX if video else Kind.BAD_IMAGE_INDEX), bad, []
             canvas, region = images[target - 1]
         width, height = region[2] - region[0], region[3] - region[1]
-        numbers = [
-            Fraction(n.units * 10**6 + n.micros, 10**6) * (-1 if n.negative else 1) for n in call.box
-        ]
+        numbers = [Fraction(n.units * 10**6 + n.micros, 10**6) * (-1 if n.negative else 1) for n in call.box]
         relative = all(n < 1 for n in numbers) if config.one_is_absolute else all(n <= 1 for n in numbers)
         sides = (width, height, width, height)
         if not relative:
@@ -88,7 +86,10 @@ def reference(call, video, sizes, images, config):
 def stack_calls(turns):
     """Device arrays of parsed turns, as the automaton would give them."""
     calls = [turn.call for turn in turns]
-    box = [[(n.units, n.micros, n.negative) for n in call.box] if call and call.box else [(0, 0, False)] * 4 for call in calls]
+    box = [
+        [(n.units, n.micros, n.negative) for n in call.box] if call and call.box else [(0, 0, False)] * 4
+        for call in calls
+    ]
     target = [call.target_image if call else None for call in calls]
     frames = [list(call.frames[:16]) + [0] * (16 - len(call.frames[:16])) if call else [0] * 16 for call in calls]
     return Calls(
@@ -129,18 +130,18 @@ def random_case(rng):
         x, y = int(rng.integers(0, w // 2 + 1)), int(rng.integers(0, h // 2 + 1))
         images.append((canvas, (x, y, int(rng.integers(x + 29, x + 30 + w)), int(rng.integers(y + 29, y + 30 + h)))))
     if rng.random() < 0.3:
-        frames = ", ".join(str(f) for f in rng.integers(-1 if rng.random() < 0.2 else 1, count + 1, rng.integers(0, 10)))
-        text = '<tool_call>{"name": "select_frames", "arguments": {"target_frames": [%s]}}</tool_call>' % frames
+        frames = ", ".join(
+            str(f) for f in rng.integers(-1 if rng.random() < 0.2 else 1, count + 1, rng.integers(0, 10))
+        )
+        text = f'<tool_call>{{"name": "select_frames", "arguments": {{"target_frames": [{frames}]}}}}</tool_call>'
     else:
         box = ", ".join(number(rng, side) for side in (sizes[0][1], sizes[0][0]) * 2)
         if rng.random() < 0.6:
             a, b = np.sort(rng.random(2)), np.sort(rng.random(2))
             box = f"{a[0]:.3f}, {b[0]:.3f}, {a[1]:.3f}, {b[1]:.3f}"
         target = rng.choice(["1", "2", "3", "1", "0", "-1", "5", "1.0", "1000000"])
-        text = (
-            '<tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [%s], "target_image": %s}}</tool_call>'
-            % (box, target)
-        )
+        arguments = f'{{"bbox_2d": [{box}], "target_image": {target}}}'
+        text = f'<tool_call>{{"name": "crop_image_normalized", "arguments": {arguments}}}</tool_call>'
     return parse_turn(text), video, sizes, images
 
 
@@ -206,7 +207,12 @@ def test_a_sliver_cannot_be_shown():
 
 @pytest.mark.parametrize(
     "fields, value",
-    [({"pad": -0.1}, "-0.1"), ({"top_p": 0.0}, "0.0"), ({"crop_min_pixels": 10**9}, "1000000000"), ({"top_k": -1}, "-1")],
+    [
+        ({"pad": -0.1}, "-0.1"),
+        ({"top_p": 0.0}, "0.0"),
+        ({"crop_min_pixels": 10**9}, "1000000000"),
+        ({"top_k": -1}, "-1"),
+    ],
 )
 def test_config_names_what_is_wrong(fields, value):
     with pytest.raises(ValueError, match=value):

@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +14,7 @@ from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout
+from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, traced
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
@@ -146,7 +145,9 @@ def test_a_row_does_not_depend_on_its_neighbours(trajectories):
     """Prompts 2 and 0 alone, in the other order, under their own keys."""
     prompts = talker.prompts(4)
     picked = prompts._replace(tables=())
-    picked = type(prompts)(*jax.tree.map(lambda x: np.asarray(x)[[2, 0]], tuple(picked)))._replace(tables=prompts.tables)
+    picked = type(prompts)(*jax.tree.map(lambda x: np.asarray(x)[[2, 0]], tuple(picked)))._replace(
+        tables=prompts.tables
+    )
     alone = rollout(talker.model(), picked, KEY, talker.CONFIG)
     same_tokens(alone, trajectories, slice(0, 4), slice(8, 12))
     same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
@@ -166,7 +167,7 @@ def test_eight_devices_give_the_same_tokens():
 
 def lowered(model, prompts, config):
     mesh, shape = layout(model, prompts, config)
-    return compiled_rollout.lower(model, prompts, KEY, jnp.zeros(0, jnp.int32), config, shape, mesh)
+    return compiled_rollout.lower(model, prompts, KEY, *traced(config, ()), shape=shape, mesh=mesh)
 
 
 def test_one_program_without_the_host(monkeypatch):
@@ -207,7 +208,7 @@ def test_one_compilation_for_all_image_sizes(trajectories):
 def test_limits_end_rows():
     """Calls past the limit are counted and not executed; a full buffer or a long turn ends the row and says so."""
     model, prompts = talker.model(), talker.prompts(4)
-    few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1, max_images=2)))
+    few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1, max_images=1)))
     spent = few.stop == trajectory.STOP_CALLS
     assert spent.any() and (few.num_calls[spent] == 2).all() and (few.calls.observation[spent, 1] == -1).all()
     full = few.stop == trajectory.STOP_IMAGES

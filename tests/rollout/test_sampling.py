@@ -33,7 +33,7 @@ def test_frequencies_and_log_probabilities():
     rows = 40_000
     keys = jax.random.split(jax.random.key(0), rows)
     temperature = jnp.full(rows, 0.7)
-    token, logprob = sample(jnp.tile(logits, (rows, 1)), keys, temperature, top_k=3, top_p=1.0, greedy=False)
+    token, logprob = sample(jnp.tile(logits, (rows, 1)), keys, temperature, top_k=3, top_p=1.0)
     full = jax.nn.log_softmax(logits / 0.7)
     # Recorded: the full distribution. Drawn: the truncated one.
     np.testing.assert_allclose(logprob, full[token], atol=1e-6)
@@ -45,7 +45,7 @@ def test_frequencies_and_log_probabilities():
 
 def test_greedy_takes_the_best_and_records_temperature_one():
     logits = jax.random.normal(jax.random.key(1), (8, 30))
-    token, logprob = sample(logits, jax.random.split(jax.random.key(2), 8), jnp.zeros(8), top_k=2, top_p=0.5, greedy=True)
+    token, logprob = sample(logits, jax.random.split(jax.random.key(2), 8), jnp.zeros(8), top_k=2, top_p=0.5)
     np.testing.assert_array_equal(token, jnp.argmax(logits, axis=1))
     np.testing.assert_allclose(logprob, jnp.max(jax.nn.log_softmax(logits), axis=1), atol=1e-6)
 
@@ -53,7 +53,16 @@ def test_greedy_takes_the_best_and_records_temperature_one():
 def test_a_row_depends_on_its_own_key_only():
     logits = jax.random.normal(jax.random.key(3), (6, 50))
     keys = jax.random.split(jax.random.key(4), 6)
-    options = dict(top_k=0, top_p=0.9, greedy=False)
+    options = dict(top_k=0, top_p=0.9)
     together, _ = sample(logits, keys, jnp.ones(6), **options)
     alone = [int(sample(logits[i : i + 1], keys[i : i + 1], jnp.ones(1), **options)[0][0]) for i in range(6)]
     assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_banned_tokens_are_never_drawn(temperature):
+    logits = jnp.tile(jnp.array([9.0, 8.0, 0.0]), (500, 1))
+    keys = jax.random.split(jax.random.key(5), 500)
+    token, logprob = sample(logits, keys, jnp.full(500, temperature), top_k=2, top_p=1.0, banned=(0,))
+    assert not (token == 0).any()
+    np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits[0])[token], atol=1e-6)

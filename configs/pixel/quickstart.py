@@ -1,0 +1,71 @@
+"""The quickstart: the whole recipe on a network of a million parameters. A 7B run differs in these numbers, its tokenizer
+and its data. Every value can be set on the command line, `--config.rl.iterations=50`."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.network = {"width": 96, "layers": 3, "vision_width": 96, "vision_layers": 2}
+    config.scenes = {"small_share": 0.65}
+
+    step = {"remat": False}  # the network is small: nothing has to be computed twice to fit
+    config.ground = {
+        "steps": 400,
+        "batch_size": 128,
+        "trainable": ".*",
+        "normalizer": "token",
+        "optimizer": {"learning_rate": 2e-3, "warmup": 0.15, "final_fraction": 0.05, "b2": 0.98},
+        "forward": step,
+        "save_every": 100,
+    }
+    config.ground_rows = 12_000
+    config.locate_share = 0.7
+
+    config.warm = {
+        "steps": 120,
+        "batch_size": 64,
+        "trainable": ".*",
+        "normalizer": "token",
+        "optimizer": {"learning_rate": 1.5e-3, "warmup": 0.1, "final_fraction": 0.05, "b2": 0.98},
+        "forward": step,
+        "save_every": 60,
+    }
+    config.warm_rows = 6_000
+    config.mix = {"direct": 0.55}
+    config.video_share = 0.1
+    config.box_noise = 1.8
+
+    config.rl = ConfigDict()
+    config.rl.iterations = 120
+    config.rl.prompts = 20
+    config.rl.train_batch = 160
+    config.rl.scale_by_std = True  # GRPO
+    config.rl.old_logprobs = "sampler"  # the trainer runs the same forward function
+    config.rl.replay = {"kind": "none"}
+    config.rl.loss = {"normalizer": "token"}
+    config.rl.optimizer = {"learning_rate": 3e-4, "schedule": "constant", "warmup": 0.0, "b2": 0.98}
+    config.rl.forward = step
+    config.rl.save_every = 30
+    budget = {"min_pixels": 2 * 28 * 28 + 1, "max_pixels": 5 * 28 * 28 - 1}  # about four visual tokens
+    config.rl.rollout = {
+        "group_size": 8,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_new_tokens": 12,
+        "max_calls": 3,
+        "max_images": 8,
+        "max_tokens": 160,
+        "max_response": 112,
+        "pad": 0.0,  # the released 0.1 would undo the zoom in an image of 448 pixels
+        "max_side": 112,
+        "observe_chunk": 16,
+        **budget,
+        **{f"crop_{name}": value for name, value in budget.items()},
+        **{f"select_{name}": value for name, value in budget.items()},
+        "video_min_pixels": 28 * 28,
+        "video_max_pixels": 2 * 28 * 28 - 1,
+    }
+    config.evaluation = {"scenes": 400, "batch": 80, "traces": 8}
+    return config

@@ -1,0 +1,27 @@
+"""`python -m pixel_jax.quickstart.arm DIRECTORY ARM CORE`: one arm of the reinforcement learning, on a core of its own.
+
+Started by `pipeline.run_arms`. The core has to be chosen before JAX starts its threads, hence the imports below.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+
+def main() -> None:
+    directory, arm, core = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) > 1:
+        half = len(cores) // 2
+        os.sched_setaffinity(0, cores[:half] if core == 0 else cores[half:])
+    from pixel_jax.config import load
+    from pixel_jax.quickstart.config import QuickstartConfig
+    from pixel_jax.quickstart.pipeline import run_arm, start_process
+
+    start_process(directory.parent / "compiled")
+    run_arm(load(QuickstartConfig, json.loads((directory / "config.json").read_text())), directory, arm)
+
+
+if __name__ == "__main__":
+    main()

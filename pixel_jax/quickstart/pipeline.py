@@ -1,0 +1,207 @@
+"""The phases of one seed, each resumable: a phase that is done leaves a JSON file and is not done again."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+
+from pixel_jax.evaluation import trace
+from pixel_jax.models.io import from_pretrained, save_pretrained
+from pixel_jax.models.processor import Processor
+from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.network import model_config, new_model
+from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
+from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
+from pixel_jax.training.rl import RLConfig, rl, text_score
+from pixel_jax.training.sft import Shuffled, sft
+
+ARMS = ("curiosity", "no_curiosity")
+POLL = 1.0  # seconds between looks at the arms' progress
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_json(path: pathlib.Path, values) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=1))
+    os.replace(partial, path)
+
+
+def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
+    """The JSON object in `path`; made by `work`, with the seconds that took, if it is not there."""
+    if not path.exists():
+        began = time.monotonic()
+        values = work()
+        write_json(path, {**values, "seconds": time.monotonic() - began})
+    return json.loads(path.read_text())
+
+
+def start_process(cache: pathlib.Path) -> None:
+    """What every process of the quickstart does first."""
+    use_compilation_cache(cache)
+    announce_compiles()
+
+
+def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
+    """All phases of `config.seed` in `directory`: what each measured, and the seconds it took."""
+    directory.mkdir(parents=True, exist_ok=True)
+    check_same(config, directory / "config.json")
+    began = Elapsed(directory / "clock.json")
+    task = Task(config)
+
+    def ground() -> dict:
+        say(f"[seed {config.seed}] 1/4 ground and read: {config.ground.steps} steps")
+        rows = Shuffled(task.ground_rows(), config.ground.batch_size, config.seed)
+        model = new_model(model_config(config.network, task.vocabulary), jax.random.key(config.seed))
+        model = sft(model, rows, config.ground, directory=directory / "ground", label="ground and read")
+        save(task, model, directory / "ground" / "model")
+        return {}
+
+    def warm() -> dict:
+        say(f"[seed {config.seed}] 2/4 warm start: {config.warm.steps} steps on traces")
+        rows = Shuffled(task.warm_rows(), config.warm.batch_size, config.seed)
+        model, _ = from_pretrained(directory / "ground" / "model")
+        model = sft(model, rows, config.warm, directory=directory / "warm", label="warm start")
+        save(task, model, directory / "warm" / "model")
+        return {}
+
+    def judge() -> dict:
+        model, _ = from_pretrained(directory / "warm" / "model")
+        numbers, answers = evaluate(task, model, lambda what: say(f"    judging the warm start: {what}"))
+        trace.save(directory / "warm" / "traces.json", pick_traces(task, answers, "warm start"))
+        return numbers
+
+    seconds = {}
+    for name, work in (("ground", ground), ("warm", warm)):
+        seconds[name] = once(directory / f"{name}.json", work)["seconds"]
+    warm_start = once(directory / "warm_evaluation.json", judge)
+    seconds["warm_evaluation"] = warm_start.pop("seconds")
+    say(f"[seed {config.seed}] 3/4 reinforcement learning, with curiosity and without, side by side")
+    arms = run_arms(config, directory)
+    for arm in ARMS:
+        seconds[f"rl_{arm}"] = arms[arm].pop("seconds_training")
+        seconds[f"evaluation_{arm}"] = arms[arm].pop("seconds_evaluation")
+    seconds["total"] = began.total()
+    return {"sft": warm_start, "rl": arms, "seconds": seconds}
+
+
+class Elapsed:
+    """Seconds spent on a directory, interruptions not counted twice: each process adds its own."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.began = path, time.monotonic()
+        self.before = json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+
+    def total(self) -> float:
+        """Before this process and in it; written down so that a later one goes on from here."""
+        seconds = self.before + time.monotonic() - self.began
+        write_json(self.path, {"seconds": seconds})
+        return seconds
+
+
+def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
+    """A directory belongs to one configuration: going on with another would mix two runs."""
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists() and json.loads(path.read_text()) != values:
+        raise ValueError(
+            f"{path.parent} was begun with another configuration ({path}): choose another --out or delete it"
+        )
+    write_json(path, values)
+
+
+def save(task: Task, model, directory: pathlib.Path) -> None:
+    """A model as a Hugging Face directory that `pixel-jax chat` opens, with the limits it was trained under."""
+    limits = task.config.rl.rollout
+    processor = Processor(task.vocabulary.tokenizer, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
+    save_pretrained(model, processor, directory)
+    write_json(directory / "rollout.json", dataclasses.asdict(limits))
+
+
+# ---- the two arms
+
+
+def arm_config(config: RLConfig, arm: str) -> RLConfig:
+    """The arm without curiosity is rewarded for being right and for nothing else."""
+    if arm == "curiosity":
+        return config
+    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=0.0, beta=0.0))
+
+
+def run_arms(config: QuickstartConfig, directory: pathlib.Path) -> dict[str, dict]:
+    """Both arms, a process and a core each; their results. Whatever one of them says when it fails is shown."""
+    running = {}
+    with contextlib.ExitStack() as stack:
+        for i, arm in enumerate(ARMS):
+            place = directory / arm
+            place.mkdir(exist_ok=True)
+            if (place / "result.json").exists():
+                continue
+            log = stack.enter_context((place / "log.txt").open("w"))
+            command = [sys.executable, "-m", "pixel_jax.quickstart.arm", str(directory), arm, str(i)]
+            running[arm] = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log))
+        try:
+            watch(config, directory, running)
+        finally:
+            for process in running.values():
+                process.terminate()
+    return {arm: json.loads((directory / arm / "result.json").read_text()) for arm in ARMS}
+
+
+def watch(config: QuickstartConfig, directory: pathlib.Path, running: dict[str, subprocess.Popen]) -> None:
+    """Show how far the arms are until both have ended."""
+    done_before = {arm: len(read_metrics(directory / arm / "rl" / "metrics.jsonl")) for arm in running}
+    progress = Progress("rl", config.rl.iterations * len(running))
+    shown = None
+    while running:
+        time.sleep(POLL)
+        lines = {arm: read_metrics(directory / arm / "rl" / "metrics.jsonl") for arm in done_before}
+        done = sum(map(len, lines.values()))
+        facts = {f"{arm} {name}": lines[arm][-1][name] for arm in lines if lines[arm] for name in ("accuracy", "rapr")}
+        if done != shown and done > sum(done_before.values()):
+            progress.update(done, facts)
+            shown = done
+            if done == config.rl.iterations * len(lines):
+                say("    judging both arms")
+        for arm, process in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[arm]
+            if process.returncode:
+                log = (directory / arm / "log.txt").read_text()[-4000:]
+                raise RuntimeError(f"the arm {arm} ended with code {process.returncode}:\n{log}")
+
+
+def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
+    """Train and judge one arm, in a process of its own; leaves `result.json`."""
+    task, place = Task(config), directory / arm
+
+    def train() -> dict:
+        model, _ = from_pretrained(directory / "warm" / "model")
+        settings = arm_config(config.rl, arm)
+        score = text_score(task.decode, settings.reward)
+        model = rl(model, TrainingScenes(task), score, settings, directory=place / "rl", label=arm)
+        save(task, model, place / "model")
+        return {}
+
+    def judge() -> dict:
+        model, _ = from_pretrained(place / "model")
+        numbers, answers = evaluate(task, model)
+        trace.save(place / "traces.json", pick_traces(task, answers, arm.replace("_", " ")))
+        return numbers
+
+    seconds = once(place / "trained.json", train)["seconds"]
+    judged = once(place / "evaluation.json", judge)
+    names = ("step", "accuracy", "rapr", "reward", "operations", "call_errors", "entropy", "informative")
+    curve = [{name: line.get(name) for name in names} for line in read_metrics(place / "rl" / "metrics.jsonl")]
+    times = {"seconds_training": seconds, "seconds_evaluation": judged.pop("seconds")}
+    write_json(place / "result.json", {**judged, "curve": curve, **times})

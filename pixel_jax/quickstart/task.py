@@ -1,0 +1,215 @@
+"""What the phases share: tokenizer, rows to train on, scenes to ask about, and how a policy is judged."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from pixel_jax.data import miniature, synthesis
+from pixel_jax.data.traces import Shape, Trace, to_trajectories
+from pixel_jax.dialog.observations import Kind
+from pixel_jax.evaluation.stats import proportion
+from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.quickstart import rows
+from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
+from pixel_jax.rollout.config import PATCH
+from pixel_jax.rollout.prompts import build_prompts, tables
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate, executed_calls, to_host
+from pixel_jax.training.answers import last_boxed
+from pixel_jax.training.batch import Batch, from_trajectories
+
+CANVAS = (1, miniature.SIDE, miniature.SIDE)
+EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms
+
+
+class Task:
+    """The experiment of one configuration."""
+
+    def __init__(self, config: QuickstartConfig):
+        self.config = config
+        self.vocabulary = build_vocabulary()
+        self.tables = tables(self.vocabulary)
+
+    # ---- rows to train on
+
+    def ground_rows(self) -> Batch:
+        """Phase 1: where is the digit, and which is it?"""
+        config = self.config
+        rng = np.random.default_rng([config.seed, 1])
+        locate = round(config.ground_rows * config.locate_share)
+        makers = [rows.locate_row] * locate + [rows.read_row] * (config.ground_rows - locate)
+        return self.compile([make(rng, config.scenes, "train") for make in makers])
+
+    def warm_rows(self) -> Batch:
+        """Phase 2: traces of all kinds."""
+        rng = np.random.default_rng([self.config.seed, 2])
+        return self.compile([rows.warm_row(rng, self.config, "train") for _ in range(self.config.warm_rows)])
+
+    def compile(self, traces: Sequence[Trace]) -> Batch:
+        """The rows of traces, as narrow as the longest of them."""
+        limits = self.config.rl.rollout
+        budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
+        wide = Shape(limits.max_tokens, max(len(t.query.images) for t in traces) + 8, budget // PATCH**2)
+        made = to_trajectories(traces, self.vocabulary, self.tables, limits, wide)
+        length = 8 * -(-int(made.valid.sum(axis=1).max()) // 8)
+        frames = int((made.visual.slices.max(axis=(1, 2)) + 1).max())
+        visual = made.visual._replace(patches=made.visual.patches[:, :frames])
+        visual = visual._replace(**{name: getattr(visual, name)[:, :frames] for name in ("slices", "grids", "seconds")})
+        cut = {name: getattr(made, name)[:, :length] for name in ("tokens", "valid", "chosen", "logprobs")}
+        return from_trajectories(made._replace(visual=visual, **cut))
+
+    # ---- scenes to ask about
+
+    def prompts(self, scenes: Sequence[miniature.Scene], uids: Sequence[int]) -> Prompts:
+        queries = [rows.scene_query(scene) for scene in scenes]
+        return build_prompts(
+            queries,
+            self.vocabulary,
+            self.tables,
+            self.config.rl.rollout,
+            width=self.config.width,
+            canvas=CANVAS,
+            uids=uids,
+        )
+
+    @functools.cached_property
+    def held_out(self) -> list[miniature.Scene]:
+        """The scenes of the evaluation: photographs and digits no phase has seen."""
+        rng = np.random.default_rng(EVALUATION_SEED)
+        return [miniature.draw_scene(rng, "test", self.config.scenes) for _ in range(self.config.evaluation.scenes)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.vocabulary.to_bytes(ids).decode("utf-8", "replace")
+
+
+class TrainingScenes:
+    """Prompts and answers for reinforcement learning: batch b has the scenes drawn from (seed, b)."""
+
+    def __init__(self, task: Task):
+        self.task, self.batch = task, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> tuple[Prompts, list[str]]:
+        config = self.task.config
+        rng = np.random.default_rng([config.seed, 3, self.batch])
+        scenes = [miniature.draw_scene(rng, "train", config.scenes) for _ in range(config.rl.prompts)]
+        self.batch += 1
+        return self.task.prompts(scenes, range(len(scenes))), [str(scene.label) for scene in scenes]
+
+    def get_state(self) -> dict[str, int]:
+        return {"batch": self.batch}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.batch = state["batch"]
+
+
+# ---- evaluation
+
+
+@dataclasses.dataclass
+class Answers:
+    """What a policy did with the held-out scenes, a row each."""
+
+    trajectories: Trajectories
+    texts: list[str]
+    right: np.ndarray  # bool [scenes]
+    looked: np.ndarray  # bool [scenes], at least one operation returned pixels
+
+
+def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
+    """Put every scene to `model` once; the assistant's turn begins with `opening`."""
+    size = task.config.evaluation.batch
+    limits = dataclasses.replace(task.config.rl.rollout, group_size=1, temperature=0.0 if greedy else 1.0)
+    ids = task.vocabulary.encode(opening) if opening else []
+    parts = []
+    for start in range(0, len(scenes), size):
+        part = list(scenes[start : start + size])
+        padded = part + part[:1] * (size - len(part))
+        prompts = task.prompts(padded, range(start, start + size))
+        made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, opening=ids))
+        parts.append(jax.tree.map(lambda x, n=len(part): x[:n], made))
+    t = concatenate(parts)
+    response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)
+    texts = [task.decode(row[mask]) for row, mask in zip(t.tokens, response, strict=True)]
+    right = np.array([last_boxed(text) == str(scene.label) for text, scene in zip(texts, scenes, strict=True)])
+    return Answers(t, texts, right, executed_calls(t) > 0)
+
+
+def first_box_iou(answers: Answers, scenes: Sequence[miniature.Scene]) -> np.ndarray:
+    """Overlap of the first box with the reference box, float [scenes]; 0 where nothing was cropped."""
+    calls, found = answers.trajectories.calls, np.zeros(len(scenes))
+    for i, scene in enumerate(scenes):
+        if calls.observation[i, 0] != Kind.CROP:
+            continue
+        x1, y1, x2, y2 = calls.box[i, 0]
+        a1, b1, a2, b2 = synthesis.in_pixels(rows.reference_box(scene), miniature.SIDE, miniature.SIDE)
+        both = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
+        found[i] = both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both)
+    return found
+
+
+def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, Answers]:
+    """Rates and accuracies on the held-out scenes, with intervals; and the freely sampled answers themselves.
+
+    Free: the policy chooses whether to look closer, sampled at temperature 1 and greedily. Forced (small digits only):
+    its turn begins with a call, or with an answer.
+    """
+    scenes = task.held_out
+    small = np.array([scene.small for scene in scenes])
+    few = [scene for scene in scenes if scene.small]
+    progress("sampled")
+    free = ask(task, model, scenes)
+    progress("greedy")
+    greedy = ask(task, model, scenes, greedy=True)
+    progress("made to zoom")
+    zoom = ask(task, model, few, opening=synthesis.opening_zoom(CUE))
+    progress("made to answer")
+    direct = ask(task, model, few, opening=synthesis.SENTENCES.answer)
+    iou = first_box_iou(zoom, few)
+    shares = {
+        "accuracy": free.right,
+        "accuracy_small": free.right[small],
+        "accuracy_large": free.right[~small],
+        "rapr": free.looked,
+        "rapr_small": free.looked[small],
+        "rapr_large": free.looked[~small],
+        "greedy_accuracy": greedy.right,
+        "greedy_rapr": greedy.looked,
+        "zoom_small": zoom.right,
+        "direct_small": direct.right,
+    }
+    intervals = {name: proportion(hits) for name, hits in shares.items()}
+    numbers = {name: interval["mean"] for name, interval in intervals.items()}
+    numbers |= {"zoom_iou": float(iou.mean()), "operations": float(executed_calls(free.trajectories).mean())}
+    return {**numbers, "intervals": intervals}, free
+
+
+def pick_traces(task: Task, answers: Answers, label: str) -> list:
+    """Conversations to look at: of each kind (looked or not, right or wrong) in turn, as many as configured."""
+    kinds = answers.looked * 2 + answers.right
+    queues = [list(np.flatnonzero(kinds == kind)) for kind in (3, 2, 1, 0)]
+    picked = []
+    while len(picked) < task.config.evaluation.traces and any(queues):
+        picked += [int(queue.pop(0)) for queue in queues if queue]
+    made = []
+    for row in picked[: task.config.evaluation.traces]:
+        scene = task.held_out[row]
+        made.append(
+            make_trace(
+                answers.trajectories,
+                row,
+                rows.scene_query(scene),
+                task.vocabulary,
+                answer=last_boxed(answers.texts[row]),
+                reference=str(scene.label),
+                correct=bool(answers.right[row]),
+                title=f"{label}: scene {row + 1}, {'small' if scene.small else 'large'} digit",
+            )
+        )
+    return made

@@ -1,0 +1,69 @@
+"""Checkpoints: what goes in comes out, on any mesh, whole or not at all."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixel_jax.parallel import make_mesh
+from pixel_jax.training.checkpoint import CheckpointError, Checkpoints
+from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.state import init_state
+
+OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
+HOST = {
+    "data": {"epoch": 3, "order": np.arange(5, dtype=np.int16), "none": None},
+    "random": np.random.default_rng(1).bit_generator.state,
+    "empty": np.zeros((0, 3), np.float32),
+    "nested": [{"x": np.ones((2, 2), bool)}, 0.1, "text", True],
+}
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_everything_comes_back_on_any_mesh(model, tmp_path):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model)
+    state = init_state(half, OPTIMIZER, trainable="(?!visual)", mesh=make_mesh({"data": 2, "fsdp": 4}))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, state, HOST)
+    with Checkpoints(tmp_path) as checkpoints:
+        for mesh in (None, make_mesh({"fsdp": 2, "tensor": 4})):
+            found, host = checkpoints.restore(jax.eval_shape(lambda: state), mesh=mesh)
+            assert_equal(found, state)
+            if mesh is not None:
+                weight = found.trainable["model.layers.{}.mlp.up_proj.weight"]
+                assert weight.sharding.mesh == mesh and weight.addressable_shards[0].data.size == weight.size // 8
+    np.testing.assert_equal(host, HOST)
+    random = np.random.default_rng()
+    random.bit_generator.state = host["random"]
+    assert random.random() == np.random.default_rng(1).random()
+    assert host["data"]["order"].dtype == np.int16 and host["nested"][0]["x"].dtype == bool
+
+
+def test_only_the_last_ones_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest is None
+        with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+            checkpoints.restore({"x": jnp.zeros(2)})
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": jnp.full(2, step)})
+        assert checkpoints.manager.all_steps() == [2, 3] and checkpoints.latest == 3
+        assert checkpoints.restore({"x": jnp.zeros(2, int)}, step=2)[0]["x"].tolist() == [2, 2]
+
+
+def test_a_checkpoint_that_does_not_fit_says_what(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.zeros(2), "y": jnp.zeros(3)})
+        with pytest.raises(CheckpointError, match=r"missing .*\['z'\].*without a use \['y'\]"):
+            checkpoints.restore({"x": jnp.zeros(2), "z": jnp.zeros(3)})
+        with pytest.raises(
+            CheckpointError, match=r"x is \['float32', \[2\]\] in the checkpoint, not \['float32', \[4\]\]"
+        ):
+            checkpoints.restore({"x": jnp.zeros(4), "y": jnp.zeros(3)})
+        with pytest.raises(TypeError, match="host.f holds <function"):
+            checkpoints.save(2, {"x": jnp.zeros(2)}, {"f": make_mesh})

@@ -1,0 +1,53 @@
+"""What a run says about itself."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax.training.progress import MetricsLog, Progress, announce_compiles, clock, read_metrics
+
+
+def test_clock():
+    assert [clock(x) for x in (0, 59.6, 61, 3600, -5)] == ["0:00", "1:00", "1:01", "1:00:00", "0:00"]
+
+
+def test_a_log_file_gets_whole_lines_and_the_last_one():
+    stream = io.StringIO()
+    progress = Progress("sft", 3, stream=stream, every=1e9)
+    for done in (1, 2, 3):
+        progress.update(done, {"loss": 1 / done})
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2  # the first, and the end; nothing in between within `every` seconds
+    assert lines[0].startswith("sft 1/3  ? left  loss 1") and lines[1].startswith("sft 3/3  0:00 left  loss 0.3333")
+
+
+def test_a_restart_drops_the_lines_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, 0)
+    for step in range(4):
+        log.write(step, {"loss": float(step)})
+    log.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    log = MetricsLog(path, 2)
+    log.write(2, {"loss": 9.0})
+    log.close()
+    assert [(x["step"], x["loss"]) for x in read_metrics(path)] == [(0, 0.0), (1, 1.0), (2, 9.0)]
+    assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_compilations_are_announced_before_they_end():
+    stream = io.StringIO()
+    stop = announce_compiles(minimum=0.0, stream=stream)
+
+    @jax.jit
+    def a_peculiar_function(x):
+        return jnp.sin(x) + 1
+
+    a_peculiar_function(jnp.ones(3))
+    lines = [line for line in stream.getvalue().splitlines() if "a_peculiar_function" in line]
+    assert lines[0].startswith("compiling ") and lines[1].startswith("compiled ") and lines[1].endswith(" s")
+    stop()
+    jax.jit(lambda x: a_peculiar_function(x) * 2)(jnp.ones(4))
+    assert len([line for line in stream.getvalue().splitlines() if "a_peculiar_function" in line]) == len(lines)

@@ -1,0 +1,200 @@
+"""The reinforcement-learning loop around a rollout made by hand: what it computes, what it keeps, what stops it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import make_batch
+
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.training import rl as rl_module
+from pixel_jax.training.losses import PolicyLossConfig
+from pixel_jax.training.optimizer import OptimizerConfig
+from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.replay import ReplayConfig
+from pixel_jax.training.rewards import RewardConfig
+from pixel_jax.training.rl import RLConfig, rl, shaped_rewards, text_score
+from pixel_jax.training.sft import Shuffled
+from pixel_jax.training.steps import ForwardConfig, NonFiniteError
+
+GROUPS, N = 4, 4
+CONFIG = RLConfig(
+    iterations=4,
+    prompts=GROUPS,
+    train_batch=8,
+    rollout=RolloutConfig(group_size=N, temperature=1.0, later_temperature=0.9),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    forward=ForwardConfig(remat=False),
+    replay=ReplayConfig(episode=2),
+    save_every=1,
+)
+
+
+def make_trajectories(seed, calls=None):
+    """16 rows; `calls` are the observations of their calls (0 crop, 1 frames, above: an error, -1 not executed)."""
+    rows = GROUPS * N
+    batch = make_batch(rows, seed)
+    observation = np.full((rows, 5), -1, np.int32)
+    for row, found in enumerate(calls or np.random.default_rng(seed).integers(0, 2, (rows, 1)) - 1):
+        observation[row, : len(found)] = found
+    blank = np.zeros((rows, 5), np.int32)
+    return Trajectories(
+        tokens=batch.tokens,
+        valid=batch.valid,
+        chosen=batch.chosen,
+        logprobs=batch.logprobs,
+        visual=batch.visual,
+        prompt=np.repeat(np.arange(GROUPS, dtype=np.int32), N),
+        calls=Calls(
+            observation, observation, blank, np.zeros((rows, 5, 4), np.int32), np.zeros((rows, 5, 8), np.int32)
+        ),
+        num_calls=np.array([len(c) for c in calls] if calls else (observation >= 0).sum(1), np.int32),
+        stop=np.zeros(rows, np.int32),
+    )
+
+
+class Questions:
+    """Prompts without content: the rollout of these tests does not look at them. Answers count up."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __next__(self):
+        self.asked += 1
+        nothing = np.zeros((GROUPS, 1), np.int32)
+        prompts = Prompts(*[nothing] * 5, np.zeros(GROUPS, bool), *[nothing] * (len(Prompts._fields) - 6))
+        return prompts, list(range(self.asked, self.asked + GROUPS))
+
+    def get_state(self):
+        return {"asked": self.asked}
+
+    def set_state(self, state):
+        self.asked = state["asked"]
+
+
+@pytest.fixture
+def rollouts(monkeypatch):
+    """Replaces the rollout by one whose rows depend on the key and on the weights."""
+
+    def rollout(model, prompts, key, config):
+        norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.device_get(model.lm_head)))
+        return make_trajectories(int(jax.random.randint(key, (), 0, 10**6)) + int(norm * 1e3) % 7)
+
+    monkeypatch.setattr(rl_module, "rollout", rollout)
+
+
+def score(trajectories, answers):
+    return (trajectories.tokens[:, 10] + np.array(answers)) % 2
+
+
+def run(model, directory, *, score=score, **changes):
+    return rl(model, Questions(), score, dataclasses.replace(CONFIG, **changes), directory=directory)
+
+
+def test_a_resumed_run_is_the_same_run(model, rollouts, tmp_path):
+    whole = run(model, tmp_path / "whole")
+    calls = 0
+
+    def failing(trajectories, answers):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return score(trajectories, answers)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "parts", score=failing, save_every=2)
+    parts = run(model, tmp_path / "parts", save_every=2)
+    for a, b, c in zip(*map(jax.tree.leaves, (whole, parts, model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert not np.array_equal(a, c)
+    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
+    for a, b in zip(first, second, strict=True):
+        assert {k: v for k, v in a.items() if "seconds" not in k} == {k: v for k, v in b.items() if "seconds" not in k}
+    assert [line["step"] for line in first] == [0, 1, 2, 3] and all(line["updates"] == 2 for line in first)
+    assert {"accuracy", "rapr", "reward", "informative", "ratio", "clip_fraction", "entropy", "gap"} <= set(first[0])
+
+
+def test_nothing_to_learn_from_is_no_update(model, rollouts, tmp_path):
+    flat = dataclasses.replace(CONFIG.reward, alpha=0.0, beta=0.0)
+    same = run(model, tmp_path, score=lambda t, a: np.ones(len(a)), iterations=1, reward=flat)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line["updates"] == 0 and line["informative"] == 0 and line["accuracy"] == 1
+
+
+def test_a_reward_that_is_no_number_stops_the_run(model, rollouts, tmp_path):
+    def broken(trajectories, answers):
+        return np.where(np.arange(len(answers)) == 6, np.nan, 1.0)
+
+    with pytest.raises(NonFiniteError, match=r"iteration 0: the correctness of 1 of 16 rows .*\(6: nan\)"):
+        run(model, tmp_path, score=broken, iterations=1)
+
+
+def test_operations_are_counted_as_the_switch_says():
+    calls = [[0], [2], [0, 3], [0, 0, -1]] + [[]] * 12
+    trajectories = make_trajectories(0, calls)
+    correct, still = np.ones(16, np.float32), np.zeros(GROUPS, bool)
+    options = {"alpha": 0.0, "beta": 0.1}
+    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(**options))[0]
+    np.testing.assert_allclose(found, [1, 1, 1, 0.9], rtol=1e-6)
+    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(count="requested", **options))[0]
+    np.testing.assert_allclose(found, [1, 1, 0.9, 0.8], rtol=1e-6)
+    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(zero_after_failure=True, **options))[0]
+    np.testing.assert_allclose(found, [1, 0, 0, 0.9], rtol=1e-6)
+
+
+def test_texts_are_what_the_policy_chose():
+    trajectories = make_trajectories(0)
+    seen = []
+
+    def decode(ids):
+        seen.append(list(ids))
+        return r"\boxed{4}" if len(seen) % 2 else "nothing"
+
+    found = text_score(decode, RewardConfig(unparsable=-1))(trajectories, [4] * 0 + ["4"] * 16)
+    assert found.tolist() == [1, -1] * 8
+    assert seen[0] == trajectories.tokens[0][trajectories.chosen[0]].tolist()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"train_batch": 7}, "16 rows .* 7"),
+        ({"rollout": RolloutConfig(group_size=N, temperature=0.0)}, "temperature 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_released_constants_are_one_switch_each():
+    """Every deviation of the released code from the paper that training knows has a field; the defaults are the paper's."""
+    config = RLConfig(iterations=1)
+    assert (config.prompts, config.rollout.group_size, config.train_batch, config.updates) == (512, 8, 256, 16)
+    reward = RewardConfig()
+    assert (reward.alpha, reward.beta, reward.threshold, reward.budget) == (0.5, 0.05, 0.3, 1)
+    assert (reward.form, reward.unparsable, reward.zero_after_failure, reward.count) == ("paper", 0, False, "executed")
+    assert not config.scale_by_std and config.replay.kind == "ssr" and config.replay.life == "episode"
+    loss = PolicyLossConfig()
+    assert (loss.clip_low, loss.clip_high, loss.normalizer, loss.constant) == (0.2, 0.35, "constant", 200.0)
+    optimizer = OptimizerConfig()
+    assert (optimizer.learning_rate, optimizer.final_fraction, optimizer.warmup) == (1e-6, 0.5, 0.03)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip) == (0.9, 0.95, 0.0, 1.0)
+
+
+def test_shuffled_data_sees_every_row_once_an_epoch_and_resumes():
+    rows = make_batch(10)
+    rows.tokens[:, 0] = np.arange(10)
+    data = Shuffled(rows, 4, seed=1)
+    seen = np.concatenate([next(data).tokens[:, 0] for _ in range(5)])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
+    again = Shuffled(rows, 4, seed=1)
+    again.set_state({"position": 8, "size": 10, "seed": 1})
+    np.testing.assert_array_equal(next(again).tokens[:, 0], seen[8:12])
+    with pytest.raises(ValueError, match="seed 1 .* now 2"):
+        Shuffled(rows, 4, seed=2).set_state(data.get_state())
