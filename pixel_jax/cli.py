@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 # Command: (module with `define_flags()` and `main(arguments)`, what it does)
 COMMANDS = {
@@ -38,6 +38,7 @@ def main() -> None:
     module.define_flags(command)
 
     def run(arguments: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
             module.main(command, arguments[1:])
         except (UserError, ValueError, FileNotFoundError) as error:

@@ -75,7 +75,7 @@ def main(command: str, arguments: list[str]) -> None:
 
     if command == "sft":
 
-        room = Shape(config.trace_tokens, config.trace_frames, config.trace_patches)
+        room = Shape(config.trace_tokens, config.trace_frames, config.trace_frames, config.trace_patches)
 
         def traces(batch):
             made = to_trajectories([x.trace() for x in batch], vocabulary, token_tables, config.rollout, room)

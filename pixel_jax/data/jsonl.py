@@ -95,7 +95,9 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
     for image in paths:
         if not image.is_file():
             raise ExampleError(f"{where}: there is no image {image}")
-    return Example(question, paths, (answer,) if isinstance(answer, str) else tuple(answer), tuple(turns), video, float(seconds))
+    return Example(
+        question, paths, (answer,) if isinstance(answer, str) else tuple(answer), tuple(turns), video, float(seconds)
+    )
 
 
 class Batches:

@@ -10,6 +10,7 @@ named by its seed and costs about half a millisecond.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from PIL import Image
 SIDE = 448  # pixels of a scene
 FRAME_SIDE = 224  # pixels of a clip's frame
 NUM_FRAMES = 4
+# How often each digit leads the numbers that people write down (Benford's law).
+BENFORD = (0.0, *(math.log10(1 + 1 / digit) for digit in range(1, 10)))
 CARD = (230, 40, 220)
 SPLITS = {
     "train": (
@@ -57,6 +60,7 @@ class SceneConfig:
     small_digit: tuple[int, int] = (36, 40)
     large_card: tuple[int, int] = (320, 419)
     large_margin: float = 0.08  # of the card's side, around its digit
+    frequencies: tuple[float, ...] | None = None  # of the digits 0 to 9, by any factor; None: as in the data set
 
 
 @functools.cache
@@ -119,11 +123,13 @@ def draw_scene(rng: np.random.Generator, split: str, config: SceneConfig, *, sma
     if small is None:
         small = bool(rng.random() < config.small_share)
     image = _background(rng, split, SIDE)
-    side = int(rng.integers(*config.small_card, endpoint=True) if small else rng.integers(*config.large_card, endpoint=True))
+    side = int(
+        rng.integers(*config.small_card, endpoint=True) if small else rng.integers(*config.large_card, endpoint=True)
+    )
     inner = (
         int(rng.integers(*config.small_digit, endpoint=True)) if small else round(side * (1 - 2 * config.large_margin))
     )
-    label, card, digit = _paste_card(rng, split, image, side, inner)
+    label, card, digit = _paste_card(rng, split, config, image, side, inner)
     return Scene(image, label, small, card, digit)
 
 
@@ -133,7 +139,7 @@ def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> Clip
     target = int(rng.integers(NUM_FRAMES))
     low, high = config.large_card
     side = int(rng.integers(low, high, endpoint=True)) * FRAME_SIDE // SIDE
-    label, _, _ = _paste_card(rng, split, frames[target], side, round(side * (1 - 2 * config.large_margin)))
+    label, _, _ = _paste_card(rng, split, config, frames[target], side, round(side * (1 - 2 * config.large_margin)))
     return Clip(frames, label, target)
 
 
@@ -145,10 +151,17 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
     return np.array(view[:, ::-1] if rng.random() < 0.5 else view)
 
 
-def _paste_card(rng, split: str, image: np.ndarray, side: int, inner: int) -> tuple[int, Box, Box]:
+def _paste_card(
+    rng: np.random.Generator, split: str, config: SceneConfig, image: np.ndarray, side: int, inner: int
+) -> tuple[int, Box, Box]:
     """Paste a card of `side` pixels with a digit of `inner` pixels in its centre; returns label, card and digit box."""
     ink, labels = digits(split)
-    which = int(rng.integers(len(labels)))
+    if config.frequencies is None:
+        which = int(rng.integers(len(labels)))
+    else:
+        weights = np.array(config.frequencies)
+        digit = int(rng.choice(len(weights), p=weights / weights.sum()))
+        which = int(rng.choice(np.flatnonzero(labels == digit)))
     size = image.shape[0]
     x, y = (int(v) for v in rng.integers(0, size - side, size=2, endpoint=True))
     image[y : y + side, x : x + side] = CARD

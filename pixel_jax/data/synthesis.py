@@ -114,31 +114,46 @@ def direct_trace(query: Query, answer: str) -> Trace:
 
 
 def image_trace(
-    rng: np.random.Generator, query: Query, cue: str, reference: Box, answer: str, kind: str, *, learned: Box | None = None
+    rng: np.random.Generator,
+    query: Query,
+    cue: str,
+    reference: Box,
+    answer: str,
+    kind: str,
+    *,
+    learned: Box | None = None,
 ) -> Trace:
     """A trace that looks at `reference` of the first image, after the mistake of its `kind` (one of IMAGE_KINDS).
 
-    `learned` is the box that is written instead of the reference, if annotations are not exact.
+    `learned` is the box that is written instead of the reference, if annotations are not exact; what is shown is the
+    reference all the same.
     """
     target = reference if learned is None else learned
     end = right(final_answer(answer))
+
+    def look(before: str = "") -> Turn:
+        return Turn(((before + crop_call(cue, target), True),), executed=crop_call(cue, reference))
+
     if kind == "single":
-        turns = (right(crop_call(cue, target)), end)
+        turns = (look(), end)
     elif kind in ("recrop", "recrop_twice"):
         misses = [missing_box(rng, reference) for _ in range(1 if kind == "recrop" else 2)]
         turns = [wrong((SENTENCES.missed if i else "") + crop_call(cue, box)) for i, box in enumerate(misses)]
-        turns = (*turns, right(SENTENCES.missed + crop_call(cue, target)), end)
+        turns = (*turns, look(SENTENCES.missed), end)
     elif kind == "further":
         height, width = query.images[0].shape[:2]
         loose = loose_box(rng, reference, (3.0, 6.0))
         x1, y1, x2, y2 = in_pixels(loose, width, height)
-        inner = np.array(in_pixels(target, width, height)) - (x1, y1, x1, y1)
-        within = outward(inner, x2 - x1, y2 - y1)
-        turns = (
-            wrong(crop_call(cue, loose)),
-            right(SENTENCES.too_large + crop_call(cue, within, target=2)),
-            end,
+        within = lambda box: outward(
+            np.clip(np.array(in_pixels(box, width, height)) - (x1, y1, x1, y1), 0, (x2 - x1, y2 - y1) * 2),
+            x2 - x1,
+            y2 - y1,
         )
+        closer = Turn(
+            ((SENTENCES.too_large + crop_call(cue, within(target), target=2), True),),
+            executed=crop_call(cue, within(reference), target=2),
+        )
+        turns = (wrong(crop_call(cue, loose)), closer, end)
     else:
         raise ValueError(f"kind must be one of {IMAGE_KINDS}, not {kind!r}")
     return Trace(query, turns, answer)

@@ -31,6 +31,7 @@ class Turn(NamedTuple):
 
     parts: tuple[tuple[str, bool], ...]
     ends: bool = True  # `<|im_end|>` follows, learned if the last part is; else the row stops in mid-turn
+    executed: str | None = None  # the call that is carried out, if it is not the one that is written
 
 
 class Trace(NamedTuple):
@@ -43,7 +44,8 @@ class Shape(NamedTuple):
     """Static room of a row: one compilation of the training step for each."""
 
     length: int  # tokens
-    frames: int  # frame patches F, and at most as many temporal slices and items
+    frames: int  # frame patches F
+    slices: int  # temporal slices S, and at most as many items
     patches: int  # of a frame, P
 
 
@@ -105,7 +107,7 @@ class _Row:
         self.frames.append(patches)
 
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
-        """Append a turn; returns its ids."""
+        """Append a turn; returns the ids of what is carried out."""
         ids, chosen = [], []
         for text, learned in turn.parts:
             part = vocabulary.encode(text)
@@ -116,7 +118,7 @@ class _Row:
             chosen.append(chosen[-1])
         self.ids += ids
         self.chosen += chosen
-        return ids
+        return ids if turn.executed is None else vocabulary.encode(turn.executed)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "views", "length"))
@@ -212,9 +214,9 @@ def _pack(rows: list[_Row], config: RolloutConfig, shape: Shape) -> Trajectories
     valid, chosen = np.zeros((2, count, shape.length), bool)
     visual = Visual(
         patches=np.zeros((count, shape.frames, shape.patches, 3 * PATCH**2), np.uint8),
-        slices=np.full((count, shape.frames, 2), -1, np.int32),
-        grids=np.zeros((count, shape.frames, 3), np.int32),
-        seconds=np.zeros((count, shape.frames), np.float32),
+        slices=np.full((count, shape.slices, 2), -1, np.int32),
+        grids=np.zeros((count, shape.slices, 3), np.int32),
+        seconds=np.zeros((count, shape.slices), np.float32),
     )
     calls = Calls(
         *(np.full((count, numbers), -1, np.int32) for _ in range(3)),
@@ -226,6 +228,7 @@ def _pack(rows: list[_Row], config: RolloutConfig, shape: Shape) -> Trajectories
         for name, have, room in (
             ("tokens", len(row.ids), shape.length),
             ("frames", len(row.frames), shape.frames),
+            ("slices", len(row.slices), shape.slices),
             ("patches", largest, shape.patches),
             ("calls", len(row.calls), config.max_calls),
         ):

@@ -3,8 +3,8 @@
 import dataclasses
 
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.data.synthesis import Mix
 from pixel_jax.quickstart.network import NetworkConfig
+from pixel_jax.quickstart.rows import WarmStartConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -27,9 +27,7 @@ class QuickstartConfig:
     locate_share: float  # of them, the rest read
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int
-    mix: Mix
-    video_share: float  # of the warm-start rows
-    box_noise: float  # standard deviation of the learned boxes' edges, in pixels of the overview
+    traces: WarmStartConfig
     rl: RLConfig  # 3. twice; without curiosity `rl.reward.alpha` and `beta` are zero
     evaluation: EvaluationConfig  # 4.
     width: int = 32  # tokens of a prompt

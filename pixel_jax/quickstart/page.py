@@ -108,7 +108,7 @@ def arrangement(config: QuickstartConfig) -> list[str]:
         f"Box padding is {limits.pad:g} of the image (the released recipe: 0.1). At 448 pixels a tenth on each side would "
         "undo the zoom.",
         f"The warm start is weak on purpose: {config.warm.steps} steps on traces whose boxes are off by a normal error of "
-        f"{config.box_noise:g} pixels of the overview on each edge, and {config.mix.direct:.0%} of the image traces answer "
+        f"{config.traces.box_noise:g} pixels of the overview on each edge, and {config.traces.mix.direct:.0%} of the image traces answer "
         "directly. A call then helps less than it will after practice, which is the learning trap.",
         f"{config.scenes.small_share:.0%} of the scenes have a small digit; the rest can be read at once.",
     ]

@@ -1,18 +1,25 @@
 """The rows that each phase trains on, drawn from seeds."""
 
-from typing import TYPE_CHECKING
+import dataclasses
 
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
+from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.prompts import Query
 
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
-
 MARGIN = 8  # pixels of the scene around a digit that a reference box leaves: one pixel of the overview
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """What the warm start is shown."""
+
+    mix: synthesis.Mix = synthesis.Mix()
+    video_share: float = 0.15  # of the traces
+    box_noise: float = 0.0  # standard deviation of the written boxes' edges, in pixels of the overview
 
 
 def reference_box(scene: miniature.Scene) -> synthesis.Box:
@@ -28,7 +35,11 @@ def clip_query(clip: miniature.Clip) -> Query:
     return Query(miniature.VIDEO_QUESTION, list(clip.frames), is_video=True)
 
 
-def locate_row(rng: np.random.Generator, scenes: miniature.SceneConfig, split: str) -> Trace:
+# Phase 1, ground and read. The rest of a row is the dialog as it will be; only coordinates and digits are learned, so that
+# nothing is said yet about when to look closer.
+
+
+def locate_row(rng: np.random.Generator, scenes: SceneConfig, split: str) -> Trace:
     """Where is the digit? The call is given up to its box; the four coordinates are learned."""
     scene = miniature.draw_scene(rng, split, scenes)
     box = synthesis.written_box(reference_box(scene))
@@ -36,8 +47,8 @@ def locate_row(rng: np.random.Generator, scenes: miniature.SceneConfig, split: s
     return Trace(scene_query(scene), (turn,), str(scene.label))
 
 
-def read_row(rng: np.random.Generator, scenes: miniature.SceneConfig, split: str) -> Trace:
-    """Which digit is it? The picture is a scene with a large card or what a box drawn by an unsteady hand cuts out."""
+def read_row(rng: np.random.Generator, scenes: SceneConfig, split: str) -> Trace:
+    """Which digit is it? The picture is a scene with a large card, or what a box drawn by an unsteady hand cuts out."""
     scene = miniature.draw_scene(rng, split, scenes)
     image = scene.image
     if scene.small or rng.random() < 0.5:
@@ -48,27 +59,30 @@ def read_row(rng: np.random.Generator, scenes: miniature.SceneConfig, split: str
     return Trace(Query(miniature.QUESTION, [image]), (turn,), str(scene.label))
 
 
+# Phase 2, the warm start.
+
+
+def warm_start_row(rng: np.random.Generator, scenes: SceneConfig, split: str, config: WarmStartConfig) -> Trace:
+    """A trace of any kind, in the shares of `config`."""
+    if rng.random() < config.video_share:
+        clip = miniature.draw_clip(rng, split, scenes)
+        kind = synthesis.draw_kind(rng, synthesis.VIDEO_KINDS, config.mix.video)
+        return synthesis.video_trace(rng, clip_query(clip), CUE, [clip.target + 1], str(clip.label), kind)
+    direct = rng.random() < config.mix.direct
+    if direct:
+        scene = miniature.draw_scene(rng, split, scenes)
+        return synthesis.direct_trace(scene_query(scene), str(scene.label))
+    kind = synthesis.draw_kind(rng, synthesis.IMAGE_KINDS, config.mix.image)
+    # A large card leaves nothing to miss and nothing to be too far from.
+    scene = miniature.draw_scene(rng, split, scenes, small=None if kind == "single" else True)
+    reference = reference_box(scene)
+    learned = noisy(rng, reference, config.box_noise)
+    return synthesis.image_trace(rng, scene_query(scene), CUE, reference, str(scene.label), kind, learned=learned)
+
+
 def noisy(rng: np.random.Generator, box: synthesis.Box, deviation: float) -> synthesis.Box:
-    """`box` with a normal error on every edge, `deviation` in pixels of the overview; at least one hundredth wide and high."""
+    """`box` with a normal error on each edge, `deviation` in pixels of the overview; at least one hundredth a side."""
     hundredths = 100 * np.array(box) + rng.normal(0, 100 * deviation * MARGIN / miniature.SIDE, 4)
     x1, y1, x2, y2 = np.clip(np.round(hundredths), 0, 100)
     x1, y1 = min(x1, 99), min(y1, 99)
     return tuple(float(x) / 100 for x in (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
-
-
-def warm_row(rng: np.random.Generator, config: "QuickstartConfig", split: str) -> Trace:
-    """One trace of the warm start, of any kind: direct, single-pass, corrected, further in; or of a clip."""
-    if rng.random() < config.video_share:
-        clip = miniature.draw_clip(rng, split)
-        kind = synthesis.draw_kind(rng, synthesis.VIDEO_KINDS, config.mix.video)
-        return synthesis.video_trace(rng, clip_query(clip), CUE, [clip.target + 1], str(clip.label), kind)
-    scene = miniature.draw_scene(rng, split, config.scenes)
-    if rng.random() < config.mix.direct:
-        return synthesis.direct_trace(scene_query(scene), str(scene.label))
-    kinds, shares = synthesis.IMAGE_KINDS, config.mix.image
-    if not scene.small:  # a large digit leaves no room to miss it, nor to begin with a much larger box
-        kinds, shares = ("single",), (1.0,)
-    reference = reference_box(scene)
-    learned = noisy(rng, reference, config.box_noise)
-    kind = synthesis.draw_kind(rng, kinds, shares)
-    return synthesis.image_trace(rng, scene_query(scene), CUE, reference, str(scene.label), kind, learned=learned)

@@ -2,23 +2,25 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.traces import Shape, Trace, to_trajectories
+from pixel_jax.data.traces import WAVE, Shape, Trace, to_trajectories
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.models.inputs import Visual
 from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
-from pixel_jax.rollout.config import PATCH
+from pixel_jax.rollout.config import FACTOR
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate, executed_calls, to_host
+from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate, executed_calls, take_rows, to_host
 from pixel_jax.training.answers import last_boxed
 from pixel_jax.training.batch import Batch, from_trajectories
 
@@ -42,23 +44,30 @@ class Task:
         rng = np.random.default_rng([config.seed, 1])
         locate = round(config.ground_rows * config.locate_share)
         makers = [rows.locate_row] * locate + [rows.read_row] * (config.ground_rows - locate)
-        return self.compile([make(rng, config.scenes, "train") for make in makers])
+        # Every digit equally often: what is skewed is learned in the warm start.
+        scenes = dataclasses.replace(config.scenes, frequencies=None)
+        return self.compile(make(rng, scenes, "train") for make in makers)
 
     def warm_rows(self) -> Batch:
         """Phase 2: traces of all kinds."""
         rng = np.random.default_rng([self.config.seed, 2])
-        return self.compile([rows.warm_row(rng, self.config, "train") for _ in range(self.config.warm_rows)])
+        scenes, traces = self.config.scenes, self.config.traces
+        return self.compile(rows.warm_start_row(rng, scenes, "train", traces) for _ in range(self.config.warm_rows))
 
-    def compile(self, traces: Sequence[Trace]) -> Batch:
-        """The rows of traces, as narrow as the longest of them."""
+    def compile(self, traces: Iterable[Trace]) -> Batch:
+        """The rows of traces, as narrow as the longest of them. Only `WAVE` traces' images are in memory at a time."""
         limits = self.config.rl.rollout
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        wide = Shape(limits.max_tokens, max(len(t.query.images) for t in traces) + 8, budget // PATCH**2)
-        made = to_trajectories(traces, self.vocabulary, self.tables, limits, wide)
+        most = miniature.NUM_FRAMES + limits.max_calls
+        wide = Shape(limits.max_tokens, most, most, 4 * (budget // FACTOR**2))
+        made = concatenate(
+            [to_trajectories(part, self.vocabulary, self.tables, limits, wide) for part in batched(traces, WAVE)]
+        )
         length = 8 * -(-int(made.valid.sum(axis=1).max()) // 8)
-        frames = int((made.visual.slices.max(axis=(1, 2)) + 1).max())
-        visual = made.visual._replace(patches=made.visual.patches[:, :frames])
-        visual = visual._replace(**{name: getattr(visual, name)[:, :frames] for name in ("slices", "grids", "seconds")})
+        frames = int(made.visual.slices.max()) + 1
+        slices = int((made.visual.slices[..., 0] >= 0).sum(axis=1).max())
+        patches, *rest = made.visual
+        visual = Visual(patches[:, :frames], *(x[:, :slices] for x in rest))
         cut = {name: getattr(made, name)[:, :length] for name in ("tokens", "valid", "chosen", "logprobs")}
         return from_trajectories(made._replace(visual=visual, **cut))
 
@@ -84,6 +93,13 @@ class Task:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.vocabulary.to_bytes(ids).decode("utf-8", "replace")
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items, the last one maybe shorter. (`itertools.batched` came with Python 3.12.)"""
+    items = iter(items)
+    while part := list(itertools.islice(items, size)):
+        yield part
 
 
 class TrainingScenes:
@@ -133,7 +149,7 @@ def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = 
         padded = part + part[:1] * (size - len(part))
         prompts = task.prompts(padded, range(start, start + size))
         made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, opening=ids))
-        parts.append(jax.tree.map(lambda x, n=len(part): x[:n], made))
+        parts.append(take_rows(made, slice(len(part))))
     t = concatenate(parts)
     response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)
     texts = [task.decode(row[mask]) for row, mask in zip(t.tokens, response, strict=True)]
