@@ -1,5 +1,6 @@
 """`pixel-jax COMMAND`: finds the command's module, lets it declare its flags, and hands over."""
 
+import contextlib
 import importlib
 import sys
 
@@ -25,6 +26,16 @@ def usage() -> str:
     return "\n".join(["usage: pixel-jax COMMAND [flags]", "", *lines, "", "pixel-jax COMMAND --help lists the flags."])
 
 
+@contextlib.contextmanager
+def key_errors(command: str):
+    """Around the reading of flags: `config_flags` lets an unknown key of a config end as an AttributeError."""
+    try:
+        yield
+    except AttributeError as error:
+        print(f"pixel-jax {command}: unknown key of the config: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point of the console script."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
@@ -35,17 +46,25 @@ def main() -> None:
         print(f"pixel-jax: there is no command {command!r}\n\n{usage()}", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(COMMANDS[command][0])
-    module.define_flags(command)
+    with key_errors(command):
+        module.define_flags(command)
+    if {"-h", "--help"} & set(sys.argv[2:]):  # absl's own help looks for flags in the script that was started
+        print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
+        sys.exit(0)
 
     def run(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
             module.main(command, arguments[1:])
-        except (UserError, ValueError, FileNotFoundError) as error:
+        except (UserError, ValueError, OSError) as error:
             if flags.FLAGS.traceback:
                 raise
             print(f"pixel-jax {command}: {error}", file=sys.stderr)
             sys.exit(1)
 
+    def parse(arguments: list[str]) -> list[str]:
+        with key_errors(command):
+            return app.parse_flags_with_usage(arguments)
+
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
-    app.run(run, argv=[f"pixel-jax {command}", *sys.argv[2:]])
+    app.run(run, argv=[f"pixel-jax {command}", *sys.argv[2:]], flags_parser=parse)

@@ -16,6 +16,9 @@ def main(command: str, arguments: list[str]) -> None:
 
     if len(arguments) != 1:
         raise UserError("give one file of traces: pixel-jax view TRACES.json --out PAGE.html")
-    traces = trace.load(arguments[0])
+    try:
+        traces = trace.load(arguments[0])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{arguments[0]} does not hold traces: {error}") from error
     report.write(FLAGS.out, report.traces_page(traces, arguments[0]))
     print(f"{len(traces)} traces are drawn in {FLAGS.out}.")

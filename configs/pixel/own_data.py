@@ -12,9 +12,9 @@ from ml_collections import ConfigDict, config_dict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.model = config_dict.required_placeholder(str)
-    config.data = config_dict.required_placeholder(str)
-    config.out = config_dict.required_placeholder(str)
+    config.model = config_dict.placeholder(str)
+    config.data = config_dict.placeholder(str)
+    config.out = config_dict.placeholder(str)
     # Axis sizes; -1 takes the devices that are left. An empty mesh runs on one device.
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     config.canvas = (1, 1536, 1536)  # one image of at most 1536 x 1536 pixels a prompt

@@ -87,10 +87,12 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
     written = field("turns", lambda x: isinstance(x, list) and (bool(x) or not need_turns), "a list of turns", [])
     turns = []
     for item in written:
-        item = {"text": item} if isinstance(item, str) else item
-        if not isinstance(item, dict) or item.keys() - {"text", "learn"} or not isinstance(item.get("text"), str):
-            raise ExampleError(f'{where}: a turn is a text or {{"text": ..., "learn": true or false}}, not {item!r}')
-        turns.append(Turn(((item["text"], bool(item.get("learn", True))),)))
+        match {"text": item} if isinstance(item, str) else item:
+            case {"text": str(text), **rest} if text and rest.keys() <= {"learn"} and type(rest.get("learn", True)) is bool:
+                turns.append(Turn(((text, rest.get("learn", True)),)))
+            case _:
+                wanted = 'a turn is a text or {"text": ..., "learn": true or false}'
+                raise ExampleError(f"{where}: {wanted}, not {item!r}")
     paths = tuple(path.parent / image for image in images)
     for image in paths:
         if not image.is_file():

@@ -131,7 +131,9 @@ def _respond(tables: Tables, turns, gallery: Gallery, is_video, canvas_size, num
     result = execute(call, gallery, is_video, canvas_size, num_canvases, views, config)
     ids, lengths = tables.observations.assemble(result.message, length)
     kind = jnp.where(call.valid, call.tool, 2)
-    return call.required, kind, result, ids, lengths, add_to_gallery(gallery, result, call.required)
+    asked = (call.tool == 1)[:, None] & (jnp.arange(8) < call.num_frames[:, None])
+    frames = jnp.where(asked, call.frames[:, :8] - 1, -1)
+    return call.required, kind, frames, result, ids, lengths, add_to_gallery(gallery, result, call.required)
 
 
 def _answer_calls(rows: list[_Row], turns: list[list[int]], galleries, tables: Tables, config: RolloutConfig) -> list:
@@ -155,7 +157,7 @@ def _answer_calls(rows: list[_Row], turns: list[list[int]], galleries, tables: T
         num_frames=views,
     )
     answer = _respond(tables, padded, gallery, is_video, canvas_size, num_canvases, config, views, bound)
-    required, kind, result, ids, lengths, gallery = jax.tree.map(np.asarray, answer)
+    required, kind, frames, result, ids, lengths, gallery = jax.tree.map(np.asarray, answer)
     result: Result
     for i, row in enumerate(rows):
         if not required[i]:
@@ -172,7 +174,7 @@ def _answer_calls(rows: list[_Row], turns: list[list[int]], galleries, tables: T
                 "observation": int(result.message.kind[i]),
                 "canvas": int(result.canvas[i, 0]) if shown else -1,
                 "box": result.region[i, 0] if shown else np.zeros(4, np.int32),
-                "frames": result.canvas[i] if kind[i] == 1 and shown else np.zeros(0, np.int32),
+                "frames": frames[i],
             }
         )
     return [Gallery(*(x[i] for x in gallery)) for i in range(len(rows))]
@@ -245,10 +247,7 @@ def _pack(rows: list[_Row], config: RolloutConfig, shape: Shape) -> Trajectories
             visual.seconds[i, 0] = row.trace.query.seconds
         for j, call in enumerate(row.calls):
             for name, value in call.items():
-                if name == "frames":
-                    calls.frames[i, j, : len(value)] = value
-                else:
-                    getattr(calls, name)[i, j] = value
+                getattr(calls, name)[i, j] = value
     return Trajectories(
         tokens=tokens,
         valid=valid,

@@ -30,7 +30,7 @@ def figure(picture: Picture, *, width: int) -> str:
         )
     return (
         f'<figure style="width:{width}px"><svg viewBox="0 0 {picture.width} {picture.height}" role="img" '
-        f'aria-label="{text(picture.caption)}"><image href="data:image/png;base64,{text(picture.png)}" '
+        f'aria-label="{text(picture.caption)}"><image href="{text(picture.uri)}" '
         f'width="{picture.width}" height="{picture.height}"/>{"".join(boxes)}</svg>'
         f"<figcaption>{text(picture.caption)}, {picture.width}×{picture.height}</figcaption></figure>"
     )

@@ -21,9 +21,9 @@ END = "<|im_end|>"
 
 @dataclasses.dataclass
 class Picture:
-    """A PNG, base64, with the boxes drawn on it: (number of the call, x1, y1, x2, y2) in its pixels."""
+    """A picture as a data URI, with the boxes drawn on it: (number of the call, x1, y1, x2, y2) in its pixels."""
 
-    png: str
+    uri: str
     width: int
     height: int
     caption: str
@@ -55,11 +55,18 @@ class Trace:
     title: str = ""
 
 
-def encode_png(image: np.ndarray) -> str:
-    """uint8 [h, w, 3] as base64 PNG."""
+LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
+
+
+def data_uri(image: np.ndarray) -> str:
+    """uint8 [h, w, 3] as PNG, or as JPEG where that saves a page from megabytes of photographs."""
+    lossless = image.shape[0] * image.shape[1] <= LOSSLESS_AREA
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    if lossless:
+        Image.fromarray(image).save(buffer, format="PNG", optimize=True)
+    else:
+        Image.fromarray(image).save(buffer, format="JPEG", quality=88)
+    return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def unpatchify(patches: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -122,7 +129,7 @@ def make_trace(
 
 
 def _picture(image: np.ndarray, caption: str) -> Picture:
-    return Picture(encode_png(image), image.shape[1], image.shape[0], caption)
+    return Picture(data_uri(image), image.shape[1], image.shape[0], caption)
 
 
 def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> list[tuple[str, str]]:

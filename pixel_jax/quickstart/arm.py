@@ -17,8 +17,9 @@ def main() -> None:
         os.sched_setaffinity(0, cores[:half] if core == 0 else cores[half:])
     from pixel_jax.config import load
     from pixel_jax.quickstart.config import QuickstartConfig
-    from pixel_jax.quickstart.pipeline import run_arm, start_process
+    from pixel_jax.quickstart.pipeline import run_arm, start_process, use_cores
 
+    use_cores(1)
     start_process(directory.parent / "compiled")
     run_arm(load(QuickstartConfig, json.loads((directory / "config.json").read_text())), directory, arm)
 

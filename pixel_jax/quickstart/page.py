@@ -107,10 +107,13 @@ def arrangement(config: QuickstartConfig) -> list[str]:
     return [
         f"Box padding is {limits.pad:g} of the image (the released recipe: 0.1). At 448 pixels a tenth on each side would "
         "undo the zoom.",
-        f"The warm start is weak on purpose: {config.warm.steps} steps on traces whose boxes are off by a normal error of "
-        f"{config.traces.box_noise:g} pixels of the overview on each edge, and {config.traces.mix.direct:.0%} of the image traces answer "
-        "directly. A call then helps less than it will after practice, which is the learning trap.",
-        f"{config.scenes.small_share:.0%} of the scenes have a small digit; the rest can be read at once.",
+        "The annotations of the warm start are imprecise: its boxes are off by a normal error of "
+        f"{config.traces.box_noise:g} pixels of the overview on each edge, while the crops in its traces are the right "
+        "ones. The model therefore trusts crops that its own boxes miss, and looking closer does not pay until it has "
+        f"practised: the learning trap. {config.traces.mix.direct:.0%} of the image traces answer directly.",
+        f"{config.scenes.small_share:.0%} of the scenes have a small digit; the rest can be read at once. The digits are "
+        "not equally frequent, so that a guess is right now and then and answering at once has some merit. In percent, 0 "
+        f"to 9: {', '.join(f'{x:g}' for x in config.scenes.frequencies or (10.0,) * 10)}.",
     ]
 
 

@@ -46,20 +46,23 @@ class Task:
         makers = [rows.locate_row] * locate + [rows.read_row] * (config.ground_rows - locate)
         # Every digit equally often: what is skewed is learned in the warm start.
         scenes = dataclasses.replace(config.scenes, frequencies=None)
-        return self.compile(make(rng, scenes, "train") for make in makers)
+        return self.compile((make(rng, scenes, "train") for make in makers), images=1)
 
     def warm_rows(self) -> Batch:
         """Phase 2: traces of all kinds."""
         rng = np.random.default_rng([self.config.seed, 2])
         scenes, traces = self.config.scenes, self.config.traces
-        return self.compile(rows.warm_start_row(rng, scenes, "train", traces) for _ in range(self.config.warm_rows))
+        made = (rows.warm_start_row(rng, scenes, "train", traces) for _ in range(self.config.warm_rows))
+        return self.compile(made, images=miniature.NUM_FRAMES + self.config.rl.rollout.max_calls)
 
-    def compile(self, traces: Iterable[Trace]) -> Batch:
-        """The rows of traces, as narrow as the longest of them. Only `WAVE` traces' images are in memory at a time."""
+    def compile(self, traces: Iterable[Trace], *, images: int) -> Batch:
+        """The rows of traces that show at most so many `images`, as narrow as the longest of them.
+
+        Only `WAVE` traces' scenes are in memory at a time.
+        """
         limits = self.config.rl.rollout
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        most = miniature.NUM_FRAMES + limits.max_calls
-        wide = Shape(limits.max_tokens, most, most, 4 * (budget // FACTOR**2))
+        wide = Shape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
         made = concatenate(
             [to_trajectories(part, self.vocabulary, self.tables, limits, wide) for part in batched(traces, WAVE)]
         )

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.lora import combine, split
-from pixel_jax.parallel.sharding import shardings, value_of
+from pixel_jax.parallel.sharding import shard, shardings, value_of
 
 T = TypeVar("T")
 
@@ -40,6 +40,8 @@ def init_state(
     pattern = re.compile(trainable)
     if not any(pattern.match(path) for _, path, _ in named_weights(model)):
         raise ValueError(f"no weight's path matches trainable = {trainable!r}")
+    if mesh is not None:
+        model = shard(model, mesh)  # wherever it was read to
     selected, rest = split(model, lambda path, _: pattern.match(path) is not None)
     # The weights keep their metadata (and hand it on to their moments): it says where they lie on the mesh.
     places = {path: weight for _, path, weight in named_weights(rest) if path in selected}

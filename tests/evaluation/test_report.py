@@ -32,7 +32,7 @@ def found():
 
 
 def pixels(picture):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.png))))
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.split(",", 1)[1]))))
 
 
 def test_traces_show_what_happened(found):
@@ -122,3 +122,11 @@ def test_a_page_is_written_whole(tmp_path):
     report.write(tmp_path / "a.html", "one")
     report.write(tmp_path / "a.html", "two")
     assert [p.name for p in tmp_path.iterdir()] == ["a.html"] and (tmp_path / "a.html").read_text() == "two"
+
+
+def test_large_photographs_are_compressed():
+    photo = np.asarray(Image.fromarray(talker.image(0, 8, 8)).resize((400, 300), Image.Resampling.BICUBIC))
+    uri = traces.data_uri(photo)
+    assert uri.startswith("data:image/jpeg;base64,") and len(uri) < photo.size / 8
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
+    assert shown.shape == photo.shape and np.abs(shown.astype(int) - photo).mean() < 6

@@ -1,0 +1,121 @@
+"""Examples from a file: read as written, refused by name, and drawn in an order that a restart continues."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixel_jax.data.jsonl import Batches, ExampleError, read_jsonl
+
+GOOD = {"question": "Which digit?", "images": ["a.png"], "answer": "7"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes lines (objects, or text as it is) beside two images; returns the file."""
+    for i, name in enumerate(("a.png", "b.png")):
+        pixels = np.random.default_rng(i).integers(0, 256, (30, 40 + i, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+
+    def write(*lines):
+        path = tmp_path / "data.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
+        return path
+
+    return write
+
+
+def test_reads_what_is_written(write):
+    turns = ["look", {"text": "a mistake", "learn": False}, {"text": "\\boxed{7}", "learn": True}]
+    video = {"question": "Wie heißt es?", "images": ["a.png", "a.png"], "answer": ["7", "seven"], "video": True}
+    path = write(GOOD | {"turns": turns, "id": "first"}, "", video | {"seconds": 2})
+    first, second = read_jsonl(path)
+
+    trace = first.trace()
+    assert (trace.query.question, trace.answer, trace.query.is_video) == ("Which digit?", "7", False)
+    np.testing.assert_array_equal(trace.query.images[0], np.asarray(Image.open(path.parent / "a.png")))
+    assert [turn.parts for turn in trace.turns] == [
+        (("look", True),),
+        (("a mistake", False),),
+        (("\\boxed{7}", True),),
+    ]
+    assert all(turn.ends and turn.executed is None for turn in trace.turns)
+
+    query = second.query()
+    assert (query.question, query.is_video, query.seconds, len(query.images)) == ("Wie heißt es?", True, 2.0, 2)
+    assert second.answer == ("7", "seven") and second.turns == ()
+
+
+BAD = [
+    ('{"question": ', "is not JSON"),
+    ("[1, 2]", "is list, not an object"),
+    (GOOD | {"anwser": "7"}, "unknown field 'anwser'; known are answer, "),
+    ({"images": ["a.png"], "answer": "7"}, "'question' must be a text, not None"),
+    (GOOD | {"question": ""}, "'question' must be a text, not ''"),
+    (GOOD | {"images": []}, r"'images' must be a list of at least one path, not \[\]"),
+    (GOOD | {"images": "a.png"}, "'images' must be a list"),
+    (GOOD | {"images": ["a.png", "missing.png"]}, "there is no image .*missing.png"),
+    (GOOD | {"answer": 7}, "'answer' must be a text or a list of texts, not 7"),
+    (GOOD | {"answer": []}, r"'answer' must be .*, not \[\]"),
+    (GOOD | {"answer": ["7", None]}, "'answer' must be .*None"),
+    (GOOD | {"video": 1}, "'video' must be true or false, not 1"),
+    (GOOD | {"seconds": 0}, "'seconds' must be a positive number, not 0"),
+    (GOOD | {"seconds": True}, "'seconds' must be a positive number, not True"),
+    (GOOD | {"turns": "look"}, "'turns' must be a list of turns, not 'look'"),
+    (GOOD | {"turns": ["look", 3]}, "a turn is a text or .*, not 3"),
+    (GOOD | {"turns": [{"text": "look", "lern": False}]}, "a turn is .*'lern'"),
+    (GOOD | {"turns": [{"learn": False}]}, "a turn is .*'learn': False"),
+    (GOOD | {"turns": [{"text": "look", "learn": "false"}]}, "a turn is .*'learn': 'false'"),
+    (GOOD | {"turns": ["look", ""]}, "a turn is .*, not ''"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD, ids=[message[:30] for _, message in BAD])
+def test_a_bad_line_is_named(write, line, message):
+    path = write(GOOD, "", line)
+    with pytest.raises(ExampleError, match=message) as caught:
+        read_jsonl(path)
+    assert str(caught.value).startswith(f"{path}:3")
+
+
+def test_turns_where_they_are_needed(write):
+    path = write(GOOD)
+    assert read_jsonl(path)[0].turns == ()
+    with pytest.raises(ExampleError, match=r":1: 'turns' must be a list of turns, not \[\]"):
+        read_jsonl(path, turns=True)
+
+
+def test_no_examples(write, tmp_path):
+    with pytest.raises(ExampleError, match="has no examples"):
+        read_jsonl(write("", "  "))
+    with pytest.raises(ExampleError, match="nowhere.jsonl is not a file"):
+        read_jsonl(tmp_path / "nowhere.jsonl")
+
+
+def test_order_is_drawn_from_seed_and_epoch():
+    items = list(range(10))
+    drawn = lambda seed, count=5: [x for _, x in zip(range(count), Batches(items, 4, seed, list), strict=False)]
+    batches = drawn(0)
+    assert batches == drawn(0) and batches != drawn(1)
+    flat = sum(batches, [])
+    # 20 items are two epochs: each has every example once, in an order of its own.
+    assert sorted(flat[:10]) == sorted(flat[10:]) == items and flat[:10] != flat[10:] != items
+
+
+def test_a_restart_sees_the_batches_that_were_left():
+    make = lambda: Batches(list(range(7)), 3, 0, list)
+    whole, data = make(), make()
+    expected = [next(whole) for _ in range(6)]
+    for done in range(6):
+        again = make()
+        again.set_state(json.loads(json.dumps(data.get_state())))
+        assert [next(again) for _ in range(6 - done)] == expected[done:]
+        next(data)
+
+
+@pytest.mark.parametrize(("count", "seed", "message"), [(8, 0, "7 for examples, now it is 8"), (7, 1, "0 for seed")])
+def test_a_restart_on_other_data_is_refused(count, seed, message):
+    state = Batches(list(range(7)), 3, 0, list).get_state()
+    with pytest.raises(ValueError, match=message):
+        Batches(list(range(count)), 3, seed, list).set_state(state)

@@ -1,0 +1,174 @@
+"""A trace becomes the row that a rollout would have made of the same words."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pixel_jax.data import traces as module
+from pixel_jax.data.traces import Shape, Trace, TraceError, Turn, right, to_trajectories, wrong
+from pixel_jax.rollout import trajectory
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, take_rows
+from tests.rollout import talker
+
+QUERIES = talker.queries(4, video=True)
+ROOM = Shape(length=800, frames=12, slices=12, patches=16)
+
+
+@pytest.fixture(scope="module")
+def rolled():
+    """Rows that answered or ran out of calls, images and videos among them, as the talker chose them."""
+    t = trajectory.to_host(
+        rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG)
+    )
+    return take_rows(t, np.isin(t.stop, (STOP_ANSWER, STOP_CALLS)))
+
+
+def turns_of(t, row):
+    """The assistant's turns as text."""
+    words, turns, open_turn = talker.vocabulary(), [], False
+    for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
+        if chosen:
+            turns = turns if open_turn else [*turns, []]
+            turns[-1].append(int(token))
+        open_turn = chosen
+    texts = [words.to_bytes(ids).decode() for ids in turns]
+    assert all(text.endswith(talker.END) for text in texts)
+    return [text.removesuffix(talker.END) for text in texts]
+
+
+def trace_of(t, row):
+    return Trace(QUERIES[t.prompt[row]], tuple(right(text) for text in turns_of(t, row)), "7")
+
+
+@pytest.fixture(scope="module")
+def written(rolled):
+    """The same conversations, from their texts."""
+    found = [trace_of(rolled, row) for row in range(len(rolled.tokens))]
+    return found, take_rows(compile_traces(found), slice(len(found)))
+
+
+# A video that is asked about for as long as any trace: all calls of this module are answered by one program.
+COMPANY = Trace(QUERIES[1], (*[right(talker.SELECT + "17]" + talker.CLOSE)] * 3, right("\\boxed{3}")), "3")
+
+
+def compile_traces(found, room=ROOM, config=talker.CONFIG):
+    """The rows of the traces, and of one more."""
+    return to_trajectories([*found, COMPANY], talker.vocabulary(), talker.token_tables(), config, room)
+
+
+def items(t, row):
+    """What the row shows, in order: (grid, seconds) of every item and the patches of every slice's two frames."""
+    grids, slices = t.visual.grids[row], t.visual.slices[row]
+    shown = [(*grid.tolist(), float(s)) for grid, s in zip(grids, t.visual.seconds[row], strict=True) if grid[0]]
+    frames = [t.visual.patches[row, frame] for pair in slices if pair[0] >= 0 for frame in pair]
+    return shown, np.stack(frames)
+
+
+def test_the_rollout_did_enough(rolled):
+    """Otherwise the comparisons below say little."""
+    assert len(rolled.tokens) >= 8 and set(rolled.num_calls.tolist()) >= {0, 1, 2}
+    assert {0, 1} <= set(rolled.calls.observation.ravel().tolist())  # crops and frames
+    assert (rolled.calls.observation > 1).sum() >= 2  # errors of two kinds or more
+    assert (rolled.stop == STOP_CALLS).any() and (rolled.visual.seconds > 0).any()
+
+
+def test_tokens_are_those_of_the_rollout(rolled, written):
+    t = written[1]
+    for row in range(len(rolled.tokens)):
+        mine, theirs = t.valid[row], rolled.valid[row]
+        assert mine[: mine.sum()].all()  # left-aligned
+        np.testing.assert_array_equal(t.tokens[row][mine], rolled.tokens[row][theirs])
+        np.testing.assert_array_equal(t.chosen[row][mine], rolled.chosen[row][theirs])
+        assert not t.chosen[row][~mine].any() and t.prompt[row] == row
+
+
+def test_pixels_are_those_of_the_rollout(rolled, written):
+    """Pillow here, the accelerator there: the same bits, in the same order."""
+    for row in range(len(rolled.tokens)):
+        mine, frames = items(written[1], row)
+        theirs, expected = items(rolled, row)
+        assert mine == theirs
+        np.testing.assert_array_equal(frames, expected)
+
+
+def test_calls_are_those_of_the_rollout(rolled, written):
+    """All that were answered. A call that ends its row is on the record of a rollout, and no call of a trace."""
+    t = written[1]
+    for row in range(len(rolled.tokens)):
+        answered = rolled.num_calls[row] - (rolled.stop[row] == STOP_CALLS)
+        assert t.num_calls[row] == answered
+        for name, mine, theirs in zip(t.calls._fields, t.calls, rolled.calls, strict=True):
+            np.testing.assert_array_equal(mine[row, :answered], theirs[row, :answered], err_msg=name)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(written):
+    """More traces than are answered at a time, in another order."""
+    found, t = written
+    order = np.random.default_rng(0).integers(0, len(found), module.WAVE + 20)
+    again = take_rows(compile_traces([found[i] for i in order]), slice(len(order)))
+    expected = take_rows(t, order)._replace(prompt=again.prompt)
+    for name, a, b in zip(t._fields, again, expected, strict=True):
+        jax.tree.map(lambda x, y, name=name: np.testing.assert_array_equal(x, y, err_msg=name), a, b)
+
+
+CROP = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+
+
+def spans(t, row=0):
+    """Text of the response, cut where `chosen` changes."""
+    tokens, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+    cuts = np.flatnonzero(np.diff(chosen)) + 1
+    return [
+        (bool(flag[0]), talker.vocabulary().to_bytes(ids).decode())
+        for ids, flag in zip(np.split(tokens, cuts), np.split(chosen, cuts), strict=True)
+    ]
+
+
+def test_parts_are_learned_or_only_read():
+    turns = (
+        wrong(CROP),
+        Turn((("I see nothing.", False), (CROP, True))),
+        Turn((("\\boxed{", False), ("7", True)), ends=False),
+    )
+    found = spans(compile_traces([Trace(QUERIES[0], turns, "7")]))
+    assert [text for learned, text in found if learned] == [CROP + talker.END, "7"]
+    (_, first), *_, (_, last) = [span for span in found if not span[0]]
+    assert first.endswith("assistant\nI see nothing.") and CROP + talker.END in first
+    assert last.endswith("assistant\n\\boxed{")  # nothing ends the last turn: the row stops in it
+
+
+def test_what_is_executed_may_differ_from_what_is_written():
+    other = talker.CROP + "0.10, 0.20, 0.71, 1.0" + '], "target_image": 1' + talker.CLOSE
+    turns = (right(other), right(CROP), Turn(((CROP, True),), executed=other))
+    t = compile_traces([Trace(QUERIES[0], (turn, right("x")), "7") for turn in turns])
+    assert spans(t, 2)[1] == (True, CROP + talker.END)
+    np.testing.assert_array_equal(t.calls.box[2], t.calls.box[0])
+    assert (t.calls.box[1] != t.calls.box[0]).any()
+    np.testing.assert_array_equal(items(t, 2)[1], items(t, 0)[1])
+
+
+def test_a_turn_that_is_no_call_cannot_be_answered():
+    with pytest.raises(TraceError, match="turn 2 of a trace about 'Which digit\\?' is no call"):
+        compile_traces([Trace(QUERIES[0], (right(CROP), right("I see."), right("\\boxed{7}")), "7")])
+
+
+def test_limits_are_named():
+    """A row that needs exactly the room it has fits; with one less, the message says what and how much."""
+    traces = [Trace(QUERIES[0], (right("\\boxed{7}"),), "7"), Trace(QUERIES[0], (right(CROP),) * 2 + (right("x"),), "7")]
+    t = compile_traces(traces)
+    need = Shape(
+        length=int(t.valid.sum(axis=1).max()),
+        frames=int(t.visual.slices.max()) + 1,
+        slices=int((t.visual.slices[..., 0] >= 0).sum(axis=1).max()),
+        patches=int(t.visual.grids[..., 1:].prod(axis=-1).max()),
+    )
+    compile_traces(traces, need)
+    for field, name in (("length", "tokens"), ("frames", "frames"), ("slices", "slices"), ("patches", "patches")):
+        have = getattr(need, field)
+        with pytest.raises(TraceError, match=f"trace [012] has {have} {name}, there is room for {have - 1}"):
+            compile_traces(traces, need._replace(**{field: have - 1}))
+    with pytest.raises(TraceError, match="trace 2 has 3 calls, there is room for 2"):
+        compile_traces(traces, need, dataclasses.replace(talker.CONFIG, max_calls=2))

@@ -1,0 +1,367 @@
+"""The quickstart: its tokenizer, its numbers, its page, and all its phases at the smallest size there is."""
+
+import dataclasses
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from pixel_jax.config import ConfigError, load
+from pixel_jax.data import miniature, synthesis
+from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data.traces import Shape, to_trajectories
+from pixel_jax.evaluation import trace as saved_traces
+from pixel_jax.evaluation.stats import proportion
+from pixel_jax.evaluation.trace import Trace, Turn
+from pixel_jax.models.io import from_pretrained
+from pixel_jax.quickstart import pipeline, rows, vocabulary
+from pixel_jax.quickstart.config import EvaluationConfig, QuickstartConfig
+from pixel_jax.quickstart.network import NetworkConfig
+from pixel_jax.quickstart.page import NAMES, page, smooth
+from pixel_jax.quickstart.pipeline import ARMS, arm_config, check_same, once, run_seed
+from pixel_jax.quickstart.rows import WarmStartConfig
+from pixel_jax.quickstart.summary import summarise
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.prompts import tables
+from pixel_jax.training.optimizer import OptimizerConfig
+from pixel_jax.training.replay import ReplayConfig
+from pixel_jax.training.rl import RLConfig
+from pixel_jax.training.sft import SFTConfig, Shuffled
+from pixel_jax.training.steps import ForwardConfig
+from tests.evaluation.test_report import HOSTILE, Reader
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+
+BUDGET = {"min_pixels": 2 * 784 + 1, "max_pixels": 5 * 784 - 1}  # four visual tokens of a square image
+LIMITS = RolloutConfig(
+    group_size=2,
+    top_p=1.0,
+    top_k=0,
+    max_new_tokens=8,
+    max_calls=3,
+    max_images=8,
+    max_tokens=160,
+    max_response=112,
+    **BUDGET,
+    **{f"crop_{name}": value for name, value in BUDGET.items()},
+    **{f"select_{name}": value for name, value in BUDGET.items()},
+    video_min_pixels=784,
+    video_max_pixels=2 * 784 - 1,
+    max_side=112,
+    pad=0.0,
+    observe_chunk=4,
+)
+
+
+def tuning(batch_size):
+    return SFTConfig(
+        steps=2,
+        batch_size=batch_size,
+        trainable=".*",
+        normalizer="token",
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        forward=ForwardConfig(remat=False),
+        save_every=1,
+    )
+
+
+SMALLEST = QuickstartConfig(
+    network=NetworkConfig(
+        width=32, layers=1, mlp=32, vision_width=32, vision_layers=1, vision_mlp=32, heads=2, kv_heads=2, vision_heads=2
+    ),
+    scenes=SceneConfig(small_share=0.5),
+    ground=tuning(2),
+    ground_rows=5,
+    locate_share=0.6,
+    warm=tuning(3),
+    warm_rows=8,
+    traces=WarmStartConfig(box_noise=1.0),
+    rl=RLConfig(
+        iterations=2,
+        prompts=2,
+        train_batch=4,
+        rollout=LIMITS,
+        scale_by_std=True,
+        old_logprobs="sampler",
+        replay=ReplayConfig(kind="none"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        forward=ForwardConfig(remat=False),
+    ),
+    evaluation=EvaluationConfig(scenes=6, batch=4, traces=2),
+)
+
+
+# ---- tokenizer
+
+
+@pytest.fixture(scope="module")
+def words():
+    return vocabulary.build_vocabulary()
+
+
+def test_every_piece_is_one_token(words):
+    for piece in vocabulary.pieces():
+        ids = words.encode(piece)
+        assert len(ids) == 1 and words.to_bytes(ids) == piece.encode(), piece
+    text = "Ünexpected: 0.12345 and \\boxed{7}, 1.00, -3\n<tool_call>"
+    assert words.to_bytes(words.encode(text)) == text.encode()
+
+
+def test_boxes_are_four_tokens(words):
+    rng = np.random.default_rng(0)
+    for box in rng.integers(0, 101, (50, 4)) / 100:
+        written = synthesis.written_box(box)
+        assert len(words.encode(written)) == 4 and words.to_bytes(words.encode(written)) == written.encode()
+
+
+def test_a_trace_with_one_crop_is_short(words):
+    scene = miniature.draw_scene(np.random.default_rng(0), "test", SceneConfig(), small=True)
+    query, reference = rows.scene_query(scene), rows.reference_box(scene)
+    trace = synthesis.image_trace(np.random.default_rng(0), query, vocabulary.CUE, reference, "7", "single")
+    t = to_trajectories([trace], words, tables(words), LIMITS, Shape(160, 2, 2, 16))
+    assert t.calls.observation[0, 0] == 0  # the crop is among what is counted
+    assert t.valid.sum() <= 64
+
+
+def test_the_warm_start_has_the_shares_of_its_configuration():
+    mix = synthesis.Mix(direct=0.4, image=(0.25, 0.25, 0.25, 0.25), video=(0.5, 0.5))
+    config = WarmStartConfig(mix=mix, video_share=0.3, box_noise=1.5)
+    rng = np.random.default_rng(0)
+    made = [rows.warm_start_row(rng, SceneConfig(), "test", config) for _ in range(400)]
+    video = np.array([trace.query.is_video for trace in made])
+    turns = np.array([len(trace.turns) for trace in made])
+    near = lambda found, share: abs(np.mean(found) - share) < 4 * np.sqrt(share * (1 - share) / len(found))
+    assert near(video, 0.3) and near(turns[~video] == 1, 0.4) and near(turns[video] == 3, 0.5)
+    assert near(turns[~video & (turns > 1)] == 4, 0.25)  # recrop_twice
+    looks = [turn for trace in made for turn in trace.turns if turn.executed is not None]
+    written = ["".join(text for text, _ in turn.parts) for turn in looks]
+    differ = [not text.endswith(turn.executed) for text, turn in zip(written, looks, strict=True)]
+    assert len(looks) > 100 and np.mean(differ) > 0.9  # the noise is in what is written, not in what is shown
+
+
+# ---- configuration
+
+
+def shipped():
+    spec = importlib.util.spec_from_file_location("shipped", ROOT / "configs/pixel/quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_the_shipped_configuration_is_read_strictly():
+    config = load(QuickstartConfig, shipped())
+    assert config.rl.reward.alpha > 0 and config.rl.reward.beta > 0
+    # What is written into a run's directory is what the arms read.
+    assert load(QuickstartConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    values = shipped()
+    values.rl.iteratoins = 5
+    with pytest.raises(ConfigError, match="unknown key config.rl.iteratoins; the nearest .* is config.rl.iterations"):
+        load(QuickstartConfig, values)
+    values = shipped()
+    del values.warm_rows
+    with pytest.raises(ConfigError, match="lacks warm_rows"):
+        load(QuickstartConfig, values)
+
+
+def test_the_arms_differ_in_the_reward_alone():
+    config = SMALLEST.rl
+    plain = arm_config(config, "no_curiosity")
+    assert arm_config(config, "curiosity") == config
+    assert (plain.reward.alpha, plain.reward.beta) == (0.0, 0.0)
+    assert dataclasses.replace(plain, reward=config.reward) == config
+
+
+# ---- phases that are done once
+
+
+def test_once(tmp_path):
+    path, calls = tmp_path / "phase.json", []
+
+    def work():
+        calls.append(1)
+        return {"accuracy": 0.5}
+
+    def broken():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        once(path, broken)
+    assert not path.exists()
+    (tmp_path / "phase.partial").write_text('{"accuracy": ')  # cut short by a kill while it was written
+    first = once(path, work)
+    assert first["accuracy"] == 0.5 and first["seconds"] >= 0
+    assert once(path, work) == first and len(calls) == 1
+
+
+def test_a_directory_belongs_to_one_configuration(tmp_path):
+    path = tmp_path / "seed-0" / "config.json"
+    path.parent.mkdir()
+    check_same(SMALLEST, path)
+    check_same(SMALLEST, path)
+    other = dataclasses.replace(SMALLEST, evaluation=EvaluationConfig(scenes=7))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="seed-0 was begun with another configuration"):
+        run_seed(other, path.parent)
+    assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["config.json"]
+
+
+# ---- summary and page
+
+
+def result(shift, points=12):
+    """What one seed might have measured; `shift` moves every number."""
+
+    def group(accuracy, **more):
+        rates = dict.fromkeys(("accuracy_small", "accuracy_large", "rapr", "rapr_small", "rapr_large"), 0.5 + shift)
+        rates |= dict.fromkeys(("greedy_accuracy", "greedy_rapr", "zoom_small", "direct_small"), 0.25 + shift)
+        return {
+            "accuracy": accuracy + shift,
+            **rates,
+            "zoom_iou": 0.5,
+            "intervals": {"accuracy": proportion([True] * 8 + [False] * 2)},
+            **more,
+        }
+
+    curve = lambda base: [
+        {"step": i, "accuracy": base + shift, "rapr": 0.5, "entropy": None if i == 1 else 0.25} for i in range(points)
+    ]
+    return {
+        "sft": group(0.25),
+        "rl": {"curiosity": group(0.75, curve=curve(0.5)), "no_curiosity": group(0.5 - shift, curve=curve(0.25))},
+        "seconds": {"ground": 10.0 + shift, "total": 100.0},
+    }
+
+
+def test_means_and_intervals_over_seeds():
+    found = summarise({0: result(0.0), 3: result(0.125)})
+    assert found["seeds"] == [0, 3] and set(found["per_seed"]) == {"0", "3"}
+    assert found["sft"]["accuracy"] == pytest.approx(0.3125) and "intervals" not in found["sft"]
+    assert found["rl"]["curiosity"]["accuracy"] == pytest.approx(0.8125)
+    assert found["accuracy_gap"] == pytest.approx(0.3125)  # 0.25 and 0.375
+    assert found["seconds"] == {"ground": pytest.approx(10.0625), "total": 100.0}
+    # Student's t with one degree of freedom: 12.706 standard errors, here of half the difference each.
+    interval = found["intervals_over_seeds"]["sft"]["accuracy"]
+    assert interval["high"] - interval["mean"] == pytest.approx(12.706204736 * 0.0625)
+    gap = found["intervals_over_seeds"]["accuracy_gap"]
+    assert gap["mean"] - gap["low"] == pytest.approx(12.706204736 * 0.0625) and gap["n"] == 2
+    steps = found["rl"]["curiosity"]["curve"]
+    assert [point["step"] for point in steps] == list(range(12))
+    assert steps[0]["accuracy"] == pytest.approx(0.5625) and steps[0]["entropy"] == 0.25
+    assert "entropy" not in steps[1]  # an iteration without an update
+    json.dumps(found, allow_nan=False)
+
+
+def test_one_seed_has_no_interval_over_seeds():
+    found = summarise({5: result(0.0)})
+    assert found["intervals_over_seeds"] is None and found["sft"]["accuracy"] == 0.25
+
+
+def test_curves_are_smoothed_without_shift():
+    line = [(float(x), 2.0 * x) for x in range(20)]
+    np.testing.assert_allclose(smooth(line)[4:-4], line[4:-4])
+    np.testing.assert_allclose(smooth(line)[0], (0.0, 4.0))  # of the five points there are
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_the_page_shows_both_arms_and_escapes_everything(seeds):
+    results = {seed: result(seed / 8) for seed in seeds}
+    for each in results.values():
+        each["seconds"][HOSTILE] = 1.0
+    turns = [Turn("assistant", HOSTILE), Turn("tool", HOSTILE, failed=True)]
+    trace = Trace(HOSTILE, [], [], turns, stop=HOSTILE, answer=HOSTILE, reference=HOSTILE, title=HOSTILE)
+    html = page(SMALLEST, summarise(results), [trace])
+    seen = Reader(html)
+    assert seen.runs == 0 and "img" not in seen.tags and "onerror" not in seen.attributes
+    texts = " ".join(seen.texts)
+    assert texts.count(HOSTILE) >= 8  # everything of the trace, and the phase
+    for name in NAMES.values():
+        assert texts.count(name) >= 3  # in the table and in both curves
+    # The gap and, as there are intervals of it, the interval of the means.
+    if len(seeds) == 1:
+        assert "0.75 [0.49, 0.94]" in texts and "Wilson" in texts and "accuracy: 0.250." in texts
+    else:
+        assert "0.81 [0.02, 1.00]" in texts and "Student" in texts and "accuracy: 0.312 [-0.482, 1.107]." in texts
+    embedded = json.loads(html.split('id="metrics">', 1)[1].split("</script>", 1)[0])
+    assert embedded["seeds"] == list(seeds) and "per_seed" not in embedded
+
+
+# ---- everything
+
+
+class Interrupted(BaseException):
+    """What a person's Ctrl-C would be."""
+
+
+def numbers(values):
+    """The result of a seed without its times."""
+    if isinstance(values, dict):
+        return {name: numbers(value) for name, value in values.items() if not name.startswith("seconds")}
+    return values
+
+
+@pytest.mark.slow
+def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = run_seed(SMALLEST, tmp_path / "whole" / "seed-0")
+    for name in ("warm", *ARMS):
+        place = tmp_path / "whole" / "seed-0" / name
+        assert len(saved_traces.load(place / "traces.json")) == 2
+        model, processor = from_pretrained(place / "model")
+        assert model.config.text.hidden_size == 32 and processor is not None
+        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == LIMITS
+    assert set(found["rl"]) == set(ARMS) and found["seconds"]["total"] > 0
+    for group in (found["sft"], *found["rl"].values()):
+        assert 0 <= group["accuracy"] <= 1 and group["intervals"]["accuracy"]["n"] == 6
+    for arm in ARMS:
+        assert [point["step"] for point in found["rl"][arm]["curve"]] == [0, 1]
+    html = page(SMALLEST, summarise({0: found}), saved_traces.load(tmp_path / "whole/seed-0/curiosity/traces.json"))
+    assert all(name in html for name in NAMES.values())
+
+    # The same in pieces: cut off in the middle of phase 1, at the end of phase 2, and in the middle of both arms.
+    directory = tmp_path / "pieces" / "seed-0"
+
+    def interrupted(target, name, replacement):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, replacement)
+            with pytest.raises(Interrupted):
+                run_seed(SMALLEST, directory)
+
+    following = Shuffled.__next__
+
+    def stop_at_second_batch(self):
+        if self.position:
+            raise Interrupted
+        return following(self)
+
+    interrupted(Shuffled, "__next__", stop_at_second_batch)
+    assert (directory / "ground" / "checkpoints" / "1").exists() and not (directory / "ground.json").exists()
+
+    saving = pipeline.save
+
+    def stop_at_warm(task, model, place):
+        if place.parent.name == "warm":
+            raise Interrupted
+        saving(task, model, place)
+
+    interrupted(pipeline, "save", stop_at_warm)
+    assert (directory / "ground.json").exists() and not (directory / "warm.json").exists()
+
+    reading = pipeline.read_metrics
+
+    def stop_after_an_iteration(path):
+        if reading(path):
+            raise Interrupted
+        return reading(path)
+
+    interrupted(pipeline, "read_metrics", stop_after_an_iteration)
+    assert not all((directory / arm / "result.json").exists() for arm in ARMS)
+
+    assert numbers(run_seed(SMALLEST, directory)) == numbers(found)
+    whole, pieces = (
+        [(path / arm / "model" / "model.safetensors").read_bytes() for arm in ARMS]
+        for path in (tmp_path / "whole" / "seed-0", directory)
+    )
+    assert whole == pieces and whole[0] != whole[1]
