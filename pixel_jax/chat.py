@@ -84,6 +84,8 @@ def show(trace, stream=None) -> None:
             for number, *box in picture.boxes:
                 if number == call:
                     where = "({}, {}) to ({}, {})".format(*box)
-                    print_line("looks at", f"{picture.caption}, {where} of {picture.width}x{picture.height} pixels", "cyan")
+                    print_line(
+                        "looks at", f"{picture.caption}, {where} of {picture.width}x{picture.height} pixels", "cyan"
+                    )
         print_line("tool", turn.text, "red" if turn.failed else "bold blue")
     print_line("answer", trace.answer if trace.answer is not None else f"none ({trace.stop})", "bold")

@@ -8,7 +8,10 @@ from absl import app, flags, logging
 
 # Command: (module with `define_flags()` and `main(arguments)`, what it does)
 COMMANDS = {
-    "quickstart": ("pixel_jax.quickstart.main", "train and compare two small models from scratch, in minutes, on a CPU"),
+    "quickstart": (
+        "pixel_jax.quickstart.main",
+        "train and compare two small models from scratch, in minutes, on a CPU",
+    ),
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
     "sft": ("pixel_jax.train", "instruction tuning on traces, from a config file"),
     "rl": ("pixel_jax.train", "reinforcement learning with the curiosity reward, from a config file"),

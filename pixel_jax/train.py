@@ -74,7 +74,6 @@ def main(command: str, arguments: list[str]) -> None:
     token_tables = tables(vocabulary)
 
     if command == "sft":
-
         room = Shape(config.trace_tokens, config.trace_frames, config.trace_frames, config.trace_patches)
 
         def traces(batch):

@@ -88,7 +88,9 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
     turns = []
     for item in written:
         match {"text": item} if isinstance(item, str) else item:
-            case {"text": str(text), **rest} if text and rest.keys() <= {"learn"} and type(rest.get("learn", True)) is bool:
+            case {"text": str(text), **rest} if (
+                text and rest.keys() <= {"learn"} and type(rest.get("learn", True)) is bool
+            ):
                 turns.append(Turn(((text, rest.get("learn", True)),)))
             case _:
                 wanted = 'a turn is a text or {"text": ..., "learn": true or false}'

@@ -114,7 +114,9 @@ def make_trace(
             pictures[int(t.calls.canvas[row, call])].boxes.append((call + 1, *map(int, t.calls.box[row, call])))
         for frame in t.calls.frames[row, call] if kind == Kind.FRAMES else ():
             if frame >= 0:
-                pictures[int(frame)].boxes.append((call + 1, 0, 0, pictures[int(frame)].width, pictures[int(frame)].height))
+                pictures[int(frame)].boxes.append(
+                    (call + 1, 0, 0, pictures[int(frame)].width, pictures[int(frame)].height)
+                )
     return Trace(
         question=query.question,
         pictures=pictures,

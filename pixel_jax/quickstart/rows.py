@@ -10,7 +10,9 @@ from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.prompts import Query
 
-MARGIN = 8  # pixels of the scene around a digit that a reference box leaves: one pixel of the overview
+MARGIN = 12  # pixels of the scene around a digit that a reference box leaves: a box may miss by that and still show it
+OVERVIEW_PIXEL = 8  # pixels of the scene
+MOST_CALLS = 3  # of a trace: two misses, then the reference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ def read_row(rng: np.random.Generator, scenes: SceneConfig, split: str) -> Trace
     scene = miniature.draw_scene(rng, split, scenes)
     image = scene.image
     if scene.small or rng.random() < 0.5:
-        jitter = rng.uniform(-8, 8, 4) if scene.small else rng.uniform(-24, 24, 4)
+        jitter = rng.uniform(-10, 10, 4) if scene.small else rng.uniform(-24, 24, 4)
         x1, y1, x2, y2 = np.clip(np.array(scene.digit) + (-MARGIN, -MARGIN, MARGIN, MARGIN) + jitter, 0, miniature.SIDE)
         image = image[round(y1) : round(y2), round(x1) : round(x2)]
     turn = Turn(((synthesis.SENTENCES.answer, False), (str(scene.label), True)), ends=False)
@@ -82,7 +84,7 @@ def warm_start_row(rng: np.random.Generator, scenes: SceneConfig, split: str, co
 
 def noisy(rng: np.random.Generator, box: synthesis.Box, deviation: float) -> synthesis.Box:
     """`box` with a normal error on each edge, `deviation` in pixels of the overview; at least one hundredth a side."""
-    hundredths = 100 * np.array(box) + rng.normal(0, 100 * deviation * MARGIN / miniature.SIDE, 4)
+    hundredths = 100 * np.array(box) + rng.normal(0, 100 * deviation * OVERVIEW_PIXEL / miniature.SIDE, 4)
     x1, y1, x2, y2 = np.clip(np.round(hundredths), 0, 100)
     x1, y1 = min(x1, 99), min(y1, 99)
     return tuple(float(x) / 100 for x in (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))

@@ -53,14 +53,15 @@ class Task:
         rng = np.random.default_rng([self.config.seed, 2])
         scenes, traces = self.config.scenes, self.config.traces
         made = (rows.warm_start_row(rng, scenes, "train", traces) for _ in range(self.config.warm_rows))
-        return self.compile(made, images=miniature.NUM_FRAMES + self.config.rl.rollout.max_calls)
+        return self.compile(made, images=miniature.NUM_FRAMES + rows.MOST_CALLS)
 
     def compile(self, traces: Iterable[Trace], *, images: int) -> Batch:
         """The rows of traces that show at most so many `images`, as narrow as the longest of them.
 
         Only `WAVE` traces' scenes are in memory at a time.
         """
-        limits = self.config.rl.rollout
+        # A trace may look more often than a rollout, whose length is what an update costs.
+        limits = dataclasses.replace(self.config.rl.rollout, max_calls=rows.MOST_CALLS)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
         wide = Shape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
         made = concatenate(

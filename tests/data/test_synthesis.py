@@ -118,7 +118,9 @@ def test_what_cannot_be_missed_is_refused():
         video_trace("sideways")
 
 
-@pytest.mark.parametrize("reference", [REFERENCE, (0.0, 0.0, 0.07, 0.11), (0.89, 0.93, 1.0, 1.0), (0.2, 0.3, 0.9, 0.95)])
+@pytest.mark.parametrize(
+    "reference", [REFERENCE, (0.0, 0.0, 0.07, 0.11), (0.89, 0.93, 1.0, 1.0), (0.2, 0.3, 0.9, 0.95)]
+)
 def test_a_loose_box_contains_the_reference(reference):
     rng = np.random.default_rng(0)
     boxes = np.array([synthesis.loose_box(rng, reference, (3.0, 6.0)) for _ in range(200)])

@@ -20,9 +20,7 @@ ROOM = Shape(length=800, frames=12, slices=12, patches=16)
 @pytest.fixture(scope="module")
 def rolled():
     """Rows that answered or ran out of calls, images and videos among them, as the talker chose them."""
-    t = trajectory.to_host(
-        rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG)
-    )
+    t = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG))
     return take_rows(t, np.isin(t.stop, (STOP_ANSWER, STOP_CALLS)))
 
 
@@ -157,7 +155,10 @@ def test_a_turn_that_is_no_call_cannot_be_answered():
 
 def test_limits_are_named():
     """A row that needs exactly the room it has fits; with one less, the message says what and how much."""
-    traces = [Trace(QUERIES[0], (right("\\boxed{7}"),), "7"), Trace(QUERIES[0], (right(CROP),) * 2 + (right("x"),), "7")]
+    traces = [
+        Trace(QUERIES[0], (right("\\boxed{7}"),), "7"),
+        Trace(QUERIES[0], (right(CROP),) * 2 + (right("x"),), "7"),
+    ]
     t = compile_traces(traces)
     need = Shape(
         length=int(t.valid.sum(axis=1).max()),

@@ -27,7 +27,9 @@ def found():
     t = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG))
     queries = talker.queries(4, video=True)
     rows = range(t.tokens.shape[0])
-    made = [traces.make_trace(t, row, queries[t.prompt[row]], talker.vocabulary(), correct=row % 2 == 0) for row in rows]
+    made = [
+        traces.make_trace(t, row, queries[t.prompt[row]], talker.vocabulary(), correct=row % 2 == 0) for row in rows
+    ]
     return t, made
 
 
@@ -90,7 +92,9 @@ class Reader(HTMLParser):
 
 def test_nothing_from_outside_becomes_markup(found):
     item = found[1][0]
-    item = traces.Trace(**{**item.__dict__, "question": HOSTILE, "answer": HOSTILE, "reference": HOSTILE, "title": HOSTILE})
+    item = traces.Trace(
+        **{**item.__dict__, "question": HOSTILE, "answer": HOSTILE, "reference": HOSTILE, "title": HOSTILE}
+    )
     item.turns = [traces.Turn("assistant", HOSTILE), traces.Turn("tool", HOSTILE, failed=True)]
     page = report.page(
         HOSTILE,

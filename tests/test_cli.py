@@ -1,0 +1,179 @@
+"""The commands as a person starts them: what goes wrong is said in a line, and what goes right leaves what it promised."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixel_jax.cli import COMMANDS
+from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation.trace import Picture, Trace, Turn
+from pixel_jax.models.io import from_pretrained, save_pretrained
+from pixel_jax.models.processor import Processor
+from pixel_jax.training.progress import read_metrics
+from tests.evaluation.test_report import HOSTILE, Reader
+from tests.rollout import talker
+
+ROOT = pathlib.Path(__file__).parent.parent
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
+
+
+def command(*arguments, cwd=ROOT):
+    """`pixel-jax arguments ...` in a process of its own: exit code, standard output, standard error."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pixel_jax.cli import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return found.returncode, found.stdout, found.stderr
+
+
+OWN_DATA = "--config=configs/pixel/own_data.py"
+GIVEN = (OWN_DATA, "--config.model=nowhere", "--config.data=nowhere.jsonl")
+MISTAKES = {
+    "no command": ([], 2, ""),
+    "unknown command": (["trian"], 2, "there is no command 'trian'"),
+    "view without a file": (["view"], 1, "give one file of traces"),
+    "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
+    "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
+    "chat without a question": (["chat", "model", "a.png"], 1, "--question"),
+    "chat without an image": (["chat", "model", "--question=?"], 1, "at least one image"),
+    "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' is not a local file"),
+    "sft without a config": (["sft"], 1, "--config"),
+    "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "nowhere.py"),
+    "sft without a required value": (["sft", *GIVEN], 1, "config.out must be str, not None"),
+    "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
+    "an unknown key": (["sft", OWN_DATA, "--config.sft.stepz=1"], 1, "unknown key of the config.*stepz"),
+    "a key that is unknown to the defaults": (["quickstart", "--config.rl.iteratoins=1"], 1, "unknown key.*iteratoins"),
+    "a value of another type": (["quickstart", "--config.rl.iterations=many"], 1, "config.rl.iterations"),
+    "a stray argument": (["quickstart", "fast"], 1, "unexpected argument 'fast'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_answered_in_a_line(mistake, tmp_path):
+    arguments, expected, message = MISTAKES[mistake]
+    code, out, error = command(*[argument.format(out=tmp_path / "out") for argument in arguments])
+    assert code == expected, error
+    assert re.search(message, error) and "Traceback" not in error + out
+    if code == 2:
+        assert all(name in out + error for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name):
+    code, out, _ = command(name, "--help")
+    wanted = {"view": "--out", "chat": "--question", "quickstart": "--seeds"}.get(name, "--config")
+    assert code == 0 and f"pixel-jax {name}" in out and wanted in out
+
+
+def test_view_draws_saved_traces(tmp_path):
+    pixels = talker.image(0, 30, 40)
+    picture = Picture(traces.data_uri(pixels), 40, 30, "image", [(1, 4, 5, 20, 25)])
+    turns = [Turn("assistant", "I look."), Turn("tool", "Here it is."), Turn("assistant", "\\boxed{7}")]
+    found = [Trace(question, [picture], [picture], turns, "answer", answer="7") for question in ("Which?", HOSTILE)]
+    traces.save(tmp_path / "traces.json", found)
+    code, out, error = command("view", "traces.json", "--out=page.html", cwd=tmp_path)
+    assert code == 0 and "2 traces are drawn in page.html" in out, error
+    page = (tmp_path / "page.html").read_text()
+    seen = Reader(page)
+    assert seen.tags.count("article") == 2 and seen.tags.count("rect") == 4 and "I look." in seen.texts
+    assert seen.runs == 0 and "onerror" not in seen.attributes and page.count(picture.uri) == 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The talker as a directory."""
+    directory = tmp_path_factory.mktemp("talker")
+    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    save_pretrained(talker.model(), processor, directory)
+    limits = dataclasses.replace(talker.CONFIG, max_response=256, observe_chunk=2)
+    (directory / "rollout.json").write_text(json.dumps(dataclasses.asdict(limits)))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "a.png"
+    Image.fromarray(talker.image(1, 120, 150)).save(path)
+    return path
+
+
+def test_chat(model, picture, tmp_path):
+    page = tmp_path / "chat.html"
+    code, out, error = command("chat", model, picture, "--question=Which digit?", f"--html={page}")
+    assert code == 0, error
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[0].endswith("Which digit?") and lines[0].startswith("question")
+    # The greedy talker zooms first, and its call is carried out.
+    model_turn = next(i for i, line in enumerate(lines) if line.startswith("model"))
+    assert "crop_image_normalized" in "".join(lines[model_turn:])
+    assert any(line.startswith("looks at") and "of 150x120 pixels" in line for line in lines)
+    assert any(line.startswith("answer") for line in lines)
+    assert Reader(page.read_text()).tags.count("article") == 1 and "Which digit?" in page.read_text()
+    assert str(page) in out
+
+
+CONFIG = """
+import importlib.util
+from ml_collections import ConfigDict
+
+def get_config():
+    spec = importlib.util.spec_from_file_location("own_data", {own_data!r})
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    limits = {limits!r}
+    config.canvas, config.prompt_width = (1, 192, 192), 96
+    config.rollout = ConfigDict(limits)
+    config.trace_tokens, config.trace_frames, config.trace_patches = 256, 3, 16
+    config.sft.steps, config.sft.batch_size, config.sft.forward.micro_batches = 1, 2, 1
+    config.sft.optimizer = {{"learning_rate": 1e-3, "warmup": 0.0}}
+    config.rl.iterations, config.rl.prompts, config.rl.train_batch, config.rl.forward.micro_batches = 1, 2, 4, 1
+    config.rl.replay = {{"kind": "none"}}
+    config.rl.optimizer = {{"learning_rate": 1e-3, "warmup": 0.0}}
+    config.rl.rollout = ConfigDict({{**limits, "group_size": 2}})
+    return config
+"""
+
+
+@pytest.mark.slow
+def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
+    """A step each, from a directory to a directory."""
+    limits = json.loads((model / "rollout.json").read_text())
+    limits = {name: value for name, value in limits.items() if value is not None}
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(own_data=str(ROOT / "configs/pixel/own_data.py"), limits=limits))
+    call = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+    line = {"question": "Which digit?", "images": [str(picture)], "answer": "7"}
+    data = tmp_path / "data.jsonl"
+    turns = [[call, "\\boxed{7}"], [{"text": call, "learn": False}, call, "\\boxed{7}"]]
+    data.write_text("\n".join(json.dumps(line | {"turns": written}) for written in turns))
+
+    def start(phase, source):
+        place = tmp_path / phase
+        flags = (f"--config={config}", f"--config.model={source}", f"--config.data={data}", f"--config.out={place}")
+        code, out, error = command(phase, *flags)
+        assert code == 0 and f"The model is in {place / 'model'}." in out, error
+        (metrics,) = read_metrics(place / phase / "metrics.jsonl")
+        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+        return place / "model", metrics
+
+    tuned, _ = start("sft", model)
+    learned, metrics = start("rl", tuned)
+    assert metrics["updates"] == 1 and 0 <= metrics["accuracy"] <= 1
+    weights = [from_pretrained(place)[0].lm_head.weight[...] for place in (model, tuned)]
+    assert (np.asarray(weights[0]) != np.asarray(weights[1])).any()
+    saved = json.loads((learned / "rollout.json").read_text())
+    assert saved["max_response"] == 256 and saved["group_size"] == 2
