@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.locate_share = 0.75
 
     config.warm = {
-        "steps": 160,
+        "steps": 250,
         "batch_size": 64,
         "trainable": ".*",
         "normalizer": "token",

@@ -166,24 +166,6 @@ def _paste_card(
     x, y = (int(v) for v in rng.integers(0, size - side, size=2, endpoint=True))
     image[y : y + side, x : x + side] = CARD
     dx, dy = x + (side - inner) // 2, y + (side - inner) // 2
-    written = 255 - _write(rng if split == "train" else None, ink[which], inner)
+    written = 255 - np.asarray(Image.fromarray(ink[which]).resize((inner, inner), Image.BICUBIC))
     image[dy : dy + inner, dx : dx + inner] = written[:, :, None]
     return int(labels[which]), (x, y, x + side, y + side), (dx, dy, dx + inner, dy + inner)
-
-
-def _write(rng: np.random.Generator | None, ink: np.ndarray, side: int) -> np.ndarray:
-    """Ink uint8 [8, 8] at `side` pixels. With `rng` as another hand might have written it: turned, slanted, stretched, moved.
-
-    1400 digits are few: read as they are, one in ten new ones was misread.
-    """
-    picture = Image.fromarray(ink)
-    if rng is None:
-        return np.asarray(picture.resize((side, side), Image.BICUBIC))
-    turn, slant = rng.normal(0, 0.1), rng.normal(0, 0.1)
-    across, down = rng.uniform(0.85, 1.15, 2)
-    cos, sin = math.cos(turn), math.sin(turn)
-    # From pixels of the result back to pixels of the ink, about both centres.
-    matrix = np.array([[cos / across, (sin + slant) / across], [-sin / down, cos / down]]) * (ink.shape[0] / side)
-    offset = ink.shape[0] / 2 + rng.uniform(-0.4, 0.4, 2) - matrix @ (side / 2, side / 2)
-    coefficients = (*matrix[0], offset[0], *matrix[1], offset[1])
-    return np.asarray(picture.transform((side, side), Image.Transform.AFFINE, coefficients, Image.BICUBIC))

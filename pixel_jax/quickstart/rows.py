@@ -10,7 +10,7 @@ from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.prompts import Query
 
-MARGIN = 12  # pixels of the scene around a digit that a reference box leaves: a box may miss by that and still show it
+MARGIN = 10  # pixels of the scene around a digit that a reference box leaves: a box may miss by that and still show it
 OVERVIEW_PIXEL = 8  # pixels of the scene
 MOST_CALLS = 3  # of a trace: two misses, then the reference
 
@@ -54,7 +54,7 @@ def read_row(rng: np.random.Generator, scenes: SceneConfig, split: str) -> Trace
     scene = miniature.draw_scene(rng, split, scenes)
     image = scene.image
     if scene.small or rng.random() < 0.5:
-        jitter = rng.uniform(-10, 10, 4) if scene.small else rng.uniform(-24, 24, 4)
+        jitter = rng.uniform(-8, 8, 4) if scene.small else rng.uniform(-24, 24, 4)
         x1, y1, x2, y2 = np.clip(np.array(scene.digit) + (-MARGIN, -MARGIN, MARGIN, MARGIN) + jitter, 0, miniature.SIDE)
         image = image[round(y1) : round(y2), round(x1) : round(x2)]
     turn = Turn(((synthesis.SENTENCES.answer, False), (str(scene.label), True)), ends=False)
