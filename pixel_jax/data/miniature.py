@@ -2,7 +2,7 @@
 
 A *scene* is a square crop of a real photograph with one magenta card somewhere on it and a handwritten digit in the middle of
 the card. A small card's digit is illegible once the scene is reduced to the overview the model sees first; a large card's
-is legible. A *clip* is a few frames cut from one photograph, one of which shows a large card.
+is legible. A *clip* is a few frames cut from photographs, one of which shows a large card.
 
 Photographs and digits come in two disjoint splits. Everything is a function of a `numpy.random.Generator`, so a scene is
 named by its seed and costs about half a millisecond.
@@ -134,7 +134,7 @@ def draw_scene(rng: np.random.Generator, split: str, config: SceneConfig, *, sma
 
 
 def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> Clip:
-    """One clip: neighbouring views of one photograph, a large card on one of them."""
+    """One clip: views of photographs, a large card on one of them."""
     frames = np.stack([_background(rng, split, FRAME_SIDE) for _ in range(NUM_FRAMES)])
     target = int(rng.integers(NUM_FRAMES))
     low, high = config.large_card

@@ -7,9 +7,21 @@ import json
 import os
 import pathlib
 import sys
+import threading
+
+
+def leave_with_parent() -> None:
+    """Standard input is a pipe from the process that started this one: when it ends, however it ends, so do we.
+
+    An arm left behind would write to the same files as the one that the next start begins.
+    """
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
 
 
 def main() -> None:
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     directory, arm, core = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) > 1:

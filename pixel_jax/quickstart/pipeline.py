@@ -169,7 +169,7 @@ def run_arms(config: QuickstartConfig, directory: pathlib.Path) -> dict[str, dic
                 continue
             log = stack.enter_context((place / "log.txt").open("w"))
             command = [sys.executable, "-m", "pixel_jax.quickstart.arm", str(directory), arm, str(i)]
-            running[arm] = stack.enter_context(subprocess.Popen(command, stdout=log, stderr=log))
+            running[arm] = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log))
         try:
             watch(config, directory, running)
         finally:

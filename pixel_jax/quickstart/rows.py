@@ -10,7 +10,7 @@ from pixel_jax.data.traces import Trace, Turn
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.prompts import Query
 
-MARGIN = 10  # pixels of the scene around a digit that a reference box leaves: a box may miss by that and still show it
+MARGIN = 10  # pixels of the scene around a digit that a reference box leaves: what a box may miss by
 OVERVIEW_PIXEL = 8  # pixels of the scene
 MOST_CALLS = 3  # of a trace: two misses, then the reference
 
