@@ -89,7 +89,7 @@ def curves(metrics: Mapping) -> str:
             NAMES[arm]: smooth([(p["step"], p[name]) for p in metrics["rl"][arm]["curve"]]) for arm in NAMES
         }
     return report.curves(panels, "iteration of reinforcement learning") + report.paragraph(
-        f"Means over the rows of an iteration, over seeds, and over {SMOOTH} iterations."
+        f"Means over the rows of an iteration, as sampled in training, over seeds, and over {SMOOTH} iterations."
     )
 
 
