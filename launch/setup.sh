@@ -27,8 +27,8 @@ prepare() {
     fi
     # shellcheck disable=SC1091
     source "$VENV/bin/activate"
-    stamp=$VENV/.installed
-    wanted="$1 $(cksum < setup.py)"
+    stamp=$VENV/.installed-${1//,/-}
+    wanted=$(cksum < setup.py)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "Installing pixel_jax[$1]; the first time takes a minute or two"
         python -m pip install --quiet --disable-pip-version-check --editable ".[$1]" || exit 1
