@@ -5,8 +5,8 @@ JAX = "jax>=0.10.2"
 setup(
     name="pixel_jax",
     version="0.1.0",
-    description="Vision-language models that reason in pixel space, and exact unlearning of their adapters, in JAX and Flax",
-    packages=find_packages(include=["pixel_jax", "pixel_jax.*", "unlearn_jax", "unlearn_jax.*"]),
+    description="Vision-language models that reason in pixel space, in JAX and Flax",
+    packages=find_packages(include=["pixel_jax", "pixel_jax.*"]),
     package_data={"pixel_jax.evaluation": ["*.css"]},
     python_requires=">=3.11",
     install_requires=[
