@@ -5,7 +5,6 @@
 """
 
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -44,15 +43,17 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def run() -> None:
+    import jax
+
     from pixel_jax.config import load
     from pixel_jax.evaluation.config import EvalConfig
+    from pixel_jax.parallel.processes import join
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=configs/pixel/eval.py")
     config = load(EvalConfig, FLAGS.config)
-    process, processes = join_processes()
-
-    import jax
+    join()
+    process, processes = jax.process_index(), jax.process_count()
 
     from pixel_jax import from_pretrained
     from pixel_jax.dialog.tokenizer import Vocabulary
@@ -130,22 +131,6 @@ def run() -> None:
         for mode, test in benchmark["differences"].items():
             print(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
     print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
-
-
-def join_processes() -> tuple[int, int]:
-    """This process's number and how many there are, joined if a launcher says so in the environment."""
-    processes = int(os.environ.get("JAX_NUM_PROCESSES", 1))
-    if processes == 1:
-        return 0, 1
-    import jax
-
-    missing = [name for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID") if name not in os.environ]
-    if missing:
-        raise UserError(f"JAX_NUM_PROCESSES is set without {' and '.join(missing)}: launch/processes.sh sets all three")
-    jax.distributed.initialize(
-        os.environ["JAX_COORDINATOR_ADDRESS"], num_processes=processes, process_id=int(os.environ["JAX_PROCESS_ID"])
-    )
-    return jax.process_index(), jax.process_count()
 
 
 def wait_for_all(processes: int) -> None:

@@ -29,15 +29,16 @@ def define_flags(command: str) -> None:
 def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
+    from pixel_jax.parallel.processes import first
     from pixel_jax.training.progress import announce_compiles
-    from unlearn_jax.quickstart import processes
     from unlearn_jax.quickstart.config import Config
+    from unlearn_jax.quickstart.processes import start
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(Config, FLAGS.config)
-    mesh = processes.start(FLAGS.devices)
-    if processes.first():
+    mesh = start(FLAGS.devices)
+    if first():
         announce_compiles()
     if command == "train":
         from unlearn_jax.quickstart.train import train

@@ -5,11 +5,11 @@ import json
 
 from jax.sharding import Mesh
 
+from pixel_jax.parallel.processes import say
 from unlearn_jax.erase import erase
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.quickstart.job import ADAPTER, EDITED, Job
 from unlearn_jax.quickstart.measure import Measure
-from unlearn_jax.quickstart.processes import say
 from unlearn_jax.quickstart.table import table
 from unlearn_jax.quickstart.traces import Edited, Request, describe, draw_traces
 

@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from pixel_jax.config import load
+from pixel_jax.parallel.processes import say
 from unlearn_jax import baselines
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
@@ -15,7 +16,6 @@ from unlearn_jax.loss import Params
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.quickstart.job import ADAPTER, EDITED, WARM, Job, place, to_host
 from unlearn_jax.quickstart.measure import Measure
-from unlearn_jax.quickstart.processes import say
 from unlearn_jax.quickstart.table import table
 from unlearn_jax.quickstart.traces import Edited, Request, draw_traces
 

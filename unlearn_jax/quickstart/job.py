@@ -17,13 +17,13 @@ from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
+from pixel_jax.parallel.processes import first
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.training.progress import use_compilation_cache
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss, Params
 from unlearn_jax.objective import Objective, dataset_objective
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.processes import first
 from unlearn_jax.vision_language import adapter_loss
 
 ADAPTER, EDITED, WARM = "adapter.safetensors", "edited.safetensors", "warm.safetensors"

@@ -5,12 +5,12 @@ import time
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
+from pixel_jax.parallel.processes import first, say
 from pixel_jax.training.progress import Progress
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.quickstart.job import ADAPTER, Job
-from unlearn_jax.quickstart.processes import first, say
 from unlearn_jax.quickstart.traces import draw_traces, to_examples
 
 

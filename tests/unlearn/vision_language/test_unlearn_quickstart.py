@@ -15,12 +15,12 @@ from safetensors.numpy import load_file
 from small import LIMITS, make_config, save_model
 
 from pixel_jax.config import ConfigError, load
+from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax.cli import COMMANDS
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.quickstart.edit import edit
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.processes import address
 from unlearn_jax.quickstart.table import table
 from unlearn_jax.quickstart.traces import Edited, Request, draw_traces
 from unlearn_jax.quickstart.train import train
