@@ -57,8 +57,8 @@ def get_config() -> ConfigDict:
     config.rl.reward = {"threshold": 0.6}
     config.rl.optimizer = {"learning_rate": 3e-4, "schedule": "constant", "warmup": 0.0, "b2": 0.98}
     config.rl.forward = step
-    # 128 rows have 72 tokens at most and 40 on average: packed they fill 40 to 60. One number of rows is one compilation.
-    config.rl.packing = {"length": 108, "slices": 4, "rows": 60}
+    # 128 rows have 72 tokens at most and 30 to 50 on average: packed they fill 35 to 65. One number of rows is one compilation.
+    config.rl.packing = {"length": 108, "slices": 4, "rows": 68}
     config.rl.save_every = 30
     budget = {"min_pixels": 2 * 28 * 28 + 1, "max_pixels": 5 * 28 * 28 - 1}  # about four visual tokens
     config.rl.rollout = {
