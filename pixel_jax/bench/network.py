@@ -93,7 +93,7 @@ def rollout_config(quick: bool) -> RolloutConfig:
         group_size=2 if quick else 8,
         top_p=1.0,
         top_k=0,
-        max_new_tokens=96,  # a turn of 48 is too short for one row in two hundred, which then does not zoom in twice
+        max_new_tokens=96,  # of 48 tokens, one turn in 240 would be too short to call in
         max_calls=2,
         max_response=128 if quick else 320,
         max_tokens=4096,
