@@ -1,5 +1,6 @@
 """A language model small enough to be retrained dozens of times: two layers, width 32, low-rank adapters on q and v."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -51,8 +52,8 @@ def forward(base: dict, adapter: dict, tokens: jax.Array, heads: int = 2) -> tup
     x, hidden = base["embed"][tokens] + base["positions"][:length], []
     # A loop, not a scan: nothing is differentiated through the first layer's input, which a scan's carry would be.
     for layer in range(len(base["up"])):
-        here = jax.tree.map(lambda leaf: leaf[layer], (base["qkvo"], base["up"], base["down"], adapter))
-        (wq, wk, wv, wo), up, down, pairs = here
+        (wq, wk, wv, wo), up, down = (base[name][layer] for name in ("qkvo", "up", "down"))
+        pairs = jax.tree.map(operator.itemgetter(layer), adapter)
         y = normalise(x)
         q, v = (y @ w + low_rank(pairs[name], y) for name, w in (("q", wq), ("v", wv)))
         scores = jnp.einsum("ihd,jhd->hij", split(q), split(y @ wk)) * (x.shape[-1] // heads) ** -0.5
