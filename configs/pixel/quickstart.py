@@ -53,6 +53,8 @@ def get_config() -> ConfigDict:
     config.rl.old_logprobs = "sampler"  # the trainer runs the same forward function
     config.rl.replay = {"kind": "none"}
     config.rl.loss = {"normalizer": "token"}
+    # The paper: .3. A call that fails does not count, and sampled this hot most of them fail.
+    config.rl.reward = {"threshold": 0.6}
     config.rl.optimizer = {"learning_rate": 3e-4, "schedule": "constant", "warmup": 0.0, "b2": 0.98}
     config.rl.forward = step
     # 128 rows have 72 tokens at most and 40 on average: packed they fill 40 to 60. One number of rows is one compilation.
@@ -65,7 +67,7 @@ def get_config() -> ConfigDict:
         # of which can go wrong, and what it shows is read hotter still; an answer is three tokens. So looking closer fails
         # first, although the warm start can do it.
         "temperature": 1.7,
-        "later_temperature": 1.85,  # of the turns after the first call
+        "later_temperature": 1.92,  # of the turns after the first call
         "top_p": 1.0,
         "top_k": 0,
         "max_new_tokens": 10,

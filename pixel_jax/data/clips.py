@@ -1,5 +1,6 @@
 """Video files: some frames, spread evenly over the whole, as Qwen's own preprocessing takes them."""
 
+from collections.abc import Collection
 from typing import BinaryIO
 
 import numpy as np
@@ -30,35 +31,36 @@ def read_clip(file: BinaryIO, name: str) -> tuple[list[np.ndarray], float]:
 
     ImageError: no video, too large, too long, broken, or fewer frames than it promises.
     """
-    with _Clip(file, name) as clip:
-        wanted = clip.wanted()
-        frames = {}
-        for i, frame in enumerate(clip.container.decode(clip.stream)):
-            if i in wanted:
-                if (frame.height, frame.width) != clip.size:
-                    raise ImageError(f"{name}: frame {i} is {frame.width} x {frame.height}, the first one is not")
-                frames[i] = frame.to_ndarray(format="rgb24")
-            if i >= wanted[-1]:
-                break
+    with Clip(file, name) as clip:
+        wanted = spread(clip.count)
+        frames = clip.frames(wanted)
         missing = [i for i in wanted if i not in frames]
         if missing:
             raise ImageError(f"{name} ends before frame {missing[0]} of {clip.count}")
-        return [frames[i] for i in wanted], clip.seconds()
+        return [frames[i] for i in wanted], float(2 * clip.count / clip.rate / len(wanted)) if clip.rate else 1.0
 
 
 def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
     """(height, width) of every frame that `read_clip` would return."""
-    with _Clip(file, name) as clip:
-        return [clip.size] * len(clip.wanted())
+    with Clip(file, name) as clip:
+        return [clip.size] * len(spread(clip.count))
 
 
-class _Clip:
-    """An open container: its first video stream, and how many frames that has."""
+def spread(count: int) -> list[int]:
+    """Numbers of the frames to be shown of `count`."""
+    return np.linspace(0, count - 1, min(count, FRAMES)).round().astype(int).tolist()
+
+
+class Clip:
+    """An open video file: `size` (height, width) and `count` of its frames, `rate` a second (None: it does not say).
+
+    ImageError: no video, too large, too long or broken, on opening or later.
+    """
 
     def __init__(self, file: BinaryIO, name: str):
         self.file, self.name = file, name
 
-    def __enter__(self) -> "_Clip":
+    def __enter__(self) -> "Clip":
         try:
             import av
         except ImportError:
@@ -77,6 +79,7 @@ class _Clip:
             self.size = self.stream.codec_context.height, self.stream.codec_context.width
             if not 0 < min(self.size) <= max(self.size) <= MAX_SIDE or self.size[0] * self.size[1] > MAX_PIXELS:
                 raise ImageError(f"{self.name} has frames of {self.size[1]} x {self.size[0]} pixels")
+            self.rate = self.stream.average_rate
             self.count = 0
             for packet in self.container.demux(self.stream):
                 self.count += packet.size > 0
@@ -96,12 +99,14 @@ class _Clip:
         if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
             raise ImageError(f"{self.name} cannot be read: {error}") from error
 
-    def wanted(self) -> list[int]:
-        """Numbers of the frames to be shown."""
-        return np.linspace(0, self.count - 1, min(self.count, FRAMES)).round().astype(int).tolist()
-
-    def seconds(self) -> float:
-        rate = self.stream.average_rate
-        if not rate:
-            return 1.0
-        return float(2 * self.count / rate / len(self.wanted()))
+    def frames(self, wanted: Collection[int]) -> dict[int, np.ndarray]:
+        """The frames of these numbers, uint8 [h, w, 3]; those that the file promises and does not have are missing."""
+        found = {}
+        for i, frame in enumerate(self.container.decode(self.stream)):
+            if i in wanted:
+                if (frame.height, frame.width) != self.size:
+                    raise ImageError(f"{self.name}: frame {i} is {frame.width} x {frame.height}, the first one is not")
+                found[i] = frame.to_ndarray(format="rgb24")
+            if i >= max(wanted):
+                break
+        return found

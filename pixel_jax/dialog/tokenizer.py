@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog.
 END_OF_TEXT = "<|endoftext|>"
+KNOWN_TEXTS = 4096  # texts whose ids are kept
 SPECIAL_TOKENS = {
     "end_of_text": END_OF_TEXT,
     "im_start": "<|im_start|>",
@@ -88,6 +89,7 @@ class Vocabulary:
     video_pad: int
     digits: tuple[int, ...]  # the tokens of "0", "1", ... "9"
     minus: int  # the token of "-"
+    known: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)  # texts encoded before
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
@@ -109,7 +111,13 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written out in it become those tokens."""
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        # System prompts, tags and sentences repeat in every row: half of the time of making one would be encoding them.
+        ids = self.known.get(text)
+        if ids is None:
+            if len(self.known) >= KNOWN_TEXTS:
+                self.known.clear()
+            ids = self.known[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return list(ids)
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
         """The bytes that `ids` stand for, special tokens written out."""

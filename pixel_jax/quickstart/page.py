@@ -111,7 +111,8 @@ def arrangement(config: QuickstartConfig) -> list[str]:
         + (f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else "")
         + "; every number of the tables is sampled at 1. A call is a dozen tokens, each of which can go wrong at that "
         "temperature, and an answer is three: looking closer fails first, although the warm start can do it. That is the "
-        "learning trap.",
+        "learning trap. For the same reason curiosity pays up to a rate of "
+        f"{config.rl.reward.threshold:g} in a group (the paper: 0.3): a call that such a temperature breaks does not count.",
         f"{config.scenes.small_share:.0%} of the scenes have a small digit; the rest can be read at once. The digits are "
         "not equally frequent, so that a guess is right now and then and answering at once has some merit. In percent, 0 "
         f"to 9: {', '.join(f'{100 * x:.0f}' for x in shares(config))}.",

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from pixel_jax.data.images import ImageError
 from pixel_jax.evaluation import benchmarks
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
-from pixel_jax.evaluation.clips import ClipError, frame_indices, load_clip, size_of
+from pixel_jax.evaluation.clips import frame_indices, load_clip, size_of
 
 
 def picture(path, height=30, width=40, **options):
@@ -170,7 +171,7 @@ def test_other_video_files(tmp_path):
         "empty": "holds no frames",
         "http://example.invalid/a.mp4": "is not a local file",
     }.items():
-        with pytest.raises(ClipError, match=message):
+        with pytest.raises(ImageError, match=message):
             load_clip(tmp_path / name)
 
 

@@ -61,8 +61,8 @@ def wait(processes: list[subprocess.Popen], seconds: float = 300) -> list[tuple[
 
 
 def expect(processes: list[subprocess.Popen]) -> None:
-    """Waits until all have ended, well."""
-    found = wait(processes)
+    """Waits until all have ended, well. Four processes on a busy core take minutes to compile."""
+    found = wait(processes, 1200)
     assert [code for code, _ in found] == [0] * len(processes), "\n".join(said[-3000:] for _, said in found)
 
 

@@ -55,9 +55,9 @@ def finish(undisturbed, directory):
 
 
 def newest(directory):
-    return max(
-        (path for path in (directory / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
-    )
+    """The newest checkpoint that is named as whole; None if there is none yet."""
+    whole = [path for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(whole, key=lambda path: int(path.name), default=None)
 
 
 def spoil(checkpoint, random):
@@ -103,15 +103,17 @@ def test_killed_fifty_times_at_random(tmp_path):
     directory = tmp_path / "killed"
     directory.mkdir()
     while kills < KILLS:
-        reached = int(newest(directory).name) if (directory / "checkpoints").exists() and kills else 0
+        last = newest(directory)
+        reached = int(last.name) if last else 0
         moment = ("next", min(reached + random.integers(0, 4), steps - 2), random.uniform(0, 0.1))
         if random.random() < 0.5:
             moment = ("save", reached + 1, random.uniform(0, 0.1))
         code, words = start(directory, *moment, steps=steps)
         assert code == -signal.SIGKILL, (moment, code, words)
         kills, said = kills + 1, said + words
-        if kills % 5 == 0 and int(newest(directory).name) > SAVE_EVERY:
-            spoil(newest(directory), random)
+        last = newest(directory)
+        if kills % 5 == 0 and last and int(last.name) > SAVE_EVERY:
+            spoil(last, random)
             spoiled += 1
     code, words = start(directory, steps=steps)
     assert code == 0, words
