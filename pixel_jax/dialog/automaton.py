@@ -363,7 +363,8 @@ def step(table: TokenBytes, state: State, tokens: jax.Array) -> State:
         byte = table.data[jnp.minimum(start + i, table.data.shape[0] - 1)]
         return i + 1, _read_byte(state, byte.astype(jnp.int32), i < length)
 
-    return jax.lax.while_loop(lambda carry: carry[0] < longest, read, (jnp.int32(0), state))[1]
+    with jax.named_scope("bytes"):
+        return jax.lax.while_loop(lambda carry: carry[0] < longest, read, (jnp.int32(0), state))[1]
 
 
 def _read_byte(state: State, byte: jax.Array, active: jax.Array) -> State:

@@ -100,6 +100,10 @@ class Embedding(nnx.Module):
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
+    def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
+        """As the head of a network that ties the two: [..., D] -> [..., vocab]"""
+        return jnp.einsum("...d,vd->...v", hidden, self.weight[...], preferred_element_type=dtype)
+
 
 class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, key: jax.Array, dtype):

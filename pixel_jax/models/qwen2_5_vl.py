@@ -12,7 +12,7 @@ from pixel_jax.models.layers import Linear, unstack
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.vision import VisionTower
 from pixel_jax.ops import pixel_values
-from pixel_jax.parallel.sharding import ROWS, SEQUENCE, sequence_parts, split_sequence
+from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequence_parts, split_sequence
 
 
 class Qwen2_5_VL(nnx.Module):
@@ -52,7 +52,9 @@ class Qwen2_5_VL(nnx.Module):
         seen:     int32 [B] or int, how many of these visual tokens came before this stretch
         The j-th visual token of the row takes the j-th feature; one beyond the row's items keeps its own embedding.
         """
-        x = self.language_model.embed_tokens.weight[...][tokens]
+        table = self.language_model.embed_tokens.weight[...]
+        # What is sent is the table or the result, whichever is less.
+        x = (keep_vocabulary(table) if tokens.size > table.shape[0] else table)[tokens]
         if features is None or grids.shape[1] == 0:
             return x
         batch, _, tokens_per_slice, dim = features.shape
@@ -112,13 +114,19 @@ class Qwen2_5_VL(nnx.Module):
         """
         return self.language_model.step(layers, x, positions, valid, cache, prefix)
 
+    @property
+    def head(self) -> nnx.Module:
+        """The weights that `logits` reads."""
+        return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> float32 [..., vocab]"""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        if self.lm_head is None:
-            weight = self.language_model.embed_tokens.weight[...]
-            return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide)
-        return self.lm_head(hidden, dtype=wide)
+        return logits(self.head, hidden)
+
+
+def logits(head: nnx.Module, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> at least float32 [..., vocab]"""
+    return head(hidden, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
 
 
 def encode_visual(

@@ -255,11 +255,16 @@ class _Band(NamedTuple):
     digits: jax.Array
 
 
-def _band(length, out_length, in_size, out_size) -> _Band:
+def tiles(in_size: int, out_size: int) -> int:
+    """Room for the tiles of an axis: what the largest crop may need."""
     blocks = -(-out_size // OUT_BLOCK)
     # The windows of a block's outputs span less than (OUT_BLOCK - 1) * scale + 4 * max(scale, 1) + 1 pixels, and scale
     # * outputs is at most in_size.
-    tiles = blocks + (in_size + 3 * in_size // OUT_BLOCK + 5 * blocks) // TAP_BLOCK + 1
+    return blocks + (in_size + 3 * in_size // OUT_BLOCK + 5 * blocks) // TAP_BLOCK + 1
+
+
+def _band(length, out_length, in_size, out_size) -> _Band:
+    blocks = -(-out_size // OUT_BLOCK)
     with jax.enable_x64(True):
         outputs = jnp.arange(blocks * OUT_BLOCK, dtype=jnp.int32).reshape(blocks, OUT_BLOCK)
         window = _window(jnp.minimum(outputs, out_length - 1), length, out_length)
@@ -267,7 +272,7 @@ def _band(length, out_length, in_size, out_size) -> _Band:
         needed = jnp.where(outputs[:, 0] < out_length, (last - first + TAP_BLOCK - 1) // TAP_BLOCK, 0)
         ends = jnp.cumsum(needed, dtype=jnp.int32)
         count = ends[-1]
-        tile = jnp.arange(tiles, dtype=jnp.int32)
+        tile = jnp.arange(tiles(in_size, out_size), dtype=jnp.int32)
         block = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), blocks - 1)
         place = tile - (ends - needed)[block]
         pixel = first[block] + place * TAP_BLOCK
@@ -321,7 +326,8 @@ def _resize_rows(image, start, band: _Band, out_size):
 
     sums = jnp.zeros((OUT_BLOCK, image.shape[1]), jnp.int32)
     out = jnp.zeros((blocks * OUT_BLOCK, image.shape[1]), jnp.uint8)
-    _, out = lax.fori_loop(zero, band.count, add_tile, (sums, out))
+    with jax.named_scope("tiles"):
+        _, out = lax.fori_loop(zero, band.count, add_tile, (sums, out))
     return out[:out_size].reshape(out_size, width, channels)
 
 
@@ -343,11 +349,13 @@ def _resize_columns(image, top, height, start, width, band: _Band, out_size):
             part = lax.dynamic_slice(image, (row, column, zero), (strip_rows, strip_columns, channels))
             return lax.dynamic_update_slice(strip, part.transpose(1, 0, 2), (column, zero, zero))
 
-        strip = lax.fori_loop(zero, (width + strip_columns - 1) // strip_columns, transpose, strip)
+        with jax.named_scope("columns"):
+            strip = lax.fori_loop(zero, (width + strip_columns - 1) // strip_columns, transpose, strip)
         resized = _resize_rows(strip, start, band, out_size).transpose(1, 0, 2)
         return lax.dynamic_update_slice(out, resized, (row, zero, zero)), strip
 
     out = jnp.zeros((rows + TAP_BLOCK, out_size, channels), jnp.uint8)
     strip = jnp.zeros((columns + TAP_BLOCK, strip_rows, channels), jnp.uint8)
-    out, _ = lax.fori_loop(zero, (height + strip_rows - 1) // strip_rows, resize_strip, (out, strip))
+    with jax.named_scope("strips"):
+        out, _ = lax.fori_loop(zero, (height + strip_rows - 1) // strip_rows, resize_strip, (out, strip))
     return out

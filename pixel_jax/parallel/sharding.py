@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -225,6 +226,35 @@ def keep_rows(x: jax.Array) -> jax.Array:
         return x
     free = PartitionSpec.UNCONSTRAINED
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, free, None))
+
+
+def keep_vocabulary(weight: jax.Array) -> jax.Array:
+    """An embedding [vocab, width] split by words alone, where a mesh is set; else unchanged.
+
+    Looked up in parts of the width, the tokens of all rows would be gathered on every device, to be split by rows again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = RULES["vocab"]
+    if mesh.empty or axis not in mesh.axis_names or weight.shape[0] % mesh.shape[axis]:
+        return weight
+    return jax.lax.with_sharding_constraint(weight, PartitionSpec(axis, None))
+
+
+def copies(tree: T, mesh: Mesh, parts: tuple[int, int]) -> T:
+    """Inside a jitted function: weights of `tree` [...] -> [*parts, ...], a copy for each part of rows and of positions.
+
+    A device has the copy of its own part, split over `tensor` only: the weights are gathered once, however often they are
+    used, and their gradients are added up on each device before the devices' sums are.
+    """
+    rules = {**RULES, **{axis: None for axis, place in RULES.items() if place != "tensor"}}
+
+    def copy(weight):
+        spec = partition_spec(weight.axes, value_of(weight).shape, mesh, rules)
+        place = NamedSharding(mesh, PartitionSpec(ROWS, SEQUENCE, *spec))
+        spread = lambda x: jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (*parts, *x.shape)), place)
+        return jax.tree.map(spread, weight)
+
+    return jax.tree.map(copy, tree, is_leaf=is_variable)
 
 
 def constrain(tree: T, mesh: Mesh | None, *spec) -> T:

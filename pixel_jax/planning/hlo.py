@@ -62,10 +62,10 @@ class Instruction:
     root: bool
 
     @property
-    def scope(self) -> str:
-        """The `jax.named_scope` right around it, or ''. The path of a loop ends in scope/while or scope/cond."""
-        found = re.search(r'op_name="[^"]*?(\w+)\)*/(?:while|cond)\)*"', self.attributes)
-        return found[1] if found else ""
+    def scopes(self) -> list[str]:
+        """The names in a loop's path, the last one the `jax.named_scope` right around it: .../outer/scope/while (or cond)."""
+        found = re.search(r'op_name="([^"]*)/(?:while|cond)\)*"', self.attributes)
+        return re.findall(r"\w+", found[1]) if found else []
 
     @property
     def op_name(self) -> str:
@@ -215,12 +215,21 @@ class Counter:
     def trips(self, x: Instruction, condition: str) -> float:
         if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):
             return int(found[1])
-        if x.scope in self.turns:
-            self.assumed.add(x.scope)
-            return self.turns[x.scope]
+        if scope := self.scope(x):
+            return self.turns[scope]
         if (bound := self._bound(condition)) is not None:
             return bound
-        raise HLOError(f"how often the loop {x.op_name} runs is not known, nor is its scope {x.scope!r} given")
+        raise HLOError(f"how often the loop {x.op_name} runs is not known, nor is its scope given")
+
+    def scope(self, x: Instruction) -> str | None:
+        """That of `turns` which a loop or branch stands in: "inner", or "outer/inner", which goes first."""
+        scopes = x.scopes
+        fitting = [scope for scope in self.turns if scopes[-len(parts := scope.split("/")) :] == parts]
+        if not fitting:
+            return None
+        found = max(fitting, key=len)
+        self.assumed.add(found)
+        return found
 
     def _bound(self, condition: str) -> int | None:
         """The constant that the counter of a loop is compared with, if its condition is just that."""
@@ -234,12 +243,11 @@ class Counter:
     def branches(self, x: Instruction, count: Count) -> None:
         """A branch of a known scope counts with its share; of others the one with the most work counts."""
         names = x.called("branch_computations", "true_computation", "false_computation")
-        if x.scope in self.turns:
-            self.assumed.add(x.scope)
+        if scope := self.scope(x):
             for name in names:
                 inside = " ".join(i.attributes for i in self.computations[name].values())
-                taken = re.search(rf"{x.scope}\)*/(?:cond/)?branch_1_fun", inside)
-                count.add(self.computation(name), self.turns[x.scope] if taken else 1 - self.turns[x.scope])
+                taken = re.search(rf"{scope}\)*/(?:cond/)?branch_1_fun", inside)
+                count.add(self.computation(name), self.turns[scope] if taken else 1 - self.turns[scope])
             return
         count.add(max(map(self.computation, names), key=lambda c: (c.flops, c.bytes)))
 

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
+from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
@@ -22,7 +25,7 @@ from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import TrainState, init_state
-from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
+from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
 
 PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
@@ -38,15 +41,15 @@ class Recipe:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps of this recipe that can be planned. Not yet rollouts: some of their loops have no known number of turns."""
-        rl = () if self.config.rl is None else ("score", "update")
+        """The steps of this recipe, in the order in which a run takes them."""
+        rl = () if self.config.rl is None else ("rollout", "score", "update")
         return ("sft",) * (self.config.sft is not None) + rl
 
     def rows(self, step: str) -> int:
         """Rows that one call of the step's program works on."""
         if step == "sft":
             return self.config.sft.batch_size
-        return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
+        return self.config.rl.rows // self.config.rl.rollouts if step == "rollout" else self.config.rl.train_batch
 
     def length(self, step: str) -> int:
         """Tokens of a row."""
@@ -62,7 +65,6 @@ class Program(NamedTuple):
     options: dict[str, Any]
     resident: int  # bytes a device holds besides the arguments while the program runs
     turns: Mapping[str, float]  # of the loops and branches that the data decides: how often a scope's body runs
-
     mesh: Mesh
 
     def lower(self):
@@ -137,8 +139,8 @@ def sft_batch(recipe: Recipe) -> Batch:
 
 
 def prompt_arrays(recipe: Recipe) -> Prompts:
-    """An iteration's prompts, as `pixel-jax rl` builds them."""
-    config, batch = recipe.config, recipe.config.rl.prompts
+    """The prompts of one rollout, as `pixel-jax rl` builds them."""
+    config, batch = recipe.config, recipe.config.rl.prompts // recipe.config.rl.rollouts
     canvases, height, width = config.canvas
     return Prompts(
         tokens=array(jnp.int32, batch, config.prompt_width),
@@ -163,7 +165,7 @@ def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
 
 def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]]:
     """Positional arguments and options of `compiled_rollout`."""
-    model = abstract_model(recipe)
+    model = jax.eval_shape(lambda model: cast(model, recipe.config.rl.forward.compute_dtype), abstract_model(recipe))
     model = placed(model, shardings(model, mesh))
     prompts = prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
@@ -200,9 +202,14 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     turns = vision_turns(recipe.network)
     if step == "rollout":
         arguments, options = rollout_arguments(recipe, mesh)
-        state = abstract_state(recipe, config.rl, config.rl.iterations * config.rl.updates, mesh)
+        trained = make_mesh(config.mesh or None, mesh.devices.flatten())  # where the state lies meanwhile
+        state = abstract_state(recipe, config.rl, config.rl.iterations * config.rl.updates, trained)
+        model = jax.eval_shape(lambda state: state.model, state)
+        pairs = zip(*map(jax.tree.leaves, (placed(model, shardings(model, trained)), arguments[0])), strict=True)
+        same = [x for x, y in pairs if x == y]  # neither cast nor moved: the state's own arrays
+        resident = bytes_per_device(state) - bytes_per_device(same)
         turns |= rollout_turns(recipe, mesh)
-        return Program(compiled_rollout, arguments, options, bytes_per_device(state), turns, mesh)
+        return Program(compiled_rollout, arguments, options, resident, turns, mesh)
     phase = config.sft if step == "sft" else config.rl
     rows = recipe.rows(step)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches(rows, mesh))
@@ -238,9 +245,13 @@ def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:
 
 def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     """The most that the limits of the config allow: every row spends all its calls and writes until its room is full."""
+    # The automaton reads a token byte by byte; "tiles", "strips" and "columns" are a CPU's crops.
     config: RolloutConfig = recipe.config.rl.rollout
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-    width = machine.observation_width(recipe.tables.observations, config, rollout_shape(recipe, shards))
+    shape = rollout_shape(recipe, shards)
+    side = max(recipe.config.canvas[1:])
+    shown = max(max(budget.canvas) for budget in machine.budgets(config, shape))
+    width = machine.observation_width(recipe.tables.observations, config, shape)
     width = min(width, config.max_response)
     turns = config.max_calls + 1
     room = max(config.max_response - config.max_calls * width, 0)
@@ -248,6 +259,11 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "turns": turns,
         "tokens": min(config.max_new_tokens, room // turns),
         "observe": config.max_calls / turns,
-        "views": -(-(recipe.config.rl.rows // shards) // config.observe_chunk),
+        "views": -(-(recipe.rows("rollout") // shards) // config.observe_chunk),
         "pieces": -(-width // machine.READ_CHUNK),
+        "opening/pieces": 0,
+        "bytes": int(np.max(recipe.tables.bytes.length)),
+        "tiles": tiles(side, shown),
+        "strips": -(-side // ROW_BLOCK),
+        "columns": -(-side // ROW_BLOCK),
     }

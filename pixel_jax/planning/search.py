@@ -64,7 +64,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
     """Meshes over all devices that divide rows, positions, heads and weights, the most promising first."""
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
-        rows = recipe.config.rl.prompts  # a prompt's rows stay together
+        rows //= recipe.config.rl.rollout.group_size  # a prompt's rows stay together
     found = []
     for tensor in TENSOR:
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
@@ -122,14 +122,25 @@ def _parameters(text: TextConfig) -> int:
 
 
 def search(recipe: Recipe, step: str, machine: Machine, *, fitting: int, most: int) -> Iterator[Compiled]:
-    """Compiles candidates until `fitting` of them fit or `most` are compiled."""
-    found = 0
-    for mesh in candidates(recipe, step, machine)[:most]:
+    """Compiles candidates until `fitting` of them fit or `most` are compiled, those left out that are sure not to fit."""
+    fit, tight = 0, []
+    for mesh in candidates(recipe, step, machine):
+        if any(needs_no_less(mesh, other) for other in tight):
+            continue
         compiled = plan(recipe, step, machine, mesh)
         yield compiled
-        found += compiled.plan.fits
-        if found == fitting:
+        fit += compiled.plan.fits
+        tight += [] if compiled.plan.fits else [mesh]
+        most -= 1
+        if fit == fitting or not most:
             return
+
+
+def needs_no_less(mesh: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether a device holds at least as large a part of everything as it does on the mesh `other`."""
+    row, weights = ("sequence", "tensor"), ("fsdp", "sequence", "tensor")
+    parts = lambda mesh, axes: math.prod(mesh.get(axis, 1) for axis in axes)
+    return all(parts(mesh, axes) <= parts(other, axes) for axes in (row, weights))
 
 
 def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, int]) -> Compiled:

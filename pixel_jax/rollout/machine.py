@@ -178,7 +178,8 @@ def start(
     )
     shared = Shared(prompts, prefix, visual, temperature)
     written = jnp.broadcast_to(jnp.maximum(opening, 0), (rows, opening.shape[0]))
-    state = append(model, layers, shared, state, written, jnp.full(rows, jnp.sum(opening >= 0), jnp.int32))
+    with jax.named_scope("opening"):
+        state = append(model, layers, shared, state, written, jnp.full(rows, jnp.sum(opening >= 0), jnp.int32))
     reader, _ = jax.lax.scan(
         lambda reader, token: (automaton.step(prompts.tables.bytes, reader, jnp.full(rows, token)), None),
         state.reader,

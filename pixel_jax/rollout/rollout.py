@@ -17,11 +17,11 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.processes import everywhere
-from pixel_jax.parallel.sharding import batch_sharding, replicate, row_parts, shard_batch, share
+from pixel_jax.parallel.sharding import batch_sharding, local_rows, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
-from pixel_jax.rollout.trajectory import Prompts, Trajectories
+from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate
 
 
 def rollout(
@@ -38,7 +38,31 @@ def rollout(
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
     """
-    mesh, shape = layout(model, prompts, config)
+    return _call(model, prompts, key, config, opening, *layout(model, prompts, config))
+
+
+def rollout_in_calls(
+    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, calls: int
+) -> Trajectories:
+    """The rows of `rollout`, on the host (with several processes this one's), from `calls` equal parts of the prompts.
+
+    The program runs once for each part, and only the caches of that part's rows need memory. A row does not depend on
+    which others it is with: its key follows from its prompt's `uid`.
+    """
+    mesh, shape = layout(model, prompts, config, calls)
+    size = len(prompts.uid) // calls
+
+    def part(i: int) -> Trajectories:
+        rows = jax.tree.map(lambda x: x[i * size : (i + 1) * size], prompts._replace(tables=()))
+        made = _call(model, rows._replace(tables=prompts.tables), key, config, (), mesh, shape)
+        return jax.tree.map(local_rows, made)
+
+    made = concatenate([part(i) for i in range(calls)])
+    places = share(mesh).index * len(prompts.uid) + np.arange(len(prompts.uid), dtype=np.int32)
+    return made._replace(prompt=np.repeat(places, config.group_size))
+
+
+def _call(model, prompts: Prompts, key, config: RolloutConfig, opening, mesh: Mesh | None, shape: Shape):
     opening, temperature, config = traced(config, opening)
     if mesh is not None:
         key, opening, temperature = replicate((key, opening, temperature), mesh)
@@ -192,14 +216,18 @@ _show = jax.jit(machine.show, static_argnames=("config", "shape"))
 _finish = jax.jit(machine.finish, static_argnames=("config",))
 
 
-def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
-    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
+def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig, calls: int = 1) -> tuple[Mesh | None, Shape]:
+    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts.
+
+    `calls`: equal parts that the prompts are taken in.
+    """
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     shards = row_parts(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * share(mesh).count
-    if batch % shards:
-        raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
+    if batch % (shards * calls):
+        parts = f"{calls} calls and " if calls > 1 else ""
+        raise ValueError(f"{batch} prompts cannot be split over {parts}data x fsdp = {shards}: pad the batch")
     is_video = np.asarray(prompts.is_video)
     video, still = bool(np.any(is_video)), not bool(np.all(is_video))
     if mesh is not None:

@@ -7,8 +7,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.parallel.sharding import keep_rows
-
 
 class Loss(NamedTuple):
     """A loss is `total / denominator`; totals and denominators of micro-batches add up to those of the batch."""
@@ -80,7 +78,7 @@ def token_logprobs(
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (rows, length))
 
     def piece(hidden, target, temperature):
-        scaled = logits(keep_rows(hidden)).astype(jnp.float32) / temperature[..., None]
+        scaled = logits(hidden).astype(jnp.float32) / temperature[..., None]
         peak = jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
         shifted = scaled - peak
         weights = jnp.exp(shifted)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -15,14 +14,16 @@ from jax.sharding import Mesh
 from pixel_jax.models import forward_hidden
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import without_lora
+from pixel_jax.models.qwen2_5_vl import logits
 from pixel_jax.parallel.sharding import (
     ROWS,
     SEQUENCE,
     constrain,
+    copies,
     is_variable,
+    row_parts,
     sequence_parts,
     shardings,
-    split_sequence,
 )
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.losses import (
@@ -124,17 +125,35 @@ def trajectory_logprobs(
         # A turn's first token is predicted at the last position of the observation before it: temperatures move with targets.
         chosen = turn_temperature(batch.chosen, temperature, later_temperature, batch.segments)
         scale = predictions(chosen, batch.valid).target
-    of_target = functools.partial(token_logprobs, model.logits, chunk=config.logit_chunk)
-    parts = sequence_parts(mesh)
-    if parts > 1:  # each part of the positions takes chunks of its own
-        scale = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), predicted.target.shape)
-        split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
-        pieces = split_sequence(tuple(map(split, (hidden, predicted.target, scale))), mesh, SEQUENCE, ROWS)
-        pieces = jax.vmap(lambda hidden, target, scale: of_target(hidden, target, temperature=scale))(*pieces)
-        logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(scale.shape) for x in pieces)
-    else:
-        logprobs, entropy = of_target(hidden, predicted.target, temperature=scale)
+    logprobs, entropy = head_logprobs(model, hidden, predicted.target, scale, config.logit_chunk, mesh)
     return tuple(jnp.take_along_axis(x, predicted.source, axis=1) for x in (logprobs, entropy))
+
+
+def head_logprobs(
+    model, hidden: jax.Array, target: jax.Array, temperature: jax.Array | float, chunk: int, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs` of the model's head. On a mesh every device takes chunks of the rows and positions that it has.
+
+    The head is gathered once, and the devices' gradients are added up once: as a weight that all share, both would happen
+    for every chunk.
+    """
+
+    def of_target(head, hidden, target, temperature):
+        return token_logprobs(lambda x: logits(head, x), hidden, target, temperature=temperature, chunk=chunk)
+
+    if mesh is None:
+        return of_target(model.head, hidden, target, temperature)
+    rows, length = target.shape
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), target.shape)
+    parts = (row_parts(mesh), sequence_parts(mesh))
+
+    def split(x):  # [R, L, ...] -> [row parts, sequence parts, R / row parts, L / sequence parts, ...]
+        x = x.reshape(parts[0], rows // parts[0], parts[1], length // parts[1], *x.shape[2:])
+        return jnp.swapaxes(x, 1, 2)
+
+    pieces = constrain(jax.tree.map(split, (hidden, target, temperature)), mesh, ROWS, SEQUENCE)
+    pieces = jax.vmap(jax.vmap(of_target))(copies(model.head, mesh, parts), *pieces)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2).reshape(rows, length), pieces)
 
 
 def split_rows(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:

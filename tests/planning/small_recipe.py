@@ -38,7 +38,7 @@ def recipe() -> Recipe:
         data="nowhere",
         out="nowhere",
         sft=SFTConfig(steps=10, batch_size=8, forward=FORWARD),
-        rl=RLConfig(iterations=2, prompts=8, train_batch=8, rollout=rollout, forward=FORWARD),
+        rl=RLConfig(iterations=2, prompts=8, rollout_prompts=4, train_batch=8, rollout=rollout, forward=FORWARD),
         trace_tokens=512,
         trace_frames=2,
         trace_patches=32,

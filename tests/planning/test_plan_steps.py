@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from pixel_jax.models import Qwen2_5_VL
-from pixel_jax.models.flops import forward_flops, padded_work, training_flops
+from pixel_jax.models.flops import Work, forward_flops, padded_work, training_flops
 from pixel_jax.parallel import make_mesh, shard_batch
 from pixel_jax.planning import report
+from pixel_jax.planning import search as search_module
+from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import abstract_state, build, bytes_per_device, sft_batch
-from pixel_jax.planning.search import candidates, plan, search, times
+from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, search, times
 from pixel_jax.planning.weak_scaling import with_rows
+from pixel_jax.rollout.machine import READ_CHUNK
 from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import init_state
 from tests.planning.small_recipe import recipe
@@ -30,8 +33,8 @@ def compiled(step, **mesh):
     return plan(recipe(), step, machine("cpu:8"), mesh or MESH)
 
 
-def described(tree):
-    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype), x.sharding), tree)
+def add(a: Work, b: Work) -> Work:
+    return Work(*map(sum, zip(a, b, strict=True)))
 
 
 def test_abstract_arguments_are_those_of_a_run():
@@ -58,6 +61,41 @@ def test_flops_are_those_of_the_formula(step):
         by_hand = sum(training_flops(small.network, work, vision=step == "update", remat=True))
         by_hand += forward.attention / 2  # the memory-linear backward pass computes the scores once more
     assert found.flops_per_chip * 8 == pytest.approx(by_hand, rel=0.1)
+
+
+def test_a_rollout_counts_its_turns():
+    """Work grows with each loop's turns as the formula says. (That of the crops themselves, a CPU's, is left out.)"""
+    small, mesh = recipe(), make_mesh(MESH)
+    program, config = build(small, "rollout", mesh), small.config.rl.rollout
+    memory, text = compile_to_text(program)
+    rows, keys = 4 * config.group_size, small.config.prompt_width + config.max_response
+    turns, calls = config.max_calls + 1, config.max_calls
+
+    def more(scope):
+        """Work of one turn more of a loop, on all devices."""
+        once, twice = (Counter(text, {**program.turns, scope: n}).total().flops for n in (1, 2))
+        return 8 * (twice - once)
+
+    def by_hand(tokens, predictions=0, slices=0, patches=0):
+        work = Work(tokens, tokens * keys, predictions, 0, 0, 0)
+        return sum(forward_flops(small.network, add(work, padded_work(slices, 0, 1, patches, small.network))))
+
+    assert program.turns["tokens"] == config.max_new_tokens  # there is room for every turn
+    assert more("tokens") == pytest.approx(turns * by_hand(rows, predictions=rows), rel=0.1)
+    assert more("pieces") == pytest.approx(calls * by_hand(rows * READ_CHUNK), rel=0.1)
+    assert more("views") > calls * by_hand(0, slices=rows, patches=program.options["shape"].patches)
+    # The state of training stays where it is, split over all devices, whatever the rollout's mesh.
+    assert program.resident == build(small, "rollout", make_mesh({"data": 4, "tensor": 2})).resident
+    assert memory > bytes_per_device(program.arguments[:2])
+    assert small.rows("rollout") == rows and program.arguments[1].tokens.shape[0] == 4
+
+
+def test_a_rollout_reads_weights_of_the_type_that_training_computes_in():
+    small = recipe()
+    forward = dataclasses.replace(small.config.rl.forward, compute_dtype="bfloat16")
+    changed = dataclasses.replace(small.config, rl=dataclasses.replace(small.config.rl, forward=forward))
+    model = build(dataclasses.replace(small, config=changed), "rollout", make_mesh(MESH)).arguments[0]
+    assert {x.dtype.name for x in jax.tree.leaves(model)} == {"bfloat16"}
 
 
 def test_memory_is_the_programs_and_what_stays_beside_it():
@@ -87,6 +125,22 @@ def test_the_search_stops_when_enough_fit_and_reports_what_does_not(monkeypatch)
     assert [c.plan.fits for c in search(recipe(), "score", target, fitting=1, most=3)] == [True]
     small = target._replace(chip=target.chip._replace(memory=1000))
     assert [c.plan.fits for c in search(recipe(), "score", small, fitting=1, most=2)] == [False, False]
+
+
+def test_what_is_sure_not_to_fit_is_not_compiled(monkeypatch):
+    """After a mesh that does not fit, those on which a device holds no less."""
+    target, tried = machine("cpu:8"), []
+
+    def full(recipe, step, machine, mesh):
+        tried.append(dict(mesh))
+        return Compiled(Plan("", step, mesh, False, *[None] * 6), {}, 0.0)
+
+    monkeypatch.setattr(search_module, "plan", full)
+    made = list(search(recipe(), "update", target, fitting=1, most=100))
+    assert len(made) == len(tried) < len(candidates(recipe(), "update", target))
+    part = lambda mesh: (mesh["sequence"] * mesh["tensor"], mesh["fsdp"] * mesh["sequence"] * mesh["tensor"])
+    for i, mesh in enumerate(tried):
+        assert not any(part(mesh)[0] <= part(x)[0] and part(mesh)[1] <= part(x)[1] for x in tried[:i])
 
 
 def test_the_document_has_the_promised_fields():

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from pixel_jax.models.flops import padded_work, training_flops
+from pixel_jax.parallel import make_mesh
 from pixel_jax.planning.machines import machine
 from pixel_jax.planning.search import plan
 from tests.planning.small_recipe import recipe
@@ -20,6 +22,23 @@ def test_training_steps(name):
     assert found.fits and found.topology == name
     by_hand = sum(training_flops(small.network, work, remat=True))
     assert 0.9 * by_hand < 8 * found.flops_per_chip < 1.5 * by_hand  # heads of 8 channels are padded
+
+
+def test_a_rollout():
+    small, target = recipe(), machine("v6e:2x4")
+    found = plan(small, "rollout", target, {"data": 4, "tensor": 2})
+    assert found.plan.fits and found.plan.flops_per_chip > 0
+    assert {"turns", "tokens", "observe", "views", "pieces", "bytes"} <= set(found.assumed)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:16x16", "v6e:16x16"])
+def test_an_axis_may_be_a_part_of_the_torus(name):
+    mesh = make_mesh({"fsdp": -1, "tensor": 4}, machine(name).devices)
+    assert mesh.shape["tensor"] == 4
+    groups = mesh.devices.reshape(-1, 4)
+    for group in groups:  # neighbours: within two hops of each other
+        places = np.array([device.coords for device in group])
+        assert np.abs(places - places[0]).sum(axis=1).max() <= 3
 
 
 def test_what_does_not_fit_is_a_plan_that_says_so():

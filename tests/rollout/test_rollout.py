@@ -128,6 +128,17 @@ def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
     np.testing.assert_array_equal(np.asarray(a.visual.patches)[rows_a], np.asarray(b.visual.patches)[rows_b])
 
 
+def test_prompts_can_be_taken_in_parts(mixed):
+    """One program for all parts, those without a video, too; a row comes out as it does among all others."""
+    prompts, before = talker.prompts(4, video=True), compiled_rollout._cache_size()
+    parts = module.rollout_in_calls(talker.model(), prompts, KEY, talker.CONFIG, 4)
+    assert compiled_rollout._cache_size() == before + 1
+    same_tokens(parts, mixed)
+    np.testing.assert_array_equal(parts.prompt, mixed.prompt)
+    with pytest.raises(ValueError, match="4 prompts cannot be split over 3 calls"):
+        module.rollout_in_calls(talker.model(), prompts, KEY, talker.CONFIG, 3)
+
+
 def test_the_host_driven_twin_gives_the_same(mixed):
     lengths = []
     twin = host_rollout(

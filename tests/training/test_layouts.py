@@ -39,6 +39,19 @@ def test_only_adapters_move_after_the_first_time(adapted):
     assert weight.addressable_shards[0].data.size == weight.size // 2  # over `tensor`, no longer over `fsdp`
 
 
+@pytest.mark.parametrize("serve", [None, {"data": 4, "tensor": 2}])
+def test_base_weights_come_in_the_type_that_training_computes_in(adapted, serve):
+    train = make_mesh({"fsdp": 4, "tensor": 2})
+    state = init_state(adapted, OPTIMIZER, trainable="model.*", mesh=train)
+    serve = serve and make_mesh(serve)
+    policy = Resharder(train, serve, "bfloat16")(state)
+    for (_, path, weight), (_, _, cast) in zip(named_weights(state.model), named_weights(policy), strict=True):
+        adapter = isinstance(cast, LoRAWeight)
+        assert cast[...].dtype == ("float32" if adapter else "bfloat16"), path
+        assert cast[...].sharding.mesh == (serve or train) and cast.axes == weight.axes
+        np.testing.assert_array_equal(cast[...], weight[...] if adapter else weight[...].astype("bfloat16"))
+
+
 def test_meshes_of_other_devices_are_refused():
     with pytest.raises(ValueError, match="same devices"):
         Resharder(make_mesh({"data": 4}), make_mesh({"data": 8}))

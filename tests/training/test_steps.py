@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from pixel_jax.models import forward_hidden
 from pixel_jax.models.lora import add_lora
-from pixel_jax.parallel import make_mesh, shard, shard_batch
+from pixel_jax.parallel import make_mesh, shard, shard_batch, shardings
+from pixel_jax.parallel.sharding import value_of
+from pixel_jax.planning.hlo import Counter
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
@@ -18,6 +21,7 @@ from pixel_jax.training.steps import (
     NonFiniteError,
     check_report,
     check_rows,
+    head_logprobs,
     make_rl_step,
     make_score_step,
     make_sft_step,
@@ -83,6 +87,30 @@ def test_how_the_model_is_run_does_not_change_the_update(model, batch):
 def test_eight_devices_equal_one(model, batch, kind, micro_batches):
     one = one_update(kind, model, batch)
     assert_same_update(one, one_update(kind, model, batch, on_mesh=True, micro_batches=micro_batches))
+
+
+def test_the_head_is_gathered_once_however_many_chunks(model):
+    """And its gradient added up once: what devices send does not grow with the chunks."""
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    on = lambda x, *spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+    places = shardings(model, mesh)
+    model = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), model, places)
+    hidden = on(jax.ShapeDtypeStruct((8, 64, model.config.text.hidden_size), jnp.float32), "fsdp")
+    target = on(jax.ShapeDtypeStruct((8, 64), jnp.int32), "fsdp")
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradient(model, hidden, target, chunk):
+        def loss(model):
+            return jnp.sum(head_logprobs(model, hidden, target, 1.0, chunk, mesh)[0])
+
+        return jax.lax.with_sharding_constraint(jax.grad(loss)(model), places).head
+
+    def sent(chunk):
+        return sum(Counter(gradient.lower(model, hidden, target, chunk).compile().as_text()).total().sent.values())
+
+    head = value_of(model.head.weight)
+    assert sent(4) < 1.2 * sent(32)
+    assert sent(32) < 4 * head.size * head.dtype.itemsize
 
 
 def test_the_state_keeps_its_layout_and_compiles_once(model, batch):
