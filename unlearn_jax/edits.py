@@ -9,6 +9,7 @@ New examples are a batch with a leading axis (or a list of examples) in the orde
 were. A replacement equal to what it replaces changes nothing, and neither does an edit without ids.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from unlearn_jax.loss import MASK, Example, Loss, has_field
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Edit:
+class Edit(abc.ABC):
     """ids: of the examples it is about"""
 
     ids: Sequence[Any]
@@ -30,14 +31,17 @@ class Edit:
         if isinstance(self.ids, str | bytes) or np.ndim(self.ids) != 1:
             raise ValueError(f"{type(self).__name__} takes a sequence of ids, not {self.ids!r}")
 
-    def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
-        """The new examples, in the order of the ids."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example] | None:
+        """The new examples, in the order of the ids; None: there are none, the old ones go."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Remove(Edit):
     """The examples were never there."""
+
+    def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> None:
+        return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,7 +127,7 @@ class MaskTokens(Edit):
 def apply(dataset: Dataset, edits: Sequence[Edit], loss: Any = None) -> Dataset:
     """The dataset as it should have been. `loss` tells which elements carry loss; only a `Loss` can."""
     for edit in [edits] if isinstance(edits, Edit) else edits:
-        if not isinstance(edit, Edit) or type(edit) is Edit:
+        if not isinstance(edit, Edit):
             raise TypeError(f"an edit is Remove, ModifyQuery, CorrectResponse or MaskTokens, not {edit!r}")
     if isinstance(edits, Edit):
         raise TypeError(f"edits are a list: [{type(edits).__name__}(...)]")
@@ -137,10 +141,11 @@ def apply(dataset: Dataset, edits: Sequence[Edit], loss: Any = None) -> Dataset:
             if name in seen:
                 raise ValueError(f"example {name!r} is edited twice, by {seen[name]} and by {kind}: make it one edit")
             seen[name] = kind
-        if isinstance(edit, Remove):
+        replacements = edit.replacements(dataset, positions, loss)
+        if replacements is None:
             removed.extend(positions.tolist())
             continue
-        for position, example in zip(positions, edit.replacements(dataset, positions, loss), strict=True):
+        for position, example in zip(positions, replacements, strict=True):
             row, old = int(dataset.rows[position]), dataset.example(position)
             if isinstance(edit, MaskTokens) and not edit.renormalize:
                 normalizers.setdefault(row, float(np.sum(old[mask_field(loss)])))

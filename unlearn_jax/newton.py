@@ -28,7 +28,7 @@ from unlearn_jax.checks import all_finite, check_gradient
 from unlearn_jax.config import ROWS, ErasureConfig
 from unlearn_jax.curvature import Curvature, product
 from unlearn_jax.loss import Params
-from unlearn_jax.objective import Objective, widen
+from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
 from unlearn_jax.solvers import Info
@@ -70,7 +70,6 @@ class Descent(NamedTuple):
 class Work:
     """Counts example-gradients: one is an example forward and backward. Products count as measured."""
 
-    FORWARD = 1 / 3
     PRODUCT = {"hessian": 2.1, "ggn": 1.6, "fisher": 1.0, "empirical_fisher": 1.0}
 
     def __init__(self):
@@ -80,10 +79,10 @@ class Work:
         self.spent += times * objective.count
 
     def forwards(self, objective: Objective, times: int) -> None:
-        self.spent += times * objective.count * self.FORWARD
+        self.spent += times * objective.count * FORWARD
 
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
-        drawn = self.FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
+        drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
         rows = 1 + drawn
         probes = (config.rank or 0) * self.PRODUCT[config.curvature]
         kinds = {None: 0, "diagonal": rows, "ekfac": rows, "nystrom": probes}

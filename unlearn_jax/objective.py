@@ -27,6 +27,7 @@ from unlearn_jax.loss import Example, Loss, Params, sum_and_weight
 Reduction = Literal["per_example", "per_token"]
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
 CHUNK = 1024  # examples whose weights are read at once
+FORWARD = 1 / 3  # of an example-gradient, the unit of work: an example forward without backward
 
 
 @jax.tree_util.register_pytree_node_class

@@ -1,5 +1,6 @@
 """A language model small enough to be retrained dozens of times: two layers, width 32, low-rank adapters on q and v."""
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -48,19 +49,19 @@ def forward(base: dict, adapter: dict, tokens: jax.Array, heads: int = 2) -> tup
     causal = jnp.tril(jnp.ones((length, length), bool))
     split = lambda x: x.reshape(length, heads, -1)
 
-    def layer(x, weights):
-        (wq, wk, wv, wo), up, down, adapter = *(weights[k] for k in ("qkvo", "up", "down")), weights["adapter"]
+    x, hidden = base["embed"][tokens] + base["positions"][:length], []
+    # A loop, not a scan: nothing is differentiated through the first layer's input, which a scan's carry would be.
+    for layer in range(len(base["up"])):
+        (wq, wk, wv, wo), up, down = (base[name][layer] for name in ("qkvo", "up", "down"))
+        pairs = jax.tree.map(operator.itemgetter(layer), adapter)
         y = normalise(x)
-        q, v = (y @ w + low_rank(adapter[name], y) for name, w in (("q", wq), ("v", wv)))
+        q, v = (y @ w + low_rank(pairs[name], y) for name, w in (("q", wq), ("v", wv)))
         scores = jnp.einsum("ihd,jhd->hij", split(q), split(y @ wk)) * (x.shape[-1] // heads) ** -0.5
         weight = jax.nn.softmax(jnp.where(causal, scores, -1e9))
         x = x + jnp.einsum("hij,jhd->ihd", weight, split(v)).reshape(x.shape) @ wo
         x = x + jax.nn.gelu(normalise(x) @ up) @ down
-        return x, x
-
-    x = base["embed"][tokens] + base["positions"][:length]
-    x, hidden = jax.lax.scan(layer, x, {k: base[k] for k in ("qkvo", "up", "down")} | {"adapter": adapter})
-    return normalise(x) @ base["unembed"], hidden
+        hidden.append(x)
+    return normalise(x) @ base["unembed"], jnp.stack(hidden)
 
 
 def low_rank(pair: dict, x: jax.Array) -> jax.Array:

@@ -1,5 +1,10 @@
 """crop_resize against Pillow, bit for bit, in every formulation and under every transform it is used in."""
 
+import os
+import subprocess
+import sys
+import tempfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,6 +292,26 @@ def test_bad_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             crop_resize(*arguments, **options)
+
+
+def test_bits_with_the_compiler_as_users_have_it():
+    """The tests compile with fewer optimisations; a fused multiply-add would show here only."""
+    script = (
+        "import sys, jax, numpy as np; from pixel_jax.ops import crop_resize; given = np.load(sys.argv[1]); "
+        "crop = lambda form: jax.jit(jax.vmap(lambda box, size: crop_resize("
+        "given['image'], box, size, tuple(given['canvas'].tolist()), implementation=form))); "
+        "np.savez(sys.argv[2], **{form: crop(form)(given['boxes'], given['sizes']) for form in ('banded', 'matmul')})"
+    )
+    boxes, sizes = random_crops(np.random.default_rng(5), 64, 75, 90, CANVAS)
+    sizes = np.maximum(sizes, 8)  # within the limit of the dense form
+    with tempfile.TemporaryDirectory() as place:
+        given, made = f"{place}/given.npz", f"{place}/made.npz"
+        np.savez(given, image=STRIPES, boxes=boxes, sizes=sizes, canvas=CANVAS)
+        subprocess.run([sys.executable, "-c", script, given, made], env=os.environ | {"XLA_FLAGS": ""}, check=True)
+        expected = [pillow(STRIPES, box, size, CANVAS) for box, size in zip(boxes, sizes, strict=True)]
+        with np.load(made) as out:
+            for form in FORMS:
+                np.testing.assert_array_equal(out[form], expected)
 
 
 @pytest.mark.slow

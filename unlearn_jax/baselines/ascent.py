@@ -6,10 +6,10 @@ from typing import Any, Literal
 from jax.tree_util import Partial
 
 from unlearn_jax.baselines.divergence import divergence
-from unlearn_jax.baselines.training import FORWARD, Term, Trained, Training, descend, forgotten, retained, split
+from unlearn_jax.baselines.training import Term, Trained, Training, descend, forgotten, retained, split
 from unlearn_jax.edits import Edit
 from unlearn_jax.loss import Params, require_parts
-from unlearn_jax.objective import coefficients
+from unlearn_jax.objective import FORWARD, coefficients
 
 
 def gradient_ascent(

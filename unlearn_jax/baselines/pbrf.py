@@ -8,10 +8,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax.baselines.divergence import divergence
-from unlearn_jax.baselines.training import FORWARD, Term, Trained, Training, descend, split
+from unlearn_jax.baselines.training import Term, Trained, Training, descend, split
 from unlearn_jax.edits import Edit, affected
 from unlearn_jax.loss import Example, Loss, Params, require_parts, sum_and_weight
-from unlearn_jax.objective import coefficients
+from unlearn_jax.objective import FORWARD, coefficients
 
 
 def pbrf(

@@ -9,9 +9,10 @@ import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax.baselines.ascent import retain_term
-from unlearn_jax.baselines.training import FORWARD, Term, Trained, Training, descend, forgotten, split
+from unlearn_jax.baselines.training import Term, Trained, Training, descend, forgotten, split
 from unlearn_jax.edits import Edit
 from unlearn_jax.loss import Example, Params, sum_and_weight
+from unlearn_jax.objective import FORWARD
 
 
 def npo(

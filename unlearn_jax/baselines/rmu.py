@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from unlearn_jax.baselines.training import FORWARD, Term, Trained, Training, descend, forgotten, split
+from unlearn_jax.baselines.training import Term, Trained, Training, descend, forgotten, split
 from unlearn_jax.edits import Edit
 from unlearn_jax.loss import Example, Loss, Params
+from unlearn_jax.objective import FORWARD
 
 
 def rmu(

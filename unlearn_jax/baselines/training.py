@@ -18,8 +18,6 @@ from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, Params, has_field
 from unlearn_jax.objective import Objective, Reduction, coefficients
 
-FORWARD = 1 / 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Training:

@@ -26,8 +26,8 @@ class Minimum(NamedTuple):
     start: float  # of the gradient at the start
 
 
-def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int, polish: bool = True) -> Minimum:
-    """From `start` through at most `max_steps` of L-BFGS and then, with `polish`, Newton steps.
+def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int) -> Minimum:
+    """From `start` through at most `max_steps` of L-BFGS and then Newton steps.
 
     Until the gradient's norm is `tolerance`, or as far as rounding lets it: for float64 parameters.
     """
@@ -45,11 +45,8 @@ def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps
     first = np.asarray(flat, np.float64)
     begun = float(np.linalg.norm(value_and_gradient(first)[1]))
     found = minimize(value_and_gradient, first, jac=True, method="L-BFGS-B", options=options)
-    if polish:
-        options = {"maxiter": NEWTON_STEPS, "gtol": tolerance}
-        found = minimize(
-            value_and_gradient, found.x, jac=True, hessp=hessian_product, method="trust-ncg", options=options
-        )
+    options = {"maxiter": NEWTON_STEPS, "gtol": tolerance}
+    found = minimize(value_and_gradient, found.x, jac=True, hessp=hessian_product, method="trust-ncg", options=options)
     return Minimum(unravel(found.x), float(np.linalg.norm(found.jac)), begun)
 
 

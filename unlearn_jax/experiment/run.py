@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 from unlearn_jax.experiment.compare import best_rates, compare
-from unlearn_jax.experiment.table import beaten, table
+from unlearn_jax.experiment.table import beaten, loose, table
 from unlearn_jax.experiment.world import Setting, Trial, World
 
 TUNING = 1_000_000  # the seed on which learning rates are chosen, and which does not count
@@ -38,6 +38,7 @@ def run(setting: Setting, path: pathlib.Path, log: Callable[[str], None] = print
                 rates = best_rates(next(x["rows"] for x in result["tuning"] if x["share"] == share))
             kept.append(compare(world, trial, share, rates))
             log(table(kept[-1:]) if seed != TUNING else f"{share:.1%}: {best_rates(kept[-1]['rows'])}")
-            result["exceptions"] = [s for name in ("kl_forget", "kl_retain") for s in beaten(result["trials"], name)]
+            trials = result["trials"]
+            result["exceptions"] = [*loose(trials), *beaten(trials, "kl_forget"), *beaten(trials, "kl_retain")]
             path.write_text(json.dumps(result, indent=1, allow_nan=False))
     return result

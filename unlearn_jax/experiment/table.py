@@ -5,6 +5,7 @@ from typing import Any
 
 from pixel_jax.evaluation.stats import over_seeds
 
+CONVERGED = 1e-6  # the gradient's norm, relative to that of a fresh adapter
 COLUMNS = ("kl_forget", "kl_retain", "objective", "nll_forget", "nll_retain", "auc", "gradients")
 
 
@@ -43,6 +44,16 @@ def beaten(trials: Sequence[dict[str, Any]], name: str) -> list[str]:
                     f"[{-gap['high']:.3g}, {-gap['low']:.3g}]"
                 )
     return sentences
+
+
+def loose(trials: Sequence[dict[str, Any]]) -> list[str]:
+    """Where training or a reference stopped before it had converged, as sentences: distances from there mean little."""
+    return [
+        f"seed {trial['seed']}, {trial['share']:.1%} removed: {name} stopped at a gradient of {norm:.1e} of a fresh adapter's"
+        for trial in trials
+        for name, norm in trial["norms"].items()
+        if not norm <= CONVERGED
+    ]
 
 
 def _cell(values: Sequence[float]) -> str:

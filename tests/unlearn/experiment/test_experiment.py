@@ -9,7 +9,7 @@ import pytest
 from unlearn_jax.experiment.compare import best_rates
 from unlearn_jax.experiment.judge import Judge
 from unlearn_jax.experiment.run import run
-from unlearn_jax.experiment.table import beaten, table
+from unlearn_jax.experiment.table import beaten, loose, table
 from unlearn_jax.experiment.world import METHODS, Setting, Trial, World
 
 SMALL = Setting(
@@ -90,6 +90,14 @@ def test_who_is_nearer():
     assert sentence.startswith("10.0% removed: RMU is nearer in kl_forget, by 0.4 [")
     text = table(trials, columns=("kl_forget", "auc"))
     assert "2.5 ± 6" in text and "diverged" in text and "10.0% removed, 2 seeds" in text
+
+
+def test_references_that_are_no_minima_are_told():
+    trial = {"seed": 3, "share": 0.05, "norms": {"trained": 1e-9, "warm": 2e-4, "cold": float("nan")}}
+    assert loose([trial]) == [
+        f"seed 3, 5.0% removed: {name} stopped at a gradient of {norm} of a fresh adapter's"
+        for name, norm in (("warm", "2.0e-04"), ("cold", "nan"))
+    ]
 
 
 def test_the_best_learning_rate_of_each_method():
