@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     }
 
     config.rl = ConfigDict()
-    config.rl.iterations = 110
+    config.rl.iterations = 90
     config.rl.prompts = 16
     config.rl.train_batch = 128
     config.rl.scale_by_std = True  # GRPO
@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
         # of which can go wrong, and what it shows is read hotter still; an answer is three tokens. So looking closer fails
         # first, although the warm start can do it.
         "temperature": 1.7,
-        "later_temperature": 1.92,  # of the turns after the first call
+        "later_temperature": 2.0,  # of the turns after the first call
         "top_p": 1.0,
         "top_k": 0,
         "max_new_tokens": 10,
