@@ -103,9 +103,12 @@ def test_products_carry_their_arrays_as_arguments(rng, x64):
                 jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9), twice(one, params), expected)
 
 
-def test_a_step_of_lbfgs_compiles_once(rng, caplog):
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_step_of_lbfgs_compiles_once(rng, caplog, bound):
+    """Whether or not the adapter is bound to a device."""
     data, params = toys.sequences(rng, 8), toys.params(rng, "float32")
-    objective = dataset_objective(toys.LOSS, params, Dataset.of(data), weight_decay=DECAY, micro_batch=7)
+    params = jax.device_put(params, jax.devices()[0]) if bound else params
+    objective = dataset_objective(toys.LOSS, params, Dataset.of(data), weight_decay=DECAY, micro_batch=7 + bound)
     seen = []
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         converge(objective, params, max_steps=4, log=lambda *facts: seen.append(facts))

@@ -41,7 +41,7 @@ def converge(
     `log(step, value, norm)` is called after every step. Stops at the tolerance on the gradient's norm, where the line search
     finds no way down any more, or when the budget of example-gradients is spent.
     """
-    params, state, values, evaluations = start, strong(optax.lbfgs(memory_size=memory).init(start)), [], 1
+    params, state, values, evaluations = start, _lbfgs_start(memory, start), [], 1
     for step in range(max_steps):
         value, norm, moved, found, after = _lbfgs_step(memory, objective, params, state)
         values.append(float(value))
@@ -55,6 +55,12 @@ def converge(
         params, state = found, after
     norm = float(optax.tree.norm(objective.gradient(params)))
     return Trained(params, float(evaluations * objective.count), np.array(values)), norm
+
+
+@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
+def _lbfgs_start(memory, params):
+    """Bound to a device or a mesh where `params` are (hence `keep_unused`); otherwise a step would be compiled twice."""
+    return strong(optax.lbfgs(memory_size=memory).init(params))
 
 
 @functools.partial(jax.jit, static_argnums=0)
