@@ -101,12 +101,12 @@ class Clip:
 
     def frames(self, wanted: Collection[int]) -> dict[int, np.ndarray]:
         """The frames of these numbers, uint8 [h, w, 3]; those that the file promises and does not have are missing."""
-        found = {}
+        found, last = {}, max(wanted)
         for i, frame in enumerate(self.container.decode(self.stream)):
             if i in wanted:
                 if (frame.height, frame.width) != self.size:
                     raise ImageError(f"{self.name}: frame {i} is {frame.width} x {frame.height}, the first one is not")
                 found[i] = frame.to_ndarray(format="rgb24")
-            if i >= max(wanted):
+            if i >= last:
                 break
         return found

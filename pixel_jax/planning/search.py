@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pixel_jax.models.config import TextConfig
-from pixel_jax.parallel.mesh import AXES, make_mesh
+from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import Machine
@@ -70,15 +70,14 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
             continue
         rest = devices // tensor
-        for sequence in (1, 2, 4, 8) if "sequence" in AXES and step in ("sft", "update", "score") else (1,):
+        for sequence in (1,) if step == "rollout" else (1, 2, 4, 8):
             if rest % sequence or recipe.length(step) % sequence:
                 continue
             row_parts = rest // sequence
             if rows % row_parts:
                 continue
             for fsdp in (f for f in range(1, row_parts + 1) if row_parts % f == 0):
-                mesh = {"data": row_parts // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
-                found.append({axis: mesh[axis] for axis in AXES})
+                found.append({"data": row_parts // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
     found.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
     return found
 
