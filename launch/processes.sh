@@ -41,7 +41,6 @@ stop() {
     stopped=1
     kill -TERM "${processes[@]}" 2>/dev/null || true
 }
-trap stop TERM INT
 trap 'kill "${processes[@]}" 2>/dev/null || true' EXIT
 
 # all_of_them COMMAND...: runs the processes once; its status is that of the first that failed.
@@ -53,6 +52,7 @@ all_of_them() {
         JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
     )
     processes=()
+    trap - TERM INT # a signal that finds a process forked but not yet itself would be taken by a trap of ours and lost
     for ((i = 0; i < count; i++)); do
         if [ -n "$DRY_RUN" ]; then
             run env "${environment[@]}" "JAX_PROCESS_ID=$i" "$@"
@@ -61,6 +61,7 @@ all_of_them() {
             processes+=($!)
         fi
     done
+    trap stop TERM INT
     while ((ended < ${#processes[@]})); do
         local one=0 finished=
         wait -n -p finished || one=$?
@@ -68,7 +69,7 @@ all_of_them() {
         ended=$((ended + 1))
         if [ "$one" != 0 ] && [ "$status" = 0 ]; then
             status=$one
-            kill -TERM "${processes[@]}" 2>/dev/null || true
+            [ -n "$stopped" ] || kill -TERM "${processes[@]}" 2>/dev/null || true # told to go once, not while they save
         fi
     done
     return "$status"

@@ -77,9 +77,9 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
     check_same(config, directory / "config.json")
     with Elapsed(directory / "clock.json") as elapsed:
         run_alone(directory, "tuning")
-        run_alone(directory, "judging")
-        say(f"[seed {config.seed}] 3/4 reinforcement learning, with curiosity and without, side by side")
-        arms = run_arms(config, directory)
+        say(f"[seed {config.seed}] 3/4 reinforcement learning with curiosity and without, and a look at the warm start")
+        run_side_by_side(config, directory)
+        arms = {arm: read_json(directory / arm / "result.json") for arm in ARMS}
         seconds = {name: read_json(directory / f"{name}.json")["seconds"] for name in ("ground", "warm")}
         warm_start = read_json(directory / "warm_evaluation.json")
         seconds["warm_evaluation"] = warm_start.pop("seconds")
@@ -196,47 +196,76 @@ def arm_config(config: RLConfig, arm: str) -> RLConfig:
     return dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=0.0, beta=0.0))
 
 
-def run_arms(config: QuickstartConfig, directory: pathlib.Path) -> dict[str, dict]:
-    """Both arms, a process and a core each; their results. Whatever one of them says when it fails is shown."""
-    running = {}
-    with contextlib.ExitStack() as stack:
-        for i, arm in enumerate(ARMS):
-            place = directory / arm
-            place.mkdir(exist_ok=True)
-            if (place / "result.json").exists():
-                continue
-            log = stack.enter_context((place / "log.txt").open("w"))
-            running[arm] = stack.enter_context(start_phase(directory, arm, str(i), stdout=log, stderr=log))
-        try:
-            watch(config, directory, running)
-        finally:
-            for process in running.values():
-                process.terminate()
-    return {arm: json.loads((directory / arm / "result.json").read_text()) for arm in ARMS}
+def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
+    """Judge the warm start, train and judge both arms: a process each, one a core.
+
+    The arms run the same programs. The second begins once the first has compiled them; until then its core judges.
+    """
+    first, second = ARMS
+    with SideBySide(config, directory) as phases:
+        phases.start(first, core=0)
+        phases.start("judging", core=1)
+        phases.wait(lambda: "judging" not in phases.running and phases.has_compiled(first))
+        phases.start(second, core=1)
+        phases.wait(lambda: not phases.running)
 
 
-def watch(config: QuickstartConfig, directory: pathlib.Path, running: dict[str, subprocess.Popen]) -> None:
-    """Show how far the arms are until both have ended."""
-    done_before = {arm: len(read_metrics(directory / arm / "rl" / "metrics.jsonl")) for arm in running}
-    progress = Progress("rl", config.rl.iterations * len(running))
-    shown = None
-    while running:
-        time.sleep(POLL)
-        lines = {arm: read_metrics(directory / arm / "rl" / "metrics.jsonl") for arm in done_before}
+class SideBySide(contextlib.ExitStack):
+    """Phases that run beside each other. None outlives the block; one that fails ends it and is quoted."""
+
+    def __init__(self, config: QuickstartConfig, directory: pathlib.Path):
+        super().__init__()
+        self.seed, self.directory = config.seed, directory
+        self.running: dict[str, subprocess.Popen] = {}
+        self.done_before = {arm: len(self.iterations(arm)) for arm in ARMS if not self.result(arm).exists()}
+        self.total = config.rl.iterations * len(self.done_before)
+        self.progress, self.shown = Progress("rl", self.total), None
+
+    def result(self, phase: str) -> pathlib.Path:
+        return self.directory / ("warm_evaluation.json" if phase == "judging" else f"{phase}/result.json")
+
+    def iterations(self, arm: str) -> list[dict]:
+        return read_metrics(self.directory / arm / "rl" / "metrics.jsonl")
+
+    def has_compiled(self, arm: str) -> bool:
+        return arm not in self.running or bool(self.iterations(arm))
+
+    def start(self, phase: str, core: int) -> None:
+        """Unless its result is there. What an arm says is kept in its directory; judging speaks for itself."""
+        if self.result(phase).exists():
+            return
+        options = {}
+        if phase in ARMS:
+            (self.directory / phase).mkdir(exist_ok=True)
+            log = self.enter_context((self.directory / phase / "log.txt").open("w"))
+            options = {"stdout": log, "stderr": log}
+        process = self.running[phase] = self.enter_context(start_phase(self.directory, phase, str(core), **options))
+        self.callback(process.terminate)
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Show how far the arms are, until `until()`."""
+        while not until():
+            time.sleep(POLL)
+            self.show()
+            for phase, process in list(self.running.items()):
+                if process.poll() is None:
+                    continue
+                del self.running[phase]
+                if process.returncode:
+                    log = self.directory / phase / "log.txt"
+                    said = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
+                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{said}")
+
+    def show(self) -> None:
+        lines = {arm: self.iterations(arm) for arm in self.done_before}
         done = sum(map(len, lines.values()))
+        if done in (self.shown, sum(self.done_before.values())):
+            return
         facts = {f"{arm} {name}": lines[arm][-1][name] for arm in lines if lines[arm] for name in ("accuracy", "rapr")}
-        if done != shown and done > sum(done_before.values()):
-            progress.update(done, facts)
-            shown = done
-            if done == config.rl.iterations * len(lines):
-                say("    judging both arms")
-        for arm, process in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[arm]
-            if process.returncode:
-                log = (directory / arm / "log.txt").read_text()[-4000:]
-                raise RuntimeError(f"the arm {arm} ended with code {process.returncode}:\n{log}")
+        self.progress.update(done, facts)
+        self.shown = done
+        if done == self.total:
+            say(f"[seed {self.seed}] 4/4 judging both arms")
 
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
