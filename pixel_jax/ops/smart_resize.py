@@ -19,6 +19,7 @@ MAX_SIDE = 1 << 24
 
 MANTISSA = 53
 LIMB = 26
+DIGIT = 9  # bits of a quotient found at once: all the room that a remainder of 53 bits leaves in a signed word
 
 
 def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels: int):
@@ -69,8 +70,9 @@ def _traced(height, width, factor, min_pixels, max_pixels):
     with jax.enable_x64(True):
         height, width = (jnp.where(allowed, side, 1).astype(jnp.int64) for side in (height, width))
         allowed &= jnp.maximum(height, width) <= MAX_RATIO * jnp.minimum(height, width)
-        area = height * width
-        rounded = [_round_half_even(side, factor) * factor for side in (height, width)]
+        sides = jnp.stack([height, width])
+        area = jnp.broadcast_to(height * width, sides.shape)
+        rounded = _round_half_even(sides, factor) * factor
         too_large, too_small = rounded[0] * rounded[1] > max_pixels, rounded[0] * rounded[1] < min_pixels
         beta = _sqrt(
             _divide(
@@ -78,15 +80,16 @@ def _traced(height, width, factor, min_pixels, max_pixels):
                 _double(jnp.where(too_large, jnp.full_like(area, max_pixels), area)),
             )
         )
-        divisor = _double(jnp.full_like(area, factor))
-        sides = []
-        for side, plain in zip((height, width), rounded, strict=True):
-            shrunk, _ = _floor(_divide(_divide(_double(side), beta), divisor))
-            grown, inexact = _floor(_divide(_multiply(side, beta), divisor))
-            shrunk, grown = jnp.maximum(shrunk, 1) * factor, (grown + inexact) * factor
-            side = jnp.where(too_large, shrunk, jnp.where(too_small, grown, plain))
-            sides.append(jnp.where(allowed, side, 0).astype(jnp.int32))
-    return tuple(sides)
+        scaled = jax.tree.map(
+            lambda shrunk, grown: jnp.where(too_large, shrunk, grown),
+            _divide(_double(sides), beta),
+            _multiply(sides, beta),
+        )
+        whole, inexact = _floor(_divide(scaled, _double(jnp.full_like(sides, factor))))
+        shrunk, grown = jnp.maximum(whole, 1) * factor, (whole + inexact) * factor
+        sides = jnp.where(too_large, shrunk, jnp.where(too_small, grown, rounded))
+        height, width = jnp.where(allowed, sides, 0).astype(jnp.int32)
+    return height, width
 
 
 def _round_half_even(value, divisor):
@@ -119,13 +122,20 @@ def _round_to_double(value, exponent, rest) -> _Double:
 
 def _divide(a: _Double, b: _Double) -> _Double:
     borrow = (a.mantissa < b.mantissa).astype(jnp.int64)
-    quotient = jnp.ones_like(a.mantissa)
-    remainder = (a.mantissa << borrow) - b.mantissa
-    for bits in (9, 9, 9, 9, 9, 8):  # a remainder of 53 bits leaves room for 9 in a signed word
-        remainder = remainder << bits
+
+    def add_digit(_, carry):  # a loop, for a chain of quotients takes compilers seconds
+        quotient, remainder = carry
+        remainder = remainder << DIGIT
         digit = lax.div(remainder, b.mantissa)
-        quotient, remainder = (quotient << bits) | digit, remainder - digit * b.mantissa
-    return _round_to_double(quotient, a.exponent - b.exponent - borrow - MANTISSA, (remainder != 0).astype(jnp.int64))
+        return (quotient << DIGIT) | digit, remainder - digit * b.mantissa
+
+    remainder = (a.mantissa << borrow) - b.mantissa
+    digits = -(-MANTISSA // DIGIT)
+    quotient, remainder = lax.fori_loop(0, digits, add_digit, (jnp.ones_like(remainder), remainder))
+    more = digits * DIGIT - MANTISSA
+    rest = ((quotient & ((1 << more) - 1)) | remainder) != 0
+    exponent = a.exponent - b.exponent - borrow - MANTISSA
+    return _round_to_double(quotient >> more, exponent, rest.astype(jnp.int64))
 
 
 def _sqrt(a: _Double) -> _Double:

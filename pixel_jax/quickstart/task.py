@@ -65,20 +65,21 @@ class Task:
     def compile(self, make: Callable[[int], Trace], count: int, *, images: int) -> Batch:
         """The rows of `count` traces that show at most so many `images`, packed into rows as long as the longest of them.
 
-        Only `WAVE` traces' scenes are in memory at a time.
+        The scenes of no more than two waves are in memory at a time.
         """
         # A trace may look more often than a rollout, whose length is what an update costs.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=rows.MOST_CALLS)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
         wide = Shape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
-        with ThreadPoolExecutor() as pool:  # most of a row is resizing, which holds no lock
-            made = concatenate(
-                [
-                    to_trajectories(list(pool.map(make, part)), self.vocabulary, self.tables, limits, wide)
-                    for part in batched(range(count), WAVE)
-                ]
-            )
-        return pack(from_trajectories(made))
+        made = []
+        with ThreadPoolExecutor(1) as pool:  # one wave is cut out (which holds no lock) while the next is drawn
+            ready = None
+            for part in batched(range(count), WAVE):
+                traces = [make(i) for i in part]
+                made += [ready.result()] if ready else []
+                ready = pool.submit(to_trajectories, traces, self.vocabulary, self.tables, limits, wide)
+            made.append(ready.result())
+        return pack(from_trajectories(concatenate(made)))
 
     # ---- scenes to ask about
 
