@@ -57,7 +57,10 @@ class Objective:
         micro_batch: int | None = None,
         mesh: Mesh | None = None,
     ) -> "Objective":
-        """From examples [n, ...] (host arrays, or traced ones); without `micro_batch` they are taken all at once."""
+        """From examples [n, ...] (host arrays, or traced ones); without `micro_batch` they are taken all at once.
+
+        Without a mesh they stay on the host: whoever uses them again and again does a `jax.device_put` of the objective.
+        """
         count = len(coefficients)
         for path, x in jax.tree_util.tree_leaves_with_path(examples):
             if jnp.shape(x)[:1] != (count,):
@@ -74,10 +77,9 @@ class Objective:
         index = np.arange(count + -count % micro_batch)
         # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
         stack = lambda x: _place(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
-        shape = jnp.zeros(
-            (len(index) // micro_batch, micro_batch), jnp.result_type(float)
-        )  # float64 where it is enabled
-        empty = cls(loss, jax.tree.map(stack, examples), shape, jnp.zeros((), shape.dtype), count, mesh)
+        dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
+        shape = np.zeros((len(index) // micro_batch, micro_batch), dtype)
+        empty = cls(loss, jax.tree.map(stack, examples), shape, np.zeros((), dtype), count, mesh)
         return empty.weighted(coefficients, weight_decay)
 
     def weighted(self, coefficients: np.ndarray | jax.Array, weight_decay: float = 0.0) -> "Objective":
@@ -86,7 +88,7 @@ class Objective:
         pad = np.pad if isinstance(coefficients, np.ndarray) else jnp.pad
         stacked = pad(coefficients.astype(like.dtype), (0, like.size - self.count)).reshape(like.shape)
         return dataclasses.replace(
-            self, coefficients=_place(stacked, self.mesh), weight_decay=jnp.asarray(weight_decay, like.dtype)
+            self, coefficients=_place(stacked, self.mesh), weight_decay=np.asarray(weight_decay, like.dtype)
         )
 
     @jax.jit
@@ -218,14 +220,9 @@ def dataset_objective(
     mesh: Mesh | None = None,
 ) -> Objective:
     """R of a whole dataset. `params` only tell the loss their shapes."""
-    return Objective.of(
-        loss,
-        dataset.take(),
-        coefficients(loss, params, dataset, reduction),
-        weight_decay=weight_decay,
-        micro_batch=micro_batch,
-        mesh=mesh,
-    )
+    weights = coefficients(loss, params, dataset, reduction)
+    options = {"weight_decay": weight_decay, "micro_batch": micro_batch, "mesh": mesh}
+    return jax.device_put(Objective.of(loss, dataset.take(), weights, **options))
 
 
 def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:
@@ -290,11 +287,13 @@ def _shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _axes(mesh))
 
 
-def _place(x: np.ndarray | jax.Array, mesh: Mesh | None) -> jax.Array:
-    """[micro-batches, micro_batch, ...] on the device, or spread over the mesh by example."""
-    if mesh is None or isinstance(x, jax.core.Tracer):
-        return jnp.asarray(x)
+def _place(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
+    """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
+    if isinstance(x, jax.core.Tracer) or (mesh is None and isinstance(x, jax.Array)):
+        return x
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
+    if mesh is None:
+        return x
     sharding = NamedSharding(mesh, PartitionSpec(None, _axes(mesh)))
     # Works when processes hold devices of their own: each takes its part of what every one of them has read.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -59,7 +59,7 @@ def make_problem(
     c_kept = weigh(kept) * rest if len(kept) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
-    build = lambda examples, c: Objective.of(loss, examples, c, **options)
+    build = lambda examples, c: jax.device_put(Objective.of(loss, examples, c, **options))
     parts = [old.take(), new.take(), kept.take()]
     c_before = np.concatenate([c_old, np.zeros(len(new)), c_kept / total_before])
     c_after = np.concatenate([np.zeros(len(old)), c_new, c_kept / total_after])

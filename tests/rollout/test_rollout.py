@@ -11,8 +11,8 @@ from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
+from pixel_jax.rollout import machine, trajectory
 from pixel_jax.rollout import rollout as module
-from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, traced
 from pixel_jax.training.batch import from_trajectories
@@ -181,14 +181,21 @@ def lowered(model, prompts, config):
     return compiled_rollout.lower(model, prompts, KEY, *traced(config, ()), shape=shape, mesh=mesh)
 
 
+def lowered_step(model, prompts, config):
+    """The rollout's inner step alone, which compiles in a tenth of the time."""
+    (_, shape), (opening, temperature, config) = layout(model, prompts, config), traced(config, ())
+    begin = lambda model, *rest: machine.start(model, model.unstack(), *rest, config, shape)
+    shared, state = jax.eval_shape(begin, model, prompts, KEY, opening, temperature)
+    step = lambda model, shared, state: machine.decode(model, model.unstack(), shared, state, config)
+    return jax.jit(step).lower(model, shared, state)
+
+
 def test_one_program_without_the_host(monkeypatch):
     """The compiled module talks to nobody. Put a callback into a step and this very test finds it."""
-    model, prompts, config = talker.model(), talker.prompts(2), replace(talker.CONFIG, group_size=2)
-    clean = lowered(model, prompts, config)
-    for text in (clean.as_text(), clean.compile().as_text()):
+    given = talker.model(), talker.prompts(2), talker.CONFIG
+    clean = lowered(*given)
+    for text in (clean.as_text(), clean.compile().as_text(), lowered_step(*given).compile().as_text()):
         assert not FORBIDDEN.search(text)
-
-    from pixel_jax.rollout import machine
 
     honest = machine.sample
 
@@ -198,8 +205,8 @@ def test_one_program_without_the_host(monkeypatch):
 
     monkeypatch.setattr(machine, "sample", calls_home)
     compiled_rollout.clear_cache()
-    dirty = lowered(model, prompts, config)
-    assert FORBIDDEN.search(dirty.as_text()) and FORBIDDEN.search(dirty.compile().as_text())
+    for text in (lowered(*given).as_text(), lowered_step(*given).as_text(), lowered_step(*given).compile().as_text()):
+        assert FORBIDDEN.search(text)
     compiled_rollout.clear_cache()
 
 
@@ -255,9 +262,8 @@ def test_a_tool_of_ones_own():
         asked.append(text)
         return Observation("Look here:", [talker.image(row, 28, 56)])
 
-    t = trajectory.to_host(
-        host_rollout(talker.model(), talker.prompts(2), KEY, talker.CONFIG, tool=tool, vocabulary=words)
-    )
+    prompts = talker.prompts(4, video=True)  # as above: the steps are compiled
+    t = trajectory.to_host(host_rollout(talker.model(), prompts, KEY, talker.CONFIG, tool=tool, vocabulary=words))
     assert asked and all(text.endswith("<|im_end|>") for text in asked)
     rows = np.flatnonzero((t.calls.kind == 3).any(axis=1))
     assert rows.size

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from jax.tree_util import Partial
 
@@ -26,7 +27,8 @@ class Measure:
         examples = edited.everything()
         tokens = element_counts(job.loss, job.fresh, Dataset.of(examples))
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
-        return cls(job, edited, Objective.of(job.loss, examples, np.ones(len(tokens)), **options), tokens)
+        objective = jax.device_put(Objective.of(job.loss, examples, np.ones(len(tokens)), **options))
+        return cls(job, edited, objective, tokens)
 
     def losses(self, adapter: Params) -> dict[str, float]:
         """Mean loss per learned token of each group of examples."""
