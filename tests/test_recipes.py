@@ -64,6 +64,7 @@ RL = [
     ("rl.rollout.later_temperature", 0.9, "3.6 C: after a tool call"),
     ("rl.rollout.top_p", 0.95, "3.6 C"),
     ("rl.rollout.top_k", 40, "3.6 C"),
+    ("rl.rollout.min_tokens", 1, "3.6 C"),
     ("rl.rollout.max_new_tokens", 2048, "3.6 C: a turn"),
     ("rl.rollout.max_tokens", 12_048, "3.6 C: model len"),
     ("rl.rollout.max_response", 10_000, "1.8 C: generate_max_len"),

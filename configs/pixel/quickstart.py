@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
         "later_temperature": 2.0,  # of the turns after the first call
         "top_p": 1.0,
         "top_k": 0,
+        "min_tokens": 0,
         "max_new_tokens": 10,
         "max_calls": 2,
         "max_images": 8,

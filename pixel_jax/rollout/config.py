@@ -16,6 +16,7 @@ class RolloutConfig:
     later_temperature: float | None = None  # after the first call; None: the same (the released code: 0.9)
     top_p: float = 0.95
     top_k: int = 40  # 0: off
+    min_tokens: int = 1  # of one turn, before one that ends it
     max_new_tokens: int = 2048  # of one turn
     max_calls: int = 4  # executed; one more is counted and ends the row
     max_images: int = 16  # images of a row; a video counts as one
@@ -45,7 +46,7 @@ class RolloutConfig:
         for name in ("group_size", "max_new_tokens", "max_response", "observe_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
-        for name in ("temperature", "top_k", "max_calls", "max_images", "min_crop"):
+        for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
         for kind in ("", "crop_", "select_", "video_"):

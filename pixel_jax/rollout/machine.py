@@ -272,14 +272,18 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     temperature = jnp.where(state.num_calls > 0, shared.temperature[1], shared.temperature[0])
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
     logits = model.logits(state.hidden)
+    these = lambda ids: jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
+    early = state.length - state.turn_start < config.min_tokens
+    # A placeholder that the policy wrote would take the features of an image shown later.
+    banned = these([model.config.image_token_id, model.config.video_token_id])
+    banned |= early[:, None] & these(shared.prompts.tables.stop)
     token, logprob = sample(
         logits,
         keys,
         temperature,
         top_k=config.top_k,
         top_p=config.top_p,
-        # A placeholder that the policy wrote would take the features of an image shown later.
-        banned=(model.config.image_token_id, model.config.video_token_id),
+        banned=banned,
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
     reader = automaton.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))

@@ -30,16 +30,16 @@ def sample(
     *,
     top_k: int,
     top_p: float,
-    banned: tuple[int, ...] = (),
+    banned: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [R] and their log-probabilities float32 [R] under the full distribution softmax(logits / temperature).
 
     `logits` float32 [R, V], `keys` [R], `temperature` float32 [R]; a row at temperature 0 takes its most probable token
-    and records its log-probability at temperature 1. The truncation, and `banned` tokens, change which tokens can be
-    drawn, never the log-probability that is recorded: a ratio against a truncated distribution is biased.
+    and records its log-probability at temperature 1. The truncation, and tokens `banned` (bool [V] or [R, V]), change what can
+    be drawn, never the log-probability that is recorded: a ratio against a truncated distribution is biased.
     """
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
-    drawable = scaled.at[:, jnp.array(banned, jnp.int32)].set(-jnp.inf) if banned else scaled
+    drawable = scaled if banned is None else jnp.where(banned, -jnp.inf, scaled)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
     noise = jnp.where((temperature > 0)[:, None], noise, 0.0)
     choice = jnp.argmax(truncate(drawable, top_k=top_k, top_p=top_p) + noise, axis=-1)

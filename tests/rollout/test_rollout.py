@@ -234,10 +234,13 @@ def test_limits_end_rows():
     for row in np.flatnonzero(full):  # the last message is taken back
         assert [mine for mine, _ in response(few, row)] == [False]
     # A crop takes nine tokens to ask for, an answer two.
-    short = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_new_tokens=8, max_response=20)))
+    config = replace(talker.CONFIG, min_tokens=3, max_new_tokens=8, max_response=20)
+    short = trajectory.to_host(rollout(model, prompts, KEY, config))
     long = short.stop == trajectory.STOP_TURN_LENGTH
     assert long.any() and (short.chosen.sum(axis=1)[long] >= 8).all()
     assert trajectory.STOP_TOKENS in short.stop
+    answered = short.stop == trajectory.STOP_ANSWER
+    assert answered.any() and (short.chosen.sum(axis=1)[answered] >= 4).all()
     assert (short.valid[:, prompts.tokens.shape[1] :].sum(axis=1) <= 20).all()
 
 

@@ -63,6 +63,11 @@ def test_a_row_depends_on_its_own_key_only():
 def test_banned_tokens_are_never_drawn(temperature):
     logits = jnp.tile(jnp.array([9.0, 8.0, 0.0]), (500, 1))
     keys = jax.random.split(jax.random.key(5), 500)
-    token, logprob = sample(logits, keys, jnp.full(500, temperature), top_k=2, top_p=1.0, banned=(0,))
-    assert not (token == 0).any()
-    np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits[0])[token], atol=1e-6)
+    rows = (jnp.arange(500) % 2 == 0)[:, None]
+    for banned, everywhere in (
+        (jnp.array([True, False, False]), True),
+        (rows & jnp.array([True, False, False]), False),
+    ):
+        token, logprob = sample(logits, keys, jnp.full(500, temperature), top_k=2, top_p=1.0, banned=banned)
+        assert not (token[::2] == 0).any() and (token[1::2] == 0).any() != everywhere
+        np.testing.assert_allclose(logprob, jax.nn.log_softmax(logits[0])[token], atol=1e-6)
