@@ -130,6 +130,7 @@ def test_on_a_mesh_and_in_two_buckets_the_answers_are_the_same(everything, whole
     assert [x["responses"] for x in records] == [x["responses"] for x in alone]
 
 
+@pytest.mark.slow
 def test_without_operations_nothing_is_executed(questions, tmp_path):
     records = answer(questions[:2], tmp_path, mode="none")
     assert all(x["operations"] == x["executed"] == [0, 0] for x in records)
@@ -151,6 +152,7 @@ def test_without_operations_no_tools_are_offered(questions):
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
 
 
+@pytest.mark.slow
 def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
     found, real = {}, run.rollout
     for mode in ("operations", "blank"):

@@ -63,6 +63,7 @@ def test_flops_are_those_of_the_formula(step):
     assert found.flops_per_chip * 8 == pytest.approx(by_hand, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_rollout_counts_its_turns():
     """Work grows with each loop's turns as the formula says. (That of the crops themselves, a CPU's, is left out.)"""
     small, mesh = recipe(), make_mesh(MESH)

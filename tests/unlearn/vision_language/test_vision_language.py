@@ -114,6 +114,7 @@ def edits(dataset):
     ]
 
 
+@pytest.mark.slow
 def test_an_edit_on_one_device_and_on_eight(model, batch):
     loss, adapter = adapter_loss(model, remat=False, implementation="dense")
     dataset = Dataset.of(examples(batch))
