@@ -76,15 +76,6 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
         ) from error
 
 
-def can_differentiate(objective: Objective, params: Params, curvature: Curvature) -> bool:
-    """Whether the loss, which is known to have another product, has this one too."""
-    try:
-        check_differentiable(objective, params, curvature)
-    except ValueError:
-        return False
-    return True
-
-
 def check_gradient(gradient: Params, objective: Objective, params: Params, names: Sequence[Any]) -> None:
     """Every number of `gradient` is finite; otherwise the examples of the objective at fault are named."""
     if bool(all_finite(gradient)):

@@ -27,12 +27,12 @@ class ErasureConfig:
                             "paper": as "influence", without the regulariser's part: LLMEraser's equations
       residual              of training that had not converged. "drop": keep it, only respond to the edit, so that an empty
                             edit changes nothing; "keep": also finish the training, as a retrain would
-      curvature             None: "hessian" for a plain callable. For a `Loss` "ggn", and if it differentiates twice "hessian"
-                            in a step that follows one which "ggn" has foretold badly, see `newton`; on a sample always "ggn"
+      curvature             None: "ggn" for a `Loss`, "hessian" for a plain callable
       curvature_examples    of the examples that the edits do not touch, how many are looked at, drawn at random; None: all
       newton_steps          how often to solve again at the new parameters, at most: with residual "drop" no step follows one
-                            which lets the edited objective fall by less than rtol^2 of what all have. None: 6 if all
-                            examples are looked at, and 1 on a sample, whose own minimum is not the one that is wanted
+                            which lets the edited objective fall by less than rtol^2 of what all have. None: once, and if all
+                            examples are looked at L-BFGS goes on to the minimum, until the gradient is rtol^2 of the edit's
+                            right side (a sample's own minimum is not the one that is wanted)
       line_search           halve a step until the edited objective falls as it should
 
     How (curvature + weight_decay + damping) step = b is solved:

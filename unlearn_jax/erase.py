@@ -12,18 +12,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from unlearn_jax.checks import can_differentiate, check_deterministic, check_differentiable, check_params
+from unlearn_jax.checks import check_deterministic, check_differentiable, check_params
 from unlearn_jax.config import ErasureConfig, resolve
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, Params, require_parts
-from unlearn_jax.newton import NewtonStep, add, newton, norm
+from unlearn_jax.newton import UNFINISHED, Finish, NewtonStep, add, newton, norm
 from unlearn_jax.objective import dataset_objective, on_mesh
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
-
-NEWTON_STEPS = 6  # at most, where all examples are looked at and the configuration leaves it open
-UNFINISHED = 3.0  # times the edit's right side, above which what training left undone is worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +42,9 @@ class Report:
     damping: float  # of the last step
     step_size: float  # of the last step
     predicted: float  # change of J by the steps' quadratic models
-    actual: float  # change of J
+    actual: float  # change of J by the steps
     steps: list[NewtonStep]
+    finish: Finish | None  # what L-BFGS has added
     example_gradients: float  # work: as many examples forward and backward
     seconds: float
     memory: int  # bytes: the most the device held, or where it does not tell, the process
@@ -93,7 +91,6 @@ def erase(
     start = time.perf_counter()
     config = resolve(config)
     curvature = config.curvature or ("ggn" if isinstance(loss, Loss) else "hessian")
-    hybrid = config.curvature is None and curvature == "ggn"
     config = dataclasses.replace(config, curvature=curvature)
     if curvature in ("ggn", "fisher"):
         require_parts(loss, f"curvature={curvature!r}")
@@ -104,10 +101,6 @@ def erase(
     check_deterministic(loss, adapter, before.example(0))
     problem = make_problem(loss, adapter, before, after, config, mesh)
     check_differentiable(problem.curved, adapter, product_kind(config))
-    # A sample's gradient is noise at a minimum of the whole, and bends its Hessian and its minimum away.
-    hybrid = hybrid and problem.whole and can_differentiate(problem.curved, adapter, "hessian")
-    steps = config.newton_steps or (NEWTON_STEPS if problem.whole else 1)
-    config = dataclasses.replace(config, newton_steps=steps)
 
     options = {"reduction": config.reduction, "weight_decay": config.weight_decay, "micro_batch": config.micro_batch}
     full = None
@@ -117,14 +110,15 @@ def erase(
     if config.damping == "held_out":
         stand_in = _left_out(before, after, problem) if held_out is None else Dataset.of(held_out)
         unseen = make_problem(loss, adapter, before, after, config, mesh, stand_in)
-    descent = newton(problem, adapter, config, full, unseen, hybrid)
+    descent = newton(problem, adapter, config, full, unseen)
     unfinished = descent.residual_gradient / descent.right_side if descent.right_side else 0.0
     # The gradient on a sample is not small at a minimum of the whole: it tells nothing.
     if problem.whole and unfinished > UNFINISHED and config.residual == "drop":
         warnings.warn(
             f"training had not converged: |grad R| is {descent.residual_gradient:.2g} at the adapter, {unfinished:.2g} times "
-            f"the right side of the edit ({descent.right_side:.2g}). The edit keeps that gradient as it is, and its curvature "
-            f"is not that of a minimum; a retrain would go on from here. Train further, or set residual='keep'",
+            f"the right side of the edit ({descent.right_side:.2g}). The edit keeps that gradient as it is, its curvature is "
+            f"not that of a minimum, and no L-BFGS follows the steps; a retrain would go on from here. Train further, or set "
+            f"residual='keep'",
             stacklevel=2,
         )
     delta, steps = descent.delta, descent.steps
@@ -152,6 +146,7 @@ def erase(
         predicted=sum(step.predicted for step in steps),
         actual=sum(step.actual for step in steps),
         steps=steps,
+        finish=descent.finish,
         example_gradients=descent.example_gradients,
         seconds=time.perf_counter() - start,
         memory=_peak_memory(),

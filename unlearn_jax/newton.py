@@ -9,10 +9,9 @@ point of J for an edit that changes nothing: J moves by the response to the edit
 
     (J'' + damping) step = -grad J,
 
-and is halved until J falls by a share of what its slope promises. J'' is a curvature matrix of one's choice. Gauss-Newton's
-cannot fail far from a minimum and the Hessian is right near one, so where the choice is left to us the first step takes the
-former, a step after one that it has foretold badly takes the latter, and one after negative curvature the former again
-(in the manner of the hybrid methods of Fletcher and Xu 1987).
+and is halved until J falls by a share of what its slope promises. Where the number of steps is left to us there is one of
+them, and L-BFGS goes on from there to the minimum of J: damped steps of a curvature that is right at a minimum, or right
+nowhere but close, spend more products on the way than it spends gradients.
 """
 
 import dataclasses
@@ -23,10 +22,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from unlearn_jax.checks import all_finite, check_gradient
 from unlearn_jax.config import ROWS, ErasureConfig
-from unlearn_jax.curvature import Curvature, product
+from unlearn_jax.curvature import product
+from unlearn_jax.lbfgs import lbfgs
 from unlearn_jax.loss import Params
 from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
@@ -37,6 +38,8 @@ HALVINGS = 10
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between the dampings of two steps, where the first is the spectrum's
 TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, beyond which the damping falls or rises
+UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
+FINISH = 1000  # evaluations of J and its gradient, at most, on the way to its minimum
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 
 
@@ -44,7 +47,6 @@ GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times tha
 class NewtonStep:
     """One solve and what became of it."""
 
-    curvature: Curvature
     gradient: float  # |grad J| before the step, which is the norm of the right side
     damping: float
     residual: float  # |(A + damping) x - b| / |b| of the solver
@@ -57,11 +59,22 @@ class NewtonStep:
     seconds: float  # compiling included
 
 
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """The way from the last step to the minimum of J, by L-BFGS."""
+
+    evaluations: int  # of J and its gradient
+    gradient: float  # |grad J| where it ended
+    actual: float  # change of J
+    seconds: float  # compiling included
+
+
 class Descent(NamedTuple):
     """What `newton` returns."""
 
     delta: Params  # float32 or wider
     steps: list[NewtonStep]
+    finish: Finish | None
     residual_gradient: float  # |grad R(params_0)|, as far as the examples looked at tell
     right_side: float  # |b| of the first solve
     example_gradients: float  # work
@@ -132,11 +145,8 @@ def newton(
     config: ErasureConfig,
     full_gradient: Params | None = None,
     held_out: Problem | None = None,
-    hybrid: bool = False,
 ) -> Descent:
-    """The delta that `config.newton_steps` steps make. `config.curvature` must be set.
-
-    hybrid:        the choice between "ggn" and "hessian" is left to the steps
+    """The delta that `config.newton_steps` steps make, or one and L-BFGS. `config.curvature` must be set.
 
     full_gradient: grad R'(params) of all examples, where the residual is kept and `problem` has only some
     held_out:      the problem on examples that are not in `problem`; the one that chooses among dampings
@@ -160,7 +170,7 @@ def newton(
 
     first, size = float(norm(b)), float(norm(b))
     delta, damping = optax.tree.zeros_like(b), None
-    while size and len(steps) < config.newton_steps:
+    while size and len(steps) < (config.newton_steps or 1):
         now, key = add(params, delta), jax.random.fold_in(jax.random.key(config.seed), len(steps))
         if steps:
             gradient = problem.after.gradient(now)
@@ -179,7 +189,6 @@ def newton(
         steps.append(
             NewtonStep(
                 gradient=size,
-                curvature=config.curvature,
                 damping=best.damping,
                 residual=float(best.info.residual),
                 solver_steps=int(best.info.steps),
@@ -192,15 +201,31 @@ def newton(
             )
         )
         began = ended
-        if hybrid:
-            config = dataclasses.replace(config, curvature=_next_curvature(config.curvature, best))
         # Nothing left to gain, or no way down with any damping; J is quadratic in the error that `rtol` is of. Training
         # that is finished here as well has no such scale.
         enough = config.rtol**2 * abs(sum(step.actual for step in steps)) if config.residual == "drop" else 0.0
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
-    return Descent(delta, steps, float(norm(residual)), first, work.spent)
+    finish, undone = None, float(norm(residual))
+    # A sample's own minimum is not the one that is wanted, and far from one there is none near.
+    near = config.residual == "keep" or undone <= UNFINISHED * first
+    if steps and config.newton_steps is None and problem.whole and near:
+        delta, finish = _finish(problem.edited, tilt, params, delta, config.rtol**2 * first, work)
+    return Descent(delta, steps, finish, undone, first, work.spent)
+
+
+def _finish(
+    objective: Objective, tilt: Params, params: Params, delta: Params, tolerance: float, work: Work
+) -> tuple[Params, Finish]:
+    """From params + delta to where |grad J| is the tolerance."""
+    began = time.perf_counter()
+    J = Tilted.at(objective, tilt, params)
+    found = lbfgs(Partial(_change, objective, tilt, params, J.sums), delta, tolerance=tolerance, max_evaluations=FINISH)
+    work.forwards(objective, 2)
+    work.gradients(objective, found.evaluations)
+    actual = J.change(found.params) - float(found.values[0])
+    return found.params, Finish(found.evaluations, found.gradient, actual, time.perf_counter() - began)
 
 
 def _attempt(
@@ -254,12 +279,6 @@ def _adapted(attempt: Attempt) -> float:
     if attempt.step_size < 1 or came_true(attempt) < DOUBTED:
         return attempt.damping * DAMPING_STEP
     return attempt.damping / DAMPING_STEP if trusted(attempt) else attempt.damping
-
-
-def _next_curvature(curvature: Curvature, attempt: Attempt) -> Curvature:
-    if curvature == "ggn":
-        return "ggn" if trusted(attempt) else "hessian"
-    return "ggn" if bool(attempt.info.negative_curvature) else "hessian"
 
 
 def came_true(attempt: Attempt) -> float:
