@@ -20,7 +20,7 @@ from pixel_jax.bench.network import (
 from pixel_jax.bench.operations import close, same
 from pixel_jax.bench.timing import Aim, Case, Work
 from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import encode_visual
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
 from pixel_jax.rollout import machine
@@ -91,7 +91,7 @@ def build_prefill(quick: bool) -> Work:
         positions, _ = mrope_positions(
             model.is_visual(tokens), valid, visual.grids, visual.seconds, start, model.config
         )
-        hidden, cache = model.step(model.unstack(), x, positions, valid, model.empty_cache(count, length), None)
+        hidden, cache = model.prefill(x, positions, valid)
         return model.logits(hidden[:, -1]), cache
 
     def ours():
@@ -150,20 +150,19 @@ def build_decode(rows: int, quick: bool) -> Work:
         config, group_size=1, max_response=steps, max_new_tokens=steps + 1, max_calls=0, max_images=1
     )
 
-    def decode(model, shared, state):
-        layers = model.unstack()
+    def decode(model, layers, shared, state):
         body = lambda _, state: machine.decode(model, layers, shared, state, config)
         return jax.lax.fori_loop(0, steps, body, state)
 
     def ours():
         start = jax.jit(
             lambda model, prompts: machine.start(
-                model, model.unstack(), prompts, jax.random.key(0), jnp.full(8, -1), jnp.zeros(2), config, shape
+                model, prompts, jax.random.key(0), jnp.full(8, -1), jnp.zeros(2), config, shape
             )
         )
         shared, state = start(model, prompts)
-        run = jax.jit(decode)
-        return lambda: run(model, shared, state).tokens
+        run, layers = jax.jit(decode), jax.jit(Qwen2_5_VL.unstack)(model)
+        return lambda: run(model, layers, shared, state).tokens
 
     alternatives: dict = {"pixel_jax": ours}
     if HAS_TORCH:

@@ -8,8 +8,8 @@ iff `0 <= key <= query`. Two tiny examples for four tokens, the last one padding
 
 Segments add "and only within your own segment". A query that sees no key returns zeros (and a log-sum-exp of -inf), never NaN.
 
-The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as a scan over chunks of keys, forward
-and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain JAX can be
+The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as scans over tiles of queries and keys,
+forward and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain JAX can be
 pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in memory too.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-CHUNK = 256  # keys a step of the chunked implementation looks at
+TILE = (256, 512)  # queries and keys that a step of the chunked implementation looks at
 
 
 class Mask(NamedTuple):
@@ -48,7 +48,7 @@ def attention(
     if implementation == "dense":
         out, lse = dense_attention(grouped, k, v, mask)
     elif implementation == "chunked":
-        out, lse = chunked_attention(grouped, k, v, mask, CHUNK)
+        out, lse = chunked_attention(grouped, k, v, mask, *TILE)
     else:
         raise ValueError(f"attention implementation {implementation!r} is not one of 'dense', 'chunked'")
     out = out.reshape(q.shape)
@@ -85,31 +85,94 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
     return out, jnp.moveaxis(lse[..., 0], 3, 1)
 
 
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """q [B, T, KV, G, D]; k, v [B, S, KV, D] -> output like q, and log-sum-exp float32 [B, T, KV, G] (-inf: no key)"""
-    pad = -k.shape[1] % chunk
-    if pad:
-        widen = lambda x, value: jnp.pad(x, [(0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
-        k, v = widen(k, 0), widen(v, 0)
-        k_segment = None if mask.k_segment is None else widen(mask.k_segment, 0)
-        mask = mask._replace(k_order=widen(mask.k_order, -1), k_segment=k_segment)
-    return _attend(chunk, q, k, v, mask)
+def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
+
+    Not to be differentiated, so it can do without what keeps the derivative finite, and divides the output, not the
+    weights: on a CPU, for 64 rows (own cache of 320, one of 384 for eight) 3.1 ms a layer and token instead of 6.8, for
+    8 rows .20 instead of .60.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+    s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
+    top = jnp.max(s, axis=-1, keepdims=True)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    p = jnp.exp(s - top)
+    total = p.sum(axis=-1, keepdims=True)
+    out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+    out = (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    rows_first = lambda x: jnp.moveaxis(x, 3, 1)
+    return rows_first(out).reshape(q.shape), rows_first(top + jnp.log(total)).reshape(batch, length, heads)
 
 
-def _chunks(k, v, mask: Mask, chunk: int):
-    """Keys, values and their orders and segments, [S, ...] cut into a leading axis to scan over."""
-    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-    return cut(k), cut(v), cut(mask.k_order), None if mask.k_segment is None else cut(mask.k_segment)
+def chunked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, queries: int, keys: int
+) -> tuple[jax.Array, jax.Array]:
+    """q [B, T, KV, G, D]; k, v [B, S, KV, D] -> output like q, and log-sum-exp float32 [B, T, KV, G] (-inf: no key)
+
+    queries, keys: of a tile of scores
+    """
+    length = q.shape[1]
+    queries, keys = min(queries, length), min(keys, k.shape[1])
+    widen = lambda x, size, value=0: jnp.pad(
+        x, [(0, 0), (0, -x.shape[1] % size), *[(0, 0)] * (x.ndim - 2)], constant_values=value
+    )
+    mask = Mask(
+        widen(mask.q_order, queries, -1),
+        widen(mask.k_order, keys, -1),
+        None if mask.q_segment is None else widen(mask.q_segment, queries),
+        None if mask.k_segment is None else widen(mask.k_segment, keys),
+    )
+    out, lse = _attend(queries, keys, widen(q, queries), widen(k, keys), widen(v, keys), mask)
+    return out[:, :length], lse[:, :length]
 
 
-def _forward(chunk, q, k, v, mask):
+def _blocks(size: int, *arrays):
+    """[B, T, ...] -> [T / size, B, size, ...], block i with positions i, i + T / size, ...: all of them have a part of every
+    device where positions are split over a mesh."""
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], size, -1, *x.shape[2:]), 2, 0)
+    return jax.tree.map(cut, arrays)
+
+
+def _joined(x: jax.Array) -> jax.Array:
+    """The inverse of `_blocks`."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _chunks(size: int, *arrays):
+    """[B, S, ...] -> [S / size, B, size, ...], of neighbours"""
+    cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+    return jax.tree.map(cut, arrays)
+
+
+def _forward(queries, keys, q, k, v, mask):
+    """A scan over blocks of queries of a scan over chunks of keys.
+
+    One over keys alone would do for the memory, but its tiles, [T, keys], fit in no memory on the chip: of the 77 GB that a
+    layer of the 7B model then moves for 12,288 positions, .2 are left (v5e and v6e, compiled; v5p keeps tiles in its main
+    memory all the same). A CPU takes half the time at 8,192 positions.
+    """
+    chunks = _chunks(keys, k, v, mask.k_order, mask.k_segment)
+
+    def block(_, part):
+        return None, _attend_block(*part, chunks)
+
+    _, (out, lse) = jax.lax.scan(block, None, _blocks(queries, q, mask.q_order, mask.q_segment))
+    return _joined(out), _joined(lse)
+
+
+def _attend_block(q, q_order, q_segment, chunks):
     batch, length, kv_heads, groups, head_dim = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
-    def add(carry, keys):
+    def add(carry, chunk):
         top, total, out = carry
-        k, v, k_order, k_segment = keys
-        seen = visible(mask._replace(k_order=k_order, k_segment=k_segment))[:, None, None]
+        k, v, k_order, k_segment = chunk
+        seen = visible(Mask(q_order, k_order, q_segment, k_segment))[:, None, None]
         s = jnp.where(seen, scores(q, k), -jnp.inf)
         # -inf - -inf would be NaN: until a key is seen the running maximum counts as 0.
         new_top = jnp.maximum(top, jax.lax.stop_gradient(s.max(axis=-1)))
@@ -121,47 +184,56 @@ def _forward(chunk, q, k, v, mask):
 
     shape = (batch, kv_heads, groups, length)
     start = (jnp.full(shape, -jnp.inf, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, head_dim), wide))
-    (top, total, out), _ = jax.lax.scan(add, start, _chunks(k, v, mask, chunk))
+    (top, total, out), _ = jax.lax.scan(add, start, chunks)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     out = jnp.moveaxis(out / total[..., None], 3, 1).astype(q.dtype)
     return out, jnp.moveaxis(jnp.where(empty, -jnp.inf, top + jnp.log(total)), 3, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(chunk, q, k, v, mask):
-    return _forward(chunk, q, k, v, mask)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(queries, keys, q, k, v, mask):
+    return _forward(queries, keys, q, k, v, mask)
 
 
-def _attend_forward(chunk, q, k, v, mask):
-    out, lse = _forward(chunk, q, k, v, mask)
+def _attend_forward(queries, keys, q, k, v, mask):
+    out, lse = _forward(queries, keys, q, k, v, mask)
     return (out, lse), (q, k, v, mask, out, lse)
 
 
-def _attend_backward(chunk, residuals, cotangents):
+def _attend_backward(queries, keys, residuals, cotangents):
     q, k, v, mask, out, lse = residuals
     d_out, d_lse = cotangents
     wide = lse.dtype
-    keys_last = lambda x: jnp.moveaxis(x, 1, 3)  #   [B, T, KV, G] -> [B, KV, G, T]
     # d scores = p * (d_out . v - delta), and the log-sum-exp's own cotangent enters as d_lse * p.
-    delta = keys_last(jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_lse)[..., None]
-    shift = keys_last(jnp.where(jnp.isfinite(lse), lse, 0.0))[..., None]
+    delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_lse
+    shift = jnp.where(jnp.isfinite(lse), lse, 0.0)
     scale = q.shape[-1] ** -0.5
+    chunks = _chunks(keys, k, v, mask.k_order, mask.k_segment)
+    keys_last = lambda x: jnp.moveaxis(x, 1, 3)[..., None]  #   [B, T, KV, G] -> [B, KV, G, T, 1]
 
-    def add(d_q, keys):
-        k, v, k_order, k_segment = keys
-        seen = visible(mask._replace(k_order=k_order, k_segment=k_segment))[:, None, None]
-        p = jnp.where(seen, jnp.exp(jnp.where(seen, scores(q, k) - shift, 0.0)), 0.0)
-        d_v = jnp.einsum("bkgts,btkgd->bskd", p.astype(v.dtype), d_out, preferred_element_type=wide)
-        d_p = jnp.einsum("btkgd,bskd->bkgts", d_out, v, preferred_element_type=wide)
-        d_s = (p * (d_p - delta) * scale).astype(q.dtype)
-        d_k = jnp.einsum("bkgts,btkgd->bskd", d_s, q, preferred_element_type=wide)
-        d_q = d_q + jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=wide)
-        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+    def block(sums, part):
+        q, q_order, q_segment, d_out, delta, shift = part
+        delta, shift = keys_last(delta), keys_last(shift)
 
-    d_q, (d_k, d_v) = jax.lax.scan(add, jnp.zeros(q.shape, wide), _chunks(k, v, mask, chunk))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(k.shape)
-    return d_q.astype(q.dtype), join(d_k), join(d_v), None
+        def add(d_q, chunk):
+            (k, v, k_order, k_segment), (d_k, d_v) = chunk
+            seen = visible(Mask(q_order, k_order, q_segment, k_segment))[:, None, None]
+            p = jnp.where(seen, jnp.exp(jnp.where(seen, scores(q, k) - shift, 0.0)), 0.0)
+            d_v = d_v + jnp.einsum("bkgts,btkgd->bskd", p.astype(v.dtype), d_out, preferred_element_type=wide)
+            d_p = jnp.einsum("btkgd,bskd->bkgts", d_out, v, preferred_element_type=wide)
+            d_s = (p * (d_p - delta) * scale).astype(q.dtype)
+            d_k = d_k + jnp.einsum("bkgts,btkgd->bskd", d_s, q, preferred_element_type=wide)
+            d_q = d_q + jnp.einsum("bkgts,bskd->btkgd", d_s, k, preferred_element_type=wide)
+            return d_q, (d_k, d_v)
+
+        d_q, sums = jax.lax.scan(add, jnp.zeros(q.shape, wide), (chunks, sums))
+        return sums, d_q.astype(q.dtype)
+
+    zeros = tuple(jnp.zeros(x.shape, wide) for x in chunks[:2])
+    sums, d_q = jax.lax.scan(block, zeros, _blocks(queries, q, mask.q_order, mask.q_segment, d_out, delta, shift))
+    d_k, d_v = (jnp.moveaxis(x, 0, 1).reshape(k.shape).astype(k.dtype) for x in sums)
+    return _joined(d_q), d_k, d_v, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -1,4 +1,4 @@
-"""The decoder: grouped-query attention, gated MLP, M-RoPE; a scan over stacked layers, or unrolled over a cache."""
+"""The decoder: grouped-query attention, gated MLP, M-RoPE; a scan over stacked layers, or unrolled onto a cache."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from pixel_jax.models.attention import Mask, attention, merge
+from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, stack
 from pixel_jax.models.rope import mrope_angles, rotate
@@ -63,13 +63,16 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, x, cos, sin, mask: Mask, implementation: str, mesh: Mesh | None = None) -> jax.Array:
-        """x [B, T, D], no cache. On a mesh with a sequence axis the queries stay split, keys and values are gathered."""
+    def __call__(self, x, cos, sin, mask: Mask, implementation: str, mesh: Mesh | None = None):
+        """x [B, T, D] -> x and its keys and values [B, T, kv_heads, head_dim].
+
+        On a mesh with a sequence axis the queries stay split, keys and values are gathered.
+        """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         q = split_sequence(q, mesh, ROWS, SEQUENCE, "tensor")
         k, v = split_sequence((k, v), mesh, ROWS, None, "tensor")
         x = x + self.self_attn.out(attention(q, k, v, mask, implementation=implementation))
-        return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE)
+        return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
     def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, prefix, prefix_mask: Mask | None):
         """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots.
@@ -80,20 +83,14 @@ class DecoderLayer(nnx.Module):
         rows = jnp.arange(x.shape[0])[:, None]
         cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
-        own = attention(q, _keys_first(cache_k, q), _keys_first(cache_v, q), mask, return_lse=prefix is not None)
+        own, own_lse = cached_attention(q, cache_k, cache_v, mask)
         if prefix is not None:
             # The n rows of a prompt become n times as many queries of one row: its keys are read, never repeated.
-            shared_k, shared_v = (_keys_first(c, q) for c in prefix)
-            folded = q.reshape(shared_k.shape[0], -1, *q.shape[2:])
-            out, lse = attention(folded, shared_k, shared_v, prefix_mask, return_lse=True)
-            own = merge([own, (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
+            folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
+            out, lse = cached_attention(folded, *prefix, prefix_mask)
+            own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
         x = x + self.self_attn.out(own)
         return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v
-
-
-def _keys_first(cache: jax.Array, like: jax.Array) -> jax.Array:
-    """[B, kv_heads, L, head_dim] -> [B, L, kv_heads, head_dim], a view the compiler undoes"""
-    return jnp.swapaxes(cache, 1, 2).astype(like.dtype)
 
 
 class Embedding(nnx.Module):
@@ -120,16 +117,28 @@ class Decoder(nnx.Module):
         self, x, positions, valid, *, segments=None, remat=False, implementation="dense", mesh=None
     ) -> jax.Array:
         """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
+        options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
+        return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
+
+    def prefill(self, x, positions, valid, *, implementation="dense") -> tuple[jax.Array, KVCache]:
+        """See `Qwen2_5_VL.prefill`."""
+        in_cache = lambda keys_and_values: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), keys_and_values)
+        hidden, (keys, values) = self._layers(x, positions, valid, in_cache, implementation=implementation)
+        return hidden, KVCache(tuple(keys), tuple(values), valid.sum(axis=1, dtype=jnp.int32))
+
+    def _layers(self, x, positions, valid, keep, *, segments=None, remat=False, implementation="dense", mesh=None):
+        """Hidden states after the last norm, and what `keep` keeps of every layer's keys and values, stacked."""
         x = split_sequence(x, mesh, ROWS, SEQUENCE)
         cos, sin = self.angles(positions)
         order = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
         mask = Mask(order, jnp.where(valid, order, -1), segments, segments)
 
         def block(x, layer):
-            return keep_rows(layer(x, cos, sin, mask, implementation, mesh)), None
+            x, keys_and_values = layer(x, cos, sin, mask, implementation, mesh)
+            return keep_rows(x), keep(keys_and_values)
 
-        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, keep_rows(x), self.layers)
-        return self.norm(x)
+        x, kept = jax.lax.scan(jax.checkpoint(block) if remat else block, keep_rows(x), self.layers)
+        return self.norm(x), kept
 
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
         """See `Qwen2_5_VL.step`."""

@@ -87,6 +87,15 @@ class Qwen2_5_VL(nnx.Module):
             x, positions, valid, segments=segments, remat=remat, implementation=implementation, mesh=mesh
         )
 
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str = "dense"
+    ) -> tuple[jax.Array, KVCache]:
+        """As `backbone`, and the cache of the tokens, left-aligned, for `step` to go on from or to read as a prefix.
+
+        The cache has no room for more.
+        """
+        return self.language_model.prefill(x, positions, valid, implementation=implementation)
+
     def unstack(self) -> tuple[nnx.Module, ...]:
         """The decoder layers one by one, for `step`. Call it once, outside the decoding loop."""
         return unstack(self.language_model.layers, self.config.text.num_hidden_layers)

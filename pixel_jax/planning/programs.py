@@ -261,7 +261,6 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "observe": config.max_calls / turns,
         "views": -(-(recipe.rows("rollout") // shards) // config.observe_chunk),
         "pieces": -(-width // machine.READ_CHUNK),
-        "opening/pieces": 0,
         "bytes": int(np.max(recipe.tables.bytes.length)),
         "tiles": tiles(side, shown),
         "strips": -(-side // ROW_BLOCK),

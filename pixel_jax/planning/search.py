@@ -101,9 +101,10 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
-    full = recipe.config.lora is None and step != "score"
-    if (8 if full else 1) * held > chip.memory:  # float32 weights, two moments and gradients
+    full = recipe.config.lora is None
+    if (8 - 2 * (step == "score") if full else 1) * held > chip.memory:  # float32 weights, two moments, gradients to train
         return math.inf
+    full &= step != "score"
     tokens = recipe.rows(step) / row_parts * recipe.length(step) / sequence
     turns = recipe.rows(step) / row_parts
     passes = 1 if step == "score" else 3 + full  # forward, forward again, backward, and gradients the other way

@@ -51,7 +51,7 @@ class Shared(NamedTuple):
     """What the rows of one prompt have in common; B prompts."""
 
     prompts: Prompts
-    prefix: KVCache
+    prefix: KVCache  # of the prompts and the opening
     visual: Visual
     temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
 
@@ -115,7 +115,6 @@ def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visu
 
 def start(
     model: Qwen2_5_VL,
-    layers: tuple,
     prompts: Prompts,
     key: jax.Array,
     opening: jax.Array,
@@ -129,14 +128,20 @@ def start(
     """
     visual = prompt_visual(prompts, config, shape)
     batch, width = prompts.tokens.shape
-    valid = jnp.arange(width) < prompts.length[:, None]
-    features = encode_visual(model, visual, implementation=config.implementation)
-    x = model.embed(prompts.tokens, features, visual.grids)
-    positions, next_pos = mrope_positions(
-        model.is_visual(prompts.tokens), valid, visual.grids, visual.seconds, jnp.zeros(batch, jnp.int32), model.config
+    # All rows begin alike, so the opening is read with the prompt.
+    room, written = opening.shape[0], jnp.sum(opening >= 0)
+    index = jnp.arange(width + room) - prompts.length[:, None]
+    tokens = jnp.where(
+        index < 0, jnp.pad(prompts.tokens, ((0, 0), (0, room))), jnp.maximum(opening, 0)[jnp.clip(index, 0, room - 1)]
     )
-    hidden, prefix = model.step(layers, x, positions, valid, model.empty_cache(batch, width), None)
-    last = jnp.take_along_axis(hidden, prompts.length[:, None, None] - 1, axis=1)[:, 0]
+    valid = index < written
+    features = encode_visual(model, visual, implementation=config.implementation)
+    x = model.embed(tokens, features, visual.grids)
+    positions, next_pos = mrope_positions(
+        model.is_visual(tokens), valid, visual.grids, visual.seconds, jnp.zeros(batch, jnp.int32), model.config
+    )
+    hidden, prefix = model.prefill(x, positions, valid, implementation=config.implementation)
+    last = jnp.take_along_axis(hidden, (prompts.length + written)[:, None, None] - 1, axis=1)[:, 0]
 
     group, rows = config.group_size, batch * config.group_size
     spread = lambda x: jnp.repeat(x, group, axis=0)
@@ -151,10 +156,10 @@ def start(
     numbers = config.max_calls + 1
     none = jnp.full((rows, numbers), -1, jnp.int32)
     state = State(
-        tokens=jnp.zeros((rows, config.max_response), jnp.int32),
+        tokens=jnp.zeros((rows, config.max_response), jnp.int32).at[:, :room].set(jnp.maximum(opening, 0)),
         chosen=jnp.zeros((rows, config.max_response), bool),
         logprobs=jnp.zeros((rows, config.max_response), jnp.float32),
-        length=jnp.zeros(rows, jnp.int32),
+        length=jnp.full(rows, written),
         turn_start=jnp.zeros(rows, jnp.int32),
         status=jnp.full(rows, WRITING, jnp.int32),
         stop=jnp.full(rows, -1, jnp.int32),
@@ -177,9 +182,6 @@ def start(
         keys=keys,
     )
     shared = Shared(prompts, prefix, visual, temperature)
-    written = jnp.broadcast_to(jnp.maximum(opening, 0), (rows, opening.shape[0]))
-    with jax.named_scope("opening"):
-        state = append(model, layers, shared, state, written, jnp.full(rows, jnp.sum(opening >= 0), jnp.int32))
     reader, _ = jax.lax.scan(
         lambda reader, token: (automaton.step(prompts.tables.bytes, reader, jnp.full(rows, token)), None),
         state.reader,

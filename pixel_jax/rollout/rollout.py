@@ -90,7 +90,7 @@ def compiled_rollout(
 ) -> Trajectories:
     """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
     layers = model.unstack()
-    shared, state = machine.start(model, layers, prompts, key, opening, temperature, config, shape)
+    shared, state = machine.start(model, prompts, key, opening, temperature, config, shape)
     state = constrain_rows(state, mesh)
 
     def turn(state: State) -> State:
@@ -147,7 +147,7 @@ def host_rollout(
     with jax.set_mesh(mesh) if mesh is not None else _nothing():
         layers = _unstack(model)
         opening, temperature, config = traced(config, opening)
-        shared, state = _start(model, layers, prompts, key, opening, temperature, config, shape)
+        shared, state = _start(model, prompts, key, opening, temperature, config, shape)
         while np.any(np.asarray(state.status) != DONE):
             while np.any(np.asarray(state.status) == WRITING):
                 state = _decode(model, layers, shared, state, config)

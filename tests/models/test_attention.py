@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.models.attention import Mask, attention, chunked_attention, merge
+from pixel_jax.models.attention import Mask, attention, cached_attention, chunked_attention, merge
 
 
 def naive(q, k, v, mask):
@@ -35,10 +35,10 @@ def case(rng, batch=2, queries=7, keys=11, heads=4, kv_heads=2, dim=8, segments=
 
 
 def small_chunks(q, k, v, mask):
-    """The chunked implementation over four keys at a time, in the door's shapes."""
+    """The chunked implementation on tiles of three queries and four keys, in the door's shapes."""
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
-    out, lse = chunked_attention(q.reshape(batch, length, kv, heads // kv, dim), k, v, mask, 4)
+    out, lse = chunked_attention(q.reshape(batch, length, kv, heads // kv, dim), k, v, mask, 3, 4)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -46,8 +46,12 @@ def dense(q, k, v, mask):
     return attention(q, k, v, mask, return_lse=True)
 
 
+def cached(q, k, v, mask):
+    return cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask)
+
+
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("run", [dense, small_chunks])
+@pytest.mark.parametrize("run", [dense, small_chunks, cached])
 def test_values(rng, run, segments):
     q, k, v, mask = case(rng, segments=segments)
     out, lse = jax.jit(run)(q, k, v, mask)
@@ -58,7 +62,7 @@ def test_values(rng, run, segments):
 
 
 def test_door_chunks_equal_dense(rng):
-    q, k, v, mask = case(rng, queries=30, keys=300)
+    q, k, v, mask = case(rng, queries=520, keys=700)
     a, b = (attention(q, k, v, mask, implementation=name, return_lse=True) for name in ("dense", "chunked"))
     np.testing.assert_allclose(a[0], b[0], atol=2e-6)
     np.testing.assert_allclose(a[1], b[1], atol=2e-6)

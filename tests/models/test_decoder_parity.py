@@ -203,7 +203,8 @@ def test_shared_prefix_equals_full_forward(model, rng):
     where = positions[:, ::3, :6]
     valid = jnp.arange(6)[None] < lengths[:, None]
     layers, step = model.unstack(), jax.jit(Qwen2_5_VL.step)
-    _, prefix = step(model, layers, prompt, where, valid, model.empty_cache(2, 8))
+    _, prefix = jax.jit(Qwen2_5_VL.prefill)(model, prompt, where, valid)
+    assert prefix.length.tolist() == [6, 4]
     cache = model.empty_cache(6, 4)
     got = []
     for t in (slice(6, 8), slice(8, 9), slice(9, 10)):

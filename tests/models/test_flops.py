@@ -39,7 +39,7 @@ def decode(model: Qwen2_5_VL, x, remat=False):
     """The decoder's layers in a Python loop, and the logits; a nonlinear function of them, so that none is computed in vain."""
     order = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
     cos, sin = model.language_model.angles(jnp.broadcast_to(order, (3, ROWS, LENGTH)))
-    block = lambda layer, x: layer(x, cos, sin, Mask(order, order), "dense")
+    block = lambda layer, x: layer(x, cos, sin, Mask(order, order), "dense")[0]
     logits = lambda model, x: jnp.mean(model.logits(model.language_model.norm(x)) ** 2)
     if remat:
         block, logits = jax.checkpoint(block), jax.checkpoint(logits)

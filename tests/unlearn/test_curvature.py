@@ -244,7 +244,7 @@ def attend(implementation):
 
 
 def small_chunks(q, k, v, mask):
-    return chunked_attention(q[:, :, :, None], k, v, mask, 2)[0].reshape(q.shape)
+    return chunked_attention(q[:, :, :, None], k, v, mask, 2, 2)[0].reshape(q.shape)
 
 
 @pytest.mark.parametrize("make", [hvp, ggnvp, fvp])
