@@ -8,9 +8,10 @@ iff `0 <= key <= query`. Two tiny examples for four tokens, the last one padding
 
 Segments add "and only within your own segment". A query that sees no key returns zeros (and a log-sum-exp of -inf), never NaN.
 
-The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as scans over tiles of queries and keys,
-forward and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain JAX can be
-pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in memory too.
+The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.14135) as scans over tiles of queries and
+keys, forward and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain
+JAX can be pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in
+memory too.
 """
 
 import functools

@@ -102,7 +102,9 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
     full = recipe.config.lora is None
-    if (8 - 2 * (step == "score") if full else 1) * held > chip.memory:  # float32 weights, two moments, gradients to train
+    # In units of bfloat16 weights: float32 weights and two moments, and to train gradients.
+    state = 1 if not full else 6 if step == "score" else 8
+    if state * held > chip.memory:
         return math.inf
     full &= step != "score"
     tokens = recipe.rows(step) / row_parts * recipe.length(step) / sequence
