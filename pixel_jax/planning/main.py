@@ -7,6 +7,7 @@ prediction only as far as the hardware reaches its peaks.
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 from ml_collections import config_flags
@@ -44,7 +45,7 @@ def main(command: str, arguments: list[str]) -> None:
     if min(FLAGS.fitting, FLAGS.most) < 1:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
     jax.config.update("jax_platforms", "cpu")  # the machine at hand is not the one to plan for
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width of its own
     recipe = read_recipe(load(TrainConfig, FLAGS.config), console)
     if unknown := set(FLAGS.steps) - set(recipe.steps):
         raise UserError(f"this config has no step {sorted(unknown)[0]!r}; it has {', '.join(recipe.steps)}")
