@@ -14,7 +14,6 @@ from unlearn_jax.quickstart.table import table
 from unlearn_jax.quickstart.traces import Edited, Request, describe, draw_traces
 
 STEP_COLUMNS = (
-    "curvature",
     "gradient",
     "damping",
     "solver_steps",
@@ -44,6 +43,11 @@ def edit(config: Config, request: Request | None = None, mesh: Mesh | None = Non
     job.write("request.json", dataclasses.asdict(request))
     job.write("report.json", report)
     say("\n" + steps_table(report["steps"]) + "\n")
+    if finish := report["finish"]:
+        say(
+            f"L-BFGS from there: {finish['evaluations']} evaluations in {finish['seconds']:.0f} s, objective "
+            f"{finish['actual']:+.3g}, gradient {finish['gradient']:.1e}\n"
+        )
     groups = {group: {name: loss[group] for name, loss in losses.items()} for group in losses["before"]}
     say(table(groups, "loss per token") + "\n")
     say(
