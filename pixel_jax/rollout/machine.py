@@ -155,11 +155,12 @@ def start(
     images = jnp.where(prompts.is_video, 1, prompts.num_canvases)
     numbers = config.max_calls + 1
     none = jnp.full((rows, numbers), -1, jnp.int32)
+    blank = jnp.zeros((rows, config.max_response), jnp.int32)
     state = State(
-        tokens=jnp.zeros((rows, config.max_response), jnp.int32).at[:, :room].set(jnp.maximum(opening, 0)),
+        tokens=blank.at[:, :room].set(jnp.maximum(opening, 0)[: config.max_response]),
         chosen=jnp.zeros((rows, config.max_response), bool),
         logprobs=jnp.zeros((rows, config.max_response), jnp.float32),
-        length=jnp.full(rows, written),
+        length=jnp.full(rows, written, jnp.int32),
         turn_start=jnp.zeros(rows, jnp.int32),
         status=jnp.full(rows, WRITING, jnp.int32),
         stop=jnp.full(rows, -1, jnp.int32),
