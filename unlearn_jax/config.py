@@ -32,7 +32,7 @@ class ErasureConfig:
       newton_steps          how often to solve again at the new parameters, at most: with residual "drop" no step follows one
                             which lets the edited objective fall by less than rtol^2 of what all have. None: once, and if all
                             examples are looked at L-BFGS goes on to the minimum, until the gradient is rtol^2 of the edit's
-                            right side (a sample's own minimum is not the one that is wanted)
+                            right side, or as small as training had left it (a sample's own minimum is not the one wanted)
       line_search           halve a step until the edited objective falls as it should
 
     How (curvature + weight_decay + damping) step = b is solved:

@@ -208,10 +208,12 @@ def newton(
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
     finish, undone = None, float(norm(residual))
-    # A sample's own minimum is not the one that is wanted, and far from one there is none near.
-    near = config.residual == "keep" or undone <= UNFINISHED * first
-    if steps and config.newton_steps is None and problem.whole and near:
-        delta, finish = _finish(problem.edited, tilt, params, delta, config.rtol**2 * first, work)
+    # A sample's own minimum is not the one that is wanted, and far from one there is none near. A gradient smaller than the
+    # tilt would tell of the tilt: where J is flat that leads far away.
+    tilted = undone if config.residual == "drop" else 0.0
+    if steps and config.newton_steps is None and problem.whole and tilted <= UNFINISHED * first:
+        tolerance = max(config.rtol**2 * first, tilted)
+        delta, finish = _finish(problem.edited, tilt, params, delta, tolerance, work)
     return Descent(delta, steps, finish, undone, first, work.spent)
 
 

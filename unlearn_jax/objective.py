@@ -59,7 +59,7 @@ class Objective:
     ) -> "Objective":
         """From examples [n, ...] (host arrays, or traced ones); without `micro_batch` they are taken all at once.
 
-        Without a mesh they stay on the host: whoever uses them again and again does a `jax.device_put` of the objective.
+        Without a mesh they stay on the host: whoever uses them again and again takes them `on_device`.
         """
         count = len(coefficients)
         for path, x in jax.tree_util.tree_leaves_with_path(examples):
@@ -222,7 +222,12 @@ def dataset_objective(
     """R of a whole dataset. `params` only tell the loss their shapes."""
     weights = coefficients(loss, params, dataset, reduction)
     options = {"weight_decay": weight_decay, "micro_batch": micro_batch, "mesh": mesh}
-    return jax.device_put(Objective.of(loss, dataset.take(), weights, **options))
+    return on_device(Objective.of(loss, dataset.take(), weights, **options))
+
+
+def on_device(objective: Objective) -> Objective:
+    """As it is if it lies on a mesh (of several processes none could put it elsewhere); else on the default device."""
+    return jax.device_put(objective) if objective.mesh is None else objective
 
 
 def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:

@@ -16,7 +16,7 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
 from unlearn_jax.loss import Params
-from unlearn_jax.objective import Objective, coefficients, normalizer
+from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ def make_problem(
     c_kept = weigh(kept) * rest if len(kept) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
-    build = lambda examples, c: jax.device_put(Objective.of(loss, examples, c, **options))
+    build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options))
     parts = [old.take(), new.take(), kept.take()]
     c_before = np.concatenate([c_old, np.zeros(len(new)), c_kept / total_before])
     c_after = np.concatenate([np.zeros(len(old)), c_new, c_kept / total_after])

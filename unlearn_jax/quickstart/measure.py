@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 from jax.tree_util import Partial
 
@@ -10,7 +9,7 @@ from unlearn_jax.baselines.divergence import divergence
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Params
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
-from unlearn_jax.objective import Objective, element_counts
+from unlearn_jax.objective import Objective, element_counts, on_device
 from unlearn_jax.quickstart.job import Job, to_host
 from unlearn_jax.quickstart.traces import Edited
 
@@ -27,7 +26,7 @@ class Measure:
         examples = edited.everything()
         tokens = element_counts(job.loss, job.fresh, Dataset.of(examples))
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
-        objective = jax.device_put(Objective.of(job.loss, examples, np.ones(len(tokens)), **options))
+        objective = on_device(Objective.of(job.loss, examples, np.ones(len(tokens)), **options))
         return cls(job, edited, objective, tokens)
 
     def losses(self, adapter: Params) -> dict[str, float]:
