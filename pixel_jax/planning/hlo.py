@@ -5,7 +5,8 @@ the program, those that the data decides are given by the caller, by the `jax.na
 
 * FLOPs are those of matrix products (`dot` and `convolution`, which is what TPUs make of it), the convention of MFU.
 * Bytes are what an instruction reads and writes in the device's main memory: operands and results of everything outside
-  a fusion, slices of what is only sliced, updates of what is updated in place. Buffers in on-chip memory are free.
+  a fusion, slices of what is only sliced (in fusions inside the fusion, too), updates of what is updated in place. Buffers
+  in on-chip memory are free.
 * Collectives are bytes that a device sends, by the ring algorithm: (n - 1) / n of the whole array in a group of n, for
   all-reduce twice that.
 """
@@ -276,41 +277,62 @@ class Counter:
 
     def fusion_bytes(self, x: Instruction, inside: Computation, within: Computation) -> float:
         """As `plain_bytes`: operands that are only sliced count as their slices, a result updated in place as the update."""
-        users = collections.defaultdict(list)
-        for instruction in inside.values():
-            for place, name in enumerate(instruction.operands):
-                users[name].append((place, instruction))
         read = 0.0
         for parameter in (i for i in inside.values() if i.opcode == "parameter"):
             operand = within[x.operands[int(parameter.arguments)]]
             if not any(array.bytes for array in operand.arrays):
                 continue
-            uses = list(_uses(parameter, users))
+            uses = list(self.uses(parameter, inside))
             if uses and all(place == 0 and user.opcode in SLICING for place, user in uses):
-                read += sum(0 if user.opcode == "dynamic-update-slice" else _result_bytes(user) for _, user in uses)
+                slices = [user for _, user in uses if user.opcode != "dynamic-update-slice"]
+                read += sum(_stored(array) for user in slices for array in user.arrays)
             else:
                 read += sum(array.bytes for array in operand.arrays)
-        root = next(i for i in inside.values() if i.root)
+        root = _root(inside)
         written = 0.0
         parts = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
         for array, part in zip(x.arrays, parts, strict=False):
-            while part.opcode in ("bitcast", "copy", "convert") and part.operands[0] in inside:
-                part = inside[part.operands[0]]
-            update = part.opcode == "dynamic-update-slice" and not array.on_chip
-            written += _stored(inside[part.operands[1]].arrays[0]) if update else array.bytes
+            update = None if array.on_chip else self.update(part, inside)
+            written += array.bytes if update is None else update
         return read + written
+
+    def uses(self, x: Instruction, within: Computation) -> Iterator[tuple[int, Instruction]]:
+        """Who reads `x`: (which operand, instruction), seen through bitcasts, copies and the fusions inside fusions."""
+        for user in within.values():
+            for place in (i for i, name in enumerate(user.operands) if name == x.name):
+                if user.opcode in PASSING:
+                    yield from self.passed(user, within)
+                elif user.opcode == "fusion":
+                    inner = self.computations[user.called("calls")[0]]
+                    (parameter,) = [i for i in inner.values() if i.opcode == "parameter" and int(i.arguments) == place]
+                    for deeper, reader in self.uses(parameter, inner):
+                        if reader.root and reader.opcode in PASSING:
+                            yield from self.passed(user, within)
+                        else:
+                            yield deeper, reader
+                else:
+                    yield place, user
+
+    def passed(self, x: Instruction, within: Computation) -> Iterator[tuple[int, Instruction]]:
+        """Of what only passes its operand on: who reads it, or itself where it is the result."""
+        yield from [(0, x)] if x.root else self.uses(x, within)
+
+    def update(self, x: Instruction, within: Computation) -> float | None:
+        """Bytes that are new in a result, if it is an array updated in place."""
+        while x.opcode in (*PASSING, "convert") and x.operands[0] in within:
+            x = within[x.operands[0]]
+        if x.opcode == "fusion":
+            inner = self.computations[x.called("calls")[0]]
+            return self.update(_root(inner), inner)
+        return _stored(within[x.operands[1]].arrays[0]) if x.opcode == "dynamic-update-slice" else None
 
 
 SLICING = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+PASSING = ("bitcast", "copy")
 
 
-def _uses(x: Instruction, users) -> Iterator[tuple[int, Instruction]]:
-    """Who reads `x`, seen through bitcasts: (which operand, instruction)."""
-    for place, user in users[x.name]:
-        if user.opcode == "bitcast":
-            yield from _uses(user, users)
-        else:
-            yield place, user
+def _root(computation: Computation) -> Instruction:
+    return next(x for x in computation.values() if x.root)
 
 
 def _stored(array: Array) -> float:

@@ -118,6 +118,24 @@ def test_memory_grows_linearly():
     assert long < temporaries(1024, "dense") * 4
 
 
+def test_memory_grows_linearly_through_a_scan_over_layers():
+    """JAX computes what is the same in all turns of a scan before it: the masks of all tiles are [T, S] and must not be kept."""
+
+    def temporaries(length):
+        order = jnp.arange(length)[None]
+
+        def layer(x, w):
+            q = (x @ w).reshape(1, length, 4, 16)
+            out = attention(q, q[:, :, :2], q[:, :, 2:], Mask(order, order), implementation="chunked")
+            return x + out.reshape(x.shape), None
+
+        gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0] ** 2)))
+        shapes = jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), jax.ShapeDtypeStruct((1, length, 64), jnp.float32)
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.5 * temporaries(2048)
+
+
 def test_merged_parts_equal_the_whole(rng):
     """Keys in two parts, one of which a query may not see at all."""
     q, k, v, mask = case(rng)

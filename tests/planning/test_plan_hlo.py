@@ -93,6 +93,50 @@ def test_bytes_of_a_loop_are_those_of_what_it_slices():
     assert counted(lambda x, y: x + y, f32(1000), f32(1000)).bytes == 3 * 4000
 
 
+FUSIONS = """
+HloModule m
+
+%slicing (p: f32[40,512], i: s32[]) -> f32[512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,512]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,512}
+  ROOT %flat = f32[512]{0} bitcast(%one)
+}
+
+%passing (p: f32[40,512]) -> f32[40,512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  ROOT %same = f32[40,512]{1,0:T(8,128)} copy(%p)
+}
+
+%outer (p: f32[40,512], i: s32[], v: f32[512]) -> f32[512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %v = f32[512]{0} parameter(2)
+  %q = f32[40,512]{1,0} fusion(%p), kind=kLoop, calls=%passing
+  %row = f32[512]{0} fusion(%q, %i), kind=kLoop, calls=%slicing
+  ROOT %sum = f32[512]{0} add(%row, %v)
+}
+
+ENTRY %main (p: f32[40,512], i: s32[], v: f32[512]) -> f32[512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %v = f32[512]{0} parameter(2)
+  ROOT %f = f32[512]{0} fusion(%p, %i, %v), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_slices_in_fusions_inside_a_fusion():
+    """As compilers for TPUs write them: a row of the matrix, the index, the vector, and the result."""
+    assert Counter(FUSIONS).total().bytes == 3 * 4 * 512 + 4
+    whole = FUSIONS.replace(
+        "ROOT %sum = f32[512]{0} add(%row, %v)",
+        "%all = f32[40,512]{1,0} negate(%q)\n  ROOT %sum = f32[512]{0} add(%row, %v)",
+    )
+    assert Counter(whole).total().bytes == 4 * (40 * 512 + 2 * 512) + 4
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
