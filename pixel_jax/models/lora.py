@@ -18,6 +18,7 @@ from flax import nnx
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.parallel.sharding import value_of
 
 Filter = type | Callable[[str, nnx.Variable], bool]
 
@@ -94,7 +95,7 @@ def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.
     selected, rest = {}, []
     for _, key, weight in named_weights(model):
         if select(key, weight):
-            selected[key] = weight[...]
+            selected[key] = value_of(weight)
             weight = weight.replace(None)
         rest.append(weight)
     if not selected:

@@ -19,7 +19,9 @@ def define_flags(command: str) -> None:
     config_flags.DEFINE_config_file("config", None, "The experiment, a file under configs/.", lock_config=True)
     flags.mark_flag_as_required("config")
     flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
-    flags.DEFINE_list("steps", [], "Of sft, rollout, score, update: those to plan. Default: all that the config has.")
+    flags.DEFINE_list(
+        "steps", [], "Of sft, unlearn, rollout, score, update: those to plan. Default: all that the config has."
+    )
     flags.DEFINE_string("json", None, "File for the plans.")
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
     flags.DEFINE_integer("most", 4, "Most shardings to compile for each step.")

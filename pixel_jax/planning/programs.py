@@ -17,6 +17,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import ROWS, shardings
+from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.rollout import compiled_rollout, traced
@@ -27,6 +28,7 @@ from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
 
+TUNING = ("sft", "unlearn")
 PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
@@ -42,19 +44,20 @@ class Recipe:
     @property
     def steps(self) -> tuple[str, ...]:
         """The steps of this recipe, in the order in which a run takes them."""
-        rl = () if self.config.rl is None else ("rollout", "score", "update")
-        return ("sft",) * (self.config.sft is not None) + rl
+        config = self.config
+        tuning = ("sft", *["unlearn"] * (config.lora is not None)) if config.sft is not None else ()
+        return tuning + (("rollout", "score", "update") if config.rl is not None else ())
 
     def rows(self, step: str) -> int:
         """Rows that one call of the step's program works on."""
-        if step == "sft":
+        if step in TUNING:
             return self.config.sft.batch_size
         return self.config.rl.rows // self.config.rl.rollouts if step == "rollout" else self.config.rl.train_batch
 
     def length(self, step: str) -> int:
         """Tokens of a row."""
         config = self.config
-        return config.trace_tokens if step == "sft" else config.prompt_width + config.rl.rollout.max_response
+        return config.trace_tokens if step in TUNING else config.prompt_width + config.rl.rollout.max_response
 
 
 class Program(NamedTuple):
@@ -197,7 +200,7 @@ def micro_batches(rows: int, mesh: Mesh) -> int:
 
 
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
-    """The program of one step ("sft", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
+    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
     config = recipe.config
     turns = vision_turns(recipe.network)
     if step == "rollout":
@@ -210,8 +213,13 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
         resident = bytes_per_device(state) - bytes_per_device(same)
         turns |= rollout_turns(recipe, mesh)
         return Program(compiled_rollout, arguments, options, resident, turns, mesh)
-    phase = config.sft if step == "sft" else config.rl
+    phase = config.sft if step in TUNING else config.rl
     rows = recipe.rows(step)
+    if step == "unlearn":
+        model = abstract_model(recipe)
+        model = placed(model, shardings(model, mesh))
+        function, *arguments = gauss_newton(model, sft_batch(recipe), mesh, micro_batches(rows, mesh))
+        return Program(function, tuple(arguments), {"curvature": "ggn"}, 0, turns, mesh)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches(rows, mesh))
     if step == "sft":
         optimizer = make_optimizer(phase.optimizer, phase.steps)

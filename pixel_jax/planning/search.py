@@ -70,7 +70,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
             continue
         rest = devices // tensor
-        for sequence in (1,) if step == "rollout" else (1, 2, 4, 8):
+        for sequence in (1,) if step in ("rollout", "unlearn") else (1, 2, 4, 8):
             if rest % sequence or recipe.length(step) % sequence:
                 continue
             row_parts = rest // sequence
