@@ -161,9 +161,8 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
     """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
     config, video = recipe.config.rl.rollout, recipe.config.canvas[0] > 1
-    shown = [config.video_max_pixels, config.select_max_pixels] if video else [config.max_pixels]
-    patches = 4 * (max([config.crop_max_pixels, *shown]) // FACTOR**2)
-    return machine.Shape(views=8 if video else 1, shards=shards, patches=patches)
+    shown = config.video_max_pixels if video else config.max_pixels
+    return machine.Shape(views=8 if video else 1, shards=shards, patches=4 * (shown // FACTOR**2))
 
 
 def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]]:
@@ -263,11 +262,13 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     width = min(width, config.max_response)
     turns = config.max_calls + 1
     room = max(config.max_response - config.max_calls * width, 0)
+    chunks = -(-(recipe.rows("rollout") // shards) // config.observe_chunk)
     return {
         "turns": turns,
         "tokens": min(config.max_new_tokens, room // turns),
         "observe": config.max_calls / turns,
-        "views": -(-(recipe.rows("rollout") // shards) // config.observe_chunk),
+        "views": chunks,
+        "readers": chunks,
         "pieces": -(-width // machine.READ_CHUNK),
         "bytes": int(np.max(recipe.tables.bytes.length)),
         "tiles": tiles(side, shown),

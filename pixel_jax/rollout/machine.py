@@ -21,6 +21,7 @@ from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute, shown_size
+from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
     STOP_ANSWER,
@@ -44,7 +45,7 @@ class Shape(NamedTuple):
 
     views: int  # V, most images of one observation: 1 where no prompt is a video
     shards: int  # parts of the mesh that rows are split over
-    patches: int  # P, room for the patches of one frame
+    patches: int  # room for the patches of one image of a prompt, or frame
 
 
 class Shared(NamedTuple):
@@ -72,7 +73,7 @@ class State(NamedTuple):
     reader: automaton.State
     gallery: Gallery
     num_images: jax.Array  # int32 [R], a video counts as one
-    patches: jax.Array  # uint8 [R, N - 1, V, P, 588], what the observations showed
+    patches: jax.Array  # uint8 [R, N - 1, V, P, 588], what the observations showed; P of an observation's budget
     grids: jax.Array  # int32 [R, N - 1, V, 3]
     calls: Calls
     num_calls: jax.Array  # int32 [R]
@@ -82,7 +83,9 @@ class State(NamedTuple):
 def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget, Budget]:
     """The budgets of prompt images, of video frames, and of observations."""
     seen = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
-    return tuple(Budget(x, config.max_side, shape.patches) for x in (config.max_pixels, config.video_max_pixels, seen))
+    prompt = (Budget(x, config.max_side, shape.patches) for x in (config.max_pixels, config.video_max_pixels))
+    # Room of its own: a crop may show a quarter of what an overview does.
+    return *prompt, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
 
 
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
@@ -174,7 +177,7 @@ def start(
             spread(images),
         ),
         num_images=spread(images),
-        patches=jnp.zeros((rows, config.max_calls, shape.views, shape.patches, 588), jnp.uint8),
+        patches=jnp.zeros((rows, config.max_calls, shape.views, budgets(config, shape)[2].patches, 588), jnp.uint8),
         grids=jnp.zeros((rows, config.max_calls, shape.views, 3), jnp.int32),
         calls=Calls(
             none, none, none, jnp.zeros((rows, numbers, 4), jnp.int32), jnp.full((rows, numbers, 8), -1, jnp.int32)
@@ -200,10 +203,14 @@ def append(
     lengths: jax.Array,
     features=None,
     grids=None,
+    *,
+    shards: int = 1,
+    chunk: int | None = None,
 ) -> State:
     """Every row reads the first `lengths` (int32 [R], may be 0) of its `ids` (int32 [R, T]).
 
-    Images among them are described by `features` [R, V, P//4, D] and `grids` int32 [R, V, 3], in order.
+    Images among them are described by `features` [R, V, P//4, D] and `grids` int32 [R, V, 3], in order. With a `chunk`,
+    only rows that have something to read are worked on, so many at a time in each of the `shards` that rows are split over.
     """
     rows, width = ids.shape
     valid = jnp.arange(width) < lengths[:, None]
@@ -215,7 +222,19 @@ def append(
     positions, next_pos = mrope_positions(
         model.is_visual(ids), valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos, model.config
     )
-    last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix)
+    if chunk is None:
+        last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix)
+    else:
+
+        def body(chunk: Chunk, read_so_far):
+            mine = (x, jnp.moveaxis(positions, 0, 1), lengths, *read_so_far, shared.prefix)
+            embedded, places, *rest = jax.tree.map(chunk.take, mine)
+            return jax.tree.map(
+                chunk.put, read_so_far, read(model, layers, embedded, jnp.moveaxis(places, 1, 0), *rest)
+            )
+
+        with jax.named_scope("readers"):
+            last, cache = for_chunks(lengths > 0, shards, chunk, body, (state.hidden, state.cache))
     room = state.tokens.shape[1]
     slot = jnp.where(valid, state.length[:, None] + jnp.arange(width), room)
     return state._replace(
@@ -371,7 +390,8 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         patches=state.patches.at[row, shown].set(patches, mode="drop"),
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
-    state = append(model, layers, shared, state, ids, jnp.where(run, lengths, 0), features, grids)
+    chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
+    state = append(model, layers, shared, state, ids, jnp.where(run, lengths, 0), features, grids, **chunks)
 
     # An over-full gallery ends the row and takes its last message back, as the released code does.
     state = state._replace(
@@ -405,7 +425,8 @@ def show(
     """
     rows = state.status.shape[0]
     run = lengths > 0
-    patches = jax.vmap(jax.vmap(lambda image, size: patchify(image, size, max_patches=shape.patches)))(images, sizes)
+    room = budgets(config, shape)[2].patches
+    patches = jax.vmap(jax.vmap(lambda image, size: patchify(image, size, max_patches=room)))(images, sizes)
     features = encode_still(model, patches, sizes, config.implementation)
     grids = jnp.concatenate([(sizes[..., :1] > 0).astype(jnp.int32), sizes // PATCH], axis=-1)
     at = (jnp.arange(rows), jnp.where(run, state.num_calls, config.max_calls))
@@ -417,8 +438,20 @@ def show(
         patches=state.patches.at[at].set(patches, mode="drop"),
         grids=state.grids.at[at].set(grids, mode="drop"),
     )
-    state = append(model, layers, shared, state, ids, lengths, features, grids)
+    chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
+    state = append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
     return resume(state, run)
+
+
+def writes_on(state: State, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """Whether to decode another token before those that wait are answered.
+
+    Turns differ in length: as soon as some rows wait (on one shard), they are answered while the others are in the middle
+    of theirs. What that costs apart from the answers is paid by all rows, so it is not done for each one.
+    """
+    local = state.status.shape[0] // shape.shards
+    enough = min(local, max(config.observe_chunk, local // 4))
+    return jnp.any(state.status == WRITING) & (fullest(state.status == WAITING, shape.shards) < enough)
 
 
 def resume(state: State, run: jax.Array) -> State:
@@ -449,6 +482,8 @@ def finish(shared: Shared, state: State, config: RolloutConfig) -> Trajectories:
     spread = lambda x: jnp.repeat(x, group, axis=0)
     prompts, visual = shared.prompts, jax.tree.map(spread, shared.visual)
     beside = lambda x, y: jnp.concatenate([x, y], axis=1)
+    most = max(visual.patches.shape[2], state.patches.shape[3])
+    wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
     prompt_tokens = spread(prompts.tokens)
     blank = jnp.zeros(prompt_tokens.shape, bool)
     grids = state.grids.reshape(rows, -1, 3)
@@ -466,7 +501,7 @@ def finish(shared: Shared, state: State, config: RolloutConfig) -> Trajectories:
         chosen=beside(blank, state.chosen),
         logprobs=beside(blank.astype(jnp.float32), jnp.where(state.chosen, state.logprobs, 0.0)),
         visual=Visual(
-            patches=beside(visual.patches, state.patches.reshape(rows, -1, *state.patches.shape[3:])),
+            patches=beside(wide(visual.patches), wide(state.patches.reshape(rows, -1, *state.patches.shape[3:]))),
             slices=jnp.take_along_axis(slices, present_first, axis=1),
             grids=beside(visual.grids, grids),
             seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),

@@ -19,7 +19,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.processes import everywhere
 from pixel_jax.parallel.sharding import batch_sharding, local_rows, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
 from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate
 
@@ -29,10 +29,10 @@ def rollout(
 ) -> Trajectories:
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
-    The rows decode together until each has ended its turn; those that asked for pixels get them (cropped and resized from
-    the full-resolution canvas, encoded, appended to their caches) or a message, and go on. On a mesh, rows are split over
-    `data` and `fsdp`; the mesh is the one the model's weights lie on. With several processes each brings its share of the
-    prompts, and all must have the same shapes; the rows that come back lie where their prompts do.
+    The rows decode together; whenever enough of them have ended a turn, those that asked for pixels get them (cropped and
+    resized from the full-resolution canvas, encoded, appended to their caches) or a message, and all go on. On a mesh, rows
+    are split over `data` and `fsdp`; the mesh is the one the model's weights lie on. With several processes each brings its
+    share of the prompts, and all must have the same shapes; the rows that come back lie where their prompts do.
 
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
@@ -96,7 +96,7 @@ def compiled_rollout(
     def turn(state: State) -> State:
         with jax.named_scope("tokens"):
             state = jax.lax.while_loop(
-                lambda state: jnp.any(state.status == WRITING),
+                lambda state: machine.writes_on(state, config, shape),
                 lambda state: machine.decode(model, layers, shared, state, config),
                 state,
             )
@@ -187,7 +187,7 @@ def _call_tool(
         for i, image in enumerate(images[row]):
             if (
                 any(side % FACTOR for side in image.shape[:2])
-                or image.shape[0] * image.shape[1] > shape.patches * PATCH**2
+                or image.shape[0] * image.shape[1] > machine.budgets(config, shape)[2].max_pixels
             ):
                 raise ValueError(
                     f"a tool showed an image of {image.shape}: sides are multiples of 28, within the budget"
@@ -232,11 +232,7 @@ def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig, calls: in
     video, still = bool(np.any(is_video)), not bool(np.all(is_video))
     if mesh is not None:
         video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
-    seen = (
-        [config.crop_max_pixels]
-        + [config.max_pixels] * still
-        + [config.video_max_pixels, config.select_max_pixels] * video
-    )
+    seen = [config.max_pixels] * still + [config.video_max_pixels] * video
     views = 8 if video else 1
     return mesh, Shape(views=views, shards=shards, patches=4 * (max(seen) // FACTOR**2))
 

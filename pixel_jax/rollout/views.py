@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, patchify, pixel_values
 from pixel_jax.rollout.config import FACTOR, PATCH
+from pixel_jax.rollout.rows import Chunk, for_chunks
 
 
 class Budget(NamedTuple):
@@ -56,9 +57,7 @@ def show_waiting(
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
 
-    The waiting rows are moved together and taken `chunk` at a time, in each of the `shards` that rows are split over, so
-    that the cost follows how many wait. The number of chunks is that of the fullest shard: a loop on a mesh has to turn
-    equally often everywhere.
+    The rows that wait are taken `chunk` at a time in each of the `shards` that rows are split over.
 
     Args:
       canvases: uint8 [B, C, H, W, 3]; row r looks at those of prompt r // (R // B).
@@ -66,39 +65,32 @@ def show_waiting(
       waiting: bool [R].
     """
     rows, views = canvas.shape
-    local, group = rows // shards, rows // canvases.shape[0]
-    split = lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
-    canvases, canvas, region, size, waiting = map(split, (canvases, canvas, region, size, waiting))
-    chunk = min(chunk, local)
-    chunks = -(-local // chunk)
-    order = jnp.argsort(~waiting, axis=1)
-    order = jnp.pad(order, ((0, 0), (0, chunks * chunk - local)), constant_values=local)
-    count = jnp.max(jnp.sum(waiting, axis=1))
+    group = rows // canvases.shape[0]
+    by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
 
-    def view(shard_canvases, row, canvas, region, size):
-        return render(shard_canvases[row // group, canvas], region, size, budget)
+    def view(shard_canvases, prompt, canvas, region, size):
+        return render(shard_canvases[prompt, canvas], region, size, budget)
 
     view = jax.vmap(view, (None, None, 0, 0, 0))  # the views of a row
     view = jax.vmap(view, (None, 0, 0, 0, 0))  # the rows of a chunk
     view = jax.vmap(view)  # the shards
-    take = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
-    put = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
 
-    def body(state):
-        i, shown, features = state
-        at = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk, axis=1)
-        sizes = take(size, at)
-        pixels = view(canvases, jnp.minimum(at, local - 1), jnp.maximum(take(canvas, at), 0), take(region, at), sizes)
+    def body(chunk: Chunk, shown_so_far):
+        shown, features = shown_so_far
+        take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
+        sizes = take(size)
+        prompt = jnp.minimum(chunk.at // group, by_shard.shape[1] - 1)
+        pixels = view(by_shard, prompt, jnp.maximum(take(canvas), 0), take(region), sizes)
         encoded = encode_still(model, pixels, sizes, implementation)
-        return i + 1, put(shown, at, pixels), put(features, at, encoded.astype(features.dtype))
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))
 
     shape = jax.eval_shape(
         lambda p, s: encode_still(model, p, s),
         jax.ShapeDtypeStruct((1, budget.patches, 588), jnp.uint8),
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     )
-    shown = jnp.zeros((shards, local, views, budget.patches, 588), jnp.uint8)
-    features = jnp.zeros((shards, local, views, *shape.shape[1:]), shape.dtype)
+    shown = jnp.zeros((rows, views, budget.patches, 588), jnp.uint8)
+    features = jnp.zeros((rows, views, *shape.shape[1:]), shape.dtype)
     with jax.named_scope("views"):
-        _, shown, features = jax.lax.while_loop(lambda s: s[0] * chunk < count, body, (jnp.int32(0), shown, features))
-    return shown.reshape(rows, *shown.shape[2:]), features.reshape(rows, *features.shape[2:])
+        return for_chunks(waiting, shards, chunk, body, (shown, features))

@@ -1,0 +1,57 @@
+"""Some of the rows, moved together, so that work follows how many there are."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+
+class Chunk(NamedTuple):
+    """C rows of each of the S shards that R rows are split over."""
+
+    at: jax.Array  # int32 [S, C], places in the shard; R // S, past the last, is no row
+    rows: int  # R
+
+    def take(self, x: jax.Array) -> jax.Array:
+        """[R, ...] -> [S * C, ...], zeros for no row. Of an x with fewer entries, neighbouring rows share one."""
+        parts, share = self._split(x), self.rows // x.shape[0]
+        taken = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(parts, self.at // share)
+        return taken.reshape(-1, *x.shape[1:])
+
+    def put(self, x: jax.Array, values: jax.Array) -> jax.Array:
+        """x [R, ...] with `values` [S * C, ...] in the places of the chunk's rows."""
+        values = values.astype(x.dtype).reshape(*self.at.shape, *x.shape[1:])
+        put = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
+        return put(self._split(x), self.at, values).reshape(x.shape)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        shards = self.at.shape[0]
+        return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+
+
+def for_chunks(busy: jax.Array, shards: int, size: int, body: Callable[[Chunk, T], T], carry: T) -> T:
+    """`carry = body(chunk, carry)` for chunks of the rows where `busy` (bool [R]), up to `size` of each shard at a time.
+
+    There are as many chunks as the fullest shard needs: a loop on a mesh has to turn equally often everywhere. What is left
+    of the last is filled up with rows that are not busy.
+    """
+    local = busy.shape[0] // shards
+    size = min(size, local)
+    order = jnp.argsort(~busy.reshape(shards, local), axis=1)
+    order = jnp.pad(order, ((0, 0), (0, -local % size)), constant_values=local)
+    count = fullest(busy, shards)
+
+    def turn(state):
+        i, carry = state
+        at = jax.lax.dynamic_slice_in_dim(order, i * size, size, axis=1)
+        return i + 1, body(Chunk(at, busy.shape[0]), carry)
+
+    return jax.lax.while_loop(lambda state: state[0] * size < count, turn, (jnp.int32(0), carry))[1]
+
+
+def fullest(busy: jax.Array, shards: int) -> jax.Array:
+    """The most rows of one shard that are `busy` (bool [R]): int32."""
+    return jnp.max(jnp.sum(busy.reshape(shards, -1), axis=1, dtype=jnp.int32))
