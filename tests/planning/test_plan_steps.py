@@ -19,7 +19,7 @@ from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import abstract_model, abstract_state, build, bytes_per_device, sft_batch
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, search, times
 from pixel_jax.planning.weak_scaling import with_rows
-from pixel_jax.rollout.machine import READ_CHUNK
+from pixel_jax.rollout.machine import READ_CHUNK, budgets
 from pixel_jax.train import LoRAConfig
 from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import init_state
@@ -130,7 +130,7 @@ def test_a_rollout_counts_its_turns():
     assert more("tokens") == pytest.approx(turns * by_hand(rows, predictions=rows), rel=0.1)
     assert more("pieces") == pytest.approx(calls * by_hand(rows * READ_CHUNK), rel=0.1)
     shape = program.options["shape"]
-    assert more("views") > calls * by_hand(0, slices=shape.shards, patches=shape.patches)
+    assert more("views") > calls * by_hand(0, slices=shape.shards, patches=budgets(config, shape)[2].patches)
     # The state of training stays where it is, split over all devices, whatever the rollout's mesh.
     assert program.resident == build(small, "rollout", make_mesh({"data": 4, "tensor": 2})).resident
     assert memory > bytes_per_device(program.arguments[:2])

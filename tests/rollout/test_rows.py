@@ -1,0 +1,50 @@
+"""Work on some of the rows only, and on the rows that wait while others write."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixel_jax.rollout import machine
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.rows import for_chunks, fullest
+
+LOCAL, ROWS = 5, 10
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.booleans(), min_size=ROWS, max_size=ROWS), st.sampled_from([1, 2]), st.sampled_from([1, 2, 3, 99]))
+def test_each_busy_row_is_worked_on_once(busy, shards, size):
+    busy = np.array(busy)
+    x, shared = jnp.arange(1.0, ROWS + 1)[:, None], jnp.arange(2.0)  # five neighbouring rows share an entry
+
+    def body(chunk, carry):
+        done, turns = carry
+        mine = chunk.take(x) + 100 * chunk.take(shared)[:, None]
+        wanted = chunk.take(jnp.array(busy))[:, None]  # what fills up the last chunk is not
+        return chunk.put(done, chunk.take(done) + wanted * mine), turns + 1
+
+    done, turns = for_chunks(jnp.array(busy), shards, size, body, (jnp.zeros((ROWS, 1)), 0))
+    expected = np.where(busy, np.arange(1, ROWS + 1) + 100 * (np.arange(ROWS) // LOCAL), 0)
+    np.testing.assert_array_equal(done[:, 0], expected)
+    most = max(part.sum() for part in np.split(busy, shards))
+    assert int(fullest(jnp.array(busy), shards)) == most
+    assert int(turns) == -(-most // min(size, ROWS // shards))
+
+
+@pytest.mark.parametrize("waiting, writes", [(0, True), (3, True), (4, False), (15, False), (16, False)])
+def test_rows_are_answered_while_others_write(waiting, writes):
+    """Of 16 rows of a shard, four that wait are enough."""
+    status = jnp.where(jnp.arange(16) < waiting, machine.WAITING, machine.WRITING)
+    states = machine.State(**{name: None for name in machine.State._fields})._replace(status=jnp.tile(status, 2))
+    config = RolloutConfig(observe_chunk=2)
+    assert (
+        bool(
+            jax.jit(lambda s: machine.writes_on(states._replace(status=s), config, machine.Shape(1, 2, 4)))(
+                states.status
+            )
+        )
+        == writes
+    )
