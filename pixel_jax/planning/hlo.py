@@ -184,7 +184,7 @@ class Counter:
         if x.opcode == "while":
             body, condition = x.called("body"), x.called("condition")
             for name in (*body, *condition):
-                count.add(self.computation(name), self.trips(x, condition[0]))
+                count.add(self.computation(name), self.trips(x, condition[0], body[0]))
         elif x.opcode == "conditional":
             self.branches(x, count)
         elif x.opcode in ("call", "async-start"):
@@ -213,13 +213,13 @@ class Counter:
             count.bytes += self.plain_bytes(x, within)
         return count
 
-    def trips(self, x: Instruction, condition: str) -> float:
+    def trips(self, x: Instruction, condition: str, body: str) -> float:
         if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):
             return int(found[1])
         if scope := self.scope(x):
             return self.turns[scope]
-        if (bound := self._bound(condition)) is not None:
-            return bound
+        if (counted := self._counted(self.computations[condition], self.computations[body])) is not None:
+            return counted
         raise HLOError(f"how often the loop {x.op_name} runs is not known, nor is its scope given")
 
     def scope(self, x: Instruction) -> str | None:
@@ -232,14 +232,24 @@ class Counter:
         self.assumed.add(found)
         return found
 
-    def _bound(self, condition: str) -> int | None:
-        """The constant that the counter of a loop is compared with, if its condition is just that."""
-        instructions = self.computations[condition].values()
-        compares = [x for x in instructions if x.opcode in ("compare", "fusion") and x.root]
-        constants = [x for x in instructions if x.opcode == "constant" and x.arrays[0].dtype.startswith("s")]
-        if len(compares) == 1 and len(constants) == 1 and len(self.computations[condition]) <= 5:
-            return int(constants[0].arguments)
-        return None
+    @staticmethod
+    def _counted(condition: Computation, body: Computation) -> int | None:
+        """Turns of a loop whose condition is just `counter < constant` and whose body adds a constant to that counter.
+
+        Counters start at nought: those of scans, and of the products that XLA cuts into windows between the devices.
+        """
+        compare, result = _root(condition), _root(body)
+        place = re.search(r"#(\d+)", compare.arguments)
+        limit = [y for name in compare.operands if (y := condition[name]).opcode == "constant"]
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes or not place or not limit:
+            return None
+        if result.opcode != "tuple":
+            return None
+        added = body[result.operands[int(place[1])]]
+        step = [y for name in added.operands if (y := body[name]).opcode == "constant"]
+        if added.opcode != "add" or not step:
+            return None
+        return -(-int(limit[0].arguments) // int(step[0].arguments))
 
     def branches(self, x: Instruction, count: Count) -> None:
         """A branch of a known scope counts with its share; of others the one with the most work counts."""

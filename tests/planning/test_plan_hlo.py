@@ -137,6 +137,40 @@ def test_slices_in_fusions_inside_a_fusion():
     assert Counter(whole).total().bytes == 4 * (40 * 512 + 2 * 512) + 4
 
 
+WINDOWS = """
+HloModule m
+
+%body (s: (f32[8,16], f32[16,32], f32[8,32], u32[])) -> (f32[8,16], f32[16,32], f32[8,32], u32[]) {
+  %two = u32[] constant(2)
+  %s = (f32[8,16]{1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}, u32[]) parameter(0)
+  %dot = f32[8,32]{1,0} dot(%s#0, %s#1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %next = u32[] add(%s#3, %two)
+  ROOT %out = (f32[8,16]{1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}, u32[]) tuple(%s#0, %s#1, %dot, /*index=3*/%next)
+}
+
+%condition (c: (f32[8,16], f32[16,32], f32[8,32], u32[])) -> pred[] {
+  %limit = u32[] constant(5)
+  %c = (f32[8,16]{1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}, u32[]) parameter(0)
+  ROOT %less = pred[] compare(%c#3, %limit), direction=LT
+}
+
+ENTRY %main (p: (f32[8,16], f32[16,32], f32[8,32], u32[])) -> (f32[8,16], f32[16,32], f32[8,32], u32[]) {
+  %p = (f32[8,16]{1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}, u32[]) parameter(0)
+  ROOT %while = (f32[8,16]{1,0}, f32[16,32]{1,0}, f32[8,32]{1,0}, u32[]) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_without_a_stated_count():
+    """As compilers for TPUs write a product cut into windows: the counter goes up by two, so to 5 the loop runs thrice."""
+    once = 2 * 8 * 16 * 32
+    assert Counter(WINDOWS).total().flops == 3 * once
+    assert Counter(WINDOWS.replace("constant(2)", "constant(1)")).total().flops == 5 * once
+    for unclear in (("direction=LT", "direction=NE"), ("add(%s#3, %two)", "add(%s#3, %s#3)")):
+        with pytest.raises(HLOError, match="while runs is not known"):
+            Counter(WINDOWS.replace(*unclear)).total()
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
