@@ -96,8 +96,8 @@ def shardings(tree: T, mesh: Mesh, rules=RULES) -> T:
     return jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_variable)
 
 
-def undivided(tree: Any, mesh: Mesh, rules=RULES) -> list[str]:
-    """The weights of `tree` that are replicated along a mesh axis because it does not divide them, in words."""
+def undivided(tree: Any, mesh: Mapping[str, int], rules=RULES) -> list[str]:
+    """The weights of `tree` that are replicated along an axis of `mesh` (its sizes) that does not divide them, in words."""
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]:
         if not is_variable(leaf) or value_of(leaf) is None:
@@ -105,13 +105,13 @@ def undivided(tree: Any, mesh: Mesh, rules=RULES) -> list[str]:
         for i, (axis, size) in enumerate(zip(leaf.axes, value_of(leaf).shape, strict=True)):
             wanted, parts = rules[axis] if axis is not None else None, 1
             for mesh_axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-                if size % (parts * mesh.shape[mesh_axis]) == 0:
-                    parts *= mesh.shape[mesh_axis]
+                if size % (parts * mesh[mesh_axis]) == 0:
+                    parts *= mesh[mesh_axis]
                 else:
                     name = jax.tree_util.keystr(path, simple=True, separator=".")
                     found.append(
                         f"{name} dimension {i} ({axis} = {size}) is not divisible by {mesh_axis} = "
-                        f"{mesh.shape[mesh_axis]}: replicated"
+                        f"{mesh[mesh_axis]}: replicated"
                     )
     return found
 

@@ -66,7 +66,11 @@ def main(command: str, arguments: list[str]) -> None:
         console.print(report.table(made))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else "sft"
-        console.print(report.scaling_table(weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most), step))
+        points = []
+        for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):
+            console.print(report.line(point[0]))
+            points.append(point)
+        console.print(report.scaling_table(points, step))
 
 
 def read_recipe(config, console):

@@ -62,6 +62,7 @@ def times(plan: Plan, machine: Machine) -> Times:
 
 def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, int]]:
     """Meshes over all devices that divide rows, positions, heads and weights, the most promising first."""
+    model = abstract_model(recipe)
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
         rows //= recipe.config.rl.rollout.group_size  # a prompt's rows stay together
@@ -77,7 +78,9 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
             if rows % row_parts:
                 continue
             for fsdp in (f for f in range(1, row_parts + 1) if row_parts % f == 0):
-                found.append({"data": row_parts // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor})
+                mesh = {"data": row_parts // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+                if not undivided(model, mesh):
+                    found.append(mesh)
     found.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
     return found
 
@@ -126,7 +129,9 @@ def _parameters(text: TextConfig) -> int:
 def search(recipe: Recipe, step: str, machine: Machine, *, fitting: int, most: int) -> Iterator[Compiled]:
     """Compiles candidates until `fitting` of them fit or `most` are compiled, those left out that are sure not to fit."""
     fit, tight = 0, []
-    for mesh in candidates(recipe, step, machine):
+    if not (meshes := candidates(recipe, step, machine)):
+        raise ValueError(f"{step}: {recipe.rows(step)} rows and the weights cannot be split over {machine.name}")
+    for mesh in meshes:
         if any(needs_no_less(mesh, other) for other in tight):
             continue
         compiled = plan(recipe, step, machine, mesh)
@@ -151,8 +156,6 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     sharding = dict(mesh_shape)
     if step != "rollout":
         sharding["micro_batches"] = micro_batches(recipe.rows(step), mesh)
-    if lost := undivided(abstract_model(recipe), mesh):
-        raise ValueError(f"{machine.name} {dict(mesh_shape)}: {'; '.join(lost[:3])}")
     program = build(recipe, step, mesh)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}

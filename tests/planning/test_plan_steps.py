@@ -165,6 +165,13 @@ def test_candidates_divide_everything():
         assert np.prod(list(mesh.values())) == 8
         assert mesh["tensor"] <= small.network.text.num_key_value_heads
     assert candidates(small, "rollout", target)[0]["fsdp"] == 1  # decoding does not gather weights at every token
+    odd = dataclasses.replace(small.network.vision, hidden_size=36, num_heads=3)  # eight do not divide it
+    odd = dataclasses.replace(small, network=dataclasses.replace(small.network, vision=odd))
+    split = [mesh["fsdp"] * mesh["sequence"] for mesh in candidates(odd, "update", target)]
+    assert max(split) == 4 < max(mesh["fsdp"] * mesh["sequence"] for mesh in found)
+    tuning = dataclasses.replace(small, config=dataclasses.replace(small.config, rl=None, trace_tokens=510))
+    with pytest.raises(ValueError, match="sft: 3 rows and the weights cannot be split over cpu:8"):
+        next(search(with_rows(tuning, 3), "sft", target, fitting=1, most=1))
 
 
 def test_the_search_stops_when_enough_fit_and_reports_what_does_not(monkeypatch):
