@@ -113,6 +113,9 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif line.startswith("}"):
             current = None
         elif current is not None and (instruction := _instruction(line)):
+            for operand in instruction.operands:
+                if "#" in operand:
+                    current[operand] = _element(current, operand)
             current[instruction.name] = instruction
     if entry is None:
         raise HLOError("this is no HLO module: it has no entry")
@@ -135,11 +138,18 @@ def _instruction(line: str) -> Instruction | None:
         name=start[2],
         opcode=opcode[1],
         arrays=tuple(_array(*match.groups()) for match in SHAPE.finditer(result)),
-        operands=tuple(re.findall(r"%([\w.\-]+)", arguments)),
+        operands=tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", arguments)),
         arguments=arguments,
         attributes=line[close:],
         root=bool(start[1]),
     )
+
+
+def _element(computation: Computation, operand: str) -> Instruction:
+    """The instruction that newer compilers write as an operand: `%x#2` for `get-tuple-element(%x), index=2`."""
+    name, index = operand.split("#")
+    array = computation[name].arrays[int(index)]
+    return Instruction(operand, "get-tuple-element", (array,), (name,), f"%{name}", f", index={index}", root=False)
 
 
 def _closing(line: str, at: int) -> int:
@@ -239,17 +249,16 @@ class Counter:
         Counters start at nought: those of scans, and of the products that XLA cuts into windows between the devices.
         """
         compare, result = _root(condition), _root(body)
-        place = re.search(r"#(\d+)", compare.arguments)
-        limit = [y for name in compare.operands if (y := condition[name]).opcode == "constant"]
-        if compare.opcode != "compare" or "direction=LT" not in compare.attributes or not place or not limit:
+        if compare.opcode != "compare" or "direction=LT" not in compare.attributes or result.opcode != "tuple":
             return None
-        if result.opcode != "tuple":
+        counter, limit = (condition[name] for name in compare.operands)
+        if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
-        added = body[result.operands[int(place[1])]]
+        added = body[result.operands[int(re.search(r"index=(\d+)", counter.attributes)[1])]]
         step = [y for name in added.operands if (y := body[name]).opcode == "constant"]
         if added.opcode != "add" or not step:
             return None
-        return -(-int(limit[0].arguments) // int(step[0].arguments))
+        return -(-int(limit.arguments) // int(step[0].arguments))
 
     def branches(self, x: Instruction, count: Count) -> None:
         """A branch of a known scope counts with its share; of others the one with the most work counts."""
