@@ -166,7 +166,9 @@ def test_a_loop_without_a_stated_count():
     once = 2 * 8 * 16 * 32
     assert Counter(WINDOWS).total().flops == 3 * once
     product, count_on, compare = 4 * (8 * 16 + 16 * 32 + 8 * 32), 4 + 4 + 4, 4 + 4 + 1
-    assert Counter(WINDOWS).total().bytes == 3 * (product + count_on + compare)  # of a tuple only the element that is used
+    assert Counter(WINDOWS).total().bytes == 3 * (
+        product + count_on + compare
+    )  # of a tuple only the element that is used
     assert Counter(WINDOWS.replace("constant(2)", "constant(1)")).total().flops == 5 * once
     for unclear in (("direction=LT", "direction=NE"), ("add(%s#3, %two)", "add(%s#3, %s#3)")):
         with pytest.raises(HLOError, match="while runs is not known"):
