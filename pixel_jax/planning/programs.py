@@ -52,7 +52,7 @@ class Recipe:
         """Rows that one call of the step's program works on."""
         if step in TUNING:
             return self.config.sft.batch_size
-        return self.config.rl.rows // self.config.rl.rollouts if step == "rollout" else self.config.rl.train_batch
+        return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
 
     def length(self, step: str) -> int:
         """Tokens of a row."""
@@ -143,7 +143,7 @@ def sft_batch(recipe: Recipe) -> Batch:
 
 def prompt_arrays(recipe: Recipe) -> Prompts:
     """The prompts of one rollout, as `pixel-jax rl` builds them."""
-    config, batch = recipe.config, recipe.config.rl.prompts // recipe.config.rl.rollouts
+    config, batch = recipe.config, recipe.config.rl.prompts
     canvases, height, width = config.canvas
     return Prompts(
         tokens=array(jnp.int32, batch, config.prompt_width),
@@ -262,9 +262,14 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     width = min(width, config.max_response)
     turns = config.max_calls + 1
     room = max(config.max_response - config.max_calls * width, 0)
-    chunks = -(-(recipe.rows("rollout") // shards) // config.observe_chunk)
+    prompts = recipe.config.rl.prompts
+    in_flight = min(config.in_flight or prompts, prompts) // shards
+    waves = -(-prompts // shards // in_flight)
+    chunks = -(-in_flight * config.group_size // config.observe_chunk)
     return {
-        "turns": turns,
+        "turns": waves * turns,
+        "fill": 1 / turns,
+        "prompts": -(-in_flight // config.prompt_chunk),
         "tokens": min(config.max_new_tokens, room // turns),
         "observe": config.max_calls / turns,
         "views": chunks,
