@@ -108,8 +108,9 @@ class DecoderLayer(nnx.Module):
         x = x + self.self_attn.out(attention(q, k, v, mask, implementation=implementation))
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
-    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, prefix, prefix_mask: Mask | None):
-        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots.
+    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
+        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots;
+        used int32 []: slots that a row may look at, at most.
 
         prefix: None or this layer's (k, v) of a `Prefix`, and prefix_mask its mask. -> x, cache_k, cache_v
         """
@@ -117,7 +118,7 @@ class DecoderLayer(nnx.Module):
         rows = jnp.arange(x.shape[0])[:, None]
         cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
-        own, own_lse = cached_attention(q, cache_k, cache_v, mask)
+        own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
         if prefix is not None:
             # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
             folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
@@ -182,11 +183,13 @@ class Decoder(nnx.Module):
         order = cache.length[:, None] + jnp.arange(length)
         write = jnp.where(valid, order, capacity)  # out of range: dropped
         mask = Mask(order, jnp.broadcast_to(jnp.arange(capacity), (batch, capacity)))
+        # Of the rows that read something: one that is done may be the longest.
+        used = jnp.minimum(jnp.max(jnp.where(valid[:, 0], cache.length + length, 0)), capacity)
         prefix_mask = None if prefix is None else prefix.mask(length)
         keys, values = [], []
         for i, layer in enumerate(layers):
             shared = None if prefix is None else (prefix.k[i], prefix.v[i])
-            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, shared, prefix_mask)
+            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask)
             keys.append(k)
             values.append(v)
         return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
@@ -271,6 +272,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "fill": 1 / turns,
         "prompts": -(-in_flight // config.prompt_chunk),
         "tokens": min(config.max_new_tokens, room // turns),
+        "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,
         "views": chunks,
         "readers": chunks,

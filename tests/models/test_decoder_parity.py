@@ -1,5 +1,7 @@
 """Decoder and whole model against transformers in float32; cached decoding against the full forward."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,14 +198,16 @@ def test_rows_that_do_not_move_keep_their_cache(model, rng):
         assert (before[1] == now[1]).all() and (before[0] != now[0]).any()
 
 
-def test_shared_prefix_equals_full_forward(model, rng):
-    """Two prompts of unlike length, three rows each, continued together."""
+@pytest.mark.parametrize("tile", [512, 2])
+def test_shared_prefix_equals_full_forward(model, rng, monkeypatch, tile):
+    """Two prompts of unlike length, three rows each, continued together; the rows' caches read at once or in tiles."""
+    monkeypatch.setattr(importlib.import_module("pixel_jax.models.attention"), "CACHE_TILE", tile)
     x, positions, _ = random_rows(model, rng, 6, 10)
     lengths = np.array([6, 4])
     prompt = x[::3, :6]  # rows 0 and 3 lend their prompts to their neighbours
     where = positions[:, ::3, :6]
     valid = jnp.arange(6)[None] < lengths[:, None]
-    layers, step = model.unstack(), jax.jit(Qwen2_5_VL.step)
+    layers, step = model.unstack(), jax.jit(lambda *arguments: Qwen2_5_VL.step(*arguments))
     _, prefix = jax.jit(Qwen2_5_VL.prefill)(model, prompt, where, valid)
     assert prefix.length.tolist() == [6, 4]
     prefix = Prefix.of(prefix, 6)
