@@ -25,6 +25,8 @@ from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.rollout.views import render
 
+PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together, where all are read at the start
+
 
 class Record(NamedTuple):
     """What rows leave behind; the fields are those of `State`."""
@@ -59,6 +61,7 @@ class Queue(NamedTuple):
 
 
 def groups(prompts: Prompts, config: RolloutConfig) -> int:
+    """G, prompts whose rows are written at the same time."""
     return min(config.in_flight or prompts.length.shape[0], prompts.length.shape[0])
 
 
@@ -188,7 +191,7 @@ def fill(
 
 
 def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: RolloutConfig, shape: Shape) -> Queue:
-    """The groups that `opens` (bool [G]) have the prompts at `place` (int32 [G]) read, `prompt_chunk` at a time."""
+    """The groups that `opens` (bool [G]) have the prompts at `place` (int32 [G]) read."""
     count, entries = queue.prompt.shape
     batch, arrays = prompts.length.shape[0], prompts._replace(tables=(), uid=())
     entry = jnp.where(opens, (queue.entry + 1) % entries, queue.entry)
@@ -226,8 +229,10 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
         )
 
     records = queue.records
+    # From a queue one at a time: mostly one is wanted, and a chunk takes as long as if it were full.
+    size = PROMPT_CHUNK if entries == 1 else 1
     with jax.named_scope("prompts"):
-        queue = for_chunks(opens, shape.shards, config.prompt_chunk, body, queue._replace(records=None))
+        queue = for_chunks(opens, shape.shards, size, body, queue._replace(records=None))
     read = queue.read + jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
     left = queue.left + jnp.where(opens, config.group_size, 0)
     return queue._replace(entry=entry, left=left, read=read, records=records)

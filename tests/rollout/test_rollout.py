@@ -131,7 +131,7 @@ def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
 @pytest.mark.parametrize("in_flight", [1, 3])
 def test_rows_that_finish_make_room(mixed, in_flight):
     """Prompts in a queue, of slots that are given away while others of their group still write: the rows stay the same."""
-    config = replace(talker.CONFIG, in_flight=in_flight, prompt_chunk=2)
+    config = replace(talker.CONFIG, in_flight=in_flight)
     refilled = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, config))
     same_tokens(refilled, mixed)
     np.testing.assert_array_equal(refilled.prompt, mixed.prompt)
