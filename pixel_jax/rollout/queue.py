@@ -132,6 +132,7 @@ class Openings(NamedTuple):
 
 
 def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Openings:
+    """What `fill` would do now. A group reads on only if no row is left that looks at the prompt it would write over."""
     count, entries = queue.prompt.shape
     idle = (state.status == DONE).reshape(count, -1)
     other = (queue.entry + 1) % entries
@@ -182,7 +183,7 @@ def fill(
         prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
     )
 
-    begun = _begin(model, prompts, key, opening, queue, state, row.reshape(-1), config, shape)
+    begun = _begin(model, prompts, key, opening, queue, row.reshape(-1), config, shape)
     select = lambda new, old: jnp.where(takes.reshape(-1, *[1] * (old.ndim - 1)), new, old)
     # Keys and values of the row before stay in the cache, beyond its length.
     cache = state.cache._replace(length=select(begun.cache.length, state.cache.length))
@@ -287,7 +288,7 @@ def read_prompt(
     return last, cache, next_pos
 
 
-def _begin(model, prompts: Prompts, key, opening, queue: Queue, state: State, row, config, shape: Shape) -> State:
+def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, shape: Shape) -> State:
     """The state of slots that begin the rows `row` (int32 [R]); their caches are not to be looked at."""
     slots = row.shape[0]
     fresh = _empty(model, slots, prompts, key, config, shape)._replace(row=row)
