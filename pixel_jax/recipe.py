@@ -63,7 +63,7 @@ def forward(size: str, rows: int) -> dict[str, Any]:
     return {
         "micro_batches": rows // SIZES[size].row_groups,
         "remat": True,
-        "implementation": "chunked",
+        "implementation": "kernel",
         "compute_dtype": "bfloat16",
     }
 
@@ -138,7 +138,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
         "crop_max_pixels": 1000 * PIXEL,
         "select_max_pixels": 400 * PIXEL,
         "video_max_pixels": 512 * PIXEL,
-        "implementation": "chunked",
+        "implementation": "kernel",
     }
     config.rl.reward = {"alpha": 0.5, "beta": 0.05, "threshold": 0.3, "budget": 1, "form": "paper"}
     config.rl.baseline = "mean"

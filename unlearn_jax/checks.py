@@ -55,10 +55,14 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), alone)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), objective.examples)
     jax.eval_shape(functools.partial(sum_and_weight, objective.loss), params, example)  # the loss's own errors first
+    names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
     try:
+        if "pallas_call" in names and curvature != "empirical_fisher":
+            raise NotImplementedError(
+                "nothing, but what it makes of a Pallas kernel is no kernel that a TPU or GPU compiles"
+            )
         jax.eval_shape(functools.partial(product, curvature=curvature), shapes, params, zeros(params))
     except Exception as error:
-        names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
         kernels = sorted(name for name in names if any(kernel in name for kernel in KERNELS))
         if "while" in names:
             kernels.append("while_loop (write it as a scan)")

@@ -12,6 +12,8 @@ The chunked implementation is the flash recurrence (Dao et al. 2022, arXiv:2205.
 keys, forward and backward, in ordinary JAX. Kernels have no forward-mode derivative; a `custom_vjp` whose two rules are plain
 JAX can be pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in
 memory too.
+
+On TPUs and GPUs 'kernel' is the fused kernel there is (`kernels.py`), for everything that is differentiated once or not at all.
 """
 
 import functools
@@ -20,6 +22,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.models import kernels
+
+IMPLEMENTATIONS = ("dense", "chunked", "kernel")
 TILE = (256, 512)  # queries and keys that a step of the chunked implementation looks at
 CACHE_TILE = 512  # keys of a cache that are read together
 
@@ -34,27 +39,58 @@ class Mask(NamedTuple):
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, *, implementation: str = "dense", return_lse: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    causal: bool,
+    implementation: str = "dense",
+    return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible keys, softmax in float32.
 
     q: [B, T, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], each key head shared by heads / kv_heads query heads
-    implementation: 'dense' (an array of scores [.., T, S]) or 'chunked' (memory linear in T and S; see `chunked_attention`)
-    -> [B, T, heads, head_dim], and with return_lse also the log-sum-exp of the scores, float32 [B, T, heads]
+    causal: what a kernel has to know beforehand about the order in `mask`. True: places, those of keys or negative, T = S;
+            False: no key that is not negative comes after a query
+    implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
+            'kernel', the platform's own, where there is none 'chunked'. A query that sees no key gets some mean of values from
+            a kernel. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
+    -> [B, T, heads, head_dim], and with return_lse (not of kernels) also the log-sum-exp of the scores, float32 [B, T, heads]
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation == "kernel" and return_lse:
+        raise ValueError("kernels do not return the log-sum-exp: take 'chunked'")
+    if implementation == "kernel" and kernels.divides(q, k):
+        return _kernel(q, k, v, mask, causal)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
     if implementation == "dense":
         out, lse = dense_attention(grouped, k, v, mask)
-    elif implementation == "chunked":
-        out, lse = chunked_attention(grouped, k, v, mask, *TILE)
     else:
-        raise ValueError(f"attention implementation {implementation!r} is not one of 'dense', 'chunked'")
+        out, lse = chunked_attention(grouped, k, v, mask, *TILE)
     out = out.reshape(q.shape)
     return (out, lse.reshape(batch, length, heads)) if return_lse else out
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) -> jax.Array:
+    """By the platform that the function is lowered for."""
+    segment = lambda x, like: jnp.zeros_like(like) if x is None else x
+    q_segment = segment(mask.q_segment, mask.q_order)
+    k_segment = jnp.where(mask.k_order >= 0, segment(mask.k_segment, mask.k_order), kernels.INVISIBLE)
+
+    def on_shards(kernel):
+        return lambda *given: kernels.on_shards(functools.partial(kernel, causal=causal), *given[:3], *given[4:])
+
+    def chunked(q, k, v, mask, *segments):
+        return attention(q, k, v, mask, causal=causal, implementation="chunked")
+
+    platforms = {"tpu": on_shards(kernels.splash), "cuda": on_shards(kernels.triton), "default": chunked}
+    return jax.lax.platform_dependent(q, k, v, mask, q_segment, k_segment, **platforms)
 
 
 def visible(mask: Mask) -> jax.Array:

@@ -105,7 +105,7 @@ class DecoderLayer(nnx.Module):
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         q = split_sequence(q, mesh, ROWS, SEQUENCE, "tensor")
         k, v = split_sequence((k, v), mesh, ROWS, None, "tensor")
-        x = x + self.self_attn.out(attention(q, k, v, mask, implementation=implementation))
+        x = x + self.self_attn.out(attention(q, k, v, mask, causal=True, implementation=implementation))
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
     def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):

@@ -148,14 +148,14 @@ def encode_visual(
 ) -> jax.Array:
     """All temporal slices of a batch of rows -> [B, S, P / 4, D]; absent slices give meaningless finite numbers.
 
-    The memory-linear implementation ('chunked') takes a row's slices one after the other; on a mesh with a sequence axis they
+    The memory-linear implementations take a row's slices one after the other; on a mesh with a sequence axis they
     are split over it instead, if they divide evenly.
     """
     batch, num_slices, _ = visual.slices.shape
     frames = jnp.maximum(visual.slices, 0)
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
-    if implementation == "chunked" and num_slices > 1 and sequence_parts(mesh) == 1:
+    if implementation != "dense" and num_slices > 1 and sequence_parts(mesh) == 1:
         encode = lambda x: model.encode(pixel_values(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
         return jnp.swapaxes(features, 0, 1)

@@ -89,14 +89,14 @@ class VisionAttention(nnx.Module):
 
         def whole(q, k, v):
             mask = Mask(jnp.zeros((n, p), jnp.int32), jnp.where(layout.valid, 0, -1))
-            return attention(q, k, v, mask, implementation=implementation)
+            return attention(q, k, v, mask, causal=False, implementation=implementation)
 
         def windowed(q, k, v):
             packed = jnp.concatenate([q, k, v], axis=-1).reshape(n, p, -1)
             packed = jnp.take_along_axis(packed, layout.from_slot[..., None], axis=1, mode="fill", fill_value=0)
             packed = packed.reshape(n * layout.windows, layout.slots, self.heads, -1)
             keys = jnp.where(layout.from_slot < p, 0, -1).reshape(n * layout.windows, layout.slots)
-            out = attention(*jnp.split(packed, 3, axis=-1), Mask(jnp.zeros_like(keys), keys))
+            out = attention(*jnp.split(packed, 3, axis=-1), Mask(jnp.zeros_like(keys), keys), causal=False)
             out = out.reshape(n, layout.windows * layout.slots, -1)
             out = jnp.take_along_axis(out, layout.to_slot[..., None], axis=1, mode="fill", fill_value=0)
             return out.reshape(q.shape)

@@ -4,6 +4,7 @@ XLA's own analysis counts the body of a loop once. Here a body counts as often a
 the program, those that the data decides are given by the caller, by the `jax.named_scope` around the loop.
 
 * FLOPs are those of matrix products (`dot` and `convolution`, which is what TPUs make of it), the convention of MFU.
+  Attention kernels count with all pairs of queries and keys, those that a causal mask hides, too.
 * Bytes are what an instruction reads and writes in the device's main memory: operands and results of everything outside
   a fusion, slices of what is only sliced (in fusions inside the fusion, too), updates of what is updated in place. Buffers
   in on-chip memory are free.
@@ -27,6 +28,8 @@ FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
     "add-dependency domain while conditional call".split()
 )
+KERNEL = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of two matrices of an attention kernel
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 
 
@@ -218,10 +221,24 @@ class Counter:
             count.bytes += 2 * moved if kind != "all-gather" else moved + _result_bytes(x)
         elif x.opcode.endswith("-done") or x.opcode in FREE:
             pass
+        elif x.opcode == "custom-call" and (kernel := KERNEL.match(x.name)):
+            self.attention_kernel(x, kernel[1], within, count)
         else:
             count.flops += self.product(x, within)
             count.bytes += self.plain_bytes(x, within)
         return count
+
+    def attention_kernel(self, x: Instruction, kind: str, within: Computation, count: Count) -> None:
+        """Splash attention: for each head and tile of its inner axis it reads both arrays of the other axis anew."""
+        arrays = [array for name in x.operands for array in within[name].arrays]
+        blocks = next(array.shape for array in arrays if array.dtype == "s8")  # [.., of queries, of keys]
+        q, k = [array for array in arrays if len(array.shape) == 4][:2]  # [B, heads, T, D], [B, kv_heads, S, D]
+        batch, heads, length, dim = q.shape
+        keys = k.shape[2]
+        count.flops += 2.0 * PRODUCTS[kind] * batch * heads * length * keys * dim
+        streamed, turns = (length, blocks[-1]) if kind == "dkv" else (keys, blocks[-2])
+        again = 2 * batch * heads * (turns - 1) * streamed * dim * (q.bytes / q.size if q.size else 0)
+        count.bytes += self.plain_bytes(x, within) + again
 
     def trips(self, x: Instruction, condition: str, body: str) -> float:
         if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):

@@ -38,7 +38,9 @@ class RolloutConfig:
     # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all.
     in_flight: int | None = None
     observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
-    implementation: Literal["dense", "chunked"] = "dense"  # the tower's attention; "chunked" for images of megapixels
+    implementation: Literal["dense", "chunked", "kernel"] = (
+        "dense"  # attention of prompts and images; not "dense" for megapixels
+    )
 
     def __post_init__(self):
         if not 0 <= self.pad <= 1:

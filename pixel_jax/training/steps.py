@@ -44,7 +44,7 @@ class ForwardConfig:
 
     micro_batches: int = 1  # the batch's rows are taken in so many turns
     remat: bool = True  # recompute activations in the backward pass
-    implementation: Literal["dense", "chunked"] = "dense"  # attention
+    implementation: Literal["dense", "chunked", "kernel"] = "dense"  # attention
     logit_chunk: int = 256  # positions whose logits exist at once
     compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
 

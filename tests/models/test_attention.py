@@ -45,7 +45,7 @@ def small_chunks(q, k, v, mask):
 
 
 def dense(q, k, v, mask):
-    return attention(q, k, v, mask, return_lse=True)
+    return attention(q, k, v, mask, causal=True, return_lse=True)
 
 
 def cached(q, k, v, mask):
@@ -84,7 +84,9 @@ def test_a_cache_is_read_as_far_as_it_is_used(rng, monkeypatch, segments, spare)
 
 def test_door_chunks_equal_dense(rng):
     q, k, v, mask = case(rng, queries=520, keys=700)
-    a, b = (attention(q, k, v, mask, implementation=name, return_lse=True) for name in ("dense", "chunked"))
+    a, b = (
+        attention(q, k, v, mask, causal=True, implementation=name, return_lse=True) for name in ("dense", "chunked")
+    )
     np.testing.assert_allclose(a[0], b[0], atol=2e-6)
     np.testing.assert_allclose(a[1], b[1], atol=2e-6)
 
@@ -127,7 +129,7 @@ def test_memory_grows_linearly():
 
         def product(q, k, v):
             def loss(q, k, v):
-                return jnp.sum(attention(q, k, v, Mask(order, order), implementation=implementation) ** 2)
+                return jnp.sum(attention(q, k, v, Mask(order, order), causal=True, implementation=implementation) ** 2)
 
             return jax.jvp(jax.grad(loss, (0, 1, 2)), (q, k, v), (q, k, v))[1]
 
@@ -147,7 +149,7 @@ def test_memory_grows_linearly_through_a_scan_over_layers():
 
         def layer(x, w):
             q = (x @ w).reshape(1, length, 4, 16)
-            out = attention(q, q[:, :, :2], q[:, :, 2:], Mask(order, order), implementation="chunked")
+            out = attention(q, q[:, :, :2], q[:, :, 2:], Mask(order, order), causal=True, implementation="chunked")
             return x + out.reshape(x.shape), None
 
         gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, w)[0] ** 2)))
@@ -160,9 +162,9 @@ def test_memory_grows_linearly_through_a_scan_over_layers():
 def test_merged_parts_equal_the_whole(rng):
     """Keys in two parts, one of which a query may not see at all."""
     q, k, v, mask = case(rng)
-    whole = attention(q, k, v, mask)
+    whole = attention(q, k, v, mask, causal=True)
     parts = [
-        attention(q, k[:, part], v[:, part], mask._replace(k_order=mask.k_order[:, part]), return_lse=True)
+        attention(q, k[:, part], v[:, part], mask._replace(k_order=mask.k_order[:, part]), causal=True, return_lse=True)
         for part in (slice(0, 5), slice(5, 11))
     ]
     np.testing.assert_allclose(merge(parts), whole, atol=2e-6)
@@ -171,6 +173,6 @@ def test_merged_parts_equal_the_whole(rng):
 def test_bad_arguments(rng):
     q, k, v, mask = case(rng)
     with pytest.raises(ValueError, match="'flash' is not one of 'dense', 'chunked'"):
-        attention(q, k, v, mask, implementation="flash")
+        attention(q, k, v, mask, causal=True, implementation="flash")
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
-        attention(q[:, :, :3], k, v, mask)
+        attention(q[:, :, :3], k, v, mask, causal=True)

@@ -8,6 +8,7 @@ import toys
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from pixel_jax.models.attention import Mask, attention
 from unlearn_jax import CrossEntropy, Loss, Remove, erase
 from unlearn_jax.checks import primitives
 
@@ -49,6 +50,18 @@ def test_primitives_are_found_wherever_they_are():
 
     found = set(primitives(jax.make_jaxpr(nested)(jnp.ones(3)).jaxpr))
     assert {"sin", "tanh", "scan", "cond"} <= found
+
+
+def test_the_attention_kernels_are_refused(rng):
+    """Also where they are not what would run: on this machine the door takes a plain implementation."""
+
+    def attends(params, example):
+        x = toys.network(params, example)[None, :, None]
+        order = jnp.arange(x.shape[1])[None]
+        return attention(x, x, x, Mask(order, order), causal=True, implementation="kernel")[0, :, 0]
+
+    with pytest.raises(ValueError, match=r"pallas_call.*implementation='chunked'.*no kernel that a TPU"):
+        run(Loss(attends, CrossEntropy()), toys.sequences(rng), rng)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])

@@ -1,0 +1,96 @@
+"""Attention kernels that others keep: Pallas' splash attention on TPUs, its Triton kernel on GPUs.
+
+They move no scores through main memory. They have no forward-mode derivative: curvature products need 'chunked' or 'dense'.
+Both know which keys a query sees from two things: whether the order is causal, which is static, and segments. A key that
+nobody may see gets a segment of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.gpu import attention as triton_attention
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import PartitionSpec
+
+from pixel_jax.parallel.sharding import ROWS, SEQUENCE
+
+LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
+TPU_BLOCK = 512  # queries and keys of a tile
+GPU_BLOCK = 128
+INVISIBLE = -1  # the segment of keys that nobody sees
+
+
+def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
+    """q [B, T, heads, D]; k, v [B, S, kv_heads, D]; segments int32 [B, T] and [B, S] -> [B, T, heads, D].
+
+    Any lengths and head sizes, by padding. Queries that see no key give some mean of values.
+    """
+    length, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    block_q, block_kv = (min(TPU_BLOCK, -(-size // LANES) * LANES) for size in (length, keys))
+    q, q_segment = _pad(q * head_dim**-0.5, block_q, LANES), _pad(q_segment, block_q)
+    k, v, k_segment = _pad(k, block_kv, LANES), _pad(v, block_kv, LANES), _pad(k_segment, block_kv, fill=INVISIBLE)
+    kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], block_q, block_kv, causal, interpret)
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+    segments = splash_attention_kernel.SegmentIds(q_segment, k_segment)
+    out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    return heads_first(out)[:, :length, :, :head_dim]
+
+
+def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
+    shape = (length, keys)
+    mask = splash_attention_mask.CausalMask(shape) if causal else splash_attention_mask.FullMask(shape)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        block_q_dq=block_q,
+        block_kv_dq=block_kv,
+    )
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+
+def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
+    """As `splash`, for as many keys as queries, each key of the segment of its query or invisible."""
+    length, groups = q.shape[1], q.shape[2] // k.shape[2]
+    # Padded queries see the padded keys and nothing else does: a segment of its own for them is a segment of its own for keys.
+    segments = _pad(jnp.where(k_segment == INVISIBLE, INVISIBLE, q_segment), GPU_BLOCK, fill=INVISIBLE)
+    k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
+    q, k, v = (_pad(x, GPU_BLOCK) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    return triton_attention.mha(q, k, v, segments, sm_scale=scale, causal=causal, interpret=interpret)[:, :length]
+
+
+def _pad(x: jax.Array, length: int, last: int | None = None, fill: int = 0) -> jax.Array:
+    """Positions (axis 1), and with `last` the last axis, to multiples."""
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % length)
+    if last is not None:
+        widths[-1] = (0, -x.shape[-1] % last)
+    return jnp.pad(x, widths, constant_values=fill)
+
+
+def on_shards(kernel, q, k, v, q_segment, k_segment) -> jax.Array:
+    """`kernel` on every device's rows and heads, where a mesh is set: the compiler cannot split a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, q_segment, k_segment)
+    heads, rows = PartitionSpec(ROWS, None, "tensor"), PartitionSpec(ROWS)
+    split = jax.shard_map(kernel, in_specs=(heads, heads, heads, rows, rows), out_specs=heads, check_vma=False)
+    return split(q, k, v, q_segment, k_segment)
+
+
+def divides(q: jax.Array, k: jax.Array) -> bool:
+    """Whether rows and heads can be split over the mesh that is set, so that each device has a kernel's whole work."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return True
+    rows = int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    return not q.shape[0] % rows and not k.shape[2] % mesh.shape["tensor"] and mesh.shape.get(SEQUENCE, 1) == 1
