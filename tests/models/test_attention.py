@@ -172,7 +172,7 @@ def test_merged_parts_equal_the_whole(rng):
 
 def test_bad_arguments(rng):
     q, k, v, mask = case(rng)
-    with pytest.raises(ValueError, match="'flash' is not one of 'dense', 'chunked'"):
+    with pytest.raises(ValueError, match="'flash' is not one of dense, chunked, kernel"):
         attention(q, k, v, mask, causal=True, implementation="flash")
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key heads"):
         attention(q[:, :, :3], k, v, mask, causal=True)

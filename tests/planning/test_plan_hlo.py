@@ -175,6 +175,27 @@ def test_a_loop_without_a_stated_count():
             Counter(WINDOWS.replace(*unclear)).total()
 
 
+KERNEL = """
+HloModule kernel
+
+ENTRY %main (a: s8[1,4,6], q: bf16[2,8,2048,128], k: bf16[2,2,3072,128]) -> bf16[2,8,2048,128] {
+  %a = s8[1,4,6]{2,1,0} parameter(0)
+  %q = bf16[2,8,2048,128]{3,2,1,0} parameter(1)
+  %k = bf16[2,2,3072,128]{3,2,1,0} parameter(2)
+  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,8,2048,128]{3,2,1,0} custom-call(%a, %q, %k, %k), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize("kind, products, again", [("fwd", 2, 3 * 3072), ("dq", 3, 3 * 3072), ("dkv", 4, 5 * 2048)])
+def test_attention_kernels(kind, products, again):
+    """Products of all queries and keys; what a tile needs of the other axis is read once for each of 4 x 6 tiles and head."""
+    found = Counter(KERNEL.replace("fwd", kind)).total()
+    assert found.flops == products * 2 * 2 * 8 * 2048 * 3072 * 128
+    once = 24 + 2 * (2 * 2 * 8 * 2048 * 128) + 2 * (2 * 2 * 2 * 3072 * 128)  # numbers of two bytes
+    assert found.bytes == once + 2 * (2 * 2 * 8 * again * 128)
+
+
 @pytest.fixture(scope="module")
 def mesh():
     return make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
