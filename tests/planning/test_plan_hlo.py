@@ -182,7 +182,7 @@ ENTRY %main (a: s8[1,4,6], q: bf16[2,8,2048,128], k: bf16[2,2,3072,128]) -> bf16
   %a = s8[1,4,6]{2,1,0} parameter(0)
   %q = bf16[2,8,2048,128]{3,2,1,0} parameter(1)
   %k = bf16[2,2,3072,128]{3,2,1,0} parameter(2)
-  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,8,2048,128]{3,2,1,0} custom-call(%a, %q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_fwd_no_residuals.1 = bf16[2,8,2048,128]{3,2,1,0} custom-call(%a, %q, %k, %k)
 }
 """
 
