@@ -26,12 +26,12 @@ def get_config() -> ConfigDict:
     config.sft = ConfigDict()
     config.sft.steps = 246  # four epochs of the paper's 7,850 traces
     config.sft.batch_size = 128  # packed rows, of one trace or more
-    config.sft.forward = {"micro_batches": 16, "implementation": "chunked", "compute_dtype": "bfloat16"}
+    config.sft.forward = {"micro_batches": 16, "implementation": "kernel", "compute_dtype": "bfloat16"}
 
     config.rl = ConfigDict()
     config.rl.iterations = 90
     config.rl.prompts = 512
     config.rl.rollout = {"in_flight": 32}  # prompts at a time, for their caches; a multiple of data x fsdp
     config.rl.train_batch = 256
-    config.rl.forward = {"micro_batches": 64, "implementation": "chunked", "compute_dtype": "bfloat16"}
+    config.rl.forward = {"micro_batches": 64, "implementation": "kernel", "compute_dtype": "bfloat16"}
     return config

@@ -76,6 +76,16 @@ def test_where_there_is_no_kernel(rng):
         attention(q, k, v, mask, causal=True, implementation="kernel", return_lse=True)
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="lowers Triton kernels only where there is a GPU")
+def test_lowered_for_gpus():
+    order = jnp.arange(1000)[None]
+    loss = lambda q, k: jnp.sum(attention(q, k, k, Mask(order, order), causal=True, implementation="kernel"))
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(array(1, 1000, 28, 128), array(1, 1000, 4, 128))
+    assert "xla.gpu.triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
 @pytest.mark.slow
 @pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from pixel_jax.models.flops import padded_work, training_flops
+from pixel_jax.ops import crop_resize, gather_frames
 from pixel_jax.parallel import make_mesh
 from pixel_jax.planning.machines import machine
 from pixel_jax.planning.search import plan
@@ -24,11 +28,24 @@ def test_training_steps(name):
     assert 0.9 * by_hand < 8 * found.flops_per_chip < 1.5 * by_hand  # heads of 8 channels are padded
 
 
-def test_a_rollout():
-    small, target = recipe(), machine("v6e:2x4")
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_a_rollout(name):
+    small, target = recipe(), machine(name)
     found = plan(small, "rollout", target, {"data": 4, "tensor": 2})
     assert found.plan.fits and found.plan.flops_per_chip > 0
-    assert {"turns", "tokens", "observe", "views", "pieces", "bytes"} <= set(found.assumed)
+    assert {"turns", "fill", "prompts", "tokens", "cache", "observe", "views", "pieces"} <= set(found.assumed)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+def test_pixel_operations(name):
+    """Crops as products of matrix units, and frames of a video, at the recipe's sizes."""
+    place = SingleDeviceSharding(machine(name).devices[0])
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    image, box, size = array(jnp.uint8, 1792, 1792, 3), array(jnp.int32, 4), array(jnp.int32, 2)
+    crop = jax.jit(lambda *given: crop_resize(*given, canvas=(896, 896))).lower(image, box, size).compile()
+    assert "bf16" in crop.as_text() and "while" not in crop.as_text()
+    frames = jax.jit(gather_frames).lower(array(jnp.uint8, 32, 448, 448, 3), array(jnp.int32, 8)).compile()
+    assert frames.memory_analysis().temp_size_in_bytes < 2 * 8 * 448 * 448 * 3
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4x4", "v5e:16x16", "v6e:16x16"])
