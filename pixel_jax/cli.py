@@ -45,7 +45,10 @@ def key_errors(name: str):
     try:
         yield
     except (AttributeError, KeyError) as error:
-        print(f"{name}: unknown key of the config: {error.args[0]}", file=sys.stderr)
+        key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
+        given = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
+        said = f"unknown key of the config: {key!r}" + "".join(f" in {flag}" for flag in given[:1])
+        print(f"{name}: {said}. {hint or 'Only keys that the file names can be set here.'}", file=sys.stderr)
         sys.exit(1)
 
 

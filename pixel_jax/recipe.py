@@ -151,6 +151,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
     config.rl.optimizer = optimizer(weights, warmup=0.03, final_fraction=0.5)
     config.rl.forward = forward(size, config.rl.train_batch)
     config.rl.seed = 42
+    config.rl.time_operations = 10
     config.rl.save_every = 5
     config.rl.keep = 2
     if other:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories, executed_calls
 from pixel_jax.training import rewards
 from pixel_jax.training.advantages import group_advantage, informative
@@ -56,6 +57,9 @@ class RLConfig:
     packing: PackingConfig | None = None  # of an update's rows; None: each keeps a row, as long as the longest may be
     forward: ForwardConfig = ForwardConfig()
     seed: int = 0
+    # Every so many iterations the rows' operations are carried out again, alone, to say how long they take
+    # (`seconds_operations`, part of `seconds_rollout`): inside the rollout's program nothing can be timed. 0: never.
+    time_operations: int = 0
     save_every: int = 1
     keep: int = 2
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
@@ -199,8 +203,14 @@ def rl(
         key = jax.random.fold_in(jax.random.key(config.seed), i)
         # Keys follow from the place in the whole batch, whoever has it.
         prompts = prompts._replace(uid=part.index * len(answers) + np.arange(len(answers), dtype=np.int32))
-        trajectories = jax.tree.map(local_rows, rollout(policy(state), prompts, key, config.rollout))
+        actor = policy(state)
+        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout))
         laps.lap("rollout")
+        timed = {}
+        if config.time_operations and i % config.time_operations == 0:
+            timed["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
+            laps.lap("timing")
+        del actor  # where it is a copy, the updates need its memory
         correct = np.asarray(score(trajectories, [answer for answer in answers for _ in range(n)]), np.float32)
         correct = all_rows(correct, part)
         check_rows(correct, f"iteration {i}: the correctness")
@@ -237,7 +247,7 @@ def rl(
         laps.lap("update")
         if reports:
             facts |= throughput.facts(laps.facts["seconds_update"])
-        return state, facts | laps.facts
+        return state, facts | laps.facts | timed
 
     return run(
         label,

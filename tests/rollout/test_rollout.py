@@ -11,7 +11,7 @@ from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout import machine, trajectory
+from pixel_jax.rollout import machine, timing, trajectory
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, traced
@@ -297,3 +297,39 @@ def test_bad_queries_are_named(query, message):
 def test_a_prompt_that_does_not_fit_is_named():
     with pytest.raises(PromptError, match="width of 4"):
         build_prompts(talker.queries(1), talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=4)
+
+
+@pytest.mark.parametrize(
+    "which, mesh", [("trajectories", None), ("mixed", None), ("mixed", {"data": 2, "fsdp": 2, "tensor": 2})]
+)
+def test_operations_carried_out_again_show_the_same_pixels(which, mesh, request):
+    """What is timed as operations is what the rollout did."""
+    made = request.getfixturevalue(which)
+    model = shard(talker.model(), make_mesh(mesh)) if mesh else talker.model()
+    prompts = talker.prompts(4, video=which == "mixed")
+    none, *again = timing.operations_again(model, prompts, made.calls, talker.CONFIG)
+    assert not np.asarray(none[0]).any() and len(again) == talker.CONFIG.max_calls
+    rows, views, room = again[0][0].shape[:3]
+    shown = made.visual.patches[:, -len(again) * views :].reshape(rows, len(again), views, -1, 588)
+    assert not shown[..., room:, :].any()
+    executed = (made.calls.observation == Kind.CROP) | (made.calls.observation == Kind.FRAMES)
+    assert executed.sum() >= 3
+    for number, (patches, features) in enumerate(again):
+        np.testing.assert_array_equal(patches, shown[:, number, :, :room])
+        assert np.asarray(features)[executed[:, number]].any(axis=(1, 2, 3)).all()
+
+
+def test_the_compiler_is_not_timed(monkeypatch):
+    """Work takes the time there is between its end and that of the empty pass before it."""
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock))
+    passes = []
+
+    def again(*arguments):
+        for i in range(3):
+            passes.append(i)
+            yield ()
+
+    monkeypatch.setattr(timing, "operations_again", again)
+    rows = trajectory.Trajectories(*[None] * len(trajectory.Trajectories._fields))
+    assert timing.seconds_of_operations(None, None, rows, talker.CONFIG) == 2.5 and passes == [0, 1, 2]

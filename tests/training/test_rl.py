@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
+from pixel_jax.models import flops
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.training import rl as rl_module
@@ -198,3 +199,21 @@ def test_shuffled_data_sees_every_row_once_an_epoch_and_resumes():
     np.testing.assert_array_equal(next(again).tokens[:, 0], seen[8:12])
     with pytest.raises(ValueError, match="seed 1 .* now 2"):
         Shuffled(rows, 4, seed=2).set_state(data.get_state())
+
+
+def test_every_phase_and_what_it_did_is_in_the_metrics(model, rollouts, tmp_path, monkeypatch):
+    """Operations are timed every second iteration, and what that takes is no other phase's."""
+    monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setattr(rl_module, "seconds_of_operations", lambda *_: 1.5)
+    run(model, tmp_path, iterations=3, time_operations=2)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    for line in lines:
+        assert {"reward", "reward_correct", "reward_curiosity", "reward_penalty", "reward_length"} <= line.keys()
+        assert {"accuracy", "rapr", "operations", "call_errors", "group_variance"} <= line.keys()
+        assert {"gap", "clip_fraction", "entropy", "response_tokens", "row_tokens"} <= line.keys()
+        assert {"tokens_per_second", "flops_per_second", "mfu"} <= line.keys()
+        phases = {"input", "rollout", "timing", "scoring", "old_logprobs", "update"}
+        seconds = [line.get(f"seconds_{phase}", 0.0) for phase in phases]
+        np.testing.assert_allclose(sum(seconds), line["seconds"], rtol=1e-6)
+        assert all(line[f"seconds_{phase}"] > 0 for phase in phases - {"timing"})
+    assert [line.get("seconds_operations") for line in lines] == [1.5, None, 1.5]

@@ -1,7 +1,10 @@
-"""Where metrics go: files of TensorBoard read back record by record, and the calls to Weights & Biases."""
+"""Where metrics go: files of TensorBoard and of Weights & Biases read back record by record."""
 
+import importlib.util
+import json
 import struct
 import sys
+import time
 import types
 
 import pytest
@@ -74,6 +77,47 @@ def test_weights_and_biases_is_one_run_for_a_directory(tmp_path, monkeypatch):
     assert len(runs[0].arguments["id"]) == 12
     assert [run.logged for run in runs] == [[{"step": i, "loss": 0.5, "rapr": 0.25}] for i in (0, 1)]
     assert all(run.finished and run.defined == [("*", "step")] for run in runs)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_what_weights_and_biases_writes_offline(tmp_path, monkeypatch):
+    """Its real package: a run that is stopped after step 1 and goes on at step 1 is one run, whose later lines count."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_PROJECT", "pixels")
+    for start, steps in ((0, (0, 1)), (1, (1, 2))):
+        writers = open_writers(tmp_path, start, ("wandb",), "rl")
+        for step in steps:
+            writers.write(step, {"loss": step + start / 10, "rapr": 0.25})
+        writers.close()
+        time.sleep(1.1)  # its directories are named by the second
+    records = []
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 7
+        while at < len(data):  # LevelDB's log in one block: checksum, size, kind (1: whole), data
+            _, size, kind = struct.unpack_from("<IHB", data, at)
+            assert kind == 1
+            records.append(Record.FromString(data[at + 7 : at + 7 + size]))
+            at += size + 7
+    runs = [x.run for x in records if x.HasField("run")]
+    assert {(run.run_id, run.project, run.display_name) for run in runs} == {
+        ((tmp_path / "wandb_id.txt").read_text(), "pixels", "rl")
+    }
+    lines = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in x.history.item}
+        for x in records
+        if x.HasField("history")
+    ]
+    assert [(x["step"], x["loss"], x["rapr"]) for x in lines] == [
+        (0, 0, 0.25),
+        (1, 1, 0.25),
+        (1, 1.1, 0.25),
+        (2, 2.1, 0.25),
+    ]
+    metrics = [x.metric for x in records if x.HasField("metric")]
+    assert metrics and all((x.glob_name, x.step_metric) == ("*", "step") for x in metrics)
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])

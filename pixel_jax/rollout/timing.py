@@ -1,0 +1,92 @@
+"""What the operations of a rollout take. A rollout is one program, inside which the host reads no clock: so they are
+carried out again, alone."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.parallel.sharding import shard_batch
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.machine import GREY, Shape, budgets
+from pixel_jax.rollout.operations import shown_size
+from pixel_jax.rollout.rollout import layout, place
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.rollout.views import show_waiting
+
+
+def seconds_of_operations(
+    model: Qwen2_5_VL, prompts: Prompts, trajectories: Trajectories, config: RolloutConfig
+) -> float:
+    """Seconds that the crops and frame selections in `trajectories` take: cut out, resized and encoded, the first calls of
+    all rows together, then all second calls, and so on. Compiling and moving canvases to the devices are not counted.
+
+    It estimates their part of the rollout that made the rows: there the same work is done whenever enough rows wait, in
+    chunks that may be less full, and the features are then read into the caches, which is not part of it.
+
+    Args:
+      prompts: on the host; with several processes each brings its own, as to the rollout.
+      trajectories: their rows, on the host.
+    """
+    views = operations_again(model, prompts, trajectories.calls, config)
+    jax.block_until_ready(next(views))
+    began = time.monotonic()
+    for view in views:
+        jax.block_until_ready(view)
+    return time.monotonic() - began
+
+
+def operations_again(
+    model: Qwen2_5_VL, prompts: Prompts, calls: Calls, config: RolloutConfig
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
+    mesh, shape = layout(model, prompts, config)
+    nothing = jax.tree.map(lambda x: np.full_like(x, -1), calls)
+    prompts, calls, nothing = place(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
+    jax.block_until_ready((prompts, calls, nothing))
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        yield _show(model, prompts, nothing, 0, config, shape)
+        for number in range(config.max_calls):
+            yield _show(model, prompts, calls, number, config, shape)
+
+
+def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
+    return jax.device_put(calls) if mesh is None else shard_batch(calls, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape"))
+def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, shape: Shape):
+    """What the calls of that number showed, of every row."""
+    observation, canvas, box, frames = (
+        jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
+        for x in (calls.observation, calls.canvas, calls.box, calls.frames)
+    )
+    crop, select = observation == 0, observation == 1
+    frames = jnp.where(select[:, None], frames[:, : shape.views], -1)
+    group = len(frames) // len(prompts.canvas_size)
+    sizes = jnp.repeat(prompts.canvas_size, group, axis=0)
+    sizes = jnp.take_along_axis(sizes, jnp.maximum(frames, 0)[..., None], axis=1)
+    whole = jnp.concatenate([jnp.zeros_like(sizes), sizes[..., ::-1]], axis=-1)
+    cut, _ = shown_size(box[:, None], config.crop_min_pixels, config.crop_max_pixels, config.max_side)
+    shown, _ = shown_size(whole, config.select_min_pixels, config.select_max_pixels, config.max_side)
+    first = crop[:, None] & (jnp.arange(shape.views) == 0)
+    size = jnp.where(first[..., None], cut, shown)
+    return show_waiting(
+        model,
+        jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        jnp.arange(len(frames)) // group % (len(prompts.canvas_size) // shape.shards),
+        jnp.where(first, canvas[:, None], frames),
+        jnp.where(first[..., None], box[:, None], whole),
+        jnp.where((first | (frames >= 0))[..., None], size, 0),
+        crop | select,
+        budget=budgets(config, shape)[2],
+        shards=shape.shards,
+        chunk=config.observe_chunk,
+        implementation=config.implementation,
+    )
