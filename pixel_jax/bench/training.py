@@ -173,9 +173,7 @@ def trl_rl(model, batch: Batch) -> Run:
 
     def run():
         with step.torch.no_grad():
-            old, *_ = trainer._get_per_token_logps_and_entropies(
-                step.twin, ids, mask, ids.shape[1] - prompt, **seen
-            )
+            old, *_ = trainer._get_per_token_logps_and_entropies(step.twin, ids, mask, ids.shape[1] - prompt, **seen)
         return step.update(trainer._compute_loss(step.twin, given | {"old_per_token_logps": old}))
 
     return run
