@@ -43,11 +43,12 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.rollout.rollout import rollout
     from pixel_jax.rollout.trajectory import to_host
     from pixel_jax.training.answers import last_boxed
-    from pixel_jax.training.progress import announce_compiles
+    from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     directory, images = pathlib.Path(arguments[0]), arguments[1:]
     query = Query(FLAGS.question, [load_image(path) for path in images], FLAGS.video)
     announce_compiles()
+    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     model, processor = from_pretrained(directory)
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")

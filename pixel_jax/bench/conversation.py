@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.bench.cost import array_bytes
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
 from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.rollout import compiled_rollout, rollout
 from pixel_jax.rollout.trajectory import Trajectories, to_host
 
 
@@ -140,6 +143,21 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     return logprobs
 
 
+def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLConfig) -> float:
+    """Of a rollout that reads every prompt, int [prompts] tokens long, once and every other token of a row once; a token
+    attends to those before it, and only what the policy chose has logits."""
+    rows, length = prompt[sampled.prompt], np.sum(sampled.valid, axis=1)
+    _, first = np.unique(sampled.prompt, return_index=True)
+    shown = [sampled.visual.grids[first, 0], sampled.visual.grids[:, 1:]]  # the question's image; what was looked at
+    work = row_work(prompt, np.concatenate([grids.reshape(-1, 3) for grids in shown]), config)
+    work = work._replace(
+        tokens=work.tokens + (length - rows).sum(),
+        pairs=work.pairs + (length**2 - rows**2).sum() / 2,
+        predictions=sampled.chosen.sum(),
+    )
+    return float(sum(forward_flops(config, work)))
+
+
 def build_rollout(quick: bool) -> Work:
     model, asked, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
     sampled = to_host(rollout(model, asked, key, config))
@@ -150,6 +168,7 @@ def build_rollout(quick: bool) -> Work:
     canvases = images(2, 112, 112) if quick else images(8, 768, 1024)
 
     def ours():
+        compiled_rollout.clear_cache()  # so that the first call is seen to compile
         return lambda: rollout(model, asked, key, config).logprobs
 
     alternatives, aims = {"pixel_jax": ours}, ()
@@ -170,13 +189,17 @@ def build_rollout(quick: bool) -> Work:
         for other in others:
             np.testing.assert_allclose(first, other, atol=2e-3)
 
-    length = np.sum(sampled.valid, axis=1)
+    length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.chosen, axis=1).max())
     return Work(
         f"{len(asked.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
         f"rows of {length.min()} to {length.max()}",
         alternatives,
         check,
+        flops={"pixel_jax": useful_flops(sampled, np.asarray(asked.length), model.config)},
+        # The longest row's tokens come one after the other, each from all the weights.
+        bytes=steps * array_bytes(model.language_model.layers, model.lm_head),
         aims=aims,
+        memory=tuple(alternatives),
         rounds=2,
         facts={"tokens written": tokens},
     )
@@ -192,7 +215,7 @@ def build_queue(quick: bool) -> Work:
 
     def one_after_the_other():
         size = batch // calls
-        parts = [jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays) for i in range(calls)]  # noqa: B023
+        parts = [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], arrays) for i in range(calls)]
         parts = [part._replace(tables=asked.tables) for part in parts]
         return lambda: jnp.concatenate([rollout(model, part, key, config).logprobs for part in parts])
 

@@ -44,7 +44,7 @@ def build_vision(quick: bool) -> Work:
         encode = jax.jit(lambda model, pixels, hw: model.encode(pixels, hw))
         return lambda: encode(model, pixels, hw)
 
-    alternatives, aims = {"pixel_jax": ours}, ()
+    alternatives = {"pixel_jax": ours}
     if HAS_TORCH:
         import torch
 
@@ -62,7 +62,8 @@ def build_vision(quick: bool) -> Work:
         alternatives["transformers"] = transformers
     encode = lambda model, pixels, hw: model.encode(pixels, hw)
     flops = count_flops(encode, model, pixels, hw)
-    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, aims=aims)
+    read = array_bytes(model.visual, pixels)
+    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, bytes=read)
 
 
 def build_prefill(quick: bool) -> Work:
@@ -123,7 +124,7 @@ def build_prefill(quick: bool) -> Work:
         alternatives["transformers"] = transformers
     flops = count_flops(prefill, model, tokens, visual)
     shapes = f"{count} rows of {length} tokens, {visual_tokens} of an image of {side} x {side}, encoded"
-    return Work(shapes, alternatives, close(1e-5), flops=flops)
+    return Work(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
 
 
 def build_decode(rows: int, quick: bool) -> Work:
@@ -154,17 +155,15 @@ def build_decode(rows: int, quick: bool) -> Work:
         body = lambda _, state: machine.decode(model, layers, shared, state, config)
         return jax.lax.fori_loop(0, steps, body, state)
 
+    @jax.jit
+    def start(model, prompts):
+        nothing = jax.random.key(0), jnp.full(8, -1)
+        started = queue.start(model, prompts, *nothing, config, shape)
+        waiting, state = queue.fill(model, prompts, *nothing, *started, config, shape)
+        return machine.Shared(prompts, waiting.prefix, jnp.zeros(2)), state
+
     def ours():
-        greedy = jnp.zeros(2)
-
-        @jax.jit
-        def prefilled(model, prompts):
-            nothing = jax.random.key(0), jnp.full(8, -1)
-            started = queue.start(model, prompts, *nothing, config, shape)
-            waiting, state = queue.fill(model, prompts, *nothing, *started, config, shape)
-            return machine.Shared(prompts, waiting.prefix, greedy), state
-
-        shared, state = prefilled(model, prompts)
+        shared, state = start(model, prompts)
         run, layers = jax.jit(decode), jax.jit(Qwen2_5_VL.unstack)(model)
         return lambda: run(model, layers, shared, state).tokens
 
@@ -181,6 +180,9 @@ def build_decode(rows: int, quick: bool) -> Work:
         f"{rows} rows, {steps} tokens after {length}",
         alternatives,
         same,
+        flops=count_flops(
+            decode, model, jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(start, model, prompts)
+        ),
         bytes=read * steps,
         aims=tuple(Aim(name, 2.3 if rows == 1 else 2.0) for name in list(alternatives)[1:2]),
     )

@@ -18,6 +18,7 @@ from pixel_jax.rollout.prompts import Query, build_prompts, tables
 from pixel_jax.rollout.trajectory import Prompts
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it
+HAS_TRL = HAS_TORCH and bool(importlib.util.find_spec("trl"))
 HAS_PILLOW = bool(importlib.util.find_spec("PIL"))
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['

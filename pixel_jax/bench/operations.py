@@ -1,5 +1,7 @@
 """The cases of `pixel_jax.ops`: crop and resize, selecting frames, patches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,17 @@ def same(outputs) -> None:
         np.testing.assert_array_equal(first, other)
 
 
+def within(levels: int):
+    """All outputs, uint8, are at most `levels` apart."""
+
+    def check(outputs) -> None:
+        first, *others = (np.asarray(output).astype(int) for output in outputs.values())
+        for other in others:
+            np.testing.assert_allclose(first, other, rtol=0, atol=levels)
+
+    return check
+
+
 def close(tolerance: float):
     """All outputs agree within `tolerance` of the largest value."""
 
@@ -27,7 +40,7 @@ def close(tolerance: float):
     return check
 
 
-def build_crop(quick: bool) -> Work:
+def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
     side, out, count = (96, 28, 2) if quick else (1024, 336, 8)
     image = images(1, side, side)[0]
     random = np.random.default_rng(1)
@@ -36,7 +49,7 @@ def build_crop(quick: bool) -> Work:
     boxes = np.concatenate([low, high], axis=1).astype(np.int32)
 
     def ours():
-        one = lambda image, box: crop_resize(image, box, jnp.array([out, out]), (out, out))
+        one = lambda image, box: crop_resize(image, box, jnp.array([out, out]), (out, out), exact=exact)
         crop = jax.jit(jax.vmap(one, (None, 0)))
         canvas = jnp.asarray(image)
         return lambda: crop(canvas, boxes)
@@ -48,11 +61,31 @@ def build_crop(quick: bool) -> Work:
         cut = lambda box: np.asarray(picture.crop(box).resize((out, out), Image.Resampling.BICUBIC))
         return lambda: np.stack([cut(tuple(box.tolist())) for box in boxes])
 
+    alternatives = {"pixel_jax": ours, "Pillow": pillow}
+    if HAS_TORCH:
+        import torch
+
+        def interpolate():
+            picture = torch.from_numpy(image).permute(2, 0, 1)[None]
+            resize = functools.partial(torch.nn.functional.interpolate, size=(out, out), mode="bicubic", antialias=True)
+            cut = lambda x1, y1, x2, y2: resize(picture[:, :, y1:y2, x1:x2])
+            return lambda: torch.cat([cut(*box) for box in boxes.tolist()]).permute(0, 2, 3, 1).numpy()
+
+        alternatives["torch interpolate, uint8"] = interpolate
+
+    def check(outputs) -> None:
+        (same if exact else within(1))({name: outputs[name] for name in ("pixel_jax", "Pillow")})
+        within(2)(outputs)  # torch rounds its weights to 16 bits
+
     return Work(
-        shapes=f"{count} boxes of an image of {side} x {side} pixels to {out} x {out}, bit for bit",
-        alternatives={"pixel_jax": ours, "Pillow": pillow},
-        check=same,
-        aims=(Aim("Pillow", 1.2),),
+        f"{count} boxes of an image of {side} x {side} pixels to {out} x {out}, "
+        + ("bit for bit" if exact else "within one level")
+        + (", on one core" if cores else ""),
+        alternatives,
+        check,
+        bytes=3 * (count * out**2 + int(np.prod(high - low, axis=1).sum())),
+        aims=(Aim("Pillow", aim),),
+        cores=cores,
     )
 
 
@@ -99,4 +132,11 @@ def build_patchify(quick: bool) -> Work:
     return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-6), bytes=9 * pictures.nbytes)
 
 
-CASES = (Case("crop-resize", build_crop), Case("gather-frames", build_gather), Case("patchify", build_patchify))
+CASES = (
+    Case("crop-resize", functools.partial(build_crop, True, 1.2, None)),
+    Case("crop-resize-one-core", functools.partial(build_crop, True, 0.7, 1)),
+    Case("crop-within-one", functools.partial(build_crop, False, 2.0, None)),
+    Case("crop-within-one-one-core", functools.partial(build_crop, False, 1.2, 1)),
+    Case("gather-frames", build_gather),
+    Case("patchify", build_patchify),
+)

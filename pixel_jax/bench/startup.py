@@ -44,6 +44,7 @@ def build_cold_start(quick: bool) -> Work:
         "a new process, from its start to the end of the quickstart's first rollout; the first call compiles",
         {"pixel_jax": ours},
         lambda outputs: None,
+        memory=(),
         rounds=3,
         facts={"aim": f"under {COLD_START_AIM:.0f} s"},
     )

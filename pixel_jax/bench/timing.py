@@ -5,12 +5,14 @@ computed. `measure` calls every alternative once (what it compiles is counted), 
 take turns. A ratio is the median over rounds of (other's time / ours): above 1, ours is faster.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,7 +47,8 @@ class Work:
     flops: float | Mapping[str, float] | None = None  # of one run, counted; by name where the alternatives differ
     bytes: float | None = None  # that one run has to move at least
     aims: tuple[Aim, ...] = ()
-    memory: tuple[str, ...] = ()  # alternatives whose peak memory is measured, each in a process of its own
+    memory: tuple[str, ...] | None = None  # whose peak memory is measured, each in its own process; None: of ours
+    cores: int | None = None  # that all alternatives may use together; all the process has if None
     rounds: int = 5  # at least
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # whatever else belongs into the record
 
@@ -123,8 +126,33 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+@contextlib.contextmanager
+def limited_to(cores: int | None) -> Iterator[None]:
+    """Keeps every thread that the process has, and those it starts, on the first `cores` of its cores. Linux only."""
+    if cores is None or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    _keep_threads_on(set(sorted(before)[:cores]))
+    try:
+        yield
+    finally:
+        _keep_threads_on(before)
+
+
+def _keep_threads_on(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread), cores)
+
+
 def measure(work: Work, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
     """The timing of every alternative of `work`, after their outputs were found equal."""
+    with limited_to(work.cores):
+        return _measure(work, least or work.rounds, most, seconds)
+
+
+def _measure(work: Work, least: int, most: int, seconds: float) -> dict[str, Timing]:
     runs, outputs, compiled, first = {}, {}, {}, {}
     for name, prepare in work.alternatives.items():
         run = prepare()
@@ -145,7 +173,7 @@ def measure(work: Work, *, least: int | None = None, most: int = 30, seconds: fl
         return output
 
     turns = {name: functools.partial(watched, name) for name in runs}
-    times = take_turns(turns, least=least or work.rounds, most=most, seconds=seconds)
+    times = take_turns(turns, least=least, most=most, seconds=seconds)
     ours = times[next(iter(times))]
     timings = {}
     for name, taken in times.items():

@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pixel_jax.bench.cost import count_flops
+from pixel_jax.bench.cost import array_bytes, count_flops
 from pixel_jax.bench.network import (
     HAS_TORCH,
+    HAS_TRL,
     images,
     model_config,
     random_model,
@@ -19,7 +21,7 @@ from pixel_jax.bench.network import (
     vocabulary,
 )
 from pixel_jax.bench.operations import close
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Run, Work
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import patchify, pixel_values
@@ -123,6 +125,60 @@ class TorchStep:
         return self.update(tokens[self.chosen].sum() / (config.constant * len(self.ids)))
 
 
+def _trl_settings() -> dict:
+    return {"output_dir": tempfile.gettempdir(), "use_cpu": True, "bf16": False, "report_to": []}
+
+
+def trl_sft(model, batch: Batch) -> Run:
+    """The step with the loss of TRL's `SFTTrainer`, whose fused head never makes all logits."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    step = TorchStep(model, batch)
+    rows = Dataset.from_dict({"input_ids": batch.tokens.tolist()})  # the trainer wants some; it is not run
+    settings = SFTConfig(max_length=None, **_trl_settings())
+    trainer = SFTTrainer(step.twin, settings, train_dataset=rows, processing_class=vocabulary().tokenizer)
+    inputs = step.inputs | {"labels": step.torch.where(step.chosen, step.ids, -100)}
+    return lambda: step.update(trainer.compute_loss(step.twin, dict(inputs), num_items_in_batch=step.chosen.sum()))
+
+
+def trl_rl(model, batch: Batch) -> Run:
+    """The step with the scores and the loss of TRL's `GRPOTrainer`."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    step, rows, config = TorchStep(model, batch), len(batch.tokens), PolicyLossConfig()
+    settings = GRPOConfig(
+        loss_type="dr_grpo",
+        epsilon=config.clip_low,
+        epsilon_high=config.clip_high,
+        max_completion_length=int(config.constant),
+        num_generations=rows,
+        per_device_train_batch_size=rows,
+        **_trl_settings(),
+    )
+    trainer = GRPOTrainer(
+        step.twin,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": [""] * rows}),
+        processing_class=vocabulary().tokenizer,
+    )
+    prompt = int(batch.chosen[0].argmax())  # the chosen tokens of every row are its last
+    ids, mask = step.ids, step.inputs["attention_mask"]
+    seen = {name: step.inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    seen["num_images"] = [1] * rows
+    given = {"prompt_ids": ids[:, :prompt], "prompt_mask": mask[:, :prompt], "advantages": step.advantage} | seen
+    given |= {"completion_ids": ids[:, prompt:], "completion_mask": mask[:, prompt:]}
+
+    def run():
+        with step.torch.no_grad():
+            old, *_ = trainer._get_per_token_logps_and_entropies(step.twin, ids, mask, ids.shape[1] - prompt, **seen)
+        return step.update(trainer._compute_loss(step.twin, given | {"old_per_token_logps": old}))
+
+    return run
+
+
 def _shapes(batch: Batch) -> str:
     rows, length = batch.tokens.shape
     pads = int(batch.visual.grids[0].prod()) // 4
@@ -140,7 +196,8 @@ def build_scoring(quick: bool) -> Work:
     if HAS_TORCH:
         alternatives["torch eager"] = lambda: TorchStep(model, batch).scores
     flops = count_flops(make_score_step(SCORING), model, batch)
-    return Work(_shapes(batch), alternatives, close(1e-5), flops=flops, memory=tuple(alternatives))
+    read = array_bytes(model, batch)
+    return Work(_shapes(batch), alternatives, close(1e-5), flops=flops, bytes=read, memory=tuple(alternatives))
 
 
 def _update(name: str, quick: bool) -> Work:
@@ -165,6 +222,8 @@ def _update(name: str, quick: bool) -> Work:
     if HAS_TORCH:
         alternatives["torch eager"] = lambda: getattr(TorchStep(model, batch), name)
         aims = (Aim("torch eager", 1.0), Aim("torch eager", 3.0, memory=True))
+        if HAS_TRL:
+            alternatives["TRL"] = lambda: {"sft": trl_sft, "rl": trl_rl}[name](model, batch)
     # Without what rematerialisation of layers computes again.
     make = (
         make_sft_step(SCORING, optimizer()) if name == "sft" else make_rl_step(SCORING, PolicyLossConfig(), optimizer())
@@ -177,6 +236,7 @@ def _update(name: str, quick: bool) -> Work:
         # The norm that torch clips by is off by 1e-4 at this size; ours equals that of a run in float64 to 1e-7.
         close(3e-4),
         flops=flops,
+        bytes=2 * array_bytes(state),  # read and written
         aims=aims,
         memory=tuple(alternatives),
     )

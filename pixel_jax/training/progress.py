@@ -35,10 +35,11 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
-    """Keep compiled programs in `directory` (unless the environment names another), for the next start."""
+    """Keep compiled programs in `directory` (unless the environment names another), for the next start, and say so."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    print(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

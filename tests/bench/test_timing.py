@@ -1,6 +1,8 @@
 """What the harness counts, on work whose cost is known."""
 
+import os
 import pathlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from pixel_jax.bench.cost import array_bytes, count_flops
 from pixel_jax.bench.memory import peak_memory
-from pixel_jax.bench.timing import Case, CompileLog, Work, measure, quartiles, take_turns
+from pixel_jax.bench.timing import Case, CompileLog, Work, limited_to, measure, quartiles, take_turns
 
 MEGABYTES = 64
 ROOT = pathlib.Path(__file__).parents[2]
@@ -66,6 +68,22 @@ def test_the_compile_log_is_over_at_its_end():
         jax.jit(lambda x: x + 1)(np.zeros(3))
     jax.jit(lambda x: x + 2)(np.zeros(3))
     assert log.count == 1 and log.seconds > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are kept on cores on Linux only")
+def test_one_core_holds_threads_that_were_there_before():
+    before, seen, ask, stop = os.sched_getaffinity(0), [], threading.Event(), threading.Event()
+
+    def older():
+        ask.wait()
+        seen.append(os.sched_getaffinity(0))
+        stop.set()
+
+    threading.Thread(target=older, daemon=True).start()
+    with limited_to(1):
+        ask.set()
+        assert stop.wait(10) and len(seen[0]) == 1 and os.sched_getaffinity(0) == seen[0]
+    assert os.sched_getaffinity(0) == before
 
 
 def test_quartiles():

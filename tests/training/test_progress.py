@@ -5,7 +5,14 @@ import io
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.training.progress import MetricsLog, Progress, announce_compiles, clock, read_metrics
+from pixel_jax.training.progress import (
+    MetricsLog,
+    Progress,
+    announce_compiles,
+    clock,
+    read_metrics,
+    use_compilation_cache,
+)
 
 
 def test_clock():
@@ -35,6 +42,18 @@ def test_a_restart_drops_the_lines_it_repeats(tmp_path):
     log.close()
     assert [(x["step"], x["loss"]) for x in read_metrics(path)] == [(0, 0.0), (1, 1.0), (2, 9.0)]
     assert read_metrics(tmp_path / "none.jsonl") == []
+
+
+def test_the_place_of_compiled_programs_is_announced(tmp_path, capsys):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_compilation_cache(tmp_path)
+        use_compilation_cache(tmp_path / "later")  # what is set already stays
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert capsys.readouterr().err == f"compiled programs are kept in {tmp_path}\n" * 2
 
 
 def test_compilations_are_announced_before_they_end():
