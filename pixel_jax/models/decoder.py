@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
-from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, stack
+from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, product, stack
 from pixel_jax.models.rope import mrope_angles, rotate
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequence
 
@@ -134,7 +134,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
         """As the head of a network that ties the two: [..., D] -> [..., vocab]"""
-        return jnp.einsum("...d,vd->...v", hidden, self.weight[...], preferred_element_type=dtype)
+        return product(hidden, self.weight[...], dtype)
 
 
 class Decoder(nnx.Module):

@@ -30,6 +30,31 @@ def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight
     return Weight((INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype), axes=axes)
 
 
+FEW = 64  # tokens
+
+
+def product(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
+    """x W^T: [..., in] and [out, in] -> [..., out]; dtype: of the result, that of x if None.
+
+    A CPU multiplies few tokens faster as W x^T, which copies the tokens into the order its kernel reads, and not the weights:
+    a whole decoding step takes 1.2 times less for 8 rows, 1.06 for 32 (float32, jax 0.10; for 128 it would take 1.1 more).
+    The barrier keeps XLA from turning the product back.
+    """
+    dtype = dtype or x.dtype
+    tokens = x.size // x.shape[-1]
+
+    def plain(x, weight):
+        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
+
+    def turned(x, weight):
+        y = jnp.einsum("oi,ti->ot", weight, x.reshape(tokens, -1), preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
+
+    if not 1 < tokens <= FEW:
+        return plain(x, weight)
+    return jax.lax.platform_dependent(x, weight, cpu=turned, default=plain)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, with W [out, in]; with an adapter y += scale * (x A^T) B^T, computed in float32.
 
@@ -45,7 +70,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         """[..., in] -> [..., out]; dtype: of the result, that of x if None"""
-        y = jnp.einsum("...i,oi->...o", x, self.weight[...], preferred_element_type=dtype or x.dtype)
+        y = product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None:

@@ -14,7 +14,8 @@ def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
         if top_p == 1.0:
             return logits
         top_k = vocab
-    largest = jax.lax.top_k(logits, top_k)[0]
+    # Without the barrier XLA sees that only the last is needed and sorts the vocabulary: on a CPU 36 ms for 32 rows, not .7.
+    largest = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k)[0])
     threshold = largest[:, -1:]
     if top_p < 1.0:
         probabilities = jax.nn.softmax(largest)
@@ -40,8 +41,15 @@ def sample(
     """
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     drawable = scaled if banned is None else jnp.where(banned, -jnp.inf, scaled)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-    noise = jnp.where((temperature > 0)[:, None], noise, 0.0)
-    choice = jnp.argmax(truncate(drawable, top_k=top_k, top_p=top_p) + noise, axis=-1)
+
+    def perturbed(drawable):
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+        return drawable + jnp.where((temperature > 0)[:, None], noise, 0.0)
+
+    # Behind a condition, which greedy decoding saves altogether: in the loop of the argmax XLA would compute the noise number
+    # by number (32 rows of 8192 on a core of a CPU: 7 ms, not 3.4).
+    drawable = truncate(drawable, top_k=top_k, top_p=top_p)
+    drawable = jax.lax.cond(jnp.any(temperature > 0), perturbed, lambda drawable: drawable, drawable)
+    choice = jnp.argmax(drawable, axis=-1)
     chosen = jnp.take_along_axis(scaled, choice[:, None], axis=-1)[:, 0]
     return choice.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
