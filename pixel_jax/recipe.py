@@ -118,11 +118,11 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
     config.rl.prompts = 512
     # Decoding reads the weights for every token: they are whole on every `tensor` group, and rows are all over the mesh.
     config.rollout_mesh = {"data": -1, "tensor": SIZES[size].tensor}
-    config.rl.rollout_prompts = 256  # 2,048 rows of 10,000 tokens
     config.rl.train_batch = 256
     config.rl.iterations = 3 * (QUERIES // config.rl.prompts)  # at most three epochs
     config.rl.rollout = {
         "group_size": 8,
+        "in_flight": 256,  # 2,048 rows of 10,000 tokens at a time
         "temperature": 1.0,
         "later_temperature": 0.9,  # the released code; the paper does not tell turns apart
         "top_p": 0.95,

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.rl = ConfigDict()
     config.rl.iterations = 90
     config.rl.prompts = 512
-    config.rl.rollout_prompts = 32  # at a time, for their caches; a multiple of data x fsdp
+    config.rl.rollout = {"in_flight": 32}  # prompts at a time, for their caches; a multiple of data x fsdp
     config.rl.train_batch = 256
     config.rl.forward = {"micro_batches": 64, "implementation": "chunked", "compute_dtype": "bfloat16"}
     return config

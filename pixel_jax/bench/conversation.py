@@ -1,10 +1,11 @@
-"""The case of the whole multi-turn rollout: one XLA program beside a loop around transformers.
+"""The cases of the whole multi-turn rollout: one XLA program beside a loop around transformers, and its queue.
 
 The loop replays the turns that our rollout sampled, so that both do the same work: it runs the network over the same tokens
 and pixels, draws a token as `generate` does, and then takes ours. Its log-probabilities of our tokens have to be those that
 our rollout recorded.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
+from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Work
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.rollout import rollout
@@ -180,4 +182,33 @@ def build_rollout(quick: bool) -> Work:
     )
 
 
-CASES = (Case("rollout", build_rollout),)
+def build_queue(quick: bool) -> Work:
+    """Rows that zoom in up to four times, most of them less often: in a queue, and in calls one after the other."""
+    model, asked, key = zooming_model(quick, answers=0.4), prompts(quick, count=16), jax.random.key(0)
+    batch, calls = len(asked.length), 4
+    config = dataclasses.replace(rollout_config(quick), max_calls=4, max_response=128 if quick else 512)
+    queued = dataclasses.replace(config, in_flight=batch // calls)
+    arrays = asked._replace(tables=())
+
+    def one_after_the_other():
+        size = batch // calls
+        parts = [jax.tree.map(lambda x: x[i * size : (i + 1) * size], arrays) for i in range(calls)]  # noqa: B023
+        parts = [part._replace(tables=asked.tables) for part in parts]
+        return lambda: jnp.concatenate([rollout(model, part, key, config).logprobs for part in parts])
+
+    alternatives = {
+        "pixel_jax": lambda: lambda: rollout(model, asked, key, queued).logprobs,
+        f"pixel_jax, {calls} calls": one_after_the_other,
+    }
+    sampled = to_host(rollout(model, asked, key, queued))
+    spread = np.bincount(np.sum(sampled.calls.observation == 0, axis=1)).tolist()
+    return Work(
+        f"{batch} prompts x {config.group_size} rows, {queued.in_flight} prompts at a time; rows with 0, 1, ... zooms: {spread}",
+        alternatives,
+        close(1e-4),
+        rounds=2,
+        facts={"tokens written": int(sampled.chosen.sum())},
+    )
+
+
+CASES = (Case("rollout", build_rollout), Case("rollout-queue", build_queue))

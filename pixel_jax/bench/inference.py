@@ -23,7 +23,7 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
-from pixel_jax.rollout import machine
+from pixel_jax.rollout import machine, queue
 from pixel_jax.rollout.machine import Shape
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.trajectory import Prompts
@@ -155,12 +155,16 @@ def build_decode(rows: int, quick: bool) -> Work:
         return jax.lax.fori_loop(0, steps, body, state)
 
     def ours():
-        start = jax.jit(
-            lambda model, prompts: machine.start(
-                model, prompts, jax.random.key(0), jnp.full(8, -1), jnp.zeros(2), config, shape
-            )
-        )
-        shared, state = start(model, prompts)
+        greedy = jnp.zeros(2)
+
+        @jax.jit
+        def prefilled(model, prompts):
+            nothing = jax.random.key(0), jnp.full(8, -1)
+            started = queue.start(model, prompts, *nothing, config, shape)
+            waiting, state = queue.fill(model, prompts, *nothing, *started, config, shape)
+            return machine.Shared(prompts, waiting.prefix, greedy), state
+
+        shared, state = prefilled(model, prompts)
         run, layers = jax.jit(decode), jax.jit(Qwen2_5_VL.unstack)(model)
         return lambda: run(model, layers, shared, state).tokens
 

@@ -23,14 +23,14 @@ HAS_PILLOW = bool(importlib.util.find_spec("PIL"))
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 CLOSE = '], "target_image": 1}}\n</tool_call>'
 BOX = ("0.10, ", "0.15, ", "0.60, ", "0.70")
-THOUGHT, START, END = "I look closer. ", "assistant\n", "<|im_end|>"
+THOUGHT, ANSWER, START, END = "I look closer. ", "It is 7.", "assistant\n", "<|im_end|>"
 QUESTION = "Which digit is on the card that lies beside the tree? Look at the image closely, then answer."
 
 
 @functools.cache
 def vocabulary() -> Vocabulary:
     """Every stretch of a dialog is one token or few, so that what is measured is work and not a tokenizer."""
-    pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
+    pieces = {CROP, CLOSE, *BOX, THOUGHT, ANSWER, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for text in observations.TEXTS.values():
         for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
@@ -63,14 +63,19 @@ def random_model(quick: bool, layers: int = 8) -> Qwen2_5_VL:
 
 
 @functools.cache
-def zooming_model(quick: bool) -> Qwen2_5_VL:
+def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
     """The random model with a head that makes it think for a while, zoom in, and do so again: sampled, so that the rows'
-    turns differ in length. Four layers: the loops around transformers take a minute as it is."""
+    turns differ in length. Four layers: the loops around transformers take a minute as it is.
+
+    answers: the share of turns that are an answer instead, and a row's last.
+    """
     model = random_model(quick, layers=4)
     words, config = vocabulary(), model.config.text
     token = lambda text: words.encode(text)[0]
     # What may follow each token, as a logit. A thought follows a thought 7 times in 8.
     chain = {START: {THOUGHT: 30.0}, THOUGHT: {THOUGHT: 30.0, CROP: 30.0 - np.log(7.0)}, CLOSE: {END: 30.0}}
+    if answers:
+        chain[START][ANSWER], chain[ANSWER] = 30.0 + np.log(answers / (1 - answers)), {END: 30.0}
     chain |= {before: {after: 30.0} for before, after in zip((CROP, *BOX), (*BOX, CLOSE), strict=True)}
     # Embeddings far longer than what the layers add, and all but orthogonal; the head reads the last token off them.
     embed = np.random.default_rng(0).normal(size=(config.vocab_size, config.hidden_size)).astype(np.float32)
@@ -114,9 +119,9 @@ def text_tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).choice(letters, shape).astype(np.int32)
 
 
-def prompts(quick: bool) -> Prompts:
-    """8 questions, each about an image of 1024 x 768 pixels."""
-    shape = (2, 112, 112) if quick else (8, 768, 1024)
+def prompts(quick: bool, count: int = 8) -> Prompts:
+    """Questions, each about an image of 1024 x 768 pixels."""
+    shape = (count // 4, 112, 112) if quick else (count, 768, 1024)
     queries = [Query(QUESTION, [image]) for image in images(*shape)]
     return build_prompts(queries, vocabulary(), tables(vocabulary()), rollout_config(quick))
 

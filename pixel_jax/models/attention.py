@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 TILE = (256, 512)  # queries and keys that a step of the chunked implementation looks at
+CACHE_TILE = 512  # keys of a cache that are read together
 
 
 class Mask(NamedTuple):
@@ -86,27 +87,64 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
     return out, jnp.moveaxis(lse[..., 0], 3, 1)
 
 
-def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, used: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
+
+    used: int32 [], keys from this place on are invisible to all. They are not read, but for the rest of a `CACHE_TILE`: a cache
+          has room for the longest response there may be, and rows are mostly short. A token of 8 rows with room for 8,192
+          takes 35 ms instead of 87 on a CPU at the beginning, as long when half is used, and 1.5 times as long at the end.
 
     Not to be differentiated, so it can do without what keeps the derivative finite, and divides the output, not the
     weights: on a CPU, for 64 rows (own cache of 320, one of 384 for eight) 3.1 ms a layer and token instead of 6.8, for
     8 rows .20 instead of .60.
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
-    s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
-    top = jnp.max(s, axis=-1, keepdims=True)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    p = jnp.exp(s - top)
-    total = p.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+
+    def add(k, v, mask: Mask, before=None):
+        """The maximum of the scores, the sum of their exponentials, and of the values weighed by these."""
+        s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
+        top = jnp.max(s, axis=-1, keepdims=True)
+        top = top if before is None else jnp.maximum(top, before[0])
+        shift = jnp.where(jnp.isfinite(top), top, 0.0)
+        p = jnp.exp(s - shift)
+        total = p.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+        if before is None:
+            return top, total, out
+        fade = jnp.exp(before[0] - shift)
+        return top, total + fade * before[1], out + fade * before[2]
+
+    def add_tile(i, before):
+        # The last tile overlaps the one before it, where `room` is no multiple.
+        start = jnp.minimum(i * tile, room - tile)
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
+        order = jnp.where(start + jnp.arange(tile) >= i * tile, cut(mask.k_order, 1), -1)
+        part = mask._replace(k_order=order)
+        if mask.k_segment is not None:
+            part = part._replace(k_segment=cut(mask.k_segment, 1))
+        return add(cut(k, 2), cut(v, 2), part, before)
+
+    if used is None or room <= tile:
+        top, total, out = add(k, v, mask)
+    else:
+        shape = (batch, kv_heads, heads // kv_heads, length)
+        nothing = (
+            jnp.full((*shape, 1), -jnp.inf, wide),
+            jnp.zeros((*shape, 1), wide),
+            jnp.zeros((*shape, head_dim), wide),
+        )
+        with jax.named_scope("cache"):
+            top, total, out = jax.lax.fori_loop(0, (used + tile - 1) // tile, add_tile, nothing)
+    shift = jnp.where(jnp.isfinite(top), top, 0.0)
     out = (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
     rows_first = lambda x: jnp.moveaxis(x, 3, 1)
-    return rows_first(out).reshape(q.shape), rows_first(top + jnp.log(total)).reshape(batch, length, heads)
+    return rows_first(out).reshape(q.shape), rows_first(shift + jnp.log(total)).reshape(batch, length, heads)
 
 
 def chunked_attention(

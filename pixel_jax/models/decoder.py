@@ -33,6 +33,40 @@ class KVCache(NamedTuple):
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
+class Prefix(NamedTuple):
+    """What several rows have in common: B rows in G groups of neighbours, each group with E prefixes of up to L tokens.
+
+    k, v: one array per layer, [G, kv_heads, E * L, head_dim], as `KVCache` has them for E = 1
+    length: int32 [G, E], tokens of each prefix
+    entry: int32 [B], the prefix of its group that a row continues
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    length: jax.Array
+    entry: jax.Array
+
+    @classmethod
+    def of(cls, cache: KVCache, rows: int) -> "Prefix":
+        """Each of the cache's rows, continued by equally many of `rows` neighbours."""
+        return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32))
+
+    def mask(self, length: int) -> Mask:
+        """For the queries of the B rows, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
+        groups, entries = self.length.shape
+        rows = self.entry.shape[0]
+        if rows % groups:
+            raise ValueError(f"{rows} rows cannot share the prefixes of {groups} groups evenly")
+        room = self.k[0].shape[2] // entries
+        index = jnp.arange(room)
+        keys = jnp.where(index < self.length[..., None], index, -1).reshape(groups, -1)
+        queries = jnp.full((groups, rows // groups * length), room)
+        if entries == 1:
+            return Mask(queries, keys)
+        continued = jnp.repeat(self.entry.reshape(groups, -1), length, axis=1)
+        return Mask(queries, keys, continued, jnp.broadcast_to(jnp.arange(entries * room) // room, keys.shape))
+
+
 class Attention(nnx.Module):
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key, 4)
@@ -74,18 +108,19 @@ class DecoderLayer(nnx.Module):
         x = x + self.self_attn.out(attention(q, k, v, mask, implementation=implementation))
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
-    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, prefix, prefix_mask: Mask | None):
-        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots.
+    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
+        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots;
+        used int32 []: slots that a row may look at, at most.
 
-        prefix: None or the (k, v) of B // n prompts, each shared by n neighbouring rows. -> x, cache_k, cache_v
+        prefix: None or this layer's (k, v) of a `Prefix`, and prefix_mask its mask. -> x, cache_k, cache_v
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         rows = jnp.arange(x.shape[0])[:, None]
         cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
-        own, own_lse = cached_attention(q, cache_k, cache_v, mask)
+        own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
         if prefix is not None:
-            # The n rows of a prompt become n times as many queries of one row: its keys are read, never repeated.
+            # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
             folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
             out, lse = cached_attention(folded, *prefix, prefix_mask)
             own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
@@ -140,7 +175,7 @@ class Decoder(nnx.Module):
         x, kept = jax.lax.scan(jax.checkpoint(block) if remat else block, keep_rows(x), self.layers)
         return self.norm(x), kept
 
-    def step(self, layers, x, positions, valid, cache: KVCache, prefix: KVCache | None) -> tuple[jax.Array, KVCache]:
+    def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:
         """See `Qwen2_5_VL.step`."""
         batch, length = valid.shape
         capacity = cache.k[0].shape[2]
@@ -148,20 +183,13 @@ class Decoder(nnx.Module):
         order = cache.length[:, None] + jnp.arange(length)
         write = jnp.where(valid, order, capacity)  # out of range: dropped
         mask = Mask(order, jnp.broadcast_to(jnp.arange(capacity), (batch, capacity)))
-        prefix_mask = None
-        if prefix is not None:
-            prompts, _, prompt_length, _ = prefix.k[0].shape
-            if batch % prompts:
-                raise ValueError(f"{batch} rows cannot share the cache of {prompts} prompts evenly")
-            index = jnp.arange(prompt_length)
-            prefix_mask = Mask(
-                jnp.full((prompts, batch // prompts * length), prompt_length),
-                jnp.where(index < prefix.length[:, None], index, -1),
-            )
+        # Of the rows that read something: one that is done may be the longest.
+        used = jnp.minimum(jnp.max(jnp.where(valid[:, 0], cache.length + length, 0)), capacity)
+        prefix_mask = None if prefix is None else prefix.mask(length)
         keys, values = [], []
         for i, layer in enumerate(layers):
             shared = None if prefix is None else (prefix.k[i], prefix.v[i])
-            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, shared, prefix_mask)
+            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask)
             keys.append(k)
             values.append(v)
         return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.models.decoder import Decoder, KVCache
+from pixel_jax.models.decoder import Decoder, KVCache, Prefix
 from pixel_jax.models.inputs import Visual, locate, slice_grids
 from pixel_jax.models.layers import Linear, unstack
 from pixel_jax.models.rope import mrope_positions
@@ -90,7 +90,7 @@ class Qwen2_5_VL(nnx.Module):
     def prefill(
         self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str = "dense"
     ) -> tuple[jax.Array, KVCache]:
-        """As `backbone`, and the cache of the tokens, left-aligned, for `step` to go on from or to read as a prefix.
+        """As `backbone`, and the cache of the tokens, left-aligned, for `step` to go on from or, as a `Prefix`, to read.
 
         The cache has no room for more.
         """
@@ -111,7 +111,7 @@ class Qwen2_5_VL(nnx.Module):
         positions: jax.Array,
         valid: jax.Array,
         cache: KVCache,
-        prefix: KVCache | None = None,
+        prefix: Prefix | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Append T tokens to each row's cache and return their hidden states [B, T, D].
 
@@ -119,7 +119,7 @@ class Qwen2_5_VL(nnx.Module):
         x:      [B, T, D], positions int32 [3, B, T]
         valid:  bool [B, T], left-aligned: a row's new tokens come first. Tokens that are not valid are not written.
         cache:  the row's own tokens; the caller sees to it that length + T fits, what does not fit is dropped
-        prefix: the cache of B // n prompts; row r continues prompt r // n. It is read, not copied.
+        prefix: what rows continue. It is read, not copied.
         """
         return self.language_model.step(layers, x, positions, valid, cache, prefix)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
@@ -20,6 +21,7 @@ from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.queue import PROMPT_CHUNK
 from pixel_jax.rollout.rollout import compiled_rollout, traced
 from pixel_jax.rollout.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
@@ -52,7 +54,7 @@ class Recipe:
         """Rows that one call of the step's program works on."""
         if step in TUNING:
             return self.config.sft.batch_size
-        return self.config.rl.rows // self.config.rl.rollouts if step == "rollout" else self.config.rl.train_batch
+        return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
 
     def length(self, step: str) -> int:
         """Tokens of a row."""
@@ -143,7 +145,7 @@ def sft_batch(recipe: Recipe) -> Batch:
 
 def prompt_arrays(recipe: Recipe) -> Prompts:
     """The prompts of one rollout, as `pixel-jax rl` builds them."""
-    config, batch = recipe.config, recipe.config.rl.prompts // recipe.config.rl.rollouts
+    config, batch = recipe.config, recipe.config.rl.prompts
     canvases, height, width = config.canvas
     return Prompts(
         tokens=array(jnp.int32, batch, config.prompt_width),
@@ -262,10 +264,16 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     width = min(width, config.max_response)
     turns = config.max_calls + 1
     room = max(config.max_response - config.max_calls * width, 0)
-    chunks = -(-(recipe.rows("rollout") // shards) // config.observe_chunk)
+    prompts = recipe.config.rl.prompts
+    in_flight = min(config.in_flight or prompts, prompts) // shards
+    waves = -(-prompts // shards // in_flight)
+    chunks = -(-in_flight * config.group_size // config.observe_chunk)
     return {
-        "turns": turns,
+        "turns": waves * turns,
+        "fill": 1 / turns,
+        "prompts": -(-in_flight // (PROMPT_CHUNK if waves == 1 else 1)),
         "tokens": min(config.max_new_tokens, room // turns),
+        "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,
         "views": chunks,
         "readers": chunks,

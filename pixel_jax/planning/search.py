@@ -65,7 +65,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
     model = abstract_model(recipe)
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
-        rows //= recipe.config.rl.rollout.group_size  # a prompt's rows stay together
+        rows = slots(recipe) // recipe.config.rl.rollout.group_size  # a prompt's rows stay together
     found = []
     for tensor in TENSOR:
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
@@ -85,6 +85,12 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
     return found
 
 
+def slots(recipe: Recipe) -> int:
+    """Rows of a rollout that are written at the same time."""
+    config = recipe.config.rl
+    return config.rollout.group_size * min(config.rollout.in_flight or config.prompts, config.prompts)
+
+
 def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[str, int]) -> float:
     """A guess that orders the candidates: what the links carry, and for a rollout the weights that every token reads.
 
@@ -100,7 +106,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     if step == "rollout":
         config = recipe.config.rl.rollout
         cached = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.max_response
-        cached *= recipe.rows(step) / row_parts / mesh["tensor"]
+        cached *= slots(recipe) / row_parts / mesh["tensor"]
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)

@@ -35,6 +35,8 @@ class RolloutConfig:
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
     one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
     blank: bool = False  # what an operation shows is uniformly grey: does the model use what it looks at?
+    # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all.
+    in_flight: int | None = None
     observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
     implementation: Literal["dense", "chunked"] = "dense"  # the tower's attention; "chunked" for images of megapixels
 
@@ -43,8 +45,8 @@ class RolloutConfig:
             raise ValueError(f"pad is a share of the image, in [0, 1]: {self.pad}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
-        for name in ("group_size", "max_new_tokens", "max_response", "observe_chunk"):
-            if getattr(self, name) < 1:
+        for name in ("group_size", "max_new_tokens", "max_response", "in_flight", "observe_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
         for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):
             if getattr(self, name) < 0:

@@ -1,10 +1,10 @@
 """The turn machine: the pure functions a rollout is made of.
 
-`start` reads the prompts, `decode` adds one token to every row that is writing, `observe` answers every row that waits
-for pixels. `rollout.py` strings them together, in one compiled program or one by one from the host.
+`decode` adds one token to every row that is writing, `observe` answers every row that waits for pixels, `queue.py` reads
+prompts and begins rows. `rollout.py` strings them together, in one compiled program or one by one from the host.
 
-A row is *writing*, *waiting* (its turn has ended) or *done*. Rows share the cache of their prompt; what follows lies in a
-cache of the row's own.
+A row is *writing*, *waiting* (its turn has ended) or *done*. It shares the cache of its prompt; what follows lies in the cache
+of the slot it is written in.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,12 @@ import jax.numpy as jnp
 
 from pixel_jax.dialog import automaton
 from pixel_jax.dialog.observations import Observations
-from pixel_jax.models.decoder import KVCache
-from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
+from pixel_jax.models.decoder import KVCache, Prefix
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute, shown_size
+from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
@@ -31,9 +30,8 @@ from pixel_jax.rollout.trajectory import (
     STOP_TURN_LENGTH,
     Calls,
     Prompts,
-    Trajectories,
 )
-from pixel_jax.rollout.views import Budget, encode_still, render, show_waiting
+from pixel_jax.rollout.views import Budget, encode_still, show_waiting
 
 WRITING, WAITING, DONE = 0, 1, 2
 GREY = 127  # of blanked observations
@@ -49,17 +47,19 @@ class Shape(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What the rows of one prompt have in common; B prompts."""
+    """What rows have in common."""
 
     prompts: Prompts
-    prefix: KVCache  # of the prompts and the opening
-    visual: Visual
+    prefix: Prefix  # prompts and the opening
     temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
 
 
 class State(NamedTuple):
-    """R rows at one moment. `Lr` is `RolloutConfig.max_response`, N one more than `max_calls`, V `Shape.views`."""
+    """R rows at one moment, each in a slot of its own. `Lr` is `RolloutConfig.max_response`, N one more than `max_calls`, V
+    `Shape.views`."""
 
+    row: jax.Array  # int32 [R], which of the rows of its part of the mesh a slot holds; one past the last: none
+    room: jax.Array  # int32 [R], tokens that may follow the prompt
     tokens: jax.Array  # int32 [R, Lr], everything after the prompt
     chosen: jax.Array  # bool [R, Lr]
     logprobs: jax.Array  # float32 [R, Lr]
@@ -88,110 +88,11 @@ def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget, Budget
     return *prompt, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
 
 
-def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
-    """The overview of every prompt: its images, or its video two frames a slice."""
-    batch, most = prompts.canvas_size.shape[:2]
-    zeros = jnp.zeros_like(prompts.canvas_size[..., 0])
-    region = jnp.stack([zeros, zeros, prompts.canvas_size[..., 1], prompts.canvas_size[..., 0]], axis=-1)
-    image_budget, video_budget, _ = budgets(config, shape)
-    video = prompts.is_video[:, None, None]
-    as_image, _ = shown_size(region, config.min_pixels, config.max_pixels, config.max_side)
-    as_frame, _ = shown_size(region, config.video_min_pixels, config.video_max_pixels, config.max_side)
-    index = jnp.arange(most)
-    present = index < prompts.num_canvases[:, None]
-    size = jnp.where(present[..., None], jnp.where(video, as_frame, as_image), 0)
-    budget = image_budget if image_budget.max_pixels >= video_budget.max_pixels else video_budget
-    view = jax.vmap(jax.vmap(lambda canvas, region, size: render(canvas, region, size, budget)))
-    pairs = -(-prompts.num_canvases // 2)
-    pair = 2 * index[None, :, None] + jnp.arange(2)
-    pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
-    slices = jnp.where(video, pair, index[None, :, None])
-    slices = jnp.where(jnp.where(video[..., 0], index < pairs[:, None], present)[..., None], slices, -1)
-    grid = size // PATCH
-    one = jnp.where(present, 1, 0)
-    first = index == 0
-    frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
-    grids = jnp.where(frames[..., None] > 0, jnp.concatenate([frames[..., None], grid], axis=-1), 0)
-    seconds = jnp.where(first, prompts.seconds[:, None], 0.0)
-    return Visual(view(prompts.canvases, region, size), slices.astype(jnp.int32), grids, seconds)
-
-
-def start(
-    model: Qwen2_5_VL,
-    prompts: Prompts,
-    key: jax.Array,
-    opening: jax.Array,
-    temperature: jax.Array,
-    config: RolloutConfig,
-    shape: Shape,
-) -> tuple[Shared, State]:
-    """Read the prompts once each and set up the rows, which have written `opening` and nothing else.
-
-    `opening` int32 [O] ends with -1 where it is shorter.
-    """
-    visual = prompt_visual(prompts, config, shape)
-    batch, width = prompts.tokens.shape
-    # All rows begin alike, so the opening is read with the prompt.
-    room, written = opening.shape[0], jnp.sum(opening >= 0)
-    index = jnp.arange(width + room) - prompts.length[:, None]
-    tokens = jnp.where(
-        index < 0, jnp.pad(prompts.tokens, ((0, 0), (0, room))), jnp.maximum(opening, 0)[jnp.clip(index, 0, room - 1)]
-    )
-    valid = index < written
-    features = encode_visual(model, visual, implementation=config.implementation)
-    x = model.embed(tokens, features, visual.grids)
-    positions, next_pos = mrope_positions(
-        model.is_visual(tokens), valid, visual.grids, visual.seconds, jnp.zeros(batch, jnp.int32), model.config
-    )
-    hidden, prefix = model.prefill(x, positions, valid, implementation=config.implementation)
-    last = jnp.take_along_axis(hidden, (prompts.length + written)[:, None, None] - 1, axis=1)[:, 0]
-
-    group, rows = config.group_size, batch * config.group_size
-    spread = lambda x: jnp.repeat(x, group, axis=0)
-    member = jnp.tile(jnp.arange(group), batch)
-    keys = jax.vmap(lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member))(
-        spread(prompts.uid), member
-    )
-    most = prompts.canvas_size.shape[1]
-    slots = config.max_images + most
-    regions = jnp.pad(prompts.canvas_size[..., ::-1], ((0, 0), (0, slots - most), (2, 0)))
-    images = jnp.where(prompts.is_video, 1, prompts.num_canvases)
-    numbers = config.max_calls + 1
-    none = jnp.full((rows, numbers), -1, jnp.int32)
-    blank = jnp.zeros((rows, config.max_response), jnp.int32)
-    state = State(
-        tokens=blank.at[:, :room].set(jnp.maximum(opening, 0)[: config.max_response]),
-        chosen=jnp.zeros((rows, config.max_response), bool),
-        logprobs=jnp.zeros((rows, config.max_response), jnp.float32),
-        length=jnp.full(rows, written, jnp.int32),
-        turn_start=jnp.zeros(rows, jnp.int32),
-        status=jnp.full(rows, WRITING, jnp.int32),
-        stop=jnp.full(rows, -1, jnp.int32),
-        hidden=spread(last),
-        next_pos=spread(next_pos),
-        cache=model.empty_cache(rows, config.max_response),
-        reader=automaton.init(rows),
-        gallery=Gallery(
-            jnp.broadcast_to(jnp.minimum(jnp.arange(slots), most - 1), (rows, slots)).astype(jnp.int32),
-            spread(regions),
-            spread(images),
-        ),
-        num_images=spread(images),
-        patches=jnp.zeros((rows, config.max_calls, shape.views, budgets(config, shape)[2].patches, 588), jnp.uint8),
-        grids=jnp.zeros((rows, config.max_calls, shape.views, 3), jnp.int32),
-        calls=Calls(
-            none, none, none, jnp.zeros((rows, numbers, 4), jnp.int32), jnp.full((rows, numbers, 8), -1, jnp.int32)
-        ),
-        num_calls=jnp.zeros(rows, jnp.int32),
-        keys=keys,
-    )
-    shared = Shared(prompts, prefix, visual, temperature)
-    reader, _ = jax.lax.scan(
-        lambda reader, token: (automaton.step(prompts.tables.bytes, reader, jnp.full(rows, token)), None),
-        state.reader,
-        opening,
-    )
-    return shared, state._replace(reader=reader)
+def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
+    """Takes what the prompts have, [B, ...], for the row in every slot, [R, ...]."""
+    places = (state.row // config.group_size).reshape(shape.shards, -1)
+    last = prompts.length.shape[0] // shape.shards - 1
+    return Chunk(jnp.minimum(places, last), prompts.length.shape[0])
 
 
 def append(
@@ -249,7 +150,7 @@ def append(
 READ_CHUNK = 32
 
 
-def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: KVCache):
+def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
     """Every row appends the first `lengths` of its embeddings `x` [R, T, D] to its cache: the hidden state of its last
     token (`hidden` [R, D] where there is none) and the cache.
 
@@ -317,8 +218,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     state = append(model, layers, shared, state, token[:, None], writing.astype(jnp.int32))
 
     ended = writing & jnp.any(token[:, None] == shared.prompts.tables.stop, axis=1)
-    prompt_length = jnp.repeat(shared.prompts.length, rows // shared.prompts.length.shape[0])
-    full = (state.length >= config.max_response) | (state.length + prompt_length >= config.max_tokens)
+    full = state.length >= state.room
     long = state.length - state.turn_start >= config.max_new_tokens
     status = jnp.where(ended, WAITING, jnp.where(writing & (full | long), DONE, state.status))
     stop = jnp.where(writing & ~ended & (full | long), jnp.where(long, STOP_TURN_LENGTH, STOP_TOKENS), state.stop)
@@ -329,7 +229,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     """Every row that waits gets what it asked for, a message that says why not, or its end."""
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
-    spread = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
+    mine = rows_prompts(state, prompts, config, shape)
     call = automaton.finish(state.reader)
     waiting = state.status == WAITING
     asks = waiting & call.required
@@ -337,18 +237,16 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     result = execute(
         call,
         state.gallery,
-        spread(prompts.is_video),
-        spread(prompts.canvas_size),
-        spread(prompts.num_canvases),
+        mine.take(prompts.is_video),
+        mine.take(prompts.canvas_size),
+        mine.take(prompts.num_canvases),
         shape.views,
         config,
     )
     crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
     observations = prompts.tables.observations
     ids, lengths = observations.assemble(result.message, observation_width(observations, config, shape))
-    after = state.length + lengths
-    long = (after >= config.max_response) | (after + spread(prompts.length) >= config.max_tokens)
-    long = asks & ~spent & ~crowded & long
+    long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
     budget = budgets(config, shape)[2]
@@ -356,6 +254,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     patches, features = show_waiting(
         model,
         jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        mine.at.reshape(-1),
         result.canvas,
         result.region,
         result.size,
@@ -443,15 +342,16 @@ def show(
     return resume(state, run)
 
 
-def writes_on(state: State, config: RolloutConfig, shape: Shape) -> jax.Array:
-    """Whether to decode another token before those that wait are answered.
+def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """Whether to decode another token before those that wait are answered and free slots (`takes`, bool [R]) are given rows.
 
     Turns differ in length: as soon as some rows wait (on one shard), they are answered while the others are in the middle
     of theirs. What that costs apart from the answers is paid by all rows, so it is not done for each one.
     """
     local = state.status.shape[0] // shape.shards
     enough = min(local, max(config.observe_chunk, local // 4))
-    return jnp.any(state.status == WRITING) & (fullest(state.status == WAITING, shape.shards) < enough)
+    idle = (state.status == WAITING) | takes
+    return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
 def resume(state: State, run: jax.Array) -> State:
@@ -472,42 +372,4 @@ def observation_width(observations: Observations, config: RolloutConfig, shape: 
         crop_pads=config.crop_max_pixels // FACTOR**2,
         frame_pads=config.select_max_pixels // FACTOR**2 if shape.views > 1 else 0,
         num_frames=shape.views,
-    )
-
-
-def finish(shared: Shared, state: State, config: RolloutConfig) -> Trajectories:
-    """The trajectories of the rows: prompt and response side by side, everything they saw in order."""
-    rows = state.status.shape[0]
-    group = rows // shared.prompts.tokens.shape[0]
-    spread = lambda x: jnp.repeat(x, group, axis=0)
-    prompts, visual = shared.prompts, jax.tree.map(spread, shared.visual)
-    beside = lambda x, y: jnp.concatenate([x, y], axis=1)
-    most = max(visual.patches.shape[2], state.patches.shape[3])
-    wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
-    prompt_tokens = spread(prompts.tokens)
-    blank = jnp.zeros(prompt_tokens.shape, bool)
-    grids = state.grids.reshape(rows, -1, 3)
-    first = visual.patches.shape[1]
-    frame = first + jnp.arange(grids.shape[1])
-    still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
-    slices = beside(visual.slices, still)
-    present_first = jnp.argsort(slices[..., :1] < 0, axis=1, stable=True)
-    return Trajectories(
-        tokens=beside(prompt_tokens, state.tokens),
-        valid=beside(
-            jnp.arange(prompt_tokens.shape[1]) < spread(prompts.length)[:, None],
-            jnp.arange(config.max_response) < state.length[:, None],
-        ),
-        chosen=beside(blank, state.chosen),
-        logprobs=beside(blank.astype(jnp.float32), jnp.where(state.chosen, state.logprobs, 0.0)),
-        visual=Visual(
-            patches=beside(wide(visual.patches), wide(state.patches.reshape(rows, -1, *state.patches.shape[3:]))),
-            slices=jnp.take_along_axis(slices, present_first, axis=1),
-            grids=beside(visual.grids, grids),
-            seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),
-        ),
-        prompt=jnp.repeat(jnp.arange(prompts.tokens.shape[0]), group),
-        calls=state.calls,
-        num_calls=state.num_calls,
-        stop=state.stop,
     )

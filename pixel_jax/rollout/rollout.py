@@ -1,6 +1,6 @@
 """The multi-turn rollout: as one compiled program, and driven step by step from the host.
 
-Both are made of the same functions (`machine.py`) and give the same tokens.
+Both are made of the same functions (`machine.py`, `queue.py`) and give the same tokens.
 """
 
 import dataclasses
@@ -17,11 +17,12 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.processes import everywhere
-from pixel_jax.parallel.sharding import batch_sharding, local_rows, replicate, row_parts, shard_batch, share
+from pixel_jax.parallel.sharding import batch_sharding, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
-from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate
+from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
+from pixel_jax.rollout.trajectory import Prompts, Trajectories
 
 
 def rollout(
@@ -29,40 +30,17 @@ def rollout(
 ) -> Trajectories:
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
-    The rows decode together; whenever enough of them have ended a turn, those that asked for pixels get them (cropped and
-    resized from the full-resolution canvas, encoded, appended to their caches) or a message, and all go on. On a mesh, rows
-    are split over `data` and `fsdp`; the mesh is the one the model's weights lie on. With several processes each brings its
-    share of the prompts, and all must have the same shapes; the rows that come back lie where their prompts do.
+    The rows of `config.in_flight` prompts decode together; whenever enough of them have ended a turn, those that asked for
+    pixels get them (cropped and resized from the full-resolution canvas, encoded, appended to their caches) or a message, rows
+    that wait take the place of those that are done, and all go on. On a mesh, rows are split over `data` and `fsdp`; the mesh
+    is the one the model's weights lie on. With several processes each brings its share of the prompts, and all must have the
+    same shapes; the rows that come back lie where their prompts do.
 
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
     """
-    return _call(model, prompts, key, config, opening, *layout(model, prompts, config))
-
-
-def rollout_in_calls(
-    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, calls: int
-) -> Trajectories:
-    """The rows of `rollout`, on the host (with several processes this one's), from `calls` equal parts of the prompts.
-
-    The program runs once for each part, and only the caches of that part's rows need memory. A row does not depend on
-    which others it is with: its key follows from its prompt's `uid`.
-    """
-    mesh, shape = layout(model, prompts, config, calls)
-    size = len(prompts.uid) // calls
-
-    def part(i: int) -> Trajectories:
-        rows = jax.tree.map(lambda x: x[i * size : (i + 1) * size], prompts._replace(tables=()))
-        made = _call(model, rows._replace(tables=prompts.tables), key, config, (), mesh, shape)
-        return jax.tree.map(local_rows, made)
-
-    made = concatenate([part(i) for i in range(calls)])
-    places = share(mesh).index * len(prompts.uid) + np.arange(len(prompts.uid), dtype=np.int32)
-    return made._replace(prompt=np.repeat(places, config.group_size))
-
-
-def _call(model, prompts: Prompts, key, config: RolloutConfig, opening, mesh: Mesh | None, shape: Shape):
+    mesh, shape = layout(model, prompts, config)
     opening, temperature, config = traced(config, opening)
     if mesh is not None:
         key, opening, temperature = replicate((key, opening, temperature), mesh)
@@ -90,17 +68,28 @@ def compiled_rollout(
 ) -> Trajectories:
     """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
     layers = model.unstack()
-    shared, state = machine.start(model, prompts, key, opening, temperature, config, shape)
-    state = constrain_rows(state, mesh)
+    queue, state = constrain_rows(start(model, prompts, key, opening, config, shape), mesh)
 
-    def turn(state: State) -> State:
+    def turn(carry: tuple[Queue, State]) -> tuple[Queue, State]:
+        queue, state = carry
+        # Outside the token loop: in it, the caches would be copied at every token.
+        with jax.named_scope("fill"):
+            queue, state = jax.lax.cond(
+                jnp.any(openings(queue, state, config, shape).takes),
+                lambda carry: fill(model, prompts, key, opening, *carry, config, shape),
+                lambda carry: carry,
+                (queue, state),
+            )
+        queue, state = constrain_rows((queue, state), mesh)
+        shared = Shared(prompts, queue.prefix, temperature)
+
+        def writes_on(state: State) -> jax.Array:
+            return machine.writes_on(state, openings(queue, state, config, shape).takes, config, shape)
+
         with jax.named_scope("tokens"):
             state = jax.lax.while_loop(
-                lambda state: machine.writes_on(state, config, shape),
-                lambda state: machine.decode(model, layers, shared, state, config),
-                state,
+                writes_on, lambda state: machine.decode(model, layers, shared, state, config), state
             )
-        # Outside the token loop: in it, the caches would be copied at every token.
         with jax.named_scope("observe"):
             state = jax.lax.cond(
                 jnp.any(state.status == WAITING),
@@ -108,11 +97,15 @@ def compiled_rollout(
                 lambda state: state,
                 state,
             )
-        return constrain_rows(state, mesh)
+        return queue, constrain_rows(state, mesh)
+
+    def going(carry: tuple[Queue, State]) -> jax.Array:
+        queue, state = carry
+        return jnp.any(state.status != DONE) | jnp.any(openings(queue, state, config, shape).takes)
 
     with jax.named_scope("turns"):
-        state = jax.lax.while_loop(lambda state: jnp.any(state.status != DONE), turn, state)
-    return constrain_rows(machine.finish(shared, state, config), mesh)
+        queue, state = jax.lax.while_loop(going, turn, (queue, state))
+    return constrain_rows(finish(prompts, queue, state, config, shape), mesh)
 
 
 class Observation(NamedTuple):
@@ -147,8 +140,13 @@ def host_rollout(
     with jax.set_mesh(mesh) if mesh is not None else _nothing():
         layers = _unstack(model)
         opening, temperature, config = traced(config, opening)
-        shared, state = _start(model, prompts, key, opening, temperature, config, shape)
-        while np.any(np.asarray(state.status) != DONE):
+        queue, state = _start(model, prompts, key, opening, config, shape)
+        while True:
+            if np.any(np.asarray(_openings(queue, state, config, shape).takes)):
+                queue, state = _fill(model, prompts, key, opening, queue, state, config, shape)
+            if np.all(np.asarray(state.status) == DONE):
+                return _finish(prompts, queue, state, config, shape)
+            shared = Shared(prompts, queue.prefix, temperature)
             while np.any(np.asarray(state.status) == WRITING):
                 state = _decode(model, layers, shared, state, config)
                 if on_token is not None:
@@ -157,7 +155,6 @@ def host_rollout(
                 state = _call_tool(model, layers, shared, state, config, shape, tool, vocabulary)
             if np.any(np.asarray(state.status) == WAITING):
                 state = _observe(model, layers, shared, state, config, shape)
-        return _finish(shared, state, config)
 
 
 def _call_tool(
@@ -209,25 +206,25 @@ def _observation_tokens(answer: Observation, vocabulary: Vocabulary) -> list[int
 
 # The steps, compiled one by one.
 _unstack = jax.jit(lambda model: model.unstack())
-_start = jax.jit(machine.start, static_argnames=("config", "shape"))
+_start = jax.jit(start, static_argnames=("config", "shape"))
+_openings = jax.jit(openings, static_argnames=("config", "shape"))
+_fill = jax.jit(fill, static_argnames=("config", "shape"))
 _decode = jax.jit(machine.decode, static_argnames=("config",))
 _observe = jax.jit(machine.observe, static_argnames=("config", "shape"))
 _show = jax.jit(machine.show, static_argnames=("config", "shape"))
-_finish = jax.jit(machine.finish, static_argnames=("config",))
+_finish = jax.jit(finish, static_argnames=("config", "shape"))
 
 
-def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig, calls: int = 1) -> tuple[Mesh | None, Shape]:
-    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts.
-
-    `calls`: equal parts that the prompts are taken in.
-    """
+def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
+    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     shards = row_parts(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * share(mesh).count
-    if batch % (shards * calls):
-        parts = f"{calls} calls and " if calls > 1 else ""
-        raise ValueError(f"{batch} prompts cannot be split over {parts}data x fsdp = {shards}: pad the batch")
+    if batch % shards:
+        raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
+    if config.in_flight is not None and config.in_flight < batch and config.in_flight % shards:
+        raise ValueError(f"in_flight {config.in_flight} prompts cannot be split over data x fsdp = {shards}")
     is_video = np.asarray(prompts.is_video)
     video, still = bool(np.any(is_video)), not bool(np.all(is_video))
     if mesh is not None:

@@ -69,7 +69,8 @@ def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, 
     )
     crop, select = observation == 0, observation == 1
     frames = jnp.where(select[:, None], frames[:, : shape.views], -1)
-    sizes = jnp.repeat(prompts.canvas_size, len(frames) // len(prompts.canvas_size), axis=0)
+    group = len(frames) // len(prompts.canvas_size)
+    sizes = jnp.repeat(prompts.canvas_size, group, axis=0)
     sizes = jnp.take_along_axis(sizes, jnp.maximum(frames, 0)[..., None], axis=1)
     whole = jnp.concatenate([jnp.zeros_like(sizes), sizes[..., ::-1]], axis=-1)
     cut, _ = shown_size(box[:, None], config.crop_min_pixels, config.crop_max_pixels, config.max_side)
@@ -79,6 +80,7 @@ def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, 
     return show_waiting(
         model,
         jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        jnp.arange(len(frames)) // group % (len(prompts.canvas_size) // shape.shards),
         jnp.where(first, canvas[:, None], frames),
         jnp.where(first[..., None], box[:, None], whole),
         jnp.where((first | (frames >= 0))[..., None], size, 0),

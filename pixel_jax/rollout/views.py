@@ -45,6 +45,7 @@ def encode_still(model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, impleme
 def show_waiting(
     model: Qwen2_5_VL,
     canvases: jax.Array,
+    prompt: jax.Array,
     canvas: jax.Array,
     region: jax.Array,
     size: jax.Array,
@@ -60,12 +61,11 @@ def show_waiting(
     The rows that wait are taken `chunk` at a time in each of the `shards` that rows are split over.
 
     Args:
-      canvases: uint8 [B, C, H, W, 3]; row r looks at those of prompt r // (R // B).
+      canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its shard.
       canvas: int32 [R, V]; region: int32 [R, V, 4]; size: int32 [R, V, 2].
       waiting: bool [R].
     """
     rows, views = canvas.shape
-    group = rows // canvases.shape[0]
     by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
 
     def view(shard_canvases, prompt, canvas, region, size):
@@ -79,8 +79,7 @@ def show_waiting(
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         sizes = take(size)
-        prompt = jnp.minimum(chunk.at // group, by_shard.shape[1] - 1)
-        pixels = view(by_shard, prompt, jnp.maximum(take(canvas), 0), take(region), sizes)
+        pixels = view(by_shard, take(prompt), jnp.maximum(take(canvas), 0), take(region), sizes)
         encoded = encode_still(model, pixels, sizes, implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))

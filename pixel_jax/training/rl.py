@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.rollout import rollout_in_calls
+from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories, executed_calls
 from pixel_jax.training import rewards
@@ -40,8 +40,6 @@ class RLConfig:
 
     iterations: int  # rollouts; an iteration makes as many updates as its rows fill train batches
     prompts: int = 512  # an iteration
-    # Prompts whose rows are rolled out together: as many as there is memory for their caches. None: all of an iteration's.
-    rollout_prompts: int | None = None
     train_batch: int = 256  # rows an update
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
@@ -72,8 +70,6 @@ class RLConfig:
                 f"{self.prompts} prompts x {self.rollout.group_size} rollouts = {self.rows} rows are no multiple of "
                 f"train_batch {self.train_batch}"
             )
-        if self.rollout_prompts is not None and (self.rollout_prompts < 1 or self.prompts % self.rollout_prompts):
-            raise ValueError(f"{self.prompts} prompts cannot be rolled out {self.rollout_prompts} at a time")
         if self.rollout.temperature <= 0:
             raise ValueError("greedy rollouts (temperature 0) are all alike: nothing can be learned from them")
         if self.loss.importance_cap is not None and self.old_logprobs == "sampler":
@@ -89,11 +85,6 @@ class RLConfig:
     @property
     def rows(self) -> int:
         return self.prompts * self.rollout.group_size
-
-    @property
-    def rollouts(self) -> int:
-        """Calls of the compiled rollout in one iteration."""
-        return self.prompts // (self.rollout_prompts or self.prompts)
 
     @property
     def updates(self) -> int:
@@ -213,7 +204,7 @@ def rl(
         # Keys follow from the place in the whole batch, whoever has it.
         prompts = prompts._replace(uid=part.index * len(answers) + np.arange(len(answers), dtype=np.int32))
         actor = policy(state)
-        trajectories = rollout_in_calls(actor, prompts, key, config.rollout, config.rollouts)
+        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout))
         laps.lap("rollout")
         timed = {}
         if config.time_operations and i % config.time_operations == 0:

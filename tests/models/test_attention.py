@@ -1,5 +1,7 @@
 """The attention door: both implementations, masks, log-sum-exp, second derivatives, memory."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,25 @@ def test_values(rng, run, segments):
     np.testing.assert_allclose(out, expected, atol=2e-6)
     np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
     assert (np.asarray(out)[0, 0] == 0).all() and (np.asarray(lse)[0, 0] == -np.inf).all()
+
+
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("spare", [0, 7])
+def test_a_cache_is_read_as_far_as_it_is_used(rng, monkeypatch, segments, spare):
+    """Tiles of four keys. The last one read overlaps the one before if there is no spare room; else nobody reads on."""
+    monkeypatch.setattr(importlib.import_module("pixel_jax.models.attention"), "CACHE_TILE", 4)
+    q, k, v, mask = case(rng, segments=segments)
+    keys = k.shape[1]
+    widen = lambda x, axis, value: jnp.pad(x, [(0, spare * (i == axis)) for i in range(x.ndim)], constant_values=value)
+    unread = (jnp.arange(keys + spare) >= -(-keys // 4) * 4)[:, None]
+    room = lambda x: jnp.where(unread, jnp.nan, widen(jnp.swapaxes(x, 1, 2), 2, 9.0))
+    wide = mask._replace(k_order=widen(jnp.asarray(mask.k_order), 1, -1))
+    if segments:
+        wide = wide._replace(k_segment=widen(jnp.asarray(mask.k_segment), 1, 0))
+    out, lse = jax.jit(lambda *arguments: cached_attention(*arguments))(q, room(k), room(v), wide, keys)
+    expected, expected_lse = naive(q, k, v, mask)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
 
 
 def test_door_chunks_equal_dense(rng):

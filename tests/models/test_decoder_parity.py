@@ -1,5 +1,7 @@
 """Decoder and whole model against transformers in float32; cached decoding against the full forward."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from tiny_qwen import END, IMAGE, START, VIDEO, relative, tiny_config, torch_mod
 
 import pixel_jax
 from pixel_jax.models import Qwen2_5_VL, Visual, forward_hidden, mrope_positions
+from pixel_jax.models.decoder import Prefix
 
 backbone = jax.jit(Qwen2_5_VL.backbone)
 
@@ -195,16 +198,19 @@ def test_rows_that_do_not_move_keep_their_cache(model, rng):
         assert (before[1] == now[1]).all() and (before[0] != now[0]).any()
 
 
-def test_shared_prefix_equals_full_forward(model, rng):
-    """Two prompts of unlike length, three rows each, continued together."""
+@pytest.mark.parametrize("tile", [512, 2])
+def test_shared_prefix_equals_full_forward(model, rng, monkeypatch, tile):
+    """Two prompts of unlike length, three rows each, continued together; the rows' caches read at once or in tiles."""
+    monkeypatch.setattr(importlib.import_module("pixel_jax.models.attention"), "CACHE_TILE", tile)
     x, positions, _ = random_rows(model, rng, 6, 10)
     lengths = np.array([6, 4])
     prompt = x[::3, :6]  # rows 0 and 3 lend their prompts to their neighbours
     where = positions[:, ::3, :6]
     valid = jnp.arange(6)[None] < lengths[:, None]
-    layers, step = model.unstack(), jax.jit(Qwen2_5_VL.step)
+    layers, step = model.unstack(), jax.jit(lambda *arguments: Qwen2_5_VL.step(*arguments))
     _, prefix = jax.jit(Qwen2_5_VL.prefill)(model, prompt, where, valid)
     assert prefix.length.tolist() == [6, 4]
+    prefix = Prefix.of(prefix, 6)
     cache = model.empty_cache(6, 4)
     got = []
     for t in (slice(6, 8), slice(8, 9), slice(9, 10)):
@@ -218,8 +224,9 @@ def test_shared_prefix_equals_full_forward(model, rng):
         pos = jnp.concatenate([where[:, r // 3, :n], positions[:, r, 6:]], axis=1)[:, None]
         full = backbone(model, row, pos, jnp.ones((1, n + 4), bool))
         assert relative(got[r], full[0, n:]) < 1e-5
-    with pytest.raises(ValueError, match="5 rows cannot share the cache of 2 prompts"):
-        model.step(layers, x[:5, :1], positions[:, :5, :1], jnp.ones((5, 1), bool), model.empty_cache(5, 4), prefix)
+    with pytest.raises(ValueError, match="5 rows cannot share the prefixes of 2 groups"):
+        few = prefix._replace(entry=jnp.zeros(5, jnp.int32))
+        model.step(layers, x[:5, :1], positions[:, :5, :1], jnp.ones((5, 1), bool), model.empty_cache(5, 4), few)
 
 
 def test_gaps_and_segments(model, rng):

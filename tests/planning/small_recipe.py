@@ -21,6 +21,7 @@ FORWARD = ForwardConfig(remat=True, implementation="chunked", logit_chunk=256)
 def recipe() -> Recipe:
     rollout = RolloutConfig(
         group_size=2,
+        in_flight=4,
         top_k=4,
         max_new_tokens=24,
         max_calls=1,
@@ -38,7 +39,7 @@ def recipe() -> Recipe:
         data="nowhere",
         out="nowhere",
         sft=SFTConfig(steps=10, batch_size=8, forward=FORWARD),
-        rl=RLConfig(iterations=2, prompts=8, rollout_prompts=4, train_batch=8, rollout=rollout, forward=FORWARD),
+        rl=RLConfig(iterations=2, prompts=8, train_batch=8, rollout=rollout, forward=FORWARD),
         trace_tokens=512,
         trace_frames=2,
         trace_patches=32,

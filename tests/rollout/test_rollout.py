@@ -128,15 +128,14 @@ def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
     np.testing.assert_array_equal(np.asarray(a.visual.patches)[rows_a], np.asarray(b.visual.patches)[rows_b])
 
 
-def test_prompts_can_be_taken_in_parts(mixed):
-    """One program for all parts, those without a video, too; a row comes out as it does among all others."""
-    prompts, before = talker.prompts(4, video=True), compiled_rollout._cache_size()
-    parts = module.rollout_in_calls(talker.model(), prompts, KEY, talker.CONFIG, 4)
-    assert compiled_rollout._cache_size() == before + 1
-    same_tokens(parts, mixed)
-    np.testing.assert_array_equal(parts.prompt, mixed.prompt)
-    with pytest.raises(ValueError, match="4 prompts cannot be split over 3 calls"):
-        module.rollout_in_calls(talker.model(), prompts, KEY, talker.CONFIG, 3)
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_rows_that_finish_make_room(mixed, in_flight):
+    """Prompts in a queue, of slots that are given away while others of their group still write: the rows stay the same."""
+    config = replace(talker.CONFIG, in_flight=in_flight)
+    refilled = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, config))
+    same_tokens(refilled, mixed)
+    np.testing.assert_array_equal(refilled.prompt, mixed.prompt)
+    jax.tree.map(np.testing.assert_array_equal, refilled.visual, mixed.visual)
 
 
 def test_the_host_driven_twin_gives_the_same(mixed):
@@ -164,16 +163,20 @@ def test_a_row_does_not_depend_on_its_neighbours(trajectories):
     same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
 
 
-def test_eight_devices_give_the_same_tokens():
-    """Four shards of rows with different numbers of turns, weights split over fsdp and tensor."""
+def test_eight_devices_give_the_same_tokens(trajectories):
+    """Four shards of rows with different numbers of turns, each with a queue; weights split over fsdp and tensor."""
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     prompts = talker.prompts(4)
-    single = rollout(talker.model(), prompts, KEY, talker.CONFIG)
-    sharded = rollout(shard(talker.model(), mesh), prompts, KEY, talker.CONFIG)
+    arrays = jax.tree.map(lambda x: np.concatenate([x, x]), prompts._replace(tables=()))
+    twice, config = arrays._replace(tables=prompts.tables), replace(talker.CONFIG, in_flight=4)
+    sharded = rollout(shard(talker.model(), mesh), twice, KEY, config)
     assert len(sharded.tokens.sharding.device_set) == 8
-    turns = np.asarray(single.num_calls).reshape(4, -1).max(axis=1)
+    turns = trajectories.num_calls.reshape(4, -1).max(axis=1)
     assert len(set(turns.tolist())) > 1, "the shards must need different numbers of turns"
-    same_tokens(sharded, single)
+    for rows in (slice(0, 16), slice(16, 32)):
+        same_tokens(sharded, trajectories, rows)
+    with pytest.raises(ValueError, match="in_flight 3 prompts cannot be split"):
+        rollout(shard(talker.model(), mesh), twice, KEY, replace(config, in_flight=3))
 
 
 def lowered(model, prompts, config):

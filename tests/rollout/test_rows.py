@@ -1,6 +1,5 @@
 """Work on some of the rows only, and on the rows that wait while others write."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,17 +33,16 @@ def test_each_busy_row_is_worked_on_once(busy, shards, size):
     assert int(turns) == -(-most // min(size, ROWS // shards))
 
 
-@pytest.mark.parametrize("waiting, writes", [(0, True), (3, True), (4, False), (15, False), (16, False)])
-def test_rows_are_answered_while_others_write(waiting, writes):
-    """Of 16 rows of a shard, four that wait are enough."""
-    status = jnp.where(jnp.arange(16) < waiting, machine.WAITING, machine.WRITING)
-    states = machine.State(**{name: None for name in machine.State._fields})._replace(status=jnp.tile(status, 2))
-    config = RolloutConfig(observe_chunk=2)
-    assert (
-        bool(
-            jax.jit(lambda s: machine.writes_on(states._replace(status=s), config, machine.Shape(1, 2, 4)))(
-                states.status
-            )
-        )
-        == writes
-    )
+@pytest.mark.parametrize(
+    "waiting, free, writes",
+    [(0, 0, True), (3, 0, True), (2, 1, True), (4, 0, False), (2, 2, False), (0, 4, False), (16, 0, False)],
+)
+def test_rows_are_answered_while_others_write(waiting, free, writes):
+    """Of 16 rows of a shard, four that wait for pixels or leave room for another row are enough."""
+    place = jnp.arange(16)
+    status = jnp.where(place < waiting, machine.WAITING, machine.WRITING)
+    takes = (place >= waiting) & (place < waiting + free)
+    status = jnp.where(takes, machine.DONE, status)
+    state = machine.State(**{name: None for name in machine.State._fields})._replace(status=jnp.tile(status, 2))
+    config, shape = RolloutConfig(observe_chunk=2), machine.Shape(1, 2, 4)
+    assert bool(machine.writes_on(state, jnp.tile(takes, 2), config, shape)) == writes

@@ -93,12 +93,12 @@ def rollouts(monkeypatch):
     """Rows that depend on the key; every fourth runs out of calls. Returns how often it was asked."""
     asked = []
 
-    def rollout(model, prompts, key, config, calls):
+    def rollout(model, prompts, key, config):
         asked.append(key)
         found = make_trajectories(int(jax.random.randint(key, (), 0, 10**6)))
         return found._replace(stop=np.where(np.arange(16) % N == 0, STOP_CALLS, STOP_ANSWER).astype(np.int32))
 
-    monkeypatch.setattr(rl_module, "rollout_in_calls", rollout)
+    monkeypatch.setattr(rl_module, "rollout", rollout)
     return asked
 
 

@@ -46,6 +46,7 @@ def test_reinforcement_learning_by_two_processes_is_that_by_one(tmp_path):
     compare(tmp_path, 2, phase="rl", mesh={"data": 2}, steps=2)
     lines = read_metrics(tmp_path / "several" / "metrics.jsonl")
     assert sum(line["updates"] for line in lines) > 0
+    assert all(0 < line["seconds_operations"] for line in lines)
 
 
 def test_one_is_told_to_go_all_save_themselves_and_one_goes_on_alone(tmp_path):

@@ -1,0 +1,376 @@
+"""Prompts that wait, and rows that begin: how a rollout of many rows goes through few slots.
+
+A group of `group_size` neighbouring slots works on one prompt: `fill` reads it once, its rows share that cache. Where there are
+more prompts than groups, a slot whose row is done gets the next row of its group's prompt, and if that has none left the group
+reads the next prompt of the queue. A group keeps two prompts, so that a row which takes long holds up nobody: the others
+of its group are at the prompt after. What a row has written is put on record before its slot is given away.
+
+Each part of the mesh has a queue of its own, and rows never leave it. A row's tokens follow from its key, not from its slot.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax.dialog import automaton
+from pixel_jax.models.decoder import KVCache, Prefix
+from pixel_jax.models.inputs import Visual
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
+from pixel_jax.models.rope import mrope_positions
+from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows_prompts
+from pixel_jax.rollout.operations import Gallery, shown_size
+from pixel_jax.rollout.rows import Chunk, for_chunks
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.rollout.views import render
+
+PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together, where all are read at the start
+
+
+class Record(NamedTuple):
+    """What rows leave behind; the fields are those of `State`."""
+
+    tokens: jax.Array
+    chosen: jax.Array
+    logprobs: jax.Array
+    length: jax.Array
+    patches: jax.Array
+    grids: jax.Array
+    calls: Calls
+    num_calls: jax.Array
+    stop: jax.Array
+
+    @classmethod
+    def of(cls, state: State) -> "Record":
+        return cls(**{name: getattr(state, name) for name in cls._fields})
+
+
+class Queue(NamedTuple):
+    """B prompts, S parts of the mesh that they are split over, G groups of slots with E prompts each."""
+
+    prefix: Prefix
+    hidden: jax.Array  # [G, E, D], of the last token of each prompt
+    next_pos: jax.Array  # int32 [G, E]
+    prompt: jax.Array  # int32 [G, E], place in the part of the mesh
+    entry: jax.Array  # int32 [G], which of the E was read last
+    left: jax.Array  # int32 [G], rows of that one that have not begun
+    read: jax.Array  # int32 [S], prompts that have been read
+    visual: Visual  # the overview of all B prompts that have been read
+    records: Record | None  # of all rows; None where every row has a slot of its own
+
+
+def groups(prompts: Prompts, config: RolloutConfig) -> int:
+    """G, prompts whose rows are written at the same time."""
+    return min(config.in_flight or prompts.length.shape[0], prompts.length.shape[0])
+
+
+def start(
+    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, opening: jax.Array, config: RolloutConfig, shape: Shape
+) -> tuple[Queue, State]:
+    """Nothing is read and all slots are free."""
+    batch, width = prompts.tokens.shape
+    group, count = config.group_size, groups(prompts, config)
+    entries = 1 if count == batch else 2
+    slots, dim = count * group, model.config.text.hidden_size
+    cache = model.empty_cache(count, entries * (width + opening.shape[0]))
+    pairs = jnp.zeros((count, entries), jnp.int32)
+    visual = jax.eval_shape(lambda prompts: prompt_visual(prompts, config, shape), prompts)
+    state = _empty(model, slots, prompts, key, config, shape)
+    blank = lambda tree, rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), tree)
+    queue = Queue(
+        prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
+        hidden=jnp.zeros((count, entries, dim), model.language_model.embed_tokens.weight.dtype),
+        next_pos=pairs,
+        prompt=pairs,
+        entry=jnp.full(count, entries - 1, jnp.int32),
+        left=jnp.zeros(count, jnp.int32),
+        read=jnp.zeros(shape.shards, jnp.int32),
+        visual=blank(visual, batch),
+        records=None if entries == 1 else blank(Record.of(state), batch * group),
+    )
+    return queue, state
+
+
+def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: RolloutConfig, shape: Shape) -> State:
+    """Rows that have written nothing, in slots that are free."""
+    numbers, most = config.max_calls + 1, prompts.canvas_size.shape[1]
+    zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
+    none = jnp.full((slots, numbers), -1, jnp.int32)
+    rows = prompts.length.shape[0] // shape.shards * config.group_size
+    images = config.max_images + most
+    return State(
+        row=jnp.full(slots, rows, jnp.int32),
+        room=zeros(),
+        tokens=zeros(config.max_response),
+        chosen=zeros(config.max_response, dtype=bool),
+        logprobs=zeros(config.max_response, dtype=jnp.float32),
+        length=zeros(),
+        turn_start=zeros(),
+        status=jnp.full(slots, DONE, jnp.int32),
+        stop=jnp.full(slots, -1, jnp.int32),
+        hidden=zeros(model.config.text.hidden_size, dtype=model.language_model.embed_tokens.weight.dtype),
+        next_pos=zeros(),
+        cache=model.empty_cache(slots, config.max_response),
+        reader=automaton.init(slots),
+        gallery=Gallery(zeros(images), zeros(images, 4), zeros()),
+        num_images=zeros(),
+        patches=zeros(config.max_calls, shape.views, budgets(config, shape)[2].patches, 588, dtype=jnp.uint8),
+        grids=zeros(config.max_calls, shape.views, 3),
+        calls=Calls(none, none, none, zeros(numbers, 4), jnp.full((slots, numbers, 8), -1, jnp.int32)),
+        num_calls=zeros(),
+        keys=jax.vmap(lambda i: jax.random.fold_in(key, i))(zeros()),
+    )
+
+
+class Openings(NamedTuple):
+    """Which slots can be given a row, and what has to be read for that."""
+
+    takes: jax.Array  # bool [R]
+    opens: jax.Array  # bool [G], groups that read another prompt
+    place: jax.Array  # int32 [G], which one, in their part of the mesh
+
+
+def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Openings:
+    """What `fill` would do now. A group reads on only if no row is left that looks at the prompt it would write over."""
+    count, entries = queue.prompt.shape
+    idle = (state.status == DONE).reshape(count, -1)
+    other = (queue.entry + 1) % entries
+    in_use = jnp.any(~idle & (queue.prefix.entry.reshape(count, -1) == other[:, None]), axis=1)
+    wants = (jnp.sum(idle, axis=1) > queue.left) & ~in_use
+    by_shard = wants.reshape(shape.shards, -1)
+    place = (queue.read[:, None] + jnp.cumsum(by_shard, axis=1) - by_shard).reshape(-1)
+    opens = wants & (place < queue.visual.grids.shape[0] // shape.shards)
+    takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
+    return Openings(takes.reshape(-1), opens, place)
+
+
+def _rank(x: jax.Array) -> jax.Array:
+    """How many are true before each one, along the second axis."""
+    return jnp.cumsum(x, axis=1) - x
+
+
+def fill(
+    model: Qwen2_5_VL,
+    prompts: Prompts,
+    key: jax.Array,
+    opening: jax.Array,
+    queue: Queue,
+    state: State,
+    config: RolloutConfig,
+    shape: Shape,
+) -> tuple[Queue, State]:
+    """Every slot that can be given a row is: it has written `opening` and nothing else.
+
+    `opening` int32 [O] ends with -1 where it is shorter. The rows' keys follow from `key` and their prompts' `uid`.
+    """
+    takes, opens, place = openings(queue, state, config, shape)
+    count, entries = queue.prompt.shape
+    group = config.group_size
+    queue = queue._replace(records=put_on_record(queue.records, state, takes, shape))
+    left = queue.left[:, None]
+    queue = _read(model, prompts, opening, queue, opens, place, config, shape)
+
+    taken = takes.reshape(count, group)
+    rank = _rank(taken)
+    # The rows that the prompt before has left are begun first.
+    new = rank >= left
+    entry = jnp.where(opens[:, None] & ~new, (queue.entry[:, None] + 1) % entries, queue.entry[:, None])
+    member = jnp.where(new, rank - left, group - left + rank)
+    entry = jnp.where(taken, entry, queue.prefix.entry.reshape(count, group))
+    row = jnp.take_along_axis(queue.prompt, entry, axis=1) * group + member
+    queue = queue._replace(
+        prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
+    )
+
+    begun = _begin(model, prompts, key, opening, queue, row.reshape(-1), config, shape)
+    select = lambda new, old: jnp.where(takes.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    # Keys and values of the row before stay in the cache, beyond its length.
+    cache = state.cache._replace(length=select(begun.cache.length, state.cache.length))
+    state = jax.tree.map(select, begun._replace(cache=None), state._replace(cache=None))
+    return queue, state._replace(cache=cache)
+
+
+def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: RolloutConfig, shape: Shape) -> Queue:
+    """The groups that `opens` (bool [G]) have the prompts at `place` (int32 [G]) read."""
+    count, entries = queue.prompt.shape
+    batch, arrays = prompts.length.shape[0], prompts._replace(tables=(), uid=())
+    entry = jnp.where(opens, (queue.entry + 1) % entries, queue.entry)
+
+    def body(chunk: Chunk, carry: Queue) -> Queue:
+        reads = chunk.take(opens)
+        at = chunk.take(place).reshape(chunk.at.shape)
+        chosen = jax.tree.map(Chunk(jnp.minimum(at, batch // shape.shards - 1), batch).take, arrays)
+        visual = prompt_visual(chosen, config, shape)
+        hidden, cache, next_pos = read_prompt(model, chosen, visual, opening, config)
+        here = reads[:, None] & (jnp.arange(entries) == chunk.take(entry)[:, None])
+
+        def put(old, new):
+            """One of a group's E values, [G, E, ...]."""
+            before = chunk.take(old)
+            where = here.reshape(*here.shape, *[1] * (before.ndim - 2))
+            return chunk.put(old, jnp.where(where, new[:, None], before))
+
+        def put_layer(old, new):
+            apart = jnp.moveaxis(old.reshape(*old.shape[:2], entries, *new.shape[2:]), 2, 1)
+            return jnp.moveaxis(put(apart, new), 1, 2).reshape(old.shape)
+
+        prefix = carry.prefix
+        into = Chunk(jnp.where(reads.reshape(at.shape), at, batch), batch)
+        return carry._replace(
+            prefix=prefix._replace(
+                k=tuple(map(put_layer, prefix.k, cache.k)),
+                v=tuple(map(put_layer, prefix.v, cache.v)),
+                length=put(prefix.length, cache.length),
+            ),
+            hidden=put(carry.hidden, hidden),
+            next_pos=put(carry.next_pos, next_pos),
+            prompt=put(carry.prompt, at.reshape(-1)),
+            visual=jax.tree.map(into.put, carry.visual, visual),
+        )
+
+    records = queue.records
+    # From a queue one at a time: mostly one is wanted, and a chunk takes as long as if it were full.
+    size = PROMPT_CHUNK if entries == 1 else 1
+    with jax.named_scope("prompts"):
+        queue = for_chunks(opens, shape.shards, size, body, queue._replace(records=None))
+    read = queue.read + jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
+    left = queue.left + jnp.where(opens, config.group_size, 0)
+    return queue._replace(entry=entry, left=left, read=read, records=records)
+
+
+def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
+    """The overview of every prompt: its images, or its video two frames a slice."""
+    most = prompts.canvas_size.shape[1]
+    zeros = jnp.zeros_like(prompts.canvas_size[..., 0])
+    region = jnp.stack([zeros, zeros, prompts.canvas_size[..., 1], prompts.canvas_size[..., 0]], axis=-1)
+    image_budget, video_budget, _ = budgets(config, shape)
+    video = prompts.is_video[:, None, None]
+    as_image, _ = shown_size(region, config.min_pixels, config.max_pixels, config.max_side)
+    as_frame, _ = shown_size(region, config.video_min_pixels, config.video_max_pixels, config.max_side)
+    index = jnp.arange(most)
+    present = index < prompts.num_canvases[:, None]
+    size = jnp.where(present[..., None], jnp.where(video, as_frame, as_image), 0)
+    budget = image_budget if image_budget.max_pixels >= video_budget.max_pixels else video_budget
+    view = jax.vmap(jax.vmap(lambda canvas, region, size: render(canvas, region, size, budget)))
+    pairs = -(-prompts.num_canvases // 2)
+    pair = 2 * index[None, :, None] + jnp.arange(2)
+    pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
+    slices = jnp.where(video, pair, index[None, :, None])
+    slices = jnp.where(jnp.where(video[..., 0], index < pairs[:, None], present)[..., None], slices, -1)
+    grid = size // PATCH
+    one = jnp.where(present, 1, 0)
+    first = index == 0
+    frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
+    grids = jnp.where(frames[..., None] > 0, jnp.concatenate([frames[..., None], grid], axis=-1), 0)
+    seconds = jnp.where(first, prompts.seconds[:, None], 0.0)
+    return Visual(view(prompts.canvases, region, size), slices.astype(jnp.int32), grids, seconds)
+
+
+def read_prompt(
+    model: Qwen2_5_VL, prompts: Prompts, visual: Visual, opening: jax.Array, config: RolloutConfig
+) -> tuple[jax.Array, KVCache, jax.Array]:
+    """Each prompt and, since all rows begin alike, the opening: the last hidden state [B, D], the cache, the next position."""
+    batch, width = prompts.tokens.shape
+    room, written = opening.shape[0], jnp.sum(opening >= 0)
+    index = jnp.arange(width + room) - prompts.length[:, None]
+    tokens = jnp.where(
+        index < 0, jnp.pad(prompts.tokens, ((0, 0), (0, room))), jnp.maximum(opening, 0)[jnp.clip(index, 0, room - 1)]
+    )
+    valid = index < written
+    features = encode_visual(model, visual, implementation=config.implementation)
+    x = model.embed(tokens, features, visual.grids)
+    positions, next_pos = mrope_positions(
+        model.is_visual(tokens), valid, visual.grids, visual.seconds, jnp.zeros(batch, jnp.int32), model.config
+    )
+    hidden, cache = model.prefill(x, positions, valid, implementation=config.implementation)
+    last = jnp.take_along_axis(hidden, (prompts.length + written)[:, None, None] - 1, axis=1)[:, 0]
+    return last, cache, next_pos
+
+
+def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, shape: Shape) -> State:
+    """The state of slots that begin the rows `row` (int32 [R]); their caches are not to be looked at."""
+    slots = row.shape[0]
+    fresh = _empty(model, slots, prompts, key, config, shape)._replace(row=row)
+    mine = rows_prompts(fresh, prompts, config, shape)
+    sizes, is_video, canvases, uid, length = (
+        mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.uid, prompts.length)
+    )
+    keys = jax.vmap(lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member))
+    most, written = sizes.shape[1], jnp.sum(opening >= 0)
+    images = jnp.where(is_video, 1, canvases)
+    total = fresh.gallery.canvas.shape[1]
+    of_prompt = lambda x: jnp.take_along_axis(
+        jnp.repeat(x, config.group_size, axis=0),
+        queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2)),
+        axis=1,
+    )[:, 0]
+    reader, _ = jax.lax.scan(
+        lambda reader, token: (automaton.step(prompts.tables.bytes, reader, token[None]), None),
+        automaton.init(1),
+        opening,
+    )
+    return fresh._replace(
+        room=jnp.minimum(config.max_response, config.max_tokens - length),
+        tokens=fresh.tokens.at[:, : opening.shape[0]].set(jnp.maximum(opening, 0)[: config.max_response]),
+        length=jnp.full(slots, written, jnp.int32),
+        status=jnp.full(slots, WRITING, jnp.int32),
+        hidden=of_prompt(queue.hidden),
+        next_pos=of_prompt(queue.next_pos),
+        reader=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), reader),
+        gallery=Gallery(
+            jnp.broadcast_to(jnp.minimum(jnp.arange(total), most - 1), (slots, total)).astype(jnp.int32),
+            jnp.pad(sizes[..., ::-1], ((0, 0), (0, total - most), (2, 0))),
+            images,
+        ),
+        num_images=images,
+        keys=keys(uid, row % config.group_size),
+    )
+
+
+def put_on_record(records: Record | None, state: State, which: jax.Array, shape: Shape) -> Record | None:
+    """What the slots `which` (bool [R]) hold, in the rows' places; of slots that hold none, nothing."""
+    if records is None:
+        return None
+    rows = records.length.shape[0]
+    places = Chunk(jnp.where(which, state.row, rows).reshape(shape.shards, -1), rows)
+    return jax.tree.map(places.put, records, Record.of(state))
+
+
+def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Trajectories:
+    """The trajectories of all rows: prompt and response side by side, everything they saw in order."""
+    rows = put_on_record(queue.records, state, state.status == DONE, shape)
+    rows = Record.of(state) if rows is None else rows
+    count, group = rows.length.shape[0], config.group_size
+    spread = lambda x: jnp.repeat(x, group, axis=0)
+    visual = jax.tree.map(spread, queue.visual)
+    beside = lambda x, y: jnp.concatenate([x, y], axis=1)
+    most = max(visual.patches.shape[2], rows.patches.shape[3])
+    wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
+    prompt_tokens = spread(prompts.tokens)
+    blank = jnp.zeros(prompt_tokens.shape, bool)
+    grids = rows.grids.reshape(count, -1, 3)
+    first = visual.patches.shape[1]
+    frame = first + jnp.arange(grids.shape[1])
+    still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
+    slices = beside(visual.slices, still)
+    present_first = jnp.argsort(slices[..., :1] < 0, axis=1, stable=True)
+    return Trajectories(
+        tokens=beside(prompt_tokens, rows.tokens),
+        valid=beside(
+            jnp.arange(prompt_tokens.shape[1]) < spread(prompts.length)[:, None],
+            jnp.arange(config.max_response) < rows.length[:, None],
+        ),
+        chosen=beside(blank, rows.chosen),
+        logprobs=beside(blank.astype(jnp.float32), jnp.where(rows.chosen, rows.logprobs, 0.0)),
+        visual=Visual(
+            patches=beside(wide(visual.patches), wide(rows.patches.reshape(count, -1, *rows.patches.shape[3:]))),
+            slices=jnp.take_along_axis(slices, present_first, axis=1),
+            grids=beside(visual.grids, grids),
+            seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),
+        ),
+        prompt=jnp.repeat(jnp.arange(prompts.tokens.shape[0]), group),
+        calls=rows.calls,
+        num_calls=rows.num_calls,
+        stop=rows.stop,
+    )
