@@ -62,6 +62,7 @@ def run() -> None:
     from pixel_jax.evaluation.results import read_records
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.parallel import make_mesh
+    from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
@@ -106,7 +107,7 @@ def run() -> None:
             processes=processes,
             label=f"{name} {mode}",
         )
-    wait_for_all(processes)
+    meet("every question is answered")
     if process:
         return
     metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}}
@@ -131,13 +132,6 @@ def run() -> None:
         for mode, test in benchmark["differences"].items():
             print(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
     print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
-
-
-def wait_for_all(processes: int) -> None:
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("pixel-jax eval")
 
 
 def weights(model: str) -> list[list]:
