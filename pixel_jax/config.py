@@ -53,7 +53,8 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             try:
                 return convert(option, value, where)
             except ConfigError:
-                continue
+                if dataclasses.is_dataclass(option) and hasattr(value, "items"):
+                    raise  # which says what is wrong inside
     elif origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value

@@ -43,17 +43,21 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def run() -> None:
-    import jax
-
     from pixel_jax.config import load
     from pixel_jax.evaluation.config import EvalConfig
-    from pixel_jax.parallel.processes import join
+    from pixel_jax.parallel.processes import join, together
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=configs/pixel/eval.py")
     config = load(EvalConfig, FLAGS.config)
     join()
-    process, processes = jax.process_index(), jax.process_count()
+    with together():
+        answer(config)
+
+
+def answer(config) -> None:
+    """All questions, in as many processes as have joined; the first one reports."""
+    import jax
 
     from pixel_jax import from_pretrained
     from pixel_jax.dialog.tokenizer import Vocabulary
@@ -62,9 +66,11 @@ def run() -> None:
     from pixel_jax.evaluation.results import read_records
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.parallel import make_mesh
+    from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
+    process, processes = jax.process_index(), jax.process_count()
     out = pathlib.Path(config.out)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     benchmarks = {name: x for name, x in config.benchmarks.items() if x.data is not None}
@@ -106,7 +112,7 @@ def run() -> None:
             processes=processes,
             label=f"{name} {mode}",
         )
-    wait_for_all(processes)
+    meet("every question is answered")
     if process:
         return
     metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}}
@@ -131,13 +137,6 @@ def run() -> None:
         for mode, test in benchmark["differences"].items():
             print(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
     print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
-
-
-def wait_for_all(processes: int) -> None:
-    if processes > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("pixel-jax eval")
 
 
 def weights(model: str) -> list[list]:

@@ -99,6 +99,7 @@ def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=Fal
         replay=ReplayConfig(episode=2),
         optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-2),
         forward=ForwardConfig(remat=False),
+        time_operations=1,
     )
     model, data = talker.model(), Questions(share(mesh))
     if lora:

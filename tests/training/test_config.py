@@ -25,6 +25,7 @@ class Outer:
     steps: int
     inner: Inner = Inner()
     limit: float | None = None
+    other: Inner | None = None
     on: bool = False
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -46,6 +47,9 @@ def test_a_config_dict_becomes_nested_dataclasses():
         ({"steps": 1, "inner": {"mode": "c"}}, r"config\.inner\.mode must be one of 'a', 'b', not 'c'"),
         ({"steps": 1, "inner": {"sizes": [1, "2"]}}, r"config\.inner\.sizes\[1\] must be int"),
         ({"steps": 1, "inner": 4}, r"config\.inner must be a mapping"),
+        ({"steps": 1, "other": 4}, r"config\.other must be .*Inner \| None, not 4"),
+        ({"steps": 1, "other": {"rat": 1.0}}, r"config\.other\.rat.*nearest.*config\.other\.rate"),
+        ({"steps": 1, "other": {"rate": -1.0}}, r"config\.other: rate must not be negative: -1\.0"),
         ({"inner": {}}, "lacks steps"),
         ({"steps": 1, "inner": {"rate": -1.0}}, r"config\.inner: rate must not be negative: -1\.0"),
     ],

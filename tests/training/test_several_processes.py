@@ -46,6 +46,7 @@ def test_reinforcement_learning_by_two_processes_is_that_by_one(tmp_path):
     compare(tmp_path, 2, phase="rl", mesh={"data": 2}, steps=2)
     lines = read_metrics(tmp_path / "several" / "metrics.jsonl")
     assert sum(line["updates"] for line in lines) > 0
+    assert all(0 < line["seconds_operations"] for line in lines)
 
 
 def test_one_is_told_to_go_all_save_themselves_and_one_goes_on_alone(tmp_path):
@@ -76,3 +77,14 @@ def test_tuning_by_four_processes_is_that_by_one(tmp_path, mesh):
 @pytest.mark.slow
 def test_reinforcement_learning_by_four_processes_is_that_by_one(tmp_path):
     compare(tmp_path, 4, phase="rl", mesh={"data": 2, "fsdp": 2}, rollout_mesh={"data": 4}, steps=3)
+
+
+@pytest.mark.slow
+def test_processes_meet_however_far_apart(tmp_path):
+    """A collective of gloo's gives up after 30 seconds."""
+    script = tmp_path / "late.py"
+    lines = ["import time", "from pixel_jax.parallel.processes import first, join, meet", "join()"]
+    lines += ["time.sleep(0 if first() else 35)", "meet('here')", "print('met')"]
+    script.write_text("\n".join(lines))
+    ended = fleet.wait(fleet.start(2, script))
+    assert [code for code, _ in ended] == [0, 0] and all("met" in said for _, said in ended), ended
