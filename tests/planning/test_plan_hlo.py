@@ -191,6 +191,8 @@ ENTRY %main (a: s8[1,4,6], q: bf16[2,8,2048,128], k: bf16[2,2,3072,128]) -> bf16
 def test_attention_kernels(kind, products, again):
     """Products of all queries and keys; what a tile needs of the other axis is read once for each of 4 x 6 tiles and head."""
     found = Counter(KERNEL.replace("fwd", kind)).total()
+    one = Counter(KERNEL.replace("fwd", kind).replace("[2,8,", "[8,").replace("[2,2,", "[2,")).total()
+    assert found.flops == 2 * one.flops
     assert found.flops == products * 2 * 2 * 8 * 2048 * 3072 * 128
     once = 24 + 2 * (2 * 2 * 8 * 2048 * 128) + 2 * (2 * 2 * 2 * 3072 * 128)  # numbers of two bytes
     assert found.bytes == once + 2 * (2 * 2 * 8 * again * 128)
