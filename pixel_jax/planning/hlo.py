@@ -109,7 +109,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
     current, entry = None, None
-    for line in text.splitlines():
+    # A kernel's own metadata goes over several lines, which begin with a quote or close more than one bracket.
+    for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
@@ -232,7 +233,9 @@ class Counter:
         """Splash attention: for each head and tile of its inner axis it reads both arrays of the other axis anew."""
         arrays = [array for name in x.operands for array in within[name].arrays]
         blocks = arrays[0].shape  # [.., of queries, of keys]
-        q, k = [array for array in arrays if not array.dtype.startswith("s")][:2]  # [.., heads, T, D], [.., kv_heads, S, D]
+        q, k = [array for array in arrays if not array.dtype.startswith("s")][
+            :2
+        ]  # [.., heads, T, D], [.., kv_heads, S, D]
         *batch, heads, length, dim = q.shape
         batch, keys = math.prod(batch), k.shape[-2]
         count.flops += 2.0 * PRODUCTS[kind] * batch * heads * length * keys * dim
