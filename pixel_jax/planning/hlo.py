@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BITS = {"pred": 8, "token": 0, "opaque": 0, "f8e4m3": 8, "f8e5m2": 8, "bf16": 16, "c64": 64, "c128": 128}
+BITS = {"pred": 8, "token": 0, "opaque": 0, "f8e4m3": 8, "f8e5m2": 8, "bf16": 16, "f32": 32, "c64": 64, "c128": 128}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all")
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id opt-barrier "
@@ -109,7 +109,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a program by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
     current, entry = None, None
-    for line in text.splitlines():
+    # A kernel's own metadata goes over several lines, which begin with a quote or close more than one bracket.
+    for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
@@ -231,13 +232,15 @@ class Counter:
     def attention_kernel(self, x: Instruction, kind: str, within: Computation, count: Count) -> None:
         """Splash attention: for each head and tile of its inner axis it reads both arrays of the other axis anew."""
         arrays = [array for name in x.operands for array in within[name].arrays]
-        blocks = next(array.shape for array in arrays if array.dtype == "s8")  # [.., of queries, of keys]
-        q, k = [array for array in arrays if len(array.shape) == 4][:2]  # [B, heads, T, D], [B, kv_heads, S, D]
-        batch, heads, length, dim = q.shape
-        keys = k.shape[2]
+        blocks = arrays[0].shape  # [.., of queries, of keys]
+        q, k = [array for array in arrays if not array.dtype.startswith("s")][
+            :2
+        ]  # [.., heads, T, D], [.., kv_heads, S, D]
+        *batch, heads, length, dim = q.shape
+        batch, keys = math.prod(batch), k.shape[-2]
         count.flops += 2.0 * PRODUCTS[kind] * batch * heads * length * keys * dim
         streamed, turns = (length, blocks[-1]) if kind == "dkv" else (keys, blocks[-2])
-        again = 2 * batch * heads * (turns - 1) * streamed * dim * (q.bytes / q.size if q.size else 0)
+        again = 2 * batch * heads * (turns - 1) * streamed * dim * BITS[q.dtype] / 8
         count.bytes += self.plain_bytes(x, within) + again
 
     def trips(self, x: Instruction, condition: str, body: str) -> float:
