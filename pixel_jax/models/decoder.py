@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
-from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, product, stack
+from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, product, rematerialised, stack
 from pixel_jax.models.rope import mrope_angles, rotate
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequence
 
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
 
     def __call__(
-        self, x, positions, valid, *, segments=None, remat=False, implementation="dense", mesh=None
+        self, x, positions, valid, *, segments=None, remat: Remat = False, implementation="dense", mesh=None
     ) -> jax.Array:
         """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
         options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
             x, keys_and_values = layer(x, cos, sin, mask, implementation, mesh)
             return keep_rows(x), keep(keys_and_values)
 
-        x, kept = jax.lax.scan(jax.checkpoint(block) if remat else block, keep_rows(x), self.layers)
+        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), self.layers)
         return self.norm(x), kept
 
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:

@@ -6,6 +6,7 @@ Face layout [out, in]. Layers that repeat are one module whose weights have a le
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,18 @@ def is_variable(x) -> bool:
 
 def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:
     return Weight((INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype), axes=axes)
+
+
+Remat = bool | Literal["dots"]
+
+
+def rematerialised(block: Callable, remat: Remat) -> Callable:
+    """`block`, and what of it is kept for the backward pass: everything (False), nothing but its arguments (True), or the
+    results of its products with weights ("dots"), so that what is computed again is cheap."""
+    if not remat:
+        return block
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(block, policy=dots if remat == "dots" else None)
 
 
 FEW = 64  # tokens

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.decoder import Decoder, KVCache, Prefix
 from pixel_jax.models.inputs import Visual, locate, slice_grids
-from pixel_jax.models.layers import Linear, unstack
+from pixel_jax.models.layers import Linear, Remat, unstack
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.vision import VisionTower
 from pixel_jax.ops import pixel_values
@@ -30,7 +30,7 @@ class Qwen2_5_VL(nnx.Module):
             self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
 
     def encode(
-        self, pixels: jax.Array, hw: jax.Array, *, remat: bool = False, implementation: str = "dense"
+        self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str = "dense"
     ) -> jax.Array:
         """Temporal slices float32 [N, P, 1176] with grids int32 [N, 2] in patches -> visual tokens [N, P / 4, D] (raster)."""
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
@@ -73,7 +73,7 @@ class Qwen2_5_VL(nnx.Module):
         valid: jax.Array,
         *,
         segments=None,
-        remat=False,
+        remat: Remat = False,
         implementation="dense",
         mesh=None,
     ) -> jax.Array:
@@ -142,7 +142,7 @@ def encode_visual(
     model: Qwen2_5_VL,
     visual: Visual,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     implementation: str = "dense",
     mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -173,7 +173,7 @@ def forward_hidden(
     valid: jax.Array,
     visual: Visual | None,
     *,
-    remat: bool = False,
+    remat: Remat = False,
     implementation: str = "dense",
     segments: jax.Array | None = None,
     mesh: Mesh | None = None,

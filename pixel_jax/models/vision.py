@@ -14,7 +14,7 @@ from flax import nnx
 
 from pixel_jax.models.attention import Mask, attention
 from pixel_jax.models.config import VisionConfig
-from pixel_jax.models.layers import GatedMLP, Linear, RMSNorm, normal, stack
+from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, rematerialised, stack
 from pixel_jax.models.rope import rotate, vision_angles
 from pixel_jax.parallel.sharding import keep_rows
 
@@ -150,7 +150,7 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(keys[2], config, dtype)
 
     def __call__(
-        self, pixel_values: jax.Array, hw: jax.Array, *, remat: bool = False, implementation: str = "dense"
+        self, pixel_values: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str = "dense"
     ) -> jax.Array:
         """One temporal slice each: float [N, P, 1176] in merge order and int32 [N, 2] patches -> [N, P / 4, out_hidden].
 
@@ -169,5 +169,5 @@ class VisionTower(nnx.Module):
 
         full = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, jnp.int32))
         x = keep_rows(self.patch_embed(pixel_values))
-        x, _ = jax.lax.scan(jax.checkpoint(block) if remat else block, x, (self.blocks, full))
+        x, _ = jax.lax.scan(rematerialised(block, remat), x, (self.blocks, full))
         return keep_rows(self.merger(x))

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from pixel_jax.models import forward_hidden
-from pixel_jax.models.layers import LoRAWeight
+from pixel_jax.models.layers import LoRAWeight, Remat
 from pixel_jax.models.lora import without_lora
 from pixel_jax.models.qwen2_5_vl import logits
 from pixel_jax.parallel.sharding import (
@@ -43,7 +43,7 @@ class ForwardConfig:
     """How a step runs the model; none of it changes what is computed, up to rounding."""
 
     micro_batches: int = 1  # the batch's rows are taken in so many turns
-    remat: bool = True  # recompute activations in the backward pass
+    remat: Remat = True  # what the backward pass computes again: see `rematerialised`
     implementation: Literal["dense", "chunked", "kernel"] = "dense"  # attention
     logit_chunk: int = 256  # positions whose logits exist at once
     compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
