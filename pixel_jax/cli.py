@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Mapping
 
@@ -76,12 +77,20 @@ def run_program(program: str, commands: Commands) -> None:
         except (UserError, ValueError, OSError, FloatingPointError) as error:
             if flags.FLAGS.traceback:
                 raise
-            print(f"{name}: {error}", file=sys.stderr)
+            message = str(error)
+            if message.startswith("Configuration is not available"):  # every place it was sought, then why it failed
+                message = f"--config: {message.splitlines()[-1].strip()}"
+            print(f"{name}: {message}", file=sys.stderr)
             sys.exit(1)
 
     def parse(arguments: list[str]) -> list[str]:
-        with key_errors(name):
-            return app.parse_flags_with_usage(arguments)
+        try:
+            with key_errors(name):
+                return flags.FLAGS(arguments)
+        except flags.Error as error:
+            missing = re.search("Flag (--.*) must have a value other than None", str(error))
+            print(f"{name}: {f'give {missing[1]}=...' if missing else error}", file=sys.stderr)
+            sys.exit(1)
 
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
     app.run(run, argv=[name, *sys.argv[2:]], flags_parser=parse)

@@ -50,8 +50,10 @@ MISTAKES = {
     "chat without a question": (["chat", "model", "a.png"], 1, "--question"),
     "chat without an image": (["chat", "model", "--question=?"], 1, "at least one image"),
     "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' is not a local file"),
-    "sft without a config": (["sft"], 1, "--config"),
-    "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "nowhere.py"),
+    "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
+    "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "sft: --config: .*nowhere.py'$"),
+    "a misspelt flag": (["eval", "--confg=a.py"], 1, "eval: Unknown command line flag 'confg'. Did you mean: config"),
+    "comparing what is not there": (["eval", "compare", "a", "b"], 1, "eval: a holds no runs of benchmarks$"),
     "sft without a required value": (["sft", *GIVEN], 1, "config.out must be str, not None"),
     "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
     "an unknown key": (["sft", OWN_DATA, "--config.sft.stepz=1"], 1, "unknown key of the config.*stepz"),
@@ -69,6 +71,8 @@ def test_mistakes_are_answered_in_a_line(mistake, tmp_path):
     assert re.search(message, error) and "Traceback" not in error + out
     if code == 2:
         assert all(name in out + error for name in COMMANDS)
+    else:
+        assert error.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("name", COMMANDS)
