@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE
 
 LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
-TPU_BLOCK = 512  # queries and keys of a tile
+TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
 GPU_BLOCK = 128
 INVISIBLE = -1  # the segment of keys that nobody sees
 # One more score of every softmax, so small that it only counts where there is no other: then the output is zero, not a mean
@@ -29,7 +29,7 @@ def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = Fal
     Any lengths and head sizes, by padding. Queries that see no key give zeros.
     """
     length, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-    block_q, block_kv = (min(TPU_BLOCK, -(-size // LANES) * LANES) for size in (length, keys))
+    block_q, block_kv = _block(length), _block(keys)
     q, q_segment = _pad(q * head_dim**-0.5, block_q, LANES), _pad(q_segment, block_q)
     k, v, k_segment = _pad(k, block_kv, LANES), _pad(v, block_kv, LANES), _pad(k_segment, block_kv, fill=INVISIBLE)
     kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], block_q, block_kv, causal, interpret)
@@ -39,6 +39,12 @@ def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = Fal
     attend = jax.vmap(lambda *given: kernel(*given, sinks))
     out = attend(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(out)[:, :length, :, :head_dim]
+
+
+def _block(size: int) -> int:
+    """Of a tile: what pads least, of equals the largest, which reads keys and values least often."""
+    size = -(-size // LANES) * LANES
+    return min((min(block, size) for block in TPU_BLOCKS), key=lambda block: (-size % block, -block))
 
 
 def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):

@@ -35,7 +35,8 @@ def run(kernel, q, k, v, mask, causal):
 
 @pytest.mark.parametrize("kind", ["causal", "packed", "bidirectional"])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_values_and_gradients(rng, kernel, kind):
+def test_values_and_gradients(rng, monkeypatch, kernel, kind):
+    monkeypatch.setattr(kernels, "TPU_BLOCKS", (128,))  # two tiles each way
     q, k, v, mask, valid = case(rng, kind)
     causal = kind != "bidirectional"
     # Splash attention answers every query as dense attention does, Triton's none whose own key is invisible.
@@ -54,6 +55,11 @@ def test_values_and_gradients(rng, kernel, kind):
     assert (np.asarray(out)[~sees] == 0).all()
     for ours, theirs in zip((dq, dk, dv), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, block", [(100, 128), (640, 640), (4000, 1024), (12_288, 1024), (12_560, 512)])
+def test_tiles_pad_least(length, block):
+    assert kernels._block(length) == block
 
 
 def test_every_device_has_its_rows_and_heads(rng):
