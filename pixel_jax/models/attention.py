@@ -54,8 +54,8 @@ def attention(
     causal: what a kernel has to know beforehand about the order in `mask`. True: places, those of keys or negative, T = S;
             False: no key that is not negative comes after a query
     implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
-            'kernel', the platform's own, where there is none 'chunked'. A query that sees no key gets some mean of values from
-            a kernel. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
+            'kernel', the platform's own, where there is none 'chunked'. On GPUs a query whose own key is invisible returns
+            zeros. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
     -> [B, T, heads, head_dim], and with return_lse (not of kernels) also the log-sum-exp of the scores, float32 [B, T, heads]
     """
     batch, length, heads, head_dim = q.shape

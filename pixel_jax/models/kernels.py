@@ -15,25 +15,36 @@ from jax.sharding import PartitionSpec
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE
 
 LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
-TPU_BLOCK = 512  # queries and keys of a tile
+TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
 GPU_BLOCK = 128
 INVISIBLE = -1  # the segment of keys that nobody sees
+# One more score of every softmax, so small that it only counts where there is no other: then the output is zero, not a mean
+# of values nobody may see. The kernel's own score of a hidden key is smaller still.
+SINK = -1e30
 
 
 def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
     """q [B, T, heads, D]; k, v [B, S, kv_heads, D]; segments int32 [B, T] and [B, S] -> [B, T, heads, D].
 
-    Any lengths and head sizes, by padding. Queries that see no key give some mean of values.
+    Any lengths and head sizes, by padding. Queries that see no key give zeros.
     """
     length, keys, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-    block_q, block_kv = (min(TPU_BLOCK, -(-size // LANES) * LANES) for size in (length, keys))
+    block_q, block_kv = _block(length), _block(keys)
     q, q_segment = _pad(q * head_dim**-0.5, block_q, LANES), _pad(q_segment, block_q)
     k, v, k_segment = _pad(k, block_kv, LANES), _pad(v, block_kv, LANES), _pad(k_segment, block_kv, fill=INVISIBLE)
     kernel = _splash_kernel(q.shape[2], q.shape[1], k.shape[1], block_q, block_kv, causal, interpret)
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     segments = splash_attention_kernel.SegmentIds(q_segment, k_segment)
-    out = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    sinks = jnp.full(q.shape[2], SINK)
+    attend = jax.vmap(lambda *given: kernel(*given, sinks))
+    out = attend(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(out)[:, :length, :, :head_dim]
+
+
+def _block(size: int) -> int:
+    """Of a tile: what pads least, of equals the largest, which reads keys and values least often."""
+    size = -(-size // LANES) * LANES
+    return min((min(block, size) for block in TPU_BLOCKS), key=lambda block: (-size % block, -block))
 
 
 def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
@@ -58,14 +69,15 @@ def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
 
 
 def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
-    """As `splash`, for as many keys as queries, each key of the segment of its query or invisible."""
+    """As `splash`, for as many keys as queries, each key of the segment of its query or invisible: then its query gives zeros."""
     length, groups = q.shape[1], q.shape[2] // k.shape[2]
     # Padded queries see the padded keys and nothing else does: a segment of its own for them is a segment of its own for keys.
     segments = _pad(jnp.where(k_segment == INVISIBLE, INVISIBLE, q_segment), GPU_BLOCK, fill=INVISIBLE)
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     q, k, v = (_pad(x, GPU_BLOCK) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
-    return triton_attention.mha(q, k, v, segments, sm_scale=scale, causal=causal, interpret=interpret)[:, :length]
+    out = triton_attention.mha(q, k, v, segments, sm_scale=scale, causal=causal, interpret=interpret)[:, :length]
+    return jnp.where((k_segment == INVISIBLE)[..., None, None], 0, out)
 
 
 def _pad(x: jax.Array, length: int, last: int | None = None, fill: int = 0) -> jax.Array:
