@@ -8,7 +8,6 @@ nobody may see gets a segment of its own.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu import attention as triton_attention
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
@@ -70,6 +69,9 @@ def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
 
 def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
     """As `splash`, for as many keys as queries, each key of the segment of its query or invisible: then its query gives zeros."""
+    # Not above: jax 0.12 means to give it to another package, and warns of it.
+    from jax.experimental.pallas.ops.gpu import attention as triton_attention
+
     length, groups = q.shape[1], q.shape[2] // k.shape[2]
     # Padded queries see the padded keys and nothing else does: a segment of its own for them is a segment of its own for keys.
     segments = _pad(jnp.where(k_segment == INVISIBLE, INVISIBLE, q_segment), GPU_BLOCK, fill=INVISIBLE)
