@@ -33,7 +33,10 @@ def update(kind, model, batch, mesh, **options):
 
 @pytest.mark.parametrize(
     "kind, options",
-    [("sft", {"implementation": "chunked", "logit_chunk": 5, "remat": True}), ("rl", {"micro_batches": 2})],
+    [
+        ("sft", {"implementation": "chunked", "logit_chunk": 5, "remat": True}),
+        ("rl", {"micro_batches": 2, "remat": "dots"}),
+    ],
 )
 def test_an_update_is_the_same(model, batch, kind, options):
     loss, rows, change = update(kind, model, batch, None)
