@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 
 # Compiling is most of a test's time; programs this small do not repay what the compiler's last passes take.
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-# Halves the time of compiling a rollout. Later compilers have no such switch and end at it.
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+# Halves the time of compiling a rollout. Later compilers, and libtpu's, have no such switch and end at it.
+if importlib.metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None:
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 os.environ["JAX_PLATFORMS"] = "cpu"
