@@ -122,7 +122,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
     config.rl.iterations = 3 * (QUERIES // config.rl.prompts)  # at most three epochs
     config.rl.rollout = {
         "group_size": 8,
-        "in_flight": 256,  # 2,048 rows of 10,000 tokens at a time
+        "in_flight": 128,  # 1,024 rows of 10,000 tokens at a time
         "temperature": 1.0,
         "later_temperature": 0.9,  # the released code; the paper does not tell turns apart
         "top_p": 0.95,
