@@ -57,10 +57,9 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
     jax.eval_shape(functools.partial(sum_and_weight, objective.loss), params, example)  # the loss's own errors first
     names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
     try:
+        # JAX has a rule for these, but what it makes of them no TPU or GPU compiles.
         if "pallas_call" in names and curvature != "empirical_fisher":
-            raise NotImplementedError(
-                "nothing, but what it makes of a Pallas kernel is no kernel that a TPU or GPU compiles"
-            )
+            raise TypeError("nothing, but the derivative of a Pallas kernel is no kernel that a TPU or GPU compiles")
         jax.eval_shape(functools.partial(product, curvature=curvature), shapes, params, zeros(params))
     except Exception as error:
         kernels = sorted(name for name in names if any(kernel in name for kernel in KERNELS))

@@ -207,8 +207,8 @@ def build_rollout(quick: bool) -> Work:
 
 def build_queue(quick: bool) -> Work:
     """Rows that zoom in up to four times, most of them less often: in a queue, and in calls one after the other."""
-    model, asked, key = zooming_model(quick, answers=0.4), prompts(quick, count=16), jax.random.key(0)
-    batch, calls = len(asked.length), 4
+    model, asked, key = zooming_model(quick, answers=0.4), prompts(quick), jax.random.key(0)
+    batch, calls = len(asked.length), 2 if quick else 4
     config = dataclasses.replace(rollout_config(quick), max_calls=4, max_response=128 if quick else 512)
     queued = dataclasses.replace(config, in_flight=batch // calls)
     arrays = asked._replace(tables=())

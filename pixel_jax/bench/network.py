@@ -120,9 +120,9 @@ def text_tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).choice(letters, shape).astype(np.int32)
 
 
-def prompts(quick: bool, count: int = 8) -> Prompts:
-    """Questions, each about an image of 1024 x 768 pixels."""
-    shape = (count // 4, 112, 112) if quick else (count, 768, 1024)
+def prompts(quick: bool) -> Prompts:
+    """8 questions, each about an image of 1024 x 768 pixels."""
+    shape = (2, 112, 112) if quick else (8, 768, 1024)
     queries = [Query(QUESTION, [image]) for image in images(*shape)]
     return build_prompts(queries, vocabulary(), tables(vocabulary()), rollout_config(quick))
 

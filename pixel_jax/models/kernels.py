@@ -7,11 +7,10 @@ nobody may see gets a segment of its own.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
-from pixel_jax.parallel.sharding import ROWS, SEQUENCE
+from pixel_jax.parallel.sharding import ROWS, row_parts, sequence_parts
 
 LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
 TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
@@ -106,5 +105,4 @@ def divides(q: jax.Array, k: jax.Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return True
-    rows = int(np.prod([mesh.shape[axis] for axis in ROWS]))
-    return not q.shape[0] % rows and not k.shape[2] % mesh.shape["tensor"] and mesh.shape.get(SEQUENCE, 1) == 1
+    return not q.shape[0] % row_parts(mesh) and not k.shape[2] % mesh.shape["tensor"] and sequence_parts(mesh) == 1

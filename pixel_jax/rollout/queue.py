@@ -139,7 +139,7 @@ def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) ->
     in_use = jnp.any(~idle & (queue.prefix.entry.reshape(count, -1) == other[:, None]), axis=1)
     wants = (jnp.sum(idle, axis=1) > queue.left) & ~in_use
     by_shard = wants.reshape(shape.shards, -1)
-    place = (queue.read[:, None] + jnp.cumsum(by_shard, axis=1) - by_shard).reshape(-1)
+    place = (queue.read[:, None] + _rank(by_shard)).reshape(-1)
     opens = wants & (place < queue.visual.grids.shape[0] // shape.shards)
     takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
     return Openings(takes.reshape(-1), opens, place)

@@ -3,6 +3,7 @@
 Both are made of the same functions (`machine.py`, `queue.py`) and give the same tokens.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ def rollout(
     if mesh is not None:
         key, opening, temperature = replicate((key, opening, temperature), mesh)
     prompts = place(prompts, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else _nothing():
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return compiled_rollout(model, prompts, key, opening, temperature, config, shape=shape, mesh=mesh)
 
 
@@ -137,7 +138,7 @@ def host_rollout(
         raise ValueError("a tool of one's own reads and writes text: pass the vocabulary too")
     mesh, shape = layout(model, prompts, config)
     prompts = place(prompts, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else _nothing():
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         layers = _unstack(model)
         opening, temperature, config = traced(config, opening)
         queue, state = _start(model, prompts, key, opening, config, shape)
@@ -248,9 +249,3 @@ def constrain_rows(tree, mesh: Mesh | None):
         return tree
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
-
-
-def _nothing():
-    import contextlib
-
-    return contextlib.nullcontext()
