@@ -24,14 +24,14 @@ HAS_PILLOW = bool(importlib.util.find_spec("PIL"))
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 CLOSE = '], "target_image": 1}}\n</tool_call>'
 BOX = ("0.10, ", "0.15, ", "0.60, ", "0.70")
-THOUGHT, ANSWER, START, END = "I look closer. ", "It is 7.", "assistant\n", "<|im_end|>"
+THOUGHT, ANSWER, START, END = "I look closer. ", "answer.", "assistant\n", "<|im_end|>"
 QUESTION = "Which digit is on the card that lies beside the tree? Look at the image closely, then answer."
 
 
 @functools.cache
 def vocabulary() -> Vocabulary:
     """Every stretch of a dialog is one token or few, so that what is measured is work and not a tokenizer."""
-    pieces = {CROP, CLOSE, *BOX, THOUGHT, ANSWER, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
+    pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for text in observations.TEXTS.values():
         for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
