@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.models.vision import max_windows
+from pixel_jax.models.vision import Blocks
 
 # Published dense peak of one chip, bfloat16 products a second, by `jax.Device.device_kind`.
 # cloud.google.com/tpu/docs/v4 v5e v5p v6e tpu7x (a JAX device of v4, v5p is a chip, of TPU7x half a chip); NVIDIA data sheets.
@@ -77,16 +77,14 @@ def row_work(lengths: np.ndarray, grids: np.ndarray, config: Qwen2_5_VLConfig) -
 
 def padded_work(rows: int, length: int, slices: int, patches: int, config: Qwen2_5_VLConfig) -> Work:
     """What the program computes for `rows` rows of static shape: `length` tokens, `slices` slices of `patches` patches."""
-    vision = config.vision
-    window = vision.window_cells**2 * vision.merge_unit
-    windows = max_windows(patches // vision.merge_unit, vision.window_cells) if patches else 0
+    blocks = Blocks.of(patches, config.vision) if patches else Blocks(0, 0, 0)
     return Work(
         tokens=rows * length,
         pairs=rows * length**2,
         predictions=rows * length,
         patches=rows * slices * patches,
         full_pairs=rows * slices * patches**2,
-        window_pairs=rows * slices * windows * window**2,
+        window_pairs=rows * slices * blocks.number * blocks.size**2 * (2 * blocks.reach + 1),
     )
 
 

@@ -1,12 +1,12 @@
 """The vision tower of Qwen2.5-VL: patches of one temporal slice in, visual tokens out, for any grid in one compilation.
 
 Most blocks attend within windows of `window_size` pixels, a few over the whole slice. The grid (height, width) is a traced
-value: only the number of patches P is static. Patches stay in merge order (the four patches of a visual token contiguous, the
-tokens in raster order) all the way, so the merger needs no reordering; for windowed attention alone, queries, keys and values
-are gathered into [windows, patches of a window] and back.
+value: only the number of patches P is static. Patches come in merge order (the four patches of a visual token contiguous, the
+tokens in raster order) and are put into the order of their windows once, at the start, as the original does; the visual
+tokens are put back at the end. A window then lies in at most two neighbouring blocks of as many patches as a window can have.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,41 +22,50 @@ EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
 class Layout:
-    """Where the patches of a batch of slices lie. Arrays are [N, P] unless said otherwise.
+    """Where the patches of a batch of slices lie once they are in the order of their windows.
 
-    valid: bool; row, column: int32 patch coordinates
-    to_slot: which slot of the windows [N, windows * slots] a patch occupies; out of range for padding
-    from_slot: int32 [N, windows * slots], which patch occupies a slot; P = none
+    valid: bool [N, P]; row, column: int32 [N, P], patch coordinates; window: int32 [N, P], a number of the patch's window
+    order: int32 [N, P / 4], which visual token in raster order lies at a place
     """
 
     def __init__(self, hw: jax.Array, num_patches: int, config: VisionConfig):
         merge, unit, cells = config.spatial_merge_size, config.merge_unit, config.window_cells
-        self.slots = cells * cells * unit
-        self.windows = max_windows(num_patches // unit, cells)
-        index = jnp.arange(num_patches)[None]
-        height, width = hw[:, :1], hw[:, 1:]
-        across = jnp.maximum(width // merge, 1)
-        token, sub = index // unit, index % unit
-        token_row, token_column = token // across, token % across
-        self.valid = index < height * width
-        self.row = token_row * merge + sub // merge
-        self.column = token_column * merge + sub % merge
-        window = token_row // cells * -(-across // cells) + token_column // cells
-        slot = window * self.slots + (token_row % cells * cells + token_column % cells) * unit + sub
-        self.to_slot = jnp.where(self.valid, slot, self.windows * self.slots)
-        rows = jnp.arange(hw.shape[0])[:, None]
-        empty = jnp.full((hw.shape[0], self.windows * self.slots), num_patches, jnp.int32)
-        self.from_slot = empty.at[rows, self.to_slot].set(index.astype(jnp.int32), mode="drop")
+        place = jnp.arange(num_patches // unit)[None]
+        down, across = hw[:, :1] // merge, jnp.maximum(hw[:, 1:] // merge, 1)
+        left = lambda size, windows: jnp.clip(size - windows * cells, 1, cells)  # the last window of a line may be cut
+        band, rest = jnp.divmod(place, across * cells)
+        beside, rest = jnp.divmod(rest, left(down, band) * cells)
+        row, column = jnp.divmod(rest, left(across, beside))
+        row, column = row + band * cells, column + beside * cells
+        valid = place < down * across
+        self.order = jnp.where(valid, row * across + column, place)
+        patches = lambda x: jnp.repeat(x, unit, axis=1, total_repeat_length=num_patches)
+        sub = jnp.arange(num_patches)[None] % unit
+        self.valid, self.window = patches(valid), patches(band * across + beside)
+        self.row = patches(row) * merge + sub // merge
+        self.column = patches(column) * merge + sub % merge
 
 
-@functools.cache
-def max_windows(num_tokens: int, cells: int) -> int:
-    """The most windows that any grid of up to `num_tokens` merged cells needs; windows are `cells` x `cells`.
+class Blocks(NamedTuple):
+    """How windowed attention cuts up P patches: `number` blocks of `size`, each of which sees `reach` more on either side."""
 
-    The worst grid is one cell high: num_tokens / cells windows, `cells` times as many as a square needs. Only windowed
-    attention pays for the difference; projections and the MLP run on the P patches themselves.
-    """
-    return max(-(-high // cells) * -(-(num_tokens // high) // cells) for high in range(1, num_tokens + 1))
+    number: int
+    size: int
+    reach: int
+
+    @classmethod
+    def of(cls, num_patches: int, config: VisionConfig) -> "Blocks":
+        size = min(config.window_cells**2 * config.merge_unit, num_patches)
+        number = -(-num_patches // size)
+        return cls(number, size, int(number > 1))
+
+    def around(self, x: jax.Array, padding: int = 0) -> jax.Array:
+        """[N, P, ...] -> [N * number, (2 * reach + 1) * size, ...]: each block between its neighbours"""
+        outside = self.reach * self.size
+        widths = [(0, 0), (outside, outside + self.number * self.size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+        blocks = jnp.pad(x, widths, constant_values=padding).reshape(x.shape[0], -1, self.size, *x.shape[2:])
+        beside = [blocks[:, i : i + self.number] for i in range(2 * self.reach + 1)]
+        return jnp.concatenate(beside, axis=2).reshape(x.shape[0] * self.number, -1, *x.shape[2:])
 
 
 class PatchEmbed(nnx.Module):
@@ -79,12 +88,13 @@ class VisionAttention(nnx.Module):
         dim = config.hidden_size
         self.qkv = Linear(keys[0], dim, 3 * dim, ("vision_heads", "vision_embed"), bias=True, dtype=dtype)
         self.proj = Linear(keys[1], dim, dim, ("vision_embed", "vision_heads"), bias=True, dtype=dtype)
-        self.heads = config.num_heads
+        self.config = config
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str) -> jax.Array:
         """x [N, P, D]; full: bool scalar, attend over the whole slice instead of the window"""
         n, p, dim = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, p, 3, self.heads, dim // self.heads), 2, 0)
+        config = self.config
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, p, 3, config.num_heads, config.head_dim), 2, 0)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         def whole(q, k, v):
@@ -92,14 +102,13 @@ class VisionAttention(nnx.Module):
             return attention(q, k, v, mask, causal=False, implementation=implementation)
 
         def windowed(q, k, v):
-            packed = jnp.concatenate([q, k, v], axis=-1).reshape(n, p, -1)
-            packed = jnp.take_along_axis(packed, layout.from_slot[..., None], axis=1, mode="fill", fill_value=0)
-            packed = packed.reshape(n * layout.windows, layout.slots, self.heads, -1)
-            keys = jnp.where(layout.from_slot < p, 0, -1).reshape(n * layout.windows, layout.slots)
-            out = attention(*jnp.split(packed, 3, axis=-1), Mask(jnp.zeros_like(keys), keys), causal=False)
-            out = out.reshape(n, layout.windows * layout.slots, -1)
-            out = jnp.take_along_axis(out, layout.to_slot[..., None], axis=1, mode="fill", fill_value=0)
-            return out.reshape(q.shape)
+            blocks = Blocks.of(p, config)
+            own = blocks._replace(reach=0)
+            keys = blocks.around(jnp.where(layout.valid, 0, -1), -1)
+            queries = own.around(jnp.zeros((n, p), jnp.int32))
+            mask = Mask(queries, keys, own.around(layout.window), blocks.around(layout.window))
+            out = attention(own.around(q), blocks.around(k), blocks.around(v), mask, causal=False)
+            return out.reshape(n, -1, *q.shape[2:])[:, :p]
 
         with jax.named_scope("full_attention"):
             out = jax.lax.cond(full, whole, windowed, q, k, v)
@@ -168,6 +177,8 @@ class VisionTower(nnx.Module):
             return keep_rows(layer(x, cos, sin, layout, full, implementation)), None
 
         full = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, jnp.int32))
-        x = keep_rows(self.patch_embed(pixel_values))
+        x = self.patch_embed(pixel_values)
+        tokens = x.reshape(x.shape[0], num_patches // config.merge_unit, -1)
+        x = keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
         x, _ = jax.lax.scan(rematerialised(block, remat), x, (self.blocks, full))
-        return keep_rows(self.merger(x))
+        return keep_rows(jnp.take_along_axis(self.merger(x), jnp.argsort(layout.order)[..., None], axis=1))

@@ -40,8 +40,9 @@ def small_chunks(q, k, v, mask):
     """The chunked implementation on tiles of three queries and four keys, in the door's shapes."""
     batch, length, heads, dim = q.shape
     kv = k.shape[2]
-    out, lse = chunked_attention(q.reshape(batch, length, kv, heads // kv, dim), k, v, mask, 3, 4)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    grouped = jnp.moveaxis(q.reshape(batch, length, kv, heads // kv, dim), 1, 3)
+    out, lse = chunked_attention(grouped, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), mask, 3, 4)
+    return jnp.moveaxis(out, 3, 1).reshape(q.shape), jnp.moveaxis(lse, 3, 1).reshape(q.shape[:3])
 
 
 def dense(q, k, v, mask):

@@ -8,7 +8,7 @@ from tiny_qwen import relative, tiny_config
 
 from pixel_jax.models.layers import unstack
 from pixel_jax.models.rope import vision_angles
-from pixel_jax.models.vision import Layout, VisionTower, max_windows
+from pixel_jax.models.vision import Blocks, Layout, VisionTower
 
 GRIDS = [(2, 2), (2, 40), (40, 2), (8, 8), (10, 12), (12, 6), (6, 26), (8, 16)]  # patches; windows are 8 x 8
 PATCHES = 160
@@ -58,8 +58,10 @@ def test_block(pair, rng, index, full):
     layout = Layout(jnp.array([[h, w]]), PATCHES, ours.config.vision)
     cos, sin = vision_angles(layout.row, layout.column, ours.config.vision.head_dim)
     block = unstack(ours.visual.blocks, ours.config.vision.depth)[index]
-    got = jax.jit(lambda block, x: block(x, cos, sin, layout, jnp.array(full), "dense"))(block, padded(x))
-    assert relative(got[0, : h * w], expected) < 1e-5
+    by_window = padded(x).reshape(PATCHES // 4, -1)[layout.order[0]].reshape(1, PATCHES, -1)
+    got = jax.jit(lambda block, x: block(x, cos, sin, layout, jnp.array(full), "dense"))(block, by_window)
+    got = got.reshape(PATCHES // 4, -1)[jnp.argsort(layout.order[0])].reshape(PATCHES, -1)
+    assert relative(got[: h * w], expected) < 1e-5
 
 
 @pytest.mark.torch
@@ -109,20 +111,34 @@ def test_several_slices_at_once(pair, rng):
     assert relative(got, expected) < 1e-5
 
 
-def test_max_windows_is_the_worst_grid():
-    for tokens in (1, 3, 4, 9, 16, 40, 100):
-        grids = [(a, b) for a in range(1, tokens + 1) for b in range(1, tokens // a + 1)]
-        assert max_windows(tokens, 4) == max(-(-a // 4) * -(-b // 4) for a, b in grids)
-
-
-def test_layout_places_every_patch_of_every_grid_once(config):
-    """All grids of up to 64 patches fit the windows that 64 patches get."""
+def test_layout_puts_the_patches_of_a_window_together(config):
+    """All grids of up to 64 patches: every token once, windows in raster order, padding at the end, patches in merge order."""
     grids = [(h, w) for h in range(2, 66, 2) for w in range(2, 66, 2) if h * w <= 64]
     layout = Layout(jnp.array(grids), 64, config.vision)
-    for (h, w), slots, patches in zip(grids, np.asarray(layout.to_slot), np.asarray(layout.from_slot), strict=True):
-        assert slots[: h * w].max() < layout.windows * layout.slots
-        assert (patches[slots[: h * w]] == np.arange(h * w)).all()
-        assert (patches < 64).sum() == h * w
+    for i, (h, w) in enumerate(grids):
+        tokens, patches = h * w // 4, h * w
+        down, across = np.divmod(np.arange(tokens), w // 2)
+        expected = np.lexsort((across, down, across // 4, down // 4))
+        np.testing.assert_array_equal(layout.order[i], [*expected, *range(tokens, 16)])
+        assert (np.asarray(layout.valid[i]) == (np.arange(64) < patches)).all()
+        row, column, window = (np.asarray(x[i, :patches]) for x in (layout.row, layout.column, layout.window))
+        np.testing.assert_array_equal(row, np.repeat(2 * down[expected], 4) + np.tile([0, 0, 1, 1], tokens))
+        np.testing.assert_array_equal(column, np.repeat(2 * across[expected], 4) + np.tile([0, 1, 0, 1], tokens))
+        pairs = zip(window, zip(row // 8, column // 8, strict=True), strict=True)
+        assert len(set(window)) == -(-h // 8) * -(-w // 8) == len(set(pairs))
+
+
+@pytest.mark.parametrize("patches", [4, 64, 68, 128, 160, 500])
+def test_blocks_hold_every_window(config, patches):
+    """Any stretch of as many patches as a window can have lies within what each of its patches' blocks sees."""
+    blocks = Blocks.of(patches, config.vision)
+    assert blocks.number * blocks.size >= patches > (blocks.number - 1) * blocks.size
+    seen = np.asarray(blocks.around(jnp.arange(patches)[None], -1))
+    assert seen.shape == (blocks.number, (2 * blocks.reach + 1) * blocks.size)
+    for patch in range(patches):
+        near = range(max(0, patch - 63), min(patches, patch + 64))
+        assert set(near) <= set(seen[patch // blocks.size])
+        assert (seen[patch // blocks.size] == patch).sum() == 1
 
 
 def test_padding_changes_nothing_and_has_no_gradient(rng):
