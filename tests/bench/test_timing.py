@@ -11,6 +11,7 @@ import pytest
 
 from pixel_jax.bench.cost import array_bytes, count_flops
 from pixel_jax.bench.memory import peak_memory
+from pixel_jax.bench import timing
 from pixel_jax.bench.timing import Case, CompileLog, Work, limited_to, measure, quartiles, take_turns
 
 MEGABYTES = 64
@@ -32,11 +33,14 @@ def _count(outputs):
     np.testing.assert_array_equal(*outputs.values())
 
 
-def test_alternatives_take_turns_and_change_places():
+@pytest.mark.parametrize("warm, expected", [(10.0, "aabbbbaaaabb"), (0.0, "abbaab")])
+def test_alternatives_take_turns_and_change_places(monkeypatch, warm, expected):
+    """What takes long does not run twice in its turn."""
+    monkeypatch.setattr(timing, "WARM", warm)
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
     times = take_turns(runs, least=3, most=3, seconds=0)
-    assert order == list("abbaab") and {len(x) for x in times.values()} == {3}
+    assert order == list(expected) and {len(x) for x in times.values()} == {3}
 
 
 def test_unequal_outputs_are_no_comparison():
@@ -58,7 +62,7 @@ def test_compilations_are_counted_first_and_later():
 
     work = Work("", {"grows": prepare, "steady": steady}, check=lambda outputs: None)
     timings = measure(work, least=4, most=4)
-    assert (timings["grows"].compilations, timings["grows"].recompilations) == (1, 4)
+    assert (timings["grows"].compilations, timings["grows"].recompilations) == (1, 8)
     assert (timings["steady"].compilations, timings["steady"].recompilations) == (1, 0)
     assert timings["grows"].rounds == 4 and timings["grows"].ratio == 1
 
