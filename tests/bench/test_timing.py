@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pixel_jax.bench import timing
 from pixel_jax.bench.cost import array_bytes, count_flops
 from pixel_jax.bench.memory import peak_memory
-from pixel_jax.bench import timing
 from pixel_jax.bench.timing import Case, CompileLog, Work, limited_to, measure, quartiles, take_turns
 
 MEGABYTES = 64
