@@ -111,13 +111,19 @@ def visible(mask: Mask) -> jax.Array:
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled, at least float32, [B, KV, G, T, S]"""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    s = jnp.einsum("bkxd,bksd->bkxs", _fold(q), k, preferred_element_type=wide)
-    return s.reshape(*q.shape[:-1], -1) * q.shape[-1] ** -0.5
+    return _product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
 
 
-def _fold(x: jax.Array) -> jax.Array:
-    """[B, KV, G, T, ...] -> [B, KV, G * T, ...]: the queries that share a head of keys as the rows of one matrix"""
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
+    """einsum, in which the queries that share a head of keys (g, t) are the rows of one matrix; apart where a mesh splits
+    positions. x is [B, KV, G, T, ..]"""
+    if sequence_parts(jax.sharding.get_abstract_mesh()) > 1:
+        return jnp.einsum(form, x, y, preferred_element_type=dtype)
+    operands, result = form.split("->")
+    fold = lambda z, axes: z.reshape(*z.shape[:2], -1, z.shape[-1]) if "gt" in axes else z
+    folded = map(fold, (x, y), operands.split(","))
+    out = jnp.einsum(form.replace("gt", "x"), *folded, preferred_element_type=dtype)
+    return out.reshape(*x.shape[:4], -1) if "gt" in result else out
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +134,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out = jnp.einsum("bkxs,bksd->bkxd", _fold(p / total).astype(v.dtype), v).reshape(q.shape)
+    out = _product("bkgts,bksd->bkgtd", (p / total).astype(v.dtype), v)
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
@@ -306,8 +312,8 @@ def _forward(queries, keys, q, k, v, mask):
                 shift = _finite(new_top)
                 fade = jnp.exp(top - shift)
                 p = jnp.exp(s - shift[..., None])
-                part = jnp.einsum("bkxs,bksd->bkxd", _fold(p).astype(v.dtype), v, preferred_element_type=wide)
-                return new_top, fade * total + p.sum(axis=-1), fade[..., None] * out + part.reshape(out.shape)
+                part = _product("bkgts,bksd->bkgtd", p.astype(v.dtype), v, wide)
+                return new_top, fade * total + p.sum(axis=-1), fade[..., None] * out + part
 
             return jax.lax.cond(needed, tile, lambda *carry: carry, *carry), None
 
@@ -342,7 +348,6 @@ def _attend_backward(queries, keys, residuals, cotangents):
     delta = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1) - d_lse
     scale = q.shape[-1] ** -0.5
     chunks = tiles.of_keys((k, v), 2)
-    of_keys = lambda x, y: jnp.einsum("bkxs,bkxd->bksd", _fold(x), _fold(y), preferred_element_type=wide)
 
     def block(sums, part):
         q, d_out, delta, shift, q_mask, needed = part
@@ -352,11 +357,11 @@ def _attend_backward(queries, keys, residuals, cotangents):
 
             def tile(d_q, d_k, d_v):
                 p = jnp.exp(_tile(q, k, q_mask, k_mask) - shift[..., None])
-                d_v = d_v + of_keys(p.astype(v.dtype), d_out)
-                d_p = jnp.einsum("bkxd,bksd->bkxs", _fold(d_out), v, preferred_element_type=wide).reshape(p.shape)
+                d_v = d_v + _product("bkgts,bkgtd->bksd", p.astype(v.dtype), d_out, wide)
+                d_p = _product("bkgtd,bksd->bkgts", d_out, v, wide)
                 d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-                d_k = d_k + of_keys(d_s, q)
-                d_q = d_q + jnp.einsum("bkxs,bksd->bkxd", _fold(d_s), k, preferred_element_type=wide).reshape(q.shape)
+                d_k = d_k + _product("bkgts,bkgtd->bksd", d_s, q, wide)
+                d_q = d_q + _product("bkgts,bksd->bkgtd", d_s, k, wide)
                 return d_q, d_k, d_v
 
             d_q, d_k, d_v = jax.lax.cond(needed, tile, lambda *sums: sums, d_q, d_k, d_v)
