@@ -26,7 +26,9 @@ from pixel_jax.models import kernels
 from pixel_jax.parallel.sharding import sequence_parts
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
-TILE = (256, 256)  # queries and keys that a step of the chunked implementation looks at, at most
+# Queries and keys that a step of the chunked implementation looks at, at most. With 512 keys none of a causal row of 512 could
+# be passed over: 27 ms instead of 13 on a CPU (4 rows, 8 heads); of one of 4,096 all the same.
+TILE = (256, 256)
 CACHE_TILE = 512  # keys of a cache that are read together
 
 
@@ -103,6 +105,70 @@ def visible(mask: Mask) -> jax.Array:
     return seen
 
 
+def _finite(x: jax.Array) -> jax.Array:
+    """What exponents are shifted by: -inf - -inf would be NaN, so where no key is seen the maximum counts as 0."""
+    return jnp.where(jnp.isfinite(x), x, 0.0)
+
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, used: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
+
+    used: int32 [], keys from this place on are invisible to all. They are not read, but for the rest of a `CACHE_TILE`: a cache
+          has room for the longest response there may be, and rows are mostly short. A token of 8 rows with room for 8,192
+          takes 35 ms instead of 87 on a CPU at the beginning, as long when half is used, and 1.5 times as long at the end.
+
+    Not to be differentiated, so it can do without what keeps the derivative finite, and divides the output, not the
+    weights: on a CPU, for 64 rows (own cache of 320, one of 384 for eight) 3.1 ms a layer and token instead of 6.8, for
+    8 rows .20 instead of .60.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+
+    def add(k, v, mask: Mask, before=None):
+        """The maximum of the scores, the sum of their exponentials, and of the values weighed by these."""
+        s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
+        s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
+        top = jnp.max(s, axis=-1, keepdims=True)
+        top = top if before is None else jnp.maximum(top, before[0])
+        shift = _finite(top)
+        p = jnp.exp(s - shift)
+        total = p.sum(axis=-1, keepdims=True)
+        out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
+        if before is None:
+            return top, total, out
+        fade = jnp.exp(before[0] - shift)
+        return top, total + fade * before[1], out + fade * before[2]
+
+    def add_tile(i, before):
+        # The last tile overlaps the one before it, where `room` is no multiple.
+        start = jnp.minimum(i * tile, room - tile)
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
+        order = jnp.where(start + jnp.arange(tile) >= i * tile, cut(mask.k_order, 1), -1)
+        part = mask._replace(k_order=order)
+        if mask.k_segment is not None:
+            part = part._replace(k_segment=cut(mask.k_segment, 1))
+        return add(cut(k, 2), cut(v, 2), part, before)
+
+    if used is None or room <= tile:
+        top, total, out = add(k, v, mask)
+    else:
+        shape = (batch, kv_heads, heads // kv_heads, length)
+        nothing = (
+            jnp.full((*shape, 1), -jnp.inf, wide),
+            jnp.zeros((*shape, 1), wide),
+            jnp.zeros((*shape, head_dim), wide),
+        )
+        with jax.named_scope("cache"):
+            top, total, out = jax.lax.fori_loop(0, (used + tile - 1) // tile, add_tile, nothing)
+    out = (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
+    rows_first = lambda x: jnp.moveaxis(x, 3, 1)
+    return rows_first(out).reshape(q.shape), rows_first(_finite(top) + jnp.log(total)).reshape(batch, length, heads)
+
+
 # From here on heads come before positions: a CPU multiplies matrices that lie next to each other, and attention of 4 rows of
 # 512 positions (8 heads, 2 of keys) takes 35 ms instead of 94, with the gradient 76 instead of 194. q is [B, KV, G, T, D]: heads
 # of keys and, of each, the G heads of queries that share it; k and v are [B, KV, S, D].
@@ -138,71 +204,6 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
-def _finite(x: jax.Array) -> jax.Array:
-    """What exponents are shifted by: -inf - -inf would be NaN, so where no key is seen the maximum counts as 0."""
-    return jnp.where(jnp.isfinite(x), x, 0.0)
-
-
-def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, used: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
-
-    used: int32 [], keys from this place on are invisible to all. They are not read, but for the rest of a `CACHE_TILE`: a cache
-          has room for the longest response there may be, and rows are mostly short. A token of 8 rows with room for 8,192
-          takes 35 ms instead of 87 on a CPU at the beginning, as long when half is used, and 1.5 times as long at the end.
-
-    Not to be differentiated, so it can do without what keeps the derivative finite, and divides the output, not the
-    weights: on a CPU, for 64 rows (own cache of 320, one of 384 for eight) 3.1 ms a layer and token instead of 6.8, for
-    8 rows .20 instead of .60.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-
-    def add(k, v, mask: Mask, before=None):
-        """The maximum of the scores, the sum of their exponentials, and of the values weighed by these."""
-        s = jnp.einsum("btkgd,bksd->bkgts", grouped, k, preferred_element_type=wide) * head_dim**-0.5
-        s = jnp.where(visible(mask)[:, None, None], s, -jnp.inf)
-        top = jnp.max(s, axis=-1, keepdims=True)
-        top = top if before is None else jnp.maximum(top, before[0])
-        shift = jnp.where(jnp.isfinite(top), top, 0.0)
-        p = jnp.exp(s - shift)
-        total = p.sum(axis=-1, keepdims=True)
-        out = jnp.einsum("bkgts,bksd->bkgtd", p.astype(v.dtype), v, preferred_element_type=wide)
-        if before is None:
-            return top, total, out
-        fade = jnp.exp(before[0] - shift)
-        return top, total + fade * before[1], out + fade * before[2]
-
-    def add_tile(i, before):
-        # The last tile overlaps the one before it, where `room` is no multiple.
-        start = jnp.minimum(i * tile, room - tile)
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
-        order = jnp.where(start + jnp.arange(tile) >= i * tile, cut(mask.k_order, 1), -1)
-        part = mask._replace(k_order=order)
-        if mask.k_segment is not None:
-            part = part._replace(k_segment=cut(mask.k_segment, 1))
-        return add(cut(k, 2), cut(v, 2), part, before)
-
-    if used is None or room <= tile:
-        top, total, out = add(k, v, mask)
-    else:
-        shape = (batch, kv_heads, heads // kv_heads, length)
-        nothing = (
-            jnp.full((*shape, 1), -jnp.inf, wide),
-            jnp.zeros((*shape, 1), wide),
-            jnp.zeros((*shape, head_dim), wide),
-        )
-        with jax.named_scope("cache"):
-            top, total, out = jax.lax.fori_loop(0, (used + tile - 1) // tile, add_tile, nothing)
-    shift = jnp.where(jnp.isfinite(top), top, 0.0)
-    out = (out / jnp.where(total == 0, 1.0, total)).astype(q.dtype)
-    rows_first = lambda x: jnp.moveaxis(x, 3, 1)
-    return rows_first(out).reshape(q.shape), rows_first(shift + jnp.log(total)).reshape(batch, length, heads)
-
-
 def chunked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, queries: int, keys: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -227,14 +228,18 @@ def chunked_attention(
     return out[..., :length, :], lse[..., :length]
 
 
-def _cut(x: jax.Array, size: int, axis: int) -> jax.Array:
-    """`axis` in chunks of `size` neighbours, over which a scan goes: [.., S, ..] -> [S / size, .., size, ..]"""
-    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+def _cut(x: jax.Array, size: int, axis: int, strided: bool = False) -> jax.Array:
+    """`axis` in chunks of `size`, over which a scan goes: [.., S, ..] -> [S / size, .., size, ..].
+
+    A chunk is of neighbours; strided: chunk i has i, i + S / size, ...
+    """
+    parts = (size, -1) if strided else (-1, size)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], *parts, *x.shape[axis + 1 :]), axis + strided, 0)
 
 
-def _joined(x: jax.Array, axis: int) -> jax.Array:
+def _joined(x: jax.Array, axis: int, strided: bool = False) -> jax.Array:
     """The inverse of `_cut`."""
-    x = jnp.moveaxis(x, 0, axis)
+    x = jnp.moveaxis(x, 0, axis + strided)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
@@ -247,7 +252,7 @@ class _Tiles:
 
     def __init__(self, queries: int, keys: int, mask: Mask):
         self.queries, self.keys = queries, keys
-        # Where positions are split over a mesh every block has a part of every device: positions i, i + T / queries, ...
+        # Where positions are split over a mesh every block has a part of every device.
         self.strided = sequence_parts(jax.sharding.get_abstract_mesh()) > 1
         self.q_mask = self.of_queries((mask.q_order, mask.q_segment), 1)
         self.k_mask = self.of_keys((mask.k_order, mask.k_segment), 1)
@@ -264,16 +269,10 @@ class _Tiles:
         self.needed = needed.any(axis=-1)
 
     def of_queries(self, tree, axis: int):
-        if not self.strided:
-            return jax.tree.map(lambda x: _cut(x, self.queries, axis), tree)
-        rows = lambda x: x.reshape(*x.shape[:axis], self.queries, -1, *x.shape[axis + 1 :])
-        return jax.tree.map(lambda x: jnp.moveaxis(rows(x), axis + 1, 0), tree)
+        return jax.tree.map(lambda x: _cut(x, self.queries, axis, self.strided), tree)
 
     def queries_joined(self, x: jax.Array, axis: int) -> jax.Array:
-        if not self.strided:
-            return _joined(x, axis)
-        x = jnp.moveaxis(x, 0, axis + 1)
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+        return _joined(x, axis, self.strided)
 
     def of_keys(self, tree, axis: int):
         return jax.tree.map(lambda x: _cut(x, self.keys, axis), tree)

@@ -92,6 +92,23 @@ def test_door_chunks_equal_dense(rng):
     np.testing.assert_allclose(a[1], b[1], atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+def test_tiles_that_nobody_sees_into_are_passed_over(rng, kind):
+    """Tiles of three queries and four keys; what a tile holds reaches all of its queries, so that NaN would show."""
+    q, k, v, _ = case(rng, queries=12, keys=12)
+    order = np.tile(np.arange(12), (2, 1))
+    segments = np.array([[0] * 4 + [1] * 8] * 2) if kind == "packed" else None
+    mask = Mask(order, order, segments, segments)
+    unseen = slice(4, None) if kind == "causal" else slice(None, 4)
+    queries = slice(None, 3) if kind == "causal" else slice(6, None)
+
+    def outputs(q, k, v):
+        return small_chunks(q, k, v, mask)[0][:, queries]
+
+    spoiled = tuple(x.at[:, unseen].set(jnp.nan) for x in (k, v))
+    np.testing.assert_array_equal(jax.jit(outputs)(q, *spoiled), jax.jit(outputs)(q, k, v))
+
+
 def test_gradient_and_hessian_vector_product(rng):
     """Of a loss that uses the output and the (finite) log-sum-exps, against dense attention."""
     q, k, v, mask = case(rng, segments=True)
