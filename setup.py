@@ -51,6 +51,7 @@ setup(
             "importlib-resources",
             "rouge-score>=0.1.2",
             "tensorboardX>=2.6.2",
+            "wandb>=0.19",
             "jsonschema>=4.23",
             "kubeflow-trainer-api>=2.3",
             "pyyaml>=6.0",

@@ -88,8 +88,12 @@ def run_program(program: str, commands: Commands) -> None:
             with key_errors(name):
                 return flags.FLAGS(arguments)
         except flags.Error as error:
-            missing = re.search("Flag (--.*) must have a value other than None", str(error))
-            print(f"{name}: {f'give {missing[1]}=...' if missing else error}", file=sys.stderr)
+            message = str(error)
+            if missing := re.search("Flag (--.*) must have a value other than None", message):
+                message = f"give {missing[1]}=..."
+            elif refused := re.search("flag (--.*): Error whilst parsing config file:(?s:.*)\nValueError: (.*)", message):
+                message = f"{refused[1]}: {refused[2]}"  # the file's own word; any other error is shown with its place
+            print(f"{name}: {message}", file=sys.stderr)
             sys.exit(1)
 
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")

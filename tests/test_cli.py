@@ -54,6 +54,11 @@ MISTAKES = {
     "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "sft: --config: .*nowhere.py'$"),
     "a misspelt flag": (["eval", "--confg=a.py"], 1, "eval: Unknown command line flag 'confg'. Did you mean: config"),
     "comparing what is not there": (["eval", "compare", "a", "b"], 1, "eval: a holds no runs of benchmarks$"),
+    "a word the config does not know": (
+        ["rl", "--config=configs/pixel/qwen2_5_vl_7b_rl.py:qlora"],
+        1,
+        "7b_rl.py:qlora: no algorithm is called 'qlora'; known are .*rloo$",
+    ),
     "sft without a required value": (["sft", *GIVEN], 1, "config.out must be str, not None"),
     "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
     "an unknown key": (["sft", OWN_DATA, "--config.sft.stepz=1"], 1, "unknown key of the config.*stepz"),
