@@ -91,7 +91,9 @@ def run_program(program: str, commands: Commands) -> None:
             message = str(error)
             if missing := re.search("Flag (--.*) must have a value other than None", message):
                 message = f"give {missing[1]}=..."
-            elif refused := re.search("flag (--.*): Error whilst parsing config file:(?s:.*)\nValueError: (.*)", message):
+            elif refused := re.search(
+                "flag (--.*): Error whilst parsing config file:(?s:.*)\nValueError: (.*)", message
+            ):
                 message = f"{refused[1]}: {refused[2]}"  # the file's own word; any other error is shown with its place
             print(f"{name}: {message}", file=sys.stderr)
             sys.exit(1)

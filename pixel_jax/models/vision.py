@@ -177,7 +177,7 @@ class VisionTower(nnx.Module):
             return keep_rows(layer(x, cos, sin, layout, full, implementation)), None
 
         full = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, jnp.int32))
-        x = self.patch_embed(pixel_values)
+        x = keep_rows(self.patch_embed(keep_rows(pixel_values)))
         tokens = x.reshape(x.shape[0], num_patches // config.merge_unit, -1)
         x = keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
         x, _ = jax.lax.scan(rematerialised(block, remat), x, (self.blocks, full))

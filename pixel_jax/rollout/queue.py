@@ -8,6 +8,7 @@ of its group are at the prompt after. What a row has written is put on record be
 Each part of the mesh has a queue of its own, and rows never leave it. A row's tokens follow from its key, not from its slot.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows
 from pixel_jax.rollout.operations import Gallery, shown_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
-from pixel_jax.rollout.views import render
+from pixel_jax.rollout.views import each, render
 
 PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together, where all are read at the start
 
@@ -252,7 +253,9 @@ def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visu
     present = index < prompts.num_canvases[:, None]
     size = jnp.where(present[..., None], jnp.where(video, as_frame, as_image), 0)
     budget = image_budget if image_budget.max_pixels >= video_budget.max_pixels else video_budget
-    view = jax.vmap(jax.vmap(lambda canvas, region, size: render(canvas, region, size, budget)))
+    view = jax.vmap(each(each(functools.partial(render, budget=budget), budget), budget))  # of each part of the mesh
+    by_shard = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
+    views = view(*map(by_shard, (prompts.canvases, region, size)))
     pairs = -(-prompts.num_canvases // 2)
     pair = 2 * index[None, :, None] + jnp.arange(2)
     pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
@@ -264,7 +267,7 @@ def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visu
     frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
     grids = jnp.where(frames[..., None] > 0, jnp.concatenate([frames[..., None], grid], axis=-1), 0)
     seconds = jnp.where(first, prompts.seconds[:, None], 0.0)
-    return Visual(view(prompts.canvases, region, size), slices.astype(jnp.int32), grids, seconds)
+    return Visual(views.reshape(-1, *views.shape[2:]), slices.astype(jnp.int32), grids, seconds)
 
 
 def read_prompt(

@@ -1,5 +1,7 @@
 """From canvases to what the vision tower sees, inside the compiled program."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,6 +34,20 @@ def render(canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget
     """
     view = crop_resize(canvas, region, size, canvas=budget.canvas)
     return patchify(view, size, max_patches=budget.patches)
+
+
+AT_ONCE = 2**20  # pixels of a view's canvas
+
+
+def each(view: Callable, budget: Budget) -> Callable:
+    """`view` over a leading axis of all its arguments: together, or one after the other where the canvas is large.
+
+    What lies between the passes of a crop is as large as its canvas, several times over: .66 GiB for one of 3,584 x 3,584
+    from an image of 2,048 x 2,048, which alone keeps a matrix unit busy.
+    """
+    if math.prod(budget.canvas) <= AT_ONCE:
+        return jax.vmap(view)
+    return lambda *arguments: jax.lax.map(lambda x: view(*x), arguments)
 
 
 def encode_still(model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str = "dense") -> jax.Array:
@@ -68,12 +84,13 @@ def show_waiting(
     rows, views = canvas.shape
     by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
 
-    def view(shard_canvases, prompt, canvas, region, size):
-        return render(shard_canvases[prompt, canvas], region, size, budget)
+    @jax.vmap  # the shards
+    def view(canvases, *rows):
+        def of_row(prompt, *views):
+            one = lambda canvas, region, size: render(canvases[prompt, canvas], region, size, budget)
+            return each(one, budget)(*views)
 
-    view = jax.vmap(view, (None, None, 0, 0, 0))  # the views of a row
-    view = jax.vmap(view, (None, 0, 0, 0, 0))  # the rows of a chunk
-    view = jax.vmap(view)  # the shards
+        return each(of_row, budget)(*rows)
 
     def body(chunk: Chunk, shown_so_far):
         shown, features = shown_so_far
