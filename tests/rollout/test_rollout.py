@@ -9,9 +9,10 @@ from PIL import Image
 
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import Kind
+from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout import machine, timing, trajectory
+from pixel_jax.rollout import machine, timing, trajectory, views
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, traced
@@ -184,6 +185,17 @@ def lowered(model, prompts, config):
     return compiled_rollout.lower(model, prompts, KEY, *traced(config, ()), shape=shape, mesh=mesh)
 
 
+def test_keys_and_values_stay_with_their_heads():
+    """Split over `tensor`, no device is sent a cache that it would then hold whole."""
+    config = talker.model().config
+    text = replace(config.text, num_attention_heads=8, num_key_value_heads=4, mrope_section=(4, 8, 8))
+    model = shard(Qwen2_5_VL(replace(config, text=text), KEY), make_mesh({"data": 4, "tensor": 2}))
+    program = lowered(model, talker.prompts(4), talker.CONFIG).compile().as_text()
+    found = set(re.findall(r"= \w+\[([\d,]+)\]", program))
+    cache = f"{talker.CONFIG.max_response},{text.head_dim}"
+    assert f"4,2,{cache}" in found and f"4,4,{cache}" not in found  # a device's rows, with half of the heads
+
+
 def test_one_program_without_the_host(monkeypatch):
     """The compiled module talks to nobody. Put a callback into a step and this very test finds it."""
     given = talker.model(), talker.prompts(2), talker.CONFIG
@@ -299,18 +311,26 @@ def test_a_prompt_that_does_not_fit_is_named():
         build_prompts(talker.queries(1), talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=4)
 
 
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
 @pytest.mark.parametrize(
-    "which, mesh", [("trajectories", None), ("mixed", None), ("mixed", {"data": 2, "fsdp": 2, "tensor": 2})]
+    "which, mesh, at_once",
+    [("trajectories", None, True), ("mixed", None, True), ("mixed", MESH, True), ("mixed", MESH, False)],
 )
-def test_operations_carried_out_again_show_the_same_pixels(which, mesh, request):
-    """What is timed as operations is what the rollout did."""
+def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once, request, monkeypatch):
+    """What is timed as operations is what the rollout did; crops made one after another are those made at once."""
+    if not at_once:
+        monkeypatch.setattr(views, "AT_ONCE", 0)
+        timing._show.clear_cache()
+        request.addfinalizer(timing._show.clear_cache)
     made = request.getfixturevalue(which)
     model = shard(talker.model(), make_mesh(mesh)) if mesh else talker.model()
     prompts = talker.prompts(4, video=which == "mixed")
     none, *again = timing.operations_again(model, prompts, made.calls, talker.CONFIG)
     assert not np.asarray(none[0]).any() and len(again) == talker.CONFIG.max_calls
-    rows, views, room = again[0][0].shape[:3]
-    shown = made.visual.patches[:, -len(again) * views :].reshape(rows, len(again), views, -1, 588)
+    rows, count, room = again[0][0].shape[:3]
+    shown = made.visual.patches[:, -len(again) * count :].reshape(rows, len(again), count, -1, 588)
     assert not shown[..., room:, :].any()
     executed = (made.calls.observation == Kind.CROP) | (made.calls.observation == Kind.FRAMES)
     assert executed.sum() >= 3
