@@ -54,22 +54,26 @@ def main(command: str, arguments: list[str]) -> None:
     if FLAGS.scaling:
         slices(FLAGS.scaling)  # an unknown kind stops before anything is compiled
     machines = [machine(name) for name in FLAGS.topology]
-    made = []
+    made, points = [], []
+
+    def keep() -> None:
+        if FLAGS.json:
+            pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made, points), indent=2))
+
     for target in machines:
         for step in FLAGS.steps or recipe.steps:
             for compiled in search(recipe, step, target, fitting=FLAGS.fitting, most=FLAGS.most):
                 console.print(report.line(compiled))
                 made.append(compiled)
-                if FLAGS.json:
-                    pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made), indent=2))
+                keep()
     if made:
         console.print(report.table(made))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else "sft"
-        points = []
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):
-            console.print(report.line(point[0]))
+            console.print(report.line(point.compiled))
             points.append(point)
+            keep()
         console.print(report.scaling_table(points, step))
 
 

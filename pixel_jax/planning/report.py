@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from pixel_jax.planning.machines import GIB
-from pixel_jax.planning.search import Compiled, Plan, Times
+from pixel_jax.planning.search import Compiled, Plan
+from pixel_jax.planning.weak_scaling import Point
 
 LOWER_BOUND = (
     "Seconds are counted work over published peak rates, the largest of the three: a prediction, not a measurement."
@@ -24,9 +25,13 @@ def best(made: Sequence[Compiled]) -> dict[str, dict[str, Compiled]]:
     return found
 
 
-def document(made: Sequence[Compiled]) -> dict[str, Any]:
-    """What the JSON file holds. `best`: topology -> step -> its index among the plans, and what had to be assumed."""
+def document(made: Sequence[Compiled], points: Sequence[Point] = ()) -> dict[str, Any]:
+    """What the JSON file holds. `best`: topology -> step -> its index among the plans, and what had to be assumed; `scaling`:
+    the plans of weak scaling, with seconds of each resource and tokens per second and chip."""
     places = {id(compiled): i for i, compiled in enumerate(made)}
+    scaling = [
+        {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
+    ]
     return {
         "plans": [dataclasses.asdict(compiled.plan) for compiled in made],
         "best": {
@@ -36,6 +41,7 @@ def document(made: Sequence[Compiled]) -> dict[str, Any]:
             }
             for topology, steps in best(made).items()
         },
+        **({"scaling": scaling} if scaling else {}),
     }
 
 
@@ -82,8 +88,7 @@ def table(made: Sequence[Compiled]) -> Table:
     return found
 
 
-def scaling_table(points: Iterable[tuple[Compiled, Times, int]], step: str) -> Table:
-    """Weak scaling from (plan, times, tokens a chip)."""
+def scaling_table(points: Iterable[Point], step: str) -> Table:
     found = Table(title=f"Predicted weak scaling of {step}, one row a chip", caption=LOWER_BOUND)
     for name in (
         "topology",
@@ -97,13 +102,12 @@ def scaling_table(points: Iterable[tuple[Compiled, Times, int]], step: str) -> T
     ):
         found.add_column(name, justify="left" if name in ("topology", "sharding") else "right")
     first = None
-    for compiled, times, tokens in points:
-        plan = compiled.plan
+    for point in points:
+        plan, times = point.compiled.plan, point.times
         if not plan.fits:
             found.add_row(plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})")
             continue
-        rate = tokens / plan.seconds
-        first = first or rate
-        parts = (f"{x:.3g}" for x in (times.compute, times.memory, times.links, rate))
-        found.add_row(plan.topology, mesh(plan), gib(plan.bytes_per_chip), *parts, f"{rate / first:.1%}")
+        first = first or point.rate
+        parts = (f"{x:.3g}" for x in (*times, point.rate))
+        found.add_row(plan.topology, mesh(plan), gib(plan.bytes_per_chip), *parts, f"{point.rate / first:.1%}")
     return found

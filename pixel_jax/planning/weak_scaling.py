@@ -2,10 +2,24 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from pixel_jax.planning.machines import machine, slices
 from pixel_jax.planning.programs import Recipe
 from pixel_jax.planning.search import Compiled, Times, search, times
+
+
+class Point(NamedTuple):
+    """The first plan that fits a slice (if none does, the last), and what it is compared by."""
+
+    compiled: Compiled
+    times: Times | None
+    tokens: int  # of a chip, in one call
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens per second and chip; None where nothing fits."""
+        return self.tokens / self.compiled.plan.seconds if self.times else None
 
 
 def with_rows(recipe: Recipe, rows: int) -> Recipe:
@@ -19,11 +33,12 @@ def with_rows(recipe: Recipe, rows: int) -> Recipe:
     return dataclasses.replace(recipe, config=dataclasses.replace(config, **changes))
 
 
-def weak_scaling(recipe: Recipe, step: str, kind: str, *, most: int) -> Iterator[tuple[Compiled, Times | None, int]]:
-    """(the first plan that fits, its times, tokens a chip) for every slice of a kind, each compiled for itself."""
+def weak_scaling(recipe: Recipe, step: str, kind: str, *, most: int) -> Iterator[Point]:
+    """For every slice of a kind, each compiled for itself."""
     for chips, name in slices(kind).items():
         target = machine(name)
         scaled = with_rows(recipe, chips)
         for compiled in search(scaled, step, target, fitting=1, most=most):  # noqa: B007, the last one is wanted
             pass
-        yield compiled, times(compiled.plan, target) if compiled.plan.fits else None, scaled.length(step)
+        each = times(compiled.plan, target) if compiled.plan.fits else None
+        yield Point(compiled, each, scaled.length(step))

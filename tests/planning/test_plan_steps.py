@@ -18,7 +18,7 @@ from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import abstract_model, abstract_state, build, bytes_per_device, sft_batch
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, search, times
-from pixel_jax.planning.weak_scaling import with_rows
+from pixel_jax.planning.weak_scaling import Point, with_rows
 from pixel_jax.rollout.machine import READ_CHUNK, budgets
 from pixel_jax.train import LoRAConfig
 from pixel_jax.training.optimizer import make_optimizer
@@ -209,6 +209,16 @@ def test_the_document_has_the_promised_fields():
         each = times(c.plan, machine("cpu:8"))
         assert c.plan.seconds == max(each) == getattr(each, c.plan.bound)
     assert report.table(made).row_count == 2
+
+
+def test_weak_scaling_is_in_the_document_and_in_a_table():
+    made, target = compiled("update"), machine("cpu:8")
+    none = Compiled(Plan("cpu:8", "update", made.plan.sharding, False, *[None] * 6), {}, 0.0)
+    points = [Point(made, times(made.plan, target), 96), Point(none, None, 96)]
+    fits, not_fits = json.loads(json.dumps(report.document([], points)))["scaling"]
+    assert fits["rate"] == 96 / made.plan.seconds and fits["times"][made.plan.bound] == made.plan.seconds
+    assert not_fits["rate"] is None and not_fits["fits"] is False
+    assert report.scaling_table(points, "update").row_count == 2
 
 
 def test_names_of_machines():
