@@ -89,6 +89,7 @@ def table(made: Sequence[Compiled]) -> Table:
 
 
 def scaling_table(points: Iterable[Point], step: str) -> Table:
+    """Efficiency is of the rate of the first slice that fits."""
     found = Table(title=f"Predicted weak scaling of {step}, one row a chip", caption=LOWER_BOUND)
     for name in (
         "topology",
