@@ -323,7 +323,7 @@ class Counter:
                 continue
             uses = list(self.uses(parameter, inside))
             if uses and all(place == 0 and user.opcode in SLICING for place, user in uses):
-                slices = [user for _, user in uses if user.opcode != "dynamic-update-slice"]
+                slices = [user for _, user in uses if user.opcode not in UPDATING]
                 read += sum(_stored(array) for user in slices for array in user.arrays)
             else:
                 read += sum(array.bytes for array in operand.arrays)
@@ -363,10 +363,11 @@ class Counter:
         if x.opcode == "fusion":
             inner = self.computations[x.called("calls")[0]]
             return self.update(_root(inner), inner)
-        return _stored(within[x.operands[1]].arrays[0]) if x.opcode == "dynamic-update-slice" else None
+        return _stored(within[x.operands[UPDATING[x.opcode]]].arrays[0]) if x.opcode in UPDATING else None
 
 
-SLICING = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
+UPDATING = {"dynamic-update-slice": 1, "scatter": -1}  # which operand is written into the first
+SLICING = ("dynamic-slice", "slice", "gather", *UPDATING)
 PASSING = ("bitcast", "copy")
 
 

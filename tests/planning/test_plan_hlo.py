@@ -137,6 +137,35 @@ def test_slices_in_fusions_inside_a_fusion():
     assert Counter(whole).total().bytes == 4 * (40 * 512 + 2 * 512) + 4
 
 
+WRITING = """
+HloModule m
+
+%assign (old: f32[], new: f32[]) -> f32[] {
+  %old = f32[] parameter(0)
+  ROOT %new = f32[] parameter(1)
+}
+
+%write (p: f32[40,512], i: s32[3,1], v: f32[3,512]) -> f32[40,512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  %i = s32[3,1]{1,0} parameter(1)
+  %v = f32[3,512]{1,0} parameter(2)
+  ROOT %s = f32[40,512]{1,0} scatter(%p, %i, %v), update_window_dims={1}, inserted_window_dims={0}, to_apply=%assign
+}
+
+ENTRY %main (p: f32[40,512], i: s32[3,1], v: f32[3,512]) -> f32[40,512] {
+  %p = f32[40,512]{1,0} parameter(0)
+  %i = s32[3,1]{1,0} parameter(1)
+  %v = f32[3,512]{1,0} parameter(2)
+  ROOT %f = f32[40,512]{1,0} fusion(%p, %i, %v), kind=kCustom, calls=%write
+}
+"""
+
+
+def test_what_a_fusion_scatters_into_is_not_moved():
+    """Three rows are read and written, as a cache takes a token of each row; the array around them stays where it is."""
+    assert Counter(WRITING).total().bytes == 4 * (2 * 3 * 512 + 3)
+
+
 WINDOWS = """
 HloModule m
 
