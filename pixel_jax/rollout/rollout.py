@@ -12,14 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.dialog import template
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.processes import everywhere
-from pixel_jax.parallel.sharding import ROWS, partition_spec, replicate, row_parts, shard_batch, share
+from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
@@ -248,15 +248,14 @@ def constrain_rows(tree, mesh: Mesh | None):
     """Every array of a row-wise state split by rows, keys and values by their heads too, as the layers that write them are."""
     if mesh is None:
         return tree
-    place = lambda x, spec: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
     is_cache = lambda x: isinstance(x, KVCache | Prefix)
 
     def split(x):
         if not is_cache(x):
-            return place(x, PartitionSpec(ROWS))
+            return constrain(x, mesh, ROWS)
         heads = partition_spec((None, "kv"), x.k[0].shape[:2], mesh)
-        by_head = lambda arrays: tuple(place(x, PartitionSpec(ROWS, *heads[1:])) for x in arrays)
-        rest = jax.tree.map(split, x._replace(k=(), v=()))
-        return rest._replace(k=by_head(x.k), v=by_head(x.v))
+        by_head = constrain((x.k, x.v), mesh, ROWS, *heads[1:])
+        rest = constrain(x._replace(k=(), v=()), mesh, ROWS)
+        return rest._replace(k=by_head[0], v=by_head[1])
 
     return jax.tree.map(split, tree, is_leaf=is_cache)
