@@ -26,10 +26,14 @@ LOST = 43  # exit code of a process that ends because a step that all take part 
 def join(environment: Mapping[str, str] = os.environ, *, heartbeat: int = HEARTBEAT) -> None:
     """Joins the processes that the environment speaks of, if it does. Called before JAX has started."""
     count = environment.get(COUNT, "1")
-    if count == "auto":
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
-    elif int(count) > 1:
-        jax.distributed.initialize(**address(environment), heartbeat_timeout_seconds=heartbeat)
+    if count != "auto" and int(count) < 2:
+        return
+    where = {} if count == "auto" else address(environment)
+    jax.distributed.initialize(**where, heartbeat_timeout_seconds=heartbeat)
+    if jax.default_backend() == "cpu":
+        # XLA's CPU runtime keeps the collectives of a program in their order only if it has compiled the program itself:
+        # in one read from a cache each is ordered after itself alone, and processes then wait for different ones.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def address(environment: Mapping[str, str]) -> dict:

@@ -35,7 +35,12 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
-    """Keep compiled programs in `directory` (unless the environment names another), for the next start, and say so."""
+    """Keep compiled programs in `directory` (unless the environment names another), for the next start, and say so.
+
+    Not where JAX's cache is switched off, as by `parallel.processes.join` on CPUs.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -56,6 +56,16 @@ def test_the_place_of_compiled_programs_is_announced(tmp_path, capsys):
     assert capsys.readouterr().err == f"compiled programs are kept in {tmp_path}\n" * 2
 
 
+def test_nothing_is_said_of_compiled_programs_that_are_not_kept(tmp_path, capsys):
+    before = jax.config.jax_enable_compilation_cache, jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        use_compilation_cache(tmp_path)
+        assert jax.config.jax_compilation_cache_dir == before[1] and capsys.readouterr().err == ""
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before[0])
+
+
 def test_compilations_are_announced_before_they_end():
     stream = io.StringIO()
     stop = announce_compiles(minimum=0.0, stream=stream)

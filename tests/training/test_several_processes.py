@@ -79,6 +79,16 @@ def test_reinforcement_learning_by_four_processes_is_that_by_one(tmp_path):
     compare(tmp_path, 4, phase="rl", mesh={"data": 2, "fsdp": 2}, rollout_mesh={"data": 4}, steps=3)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_on_cpus_several_processes_keep_no_compiled_programs(tmp_path, count):
+    """Reinforcement learning by four, with programs read from a cache, ended in collectives that did not match."""
+    script = tmp_path / "kept.py"
+    lines = ["import jax", "from pixel_jax.parallel.processes import join", "join()"]
+    script.write_text("\n".join([*lines, "print('kept', jax.config.jax_enable_compilation_cache)"]))
+    ended = fleet.wait(fleet.start(count, script))
+    assert all(code == 0 and f"kept {count == 1}" in said for code, said in ended), ended
+
+
 @pytest.mark.slow
 def test_processes_meet_however_far_apart(tmp_path):
     """A collective of gloo's gives up after 30 seconds."""
