@@ -20,7 +20,7 @@ import numpy as np
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.endpoint import Endpoint, EndpointError
 from pixel_jax.synthesis.seeds import Seed, read_seeds
-from pixel_jax.synthesis.traces import DIRECT, Outcome, assign_kinds, fingerprint, make, possible_kinds
+from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
 from pixel_jax.training.progress import Progress
 
@@ -219,6 +219,9 @@ def report_of(
             for name, share in zip(names, shares, strict=True)
         }
     dropped = [(seed.id, outcomes[i].reason) for i, seed in enumerate(seeds) if outcomes[i].row is None]
+    kind_of = lambda reason: (
+        UNREADABLE if reason.startswith(UNREADABLE) else reason
+    )  # every file has an error of its own
     rejected: Counter[str] = Counter()
     for outcome in outcomes.values():
         rejected.update(outcome.rejected)
@@ -226,7 +229,7 @@ def report_of(
         "seeds": len(seeds),
         "made": len(seeds) - len(dropped),
         "kinds": made,
-        "dropped": dict(Counter(reason for _, reason in dropped).most_common()),
+        "dropped": dict(Counter(kind_of(reason) for _, reason in dropped).most_common()),
         "rejected_texts": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
         "dropped_seeds": [{"id": name, "reason": reason} for name, reason in dropped],
         "writer": config.endpoint.model if config.endpoint else "templates",

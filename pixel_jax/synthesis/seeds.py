@@ -10,22 +10,22 @@ A file has one seed a line; paths are relative to it. A box is in pixels of the 
 
 `cue` is the name of what is looked at, as in "look clearer at 'the sign on the left'". A box belongs to the first image,
 or to the one that `"image"` counts from 1. Of several answers the first is written. `id` is the line's number if left out.
+
+A mistake in a line is an error. An image that is there and cannot be decoded is none: its seed is dropped, and counted.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 from typing import Any
 
-from PIL import Image
-
-from pixel_jax.data.images import FORMATS, ImageError
+from pixel_jax.data.images import ImageError, image_size
 from pixel_jax.training.answers import references_of
 
 FIELDS = ("id", "question", "answer", "images", "cue", "box", "frames", "image", "video", "seconds")
 LONGEST_CUE = 200  # characters
 MOST_FRAMES = 8  # that the tool selects at once
-ORIENTATION, ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF
 
 
 class SeedError(ValueError):
@@ -49,16 +49,6 @@ class Seed:
     def looks(self) -> bool:
         """Whether there is something to look closer at."""
         return self.box is not None or self.frames is not None
-
-
-def upright_size(path: pathlib.Path) -> tuple[int, int]:
-    """(height, width) of an image file as `load_image` will decode it, from its header."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            return (width, height) if image.getexif().get(ORIENTATION) in ON_ITS_SIDE else (height, width)
-    except Exception as error:  # as in `load_image`
-        raise ImageError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def read_seeds(path: str | pathlib.Path) -> list[Seed]:
@@ -119,9 +109,10 @@ def _seed(line: str, folder: pathlib.Path, where: str, number: str) -> Seed:
     if box is not None:
         need("box", not video, "left out for a video, which has frames")
         need("box", isinstance(box, list) and len(box) == 4 and all(map(_number, box)), "four numbers")
-        height, width = upright_size(images[image - 1])
-        inside = 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
-        need("box", inside, f"x1 < x2 and y1 < y2 within {width} x {height} pixels")
+        with contextlib.suppress(ImageError):
+            height, width = image_size(images[image - 1])
+            inside = 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
+            need("box", inside, f"x1 < x2 and y1 < y2 within {width} x {height} pixels")
     if frames is not None:
         need("frames", video, "left out for images, which have a box")
         good = isinstance(frames, list) and 0 < len(frames) <= MOST_FRAMES and all(map(whole, frames))

@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.images import load_image
+from pixel_jax.data.images import ImageError, image_size, load_image
 from pixel_jax.data.synthesis import VIDEO_KINDS, grown, image_turns, in_pixels, outward, video_turns
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.endpoint import NoAnswerError
 from pixel_jax.synthesis import checks
-from pixel_jax.synthesis.seeds import Seed, upright_size
-from pixel_jax.synthesis.writers import Load, Writer
+from pixel_jax.synthesis.seeds import Seed
+from pixel_jax.synthesis.writers import Writer
 from pixel_jax.training.answers import last_boxed
 
 DIRECT = "direct"
+UNREADABLE = "an image cannot be read"  # followed by what is wrong with which
 MOST_MISSED = 0.3  # share of the image that a padded reference may fill where a crop shall miss it
 MOST_LOOSE = 1 / 9  # share of the image that a reference may fill where a crop shall be far too large
 
@@ -42,7 +43,10 @@ def possible_kinds(seed: Seed, pad: float, min_crop: int) -> tuple[str, ...] | s
         return "the cue has markup"
     if seed.video:
         return VIDEO_KINDS if len(seed.frames) < len(seed.images) else VIDEO_KINDS[:1]
-    size = upright_size(seed.images[seed.image - 1])
+    try:
+        size = image_size(seed.images[seed.image - 1])
+    except ImageError as error:
+        return f"{UNREADABLE}: {error}"
     height, width = size
     reference = outward(seed.box, width, height)
     x1, y1, x2, y2 = in_pixels(reference, width, height, pad)
@@ -105,9 +109,13 @@ def make(
         return None
 
     last: list[str] = []
-    answer, images = seed.answers[0], lambda: [load_image(path) for path in seed.images]
+    answer = seed.answers[0]
     if last_boxed(f"\\boxed{{{answer}}}") != answer or checks.unfit(answer):
         return Outcome(None, "the answer does not fit a box", {})
+    try:
+        images = [load_image(path) for path in seed.images]  # also for a writer that looks at none: who tunes will
+    except ImageError as error:
+        return Outcome(None, f"{UNREADABLE}: {error}", {})
     final = lambda text: checks.local_problem(text, seed.answers)
     if kind == DIRECT:
         text = written("direct answer", lambda n: writer.direct(seed, images, n), final)
@@ -118,7 +126,7 @@ def make(
             lambda n: writer.whole(seed, images, n),
             lambda text: checks.whole_problem(text, seed.question, seed.answers),
         )
-        local = whole and written("local analysis", lambda n: writer.local(seed, views_of(seed, pad), n), final)
+        local = whole and written("local analysis", lambda n: writer.local(seed, views_of(seed, images, pad), n), final)
         turns = local and _turns(seed, kind, rng, pad, whole, checks.with_answer(local, answer))
     if not turns:
         return Outcome(None, last[-1], dict(rejected))
@@ -131,18 +139,14 @@ def make(
     return Outcome(row | {"turns": turns}, None, dict(rejected))
 
 
-def views_of(seed: Seed, pad: float) -> Load:
+def views_of(seed: Seed, images: Sequence[np.ndarray], pad: float) -> list[np.ndarray]:
     """What a trace about `seed` looks closer at: the frames, or the crop with its padding."""
-
-    def load() -> list[np.ndarray]:
-        if seed.frames is not None:
-            return [load_image(seed.images[i - 1]) for i in seed.frames]
-        image = load_image(seed.images[seed.image - 1])
-        height, width = image.shape[:2]
-        x1, y1, x2, y2 = in_pixels(outward(seed.box, width, height), width, height, pad)
-        return [image[y1:y2, x1:x2]]
-
-    return load
+    if seed.frames is not None:
+        return [images[i - 1] for i in seed.frames]
+    image = images[seed.image - 1]
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = in_pixels(outward(seed.box, width, height), width, height, pad)
+    return [image[y1:y2, x1:x2]]
 
 
 def _turns(seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: str, end: str) -> list[dict[str, Any]]:
@@ -150,7 +154,7 @@ def _turns(seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: s
     if seed.video:
         turns = video_turns(rng, len(seed.images), seed.cue, seed.frames, seed.answers[0], kind)
     else:
-        size = upright_size(seed.images[seed.image - 1])
+        size = image_size(seed.images[seed.image - 1])
         reference = outward(seed.box, size[1], size[0])
         place = {"pad": pad, "target": seed.image, "images": len(seed.images)}
         turns = image_turns(rng, size, seed.cue, reference, seed.answers[0], kind, **place)

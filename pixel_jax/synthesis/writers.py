@@ -1,6 +1,6 @@
 """Who writes the analyses of a trace: a vision-language model behind an endpoint, or sentences that are always the same."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,35 +9,35 @@ from pixel_jax.data.synthesis import final_answer
 from pixel_jax.endpoint import Endpoint, user
 from pixel_jax.synthesis.seeds import Seed
 
-Load = Callable[[], Sequence[np.ndarray]]  # images, uint8 [h, w, 3], read from disk when they are needed
+Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
 
 
 class Writer(Protocol):
     """`attempt` counts from 0; another attempt is another text, as far as the writer has any."""
 
-    def whole(self, seed: Seed, images: Load, attempt: int) -> str:
+    def whole(self, seed: Seed, images: Images, attempt: int) -> str:
         """What the whole image or video shows, and that the cue needs a closer look; not the answer."""
 
-    def local(self, seed: Seed, views: Load, attempt: int) -> str:
+    def local(self, seed: Seed, views: Images, attempt: int) -> str:
         """What `views`, the crop or the frames of the cue, show; ends with the answer in a box."""
 
-    def direct(self, seed: Seed, images: Load, attempt: int) -> str:
+    def direct(self, seed: Seed, images: Images, attempt: int) -> str:
         """Reasoning without a closer look; ends with the answer in a box."""
 
 
 class Templates:
     """Without an endpoint."""
 
-    def whole(self, seed: Seed, images: Load, attempt: int) -> str:
+    def whole(self, seed: Seed, images: Images, attempt: int) -> str:
         if seed.video:
             return f"The question is about '{seed.cue}', which only a part of the video shows."
         return f"The question is about '{seed.cue}', which takes up only a small part of the image."
 
-    def local(self, seed: Seed, views: Load, attempt: int) -> str:
+    def local(self, seed: Seed, views: Images, attempt: int) -> str:
         where = "In these frames" if seed.video else "In this crop"
         return f"{where}, '{seed.cue}' can be seen clearly.\n{final_answer(seed.answers[0])}"
 
-    def direct(self, seed: Seed, images: Load, attempt: int) -> str:
+    def direct(self, seed: Seed, images: Images, attempt: int) -> str:
         kind = "video" if seed.video else "image"
         return f"The {kind} shows this without a closer look.\n{final_answer(seed.answers[0])}"
 
@@ -70,18 +70,18 @@ class Model:
     def __init__(self, endpoint: Endpoint, sampling: Mapping[str, Any]):
         self.endpoint, self.sampling = endpoint, dict(sampling)
 
-    def _ask(self, prompt: str, seed: Seed, images: Load, attempt: int, **words: str) -> str:
+    def _ask(self, prompt: str, seed: Seed, images: Images, attempt: int, **words: str) -> str:
         text = prompt.format(question=seed.question, cue=seed.cue, **words)
-        return self.endpoint.complete([user(text, *images())], **self.sampling, seed=attempt).strip()
+        return self.endpoint.complete([user(text, *images)], **self.sampling, seed=attempt).strip()
 
-    def whole(self, seed: Seed, images: Load, attempt: int) -> str:
+    def whole(self, seed: Seed, images: Images, attempt: int) -> str:
         return self._ask(WHOLE, seed, images, attempt, what=_what(seed), where=_where(seed), it=_it(seed))
 
-    def local(self, seed: Seed, views: Load, attempt: int) -> str:
+    def local(self, seed: Seed, views: Images, attempt: int) -> str:
         what = f"{len(seed.frames)} frames of a video" if seed.frames else "a part of a larger image, enlarged"
         return self._ask(LOCAL, seed, views, attempt, what=what)
 
-    def direct(self, seed: Seed, images: Load, attempt: int) -> str:
+    def direct(self, seed: Seed, images: Images, attempt: int) -> str:
         return self._ask(DIRECT, seed, images, attempt, what=_what(seed))
 
 

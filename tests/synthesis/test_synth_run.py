@@ -184,6 +184,38 @@ def test_what_stays_bad_is_dropped_for_its_reason(seeds, which, capsys):
     assert f"{13 - lost} traces of 13 seeds" in printed and bad[-1][1] in printed and f"{lost} dropped seeds" in printed
 
 
+@pytest.mark.parametrize("writer", ["model", "templates"])
+def test_images_that_cannot_be_decoded_are_dropped_and_named(seeds, writer):
+    """Cut off in the pixels, in a header, and no image at all: the others become traces, now and on a restart."""
+    rows = [json.loads(line) for line in seeds.read_text().splitlines()]
+    broken = {
+        "image-0": "image-0.jpg",
+        "image-1": "image-1.png",
+        "video-0": "video-0-2.png",
+        "direct-0": "direct-0.png",
+    }
+    with Image.open(seeds.parent / "image-0.png") as image:
+        image.save(seeds.parent / "image-0.jpg")  # whose header is not cut off
+    rows[0]["images"] = ["image-0.jpg"]
+    seeds.write_text("\n".join(map(json.dumps, rows)))
+    good = {name: (seeds.parent / file).read_bytes() for name, file in broken.items()}
+    for name, file in broken.items():
+        (seeds.parent / file).write_bytes(b"no image" if name == "direct-0" else good[name][: len(good[name]) * 2 // 3])
+    with chat_server(painter) as server:
+        config = config_of(seeds, server) if writer == "model" else SynthConfig(str(seeds), str(seeds.parent / "out"))
+        report = synthesize(config)
+        assert report["made"] == 9 and report["dropped"] == {"an image cannot be read": 4}
+        found = {x["id"]: x["reason"] for x in report["dropped_seeds"]}
+        assert found.keys() == broken.keys()
+        for name, reason in found.items():
+            assert re.fullmatch(f"an image cannot be read: '.*/{broken[name]}' cannot be read: .*", reason)
+        assert broken.keys().isdisjoint(json.loads(line)["id"] for line in read(config).splitlines())
+        assert synthesize(config) == report
+        for name, file in broken.items():
+            (seeds.parent / file).write_bytes(good[name])
+        assert synthesize(config)["made"] == 13  # mended
+
+
 def test_a_finished_run_asks_nothing_and_a_changed_one_only_what_is_new(seeds):
     with chat_server(painter) as server:
         config = config_of(seeds, server)
