@@ -11,7 +11,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
+# What follows a word or a number is a hyphen, as in "3-4 dogs", not a sign.
+NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+ANSWER = re.compile("<answer>(.*?)</answer>", re.IGNORECASE)
 BOX = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"(?<!\\)[{}]")
 LONGEST_EXPRESSION = 200  # characters given to math-verify: answers, not essays
@@ -82,15 +84,20 @@ def equal(answer: str, reference: str) -> bool:
     if left and right:
         (a, a_percent), (b, b_percent) = left, right
         return a == b or (a_percent != b_percent and (a / 100 if a_percent else a) == (b / 100 if b_percent else b))
-    if "," in reference and not right:  # several spans: all of them, in any order
-        return sorted(x.strip() for x in answer.split(",")) == sorted(x.strip() for x in reference.split(","))
+    if "," in reference and not right:  # several spans: all of them, in any order, whatever stands between
+        spans = [re.escape(x.strip()) for x in reference.split(",") if x.strip()]
+        return all(re.search(rf"(?<!\w){span}(?!\w)", answer) for span in spans)
     if not any(map(mathematical, (answer, reference))):
         return False
     return verify(answer, reference)
 
 
 def mathematical(text: str) -> bool:
-    """Whether there is anything for a computer algebra system to do: digits, operators or LaTeX, and no prose."""
+    """Whether there is anything for a computer algebra system to do: digits, operators or LaTeX, and no prose.
+
+    Two or three letters beside an operator are a product of variables; others that follow each other are a word.
+    """
+    text = re.sub(r"(?<!\w)[a-z]{2,3}(?=\s*[-+*/^=])|(?<=[-+*/^=])\s*[a-z]{2,3}(?!\w)", "x", text)
     words = re.findall(r"(?<!\\)\b[a-z]{2,}", text)
     return bool(re.search(r"[\d\\^=+*/]", text)) and not words
 
@@ -112,10 +119,12 @@ def verify(answer: str, reference: str) -> bool:
 def by_rule(response: str, references: Sequence[str]) -> float | None:
     """1 if `response` (all that the model wrote) answers right, 0 if wrong, None if it holds no answer at all.
 
-    The last \\boxed{} counts, even when a right one comes before it. Without a box the last number of the text is the
-    answer (as math-verify takes it); without a number there is none.
+    The last \\boxed{} counts, even when a right one comes before it; without a box, what is within the first <answer>.
+    Without either the last number of the text is the answer (as math-verify takes it); without a number there is none.
     """
     found = last_boxed(response)
+    if found is None and (tagged := ANSWER.search(response)):
+        found = tagged[1]
     if found is None:
         numbers = NUMBER.findall(response)
         if not numbers:

@@ -34,10 +34,28 @@ from pixel_jax.training.answers import correctness, equal, last_boxed, reference
         (r"\boxed{\frac{1}{2}}", "0.5", 1),
         (r"\boxed{\dfrac{3}{4}}", r"\frac{3}{4}", 1),
         (r"\boxed{x+1}", "1+x", 1),
+        (r"\boxed{xy+1}", "1+xy", 1),
+        (r"\boxed{ab / 2}", "0.5ba", 1),
+        (r"\boxed{xyz - 1}", "zyx-1", 1),
+        (r"\boxed{xy+1}", "xy+2", 0),
+        (r"\boxed{left-right}", "right-left", 0),
+        ("I counted 3-4 dogs", "4", 1),
+        ("I counted 3-4 dogs", "-4", 0),
+        ("It is at -4 degrees", "-4", 1),
+        ("It is exit-12", "12", 1),
         (r"\boxed{5 cm}", "5", 1),
         (r"\boxed{}", "A", 0),
         (r"\boxed{Paris, Rome}", "rome, paris", 1),
         (r"\boxed{Paris}", "rome, paris", 0),
+        (r"\boxed{Troubles and The Siege of Krishnapur}", "troubles, the siege of krishnapur", 1),
+        (r"\boxed{Paris}, Rome", "rome, paris", 0),  # in the box, not after it
+        (r"\boxed{13, 24}", "3, 4", 0),  # whole words
+        (r"\boxed{comparison, Rome}", "paris, rome", 0),
+        ("<answer>Lion</answer>", "lion", 1),
+        ("<answer>cat</answer> or <answer>Lion</answer>", "lion", 0),  # the first, as in the released code
+        (r"<answer>Lion</answer>, that is \boxed{cat}", "lion", 0),
+        ("I count 4 of them: <answer>3</answer>", "4", 0),
+        ("<answer>Lion", "lion", 0),
         (r"\boxed{9007199254740993}", "9007199254740992", 0),
     ],
 )

@@ -1,11 +1,15 @@
 """Rules and the judge: hand-made cases, and a judge that is asked over real HTTP."""
 
 import threading
+import time
 
 import pytest
 
+from pixel_jax import endpoint
+from pixel_jax.endpoint import EndpointError
 from pixel_jax.training.answers import anls, choices_of, numbers_in, same_choice, same_number
 from pixel_jax.training.scorers import JudgeConfig, Reference, Scorer, ScorerConfig
+from tests.chat_server import Reply, chat_server
 
 QUESTION = "What is in the photo?\n(A) a cat\n(B) Lion\n(C) a red car\nAnswer with the option's letter."
 
@@ -182,3 +186,61 @@ def test_a_judge_needs_its_section():
         ScorerConfig(("judge",))
     with pytest.raises(ValueError, match="go together"):
         ScorerConfig(("box",), JudgeConfig("http://localhost:1/v1", "m"))
+
+
+LION = Reference(("Lion",), "What is it?")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.001)
+
+
+def graded(body):
+    """The answer that a request asks to be graded."""
+    return body["messages"][0]["content"].split("==========\n")[1].strip()
+
+
+def test_a_judge_over_http(quick, monkeypatch, tmp_path, caplog):
+    """Right, wrong, no verdict, a refusal, and a server that fails first: with the key, and the second time from the cache."""
+    said = {
+        "a lion cub": "CORRECT",
+        "a dog": "INCORRECT",
+        "a beast": "Who knows?",
+        "a cat": Reply({"error": "no"}, 400),
+    }
+    failing = [Reply("busy", 503), Reply("slow down", 429, {"retry-after": "0"}), Reply(b"<html>")]
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with chat_server(lambda number, body: failing[number] if number < 3 else said[graded(body)]) as server:
+        judge = JudgeConfig(server.url, "a-judge", key="JUDGE_KEY", workers=1, cache=str(tmp_path / "verdicts"))
+        responses = [rf"\boxed{{{answer}}}" for answer in said] + [r"\boxed{lion}", "no box"]
+        score = lambda: Scorer(ScorerConfig(("box", "judge"), judge))(responses, [LION] * len(responses))
+        assert score() == [1.0, 0.0, 0.0, 0.0, 1.0, None]
+        assert "gives no verdict on 'a beast'" in caplog.text and "refuses a request with 400" in caplog.text
+        assert len(server.received) == len(failing) + len(said)
+        for request in server.received:
+            assert request.path == "/v1/chat/completions" and request.headers["authorization"] == "Bearer secret"
+            assert request.body["model"] == "a-judge" and request.body["temperature"] == 0
+            assert "What is it?" in request.body["messages"][0]["content"]
+        assert score() == [1.0, 0.0, 0.0, 0.0, 1.0, None]
+        assert len(server.received) == len(failing) + len(said) + 1  # a refusal is no verdict to keep
+
+
+def test_a_judge_is_asked_no_faster_than_it_allows(quick):
+    with chat_server(lambda number, body: "CORRECT") as server:
+        judge = JudgeConfig(server.url, "a-judge", requests_per_second=20.0)
+        began = time.monotonic()
+        responses = [rf"\boxed{{{i} lions}}" for i in range(5)]
+        assert Scorer(ScorerConfig(("judge",), judge))(responses, [LION] * 5) == [1.0] * 5
+        assert time.monotonic() - began >= 4 / 20 and len(server.received) == 5
+
+
+def test_a_judge_that_cannot_be_used_is_an_error_and_no_verdict(quick, monkeypatch):
+    score = lambda judge: Scorer(ScorerConfig(("judge",), judge))([r"\boxed{lion}"], [LION])
+    with chat_server(lambda number, body: Reply("wrong key", 401)) as server:
+        with pytest.raises(EndpointError, match="answers 401: .*wrong key"):
+            score(JudgeConfig(server.url, "a-judge"))
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(EndpointError, match="JUDGE_KEY does not hold an API key"):
+        score(JudgeConfig(server.url, "a-judge", key="JUDGE_KEY"))
