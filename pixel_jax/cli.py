@@ -42,14 +42,14 @@ def usage(program: str, commands: Commands) -> str:
 
 @contextlib.contextmanager
 def key_errors(name: str):
-    """Around the reading of flags: `config_flags` lets an unknown key, or section, of a config end as one of these errors."""
+    """Around the reading of flags: `config_flags` lets a key of a section that a config has not end as one of these errors."""
     try:
         yield
     except (AttributeError, KeyError) as error:
         key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
         given = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
-        said = f"unknown key of the config: {key!r}" + "".join(f" in {flag}" for flag in given[:1])
-        print(f"{name}: {said}. {hint or 'Only keys that the file names can be set here.'}", file=sys.stderr)
+        said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in given[:1])
+        print(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", file=sys.stderr)
         sys.exit(1)
 
 

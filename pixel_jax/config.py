@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from ml_collections import config_flags
+
 T = TypeVar("T")
 
 
@@ -14,27 +16,36 @@ class ConfigError(ValueError):
     """A configuration that does not say what it should; the message names the key and its value."""
 
 
+def define_flag(default: str | None, what: str) -> None:
+    """The flag `--config`, a file with `get_config()`. `--config.KEY=VALUE` sets any key, also one that the file leaves at its
+    default: what is no key at all is found by `load`."""
+    config_flags.DEFINE_config_file("config", default, what, lock_config=False, accept_new_attributes=True)
+
+
 def load(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """`values` (a dict or `ml_collections.ConfigDict`) as an instance of the dataclass `cls`, nested dataclasses included.
 
-    An unknown key, a missing required key or a value of another type is a `ConfigError` with the dotted path of the key.
+    An unknown key, a missing required key (a placeholder that nobody filled, too) or a value of another type is a
+    `ConfigError` with the dotted path of the key.
     An int is accepted where a float is declared, a list where a tuple is; nothing else is converted.
     """
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(f"{where} must be a mapping with the keys of {cls.__name__}, not {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
     found = {}
     for key, value in values.items():
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
             raise ConfigError(f"unknown key {where}.{key}; the nearest known one is {where}.{near[0]}")
-        found[key] = convert(hints[key], value, f"{where}.{key}")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in found and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+        if value is not None or key not in required or types.NoneType in typing.get_args(hints[key]):
+            found[key] = convert(hints[key], value, f"{where}.{key}")
+    missing = [name for name in required if name not in found]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
     try:

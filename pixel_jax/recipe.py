@@ -38,10 +38,13 @@ def base(size: str, weights: str) -> ConfigDict:
     # Not of the paper: adapters on every linear layer of the decoder.
     config.lora = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"} if weights == "lora" else None
     config.mesh = {"data": 1, "fsdp": -1, "tensor": SIZES[size].tensor}
-    # One shape a run. These are for stills; videos of 16 frames need `canvas = (16, 720, 1280)`, `prompt_width = 5120`,
-    # `trace_frames = 24`.
+    # A batch is about images or about videos of 16 frames, each kind in a shape of its own. Pictures that are larger are
+    # made smaller: the original shows, and cuts crops from, `max_pixels` of them.
     config.canvas = (1, 2048, 2048)
     config.prompt_width = 2560
+    config.video_canvas = (16, 720, 1280)
+    config.video_prompt_width = 5120
+    config.bad_rows = "error"
     return config
 
 
@@ -61,7 +64,7 @@ def optimizer(weights: str, **values) -> dict[str, Any]:
 
 def forward(size: str, rows: int) -> dict[str, Any]:
     return {
-        "micro_batches": rows // SIZES[size].row_groups,
+        "micro_batches": max(1, rows // SIZES[size].row_groups),
         "remat": True,
         "implementation": "kernel",
         "compute_dtype": "bfloat16",
@@ -87,15 +90,18 @@ def sft(size: str, weights: str = "full", changes: Mapping[str, Any] = {}) -> Co
     config.trace_tokens = 12_288
     config.trace_frames = 5  # the image, and at most four crops
     config.trace_patches = 4 * 5120
+    config.video_frames = 32  # 16 of the video, and twice eight that were selected
+    config.video_patches = 4800  # of a selected frame of 1280 x 720 pixels
 
-    batch = 128  # of the paper; the released script steps with 16
+    batch = 128  # traces, of the paper; the released script steps with 16
+    rows = batch // 2  # a packed row has room for two; what an epoch is in rows is printed at the start
     config.sft = ConfigDict()
-    config.sft.batch_size = batch
+    config.sft.batch_size = rows
     config.sft.steps = round(5 * EXAMPLES / batch)  # five epochs; the released warm start is the checkpoint at 246
     config.sft.trainable = "(?!visual)" if weights == "full" else ".*lora_"
     config.sft.normalizer = "row"
     config.sft.optimizer = optimizer(weights, warmup=0.1, final_fraction=0.0)
-    config.sft.forward = forward(size, batch)
+    config.sft.forward = forward(size, rows)
     config.sft.save_every = 82  # 82, 164, 246 and the end
     config.sft.keep = 2
     config.update(changes)

@@ -6,9 +6,8 @@ import pathlib
 from typing import Literal
 
 from absl import flags
-from ml_collections import config_flags
 
-from pixel_jax.config import load
+from pixel_jax.config import define_flag, load
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
@@ -48,13 +47,24 @@ class TrainConfig:
     trace_frames: int = 6
     trace_patches: int = 8000  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
+    video_frames: int = 0  # room of a row of traces that need more frames than `trace_frames`; 0: there are none
+    video_patches: int = 4800
     prompt_width: int = 3072  # tokens
     canvas: tuple[int, int, int] = (1, 2048, 2048)  # images of a prompt, and the largest one's height and width
+    # Of questions about videos, if they have shapes of their own; batches are then of one kind. None: as above.
+    video_prompt_width: int | None = None
+    video_canvas: tuple[int, int, int] | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        if (self.video_canvas is None) != (self.video_prompt_width is None):
+            raise ValueError(
+                f"video_canvas {self.video_canvas} and video_prompt_width {self.video_prompt_width} come together"
+            )
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file under configs/.", lock_config=True)
+    define_flag(None, "The experiment, a file under configs/.")
     flags.mark_flag_as_required("config")
 
 
@@ -81,8 +91,9 @@ def train(command: str, config: TrainConfig) -> None:
     from pixel_jax import from_pretrained, save_pretrained
     from pixel_jax.cli import UserError
     from pixel_jax.data.packed import Packing, bucket_shapes
-    from pixel_jax.data.questions import question_batches
+    from pixel_jax.data.questions import find_rooms, question_batches
     from pixel_jax.data.read import read_examples
+    from pixel_jax.data.rooms import Room
     from pixel_jax.data.traces import Shape
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.models.lora import add_lora, merge_lora
@@ -123,13 +134,16 @@ def train(command: str, config: TrainConfig) -> None:
         if not config.corrections:
             examples = [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
         limits = config.rollout
-        room = Shape(config.trace_tokens, config.trace_frames, config.trace_frames, config.trace_patches)
+        shape = lambda frames, patches: Shape(config.trace_tokens, frames, frames, patches)
+        buckets = bucket_shapes(config.buckets, shape(config.trace_frames, config.trace_patches))
+        if config.video_frames:
+            buckets += (shape(config.video_frames, config.video_patches),)
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             limits,
-            bucket_shapes(config.buckets, room),
+            buckets,
             size=config.sft.batch_size,
             seed=config.seed,
             report=report,
@@ -139,14 +153,15 @@ def train(command: str, config: TrainConfig) -> None:
         model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh)
     else:
         limits = config.rl.rollout
-        say(announcement(report, f"{len(examples)} questions"))
+        room = Room(*config.canvas, config.prompt_width)
+        video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
+        asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
+        say(announcement(report, f"{len(asked)} questions"))
         data = question_batches(
-            examples,
+            asked,
             vocabulary,
             token_tables,
             limits,
-            width=config.prompt_width,
-            canvas=config.canvas,
             size=config.rl.prompts,
             seed=config.seed,
             **process,

@@ -59,10 +59,23 @@ MISTAKES = {
         1,
         "7b_rl.py:qlora: no algorithm is called 'qlora'; known are .*rloo$",
     ),
-    "sft without a required value": (["sft", *GIVEN], 1, "config.out must be str, not None"),
+    "sft without a required value": (["sft", *GIVEN], 1, "config lacks out, which TrainConfig requires"),
     "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
-    "an unknown key": (["sft", OWN_DATA, "--config.sft.stepz=1"], 1, "unknown key of the config.*stepz"),
-    "a key that is unknown to the defaults": (["quickstart", "--config.rl.iteratoins=1"], 1, "unknown key.*iteratoins"),
+    "an unknown key": (
+        ["sft", OWN_DATA, "--config.sft.stepz=1"],
+        1,
+        "unknown key config.sft.stepz; .*config.sft.steps$",
+    ),
+    "an unknown section": (
+        ["sft", OWN_DATA, "--config.stf.steps=1"],
+        1,
+        "no section 'stf' to set --config.stf.steps=1 in",
+    ),
+    "a key that is unknown to the defaults": (
+        ["quickstart", "--config.rl.iteratoins=1"],
+        1,
+        "unknown key config.rl.iteratoins",
+    ),
     "a value of another type": (["quickstart", "--config.rl.iterations=many"], 1, "config.rl.iterations"),
     "a stray argument": (["quickstart", "fast"], 1, "unexpected argument 'fast'"),
 }
@@ -145,11 +158,13 @@ def get_config():
     config = module.get_config()
     limits = {limits!r}
     config.canvas, config.prompt_width = (1, 192, 192), 96
+    config.video_canvas, config.video_prompt_width = (2, 64, 64), 96
+    config.video_frames, config.video_patches = 6, 8
     config.rollout = ConfigDict(limits)
     config.trace_tokens, config.trace_frames, config.trace_patches, config.buckets = 256, 3, 16, ()
-    config.sft.steps, config.sft.batch_size, config.sft.forward.micro_batches = 1, 2, 1
+    config.sft.steps, config.sft.batch_size, config.sft.forward.micro_batches = 2, 2, 1
     config.sft.optimizer = {{"learning_rate": 1e-3, "warmup": 0.0}}
-    config.rl.iterations, config.rl.prompts, config.rl.train_batch, config.rl.forward.micro_batches = 1, 2, 4, 1
+    config.rl.iterations, config.rl.prompts, config.rl.train_batch, config.rl.forward.micro_batches = 2, 2, 4, 1
     config.rl.replay = {{"kind": "none"}}
     config.rl.optimizer = {{"learning_rate": 1e-3, "warmup": 0.0}}
     config.rl.rollout = ConfigDict({{**limits, "group_size": 2}})
@@ -159,29 +174,35 @@ def get_config():
 
 @pytest.mark.slow
 def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
-    """A step each, from a directory to a directory."""
+    """Two steps each, one about images and one about videos, from a directory to a directory."""
     limits = json.loads((model / "rollout.json").read_text())
     limits = {name: value for name, value in limits.items() if value is not None}
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(own_data=str(ROOT / "configs/pixel/own_data.py"), limits=limits))
     call = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
     line = {"question": "Which digit?", "images": [str(picture)], "answer": "7"}
-    data = tmp_path / "data.jsonl"
+    for name in ("0.png", "1.png"):
+        Image.fromarray(talker.image(int(name[0]), 100, 100)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"")
+    clip = line | {"images": ["0.png", "1.png"], "video": True}
     turns = [[call, "\\boxed{7}"], [{"text": call, "learn": False}, call, "\\boxed{7}"]]
-    data.write_text("\n".join(json.dumps(line | {"turns": written}) for written in turns))
+    looked = [talker.SELECT + "1, 2]" + talker.CLOSE, "\\boxed{7}"]
+    lines = [line | {"turns": written} for written in turns] + 2 * [clip | {"turns": looked}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*lines, line | {"images": ["broken.png"], "turns": turns[0]}])))
 
     def start(phase, source):
         place = tmp_path / phase
         flags = (f"--config={config}", f"--config.model={source}", f"--config.data={data}", f"--config.out={place}")
-        code, out, error = command(phase, *flags)
-        assert code == 0 and f"The model is in {place / 'model'}." in out, error
-        (metrics,) = read_metrics(place / phase / "metrics.jsonl")
-        assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+        code, out, error = command(phase, *flags, "--config.bad_rows=drop")
+        assert code == 0 and f"The model is in {place / 'model'}." in out and "1 rows dropped" in out, error
+        metrics = read_metrics(place / phase / "metrics.jsonl")
+        assert len(metrics) == 2 and all(np.isfinite(x[name]) for x in metrics for name in ("loss", "grad_norm"))
         return place / "model", metrics
 
     tuned, _ = start("sft", model)
     learned, metrics = start("rl", tuned)
-    assert metrics["updates"] == 1 and 0 <= metrics["accuracy"] <= 1
+    assert [x["updates"] for x in metrics] == [1, 1] and all(0 <= x["accuracy"] <= 1 for x in metrics)
     weights = [from_pretrained(place)[0].lm_head.weight[...] for place in (model, tuned)]
     assert (np.asarray(weights[0]) != np.asarray(weights[1])).any()
     saved = json.loads((learned / "rollout.json").read_text())

@@ -24,7 +24,7 @@ def read(name: str) -> TrainConfig:
 # (field, value, where it is said: P the paper, C the released code, and what of it). Sections are the reference's, §2.4
 # for tuning, §1.8 for pixel budgets, §3.6 for reinforcement learning, §3.1 for the reward, §3.4 for the loss.
 SFT = [
-    ("sft.batch_size", 128, "2.4 P App.: batch 128"),
+    ("sft.batch_size", 64, "2.4 P App.: batch 128; a packed row holds two traces"),
     ("sft.optimizer.learning_rate", 1e-6, "2.4 P App.: lr 1e-6"),
     ("sft.optimizer.warmup", 0.1, "2.4 P App.: warm-up 10 %; C sft.sh: warmup_ratio .1"),
     ("sft.optimizer.schedule", "cosine", "2.4 C sft.sh"),
@@ -136,14 +136,16 @@ def test_the_mesh_and_the_micro_batches_divide(size):
         assert text.num_key_value_heads % tensor == 0 and text.num_attention_heads % tensor == 0
         part = getattr(config, phase)
         rows = part.batch_size if phase == "sft" else part.train_batch
-        for chips in {"3b": (64, 256), "7b": (64, 256), "72b": (512,)}[size]:
+        for chips in {"3b": (64, 128), "7b": (64, 256), "72b": (512,)}[size]:
             assert rows // part.forward.micro_batches % (chips // tensor) == 0
         # Nothing that is shown is larger than the room there is for it.
         if phase == "sft":
             assert config.trace_patches >= 4 * config.rollout.max_pixels // 28**2
+            assert config.video_frames == 16 + 2 * 8 and config.video_patches >= 728 * 1288 // 14**2
         else:
             assert config.rl.rollout.max_pixels <= config.canvas[1] * config.canvas[2]
             assert config.prompt_width > config.rl.rollout.max_pixels // 28**2
+            assert config.video_prompt_width > 16 // 2 * config.rl.rollout.video_max_pixels // 28**2
 
 
 def test_ablations_change_what_they_are_named_for():

@@ -23,11 +23,6 @@ class Order(Protocol):
     def __getitem__(self, place: int) -> Any: ...
 
 
-def shuffled(count: int, seed: int) -> Order:
-    """The numbers below `count`, every epoch in an order of its own; a batch may begin in one epoch and end in the next."""
-    return grain.MapDataset.range(count).shuffle(seed=seed % (1 << 32)).repeat()
-
-
 def digest(values: Sequence[Any]) -> int:
     """Tells one data set from another, for `Batches.same`."""
     return zlib.crc32(repr(list(values)).encode())

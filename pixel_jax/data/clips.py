@@ -64,7 +64,8 @@ class Clip:
         try:
             import av
         except ImportError:
-            raise ImageError(f"{self.name} is a video file: `pip install av` to read it") from None
+            # No ImageError: nothing is wrong with the video, and it shall not be left out as if there were.
+            raise ValueError(f"{self.name} is a video file: `pip install -e .[data]` to read it") from None
 
         kind = container_of(self.file.read(16))
         self.file.seek(0)

@@ -27,6 +27,7 @@ class Example(NamedTuple):
     turns: tuple[Turn, ...] = ()
     video: bool = False
     seconds: float | None = None  # that two frames cover; None: what the video file says, 1 for frames
+    category: str = ""  # a row of an evaluation's report
 
     def query(self) -> Query:
         """The question with its pixels."""

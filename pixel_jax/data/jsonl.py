@@ -1,4 +1,4 @@
-"""A folder of one's own: `FILE.jsonl` with images beside it, read a batch at a time.
+"""A folder of one's own: `*.jsonl` files, in the order of their names, or one of them, with images beside.
 
 A line is one example. Paths are relative to the file; nothing is fetched from anywhere.
 
@@ -8,7 +8,8 @@ A line is one example. Paths are relative to the file; nothing is fetched from a
 `turns` are what the assistant says, one after another; all but the last end with a tool call, whose result is worked out,
 not written. A turn with `"learn": false` is read and not learned (a mistake that the next turn corrects). With
 `"video": true` the images are the frames of one video, `"seconds"` apart by pairs (default 1), or one video file, whose own
-timing is the default. `answer` may be a list, and `id` is what reports call the example.
+timing is the default. `answer` may be a list, and `id` is what reports call the example. An evaluation has a row for every
+`"category"`.
 """
 
 import json
@@ -19,27 +20,33 @@ from typing import Any
 from pixel_jax.data.example import Example, ExampleError, Report
 from pixel_jax.data.traces import Turn
 
-FIELDS = {"question", "images", "answer", "turns", "video", "seconds", "id"}
+FIELDS = {"question", "images", "answer", "turns", "video", "seconds", "id", "category"}
 
 
 def read_jsonl(path: str | pathlib.Path, *, turns: bool = False, report: Report | None = None) -> list[Example]:
-    """The examples of a file, checked: every field, every image's path. With `turns` they are required.
+    """The examples of a file or folder, checked: every field, every image's path. With `turns` they are required.
 
     A `report` that drops takes note of what is no example; otherwise the first such line is an `ExampleError`.
     """
     path = pathlib.Path(path)
     report = report or Report(str(path))
-    if not path.is_file():
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ExampleError(
+            f"{path} holds no *.jsonl files and no prepared TFDS data, whose folder has a dataset_info.json"
+        )
+    if not files[0].is_file():
         raise ExampleError(f"{path} is not a file")
     examples: list[Example] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                report.take(examples, lambda: _example(line, path, f"{path}:{number}", turns))  # noqa: B023
+    for file in files:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    report.take(examples, lambda: _example(line, file.parent, f"{file}:{number}", turns))  # noqa: B023
     return examples
 
 
-def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Example:
+def _example(line: str, folder: pathlib.Path, where: str, need_turns: bool) -> Example:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -62,6 +69,7 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
     video = field("video", lambda x: isinstance(x, bool), "true or false", False)
     seconds = field("seconds", lambda x: x is None or type(x) in (int, float) and x > 0, "a positive number")
     name = field("id", lambda x: x is None or isinstance(x, str), "a text") or where
+    category = field("category", lambda x: isinstance(x, str), "a text", "")
     written = field("turns", lambda x: isinstance(x, list) and (bool(x) or not need_turns), "a list of turns", [])
     turns = []
     for item in written:
@@ -73,7 +81,7 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
             case _:
                 wanted = 'a turn is a text or {"text": ..., "learn": true or false}'
                 raise ExampleError(f"{where}: {wanted}, not {item!r}")
-    paths = tuple(path.parent / image for image in images)
+    paths = tuple(folder / image for image in images)
     for image in paths:
         if not image.is_file():
             raise ExampleError(f"{where}: there is no image {image}")
@@ -85,4 +93,5 @@ def _example(line: str, path: pathlib.Path, where: str, need_turns: bool) -> Exa
         turns=tuple(turns),
         video=video,
         seconds=None if seconds is None else float(seconds),
+        category=category,
     )

@@ -18,8 +18,9 @@ from PIL import Image, ImageFilter
 
 from pixel_jax.data.batches import Batches
 from pixel_jax.data.packed import Packing, bucket_shapes
-from pixel_jax.data.questions import question_batches
+from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
+from pixel_jax.data.rooms import Room
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.data.traces import Shape
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
@@ -82,18 +83,9 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tu
             report=report,
         )
         print(packing, flush=True)
-        return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.rows(0))) // batch)
-    data = question_batches(
-        examples,
-        vocabulary,
-        token_tables,
-        config,
-        width=2560,
-        canvas=(1, 2048, 2048),
-        size=batch,
-        seed=0,
-        **reading,
-    )
+        return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
+    asked = find_rooms(examples, Room(1, 2048, 2048, 2560), None, vocabulary, config, report)
+    data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 
 

@@ -1,12 +1,10 @@
 """Rows for tuning: traces grouped by length into a few static buckets, and several to a row where they fit.
 
 All is decided before the first step, from the sizes of images and the words of the traces; pixels are read when a row's turn
-comes. Every epoch has each trace once. What is left of an epoch because it does not fill a batch begins the next one.
+comes.
 """
 
-import bisect
 import collections
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,6 +13,7 @@ import jax
 import numpy as np
 
 from pixel_jax.data.batches import Batches, digest, stack
+from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.traces import WAVE, Row, Shape, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -48,44 +47,22 @@ class Place(NamedTuple):
     traces: tuple[int, ...]
 
 
-class PackedOrder:
-    """The endless order of packed rows: in every batch of `size` rows all are of one bucket.
-
-    Epoch e draws the order of traces, of packed rows and of batches from (seed, e). Several threads may ask.
-    """
+class PackedOrder(BucketOrder[Place]):
+    """The endless order of packed rows. Epoch e draws the order of traces, of packed rows and of batches from (seed, e)."""
 
     def __init__(self, sizes: Sequence[Shape], buckets: Sequence[Shape], size: int, seed: int):
         """`sizes`: what each trace takes; ValueError if one fits no bucket."""
         self.sizes, self.room = np.array(sizes), np.array(buckets)  # [traces, 4], [buckets, 4]
-        self.size, self.seed = size, seed
         fits = (self.sizes[:, None] <= self.room).all(axis=-1)
         if not fits.any(axis=1).all():
             trace = int(np.argmin(fits.any(axis=1)))
-            raise ValueError(f"trace {trace} takes {Shape(*sizes[trace])}, the largest bucket has {buckets[-1]}")
+            raise ValueError(
+                f"trace {trace} takes {Shape(*sizes[trace])}, the buckets have {', '.join(map(str, buckets))}"
+            )
         self.bucket = fits.argmax(axis=1)
-        self.lock = threading.Lock()
-        self.starts = [0]  # first batch of every epoch seen so far, and of the next
-        self.left: list[list[list[Place]]] = [[[] for _ in buckets]]  # with what an epoch begins, by bucket
-        self.kept: dict[int, list[list[Place]]] = {}  # batches of two epochs: threads read ahead
+        super().__init__(self.packed, size, seed)
 
-    def __getitem__(self, place: int) -> Place:
-        batch, row = divmod(int(place), self.size)
-        with self.lock:
-            while self.starts[-1] <= batch:
-                self._begin(len(self.starts) - 1)
-            epoch = bisect.bisect_right(self.starts, batch) - 1
-            if epoch not in self.kept:
-                self._begin(epoch)
-            return self.kept[epoch][batch - self.starts[epoch]][row]
-
-    def _begin(self, epoch: int) -> None:
-        batches, left = self.epoch(epoch, self.left[epoch])
-        self.kept = {**dict(list(self.kept.items())[-1:]), epoch: batches}
-        if epoch == len(self.starts) - 1:
-            self.left.append(left)
-            self.starts.append(self.starts[-1] + len(batches))
-
-    def rows(self, epoch: int) -> list[list[Place]]:
+    def packed(self, epoch: int) -> list[list[Place]]:
         """The packed rows of an epoch's traces, by bucket."""
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.sizes))
@@ -99,17 +76,6 @@ class PackedOrder:
                 rows += [Place(bucket, tuple(int(part[i]) for i in row)) for row in bins]
             found.append([rows[i] for i in random.permutation(len(rows))])
         return found
-
-    def epoch(self, epoch: int, left: list[list[Place]]) -> tuple[list[list[Place]], list[list[Place]]]:
-        """The batches that begin in an epoch that begins with the rows `left`, and the rows that it leaves."""
-        batches, rest = [], []
-        for before, rows in zip(left, self.rows(epoch), strict=True):
-            rows = [*before, *rows]
-            whole = len(rows) // self.size * self.size
-            batches += [rows[i : i + self.size] for i in range(0, whole, self.size)]
-            rest.append(rows[whole:])
-        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
-        return [batches[i] for i in order], rest
 
 
 class Packing:
@@ -135,8 +101,8 @@ class Packing:
         for example, row in zip(examples, _written(examples, vocabulary, tables, config, report), strict=True):
             if row is None:
                 continue
-            if (np.array(row.shape) > self.buckets[-1]).any():
-                why = f"{example.id} takes {row.shape}, the largest bucket has {self.buckets[-1]}"
+            if not any((np.array(row.shape) <= bucket).all() for bucket in self.buckets):
+                why = f"{example.id} takes {row.shape}, the buckets have {', '.join(map(str, self.buckets))}"
                 if not report.drop:
                     raise TraceError(why)
                 report.dropped.append(why)
@@ -164,7 +130,11 @@ class Packing:
         """`count` packed rows of one bucket as a batch of that bucket's shape."""
 
         def room(like: Batch) -> Batch:
-            shape = next(shape for shape in self.buckets if shape.length == like.tokens.shape[1])
+            shape = next(
+                shape
+                for shape in self.buckets
+                if (shape.length, shape.slices) == (like.tokens.shape[1], like.visual.slices.shape[1])
+            )
             patches = like.visual.patches
             patches = jax.ShapeDtypeStruct((count, shape.frames, shape.patches, patches.shape[-1]), patches.dtype)
             return like._replace(visual=like.visual._replace(patches=patches))
@@ -188,11 +158,11 @@ class Packing:
     def padding(self) -> tuple[float, float]:
         """Shares of padding among the tokens of an epoch: packed, and with every trace in a row of the largest bucket."""
         tokens = self.order.sizes[:, 0]
-        packed = sum(len(rows) * room.length for rows, room in zip(self.order.rows(0), self.buckets, strict=True))
+        packed = sum(len(rows) * room.length for rows, room in zip(self.order.packed(0), self.buckets, strict=True))
         return 1 - tokens.sum() / packed, 1 - tokens.mean() / self.buckets[-1].length
 
     def __str__(self) -> str:
-        rows = [len(x) for x in self.order.rows(0)]
+        rows = [len(x) for x in self.order.packed(0)]
         traces = np.bincount(self.order.bucket, minlength=len(rows))
         parts = [
             f"{a} traces in {b} rows of {c.length}" for a, b, c in zip(traces, rows, self.buckets, strict=True) if a

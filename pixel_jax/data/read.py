@@ -13,7 +13,7 @@ def read_examples(path: str | pathlib.Path, *, turns: bool, drop: bool = False) 
     """The examples of a file, their pixels left where they are, and what became of its rows.
 
     Args:
-      path: `*.jsonl` of one's own (`pixel_jax.data.jsonl`); `*.json` or `*.parquet` as released
+      path: `*.jsonl` of one's own, or a directory of them (`pixel_jax.data.jsonl`); `*.json` or `*.parquet` as released
         (`pixel_jax.data.released`); or a directory that TFDS has prepared (`pixel_jax.data.tfds_builders`).
       turns: they are needed, for tuning.
       drop: what cannot be used is left out and counted. That takes a look at every image, to the last pixel; otherwise a
@@ -21,20 +21,24 @@ def read_examples(path: str | pathlib.Path, *, turns: bool, drop: bool = False) 
     """
     path = pathlib.Path(path)
     report = Report(str(path), drop)
-    if path.is_dir():
-        from pixel_jax.data.tfds_builders import read_prepared
-
+    if (path / "dataset_info.json").is_file():
+        try:
+            from pixel_jax.data.tfds_builders import read_prepared
+        except ImportError as error:
+            raise ExampleError(f"{path} was prepared by TFDS: `pip install -e .[tfds]` to read it ({error})") from None
         examples = read_prepared(path)
-    elif not path.is_file():
-        raise ExampleError(f"{path} is not a file")
-    elif path.suffix == ".jsonl":
+    elif not (path.is_file() or path.is_dir()):
+        raise ExampleError(f"{path} is not a file or directory")
+    elif path.is_dir() or path.suffix == ".jsonl":
         examples = read_jsonl(path, turns=turns, report=report)
     elif path.suffix == ".json":
         examples = read_traces(path, report)
     elif path.suffix == ".parquet":
         examples = read_questions(path, report)
     else:
-        raise ExampleError(f"{path} must be a .jsonl, .json or .parquet file or a directory that TFDS prepared")
+        raise ExampleError(
+            f"{path} must be a .jsonl, .json or .parquet file, or a directory of .jsonl files or prepared by TFDS"
+        )
     if turns and (lacking := [x.id for x in examples if not x.turns]):
         raise ExampleError(f"{path}: {len(lacking)} examples have no turns to learn, the first one is {lacking[0]}")
     if drop:

@@ -5,7 +5,8 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
 - **Traces** (TIGER-Lab/PixelReasoner-SFT-Data): `{"qid", "message_list": [{"role", "content": [{"text" | "image" | "video"}]}]}`,
   where the fields of a part that it does not have are null and a video is a list of frames. As in the released trainer the
   last two turns of the assistant are learned, which leaves out the mistakes before them; what the calls returned is worked
-  out again, from the images, and not read.
+  out again, from the images, and not read. The prompt is the one that every other question gets: our system message, then
+  images, then text. Rows that have it otherwise are counted.
 - **Questions** (TIGER-Lab/PixelReasoner-RL-Data, and the evaluation files): columns `question`, `answer` (a list with one
   `\\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
 """
@@ -15,13 +16,13 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pixel_jax.data.example import Example, ExampleError, Report
 from pixel_jax.data.sources import Folder
 from pixel_jax.data.traces import Turn
 from pixel_jax.dialog import grammar
-from pixel_jax.dialog.template import GUIDELINES
+from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.training.answers import last_boxed
 
 LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
@@ -62,49 +63,59 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     if not isinstance(messages, list):
         raise ExampleError(f"{where}: 'message_list' must be a list, not {type(messages).__name__}")
     messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(messages, 1)]
-    if messages and messages[0][0] == "system":
-        messages = messages[1:]
-    roles = [role for role, *_ in messages]
+    system = messages.pop(0).text if messages and messages[0].role == "system" else None
+    roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {roles}")
-    question, images, video = messages[0][1:]
-    if not question or not images:
+    first = messages[0]
+    if not first.text or not first.images:
         raise ExampleError(f"{where}: the first message needs a question and an image or a video")
     said, returned = messages[1::2], messages[2::2]
     turns = []
-    for i, (_, text, shown, _) in enumerate(said, 1):
-        if shown or not text:
+    for i, message in enumerate(said, 1):
+        if message.images or not message.text:
             raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
-        text = _tidy(text, report)
+        text = _tidy(message.text, report)
         asked = grammar.parse_turn(text)
         if asked.required != (i < len(said)):
             what = "ends with a call" if asked.required else "is followed by another and has no call"
             raise ExampleError(f"{where}: turn {i} of the assistant {what}")
-        if asked.required and asked.call is None and returned[i - 1][2]:
+        if asked.required and asked.call is None and returned[i - 1].images:
             raise ExampleError(f"{where}: the call of turn {i} cannot be read, but images came back: {text[-200:]!r}")
         turns.append(Turn(((text, i > len(said) - LEARNED),)))
     answer = last_boxed(turns[-1].parts[0][0])
     if answer is None:
         report.mended["an answer without \\boxed{} was kept"] += 1
+    if system != system_prompt():
+        report.mended["a system message other than ours, or none, was replaced by ours"] += 1
+    if first.text_before:
+        report.mended["images after text of the question were put before it"] += 1
     return Example(
         id=str(name),
-        question=_without_guidelines(question, report),
-        images=tuple(folder.find(image) for image in images),
+        question=_without_guidelines(first.text, report),
+        images=tuple(folder.find(image) for image in first.images),
         answer=() if answer is None else (answer,),
         turns=tuple(turns),
-        video=video,
+        video=first.video,
     )
 
 
-def _message(message: Any, where: str) -> tuple[str, str, list[Any], bool]:
-    """(role, text, images or frames, whether they are frames of a video) of one message."""
+class Message(NamedTuple):
+    role: str
+    text: str
+    images: list[Any]  # or the frames of a video
+    video: bool
+    text_before: bool  # some of the text comes before an image
+
+
+def _message(message: Any, where: str) -> Message:
     message = _fields(message, ("role", "content"), where)
     role, content = message["role"], message["content"]
     if isinstance(content, str):
         content = [{"text": content}]
     if not isinstance(role, str) or not isinstance(content, list):
         raise ExampleError(f"{where}: a message has a role and a list of parts, not {role!r} and {content!r}")
-    texts, images, videos = [], [], []
+    texts, images, videos, text_before = [], [], [], False
     for part in content:
         if not isinstance(part, Mapping):
             raise ExampleError(f"{where}: a part of a message is an object, not {part!r}")
@@ -116,13 +127,15 @@ def _message(message: Any, where: str) -> tuple[str, str, list[Any], bool]:
             if not isinstance(value, str):
                 raise ExampleError(f"{where}: a text is no text: {value!r}")
             texts.append(value)
-        elif kind == "image":
+            continue
+        text_before = text_before or bool(texts)
+        if kind == "image":
             images.append(value)
         else:
             videos.append(value if isinstance(value, list) else [value])
     if len(videos) > 1 or (videos and images):
         raise ExampleError(f"{where} shows {len(videos)} videos and {len(images)} images: one video or images")
-    return role, "".join(texts), videos[0] if videos else images, bool(videos)
+    return Message(role, "".join(texts), videos[0] if videos else images, bool(videos), text_before)
 
 
 def _without_guidelines(text: str, report: Report) -> str:
@@ -167,7 +180,7 @@ def read_questions(path: str | pathlib.Path, report: Report) -> list[Example]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ExampleError(f"{path} is a Parquet file: `pip install pyarrow` to read it") from None
+        raise ExampleError(f"{path} is a Parquet file: `pip install -e .[data]` to read it") from None
 
     path = pathlib.Path(path)
     folder = Folder(path.parent)

@@ -3,14 +3,15 @@
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
+
+from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 CONFIG = "configs/pixel/quickstart.py"
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file("config", CONFIG, "The experiment.", lock_config=True)
+    define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer("seeds", 1, "How many times to repeat it, with seeds 0, 1, ...", lower_bound=1)
     flags.DEFINE_string("out", "runs/quickstart", "Where checkpoints, metrics and the report go.")
 

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,6 +36,7 @@ class Entry(NamedTuple):
 
     advantage: float
     owner: int  # which share of the processes has it
+    room: tuple[int, ...]  # of its rollout; rows of one update are of one
     row: Batch | None  # None: it lies with others
 
 
@@ -53,9 +54,11 @@ class Replay:
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self) -> np.ndarray:
-        """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised. All zero if no row has any."""
+    def probabilities(self, room: tuple[int, ...]) -> np.ndarray:
+        """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
+        All zero if no row has any."""
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
+        weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
     def select(self, rows: Batch, informative: np.ndarray) -> list[Entry] | None:
@@ -66,11 +69,11 @@ class Replay:
         nothing to learn from.
         """
         wanted, mine = len(informative), rows.tokens.shape[0]
-        advantage = all_rows(np.asarray(rows.advantage), self.part)
+        advantage, room = all_rows(np.asarray(rows.advantage), self.part), room_of(rows)
 
         def entry(i: int, keep=lambda row: row) -> Entry:
             owner, at = divmod(int(i), mine)
-            return Entry(advantage[i], owner, keep(take(rows, at)) if owner == self.part.index else None)
+            return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
 
         if self.config.kind == "none":
             return [entry(i) for i in self.random.permutation(wanted)]
@@ -84,13 +87,13 @@ class Replay:
             return [entry(i) for i in np.resize(self.random.permutation(current), wanted)]
         self.rows.extend(entry(i, trim) for i in current)
         if self.config.kind == "dynamic":
-            if len(self.rows) < wanted:
+            fitting = [row for row in self.rows if row.room == room]
+            if len(fitting) < wanted:
                 return None
-            chosen = [self.rows[i] for i in self.random.permutation(wanted)]
             self.rows.clear()  # what is left over was sampled by the policy that is about to change
-            return chosen
+            return [fitting[i] for i in self.random.permutation(wanted)]
         vacant, drawn = wanted - current.size, []
-        probabilities = self.probabilities()
+        probabilities = self.probabilities(room)
         if vacant and probabilities.sum() > 0:
             picks = self.random.choice(len(self.rows), vacant, p=probabilities / probabilities.sum())
             drawn = [self.rows[i] for i in picks]
@@ -121,31 +124,45 @@ class Replay:
         state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "part": self.part.index}
         state["advantages"] = np.array([entry.advantage for entry in self.rows], np.float32)
         state["owners"] = np.array([entry.owner for entry in self.rows], np.int32)
-        kept = [entry.row for entry in self.rows if entry.row is not None]
-        if kept:
-            patches = [row.visual.patches for row in kept]
-            state["patches"] = np.concatenate([x.ravel() for x in patches])
-            state["patch_shapes"] = np.array([x.shape for x in patches], np.int32)
-            rest = [row._replace(visual=row.visual._replace(patches=np.zeros(0, np.uint8))) for row in kept]
-            stacked = jax.tree.map(lambda *xs: np.stack(xs), *rest)
-            state["rows"] = stacked._replace(visual=stacked.visual._asdict())._asdict()
+        state["rooms"] = [list(entry.room) for entry in self.rows]
+        kept = collections.defaultdict(list)  # by room
+        for entry in self.rows:
+            if entry.row is not None:
+                kept[entry.room].append(entry.row)
+        state["kept"] = {str(list(room)): stacked(rows) for room, rows in kept.items()}
         return state
 
     def set_state(self, *states: dict[str, Any]) -> None:
         """Back to a state of `get_state`; with those of all processes, however many there were and are."""
-        kept = {state["part"]: iter(stored_rows(state)) for state in states}
+        kept = {(state["part"], room): unstacked(x) for state in states for room, x in state["kept"].items()}
         self.random.bit_generator.state = states[0]["random"]
         self.rollouts = states[0]["rollouts"]
         self.rows.clear()
-        for i, (advantage, owner) in enumerate(zip(states[0]["advantages"], states[0]["owners"], strict=True)):
-            row, now = next(kept[int(owner)]), i % self.part.count
-            self.rows.append(Entry(advantage, now, row if now == self.part.index else None))
+        facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
+        for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
+            row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
+            self.rows.append(Entry(advantage, now, tuple(room), row if now == self.part.index else None))
 
 
-def stored_rows(state: dict[str, Any]):
-    """The rows of a state of `Replay.get_state`, in order."""
-    if "rows" not in state:
-        return
+def room_of(rows: Batch) -> tuple[int, ...]:
+    """What tells the shapes of one rollout's rows from those of another: tokens, frames, patches of a frame."""
+    return rows.tokens.shape[1], *rows.visual.patches.shape[1:3]
+
+
+def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
+    """Rows of one room as arrays; their patches, as many as each has, in one flat array beside their shapes."""
+    patches = [row.visual.patches for row in rows]
+    rest = [row._replace(visual=row.visual._replace(patches=np.zeros(0, np.uint8))) for row in rows]
+    whole = jax.tree.map(lambda *xs: np.stack(xs), *rest)
+    return {
+        "patches": np.concatenate([x.ravel() for x in patches]),
+        "patch_shapes": np.array([x.shape for x in patches], np.int32),
+        "rows": whole._replace(visual=whole.visual._asdict())._asdict(),
+    }
+
+
+def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
+    """The inverse of `stacked`, one row after the other."""
     rows = Batch(**(state["rows"] | {"visual": Visual(**state["rows"]["visual"])}))
     ends = np.cumsum(np.prod(state["patch_shapes"].astype(np.int64), axis=1))
     for i, (shape, end) in enumerate(zip(state["patch_shapes"], ends, strict=True)):
@@ -182,8 +199,6 @@ def widen(row: Batch, shape: tuple[int, int, int]) -> Batch:
     if patches.shape == tuple(shape):
         return row
     if any(have > room for have, room in zip(patches.shape, shape, strict=True)):
-        raise ValueError(
-            f"a replayed row has patches {patches.shape}, this batch has room for {shape}: one bucket a run"
-        )
+        raise ValueError(f"a replayed row has patches {patches.shape}, this batch has room for {shape}")
     padding = [(0, room - have) for have, room in zip(patches.shape, shape, strict=True)]
     return row._replace(visual=row.visual._replace(patches=np.pad(patches, padding)))

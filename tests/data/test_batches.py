@@ -6,12 +6,18 @@ import time
 
 import pytest
 
-from pixel_jax.data.batches import Batches, shuffled
+from pixel_jax.data.batches import Batches
+from pixel_jax.data.buckets import shuffled
 
 
 def make(count=10, size=4, seed=0, load=int, **options):
     return Batches(
-        shuffled(count, seed), load, lambda rows, own: list(rows), size, same={"seed": seed, "data": count}, **options
+        shuffled([range(count)], size, seed),
+        load,
+        lambda rows, own: list(rows),
+        size,
+        same={"seed": seed, "data": count},
+        **options,
     )
 
 
@@ -25,8 +31,16 @@ def test_order_is_drawn_from_seed_and_epoch():
     batches = first(make(), 5)
     assert batches == first(make(), 5) and batches != first(make(seed=1), 5)
     flat = sum(batches, [])
-    # 20 rows are two epochs: each has every example once, in an order of its own.
-    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:] != list(range(10))
+    # 20 rows are two epochs: the first has 8, the second begins with what is left.
+    assert sorted(flat) == sorted(2 * list(range(10))) and len(set(flat[:8])) == 8 and flat[:8] != list(range(8))
+
+
+def test_all_of_a_batch_are_of_one_bucket():
+    order = shuffled([[0, 2, 4, 6, 8], [1, 3, 5]], 2, 0)
+    batches = [(order[2 * i], order[2 * i + 1]) for i in range(16)]
+    assert all(a % 2 == b % 2 for a, b in batches)
+    seen = sum(batches, ())
+    assert {seen.count(i) for i in range(0, 9, 2)} == {seen.count(i) for i in (1, 3, 5)} == {4}
 
 
 @pytest.mark.parametrize("ahead", [1, 7])

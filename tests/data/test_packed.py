@@ -169,7 +169,7 @@ def test_padding_is_reported(packed):
 def test_what_has_no_room_is_an_error_or_dropped_and_counted(examples):
     longest = max(len(row.ids) for row in packing(examples)[0].rows)
     tight = LARGEST._replace(length=longest - 1)
-    with pytest.raises(TraceError, match=rf"SA1B-1-1 takes Shape\(length={longest}, .*the largest bucket has"):
+    with pytest.raises(TraceError, match=rf"SA1B-1-1 takes Shape\(length={longest}, .*the buckets have"):
         packing(examples, (), largest=tight)
     made, report = packing(examples, (), drop=True, largest=tight)
     assert len(made.examples) == 9 and len(report.dropped) == 3

@@ -1,12 +1,20 @@
 """Prompts of several processes are the parts of the one that a single process would build."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from pixel_jax.data.questions import question_batches
+from pixel_jax.data.example import Example, Report
+from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.rollout.prompts import build_prompts
+from pixel_jax.data.rooms import Room, fit
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.prompts import PromptError, Query, build_prompts, prompt_tokens
 from pixel_jax.training.answers import references_of
 from tests.data import released_files as files
 from tests.rollout import talker
@@ -21,12 +29,10 @@ def examples(tmp_path_factory):
 
 def first(examples, index=0, processes=1, size=4, config=talker.CONFIG):
     data = question_batches(
-        examples,
+        find_rooms(examples, Room(*CANVAS, WIDTH), None, talker.vocabulary(), config, Report("here")),
         talker.vocabulary(),
         talker.token_tables(),
         config,
-        width=WIDTH,
-        canvas=CANVAS,
         size=size,
         seed=0,
         process_index=index,
@@ -64,3 +70,83 @@ def test_processes_build_the_parts(examples):
         for name in set(prompts._fields) - {"tables", "uid"}:  # keys are told apart where the parts meet, in `rl`
             joined = np.concatenate([getattr(part[i][0], name) for part in parts])
             np.testing.assert_array_equal(joined, getattr(prompts, name))
+
+
+LARGE = dataclasses.replace(talker.CONFIG, max_pixels=24 * 28**2, max_side=224)
+TEXT = 66  # tokens of a prompt without its question and its image
+SIDES = st.integers(28, 400)
+
+
+def outline(*sizes, question="", video=False):
+    return Query(question, [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes], video)
+
+
+def tokens(query, config=LARGE):
+    return len(prompt_tokens(query, talker.vocabulary(), config))
+
+
+@given(SIDES, SIDES, st.integers(0, 40))
+def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
+    """The canvas, the tokens left by the question and the longest side shown are kept, and the picture's shape."""
+    text = tokens(outline((28, 28), question="?" * words)) - 1
+    room, query = Room(1, 112, 168, TEXT + 26), outline((height, width), question="?" * words)
+    if text >= room.tokens:
+        with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {room.tokens}"):
+            fit(query, room, talker.vocabulary(), LARGE)
+        return
+    try:
+        found = fit(query, room, talker.vocabulary(), LARGE)
+    except PromptError:
+        assert room.tokens - text < 8 * max(height / width, width / height)  # a thin picture has many tokens
+        return
+    ((high, wide),) = found.sizes
+    assert high <= 112 and wide <= 168 and abs(high / height - wide / width) < 1 / min(height, width)
+    assert tokens(outline((high, wide), question="?" * words)) <= room.tokens
+    if found.scale < 1:  # half as large again would break one of the rules
+        large = (int(high * 1.5) + 1, int(wide * 1.5) + 1)
+        shown = smart_resize(*large, min_pixels=28**2, max_pixels=LARGE.max_pixels)
+        too_many = text + shown[0] * shown[1] // 28**2 > room.tokens
+        assert large[0] > 112 or large[1] > 168 or max(shown) > LARGE.max_side or too_many
+    shrunk = found.apply(query._replace(images=[np.full((height, width, 3), 7, np.uint8)]))
+    assert shrunk.images[0].shape == (high, wide, 3) and (shrunk.images[0] == 7).all()
+
+
+def some_examples(tmp_path):
+    """Two questions about images, one of them large, one about two frames, and one about nothing that can be read."""
+    sizes = {"a": (40, 60), "b": (700, 500), "c": (40, 60), "d": (40, 60)}
+    for name, size in sizes.items():
+        Image.fromarray(talker.image(1, *size)).save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    of = lambda name, *files, **more: Example(name, "?", tuple(tmp_path / f"{x}.png" for x in files), ("7",), **more)
+    return [of("one", "a"), of("large", "b"), of("clip", "c", "d", video=True), of("broken", "broken")]
+
+
+def test_every_question_has_a_room_or_is_counted(tmp_path):
+    rooms = Room(1, 192, 192, 96), Room(4, 64, 64, 128)
+    given = some_examples(tmp_path), *rooms, talker.vocabulary(), talker.CONFIG
+    with pytest.raises(PromptError, match=r"broken: .*broken.png cannot be read"):
+        find_rooms(*given, Report("here"))
+    report = Report("here", drop=True)
+    asked = find_rooms(*given, report)
+    assert [(x.example.id, x.room) for x in asked] == [("one", rooms[0]), ("large", rooms[0]), ("clip", rooms[1])]
+    assert asked[1].fit.sizes == [(192, 137)] and report.mended == {"a picture was made smaller to fit its room": 1}
+    assert len(report.dropped) == 1 and report.dropped[0].startswith("broken: ")
+    with pytest.raises(PromptError, match="no question is left. here: 1 rows dropped"):
+        find_rooms(given[0][3:], *given[1:], Report("here", drop=True))
+    # Without a room of their own, videos take the one there is.
+    with pytest.raises(PromptError, match="clip: 2 images are more than the 1 there is room for"):
+        find_rooms(given[0][2:3], rooms[0], None, *given[3:], Report("here"))
+
+
+def test_a_batch_is_of_one_room(tmp_path):
+    rooms = Room(1, 192, 192, 96), Room(4, 64, 64, 128)
+    asked = find_rooms(some_examples(tmp_path)[:3], *rooms, talker.vocabulary(), talker.CONFIG, Report("here"))
+    data = question_batches(asked, talker.vocabulary(), talker.token_tables(), talker.CONFIG, size=2, seed=0, threads=1)
+    kinds = set()
+    for prompts, references in (next(data) for _ in range(8)):
+        assert len(set(prompts.is_video.tolist())) == 1 and len(references) == 2
+        room = rooms[int(prompts.is_video[0])]
+        assert prompts.canvases.shape == (2, *room[:3], 3) and prompts.tokens.shape == (2, room.tokens)
+        kinds.add(bool(prompts.is_video[0]))
+    data.close()
+    assert kinds == {False, True}

@@ -6,7 +6,7 @@ import pytest
 from tiny_model import make_batch
 
 from pixel_jax.training.batch import from_trajectories, pad_rows, take
-from pixel_jax.training.replay import Replay, ReplayConfig, trim, widen
+from pixel_jax.training.replay import Replay, ReplayConfig, room_of, trim, widen
 
 
 def marked(rows, seed=0, advantage=None):
@@ -44,7 +44,7 @@ def test_probabilities_follow_the_advantage(exponent):
     sizes = np.array([0.1, -0.2, 0.3, -0.4])
     draw(replay, marked(4, advantage=sizes), np.ones(4, bool))
     expected = np.abs(sizes) ** exponent / np.sum(np.abs(sizes) ** exponent)
-    np.testing.assert_allclose(replay.probabilities(), expected, rtol=1e-6)
+    np.testing.assert_allclose(replay.probabilities(room_of(marked(4))), expected, rtol=1e-6)
     drawn = np.zeros(4)
     replay.rollouts = 1  # within the episode
     for _ in range(50):
@@ -95,6 +95,35 @@ def test_a_restored_buffer_draws_the_same():
     empty = Replay(ReplayConfig(), 0)
     empty.set_state(Replay(ReplayConfig(), 3).get_state())
     assert not empty.rows
+
+
+def wider(batch, tokens):
+    """The rows with room for so many tokens more."""
+    pad = lambda x: np.pad(x, [(0, 0), (0, tokens)])
+    return batch._replace(**{name: pad(x) for name, x in batch._asdict().items() if getattr(x, "ndim", 0) == 2})
+
+
+@pytest.mark.parametrize("kind", ["ssr", "dynamic"])
+def test_an_update_is_of_rows_of_one_room(kind):
+    """Rollouts about images and about videos differ in shape: what is replayed, and restored, is of the shape of the rest."""
+    replay = Replay(ReplayConfig(kind=kind, life="run"), 0)
+    stills, clips = marked(4, seed=1), wider(marked(4, seed=2), 8)
+    first = draw(replay, stills, np.arange(4) < 2)
+    copy = Replay(ReplayConfig(kind=kind, life="run"), 1)
+    copy.set_state(replay.get_state())
+    second, again = draw(replay, clips, np.arange(4) < 1), draw(copy, clips, np.arange(4) < 1)
+    if kind == "dynamic":  # which waits for four of a kind
+        assert first is second is again is None
+        assert {x // 1000 for x in names(draw(replay, clips, np.arange(4) < 3))} == {2} and not replay.rows
+        return
+    assert (
+        {x // 1000 for x in names(first)} == {1}
+        and set(names(second)) == {2000}
+        and second.tokens.shape == clips.tokens.shape
+    )
+    third, restored = (draw(x, stills, np.zeros(4, bool)) for x in (replay, copy))
+    assert {x // 1000 for x in names(third)} == {1}
+    jax.tree.map(np.testing.assert_array_equal, (second, third), (again, restored))
 
 
 def test_rows_are_kept_without_their_empty_patches():

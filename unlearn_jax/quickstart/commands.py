@@ -11,14 +11,15 @@ IDs are zoom-0, zoom-1, ..., direct-0, ..., video-0, ...
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
+
+from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 CONFIG = "configs/unlearn/quickstart.py"
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file("config", CONFIG, "The experiment.", lock_config=True)
+    define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer(
         "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
     )

@@ -1,0 +1,64 @@
+"""The endless order of rows that come in buckets, of one static shape each: all rows of a batch are of one bucket.
+
+Every epoch has each row once. What is left of an epoch because it does not fill a batch begins the next one.
+"""
+
+import bisect
+import threading
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+Buckets = list[list[T]]  # by bucket, its rows
+
+
+class BucketOrder(Generic[T]):
+    """What comes at every place, in batches of `size`. Several threads may ask."""
+
+    def __init__(self, rows: Callable[[int], Buckets], size: int, seed: int):
+        """rows: epoch -> its rows, by bucket, in an order that follows from the epoch alone."""
+        self.rows, self.size, self.seed = rows, size, seed
+        self.lock = threading.Lock()
+        self.starts = [0]  # first batch of every epoch seen so far, and of the next
+        self.left: list[Buckets] = [[[] for _ in rows(0)]]  # with what an epoch begins
+        self.kept: dict[int, list[list[T]]] = {}  # batches of two epochs: threads read ahead
+
+    def __getitem__(self, place: int) -> T:
+        batch, row = divmod(int(place), self.size)
+        with self.lock:
+            while self.starts[-1] <= batch:
+                self._begin(len(self.starts) - 1)
+            epoch = bisect.bisect_right(self.starts, batch) - 1
+            if epoch not in self.kept:
+                self._begin(epoch)
+            return self.kept[epoch][batch - self.starts[epoch]][row]
+
+    def _begin(self, epoch: int) -> None:
+        batches, left = self.epoch(epoch, self.left[epoch])
+        self.kept = {**dict(list(self.kept.items())[-1:]), epoch: batches}
+        if epoch == len(self.starts) - 1:
+            self.left.append(left)
+            self.starts.append(self.starts[-1] + len(batches))
+
+    def epoch(self, epoch: int, left: Buckets) -> tuple[list[list[T]], Buckets]:
+        """The batches that begin in an epoch that begins with the rows `left`, and the rows that it leaves."""
+        batches, rest = [], []
+        for before, rows in zip(left, self.rows(epoch), strict=True):
+            rows = [*before, *rows]
+            whole = len(rows) // self.size * self.size
+            batches += [rows[i : i + self.size] for i in range(0, whole, self.size)]
+            rest.append(rows[whole:])
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(batches))
+        return [batches[i] for i in order], rest
+
+
+def shuffled(buckets: Sequence[Sequence[int]], size: int, seed: int) -> BucketOrder[int]:
+    """The numbers in `buckets`; epoch e draws their order from (seed, e)."""
+
+    def rows(epoch: int) -> Buckets:
+        random = np.random.default_rng([seed, epoch])
+        return [random.permutation(np.array(bucket, int)).tolist() for bucket in buckets]
+
+    return BucketOrder(rows, size, seed)
