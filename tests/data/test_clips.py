@@ -1,6 +1,7 @@
 """Video files: the frames that were written come back, evenly chosen; everything else is refused by name."""
 
 import io
+import sys
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ from pixel_jax.data import clips
 from pixel_jax.data.clips import clip_size, is_clip, read_clip
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.read import read_examples
 
 
 def clip(count, rate=4, container="mp4", codec="mpeg4", size=(64, 96)) -> bytes:
@@ -51,6 +53,14 @@ def test_a_video_file_is_an_example_s_video(tmp_path):
     for example in (own, given, still):
         assert [x.shape for x in example.outline().images] == [x.shape for x in example.query().images]
     assert len(own.query().images) == 16
+
+
+def test_without_av_the_extra_is_named_and_no_row_is_dropped(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_bytes(clip(4))
+    (tmp_path / "data.jsonl").write_text('{"question": "?", "images": ["a.mp4"], "answer": "7", "video": true}')
+    monkeypatch.setitem(sys.modules, "av", None)  # importing it now fails
+    with pytest.raises(ValueError, match=r"a.mp4 is a video file: `pip install -e .\[data\]` to read it"):
+        read_examples(tmp_path / "data.jsonl", turns=False, drop=True)
 
 
 def test_what_is_no_video_is_refused(monkeypatch):

@@ -65,6 +65,7 @@ BAD = [
     (GOOD | {"video": 1}, "'video' must be true or false, not 1"),
     (GOOD | {"seconds": 0}, "'seconds' must be a positive number, not 0"),
     (GOOD | {"seconds": True}, "'seconds' must be a positive number, not True"),
+    (GOOD | {"category": 3}, "'category' must be a text, not 3"),
     (GOOD | {"turns": "look"}, "'turns' must be a list of turns, not 'look'"),
     (GOOD | {"turns": ["look", 3]}, "a turn is a text or .*, not 3"),
     (GOOD | {"turns": [{"text": "look", "lern": False}]}, "a turn is .*'lern'"),
@@ -89,11 +90,31 @@ def test_turns_where_they_are_needed(write):
         read_jsonl(path, turns=True)
 
 
+def test_a_directory_is_all_its_files_in_the_order_of_their_names(write, tmp_path):
+    path = write(GOOD, GOOD | {"images": ["b.png"], "category": "street"})
+    path.rename(tmp_path / "b.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD | {"id": "first"}))
+    (tmp_path / "notes.json").write_text("no data")
+    examples, _ = read_examples(tmp_path, turns=False)
+    assert [x.id for x in examples] == ["first", f"{tmp_path / 'b.jsonl'}:1", f"{tmp_path / 'b.jsonl'}:2"]
+    assert examples[2].images == (tmp_path / "b.png",) and [x.category for x in examples] == ["", "", "street"]
+    (tmp_path / "c.jsonl").write_text("no")
+    with pytest.raises(ExampleError, match="c.jsonl:1 is not JSON"):
+        read_examples(tmp_path, turns=False)
+    assert len(read_examples(tmp_path, turns=False, drop=True)[0]) == 3
+
+
 def test_no_examples(write, tmp_path):
     with pytest.raises(ExampleError, match="has no examples"):
         read_examples(write("", "  "), turns=False)
     with pytest.raises(ExampleError, match="nowhere.jsonl is not a file"):
         read_jsonl(tmp_path / "nowhere.jsonl")
+    for name in ("nowhere.jsonl", "nowhere"):
+        with pytest.raises(ExampleError, match=f"{name} is not a file or directory"):
+            read_examples(tmp_path / name, turns=False)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExampleError, match=r"empty holds no \*.jsonl files and no prepared TFDS data"):
+        read_examples(tmp_path / "empty", turns=False)
 
 
 def test_bad_lines_can_be_counted_instead(write):

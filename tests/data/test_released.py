@@ -5,6 +5,7 @@ import decimal
 import json
 import os
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_a_bad_question_is_named_or_dropped_and_counted(tmp_path, field):
     assert len(examples) == 1 and len(report.dropped) == 1 and re.search(message, report.dropped[0])
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_files_that_are_something_else(tmp_path, monkeypatch):
     path = files.write_questions(tmp_path, [{name: GOOD[name] for name in GOOD if name != "is_video"}])
     with pytest.raises(ExampleError, match="has no column 'is_video', only question, answer, image, qid"):
         strict(path, turns=False)
@@ -204,10 +205,13 @@ def test_files_that_are_something_else(tmp_path):
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ExampleError, match="release.json is not JSON"):
         strict(path)
-    with pytest.raises(ExampleError, match="must be a .jsonl, .json or .parquet file or a directory"):
+    with pytest.raises(ExampleError, match="must be a .jsonl, .json or .parquet file, or a directory of"):
         strict(files.archive(tmp_path / "data.zip", {}))
     with pytest.raises(ExampleError, match="nowhere.json is not a file"):
         strict(tmp_path / "nowhere.json")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it now fails
+    with pytest.raises(ExampleError, match=r"is a Parquet file: `pip install -e .\[data\]` to read it"):
+        strict(tmp_path / "release.parquet", turns=False)
     (tmp_path / "images.zip").write_bytes(b"PK no")
     with pytest.raises(SourceError, match="images.zip is no ZIP archive"):
         strict(files.write_traces(tmp_path) and broken(tmp_path))
@@ -256,7 +260,11 @@ def test_what_is_mended_is_counted(tmp_path):
         "Who?", files.part(image="images/0-0.png"), ["\\boxed{7}"], [], files.GUIDELINES["notool"]
     )
     spaced = change(SINGLE, "message_list", 2, "content", 0, "text", files.crop(1e-5, 0.1, 0.5, 0.6) + "<|im_end|>\n")
-    path = files.write_traces(tmp_path, [unboxed, asked, {"qid": 5, "message_list": plain}, spaced])
+    another = change(WORDS, "message_list", 0, "content", 0, "text", "You are helpful.")
+    none = WORDS | {"message_list": WORDS["message_list"][1:]}
+    turned = change(WORDS, "message_list", 1, "content", WORDS["message_list"][1]["content"][::-1])
+    rows = [unboxed, asked, {"qid": 5, "message_list": plain}, spaced, another, none, turned]
+    path = files.write_traces(tmp_path, rows)
     examples, report = read_examples(path, turns=True)
     assert examples[0].turns[0].parts[0][0] == "It says 7" and examples[0].answer == ()
     assert [x.question for x in examples[1:3]] == ["Who?", "Who?"] and examples[2].id == "5"
@@ -267,8 +275,10 @@ def test_what_is_mended_is_counted(tmp_path):
         "a question without known guidelines was kept as it is": 1,
         "the 'notool' guidelines were replaced": 1,
         "a call had numbers that are too long or have exponents": 1,
+        "a system message other than ours, or none, was replaced by ours": 2,
+        "images after text of the question were put before it": 6,
     }
-    assert str(report).count("1 times") == 4
+    assert str(report).count("1 times") == 4 and len({x.question for x in examples[4:]}) == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 3))
