@@ -5,12 +5,18 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from pixel_jax.data.example import ExampleError
+from pixel_jax.data.packed import Packing
+from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
+from pixel_jax.data.rooms import Room
+from pixel_jax.data.traces import Shape
 from tests.data import released_files as files
+from tests.rollout import talker
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -106,5 +112,39 @@ def test_bad_rows_stop_or_are_named_in_the_metadata(tmp_path):
 
 
 def test_other_directories_are_refused(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ExampleError, match="holds no prepared TFDS data"):
         read_examples(tmp_path, turns=False)
+
+
+def test_without_tfds_the_extra_is_named(tmp_path, monkeypatch):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it now fails
+    monkeypatch.delitem(sys.modules, "pixel_jax.data.tfds_builders", raising=False)
+    with pytest.raises(ExampleError, match=r"was prepared by TFDS: `pip install -e \.\[tfds\]` to read it"):
+        read_examples(tmp_path, turns=False)
+
+
+def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
+    """Stored bytes through the packer and the prompt builder, against the released files themselves."""
+    words, tables = talker.vocabulary(), talker.token_tables()
+    room, reading = Shape(length=1024, frames=12, slices=12, patches=64), {"threads": 2, "ahead": 4}
+
+    def traces(path):
+        examples, report = read_examples(path, turns=True)
+        options = {"size": 2, "seed": 0, "report": report}
+        return Packing(examples, words, tables, talker.CONFIG, (room,), **options).batches(0, 1, **reading)
+
+    def questions(path):
+        examples, report = read_examples(path, turns=False)
+        asked = find_rooms(examples, Room(4, 192, 192, 96), None, words, talker.CONFIG, report)
+        return question_batches(asked, words, tables, talker.CONFIG, size=4, seed=0, **reading)
+
+    for name, file, batches in (("traces", "release.json", traces), ("questions", "release.parquet", questions)):
+        directory = prepare(manual, tmp_path, f"pixel_reasoner_{name}", "strict")
+        ours, theirs = batches(directory), batches(manual / file)
+        found, wanted = next(ours), next(theirs)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        ours.close()
+        theirs.close()
