@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.sources import Folder, SourceError
 from pixel_jax.evaluation.clips import is_video
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.training.answers import references_of
@@ -146,25 +147,40 @@ def read_mvbench(data: pathlib.Path, images: pathlib.Path | None = None) -> tupl
 
 
 def read_prepared(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
-    """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid."""
-    from pyarrow import ArrowInvalid, parquet
+    """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
 
+    Its `images.zip` may lie in the folder of the images as it is. What stands before the first "-" of a `qid` is the
+    category, as in the released evaluation.
+    """
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError:
+        raise BenchmarkError(f"{data} is a Parquet file: `pip install -e .[data]` to read it") from None
+
+    folder = Folder(images or data.parent)
     try:
         rows = parquet.read_table(data, columns=["question", "answer", "image", "is_video", "qid"]).to_pylist()
     except (ArrowInvalid, FileNotFoundError, KeyError) as error:
         raise BenchmarkError(f"{data} is no Parquet file of prepared questions: {error}") from error
     found = []
     for number, row in enumerate(rows):
-        get = _fields(f"{data}, row {number}", row)
+        where = f"{data}, row {number}"
+        get = _fields(where, row)
         qid, answer = get("qid", str), get("answer", list | str)
         paths = get("image", list | str)
+        paths = [paths] if isinstance(paths, str) else paths
+        try:
+            # The authors' script writes whole paths into the file: these are taken as they are.
+            places = tuple(pathlib.Path(x) if str(x).startswith("/") else folder.find(x) for x in paths)
+        except SourceError as error:
+            raise BenchmarkError(f"{where}: {error}") from None
         found.append(
             Question(
                 id=qid,
                 question=get("question", str),
                 answers=tuple(references_of(answer)),
-                images=tuple((images or data.parent) / path for path in ([paths] if isinstance(paths, str) else paths)),
-                category=qid.rsplit("-", 1)[0],
+                images=places,
+                category=qid.partition("-")[0],
                 is_video=bool(row.get("is_video")),
             )
         )
@@ -181,6 +197,7 @@ def read_own(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[li
             question=x.question,
             answers=tuple(references_of(x.answer)),
             images=tuple(x.images),
+            category=x.category,
             is_video=x.video,
             seconds=x.seconds or 1.0,
             video_file=x.video and len(x.images) == 1 and is_video(x.images[0]),
@@ -230,7 +247,7 @@ def read(
         if not question.answers:
             raise BenchmarkError(f"{data}: question {question.id!r} has no answer")
         for path in question.images:
-            if not path.exists():
+            if isinstance(path, pathlib.Path) and not path.exists():  # a member of an archive was looked for there
                 raise BenchmarkError(f"{data}: question {question.id!r} is about {path}, which is not there")
     if not questions:
         raise BenchmarkError(f"{data} has no questions")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pixel_jax.data.clips import Clip, is_clip
-from pixel_jax.data.images import ImageError, load_image
+from pixel_jax.data.images import ImageError, image_size, load_image
 
 
 def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
@@ -32,7 +32,7 @@ def size_of(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of a video file, or of the first frame of a folder of frames."""
     path = pathlib.Path(path)
     if path.is_dir():
-        return load_image(_listed(path)[0]).shape[:2]
+        return image_size(_listed(path)[0])
     with _file(path).open("rb") as file, Clip(file, str(path)) as clip:
         return clip.size
 

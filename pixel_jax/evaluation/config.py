@@ -37,7 +37,9 @@ class BenchmarkConfig:
 
     format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "prepared", "jsonl"]  # `pixel_jax.evaluation.benchmarks`
     data: str | None = None  # file or folder; None leaves the benchmark out
-    images: str | None = None  # folder of the images, if they do not lie beside the data
+    images: str | None = (
+        None  # folder of the images (prepared: or of their images.zip), if they do not lie beside the data
+    )
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
     sample: int | None = None  # so many questions, drawn at random
     scorer: ScorerConfig = ScorerConfig()

@@ -1,7 +1,7 @@
 """`pixel-jax eval --config=...`: a model on benchmarks, without operations or with grey crops too, if the config says so.
 
 `pixel-jax eval compare RUN RUN`: a paired test of two finished runs.
-`pixel-jax eval select RUN RUN ...`: the best of several checkpoints' runs, on held-out questions only.
+`pixel-jax eval select RUN RUN ...`: the best of several checkpoints' runs with operations, on held-out questions only.
 """
 
 import json
@@ -15,6 +15,7 @@ from ml_collections import config_flags
 from pixel_jax.cli import UserError
 
 FLAGS = flags.FLAGS
+MODE = "operations"  # in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
@@ -128,6 +129,7 @@ def answer(config) -> None:
             "split": data[name][1],
             "rules": list(benchmark.scorer.rules),
             "modes": {mode: summary.summarise(records) for mode, records in found.items()},
+            "unanswered": {mode: summary.unanswered(records) for mode, records in found.items()},
             "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
         }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
@@ -136,6 +138,12 @@ def answer(config) -> None:
     for name, benchmark in metrics["benchmarks"].items():
         for mode, test in benchmark["differences"].items():
             print(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
+        for mode, reasons in benchmark["unanswered"].items():
+            for question, why in list(reasons.items())[:1]:
+                print(
+                    f"{name} {mode}: {len(reasons)} questions could not be asked and count as wrong, the first one is "
+                    f"{question!r}: {why}"
+                )
     print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
 
 
@@ -173,42 +181,68 @@ def compare_runs(first: str, second: str) -> dict[str, Any]:
 
 
 def select(directories: Sequence[str]) -> dict[str, Any]:
-    """The best of several runs (checkpoints) by the mean score over their benchmarks, on held-out questions only.
+    """The best of several runs (checkpoints) by the mean over their benchmarks of the score with operations, on held-out
+    questions only. Runs that have one other mode alone are compared in that one.
 
     UserError: one of them was run on a test set, or they did not answer the same benchmarks.
     """
     from pixel_jax.evaluation import summary
     from pixel_jax.evaluation.results import read_records, read_settings
 
-    runs = {directory: runs_in(directory) for directory in directories}
-    names = list(runs[directories[0]])
-    records: dict[str, list] = {}
-    for directory, parts in runs.items():
+    # A benchmark's name has no space in it.
+    runs = {
+        directory: [(*name.split(" "), path) for name, path in runs_in(directory).items()] for directory in directories
+    }
+    modes = set.intersection(*({mode for _, mode, _ in parts} for parts in runs.values()))
+    if MODE not in modes and len(modes) != 1:
+        raise UserError(
+            f"the runs have these modes in common: {', '.join(sorted(modes)) or 'none'}; {MODE!r} would decide"
+        )
+    mode = MODE if MODE in modes else modes.pop()
+    if mode != MODE:
+        print(f"The runs have no answers in the mode {MODE!r} in common: those in the mode {mode!r} decide.")
+    chosen = {directory: {name: path for name, m, path in parts if m == mode} for directory, parts in runs.items()}
+    names = list(chosen[directories[0]])
+    records: dict[str, dict[str, list]] = {}
+    for directory, parts in chosen.items():
         if list(parts) != names:
-            raise UserError(f"{directory} has {', '.join(parts)}, {directories[0]} has {', '.join(names)}")
-        records[directory] = []
-        for name, path in parts.items():
+            raise UserError(
+                f"in the mode {mode!r} {directory} has {', '.join(parts)}, {directories[0]} has {', '.join(names)}"
+            )
+        for path in parts.values():
             split = read_settings(path).get("split")
             if split != "val":
                 raise UserError(
                     f"{path} answered the split {split!r}: checkpoints are chosen on a held-out split ('val'), never on "
                     "a test set"
                 )
-            records[directory] += [{**record, "id": f"{name} {record['id']}"} for record in read_records(path)]
-    scores = {directory: summary.summarise(found)[summary.ALL]["score"] for directory, found in records.items()}
+        records[directory] = {name: read_records(path) for name, path in parts.items()}
+    scores: dict[str, dict[str, Any]] = {}
+    for directory, found in records.items():
+        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in found.items()}
+        # Every benchmark counts alike, however many questions it has.
+        scores[directory] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
     best = max(scores, key=lambda directory: scores[directory]["mean"])  # the first of equals
-    tests = {d: summary.compare(records[d], records[best]) for d in directories if d != best}
+    tests = {
+        d: {name: summary.compare(records[d][name], records[best][name]) for name in names}
+        for d in directories
+        if d != best
+    }
+    cell = lambda d, name: (
+        summary.percent(scores[d]["benchmarks"][name]) + (f", p = {tests[d][name]['p']:.2g}" if d in tests else "")
+    )
     summary.print_table(
-        ("run", "", "", "score %", "p"),
+        ("run", "", "mode", "mean score %", *(f"{name} %" for name in names)),
         [
             [
                 d,
                 "best" if d == best else "",
-                "",
-                summary.percent(scores[d]),
-                f"{tests[d]['p']:.2g}" if d in tests else "",
+                mode,
+                f"{100 * scores[d]['mean']:.1f}",
+                *(cell(d, name) for name in names),
             ]
             for d in directories
         ],
     )
-    return {"best": best, "model": read_settings(runs[best][names[0]])["model"], "scores": scores, "tests": tests}
+    model = read_settings(chosen[best][names[0]])["model"]
+    return {"best": best, "model": model, "mode": mode, "scores": scores, "tests": tests}

@@ -37,13 +37,14 @@ class Results:
 
 
 def read_records(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of all processes by the order of their questions."""
+    """The records of all processes by the order of their questions. An answer counts whatever was recorded without one."""
     found: dict[int, dict[str, Any]] = {}
     for path in sorted(pathlib.Path(directory).glob("results-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 record = json.loads(line)
-                found[record["index"]] = record
+                if "unanswered" not in record or record["index"] not in found:
+                    found[record["index"]] = record
     return [found[index] for index in sorted(found)]
 
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pixel_jax.data.images import ImageError
+from pixel_jax.data.rooms import Fit, Room, fit
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Bucket, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records, settle
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.prompts import PromptError, Query, build_prompts, prompt_tokens
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, to_host
 from pixel_jax.training.answers import last_boxed
@@ -31,11 +32,10 @@ LOADERS = 8  # threads that decode images
 
 
 class Place(NamedTuple):
-    """Where a question runs, and the sizes (height, width) its pictures have there."""
+    """Where a question runs, and how it fits in there."""
 
     bucket: Bucket
-    sizes: list[tuple[int, int]]
-    shrunk: bool
+    fit: Fit
 
 
 def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutConfig:
@@ -50,55 +50,40 @@ def guidelines(mode: Mode) -> str:
     return "notool" if mode == "none" else "vcot"
 
 
-def fit(size: tuple[int, int], bucket: Bucket, low: int, high: int, max_side: int) -> float:
-    """How much smaller a picture of `size` (height, width) has to be for the bucket's canvas and for `max_side`.
-
-    It will be shown with `low` to `high` pixels; one that is much longer than wide would then be longer than `max_side`.
-    """
-    height, width = size
-    scale = min(1.0, bucket[1] / height, bucket[2] / width)
-    shown = smart_resize(
-        max(1, int(height * scale)), max(1, int(width * scale)), min_pixels=low, max_pixels=high, factor=FACTOR
-    )
-    if max(shown) > max_side:
-        scale = min(scale, (high / (height * width)) ** 0.5) * (max_side - FACTOR) / max(shown)
-    return scale
-
-
 def place(
     question: Question, buckets: Sequence[Bucket], vocabulary: Vocabulary, config: RolloutConfig, mode: Mode
 ) -> Place:
     """The first bucket that holds `question` as it is; else the one that holds it with the largest pictures.
 
-    PromptError: too many images, too long a text or too long a picture for every bucket.
+    PromptError: too many images, too long a text or too long a picture for every bucket. ImageError: one is broken.
     """
-    original = question.sizes()
-    low, high = config.min_pixels, config.max_pixels
-    if question.is_video:
-        low, high = config.video_min_pixels, config.video_max_pixels
-    best: tuple[float, Place] | None = None
-    why = f"{len(original)} images are more than any bucket holds"
+    outline = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
+    query = Query(question.question, outline, question.is_video, question.seconds)
+    best, why = None, ""
     for bucket in buckets:
-        if len(original) > bucket[0]:
-            continue
         try:
-            scale = min(fit(size, bucket, low, high, config.max_side) for size in original)
-            sizes = [(max(1, int(h * scale)), max(1, int(w * scale))) for h, w in original]
-            outline = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes]  # sizes are all that is asked for
-            query = Query(question.question, outline, question.is_video, question.seconds)
-            tokens = len(prompt_tokens(query, vocabulary, config, guidelines(mode)))
+            found = fit(query, Room(*bucket), vocabulary, config, guidelines(mode))
         except ValueError as error:
             why = str(error)
             continue
-        if tokens > bucket[3]:
-            why = f"its prompt has {tokens} tokens, the bucket {bucket} holds {bucket[3]}"
-        elif best is None or scale > best[0]:
-            best = scale, Place(bucket, sizes, scale < 1.0)
-        if best is not None and best[0] == 1.0:
+        if best is None or found.scale > best.fit.scale:
+            best = Place(bucket, found)
+        if found.scale == 1.0:
             break
     if best is None:
         raise PromptError(f"question {question.id!r} cannot be asked: {why}")
-    return best[1]
+    return best
+
+
+def about(index: int, question: Question) -> dict[str, Any]:
+    return {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+
+
+def unanswered(index: int, question: Question, why: str, answers: int) -> dict[str, Any]:
+    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
+    nothing = dict.fromkeys(("operations", "executed", "failed", "calls", "tokens", "stop", "responses"), [])
+    wrong = {"given": [None] * answers, "score": [0.0] * answers, "accuracy": [0.0] * answers}
+    return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
 
 def record(
@@ -112,10 +97,7 @@ def record(
     """What is kept of a question: lists have an entry an answer."""
     observation = t.calls.observation[rows.start : rows.stop]
     return {
-        "index": index,
-        "id": question.id,
-        "category": question.category,
-        "answers": list(question.answers),
+        **about(index, question),
         "given": [last_boxed(text) for text in texts],
         **{name: [value or 0.0 for value in found] for name, found in scores.items()},
         "operations": executed_calls(t)[rows.start : rows.stop].tolist(),
@@ -161,7 +143,9 @@ def evaluate(
 ) -> None:
     """Answer this process's share of `questions` that is not yet answered in `directory` (`results.py`).
 
-    An answer depends on the question's number, the seed and the config, not on which process or batch it came in.
+    An answer depends on the question's number, the seed and the config, not on which process or batch it came in. A
+    question whose pictures cannot be read, or that no bucket holds, ends nothing: it is recorded as wrong, with the reason,
+    and is tried again when the run is started again.
 
     Args:
       token_tables: `pixel_jax.rollout.prompts.tables` of the vocabulary, the same for every call: they are part of the
@@ -185,7 +169,7 @@ def evaluate(
     }
     settle(directory, settings, write=process == 0)
     results = Results(directory, process)
-    done = {entry["index"] for entry in read_records(directory)}
+    done = {entry["index"] for entry in read_records(directory) if "unanswered" not in entry}
     todo = [i for i in range(len(questions)) if i % processes == process and i not in done]
     if not todo:
         return
@@ -196,25 +180,35 @@ def evaluate(
     n = limits.group_size
 
     with ThreadPoolExecutor(LOADERS) as pool:
-        ask = lambda i: place(questions[i], benchmark.buckets, vocabulary, limits, mode)
-        places = dict(zip(todo, pool.map(ask, todo), strict=True))
+
+        def find(i: int) -> Place | PromptError | ImageError:
+            try:
+                return place(questions[i], benchmark.buckets, vocabulary, limits, mode)
+            except (PromptError, ImageError) as error:
+                return error
+
+        found = dict(zip(todo, pool.map(find, todo), strict=True))
+        places = {i: x for i, x in found.items() if isinstance(x, Place)}
+        results.append(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in places)
         batches = [
             some[start : start + batch]
             for bucket in benchmark.buckets
-            for some in [[i for i in todo if places[i].bucket == bucket]]
+            for some in [[i for i in todo if i in places and places[i].bucket == bucket]]
             for start in range(0, len(some), batch)
         ]
-        load = lambda some: [pool.submit(questions[i].query, places[i].sizes) for i in some]
-        progress, finished = Progress(label, len(todo), stream=stream), 0
-        ahead = load(batches[0])
-        for number, some in enumerate(batches):
-            queries = [future.result() for future in ahead]
-            # The next batch is read while this one is answered.
-            ahead = load(batches[number + 1]) if number + 1 < len(batches) else []
+
+        def load(i: int) -> Query | ImageError:
+            try:
+                return places[i].fit.apply(questions[i].query())
+            except ImageError as error:
+                return error
+
+        def answer(queries: dict[int, Query]) -> list[dict[str, Any]]:
+            some, shown = list(queries), list(queries.values())
             *canvas, width = places[some[0]].bucket
             spare = batch - len(some)  # repeats of the last question keep the shape
             prompts = build_prompts(
-                queries + queries[-1:] * spare,
+                shown + shown[-1:] * spare,
                 vocabulary,
                 token_tables,
                 limits,
@@ -235,12 +229,12 @@ def evaluate(
                 rows = range(at * n, (at + 1) * n)
                 mine = {name: values[rows.start : rows.stop] for name, values in scores.items()}
                 entry = record(i, questions[i], t, rows, texts[rows.start : rows.stop], mine)
-                found.append({**entry, "shrunk": places[i].shrunk})
+                found.append({**entry, "shrunk": places[i].fit.scale < 1.0})
                 if i in keep:
                     made = traces.make_trace(
                         t,
                         rows.start,
-                        queries[at],
+                        shown[at],
                         vocabulary,
                         answer=entry["given"][0],
                         reference=" / ".join(questions[i].answers),
@@ -252,6 +246,18 @@ def evaluate(
                     partial = directory / "traces" / f"{i}.partial"
                     traces.save(partial, [made])
                     os.replace(partial, directory / "traces" / f"{i}.json")
+            return found
+
+        progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(places)
+        read = lambda number: [pool.submit(load, i) for i in batches[number]] if number < len(batches) else []
+        ahead = read(0)
+        for number, some in enumerate(batches):
+            loaded = {i: future.result() for i, future in zip(some, ahead, strict=True)}
+            ahead = read(number + 1)  # while this one is answered
+            queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
+            found = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
+            if queries:
+                found += answer(queries)
             results.append(found)
             finished += len(some)
             progress.update(finished, {"score": float(np.mean([np.mean(entry["score"]) for entry in found]))})

@@ -10,14 +10,14 @@ from pixel_jax.evaluation.stats import bootstrap, paired
 
 Record = Mapping[str, Any]
 ALL = "all"
-RATES = {  # name: (of what, over what), summed over a question's answers; over None: over the answers
-    "score": ("score", None),
-    "accuracy": ("accuracy", None),
-    "rapr": ("looked", None),  # rate of pixel-space reasoning: answers with at least one operation
+RATES = {  # name: (of what, over what), summed over a question's answers
+    "score": ("score", "asked"),
+    "accuracy": ("accuracy", "asked"),
+    "rapr": ("looked", "answers"),  # rate of pixel-space reasoning: answers with at least one operation
     "operation_errors": ("failed", "executed"),  # of the operations asked for and carried out
-    "operations": ("operations", None),
-    "tokens": ("tokens", None),  # written for an answer
-    "finished": ("finished", None),  # ended with an answer, not at a limit
+    "operations": ("operations", "answers"),
+    "tokens": ("tokens", "answers"),  # written for an answer
+    "finished": ("finished", "answers"),  # ended with an answer, not at a limit
 }
 
 
@@ -28,19 +28,24 @@ def sums(record: Record) -> dict[str, float]:
         **{name: float(sum(record[name])) for name in names},
         "looked": float(sum(x > 0 for x in record["operations"])),
         "finished": float(sum(x == "answer" for x in record["stop"])),
-        "answers": float(len(record["score"])),
+        "asked": float(len(record["score"])),
+        "answers": float(
+            len(record["stop"])
+        ),  # none to a question that could not be asked, which is wrong all the same
     }
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """{category: {"questions", "answers" (a question), "shrunk", rate: {"mean", "low", "high"}}}, "all" first.
+    """{category: {"questions", "answers" (a question), "shrunk", "unanswered", rate: {"mean", "low", "high"}}}, "all" first.
 
-    Intervals are 95 % bootstrap intervals over questions. A rate of nothing (no operations at all) is None.
+    Intervals are 95 % bootstrap intervals over questions. A rate of nothing (no operations at all) is None. A category that
+    is itself called "all" is "all (category)".
     """
     categories = sorted({record["category"] for record in records})
     groups = {ALL: list(records)}
     if len(categories) > 1:
-        groups |= {name: [x for x in records if x["category"] == name] for name in categories}
+        for name in categories:
+            groups[f"{ALL} (category)" if name == ALL else name] = [x for x in records if x["category"] == name]
     found = {}
     for name, group in groups.items():
         added = [sums(record) for record in group]
@@ -48,12 +53,18 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             "questions": len(group),
             "answers": len(group[0]["score"]),
             "shrunk": sum(record["shrunk"] for record in group),
+            "unanswered": len(unanswered(group)),
         }
         for rate, (above, below) in RATES.items():
-            interval = bootstrap([x[above] for x in added], [x[below or "answers"] for x in added])
+            interval = bootstrap([x[above] for x in added], [x[below] for x in added])
             row[rate] = {key: None if math.isnan(interval[key]) else interval[key] for key in ("mean", "low", "high")}
         found[name] = row
     return found
+
+
+def unanswered(records: Sequence[Record]) -> dict[str, str]:
+    """Why questions could not be asked, by their ids."""
+    return {record["id"]: record["unanswered"] for record in records if "unanswered" in record}
 
 
 def compare(first: Sequence[Record], second: Sequence[Record], what: str = "score") -> dict[str, float]:
@@ -91,6 +102,7 @@ HEAD = (
     "op. errors %",
     "tokens",
     "ended %",
+    "unanswered",
 )
 
 
@@ -102,8 +114,9 @@ def table_rows(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             for category, row in categories.items():
                 count = str(row["questions"]) if row["answers"] == 1 else f"{row['questions']} × {row['answers']}"
                 rates = [percent(row[rate]) for rate in ("score", "accuracy", "rapr", "operation_errors")]
+                tokens = "–" if row["tokens"]["mean"] is None else f"{row['tokens']['mean']:.0f}"
                 rows.append(
-                    [name, mode, category, count, *rates, f"{row['tokens']['mean']:.0f}", percent(row["finished"])]
+                    [name, mode, category, count, *rates, tokens, percent(row["finished"]), str(row["unanswered"])]
                 )
     return rows
 
@@ -143,6 +156,15 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         ("", report.paragraph("95 % bootstrap intervals over questions.") + report.table(HEAD, table_rows(benchmarks))),
         *([("Modes compared, paired by question", "".join(tests))] if tests else []),
     ]
+    missing = [
+        (name, mode, question, why)
+        for name, benchmark in benchmarks.items()
+        for mode, reasons in benchmark["unanswered"].items()
+        for question, why in reasons.items()
+    ]
+    if missing:
+        head = ("benchmark", "mode", "question", "why")
+        sections.append(("Could not be asked, and count as wrong", report.table(head, missing)))
     for (name, mode), directory in directories.items():
         files = sorted((directory / "traces").glob("*.json"), key=lambda path: int(path.stem))
         shown = [report.trace(item) for path in files for item in trace.load(path)]

@@ -1,6 +1,8 @@
 """Readers, on files written here in the formats that are released."""
 
 import json
+import sys
+import zipfile
 
 import av
 import numpy as np
@@ -138,14 +140,12 @@ def test_mvbench(tmp_path):
     assert [x.category for x in found] == ["Action Sequence", "Fine-grained Action", "Episodic Reasoning"]
     assert found[0].question == "What happened?\n(A) Sat down.\n(B) Ran." and found[0].answers == ("B",)
     assert found[0].is_video and found[0].sizes() == [(48, 64)] * 16
-    seen = found[0].query([(48, 64)] * 16)
+    seen = found[0].query()
     assert seen.is_video and seen.seconds == 1.0
     # Ten frames a second, seconds 1 to 3: frames 10 to 30.
     assert brightness(seen.images) == frame_indices((1.0, 3.0), 10, 39, 16)
-    assert brightness(found[1].query([(48, 64)] * 16).images) == frame_indices(None, 10, 8, 16)
-    assert brightness(found[2].query([(48, 64)] * 16).images) == frame_indices((0.0, 5.0), 3, 12, 16, first=1)
-    smaller = found[0].query([(24, 32)] * 16)
-    assert all(frame.shape == (24, 32, 3) for frame in smaller.images)
+    assert brightness(found[1].query().images) == frame_indices(None, 10, 8, 16)
+    assert brightness(found[2].query().images) == frame_indices((0.0, 5.0), 3, 12, 16, first=1)
     (tmp_path / "json" / "action_sequence.json").write_text(json.dumps([row | {"answer": "Slept.", "video": "a.mp4"}]))
     with pytest.raises(BenchmarkError, match="answer 'Slept.' is none of"):
         read("mvbench", tmp_path)
@@ -201,10 +201,37 @@ def test_prepared_parquet(tmp_path):
     found, split = read("prepared", path, tmp_path / "images")
     assert split == "test" and [x.answers for x in found] == [("A",), ("12", "twelve"), ("B",)]
     assert found[0].question == "<image>\nWhich?"  # the marker stays in the text, as in the released evaluation
-    assert [x.category for x in found] == ["vstar", "infovqa", "mvbench-test"]
-    assert found[2].is_video and found[2].sizes() == [(30, 40)] * 3 and len(found[2].query([(30, 40)] * 3).images) == 3
+    assert [x.category for x in found] == ["vstar", "infovqa", "mvbench"]
+    assert found[2].is_video and found[2].sizes() == [(30, 40)] * 3 and len(found[2].query().images) == 3
     path.write_bytes(b"PAR1")
     with pytest.raises(BenchmarkError, match="no Parquet file"):
+        read("prepared", path)
+
+
+def test_prepared_images_stay_in_their_archive(tmp_path, monkeypatch):
+    """The release as it lies: the Parquet beside `images.zip`; whole paths are taken as they are."""
+    picture(tmp_path / "elsewhere" / "b.jpg")
+    picture(tmp_path / "a.jpg")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.jpg", "images/frames/a.jpg")
+        archive.writestr("images/broken.jpg", (tmp_path / "a.jpg").read_bytes()[:300])
+    (tmp_path / "a.jpg").unlink()
+    row = {"question": "?", "answer": [r"\boxed{A}"], "is_video": None}
+    names = ["frames/a.jpg", "images/frames/a.jpg", str(tmp_path / "elsewhere" / "b.jpg"), "broken.jpg"]
+    path = tmp_path / "vstar.parquet"
+    write = lambda names: parquet.write_table(
+        pyarrow.Table.from_pylist([row | {"image": [name], "qid": f"vstar-{i}"} for i, name in enumerate(names)]), path
+    )
+    write(names)
+    found, _ = read("prepared", path)
+    assert all(x.sizes() == [(30, 40)] and x.query().images[0].shape == (30, 40, 3) for x in found[:3])
+    with pytest.raises(ImageError, match="images.zip:images/broken.jpg cannot be read"):
+        found[3].query()
+    write(["frames/c.jpg"])
+    with pytest.raises(BenchmarkError, match="row 0: there is no 'frames/c.jpg' in .*, images.zip"):
+        read("prepared", path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it now fails
+    with pytest.raises(BenchmarkError, match=r"is a Parquet file: `pip install -e .\[data\]` to read it"):
         read("prepared", path)
 
 
@@ -215,6 +242,9 @@ def test_a_folder_of_ones_own(tmp_path):
     (found,), split = read("jsonl", tmp_path / "mine.jsonl", split="val")
     assert split == "val" and found.answers == ("7",) and found.images == (tmp_path / "a.png",)
     assert read("jsonl", tmp_path / "mine.jsonl")[1] == "test"  # who does not say what it is may not choose by it
+    (tmp_path / "more.jsonl").write_text(json.dumps(line | {"category": "street"}))
+    both, _ = read("jsonl", tmp_path)
+    assert [(x.id, x.category) for x in both] == [("0", ""), ("1", "street")]
 
 
 def test_a_video_of_ones_own(tmp_path):
@@ -223,18 +253,18 @@ def test_a_video_of_ones_own(tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     (found,), _ = read("jsonl", tmp_path / "mine.jsonl")
     assert found.video_file and found.seconds == 1.0 and found.sizes() == [(48, 64)] * 16
-    assert brightness(found.query([(48, 64)] * 16).images) == frame_indices(None, 10, 19, 16)
+    assert brightness(found.query().images) == frame_indices(None, 10, 19, 16)
 
 
-def test_pictures_are_measured_upright(tmp_path):
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff"])
+def test_pictures_are_measured_upright(tmp_path, name):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(tmp_path / "a.jpg", height=30, width=40, exif=exif)
-    line = {"question": "?", "images": ["a.jpg"], "answer": "7"}
+    picture(tmp_path / name, height=30, width=40, exif=exif)
+    line = {"question": "?", "images": [name], "answer": "7"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     (found,), _ = read("jsonl", tmp_path / "mine.jsonl")
-    assert found.sizes() == [(40, 30)] and found.query([(40, 30)]).images[0].shape == (40, 30, 3)
-    assert found.query([(20, 15)]).images[0].shape == (20, 15, 3)
+    assert found.sizes() == [(40, 30)] and found.query().images[0].shape == (40, 30, 3)
 
 
 @pytest.mark.parametrize(

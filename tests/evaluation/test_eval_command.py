@@ -123,9 +123,9 @@ def test_two_processes_find_what_one_finds(place, tmp_path):
     assert first == second
 
 
-def finished(folder: pathlib.Path, scores, split="val", benchmark="own") -> str:
+def finished(folder: pathlib.Path, scores, split="val", benchmark="own", mode="operations") -> str:
     """A run directory as an evaluation leaves it, with the given scores."""
-    directory = folder / benchmark / "operations"
+    directory = folder / benchmark / mode
     Results(directory).append(records_of(scores))
     settle(directory, {"split": split, "model": str(folder / "model")})
     return str(folder)
@@ -159,8 +159,27 @@ def test_a_checkpoint_is_chosen_on_held_out_questions_only(tmp_path, capsys):
             UserError, match=f"answered the split '{split}': checkpoints are chosen on a held-out split"
         ):
             main.select([*runs, bad])
-    with pytest.raises(UserError, match="vstar operations"):
+    with pytest.raises(UserError, match="in the mode 'operations' .*x has vstar, .*0 has own"):
         main.select([runs[0], finished(tmp_path / "x", [[1.0]] * 10, benchmark="vstar")])
+
+
+def test_benchmarks_count_alike_and_only_the_mode_with_operations_does(tmp_path, capsys):
+    """1,000 questions do not outvote 10, nor do grey crops vote."""
+    scores = lambda right, of: [[1.0]] * right + [[0.0]] * (of - right)
+    for name, (large, small, grey) in {"a": (600, 2, 9), "b": (500, 8, 0)}.items():
+        finished(tmp_path / name, scores(large, 1000), benchmark="large")
+        finished(tmp_path / name, scores(small, 10), benchmark="small")
+        finished(tmp_path / name, scores(grey, 10), benchmark="small", mode="blank")
+    first, second = str(tmp_path / "a"), str(tmp_path / "b")
+    found = main.select([first, second])
+    assert found["best"] == second and found["mode"] == "operations"
+    assert [found["scores"][x]["mean"] for x in (first, second)] == pytest.approx([0.4, 0.65])
+    assert found["scores"][first]["benchmarks"]["large"]["mean"] == pytest.approx(0.6)
+    assert found["tests"][first]["small"]["p"] == pytest.approx(2 / 2**6) and "operations" in capsys.readouterr().out
+    others = [finished(tmp_path / str(i), scores(i, 10), mode="none") for i in (3, 5)]
+    assert main.select(others)["best"] == others[1] and "mode 'none' decide" in capsys.readouterr().out
+    with pytest.raises(UserError, match="modes in common: none; 'operations' would decide"):
+        main.select([first, others[0]])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import RunError, read_records, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollout.machine import GREY
-from pixel_jax.rollout.prompts import PromptError
+from pixel_jax.rollout.prompts import PromptError, prompt_tokens
 from pixel_jax.rollout.rollout import compiled_rollout
 from pixel_jax.rollout.trajectory import to_host
 from pixel_jax.training.scorers import ScorerConfig
@@ -147,8 +147,7 @@ def test_without_operations_no_tools_are_offered(questions):
     assert limits.max_calls == 0 and not limits.blank
     words = talker.vocabulary()
     for mode, offered in {"operations": True, "blank": True, "none": False}.items():
-        query = questions[1].query(questions[1].sizes())
-        ids = run.prompt_tokens(query, words, LIMITS, run.guidelines(mode))
+        ids = prompt_tokens(questions[1].query(), words, LIMITS, run.guidelines(mode))
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
 
 
@@ -214,23 +213,43 @@ def test_buckets_are_chosen_by_size_and_length(everything):
     find = lambda i, buckets: run.place(everything[i], buckets, words, LIMITS, "operations")
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)
     assert find(1, (small, large, pair)).bucket == small
-    assert find(2, (small, large, pair)) == (large, [(400, 300)], False)
+    assert find(2, (small, large, pair)) == (large, (1.0, [(400, 300)]))
     assert find(4, (small, large, pair)).bucket == pair
     shrunk = find(2, (small,))
-    assert shrunk.shrunk and shrunk.sizes == [(128, 96)]
+    assert shrunk.fit.scale < 1 and shrunk.fit.sizes == [(128, 96)]
     with pytest.raises(PromptError, match="question '4' cannot be asked: 2 images are more"):
         find(4, (small, large))
-    with pytest.raises(PromptError, match="question '1' cannot be asked: its prompt has .* tokens, the bucket"):
+    with pytest.raises(
+        PromptError, match="question '1' cannot be asked: a prompt of .* tokens does not fit the width of 20"
+    ):
         find(1, ((1, 192, 192, 20),))
 
 
-def test_long_pictures_are_made_to_fit():
-    scale = run.fit((8000, 1000), (1, 8192, 2048, 1), 512 * 784, 5120 * 784, 3584)
-    assert (
-        max(run.smart_resize(int(8000 * scale), int(1000 * scale), min_pixels=512 * 784, max_pixels=5120 * 784)) <= 3584
-    )
-    assert scale > 0.9 * 3584 / 8000 and run.fit((8000, 1000), (1, 8192, 2048, 1), 512 * 784, 5120 * 784, 5684) == 1.0
-    assert run.fit((1000, 500), (1, 500, 500, 1), 784, 5120 * 784, 3584) == 0.5
+def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, whole, tmp_path):
+    """A picture cut off in its pixels, one without a header, one that no bucket holds; and a whole batch of them."""
+    broken = {1: "cut.jpg", 2: "none.png"}
+    Image.fromarray(talker.image(1, 124, 150)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    (tmp_path / "none.png").write_bytes(b"no image")
+    asked = [x._replace(images=(tmp_path / broken[i],)) if i in broken else x for i, x in enumerate(everything)]
+    benchmark = dataclasses.replace(BENCHMARK, buckets=BENCHMARK.buckets[:1])
+    records = answer(asked, tmp_path / "run", benchmark=benchmark, batch=1)
+    assert [x["index"] for x in records] == list(range(COUNT + 1))
+    assert [records[i] for i in (0, 3)] == [whole[1][i] for i in (0, 3)]
+    for i, why in {1: "cut.jpg' cannot be read", 2: "none.png cannot be read", 4: "2 images are more than"}.items():
+        assert why in records[i]["unanswered"] and records[i]["score"] == records[i]["accuracy"] == [0.0, 0.0]
+        assert records[i]["answers"] == list(everything[i].answers) and records[i]["responses"] == []
+    assert not (tmp_path / "run" / "traces" / "1.json").exists()
+    row = summary.summarise(records)["all"]
+    answers = [x for i in (0, 3) for x in whole[1][i]["tokens"]]
+    assert (row["questions"], row["unanswered"]) == (5, 3) and row["tokens"]["mean"] == pytest.approx(np.mean(answers))
+    assert row["score"]["mean"] == pytest.approx(sum(sum(x["score"]) for x in records) / 10)
+    assert list(summary.unanswered(records)) == ["1", "2", "4"]
+    summary.table_rows({"own": {"modes": {"operations": summary.summarise([records[1]])}}})  # nothing to make rates of
+    # Mended, and started again: these are answered, the others are not asked again.
+    Image.fromarray(talker.image(1, 124, 150)).save(tmp_path / "cut.jpg")
+    again = answer(asked, tmp_path / "run", benchmark=benchmark, batch=1)
+    assert "unanswered" not in again[1] and len(again[1]["responses"]) == 2 and again[2:] == records[2:]
 
 
 def test_greedy_answers_are_not_averaged():
@@ -283,6 +302,8 @@ def test_numbers_of_hand_made_records():
     assert row["score"]["low"] == 0 and row["score"]["high"] == 1
     assert found["a"]["score"]["mean"] == pytest.approx(0.25) and found["b"]["score"]["mean"] == 1
     assert list(summary.summarise(records_of([[1.0]]))) == ["all"]
+    named = summary.summarise(records_of([[1.0, 0.0], [1.0, 1.0]], lambda i: ("all", "b")[i]))
+    assert [(name, row["questions"]) for name, row in named.items()] == [("all", 2), ("all (category)", 1), ("b", 1)]
 
 
 def test_runs_are_compared_question_by_question():
@@ -303,7 +324,13 @@ def test_the_page_shows_numbers_and_traces_and_runs_nothing(questions, whole):
     test = summary.compare(records, records)
     metrics = {
         "first_mode": "operations",
-        "benchmarks": {"own": {"modes": {"operations": hostile}, "differences": {"blank": test}}},
+        "benchmarks": {
+            "own": {
+                "modes": {"operations": hostile},
+                "differences": {"blank": test},
+                "unanswered": {"operations": {HOSTILE: HOSTILE}},
+            }
+        },
     }
     page = summary.page(HOSTILE, metrics, {("own", "operations"): directory})
     seen = Reader(page)
