@@ -25,7 +25,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from pixel_jax.parallel.processes import everywhere, first
+from pixel_jax.parallel.processes import everywhere, first, meet
 from pixel_jax.parallel.sharding import is_variable, shardings, value_of
 
 T = TypeVar("T")
@@ -147,6 +147,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": HostHandler()}
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        # Each process reads by itself: the manager would wait for the others after a read, in vain for one that finds damage.
+        here = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        self.reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone)
         self.unsealed: int | None = None  # the step that was saved last, until its files are noted
 
     @property
@@ -181,6 +185,9 @@ class Checkpoints:
             # A snapshot may share memory with the arrays, and the next step is about to donate them.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
+        if first():  # what was noted about an earlier checkpoint of this name says nothing about this one
+            for stale in self.seals.glob(f"{step}.*.json"):
+                stale.unlink()
         items = {"state": ocp.args.StandardSave(named), "host": HostSave(document, arrays)}
         with self._explained(step):
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -199,15 +206,16 @@ class Checkpoints:
         with self._explained(step):
             self.manager.wait_until_finished()
             self.seals.mkdir(exist_ok=True)
-            note = {name: checksum(path) for name, path in self._files(step)}
+            files = {name: checksum(path) for name, path in self._files(step)}
             path = self.seals / f"{step}.{jax.process_index()}.json"
             partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(note))
+            partial.write_text(json.dumps({"processes": jax.process_count(), "files": files}))
             os.replace(partial, path)
-        kept = {str(step) for step in self.manager.all_steps()}
-        for old in self.seals.glob(f"*.{jax.process_index()}.json"):
-            if old.name.split(".")[0] not in kept:
-                old.unlink(missing_ok=True)
+        if first():
+            kept = {str(step) for step in self.manager.all_steps()}
+            for old in self.seals.glob("*.json"):
+                if old.name.split(".")[0] not in kept:
+                    old.unlink()
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
@@ -228,11 +236,13 @@ class Checkpoints:
         files = sorted(path for path in root.rglob("*") if path.is_file())
         return [(str(path.relative_to(root)), path) for path in files[jax.process_index() :: jax.process_count()]]
 
+    def _noted(self, step: int) -> list[dict[str, Any]]:
+        """What the processes that wrote a checkpoint noted about its files: of all of them, of some, or of none."""
+        return [json.loads(seal.read_text()) for seal in self.seals.glob(f"{step}.*.json")]
+
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, if anything; None as well if nothing was noted about them."""
-        noted = {}
-        for seal in self.seals.glob(f"{step}.*.json"):
-            noted |= json.loads(seal.read_text())
+        noted = {name: facts for seal in self._noted(step) for name, facts in seal["files"].items()}
         for name in sorted(noted)[jax.process_index() :: jax.process_count()]:
             path = self.directory / str(step) / name
             if not path.is_file():
@@ -240,6 +250,14 @@ class Checkpoints:
             if checksum(path) != noted[name]:
                 return f"{name} is not what was written"
         return None
+
+    def _stands(self, step: int, reason: str | None) -> bool:
+        """Whether no process has a `reason` against a checkpoint; it is set aside where one has. All processes call it."""
+        meet(f"checkpoint {step} is looked at")  # which takes some longer than others
+        whole = everywhere(reason is None)
+        if not whole.all():
+            self.set_aside(step, reason or f"says process {int(np.argmin(whole))}")
+        return bool(whole.all())
 
     def set_aside(self, step: int, reason: str) -> None:
         """Moves a damaged checkpoint to a directory beside the others, where it can be looked at."""
@@ -261,27 +279,31 @@ class Checkpoints:
         `like` has the structure, shapes and types (abstract will do); weights are placed on `mesh` by their logical axes.
         `base` is the `fingerprint` of what the checkpoint does not hold. FileNotFoundError if none is left.
         """
+        self.finish()
         if step is not None:
             return self._read(step, like, mesh, base)
         while (step := self.latest) is not None:
-            found = self.damage(step)
-            whole = everywhere(found is None)
-            if not whole.all():
-                self.set_aside(step, found or f"says process {int(np.argmin(whole))}")
+            found = None  # its memory is needed by the next
+            if not self._stands(step, self.damage(step)):
                 continue
+            reason = None
             try:
-                return self._read(step, like, mesh, base)
+                found = self._read(step, like, mesh, base)
             except CheckpointError:
                 raise
             except Exception as error:
-                # Killed before its files were noted: only reading tells. (Of several processes one cannot go on alone.)
-                if jax.process_count() > 1 or any(self.seals.glob(f"{step}.*.json")):
-                    raise
-                self.set_aside(step, f"{type(error).__name__}: {error}".splitlines()[0])
+                noted = self._noted(step)
+                if noted and len(noted) == noted[0]["processes"]:
+                    raise  # every file is what was written: something else is wrong
+                # Killed before all its files were noted: only reading tells.
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if self._stands(step, reason):
+                return found
         raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
 
     def _read(self, step: int, like: T, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
-        documents = self.manager.restore(step, args=ocp.args.Composite(host=HostRestore())).host
+        path = self.directory / str(step)
+        documents = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
         self._compare(wanted, documents[0]["leaves"])
         self._compare(dict(base or {}), documents[0]["base"], "frozen ")
@@ -291,7 +313,7 @@ class Checkpoints:
             placed = shardings(like, mesh)
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
         restored = ocp.args.StandardRestore(named_arrays(abstract))
-        found = self.manager.restore(step, args=ocp.args.Composite(state=restored)).state
+        found = self.reader.restore(path, args=ocp.args.Composite(state=restored)).state
         # Named and flattened in the same order: a weight is one name and one leaf.
         state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
         return Restored(step, state, documents[0]["host"], [document["local"] for document in documents])

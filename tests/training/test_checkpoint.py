@@ -1,5 +1,7 @@
 """Checkpoints: what goes in comes out, on any mesh, whole or not at all."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,3 +69,41 @@ def test_a_checkpoint_that_does_not_fit_says_what(tmp_path):
             checkpoints.restore({"x": jnp.zeros(4), "y": jnp.zeros(3)})
         with pytest.raises(TypeError, match="host.f holds <function"):
             checkpoints.save(2, {"x": jnp.zeros(2)}, {"f": make_mesh})
+
+
+def killed_before_sealing(directory, step, value):
+    """A whole checkpoint whose files nobody has noted."""
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(step, {"x": jnp.full(2, value)})
+    checkpoints.manager.close()
+
+
+def restored(directory):
+    """(step, value) of what a run would go on from."""
+    with Checkpoints(directory) as checkpoints:
+        found = checkpoints.restore({"x": jnp.zeros(2, int)})
+        return found.step, int(found.state["x"][0])
+
+
+def test_what_was_noted_about_a_checkpoint_that_is_set_aside_does_not_condemn_the_next_of_its_name(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        for step in (4, 6):
+            checkpoints.save(step, {"x": jnp.full(2, step)})
+    next(path for path in (directory / "6").rglob("*") if path.stat().st_size and path.is_file()).unlink()
+    assert restored(directory) == (4, 4)
+    killed_before_sealing(directory, 6, 60)
+    assert restored(directory) == (6, 60)
+
+
+def test_what_other_processes_noted_before_the_checkpoints_were_deleted_does_not_count(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, {"x": jnp.full(2, 2)})
+    (noted,) = checkpoints.seals.iterdir()
+    noted.with_name("2.1.json").write_text(noted.read_text())
+    noted.with_name("3.1.json").write_text(noted.read_text())
+    shutil.rmtree(directory)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, {"x": jnp.full(2, 20)})
+    assert restored(directory) == (2, 20) and [path.name for path in checkpoints.seals.iterdir()] == ["2.0.json"]

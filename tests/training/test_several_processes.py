@@ -14,6 +14,30 @@ from pixel_jax.training.preemption import CODE
 from pixel_jax.training.progress import read_metrics
 
 WORKER = pathlib.Path(shared_worker.__file__)
+GO_ON = """
+import sys
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from pixel_jax.parallel import make_mesh
+from pixel_jax.parallel.processes import join, together
+from pixel_jax.training.checkpoint import Checkpoints
+join()
+place = NamedSharding(make_mesh({"fsdp": 2}), PartitionSpec("fsdp"))
+def state(value):
+    array = jax.make_array_from_callback((2000,), place, lambda index: value * np.arange(2000)[index])
+    return {"x": nnx.Param(array, axes=("embed",))}
+with together(), Checkpoints(sys.argv[1]) as checkpoints:
+    if checkpoints.latest is None:
+        print("begins")
+        for step in (2, 4):
+            checkpoints.save(step, state(step))
+    else:
+        found = checkpoints.restore(state(0), mesh=place.mesh)
+        x = np.asarray(found.state["x"][...].addressable_shards[0].data)
+        print("goes on from", found.step, "with", x[1] - x[0])
+"""
 
 
 def start(count, directory, **settings):
@@ -98,3 +122,27 @@ def test_processes_meet_however_far_apart(tmp_path):
     script.write_text("\n".join(lines))
     ended = fleet.wait(fleet.start(2, script))
     assert [code for code, _ in ended] == [0, 0] and all("met" in said for _, said in ended), ended
+
+
+@pytest.mark.parametrize(
+    "noted, torn",
+    [
+        # Killed before they noted their files. The second alone reads these:
+        ([], "state/ocdbt.process_1/d/*"),
+        ([0], "state/ocdbt.process_1/d/*"),
+        # Both read this one, the second alone looks at its checksum.
+        ([0, 1], "host/1.json"),
+    ],
+)
+def test_a_torn_checkpoint_is_got_past_though_one_process_alone_sees_it(tmp_path, noted, torn):
+    script, directory = tmp_path / "go_on.py", tmp_path / "checkpoints"
+    script.write_text(GO_ON)
+    ended = fleet.wait(fleet.start(2, script, directory))
+    assert [code for code, _ in ended] == [0, 0] and all("begins" in said for _, said in ended), ended
+    for process in {0, 1} - set(noted):
+        (tmp_path / "checkpoints.seals" / f"4.{process}.json").unlink()
+    for path in (directory / "4").glob(torn):
+        path.write_bytes(path.read_bytes()[:-100])
+    ended = fleet.wait(fleet.start(2, script, directory), 60)
+    assert [code for code, _ in ended] == [0, 0] and all("goes on from 2 with 2" in said for _, said in ended), ended
+    assert "Checkpoint 4 is damaged" in ended[0][1] and "It is set aside" in ended[0][1]
