@@ -22,6 +22,11 @@ class Machine:
     versions: dict[str, str]
 
 
+def count_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def measure_machine(quick: bool) -> Machine:
     side = 256 if quick else 2048 if jax.default_backend() == "cpu" else 8192
     rows = 1024 if quick else 2**14 if jax.default_backend() == "cpu" else 2**17
@@ -29,7 +34,7 @@ def measure_machine(quick: bool) -> Machine:
     return Machine(
         device=device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU, no accelerator",
         devices=jax.device_count(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=count_cores(),
         matmul=_matmul(side, jnp.float32),
         matmul_bf16=_matmul(side, jnp.bfloat16),
         read=_read(rows, 2**13),

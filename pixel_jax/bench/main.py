@@ -19,11 +19,14 @@ def define_flags(command: str) -> None:
 def main(command: str, arguments: list[str]) -> None:
     import jax
 
+    from pixel_jax.bench.machine import count_cores
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
+    from pixel_jax.parallel.mesh import use_cores
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; cases are named by --only=NAME,NAME")
     if not FLAGS.quick:
         jax.config.update("jax_enable_compilation_cache", False)  # a program read from the cache was not compiled
+    use_cores(count_cores())  # crops are spread over them; one device has the threads of all
     run_cases(CASES, FLAGS.only, FLAGS.quick, FLAGS.out)

@@ -1,14 +1,17 @@
 """The cases of `pixel_jax.ops`: crop and resize, selecting frames, patches."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from pixel_jax.bench.network import HAS_TORCH, images
 from pixel_jax.bench.timing import Aim, Case, Work
 from pixel_jax.ops import crop_resize, gather_frames, patchify, pixel_values
+from pixel_jax.parallel import make_mesh, replicate
 
 
 def same(outputs) -> None:
@@ -50,8 +53,13 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
 
     def ours():
         one = lambda image, box: crop_resize(image, box, jnp.array([out, out]), (out, out), exact=exact)
-        crop = jax.jit(jax.vmap(one, (None, 0)))
-        canvas = jnp.asarray(image)
+        crop, canvas = jax.vmap(one, (None, 0)), jnp.asarray(image)
+        devices = math.gcd(jax.device_count(), count)
+        if jax.default_backend() == "cpu" and devices > 1 and not cores:  # a core is a device: each cuts its share
+            mesh, rows = make_mesh({"data": devices}, jax.devices()[:devices]), PartitionSpec("data")
+            crop = jax.shard_map(crop, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+            canvas = replicate(canvas, mesh)
+        crop = jax.jit(crop)
         return lambda: crop(canvas, boxes)
 
     def pillow():

@@ -323,6 +323,13 @@ def _banded(image, crop: _Crop, canvas, order, exact):
     return passes(image, crop, across, down)
 
 
+def _zeros(shape, dtype, image, *scalars):
+    """What a loop over `image` begins with. Inside `jax.shard_map` it has to differ over the mesh axes over which the
+    arguments do: hence the sum, of which XLA makes a constant."""
+    zero = 0 * sum(scalars, image.reshape(-1)[0].astype(jnp.int32))
+    return jnp.full(shape, zero.astype(dtype))
+
+
 def _resize_rows(image, start, band: _Band, out_size):
     """Vertical pass over [h + TAP_BLOCK, w, channels], the crop starting at row `start`; [out_size, w, channels]."""
     rows, width, channels = image.shape
@@ -342,8 +349,8 @@ def _resize_rows(image, start, band: _Band, out_size):
         # Written after each tile: the last one of a block leaves the full sum.
         return sums, lax.dynamic_update_slice(out, _to_pixels(sums), (band.block[tile] * OUT_BLOCK, zero))
 
-    sums = jnp.zeros((OUT_BLOCK, image.shape[1]), jnp.int32 if exact else jnp.float32)
-    out = jnp.zeros((blocks * OUT_BLOCK, image.shape[1]), jnp.uint8)
+    sums = _zeros((OUT_BLOCK, image.shape[1]), jnp.int32 if exact else jnp.float32, image, start, band.count)
+    out = _zeros((blocks * OUT_BLOCK, image.shape[1]), jnp.uint8, image, start, band.count)
     with jax.named_scope("tiles"):
         _, out = lax.fori_loop(zero, band.count, add_tile, (sums, out))
     return out[:out_size].reshape(out_size, width, channels)
@@ -372,8 +379,8 @@ def _resize_columns(image, top, height, start, width, band: _Band, out_size):
         resized = _resize_rows(strip, start, band, out_size).transpose(1, 0, 2)
         return lax.dynamic_update_slice(out, resized, (row, zero, zero)), strip
 
-    out = jnp.zeros((rows + TAP_BLOCK, out_size, channels), jnp.uint8)
-    strip = jnp.zeros((columns + TAP_BLOCK, strip_rows, channels), jnp.uint8)
+    out = _zeros((rows + TAP_BLOCK, out_size, channels), jnp.uint8, image, start, band.count)
+    strip = _zeros((columns + TAP_BLOCK, strip_rows, channels), jnp.uint8, image, start, band.count)
     with jax.named_scope("strips"):
         out, _ = lax.fori_loop(zero, (height + strip_rows - 1) // strip_rows, resize_strip, (out, strip))
     return out

@@ -1,6 +1,7 @@
 """One mesh for everything: rows over `data` and `fsdp`, positions over `sequence`, weights over all but `data`."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -40,3 +41,13 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     # As `jax.make_mesh`, which refuses an axis of 4 on a torus of 16 x 16 (except on v5e).
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def use_cores(count: int) -> None:
+    """Make the CPU look like `count` devices. Before JAX starts; on a machine with an accelerator this changes nothing.
+
+    One operation of a small network keeps no two cores busy, and a loop never does; halves of a batch, or of the heads, on
+    devices of their own do.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"  # the last one counts

@@ -30,8 +30,9 @@ def main() -> None:
         half = len(cores) // 2
         os.sched_setaffinity(0, cores[:half] if sys.argv[3] == "0" else cores[half:])
     from pixel_jax.config import load
+    from pixel_jax.parallel.mesh import use_cores
     from pixel_jax.quickstart.config import QuickstartConfig
-    from pixel_jax.quickstart.pipeline import run_arm, run_judging, run_tuning, start_process, use_cores
+    from pixel_jax.quickstart.pipeline import run_arm, run_judging, run_tuning, start_process
 
     use_cores(len(cores) if phase == "tuning" else 1)
     start_process(directory.parent / "compiled")

@@ -55,16 +55,6 @@ def start_process(cache: pathlib.Path) -> None:
     announce_compiles()
 
 
-def use_cores(count: int) -> None:
-    """Make the CPU look like `count` devices. Before JAX starts.
-
-    The network is too small for one operation to keep two cores busy; two halves of the batch do. On a machine with an
-    accelerator this changes nothing.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"  # the last one counts
-
-
 def all_devices(rows: int) -> Mesh | None:
     """A mesh that splits `rows` rows over as many devices as divide them; None for one."""
     count = math.gcd(len(jax.devices()), rows)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from pixel_jax.ops import crop_resize
+from pixel_jax.parallel import make_mesh
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8)
 # Stripes overshoot most, so that both ends of the clipping are used.
@@ -203,6 +205,22 @@ def test_sharded_batches(form):
     assert out.sharding.is_equivalent_to(rows, 4)
     for row in range(8):
         np.testing.assert_array_equal(out[row], pillow(images[row], boxes[row], sizes[row], CANVAS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("split", ["image and box", "box", "image"])
+def test_inside_shard_map(form, split):
+    """Whatever differs from device to device, with JAX's own check of what does."""
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    images, boxes = np.stack([IMAGE, STRIPES]), np.array([[3, 4, 60, 70], [10, 1, 90, 33]], np.int32)
+    crop = lambda image, box: crop_resize(image, box, jnp.array([20, 30]), CANVAS, implementation=form)
+    given = (images if "image" in split else IMAGE, boxes if "box" in split else boxes[0])
+    axes = tuple(0 if name in split else None for name in ("image", "box"))
+    specs = tuple(whole if axis is None else rows for axis in axes)
+    mapped = jax.vmap(crop, axes)
+    found = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=rows))(*given)
+    np.testing.assert_array_equal(found, jax.jit(mapped)(*given))
 
 
 @pytest.mark.parametrize("form", (None, *FORMS))

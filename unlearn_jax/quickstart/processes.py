@@ -6,8 +6,8 @@ import jax
 from jax.sharding import Mesh
 
 from pixel_jax.parallel import make_mesh
+from pixel_jax.parallel.mesh import use_cores
 from pixel_jax.parallel.processes import COUNT, join
-from pixel_jax.quickstart.pipeline import use_cores
 
 
 def start(devices: int | None = None) -> Mesh | None:
