@@ -48,6 +48,7 @@ from pixel_jax.training.answers import correctness, equal, last_boxed, reference
         (r"\boxed{Paris, Rome}", "rome, paris", 1),
         (r"\boxed{Paris}", "rome, paris", 0),
         (r"\boxed{Troubles and The Siege of Krishnapur}", "troubles, the siege of krishnapur", 1),
+        (r"\boxed{Paris, London, Rome}", "rome, paris", 0),  # a list of all there could be
         (r"\boxed{Paris}, Rome", "rome, paris", 0),  # in the box, not after it
         (r"\boxed{13, 24}", "3, 4", 0),  # whole words
         (r"\boxed{comparison, Rome}", "paris, rome", 0),
