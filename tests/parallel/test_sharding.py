@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pixel_jax.parallel import batch_sharding, make_mesh, shard, shard_batch, shardings
+from pixel_jax.parallel import batch_sharding, make_mesh, shard, shard_batch, shardings, share
 from pixel_jax.parallel.sharding import RULES, partition_spec, undivided
 
 
@@ -106,3 +106,10 @@ def test_rows_over_data_and_fsdp(mesh):
     assert {s.data.shape for s in rows.addressable_shards} == {(2,)}
     with pytest.raises(ValueError, match="6 rows .* 4"):
         shard_batch(np.zeros(6), mesh)
+
+
+def test_a_process_without_a_device_in_the_mesh_is_named(monkeypatch):
+    """In all processes: those that have devices in it would wait for the others."""
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"'data': 2.* 2 devices of 8.* processes \[1, 2\] of 3"):
+        share(make_mesh({"data": 2}))
