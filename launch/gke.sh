@@ -8,7 +8,7 @@
 #   ACCELERATOR  for example tpu-v6e-slice, tpu-v5p-slice, tpu-v5-lite-podslice (required)
 #   TOPOLOGY     for example 16x16, 4x4x4 (required)
 #   CHIPS        of one machine (default 4)
-#   RESTARTS     after failures other than a preemption, at most (default 10; preemptions do not count)
+#   RESTARTS     after failures other than a preemption, errors of the program too, at most (default 10; preemptions do not count)
 #   NAMESPACE    default: default
 #
 # For example:
@@ -17,18 +17,17 @@
 #
 # The cluster has the JobSet controller (0.6 or newer). `out` must outlive the pods.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
-source launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [ "${1:-}" = --dry-run ]; then
-    DRY_RUN=1
+while [[ ${1:-} = -* ]]; do
+    option "$1"
     shift
-fi
-if [ $# = 0 ] || [ -z "${NAME:-}" ] || [ -z "${IMAGE:-}" ] || [ -z "${ACCELERATOR:-}" ] || [ -z "${TOPOLOGY:-}" ]; then
-    usage
-    exit 2
-fi
+done
+for needed in NAME IMAGE ACCELERATOR TOPOLOGY; do
+    [ -n "${!needed:-}" ] || mistake "$needed is not set"
+done
+[ $# != 0 ] || mistake "COMMAND is missing"
 chips=${CHIPS:-4}
 namespace=${NAMESPACE:-default}
 if ! [[ $NAME =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]]; then
@@ -88,7 +87,8 @@ spec:
           backoffLimit: 0
           podFailurePolicy:
             rules:
-              # Training saved itself after SIGTERM, or its machine was taken away: the same run goes on.
+              # Training saved itself after SIGTERM, or its machine was taken away: the same run goes on. A process that was lost
+              # (43, 134, 137) counts as a failure: 137 is also that of a program which is killed each time, for want of memory.
               - action: FailJob
                 onExitCodes:
                   containerName: train

@@ -3,28 +3,36 @@
 #
 #   bash launch/processes.sh [--dry-run] N COMMAND...
 #
-# For example: bash launch/processes.sh 2 unlearn-jax train. If the command is not there yet, everything is set up first.
-# All processes get the same arguments. The first that fails ends the others, and its status is that of the script.
-# A run that was preempted (42) or lost a process (43) is started again, RESTARTS times at most (default 3). SIGTERM and
-# SIGINT go to all processes, which save themselves; then nothing is started again.
+# For example: bash launch/processes.sh 2 unlearn-jax train. If a command of the project is not there yet, everything is set up
+# first. All processes get the same arguments. The first that fails ends the others. The status of the script is that of the
+# first that had an error, if one had. If none had, but processes were preempted (42) or lost (killed: 137; or gone because
+# another was lost: 43, 134), all are started again, RESTARTS times at most (default 3). SIGTERM and SIGINT go to all processes,
+# which save themselves; then nothing is started again.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-if [ "${1:-}" = --dry-run ]; then
-    DRY_RUN=1
+while [[ ${1:-} = -* ]]; do
+    option "$1"
     shift
-fi
-if [ $# -lt 2 ] || ! [[ $1 =~ ^[1-9][0-9]*$ ]]; then
-    usage
-    exit 2
-fi
+done
+[[ ${1:-} =~ ^[1-9][0-9]*$ ]] || mistake "N is a number of processes, not '${1:-}'"
 count=$1
 shift
-if [ -z "$DRY_RUN" ] && ! command -v "$1" >/dev/null; then
-    # shellcheck source=launch/setup.sh
-    source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-    prepare examples
+[ $# != 0 ] || mistake "COMMAND is missing"
+[[ $1 != -* ]] || mistake "options come before N, not after it: '$1'"
+if ! command -v "$1" >/dev/null; then
+    case $1 in
+        pixel-jax | unlearn-jax | python | python3) ;;
+        *) mistake "there is no command '$1'" ;;
+    esac
+    if [ -z "$DRY_RUN" ]; then
+        here=$PWD
+        # shellcheck source=launch/setup.sh
+        source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+        prepare examples
+        cd "$here" # files that the command names are found from where it was typed
+    fi
 fi
 
 free_port() {
@@ -43,7 +51,7 @@ stop() {
 }
 trap 'kill "${processes[@]}" 2>/dev/null || true' EXIT
 
-# all_of_them COMMAND...: runs the processes once; its status is that of the first that failed.
+# all_of_them COMMAND...: runs the processes once; its status is that of the first that had an error, or else failed.
 all_of_them() {
     local i status=0 ended=0 address
     address=127.0.0.1:$(free_port)
@@ -70,6 +78,8 @@ all_of_them() {
         if [ "$one" != 0 ] && [ "$status" = 0 ]; then
             status=$one
             [ -n "$stopped" ] || kill -TERM "${processes[@]}" 2>/dev/null || true # told to go once, not while they save
+        elif [ "$one" != 0 ] && [ "$one" != 143 ] && goes_on "$status" && ! goes_on "$one"; then
+            status=$one # and 143 is a process that went as it was told, before it could save itself
         fi
     done
     return "$status"

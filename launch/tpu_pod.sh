@@ -18,18 +18,18 @@
 # What is committed in this repository is what runs. `out` must outlive the slice. The slice is left running at the end;
 # the last line says how to give it back.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=launch/common.sh
-source launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [ "${1:-}" = --dry-run ]; then
-    DRY_RUN=1
+while [[ ${1:-} = -* ]]; do
+    option "$1"
     shift
-fi
-if [ $# = 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ] || [ -z "${TYPE:-}" ]; then
-    usage
-    exit 2
-fi
+done
+for needed in NAME ZONE TYPE; do
+    [ -n "${!needed:-}" ] || mistake "$needed is not set"
+done
+[ $# != 0 ] || mistake "COMMAND is missing"
 case $TYPE in
     v6e-*) default=v2-alpha-tpuv6e ;;
     v5p-*) default=v2-alpha-tpuv5 ;;
@@ -71,10 +71,6 @@ request() {
 
 # A slice that is there and at work: the one there is, or a new one, however long it takes.
 have_slice() {
-    if [ -n "$DRY_RUN" ]; then
-        request
-        return
-    fi
     while true; do
         case $(state) in
             ACTIVE) return ;;
@@ -85,35 +81,45 @@ have_slice() {
     done
 }
 
-put_code() {
-    local archive=${TMPDIR:-/tmp}/pixel_jax-$NAME.tar.gz
-    run git archive --format=tar.gz --output="$archive" HEAD
-    run gcloud compute tpus tpu-vm scp "$archive" "$NAME:pixel_jax.tar.gz" "${where[@]}" --worker=all
-    # The images come with Python 3.10.
-    on_all 'python3.11 -c "import ensurepip" || (sudo apt-get update -q && sudo apt-get install -qy python3.11-venv)'
-    on_all 'mkdir -p pixel_jax && tar -xzf pixel_jax.tar.gz -C pixel_jax && cd pixel_jax && source launch/setup.sh && prepare tpu'
-}
+archive=${TMPDIR:-/tmp}/pixel_jax-$NAME.tar.gz
+# The images come with Python 3.10.
+python='python3.11 -c "import ensurepip" || (sudo apt-get update -q && sudo apt-get install -qy python3.11-venv)'
+install='mkdir -p pixel_jax && tar -xzf pixel_jax.tar.gz -C pixel_jax && cd pixel_jax && source launch/setup.sh && prepare tpu'
 
 # gcloud does not hand on which status a worker's command ended with: the workers say it in a line.
 command=$(printf '%q ' "$@")
-remote="cd pixel_jax && source .venv/bin/activate && { JAX_NUM_PROCESSES=auto ${command% }; status=\$?; echo \"tpu_pod: ended with \$status\"; exit \$status; }"
+remote="cd pixel_jax && source .venv/bin/activate && { JAX_NUM_PROCESSES=auto ${command% }; status=\$?;"
+remote+=" echo \"tpu_pod: ended with \$status\"; exit \$status; }"
 
+# Puts the code on the slice and trains. The slice may be taken away at any point: the first step that fails is the last.
+train() {
+    run git archive --format=tar.gz --output="$archive" HEAD &&
+        run gcloud compute tpus tpu-vm scp "$archive" "$NAME:pixel_jax.tar.gz" "${where[@]}" --worker=all &&
+        on_all "$python" && on_all "$install" && on_all "$remote"
+}
+
+if [ -n "$DRY_RUN" ]; then
+    request
+    train
+    exit
+fi
 left=${RESTARTS:-50}
 log=$(mktemp)
+trap 'rm -f "$log" "$archive"' EXIT
 while true; do
     have_slice
-    put_code
     status=0
-    on_all "$remote" | tee "$log" || status=$?
-    if [ -n "$DRY_RUN" ] || [ "$status" = 0 ] || ((left == 0)); then
+    train | tee "$log" || status=$?
+    if [ "$status" = 0 ] || ((left == 0)); then
         break
     fi
-    # Started again if training says so, or if the slice was taken away while nobody could say anything.
-    if ! grep -Eq "tpu_pod: ended with ($PREEMPTED|$LOST)\$" "$log" && [ "$(state)" = ACTIVE ]; then
+    # Started again if what the workers said allows it, or if the slice was taken away, perhaps before they could say anything.
+    mapfile -t ended < <(grep -Eo 'tpu_pod: ended with [1-9][0-9]*' "$log" | grep -Eo '[0-9]+')
+    if [ "$(state)" = ACTIVE ] && { [ ${#ended[@]} = 0 ] || ! goes_on "${ended[@]}"; }; then
         break
     fi
+    echo "tpu_pod.sh: preempted, or a process was lost; starting again, $left times more at most" >&2
     left=$((left - 1))
-    echo "tpu_pod.sh: preempted; starting again" >&2
 done
 echo "tpu_pod.sh: the slice is yours until: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force" >&2
 exit "$status"

@@ -23,12 +23,12 @@ GKE = {"NAME": "pixel", "IMAGE": "registry/image:1", "ACCELERATOR": "tpu-v6e-sli
 TPU = {"NAME": "pixel", "ZONE": "us-east5-b", "TYPE": "v6e-256", "SPOT": "1"}
 
 
-def bash(script, *arguments, **environment):
+def bash(script, *arguments, directory="/", **environment):
     """A launch script, run from elsewhere: its status, standard output and standard error."""
     found = subprocess.run(
         ["bash", str(ROOT / "launch" / script), *arguments],
         env={**os.environ, **environment},
-        cwd=environment.get("SLURM_SUBMIT_DIR", "/"),
+        cwd=directory,
         capture_output=True,
         text=True,
         timeout=300,
@@ -44,10 +44,56 @@ def test_shellcheck(script):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("script", ["processes.sh", "slurm.sh", "tpu_pod.sh", "gke.sh"])
-def test_without_arguments_they_say_how_they_are_used(script):
-    status, out, error = bash(script)
-    assert status == 2 and f"launch/{script}" in error and "COMMAND..." in error and "set -e" not in error and not out
+STARTERS = ["processes.sh", "slurm.sh", "tpu_pod.sh", "gke.sh"]
+
+
+@pytest.mark.parametrize("directory", ["/", ROOT / "launch"])
+@pytest.mark.parametrize("script", STARTERS)
+def test_without_arguments_they_say_how_they_are_used(script, directory):
+    """Also by the name that the script has in its own directory."""
+    line = ["bash", script if directory != "/" else str(ROOT / "launch" / script)]
+    found = subprocess.run(line, cwd=directory, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2 and not found.stdout
+    assert f"launch/{script}" in found.stderr and "COMMAND..." in found.stderr and "set -e" not in found.stderr
+
+
+@pytest.mark.parametrize("script", STARTERS)
+def test_help_is_how_they_are_used(script):
+    for flag in ("-h", "--help"):
+        status, out, error = bash(script, flag)
+        assert status == 0 and f"launch/{script}" in out and "COMMAND..." in out and not error
+
+
+MISSPELT = {  # script: command lines, and the word that the message names
+    "processes.sh": [
+        (["--dryrun", "2", "true"], "no option '--dryrun'"),
+        (["2", "--dry-run", "true"], "options come before N, not after it: '--dry-run'"),
+        (["two", "true"], "not 'two'"),
+        (["2", "pixle-jax", "rl"], "no command 'pixle-jax'"),
+    ],
+    "slurm.sh": [(["--dryrun", "pixel-jax"], "no option '--dryrun'"), (["--dry-run", "-n", "x"], "no option '-n'")],
+    "tpu_pod.sh": [(["--dryrun", "pixel-jax"], "no option '--dryrun'"), (["--dry-run"], "COMMAND is missing")],
+    "gke.sh": [(["--dryrun", "pixel-jax"], "no option '--dryrun'"), (["--dry-run"], "COMMAND is missing")],
+}
+
+
+@pytest.mark.parametrize("script", STARTERS)
+def test_what_is_misspelt_is_not_carried_out(stand_ins, tmp_path, script):
+    for name in ("kubectl", "gcloud", "git", "srun", "scontrol", "python3"):
+        stand_ins(name, "exit 1")
+    environment = {"VENV": str(tmp_path / "environment"), "PYTHON": "python3"}
+    given = {"PATH": stand_ins.path, "SLURM_JOB_ID": "7", **environment, **GKE, **TPU}
+    for arguments, message in MISSPELT[script]:
+        status, out, error = bash(script, *arguments, **given)
+        assert status == 2 and message in error.splitlines()[0] and f"launch/{script}" in error and not out
+    assert stand_ins.called() == [] and not (tmp_path / "environment").exists()
+
+
+@pytest.mark.parametrize(("script", "given"), [("gke.sh", GKE), ("tpu_pod.sh", TPU)])
+def test_what_is_not_set_is_named(script, given):
+    for name in (name for name in given if name != "SPOT"):
+        status, _, error = bash(script, "--dry-run", "train", **given | {name: ""})
+        assert status == 2 and f"{name} is not set" in error
 
 
 # ---- GKE
@@ -86,6 +132,7 @@ def test_the_manifest_is_a_job_set(schema):
     assert {"name": "JAX_NUM_PROCESSES", "value": "auto"} in container["env"]
     # One process that was preempted ends its job with that reason, and a job with that reason is no failure.
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    # What processes end with that were lost is none of these: a program that is always killed would be started for ever.
     on_exit = job["podFailurePolicy"]["rules"][0]
     assert on_exit["action"] == "FailJob" and on_exit["onExitCodes"]["values"] == [42]
     assert on_exit["onExitCodes"]["containerName"] == container["name"]
@@ -177,7 +224,12 @@ def slurm(stand_ins, srun, **environment):
     return status, stand_ins.called()
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (42, True), (43, True), (137, False)])
+LOST = (43, 134, 137)  # a step failed for want of a process; its heartbeat was missed; it was killed
+
+
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, False), (1, False), (139, False), *((code, True) for code in (42, *LOST))]
+)
 def test_slurm_requeues_what_goes_on(stand_ins, code, again):
     status, called = slurm(stand_ins, f"exit {code}")
     assert status == code
@@ -186,9 +238,44 @@ def test_slurm_requeues_what_goes_on(stand_ins, code, again):
     assert called[1:] == ([["scontrol", "requeue", "7"]] if again else [])
 
 
-def test_slurm_does_not_requeue_for_ever(stand_ins):
-    status, called = slurm(stand_ins, "exit 42", SLURM_RESTART_COUNT="50")
-    assert status == 42 and len(called) == 1
+@pytest.mark.parametrize("code", [42, *LOST])
+def test_slurm_does_not_requeue_for_ever(stand_ins, code):
+    status, called = slurm(stand_ins, f"exit {code}", SLURM_RESTART_COUNT="50")
+    assert status == code and len(called) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "again"),
+    [
+        ("srun: error: node1: tasks 0-3: Exited with exit code 43", True),
+        ("srun: error: node1: task 2: Exited with exit code 1", False),
+        ("3: srun: error: node1: task 2: Exited with exit code 1", True),  # a line of a process
+    ],
+)
+def test_slurm_tells_an_error_of_one_process_from_what_it_does_to_the_others(stand_ins, tmp_path, said, again):
+    """The others leave with a higher status, which is then that of srun."""
+    status, called = slurm(stand_ins, f"echo {shlex.quote(said)} >&2; exit 43", TMPDIR=str(tmp_path))
+    assert status == 43 and called[1:] == ([["scontrol", "requeue", "7"]] if again else [])
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_slurm_keeps_standard_output_and_standard_error_apart(stand_ins):
+    stand_ins("srun", "echo numbers; echo progress >&2")
+    status, out, error = bash("slurm.sh", "train", PATH=stand_ins.path, SLURM_JOB_ID="7", VENV="/nowhere")
+    assert (status, out, error) == (0, "numbers\n", "progress\n")
+
+
+def test_slurm_finds_the_repository(stand_ins, tmp_path):
+    """By where the script lies, wherever an allocation began; or, as Slurm runs a copy of it, by where the job was submitted."""
+    stand_ins("srun")
+    elsewhere = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "PATH": stand_ins.path, "VENV": "/nowhere"}
+    status, out, error = bash("slurm.sh", "--dry-run", "train", **elsewhere)
+    assert status == 0 and out.startswith("srun"), error
+    copy = shutil.copy(ROOT / "launch" / "slurm.sh", tmp_path / "slurm_script")
+    for where, expected, message in ((ROOT, 0, ""), (tmp_path, 2, f"'{tmp_path}' is not the root of the repository")):
+        status, _, error = bash(copy, "train", **elsewhere | {"SLURM_SUBMIT_DIR": str(where)})
+        assert status == expected and message in error
+    assert [call[0] for call in stand_ins.called()] == ["srun"]
 
 
 def test_slurm_waits_for_the_processes_when_it_is_signalled(stand_ins):
@@ -216,16 +303,18 @@ case "$*" in
     *create*) echo ACTIVE > {state} ;;
     *delete*) : > {state} ;;
     *ended*) {training} ;;
+    *prepare*) {install} ;;
 esac
 """
 
 
-def tpu(stand_ins, tmp_path, training, state="", **environment):
+def tpu(stand_ins, tmp_path, training, state="", install="exit 0", **environment):
     (tmp_path / "state").write_text(state)
-    stand_ins("gcloud", GCLOUD.format(state=tmp_path / "state", training=training))
-    stand_ins("git")
+    stand_ins("gcloud", GCLOUD.format(state=tmp_path / "state", training=training, install=install))
+    stand_ins("git", 'touch "${3#--output=}"')
     given = {"PATH": stand_ins.path, "POLL": "0", "TMPDIR": str(tmp_path), **TPU}
     status, _, error = bash("tpu_pod.sh", *COMMAND, **given | environment)
+    assert not list(tmp_path.glob("tmp.*"))
     verbs = []
     for _, *arguments in stand_ins.called():
         words = " ".join(arguments)
@@ -252,7 +341,7 @@ def test_a_tpu_slice_is_requested_filled_and_used(stand_ins, tmp_path):
     assert "gcloud compute tpus queued-resources delete pixel" in error
 
 
-@pytest.mark.parametrize("code", [42, 43])
+@pytest.mark.parametrize("code", [42, *LOST])
 def test_a_tpu_run_goes_on_where_it_can(stand_ins, tmp_path, code):
     training = f'[ "$count" -gt 7 ] || {{ echo "tpu_pod: ended with {code}"; exit 1; }}'
     status, verbs, _ = tpu(stand_ins, tmp_path, training, state="ACTIVE")
@@ -265,8 +354,26 @@ def test_a_tpu_slice_that_is_taken_is_requested_again(stand_ins, tmp_path):
     assert status == 0 and verbs == ["create", "scp", "train", "delete", "create", "scp", "train"]
 
 
+def test_a_tpu_slice_that_is_taken_during_the_installation_is_requested_again(stand_ins, tmp_path):
+    install = f'[ "$count" -gt 6 ] || {{ echo SUSPENDED > {tmp_path}/state; exit 255; }}'
+    status, verbs, error = tpu(stand_ins, tmp_path, "exit 0", install=install)
+    assert status == 0 and verbs == ["create", "scp", "delete", "create", "scp", "train"], error
+
+
+def test_an_installation_that_fails_ends(stand_ins, tmp_path):
+    status, verbs, _ = tpu(stand_ins, tmp_path, "exit 0", state="ACTIVE", install="exit 3")
+    assert status == 3 and verbs == ["scp"]
+
+
+def test_a_tpu_run_leaves_no_files_behind(stand_ins, tmp_path):
+    tpu(stand_ins, tmp_path, "exit 0")
+    assert any("--output=" in word for call in stand_ins.called() for word in call)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "called", "state"]
+
+
 def test_a_tpu_run_that_fails_ends(stand_ins, tmp_path):
-    status, verbs, _ = tpu(stand_ins, tmp_path, 'echo "tpu_pod: ended with 1"; exit 1', state="ACTIVE")
+    said = 'echo "tpu_pod: ended with 43"; echo "tpu_pod: ended with 1"; exit 1'  # the others have lost the one with an error
+    status, verbs, _ = tpu(stand_ins, tmp_path, said, state="ACTIVE")
     assert status == 1 and verbs == ["scp", "train"]
     status, verbs, _ = tpu(stand_ins, tmp_path, 'echo "tpu_pod: ended with 42"; exit 1', state="ACTIVE", RESTARTS="1")
     assert status == 1 and verbs[-4:] == ["scp", "train", "scp", "train"]
@@ -279,6 +386,7 @@ def test_dry_runs_print_what_runs_do(stand_ins, tmp_path):
         stand_ins(name, "exit 99")
     status, out, error = bash("tpu_pod.sh", "--dry-run", *COMMAND, **given)
     assert status == 0 and stand_ins.called() == [], error
+    assert not list(tmp_path.glob("*tmp*"))
     printed = [shlex.split(line) for line in out.splitlines()]
     tpu(stand_ins, tmp_path, "exit 0")
     assert printed == [call for call in stand_ins.called() if "describe" not in call]
@@ -308,7 +416,7 @@ def counting(tmp_path, code, *, until=10**9):
     return ["bash", "-c", text], lambda: len(counter.read_text().splitlines())
 
 
-@pytest.mark.parametrize(("code", "starts"), [(0, 1), (1, 1), (42, 3), (43, 3)])
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (1, 1), (139, 1), (143, 1), *((code, 3) for code in (42, *LOST))])
 def test_processes_are_started_again_if_the_run_goes_on(tmp_path, code, starts):
     command, started = counting(tmp_path, code)
     status, _, _ = bash("processes.sh", "1", *command, RESTARTS="2")
@@ -319,6 +427,49 @@ def test_a_run_that_was_preempted_ends_well_the_next_time(tmp_path):
     command, started = counting(tmp_path, 42, until=2)
     status, _, error = bash("processes.sh", "1", *command)
     assert (status, started()) == (0, 3) and "ended with 42; starting again" in error
+
+
+WAITING = "trap '{}' TERM; : > here-$JAX_PROCESS_ID; while :; do sleep 0.05; done"
+
+
+def two_processes(tmp_path, first, second):
+    """Two processes that do this (the second once the first waits); started again, both end well. Status, and starts of each."""
+    starts = "echo >> starts-$JAX_PROCESS_ID; [ $(wc -l < starts-$JAX_PROCESS_ID) = 1 ] || exit 0; "
+    wait = "until [ -e here-0 ]; do sleep 0.05; done; "
+    text = f"{starts} if [ $JAX_PROCESS_ID = 0 ]; then {first}; else {wait} {second}; fi"
+    status, _, _ = bash("processes.sh", "2", "bash", "-c", text, directory=tmp_path)
+    return status, [len((tmp_path / f"starts-{i}").read_text().splitlines()) for i in range(2)]
+
+
+@pytest.mark.parametrize("survivor", ["exit 43", "kill -ABRT $$", "exit 42", "exit 0", "trap - TERM; kill $$"])
+@pytest.mark.parametrize("fatal", ["KILL", "ABRT"])
+def test_a_run_that_lost_a_process_is_started_again(tmp_path, survivor, fatal):
+    assert two_processes(tmp_path, WAITING.format(survivor), f"kill -{fatal} $$") == (0, [2, 2])
+
+
+@pytest.mark.parametrize("other", ["exit 43", "exit 42", "kill -ABRT $$", "kill -KILL $$"])
+def test_an_error_of_one_is_that_of_the_run_whatever_the_others_did(tmp_path, other):
+    assert two_processes(tmp_path, WAITING.format(other), "exit 3") == (3, [1, 1])
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert two_processes(tmp_path, WAITING.format("exit 3"), other) == (3, [1, 1])
+
+
+def test_a_command_that_is_set_up_first_runs_where_it_was_typed(tmp_path):
+    """In an environment that is up to date."""
+    place = tmp_path / "environment"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin" / "activate").write_text(f"PATH={place}/bin:$PATH\n")
+    for name, text in (("python", "exit 9"), ("pixel-jax", 'echo "$PWD"; cat "$1"')):
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (place / "bin" / name).chmod(0o755)
+    stamp = subprocess.run(["cksum"], stdin=(ROOT / "setup.py").open(), capture_output=True).stdout
+    (place / ".installed-examples").write_bytes(stamp)
+    (tmp_path / "my.py").write_text("mine\n")
+    path = f"{pathlib.Path(shutil.which('bash')).parent}:/usr/bin:/bin"
+    given = {"VENV": str(place), "PATH": path, "directory": tmp_path}
+    status, out, error = bash("processes.sh", "1", "pixel-jax", "my.py", **given)
+    assert (status, out) == (0, f"{tmp_path}\nmine\n"), error
 
 
 def test_the_first_that_fails_ends_the_others():
