@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 MODE = "operations"  # in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "The evaluation, a file such as configs/pixel/eval.py.", lock_config=True
-    )
+    define_flag(None, "The evaluation, a file such as configs/pixel/eval.py.")
     flags.DEFINE_string("json", None, "Also write what compare or select finds to this file.")
 
 

@@ -3,16 +3,15 @@
 import pathlib
 
 from absl import flags
-from ml_collections import config_flags
 
 from pixel_jax.cli import UserError
-from pixel_jax.config import load
+from pixel_jax.config import define_flag, load
 
 FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file("config", None, "The synthesis, a file under configs/.", lock_config=True)
+    define_flag(None, "The synthesis, a file under configs/.")
     flags.mark_flag_as_required("config")
 
 
