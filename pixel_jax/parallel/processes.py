@@ -63,7 +63,8 @@ def together() -> Iterator[None]:
     """Around a program of several processes: an error in one ends all of them.
 
     The one that fails says why and leaves at once, without waiting for the others at JAX's shutdown barrier. These find
-    the connection broken (or, where collectives cannot tell, miss its heartbeat) and leave with the code `LOST`.
+    the connection broken and leave with the code `LOST`; where no collective can tell, they miss its heartbeat, and JAX
+    aborts them (134).
     """
     try:
         yield
@@ -71,7 +72,8 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         here = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        # What fails while arrays are gathered on the host comes as a ValueError with the same text.
+        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
             reason, code = (
                 "a step that all processes take part in has failed, most likely because one of them died",
                 LOST,
