@@ -164,10 +164,10 @@ def share(mesh: Mesh | None) -> Share:
     for block, devices in enumerate(grid):
         for process in sorted({device.process_index for device in devices}):
             holders.setdefault(process, []).append(block)
-    if without := sorted(set(range(jax.process_count())) - holders.keys()):
+    if jax.process_index() not in holders:
         raise ValueError(
-            f"mesh {dict(mesh.shape)} has {mesh.devices.size} devices of {jax.device_count()}, none of them in processes "
-            f"{without} of {jax.process_count()}: a mesh spans the devices of all processes"
+            f"mesh {dict(mesh.shape)} has {mesh.devices.size} devices of {jax.device_count()}, none of them in process "
+            f"{jax.process_index()} of {jax.process_count()}"
         )
     parts = sorted({tuple(blocks) for blocks in holders.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(grid):
