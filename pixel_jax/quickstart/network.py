@@ -1,6 +1,7 @@
 """The network of the quickstart: Qwen2.5-VL in everything but size, initialised for its size."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -61,6 +62,7 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
     )
 
 
+@functools.partial(jax.jit, static_argnums=0)  # one program, kept on disk, and not sixty
 def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Qwen2_5_VL:
     """A random network whose every layer keeps the scale of its input (LeCun).
 
