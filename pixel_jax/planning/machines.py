@@ -13,7 +13,7 @@ from pixel_jax.models.flops import PEAK_FLOPS
 class Chip(NamedTuple):
     """Published peaks of one chip."""
 
-    memory: float  # bytes
+    memory: float  # bytes that XLA gives a program
     bandwidth: float  # of its memory, bytes a second
     links: float  # to its neighbours, all ports together, one direction, bytes a second
     dims: int  # of the torus
@@ -23,12 +23,12 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 DOCS = "docs.cloud.google.com/tpu/docs/"
-# Newer pages give links in both directions: twice these numbers.
+# Newer pages give links in both directions: twice these numbers. Of v5e and v6e XLA keeps some memory ("of 15.75G hbm").
 CHIPS = {
     "v4": Chip(32 * GIB, 1228e9, 2400e9 / 8, 3, DOCS + "v4"),
-    "v5e": Chip(16 * GIB, 819e9, 1600e9 / 8, 2, DOCS + "v5e"),
+    "v5e": Chip(15.75 * GIB, 819e9, 1600e9 / 8, 2, DOCS + "v5e"),
     "v5p": Chip(95 * GIB, 2765e9, 4800e9 / 8, 3, DOCS + "v5p"),
-    "v6e": Chip(32 * GIB, 1600e9, 3200e9 / 8, 2, DOCS + "v6e"),
+    "v6e": Chip(31.24 * GIB, 1600e9, 3200e9 / 8, 2, DOCS + "v6e"),
     "tpu7x": Chip(192 * GIB, 7380e9, 4800e9 / 8, 3, DOCS + "tpu7x"),
     "cpu": Chip(4 * GIB, 20e9, 5e9, 1, "invented, to try the planner on virtual devices", 50e9),
 }

@@ -10,13 +10,14 @@ import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
+
+from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
-    config_flags.DEFINE_config_file("config", None, "The experiment, a file under configs/.", lock_config=True)
+    define_flag(None, "The experiment, a file under configs/.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
     flags.DEFINE_list(
@@ -46,6 +47,8 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError("name a machine, as in --topology=v6e:16x16, or --scaling=v5p")
     if min(FLAGS.fitting, FLAGS.most) < 1:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
+    if FLAGS.json and not pathlib.Path(FLAGS.json).parent.is_dir():
+        raise UserError(f"--json={FLAGS.json}: there is no directory {pathlib.Path(FLAGS.json).parent}")
     jax.config.update("jax_platforms", "cpu")  # the machine at hand is not the one to plan for
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width of its own
     recipe = read_recipe(load(TrainConfig, FLAGS.config), console)
@@ -61,11 +64,16 @@ def main(command: str, arguments: list[str]) -> None:
             pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made, points), indent=2))
 
     for target in machines:
-        for step in FLAGS.steps or recipe.steps:
-            for compiled in search(recipe, step, target, fitting=FLAGS.fitting, most=FLAGS.most):
+        trained = None
+        for step in (step for step in recipe.steps if not FLAGS.steps or step in FLAGS.steps):
+            for compiled in search(recipe, step, target, fitting=FLAGS.fitting, most=FLAGS.most, trained=trained):
                 console.print(report.line(compiled))
                 made.append(compiled)
                 keep()
+            if step == "update" and (found := report.best(made).get(target.name, {}).get(step)):
+                trained = {axis: size for axis, size in found.plan.sharding.items() if axis != "micro_batches"}
+        if trained is None and "rollout" in (FLAGS.steps or recipe.steps):
+            console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
     if made:
         console.print(report.table(made))
     if FLAGS.scaling:

@@ -45,10 +45,11 @@ class Recipe:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps of this recipe, in the order in which a run takes them."""
+        """The steps of this recipe, in the order in which they are planned: the update's mesh is where the state lies in the
+        other steps of reinforcement learning."""
         config = self.config
         tuning = ("sft", *["unlearn"] * (config.lora is not None)) if config.sft is not None else ()
-        return tuning + (("rollout", "score", "update") if config.rl is not None else ())
+        return tuning + (("update", "score", "rollout") if config.rl is not None else ())
 
     def rows(self, step: str) -> int:
         """Rows that one call of the step's program works on."""
@@ -122,8 +123,8 @@ def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def sft_batch(recipe: Recipe) -> Batch:
-    """Rows of traces, as `pixel-jax sft` builds them."""
+def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
+    """Rows of traces: several to a row, as `pixel-jax sft` packs them, or one, as an edit takes them."""
     config, rows = recipe.config, recipe.config.sft.batch_size
     length, frames = config.trace_tokens, config.trace_frames
     return Batch(
@@ -138,8 +139,9 @@ def sft_batch(recipe: Recipe) -> Batch:
             grids=array(jnp.int32, rows, frames, 3),
             seconds=array(jnp.float32, rows, frames),
         ),
-        advantage=array(jnp.float32, rows),
+        advantage=array(jnp.float32, rows, length) if packed else array(jnp.float32, rows),
         weight=array(jnp.float32, rows),
+        segments=array(jnp.int32, rows, length) if packed else None,
     )
 
 
@@ -200,16 +202,19 @@ def micro_batches(rows: int, mesh: Mesh) -> int:
     return rows // shards
 
 
-def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
-    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
+def build(recipe: Recipe, step: str, mesh: Mesh, trained: Mapping[str, int] | None = None) -> Program:
+    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not.
+
+    trained: mesh on which the training state lies during a rollout; None: that of the config.
+    """
     config = recipe.config
     turns = vision_turns(recipe.network)
     if step == "rollout":
         arguments, options = rollout_arguments(recipe, mesh)
-        trained = make_mesh(config.mesh or None, mesh.devices.flatten())  # where the state lies meanwhile
-        state = abstract_state(recipe, config.rl, config.rl.iterations * config.rl.updates, trained)
+        state_mesh = make_mesh(trained or config.mesh or None, mesh.devices.flatten())
+        state = abstract_state(recipe, config.rl, config.rl.iterations * config.rl.updates, state_mesh)
         model = jax.eval_shape(lambda state: state.model, state)
-        pairs = zip(*map(jax.tree.leaves, (placed(model, shardings(model, trained)), arguments[0])), strict=True)
+        pairs = zip(*map(jax.tree.leaves, (placed(model, shardings(model, state_mesh)), arguments[0])), strict=True)
         same = [x for x, y in pairs if x == y]  # neither cast nor moved: the state's own arrays
         resident = bytes_per_device(state) - bytes_per_device(same)
         turns |= rollout_turns(recipe, mesh)
@@ -219,16 +224,17 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     if step == "unlearn":
         model = abstract_model(recipe)
         model = placed(model, shardings(model, mesh))
-        function, *arguments = gauss_newton(model, sft_batch(recipe), mesh, micro_batches(rows, mesh))
+        function, *arguments = gauss_newton(model, sft_batch(recipe, packed=False), mesh, micro_batches(rows, mesh))
         return Program(function, tuple(arguments), {"curvature": "ggn"}, 0, turns, mesh)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches(rows, mesh))
     if step == "sft":
         optimizer = make_optimizer(phase.optimizer, phase.steps)
         function = make_sft_step(forward, optimizer, normalizer=phase.normalizer, mesh=mesh)
-        state, batch = abstract_state(recipe, phase, phase.steps, mesh), by_rows(sft_batch(recipe), mesh)
+        state, batch = abstract_state(recipe, phase, phase.steps, mesh), by_rows(sft_batch(recipe, packed=True), mesh)
         return Program(function, (state, batch), {}, 0, turns, mesh)
     total = phase.iterations * phase.updates
     state, batch = abstract_state(recipe, phase, total, mesh), by_rows(rl_batch(recipe), mesh)
+    frozen = frozen_copy(recipe, state, mesh)
     temperatures = {
         "temperature": phase.rollout.temperature,
         "later_temperature": phase.rollout.later_temperature,
@@ -236,13 +242,22 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     }
     if step == "update":
         function = make_rl_step(forward, phase.loss, make_optimizer(phase.optimizer, total), **temperatures)
-        return Program(function, (state, batch), {}, 0, turns, mesh)
+        return Program(function, (state, batch), {}, frozen, turns, mesh)
     if step == "score":
         function = make_score_step(forward, **temperatures)
         model = jax.eval_shape(lambda state: state.model, state)
         model = placed(model, shardings(model, mesh))
-        return Program(function, (model, batch), {}, bytes_per_device(state.opt_state), turns, mesh)
+        return Program(function, (model, batch), {}, bytes_per_device(state.opt_state) + frozen, turns, mesh)
     raise ValueError(f"there is no step {step!r}")
+
+
+def frozen_copy(recipe: Recipe, state: TrainState, mesh: Mesh) -> int:
+    """Bytes a device holds of the frozen weights a second time, where rollouts have a mesh of their own (`Resharder`)."""
+    config = recipe.config
+    if not config.rollout_mesh:
+        return 0
+    copied = jax.eval_shape(lambda rest: cast(rest, config.rl.forward.compute_dtype), state.rest)
+    return bytes_per_device(placed(copied, shardings(copied, make_mesh(config.rollout_mesh, mesh.devices.flatten()))))
 
 
 def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:

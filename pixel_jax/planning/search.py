@@ -132,15 +132,27 @@ def _parameters(text: TextConfig) -> int:
     return text.num_hidden_layers * layer + 2 * text.vocab_size * text.hidden_size
 
 
-def search(recipe: Recipe, step: str, machine: Machine, *, fitting: int, most: int) -> Iterator[Compiled]:
-    """Compiles candidates until `fitting` of them fit or `most` are compiled, those left out that are sure not to fit."""
+def search(
+    recipe: Recipe,
+    step: str,
+    machine: Machine,
+    *,
+    fitting: int,
+    most: int,
+    trained: Mapping[str, int] | None = None,
+) -> Iterator[Compiled]:
+    """Compiles candidates until `fitting` of them fit or `most` are compiled, those left out that are sure not to fit.
+
+    trained: the mesh of the update, if it is known: a run scores on it, and its state lies there during a rollout.
+    """
     fit, tight = 0, []
-    if not (meshes := candidates(recipe, step, machine)):
+    meshes = [dict(trained)] if trained and step == "score" else candidates(recipe, step, machine)
+    if not meshes:
         raise ValueError(f"{step}: {recipe.rows(step)} rows and the weights cannot be split over {machine.name}")
     for mesh in meshes:
         if any(needs_no_less(mesh, other) for other in tight):
             continue
-        compiled = plan(recipe, step, machine, mesh)
+        compiled = plan(recipe, step, machine, mesh, trained)
         yield compiled
         fit += compiled.plan.fits
         tight += [] if compiled.plan.fits else [mesh]
@@ -156,13 +168,19 @@ def needs_no_less(mesh: Mapping[str, int], other: Mapping[str, int]) -> bool:
     return all(parts(mesh, axes) <= parts(other, axes) for axes in (row, weights))
 
 
-def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, int]) -> Compiled:
-    """Compiles a step for a mesh on a machine, and counts it."""
+def plan(
+    recipe: Recipe,
+    step: str,
+    machine: Machine,
+    mesh_shape: Mapping[str, int],
+    trained: Mapping[str, int] | None = None,
+) -> Compiled:
+    """Compiles a step for a mesh on a machine, and counts it; `trained` as in `search`."""
     mesh = make_mesh(mesh_shape, machine.devices)
     sharding = dict(mesh_shape)
     if step != "rollout":
         sharding["micro_batches"] = micro_batches(recipe.rows(step), mesh)
-    program = build(recipe, step, mesh)
+    program = build(recipe, step, mesh, trained)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}
     try:

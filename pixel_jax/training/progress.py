@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """One line on the terminal, rewritten; in a log file a line every `every` seconds."""
+    """One line on the terminal, rewritten, as wide as that is; in a log file a whole line every `every` seconds."""
 
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
@@ -65,7 +66,7 @@ class Progress:
         self.began, self.shown = None, None
 
     def update(self, done: int, facts: Mapping[str, float]) -> None:
-        """`done` of `total` steps are behind us; `facts` are shown beside them."""
+        """`done` of `total` steps are behind us; `facts` are shown beside them, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
@@ -76,6 +77,7 @@ class Progress:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
         line = f"{self.label} {done}/{self.total}  {left} left  {shown}"
         if self.live:
+            line = line[: shutil.get_terminal_size().columns - 1]
             self.stream.write("\r\x1b[K" + line + ("\n" if done >= self.total else ""))
         else:
             self.stream.write(line + "\n")

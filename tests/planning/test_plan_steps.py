@@ -2,31 +2,48 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
+import math
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from pixel_jax.config import load
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.flops import Work, forward_flops, padded_work, training_flops
+from pixel_jax.models.released import released
 from pixel_jax.parallel import make_mesh, shard_batch
 from pixel_jax.parallel.sharding import shardings
 from pixel_jax.planning import report
 from pixel_jax.planning import search as search_module
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import CHIPS, machine, slices
-from pixel_jax.planning.programs import abstract_model, abstract_state, build, bytes_per_device, sft_batch
+from pixel_jax.planning.programs import (
+    abstract_model,
+    abstract_state,
+    build,
+    bytes_per_device,
+    prompt_arrays,
+    sft_batch,
+)
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, search, times
 from pixel_jax.planning.weak_scaling import Point, with_rows
 from pixel_jax.rollout.machine import READ_CHUNK, budgets
-from pixel_jax.train import LoRAConfig
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import to_host
+from pixel_jax.train import LoRAConfig, TrainConfig
+from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
+from pixel_jax.training.packing import pack
 from pixel_jax.training.state import init_state
 from tests.planning.small_recipe import recipe
 from unlearn_jax.objective import Objective
 from unlearn_jax.vision_language import adapter_loss, examples
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "pixel"
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 FIELDS = ("topology", "step", "sharding", "fits", "bytes_per_chip", "flops_per_chip", "bytes_moved", "collectives")
 FIELDS += ("seconds", "bound")
@@ -41,13 +58,43 @@ def add(a: Work, b: Work) -> Work:
     return Work(*map(sum, zip(a, b, strict=True)))
 
 
-def test_abstract_arguments_are_those_of_a_run():
-    mesh, small = make_mesh(MESH), recipe()
-    phase = small.config.sft
+def rolled_out(small):
+    """The rows of one rollout, of questions about nothing."""
+    prompts = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(small)._replace(tables=()))
+    prompts = prompts._replace(
+        tables=small.tables,
+        length=np.full_like(prompts.length, 8),
+        canvas_size=np.full_like(prompts.canvas_size, 56),
+        num_canvases=np.ones_like(prompts.num_canvases),
+    )
     model = Qwen2_5_VL(small.network, jax.random.key(0))
-    state = init_state(model, make_optimizer(phase.optimizer, phase.steps), trainable=phase.trainable, mesh=mesh)
-    batch = shard_batch(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), sft_batch(small)), mesh)
-    expected = build(small, "sft", mesh).arguments
+    found = to_host(rollout(model, prompts, jax.random.key(0), small.config.rl.rollout))
+    return jax.tree.map(lambda x: x[: small.config.rl.train_batch], found)
+
+
+def packed_rows(small):
+    """A batch that the packing of `pixel-jax sft` has made."""
+    config = small.config
+    zeros = lambda x: np.zeros(
+        (x.shape[0], 8, *x.shape[2:]) if x.shape[1:2] == (config.trace_tokens,) else x.shape, x.dtype
+    )
+    rows = jax.tree.map(zeros, sft_batch(small, packed=False))
+    rows.valid[:], rows.weight[:] = True, 1
+    rows.visual.slices[:, 0], rows.visual.slices[:, 1:], rows.visual.grids[:, 0] = 0, -1, 1
+    batch = pack(rows, length=config.trace_tokens, slices=config.trace_frames, frames=config.trace_frames)
+    return jax.tree.map(lambda x: np.repeat(x, config.sft.batch_size, axis=0)[: config.sft.batch_size], batch)
+
+
+@pytest.mark.parametrize("step", ["sft", "update"])
+def test_abstract_arguments_are_those_of_a_run(step):
+    mesh, small = make_mesh(MESH), recipe()
+    phase = small.config.sft if step == "sft" else small.config.rl
+    model = Qwen2_5_VL(small.network, jax.random.key(0))
+    steps = phase.steps if step == "sft" else phase.iterations * phase.updates
+    state = init_state(model, make_optimizer(phase.optimizer, steps), trainable=phase.trainable, mesh=mesh)
+    batch = packed_rows(small) if step == "sft" else from_trajectories(rolled_out(small), np.ones(8, np.float32))
+    batch = shard_batch(batch, mesh)
+    expected = build(small, step, mesh).arguments
     assert jax.tree.structure(expected) == jax.tree.structure((state, batch))
     for imagined, real in zip(jax.tree.leaves(expected), jax.tree.leaves((state, batch)), strict=True):
         assert (imagined.shape, imagined.dtype) == (real.shape, real.dtype)
@@ -62,9 +109,9 @@ def adapted():
 
 def test_an_unlearning_step_is_that_of_an_edit():
     mesh, small = make_mesh(MESH), adapted()
-    assert small.steps == ("sft", "unlearn", "rollout", "score", "update")
+    assert small.steps == ("sft", "unlearn", "update", "score", "rollout")
     zeros = lambda x: np.zeros(x.shape, x.dtype)
-    batch = jax.tree.map(zeros, sft_batch(small))
+    batch = jax.tree.map(zeros, sft_batch(small, packed=False))
     batch.tokens[:, :] = batch.valid[:, :] = batch.chosen[:, 1:] = True
     batch.visual.slices[:] = np.arange(2)[None, :, None]
     batch.visual.grids[:] = (1, 4, 8)
@@ -114,8 +161,10 @@ def test_a_rollout_counts_its_turns():
     small = dataclasses.replace(small, config=dataclasses.replace(small.config, rl=rl))
     program = build(small, "rollout", mesh)
     memory, text = compile_to_text(program)
-    rows, keys = 4 * config.group_size, small.config.prompt_width + config.max_response
-    turns, calls = config.max_calls + 1, config.max_calls
+    # A group of slots keeps the prompts of two questions where others wait, and its rows look at both.
+    rows, keys = 4 * config.group_size, 2 * small.config.prompt_width + config.max_response
+    waves = small.config.rl.prompts // config.in_flight
+    turns, calls = waves * (config.max_calls + 1), waves * config.max_calls
 
     def more(scope):
         """Work of one turn more of a loop, on all devices."""
@@ -131,10 +180,12 @@ def test_a_rollout_counts_its_turns():
     assert more("pieces") == pytest.approx(calls * by_hand(rows * READ_CHUNK), rel=0.1)
     shape = program.options["shape"]
     assert more("views") > calls * by_hand(0, slices=shape.shards, patches=budgets(config, shape)[2].patches)
-    # The state of training stays where it is, split over all devices, whatever the rollout's mesh.
-    assert program.resident == build(small, "rollout", make_mesh({"data": 4, "tensor": 2})).resident
+    # The state of training stays where it is, whatever the rollout's mesh: split over all devices, or as the update has it.
+    other = make_mesh({"data": 4, "tensor": 2})
+    assert program.resident == build(small, "rollout", other).resident
+    assert program.resident < build(small, "rollout", other, {"data": 8}).resident
     assert memory > bytes_per_device(program.arguments[:2])
-    assert small.rows("rollout") == rows and program.arguments[1].tokens.shape[0] == 4
+    assert small.rows("rollout") == waves * rows and program.arguments[1].tokens.shape[0] == waves * config.in_flight
 
 
 def test_a_rollout_reads_weights_of_the_type_that_training_computes_in():
@@ -154,6 +205,13 @@ def test_memory_is_the_programs_and_what_stays_beside_it():
     score = build(small, "score", mesh)
     assert score.resident == bytes_per_device(state.opt_state)
     assert compiled("score").plan.bytes_per_chip > score.resident + bytes_per_device(score.arguments)
+    # Adapters alone are trained, and rollouts have a mesh of their own: the frozen weights are there twice.
+    rl = dataclasses.replace(small.config.rl, trainable=".*lora_")
+    lora = dataclasses.replace(adapted().config, rl=rl, rollout_mesh={"data": 8})
+    lora = dataclasses.replace(small, config=lora)
+    frozen = abstract_state(lora, rl, 1, mesh).rest
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    assert build(lora, "update", mesh).resident == whole
 
 
 def test_candidates_divide_everything():
@@ -185,7 +243,7 @@ def test_what_is_sure_not_to_fit_is_not_compiled(monkeypatch):
     """After a mesh that does not fit, those on which a device holds no less."""
     target, tried = machine("cpu:8"), []
 
-    def full(recipe, step, machine, mesh):
+    def full(recipe, step, machine, mesh, trained):
         tried.append(dict(mesh))
         return Compiled(Plan("", step, mesh, False, *[None] * 6), {}, 0.0)
 
@@ -209,6 +267,45 @@ def test_the_document_has_the_promised_fields():
         each = times(c.plan, machine("cpu:8"))
         assert c.plan.seconds == max(each) == getattr(each, c.plan.bound)
     assert report.table(made).row_count == 2
+
+
+def test_scoring_is_planned_where_the_update_was():
+    target, trained = machine("cpu:8"), {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    (found,) = search(recipe(), "score", target, fitting=1, most=3, trained=trained)
+    assert {axis: found.plan.sharding[axis] for axis in trained} == trained
+
+
+PUBLISHED = pathlib.Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize(
+    "name", ["plan-7b-sft", "plan-7b-rl-v5p", "plan-7b-rl-v5e", "plan-7b-rl-v6e", "plan-72b-rl-v5p"]
+)
+def test_flops_of_published_plans_are_those_of_hand_arithmetic(name):
+    """The formula, and three products more for each pair of positions: splash attention's backward pass computes scores, and
+    the products with values and their cotangents, a second time."""
+    phase, size = ("sft" if "sft" in name else "rl"), name.split("-")[1]
+    spec = importlib.util.spec_from_file_location("config", CONFIGS / f"qwen2_5_vl_{size}_{phase}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = load(TrainConfig, module.get_config())
+    network = released(config.architecture)
+    for found in json.loads((PUBLISHED / f"{name}.json").read_text())["plans"]:
+        if not found["fits"] or found["step"] == "rollout":
+            continue
+        if phase == "sft":
+            rows, length = config.sft.batch_size, config.trace_tokens
+            work = padded_work(rows, length, config.trace_frames, config.trace_patches, network)
+        else:
+            rows, length = config.rl.train_batch, config.prompt_width + config.rl.rollout.max_response
+            shown = 4 * config.rl.rollout.max_pixels // 28**2
+            work = padded_work(rows, length, 1 + config.rl.rollout.max_calls, shown, network)
+        forward = forward_flops(network, work)
+        by_hand = sum(forward)
+        if found["step"] != "score":
+            by_hand = sum(training_flops(network, work, vision=phase == "rl", remat=True)) + 1.5 * forward.attention
+        chips = math.prod(map(int, found["topology"].split(":")[1].split("x")))
+        assert found["flops_per_chip"] * chips == pytest.approx(by_hand, rel=0.1), found["step"]
 
 
 def test_weak_scaling_is_in_the_document_and_in_a_table():

@@ -29,6 +29,15 @@ def test_a_log_file_gets_whole_lines_and_the_last_one():
     assert lines[0].startswith("sft 1/3  ? left  loss 1") and lines[1].startswith("sft 3/3  0:00 left  loss 0.3333")
 
 
+def test_a_terminal_gets_as_much_as_it_has_room_for(monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setenv("COLUMNS", "40")
+    Progress("rl", 2, stream=stream).update(1, {"accuracy": 0.5, **{f"metric_{i}": i for i in range(30)}})
+    (line,) = stream.getvalue().split("\x1b[K")[1:]
+    assert line.startswith("rl 1/2  ? left  accuracy 0.5  metric_0") and len(line) == 39
+
+
 def test_a_restart_drops_the_lines_it_repeats(tmp_path):
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, 0)
