@@ -28,6 +28,9 @@ def join(environment: Mapping[str, str] = os.environ, *, heartbeat: int = HEARTB
     count = environment.get(COUNT, "1")
     if count != "auto" and int(count) < 2:
         return
+    # SIGTERM is left to `training.preemption`. JAX's service takes it for all and agrees on a number to stop at, of those that
+    # it was asked about; but it is asked by Orbax, too, with other numbers.
+    jax.config.update("jax_enable_preemption_service", False)
     where = {} if count == "auto" else address(environment)
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=heartbeat)
     if jax.default_backend() == "cpu":

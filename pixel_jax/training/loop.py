@@ -70,7 +70,8 @@ def run(
     What a step does may depend on `state`, `i` and the objects in `host` and `local`, whose states are saved with it, and
     on nothing else: then a killed run that is started again ends with the same bits. Metrics go to
     `directory/metrics.jsonl` and to `writers`. Without a `directory` nothing is written. A run that is told to go
-    (`NOTICE`) saves itself after the step it is at, and ends with `Preempted`.
+    (`NOTICE`) saves itself after the step it is at, and ends with `Preempted`. A step that may last too long raises that
+    itself (`NOTICE.obey`), as long as it has changed nothing: then what was before it is saved.
 
     With several processes, all take the same steps; `host` is the same in each, `local` is its own; the first one writes
     the metrics.
@@ -80,7 +81,7 @@ def run(
 
     def show(done: int, metrics: Mapping[str, float]) -> None:
         if progress is not None:
-            progress.update(done, {name: metrics[name] for name in shown if name in metrics})
+            progress.update(done, {name: metrics[name] for name in (*shown, *metrics) if name in metrics})
 
     if directory is None:
         for i in range(steps):
@@ -106,17 +107,21 @@ def run(
                     item.set_state(*[states[name] for states in found.local])
         log = open_writers(directory, start, writers, label) if first() else None
         for i in range(start, steps):
-            state, metrics = step(state, i)
-            if log is not None:
-                log.write(i, metrics)
-            show(i + 1, metrics)
-            told = NOTICE.reached(i)
-            if (i + 1) % save_every == 0 or i + 1 == steps or told:
+            try:
+                state, metrics = step(state, i)
+            except Preempted:
+                done, told = i, True
+            else:
+                done, told = i + 1, NOTICE.reached()
+                if log is not None:
+                    log.write(i, metrics)
+                show(done, metrics)
+            if (done % save_every == 0 or done == steps or told) and checkpoints.latest != done:
                 states = ({name: item.get_state() for name, item in items.items()} for items in (host, local))
-                checkpoints.save(i + 1, state._replace(rest=()), *states, base=base)
-            if told and i + 1 < steps:
+                checkpoints.save(done, state._replace(rest=()), *states, base=base)
+            if told and done < steps:
                 checkpoints.finish()
-                say(f"{label}: told to go after step {i + 1} of {steps}; it is saved. Started again, the run goes on.")
+                say(f"{label}: told to go; {done} of {steps} steps are done and saved. Started again, the run goes on.")
                 raise Preempted
             checkpoints.poll()
         if log is not None:

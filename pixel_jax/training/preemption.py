@@ -1,15 +1,15 @@
-"""SIGTERM as notice that the machine is about to be taken away: finish the step, save, and say so with an exit code."""
+"""SIGTERM as notice that the machine is about to be taken away: finish the step, or give it up where it may last longer than
+there is time; save, and say so with an exit code."""
 
 import signal
 
-import jax
-from jax.experimental import multihost_utils
+from pixel_jax.parallel.processes import everywhere
 
 CODE = 42  # exit code of a run that was preempted and saved itself: started again, it goes on
 
 
 class Preempted(SystemExit):
-    """Ends the program with `CODE`. A checkpoint has been written."""
+    """Ends the program with `CODE`; what it has done is saved. A step raises it to give itself up (`loop.run`)."""
 
     def __init__(self):
         super().__init__(CODE)
@@ -22,19 +22,21 @@ class Notice:
         self.given = False
 
     def listen(self) -> None:
-        """From now on SIGTERM is taken for a notice. Several processes: after `jax.distributed.initialize`, whose
-        preemption service listens for all of them."""
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._take)
+        """From now on SIGTERM is taken for a notice."""
+        signal.signal(signal.SIGTERM, self._take)
 
     def _take(self, number, frame) -> None:
         self.given = True
 
-    def reached(self, step: int) -> bool:
-        """Whether the run is to stop after `step`. Called after every step; all processes get True after the same one."""
-        if jax.process_count() == 1:
-            return self.given
-        return multihost_utils.reached_preemption_sync_point(step)
+    def reached(self) -> bool:
+        """Whether the run is to stop here. All processes ask at the same places, after every step at least, and are told the
+        same."""
+        return bool(everywhere(self.given).any())
+
+    def obey(self) -> None:
+        """`Preempted` if the run is to stop here: asked in a step, as long as it can be given up."""
+        if self.reached():
+            raise Preempted
 
 
 NOTICE = Notice()

@@ -22,6 +22,7 @@ from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.packing import PackingConfig, pack_rows
+from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig, RewardParts
 from pixel_jax.training.scorers import Reference, Scorer
@@ -170,6 +171,7 @@ def rl(
 
     `data` yields prompts and one reference answer (whatever `score` understands) for each; it has `get_state` and
     `set_state`. Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run.
+    An iteration that is told to go before its updates is given up: it may last longer than there is time.
 
     Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
     this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
@@ -191,10 +193,21 @@ def rl(
 
     def old_logprobs(state: TrainState, batch: Batch) -> np.ndarray:
         model, rows = state.model, batch.tokens.shape[0]
-        parts = (slice(start, start + share_of_update) for start in range(0, rows, share_of_update))
-        return np.concatenate([local_rows(scorer(model, place(take(batch, part)))[0]) for part in parts])
+        found = []
+        for start in range(0, rows, share_of_update):
+            NOTICE.obey()
+            found.append(local_rows(scorer(model, place(take(batch, slice(start, start + share_of_update))))[0]))
+        return np.concatenate(found)
 
     def step(state: TrainState, i: int):
+        position = data.get_state()
+        try:
+            return iteration(state, i)
+        except Preempted:  # the buffer and the state have not changed yet
+            data.set_state(position)
+            raise
+
+    def iteration(state: TrainState, i: int):
         laps = Laps()
         prompts, answers = next(data)
         if len(answers) * part.count != config.prompts:
@@ -206,6 +219,7 @@ def rl(
         actor = policy(state)
         trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout))
         laps.lap("rollout")
+        NOTICE.obey()
         timed = {}
         if config.time_operations and i % config.time_operations == 0:
             timed["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
@@ -230,6 +244,7 @@ def rl(
         if config.old_logprobs == "recomputed" and (teaching.any() or config.replay.kind == "none"):
             batch = batch._replace(old_logprobs=old_logprobs(state, batch))
             check_rows(batch.old_logprobs, f"iteration {i}: the log-probabilities")
+        NOTICE.obey()
         laps.lap("old_logprobs")
         selected = replay.select(batch, np.repeat(teaching, n))
         facts["updates"] = 0 if selected is None else config.updates

@@ -30,25 +30,30 @@ from pixel_jax.training.steps import ForwardConfig
 PROMPTS = 4
 
 
+def happen(batch, event):
+    """At the appointed batch the process sends itself a signal."""
+    if event and (event["victim"], event["batch"]) == (jax.process_index(), batch):
+        os.kill(os.getpid(), event["signal"])
+
+
 class Rows(Shuffled):
-    """The same rows again and again; at the appointed batch the process sends itself a signal."""
+    """The same rows again and again."""
 
     event: dict = {}
 
     def __next__(self):
-        if self.event and self.event["victim"] == jax.process_index():
-            if self.position == self.event["batch"] * self.batch_size:
-                os.kill(os.getpid(), self.event["signal"])
+        happen(self.position / self.batch_size, self.event)
         return super().__next__()
 
 
 class Questions:
     """This process's share of the same questions, again and again."""
 
-    def __init__(self, part):
-        self.part, self.asked = part, 0
+    def __init__(self, part, event):
+        self.part, self.event, self.asked = part, event, 0
 
     def __next__(self):
+        happen(self.asked, self.event)
         self.asked += 1
         size = PROMPTS // self.part.count
         mine = slice(self.part.index * size, (self.part.index + 1) * size)
@@ -89,7 +94,7 @@ def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event)
     return sft(model, data, config, directory=directory, mesh=mesh)
 
 
-def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=False):
+def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=False, **event):
     config = RLConfig(
         iterations=steps,
         prompts=PROMPTS,
@@ -101,7 +106,7 @@ def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=Fal
         forward=ForwardConfig(remat=False),
         time_operations=1,
     )
-    model, data = talker.model(), Questions(share(mesh))
+    model, data = talker.model(), Questions(share(mesh), event)
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
     return rl(model, data, score, config, directory=directory, mesh=mesh, rollout_mesh=rollout_mesh)

@@ -1,6 +1,9 @@
 """The reinforcement-learning loop around a rollout made by hand: what it computes, what it keeps, what stops it."""
 
+import collections
 import dataclasses
+import errno
+import pathlib
 
 import jax
 import numpy as np
@@ -11,9 +14,11 @@ from pixel_jax.models import flops
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.training import rl as rl_module
+from pixel_jax.training.checkpoint import Checkpoints, WriteError
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.preemption import NOTICE, Preempted
+from pixel_jax.training.progress import MetricsLog, read_metrics
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.rl import RLConfig, rl, shaped_rewards, text_score
@@ -75,15 +80,25 @@ class Questions:
         self.asked = state["asked"]
 
 
+def rollout(model, prompts, key, config):
+    """Rows that depend on the key and on the weights."""
+    norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.device_get(model.lm_head)))
+    return make_trajectories(int(jax.random.randint(key, (), 0, 10**6)) + int(norm * 1e3) % 7)
+
+
 @pytest.fixture
 def rollouts(monkeypatch):
-    """Replaces the rollout by one whose rows depend on the key and on the weights."""
-
-    def rollout(model, prompts, key, config):
-        norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.device_get(model.lm_head)))
-        return make_trajectories(int(jax.random.randint(key, (), 0, 10**6)) + int(norm * 1e3) % 7)
-
+    """Replaces the rollout."""
     monkeypatch.setattr(rl_module, "rollout", rollout)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """(weights, directory) of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl_module, "rollout", rollout)
+        return run(model, directory), directory
 
 
 def score(trajectories, answers):
@@ -94,8 +109,17 @@ def run(model, directory, *, score=score, **changes):
     return rl(model, Questions(), score, dataclasses.replace(CONFIG, **changes), directory=directory)
 
 
-def test_a_resumed_run_is_the_same_run(model, rollouts, tmp_path):
-    whole = run(model, tmp_path / "whole")
+def assert_same_run(whole, model, directory):
+    """The weights, and all metrics but the times. The lines of the second run."""
+    for a, b in zip(*map(jax.tree.leaves, (whole[0], model)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    first, second = (read_metrics(path / "metrics.jsonl") for path in (whole[1], directory))
+    for a, b in zip(first, second, strict=True):
+        assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}
+    return second
+
+
+def test_a_resumed_run_is_the_same_run(model, whole, rollouts, tmp_path):
     calls = 0
 
     def failing(trajectories, answers):
@@ -106,16 +130,76 @@ def test_a_resumed_run_is_the_same_run(model, rollouts, tmp_path):
         return score(trajectories, answers)
 
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "parts", score=failing, save_every=2)
-    parts = run(model, tmp_path / "parts", save_every=2)
-    for a, b, c in zip(*map(jax.tree.leaves, (whole, parts, model)), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert not np.array_equal(a, c)
-    first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts"))
-    for a, b in zip(first, second, strict=True):
-        assert {k: v for k, v in a.items() if "second" not in k} == {k: v for k, v in b.items() if "second" not in k}
-    assert [line["step"] for line in first] == [0, 1, 2, 3] and all(line["updates"] == 2 for line in first)
-    assert {"accuracy", "rapr", "reward", "informative", "ratio", "clip_fraction", "entropy", "gap"} <= set(first[0])
+        run(model, tmp_path, score=failing, save_every=2)
+    parts = run(model, tmp_path, save_every=2)
+    lines = assert_same_run(whole, parts, tmp_path)
+    assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (parts, model)), strict=True))
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["updates"] == 2 for line in lines)
+    assert {"accuracy", "rapr", "reward", "informative", "ratio", "clip_fraction", "entropy", "gap"} <= set(lines[0])
+
+
+def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, whole, rollouts, tmp_path, monkeypatch):
+    """A life ends at a moment (place, its number in this life); what is saved are the iterations before that."""
+    moment, calls = None, collections.Counter()
+
+    def watched(place, function):
+        def call(*arguments):
+            calls[place] += 1
+            monkeypatch.setattr(NOTICE, "given", NOTICE.given or (place, calls[place]) == moment)
+            return function(*arguments)
+
+        return call
+
+    make = rl_module.make_score_step
+    monkeypatch.setattr(rl_module, "rollout", watched("rollout", rl_module.rollout))
+    monkeypatch.setattr(rl_module, "make_score_step", lambda *a, **b: watched("old_logprobs", make(*a, **b)))
+    lives = [(("rollout", 1), 0), (("score", 3), 2), (("old_logprobs", 2), 2), (("rollout", 2), 3)]
+    for moment, saved in lives:
+        calls.clear()
+        monkeypatch.setattr(NOTICE, "given", False)
+        with pytest.raises(Preempted):
+            run(model, tmp_path, score=watched("score", score), save_every=3)
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            assert checkpoints.latest == saved
+        assert len(read_metrics(tmp_path / "metrics.jsonl")) == saved
+        assert calls["old_logprobs"] == (2 if moment == ("old_logprobs", 2) else 2 * (calls["rollout"] - 1))
+    monkeypatch.setattr(NOTICE, "given", False)
+    assert_same_run(whole, run(model, tmp_path, save_every=3), tmp_path)
+
+
+def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(model, whole, rollouts, tmp_path, monkeypatch):
+    """Half of what is to be written fits: of a checkpoint's JSON, of a line of metrics, of what is noted about files."""
+    write_text, write = pathlib.Path.write_text, MetricsLog.write
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def write_half_a_text(path, text):
+        if path.name == "3.0.partial" or path.name == "0.json" and "/2." in str(path):
+            write_text(path, text[: len(text) // 2])
+            full(path)
+        return write_text(path, text)
+
+    def write_half_a_line(log, step, facts):
+        if step == 2:
+            log.file.write('{"step": 2, "accur')
+            log.file.flush()
+            full(log.file.name)
+        write(log, step, facts)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", write_half_a_text)
+    with pytest.raises(WriteError, match="checkpoint 2 cannot be written .*No space.* newest whole one is 1"):
+        run(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", write_text)
+        patch.setattr(MetricsLog, "write", write_half_a_line)
+        with pytest.raises(OSError, match="No space left .*metrics.jsonl"):
+            run(model, tmp_path)
+    with pytest.raises(WriteError, match="checkpoint 3 cannot be written .*No space"):
+        run(model, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(rl_module, "rollout", rollout)
+    assert_same_run(whole, run(model, tmp_path), tmp_path)
 
 
 def test_nothing_to_learn_from_is_no_update(model, rollouts, tmp_path):

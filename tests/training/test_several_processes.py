@@ -78,10 +78,30 @@ def test_one_is_told_to_go_all_save_themselves_and_one_goes_on_alone(tmp_path):
     event = {"signal": int(signal.SIGTERM), "victim": 1, "batch": 1}
     ended = fleet.wait(start(2, tmp_path / "several", mesh={"data": 2}, steps=12, **event))
     assert [code for code, _ in ended] == [CODE, CODE], ended
-    assert "it is saved" in ended[0][1] and 1 < len(read_metrics(tmp_path / "several" / "metrics.jsonl")) < 12
+    assert "are done and saved" in ended[0][1] and 1 < len(read_metrics(tmp_path / "several" / "metrics.jsonl")) < 12
     several = shared_worker.work(tmp_path / "several", steps=12)
     one = shared_worker.work(tmp_path / "one", steps=12)
     assert_same_run(one, several, (tmp_path / "one", tmp_path / "several"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, number, code", [(2, signal.SIGTERM, CODE), (1, signal.SIGKILL, -signal.SIGKILL)])
+def test_reinforcement_learning_goes_on_as_if_nothing_had_been(tmp_path, count, number, code):
+    """With the same bits. The signal comes just before the second rollout: its iteration is given up by all, or lost."""
+    settings = {"phase": "rl", "mesh": {"data": count}, "steps": 3}
+    fleet.expect(start(count, tmp_path / "whole", **settings))
+    event = {"signal": int(number), "victim": count - 1, "batch": 1}
+    ended = fleet.wait(start(count, tmp_path / "parts", **settings, **event), 1200)
+    assert [found for found, _ in ended] == [code] * count, ended
+    assert code != CODE or "1 of 3 steps are done and saved" in ended[0][1]
+    fleet.expect(start(count, tmp_path / "parts", **settings))
+    for a, b in zip(fleet.weights(tmp_path / "whole"), fleet.weights(tmp_path / "parts"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    whole, parts = (
+        [{name: x for name, x in line.items() if "second" not in name} for line in read_metrics(path / "metrics.jsonl")]
+        for path in (tmp_path / "whole", tmp_path / "parts")
+    )
+    assert whole == parts and len(whole) == 3
 
 
 def test_when_one_dies_the_others_say_so_and_end(tmp_path):
