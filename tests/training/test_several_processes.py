@@ -112,6 +112,17 @@ def test_when_one_dies_the_others_say_so_and_end(tmp_path):
 
 
 @pytest.mark.slow
+def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
+    script = tmp_path / "apart.py"
+    lines = ["import os, signal, time", "from pixel_jax.parallel.processes import first, join, meet, together"]
+    lines += ["join(heartbeat=10)", "with together():", "    meet('here')"]
+    lines += ["    time.sleep(100) if first() else os.kill(os.getpid(), signal.SIGKILL)"]
+    script.write_text("\n".join(lines))
+    ended = fleet.wait(fleet.start(2, script), 60)
+    assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"data": 2, "fsdp": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "sequence": 2}])
 def test_tuning_by_four_processes_is_that_by_one(tmp_path, mesh):
     """Also where two processes have the same rows."""
