@@ -10,12 +10,14 @@
 #   CHIPS        of one machine (default 4)
 #   RESTARTS     after failures other than a preemption, errors of the program too, at most (default 10; preemptions do not count)
 #   NAMESPACE    default: default
+#   CLAIM        a PersistentVolumeClaim that all pods may write, mounted at /data: Filestore, or a bucket by Cloud Storage FUSE
 #
 # For example:
-#   NAME=pixel IMAGE=REGION-docker.pkg.dev/PROJECT/images/pixel_jax ACCELERATOR=tpu-v6e-slice TOPOLOGY=16x16 \
-#       bash launch/gke.sh pixel-jax rl --config=configs/pixel/own_data.py --config.out=gs://bucket/rl
+#   NAME=pixel CLAIM=runs IMAGE=REGION-docker.pkg.dev/PROJECT/images/pixel_jax ACCELERATOR=tpu-v6e-slice TOPOLOGY=16x16 \
+#       bash launch/gke.sh pixel-jax rl --config=configs/pixel/own_data.py --config.out=/data/rl
 #
-# The cluster has the JobSet controller (0.6 or newer). `out` must outlive the pods.
+# The cluster has the JobSet controller (0.6 or newer). `out` must outlive the pods, and is a directory: a bucket has to be
+# mounted.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -50,6 +52,11 @@ if ((chips == 0 || total % chips)); then
     exit 2
 fi
 machines=$((total / chips))
+
+if ! [[ ${CLAIM:-none} =~ ^[a-z0-9]([-a-z0-9]*[a-z0-9])?$ ]]; then
+    echo "gke.sh: CLAIM is lower-case letters, digits and dashes, not '$CLAIM'" >&2
+    exit 2
+fi
 
 # quoted TEXT: as a YAML string.
 quoted() {
@@ -121,6 +128,16 @@ $(for word in "$@"; do echo "                    - $(quoted "$word")"; done)
                       google.com/tpu: $chips
                     limits:
                       google.com/tpu: $chips
+YAML
+    [ -n "${CLAIM:-}" ] || return 0
+    cat <<YAML
+                  volumeMounts:
+                    - name: data
+                      mountPath: /data
+              volumes:
+                - name: data
+                  persistentVolumeClaim:
+                    claimName: $CLAIM
 YAML
 }
 

@@ -13,9 +13,10 @@
 #
 # For example:
 #   NAME=pixel ZONE=us-east5-b TYPE=v6e-256 SPOT=1 bash launch/tpu_pod.sh \
-#       pixel-jax rl --config=configs/pixel/own_data.py --config.model=/gcs/model --config.out=gs://bucket/rl
+#       pixel-jax rl --config=configs/pixel/own_data.py --config.model=/data/model --config.out=/data/rl
 #
-# What is committed in this repository is what runs. `out` must outlive the slice. The slice is left running at the end;
+# What is committed in this repository is what runs. `out` must outlive the slice, and is a directory that all workers share
+# (Filestore, or a bucket mounted by Cloud Storage FUSE). The slice is left running at the end;
 # the last line says how to give it back.
 set -euo pipefail
 # shellcheck source=launch/common.sh

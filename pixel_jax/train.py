@@ -57,6 +57,9 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        for name in ("model", "data", "out"):
+            if "://" in getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
         if (self.video_canvas is None) != (self.video_prompt_width is None):
             raise ValueError(
                 f"video_canvas {self.video_canvas} and video_prompt_width {self.video_prompt_width} come together"

@@ -60,6 +60,7 @@ MISTAKES = {
         "7b_rl.py:qlora: no algorithm is called 'qlora'; known are .*rloo$",
     ),
     "sft without a required value": (["sft", *GIVEN], 1, "config lacks out, which TrainConfig requires"),
+    "a bucket": (["rl", *GIVEN, "--config.out=gs://b/rl"], 1, "config: out is 'gs://b/rl': files are local; mount"),
     "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
     "an unknown key": (
         ["sft", OWN_DATA, "--config.sft.stepz=1"],

@@ -142,6 +142,16 @@ def test_the_manifest_is_a_job_set(schema):
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 10
 
 
+def test_a_claim_is_where_runs_outlive_their_pods(schema):
+    found = manifest("train", CLAIM="runs")
+    schema.validate(found)
+    JobsetV1alpha2JobSet.from_dict(found)
+    pod = found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (mount,), (volume,) = pod["containers"][0]["volumeMounts"], pod["volumes"]
+    assert mount["mountPath"] == "/data" and mount["name"] == volume["name"]
+    assert volume["persistentVolumeClaim"] == {"claimName": "runs"}
+
+
 def test_the_schema_refuses_what_is_none(schema):
     """It would notice a field that does not exist, one that is missing, and one of another type."""
     for path, value in (
@@ -177,6 +187,7 @@ def test_machines_are_counted():
         ({"CHIPS": "four"}, "not 'four'"),
         ({"CHIPS": "0"}, "CHIPS=0"),
         ({"IMAGE": ""}, "IMAGE"),
+        ({"CLAIM": "a b"}, "CLAIM is lower-case letters, digits and dashes, not 'a b'"),
     ],
 )
 def test_wrong_values_are_named(wrong, message):
