@@ -66,6 +66,8 @@ def run_program(program: str, commands: Commands) -> None:
     module = importlib.import_module(commands[command][0])
     with key_errors(name):
         module.define_flags(command)
+    if "config" in flags.FLAGS:  # belongs to the command's module, whoever defined it
+        flags.FLAGS.register_key_flag_for_module(module.__name__, flags.FLAGS["config"])
     if {"-h", "--help"} & set(sys.argv[2:]):  # absl's own help looks for flags in the script that was started
         print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
         sys.exit(0)

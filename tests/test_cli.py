@@ -103,7 +103,7 @@ def test_mistakes_are_answered_in_a_line(mistake, tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name):
     code, out, _ = command(name, "--help")
-    wanted = {"view": "--out", "chat": "--question", "quickstart": "--seeds", "bench": "--only"}.get(name, "--config")
+    wanted = {"view": "--out:", "chat": "--question:", "bench": "--only:"}.get(name, "--config:")
     assert code == 0 and f"pixel-jax {name}" in out and wanted in out
 
 

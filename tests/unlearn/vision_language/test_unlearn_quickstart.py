@@ -246,7 +246,11 @@ def command(*arguments, start=(), **environment):
 MISTAKES = {
     "no command": ([], 2, ""),
     "unknown command": (["forget"], 2, "there is no command 'forget'"),
-    "an unknown key": (["train", "--config.trases.zoom=1"], 1, "unknown key of the config.*trases"),
+    "an unknown key": (
+        ["train", "--config.trases.zoom=1"],
+        1,
+        "the config has no section 'trases'.*Did you mean traces",
+    ),
     "a value of another type": (["train", "--config.traces.zoom=many"], 1, "config.traces.zoom"),
     "a stray argument": (["erase", "request.json"], 1, "unexpected argument 'request.json'"),
     "no model": (
