@@ -13,7 +13,7 @@ from pixel_jax.models.flops import PEAK_FLOPS
 class Chip(NamedTuple):
     """Published peaks of one chip."""
 
-    memory: float  # bytes that XLA gives a program
+    memory: float  # bytes that XLA gives the programs of a chip
     bandwidth: float  # of its memory, bytes a second
     links: float  # to its neighbours, all ports together, one direction, bytes a second
     dims: int  # of the torus
@@ -23,13 +23,14 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 DOCS = "docs.cloud.google.com/tpu/docs/"
-# Newer pages give links in both directions: twice these numbers. Of v5e and v6e XLA keeps some memory ("of 15.75G hbm").
+# Newer pages give links in both directions: twice these numbers. Memory is less than the pages say, it is what libtpu 0.0.52
+# says of a program that is too large: "exceeds available HBM (15.75G)". It counts a device, and a TPU7x has two.
 CHIPS = {
-    "v4": Chip(32 * GIB, 1228e9, 2400e9 / 8, 3, DOCS + "v4"),
+    "v4": Chip(30.75 * GIB, 1228e9, 2400e9 / 8, 3, DOCS + "v4"),
     "v5e": Chip(15.75 * GIB, 819e9, 1600e9 / 8, 2, DOCS + "v5e"),
-    "v5p": Chip(95 * GIB, 2765e9, 4800e9 / 8, 3, DOCS + "v5p"),
+    "v5p": Chip(95.73 * GIB, 2765e9, 4800e9 / 8, 3, DOCS + "v5p"),
     "v6e": Chip(31.24 * GIB, 1600e9, 3200e9 / 8, 2, DOCS + "v6e"),
-    "tpu7x": Chip(192 * GIB, 7380e9, 4800e9 / 8, 3, DOCS + "tpu7x"),
+    "tpu7x": Chip(2 * 94.74 * GIB, 7380e9, 4800e9 / 8, 3, DOCS + "tpu7x"),
     "cpu": Chip(4 * GIB, 20e9, 5e9, 1, "invented, to try the planner on virtual devices", 50e9),
 }
 SLICES = {2: {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}}

@@ -37,6 +37,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.config import load
     from pixel_jax.planning import report
     from pixel_jax.planning.machines import machine, slices
+    from pixel_jax.planning.programs import TUNING
     from pixel_jax.planning.search import search
     from pixel_jax.planning.weak_scaling import weak_scaling
     from pixel_jax.train import TrainConfig
@@ -57,25 +58,28 @@ def main(command: str, arguments: list[str]) -> None:
     if FLAGS.scaling:
         slices(FLAGS.scaling)  # an unknown kind stops before anything is compiled
     machines = [machine(name) for name in FLAGS.topology]
-    made, points = [], []
+    wanted = [step for step in recipe.steps if not FLAGS.steps or step in FLAGS.steps]
+    if "rollout" in wanted and not {"update", "score"} & set(wanted):
+        console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
+    learning = [step for step in wanted if step not in TUNING]  # steps of one run
+    made, best, points = [], {}, []
 
     def keep() -> None:
         if FLAGS.json:
-            pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made, points), indent=2))
+            pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made, best, points), indent=2))
+
+    def note(compiled) -> None:
+        console.print(report.line(compiled))
+        made.append(compiled)
+        keep()
 
     for target in machines:
-        trained = None
-        for step in (step for step in recipe.steps if not FLAGS.steps or step in FLAGS.steps):
-            for compiled in search(recipe, step, target, fitting=FLAGS.fitting, most=FLAGS.most, trained=trained):
-                console.print(report.line(compiled))
-                made.append(compiled)
-                keep()
-            if step == "update" and (found := report.best(made).get(target.name, {}).get(step)):
-                trained = {axis: size for axis, size in found.plan.sharding.items() if axis != "micro_batches"}
-        if trained is None and "rollout" in (FLAGS.steps or recipe.steps):
-            console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
+        best[target.name] = {}
+        for steps in [[step] for step in wanted if step in TUNING] + [learning] * bool(learning):
+            best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, note=note)
+            keep()
     if made:
-        console.print(report.table(made))
+        console.print(report.table(made, best))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else "sft"
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):

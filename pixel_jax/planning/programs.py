@@ -16,7 +16,6 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
-from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
@@ -45,8 +44,7 @@ class Recipe:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps of this recipe, in the order in which they are planned: the update's mesh is where the state lies in the
-        other steps of reinforcement learning."""
+        """The steps of this recipe, in the order in which they are planned."""
         config = self.config
         tuning = ("sft", *["unlearn"] * (config.lora is not None)) if config.sft is not None else ()
         return tuning + (("update", "score", "rollout") if config.rl is not None else ())
@@ -69,7 +67,6 @@ class Program(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple
     options: dict[str, Any]
-    resident: int  # bytes a device holds besides the arguments while the program runs
     turns: Mapping[str, float]  # of the loops and branches that the data decides: how often a scope's body runs
     mesh: Mesh
 
@@ -169,11 +166,15 @@ def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
     return machine.Shape(views=8 if video else 1, shards=shards, patches=4 * (shown // FACTOR**2))
 
 
+def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
+    """The model as a rollout on the mesh reads it."""
+    model = jax.eval_shape(lambda model: cast(model, recipe.config.rl.forward.compute_dtype), abstract_model(recipe))
+    return placed(model, shardings(model, mesh))
+
+
 def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]]:
     """Positional arguments and options of `compiled_rollout`."""
-    model = jax.eval_shape(lambda model: cast(model, recipe.config.rl.forward.compute_dtype), abstract_model(recipe))
-    model = placed(model, shardings(model, mesh))
-    prompts = prompt_arrays(recipe)
+    model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
     opening, temperature, config = traced(recipe.config.rl.rollout, ())
@@ -202,39 +203,28 @@ def micro_batches(rows: int, mesh: Mesh) -> int:
     return rows // shards
 
 
-def build(recipe: Recipe, step: str, mesh: Mesh, trained: Mapping[str, int] | None = None) -> Program:
-    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not.
-
-    trained: mesh on which the training state lies during a rollout; None: that of the config.
-    """
+def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
+    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
     config = recipe.config
     turns = vision_turns(recipe.network)
     if step == "rollout":
         arguments, options = rollout_arguments(recipe, mesh)
-        state_mesh = make_mesh(trained or config.mesh or None, mesh.devices.flatten())
-        state = abstract_state(recipe, config.rl, config.rl.iterations * config.rl.updates, state_mesh)
-        model = jax.eval_shape(lambda state: state.model, state)
-        pairs = zip(*map(jax.tree.leaves, (placed(model, shardings(model, state_mesh)), arguments[0])), strict=True)
-        same = [x for x, y in pairs if x == y]  # neither cast nor moved: the state's own arrays
-        resident = bytes_per_device(state) - bytes_per_device(same)
-        turns |= rollout_turns(recipe, mesh)
-        return Program(compiled_rollout, arguments, options, resident, turns, mesh)
+        return Program(compiled_rollout, arguments, options, turns | rollout_turns(recipe, mesh), mesh)
     phase = config.sft if step in TUNING else config.rl
     rows = recipe.rows(step)
     if step == "unlearn":
         model = abstract_model(recipe)
         model = placed(model, shardings(model, mesh))
         function, *arguments = gauss_newton(model, sft_batch(recipe, packed=False), mesh, micro_batches(rows, mesh))
-        return Program(function, tuple(arguments), {"curvature": "ggn"}, 0, turns, mesh)
+        return Program(function, tuple(arguments), {"curvature": "ggn"}, turns, mesh)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches(rows, mesh))
     if step == "sft":
         optimizer = make_optimizer(phase.optimizer, phase.steps)
         function = make_sft_step(forward, optimizer, normalizer=phase.normalizer, mesh=mesh)
         state, batch = abstract_state(recipe, phase, phase.steps, mesh), by_rows(sft_batch(recipe, packed=True), mesh)
-        return Program(function, (state, batch), {}, 0, turns, mesh)
+        return Program(function, (state, batch), {}, turns, mesh)
     total = phase.iterations * phase.updates
     state, batch = abstract_state(recipe, phase, total, mesh), by_rows(rl_batch(recipe), mesh)
-    frozen = frozen_copy(recipe, state, mesh)
     temperatures = {
         "temperature": phase.rollout.temperature,
         "later_temperature": phase.rollout.later_temperature,
@@ -242,22 +232,33 @@ def build(recipe: Recipe, step: str, mesh: Mesh, trained: Mapping[str, int] | No
     }
     if step == "update":
         function = make_rl_step(forward, phase.loss, make_optimizer(phase.optimizer, total), **temperatures)
-        return Program(function, (state, batch), {}, frozen, turns, mesh)
+        return Program(function, (state, batch), {}, turns, mesh)
     if step == "score":
         function = make_score_step(forward, **temperatures)
         model = jax.eval_shape(lambda state: state.model, state)
         model = placed(model, shardings(model, mesh))
-        return Program(function, (model, batch), {}, bytes_per_device(state.opt_state) + frozen, turns, mesh)
+        return Program(function, (model, batch), {}, turns, mesh)
     raise ValueError(f"there is no step {step!r}")
 
 
-def frozen_copy(recipe: Recipe, state: TrainState, mesh: Mesh) -> int:
-    """Bytes a device holds of the frozen weights a second time, where rollouts have a mesh of their own (`Resharder`)."""
-    config = recipe.config
-    if not config.rollout_mesh:
+def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
+    """Bytes that a run's device holds besides the arguments of a step's program, trained on one mesh and rolled out on another
+    or the same: in a rollout the training state, in a score the optimiser's, and frozen weights twice (`Resharder`)."""
+    if step in TUNING:
         return 0
-    copied = jax.eval_shape(lambda rest: cast(rest, config.rl.forward.compute_dtype), state.rest)
-    return bytes_per_device(placed(copied, shardings(copied, make_mesh(config.rollout_mesh, mesh.devices.flatten()))))
+    rl = recipe.config.rl
+    state = abstract_state(recipe, rl, rl.iterations * rl.updates, trained)
+    if step == "rollout":
+        model = jax.eval_shape(lambda state: state.model, state)
+        pairs = zip(
+            jax.tree.leaves(placed(model, shardings(model, trained))),
+            jax.tree.leaves(policy(recipe, rolled)),
+            strict=True,
+        )
+        return bytes_per_device(state) - bytes_per_device([x for x, y in pairs if x == y])  # neither cast nor moved
+    copied = jax.eval_shape(lambda rest: cast(rest, rl.forward.compute_dtype), state.rest) if rolled != trained else ()
+    copied = placed(copied, shardings(copied, rolled))
+    return bytes_per_device(copied) + (bytes_per_device(state.opt_state) if step == "score" else 0)
 
 
 def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Plans as JSON and as tables."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -15,20 +15,12 @@ LOWER_BOUND = (
 )
 
 
-def best(made: Sequence[Compiled]) -> dict[str, dict[str, Compiled]]:
-    """topology -> step -> the fastest that fits."""
-    found: dict[str, dict[str, Compiled]] = {}
-    for compiled in made:
-        plan, steps = compiled.plan, found.setdefault(compiled.plan.topology, {})
-        if plan.fits and (plan.step not in steps or plan.seconds < steps[plan.step].plan.seconds):
-            steps[plan.step] = compiled
-    return found
+Best = Mapping[str, Mapping[str, Compiled]]  # topology -> step -> its plan
 
 
-def document(made: Sequence[Compiled], points: Sequence[Point] = ()) -> dict[str, Any]:
+def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
     """What the JSON file holds. `best`: topology -> step -> its index among the plans, and what had to be assumed; `scaling`:
     the plans of weak scaling, with seconds of each resource and tokens per second and chip."""
-    places = {id(compiled): i for i, compiled in enumerate(made)}
     scaling = [
         {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
     ]
@@ -36,10 +28,10 @@ def document(made: Sequence[Compiled], points: Sequence[Point] = ()) -> dict[str
         "plans": [dataclasses.asdict(compiled.plan) for compiled in made],
         "best": {
             topology: {
-                step: {"plan": places[id(compiled)], "assumed_turns": compiled.assumed}
+                step: {"plan": made.index(compiled), "assumed_turns": compiled.assumed}
                 for step, compiled in steps.items()
             }
-            for topology, steps in best(made).items()
+            for topology, steps in best.items()
         },
         **({"scaling": scaling} if scaling else {}),
     }
@@ -64,16 +56,16 @@ def line(compiled: Compiled) -> str:
     return f"{plan.topology} {plan.step}: {mesh(plan)}: {fits}; compiled in {compiled.seconds:.0f} s"
 
 
-def table(made: Sequence[Compiled]) -> Table:
+def table(made: Sequence[Compiled], best: Best) -> Table:
     """The best plan of each step on each machine."""
     found, caption = Table(title="Plans, of one chip and one call"), [LOWER_BOUND]
     columns = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
     for i, name in enumerate(columns):
         found.add_column(name, justify="right" if 3 <= i < 8 else "left")
-    for topology, steps in best(made).items():
+    for topology, steps in best.items():
         for step in dict.fromkeys(c.plan.step for c in made if c.plan.topology == topology):
             if step not in steps:
-                found.add_row(topology, step, "none of those compiled fits")
+                found.add_row(topology, step, "none of those compiled fits, with the run's other steps")
                 continue
             compiled, plan = steps[step], steps[step].plan
             sent = sum(x["bytes"] for x in plan.collectives.values())

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import Machine
-from pixel_jax.planning.programs import Program, Recipe, abstract_model, build, micro_batches
+from pixel_jax.planning.programs import Program, Recipe, abstract_model, build, micro_batches, resident
 
 TENSOR = (1, 2, 4, 8)
 
@@ -134,31 +135,81 @@ def _parameters(text: TextConfig) -> int:
 
 def search(
     recipe: Recipe,
-    step: str,
+    steps: Sequence[str],
     machine: Machine,
     *,
     fitting: int,
     most: int,
-    trained: Mapping[str, int] | None = None,
-) -> Iterator[Compiled]:
-    """Compiles candidates until `fitting` of them fit or `most` are compiled, those left out that are sure not to fit.
+    note: Callable[[Compiled], object] = lambda compiled: None,
+) -> dict[str, Compiled]:
+    """The plans of a run's steps, of which the fastest of the first `fitting` layouts that fit; none where no layout does.
 
-    trained: the mesh of the update, if it is known: a run scores on it, and its state lies there during a rollout.
+    A layout is a mesh to train on, for updates and scores, and one for rollouts. What the run holds beside a step's program
+    must fit, too, so a rollout that is compiled rules out meshes whose training state is too large for it. Of each step at most
+    `most` meshes are compiled, those left out that are sure not to fit. `note` is called with every plan, as soon as it is made.
     """
-    fit, tight = 0, []
-    meshes = [dict(trained)] if trained and step == "score" else candidates(recipe, step, machine)
-    if not meshes:
-        raise ValueError(f"{step}: {recipe.rows(step)} rows and the weights cannot be split over {machine.name}")
-    for mesh in meshes:
-        if any(needs_no_less(mesh, other) for other in tight):
-            continue
-        compiled = plan(recipe, step, machine, mesh, trained)
-        yield compiled
-        fit += compiled.plan.fits
-        tight += [] if compiled.plan.fits else [mesh]
-        most -= 1
-        if fit == fitting or not most:
-            return
+    alone: dict[str, list[tuple[dict[str, int], Compiled]]] = {step: [] for step in steps}  # what was compiled, by mesh
+    noted, runs = [], []
+
+    def tell(compiled: Compiled) -> None:
+        if compiled not in noted:
+            noted.append(compiled)
+            note(compiled)
+
+    for meshes in layouts(recipe, steps, machine):
+        ready = {step: found for step in steps for mesh, found in alone[step] if mesh == meshes[step]}
+        run = {}
+        for step in sorted(steps, key=lambda step: step not in ready):
+            if fresh := step not in ready:
+                tight = [mesh for mesh, found in alone[step] if not found.plan.fits]
+                if len(alone[step]) == most or any(needs_no_less(meshes[step], other) for other in tight):
+                    break
+                ready[step] = plan(recipe, step, machine, meshes[step])
+                alone[step].append((meshes[step], ready[step]))
+            run[step] = beside(ready[step], held(recipe, step, machine, meshes), machine)
+            if fresh:
+                tell(run[step])
+            if not run[step].plan.fits:
+                break
+        else:
+            for found in run.values():  # a rollout may be beside another state now than when it was compiled
+                tell(found)
+            runs.append(run)
+            if len(runs) == fitting:
+                break
+    calls = lambda step: recipe.config.rl.updates if step in ("update", "score") else 1
+    seconds = lambda run: sum(calls(step) * found.plan.seconds for step, found in run.items())
+    return min(runs, key=seconds, default={})
+
+
+def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[dict[str, dict[str, int]]]:
+    """step -> mesh: every mesh for the rollout with every one for what else there is, the most promising first."""
+    kinds = [[step for step in steps if (step == "rollout") == rollout] for rollout in (True, False)]
+    kinds = [kind for kind in kinds if kind]
+    choices = [candidates(recipe, kind[0], machine) for kind in kinds]
+    for (step, *_), found in zip(kinds, choices, strict=True):
+        if not found:
+            raise ValueError(f"{step}: {recipe.rows(step)} rows and the weights cannot be split over {machine.name}")
+    for meshes in itertools.product(*choices):
+        yield {step: mesh for kind, mesh in zip(kinds, meshes, strict=True) for step in kind}
+
+
+def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
+    """`resident` bytes beside a step of a layout. A mesh that it does not have is that of the config."""
+    config = recipe.config
+    trained = make_mesh(meshes.get("update") or meshes.get("score") or config.mesh or None, machine.devices)
+    rolled = meshes.get("rollout") or config.rollout_mesh
+    return resident(recipe, step, trained, make_mesh(rolled, machine.devices) if rolled else trained)
+
+
+def beside(compiled: Compiled, size: int, machine: Machine) -> Compiled:
+    """A plan with `size` bytes of every device taken."""
+    plan = compiled.plan
+    if plan.bytes_per_chip is None:
+        return compiled
+    peak = plan.bytes_per_chip + machine.per_chip * size
+    fits = plan.fits and peak <= machine.chip.memory
+    return dataclasses.replace(compiled, plan=dataclasses.replace(plan, bytes_per_chip=peak, fits=fits))
 
 
 def needs_no_less(mesh: Mapping[str, int], other: Mapping[str, int]) -> bool:
@@ -168,19 +219,13 @@ def needs_no_less(mesh: Mapping[str, int], other: Mapping[str, int]) -> bool:
     return all(parts(mesh, axes) <= parts(other, axes) for axes in (row, weights))
 
 
-def plan(
-    recipe: Recipe,
-    step: str,
-    machine: Machine,
-    mesh_shape: Mapping[str, int],
-    trained: Mapping[str, int] | None = None,
-) -> Compiled:
-    """Compiles a step for a mesh on a machine, and counts it; `trained` as in `search`."""
+def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, int]) -> Compiled:
+    """Compiles a step for a mesh on a machine, and counts it. The memory is the program's alone."""
     mesh = make_mesh(mesh_shape, machine.devices)
     sharding = dict(mesh_shape)
     if step != "rollout":
         sharding["micro_batches"] = micro_batches(recipe.rows(step), mesh)
-    program = build(recipe, step, mesh, trained)
+    program = build(recipe, step, mesh)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}
     try:
@@ -188,13 +233,11 @@ def plan(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(
-            Plan(**known, fits=False, **_needed(str(error), program, machine)), {}, time.monotonic() - began
-        )
+        return Compiled(Plan(**known, fits=False, **_needed(str(error), machine)), {}, time.monotonic() - began)
     seconds = time.monotonic() - began
     counter = Counter(text, program.turns)
     count, per_chip = counter.total(), machine.per_chip
-    peak = per_chip * (memory + program.resident)
+    peak = per_chip * memory
     found = Plan(
         **known,
         fits=peak <= machine.chip.memory,
@@ -242,13 +285,12 @@ def _no_cache():
         jax.config.update("jax_enable_compilation_cache", before)
 
 
-def _needed(message: str, program: Program, machine: Machine) -> dict[str, Any]:
+def _needed(message: str, machine: Machine) -> dict[str, Any]:
     """What is known of a program that the compiler could not fit: the memory that it asked for, if it says."""
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     size = None
     if found:
         number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-        size = float(number) * 1024 ** ("KMGT".index(unit) + 1)
-        size = machine.per_chip * (size + program.resident)
+        size = machine.per_chip * float(number) * 1024 ** ("KMGT".index(unit) + 1)
     empty = dict.fromkeys(("flops_per_chip", "bytes_moved", "collectives", "seconds", "bound"))
     return {"bytes_per_chip": size, **empty}

@@ -38,7 +38,7 @@ def weak_scaling(recipe: Recipe, step: str, kind: str, *, most: int) -> Iterator
     for chips, name in slices(kind).items():
         target = machine(name)
         scaled = with_rows(recipe, chips)
-        for compiled in search(scaled, step, target, fitting=1, most=most):  # noqa: B007, the last one is wanted
-            pass
-        each = times(compiled.plan, target) if compiled.plan.fits else None
-        yield Point(compiled, each, scaled.length(step))
+        made: list[Compiled] = []
+        search(scaled, (step,), target, fitting=1, most=most, note=made.append)
+        each = times(made[-1].plan, target) if made[-1].plan.fits else None
+        yield Point(made[-1], each, scaled.length(step))
