@@ -50,6 +50,8 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
     if FLAGS.json and not pathlib.Path(FLAGS.json).parent.is_dir():
         raise UserError(f"--json={FLAGS.json}: there is no directory {pathlib.Path(FLAGS.json).parent}")
+    if FLAGS.json and pathlib.Path(FLAGS.json).is_dir():
+        raise UserError(f"--json={FLAGS.json} is a directory")
     jax.config.update("jax_platforms", "cpu")  # the machine at hand is not the one to plan for
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width of its own
     recipe = read_recipe(load(TrainConfig, FLAGS.config), console)
