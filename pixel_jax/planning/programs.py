@@ -242,10 +242,9 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
 
 
 def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
-    """Bytes that a run's device holds besides the arguments of a step's program, trained on one mesh and rolled out on another
-    or the same: in a rollout the training state, in a score the optimiser's, and frozen weights twice (`Resharder`)."""
-    if step in TUNING:
-        return 0
+    """Bytes that a device of a run with rollouts holds besides the arguments of a step's program, trained on one mesh and rolled
+    out on another or the same: in a rollout the training state, in a score the optimiser's, frozen weights twice (`Resharder`).
+    """
     rl = recipe.config.rl
     state = abstract_state(recipe, rl, rl.iterations * rl.updates, trained)
     if step == "rollout":

@@ -18,7 +18,7 @@ from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import Machine
-from pixel_jax.planning.programs import Program, Recipe, abstract_model, build, micro_batches, resident
+from pixel_jax.planning.programs import TUNING, Program, Recipe, abstract_model, build, micro_batches, resident
 
 TENSOR = (1, 2, 4, 8)
 
@@ -196,6 +196,8 @@ def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[
 
 def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
     """`resident` bytes beside a step of a layout. A mesh that it does not have is that of the config."""
+    if step in TUNING:
+        return 0
     config = recipe.config
     trained = make_mesh(meshes.get("update") or meshes.get("score") or config.mesh or None, machine.devices)
     rolled = meshes.get("rollout") or config.rollout_mesh

@@ -206,7 +206,7 @@ def test_memory_is_the_programs_and_what_stays_beside_it():
     assert whole / 8 < bytes_per_device(state) < whole / 3  # some weights are too small to be split by all axes
     assert compiled("update").plan.bytes_per_chip > bytes_per_device(state)
     spread, rows = make_mesh({"fsdp": 8}), make_mesh({"data": 8})
-    assert [resident(small, step, mesh, mesh) for step in ("sft", "update")] == [0, 0]
+    assert resident(small, "update", mesh, rows) == 0
     assert resident(small, "score", mesh, rows) == bytes_per_device(state.opt_state)
     # In a rollout all of the state stays where it is trained, and what is read where it lies is not there twice.
     assert resident(small, "rollout", mesh, rows) == resident(small, "rollout", mesh, spread) == bytes_per_device(state)
@@ -322,6 +322,8 @@ def test_frozen_weights_that_are_there_twice_count_in_a_plan(monkeypatch):
     lora, target = adapters_alone(), machine("cpu:8")
     meshes = {step: found.plan.sharding for step, found in search(lora, LEARNING, target, fitting=1, most=1).items()}
     assert meshes["update"] != meshes["rollout"] and held(lora, "update", target, meshes) > 0
+    odd = dataclasses.replace(lora, config=dataclasses.replace(lora.config, mesh={"fsdp": 3}))
+    assert held(odd, "sft", target, {"sft": meshes["update"]}) == 0  # nothing of the config's own mesh
     # Without a plan of the rollout, the config says where it is: on the same mesh, if it says nothing.
     del meshes["rollout"]
     assert held(lora, "update", target, meshes) == 0
