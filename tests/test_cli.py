@@ -154,29 +154,6 @@ def test_chat(model, picture, tmp_path):
     assert str(page) in out
 
 
-def test_plan(model, tmp_path):
-    """Scores of a tiny model on this machine's one device: a table, and the JSON that the table was made of."""
-    config, out = tmp_path / "config.py", tmp_path / "plan.json"
-    limits = {
-        "max_response": 256,
-        "max_pixels": 3136,
-        "crop_max_pixels": 3136,
-        "max_side": 112,
-        "max_calls": 1,
-        "group_size": 2,
-    }
-    given = {"model": str(model), "data": "none", "out": "none", "canvas": (1, 128, 128), "prompt_width": 128}
-    given["rl"] = {"iterations": 1, "prompts": 2, "train_batch": 4, "rollout": limits}
-    config.write_text(f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({given!r})\n")
-    code, table, error = command("plan", f"--config={config}", "--topology=cpu:1", "--steps=score", f"--json={out}")
-    assert code == 0, error
-    (found,) = json.loads(out.read_text())["plans"]
-    assert (found["topology"], found["step"], found["fits"]) == ("cpu:1", "score", True)
-    assert f"{found['flops_per_chip'] / 1e12:.4g}" in table and "one device" in table and found["bound"] in table
-    code, _, error = command("plan", f"--config={config}", "--topology=v9:2x2")
-    assert code == 1 and "topology 'v9:2x2' is not of the form" in error and error.strip().count("\n") == 0
-
-
 CONFIG = """
 import importlib.util
 from ml_collections import ConfigDict
