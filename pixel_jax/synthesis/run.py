@@ -219,9 +219,8 @@ def report_of(
             for name, share in zip(names, shares, strict=True)
         }
     dropped = [(seed.id, outcomes[i].reason) for i, seed in enumerate(seeds) if outcomes[i].row is None]
-    kind_of = lambda reason: (
-        UNREADABLE if reason.startswith(UNREADABLE) else reason
-    )  # every file has an error of its own
+    # Every file that cannot be read has an error of its own.
+    kind_of = lambda reason: UNREADABLE if reason.startswith(UNREADABLE) else reason
     rejected: Counter[str] = Counter()
     for outcome in outcomes.values():
         rejected.update(outcome.rejected)
