@@ -64,7 +64,9 @@ def run_program(program: str, commands: Commands) -> None:
         print(f"{program}: there is no command {command!r}\n\n{usage(program, commands)}", file=sys.stderr)
         sys.exit(2)
     name = f"{program} {command}"
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it says that torch is missing, which we never need
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # else it says that torch is missing, which we never need
     module = importlib.import_module(commands[command][0])
     with key_errors(name):
         module.define_flags(command)
