@@ -5,8 +5,9 @@ moments have the same metadata as the weights they belong to, so one function pl
 abstract version of either.
 """
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -182,24 +183,36 @@ def row_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def place_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None) -> jax.Array:
+    """An array on the devices of which the host never has more than the rows of one: `read(part)` gives rows of `rows`.
+
+    With several processes each reads its `share` of the rows, `rows` being how many that is.
+    """
+    if mesh is None:
+        return jnp.asarray(read(slice(0, rows)))
+    parts, mine = row_parts(mesh), share(mesh)
+    if rows * mine.count % parts:
+        raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {parts}; pad the batch")
+    size = rows * mine.count // parts
+    block = functools.lru_cache(maxsize=1)(
+        lambda at: read(slice(at, at + size))
+    )  # devices that share rows are neighbours
+    at = lambda index: mine.blocks.index((index[0].start or 0) // size) * size
+    shape = (rows * mine.count, *block(0).shape[1:])
+    return jax.make_array_from_callback(shape, batch_sharding(mesh), lambda index: block(at(index)))
+
+
 def shard_batch(batch: T, mesh: Mesh) -> T:
     """Host arrays with a leading row axis, on `mesh`. With several processes each brings its `share` of the rows."""
-    sharding, parts, mine = batch_sharding(mesh), row_parts(mesh), share(mesh)
+    sharding, parts = batch_sharding(mesh), row_parts(mesh)
 
     def put(x):
-        placed = isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable)
-        rows = np.shape(x)[0] * (1 if placed else mine.count)
-        if rows % parts:
-            raise ValueError(f"{rows} rows cannot be split over data x fsdp = {parts}; pad the batch")
-        if placed:
-            return jax.device_put(x, sharding)
-        x, size = np.asarray(x), rows // parts
-
-        def block(index):
-            at = mine.blocks.index((index[0].start or 0) // size) * size
-            return x[at : at + size]
-
-        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, block)
+        if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
+            x = np.asarray(x)
+            return place_rows(x.__getitem__, len(x), mesh)
+        if len(x) % parts:
+            raise ValueError(f"{len(x)} rows cannot be split over data x fsdp = {parts}; pad the batch")
+        return jax.device_put(x, sharding)
 
     return jax.tree.map(put, batch)
 

@@ -5,6 +5,7 @@ libtpu), counts what they compute, move and send, and divides by published peak 
 prediction only as far as the hardware reaches its peaks.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -26,6 +27,8 @@ def define_flags(command: str) -> None:
     flags.DEFINE_string("json", None, "File for the plans.")
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
     flags.DEFINE_integer("most", 4, "Most shardings to compile for each step.")
+    flags.DEFINE_bool("configured", False, "Plan the config's own meshes and micro-batches, and look for no others.")
+    flags.DEFINE_bool("video", False, "Plan the room of videos (config.video_canvas, ...) instead of that of images.")
     flags.DEFINE_string("scaling", None, "A kind of chip: also predict weak scaling from 8 to 1024 of them.")
 
 
@@ -54,7 +57,12 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"--json={FLAGS.json} is a directory")
     jax.config.update("jax_platforms", "cpu")  # the machine at hand is not the one to plan for
     console = Console(width=None if sys.stdout.isatty() else 200)  # a file has no width of its own
-    recipe = read_recipe(load(TrainConfig, FLAGS.config), console)
+    config = load(TrainConfig, FLAGS.config)
+    if FLAGS.configured and not config.mesh:
+        raise UserError("--configured: the config has no mesh, so its runs are on one device")
+    if FLAGS.video:
+        config = of_videos(config)
+    recipe = dataclasses.replace(read_recipe(config, console), configured=FLAGS.configured)
     if unknown := set(FLAGS.steps) - set(recipe.steps):
         raise UserError(f"this config has no step {sorted(unknown)[0]!r}; it has {', '.join(recipe.steps)}")
     if FLAGS.scaling:
@@ -89,6 +97,19 @@ def main(command: str, arguments: list[str]) -> None:
             points.append(point)
             keep()
         console.print(report.scaling_table(points, step))
+
+
+def of_videos(config):
+    """The config with the room that it has for videos in the place of that for images."""
+    from pixel_jax.cli import UserError
+
+    names = {"canvas": "video_canvas", "prompt_width": "video_prompt_width"}
+    if config.sft is not None:
+        names |= {"trace_frames": "video_frames", "trace_patches": "video_patches"}
+    room = {name: getattr(config, source) for name, source in names.items()}
+    if None in room.values():
+        raise UserError(f"--video: config.{names[[*room][[*room.values()].index(None)]]} is not set")
+    return dataclasses.replace(config, **room)
 
 
 def read_recipe(config, console):

@@ -41,6 +41,7 @@ class Recipe:
     network: Qwen2_5_VLConfig
     tables: Tables  # of the tokenizer
     dtype: str = "bfloat16"  # of the checkpoint's weights
+    configured: bool = False  # whether meshes and micro-batches are the config's, and not chosen by the plan
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -54,6 +55,16 @@ class Recipe:
         if step in TUNING:
             return self.config.sft.batch_size
         return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
+
+    def micro_batches(self, step: str, mesh: Mesh) -> int:
+        """Unless the config's are wanted as many as leave every part of the mesh one row at a time: rows are long, and a
+        micro-batch is what memory goes into."""
+        if self.configured and step != "unlearn":  # whose micro-batches are not of this config
+            return (self.config.sft if step in TUNING else self.config.rl).forward.micro_batches
+        rows, shards = self.rows(step), mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+        if rows % shards:
+            raise ValueError(f"{rows} rows cannot be split over data x fsdp = {shards}")
+        return rows // shards
 
     def length(self, step: str) -> int:
         """Tokens of a row."""
@@ -173,14 +184,14 @@ def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
 
 
 def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]]:
-    """Positional arguments and options of `compiled_rollout`."""
+    """Positional arguments and options of `compiled_rollout`, as `training.rl` calls it."""
     model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
     opening, temperature, config = traced(recipe.config.rl.rollout, ())
     traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), opening, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-    options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
+    options = {"shape": rollout_shape(recipe, shards)._replace(pixels=False), "mesh": mesh}
     return (model, prompts, *traced_arguments, config), options
 
 
@@ -195,14 +206,6 @@ def rl_batch(recipe: Recipe) -> Batch:
     return jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
 
 
-def micro_batches(rows: int, mesh: Mesh) -> int:
-    """As many as leave every part of the mesh one row at a time: rows are long, and a micro-batch is what memory goes into."""
-    shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-    if rows % shards:
-        raise ValueError(f"{rows} rows cannot be split over data x fsdp = {shards}")
-    return rows // shards
-
-
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
     config = recipe.config
@@ -211,13 +214,13 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
         arguments, options = rollout_arguments(recipe, mesh)
         return Program(compiled_rollout, arguments, options, turns | rollout_turns(recipe, mesh), mesh)
     phase = config.sft if step in TUNING else config.rl
-    rows = recipe.rows(step)
+    micro_batches = recipe.micro_batches(step, mesh)
     if step == "unlearn":
         model = abstract_model(recipe)
         model = placed(model, shardings(model, mesh))
-        function, *arguments = gauss_newton(model, sft_batch(recipe, packed=False), mesh, micro_batches(rows, mesh))
+        function, *arguments = gauss_newton(model, sft_batch(recipe, packed=False), mesh, micro_batches)
         return Program(function, tuple(arguments), {"curvature": "ggn"}, turns, mesh)
-    forward = dataclasses.replace(phase.forward, micro_batches=micro_batches(rows, mesh))
+    forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
     if step == "sft":
         optimizer = make_optimizer(phase.optimizer, phase.steps)
         function = make_sft_step(forward, optimizer, normalizer=phase.normalizer, mesh=mesh)

@@ -18,7 +18,7 @@ from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import Machine
-from pixel_jax.planning.programs import TUNING, Program, Recipe, abstract_model, build, micro_batches, resident
+from pixel_jax.planning.programs import TUNING, Program, Recipe, abstract_model, build, resident
 
 TENSOR = (1, 2, 4, 8)
 
@@ -62,7 +62,11 @@ def times(plan: Plan, machine: Machine) -> Times:
 
 
 def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, int]]:
-    """Meshes over all devices that divide rows, positions, heads and weights, the most promising first."""
+    """Meshes over all devices that divide rows, positions, heads and weights, the most promising first; or the config's."""
+    if recipe.configured:
+        config = recipe.config
+        shape = (config.rollout_mesh if step == "rollout" else None) or config.mesh
+        return [dict(make_mesh(shape or None, machine.devices).shape)]
     model = abstract_model(recipe)
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
@@ -226,7 +230,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     mesh = make_mesh(mesh_shape, machine.devices)
     sharding = dict(mesh_shape)
     if step != "rollout":
-        sharding["micro_batches"] = micro_batches(recipe.rows(step), mesh)
+        sharding["micro_batches"] = recipe.micro_batches(step, mesh)
     program = build(recipe, step, mesh)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}

@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     views: int  # V, most images of one observation: 1 where no prompt is a video
     shards: int  # parts of the mesh that rows are split over
     patches: int  # room for the patches of one image of a prompt, or frame
+    pixels: bool = True  # whether patches are kept: else the trajectories tell where they were cut from (`sight.py`)
 
 
 class Shared(NamedTuple):
@@ -73,19 +74,19 @@ class State(NamedTuple):
     reader: automaton.State
     gallery: Gallery
     num_images: jax.Array  # int32 [R], a video counts as one
-    patches: jax.Array  # uint8 [R, N - 1, V, P, 588], what the observations showed; P of an observation's budget
+    patches: jax.Array | None  # uint8 [R, N - 1, V, P, 588], what the observations showed; P of an observation's budget
     grids: jax.Array  # int32 [R, N - 1, V, 3]
     calls: Calls
     num_calls: jax.Array  # int32 [R]
     keys: jax.Array  # keys [R]
 
 
-def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget, Budget]:
-    """The budgets of prompt images, of video frames, and of observations."""
+def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
+    """The budgets of what prompts show, images or frames of videos, and of observations."""
     seen = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
-    prompt = (Budget(x, config.max_side, shape.patches) for x in (config.max_pixels, config.video_max_pixels))
+    overview = Budget(max(config.max_pixels, config.video_max_pixels), config.max_side, shape.patches)
     # Room of its own: a crop may show a quarter of what an overview does.
-    return *prompt, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
+    return overview, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
 
 
 def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
@@ -249,7 +250,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
-    budget = budgets(config, shape)[2]
+    budget = budgets(config, shape)[1]
     showing = run & (result.count > 0)
     patches, features = show_waiting(
         model,
@@ -286,7 +287,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         num_calls=state.num_calls + asks,
         gallery=add_to_gallery(state.gallery, result, run),
         num_images=state.num_images + jnp.where(run, result.count, 0),
-        patches=state.patches.at[row, shown].set(patches, mode="drop"),
+        patches=state.patches.at[row, shown].set(patches, mode="drop") if shape.pixels else None,
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
@@ -324,7 +325,7 @@ def show(
     """
     rows = state.status.shape[0]
     run = lengths > 0
-    room = budgets(config, shape)[2].patches
+    room = budgets(config, shape)[1].patches
     patches = jax.vmap(jax.vmap(lambda image, size: patchify(image, size, max_patches=room)))(images, sizes)
     features = encode_still(model, patches, sizes, config.implementation)
     grids = jnp.concatenate([(sizes[..., :1] > 0).astype(jnp.int32), sizes // PATCH], axis=-1)

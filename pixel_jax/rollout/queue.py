@@ -21,8 +21,9 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows_prompts
-from pixel_jax.rollout.operations import Gallery, shown_size
+from pixel_jax.rollout.operations import Gallery
 from pixel_jax.rollout.rows import Chunk, for_chunks
+from pixel_jax.rollout.sight import overviews
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.rollout.views import each, render
 
@@ -36,7 +37,7 @@ class Record(NamedTuple):
     chosen: jax.Array
     logprobs: jax.Array
     length: jax.Array
-    patches: jax.Array
+    patches: jax.Array | None
     grids: jax.Array
     calls: Calls
     num_calls: jax.Array
@@ -76,7 +77,7 @@ def start(
     slots, dim = count * group, model.config.text.hidden_size
     cache = model.empty_cache(count, entries * (width + opening.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
-    visual = jax.eval_shape(lambda prompts: prompt_visual(prompts, config, shape), prompts)
+    visual = kept(jax.eval_shape(lambda prompts: prompt_visual(prompts, config, shape), prompts), shape)
     state = _empty(model, slots, prompts, key, config, shape)
     blank = lambda tree, rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), tree)
     queue = Queue(
@@ -116,7 +117,9 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         reader=automaton.init(slots),
         gallery=Gallery(zeros(images), zeros(images, 4), zeros()),
         num_images=zeros(),
-        patches=zeros(config.max_calls, shape.views, budgets(config, shape)[2].patches, 588, dtype=jnp.uint8),
+        patches=zeros(config.max_calls, shape.views, budgets(config, shape)[1].patches, 588, dtype=jnp.uint8)
+        if shape.pixels
+        else None,
         grids=zeros(config.max_calls, shape.views, 3),
         calls=Calls(none, none, none, zeros(numbers, 4), jnp.full((slots, numbers, 8), -1, jnp.int32)),
         num_calls=zeros(),
@@ -227,7 +230,7 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
             hidden=put(carry.hidden, hidden),
             next_pos=put(carry.next_pos, next_pos),
             prompt=put(carry.prompt, at.reshape(-1)),
-            visual=jax.tree.map(into.put, carry.visual, visual),
+            visual=jax.tree.map(into.put, carry.visual, kept(visual, shape)),
         )
 
     records = queue.records
@@ -240,22 +243,20 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
     return queue._replace(entry=entry, left=left, read=read, records=records)
 
 
+def kept(visual: Visual, shape: Shape) -> Visual:
+    """What trajectories have of it."""
+    return visual if shape.pixels else visual._replace(patches=None)
+
+
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
     """The overview of every prompt: its images, or its video two frames a slice."""
-    most = prompts.canvas_size.shape[1]
-    zeros = jnp.zeros_like(prompts.canvas_size[..., 0])
-    region = jnp.stack([zeros, zeros, prompts.canvas_size[..., 1], prompts.canvas_size[..., 0]], axis=-1)
-    image_budget, video_budget, _ = budgets(config, shape)
-    video = prompts.is_video[:, None, None]
-    as_image, _ = shown_size(region, config.min_pixels, config.max_pixels, config.max_side)
-    as_frame, _ = shown_size(region, config.video_min_pixels, config.video_max_pixels, config.max_side)
-    index = jnp.arange(most)
-    present = index < prompts.num_canvases[:, None]
-    size = jnp.where(present[..., None], jnp.where(video, as_frame, as_image), 0)
-    budget = image_budget if image_budget.max_pixels >= video_budget.max_pixels else video_budget
+    seen = overviews(prompts, config)
+    index, video, size = jnp.arange(seen.canvas.shape[1]), prompts.is_video[:, None, None], seen.size
+    present = seen.canvas >= 0
+    budget, _ = budgets(config, shape)
     view = jax.vmap(each(each(functools.partial(render, budget=budget), budget), budget))  # of each part of the mesh
     by_shard = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
-    views = view(*map(by_shard, (prompts.canvases, region, size)))
+    views = view(*map(by_shard, (prompts.canvases, seen.region, size)))
     pairs = -(-prompts.num_canvases // 2)
     pair = 2 * index[None, :, None] + jnp.arange(2)
     pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
@@ -348,12 +349,15 @@ def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, 
     spread = lambda x: jnp.repeat(x, group, axis=0)
     visual = jax.tree.map(spread, queue.visual)
     beside = lambda x, y: jnp.concatenate([x, y], axis=1)
-    most = max(visual.patches.shape[2], rows.patches.shape[3])
-    wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
+    patches = None
+    if shape.pixels:
+        most = max(visual.patches.shape[2], rows.patches.shape[3])
+        wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
+        patches = beside(wide(visual.patches), wide(rows.patches.reshape(count, -1, *rows.patches.shape[3:])))
     prompt_tokens = spread(prompts.tokens)
     blank = jnp.zeros(prompt_tokens.shape, bool)
     grids = rows.grids.reshape(count, -1, 3)
-    first = visual.patches.shape[1]
+    first = prompts.canvas_size.shape[1]
     frame = first + jnp.arange(grids.shape[1])
     still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
     slices = beside(visual.slices, still)
@@ -367,7 +371,7 @@ def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, 
         chosen=beside(blank, rows.chosen),
         logprobs=beside(blank.astype(jnp.float32), jnp.where(rows.chosen, rows.logprobs, 0.0)),
         visual=Visual(
-            patches=beside(wide(visual.patches), wide(rows.patches.reshape(count, -1, *rows.patches.shape[3:]))),
+            patches=patches,
             slices=jnp.take_along_axis(slices, present_first, axis=1),
             grids=beside(visual.grids, grids),
             seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),

@@ -28,7 +28,13 @@ from pixel_jax.rollout.trajectory import Prompts, Trajectories
 
 
 def rollout(
-    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, *, opening: Sequence[int] = ()
+    model: Qwen2_5_VL,
+    prompts: Prompts,
+    key: jax.Array,
+    config: RolloutConfig,
+    *,
+    opening: Sequence[int] = (),
+    pixels: bool = True,
 ) -> Trajectories:
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
@@ -41,8 +47,10 @@ def rollout(
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
+      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.look_again` cuts them anew.
     """
     mesh, shape = layout(model, prompts, config)
+    shape = shape._replace(pixels=pixels)
     opening, temperature, config = traced(config, opening)
     if mesh is not None:
         key, opening, temperature = replicate((key, opening, temperature), mesh)
@@ -179,14 +187,14 @@ def _call_tool(
         return state
     width = 64 * -(-max(map(len, ids)) // 64)
     padded, lengths = np.zeros((rows, width), np.int32), np.array([len(row) for row in ids], np.int32)
-    canvases = np.zeros((rows, shape.views, *machine.budgets(config, shape)[2].canvas, 3), np.uint8)
+    canvases = np.zeros((rows, shape.views, *machine.budgets(config, shape)[1].canvas, 3), np.uint8)
     sizes = np.zeros((rows, shape.views, 2), np.int32)
     for row in range(rows):
         padded[row, : lengths[row]] = ids[row]
         for i, image in enumerate(images[row]):
             if (
                 any(side % FACTOR for side in image.shape[:2])
-                or image.shape[0] * image.shape[1] > machine.budgets(config, shape)[2].max_pixels
+                or image.shape[0] * image.shape[1] > machine.budgets(config, shape)[1].max_pixels
             ):
                 raise ValueError(
                     f"a tool showed an image of {image.shape}: sides are multiples of 28, within the budget"
@@ -227,13 +235,18 @@ def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[
         raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
     if config.in_flight is not None and config.in_flight < batch and config.in_flight % shards:
         raise ValueError(f"in_flight {config.in_flight} prompts cannot be split over data x fsdp = {shards}")
+    return mesh, static_shape(prompts, config, mesh)
+
+
+def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> Shape:
+    """What is static about prompts on a mesh; all processes call it, each with its own."""
     is_video = np.asarray(prompts.is_video)
     video, still = bool(np.any(is_video)), not bool(np.all(is_video))
     if mesh is not None:
         video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
     seen = [config.max_pixels] * still + [config.video_max_pixels] * video
-    views = 8 if video else 1
-    return mesh, Shape(views=views, shards=shards, patches=4 * (max(seen) // FACTOR**2))
+    shards = 1 if mesh is None else row_parts(mesh)
+    return Shape(views=8 if video else 1, shards=shards, patches=4 * (max(seen) // FACTOR**2))
 
 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:

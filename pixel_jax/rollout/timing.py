@@ -15,8 +15,8 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import shard_batch
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.machine import GREY, Shape, budgets
-from pixel_jax.rollout.operations import shown_size
 from pixel_jax.rollout.rollout import layout, place
+from pixel_jax.rollout.sight import called
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.rollout.views import show_waiting
 
@@ -63,29 +63,16 @@ def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, shape: Shape):
     """What the calls of that number showed, of every row."""
-    observation, canvas, box, frames = (
-        jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
-        for x in (calls.observation, calls.canvas, calls.box, calls.frames)
-    )
-    crop, select = observation == 0, observation == 1
-    frames = jnp.where(select[:, None], frames[:, : shape.views], -1)
-    group = len(frames) // len(prompts.canvas_size)
-    sizes = jnp.repeat(prompts.canvas_size, group, axis=0)
-    sizes = jnp.take_along_axis(sizes, jnp.maximum(frames, 0)[..., None], axis=1)
-    whole = jnp.concatenate([jnp.zeros_like(sizes), sizes[..., ::-1]], axis=-1)
-    cut, _ = shown_size(box[:, None], config.crop_min_pixels, config.crop_max_pixels, config.max_side)
-    shown, _ = shown_size(whole, config.select_min_pixels, config.select_max_pixels, config.max_side)
-    first = crop[:, None] & (jnp.arange(shape.views) == 0)
-    size = jnp.where(first[..., None], cut, shown)
+    group = calls.observation.shape[0] // len(prompts.canvas_size)
+    seen = called(calls, jnp.repeat(prompts.canvas_size, group, axis=0), config, shape.views)
+    seen = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False), seen)
     return show_waiting(
         model,
         jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
-        jnp.arange(len(frames)) // group % (len(prompts.canvas_size) // shape.shards),
-        jnp.where(first, canvas[:, None], frames),
-        jnp.where(first[..., None], box[:, None], whole),
-        jnp.where((first | (frames >= 0))[..., None], size, 0),
-        crop | select,
-        budget=budgets(config, shape)[2],
+        jnp.arange(len(seen.canvas)) // group % (len(prompts.canvas_size) // shape.shards),
+        *seen,
+        jnp.any(seen.canvas >= 0, axis=1),
+        budget=budgets(config, shape)[1],
         shards=shape.shards,
         chunk=config.observe_chunk,
         implementation=config.implementation,

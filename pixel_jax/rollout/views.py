@@ -50,6 +50,27 @@ def each(view: Callable, budget: Budget) -> Callable:
     return lambda *arguments: jax.lax.map(lambda x: view(*x), arguments)
 
 
+def cut(
+    canvases: jax.Array, prompt: jax.Array, canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget
+) -> jax.Array:
+    """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
+
+    Args:
+      canvases: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose canvases are looked at.
+      canvas: int32 [S, N, *views]; region: int32 [S, N, *views, 4]; size: int32 [S, N, *views, 2].
+    """
+
+    @jax.vmap
+    def of_part(canvases, *rows):
+        def of_row(prompt, *views):
+            one = lambda canvas, region, size: render(canvases[prompt, canvas], region, size, budget)
+            return (each(one, budget) if views[0].ndim else one)(*views)
+
+        return each(of_row, budget)(*rows)
+
+    return of_part(canvases, prompt, canvas, region, size)
+
+
 def encode_still(model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str = "dense") -> jax.Array:
     """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels."""
     lead = patches.shape[:-2]
@@ -84,19 +105,11 @@ def show_waiting(
     rows, views = canvas.shape
     by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
 
-    @jax.vmap  # the shards
-    def view(canvases, *rows):
-        def of_row(prompt, *views):
-            one = lambda canvas, region, size: render(canvases[prompt, canvas], region, size, budget)
-            return each(one, budget)(*views)
-
-        return each(of_row, budget)(*rows)
-
     def body(chunk: Chunk, shown_so_far):
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         sizes = take(size)
-        pixels = view(by_shard, take(prompt), jnp.maximum(take(canvas), 0), take(region), sizes)
+        pixels = cut(by_shard, take(prompt), jnp.maximum(take(canvas), 0), take(region), sizes, budget)
         encoded = encode_still(model, pixels, sizes, implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))

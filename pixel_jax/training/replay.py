@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,10 @@ import safetensors.numpy
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
+from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.checkpoint import rejoin, separate
+from pixel_jax.training.origins import Images, Origins, Room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +40,15 @@ class Entry(NamedTuple):
 
     advantage: float
     owner: int  # which share of the processes has it
-    room: tuple[int, ...]  # of its rollout; rows of one update are of one
-    row: Batch | None  # None: it lies with others
+    room: Room
+    row: Batch | None  # with `Origins`; None: it lies with others
 
 
 class Replay:
     """Rows with their advantages and the log-probabilities they were sampled with, on the host, and what to draw from them.
 
-    Rows keep only the patches they use: most of a padded row's bytes are empty. Everything is drawn from one NumPy
-    generator, whose state is part of `get_state`. With several processes (`part` is what each has of a batch) every process
+    Rows have `Origins` for pixels, so those of one prompt share its images. Everything is drawn from one NumPy generator,
+    whose state is part of `get_state`. With several processes (`part` is what each has of a batch) every process
     draws the same, each keeps the rows that it rolled out, and those that another is to train on are sent there.
     """
 
@@ -54,14 +58,14 @@ class Replay:
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self, room: tuple[int, ...]) -> np.ndarray:
+    def probabilities(self, room: Room) -> np.ndarray:
         """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
         All zero if no row has any."""
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
         weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Batch, informative: np.ndarray) -> list[Entry] | None:
+    def select(self, rows: Batch, informative: np.ndarray, room: Room) -> list[Entry] | None:
         """As many rows as were rolled out (so that the number of steps is constant), in random order.
 
         `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
@@ -69,7 +73,7 @@ class Replay:
         nothing to learn from.
         """
         wanted, mine = len(informative), rows.tokens.shape[0]
-        advantage, room = all_rows(np.asarray(rows.advantage), self.part), room_of(rows)
+        advantage = all_rows(np.asarray(rows.advantage), self.part)
 
         def entry(i: int, keep=lambda row: row) -> Entry:
             owner, at = divmod(int(i), mine)
@@ -85,7 +89,7 @@ class Replay:
             if not current.size:
                 return None
             return [entry(i) for i in np.resize(self.random.permutation(current), wanted)]
-        self.rows.extend(entry(i, trim) for i in current)
+        self.rows.extend(entry(i, copied) for i in current)
         if self.config.kind == "dynamic":
             fitting = [row for row in self.rows if row.room == room]
             if len(fitting) < wanted:
@@ -102,8 +106,8 @@ class Replay:
         chosen = [entry(i) for i in current] + drawn
         return [chosen[i] for i in np.resize(self.random.permutation(len(chosen)), wanted)]
 
-    def batch(self, entries: Sequence[Entry], like: Batch) -> Batch:
-        """The rows themselves, patches as wide as those of `like`; of several processes, each gets its share of them."""
+    def batch(self, entries: Sequence[Entry]) -> Batch:
+        """The rows themselves; of several processes, each gets its share of them."""
         size, part = len(entries) // self.part.count, self.part
         wanted = range(part.index * size, (part.index + 1) * size)
         found = {i: entries[i].row for i in wanted if entries[i].owner == part.index}
@@ -115,12 +119,11 @@ class Replay:
                 theirs = range(to * size, (to + 1) * size) if to != part.index else ()
                 parcels[processes[rank]] = pack({i: entries[i].row for i in theirs if entries[i].owner == part.index})
             for parcel in exchange(parcels):
-                found |= unpack(parcel, like)
-        shape = like.visual.patches.shape[1:]
-        return jax.tree.map(lambda *xs: np.stack(xs), *[widen(found[i], shape) for i in wanted])
+                found |= unpack(parcel)
+        return side_by_side([found[i] for i in wanted])
 
     def get_state(self) -> dict[str, Any]:
-        """Everything as JSON values and arrays; the patches of the rows kept here in one flat array beside their shapes."""
+        """Everything as JSON values and arrays."""
         state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "part": self.part.index}
         state["advantages"] = np.array([entry.advantage for entry in self.rows], np.float32)
         state["owners"] = np.array([entry.owner for entry in self.rows], np.int32)
@@ -141,64 +144,64 @@ class Replay:
         facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
         for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
             row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
-            self.rows.append(Entry(advantage, now, tuple(room), row if now == self.part.index else None))
+            self.rows.append(Entry(advantage, now, Room(*room), row if now == self.part.index else None))
 
 
-def room_of(rows: Batch) -> tuple[int, ...]:
-    """What tells the shapes of one rollout's rows from those of another: tokens, frames, patches of a frame."""
-    return rows.tokens.shape[1], *rows.visual.patches.shape[1:3]
+def side_by_side(rows: Sequence[Batch]) -> Batch:
+    return jax.tree.map(lambda *xs: np.stack(xs), *rows)
+
+
+def copied(row: Batch) -> Batch:
+    """One row with copies of its arrays, so that the rows around it can go; its images are shared."""
+    return jax.tree.map(lambda x: x if isinstance(x, Images) else np.array(x), row)
 
 
 def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
-    """Rows of one room as arrays; their patches, as many as each has, in one flat array beside their shapes."""
-    patches = [row.visual.patches for row in rows]
-    rest = [row._replace(visual=row.visual._replace(patches=np.zeros(0, np.uint8))) for row in rows]
-    whole = jax.tree.map(lambda *xs: np.stack(xs), *rest)
+    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes."""
+    owners = [row.visual.patches.images for row in rows]
+    prompts = list({id(images): images for images in owners}.values())
+    number = {id(images): i for i, images in enumerate(prompts)}
+    arrays = [x for images in prompts for x in images.arrays]
+    whole = side_by_side([row._replace(visual=row.visual._replace(patches=row.visual.patches.views)) for row in rows])
+    visual = whole.visual._replace(patches=whole.visual.patches._asdict())._asdict()
     return {
-        "patches": np.concatenate([x.ravel() for x in patches]),
-        "patch_shapes": np.array([x.shape for x in patches], np.int32),
-        "rows": whole._replace(visual=whole.visual._asdict())._asdict(),
+        "pixels": np.concatenate([x.ravel() for x in arrays]),
+        "shapes": np.array([x.shape for x in arrays], np.int32),
+        "images": np.array([len(images.arrays) for images in prompts], np.int32),  # of each prompt
+        "prompt": np.array([number[id(images)] for images in owners], np.int32),  # of each row
+        "rows": whole._replace(visual=visual)._asdict(),
     }
 
 
 def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
     """The inverse of `stacked`, one row after the other."""
-    rows = Batch(**(state["rows"] | {"visual": Visual(**state["rows"]["visual"])}))
-    ends = np.cumsum(np.prod(state["patch_shapes"].astype(np.int64), axis=1))
-    for i, (shape, end) in enumerate(zip(state["patch_shapes"], ends, strict=True)):
+    rows = Batch(**state["rows"])
+    visual = Visual(**rows.visual)
+    rows = rows._replace(visual=visual._replace(patches=Views(**visual.patches)))
+    ends = np.cumsum(np.prod(state["shapes"].astype(np.int64), axis=1))
+    arrays = (
+        state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)
+        for shape, end in zip(state["shapes"], ends, strict=True)
+    )
+    prompts = [Images(tuple(next(arrays) for _ in range(count))) for count in state["images"]]
+    for i, prompt in enumerate(state["prompt"]):
         row = take(rows, i)
-        patches = state["patches"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)
-        yield row._replace(visual=row.visual._replace(patches=patches))
+        yield row._replace(visual=row.visual._replace(patches=Origins(prompts[prompt], row.visual.patches)))
 
 
 def pack(rows: dict[int, Batch]) -> bytes:
-    """Rows by number, their patches trimmed, as safetensors."""
-    leaves = {f"{i}.{j}": x for i, row in rows.items() for j, x in enumerate(jax.tree.leaves(trim(row)))}
-    return safetensors.numpy.save(leaves) if leaves else b""
+    """Rows by number, as safetensors."""
+    if not rows:
+        return b""
+    arrays: dict[str, np.ndarray] = {}
+    document = separate({"numbers": list(rows), **stacked(list(rows.values()))}, arrays, "")
+    return safetensors.numpy.save(arrays | {"document": np.frombuffer(json.dumps(document).encode(), np.uint8)})
 
 
-def unpack(parcel: bytes, like: Batch) -> dict[int, Batch]:
-    """The inverse of `pack`; `like` has the structure of the rows."""
-    leaves = safetensors.numpy.load(parcel) if parcel else {}
-    structure = jax.tree.structure(like)
-    numbers = {int(name.split(".")[0]) for name in leaves}
-    return {i: structure.unflatten([leaves[f"{i}.{j}"] for j in range(structure.num_leaves)]) for i in numbers}
-
-
-def trim(row: Batch) -> Batch:
-    """One row with copies of its arrays, its patches cut to the frames and to the patches a frame that it uses."""
-    row = jax.tree.map(np.array, row)
-    frames = int(row.visual.slices.max(initial=-1)) + 1
-    patches = int((row.visual.grids[:, 1] * row.visual.grids[:, 2]).max(initial=0))
-    return row._replace(visual=row.visual._replace(patches=row.visual.patches[:frames, :patches].copy()))
-
-
-def widen(row: Batch, shape: tuple[int, int, int]) -> Batch:
-    """The inverse of `trim`, to patches of `shape` [F, P, 588]."""
-    patches = row.visual.patches
-    if patches.shape == tuple(shape):
-        return row
-    if any(have > room for have, room in zip(patches.shape, shape, strict=True)):
-        raise ValueError(f"a replayed row has patches {patches.shape}, this batch has room for {shape}")
-    padding = [(0, room - have) for have, room in zip(patches.shape, shape, strict=True)]
-    return row._replace(visual=row.visual._replace(patches=np.pad(patches, padding)))
+def unpack(parcel: bytes) -> dict[int, Batch]:
+    """The inverse of `pack`."""
+    if not parcel:
+        return {}
+    arrays = safetensors.numpy.load(parcel)
+    state = rejoin(json.loads(arrays["document"].tobytes()), arrays)
+    return dict(zip(state["numbers"], unstacked(state), strict=True))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.rollout import rollout, static_shape
 from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories, executed_calls
 from pixel_jax.training import rewards
@@ -21,6 +21,7 @@ from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.origins import Room, origins, see
 from pixel_jax.training.packing import PackingConfig, pack_rows
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.replay import Replay, ReplayConfig
@@ -147,6 +148,10 @@ def rollout_metrics(
     return {name: float(x) for name, x in facts.items()}
 
 
+def with_patches(batch: Batch, patches: Any) -> Batch:
+    return batch._replace(visual=batch.visual._replace(patches=patches))
+
+
 def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:
     """The rows that did not end in an answer (`stop` int32 [R]) without tokens that carry loss, and never replayed."""
     finished = stop == STOP_ANSWER
@@ -175,7 +180,8 @@ def rl(
 
     Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
     this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
-    rewards and records are gathered: pixels stay where they were rolled out, or go where they are trained on.
+    rewards and records are gathered. Pixels are not kept: what a row saw is cut again from its prompt's images, where and when
+    it is scored or trained on.
     """
     optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
     temperatures = {
@@ -191,12 +197,13 @@ def rl(
     place = (lambda batch: batch) if mesh is None else (lambda batch: shard_batch(batch, mesh))
     n, share_of_update = config.rollout.group_size, config.train_batch // part.count
 
-    def old_logprobs(state: TrainState, batch: Batch) -> np.ndarray:
+    def old_logprobs(state: TrainState, batch: Batch, seen: Callable[[Batch], Batch]) -> np.ndarray:
         model, rows = state.model, batch.tokens.shape[0]
         found = []
         for start in range(0, rows, share_of_update):
             NOTICE.obey()
-            found.append(local_rows(scorer(model, place(take(batch, slice(start, start + share_of_update))))[0]))
+            part = seen(take(batch, slice(start, start + share_of_update)))
+            found.append(local_rows(scorer(model, place(part))[0]))
         return np.concatenate(found)
 
     def step(state: TrainState, i: int):
@@ -217,7 +224,7 @@ def rl(
         # Keys follow from the place in the whole batch, whoever has it.
         prompts = prompts._replace(uid=part.index * len(answers) + np.arange(len(answers), dtype=np.int32))
         actor = policy(state)
-        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout))
+        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout, pixels=False))
         laps.lap("rollout")
         NOTICE.obey()
         timed = {}
@@ -238,21 +245,29 @@ def rl(
         advantage = group_advantage(shaped, baseline=config.baseline, scale_by_std=config.scale_by_std).reshape(-1)
         own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
         batch = from_trajectories(trajectories, advantage[own])
+        shape = static_shape(prompts, config.rollout, mesh)
+        room = Room(batch.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+        batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, shape))
+        del prompts  # its images, without the room around them, are all that is needed from here on
+
+        def seen(rows: Batch) -> Batch:
+            return with_patches(rows, see(rows, room, config.rollout, shape, mesh))
+
         if config.mask_unfinished:
             batch = mask_unfinished(batch, trajectories.stop)
         laps.lap("scoring")
         if config.old_logprobs == "recomputed" and (teaching.any() or config.replay.kind == "none"):
-            batch = batch._replace(old_logprobs=old_logprobs(state, batch))
+            batch = batch._replace(old_logprobs=old_logprobs(state, batch, seen))
             check_rows(batch.old_logprobs, f"iteration {i}: the log-probabilities")
         NOTICE.obey()
         laps.lap("old_logprobs")
-        selected = replay.select(batch, np.repeat(teaching, n))
+        selected = replay.select(batch, np.repeat(teaching, n), room)
         facts["updates"] = 0 if selected is None else config.updates
         reports = []
         for u in range(facts["updates"]):
-            rows = replay.batch(selected[u * config.train_batch : (u + 1) * config.train_batch], batch)
+            rows = seen(replay.batch(selected[u * config.train_batch : (u + 1) * config.train_batch]))
             if config.packing:
-                rows = pack_rows(rows, config.packing)
+                rows = pack_rows(jax.tree.map(local_rows, rows), config.packing)
             throughput.count(rows)
             state, report = update(state, place(rows))
             reports.append(check_report(report, i * config.updates + u))

@@ -43,6 +43,27 @@ def test_a_plan_of_updates_and_scores(tmp_path):
             assert f" {plan_of_step[name] / unit:.4g} " in row
 
 
+def test_the_meshes_of_the_config_and_the_room_of_its_videos(tmp_path):
+    config = CONFIG.replace(
+        "**shapes}", '**shapes, "mesh": {"data": 2, "fsdp": -1}, "rollout_mesh": {"data": -1, "tensor": 2}}'
+    )
+    config = config.replace('"train_batch": 8,', '"train_batch": 8, "forward": {"micro_batches": 1},')
+    (tmp_path / "config.py").write_text(config)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(tiny_config().to_hf()))
+    stopped = plan(tmp_path, "--topology=cpu:8", "--configured", "--video", "--steps=score")
+    assert stopped.returncode == 1 and "--video: config.video_canvas is not set" in stopped.stderr
+    video = ("--config.video_canvas=(4, 64, 64)", "--config.video_prompt_width=256")
+    run = plan(tmp_path, "--topology=cpu:8", "--configured", "--video", "--steps=score", "--json=plan.json", *video)
+    assert run.returncode == 0, run.stderr
+    (found,) = json.loads((tmp_path / "plan.json").read_text())["plans"]
+    assert found["sharding"] == {"data": 2, "fsdp": 4, "sequence": 1, "tensor": 1, "micro_batches": 1}
+    still = plan(tmp_path, "--topology=cpu:8", "--configured", "--steps=score", "--json=still.json")
+    assert still.returncode == 0, still.stderr
+    (other,) = json.loads((tmp_path / "still.json").read_text())["plans"]
+    assert found["flops_per_chip"] > 1.1 * other["flops_per_chip"]  # 128 tokens more in a row, and four frames
+
+
 def test_mistakes_are_said_before_anything_is_compiled(tmp_path):
     (tmp_path / "config.py").write_text(
         CONFIG.replace('"model": "model"', '"model": "none", "architecture": "qwen2.5-vl-7b"')
@@ -50,6 +71,7 @@ def test_mistakes_are_said_before_anything_is_compiled(tmp_path):
     for arguments, message in {
         ("--topology=v9:2x2",): "topology 'v9:2x2' is not of the form KIND:AxB",
         ("--topology=cpu:8", "--json=."): "--json=. is a directory",
+        ("--topology=cpu:8", "--configured"): "the config has no mesh",
         ("--topology=cpu:8", "--json=no/plan.json"): "--json=no/plan.json: there is no directory no",
     }.items():
         run = plan(tmp_path, *arguments)

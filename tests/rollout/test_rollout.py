@@ -12,11 +12,13 @@ from pixel_jax.dialog.observations import Kind
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
+from pixel_jax.parallel.sharding import batch_sharding
 from pixel_jax.rollout import machine, timing, trajectory, views
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, traced
+from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, static_shape, traced
 from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.origins import Room, origins, see
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
 
@@ -337,6 +339,37 @@ def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once,
     for number, (patches, features) in enumerate(again):
         np.testing.assert_array_equal(patches, shown[:, number, :, :room])
         assert np.asarray(features)[executed[:, number]].any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize(
+    "which, mesh, blank", [("trajectories", None, False), ("mixed", None, True), ("mixed", MESH, False)]
+)
+def test_what_rows_saw_is_cut_again_bit_for_bit(which, mesh, blank, request):
+    """A rollout that keeps no patches tells where they were: overviews, crops, frames, blanked ones."""
+    prompts = talker.prompts(4, video=which == "mixed")
+    config = replace(talker.CONFIG, blank=blank)
+    made = request.getfixturevalue(which)
+    if blank:  # observations are other pixels, so the rows go on in another way
+        made = trajectory.to_host(rollout(talker.model(), prompts, KEY, config))
+    mesh = mesh and make_mesh(mesh)
+    model = shard(talker.model(), mesh) if mesh else talker.model()
+    light = trajectory.to_host(rollout(model, prompts, KEY, config, pixels=False))
+    assert light.visual.patches is None
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        made._replace(visual=made.visual._replace(patches=None), logprobs=None),
+        light._replace(logprobs=None),
+    )
+    shape = static_shape(prompts, config, mesh)
+    rows = from_trajectories(light)
+    found = origins(prompts, light.calls, config, shape)
+    assert found.images[0] is found.images[3] and found.images[0] is not found.images[4]  # four rows of a prompt
+    room = Room(rows.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+    rows = rows._replace(visual=rows.visual._replace(patches=found))
+    seen = see(rows, room, config, shape, mesh)
+    np.testing.assert_array_equal(seen, made.visual.patches)
+    if mesh:
+        assert seen.sharding.is_equivalent_to(batch_sharding(mesh), seen.ndim)
 
 
 def test_the_compiler_is_not_timed(monkeypatch):

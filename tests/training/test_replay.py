@@ -5,23 +5,46 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
+from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import from_trajectories, pad_rows, take
-from pixel_jax.training.replay import Replay, ReplayConfig, room_of, trim, widen
+from pixel_jax.training.origins import Images, Origins, Room
+from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
+
+ROOM = Room(24, 1, 64, 64, 1, 16)
 
 
 def marked(rows, seed=0, advantage=None):
-    """A batch whose first token says which row it is."""
+    """A batch whose first token says which row it is; two neighbours are of one prompt."""
     batch = make_batch(rows, seed)
+    random = np.random.default_rng(seed)
+    images = np.empty(rows, object)
+    for row in range(rows):
+        pixels = random.integers(0, 256, (28 + row, 40, 3)).astype(np.uint8)
+        images[row] = Images((pixels,) * (1 + row % 4 // 2)) if row % 2 == 0 else images[row - 1]
+    views = Views(
+        np.zeros((rows, 1), np.int32), random.integers(0, 28, (rows, 1, 4)), np.full((rows, 1, 2), 28, np.int32)
+    )
+    batch = batch._replace(visual=batch.visual._replace(patches=Origins(images, views)))
     batch.tokens[:, 0] = 1000 * seed + np.arange(rows)
     if advantage is not None:
         batch = batch._replace(advantage=np.array(advantage, np.float32))
     return batch
 
 
-def draw(replay, rows, informative):
+def draw(replay, rows, informative, room=ROOM):
     """What an update would train on."""
-    entries = replay.select(rows, informative)
-    return None if entries is None else replay.batch(entries, rows)
+    entries = replay.select(rows, informative, room)
+    return None if entries is None else replay.batch(entries)
+
+
+def assert_equal(a, b):
+    """Rows, to the pixels of their images."""
+    a, b = (jax.tree.map(lambda x: pixels(x) if np.asarray(x).dtype == object else x, rows) for rows in (a, b))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def pixels(images):
+    return [x.arrays for x in np.atleast_1d(images)]
 
 
 def names(batch):
@@ -35,7 +58,7 @@ def test_informative_rows_are_all_in_and_the_rest_is_drawn():
     assert chosen.tokens.shape[0] == 8
     assert set(names(chosen)) == {0, 1, 2, 3}  # all of them, and replayed ones only from among them
     for name, row in zip(chosen.tokens[:, 0], range(8), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, take(chosen, row), take(rows, int(name)))
+        assert_equal(take(chosen, row), take(rows, int(name)))
 
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
@@ -44,7 +67,7 @@ def test_probabilities_follow_the_advantage(exponent):
     sizes = np.array([0.1, -0.2, 0.3, -0.4])
     draw(replay, marked(4, advantage=sizes), np.ones(4, bool))
     expected = np.abs(sizes) ** exponent / np.sum(np.abs(sizes) ** exponent)
-    np.testing.assert_allclose(replay.probabilities(room_of(marked(4))), expected, rtol=1e-6)
+    np.testing.assert_allclose(replay.probabilities(ROOM), expected, rtol=1e-6)
     drawn = np.zeros(4)
     replay.rollouts = 1  # within the episode
     for _ in range(50):
@@ -91,51 +114,43 @@ def test_a_restored_buffer_draws_the_same():
     copy.set_state(replay.get_state())
     for _ in range(3):
         a, b = (draw(r, marked(6, seed=2), np.arange(6) < 2) for r in (replay, copy))
-        jax.tree.map(np.testing.assert_array_equal, a, b)
+        assert_equal(a, b)
     empty = Replay(ReplayConfig(), 0)
     empty.set_state(Replay(ReplayConfig(), 3).get_state())
     assert not empty.rows
-
-
-def wider(batch, tokens):
-    """The rows with room for so many tokens more."""
-    pad = lambda x: np.pad(x, [(0, 0), (0, tokens)])
-    return batch._replace(**{name: pad(x) for name, x in batch._asdict().items() if getattr(x, "ndim", 0) == 2})
 
 
 @pytest.mark.parametrize("kind", ["ssr", "dynamic"])
 def test_an_update_is_of_rows_of_one_room(kind):
     """Rollouts about images and about videos differ in shape: what is replayed, and restored, is of the shape of the rest."""
     replay = Replay(ReplayConfig(kind=kind, life="run"), 0)
-    stills, clips = marked(4, seed=1), wider(marked(4, seed=2), 8)
+    stills, clips, clip = marked(4, seed=1), marked(4, seed=2), ROOM._replace(views=8)
     first = draw(replay, stills, np.arange(4) < 2)
     copy = Replay(ReplayConfig(kind=kind, life="run"), 1)
     copy.set_state(replay.get_state())
-    second, again = draw(replay, clips, np.arange(4) < 1), draw(copy, clips, np.arange(4) < 1)
+    second, again = (draw(x, clips, np.arange(4) < 1, clip) for x in (replay, copy))
     if kind == "dynamic":  # which waits for four of a kind
         assert first is second is again is None
-        assert {x // 1000 for x in names(draw(replay, clips, np.arange(4) < 3))} == {2} and not replay.rows
+        assert {x // 1000 for x in names(draw(replay, clips, np.arange(4) < 3, clip))} == {2} and not replay.rows
         return
-    assert (
-        {x // 1000 for x in names(first)} == {1}
-        and set(names(second)) == {2000}
-        and second.tokens.shape == clips.tokens.shape
-    )
+    assert {x // 1000 for x in names(first)} == {1} and set(names(second)) == {2000}
     third, restored = (draw(x, stills, np.zeros(4, bool)) for x in (replay, copy))
     assert {x // 1000 for x in names(third)} == {1}
-    jax.tree.map(np.testing.assert_array_equal, (second, third), (again, restored))
+    assert_equal((second, third), (again, restored))
 
 
-def test_rows_are_kept_without_their_empty_patches():
-    batch = make_batch(2)
-    patches = np.zeros((2, 3, 40, 588), np.uint8)
-    patches[:, :1, :16] = batch.visual.patches
-    row = take(batch._replace(visual=batch.visual._replace(patches=patches)), 0)
-    small = trim(row)
-    assert small.visual.patches.shape == (1, 16, 588)
-    jax.tree.map(np.testing.assert_array_equal, widen(small, (3, 40, 588)), row)
-    with pytest.raises(ValueError, match=r"\(1, 16, 588\).*\(1, 8, 588\)"):
-        widen(small, (1, 8, 588))
+def test_images_are_kept_and_sent_once_however_many_rows_have_them():
+    replay, rows = Replay(ReplayConfig(), 0), marked(4)
+    draw(replay, rows, np.ones(4, bool))
+    kept = [entry.row for entry in replay.rows]
+    images = [row.visual.patches.images for row in kept]
+    assert images[0] is images[1] and images[2] is images[3] and images[0] is rows.visual.patches.images[0]
+    assert not any(np.shares_memory(kept[0].tokens, x) for x in (rows.tokens, kept[1].tokens))  # the batch can go
+    assert stacked(kept)["pixels"].size == 28 * 40 * 3 + 2 * 30 * 40 * 3
+    sent = unpack(pack(dict(zip("abcd", kept, strict=True))))
+    assert_equal([sent[name] for name in "abcd"], kept)
+    assert sent["a"].visual.patches.images is sent["b"].visual.patches.images
+    assert pack({}) == b"" and unpack(b"") == {}
 
 
 def test_padding_weighs_nothing():

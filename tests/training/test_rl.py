@@ -30,7 +30,9 @@ CONFIG = RLConfig(
     iterations=4,
     prompts=GROUPS,
     train_batch=8,
-    rollout=RolloutConfig(group_size=N, temperature=1.0, later_temperature=0.9),
+    rollout=RolloutConfig(
+        group_size=N, later_temperature=0.9, max_pixels=3136, video_max_pixels=3136, crop_max_pixels=3136
+    ),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     forward=ForwardConfig(remat=False),
     replay=ReplayConfig(episode=2),
@@ -51,7 +53,7 @@ def make_trajectories(seed, calls=None):
         valid=batch.valid,
         chosen=batch.chosen,
         logprobs=batch.logprobs,
-        visual=batch.visual,
+        visual=batch.visual._replace(patches=None),
         prompt=np.repeat(np.arange(GROUPS, dtype=np.int32), N),
         calls=Calls(
             observation, observation, blank, np.zeros((rows, 5, 4), np.int32), np.zeros((rows, 5, 8), np.int32)
@@ -62,15 +64,25 @@ def make_trajectories(seed, calls=None):
 
 
 class Questions:
-    """Prompts without content: the rollout of these tests does not look at them. Answers count up."""
+    """Prompts with an image of 56 x 56 and no text: the rollout of these tests does not look at them. Answers count up."""
 
     def __init__(self):
         self.asked = 0
 
     def __next__(self):
         self.asked += 1
-        nothing = np.zeros((GROUPS, 1), np.int32)
-        prompts = Prompts(*[nothing] * 5, np.zeros(GROUPS, bool), *[nothing] * (len(Prompts._fields) - 6))
+        ones = np.ones(GROUPS, np.int32)
+        prompts = Prompts(
+            tokens=ones[:, None],
+            length=ones,
+            canvases=np.random.default_rng(self.asked).integers(0, 256, (GROUPS, 1, 64, 64, 3)).astype(np.uint8),
+            canvas_size=np.full((GROUPS, 1, 2), 56, np.int32),
+            num_canvases=ones,
+            is_video=np.zeros(GROUPS, bool),
+            seconds=np.zeros(GROUPS, np.float32),
+            uid=ones,
+            tables=(),
+        )
         return prompts, list(range(self.asked, self.asked + GROUPS))
 
     def get_state(self):
@@ -80,7 +92,7 @@ class Questions:
         self.asked = state["asked"]
 
 
-def rollout(model, prompts, key, config):
+def rollout(model, prompts, key, config, *, pixels):
     """Rows that depend on the key and on the weights."""
     norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.device_get(model.lm_head)))
     return make_trajectories(int(jax.random.randint(key, (), 0, 10**6)) + int(norm * 1e3) % 7)
@@ -143,10 +155,10 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
     moment, calls = None, collections.Counter()
 
     def watched(place, function):
-        def call(*arguments):
+        def call(*arguments, **options):
             calls[place] += 1
             monkeypatch.setattr(NOTICE, "given", NOTICE.given or (place, calls[place]) == moment)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 
