@@ -11,6 +11,7 @@ from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.rooms import Fit, Room, fit
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, build_prompts
 from pixel_jax.rollout.trajectory import Prompts, Tables
@@ -89,15 +90,16 @@ def question_batches(
         return prompt._replace(tables=None), Reference(tuple(references_of(example.answer)), example.question)
 
     def collate(rows: Iterator[tuple[Prompts, Reference]], count: int) -> tuple[Prompts, list[Reference]]:
-        references = []
+        references, canvases = [], []
 
         def prompts() -> Iterator[Prompts]:
             for prompt, reference in rows:
                 references.append(reference)
-                yield prompt
+                canvases.append(prompt.canvases)
+                yield prompt._replace(canvases=None)
 
-        stacked = stack(prompts(), count)
-        return stacked._replace(uid=np.arange(count, dtype=np.int32), tables=tables), references
+        stacked = stack(prompts(), count)._replace(uid=np.arange(count, dtype=np.int32), tables=tables)
+        return stacked._replace(canvases=Canvases.concatenate(canvases)), references
 
     rooms = dict.fromkeys(x.room for x in asked)
     return Batches(

@@ -208,7 +208,7 @@ def shard_batch(batch: T, mesh: Mesh) -> T:
 
     def put(x):
         if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
-            x = np.asarray(x)
+            x = np.asarray(x) if isinstance(x, jax.Array) else x
             return place_rows(x.__getitem__, len(x), mesh)
         if len(x) % parts:
             raise ValueError(f"{len(x)} rows cannot be split over data x fsdp = {parts}; pad the batch")

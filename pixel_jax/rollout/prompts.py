@@ -10,6 +10,7 @@ from pixel_jax.dialog import automaton, template
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.trajectory import Prompts, Tables
 
@@ -100,17 +101,15 @@ def build_prompts(
         raise PromptError(f"{most} images of up to {wide}x{height} pixels do not fit the canvas {canvas}")
     batch = len(queries)
     tokens = np.zeros((batch, width), np.int32)
-    canvases = np.zeros((batch, *canvas, 3), np.uint8)
     sizes = np.zeros((batch, canvas[0], 2), np.int32)
     for b, (query, row) in enumerate(zip(queries, ids, strict=True)):
         tokens[b, : len(row)] = row
         for i, image in enumerate(query.images):
-            canvases[b, i, : image.shape[0], : image.shape[1]] = image
             sizes[b, i] = image.shape[:2]
     return Prompts(
         tokens=tokens,
         length=np.array([len(row) for row in ids], np.int32),
-        canvases=canvases,
+        canvases=Canvases([Images(tuple(query.images)) for query in queries], canvas),
         canvas_size=sizes,
         num_canvases=np.array([len(query.images) for query in queries], np.int32),
         is_video=np.array([query.is_video for query in queries]),

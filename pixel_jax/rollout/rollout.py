@@ -252,7 +252,7 @@ def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:
     """The prompts on the mesh: rows split, tables everywhere."""
     if mesh is None:
-        return prompts
+        return prompts._replace(canvases=jnp.asarray(prompts.canvases))
     rows = shard_batch(prompts._replace(tables=()), mesh)
     return rows._replace(tables=replicate(prompts.tables, mesh))
 

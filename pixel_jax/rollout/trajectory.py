@@ -14,6 +14,7 @@ import numpy as np
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import TokenBytes
 from pixel_jax.models.inputs import Visual
+from pixel_jax.rollout.canvases import Canvases
 
 Array = jax.Array | np.ndarray
 
@@ -41,7 +42,8 @@ class Prompts(NamedTuple):
 
     tokens: Array  # int32 [B, Lp], left-aligned, padded with zeros
     length: Array  # int32 [B]
-    canvases: Array  # uint8 [B, C, H, W, 3], full resolution, zero beyond `canvas_size`; frames when `is_video`
+    # uint8 [B, C, H, W, 3], full resolution, zero beyond `canvas_size`; frames when `is_video`. On the host `Canvases`.
+    canvases: Array | Canvases
     canvas_size: Array  # int32 [B, C, 2], (height, width); (0, 0) is absent
     num_canvases: Array  # int32 [B]
     is_video: Array  # bool [B], the canvases are one video

@@ -1,7 +1,6 @@
 """Where the pixels of rows come from. RL keeps no patches: it keeps the prompts' images and cuts from them when it trains."""
 
 import contextlib
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,18 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.parallel.sharding import ROWS, constrain, place_rows, shard_batch
+from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.machine import Shape
 from pixel_jax.rollout.sight import Views, all_views, look_again
 from pixel_jax.rollout.trajectory import Calls, Prompts
 from pixel_jax.training.batch import Batch
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Images:
-    """Those of one prompt; its rows, and what is replayed of them, share the object."""
-
-    arrays: tuple[np.ndarray, ...]  # uint8 [h, w, 3] each
 
 
 class Origins(NamedTuple):
@@ -44,30 +37,22 @@ class Room(NamedTuple):
 
 
 def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape) -> Origins:
-    """Of the rows of B prompts, all on the host; images are copied without the room around them."""
-    rows = calls.observation.shape[0]
-    images = np.empty(len(prompts.length), object)
-    for b, (count, sizes) in enumerate(zip(prompts.num_canvases, prompts.canvas_size, strict=True)):
-        images[b] = Images(
-            tuple(canvas[:h, :w].copy() for canvas, (h, w) in zip(prompts.canvases[b], sizes[:count], strict=False))
+    """Of the rows of B prompts, all on the host. TypeError: the prompts' canvases are no `Canvases`."""
+    if not isinstance(prompts.canvases, Canvases):
+        raise TypeError(
+            f"canvases of prompts to learn from are Canvases (see build_prompts), not {type(prompts.canvases)}"
         )
+    images = prompts.canvases.images
     views = _all_views(prompts._replace(canvases=(), tables=()), calls, config, shape)
-    return Origins(np.repeat(images, rows // len(images)), jax.tree.map(np.asarray, views))
+    return Origins(np.repeat(images, len(calls.observation) // len(images)), jax.tree.map(np.asarray, views))
 
 
 def see(rows: Batch, room: Room, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
     """The patches uint8 [R, K, P, 588] of host rows with `Origins`, on the devices, split as the rows will be."""
     images, views = rows.visual.patches
-
-    def canvases(part: slice) -> np.ndarray:
-        padded = np.zeros((len(images[part]), room.canvases, room.height, room.width, 3), np.uint8)
-        for row, of_row in zip(padded, images[part], strict=True):
-            for canvas, image in zip(row, of_row.arrays, strict=False):
-                canvas[: image.shape[0], : image.shape[1]] = image
-        return padded
-
+    canvases = Canvases(images, (room.canvases, room.height, room.width))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        placed = place_rows(canvases, len(images), mesh)
+        placed = place_rows(canvases.__getitem__, len(images), mesh)
         views = views if mesh is None else shard_batch(views, mesh)
         return _look_again(placed, views, config, shape, mesh)
 

@@ -13,10 +13,11 @@ import safetensors.numpy
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
+from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.checkpoint import rejoin, separate
-from pixel_jax.training.origins import Images, Origins, Room
+from pixel_jax.training.origins import Origins, Room
 
 
 @dataclasses.dataclass(frozen=True)

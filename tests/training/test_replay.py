@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
+from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import from_trajectories, pad_rows, take
-from pixel_jax.training.origins import Images, Origins, Room
+from pixel_jax.training.origins import Origins, Room
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 
 ROOM = Room(24, 1, 64, 64, 1, 16)

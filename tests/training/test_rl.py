@@ -11,6 +11,7 @@ import pytest
 from tiny_model import make_batch
 
 from pixel_jax.models import flops
+from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.training import rl as rl_module
@@ -72,10 +73,11 @@ class Questions:
     def __next__(self):
         self.asked += 1
         ones = np.ones(GROUPS, np.int32)
+        images = np.random.default_rng(self.asked).integers(0, 256, (GROUPS, 56, 56, 3)).astype(np.uint8)
         prompts = Prompts(
             tokens=ones[:, None],
             length=ones,
-            canvases=np.random.default_rng(self.asked).integers(0, 256, (GROUPS, 1, 64, 64, 3)).astype(np.uint8),
+            canvases=Canvases([Images((image,)) for image in images], (1, 64, 64)),
             canvas_size=np.full((GROUPS, 1, 2), 56, np.int32),
             num_canvases=ones,
             is_video=np.zeros(GROUPS, bool),
