@@ -1,8 +1,11 @@
-"""How much memory does training data take? `python -m pixel_jax.data.memory --rows 10000`
+"""How much memory does a host need? `python -m pixel_jax.data.memory --rows 10000`
 
-Goes through that many traces with crops, or questions, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
+Goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
 would, batch by batch, and prints the most memory that the process had. The JPEGs are few and have many names (hard links),
 so that they fit on a disk; each is opened and decoded as often as it is named.
+
+Devices are left out, whose memory would be the host's on a CPU: trajectories are made up (every row calls once or twice, half of
+the groups teach something) and then kept, replayed and padded, for one of `--devices` after the other, as those of a rollout.
 """
 
 import json
@@ -25,13 +28,21 @@ from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.data.traces import Shape
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
+from pixel_jax.models.inputs import Visual
+from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.rollout import static_shape
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.origins import RowShape, origins
+from pixel_jax.training.replay import Replay, ReplayConfig
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rows", 10_000, "Traces, or questions.")
+flags.DEFINE_integer("rows", 10_000, "Traces, or trajectories.")
 flags.DEFINE_enum("phase", "sft", ["sft", "rl"], "Whose batches.")
-flags.DEFINE_integer("batch", 128, "Rows of a batch.")
+flags.DEFINE_integer("batch", 128, "Rows of a batch; in reinforcement learning questions.")
+flags.DEFINE_integer("devices", 64, "Devices that an update's rows are split over.")
 flags.DEFINE_integer("skip", 0, "Batches to leave out, as a run that is resumed there would.")
 flags.DEFINE_integer("batches", None, "Batches to make; all of one epoch by default.")
 flags.DEFINE_integer("ahead", 32, "Rows that are read ahead.")
@@ -65,6 +76,63 @@ def write_data(folder: pathlib.Path, rows: int, height: int, width: int) -> path
     return folder / "data.jsonl"
 
 
+class Learning:
+    """What `training.rl` keeps of its rows, from iteration to iteration; defaults are the paper's."""
+
+    def __init__(self, config: RolloutConfig, train_batch: int, devices: int):
+        self.config, self.train_batch, self.devices = config, train_batch, devices
+        self.replay, self.random = Replay(ReplayConfig(), 0), np.random.default_rng(0)
+
+    def iteration(self, prompts: Prompts) -> None:
+        config, count = self.config, len(prompts.length)
+        for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
+            assert prompts.canvases[part].shape[0] == len(part)
+        rows = self.made_up(prompts)
+        shape = static_shape(prompts, config, None)
+        advantage = self.random.normal(size=count * config.group_size).astype(np.float32)
+        batch = from_trajectories(rows, advantage, np.array(rows.logprobs))
+        found = origins(prompts, rows.calls, config, shape)
+        batch = batch._replace(visual=batch.visual._replace(patches=found))
+        canvas = prompts.canvases.room
+        del prompts
+        teaching = np.repeat(self.random.random(count) < 0.5, config.group_size)
+        selected = self.replay.select(
+            batch, teaching, RowShape(batch.tokens.shape[1], *canvas, shape.views, shape.patches)
+        )
+        for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
+            trained = self.replay.batch(selected[first : first + self.train_batch])
+            canvases = Canvases(trained.visual.patches.images, canvas)
+            for part in np.array_split(np.arange(self.train_batch), self.devices):
+                assert canvases[part].any(axis=(1, 2, 3, 4)).all()
+
+    def made_up(self, prompts: Prompts) -> Trajectories:
+        """Rows as long as they may be, with one or two crops each."""
+        config, rows = self.config, len(prompts.length) * self.config.group_size
+        length, numbers, frames = (
+            prompts.tokens.shape[1] + config.max_response,
+            config.max_calls + 1,
+            1 + config.max_calls,
+        )
+        made = np.arange(numbers) < self.random.integers(1, 3, (rows, 1))
+        crops = np.where(made, 0, -1).astype(np.int32)
+        none = np.full((rows, numbers, 8), -1, np.int32)
+        box = np.where(made[..., None], np.array([100, 100, 900, 700]), 0).astype(np.int32)
+        full = lambda dtype: np.ones((rows, length), dtype)  # zeros would not be in memory
+        return Trajectories(
+            tokens=full(np.int32),
+            valid=full(bool),
+            chosen=full(bool),
+            logprobs=full(np.float32),
+            visual=Visual(
+                None, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)
+            ),
+            prompt=np.repeat(np.arange(len(prompts.length)), config.group_size),
+            calls=Calls(crops, crops, crops, box, none),
+            num_calls=made.sum(axis=1),
+            stop=np.zeros(rows, np.int32),
+        )
+
+
 def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tuple[Batches, int]:
     """The batches that training would see, and how many are an epoch."""
     examples, report = read_examples(path, turns=phase == "sft")
@@ -92,14 +160,21 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tu
 def main(arguments: list[str]) -> None:
     del arguments
     with tempfile.TemporaryDirectory() as folder:
-        path = write_data(pathlib.Path(folder), FLAGS.rows, FLAGS.height, FLAGS.width)
+        config = RolloutConfig()
+        tuning = FLAGS.phase == "sft"
+        rows = FLAGS.rows if tuning else -(-FLAGS.rows // config.group_size)
+        learning = None if tuning else Learning(config, min(256, FLAGS.batch * config.group_size), FLAGS.devices)
+        path = write_data(pathlib.Path(folder), rows, FLAGS.height, FLAGS.width)
         began = time.monotonic()
         data, epoch = batches_of(path, FLAGS.phase, FLAGS.batch, ahead=FLAGS.ahead, threads=FLAGS.threads)
-        print(f"{FLAGS.rows} rows read in {time.monotonic() - began:.0f} s, {peak():.2f} GB", flush=True)
+        print(f"{rows} rows read in {time.monotonic() - began:.0f} s, {peak():.2f} GB", flush=True)
         data.set_state(data.get_state() | {"position": FLAGS.skip})
         until = FLAGS.skip + min(FLAGS.batches or epoch, epoch - FLAGS.skip)
         for i in range(FLAGS.skip, until):
-            next(data)
+            batch = next(data)
+            if learning:
+                learning.iteration(batch[0])
+            del batch  # else its images would be there beside the next one's
             print(f"batch {i + 1} of {epoch}: {time.monotonic() - began:.0f} s, peak {peak():.2f} GB", flush=True)
         data.close()
 

@@ -25,7 +25,7 @@ class Origins(NamedTuple):
     views: Views
 
 
-class Room(NamedTuple):
+class RowShape(NamedTuple):
     """The static shape of a rollout's rows; rows of one update are of one room."""
 
     tokens: int
@@ -47,7 +47,7 @@ def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape)
     return Origins(np.repeat(images, len(calls.observation) // len(images)), jax.tree.map(np.asarray, views))
 
 
-def see(rows: Batch, room: Room, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
+def see(rows: Batch, room: RowShape, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
     """The patches uint8 [R, K, P, 588] of host rows with `Origins`, on the devices, split as the rows will be."""
     images, views = rows.visual.patches
     canvases = Canvases(images, (room.canvases, room.height, room.width))

@@ -17,7 +17,7 @@ from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.checkpoint import rejoin, separate
-from pixel_jax.training.origins import Origins, Room
+from pixel_jax.training.origins import Origins, RowShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
     advantage: float
     owner: int  # which share of the processes has it
-    room: Room
+    room: RowShape
     row: Batch | None  # with `Origins`; None: it lies with others
 
 
@@ -59,20 +59,27 @@ class Replay:
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self, room: Room) -> np.ndarray:
+    def probabilities(self, room: RowShape) -> np.ndarray:
         """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
         All zero if no row has any."""
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
         weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Batch, informative: np.ndarray, room: Room) -> list[Entry] | None:
+    def select(self, rows: Batch, informative: np.ndarray, room: RowShape) -> list[Entry] | None:
         """As many rows as were rolled out (so that the number of steps is constant), in random order.
 
         `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
         are in; the rest is drawn with replacement. None when nothing is informative and nothing can be replayed: there is
         nothing to learn from.
         """
+        chosen = self._select(rows, informative, room)
+        self.rollouts += 1
+        if self.config.kind == "ssr" and self.config.life == "episode" and self.rollouts % self.config.episode == 0:
+            self.rows.clear()  # at once: the next rollout needs the memory
+        return chosen
+
+    def _select(self, rows: Batch, informative: np.ndarray, room: RowShape) -> list[Entry] | None:
         wanted, mine = len(informative), rows.tokens.shape[0]
         advantage = all_rows(np.asarray(rows.advantage), self.part)
 
@@ -82,9 +89,6 @@ class Replay:
 
         if self.config.kind == "none":
             return [entry(i) for i in self.random.permutation(wanted)]
-        if self.config.kind != "dynamic" and self.config.life == "episode" and self.rollouts % self.config.episode == 0:
-            self.rows.clear()
-        self.rollouts += 1
         current = np.flatnonzero(informative)
         if self.config.kind == "repeat":
             if not current.size:
@@ -145,7 +149,7 @@ class Replay:
         facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
         for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
             row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
-            self.rows.append(Entry(advantage, now, Room(*room), row if now == self.part.index else None))
+            self.rows.append(Entry(advantage, now, RowShape(*room), row if now == self.part.index else None))
 
 
 def side_by_side(rows: Sequence[Batch]) -> Batch:

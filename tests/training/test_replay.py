@@ -8,10 +8,10 @@ from tiny_model import make_batch
 from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import from_trajectories, pad_rows, take
-from pixel_jax.training.origins import Origins, Room
+from pixel_jax.training.origins import Origins, RowShape
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 
-ROOM = Room(24, 1, 64, 64, 1, 16)
+ROOM = RowShape(24, 1, 64, 64, 1, 16)
 
 
 def marked(rows, seed=0, advantage=None):
@@ -64,16 +64,14 @@ def test_informative_rows_are_all_in_and_the_rest_is_drawn():
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
 def test_probabilities_follow_the_advantage(exponent):
-    replay = Replay(ReplayConfig(exponent=exponent), 0)
+    replay = Replay(ReplayConfig(exponent=exponent, life="run"), 0)
     sizes = np.array([0.1, -0.2, 0.3, -0.4])
     draw(replay, marked(4, advantage=sizes), np.ones(4, bool))
     expected = np.abs(sizes) ** exponent / np.sum(np.abs(sizes) ** exponent)
     np.testing.assert_allclose(replay.probabilities(ROOM), expected, rtol=1e-6)
     drawn = np.zeros(4)
-    replay.rollouts = 1  # within the episode
     for _ in range(50):
         chosen = draw(replay, marked(100, seed=1), np.zeros(100, bool))
-        replay.rollouts = 1
         drawn += np.bincount(chosen.tokens[:, 0], minlength=4)
     np.testing.assert_allclose(drawn / drawn.sum(), expected, atol=0.03)  # s.e. .007
 
@@ -89,6 +87,7 @@ def test_an_episode_ends_and_a_run_does_not():
         replay = Replay(ReplayConfig(life=life, episode=2), 0)
         draw(replay, marked(4, seed=1), np.ones(4, bool))
         assert names(draw(replay, marked(4, seed=2), np.zeros(4, bool)))[0] >= 1000
+        assert bool(replay.rows) == replayed
         third = draw(replay, marked(4, seed=3), np.zeros(4, bool))
         assert (third is not None) == replayed
 
