@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
     config.rl.prompts = 512
     config.rl.rollout = {"in_flight": 32}  # prompts at a time, for their caches; a multiple of data x fsdp
     config.rl.train_batch = 256
+    config.rl.time_operations = 10  # iterations
     config.rl.update({name: {} for name in ("reward", "replay", "loss", "optimizer")})
     config.rl.reward.scorer = ConfigDict()
     config.rl.forward = {"micro_batches": 64, "implementation": "kernel", "compute_dtype": "bfloat16"}

@@ -48,7 +48,9 @@ class Recipe:
         """The steps of this recipe, in the order in which they are planned."""
         config = self.config
         tuning = ("sft", *["unlearn"] * (config.lora is not None)) if config.sft is not None else ()
-        return tuning + (("update", "score", "rollout") if config.rl is not None else ())
+        if config.rl is None:
+            return tuning
+        return (*tuning, "update", *["score"] * (config.rl.old_logprobs == "recomputed"), "rollout")
 
     def rows(self, step: str) -> int:
         """Rows that one call of the step's program works on."""
