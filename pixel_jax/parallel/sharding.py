@@ -194,9 +194,8 @@ def place_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None
     if rows * mine.count % parts:
         raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {parts}; pad the batch")
     size = rows * mine.count // parts
-    block = functools.lru_cache(maxsize=1)(
-        lambda at: read(slice(at, at + size))
-    )  # devices that share rows are neighbours
+    # Devices that share rows are neighbours: one reading is enough for them.
+    block = functools.lru_cache(maxsize=1)(lambda at: read(slice(at, at + size)))
     at = lambda index: mine.blocks.index((index[0].start or 0) // size) * size
     shape = (rows * mine.count, *block(0).shape[1:])
     return jax.make_array_from_callback(shape, batch_sharding(mesh), lambda index: block(at(index)))
