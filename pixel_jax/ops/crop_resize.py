@@ -8,9 +8,10 @@ written to is static. Two formulations give the same bits:
 * `banded`, for CPUs: only the blocks of the image that a block of outputs touches are multiplied, one crop at a time,
   so that time follows the size of the box. Faster than Pillow by a fifth; the dense form takes ten times as long there.
 
-`exact=False` gives up the bits for speed: `banded` then sums the products of the same weights in float32, one product
-instead of two, and is faster than Pillow by two fifths. Two near-ties of the first pass under one output of the second
-would be needed to put it more than a level off. `matmul` is exact all the same, which it can afford.
+`exact=False` gives up the bits for speed: the second pass of `banded` then sums the products of the same weights in float32,
+one product instead of two, and rounds a near-tie to the wrong level once in a while. (In the first pass an image of equal
+columns would make near-ties of all the pixels under an output, which then is two levels off.) Everything else is exact all the
+same: `matmul`, which can afford it, and the order of Pillow 13, in which either pass may be the first.
 
 Pillow (`src/libImaging/Resample.c`) computes each weight in double precision, rounds it to 22-bit fixed point, and
 rounds the image to 8 bits between its two passes. So do we, in doubles whatever the precision of the caller. Compilers
@@ -67,7 +68,7 @@ def crop_resize(
       order: "horizontal_first" as Pillow up to 12, or "pillow13", which goes vertically first where that saves work.
         It matters because the image is rounded to 8 bits in between.
       exact: True for the bits of Pillow; False for at most one level more or less, in one value of 100,000, and faster
-        on CPUs.
+        on CPUs in the default order.
       implementation: "banded", "matmul", or None for the one that suits the platform the function is lowered for.
 
     Returns:
@@ -301,8 +302,8 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
 
 
 def _banded(image, crop: _Crop, canvas, order, exact):
-    across = _band(crop.width, crop.out_width, image.shape[1], canvas[1], exact)
-    down = _band(crop.height, crop.out_height, image.shape[0], canvas[0], exact)
+    across = _band(crop.width, crop.out_width, image.shape[1], canvas[1], exact=True)
+    down = _band(crop.height, crop.out_height, image.shape[0], canvas[0], exact=exact or order == "pillow13")
 
     # Weights of a batch are computed at once. The rest, under vmap, one crop after another: loops in step would all run
     # as long as the longest, and slices at different places would become gathers.
