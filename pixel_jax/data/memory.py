@@ -34,7 +34,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.rollout import static_shape
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
-from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.origins import RowShape, origins
 from pixel_jax.training.replay import Replay, ReplayConfig
 
@@ -92,7 +92,7 @@ class Learning:
         advantage = self.random.normal(size=count * config.group_size).astype(np.float32)
         batch = from_trajectories(rows, advantage, np.array(rows.logprobs))
         found = origins(prompts, rows.calls, config, shape)
-        batch = batch._replace(visual=batch.visual._replace(patches=found))
+        batch = with_patches(batch, found)
         canvas = prompts.canvases.room
         del prompts
         teaching = np.repeat(self.random.random(count) < 0.5, config.group_size)

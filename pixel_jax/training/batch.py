@@ -47,6 +47,11 @@ def take(batch: Batch, rows) -> Batch:
     return jax.tree.map(lambda x: x[rows], batch)
 
 
+def with_patches(batch: Batch, patches) -> Batch:
+    """The batch with other `visual.patches`: an array, or what stands for one."""
+    return batch._replace(visual=batch.visual._replace(patches=patches))
+
+
 def pad_rows(batch: Batch, rows: int) -> Batch:
     """A host batch of at most `rows` rows, filled up with copies of its first row that weigh nothing."""
     have = batch.tokens.shape[0]

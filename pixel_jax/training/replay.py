@@ -15,7 +15,7 @@ from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
 from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
-from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.batch import Batch, take, with_patches
 from pixel_jax.training.checkpoint import rejoin, separate
 from pixel_jax.training.origins import Origins, RowShape
 
@@ -167,7 +167,7 @@ def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
     prompts = list({id(images): images for images in owners}.values())
     number = {id(images): i for i, images in enumerate(prompts)}
     arrays = [x for images in prompts for x in images.arrays]
-    whole = side_by_side([row._replace(visual=row.visual._replace(patches=row.visual.patches.views)) for row in rows])
+    whole = side_by_side([with_patches(row, row.visual.patches.views) for row in rows])
     visual = whole.visual._replace(patches=whole.visual.patches._asdict())._asdict()
     return {
         "pixels": np.concatenate([x.ravel() for x in arrays]),
@@ -191,7 +191,7 @@ def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
     prompts = [Images(tuple(next(arrays) for _ in range(count))) for count in state["images"]]
     for i, prompt in enumerate(state["prompt"]):
         row = take(rows, i)
-        yield row._replace(visual=row.visual._replace(patches=Origins(prompts[prompt], row.visual.patches)))
+        yield with_patches(row, Origins(prompts[prompt], row.visual.patches))
 
 
 def pack(rows: dict[int, Batch]) -> bytes:

@@ -16,7 +16,7 @@ from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories, executed_calls
 from pixel_jax.training import rewards
 from pixel_jax.training.advantages import group_advantage, informative
-from pixel_jax.training.batch import Batch, from_trajectories, take
+from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
@@ -146,10 +146,6 @@ def rollout_metrics(
         "finished": np.mean(trajectories.stop == STOP_ANSWER),
     }
     return {name: float(x) for name, x in facts.items()}
-
-
-def with_patches(batch: Batch, patches: Any) -> Batch:
-    return batch._replace(visual=batch.visual._replace(patches=patches))
 
 
 def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:
