@@ -28,16 +28,18 @@ class Example(NamedTuple):
     video: bool = False
     seconds: float | None = None  # that two frames cover; None: what the video file says, 1 for frames
     category: str = ""  # a row of an evaluation's report
+    text_first: bool = False  # the images follow the question
 
     def query(self) -> Query:
         """The question with its pixels."""
         frames, seconds = load_frames(self.images, self.video)
-        return Query(self.question, frames, self.video, self.seconds or seconds or 1.0)
+        return Query(self.question, frames, self.video, self.seconds or seconds or 1.0, self.text_first)
 
     def outline(self) -> Query:
         """The question with images of the right sizes and no pixels: they take no memory."""
         sizes = frame_sizes(self.images, self.video)
-        return Query(self.question, [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes], self.video)
+        images = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes]
+        return Query(self.question, images, self.video, text_first=self.text_first)
 
     def trace(self, query: Query) -> Trace:
         return Trace(query, self.turns, self.answer[0] if self.answer else "")

@@ -5,8 +5,8 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
 - **Traces** (TIGER-Lab/PixelReasoner-SFT-Data): `{"qid", "message_list": [{"role", "content": [{"text" | "image" | "video"}]}]}`,
   where the fields of a part that it does not have are null and a video is a list of frames. As in the released trainer the
   last two turns of the assistant are learned, which leaves out the mistakes before them; what the calls returned is worked
-  out again, from the images, and not read. The prompt is the one that every other question gets: our system message, then
-  images, then text. Rows that have it otherwise are counted.
+  out again, from the images, and not read. A question stands before its images where its row has it so, as the released
+  rows do and no other prompt does. The system message is always ours; rows with another are counted.
 - **Questions** (TIGER-Lab/PixelReasoner-RL-Data, and the evaluation files): columns `question`, `answer` (a list with one
   `\\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
 """
@@ -88,8 +88,8 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
         report.mended["an answer without \\boxed{} was kept"] += 1
     if system != system_prompt():
         report.mended["a system message other than ours, or none, was replaced by ours"] += 1
-    if first.text_before:
-        report.mended["images after text of the question were put before it"] += 1
+    if first.text_before and first.text_after:
+        report.mended["text of a question on both sides of its images was put before them"] += 1
     return Example(
         id=str(name),
         question=_without_guidelines(first.text, report),
@@ -97,6 +97,7 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
         answer=() if answer is None else (answer,),
         turns=tuple(turns),
         video=first.video,
+        text_first=first.text_before,
     )
 
 
@@ -106,6 +107,7 @@ class Message(NamedTuple):
     images: list[Any]  # or the frames of a video
     video: bool
     text_before: bool  # some of the text comes before an image
+    text_after: bool
 
 
 def _message(message: Any, where: str) -> Message:
@@ -115,7 +117,7 @@ def _message(message: Any, where: str) -> Message:
         content = [{"text": content}]
     if not isinstance(role, str) or not isinstance(content, list):
         raise ExampleError(f"{where}: a message has a role and a list of parts, not {role!r} and {content!r}")
-    texts, images, videos, text_before = [], [], [], False
+    texts, images, videos, text_before, text_after = [], [], [], False, False
     for part in content:
         if not isinstance(part, Mapping):
             raise ExampleError(f"{where}: a part of a message is an object, not {part!r}")
@@ -127,15 +129,16 @@ def _message(message: Any, where: str) -> Message:
             if not isinstance(value, str):
                 raise ExampleError(f"{where}: a text is no text: {value!r}")
             texts.append(value)
+            text_after = text_after or bool(value and (images or videos))
             continue
-        text_before = text_before or bool(texts)
+        text_before = text_before or any(texts)
         if kind == "image":
             images.append(value)
         else:
             videos.append(value if isinstance(value, list) else [value])
     if len(videos) > 1 or (videos and images):
         raise ExampleError(f"{where} shows {len(videos)} videos and {len(images)} images: one video or images")
-    return Message(role, "".join(texts), videos[0] if videos else images, bool(videos), text_before)
+    return Message(role, "".join(texts), videos[0] if videos else images, bool(videos), text_before, text_after)
 
 
 def _without_guidelines(text: str, report: Report) -> str:

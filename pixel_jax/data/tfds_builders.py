@@ -9,7 +9,7 @@ TensorFlow is never imported. To prepare, put `release.json` or `release.parquet
     source = tfds.data_source("pixel_reasoner_traces", split="train", data_dir="OUT",
                               download_and_prepare_kwargs={"download_config": config})
 
-Afterwards `--config.data=OUT/pixel_reasoner_traces/strict/1.0.0` trains on it. Every image is decoded while preparing; the
+Afterwards `--config.data=OUT/pixel_reasoner_traces/strict/1.1.0` trains on it. Every image is decoded while preparing; the
 configuration `strict` stops at the first bad row, `readable` leaves bad rows out and keeps their names in the metadata.
 """
 
@@ -37,6 +37,7 @@ FEATURES = {
     "images": tfds.features.Sequence(tfds.features.Scalar(dtype=np.object_)),  # encoded files, as they were
     "video": tfds.features.Scalar(dtype=np.bool_),
     "seconds": tfds.features.Scalar(dtype=np.float64),  # 0: not given
+    "text_first": tfds.features.Scalar(dtype=np.bool_),
     "answer": tfds.features.Sequence(tfds.features.Text()),
     "turns": tfds.features.Sequence(tfds.features.Text()),
     "learned": tfds.features.Sequence(tfds.features.Scalar(dtype=np.bool_)),  # for every turn
@@ -46,7 +47,7 @@ FEATURES = {
 class _Released(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Rows of one released file, found in `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [
         tfds.core.BuilderConfig(name="strict", description="A bad row is an error."),
         tfds.core.BuilderConfig(name="readable", description="Bad rows are left out and named in the metadata."),
@@ -103,6 +104,7 @@ def record_of(example: Example) -> dict:
         "images": [read_bytes(source) for source in example.images],
         "video": example.video,
         "seconds": example.seconds or 0.0,
+        "text_first": example.text_first,
         "answer": list(example.answer),
         "turns": texts,
         "learned": [turn.parts[0][1] for turn in example.turns],
@@ -134,4 +136,5 @@ def _example(records, index: int) -> Example:
         ),
         video=bool(record["video"]),
         seconds=float(record["seconds"]) or None,
+        text_first=bool(record["text_first"]),
     )

@@ -122,7 +122,7 @@ def first_messages(
 ) -> list[dict[str, Any]]:
     """System and user message that open a dialog.
 
-    Reinforcement learning and evaluation show the images (or the video) first; the instruction-tuning data set puts
+    Reinforcement learning and evaluation show the images (or the video) first; the released instruction-tuning data puts
     them after the text (`text_first`).
     """
     text = [{"type": "text", "text": user_text(question, guidelines)}]

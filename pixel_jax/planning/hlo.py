@@ -275,6 +275,8 @@ class Counter:
         if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
         added = body[result.operands[int(re.search(r"index=(\d+)", counter.attributes)[1])]]
+        while added.opcode in PASSING:
+            added = body[added.operands[0]]
         step = [y for name in added.operands if (y := body[name]).opcode == "constant"]
         if added.opcode != "add" or not step:
             return None

@@ -22,6 +22,7 @@ class Query(NamedTuple):
     images: Sequence[np.ndarray]
     is_video: bool = False
     seconds: float = 1.0  # that two frames of the video cover
+    text_first: bool = False  # the images follow the question, as in the released traces
 
 
 class PromptError(ValueError):
@@ -65,8 +66,10 @@ def prompt_tokens(query: Query, vocabulary: Vocabulary, config: RolloutConfig, g
             raise PromptError(f"the frames of {query.question!r} differ in size")
         media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
     tools = () if guidelines == "notool" else template.TOOLS
-    pieces = template.render(template.first_messages(query.question, media, guidelines=guidelines, tools=tools))
-    return template.to_ids(pieces, vocabulary.encode, pads)
+    messages = template.first_messages(
+        query.question, media, guidelines=guidelines, tools=tools, text_first=query.text_first
+    )
+    return template.to_ids(template.render(messages), vocabulary.encode, pads)
 
 
 def build_prompts(

@@ -18,7 +18,9 @@ from pixel_jax.data.example import ExampleError, Report
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.sources import Folder, Member, SourceError, check_name, read_bytes
-from pixel_jax.dialog import grammar
+from pixel_jax.dialog import Vocabulary, build_tokenizer, grammar
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.prompts import prompt_tokens
 from tests.data import released_files as files
 
 
@@ -53,6 +55,23 @@ def test_traces(tmp_path, lines):
     video = examples[2].query()
     assert [image.shape for image in video.images] == [(96, 128, 3)] * 4 and video.seconds == 1.0
     np.testing.assert_array_equal(video.images[1], released_pixels(tmp_path / "videos.zip", files.FRAMES[1]))
+
+
+def test_a_prompt_is_what_the_row_says(tmp_path):
+    """Question and images in the row's order, as the chat template renders it."""
+    tokenizer, config = build_tokenizer([]), RolloutConfig(min_pixels=28 * 28)
+    vocabulary = Vocabulary.of(tokenizer)
+    turned = change(WORDS, "message_list", 1, "content", WORDS["message_list"][1]["content"][::-1])
+    rows = [*files.traces(), turned]
+    pads = {vocabulary.image_pad, vocabulary.video_pad}
+    for example, row in zip(strict(files.write_traces(tmp_path, rows)), rows, strict=True):
+        bare = lambda part: {kind: value for kind, value in part.items() if value is not None}
+        messages = [message | {"content": [*map(bare, message["content"])]} for message in row["message_list"][:2]]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert example.text_first == (row is not turned) and example.outline().text_first == example.text_first
+        ids = prompt_tokens(example.query(), vocabulary, config)
+        once = [x for x, before in zip(ids, [None, *ids], strict=False) if x not in pads or x != before]
+        assert len(once) < len(ids) and once == vocabulary.encode(text)
 
 
 def released_pixels(archive, name):
@@ -263,7 +282,9 @@ def test_what_is_mended_is_counted(tmp_path):
     another = change(WORDS, "message_list", 0, "content", 0, "text", "You are helpful.")
     none = WORDS | {"message_list": WORDS["message_list"][1:]}
     turned = change(WORDS, "message_list", 1, "content", WORDS["message_list"][1]["content"][::-1])
-    rows = [unboxed, asked, {"qid": 5, "message_list": plain}, spaced, another, none, turned]
+    parts = [files.part(text="<image>\n"), files.part(image="images/0-0.png"), files.part(text=f"Who?\n\n{files.VCOT}")]
+    middle = change(WORDS, "message_list", 1, "content", parts)
+    rows = [unboxed, asked, {"qid": 5, "message_list": plain}, spaced, another, none, turned, middle]
     path = files.write_traces(tmp_path, rows)
     examples, report = read_examples(path, turns=True)
     assert examples[0].turns[0].parts[0][0] == "It says 7" and examples[0].answer == ()
@@ -276,9 +297,10 @@ def test_what_is_mended_is_counted(tmp_path):
         "the 'notool' guidelines were replaced": 1,
         "a call had numbers that are too long or have exponents": 1,
         "a system message other than ours, or none, was replaced by ours": 2,
-        "images after text of the question were put before it": 6,
+        "text of a question on both sides of its images was put before them": 1,
     }
-    assert str(report).count("1 times") == 4 and len({x.question for x in examples[4:]}) == 1
+    assert [x.text_first for x in examples] == [True] * 6 + [False, True]
+    assert str(report).count("1 times") == 5 and len({x.question for x in examples[4:]}) == 1
 
 
 @given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 3))

@@ -82,7 +82,7 @@ def test_without_tensorflow(manual, tmp_path, way):
 
     for name, file in (("traces", "release.json"), ("questions", "release.parquet")):
         turns = name == "traces"
-        prepared, _ = read_examples(out / f"pixel_reasoner_{name}" / "strict" / "1.0.0", turns=turns)
+        prepared, _ = read_examples(out / f"pixel_reasoner_{name}" / "strict" / "1.1.0", turns=turns)
         for ours, released in zip(prepared, read_examples(manual / file, turns=turns)[0], strict=True):
             assert ours._replace(images=()) == released._replace(images=())
             for a, b in zip(ours.query().images, released.query().images, strict=True):

@@ -199,6 +199,8 @@ def test_a_loop_without_a_stated_count():
         product + count_on + compare
     )  # of a tuple only the element that is used
     assert Counter(WINDOWS.replace("constant(2)", "constant(1)")).total().flops == 5 * once
+    copied = WINDOWS.replace("%next = ", "%more = ").replace("  ROOT %out", "  %next = u32[] copy(%more)\n  ROOT %out")
+    assert "copy(" in copied and Counter(copied).total().flops == 3 * once  # as the compiler for a TPU7x writes it
     for unclear in (("direction=LT", "direction=NE"), ("add(%s#3, %two)", "add(%s#3, %s#3)")):
         with pytest.raises(HLOError, match="while runs is not known"):
             Counter(WINDOWS.replace(*unclear)).total()

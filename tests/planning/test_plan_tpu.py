@@ -17,8 +17,10 @@ from tests.planning.small_recipe import recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.libtpu]
 
+TOPOLOGIES = ["v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"]
 
-@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_training_steps(name):
     small, target = recipe(), machine(name)
     work = padded_work(8, small.length("update"), 2, 32, small.network)
@@ -28,7 +30,7 @@ def test_training_steps(name):
     assert 0.9 * by_hand < target.chips * found.flops_per_chip < 1.5 * by_hand  # heads of 8 channels are padded
 
 
-@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_a_rollout(name):
     small, target = recipe(), machine(name)
     found = plan(small, "rollout", target, {"data": 4, "tensor": 2})
@@ -36,7 +38,7 @@ def test_a_rollout(name):
     assert {"turns", "fill", "prompts", "tokens", "cache", "observe", "views", "pieces"} <= set(found.assumed)
 
 
-@pytest.mark.parametrize("name", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_pixel_operations(name):
     """Crops as products of matrix units, and frames of a video."""
     place = SingleDeviceSharding(machine(name).devices[0])
