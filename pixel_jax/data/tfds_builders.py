@@ -123,7 +123,7 @@ def read_prepared(directory: pathlib.Path) -> list[Example]:
 def _example(records, index: int) -> Example:
     record = records[index]
     if missing := FEATURES.keys() - record.keys():
-        raise ExampleError(f"record {index} has no {min(missing)!r}")
+        raise ExampleError(f"record {index} has no {min(missing)!r}: prepare the data again")
     text = lambda x: x.decode("utf-8")
     return Example(
         id=text(record["id"]),

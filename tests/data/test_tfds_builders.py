@@ -117,6 +117,19 @@ def test_other_directories_are_refused(tmp_path):
         read_examples(tmp_path, turns=False)
 
 
+def test_what_an_older_version_prepared_is_refused(manual, tmp_path, monkeypatch):
+    from pixel_jax.data import tfds_builders
+
+    older = {name: feature for name, feature in tfds_builders.FEATURES.items() if name != "text_first"}
+    record_of = tfds_builders.record_of
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds_builders, "FEATURES", older)
+        patch.setattr(tfds_builders, "record_of", lambda x: {k: v for k, v in record_of(x).items() if k in older})
+        directory = prepare(manual, tmp_path / "out", "pixel_reasoner_traces", "strict")
+    with pytest.raises(ExampleError, match="record 0 has no 'text_first': prepare the data again"):
+        read_examples(directory, turns=True)
+
+
 def test_without_tfds_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it now fails
