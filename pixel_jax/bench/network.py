@@ -107,6 +107,7 @@ def rollout_config(quick: bool) -> RolloutConfig:
         crop_max_pixels=side**2 // 4,
         max_side=side if quick else 364,  # the questions' images, 1024 x 768, are shown at 364 x 280
         pad=0.0,
+        tail_rows=2 if quick else 16,
     )
 
 

@@ -293,6 +293,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "fill": 1 / turns,
         "prompts": -(-in_flight // (PROMPT_CHUNK if waves == 1 else 1)),
         "tokens": min(config.max_new_tokens, room // turns),
+        "tail": 0,  # rows that all write to their limits leave none behind
         "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,
         "views": chunks,

@@ -38,6 +38,9 @@ class RolloutConfig:
     # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all.
     in_flight: int | None = None
     observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
+    # Where products bind decoding (CPUs): all rows end their turns before any is answered, and once no more than this (per data
+    # shard) are writing, they go on alone. None: what a token costs hardly depends on who writes; `machine.writes_on`.
+    tail_rows: int | None = None
     implementation: Literal["dense", "chunked", "kernel"] = (
         "dense"  # attention of prompts and images; not "dense" for megapixels
     )
@@ -47,7 +50,7 @@ class RolloutConfig:
             raise ValueError(f"pad is a share of the image, in [0, 1]: {self.pad}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
-        for name in ("group_size", "max_new_tokens", "max_response", "in_flight", "observe_chunk"):
+        for name in ("group_size", "max_new_tokens", "max_response", "in_flight", "observe_chunk", "tail_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
         for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):

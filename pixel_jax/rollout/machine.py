@@ -226,6 +226,28 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     return state._replace(status=status, stop=stop)
 
 
+def decode_tail(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
+    """The rows that are writing, `config.tail_rows` of each shard at most, end their turns.
+
+    They are copied together, caches and prompts too, and put back at the end: turns differ in length, and where products bind
+    decoding, a token of few rows takes little (a CPU with 8 layers: 14 ms for 16 rows, 38 for 64).
+    """
+    rows = state.status.shape[0]
+    busy = (state.status == WRITING).reshape(shape.shards, -1)
+    tail = Chunk(jnp.argsort(~busy, axis=1)[:, : config.tail_rows], rows)
+    # Decoding leaves alone what operations do.
+    others = {"patches": None, "grids": None, "calls": None, "gallery": None, "num_images": None}
+    mine = state._replace(**others, keys=jax.random.key_data(state.keys))
+    few, prefix = jax.tree.map(tail.take, (mine, shared.prefix))
+    few, shared = few._replace(keys=jax.random.wrap_key_data(few.keys)), shared._replace(prefix=prefix)
+    with jax.named_scope("tail"):
+        few = jax.lax.while_loop(
+            lambda few: jnp.any(few.status == WRITING), lambda few: decode(model, layers, shared, few, config), few
+        )
+    done = jax.tree.map(tail.put, mine._replace(keys=None), few._replace(keys=None))
+    return done._replace(**{name: getattr(state, name) for name in others}, keys=state.keys)
+
+
 def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
     """Every row that waits gets what it asked for, a message that says why not, or its end."""
     rows = state.status.shape[0]
@@ -347,9 +369,12 @@ def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shap
     """Whether to decode another token before those that wait are answered and free slots (`takes`, bool [R]) are given rows.
 
     Turns differ in length: as soon as some rows wait (on one shard), they are answered while the others are in the middle
-    of theirs. What that costs apart from the answers is paid by all rows, so it is not done for each one.
+    of theirs. What that costs apart from the answers is paid by all rows, so it is not done for each one. With
+    `config.tail_rows` waiting costs nothing: all end their turns, the last of them by `decode_tail`.
     """
     local = state.status.shape[0] // shape.shards
+    if config.tail_rows is not None:
+        return fullest(state.status == WRITING, shape.shards) > min(config.tail_rows, local - 1)
     enough = min(local, max(config.observe_chunk, local // 4))
     idle = (state.status == WAITING) | takes
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)

@@ -100,6 +100,8 @@ def compiled_rollout(
             state = jax.lax.while_loop(
                 writes_on, lambda state: machine.decode(model, layers, shared, state, config), state
             )
+            if config.tail_rows is not None:
+                state = machine.decode_tail(model, layers, shared, state, config, shape)
         with jax.named_scope("observe"):
             state = jax.lax.cond(
                 jnp.any(state.status == WAITING),

@@ -131,10 +131,11 @@ def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
     np.testing.assert_array_equal(np.asarray(a.visual.patches)[rows_a], np.asarray(b.visual.patches)[rows_b])
 
 
-@pytest.mark.parametrize("in_flight", [1, 3])
-def test_rows_that_finish_make_room(mixed, in_flight):
-    """Prompts in a queue, of slots that are given away while others of their group still write: the rows stay the same."""
-    config = replace(talker.CONFIG, in_flight=in_flight)
+@pytest.mark.parametrize("in_flight, tail_rows", [(1, None), (3, None), (None, 3), (3, 5)])
+def test_how_rows_are_scheduled_does_not_matter(mixed, in_flight, tail_rows):
+    """Prompts in a queue, of slots that are given away while others of their group still write; the last rows of a phase that
+    end their turns by themselves: the rows stay the same."""
+    config = replace(talker.CONFIG, in_flight=in_flight, tail_rows=tail_rows)
     refilled = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, config))
     same_tokens(refilled, mixed)
     np.testing.assert_array_equal(refilled.prompt, mixed.prompt)
@@ -166,12 +167,13 @@ def test_a_row_does_not_depend_on_its_neighbours(trajectories):
     same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
 
 
-def test_eight_devices_give_the_same_tokens(trajectories):
+@pytest.mark.parametrize("tail_rows", [None, 2])
+def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
     """Four shards of rows with different numbers of turns, each with a queue; weights split over fsdp and tensor."""
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     prompts = talker.prompts(4)
     arrays = jax.tree.map(lambda x: np.concatenate([x, x]), prompts._replace(tables=()))
-    twice, config = arrays._replace(tables=prompts.tables), replace(talker.CONFIG, in_flight=4)
+    twice, config = arrays._replace(tables=prompts.tables), replace(talker.CONFIG, in_flight=4, tail_rows=tail_rows)
     sharded = rollout(shard(talker.model(), mesh), twice, KEY, config)
     assert len(sharded.tokens.sharding.device_set) == 8
     turns = trajectories.num_calls.reshape(4, -1).max(axis=1)
