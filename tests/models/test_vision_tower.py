@@ -11,12 +11,17 @@ from pixel_jax.models.rope import vision_angles
 from pixel_jax.models.vision import Blocks, Layout, VisionTower
 
 GRIDS = [(2, 2), (2, 40), (40, 2), (8, 8), (10, 12), (12, 6), (6, 26), (8, 16)]  # patches; windows are 8 x 8
-PATCHES = 160
 
 
-def padded(values: np.ndarray, fill=0.0) -> np.ndarray:
-    """[n, d] -> [1, PATCHES, d]"""
-    out = np.full((1, PATCHES, values.shape[1]), fill, np.float32)
+@pytest.fixture(params=[160, 224])
+def patches(request) -> int:
+    """Room for patches: where attention within windows is one product under a mask, and where it is one of blocks."""
+    return request.param
+
+
+def padded(values: np.ndarray, patches: int, fill=0.0) -> np.ndarray:
+    """[n, d] -> [1, patches, d]"""
+    out = np.full((1, patches, values.shape[1]), fill, np.float32)
     out[0, : len(values)] = values
     return out
 
@@ -34,7 +39,7 @@ def test_patch_embed(pair, rng):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("index, full", [(0, False), (1, True)])
-def test_block(pair, rng, index, full):
+def test_block(pair, rng, patches, index, full):
     """A windowed and a full block on a grid whose windows are cut at both edges."""
     import torch
     from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids, get_vision_window_index
@@ -55,12 +60,12 @@ def test_block(pair, rng, index, full):
             position_embeddings=tuple(permute(a) for a in angles),
         )
         expected = out.reshape(-1, 4, 32)[torch.argsort(order)].reshape(h * w, 32)
-    layout = Layout(jnp.array([[h, w]]), PATCHES, ours.config.vision)
+    layout = Layout(jnp.array([[h, w]]), patches, ours.config.vision)
     cos, sin = vision_angles(layout.row, layout.column, ours.config.vision.head_dim)
     block = unstack(ours.visual.blocks, ours.config.vision.depth)[index]
-    by_window = padded(x).reshape(PATCHES // 4, -1)[layout.order[0]].reshape(1, PATCHES, -1)
+    by_window = padded(x, patches).reshape(patches // 4, -1)[layout.order[0]].reshape(1, patches, -1)
     got = jax.jit(lambda block, x: block(x, cos, sin, layout, jnp.array(full), "dense"))(block, by_window)
-    got = got.reshape(PATCHES // 4, -1)[jnp.argsort(layout.order[0])].reshape(PATCHES, -1)
+    got = got.reshape(patches // 4, -1)[jnp.argsort(layout.order[0])].reshape(patches, -1)
     assert relative(got[: h * w], expected) < 1e-5
 
 
@@ -77,7 +82,7 @@ def test_merger(pair, rng):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("implementation", ["dense", "chunked"])
-def test_tower_every_grid_in_one_compilation(pair, rng, implementation):
+def test_tower_every_grid_in_one_compilation(pair, rng, patches, implementation):
     import torch
 
     ours, theirs = pair
@@ -86,7 +91,7 @@ def test_tower_every_grid_in_one_compilation(pair, rng, implementation):
         pixels = rng.standard_normal((h * w, 1176), dtype=np.float32)
         with torch.no_grad():
             expected = theirs.model.visual(torch.tensor(pixels), torch.tensor([[1, h, w]])).pooler_output
-        got = encode(ours.visual, padded(pixels, fill=3.0), np.array([[h, w]], np.int32))
+        got = encode(ours.visual, padded(pixels, patches, fill=3.0), np.array([[h, w]], np.int32))
         assert relative(got[0, : h * w // 4], expected) < 1e-5
     assert encode._cache_size() == 1
 
@@ -128,7 +133,7 @@ def test_layout_puts_the_patches_of_a_window_together(config):
         assert len(set(window)) == -(-h // 8) * -(-w // 8) == len(set(pairs))
 
 
-@pytest.mark.parametrize("patches", [4, 64, 68, 128, 160, 500])
+@pytest.mark.parametrize("patches", [4, 64, 68, 160, 192, 196, 500])
 def test_blocks_hold_every_window(config, patches):
     """Any stretch of as many patches as a window can have lies within what each of its patches' blocks sees."""
     blocks = Blocks.of(patches, config.vision)
