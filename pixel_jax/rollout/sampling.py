@@ -50,6 +50,17 @@ def sample(
     # by number (32 rows of 8192 on a core of a CPU: 7 ms, not 3.4).
     drawable = truncate(drawable, top_k=top_k, top_p=top_p)
     drawable = jax.lax.cond(jnp.any(temperature > 0), perturbed, lambda drawable: drawable, drawable)
-    choice = jnp.argmax(drawable, axis=-1)
+    choice = first_largest(drawable)
     chosen = jnp.take_along_axis(scaled, choice[:, None], axis=-1)[:, 0]
-    return choice.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return choice, chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+    """`jnp.argmax` over the last axis, int32; of a row with a NaN the last place.
+
+    XLA's reduces pairs of value and place, one after the other on a CPU: 1.2 ms for 64 rows of 8192, not .35 (two cores).
+    """
+    size = x.shape[-1]
+    largest = jax.lax.optimization_barrier(jnp.max(x, axis=-1, keepdims=True))
+    places = jnp.where(x == largest, jnp.arange(size, dtype=jnp.int32), size - 1)
+    return jnp.min(places, axis=-1)

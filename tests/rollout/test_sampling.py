@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.rollout.sampling import sample, truncate
+from pixel_jax.rollout.sampling import first_largest, sample, truncate
 
 
 def allowed(logits, top_k, top_p):
@@ -41,6 +41,13 @@ def test_frequencies_and_log_probabilities():
     counts = np.bincount(np.asarray(token), minlength=4) / rows
     np.testing.assert_allclose(counts, expected, atol=4 * 0.5 / np.sqrt(rows))
     assert counts[3] == 0
+
+
+def test_the_first_of_the_largest():
+    x = jax.random.randint(jax.random.key(6), (50, 30), 0, 4).astype(jnp.float32)
+    x = x.at[0].set(-jnp.inf).at[1, 7].set(jnp.inf)
+    np.testing.assert_array_equal(first_largest(x), jnp.argmax(x, axis=1))
+    assert int(first_largest(x[:1].at[0, 3].set(jnp.nan))[0]) == 29
 
 
 def test_greedy_takes_the_best_and_records_temperature_one():
