@@ -138,20 +138,20 @@ def head_logprobs(
     for every chunk.
     """
 
-    def of_target(head, hidden, target, temperature):
+    def of_target(head, hidden, target, temperature=temperature):
         return token_logprobs(lambda x: logits(head, x), hidden, target, temperature=temperature, chunk=chunk)
 
     if mesh is None:
-        return of_target(model.head, hidden, target, temperature)
+        return of_target(model.head, hidden, target)
     rows, length = target.shape
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), target.shape)
     parts = (row_parts(mesh), sequence_parts(mesh))
 
     def split(x):  # [R, L, ...] -> [row parts, sequence parts, R / row parts, L / sequence parts, ...]
         x = x.reshape(parts[0], rows // parts[0], parts[1], length // parts[1], *x.shape[2:])
         return jnp.swapaxes(x, 1, 2)
 
-    pieces = constrain(jax.tree.map(split, (hidden, target, temperature)), mesh, ROWS, SEQUENCE)
+    arrays = (hidden, target) if jnp.ndim(temperature) == 0 else (hidden, target, temperature)
+    pieces = constrain(jax.tree.map(split, arrays), mesh, ROWS, SEQUENCE)
     pieces = jax.vmap(jax.vmap(of_target))(copies(model.head, mesh, parts), *pieces)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2).reshape(rows, length), pieces)
 
