@@ -239,7 +239,8 @@ def decode_tail(model: Qwen2_5_VL, layers, shared: Shared, state: State, config:
     others = {"patches": None, "grids": None, "calls": None, "gallery": None, "num_images": None}
     mine = state._replace(**others, keys=jax.random.key_data(state.keys))
     few, prefix = jax.tree.map(tail.take, (mine, shared.prefix))
-    few, shared = few._replace(keys=jax.random.wrap_key_data(few.keys)), shared._replace(prefix=prefix)
+    keys = jax.random.wrap_key_data(few.keys, impl=jax.random.key_impl(state.keys))
+    few, shared = few._replace(keys=keys), shared._replace(prefix=prefix)
     with jax.named_scope("tail"):
         few = jax.lax.while_loop(
             lambda few: jnp.any(few.status == WRITING), lambda few: decode(model, layers, shared, few, config), few

@@ -184,9 +184,13 @@ def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
         rollout(shard(talker.model(), mesh), twice, KEY, replace(config, in_flight=3))
 
 
-def lowered(model, prompts, config):
+def lowered(model, prompts, config, key=KEY):
     mesh, shape = layout(model, prompts, config)
-    return compiled_rollout.lower(model, prompts, KEY, *traced(config, ()), shape=shape, mesh=mesh)
+    return compiled_rollout.lower(model, prompts, key, *traced(config, ()), shape=shape, mesh=mesh)
+
+
+def test_a_tail_of_rows_keeps_the_kind_of_its_keys():
+    lowered(talker.model(), talker.prompts(1), replace(talker.CONFIG, tail_rows=2), jax.random.key(7, impl="rbg"))
 
 
 def test_keys_and_values_stay_with_their_heads():
