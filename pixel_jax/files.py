@@ -55,9 +55,7 @@ def read_bytes(
     return data
 
 
-def read_json(
-    path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError
-) -> Any:
+def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError) -> Any:
     """The value of a JSON file, read as `parse_json` reads.
 
     Raises:
