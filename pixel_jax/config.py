@@ -22,47 +22,62 @@ def define_flag(default: str | None, what: str) -> None:
     config_flags.DEFINE_config_file("config", default, what, lock_config=False, accept_new_attributes=True)
 
 
-def load(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default: T | None = None) -> T:
     """`values` (a dict or `ml_collections.ConfigDict`) as an instance of the dataclass `cls`, nested dataclasses included.
 
-    An unknown key, a missing required key (a placeholder that nobody filled, too) or a value of another type is a
-    `ConfigError` with the dotted path of the key.
+    What a section does not name keeps the value that its parent declares for it, which may differ from the class's own:
+    `SFTConfig.optimizer` has another schedule than `OptimizerConfig()`, with `values["optimizer"] = {}` too.
     An int is accepted where a float is declared, a list where a tuple is; nothing else is converted.
+
+    Args:
+        where: the dotted path of `values`, for messages.
+        default: what keys that are left out are taken from; None: the class's defaults.
+    Raises:
+        ConfigError: an unknown key, a missing required key (a placeholder that nobody filled, too) or a value of another type,
+            with the dotted path of the key.
     """
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(f"{where} must be a mapping with the keys of {cls.__name__}, not {values!r}")
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    required = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+    if default is not None:
+        inherited = {name: getattr(default, name) for name in fields}
+    else:
+        inherited = {name: _default(field) for name, field in fields.items()}
+    required = [name for name, value in inherited.items() if value is dataclasses.MISSING]
     found = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown key {where}.{key}; the nearest known one is {where}.{near[0]}")
+            raise ConfigError(f"unknown key {where}.{key}; {_nearest(str(key), list(fields), where)}")
         if value is not None or key not in required or types.NoneType in typing.get_args(hints[key]):
-            found[key] = convert(hints[key], value, f"{where}.{key}")
+            found[key] = convert(hints[key], value, f"{where}.{key}", inherited[key])
     missing = [name for name in required if name not in found]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
     try:
-        return cls(**found)
+        return cls(**(inherited | found))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` checked against the type `hint` of the field at `where`."""
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _nearest(key: str, known: list[str], where: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"the nearest known one is {where}.{near[0]}" if near else f"{where} has {', '.join(known)}"
+
+
+def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    """`value` checked against the type `hint` of the field at `where`; a section keeps what it does not name of `default`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
             try:
-                return convert(option, value, where)
+                return convert(option, value, where, default)
             except ConfigError:
                 if dataclasses.is_dataclass(option) and hasattr(value, "items"):
                     raise  # which says what is wrong inside
@@ -81,7 +96,9 @@ def convert(hint: Any, value: Any, where: str) -> Any:
         if hasattr(value, "items"):
             return {convert(arguments[0], k, where): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     elif dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else load(hint, value, where)
+        if isinstance(value, hint):
+            return value
+        return load(hint, value, where, default if isinstance(default, hint) else None)
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif hint in (int, bool, str, types.NoneType) and type(value) is hint:

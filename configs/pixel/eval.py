@@ -44,23 +44,6 @@ def get_config() -> ConfigDict:
     config.seed = 0
     # Axis sizes; -1 takes the devices that are left. An empty mesh runs on one device.
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    # `pixel_jax/evaluation/config.py` has the released settings, which a section `rollout` replaces as a whole: here they
-    # are again, to be changed one by one.
-    patch = 28 * 28
+    # The released evaluation's settings, of which any can be set (`pixel_jax/evaluation/config.py`).
     config.rollout = ConfigDict()
-    config.rollout.group_size = 1  # k of Avg@k
-    config.rollout.temperature = 0.0
-    config.rollout.top_p = 1.0
-    config.rollout.top_k = 0
-    config.rollout.max_new_tokens = 2048  # of a turn
-    config.rollout.max_calls = 4
-    config.rollout.max_images = 16
-    config.rollout.max_tokens = 12_088
-    config.rollout.max_response = 8192
-    config.rollout.min_pixels = 512 * patch
-    config.rollout.max_pixels = 5120 * patch
-    config.rollout.crop_min_pixels = 512 * patch
-    config.rollout.crop_max_pixels = 5120 * patch
-    config.rollout.select_max_pixels = 512 * patch
-    config.rollout.video_max_pixels = 512 * patch
     return config

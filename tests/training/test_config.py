@@ -7,6 +7,8 @@ import ml_collections
 import pytest
 
 from pixel_jax.config import ConfigError, load
+from pixel_jax.evaluation.config import RELEASED, EvalConfig
+from pixel_jax.training.sft import SFTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Outer:
     inner: Inner = Inner()
     limit: float | None = None
     other: Inner | None = None
+    told: Inner = Inner(rate=0.25, mode="b")
     on: bool = False
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -36,10 +39,30 @@ def test_a_config_dict_becomes_nested_dataclasses():
     assert type(load(Outer, values).inner.rate) is float
 
 
+def test_a_section_keeps_what_its_parent_declares():
+    assert load(Outer, {"steps": 1, "told": {}}) == load(Outer, {"steps": 1, "told": Outer.told}) == load(Outer, {"steps": 1})
+    assert load(Outer, {"steps": 1, "told": {"sizes": (3,)}}).told == Inner(0.25, "b", (3,))
+    assert load(Outer, {"steps": 1, "told": {"rate": 0.5}}).told == Inner(0.5, "b")
+
+
+@pytest.mark.parametrize("section", [{}, {"learning_rate": SFTConfig(steps=1).optimizer.learning_rate}])
+def test_tuning_keeps_its_schedule_when_the_optimizer_is_named(section):
+    assert load(SFTConfig, {"steps": 1, "optimizer": section}) == SFTConfig(steps=1)
+
+
+def test_an_evaluation_keeps_the_released_settings_when_one_is_set():
+    values = {"model": "m", "out": "o", "benchmarks": {"own": {"format": "jsonl", "data": "d"}}}
+    calls = RELEASED.max_calls
+    assert load(EvalConfig, {**values, "rollout": {"max_calls": calls}}).rollout == RELEASED
+    changed = load(EvalConfig, {**values, "rollout": {"max_calls": calls + 1}}).rollout
+    assert changed == dataclasses.replace(RELEASED, max_calls=calls + 1)
+
+
 @pytest.mark.parametrize(
     "values, words",
     [
         ({"steps": 1, "inner": {"rat": 1.0}}, r"config\.inner\.rat.*nearest.*config\.inner\.rate"),
+        ({"steps": 1, "inner": {"zzz": 1.0}}, r"unknown key config\.inner\.zzz; config\.inner has rate, mode, sizes"),
         ({"steps": 1.0}, r"config\.steps must be int, not 1\.0 \(float\)"),
         ({"steps": True}, r"config\.steps must be int, not True"),
         ({"steps": 1, "on": 1}, r"config\.on must be bool"),
