@@ -54,6 +54,18 @@ def key_errors(name: str):
         sys.exit(1)
 
 
+def all_settings(name: str, where: str) -> str:
+    """The settings of the dataclass `MODULE:CLASS`, with the values of the config on the command line if there is one."""
+    from pixel_jax.settings import listing
+
+    module, _, cls = where.partition(":")
+    given = [argument for argument in sys.argv[2:] if argument not in ("-h", "--help")]
+    with key_errors(name), contextlib.suppress(flags.Error):  # a config that help does not need is missing
+        flags.FLAGS([name, *given])
+    values = flags.FLAGS["config"].value
+    return listing(getattr(importlib.import_module(module), cls), values)
+
+
 def run_program(program: str, commands: Commands) -> None:
     """Reads the command line. What a user can mend ends as one line on standard error; `--traceback` shows the rest."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
@@ -74,6 +86,8 @@ def run_program(program: str, commands: Commands) -> None:
         flags.FLAGS.register_key_flag_for_module(module.__name__, flags.FLAGS["config"])
     if {"-h", "--help"} & set(sys.argv[2:]):  # absl's own help looks for flags in the script that was started
         print(f"{module.__doc__}\n{flags.FLAGS.module_help(module)}")
+        if where := getattr(module, "SETTINGS", None):
+            print(f"\nSettings of the config, --config.KEY=VALUE:\n{all_settings(name, where)}")
         sys.exit(0)
 
     def run(arguments: list[str]) -> None:

@@ -66,7 +66,6 @@ def forward(size: str, rows: int) -> dict[str, Any]:
     return {
         "micro_batches": max(1, rows // SIZES[size].row_groups),
         "remat": True,
-        "implementation": "kernel",
         "compute_dtype": "bfloat16",
     }
 
@@ -144,7 +143,6 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
         "crop_max_pixels": 1000 * PIXEL,
         "select_max_pixels": 400 * PIXEL,
         "video_max_pixels": 512 * PIXEL,
-        "implementation": "kernel",
     }
     config.rl.reward = {"alpha": 0.5, "beta": 0.05, "threshold": 0.3, "budget": 1, "form": "paper"}
     config.rl.baseline = "mean"

@@ -13,13 +13,14 @@ from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
 FLAGS = flags.FLAGS
+SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Adapters (`pixel_jax.models.lora.add_lora`); a phase trains them alone if its `trainable` is ".*lora_"."""
 
-    rank: int
+    rank: int  # of the two factors
     alpha: float  # they are scaled by alpha / rank
     targets: str  # regular expression, the linear layers that get one
 
@@ -37,24 +38,25 @@ class TrainConfig:
     lora: LoRAConfig | None = None
     corrections: bool = True  # tune on traces that show a mistake, too
     rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
-    # Axis sizes of data, fsdp, sequence, tensor; none: one device. Rollouts may lie otherwise, on the same devices.
+    # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+    # The same for rollouts, which may lie otherwise on the same devices; none: as above.
     rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     bad_rows: Literal["error", "drop"] = "error"  # "drop" leaves out what cannot be read or has no room, and counts it
-    read_threads: int = 16
+    read_threads: int = 16  # that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
     trace_tokens: int = 4096  # room of a row of one or more traces
-    trace_frames: int = 6
+    trace_frames: int = 6  # room for pictures in a row: images, frames and crops
     trace_patches: int = 8000  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
     video_frames: int = 0  # room of a row of traces that need more frames than `trace_frames`; 0: there are none
-    video_patches: int = 4800
+    video_patches: int = 4800  # of one frame of such a row
     prompt_width: int = 3072  # tokens
     canvas: tuple[int, int, int] = (1, 2048, 2048)  # images of a prompt, and the largest one's height and width
     # Of questions about videos, if they have shapes of their own; batches are then of one kind. None: as above.
     video_prompt_width: int | None = None
-    video_canvas: tuple[int, int, int] | None = None
-    seed: int = 0
+    video_canvas: tuple[int, int, int] | None = None  # frames of a video, and the largest one's height and width
+    seed: int = 0  # of the order of the examples and of new adapters
 
     def __post_init__(self):
         for name in ("model", "data", "out"):

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.sft.optimizer = {}
     config.sft.steps = 246  # four epochs of the paper's 7,850 traces
     config.sft.batch_size = 128  # packed rows, of one trace or more
-    config.sft.forward = {"micro_batches": 16, "implementation": "kernel", "compute_dtype": "bfloat16"}
+    config.sft.forward = {"micro_batches": 16, "compute_dtype": "bfloat16"}
 
     config.rl = ConfigDict()
     config.rl.iterations = 90
@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
     config.rl.time_operations = 10  # iterations
     config.rl.update({name: {} for name in ("reward", "replay", "loss", "optimizer")})
     config.rl.reward.scorer = ConfigDict()
-    config.rl.forward = {"micro_batches": 64, "implementation": "kernel", "compute_dtype": "bfloat16"}
+    config.rl.forward = {"micro_batches": 64, "compute_dtype": "bfloat16"}
     return config

@@ -55,10 +55,10 @@ class Clip(NamedTuple):
 class SceneConfig:
     """Sizes in pixels of the scene, both ends inclusive."""
 
-    small_share: float = 0.65
-    small_card: tuple[int, int] = (112, 128)
-    small_digit: tuple[int, int] = (52, 60)
-    large_card: tuple[int, int] = (320, 419)
+    small_share: float = 0.65  # of scenes with a card that cannot be read in the overview
+    small_card: tuple[int, int] = (112, 128)  # side of such a card
+    small_digit: tuple[int, int] = (52, 60)  # height of its digit
+    large_card: tuple[int, int] = (320, 419)  # side of a card that can be read
     large_margin: float = 0.08  # of the card's side, around its digit
     frequencies: tuple[float, ...] | None = None  # of the digits 0 to 9, by any factor; None: as in the data set
 

@@ -43,7 +43,7 @@ class BenchmarkConfig:
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
     sample: int | None = None  # so many questions, drawn at random
     scorer: ScorerConfig = ScorerConfig()
-    buckets: tuple[Bucket, ...] = PICTURES
+    buckets: tuple[Bucket, ...] = PICTURES  # (images, height and width of the largest, tokens of the prompt) of each
     max_side: int = 3584  # `RolloutConfig.max_side`: pictures much longer than wide need more
 
     def __post_init__(self):
@@ -63,7 +63,7 @@ class EvalConfig:
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)  # of each process's own devices; none: one device
     traces: int = 16  # questions of each benchmark and mode that are drawn in the report
-    seed: int = 0
+    seed: int = 0  # of samples of questions and of sampled answers
 
     def __post_init__(self):
         if self.rollout.temperature == 0 and self.rollout.group_size > 1:

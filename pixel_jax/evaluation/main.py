@@ -15,6 +15,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
+SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
 MODE = "operations"  # in which checkpoints are compared
 
 

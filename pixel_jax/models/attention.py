@@ -48,7 +48,7 @@ def attention(
     mask: Mask,
     *,
     causal: bool,
-    implementation: str = "dense",
+    implementation: str | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible keys, softmax in float32.
@@ -59,17 +59,17 @@ def attention(
     implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
             'kernel', the platform's own, where there is none 'chunked'. On GPUs a query whose own key is invisible returns
             zeros. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
+            None: by size, see `chosen`
     -> [B, T, heads, head_dim], and with return_lse (not of kernels) also the log-sum-exp of the scores, float32 [B, T, heads]
     """
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads evenly")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "kernel" and return_lse:
         raise ValueError("kernels do not return the log-sum-exp: take 'chunked'")
-    if implementation == "kernel" and kernels.divides(q, k):
+    implementation = chosen(implementation, length, k.shape[1])
+    if implementation == "kernel" and kernels.divides(q, k) and not return_lse:
         return _kernel(q, k, v, mask, causal)
     grouped = jnp.moveaxis(q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim), 1, 3)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -79,6 +79,22 @@ def attention(
         out, lse = chunked_attention(grouped, k, v, mask, *TILE)
     out = jnp.moveaxis(out, 3, 1).reshape(q.shape)
     return (out, jnp.moveaxis(lse, 3, 1).reshape(batch, length, heads)) if return_lse else out
+
+
+def chosen(implementation: str | None, queries: int, keys: int) -> str:
+    """The implementation that attention of so many queries to so many keys takes.
+
+    None is 'dense' where a row's scores are no more than one tile of the chunked implementation, which needs as much memory
+    then, and 'kernel' for all that is larger: memory linear in the length on every platform.
+
+    Raises:
+        ValueError: an implementation that there is not.
+    """
+    if implementation is None:
+        return "dense" if queries * keys <= TILE[0] * TILE[1] else "kernel"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    return implementation
 
 
 def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) -> jax.Array:

@@ -97,7 +97,7 @@ class DecoderLayer(nnx.Module):
         self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, x, cos, sin, mask: Mask, implementation: str, mesh: Mesh | None = None):
+    def __call__(self, x, cos, sin, mask: Mask, implementation: str | None, mesh: Mesh | None = None):
         """x [B, T, D] -> x and its keys and values [B, T, kv_heads, head_dim].
 
         On a mesh with a sequence axis the queries stay split, keys and values are gathered.
@@ -149,19 +149,21 @@ class Decoder(nnx.Module):
         return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
 
     def __call__(
-        self, x, positions, valid, *, segments=None, remat: Remat = False, implementation="dense", mesh=None
+        self, x, positions, valid, *, segments=None, remat: Remat = False, implementation: str | None = None, mesh=None
     ) -> jax.Array:
         """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
         options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
         return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
 
-    def prefill(self, x, positions, valid, *, implementation="dense") -> tuple[jax.Array, KVCache]:
+    def prefill(self, x, positions, valid, *, implementation: str | None = None) -> tuple[jax.Array, KVCache]:
         """See `Qwen2_5_VL.prefill`."""
         in_cache = lambda keys_and_values: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), keys_and_values)
         hidden, (keys, values) = self._layers(x, positions, valid, in_cache, implementation=implementation)
         return hidden, KVCache(tuple(keys), tuple(values), valid.sum(axis=1, dtype=jnp.int32))
 
-    def _layers(self, x, positions, valid, keep, *, segments=None, remat=False, implementation="dense", mesh=None):
+    def _layers(
+        self, x, positions, valid, keep, *, segments=None, remat=False, implementation: str | None = None, mesh=None
+    ):
         """Hidden states after the last norm, and what `keep` keeps of every layer's keys and values, stacked."""
         x = split_sequence(x, mesh, ROWS, SEQUENCE)
         cos, sin = self.angles(positions)

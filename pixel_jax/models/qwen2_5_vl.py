@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pixel_jax.models.attention import chosen
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.decoder import Decoder, KVCache, Prefix
 from pixel_jax.models.inputs import Visual, locate, slice_grids
@@ -30,7 +31,7 @@ class Qwen2_5_VL(nnx.Module):
             self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
 
     def encode(
-        self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str = "dense"
+        self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
         """Temporal slices float32 [N, P, 1176] with grids int32 [N, 2] in patches -> visual tokens [N, P / 4, D] (raster)."""
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
@@ -74,7 +75,7 @@ class Qwen2_5_VL(nnx.Module):
         *,
         segments=None,
         remat: Remat = False,
-        implementation="dense",
+        implementation: str | None = None,
         mesh=None,
     ) -> jax.Array:
         """Embeddings [B, T, D] -> hidden states [B, T, D] after the last norm, without a cache.
@@ -88,7 +89,7 @@ class Qwen2_5_VL(nnx.Module):
         )
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str = "dense"
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str | None = None
     ) -> tuple[jax.Array, KVCache]:
         """As `backbone`, and the cache of the tokens, left-aligned, for `step` to go on from or, as a `Prefix`, to read.
 
@@ -143,19 +144,20 @@ def encode_visual(
     visual: Visual,
     *,
     remat: Remat = False,
-    implementation: str = "dense",
+    implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """All temporal slices of a batch of rows -> [B, S, P / 4, D]; absent slices give meaningless finite numbers.
 
-    The memory-linear implementations take a row's slices one after the other; on a mesh with a sequence axis they
+    Where attention is linear in memory it takes a row's slices one after the other; on a mesh with a sequence axis they
     are split over it instead, if they divide evenly.
     """
     batch, num_slices, _ = visual.slices.shape
     frames = jnp.maximum(visual.slices, 0)
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
-    if implementation != "dense" and num_slices > 1 and sequence_parts(mesh) == 1:
+    linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
+    if linear and num_slices > 1 and sequence_parts(mesh) == 1:
         encode = lambda x: model.encode(pixel_values(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
         return jnp.swapaxes(features, 0, 1)
@@ -174,7 +176,7 @@ def forward_hidden(
     visual: Visual | None,
     *,
     remat: Remat = False,
-    implementation: str = "dense",
+    implementation: str | None = None,
     segments: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:

@@ -92,7 +92,7 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(keys[1], dim, dim, ("vision_embed", "vision_heads"), bias=True, dtype=dtype)
         self.config = config
 
-    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str) -> jax.Array:
+    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
         """x [N, P, D]; full: bool scalar, attend over the whole slice instead of the window"""
         n, p, dim = x.shape
         config = self.config
@@ -110,7 +110,8 @@ class VisionAttention(nnx.Module):
             keys = blocks.around(jnp.where(layout.valid, 0, -1), -1)
             queries = own.around(jnp.zeros((n, p), jnp.int32))
             mask = Mask(queries, keys, own.around(layout.window), blocks.around(layout.window))
-            out = attention(own.around(q), blocks.around(k), blocks.around(v), mask, causal=False)
+            near = blocks.around(k), blocks.around(v)
+            out = attention(own.around(q), *near, mask, causal=False, implementation="dense")
             return out.reshape(n, -1, *q.shape[2:])[:, :p]
 
         if blocks.number == 1:
@@ -131,7 +132,7 @@ class VisionBlock(nnx.Module):
         axes = ("vision_mlp", "vision_embed")
         self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, axes, bias=True, dtype=dtype)
 
-    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str) -> jax.Array:
+    def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
         x = x + self.attn(self.norm1(x), cos, sin, layout, full, implementation)
         return x + self.mlp(self.norm2(x))
 
@@ -165,7 +166,7 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(keys[2], config, dtype)
 
     def __call__(
-        self, pixel_values: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str = "dense"
+        self, pixel_values: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
         """One temporal slice each: float [N, P, 1176] in merge order and int32 [N, 2] patches -> [N, P / 4, out_hidden].
 

@@ -15,6 +15,7 @@ from absl import flags
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
+SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:

@@ -26,9 +26,9 @@ class QuickstartConfig:
     ground_rows: int  # rows drawn for it
     look_share: float  # of them that look closer; the rest read large digits
     warm: SFTConfig  # 2. traces of all kinds
-    warm_rows: int
+    warm_rows: int  # traces made for it
     traces: WarmStartConfig
     rl: RLConfig  # 3. twice; without curiosity `rl.reward.alpha` and `beta` are zero
     evaluation: EvaluationConfig  # 4.
     width: int = 32  # tokens of a prompt
-    seed: int = 0
+    seed: int = 0  # of weights, scenes, order and sampling

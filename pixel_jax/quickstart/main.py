@@ -7,6 +7,7 @@ from absl import flags
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
+SETTINGS = "pixel_jax.quickstart.config:QuickstartConfig"  # whose fields `--help` lists
 CONFIG = "configs/pixel/quickstart.py"
 
 

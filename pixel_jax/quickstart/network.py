@@ -15,17 +15,17 @@ from pixel_jax.parallel.sharding import is_variable
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
-    width: int = 96
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 4
-    mlp: int = 256
-    vision_width: int = 96
-    vision_layers: int = 2
-    vision_heads: int = 4
-    vision_mlp: int = 256
+    width: int = 96  # of the decoder
+    layers: int = 3  # of the decoder
+    heads: int = 4  # of queries
+    kv_heads: int = 4  # of keys and values
+    mlp: int = 256  # width inside the decoder's MLPs
+    vision_width: int = 96  # of the vision tower
+    vision_layers: int = 2  # of the vision tower
+    vision_heads: int = 4  # of the vision tower
+    vision_mlp: int = 256  # width inside its MLPs
     window: int = 56  # pixels: the attention windows of all vision layers but the last, which sees everything
-    rope_theta: float = 10_000.0
+    rope_theta: float = 10_000.0  # base of the rotary angles
 
 
 def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLConfig:

@@ -14,7 +14,7 @@ class RolloutConfig:
     group_size: int = 8  # rows of one prompt (n of the paper)
     temperature: float = 1.0  # 0 decodes greedily
     later_temperature: float | None = None  # after the first call; None: the same (the released code: 0.9)
-    top_p: float = 0.95
+    top_p: float = 0.95  # of the likeliest tokens whose probabilities add up to this one is drawn; 1: off
     top_k: int = 40  # 0: off
     min_tokens: int = 1  # of one turn, before one that ends it
     max_new_tokens: int = 2048  # of one turn
@@ -22,14 +22,14 @@ class RolloutConfig:
     max_images: int = 16  # images of a row; a video counts as one
     max_tokens: int = 12_088  # prompt and response together
     max_response: int = 10_000  # room kept for what follows the prompt, observations included
-    min_pixels: int = 4 * FACTOR**2
-    max_pixels: int = 2000 * FACTOR**2
-    crop_min_pixels: int = 4 * FACTOR**2
-    crop_max_pixels: int = 1000 * FACTOR**2
-    select_min_pixels: int = 4 * FACTOR**2
-    select_max_pixels: int = 400 * FACTOR**2
-    video_min_pixels: int = 4 * FACTOR**2
-    video_max_pixels: int = 512 * FACTOR**2
+    min_pixels: int = 4 * FACTOR**2  # of an image, shown in at least this area
+    max_pixels: int = 2000 * FACTOR**2  # of an image, at most
+    crop_min_pixels: int = 4 * FACTOR**2  # of a crop, at least
+    crop_max_pixels: int = 1000 * FACTOR**2  # of a crop, at most
+    select_min_pixels: int = 4 * FACTOR**2  # of a selected frame, at least
+    select_max_pixels: int = 400 * FACTOR**2  # of a selected frame, at most
+    video_min_pixels: int = 4 * FACTOR**2  # of a frame of a video in the prompt, at least
+    video_max_pixels: int = 512 * FACTOR**2  # of a frame of a video in the prompt, at most
     max_side: int = 3584  # longest side of anything shown, in pixels; the static canvas of a resize
     pad: float = 0.1  # added on each side of a box, as a share of the image
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
@@ -41,9 +41,8 @@ class RolloutConfig:
     # Where products bind decoding (CPUs): all rows end their turns before any is answered, and once no more than this (per data
     # shard) are writing, they go on alone. None: what a token costs hardly depends on who writes; `machine.writes_on`.
     tail_rows: int | None = None
-    implementation: Literal["dense", "chunked", "kernel"] = (
-        "dense"  # attention of prompts and images; not "dense" for megapixels
-    )
+    # Attention of prompts and images. None: by size and platform, in memory linear in the number of patches.
+    implementation: Literal["dense", "chunked", "kernel"] | None = None
 
     def __post_init__(self):
         if not 0 <= self.pad <= 1:

@@ -71,7 +71,9 @@ def cut(
     return of_part(canvases, prompt, canvas, region, size)
 
 
-def encode_still(model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str = "dense") -> jax.Array:
+def encode_still(
+    model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str | None = None
+) -> jax.Array:
     """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels."""
     lead = patches.shape[:-2]
     flat = patches.reshape(-1, *patches.shape[-2:])
@@ -91,7 +93,7 @@ def show_waiting(
     budget: Budget,
     shards: int,
     chunk: int,
-    implementation: str = "dense",
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
 

@@ -8,6 +8,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag, load
 
 FLAGS = flags.FLAGS
+SETTINGS = "pixel_jax.synthesis.run:SynthConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:

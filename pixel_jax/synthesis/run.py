@@ -33,13 +33,13 @@ class EndpointConfig:
     """An OpenAI-compatible chat-completions endpoint (`pixel_jax.endpoint`)."""
 
     url: str  # ends before /chat/completions
-    model: str
+    model: str  # its name at the endpoint
     key: str | None = None  # name of the environment variable with the API key
-    requests_per_second: float | None = None
-    retries: int = 6
+    requests_per_second: float | None = None  # at most; None: as many as there are answers
+    retries: int = 6  # of a request that fails
     timeout: float = 120.0  # seconds of one try
     workers: int = 16  # requests under way at once
-    temperature: float = 0.7
+    temperature: float = 0.7  # of sampling
     max_tokens: int = 600  # of one analysis
 
 
@@ -50,13 +50,13 @@ class SynthConfig:
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
-    # Shares of single-pass, recrop, recrop twice, further zoom-in; and of single-pass, reselect. The paper's.
+    # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images. The paper's.
     image: tuple[float, float, float, float] = Mix.image
-    video: tuple[float, float] = Mix.video
+    video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among those about videos. The paper's.
     attempts: int = 3  # at each analysis
     pad: float = 0.1  # of `RolloutConfig`: what the crop tool adds on each side of a box
     min_crop: int = 28  # of `RolloutConfig`
-    seed: int = 0
+    seed: int = 0  # of the kinds of traces, and of the wrong places in them
 
     def __post_init__(self):
         for name in ("image", "video"):

@@ -12,15 +12,15 @@ from optax.contrib import MuonDimensionNumbers, muon
 class OptimizerConfig:
     """The released reinforcement-learning recipe (lr 1e-6, warm-up 3 %, cosine down to half)."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-6
-    schedule: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["adamw", "muon"] = "adamw"  # muon takes matrices; what is none is AdamW's
+    learning_rate: float = 1e-6  # the highest, after the warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     final_fraction: float = 0.5  # of the learning rate, where the cosine ends
     warmup: float = 0.03  # share of all steps
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    b1: float = 0.9  # decay of the mean of the gradients
+    b2: float = 0.95  # decay of the mean of their squares
+    eps: float = 1e-8  # added to the root of that mean
+    weight_decay: float = 0.0  # decoupled, a share of the weight for a learning rate of 1
     clip: float = 1.0  # global norm of the gradient
 
     def __post_init__(self):

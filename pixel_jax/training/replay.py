@@ -26,7 +26,7 @@ class ReplayConfig:
     code's default). `none`: every row is trained on, informative or not. `dynamic`: rollouts go on, without updates, until
     informative rows fill all places (DAPO's dynamic sampling, arXiv:2503.14476, §3.2)."""
 
-    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"
+    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # what fills the places of rows that teach nothing
     exponent: float = 1.0  # a row is drawn with probability proportional to |advantage| ** exponent
     capacity: int = 4096  # rows; the oldest leave first
     life: Literal["episode", "run"] = (

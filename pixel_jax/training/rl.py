@@ -58,12 +58,12 @@ class RLConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     packing: PackingConfig | None = None  # of an update's rows; None: each keeps a row, as long as the longest may be
     forward: ForwardConfig = ForwardConfig()
-    seed: int = 0
+    seed: int = 0  # of sampling and of the replay
     # Every so many iterations the rows' operations are carried out again, alone, to say how long they take
     # (`seconds_operations`, part of `seconds_rollout`): inside the rollout's program nothing can be timed. 0: never.
     time_operations: int = 0
-    save_every: int = 1
-    keep: int = 2
+    save_every: int = 1  # iterations: a checkpoint
+    keep: int = 2  # checkpoints, the newest
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
     def __post_init__(self):

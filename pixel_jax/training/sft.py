@@ -24,14 +24,14 @@ T = TypeVar("T")
 class SFTConfig:
     """Batch, learning rate and warm-up of the paper; the released script's cosine to zero and frozen vision tower."""
 
-    steps: int
+    steps: int  # updates
     batch_size: int = 128  # rows (the released script: 16)
     trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
     normalizer: Literal["row", "token"] = "row"  # the mean of the rows' means, or the mean of all tokens
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup=0.1, final_fraction=0.0)
     forward: ForwardConfig = ForwardConfig()
-    save_every: int = 100
-    keep: int = 2
+    save_every: int = 100  # steps: a checkpoint
+    keep: int = 2  # checkpoints, the newest
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
 

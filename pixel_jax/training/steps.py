@@ -44,7 +44,7 @@ class ForwardConfig:
 
     micro_batches: int = 1  # the batch's rows are taken in so many turns
     remat: Remat = True  # what the backward pass computes again: see `rematerialised`
-    implementation: Literal["dense", "chunked", "kernel"] = "dense"  # attention
+    implementation: Literal["dense", "chunked", "kernel"] | None = None  # of attention; None: by size and platform
     logit_chunk: int = 256  # positions whose logits exist at once
     compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
 

@@ -137,6 +137,21 @@ def test_no_derivative_where_nothing_is_seen(rng):
         assert all((x == 0).all() for x in gradient)
 
 
+def test_by_default_memory_grows_linearly_and_few_scores_are_dense():
+    """Sizes on both sides of a tile: the values of dense attention, and no array of all scores where there are many."""
+
+    def lowered(length, implementation):
+        q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        order = jnp.arange(length)[None]
+        attend = lambda q: attention(q, q, q, Mask(order, order), causal=True, implementation=implementation)
+        return jax.jit(attend).lower(q)
+
+    assert lowered(256, None).as_text() == lowered(256, "dense").as_text()
+    assert lowered(257, None).as_text() == lowered(257, "kernel").as_text()
+    size = lambda implementation: lowered(2048, implementation).compile().memory_analysis().temp_size_in_bytes
+    assert size(None) < size("dense") / 4
+
+
 def test_memory_grows_linearly():
     """Temporary memory of one Hessian-vector product: fourfold length, about fourfold memory; dense would take sixteenfold."""
 

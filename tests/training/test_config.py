@@ -40,7 +40,11 @@ def test_a_config_dict_becomes_nested_dataclasses():
 
 
 def test_a_section_keeps_what_its_parent_declares():
-    assert load(Outer, {"steps": 1, "told": {}}) == load(Outer, {"steps": 1, "told": Outer.told}) == load(Outer, {"steps": 1})
+    assert (
+        load(Outer, {"steps": 1, "told": {}})
+        == load(Outer, {"steps": 1, "told": Outer.told})
+        == load(Outer, {"steps": 1})
+    )
     assert load(Outer, {"steps": 1, "told": {"sizes": (3,)}}).told == Inner(0.25, "b", (3,))
     assert load(Outer, {"steps": 1, "told": {"rate": 0.5}}).told == Inner(0.5, "b")
 

@@ -15,6 +15,7 @@ from absl import flags
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
+SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "configs/unlearn/quickstart.py"
 
 
