@@ -34,6 +34,7 @@ def bootstrap(
     values: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,
     *,
+    bounds: tuple[float, float] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
@@ -41,6 +42,10 @@ def bootstrap(
 
     Without `weights` this is the mean. With them it is a rate: operations that failed over operations, of each question.
     A question is drawn with all of its answers, so Avg@k over many answers to few questions stays as uncertain as it is.
+
+    With `bounds`, between which every question lies, questions that are all alike have an interval, too: a share of other
+    questions as large as Wilson's upper limit of 0 of n, at either bound, is not excluded by them. Of right or wrong that is
+    Wilson's interval. Without bounds nothing is known of what has not been seen, and the interval has no width.
 
     Returns {"mean", "low", "high", "n"}; the mean is NaN where there is nothing to divide by. All resamples of equal
     seed draw the same questions.
@@ -50,6 +55,9 @@ def bootstrap(
     n = len(values)
     if n == 0 or weights.sum() == 0:
         return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": n}
+    ratios = values[weights > 0] / weights[weights > 0]
+    if bounds is not None and np.all(ratios == ratios[0]):
+        return _alike(float(ratios[0]), n, len(ratios), bounds, confidence)
     rng, found = np.random.default_rng(seed), []
     for start in range(0, RESAMPLES, CHUNK):
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, RESAMPLES - start))
@@ -57,6 +65,13 @@ def bootstrap(
         found.append(above[below > 0] / below[below > 0])
     low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"mean": float(values.sum() / weights.sum()), "low": float(low), "high": float(high), "n": n}
+
+
+def _alike(value: float, n: int, counted: int, bounds: tuple[float, float], confidence: float) -> dict[str, float]:
+    """The interval of `counted` questions that all have this value."""
+    unseen = proportion(np.zeros(counted, bool), confidence)["high"]
+    low, high = (value + unseen * (bound - value) for bound in bounds)
+    return {"mean": value, "low": low, "high": high, "n": n}
 
 
 def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:
@@ -94,7 +109,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
             rng=np.random.default_rng(seed),
         )
         p = float(found.pvalue)
-    interval = bootstrap(difference, seed=seed)
+    interval = bootstrap(difference, bounds=(-1, 1), seed=seed)
     return {
         "first": float(first.mean()),
         "second": float(second.mean()),

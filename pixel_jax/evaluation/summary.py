@@ -19,6 +19,7 @@ RATES = {  # name: (of what, over what), summed over a question's answers
     "tokens": ("tokens", "answers"),  # written for an answer
     "finished": ("finished", "answers"),  # ended with an answer, not at a limit
 }
+COUNTS = ("operations", "tokens")  # of an answer, not shares
 
 
 def sums(record: Record) -> dict[str, float]:
@@ -38,8 +39,8 @@ def sums(record: Record) -> dict[str, float]:
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """{category: {"questions", "answers" (a question), "shrunk", "unanswered", rate: {"mean", "low", "high"}}}, "all" first.
 
-    Intervals are 95 % bootstrap intervals over questions. A rate of nothing (no operations at all) is None. A category that
-    is itself called "all" is "all (category)".
+    Intervals are 95 % bootstrap intervals over questions, of shares Wilson's where all questions are alike. A rate of
+    nothing (no operations at all) is None. A category that is itself called "all" is "all (category)".
     """
     categories = sorted({record["category"] for record in records})
     groups = {ALL: list(records)}
@@ -56,7 +57,8 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             "unanswered": len(unanswered(group)),
         }
         for rate, (above, below) in RATES.items():
-            interval = bootstrap([x[above] for x in added], [x[below] for x in added])
+            bounds = None if rate in COUNTS else (0, 1)
+            interval = bootstrap([x[above] for x in added], [x[below] for x in added], bounds=bounds)
             row[rate] = {key: None if math.isnan(interval[key]) else interval[key] for key in ("mean", "low", "high")}
         found[name] = row
     return found
@@ -153,7 +155,13 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         for mode, test in benchmark["differences"].items()
     ]
     sections = [
-        ("", report.paragraph("95 % bootstrap intervals over questions.") + report.table(HEAD, table_rows(benchmarks))),
+        (
+            "",
+            report.paragraph(
+                "95 % bootstrap intervals over questions; Wilson's where all questions have the same score."
+            )
+            + report.table(HEAD, table_rows(benchmarks)),
+        ),
         *([("Modes compared, paired by question", "".join(tests))] if tests else []),
     ]
     missing = [

@@ -57,6 +57,23 @@ def test_bootstrap_of_a_rate_against_scipy():
     assert math.isnan(bootstrap([0, 0], [0, 0])["mean"]) and math.isnan(bootstrap([])["high"])
 
 
+@pytest.mark.parametrize("hits", [[0] * 4, [1], [1] * 30])
+def test_questions_that_are_all_alike_have_wilsons_interval(hits):
+    found, wanted = bootstrap(hits, bounds=(0, 1)), proportion(np.array(hits, bool))
+    assert [found[name] for name in ("mean", "n")] == [wanted[name] for name in ("mean", "n")]
+    assert found["low"] == pytest.approx(wanted["low"]) and found["high"] == pytest.approx(wanted["high"])
+
+
+def test_what_has_not_been_seen_widens_an_interval_as_far_as_its_bounds():
+    half = bootstrap([0.5] * 10, bounds=(0, 1))
+    assert half["mean"] == 0.5 and 0 < half["low"] < 0.5 < half["high"] < 1
+    same = paired([1, 0, 1, 0], [1, 0, 1, 0])
+    assert same["difference"] == 0 and same["low"] == -same["high"] < -0.4
+    rate = bootstrap([0, 0, 0], [4, 0, 2], bounds=(0, 1))  # no operation failed, of two questions with any
+    assert rate["high"] == pytest.approx(proportion([False] * 2)["high"]) and rate["n"] == 3
+    assert bootstrap([3, 3, 3])["high"] == 3
+
+
 def test_many_answers_to_few_questions_do_not_narrow_the_interval():
     rng = np.random.default_rng(5)
     questions = rng.random(30) < 0.5
