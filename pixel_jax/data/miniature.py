@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pixel_jax.ops import host_crop_resize
+
 SIDE = 448  # pixels of a scene
 FRAME_SIDE = 224  # pixels of a clip's frame
 NUM_FRAMES = 4
@@ -104,7 +106,7 @@ def _short_side(photo: np.ndarray, least: int, most: int) -> np.ndarray:
     scale = min(max(min(height, width), least), most) / min(height, width)
     if scale == 1:
         return photo
-    return np.asarray(Image.fromarray(photo).resize((round(width * scale), round(height * scale)), Image.BICUBIC))
+    return host_crop_resize(photo, (0, 0, width, height), (round(height * scale), round(width * scale)))
 
 
 def _tint(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
@@ -171,7 +173,7 @@ def _paste_card(
     size = image.shape[0]
     x, y = (int(v) for v in rng.integers(0, size - side, size=2, endpoint=True))
     dx, dy = x + (side - inner) // 2, y + (side - inner) // 2
-    written = 255 - np.asarray(Image.fromarray(ink[which]).resize((inner, inner), Image.BICUBIC))
+    written = 255 - host_crop_resize(ink[which][..., None], (0, 0, *ink[which].shape[::-1]), (inner, inner))[..., 0]
     # Pillow pastes a colour, and repeats a channel, several times faster than NumPy broadcasts over three bytes.
     card = Image.new("RGB", (side, side), CARD)
     card.paste(Image.fromarray(written).convert("RGB"), (dx - x, dy - y))

@@ -8,10 +8,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import smart_resize
+from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, prompt_tokens
 
@@ -81,4 +80,4 @@ def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 [h, w, 3] at `size` (height, width)."""
     if image.shape[:2] == tuple(size):
         return image
-    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC))
+    return host_crop_resize(image, (0, 0, image.shape[1], image.shape[0]), size)

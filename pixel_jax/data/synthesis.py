@@ -7,7 +7,6 @@ the sentences come with the cue.
 
 import dataclasses
 from collections.abc import Sequence
-from fractions import Fraction
 
 import numpy as np
 
@@ -84,12 +83,9 @@ def outward(box: Sequence[float], width: int, height: int) -> Box:
 
 def in_pixels(box: Sequence[float], width: int, height: int, pad: float = 0.0) -> tuple[int, int, int, int]:
     """What the crop tool cuts out for a box in hundredths, `pad` being added on each side as a share of the image."""
-    out = round(1e6 * pad)
-    edges = (round(100 * x) * 10_000 + sign * out for x, sign in zip(box, (-1, -1, 1, 1), strict=True))
+    edges = (round(x, 2) + sign * pad for x, sign in zip(box, (-1, -1, 1, 1), strict=True))
     sides = (width, height) * 2
-    return tuple(
-        round(Fraction(min(max(edge, 0), 10**6) * side, 10**6)) for edge, side in zip(edges, sides, strict=True)
-    )
+    return tuple(round(min(max(edge, 0.0), 1.0) * side) for edge, side in zip(edges, sides, strict=True))
 
 
 def grown(box: Sequence[float], pad: float) -> Box:

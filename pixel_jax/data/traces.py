@@ -2,7 +2,7 @@
 
 A trace is a question and the assistant's turns as text. Its calls are read, carried out and answered by the functions of
 the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have met had it
-written those turns itself; only pixels are resized by Pillow here, with the same bits.
+written those turns itself; only pixels are resized by the host here, with the same bits.
 """
 
 import functools
@@ -13,12 +13,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from pixel_jax.dialog import automaton
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
-from pixel_jax.ops import smart_resize
+from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.operations import Gallery, Result, add_to_gallery, execute
 from pixel_jax.rollout.prompts import Query, prompt_tokens
@@ -66,8 +65,8 @@ def right(text: str) -> Turn:
 def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
     """`region` (x1 y1 x2 y2) of uint8 [h, w, 3] at `size` (height, width), as patches uint8 [h w / 196, 588] (merge order)."""
     height, width = (int(side) for side in size)
-    view = Image.fromarray(image).crop(tuple(int(x) for x in region)).resize((width, height), Image.BICUBIC)
-    grid = np.asarray(view).reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
+    view = host_crop_resize(image, region, (height, width))
+    grid = view.reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
     return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
 
 
@@ -207,13 +206,14 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
     return [Gallery(*(x[i] for x in gallery)) for i in range(len(rows))]
 
 
-def _first_gallery(query: Query, config: RolloutConfig, most: int) -> Gallery:
+def _first_gallery(row: Row, config: RolloutConfig, most: int) -> Gallery:
+    """What `row` shows before it asks for anything: `first_gallery`, without a compilation for each count of rows."""
     slots = config.max_images + most
-    region = np.zeros((slots, 4), np.int32)
-    for i, image in enumerate(query.images):
-        region[i, 2:] = image.shape[1::-1]
-    count = 1 if query.is_video else len(query.images)
-    return Gallery(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, np.int32(count))
+    region, size = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
+    for i, view in enumerate(row.views):
+        region[i], size[i] = view.region, view.size
+    count = 1 if row.trace.query.is_video else len(row.views)
+    return Gallery(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, size, np.int32(count))
 
 
 def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:
@@ -223,7 +223,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
     """
     rows = [Row(trace, i, vocabulary, config) for i, trace in enumerate(traces)]
     most = max(len(trace.query.images) for trace in traces)
-    galleries = {row.index: _first_gallery(row.trace.query, config, most) for row in rows}
+    galleries = {row.index: _first_gallery(row, config, most) for row in rows}
     turn, active = 0, rows
     while active:
         written = {row.index: row.write(row.trace.turns[turn], vocabulary) for row in active}
@@ -243,7 +243,7 @@ def to_trajectories(
 ) -> Trajectories:
     """One row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
-    with ThreadPoolExecutor() as pool:  # most of the time goes into resizing, which holds no lock
+    with ThreadPoolExecutor() as pool:  # most of the time goes into products, which hold no lock
         frames = list(pool.map(lambda row: render(row, row.trace.query.images), rows))
     return assemble(rows, frames, config, shape)
 

@@ -1,6 +1,6 @@
 """Text, images and videos -> the arrays of the Hugging Face layout, on the host.
 
-Images are resized with Pillow: the same bits as `pixel_jax.ops.crop_resize` over the whole image.
+Images are resized by `host_crop_resize`: the same bits as `pixel_jax.ops.crop_resize` over the whole image.
 """
 
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.ops import IMAGE_MEAN, IMAGE_STD, smart_resize, temporal_slices
+from pixel_jax.ops import IMAGE_MEAN, IMAGE_STD, host_crop_resize, smart_resize, temporal_slices
 
 PREPROCESSOR = "preprocessor_config.json"
 NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
@@ -107,7 +107,8 @@ class Processor:
             raise ValueError(f"frames of one video differ in size: {sorted({frame.size for frame in frames})}")
         width, height = frames[0].size
         high, wide = smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-        seen = np.stack([np.asarray(frame.resize((wide, high), Image.Resampling.BICUBIC)) for frame in frames])
+        whole = (0, 0, width, height)
+        seen = np.stack([host_crop_resize(np.asarray(frame), whole, (high, wide)) for frame in frames])
         # As the Hugging Face processor: rescaled in float64, rounded, normalised in float32.
         scaled = (seen * (1 / 255)).astype(np.float32)
         scaled = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)

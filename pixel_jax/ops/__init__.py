@@ -1,6 +1,7 @@
 """Pixels: cropping, resizing, frame selection and patches, each a pure function that works under `jit` and `vmap`."""
 
 from pixel_jax.ops.crop_resize import crop_resize
+from pixel_jax.ops.host_crop_resize import host_crop_resize
 from pixel_jax.ops.patchify import FRAME_PATCH, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, patchify, pixel_values
 from pixel_jax.ops.smart_resize import smart_resize
 from pixel_jax.ops.video import gather_frames, sample_frames, temporal_slices
@@ -13,6 +14,7 @@ __all__ = [
     "PATCH",
     "crop_resize",
     "gather_frames",
+    "host_crop_resize",
     "patchify",
     "pixel_values",
     "sample_frames",

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pixel_jax.ops.bicubic import FRACTION_BITS, Window, bicubic, fixed_point, window
+
 ORDERS = ("horizontal_first", "pillow13")
 IMPLEMENTATIONS = ("banded", "matmul")
-
-FRACTION_BITS = 22  # Pillow's PRECISION_BITS: 32 bits less 8 for the pixel and 2 for overshoot
 
 # `matmul` splits a weight into three signed 8-bit digits: 514 products of magnitude 128 * 255 stay below 2 ** 24. A
 # weight has at most 4 * scale + 1 taps.
@@ -157,42 +157,6 @@ def _crop_resize(image, box, size, canvas, order, exact, implementation):
     return {"banded": banded, "matmul": matmul}[implementation](image, crop)
 
 
-# Weights. Everything here is float64, and called inside `jax.enable_x64`.
-
-
-class _Window(NamedTuple):
-    """Where outputs look, in pixels of the crop: float64 centres and filter scale, int32 first and last (exclusive)."""
-
-    centre: jax.Array
-    filter_scale: jax.Array
-    first: jax.Array
-    last: jax.Array
-
-
-def _window(outputs, length, out_length) -> _Window:
-    scale = length.astype(jnp.float64) / jnp.maximum(out_length, 1).astype(jnp.float64)
-    filter_scale = jnp.maximum(scale, 1.0)
-    centre = (outputs.astype(jnp.float64) + 0.5) * scale
-    support = 2.0 * filter_scale
-    first = jnp.maximum((centre - support + 0.5).astype(jnp.int32), 0)
-    last = jnp.minimum((centre + support + 0.5).astype(jnp.int32), length)
-    return _Window(centre, filter_scale, first, last)
-
-
-def _bicubic(pixels, window: _Window):
-    """Weights before normalisation (Keys' cubic with a = -1/2), zero outside the window."""
-    x = jnp.abs((pixels.astype(jnp.float64) - window.centre + 0.5) / window.filter_scale)
-    near = (1.5 * x - 2.5) * x * x + 1.0
-    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
-    weights = jnp.where(x < 1.0, near, jnp.where(x < 2.0, far, 0.0))
-    return jnp.where((pixels >= window.first) & (pixels < window.last), weights, 0.0)
-
-
-def _fixed_point(weights):
-    weights = weights * 2.0**FRACTION_BITS
-    return (weights + jnp.where(weights < 0, -0.5, 0.5)).astype(jnp.int32)
-
-
 def _to_pixels(sums):
     """Rounds sums of fixed-point weights times pixels to uint8."""
     if sums.dtype == jnp.float32:
@@ -214,10 +178,10 @@ def _dense_digits(start, length, out_length, in_size, out_size):
     with jax.enable_x64(True):
         outputs = jnp.arange(out_size, dtype=jnp.int32)[:, None]
         pixels = jnp.arange(in_size, dtype=jnp.int32) - start
-        weights = _bicubic(pixels, _window(outputs, length, out_length))
+        weights = bicubic(pixels, window(outputs, length, out_length))
         weights = weights / jnp.sum(weights, axis=1, keepdims=True)
         allowed = (outputs < out_length) & (length <= MAX_SCALE * out_length)
-        weights = _fixed_point(jnp.where(allowed, weights, 0.0))
+        weights = fixed_point(jnp.where(allowed, weights, 0.0))
         low = _signed_digit(weights)
         weights = (weights - low) >> DIGIT_BITS
         middle = _signed_digit(weights)
@@ -281,8 +245,8 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
     blocks = -(-out_size // OUT_BLOCK)
     with jax.enable_x64(True):
         outputs = jnp.arange(blocks * OUT_BLOCK, dtype=jnp.int32).reshape(blocks, OUT_BLOCK)
-        window = _window(jnp.minimum(outputs, out_length - 1), length, out_length)
-        first, last = window.first[:, 0], window.last[:, -1]
+        seen = window(jnp.minimum(outputs, out_length - 1), length, out_length)
+        first, last = seen.first[:, 0], seen.last[:, -1]
         needed = jnp.where(outputs[:, 0] < out_length, (last - first + TAP_BLOCK - 1) // TAP_BLOCK, 0)
         ends = jnp.cumsum(needed, dtype=jnp.int32)
         count = ends[-1]
@@ -290,12 +254,12 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
         block = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), blocks - 1)
         place = tile - (ends - needed)[block]
         pixel = first[block] + place * TAP_BLOCK
-        window = _Window(*(value[block][..., None] if value.ndim else value for value in window))
+        seen = Window(*(value[block][..., None] if value.ndim else value for value in seen))
         pixels = (pixel[:, None] + jnp.arange(TAP_BLOCK, dtype=jnp.int32))[:, None, :]
-        weights = jnp.where((tile < count)[:, None, None], _bicubic(pixels, window), 0.0)
+        weights = jnp.where((tile < count)[:, None, None], bicubic(pixels, seen), 0.0)
         totals = jax.ops.segment_sum(jnp.sum(weights, axis=-1), block, num_segments=blocks)[block]
         used = (tile < count)[:, None] & (outputs[block] < out_length)
-        weights = _fixed_point(jnp.where(used[..., None], weights / totals[..., None], 0.0))
+        weights = fixed_point(jnp.where(used[..., None], weights / totals[..., None], 0.0))
         if exact:
             weights = jnp.concatenate([weights & ((1 << LOW_BITS) - 1), weights >> LOW_BITS], axis=1)
         return _Band(count, block, place == 0, pixel, weights.astype(jnp.float32))

@@ -8,18 +8,14 @@ IEEE operations on integers.
 
 import math
 import operator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from pixel_jax.ops.doubles import divide, double, floor, multiply, sqrt
 
 MAX_RATIO = 200
 MAX_SIDE = 1 << 24
-
-MANTISSA = 53
-LIMB = 26
-DIGIT = 9  # bits of a quotient found at once: all the room that a remainder of 53 bits leaves in a signed word
 
 
 def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels: int):
@@ -74,18 +70,18 @@ def _traced(height, width, factor, min_pixels, max_pixels):
         area = jnp.broadcast_to(height * width, sides.shape)
         rounded = _round_half_even(sides, factor) * factor
         too_large, too_small = rounded[0] * rounded[1] > max_pixels, rounded[0] * rounded[1] < min_pixels
-        beta = _sqrt(
-            _divide(
-                _double(jnp.where(too_large, area, min_pixels)),
-                _double(jnp.where(too_large, jnp.full_like(area, max_pixels), area)),
+        beta = sqrt(
+            divide(
+                double(jnp.where(too_large, area, min_pixels)),
+                double(jnp.where(too_large, jnp.full_like(area, max_pixels), area)),
             )
         )
         scaled = jax.tree.map(
             lambda shrunk, grown: jnp.where(too_large, shrunk, grown),
-            _divide(_double(sides), beta),
-            _multiply(sides, beta),
+            divide(double(sides), beta),
+            multiply(sides, beta),
         )
-        whole, inexact = _floor(_divide(scaled, _double(jnp.full_like(sides, factor))))
+        whole, inexact = floor(divide(scaled, double(jnp.full_like(sides, factor))))
         shrunk, grown = jnp.maximum(whole, 1) * factor, (whole + inexact) * factor
         sides = jnp.where(too_large, shrunk, jnp.where(too_small, grown, rounded))
         height, width = jnp.where(allowed, sides, 0).astype(jnp.int32)
@@ -95,79 +91,3 @@ def _traced(height, width, factor, min_pixels, max_pixels):
 def _round_half_even(value, divisor):
     quotient, twice = value // divisor, 2 * (value % divisor)
     return quotient + ((twice > divisor) | ((twice == divisor) & (quotient % 2 == 1)))
-
-
-# Positive IEEE doubles as integers; everything below is int64, and called inside `jax.enable_x64`.
-
-
-class _Double(NamedTuple):
-    """mantissa * 2 ** exponent with a mantissa of 53 bits."""
-
-    mantissa: jax.Array
-    exponent: jax.Array
-
-
-def _double(value) -> _Double:
-    shift = lax.clz(value) - (64 - MANTISSA)
-    return _Double(value << shift, -shift)
-
-
-def _round_to_double(value, exponent, rest) -> _Double:
-    """Rounds a 54-bit integer to 53 bits, to nearest and half to even; `rest`: whether more follows below its last bit."""
-    half, value = value & 1, value >> 1
-    value = value + (half & (rest | (value & 1)))
-    carry = value >> MANTISSA
-    return _Double(value >> carry, exponent + 1 + carry)
-
-
-def _divide(a: _Double, b: _Double) -> _Double:
-    borrow = (a.mantissa < b.mantissa).astype(jnp.int64)
-
-    def add_digit(_, carry):  # a loop, for a chain of quotients takes compilers seconds
-        quotient, remainder = carry
-        remainder = remainder << DIGIT
-        digit = lax.div(remainder, b.mantissa)
-        return (quotient << DIGIT) | digit, remainder - digit * b.mantissa
-
-    remainder = (a.mantissa << borrow) - b.mantissa
-    digits = -(-MANTISSA // DIGIT)
-    quotient, remainder = lax.fori_loop(0, digits, add_digit, (jnp.ones_like(remainder), remainder))
-    more = digits * DIGIT - MANTISSA
-    rest = ((quotient & ((1 << more) - 1)) | remainder) != 0
-    exponent = a.exponent - b.exponent - borrow - MANTISSA
-    return _round_to_double(quotient >> more, exponent, rest.astype(jnp.int64))
-
-
-def _sqrt(a: _Double) -> _Double:
-    odd = a.exponent & 1
-    radicand = a.mantissa << odd
-
-    def add_bit(step, carry):
-        # Two more bits of the radicand, of which 2 * 27 are followed by as many zeros, give one of the root.
-        root, remainder = carry
-        pair = jnp.where(step <= LIMB, (radicand >> jnp.maximum(2 * (LIMB - step), 0)) & 3, 0)
-        remainder, trial = (remainder << 2) | pair, (root << 2) | 1
-        bit = (remainder >= trial).astype(jnp.int64)
-        return (root << 1) | bit, remainder - bit * trial
-
-    steps = MANTISSA + 1
-    root, remainder = lax.fori_loop(0, steps, add_bit, (jnp.zeros_like(radicand), jnp.zeros_like(radicand)))
-    return _round_to_double(root, (a.exponent - odd - steps) >> 1, (remainder != 0).astype(jnp.int64))
-
-
-def _multiply(value, a: _Double) -> _Double:
-    """Product of an integer up to MAX_SIDE and a double."""
-    value = value << 2  # so that the product has more than 54 bits
-    mask = (1 << LIMB) - 1
-    low = value * (a.mantissa & mask)
-    high, low = value * (a.mantissa >> LIMB) + (low >> LIMB), low & mask
-    drop = (64 - lax.clz(high)) + LIMB - (MANTISSA + 1)
-    rest = ((low & ((1 << drop) - 1)) != 0).astype(jnp.int64)
-    return _round_to_double((high << (LIMB - drop)) | (low >> drop), a.exponent - 2 + drop, rest)
-
-
-def _floor(a: _Double):
-    """Largest integer not above `a` (which is below 2 ** 53), and 1 if it is not `a` itself."""
-    shift = jnp.clip(-a.exponent, 0, 63)
-    whole = a.mantissa >> shift
-    return whole, (whole << shift != a.mantissa).astype(jnp.int64)

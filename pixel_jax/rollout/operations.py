@@ -1,8 +1,13 @@
 """What a tool call means: from the numbers the model wrote to the pixels it gets, or to the message that says why not.
 
 Pixel Reasoner code, `experience_maker.py` (crop and select), with three faults mended: a coordinate of exactly 1 is
-relative, indices below 1 are out of range, and crops are cut from the full-resolution canvas. All arithmetic is on
-integers (millionths), so every device and the host agree.
+relative, indices below 1 are out of range, and crops are cut from the full-resolution canvas.
+
+A box is either in shares of an image or in pixels of that image *as the model was shown it*, which is the size that
+observations announce and the one in which Qwen2.5-VL was taught to point. Either way it becomes shares, is padded and
+clipped, and cut from what the image shows of its canvas, at full resolution. The released code does this in Python's
+floats, whose last bit decides where an edge lies halfway between two pixels (4 % of boxes in pixels); so do we, on
+integers, so that every device and the host agree. A coordinate counts to the millionth.
 """
 
 from typing import NamedTuple
@@ -12,7 +17,7 @@ import jax.numpy as jnp
 
 from pixel_jax.dialog.automaton import Calls as ParsedCalls
 from pixel_jax.dialog.observations import MAX_IMAGES, Arguments, Kind
-from pixel_jax.ops import smart_resize
+from pixel_jax.ops import doubles, smart_resize
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 
 MILLION = 1_000_000
@@ -24,6 +29,7 @@ class Gallery(NamedTuple):
 
     canvas: jax.Array  # int32 [R, M]
     region: jax.Array  # int32 [R, M, 4], x1 y1 x2 y2 in the canvas
+    size: jax.Array  # int32 [R, M, 2], (height, width) at which the model was shown it; of a video, its frames
     count: jax.Array  # int32 [R]
 
 
@@ -37,57 +43,29 @@ class Result(NamedTuple):
     count: jax.Array  # int32 [R], images shown
 
 
-def scale(millionths: jax.Array, side: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`millionths` (0 to 10^6) of `side` (below 2^21) as whole pixels and millionths, exactly, in 32 bits."""
-    thousands, rest = millionths // 1000 * side, millionths % 1000 * side
-    thousands, low = thousands + rest // 1000, rest % 1000
-    return thousands // 1000, thousands % 1000 * 1000 + low
+def box_in_region(call: ParsedCalls, region: jax.Array, size: jax.Array, config: RolloutConfig) -> jax.Array:
+    """The called box int32 [R, 4] in canvas pixels, padding applied, clipped to the region that it is a box of.
 
-
-def round_half_even(whole: jax.Array, millionths: jax.Array) -> jax.Array:
-    """Python's `round`, which Pillow's `crop` applies to every coordinate."""
-    half = MILLION // 2
-    return whole + ((millionths > half) | ((millionths == half) & (whole % 2 == 1)))
-
-
-def to_pixels(units, micros, negative, side, outward, absolute, pad: int) -> jax.Array:
-    """One coordinate in pixels of an image with that `side`, padded by `pad` millionths of it and clipped to it.
-
-    The number is ±(`units` + `micros`·10⁻⁶); `outward` is -1 for a left or top edge, +1 for a right or bottom one.
+    Args:
+      region: int32 [R, 4], x1 y1 x2 y2 in the canvas; size: int32 [R, 2], (height, width) at which it was shown.
     """
-    relative = jnp.minimum(units, 2) * MILLION + micros
-    relative = jnp.where(negative, -relative, relative) + outward * pad
-    whole, part = scale(jnp.clip(relative, 0, MILLION), side)
-
-    pixels = jnp.minimum(units, 1 << 22)
-    borrow = negative & (micros > 0)
-    pixels = jnp.where(negative, -pixels, pixels) - borrow
-    micros = jnp.where(borrow, MILLION - micros, micros)
-    pad_whole, pad_part = scale(jnp.asarray(pad, jnp.int32), side)
-    micros = micros + outward * pad_part
-    pixels = pixels + outward * pad_whole + micros // MILLION
-    micros = micros % MILLION
-
-    rounded = jnp.where(absolute, round_half_even(pixels, micros), round_half_even(whole, part))
-    return jnp.clip(rounded, 0, side)
-
-
-def box_in_region(call: ParsedCalls, region: jax.Array, config: RolloutConfig) -> jax.Array:
-    """The called box [R, 4] in canvas pixels, relative to `region` [R, 4], padding applied, clipped to the region."""
-    width, height = region[:, 2] - region[:, 0], region[:, 3] - region[:, 1]
     beyond = (call.box_units > 1) | ((call.box_units == 1) & (call.box_micros > 0))
     if config.one_is_absolute:
         beyond = call.box_units >= 1
-    absolute = jnp.any(beyond & ~call.box_negative, axis=1)
-    pad = round(config.pad * MILLION)
-    sides, outward = (width, height, width, height), (-1, -1, 1, 1)
-    box = [
-        to_pixels(
-            call.box_units[:, i], call.box_micros[:, i], call.box_negative[:, i], sides[i], outward[i], absolute, pad
-        )
-        for i in range(4)
-    ]
-    return jnp.stack(box, axis=1) + region[:, jnp.array([0, 1, 0, 1])]
+    absolute = jnp.any(beyond & ~call.box_negative, axis=1, keepdims=True)
+    with jax.enable_x64(True):
+        sides = (region[:, jnp.array([2, 3, 2, 3])] - region[:, jnp.array([0, 1, 0, 1])]).astype(jnp.int64)
+        shown = jnp.maximum(size, 1)[:, jnp.array([1, 0, 1, 0])].astype(jnp.int64)
+        millionths = call.box_units.astype(jnp.int64) * MILLION + call.box_micros
+        share = doubles.divide(doubles.double(millionths), doubles.constant(float(MILLION)))
+        share = doubles.where(absolute, doubles.divide(share, doubles.double(shown)), share)
+        pad, zero = doubles.constant(config.pad), doubles.constant(0.0)
+        low = doubles.where(call.box_negative, zero, doubles.subtract(share, pad))
+        high = doubles.where(call.box_negative, doubles.subtract(pad, share), doubles.add(share, pad))
+        share = doubles.where(jnp.arange(4) < 2, low, high)
+        edges = doubles.round_half_even(doubles.multiply(sides, share))
+        box = jnp.minimum(jnp.where(doubles.at_least_one(share), sides, edges), sides).astype(jnp.int32)
+    return box + region[:, jnp.array([0, 1, 0, 1])]
 
 
 def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
@@ -102,6 +80,28 @@ def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: in
     size = jnp.stack(smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels), axis=-1)
     fits = (size[..., 0] * size[..., 1] <= max_pixels) & (jnp.max(size, axis=-1) <= max_side)
     return size, possible & fits
+
+
+def overview_size(canvas_size: jax.Array, is_video: jax.Array, config: RolloutConfig) -> jax.Array:
+    """Size int32 [..., 2] at which a prompt first shows a canvas of `canvas_size` [..., 2]; `is_video` bool [...]."""
+    zeros = jnp.zeros_like(canvas_size)
+    whole = jnp.concatenate([zeros, canvas_size[..., ::-1]], axis=-1)
+    as_image, _ = shown_size(whole, config.min_pixels, config.max_pixels, config.max_side)
+    as_frame, _ = shown_size(whole, config.video_min_pixels, config.video_max_pixels, config.max_side)
+    return jnp.where(is_video[..., None], as_frame, as_image)
+
+
+def first_gallery(canvas_size: jax.Array, num_canvases: jax.Array, is_video: jax.Array, config: RolloutConfig):
+    """The gallery of R rows that have been shown their prompts: canvas_size int32 [R, C, 2], others [R]."""
+    rows, most = canvas_size.shape[:2]
+    more = config.max_images
+    size = overview_size(canvas_size, jnp.broadcast_to(is_video[:, None], (rows, most)), config)
+    return Gallery(
+        canvas=jnp.broadcast_to(jnp.minimum(jnp.arange(most + more), most - 1), (rows, most + more)).astype(jnp.int32),
+        region=jnp.pad(canvas_size[..., ::-1], ((0, 0), (0, more), (2, 0))),
+        size=jnp.pad(size, ((0, 0), (0, more), (0, 0))),
+        count=jnp.where(is_video, 1, num_canvases),
+    )
 
 
 def execute(
@@ -128,7 +128,8 @@ def execute(
     whole = jnp.stack([jnp.zeros_like(frame), jnp.zeros_like(frame), frame_size[:, 1], frame_size[:, 0]], axis=1)
     crop_canvas = jnp.where(fresh_video, frame, gallery.canvas[rows, index])
     source = jnp.where(fresh_video[:, None], whole, gallery.region[rows, index])
-    box = box_in_region(call, source, config)
+    size = gallery.size[rows, jnp.where(fresh_video, 0, index)]
+    box = box_in_region(call, source, size, config)
     width, height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
     crop_size, crop_fits = shown_size(box, config.crop_min_pixels, config.crop_max_pixels, config.max_side)
     crop_kind = jnp.select(
@@ -224,5 +225,6 @@ def add_to_gallery(gallery: Gallery, result: Result, rows: jax.Array) -> Gallery
     return Gallery(
         canvas=gallery.canvas.at[at].set(result.canvas, mode="drop"),
         region=gallery.region.at[at].set(result.region, mode="drop"),
+        size=gallery.size.at[at].set(result.size, mode="drop"),
         count=gallery.count + jnp.where(rows, result.count, 0),
     )

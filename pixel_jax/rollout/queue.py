@@ -21,7 +21,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows_prompts
-from pixel_jax.rollout.operations import Gallery
+from pixel_jax.rollout.operations import Gallery, first_gallery
 from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.sight import overviews
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
@@ -115,7 +115,7 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         next_pos=zeros(),
         cache=model.empty_cache(slots, config.max_response),
         reader=automaton.init(slots),
-        gallery=Gallery(zeros(images), zeros(images, 4), zeros()),
+        gallery=Gallery(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),
         patches=zeros(config.max_calls, shape.views, budgets(config, shape)[1].patches, 588, dtype=jnp.uint8)
         if shape.pixels
@@ -301,9 +301,8 @@ def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, sha
         mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.uid, prompts.length)
     )
     keys = jax.vmap(lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member))
-    most, written = sizes.shape[1], jnp.sum(opening >= 0)
-    images = jnp.where(is_video, 1, canvases)
-    total = fresh.gallery.canvas.shape[1]
+    written = jnp.sum(opening >= 0)
+    gallery = first_gallery(sizes, canvases, is_video, config)
     of_prompt = lambda x: jnp.take_along_axis(
         jnp.repeat(x, config.group_size, axis=0),
         queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2)),
@@ -322,12 +321,8 @@ def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, sha
         hidden=of_prompt(queue.hidden),
         next_pos=of_prompt(queue.next_pos),
         reader=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), reader),
-        gallery=Gallery(
-            jnp.broadcast_to(jnp.minimum(jnp.arange(total), most - 1), (slots, total)).astype(jnp.int32),
-            jnp.pad(sizes[..., ::-1], ((0, 0), (0, total - most), (2, 0))),
-            images,
-        ),
-        num_images=images,
+        gallery=gallery,
+        num_images=gallery.count,
         keys=keys(uid, row % config.group_size),
     )
 

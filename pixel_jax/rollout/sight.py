@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.machine import GREY, Shape, budgets
-from pixel_jax.rollout.operations import shown_size
+from pixel_jax.rollout.operations import overview_size, shown_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.trajectory import Array, Calls, Prompts
 from pixel_jax.rollout.views import Budget, cut
@@ -29,10 +29,9 @@ def overviews(prompts: Prompts, config: RolloutConfig) -> Views:
     """What B prompts show before anything is asked for, [B, C]: their images, or the frames of their videos."""
     zeros = jnp.zeros_like(prompts.canvas_size[..., 0])
     region = jnp.stack([zeros, zeros, prompts.canvas_size[..., 1], prompts.canvas_size[..., 0]], axis=-1)
-    as_image, _ = shown_size(region, config.min_pixels, config.max_pixels, config.max_side)
-    as_frame, _ = shown_size(region, config.video_min_pixels, config.video_max_pixels, config.max_side)
     present = jnp.arange(zeros.shape[1]) < prompts.num_canvases[:, None]
-    size = jnp.where(prompts.is_video[:, None, None], as_frame, as_image)
+    is_video = jnp.broadcast_to(prompts.is_video[:, None], zeros.shape)
+    size = overview_size(prompts.canvas_size, is_video, config)
     return Views(jnp.where(present, jnp.arange(zeros.shape[1]), -1), region, jnp.where(present[..., None], size, 0))
 
 

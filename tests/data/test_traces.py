@@ -148,6 +148,21 @@ def test_what_is_executed_may_differ_from_what_is_written():
     np.testing.assert_array_equal(items(t, 2)[1], items(t, 0)[1])
 
 
+def test_pixels_of_a_box_are_those_of_the_picture_that_is_shown():
+    """The same crops, asked for in shares and in pixels of what the row shows: of its image and of a crop of it."""
+    call = lambda box, target: talker.CROP + f'{box}], "target_image": {target}' + talker.CLOSE
+    shares = call("0.5, 0.25, 1, 1", 1), call("0.25, 0.5, 1, 1", 2)
+    (first, *_), t = QUERIES[0].images, compile_traces([Trace(QUERIES[0], (*map(right, shares), right("x")), "7")])
+    sizes = (t.visual.grids[0, :2, 1:] * 14).tolist()
+    assert sizes[0] != list(first.shape[:2])  # it is shown smaller or larger than it is
+    boxes = [f"{x1 * w}, {y1 * h}, {w}, {h}" for (x1, y1), (h, w) in zip([(0.5, 0.25), (0.25, 0.5)], sizes, strict=True)]
+    again = compile_traces([Trace(QUERIES[0], (right(call(boxes[0], 1)), right(call(boxes[1], 2)), right("x")), "7")])
+    assert t.calls.observation[0, :2].tolist() == [0, 0]
+    np.testing.assert_array_equal(again.calls.box[0], t.calls.box[0])
+    for mine, theirs in zip(items(again, 0), items(t, 0), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
 def test_a_turn_that_is_no_call_cannot_be_answered():
     with pytest.raises(TraceError, match="turn 2 of a trace about 'Which digit\\?' is no call"):
         compile_traces([Trace(QUERIES[0], (right(CROP), right("I see."), right("\\boxed{7}")), "7")])

@@ -1,4 +1,4 @@
-"""crop_resize against Pillow, bit for bit, in every formulation and under every transform it is used in."""
+"""crop_resize and its host twin against Pillow, bit for bit, in every formulation and under every transform."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from pixel_jax.ops import crop_resize
+from pixel_jax.ops import crop_resize, host_crop_resize
 from pixel_jax.parallel import make_mesh
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8)
@@ -78,6 +78,54 @@ def test_equals_pillow(form, crop, stripes):
     image = STRIPES if stripes else IMAGE
     out = crop_resize(image, box, size, CANVAS, implementation=form)
     np.testing.assert_array_equal(out, pillow(image, box, size, CANVAS))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    sides=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    data=st.data(),
+    seed=st.integers(0, 9),
+    extreme=st.booleans(),
+)
+def test_the_host_equals_pillow(sides, data, seed, extreme):
+    """Images of any shape; whatever release of Pillow is installed, in the order of Pillow 12."""
+    image = np.random.default_rng(seed).integers(0, 256, (*sides, 3), dtype=np.uint8)
+    image = np.where(image < 128, 0, 255).astype(np.uint8) if extreme else image
+    canvas = data.draw(st.tuples(st.integers(1, 200), st.integers(1, 200)))
+    box, size = data.draw(crops(*sides, canvas))
+    np.testing.assert_array_equal(host_crop_resize(image, box, size), pillow(image, box, size, size))
+
+
+@pytest.mark.parametrize("box, size", [((0, 0, 800, 2400), (952, 308)), ((40, 30, 680, 1730), (868, 336))])
+def test_the_host_equals_the_device_where_releases_of_pillow_differ(box, size):
+    """Crops more than twice as tall as wide that shrink: Pillow 13 shows a fifth of their values another way."""
+    image = np.random.default_rng(13).integers(0, 256, (2400, 800, 3), dtype=np.uint8)
+    found = host_crop_resize(image, box, size)
+    np.testing.assert_array_equal(found, crop_resize(image, box, size, size))
+    assert (found != pillow(image, box, size, size, "pillow13")).mean() > 0.1
+
+
+def test_the_host_takes_views_and_one_channel():
+    flipped, grey = IMAGE[::-1, ::-2], IMAGE[..., :1]
+    found = host_crop_resize(flipped, (3, 4, 40, 70), (30, 33))
+    np.testing.assert_array_equal(found, pillow(np.ascontiguousarray(flipped), (3, 4, 40, 70), (30, 33), (30, 33)))
+    found = host_crop_resize(grey, (3, 4, 40, 70), (30, 33))
+    np.testing.assert_array_equal(found, host_crop_resize(IMAGE, (3, 4, 40, 70), (30, 33))[..., :1])
+
+
+@pytest.mark.parametrize(
+    "image, box, size, message",
+    [
+        (IMAGE.astype(np.float32), (0, 0, 9, 9), (4, 4), "image must be uint8"),
+        (IMAGE[0], (0, 0, 9, 9), (4, 4), "image must be uint8"),
+        (IMAGE, (0, 0, 91, 9), (4, 4), r"box \(0, 0, 91, 9\) is empty or outside the image of width 90, height 75"),
+        (IMAGE, (5, 5, 5, 9), (4, 4), "is empty or outside"),
+        (IMAGE, (0, 0, 9, 9), (0, 4), r"size \(height, width\) \(0, 4\) is empty"),
+    ],
+)
+def test_what_the_host_refuses(image, box, size, message):
+    with pytest.raises(ValueError, match=message):
+        host_crop_resize(image, box, size)
 
 
 @pytest.mark.parametrize("form", FORMS)

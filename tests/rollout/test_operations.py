@@ -1,30 +1,28 @@
 """Executing calls, against a plain-Python reading of the released code with its faults mended."""
 
 import math
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pixel_jax.dialog.automaton import Calls
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.operations import Gallery, execute, round_half_even, scale, shown_size
+from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute, first_gallery, shown_size
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)
 
 
-def reference(call, video, sizes, images, config):
+def reference(call, written, video, sizes, images, config):
     """What the released code answers: (kind, its integers, regions and sizes shown).
 
-    `sizes` are (height, width) of the canvases, `images` the (canvas, region) a row has, a video's first entry being None.
+    `sizes` are (height, width) of the canvases, `images` the (canvas, region, size shown) a row has; of a video's first
+    entry only the last is looked at.
     """
     if call is None:
         return Kind.MALFORMED, [], []
@@ -46,21 +44,20 @@ def reference(call, video, sizes, images, config):
         if video and len(images) == 1:
             if not 1 <= target <= len(sizes):
                 return Kind.BAD_VIDEO_INDEX, [len(sizes), target], []
-            canvas, region = target - 1, (0, 0, sizes[target - 1][1], sizes[target - 1][0])
+            canvas, region, seen = target - 1, (0, 0, sizes[target - 1][1], sizes[target - 1][0]), images[0][2]
         else:
             if not (2 if video else 1) <= target <= len(images):
                 bad = [len(images), target] if video else [len(images)]
                 return (Kind.BAD_SELECTED_INDEX if video else Kind.BAD_IMAGE_INDEX), bad, []
-            canvas, region = images[target - 1]
+            canvas, region, seen = images[target - 1]
         width, height = region[2] - region[0], region[3] - region[1]
-        numbers = [Fraction(n.units * 10**6 + n.micros, 10**6) * (-1 if n.negative else 1) for n in call.box]
-        relative = all(n < 1 for n in numbers) if config.one_is_absolute else all(n <= 1 for n in numbers)
-        sides = (width, height, width, height)
-        if not relative:
-            numbers = [n / side for n, side in zip(numbers, sides, strict=True)]
-        pad = Fraction(round(config.pad * 10**6), 10**6)
-        numbers = [n + sign * pad for n, sign in zip(numbers, (-1, -1, 1, 1), strict=True)]
-        box = [round(min(max(n, Fraction(0)), Fraction(1)) * side) for n, side in zip(numbers, sides, strict=True)]
+        numbers = [float(n) for n in written]  # as json reads them; from here on the released lines
+        absolute = not all(n < 1 if config.one_is_absolute else n <= 1 for n in numbers)
+        if absolute:  # of the picture that is shown, which there is the picture that is cut
+            numbers = [n / side for n, side in zip(numbers, (seen[1], seen[0]) * 2, strict=True)]
+        numbers = [n - config.pad for n in numbers[:2]] + [n + config.pad for n in numbers[2:]]
+        numbers = [min(max(0, n), 1) for n in numbers]
+        box = [round(n * side) for n, side in zip(numbers, (width, height) * 2, strict=True)]
         w, h = box[2] - box[0], box[3] - box[1]
         if w < 0 or h < 0:
             return Kind.MALFORMED, [], []
@@ -123,26 +120,30 @@ def random_case(rng):
     count = int(rng.integers(1, CANVASES + 1))
     size = rng.integers(30, 2000, 2)
     sizes = [tuple(map(int, size if video else rng.integers(30, 2000, 2))) for _ in range(count)]
-    images = [None] if video else [(i, (0, 0, w, h)) for i, (h, w) in enumerate(sizes)]
+    shown = lambda: tuple(int(side) for side in rng.integers(28, 1200, 2))
+    images = [(0, (0, 0, 1, 1), shown())] if video else [(i, (0, 0, w, h), shown()) for i, (h, w) in enumerate(sizes)]
     for _ in range(rng.integers(0, 4)):
         canvas = int(rng.integers(count))
         h, w = sizes[canvas]
         x, y = int(rng.integers(0, w // 2 + 1)), int(rng.integers(0, h // 2 + 1))
-        images.append((canvas, (x, y, int(rng.integers(x + 29, x + 30 + w)), int(rng.integers(y + 29, y + 30 + h)))))
+        x2, y2 = int(rng.integers(x + 29, x + 30 + w)), int(rng.integers(y + 29, y + 30 + h))
+        images.append((canvas, (x, y, x2, y2), shown()))
+    written = ()
     if rng.random() < 0.3:
         frames = ", ".join(
             str(f) for f in rng.integers(-1 if rng.random() < 0.2 else 1, count + 1, rng.integers(0, 10))
         )
         text = f'<tool_call>{{"name": "select_frames", "arguments": {{"target_frames": [{frames}]}}}}</tool_call>'
     else:
-        box = ", ".join(number(rng, side) for side in (sizes[0][1], sizes[0][0]) * 2)
+        box = [number(rng, side) for side in (sizes[0][1], sizes[0][0]) * 2]
         if rng.random() < 0.6:
-            a, b = np.sort(rng.random(2)), np.sort(rng.random(2))
-            box = f"{a[0]:.3f}, {b[0]:.3f}, {a[1]:.3f}, {b[1]:.3f}"
+            a, b, digits = np.sort(rng.random(2)), np.sort(rng.random(2)), rng.integers(1, 5)
+            box = [f"{x:.{digits}f}" for x in (a[0], b[0], a[1], b[1])]
         target = rng.choice(["1", "2", "3", "1", "0", "-1", "5", "1.0", "1000000"])
-        arguments = f'{{"bbox_2d": [{box}], "target_image": {target}}}'
+        written = tuple(box)
+        arguments = f'{{"bbox_2d": [{", ".join(box)}], "target_image": {target}}}'
         text = f'<tool_call>{{"name": "crop_image_normalized", "arguments": {arguments}}}</tool_call>'
-    return parse_turn(text), video, sizes, images
+    return parse_turn(text), written, video, sizes, images
 
 
 CONFIGS = [
@@ -158,25 +159,25 @@ def test_execute_agrees_with_the_reference(config):
     cases = [random_case(rng) for _ in range(ROWS)]
     slots = 16
     canvas, region, count = np.zeros((ROWS, slots), int), np.zeros((ROWS, slots, 4), int), np.zeros(ROWS, int)
+    shown = np.zeros((ROWS, slots, 2), int)
     size = np.zeros((ROWS, CANVASES, 2), int)
-    for i, (_, _, sizes, images) in enumerate(cases):
+    for i, (*_, sizes, images) in enumerate(cases):
         size[i, : len(sizes)], count[i] = sizes, len(images)
         for j, entry in enumerate(images):
-            if entry is not None:
-                canvas[i, j], region[i, j] = entry
-    gallery = Gallery(*(jnp.array(x, jnp.int32) for x in (canvas, region, count)))
+            canvas[i, j], region[i, j], shown[i, j] = entry
+    gallery = Gallery(*(jnp.array(x, jnp.int32) for x in (canvas, region, shown, count)))
     result = jax.jit(execute, static_argnums=(5, 6))(
         stack_calls([case[0] for case in cases]),
         gallery,
-        jnp.array([case[1] for case in cases]),
+        jnp.array([case[2] for case in cases]),
         jnp.array(size, jnp.int32),
-        jnp.array([len(case[2]) for case in cases], jnp.int32),
+        jnp.array([len(case[3]) for case in cases], jnp.int32),
         VIEWS,
         config,
     )
     seen = set()
-    for i, (turn, video, sizes, images) in enumerate(cases):
-        kind, integers, views = reference(turn.call, video, sizes, images, config)
+    for i, (turn, written, video, sizes, images) in enumerate(cases):
+        kind, integers, views = reference(turn.call, written, video, sizes, images, config)
         seen.add(kind)
         assert Kind(int(result.message.kind[i])) == kind, (turn, video, sizes, images)
         assert result.message.integers[i, : len(integers)].tolist() == integers, (turn, kind)
@@ -189,12 +190,63 @@ def test_execute_agrees_with_the_reference(config):
     assert seen >= set(Kind) - {Kind.TOO_MANY_FRAMES}
 
 
-@settings(deadline=None, max_examples=200)
-@given(st.integers(0, 10**6), st.integers(1, 2**21 - 1))
-def test_scaling_is_exact(millionths, side):
-    whole, part = scale(jnp.int32(millionths), jnp.int32(side))
-    assert int(whole) * 10**6 + int(part) == millionths * side
-    assert int(round_half_even(whole, part)) == round(Fraction(millionths * side, 10**6))
+def calls_of(*boxes, target=1):
+    """Parsed calls, one a row; a box is the text between its brackets."""
+    call = '<tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [%s], "target_image": %d}}</tool_call>'
+    return stack_calls([parse_turn(call % (box, target)) for box in boxes])
+
+
+def run(calls, gallery, sizes, config):
+    """Rows of one image each, of (height, width) `sizes`."""
+    rows = len(sizes)
+    return jax.jit(execute, static_argnums=(5, 6))(
+        calls, gallery, jnp.zeros(rows, bool), jnp.array(sizes)[:, None], jnp.ones(rows, jnp.int32), 1, config
+    )
+
+
+def test_pixels_are_those_of_the_picture_that_is_shown():
+    """A picture larger than its budget, then a crop of it, whose size the observation announces."""
+    config, sizes = RolloutConfig(pad=0.0), [(2000, 3000)] * 2
+    one = jnp.ones(2, jnp.int32)
+    gallery = first_gallery(jnp.array(sizes, jnp.int32)[:, None], one, one == 0, config)
+    assert gallery.size[0, 0].tolist() == [1008, 1512]
+    result = run(calls_of("756, 504, 1512, 1008", "0.5, 0.5, 1, 1"), gallery, sizes, config)
+    assert result.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
+    assert result.message.integers[0, :2].tolist() == [1064, 700]
+    gallery = add_to_gallery(gallery, result, one == 1)
+    result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), gallery, sizes, config)
+    assert result.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
+
+
+@pytest.mark.parametrize("pad", [0.0, 0.1])
+def test_edges_are_the_released_ones_to_the_pixel(pad):
+    """`CropImageNormalized.call` and Pillow's crop, of pictures that are shown as they are; 256 boxes of each kind."""
+    rng, rows = np.random.default_rng(1), 256
+    config = RolloutConfig(pad=pad, one_is_absolute=True, min_crop=0)
+    for digits in (1, 2, 3, 4, 6, None):
+        sizes = rng.integers(1, 130, (rows, 2)) * 28
+        corners = np.sort(rng.random((rows, 2, 2)), axis=1).reshape(rows, 4)
+        boxes = corners.round(digits).tolist() if digits else (corners * sizes[:, [1, 0, 1, 0]] + 1).round().tolist()
+        whole = np.concatenate([np.zeros_like(sizes), sizes[:, ::-1]], axis=1)
+        gallery = Gallery(np.zeros((rows, 1), np.int32), whole[:, None], sizes[:, None], np.ones(rows, np.int32))
+        gallery = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), gallery)
+        result = run(calls_of(*(", ".join(map(repr, box)) for box in boxes)), gallery, sizes.tolist(), config)
+        compared = 0
+        for i, (box, (height, width)) in enumerate(zip(boxes, sizes.tolist(), strict=True)):
+            if result.count[i]:
+                assert result.region[i, 0].tolist() == released_edges(box, width, height, pad), (box, width, height)
+                compared += 1
+        assert compared > rows // 2
+
+
+def released_edges(box, img_x, img_y, padding):
+    """The released lines, and the rounding of Pillow's `Image.crop`."""
+    x1, y1, x2, y2 = box
+    if not (x1 < 1 and y1 < 1 and x2 < 1 and y2 < 1):
+        x1, y1, x2, y2 = x1 / img_x, y1 / img_y, x2 / img_x, y2 / img_y
+    x1, y1, x2, y2 = x1 - padding, y1 - padding, x2 + padding, y2 + padding
+    x1, y1, x2, y2 = (min(max(0, x), 1) for x in (x1, y1, x2, y2))
+    return list(map(int, map(round, (x1 * img_x, y1 * img_y, x2 * img_x, y2 * img_y))))
 
 
 def test_a_sliver_cannot_be_shown():
