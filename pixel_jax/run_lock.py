@@ -11,7 +11,8 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pixel_jax.files import FileError, parse_json, read_bytes
+from pixel_jax.files import FileError, parse_json
+from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import say
 
 LOCK = "lock.json"
@@ -91,7 +92,11 @@ class Seen(NamedTuple):
             fields = [value[name] for name in Holder._fields]
         except (FileError, KeyError, TypeError):
             return None
-        return Holder(*fields) if all(type(x) is (int if n == "pid" else str) for n, x in zip(Holder._fields, fields, strict=True)) else None  # noqa: E501
+        return (
+            Holder(*fields)
+            if all(type(x) is (int if n == "pid" else str) for n, x in zip(Holder._fields, fields, strict=True))
+            else None
+        )  # noqa: E501
 
 
 @contextlib.contextmanager
@@ -118,12 +123,14 @@ def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, content, done), daemon=True, name="heartbeat")
     heart.start()
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         done.set()
         heart.join()
         _remove(path, content)
+
+    with SIGNALS.at_end(release):
+        yield
 
 
 def _create(path: pathlib.Path, content: bytes) -> bool:

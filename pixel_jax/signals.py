@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
@@ -26,7 +26,7 @@ class Signals:
         self._saves = False
         self._interrupts = 0
         self._pipe: tuple[socket.socket, socket.socket] | None = None
-        self._terminal: Callable[[], None] = lambda: None
+        self._last: list[Callable[[], None]] = []
 
     def listen(self, name: str | None) -> None:
         """From now on Ctrl-C ends the program: a line on standard error (unless `name` is None), and the code 130.
@@ -36,7 +36,7 @@ class Signals:
         self.name = name
         if self._pipe is not None:
             return
-        self._terminal = _terminal_as_it_is()
+        self._last.append(_terminal_as_it_is())
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -50,6 +50,16 @@ class Signals:
         self.listen(self.name)
         self._saves = True
         signal.signal(signal.SIGTERM, self._take)
+
+    @contextlib.contextmanager
+    def at_end(self, work: Callable[[], None]) -> Iterator[None]:
+        """Around what has to be tidied up, quickly, also if Ctrl-C ends the program here: `work` does it."""
+        self._last.append(work)
+        try:
+            yield
+        finally:
+            self._last.remove(work)
+            work()
 
     def _take(self, number: int, frame) -> None:
         """In the main thread: so a signal that the program sends itself is heard before the next line."""
@@ -66,20 +76,21 @@ class Signals:
     def _interrupt(self) -> None:
         self._interrupts += 1
         if not self._saves or self._interrupts > 1:
-            end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._terminal)
+            end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._last)
         self.told = True
         _within(WORDS, lambda: print("\nIt saves and ends; Ctrl-C again ends it at once.", file=sys.stderr, flush=True))
 
 
-def end(code: int, words: str = "", last: Callable[[], None] = lambda: None) -> NoReturn:
+def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> NoReturn:
     """Ends the process now, whatever its threads wait for. What was printed before is written first."""
 
     def speak() -> None:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
-        with contextlib.suppress(Exception):
-            last()
+        for work in reversed(last):
+            with contextlib.suppress(Exception):
+                work()
         if words:
             print(f"\n{words}" if sys.stderr.isatty() else words, file=sys.stderr, flush=True)
 

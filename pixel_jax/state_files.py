@@ -60,7 +60,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
     return value
 
 
-def read_lines(path: str | os.PathLike, **fields: type) -> list[dict[str, Any]]:
+def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, in order.
 
     A last line without an end is one that is being written, or was when its process was killed: it is no line yet. Any
@@ -73,7 +73,7 @@ def read_lines(path: str | os.PathLike, **fields: type) -> list[dict[str, Any]]:
         where = f"{os.fspath(path)}:{number}"
         try:
             value = parse_json(line, where)
-            if not isinstance(value, dict) or not all(isinstance(value.get(key), kind) for key, kind in fields.items()):
+            if not _has(value, fields):
                 raise FileError(f"{where} does not hold what a run writes there")
         except FileError as error:
             wrong.append(str(error))
@@ -84,6 +84,11 @@ def read_lines(path: str | os.PathLike, **fields: type) -> list[dict[str, Any]]:
     if len(wrong) > MAX_LINES_SAID:
         say(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
     return found
+
+
+def _has(value: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether this is an object with fields of these types."""
+    return isinstance(value, dict) and all(key in value and isinstance(value[key], fields[key]) for key in fields)
 
 
 class LineLog:

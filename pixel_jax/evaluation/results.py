@@ -12,7 +12,6 @@ from typing import Any
 
 from pixel_jax.state_files import LineLog, read_lines
 
-
 # What every record has, whatever else it has.
 FIELDS = {"index": int, "id": str, "category": str, "answers": list, "score": list, "stop": list}
 

@@ -62,7 +62,7 @@ class Notice:
         def fetch() -> None:
             try:
                 found.put((True, next(data)))
-            except BaseException as error:  # noqa: BLE001: it belongs to who waits
+            except BaseException as error:  # it belongs to who waits
                 found.put((False, error))
 
         # A thread that waits for ever must keep neither the step nor the process.
