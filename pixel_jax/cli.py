@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 from absl import app, flags, logging
 
+from pixel_jax.signals import SIGNALS
+
 Commands = Mapping[
     str, tuple[str, str]
 ]  # name: (module with `define_flags(command)`, `main(command, arguments)`; help)
@@ -76,6 +78,7 @@ def run_program(program: str, commands: Commands) -> None:
         print(f"{program}: there is no command {command!r}\n\n{usage(program, commands)}", file=sys.stderr)
         sys.exit(2)
     name = f"{program} {command}"
+    SIGNALS.listen(name)
     os.environ.setdefault(
         "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
     )  # else it says that torch is missing, which we never need

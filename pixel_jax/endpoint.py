@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,8 @@ import httpx2
 import numpy as np
 from absl import logging
 from PIL import Image
+
+from pixel_jax.files import write_file
 
 MAX_RESPONSE = 4 << 20  # bytes of a response's body
 MAX_IMAGE_PIXELS = 1 << 21  # of an image that is sent; larger ones are made smaller
@@ -251,6 +252,4 @@ def _write(path: pathlib.Path | None, text: str) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump({"answer": text}, file, ensure_ascii=True)
-    os.replace(file.name, path)
+    write_file(path, json.dumps({"answer": text}))

@@ -1,14 +1,17 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
 import dataclasses
-import json
 import pathlib
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from absl import flags
 
 from pixel_jax.config import define_flag, load
+from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.run_lock import hold
+from pixel_jax.state_files import write_json
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -71,6 +74,9 @@ class TrainConfig:
 def define_flags(command: str) -> None:
     define_flag(None, "The experiment, a file under configs/.")
     flags.mark_flag_as_required("config")
+    flags.DEFINE_bool(
+        "resume_changed", False, "Go on with a run although its settings or data have changed; its history says which."
+    )
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -82,14 +88,26 @@ def main(command: str, arguments: list[str]) -> None:
     if getattr(config, command) is None:
         raise UserError(f"the config has no section {command!r}")
 
-    from pixel_jax.parallel.processes import join, together
+    from pixel_jax.parallel.processes import first, join, together
+    from pixel_jax.training.preemption import NOTICE, Preempted, leave
 
+    NOTICE.listen()
     join()
-    with together():
-        train(command, config)
+    try:
+        with together(), hold(config.out, first()):
+            train(command, config, resume_changed=FLAGS.resume_changed)
+    except Preempted:
+        leave()
 
 
-def train(command: str, config: TrainConfig) -> None:
+def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
+    """What a run is besides its phase's section, which the phase itself adds."""
+    settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
+    rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
+    return {"command": command, **settings, **digest_model(config.model, digests), **rows}
+
+
+def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
     """One phase, in as many processes as have joined."""
     import jax
 
@@ -106,7 +124,6 @@ def train(command: str, config: TrainConfig) -> None:
     from pixel_jax.parallel import make_mesh, share
     from pixel_jax.parallel.processes import first, say
     from pixel_jax.rollout.prompts import tables
-    from pixel_jax.training.preemption import NOTICE
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
     from pixel_jax.training.rl import rl, text_score
     from pixel_jax.training.sft import sft
@@ -114,9 +131,13 @@ def train(command: str, config: TrainConfig) -> None:
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     examples, report = read_examples(config.data, turns=command == "sft", drop=config.bad_rows == "drop")
-    NOTICE.listen()
+    facts = {}
     if first():
         announce_compiles()
+        with Digests(out / "digests.json") as digests:
+            facts = facts_of(command, config, examples, digests)
+    pause("the data is read")
+    held = {"facts": facts, "resume_changed": resume_changed}
     use_compilation_cache(out / "compiled")
     mesh = make_mesh(config.mesh) if config.mesh else None
     rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else None
@@ -126,6 +147,7 @@ def train(command: str, config: TrainConfig) -> None:
     model, processor = from_pretrained(config.model, mesh=mesh)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
+    pause("the model is read")
     if config.architecture is not None:
         check_architecture(model, config.architecture, config.model)
     if config.lora is not None:
@@ -155,7 +177,8 @@ def train(command: str, config: TrainConfig) -> None:
         )
         say(announcement(report, f"{len(packing.examples)} traces; {packing}"))
         data = packing.batches(**process, **reading)
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh)
+        pause("the data is written out")
+        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, **held)
     else:
         limits = config.rl.rollout
         room = Room(*config.canvas, config.prompt_width)
@@ -174,11 +197,21 @@ def train(command: str, config: TrainConfig) -> None:
         )
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
         score = text_score(decode, config.rl.reward)
-        model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh)
+        pause("the data is written out")
+        model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
     save_pretrained(model if config.lora is None else merge_lora(model), processor, out / "model")
     if first():
-        (out / "model" / "rollout.json").write_text(json.dumps(dataclasses.asdict(limits), indent=2))
+        write_json(out / "model" / "rollout.json", dataclasses.asdict(limits))
     say(f"The model is in {out / 'model'}.")
+
+
+def pause(place: str) -> None:
+    """Between two things that take long: processes wait for one another, and a run that is told to go does."""
+    from pixel_jax.parallel.processes import meet
+    from pixel_jax.training.preemption import NOTICE
+
+    meet(place)
+    NOTICE.obey()
 
 
 def announcement(report, data: str) -> str:

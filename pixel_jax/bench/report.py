@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,8 @@ from rich.table import Table
 from pixel_jax.bench.machine import Machine, measure_machine
 from pixel_jax.bench.memory import peak_memory
 from pixel_jax.bench.timing import Timing, Work, measure
+from pixel_jax.files import read_json
+from pixel_jax.state_files import write_json
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     console.width = max(console.width, 120)
     machine = measure_machine(quick)
     console.print(describe(machine))
-    record = json.loads(out.read_text()) if only and out.exists() else {"cases": {}}
+    record = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
     for name in only or cases:
         work = cases[name].build(quick)
@@ -40,7 +41,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
             timings[alternative] = dataclasses.replace(timings[alternative], peak_bytes=peak)
         record["cases"][name] = entry = case_record(work, timings, machine)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write_json(out, record)
         console.print(case_table(name, entry))
     return record
 

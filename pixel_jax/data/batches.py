@@ -5,27 +5,22 @@ with another number of processes, and all processes together see what one would.
 """
 
 import itertools
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import grain
 import jax
 import numpy as np
 
+from pixel_jax.data.buckets import ENDLESS, check_position
+
 T = TypeVar("T")
-ENDLESS = 1 << 48
 
 
 class Order(Protocol):
     """What comes at every place of an endless order: the key of one row. A pure function."""
 
     def __getitem__(self, place: int) -> Any: ...
-
-
-def digest(values: Sequence[Any]) -> int:
-    """Tells one data set from another, for `Batches.same`."""
-    return zlib.crc32(repr(list(values)).encode())
 
 
 class Share:
@@ -79,7 +74,7 @@ class Batches:
         threads: int = 16,
         ahead: int = 32,
     ):
-        """`same`: numbers that name order and data; a checkpoint with other ones is refused."""
+        """`same`: numbers that the order is drawn from; a checkpoint with other ones is refused."""
         self.rows = grain.MapDataset.source(Share(order, size, process_index, process_count)).map(load)
         self.own = size // process_count
         self.collate = collate
@@ -112,4 +107,4 @@ class Batches:
             if state.get(name) != value:
                 raise ValueError(f"the checkpoint was made with {state.get(name)} for {name}, now it is {value}")
         self.close()
-        self.position = state["position"]
+        self.position = check_position(state.get("position"))

@@ -6,12 +6,20 @@ Every epoch has each row once. What is left of an epoch because it does not fill
 import bisect
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 Buckets = list[list[T]]  # by bucket, its rows
+ENDLESS = 1 << 48
+
+
+def check_position(position: Any) -> int:
+    """How far a saved state had come, if that is a place in an endless order; else a ValueError."""
+    if type(position) is not int or not 0 <= position < ENDLESS:
+        raise ValueError(f"the position in the data is {position!r}, not a whole number from 0")
+    return position
 
 
 class BucketOrder(Generic[T]):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.batches import Batches, digest, stack
+from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.traces import WAVE, Row, Shape, TraceError, assemble, render, write_rows
@@ -143,13 +143,12 @@ class Packing:
 
     def batches(self, process_index: int, process_count: int, **reading: int) -> Batches:
         """The endless batches; `reading`: `threads` and `ahead` of `Batches`."""
-        same = {"seed": self.seed, "data": digest([*self.order.sizes.tolist(), *self.buckets])}
         return Batches(
             self.order,
             self.load,
             self.collate,
             self.size,
-            same=same,
+            same={"seed": self.seed},
             process_index=process_index,
             process_count=process_count,
             **reading,

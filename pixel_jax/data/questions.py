@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from pixel_jax.data.batches import Batches, digest, stack
+from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.rooms import Fit, Room, fit
@@ -107,7 +107,7 @@ def question_batches(
         load,
         collate,
         size,
-        same={"seed": seed, "data": digest([(x.example.id, *x.room) for x in asked])},
+        same={"seed": seed},
         process_index=process_index,
         process_count=process_count,
         **reading,

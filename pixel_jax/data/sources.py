@@ -34,11 +34,12 @@ class Member(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The `place`-th encoded image of a record of a random-access data source (`record["images"]`)."""
+    """The `place`-th encoded image of a record of a random-access data source (`record["images"]`), kept in `folder`."""
 
     records: Sequence[Any]
     index: int
     place: int
+    folder: pathlib.Path
 
     def __str__(self) -> str:
         return f"image {self.place + 1} of record {self.index}"

@@ -117,10 +117,10 @@ def read_prepared(directory: pathlib.Path) -> list[Example]:
         records = tfds.builder_from_directory(directory).as_data_source(split="train")
     except Exception as error:  # TFDS says it in many ways
         raise ExampleError(f"{directory} holds no prepared TFDS data: {error}") from None
-    return [_example(records, i) for i in range(len(records))]
+    return [_example(records, i, directory) for i in range(len(records))]
 
 
-def _example(records, index: int) -> Example:
+def _example(records, index: int, folder: pathlib.Path) -> Example:
     record = records[index]
     if missing := FEATURES.keys() - record.keys():
         raise ExampleError(f"record {index} has no {min(missing)!r}: prepare the data again")
@@ -128,7 +128,7 @@ def _example(records, index: int) -> Example:
     return Example(
         id=text(record["id"]),
         question=text(record["question"]),
-        images=tuple(Stored(records, index, place) for place in range(len(record["images"]))),
+        images=tuple(Stored(records, index, place, folder) for place in range(len(record["images"]))),
         answer=tuple(map(text, record["answer"])),
         turns=tuple(
             Turn(((text(words), bool(learned)),))

@@ -4,7 +4,6 @@
 `pixel-jax eval select RUN RUN ...`: the best of several checkpoints' runs with operations, on held-out questions only.
 """
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,8 @@ from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
+from pixel_jax.run_lock import hold
+from pixel_jax.state_files import write_json
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
@@ -39,19 +40,19 @@ def main(command: str, arguments: list[str]) -> None:
         case _:
             return run()
     if FLAGS.json:
-        pathlib.Path(FLAGS.json).write_text(json.dumps(found, indent=2))
+        write_json(FLAGS.json, found)
 
 
 def run() -> None:
     from pixel_jax.config import load
     from pixel_jax.evaluation.config import EvalConfig
-    from pixel_jax.parallel.processes import join, together
+    from pixel_jax.parallel.processes import first, join, together
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=configs/pixel/eval.py")
     config = load(EvalConfig, FLAGS.config)
     join()
-    with together():
+    with together(), hold(config.out, first()):
         answer(config)
 
 
@@ -60,6 +61,7 @@ def answer(config) -> None:
     import jax
 
     from pixel_jax import from_pretrained
+    from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report, summary
     from pixel_jax.evaluation.benchmarks import read
@@ -88,6 +90,8 @@ def answer(config) -> None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
     token_tables = tables(vocabulary)
+    with Digests(out / f"digests-{process}.json") as digests:
+        held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}
     for (name, mode), directory in directories.items():
         questions, split = data[name]
@@ -100,11 +104,8 @@ def answer(config) -> None:
             config.rollout,
             directory,
             mode=mode,
-            facts={
-                "model": str(pathlib.Path(config.model).resolve()),
-                "weights": weights(config.model),
-                "split": split,
-            },
+            facts={**held, "split": split},
+            digests=digests,
             batch=config.batch,
             traced=config.traces,
             seed=config.seed,
@@ -131,7 +132,7 @@ def answer(config) -> None:
             "unanswered": {mode: summary.unanswered(records) for mode, records in found.items()},
             "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
         }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False))
+    write_json(out / "metrics.json", metrics)
     report.write(out / "report.html", summary.page(f"Evaluation of {config.model}", metrics, directories))
     summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
     for name, benchmark in metrics["benchmarks"].items():
@@ -144,12 +145,6 @@ def answer(config) -> None:
                     f"{question!r}: {why}"
                 )
     print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
-
-
-def weights(model: str) -> list[list]:
-    """Names, sizes and times of a model's files: a directory that was written anew is another model."""
-    files = sorted(pathlib.Path(model).glob("*.safetensors"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def runs_in(directory: str) -> dict[str, pathlib.Path]:
@@ -186,7 +181,8 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
     UserError: one of them was run on a test set, or they did not answer the same benchmarks.
     """
     from pixel_jax.evaluation import summary
-    from pixel_jax.evaluation.results import read_records, read_settings
+    from pixel_jax.evaluation.results import read_records
+    from pixel_jax.identity import read_settings
 
     # A benchmark's name has no space in it.
     runs = {

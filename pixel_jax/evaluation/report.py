@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from pixel_jax.evaluation.trace import Picture, Trace, Turn
+from pixel_jax.files import write_file
 
 COLORS = ("#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a")  # of calls 1, 2, ...
 
@@ -128,7 +129,4 @@ def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None =
 
 def write(path: str | os.PathLike, content: str) -> None:
     """Write a page whole or not at all."""
-    partial = f"{os.fspath(path)}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(content)
-    os.replace(partial, path)
+    write_file(path, content)

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from pixel_jax.data.digests import Digests, digest_sources
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.rooms import Fit, Room, fit
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Bucket, Mode
 from pixel_jax.evaluation.questions import Question
-from pixel_jax.evaluation.results import Results, read_records, settle
+from pixel_jax.evaluation.results import Results, read_records
+from pixel_jax.identity import RunError, settle
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
@@ -137,6 +139,7 @@ def evaluate(
     seed: int = 0,
     process: int = 0,
     processes: int = 1,
+    digests: Digests | None = None,
     scorer: Scorer | None = None,
     label: str = "eval",
     stream=None,
@@ -153,6 +156,7 @@ def evaluate(
       facts: further settings that a run in this directory is held to: the model, the split.
       traced: so many questions' first answers are kept as traces, `directory/traces/NUMBER.json`.
       process, processes: the share: every `processes`-th question from `process` on.
+      digests: of the pictures, by which they are known; by default kept in `directory`.
       scorer: by default that of `benchmark.scorer`.
     """
     directory = pathlib.Path(directory)
@@ -167,10 +171,21 @@ def evaluate(
         "buckets": benchmark.buckets,
         "rollout": dataclasses.asdict(limits),
     }
-    settle(directory, settings, write=process == 0)
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
+    if process == 0:
+        settle(directory, settings, done=len(kept) or None)
+    mine = range(process, len(questions), processes)
+    with digests or Digests(directory / f"digests-{process}.json") as digests:
+        pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
+    for i in mine:
+        if i in kept and kept[i].get("pictures", pictures[i]) != pictures[i]:
+            raise RunError(
+                f"{directory}: question {questions[i].id!r} was answered about other pictures than {questions[i].images[0]} "
+                "now holds: choose another directory"
+            )
     results = Results(directory, process)
-    done = {entry["index"] for entry in read_records(directory) if "unanswered" not in entry}
-    todo = [i for i in range(len(questions)) if i % processes == process and i not in done]
+    todo = [i for i in mine if i not in kept]
     if not todo:
         return
     scorer = scorer or Scorer(benchmark.scorer)
@@ -189,7 +204,8 @@ def evaluate(
 
         found = dict(zip(todo, pool.map(find, todo), strict=True))
         places = {i: x for i, x in found.items() if isinstance(x, Place)}
-        results.append(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in places)
+        keep_records = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
+        keep_records(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in places)
         batches = [
             some[start : start + batch]
             for bucket in benchmark.buckets
@@ -243,9 +259,7 @@ def evaluate(
                         if questions[i].category
                         else questions[i].id,
                     )
-                    partial = directory / "traces" / f"{i}.partial"
-                    traces.save(partial, [made])
-                    os.replace(partial, directory / "traces" / f"{i}.json")
+                    traces.save(directory / "traces" / f"{i}.json", [made])
             return found
 
         progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(places)
@@ -258,6 +272,6 @@ def evaluate(
             found = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
             if queries:
                 found += answer(queries)
-            results.append(found)
+            keep_records(found)
             finished += len(some)
             progress.update(finished, {"score": float(np.mean([np.mean(entry["score"]) for entry in found]))})

@@ -7,6 +7,8 @@ from typing import Any
 
 from pixel_jax.evaluation import report, trace
 from pixel_jax.evaluation.stats import bootstrap, paired
+from pixel_jax.files import FileError
+from pixel_jax.state_files import say
 
 Record = Mapping[str, Any]
 ALL = "all"
@@ -146,6 +148,14 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], stream=None)
     Console(file=stream, highlight=False, width=1000).print(table)
 
 
+def _traces(path: pathlib.Path) -> list[trace.Trace]:
+    try:
+        return trace.load(path)
+    except FileError as error:
+        say(f"{error}. It is not drawn")
+        return []
+
+
 def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str, str], pathlib.Path]) -> str:
     """The report: table, paired tests, traces of {(benchmark, mode): directory}."""
     benchmarks = metrics["benchmarks"]
@@ -174,8 +184,8 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         head = ("benchmark", "mode", "question", "why")
         sections.append(("Could not be asked, and count as wrong", report.table(head, missing)))
     for (name, mode), directory in directories.items():
-        files = sorted((directory / "traces").glob("*.json"), key=lambda path: int(path.stem))
-        shown = [report.trace(item) for path in files for item in trace.load(path)]
+        files = sorted((directory / "traces").glob("[0-9]*.json"), key=lambda path: int(path.stem))
+        shown = [report.trace(item) for path in files for item in _traces(path)]
         if shown:
             sections.append((f"{name}, {mode}", "".join(shown)))
     return report.page(title, sections, metrics)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
 from pixel_jax.rollout.trajectory import STOP_REASONS, Trajectories
@@ -158,14 +159,17 @@ def _name(query: Query, index: int) -> str:
 
 
 def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
-    """Write `traces` as one JSON file."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump([dataclasses.asdict(trace) for trace in traces], file)
+    """Write `traces` as one JSON file, whole or not at all."""
+    write_file(path, json.dumps([dataclasses.asdict(trace) for trace in traces]))
 
 
 def load(path: str | os.PathLike) -> list[Trace]:
-    """Read what `save` wrote."""
-    with open(path, encoding="utf-8") as file:
+    """Read what `save` wrote.
+
+    Raises:
+      FileError: the file does not hold traces. The message names it.
+    """
+    try:
         return [
             Trace(
                 **{
@@ -175,5 +179,7 @@ def load(path: str | os.PathLike) -> list[Trace]:
                     "turns": [Turn(**{**t, "pictures": [Picture(**p) for p in t["pictures"]]}) for t in item["turns"]],
                 }
             )
-            for item in json.load(file)
+            for item in read_json(path)
         ]
+    except (TypeError, KeyError) as error:
+        raise FileError(f"{os.fspath(path)} does not hold traces: {type(error).__name__}: {error}") from None

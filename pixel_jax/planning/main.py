@@ -13,6 +13,7 @@ import sys
 from absl import flags
 
 from pixel_jax.config import define_flag
+from pixel_jax.state_files import write_json
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
@@ -77,7 +78,7 @@ def main(command: str, arguments: list[str]) -> None:
 
     def keep() -> None:
         if FLAGS.json:
-            pathlib.Path(FLAGS.json).write_text(json.dumps(report.document(made, best, points), indent=2))
+            write_json(FLAGS.json, report.document(made, best, points))
 
     def note(compiled) -> None:
         console.print(report.line(compiled))

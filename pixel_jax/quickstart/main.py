@@ -25,8 +25,9 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.evaluation import report, trace
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.page import page
-    from pixel_jax.quickstart.pipeline import ARMS, run_seed, say, write_json
+    from pixel_jax.quickstart.pipeline import ARMS, run_seed, say
     from pixel_jax.quickstart.summary import summarise
+    from pixel_jax.state_files import write_json
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")

@@ -5,11 +5,12 @@ of a phase goes back when it ends, and cores have to be chosen before JAX starts
 splits its batches over all cores; the others see one device, so that the programs of one are found compiled by the next.
 """
 
-import json
 import os
 import pathlib
 import sys
 import threading
+
+from pixel_jax.signals import SIGNALS
 
 
 def leave_with_parent() -> None:
@@ -23,6 +24,7 @@ def leave_with_parent() -> None:
 
 
 def main() -> None:
+    SIGNALS.listen(None)  # the command that started this says it
     threading.Thread(target=leave_with_parent, daemon=True).start()
     directory, phase = pathlib.Path(sys.argv[1]), sys.argv[2]
     cores = sorted(os.sched_getaffinity(0))
@@ -30,13 +32,14 @@ def main() -> None:
         half = len(cores) // 2
         os.sched_setaffinity(0, cores[:half] if sys.argv[3] == "0" else cores[half:])
     from pixel_jax.config import load
+    from pixel_jax.files import read_json
     from pixel_jax.parallel.mesh import use_cores
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.pipeline import run_arm, run_judging, run_tuning, start_process
 
     use_cores(len(cores) if phase == "tuning" else 1)
     start_process(directory.parent / "compiled")
-    config = load(QuickstartConfig, json.loads((directory / "config.json").read_text()))
+    config = load(QuickstartConfig, read_json(directory / "config.json"))
     if phase == "tuning":
         run_tuning(config, directory)
     elif phase == "judging":

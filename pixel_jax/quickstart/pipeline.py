@@ -4,23 +4,28 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from pixel_jax.evaluation import trace
+from pixel_jax.files import read_json
+from pixel_jax.identity import RunError, changes, describe, flatten
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.network import model_config, new_model
 from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
+from pixel_jax.run_lock import hold
+from pixel_jax.signals import SIGNALS
+from pixel_jax.state_files import read_note, write_json
 from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
 from pixel_jax.training.rl import RLConfig, rl, text_score
 from pixel_jax.training.sft import Shuffled, sft
@@ -33,20 +38,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write_json(path: pathlib.Path, values) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=1))
-    os.replace(partial, path)
-
-
 def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
-    """The JSON object in `path`; made by `work`, with the seconds that took, if it is not there."""
-    if not path.exists():
+    """The JSON object in `path`; made by `work`, with the seconds that took, if it is not there or damaged."""
+    values = read_note(path, _is_timed)
+    if values is None:
         began = time.monotonic()
-        values = work()
-        write_json(path, {**values, "seconds": time.monotonic() - began})
-    return json.loads(path.read_text())
+        made = work()
+        write_json(path, {**made, "seconds": time.monotonic() - began})
+        values = read_json(path)
+    return values
+
+
+def _is_timed(values: Any) -> bool:
+    return isinstance(values, dict) and isinstance(values.get("seconds"), float)
 
 
 def start_process(cache: pathlib.Path) -> None:
@@ -64,8 +68,8 @@ def all_devices(rows: int) -> Mesh | None:
 def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
     """All phases of `config.seed` in `directory`: what each measured, and the seconds it took."""
     directory.mkdir(parents=True, exist_ok=True)
-    check_same(config, directory / "config.json")
-    with Elapsed(directory / "clock.json") as elapsed:
+    with hold(directory), Elapsed(directory / "clock.json") as elapsed:
+        check_same(config, directory / "config.json")
         run_alone(directory, "tuning")
         say(f"[seed {config.seed}] 3/4 reinforcement learning with curiosity and without, and a look at the warm start")
         run_side_by_side(config, directory)
@@ -78,10 +82,6 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
             seconds[f"evaluation_{arm}"] = arms[arm].pop("seconds_evaluation")
         seconds["total"] = elapsed.total
     return {"sft": warm_start, "rl": arms, "seconds": seconds}
-
-
-def read_json(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def start_phase(directory: pathlib.Path, *arguments: str, **options) -> subprocess.Popen:
@@ -140,18 +140,14 @@ def run_judging(config: QuickstartConfig, directory: pathlib.Path) -> None:
     once(directory / "warm_evaluation.json", judge)
 
 
-class Elapsed:
+class Elapsed(contextlib.ExitStack):
     """Seconds spent on a directory by this process and those before it: written down however this one ends."""
 
     def __init__(self, path: pathlib.Path):
-        self.path, self.began = path, time.monotonic()
-        self.before = read_json(path)["seconds"] if path.exists() else 0.0
-
-    def __enter__(self) -> "Elapsed":
-        return self
-
-    def __exit__(self, *error) -> None:
-        write_json(self.path, {"seconds": self.total})
+        super().__init__()
+        self.began = time.monotonic()
+        self.before = (read_note(path, _is_timed) or {"seconds": 0.0})["seconds"]
+        self.enter_context(SIGNALS.at_end(lambda: write_json(path, {"seconds": self.total})))
 
     @property
     def total(self) -> float:
@@ -161,10 +157,9 @@ class Elapsed:
 def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
     """A directory belongs to one configuration: going on with another would mix two runs."""
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists() and json.loads(path.read_text()) != values:
-        raise ValueError(
-            f"{path.parent} was begun with another configuration ({path}): choose another --out or delete it"
-        )
+    begun = read_note(path)
+    if begun is not None and (changed := changes(flatten(begun), flatten(values))):
+        raise RunError(f"{path.parent} was begun with {describe(changed)}: choose another --out or delete it")
     write_json(path, values)
 
 
@@ -207,7 +202,7 @@ class SideBySide(contextlib.ExitStack):
         super().__init__()
         self.seed, self.directory = config.seed, directory
         self.running: dict[str, subprocess.Popen] = {}
-        self.done_before = {arm: len(self.iterations(arm)) for arm in ARMS if not self.result(arm).exists()}
+        self.done_before = {arm: len(self.iterations(arm)) for arm in ARMS if read_note(self.result(arm)) is None}
         self.total = config.rl.iterations * len(self.done_before)
         self.progress, self.shown = Progress("rl", self.total), None
 
@@ -222,7 +217,7 @@ class SideBySide(contextlib.ExitStack):
 
     def start(self, phase: str, core: int) -> None:
         """Unless its result is there. What an arm says is kept in its directory; judging speaks for itself."""
-        if self.result(phase).exists():
+        if read_note(self.result(phase)) is not None:
             return
         options = {}
         if phase in ARMS:

@@ -22,10 +22,7 @@ def main(command: str, arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(SynthConfig, FLAGS.config)
-    try:
-        report = synthesize(config)
-    except KeyboardInterrupt:
-        raise UserError("interrupted; start again to go on") from None
+    report = synthesize(config)
     show(report)
     if not report["made"]:
         raise UserError(f"no seed became a trace; {config.out}/report.json says why")

@@ -7,7 +7,6 @@ often the run was interrupted: rows are in the order of the seeds, and what is d
 
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections import Counter
@@ -17,8 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from pixel_jax.data.digests import Digests
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.endpoint import Endpoint, EndpointError
+from pixel_jax.files import write_file
+from pixel_jax.run_lock import hold
+from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
@@ -74,10 +77,16 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
 
     Raises:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
+      LockError: another run is writing there.
     """
     seeds = read_seeds(config.seeds)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        return _synthesize(seeds, config, out)
+
+
+def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
     kinds, impossible = plan(seeds, config)
     if config.endpoint is None:
         return _run(seeds, kinds, impossible, Templates(), 1, config, out)
@@ -122,7 +131,8 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         "key",
     ):  # how answers are got, not which
         (settings["endpoint"] or {}).pop(name, None)
-    prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}) for i, kind in kinds.items()}
+    with Digests(out / "digests.json") as digests:
+        prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
     kept = _read_outcomes(out / "outcomes.jsonl")
     outcomes |= {i: kept[mark] for i, mark in prints.items() if mark in kept}
@@ -131,19 +141,18 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         rng = np.random.default_rng([config.seed, i])
         return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad, beside=out)
 
-    with (out / "outcomes.jsonl").open("a", encoding="utf-8") as log:
+    with LineLog(out / "outcomes.jsonl", durable=False) as log:
 
         def keep(i: int, outcome: Outcome) -> None:
             outcomes[i] = outcome
-            log.write(json.dumps({"print": prints[i], **outcome._asdict()}) + "\n")
-            log.flush()
+            log.append([{"print": prints[i], **outcome._asdict()}])
 
         down = _work([i for i in kinds if i not in outcomes], one, keep, workers, len(seeds))
     outcomes |= {i: Outcome(None, DOWN, {}) for i in down}  # not kept: another run asks again
     rows = [outcomes[i].row for i in range(len(seeds)) if outcomes[i].row is not None]
-    _write(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report = report_of(seeds, kinds, outcomes, config)
-    _write(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_file(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
 
 
@@ -181,15 +190,8 @@ def _work(
 
 
 def _read_outcomes(path: pathlib.Path) -> dict[str, Outcome]:
-    """Fingerprint -> outcome of what earlier runs finished. A line cut short by a kill is taken off the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
+    """Fingerprint -> outcome of what earlier runs finished; the seed of a damaged line is done again."""
+    lines = read_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
     return {line["print"]: Outcome(line["row"], line["reason"], line["rejected"]) for line in lines}
 
 
@@ -258,10 +260,3 @@ def show(report: Mapping[str, Any], stream=None) -> None:
             for reason, count in counts.items():
                 table.add_row(reason, str(count))
             console.print(table)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """The file appears when it is complete."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, "utf-8")
-    os.replace(temporary, path)

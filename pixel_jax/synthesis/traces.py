@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixel_jax.data.digests import Digests
 from pixel_jax.data.images import ImageError, image_size, load_image
 from pixel_jax.data.synthesis import VIDEO_KINDS, grown, image_turns, in_pixels, outward, video_turns
 from pixel_jax.dialog.grammar import parse_turn
@@ -170,8 +171,8 @@ def _turns(seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: s
     return found
 
 
-def fingerprint(seed: Seed, kind: str, settings: Mapping[str, Any]) -> str:
-    """Of everything that an outcome depends on (of images: path, size and time of change)."""
-    facts = [str((path, path.stat().st_size, path.stat().st_mtime_ns)) for path in seed.images]
+def fingerprint(seed: Seed, kind: str, settings: Mapping[str, Any], digests: Digests) -> str:
+    """Of everything that an outcome depends on; of images their content, and their paths, which the trace names."""
+    facts = [digests.file(path) for path in seed.images]
     values = [repr(seed), kind, dict(settings), facts]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()[:32]

@@ -25,8 +25,10 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from pixel_jax.files import read_bytes, write_file
 from pixel_jax.parallel.processes import everywhere, first, meet
 from pixel_jax.parallel.sharding import is_variable, shardings, value_of
+from pixel_jax.state_files import read_note, write_json
 
 T = TypeVar("T")
 ARRAY = "__array__"  # in the JSON document: stands for the array of this name
@@ -103,12 +105,14 @@ class HostHandler(ocp.CheckpointHandler):
         name = pathlib.Path(directory) / str(jax.process_index())
         if args.arrays:
             safetensors.numpy.save_file(args.arrays, f"{name}.safetensors")
-        pathlib.Path(f"{name}.json").write_text(json.dumps(args.document))
+        write_file(f"{name}.json", json.dumps(args.document))
 
     def restore(self, directory, args: "HostRestore") -> list[dict[str, Any]]:
         """The documents of all the processes that wrote, in order, their arrays in place."""
-        documents = {int(path.stem): json.loads(path.read_text()) for path in pathlib.Path(directory).glob("*.json")}
-        if set(documents) != set(range(documents[0]["processes"])):
+        # Not `read_json`: the state of a generator is an integer of 128 bits.
+        paths = pathlib.Path(directory).glob("*.json")
+        documents = {int(path.stem): json.loads(read_bytes(path)) for path in paths}
+        if 0 not in documents or set(documents) != set(range(documents[0]["processes"])):
             raise FileNotFoundError(f"{directory} has the files of processes {sorted(documents)} only")
         for process, document in documents.items():
             path = pathlib.Path(directory) / f"{process}.safetensors"
@@ -208,9 +212,7 @@ class Checkpoints:
             self.seals.mkdir(exist_ok=True)
             files = {name: checksum(path) for name, path in self._files(step)}
             path = self.seals / f"{step}.{jax.process_index()}.json"
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"processes": jax.process_count(), "files": files}))
-            os.replace(partial, path)
+            write_json(path, {"processes": jax.process_count(), "files": files})
         if first():
             kept = {str(step) for step in self.manager.all_steps()}
             for old in self.seals.glob("*.json"):
@@ -238,7 +240,7 @@ class Checkpoints:
 
     def _noted(self, step: int) -> list[dict[str, Any]]:
         """What the processes that wrote a checkpoint noted about its files: of all of them, of some, or of none."""
-        return [json.loads(seal.read_text()) for seal in self.seals.glob(f"{step}.*.json")]
+        return [noted for seal in self.seals.glob(f"{step}.*.json") if (noted := read_note(seal, _is_seal))]
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, if anything; None as well if nothing was noted about them."""
@@ -343,6 +345,13 @@ class Checkpoints:
             self.close()
         elif jax.process_count() == 1 or issubclass(error[0], SystemExit):
             self.manager.close()  # waits for what is being written; if other processes are gone, that would be for ever
+
+
+def _is_seal(value: Any) -> bool:
+    match value:
+        case {"processes": int(), "files": dict(files)}:
+            return all(isinstance(x, list) for x in files.values())
+    return False
 
 
 def checksum(path: pathlib.Path) -> list[int]:

@@ -1,5 +1,6 @@
 """The loop both phases share: steps, checkpoints, metrics, and an exact return to where a run was stopped."""
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -9,8 +10,9 @@ from typing import Any, Protocol
 
 from jax.sharding import Mesh
 
+from pixel_jax.identity import RunError, settle
 from pixel_jax.parallel.processes import first, say
-from pixel_jax.training.checkpoint import Checkpoints, fingerprint
+from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.state import TrainState
@@ -58,6 +60,8 @@ def run(
     host: Mapping[str, Stateful],
     local: Mapping[str, Local] | None = None,
     directory: str | os.PathLike | None,
+    facts: Mapping[str, Any],
+    resume_changed: bool = False,
     save_every: int,
     keep: int = 2,
     mesh: Mesh | None = None,
@@ -69,9 +73,14 @@ def run(
 
     What a step does may depend on `state`, `i` and the objects in `host` and `local`, whose states are saved with it, and
     on nothing else: then a killed run that is started again ends with the same bits. Metrics go to
-    `directory/metrics.jsonl` and to `writers`. Without a `directory` nothing is written. A run that is told to go
-    (`NOTICE`) saves itself after the step it is at, and ends with `Preempted`. A step that may last too long raises that
-    itself (`NOTICE.obey`), as long as it has changed nothing: then what was before it is saved.
+    `directory/metrics.jsonl` and to `writers`. Without a `directory` nothing is written.
+
+    `facts` are what the run is, settings and digests: a directory that holds another one is refused, unless
+    `resume_changed` allows it (`pixel_jax.identity`).
+
+    A run that is told to go (`NOTICE`) saves itself after the step it is at, and ends with `Preempted`. A step that may last
+    too long, or waits for data, raises that itself (`NOTICE.obey`, `NOTICE.next`), as long as it has changed nothing but
+    what is in `host`: then what was before it is saved.
 
     With several processes, all take the same steps; `host` is the same in each, `local` is its own; the first one writes
     the metrics.
@@ -92,8 +101,10 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     # Weights that are not trained are where they came from; the checkpoint only says which they were.
     base = fingerprint(state.rest)
-    with Checkpoints(directory / "checkpoints", keep=keep) as checkpoints:
+    with Checkpoints(directory / "checkpoints", keep=keep) as checkpoints, contextlib.ExitStack() as closing:
         start = 0
+        if first():
+            settle(directory, facts, done=checkpoints.latest, resume_changed=resume_changed)
         if checkpoints.latest is not None:
             try:
                 found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
@@ -101,12 +112,18 @@ def run(
                 print(f"{label}: no checkpoint is left, the run begins anew", file=sys.stderr, flush=True)
             else:
                 state, start = found.state._replace(rest=state.rest), found.step
-                for name, item in host.items():
-                    item.set_state(found.host[name])
-                for name, item in local.items():
-                    item.set_state(*[states[name] for states in found.local])
-        log = open_writers(directory, start, writers, label) if first() else None
+                _give_back(found, host, local, directory)
+        if start > steps:
+            raise RunError(
+                f"{directory}: {start} steps are done, the configuration says {steps}: a run does not go back; choose "
+                "another directory"
+            )
+        log = None
+        if first():
+            log = open_writers(directory, start, writers, label)
+            closing.callback(log.close)
         for i in range(start, steps):
+            before = _states(host)
             try:
                 state, metrics = step(state, i)
             except Preempted:
@@ -117,13 +134,28 @@ def run(
                     log.write(i, metrics)
                 show(done, metrics)
             if (done % save_every == 0 or done == steps or told) and checkpoints.latest != done:
-                states = ({name: item.get_state() for name, item in items.items()} for items in (host, local))
-                checkpoints.save(done, state._replace(rest=()), *states, base=base)
+                now = before if done == i else _states(host)
+                checkpoints.save(done, state._replace(rest=()), now, _states(local), base=base)
             if told and done < steps:
                 checkpoints.finish()
                 say(f"{label}: told to go; {done} of {steps} steps are done and saved. Started again, the run goes on.")
                 raise Preempted
             checkpoints.poll()
-        if log is not None:
-            log.close()
     return state
+
+
+def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, Any]:
+    return {name: item.get_state() for name, item in items.items()}
+
+
+def _give_back(
+    found: Restored, host: Mapping[str, Stateful], local: Mapping[str, Local], directory: pathlib.Path
+) -> None:
+    """What a checkpoint holds of the objects on the host. CheckpointError if that is nothing they can go on from."""
+    try:
+        for name, item in host.items():
+            item.set_state(found.host[name])
+        for name, item in local.items():
+            item.set_state(*[states[name] for states in found.local])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory}: checkpoint {found.step} cannot be gone on from: {error}") from error

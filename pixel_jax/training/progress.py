@@ -1,8 +1,6 @@
 """What a person at the terminal sees: progress, time left, and why nothing happens while a program compiles."""
 
-import json
 import os
-import pathlib
 import shutil
 import sys
 import time
@@ -10,6 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+
+from pixel_jax.files import write_file
+from pixel_jax.state_files import LineLog, read_lines, to_json
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -88,25 +89,17 @@ class MetricsLog:
     """One JSON object a line. Lines of steps that a restart is about to repeat are dropped when it opens."""
 
     def __init__(self, path: str | os.PathLike, start: int):
-        path = pathlib.Path(path)
         kept = [line for line in read_metrics(path) if line["step"] < start]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
-        self.file = path.open("a")
+        write_file(path, "".join(to_json(line) + "\n" for line in kept))
+        self.log = LineLog(path, durable=False)
 
     def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **facts}) + "\n")
-        self.file.flush()
+        self.log.append([{"step": step, **facts}])
 
     def close(self) -> None:
-        self.file.close()
+        self.log.close()
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; a last line cut short by a kill is left out."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
+    return read_lines(path, step=int)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -23,7 +23,7 @@ from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.origins import RowShape, origins, see
 from pixel_jax.training.packing import PackingConfig, pack_rows
-from pixel_jax.training.preemption import NOTICE, Preempted
+from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig, RewardParts
 from pixel_jax.training.scorers import Reference, Scorer
@@ -163,6 +163,8 @@ def rl(
     config: RLConfig,
     *,
     directory: str | os.PathLike | None = None,
+    facts: Mapping[str, Any] | None = None,
+    resume_changed: bool = False,
     mesh: Mesh | None = None,
     rollout_mesh: Mesh | None = None,
     label: str = "rl",
@@ -172,7 +174,8 @@ def rl(
 
     `data` yields prompts and one reference answer (whatever `score` understands) for each; it has `get_state` and
     `set_state`. Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run.
-    An iteration that is told to go before its updates is given up: it may last longer than there is time.
+    An iteration that is told to go before its updates is given up: it may last longer than there is time. `directory`,
+    `facts` and `resume_changed` as in `sft`.
 
     Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
     this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
@@ -203,16 +206,8 @@ def rl(
         return np.concatenate(found)
 
     def step(state: TrainState, i: int):
-        position = data.get_state()
-        try:
-            return iteration(state, i)
-        except Preempted:  # the buffer and the state have not changed yet
-            data.set_state(position)
-            raise
-
-    def iteration(state: TrainState, i: int):
         laps = Laps()
-        prompts, answers = next(data)
+        prompts, answers = NOTICE.next(data)
         if len(answers) * part.count != config.prompts:
             raise ValueError(f"{len(answers) * part.count} prompts, the configuration says {config.prompts}")
         laps.lap("input")
@@ -283,6 +278,8 @@ def rl(
         host={"data": data},
         local={"replay": replay},
         directory=directory,
+        facts={**(facts or {}), "rl": dataclasses.asdict(config)},
+        resume_changed=resume_changed,
         save_every=config.save_every,
         keep=config.keep,
         mesh=mesh,

@@ -2,16 +2,18 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.data.buckets import check_position
 from pixel_jax.parallel.sharding import WHOLE, Share, shard_batch, share
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
 from pixel_jax.training.throughput import Throughput
@@ -67,7 +69,7 @@ class Shuffled:
                 raise ValueError(
                     f"the data had {name} {state[name]} when the checkpoint was made, now {getattr(self, name)}"
                 )
-        self.position = state["position"]
+        self.position = check_position(state["position"])
 
 
 def sft(
@@ -76,14 +78,18 @@ def sft(
     config: SFTConfig,
     *,
     directory: str | os.PathLike | None = None,
+    facts: Mapping[str, Any] | None = None,
+    resume_changed: bool = False,
     mesh: Mesh | None = None,
     label: str = "sft",
     stream=None,
 ) -> T:
     """The model after `config.steps` updates on batches of `data` (host arrays; `get_state` and `set_state` as in Grain).
 
-    With a `directory` the run is resumable: started again, it continues from its newest checkpoint. With several processes
-    `data` yields this one's `share(mesh)` of each batch, and its state is the same in all.
+    With a `directory` the run is resumable: started again, it continues from its newest checkpoint, if it is the same run:
+    of the same `config` and the same `facts`, what else is known about it (`pixel_jax.identity`); `resume_changed` lets the
+    experiment change. With several processes `data` yields this one's `share(mesh)` of each batch, and its state is the same
+    in all.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
     update = make_sft_step(config.forward, optimizer, normalizer=config.normalizer, mesh=mesh)
@@ -92,7 +98,7 @@ def sft(
 
     def step(state: TrainState, i: int):
         laps = Laps()
-        batch = next(data)
+        batch = NOTICE.next(data)
         rows = batch.tokens.shape[0] * part.count
         if rows != config.batch_size:
             raise ValueError(f"a batch of {rows} rows, the configuration says {config.batch_size}")
@@ -111,6 +117,8 @@ def sft(
         steps=config.steps,
         host={"data": data},
         directory=directory,
+        facts={**(facts or {}), "sft": dataclasses.asdict(config)},
+        resume_changed=resume_changed,
         save_every=config.save_every,
         keep=config.keep,
         mesh=mesh,

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from pixel_jax.files import write_file
 from pixel_jax.training.progress import MetricsLog
 
 WriterName = Literal["tensorboard", "wandb"]
@@ -59,7 +60,7 @@ class WeightsAndBiases:
         wandb = installed("wandb", "wandb")
         identity = directory / "wandb_id.txt"
         if not identity.exists():
-            identity.write_text(uuid.uuid4().hex[:12])
+            write_file(identity, uuid.uuid4().hex[:12])
         project = os.environ.get("WANDB_PROJECT", "pixel_jax")
         self.run = wandb.init(
             project=project,

@@ -16,7 +16,7 @@ def make(count=10, size=4, seed=0, load=int, **options):
         load,
         lambda rows, own: list(rows),
         size,
-        same={"seed": seed, "data": count},
+        same={"seed": seed},
         **options,
     )
 
@@ -74,13 +74,16 @@ def test_a_batch_that_cannot_be_shared():
         make(10, 8, process_count=3)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [({"count": 8}, "10 for data, now it is 8"), ({"seed": 1}, "0 for seed"), ({"size": 5}, "4 for size")],
-)
-def test_a_restart_on_other_data_is_refused(other, message):
+@pytest.mark.parametrize(("other", "message"), [({"seed": 1}, "0 for seed, now it is 1"), ({"size": 5}, "4 for size")])
+def test_a_restart_with_another_order_is_refused(other, message):
     with pytest.raises(ValueError, match=message):
         make(**other).set_state(make().get_state())
+
+
+@pytest.mark.parametrize("position", [-5, 1.5, None, True, 1 << 48])
+def test_a_position_that_is_none_is_refused(position):
+    with pytest.raises(ValueError, match=f"position in the data is {position}, not a whole number from 0"):
+        make().set_state(make().get_state() | {"position": position})
 
 
 def test_an_error_of_a_thread_comes_out_where_its_row_would():

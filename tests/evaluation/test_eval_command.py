@@ -16,7 +16,8 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import load
 from pixel_jax.evaluation import main
 from pixel_jax.evaluation.config import RELEASED, EvalConfig
-from pixel_jax.evaluation.results import Results, read_records, settle
+from pixel_jax.evaluation.results import Results, read_records
+from pixel_jax.identity import settle
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from tests.evaluation.test_evaluate import records_of

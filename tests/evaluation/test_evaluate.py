@@ -13,7 +13,8 @@ from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation import report, run, summary, trace
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
-from pixel_jax.evaluation.results import RunError, read_records, read_settings
+from pixel_jax.evaluation.results import read_records
+from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollout.machine import GREY
 from pixel_jax.rollout.prompts import PromptError, prompt_tokens
@@ -189,10 +190,10 @@ def test_another_configuration_does_not_continue_a_run(questions, whole):
         answer(questions, directory, mode="blank")
     with pytest.raises(RunError, match="questions"):
         answer(questions[:-1], directory)
-    with pytest.raises(RunError, match="model"):
-        answer(questions, directory, facts={"model": "another"})
+    with pytest.raises(RunError, match="weights = 'not set', now it is 'another'"):
+        answer(questions, directory, facts={"weights": "another"})
     assert read_settings(directory)["seed"] == 0
-    with pytest.raises(RunError, match="is no run of a benchmark"):
+    with pytest.raises(RunError, match="is no run"):
         read_settings(directory.parent / "nowhere")
 
 

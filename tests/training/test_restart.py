@@ -85,7 +85,7 @@ def test_killed_between_and_in_a_save(undisturbed, tmp_path):
 
 
 def test_told_to_go_then_damaged_then_out_of_space(undisturbed, tmp_path):
-    code, said = start(tmp_path, "term", 4)
+    code, said = start(tmp_path, "term", 5)
     assert code == CODE and "told to go; 5 of 9 steps are done and saved" in said and newest(tmp_path).name == "5"
     spoil(newest(tmp_path), np.random.default_rng(0))
     code, said = start(tmp_path, "full", 7)  # at step 4 again

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
+from pixel_jax import state_files
+from pixel_jax.files import write_file
 from pixel_jax.models import flops
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
 from pixel_jax.training.checkpoint import Checkpoints, WriteError
 from pixel_jax.training.losses import PolicyLossConfig
@@ -183,29 +186,31 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
 
 def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(model, whole, rollouts, tmp_path, monkeypatch):
     """Half of what is to be written fits: of a checkpoint's JSON, of a line of metrics, of what is noted about files."""
-    write_text, write = pathlib.Path.write_text, MetricsLog.write
+    write = MetricsLog.write
 
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    def write_half_a_text(path, text):
-        if path.name == "3.0.partial" or path.name == "0.json" and "/2." in str(path):
-            write_text(path, text[: len(text) // 2])
+    def write_half_a_file(path, data):
+        path = pathlib.Path(path)
+        if path.name == "3.0.json" or path.name == "0.json" and "/2." in str(path):
+            path.with_name(f".{path.name}.partial").write_bytes(data.encode()[: len(data) // 2])
             full(path)
-        return write_text(path, text)
+        write_file(path, data)
 
     def write_half_a_line(log, step, facts):
         if step == 2:
-            log.file.write('{"step": 2, "accur')
-            log.file.flush()
-            full(log.file.name)
+            log.log.file.write(b'{"step": 2, "accur')
+            log.log.file.flush()
+            full(log.log.file.name)
         write(log, step, facts)
 
-    monkeypatch.setattr(pathlib.Path, "write_text", write_half_a_text)
+    for module in (checkpoint, state_files):
+        monkeypatch.setattr(module, "write_file", write_half_a_file)
     with pytest.raises(WriteError, match="checkpoint 2 cannot be written .*No space.* newest whole one is 1"):
         run(model, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pathlib.Path, "write_text", write_text)
+        patch.setattr(checkpoint, "write_file", write_file)
         patch.setattr(MetricsLog, "write", write_half_a_line)
         with pytest.raises(OSError, match="No space left .*metrics.jsonl"):
             run(model, tmp_path)

@@ -4,13 +4,13 @@ A dataset of tokens that a small random network has written, an adapter trained 
 hundred of its examples removed. The unit of cost is an example-gradient, so a retrain of ten epochs over n examples is 10 n.
 """
 
-import json
 import pathlib
 
 import jax
 import numpy as np
 from jax.tree_util import Partial
 
+from pixel_jax.state_files import write_json
 from unlearn_jax import testbed
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
@@ -69,7 +69,7 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     }
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(path, result)
     return result
 
 

@@ -5,6 +5,8 @@ import json
 import pathlib
 from collections.abc import Callable
 
+from pixel_jax.files import read_json
+from pixel_jax.state_files import write_json
 from unlearn_jax.experiment.compare import best_rates, compare
 from unlearn_jax.experiment.table import beaten, loose, table
 from unlearn_jax.experiment.world import Setting, Trial, World
@@ -20,7 +22,7 @@ def run(setting: Setting, path: pathlib.Path, log: Callable[[str], None] = print
     asked = json.loads(json.dumps(dataclasses.asdict(setting)))
     result = {"setting": asked, "tuning": [], "trials": []}
     if path.exists():
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if {**result["setting"], "seeds": setting.seeds} != asked:
             raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
         result["setting"] = asked
@@ -40,5 +42,5 @@ def run(setting: Setting, path: pathlib.Path, log: Callable[[str], None] = print
             log(table(kept[-1:]) if seed != TUNING else f"{share:.1%}: {best_rates(kept[-1]['rows'])}")
             trials = result["trials"]
             result["exceptions"] = [*loose(trials), *beaten(trials, "kl_forget"), *beaten(trials, "kl_retain")]
-            path.write_text(json.dumps(result, indent=1, allow_nan=False))
+            write_json(path, result)
     return result

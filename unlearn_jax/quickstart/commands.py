@@ -32,6 +32,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
     from pixel_jax.parallel.processes import first
+    from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
     from unlearn_jax.quickstart.config import Config
     from unlearn_jax.quickstart.processes import start
@@ -42,16 +43,17 @@ def main(command: str, arguments: list[str]) -> None:
     mesh = start(FLAGS.devices)
     if first():
         announce_compiles()
-    if command == "train":
-        from unlearn_jax.quickstart.train import train
+    with hold(config.out, first()):
+        if command == "train":
+            from unlearn_jax.quickstart.train import train
 
-        train(config, mesh)
-    elif command == "erase":
-        from unlearn_jax.quickstart.edit import edit
-        from unlearn_jax.quickstart.traces import Request
+            train(config, mesh)
+        elif command == "erase":
+            from unlearn_jax.quickstart.edit import edit
+            from unlearn_jax.quickstart.traces import Request
 
-        edit(config, Request.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
-    else:
-        from unlearn_jax.quickstart.evaluate import evaluate
+            edit(config, Request.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
+        else:
+            from unlearn_jax.quickstart.evaluate import evaluate
 
-        evaluate(config, mesh)
+            evaluate(config, mesh)

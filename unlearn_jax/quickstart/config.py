@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pixel_jax.config import ConfigError
 from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.identity import changes, flatten
+from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
 
 
@@ -80,19 +82,11 @@ class Config:
     def check_trained(self) -> None:
         """The adapter in `out` was trained with this configuration."""
         path = self.directory / "config.json"
-        if not path.exists():
+        trained = read_note(path)
+        if trained is None:
             raise ConfigError(f"{self.out} holds no adapter: run `unlearn-jax train` with the same --config.out first")
-        old, new = (_flatten(values) for values in (json.loads(path.read_text()), self.trained()))
-        for name in new:
-            if old.get(name) != new[name]:
-                raise ConfigError(
-                    f"config.{name} is {new[name]!r}, the adapter in {self.out} was trained with {old.get(name)!r}: "
-                    f"give --config.{name} as it was, or train in another --config.out"
-                )
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        for name, (old, new) in changes(flatten(trained), flatten(self.trained())).items():
+            raise ConfigError(
+                f"config.{name} is {new!r}, the adapter in {self.out} was trained with {old!r}: "
+                f"give --config.{name} as it was, or train in another --config.out"
+            )

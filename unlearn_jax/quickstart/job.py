@@ -1,8 +1,6 @@
 """What the three commands share: the base model with its adapter, on the devices there are, and the files of a run."""
 
 import dataclasses
-import json
-import os
 import pathlib
 from typing import Any
 
@@ -15,10 +13,12 @@ from safetensors.numpy import load_file, save_file
 from pixel_jax.chat import load_rollout_config
 from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.files import read_json
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel.processes import first
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import use_compilation_cache
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss, Params
@@ -89,16 +89,13 @@ class Job:
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
         if first():
-            path = self.config.directory / name
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(values, indent=1))
-            os.replace(partial, path)
+            write_json(self.config.directory / name, values)
 
     def read(self, name: str, made_by: str) -> Any:
         path = self.config.directory / name
         if not path.exists():
             raise UserError(f"there is no {path}: run `unlearn-jax {made_by}` with the same --config.out first")
-        return json.loads(path.read_text())
+        return read_json(path, error=lambda said: UserError(f"{said}: run `unlearn-jax {made_by}` again"))
 
 
 def place(adapter: Params, mesh: Mesh | None) -> Params:

@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import first, say
+from pixel_jax.state_files import read_note
 from pixel_jax.training.progress import Progress
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
@@ -16,7 +17,7 @@ from unlearn_jax.quickstart.traces import draw_traces, to_examples
 
 def train(config: Config, mesh: Mesh | None = None) -> dict:
     """Leaves the adapter, the configuration and the loss of every step in `config.out`; returns what it says at the end."""
-    if (config.directory / "config.json").exists():
+    if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
     job = Job.of(config, mesh)
     traces = draw_traces(config.traces, config.seed)

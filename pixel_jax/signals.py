@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM, heard at once wherever the program is: in a compilation, waiting for data, at its end."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
+WORDS = 1.0  # seconds that last words may take: a reader of standard output may have stopped reading
+
+
+class Signals:
+    """Ends the program on Ctrl-C, or, where it asks for that, tells it to save and go first.
+
+    No handler raises anything: an exception that comes anywhere is lost in a destructor and leaves threads that wait for
+    one another. A thread hears what arrives, also while the main one is in compiled code.
+    """
+
+    def __init__(self):
+        self.told = False  # to save and go
+        self.name: str | None = None
+        self._saves = False
+        self._interrupts = 0
+        self._pipe: tuple[socket.socket, socket.socket] | None = None
+        self._last: list[Callable[[], None]] = []
+
+    def listen(self, name: str | None) -> None:
+        """From now on Ctrl-C ends the program: a line on standard error (unless `name` is None), and the code 130.
+
+        Called in the main thread, as soon as possible.
+        """
+        self.name = name
+        if self._pipe is not None:
+            return
+        self._last.append(_terminal_as_it_is())
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._pipe = reader, writer
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what a child hears is not for us
+        signal.signal(signal.SIGINT, self._take)
+        threading.Thread(target=self._hear, args=(reader,), daemon=True, name="signals").start()
+
+    def save_first(self) -> None:
+        """From now on SIGTERM and the first Ctrl-C only set `told`; the second Ctrl-C ends the program."""
+        self.listen(self.name)
+        self._saves = True
+        signal.signal(signal.SIGTERM, self._take)
+
+    @contextlib.contextmanager
+    def at_end(self, work: Callable[[], None]) -> Iterator[None]:
+        """Around what has to be tidied up, quickly, also if Ctrl-C ends the program here: `work` does it."""
+        self._last.append(work)
+        try:
+            yield
+        finally:
+            self._last.remove(work)
+            work()
+
+    def _take(self, number: int, frame) -> None:
+        """In the main thread: so a signal that the program sends itself is heard before the next line."""
+        self.told = self.told or self._saves
+
+    def _hear(self, pipe: socket.socket) -> None:
+        while numbers := pipe.recv(64):
+            for number in numbers:
+                if number == signal.SIGINT:
+                    self._interrupt()
+                elif number == signal.SIGTERM:
+                    self.told = self.told or self._saves
+
+    def _interrupt(self) -> None:
+        self._interrupts += 1
+        if not self._saves or self._interrupts > 1:
+            end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._last)
+        self.told = True
+        _within(WORDS, lambda: print("\nIt saves and ends; Ctrl-C again ends it at once.", file=sys.stderr, flush=True))
+
+
+def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> NoReturn:
+    """Ends the process now, whatever its threads wait for. What was printed before is written first."""
+
+    def speak() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        for work in reversed(last):
+            with contextlib.suppress(Exception):
+                work()
+        if words:
+            print(f"\n{words}" if sys.stderr.isatty() else words, file=sys.stderr, flush=True)
+
+    _within(WORDS, speak)
+    os._exit(code)
+
+
+def _within(seconds: float, work: Callable[[], None]) -> None:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _terminal_as_it_is() -> Callable[[], None]:
+    """What puts the terminal's settings back: a prompt that is being read has changed them."""
+    try:
+        import termios
+
+        found = termios.tcgetattr(0)
+    except Exception:  # no terminal
+        return lambda: None
+    return lambda: termios.tcsetattr(0, termios.TCSADRAIN, found)
+
+
+SIGNALS = Signals()

@@ -1,0 +1,123 @@
+"""Files in which a run notes where it is: one reader and one writer of them (`pixel_jax.files` underneath).
+
+They are written whole or not at all. One that is damaged all the same ends nothing: it counts as not written, and standard
+error names it.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pixel_jax.files import FileError, parse_json, read_bytes, read_json, write_file
+
+Check = Callable[[Any], bool]
+MAX_LINES_SAID = 3  # damaged lines of one file that are named; the rest are counted
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that `parse_json` reads: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a value as a JSON file, whole or not at all."""
+    write_file(path, to_json(value, indent=1) + "\n")
+
+
+def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
+    """The value of a JSON file that `write_json` wrote.
+
+    Args:
+        check: whether a value is what such a file holds; by default, whether it is an object.
+    Returns:
+        None if there is no such file, or, said on standard error, if it is damaged.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        value = read_json(path)
+        if not check(value):
+            raise FileError(f"{os.fspath(path)} does not hold what a run writes there")
+    except FileError as error:
+        say(f"{error}. It counts as not written")
+        return None
+    return value
+
+
+def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, in order.
+
+    A last line without an end is one that is being written, or was when its process was killed: it is no line yet. Any
+    other line that is no object with `fields` of these types is dropped, and said on standard error.
+    """
+    if not os.path.lexists(path):
+        return []
+    found, wrong = [], []
+    for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
+        where = f"{os.fspath(path)}:{number}"
+        try:
+            value = parse_json(line, where)
+            if not _has(value, fields):
+                raise FileError(f"{where} does not hold what a run writes there")
+        except FileError as error:
+            wrong.append(str(error))
+        else:
+            found.append(value)
+    for error in wrong[:MAX_LINES_SAID]:
+        say(f"{error}. The line is dropped")
+    if len(wrong) > MAX_LINES_SAID:
+        say(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
+    return found
+
+
+def _has(value: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether this is an object with fields of these types."""
+    return isinstance(value, dict) and all(key in value and isinstance(value[key], fields[key]) for key in fields)
+
+
+class LineLog:
+    """A file of JSON lines that grows; what a kill left of a last line is taken off."""
+
+    def __init__(self, path: str | os.PathLike, *, durable: bool = True):
+        """`durable`: what was appended survives a loss of power, which takes a moment each time."""
+        self.durable = durable
+        path = pathlib.Path(path)
+        self.file = path.open("ab")
+        content = read_bytes(path)
+        self.file.truncate(content.rfind(b"\n") + 1)
+
+    def append(self, values: Iterable[Mapping[str, Any]]) -> None:
+        """Adds a line for each value; when this returns they are in the file."""
+        self.file.write("".join(to_json(value) + "\n" for value in values).encode())
+        self.file.flush()
+        if self.durable:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "LineLog":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

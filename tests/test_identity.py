@@ -1,0 +1,114 @@
+"""A run directory holds one run: what may change, what changes the experiment, and what cannot change."""
+
+import json
+
+import pytest
+
+from pixel_jax.identity import HISTORY, KINDS, RUN, Kind, RunError, kind_of, read_settings, settle
+
+FACTS = {
+    "seed": 0,
+    "out": "runs/a",
+    "data": "a.jsonl",
+    "data.answer": "12ab",
+    "weights": "34cd",
+    "sft": {"steps": 6, "batch_size": 4, "save_every": 2, "optimizer": {"learning_rate": 1e-3, "kind": "adamw"}},
+}
+
+
+def changed(**facts):
+    sft = {**FACTS["sft"], **facts.pop("sft", {})}
+    return {**FACTS, **facts, "sft": sft}
+
+
+def history(directory):
+    return [json.loads(line) for line in (directory / HISTORY).read_text().splitlines()]
+
+
+def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
+    for done in (None, 2, 4):
+        settle(tmp_path, FACTS, done=done)
+    assert capsys.readouterr().err == "" and not (tmp_path / HISTORY).exists()
+    assert read_settings(tmp_path)["sft.optimizer.learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    "facts", [{"out": "/b"}, {"data": "/elsewhere/a.jsonl"}, {"sft": {"save_every": 9}}, {"mesh": {"data": 2}}]
+)
+def test_what_may_change_does_and_is_noted(facts, tmp_path):
+    settle(tmp_path, FACTS)
+    settle(tmp_path, changed(**facts), done=2)
+    (line,) = history(tmp_path)
+    assert line["done"] == 2 and len(line["changed"]) == 1 and line["time"] and line["host"]
+    settle(tmp_path, changed(**facts), done=4)
+    assert len(history(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "values"),
+    [
+        ({"data.answer": "99ef"}, "data.answer", "'12ab', now it is '99ef'"),
+        ({"sft": {"steps": 3}}, "sft.steps", "6, now it is 3"),
+        ({"sft": {"optimizer": {"learning_rate": 1.0, "kind": "adamw"}}}, "sft.optimizer.learning_rate", "0.001"),
+        ({"a_setting_of_tomorrow": True}, "a_setting_of_tomorrow", "'not set', now it is True"),
+    ],
+)
+def test_another_experiment_has_to_be_wanted_and_is_written_down(facts, name, values, tmp_path, capsys):
+    settle(tmp_path, FACTS)
+    with pytest.raises(RunError, match=f"{name} = {values}.*--resume_changed"):
+        settle(tmp_path, changed(**facts), done=2, resume_changed=False)
+    assert not (tmp_path / HISTORY).exists() and read_settings(tmp_path)["sft.steps"] == 6
+    settle(tmp_path, changed(**facts), done=2, resume_changed=True)
+    assert name in capsys.readouterr().err
+    assert [(x["done"], list(x["changed"])) for x in history(tmp_path)] == [(2, [name])]
+    with pytest.raises(RunError, match=name):  # and back again is a change, too
+        settle(tmp_path, FACTS, done=4, resume_changed=False)
+
+
+@pytest.mark.parametrize("facts", [{"seed": 1}, {"weights": "ffff"}, {"sft": {"batch_size": 8}}])
+def test_what_cannot_be_gone_on_from_is_refused(facts, tmp_path):
+    settle(tmp_path, FACTS)
+    for allowed in (False, True):
+        with pytest.raises(RunError, match=r"now it is .*choose another directory$"):
+            settle(tmp_path, changed(**facts), done=2, resume_changed=allowed)
+    settle(tmp_path, changed(**facts))  # nothing of it was saved: it begins anew, as another run
+    assert history(tmp_path)[0]["what"] == "begun anew"
+
+
+def test_where_nothing_may_change(tmp_path):
+    settle(tmp_path, FACTS)
+    with pytest.raises(RunError, match=r"sft.steps = 6, now it is 3: choose another directory$"):
+        settle(tmp_path, changed(sft={"steps": 3}), done=2, resume_changed=None)
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"seed": ', b"[]"])
+def test_a_damaged_or_missing_note_is_said_and_made_again(content, tmp_path, capsys):
+    settle(tmp_path, FACTS)
+    (tmp_path / RUN).unlink() if content is None else (tmp_path / RUN).write_bytes(content)
+    with pytest.raises(RunError, match="has no run.json that can be read"):
+        read_settings(tmp_path)
+    settle(tmp_path, FACTS, done=2)
+    assert str(tmp_path / RUN) in capsys.readouterr().err
+    assert history(tmp_path)[0]["what"] == "what it was begun as is not known"
+    assert read_settings(tmp_path)["seed"] == 0
+
+
+def test_kinds_are_declared_for_settings_that_there_are():
+    """A pattern that no setting has any more, or a misspelt one, would make nothing free or fixed."""
+    import dataclasses
+    import fnmatch
+
+    from pixel_jax.config import load
+    from pixel_jax.identity import flatten
+    from pixel_jax.models.lora import add_lora  # noqa: F401: LoRAConfig's fields are its arguments
+    from pixel_jax.train import LoRAConfig, TrainConfig
+
+    values = {"model": "m", "data": "d", "out": "o", "mesh": {"data": 1}, "rollout_mesh": {"data": 1}}
+    values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}, "rl": {"iterations": 1}}
+    names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "tokenizer"}
+    for pattern in KINDS:
+        assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
+    free = {name for name in names if kind_of(name) is Kind.FREE}
+    assert {"rl.rollout.in_flight", "sft.forward.remat", "rl.writers", "sft.keep", "read_threads"} <= free
+    another = ("rl.rollout.pad", "rl.reward.alpha", "sft.optimizer.learning_rate", "trace_tokens", "tokenizer")
+    assert {kind_of(name) for name in another} == {Kind.CHANGES}
