@@ -15,6 +15,7 @@ _WHERE = {
     "gather_frames": "pixel_jax.ops",
     "smart_resize": "pixel_jax.ops",
     "curiosity_reward": "pixel_jax.training.rewards",
+    "score_answer": "pixel_jax.training.scorers",
 }
 
 __all__ = sorted([*_WHERE, "rollout"])

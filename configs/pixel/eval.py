@@ -9,7 +9,7 @@ data is left out. `own` is a folder of your own (`pixel_jax/data/jsonl.py`).
 
     --config.modes="('operations', 'none', 'blank')"                        also without operations, and with grey crops
     --config.rollout.group_size=32 --config.rollout.temperature=1.0         Avg@32
-    --config.benchmarks.vstar.scorer.rules="('box', 'choice')"              "A. Lion" answers A
+    --config.benchmarks.own.scorer.rules="('box', 'choice')"                "A. Lion" answers A
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -31,11 +31,12 @@ def get_config() -> ConfigDict:
     config.model = config_dict.placeholder(str)
     config.out = config_dict.placeholder(str)
     config.benchmarks = {
-        "vstar": benchmark("vstar", PICTURE),
+        # "B. blue" answers B, as in VLMEvalKit and lmms-eval; the column `accuracy` has the released scorer's verdict, too.
+        "vstar": benchmark("vstar", PICTURE, ("box", "choice")),
         "tallyqa": benchmark("tallyqa", PICTURE),
         # Infographics are up to seven times as tall as wide.
         "infovqa": benchmark("infovqa", TALL, ("anls",), max_side=5600),
-        "mvbench": benchmark("mvbench", VIDEO),
+        "mvbench": benchmark("mvbench", VIDEO, ("box", "choice")),
         "own": benchmark("jsonl", (*PICTURE, *VIDEO)),
     }
     config.modes = ("operations",)

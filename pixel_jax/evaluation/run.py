@@ -26,7 +26,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, to_host
-from pixel_jax.training.answers import last_boxed
+from pixel_jax.training.answers import given_answer
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 
@@ -100,7 +100,7 @@ def record(
     observation = t.calls.observation[rows.start : rows.stop]
     return {
         **about(index, question),
-        "given": [last_boxed(text) for text in texts],
+        "given": [given_answer(text) for text in texts],
         **{name: [value or 0.0 for value in found] for name, found in scores.items()},
         "operations": executed_calls(t)[rows.start : rows.stop].tolist(),
         "executed": np.sum(observation >= 0, axis=1).tolist(),
@@ -189,7 +189,7 @@ def evaluate(
     if not todo:
         return
     scorer = scorer or Scorer(benchmark.scorer)
-    plain = Scorer(ScorerConfig())  # accuracy through the last box, whatever the benchmark's own scorer
+    plain = Scorer(ScorerConfig(("released",)))  # `accuracy` is the released scorer's, whatever the benchmark's own
     keep = drawn(len(questions), traced, seed)
     (directory / "traces").mkdir(exist_ok=True)
     n = limits.group_size

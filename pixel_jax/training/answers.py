@@ -1,22 +1,31 @@
-"""Do two answers say the same? The last \\boxed{} against one or several references (Pixel Reasoner's `rule_reward`, tidied).
+"""What a response gives as its answer, and whether two answers say the same (Pixel Reasoner's `rule_reward`, mended).
 
-Strings first, then numbers, then `math-verify` for what looks like mathematics: thousands of rows a step are scored
-here, and sympy takes milliseconds where a comparison takes none. Beside the released rule there are three that it lacks:
-choices by letter or by text, counts in words, and ANLS. `scorers.py` gives them their names.
+What counts as right is what a person would say; the released scorer is a rule of its own (`released_scorer.py`). Strings
+first, then numbers, then `algebra.py` for formulas: thousands of rows a step are scored here, and sympy takes milliseconds
+where a comparison takes none. Counts in words and ANLS are here too; `choices.py` has multiple choice, `scorers.py` gives
+the rules their names.
 """
 
 import ast
+import math
 import re
-import threading
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Sequence
 from fractions import Fraction
+
+from pixel_jax.training import algebra
 
 # What follows a word or a number is a hyphen, as in "3-4 dogs", not a sign.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
-ANSWER = re.compile("<answer>(.*?)</answer>", re.IGNORECASE)
+WRITTEN = re.compile(rf"{NUMBER.pattern}(?:[/:]\d+)*")  # a fraction, a time, a score or a date is one thing
+FRACTION = re.compile(r"([-+]?)(?:(\d{1,9})\s+)?(\d{1,20})\s*/\s*(\d{1,20})")
+TAG = re.compile("<(/?)answer>", re.IGNORECASE)
+THOUGHTS = re.compile(r"<think>.*?(?:</think>|\Z)", re.IGNORECASE | re.DOTALL)
 BOX = re.compile(r"\\boxed\s*\{")
 BRACE = re.compile(r"(?<!\\)[{}]")
-LONGEST_EXPRESSION = 200  # characters given to math-verify: answers, not essays
+FULL_WIDTH = {0xFF01 + i: chr(0x21 + i) for i in range(94)}  # as typed in Chinese and Japanese
+QUOTES = ("**", "__", "*", "`", '"', "'", "“”", "‘’", "«»", "「」", "『』", "[]")
+LONGEST_NUMBER = 200  # characters of an answer in which a count is looked for
 
 
 def last_boxed(text: str) -> str | None:
@@ -45,7 +54,7 @@ def references_of(answer: str | Sequence[str]) -> list[str]:
             try:
                 found.extend(str(x) for x in ast.literal_eval(item.strip()))
                 continue
-            except (ValueError, SyntaxError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
                 pass
         found.append(item)
     if not found:
@@ -53,20 +62,66 @@ def references_of(answer: str | Sequence[str]) -> list[str]:
     return found
 
 
-def normalise(text: str) -> str:
-    """Lower case, without the LaTeX, units and brackets that do not change what an answer says."""
-    text = text.strip().lower()
+def given_answer(response: str) -> str | None:
+    """What a response gives as its answer: the last complete \\boxed{}, else what is within the last <answer>; None without.
+
+    What is thought aloud, in <think>, is no answer unless there is none outside.
+    """
+    for text in dict.fromkeys((THOUGHTS.sub("", response), response)):
+        if (boxed := last_boxed(text)) is not None:
+            return boxed
+        if (tagged := last_tagged(text)) is not None:
+            return tagged
+    return None
+
+
+def last_tagged(text: str) -> str | None:
+    """What is within the last complete <answer>...</answer>, on however many lines; None when there is none."""
+    opened, found = None, None
+    for tag in TAG.finditer(text):
+        if not tag[1]:
+            opened = tag.end()
+        elif opened is not None:
+            found, opened = text[opened : tag.start()], None
+    return found
+
+
+def tidy(text: str) -> str:
+    """`text` without the LaTeX, quotes, emphasis, units and brackets that do not change what an answer says."""
+    text = unicodedata.normalize("NFC", text).translate(FULL_WIDTH).strip()
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    text = text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("\\ ", " ")
-    text = re.sub(r"\b(?:minutes?|cm)\b", "", text)
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".")
+    text = re.sub(r"\\(?:text|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|boldsymbol)\s*\{([^{}]*)\}", r"\1", text)
+    text = text.replace("\\%", "%").replace("\\$", "").replace("$", "").replace("{,}", ",")
+    text = re.sub(r"\\[()\[\]]|\\[,;!]", "", text)
+    text = re.sub(r"\\ |\\q?quad(?![a-z])|~(?!\s*[\d.])", " ", text)
+    text = re.sub(r"\b(?:minutes?|cm)\b", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\s+", " ", text).strip().rstrip(".。").rstrip()
+    for marks in QUOTES:
+        left, right = marks if len(marks) == 2 and marks[0] != marks[1] else (marks, marks)
+        inside = text[len(left) : len(text) - len(right)]
+        if inside and text.startswith(left) and text.endswith(right) and left not in inside and right not in inside:
+            return tidy(inside)
+    return text
+
+
+def normalise(text: str) -> str:
+    """`tidy` in lower case: "(A)" is "a"."""
+    text = unicodedata.normalize("NFC", tidy(text).lower())
     single = re.fullmatch(r"\(\s*([a-z0-9])\s*\)", text)
     return single.group(1) if single else text
 
 
 def number_of(text: str) -> tuple[Fraction, bool] | None:
-    """A plain number and whether it is a percentage; None for anything else."""
+    """A plain number or fraction (also "1 1/2"), and whether it is a percentage; None for anything else.
+
+    A fraction is in lowest terms: 24/12 is a date or a score.
+    """
+    if parts := FRACTION.fullmatch(text):
+        whole, above, below = (int(x or 0) for x in parts.groups()[1:])
+        if below < 2 or math.gcd(above, below) > 1:
+            return None
+        value = whole + Fraction(above, below)
+        return (-value if parts[1] == "-" else value), False
     body = text.removesuffix("%").strip()
     if not NUMBER.fullmatch(body) or len(body) > 40:
         return None
@@ -75,6 +130,7 @@ def number_of(text: str) -> tuple[Fraction, bool] | None:
 
 def equal(answer: str, reference: str) -> bool:
     """Whether two answers (contents of a box) say the same. Case does not matter; 35 %, 35 and 0.35 answer "35%"."""
+    written = (tidy(answer), tidy(reference))
     answer, reference = normalise(answer), normalise(reference)
     if answer == reference:
         return True
@@ -86,57 +142,33 @@ def equal(answer: str, reference: str) -> bool:
         return a == b or (a_percent != b_percent and (a / 100 if a_percent else a) == (b / 100 if b_percent else b))
     if "," in reference and not right:
         return same_spans(answer, [x.strip() for x in reference.split(",") if x.strip()])
-    if not any(map(mathematical, (answer, reference))):
-        return False
-    return verify(answer, reference)
+    readable = all(number or algebra.is_expression(x) for number, x in zip((left, right), written, strict=True))
+    return readable and any(map(algebra.is_formula, written)) and algebra.same_value(answer, reference)
 
 
 def same_spans(answer: str, spans: Sequence[str]) -> bool:
-    """Whether `answer` names all `spans`, in any order, and nothing else: a list of all there could be is no answer. (To
-    the released code, which asks for all of them as substrings, it is one.)"""
+    """Whether `answer` lists all `spans`, in any order, and nothing else: a list of all there could be is no answer, and
+    neither is "1/2" to "1, 2". (To the released code, which asks for all of them as substrings, both are.)"""
+    if bracketed := re.fullmatch(r"\(([^()]*)\)|\\?\{([^{}]*?)\\?\}", answer):
+        answer = bracketed[1] or bracketed[2] or ""
     for span in sorted(spans, key=len, reverse=True):
         found = re.search(rf"(?<!\w){re.escape(span)}(?!\w)", answer)
         if found is None:
             return False
         answer = f"{answer[: found.start()]},{answer[found.end() :]}"
-    return set(re.findall(r"\w+", answer)) <= {"and"}
-
-
-def mathematical(text: str) -> bool:
-    """Whether there is anything for a computer algebra system to do: digits, operators or LaTeX, and no prose.
-
-    Two or three letters beside an operator are a product of variables; others that follow each other are a word.
-    """
-    text = re.sub(r"(?<!\w)[a-z]{2,3}(?=\s*[-+*/^=])|(?<=[-+*/^=])\s*[a-z]{2,3}(?!\w)", "x", text)
-    words = re.findall(r"(?<!\\)\b[a-z]{2,}", text)
-    return bool(re.search(r"[\d\\^=+*/]", text)) and not words
-
-
-def verify(answer: str, reference: str) -> bool:
-    """math-verify's verdict. Its time limit is a signal, which only the main thread may set: in any other thread
-    expressions that can grow without bound (powers, factorials) are wrong rather than evaluated without a limit."""
-    if max(len(answer), len(reference)) > LONGEST_EXPRESSION:
-        return False
-    from math_verify import parse, verify
-
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    if seconds is None and re.search(r"\^|\*\*|!", answer + reference):
-        return False
-    gold, found = (parse(f"${x}$", parsing_timeout=seconds) for x in (reference, answer))
-    return bool(gold and found and verify(gold, found, timeout_seconds=seconds))
+    return re.fullmatch(r"(?:[\s,;\"']|\band\b|&)*", answer) is not None
 
 
 def by_rule(response: str, references: Sequence[str]) -> float | None:
     """1 if `response` (all that the model wrote) answers right, 0 if wrong, None if it holds no answer at all.
 
-    The last \\boxed{} counts, even when a right one comes before it; without a box, what is within the first <answer>.
-    Without either the last number of the text is the answer (as math-verify takes it); without a number there is none.
+    The answer is `given_answer`'s. Without one it is the last number outside of thoughts (as math-verify takes it); where
+    there is none, or an <answer> was cut off, there is no answer.
     """
-    found = last_boxed(response)
-    if found is None and (tagged := ANSWER.search(response)):
-        found = tagged[1]
+    found = given_answer(response)
     if found is None:
-        numbers = NUMBER.findall(response)
+        said = THOUGHTS.sub("", response)
+        numbers = [] if TAG.search(said) else WRITTEN.findall(said)
         if not numbers:
             return None
         found = numbers[-1]
@@ -150,49 +182,6 @@ def correctness(response: str, answer: str | Sequence[str], *, unparsable: float
     return float(unparsable) if found is None else found
 
 
-IN_PARENTHESES = re.compile(r"\(([A-Z])\)[ \t]*([^\n]*?)[ \t]*(?=\([A-Z]\)|\n|$)")
-ON_LINES = re.compile(r"^[ \t]*([A-Z])[.:)][ \t]*(\S[^\n]*)$", re.MULTILINE)
-
-
-def choices_of(question: str) -> dict[str, str]:
-    """The options of a multiple-choice question, normalised: {"a": "rubber", ...}; empty where there are not at least two.
-
-    "(A) rubber" anywhere, or "A. rubber", "A: rubber", "A) rubber" on lines of their own; lettered from A on.
-    """
-    for options in (IN_PARENTHESES, ON_LINES):
-        found = options.findall(question)
-        letters = "".join(letter for letter, _ in found)
-        if len(letters) > 1 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ".startswith(letters):
-            return {letter.lower(): normalise(text) for letter, text in found}
-    return {}
-
-
-def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The choice that `answer` (the content of a box) names: by its letter, by letter and text, or by its text.
-
-    None where it names none, or a letter with another choice's text.
-    """
-    answer = normalise(answer)
-    by_text = [letter for letter, text in choices.items() if text == answer]
-    if len(by_text) == 1:
-        return by_text[0]
-    found = re.fullmatch(r"\(?([a-z])\)?(?:\s*[.:)\-]\s*|\s+|$)(.*)", answer, re.DOTALL)
-    if not found or (choices and found[1] not in choices):
-        return None
-    letter, text = found[1], found[2].strip()
-    if not text or choices.get(letter) == text:
-        return letter
-    if re.match(r"[a-z]\s", answer) or text in choices.values():  # "a lion" is no choice of A; "A. tiger" is neither
-        return None
-    return letter
-
-
-def same_choice(answer: str, reference: str, choices: Mapping[str, str]) -> bool:
-    """Whether `answer` and `reference` name the same choice, each by letter, text or both."""
-    wanted = letter_of(reference, choices)
-    return wanted is not None and letter_of(answer, choices) == wanted
-
-
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
@@ -201,6 +190,9 @@ WORDS = {word: value for value, word in enumerate(ONES.split())} | {"none": 0}
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 WORDS |= {word: 10 * value for value, word in enumerate(TENS.split(), 2)}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 1_000_000}
+NO = re.compile(
+    r"\bno\b(?=\s*$|\s+(?!one\b|more\b|fewer\b|less\b)[a-z])"
+)  # "no dogs", not "no, 3" nor "no more than 3"
 TOKEN = re.compile(rf"{NUMBER.pattern}|[a-z]+")
 
 
@@ -215,7 +207,8 @@ def numbers_in(text: str) -> list[Fraction]:
             found.append(Fraction(whole + part))
         whole, part, room = 0, None, 100
 
-    for token in TOKEN.findall(re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text.lower())):
+    text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text.lower())
+    for token in TOKEN.findall(NO.sub("zero", text)):
         if token in WORDS:
             value = WORDS[token]
             needs = 100 if value >= 10 or value == 0 else 10
@@ -239,7 +232,7 @@ def numbers_in(text: str) -> list[Fraction]:
 def same_number(answer: str, reference: str) -> bool:
     """Whether the only number of `answer`, in digits or words ("three", "3 dogs"), is the number that `reference` is."""
     wanted = numbers_in(normalise(reference))
-    if len(wanted) != 1 or len(answer) > LONGEST_EXPRESSION:
+    if len(wanted) != 1 or len(answer) > LONGEST_NUMBER:
         return False
     return numbers_in(normalise(answer)) == wanted
 

@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 from absl import logging
 
-from pixel_jax.training import answers
-from pixel_jax.training.answers import last_boxed, references_of
+from pixel_jax.training import algebra, answers
+from pixel_jax.training.answers import given_answer, references_of
+from pixel_jax.training.choices import choices_of, same_choice, stated_choice
+from pixel_jax.training.released_scorer import released_score
 
 
 class Reference(NamedTuple):
@@ -30,26 +32,32 @@ class Reference(NamedTuple):
 Rule = Callable[[str, Reference], float | None]  # (all that the model wrote, reference): None where it holds no answer
 
 
-def _boxed(score: Callable[[str, Reference], float]) -> Rule:
-    """A rule that reads the last box and nothing else."""
+def _given(score: Callable[[str, Reference], float]) -> Rule:
+    """A rule that reads what a response gives as its answer (`answers.given_answer`) and nothing else."""
 
     def rule(response: str, reference: Reference) -> float | None:
-        found = last_boxed(response)
+        found = given_answer(response)
         return None if found is None else float(score(found, reference))
 
     return rule
 
 
-def _choice(found: str, reference: Reference) -> float:
-    choices = answers.choices_of(reference.question)
-    return any(answers.same_choice(found, one, choices) for one in reference.answers)
+def _choice(response: str, reference: Reference) -> float | None:
+    choices = choices_of(reference.question)
+    found = given_answer(response)
+    if found is None:
+        found = stated_choice(response, choices)
+    return None if found is None else float(any(same_choice(found, one, choices) for one in reference.answers))
 
 
 RULES: dict[str, Rule] = {
-    "box": lambda response, reference: answers.by_rule(response, reference.answers),  # the paper's
-    "choice": _boxed(_choice),  # "A: Lion", "(A)" or "lion" where the reference is A or Lion
-    "number": _boxed(lambda found, reference: any(answers.same_number(found, one) for one in reference.answers)),
-    "anls": _boxed(lambda found, reference: answers.anls(found, reference.answers)),
+    "box": lambda response, reference: answers.by_rule(response, reference.answers),
+    "released": lambda response, reference: released_score(
+        response, reference.answers
+    ),  # the released code's, as it is
+    "choice": _choice,  # "A: Lion", "(A)", "Option A" or "lion" where the reference is A or Lion
+    "number": _given(lambda found, reference: any(answers.same_number(found, one) for one in reference.answers)),
+    "anls": _given(lambda found, reference: answers.anls(found, reference.answers)),
 }
 
 
@@ -69,12 +77,14 @@ class JudgeConfig:
 class ScorerConfig:
     """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
 
-    rules: tuple[Literal["box", "choice", "number", "anls", "judge"], ...] = ("box",)
+    rules: tuple[Literal["box", "released", "choice", "number", "anls", "judge"], ...] = ("box",)
     judge: JudgeConfig | None = None
 
     def __post_init__(self):
-        if not self.rules:
-            raise ValueError("a scorer needs at least one rule")
+        if not self.rules or isinstance(self.rules, str):
+            raise ValueError(f"a scorer needs a tuple of at least one rule, not {self.rules!r}")
+        if unknown := [name for name in self.rules if name not in (*RULES, "judge")]:
+            raise ValueError(f"no rule is called {unknown[0]!r}; known are {', '.join(RULES)}, judge")
         if ("judge" in self.rules) != (self.judge is not None):
             raise ValueError(
                 f"the rule 'judge' and the section `judge` go together: rules {self.rules}, judge {self.judge}"
@@ -82,6 +92,7 @@ class ScorerConfig:
 
 
 LONGEST_JUDGED = 1000  # characters of an answer; longer ones talk the judge into things, and are wrong
+FORMULA_SECONDS = 60.0  # of one call
 JUDGE_PROMPT = """\
 You grade answers to questions about images. You do not see the image; the reference answers are right.
 
@@ -105,7 +116,7 @@ class Scorer:
     """Scores many responses at once: [R] responses and references -> [R] scores in [0, 1], None where there is no answer.
 
     math-verify needs the main thread for its time limit, so rules run in the caller's; requests to the judge run side by
-    side.
+    side. Formulas of all the responses together take at most about `FORMULA_SECONDS`, however a policy writes them.
 
     Args:
       endpoint: asked by the rule "judge"; by default the one that `config.judge` describes.
@@ -128,16 +139,19 @@ class Scorer:
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
         scores: list[float | None] = []
         rules = [RULES[name] for name in self.config.rules if name != "judge"]
-        for response, reference in zip(responses, references, strict=True):
-            best = None
-            for rule in rules:
-                score = rule(response, reference)
-                best = score if best is None or (score is not None and score > best) else best
-                if best == 1.0:
-                    break
-            scores.append(best)
+        with algebra.budget(FORMULA_SECONDS):
+            for response, reference in zip(responses, references, strict=True):
+                best = None
+                for rule in rules:
+                    score = rule(response, reference)
+                    best = score if best is None or (score is not None and score > best) else best
+                    if best == 1.0:
+                        break
+                scores.append(best)
         if "judge" in self.config.rules:
-            found = [None if score == 1.0 else last_boxed(text) for score, text in zip(scores, responses, strict=True)]
+            found = [
+                None if score == 1.0 else given_answer(text) for score, text in zip(scores, responses, strict=True)
+            ]
             asked = {(x, reference) for x, reference in zip(found, references, strict=True) if x is not None}
             with ThreadPoolExecutor(self.config.judge.workers) as pool:
                 verdicts = dict(zip(asked, pool.map(lambda pair: self.verdict(*pair), asked), strict=True))
@@ -166,3 +180,30 @@ class Scorer:
             logging.warning("the judge gives no verdict on %r, which counts as wrong: %r", answer, reply[:200])
             return 0.0
         return float(words[-1] == "CORRECT")
+
+
+def score_answer(
+    response: str,
+    references: "Reference | str | Sequence[str]",
+    *,
+    question: str = "",
+    rules: Sequence[str] = ("box",),
+) -> float | None:
+    """How right a response is: in [0, 1], or None where no answer can be read in it.
+
+    Args:
+      response: all that the model wrote. Its answer is the content of the last \\boxed{}, else what is within the last <answer>.
+      references: the right answer, or several of which any is right; each may be boxed.
+      question: read for its options by the rule "choice".
+      rules: of which the best verdict counts. "box": the same text, number, list or formula, as a person would say (and
+        without a box the last number); "released": Pixel Reasoner's scorer, faults included; "choice": the same option, by
+        letter or text; "number": the same count, in digits or words; "anls": the similarity of DocVQA and InfographicVQA.
+
+    Raises:
+      ValueError: an unknown rule, or no reference.
+    """
+    if "judge" in rules:
+        raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with a `JudgeConfig`")
+    reference = Reference.of(references)
+    scorer = Scorer(ScorerConfig(rules if isinstance(rules, str) else tuple(rules)))
+    return scorer([response], [reference._replace(question=question or reference.question)])[0]

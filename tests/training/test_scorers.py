@@ -7,11 +7,13 @@ import pytest
 
 from pixel_jax import endpoint
 from pixel_jax.endpoint import EndpointError
-from pixel_jax.training.answers import anls, choices_of, numbers_in, same_choice, same_number
+from pixel_jax.training.answers import anls, numbers_in, same_number
+from pixel_jax.training.choices import choices_of, same_choice
 from pixel_jax.training.scorers import JudgeConfig, Reference, Scorer, ScorerConfig
 from tests.chat_server import Reply, chat_server
 
 QUESTION = "What is in the photo?\n(A) a cat\n(B) Lion\n(C) a red car\nAnswer with the option's letter."
+TWINS = "What color?\n(A) red\n(B) blue\n(C) green\n(D) Red"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,35 @@ def test_options_are_read_from_the_question(question, found):
         ("apple", "A", "", False),
         ("A and B", "A", QUESTION, False),
         ("", "A", QUESTION, False),
+        # As VLMEvalKit and lmms-eval read them
+        ("Option B", "B", QUESTION, True),
+        ("option (B)", "B", QUESTION, True),
+        ("**B**", "B", QUESTION, True),
+        ("[B]", "B", QUESTION, True),
+        ("B, lion", "B", QUESTION, True),
+        ("The answer is B", "B", QUESTION, True),
+        ("The correct answer is: (B) lion.", "B", QUESTION, True),
+        ("B is correct", "B", QUESTION, True),
+        ('"Lion"', "B", QUESTION, True),
+        ("The answer is lion", "B", QUESTION, True),
+        (r"\mathrm{~B}", "B", QUESTION, True),
+        (r"\text{(B)}", "B", QUESTION, True),
+        ("选项B", "B", QUESTION, True),
+        ("答案是B", "B", QUESTION, True),
+        ("（B）", "B", QUESTION, True),
+        ("Option C", "B", QUESTION, False),
+        ("A, B", "A", QUESTION, False),  # of two minds
+        ("A or B", "A", QUESTION, False),
+        ("Both A and B", "A", QUESTION, False),
+        ("B. lion, not A", "B", QUESTION, False),
+        ("The answer is not B", "B", QUESTION, False),
+        ("not B", "B", QUESTION, False),
+        ("the answer is a", "B", QUESTION, False),
+        ("D", "A", TWINS, True),
+        ("A", "red", TWINS, True),
+        ("red", "D", TWINS, True),
+        ("B", "D", TWINS, False),
+        ("A", "B", "Which?\n(A) <image>\n(B) <image>", False),  # pictures are no texts
     ],
 )
 def test_choices_by_letter_and_text(answer, reference, question, same):
@@ -78,6 +109,10 @@ def test_choices_by_letter_and_text(answer, reference, question, same):
         ("between 3 and four", [3, 4]),
         ("nineteen hundred", [1900]),
         ("hundred", []),
+        ("no dogs", [0]),
+        ("No", [0]),
+        ("no, 3 dogs", [3]),
+        ("no more than 3", [3]),
     ],
 )
 def test_numbers_in_digits_and_words(text, numbers):
@@ -140,6 +175,15 @@ def test_no_answer_is_none_and_not_zero():
     assert score(("box",), "I see 3.", "3") == 1
     assert score(("choice", "number", "anls"), "I see 3.", "3") is None
     assert score(("choice", "box"), "I see 3.", "4") == 0
+
+
+def test_a_choice_may_be_stated_without_a_box():
+    assert score(("choice",), "The answer is B", "B") == 1
+    assert score(("choice",), "I looked closer. The answer is (B).", "B") == 1
+    assert score(("choice",), "Lion", "B") == 1
+    assert score(("choice",), "The answer is C", "B") == 0
+    assert score(("choice",), "I looked at A, B and C.", "B") is None
+    assert score(("choice",), "<answer>\nOption B\n</answer>", "B") == 1
 
 
 def test_references_are_unboxed():

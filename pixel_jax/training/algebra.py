@@ -1,0 +1,145 @@
+"""Whether two formulas have the same value, asked of math-verify (sympy) within limits.
+
+What is asked was written by a policy that is rewarded for it, so it is looked at first: only what reads as a formula is
+handed on (ranges, dates, scores and prose are none), and only what is small when it is worked out. A time limit and a budget
+of seconds stand behind that, for what nobody thought of.
+"""
+
+import contextlib
+import contextvars
+import functools
+import math
+import re
+import threading
+import time
+from collections.abc import Iterator
+
+from absl import logging
+
+LONGEST = 200  # characters of a formula: answers, not essays
+SECONDS = 1  # one parse or one comparison may take, in the main thread (the limit is a signal)
+LARGEST_POWER = 1000  # product of all exponents of a formula of numbers: at most some thousand digits
+LARGEST_EXPANSION = 12  # the same with variables: sums of several are multiplied out
+
+COMMANDS = frozenset(
+    "frac dfrac tfrac sqrt pi cdot times div left right text mathrm mathbf circ degree pm sin cos tan log ln "
+    "alpha beta gamma delta theta lambda mu sigma phi omega".split()
+)
+TOKEN = re.compile(r"\\[a-z]+|\d+(?:\.\d+)?|\.\d+|[a-z]+|[-+*/^=(){}\[\]]|\s+", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+|\d+/\d+)")
+WRITTEN_FORM = re.compile(r"[\d\s.,:/()-]*")  # 3-9, 24/12, 2:1, 2010-2012, (555) 123-4567: never worked out
+# Factorials, numbers of many digits, and commands whose work grows with their arguments' values.
+UNBOUNDED = re.compile(r"[\w)}\]]\s*!|\d{41}|\\(?:[dt]?binom|sum|prod|i*nt|lim|exp)(?![a-z])", re.IGNORECASE)
+# An exponent that is written out, and no tower of them.
+_POWER = r"[-+]?\s*(?:\d{1,4}(?![\d.])|[a-z]|\\circ|\\degree)"
+EXPONENT = re.compile(
+    rf"(?:\^|\*\*)\s*(?:\{{\s*{_POWER}\s*\}}|{_POWER})(?!\s*(?:\^|\*\*))", re.IGNORECASE
+)  # written out, no tower
+
+
+def is_expression(text: str) -> bool:
+    """Whether `text` is a number, a product of variables, or a formula: LaTeX and operators with their operands, and no
+    words, codes, ranges, dates or scores."""
+    if len(text) > LONGEST or re.search(r"\d\s+\.?\d", text):
+        return False
+    if WRITTEN_FORM.fullmatch(text):
+        return NUMBER.fullmatch(text) is not None
+    if re.match(r"\s*[*/^=]", text) or re.search(r"[-+*/^=]\s*$", text):  # "10+", "C++"
+        return False
+    tokens = TOKEN.findall(text)
+    if sum(map(len, tokens)) != len(text):
+        return False
+    if any(x.startswith("\\") and x[1:].lower() not in COMMANDS for x in tokens):
+        return False
+    # Letters in a row are a product of variables where a number and an operator are near ("xy + 1", "0.5ab"), else they are a
+    # word ("left-right") or a code ("AB-12").
+    words = [x for x in tokens if x.isalpha() and len(x) > 1]
+    return not words or (any(x[0].isdigit() for x in tokens) and all(_product(x, text) for x in words))
+
+
+def _product(word: str, text: str) -> bool:
+    beside = rf"(?:[-+*/^=]\s*|(?<=\d)){word}(?![A-Za-z])|(?<![A-Za-z\\]){word}\s*[-+*/^=]"
+    return len(word) <= 3 and word.islower() and re.search(beside, text) is not None
+
+
+def is_formula(text: str) -> bool:
+    """Whether an expression asks to be worked out."""
+    return is_expression(text) and not NUMBER.fullmatch(text) and re.search(r"[-+*/^=\\]", text) is not None
+
+
+def is_small(text: str) -> bool:
+    """Whether `text` is sure to be small when it is worked out: exponents are written out, and small if multiplied together."""
+    if UNBOUNDED.search(text):
+        return False
+    exponents = list(EXPONENT.finditer(text))
+    if len(exponents) != len(re.findall(r"\^|\*\*", text)):  # a tower, a sum, a fraction as an exponent
+        return False
+    product = math.prod(max(int(x), 1) for x in re.findall(r"\d+", " ".join(found[0] for found in exponents)))
+    variables = re.search(r"(?<![\\a-z])[a-z]", re.sub(r"\\[a-z]+", " ", text, flags=re.IGNORECASE), re.IGNORECASE)
+    return product <= (LARGEST_EXPANSION if variables else LARGEST_POWER)
+
+
+_left: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("seconds_left", default=None)
+
+
+@contextlib.contextmanager
+def budget(seconds: float) -> Iterator[None]:
+    """All comparisons inside together take at most about `seconds`; when these are spent, formulas differ, which is logged."""
+    token = _left.set([seconds])
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
+@contextlib.contextmanager
+def charged() -> Iterator[bool]:
+    """Around a use of math-verify: whether there is budget left for it; what it takes is taken off."""
+    left = _left.get()
+    if left is None:
+        yield True
+        return
+    if left[0] <= 0:
+        yield False
+        return
+    began = time.monotonic()
+    try:
+        yield True
+    finally:
+        left[0] -= time.monotonic() - began
+        if left[0] <= 0:
+            logging.warning("the time for formulas is spent: those that are left count as different")
+
+
+def time_limit() -> int | None:
+    """math-verify's time limit is a signal, which only the main thread may set; elsewhere `is_small` has to do."""
+    return SECONDS if threading.current_thread() is threading.main_thread() else None
+
+
+def same_value(answer: str, reference: str) -> bool:
+    """Whether two formulas (either may be a number) have the same value; False for what is none, or too large to be asked."""
+    import math_verify  # noqa: F401  what is missing is missed at once, not where the cache ends
+
+    if not (is_small(answer) and is_small(reference)):
+        return False
+    with charged() as may:
+        return may and _verified(answer, reference)
+
+
+@functools.lru_cache(maxsize=4096)
+def _verified(answer: str, reference: str) -> bool:
+    from math_verify import parse, verify
+
+    seconds = time_limit()
+    gold, found = (parse(f"${x}$", parsing_timeout=seconds) for x in (reference, answer))
+    return bool(gold and found and verify(gold, found, timeout_seconds=seconds)) and not _far_apart(gold[0], found[0])
+
+
+def _far_apart(a, b) -> bool:
+    """Whether two numbers differ by more than rounding. math-verify rounds to six decimals: to it 1/2^98 is 1/2^99."""
+    import sympy
+
+    if not all(isinstance(x, sympy.Expr) and x.is_number for x in (a, b)):
+        return False
+    a, b = (complex(sympy.N(x)) for x in (a, b))
+    return abs(a - b) > 1e-5 * max(abs(a), abs(b))

@@ -1,0 +1,83 @@
+"""Pixel Reasoner's released scorer, `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py), for numbers that compare
+with its own: the last box, the first <answer> on one line, then the whole response, each given to math-verify as it is.
+
+Its known faults are part of it: "0 to 5" answers "0", "1/2" answers "1, 2", "B. blue" does not answer B, and after a wrong
+box the rest of the text is tried. Only what would not end differs: formulas too large to be worked out are wrong at once.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from pixel_jax.training import algebra
+
+
+def released_score(response: str, references: Sequence[str]) -> float | None:
+    """1, 0, or None where the released code says -1 (nothing can be parsed); references are contents of a box."""
+    text = response.lower()
+    golds = [f"\\boxed{{{reference}}}".lower() for reference in references]
+    percent = next((gold.replace("%", "") for gold in golds if "%" in gold), None)
+    if percent is not None and percent not in golds:
+        golds.insert(0, percent)
+    score = None
+    for gold in golds:
+        score = _against(text, gold)
+        if score == 1.0:
+            break
+        if "," in gold and "boxed" in text:
+            spans = [span.strip() for span in gold.removeprefix("\\boxed{")[:-1].split(",")]
+            if all(span in text[text.rindex("boxed") :] for span in spans):
+                return 1.0
+    return score
+
+
+def _against(text: str, gold: str) -> float | None:
+    """The score of a whole response against one reference, both in lower case."""
+    with algebra.charged() as may:
+        if not may:
+            return 0.0
+        wanted = _wanted(_tidy(gold))
+        if not wanted:
+            return None
+        score: float | None = None
+        for said in _candidates(text):
+            score = _verdict(_tidy(said), wanted)
+            if score == 1.0:
+                break
+        return score
+
+
+def _candidates(text: str):
+    """What is tried in turn; the verdict on the last one stands."""
+    if "\\boxed" in text:
+        yield text[text.rindex("\\boxed") :].strip()
+    if "<answer>" in text and (found := re.search("<answer>(.*?)</answer>", text)):
+        yield f"\\boxed{{{found[1]}}}"
+    yield text
+
+
+def _verdict(said: str, wanted: list) -> float | None:
+    from math_verify import verify
+
+    if not algebra.is_small(said):
+        return 0.0
+    found = _parse(said)
+    if not found:
+        return None
+    return float(verify(found, wanted, timeout_seconds=algebra.time_limit()))
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(gold: str) -> list:
+    return _parse(gold)
+
+
+def _parse(text: str) -> list:
+    from math_verify import parse
+
+    return parse(text, parsing_timeout=algebra.time_limit()) if algebra.is_small(text) else []
+
+
+def _tidy(text: str) -> str:
+    text = text.replace("dfrac", "frac").replace("\\text", "").replace("\\varnothing", "\\emptyset")
+    return text.replace("minutes", "").replace("cm", "")
