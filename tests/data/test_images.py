@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.data.images import ImageError, image_size, load_image
+from pixel_jax.data.images import ImageError, image_size, read_image
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -33,32 +33,32 @@ def png(width, height, data=b""):
 def test_bytes_and_paths_give_the_pixels(tmp_path):
     (tmp_path / "image.png").write_bytes(encode(PIXELS))
     for source in (encode(PIXELS), tmp_path / "image.png", str(tmp_path / "image.png"), encode(PIXELS, "BMP")):
-        image = load_image(source)
+        image = read_image(source)
         assert image.dtype == np.uint8 and image.flags.writeable
         np.testing.assert_array_equal(image, PIXELS)
 
 
 def test_grey_and_palette_become_colour():
     grey = PIXELS[..., 0]
-    np.testing.assert_array_equal(load_image(encode(grey)), np.repeat(grey[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(read_image(encode(grey)), np.repeat(grey[..., None], 3, axis=-1))
     few = Image.fromarray(PIXELS).quantize(8)
-    np.testing.assert_array_equal(load_image(encode(few)), np.asarray(few.convert("RGB")))
+    np.testing.assert_array_equal(read_image(encode(few)), np.asarray(few.convert("RGB")))
 
 
 def test_transparency_is_white():
     alpha = np.full((6, 9, 1), 255, np.uint8)
     alpha[2:4] = 0
     expected = np.where(alpha == 0, 255, PIXELS)
-    np.testing.assert_array_equal(load_image(encode(np.concatenate([PIXELS, alpha], axis=-1))), expected)
+    np.testing.assert_array_equal(read_image(encode(np.concatenate([PIXELS, alpha], axis=-1))), expected)
     palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
-    np.testing.assert_array_equal(load_image(encode(palette, transparency=1)), [[[10, 20, 30], [255, 255, 255]]])
+    np.testing.assert_array_equal(read_image(encode(palette, transparency=1)), [[[10, 20, 30], [255, 255, 255]]])
 
 
 def test_exif_orientation_is_carried_out():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it turned by 90 degrees clockwise
-    np.testing.assert_array_equal(load_image(encode(PIXELS, exif=exif)), np.rot90(PIXELS, k=-1))
+    np.testing.assert_array_equal(read_image(encode(PIXELS, exif=exif)), np.rot90(PIXELS, k=-1))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -68,7 +68,7 @@ def test_the_header_tells_the_size_of_what_is_loaded(format, orientation):
     exif[0x0112] = orientation
     data = encode(PIXELS, format, exif=exif)
     expected = (6, 9, 3) if orientation < 5 else (9, 6, 3)
-    assert load_image(data).shape == expected and image_size(io.BytesIO(data)) == image_size(data) == expected[:2]
+    assert read_image(data).shape == expected and image_size(io.BytesIO(data)) == image_size(data) == expected[:2]
 
 
 def test_the_header_is_checked_without_the_pixels():
@@ -82,7 +82,7 @@ def test_the_header_is_checked_without_the_pixels():
 
 def test_two_pictures_of_a_telephone_are_one_image():
     pictures = [Image.fromarray(np.full((16, 16, 3), level, np.uint8)) for level in (40, 200)]
-    image = load_image(encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:]))
+    image = read_image(encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:]))
     assert abs(int(image.mean()) - 40) <= 1
 
 
@@ -99,19 +99,19 @@ def test_two_pictures_of_a_telephone_are_one_image():
 )
 def test_promised_sizes_are_refused_before_decoding(width, height, message):
     with pytest.raises(ImageError, match=message):
-        load_image(png(width, height))
+        read_image(png(width, height))
 
 
 def test_limits_are_inclusive():
-    load_image(encode(PIXELS), max_side=9, max_pixels=54)
+    read_image(encode(PIXELS), max_side=9, max_pixels=54)
     with pytest.raises(ImageError, match="9 x 6 pixels, more than 8 on a side"):
-        load_image(encode(PIXELS), max_side=8)
+        read_image(encode(PIXELS), max_side=8)
     with pytest.raises(ImageError, match="9 x 6 pixels, more than 53 in all"):
-        load_image(encode(PIXELS), max_pixels=53)
+        read_image(encode(PIXELS), max_pixels=53)
 
 
 def test_a_small_file_that_inflates_is_no_more_than_its_header_says():
-    image = load_image(png(2, 2, bytes(50_000_000)))
+    image = read_image(png(2, 2, bytes(50_000_000)))
     np.testing.assert_array_equal(image, np.zeros((2, 2, 3)))
 
 
@@ -122,7 +122,7 @@ def test_truncation_is_an_error_wherever_it_happens(format):
     data = encode(noise, format)
     for length in (0, 1, 10, len(data) // 4, len(data) // 2, len(data) * 3 // 4):
         with pytest.raises(ImageError, match="cannot be read"):
-            load_image(data[:length])
+            read_image(data[:length])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about corrupt metadata
@@ -135,7 +135,7 @@ def test_flipped_bytes_give_an_image_or_an_image_error(format):
         broken = data.copy()
         broken[random.integers(0, min(len(broken), 200), 3)] = random.integers(0, 256, 3)
         try:
-            image = load_image(broken.tobytes(), max_pixels=1 << 20)
+            image = read_image(broken.tobytes(), max_pixels=1 << 20)
             assert image.ndim == 3 and image.shape[2] == 3
             outcomes.add("image")
         except ImageError:
@@ -147,12 +147,12 @@ def test_animations_are_refused_by_number_of_frames():
     frames = [Image.fromarray(np.roll(PIXELS, shift, axis=0)) for shift in range(3)]
     for format in ("GIF", "PNG", "WEBP"):
         with pytest.raises(ImageError, match="animated, with 3 frames"):
-            load_image(encode(frames[0], format, save_all=True, append_images=frames[1:]))
+            read_image(encode(frames[0], format, save_all=True, append_images=frames[1:]))
 
 
 def test_sixteen_bits_are_refused_by_mode():
     with pytest.raises(ImageError, match="mode 'I;16'"):
-        load_image(encode(np.full((4, 4), 40_000, np.uint16)))
+        read_image(encode(np.full((4, 4), 40_000, np.uint16)))
 
 
 def test_other_files_are_refused(tmp_path):
@@ -167,4 +167,4 @@ def test_other_files_are_refused(tmp_path):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image of 47 bytes cannot be read"),
     ]:
         with pytest.raises(ImageError, match=message):
-            load_image(source)
+            read_image(source)
