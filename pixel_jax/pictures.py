@@ -68,7 +68,9 @@ def orientation(image: Image.Image, name: str = "the image") -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # a parser fed with hostile bytes raises errors of every kind
-        warnings.warn(f"{name} has EXIF data that cannot be read ({error}): shown as stored", ImageWarning, stacklevel=2)
+        warnings.warn(
+            f"{name} has EXIF data that cannot be read ({error}): shown as stored", ImageWarning, stacklevel=2
+        )
         return 1
 
 
@@ -81,6 +83,6 @@ def _on_white(image: Image.Image) -> np.ndarray:
             shown[grey == clear] = 255
         return shown[..., None]
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))

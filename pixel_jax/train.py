@@ -8,6 +8,7 @@ from typing import Literal
 from absl import flags
 
 from pixel_jax.config import define_flag, load
+from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
@@ -41,6 +42,7 @@ class TrainConfig:
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     bad_rows: Literal["error", "drop"] = "error"  # "drop" leaves out what cannot be read or has no room, and counts it
+    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     read_threads: int = 16
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
     trace_tokens: int = 4096  # room of a row of one or more traces
@@ -93,6 +95,7 @@ def train(command: str, config: TrainConfig) -> None:
 
     from pixel_jax import from_pretrained, save_pretrained
     from pixel_jax.cli import UserError
+    from pixel_jax.data.limits import use_limits
     from pixel_jax.data.packed import Packing, bucket_shapes
     from pixel_jax.data.questions import find_rooms, question_batches
     from pixel_jax.data.read import read_examples
@@ -111,6 +114,7 @@ def train(command: str, config: TrainConfig) -> None:
 
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    use_limits(config.limits)
     examples, report = read_examples(config.data, turns=command == "sft", drop=config.bad_rows == "drop")
     NOTICE.listen()
     if first():

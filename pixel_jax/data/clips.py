@@ -208,7 +208,9 @@ class Clip:
             (first, _), (last, lasts) = min(times), max(times)
             span = float((last - first) * stream.time_base)
             self.seconds = span + (float(lasts * stream.time_base) or span / (self.count - 1))
-        whole = max(float(stream.duration or 0) * float(stream.time_base), 0) or (container.duration or 0) / av.time_base
+        whole = (
+            max(float(stream.duration or 0) * float(stream.time_base), 0) or (container.duration or 0) / av.time_base
+        )
         if self.seconds < min(0.9 * whole, whole - 1):
             _announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
         bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
@@ -216,6 +218,7 @@ class Clip:
         self._most = (codec.width + 256) * max(codec.height + 128, 280)
         shown = (min(self._frames, self.count) + 3) * 3 * math.prod(self.shape)
         self._room.enter_context(room_for_decoding(HELD * self._most * bits // 8 + shown, self.name))
+
     def _decoded(self) -> Iterator:
         """Every frame that can be decoded, in the order in which they are shown."""
         import av
@@ -263,7 +266,9 @@ class _Picture:
         self.filters = [*([("scale", f"{shape[0]}:{shape[1]}")] if shape != self.size else []), *_turns(first)]
         self._graphs: dict[tuple, Any] = {}
         if first.color_trc in HDR:
-            _announce(f"{name} is in high dynamic range ({HDR[first.color_trc]}) and shown without tone mapping: too pale")
+            _announce(
+                f"{name} is in high dynamic range ({HDR[first.color_trc]}) and shown without tone mapping: too pale"
+            )
 
     def pixels(self, frame) -> np.ndarray:
         """uint8 [h, w, 3]."""

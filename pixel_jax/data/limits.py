@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pixel_jax.pictures import ImageError
 
 # Bytes that decoding a pixel takes at most, the array that is returned included: WebP, which is decoded into two canvases
-# of 4 bytes and copied twice, and photographs turned by their EXIF. Measured: up to 25.
-PICTURE_BYTES = 32
+# of 4 bytes and copied twice, and photographs turned by their EXIF. Measured: up to 20.
+PICTURE_BYTES = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Budget:
     def room(self, size: int, name: str) -> Iterator[None]:
         """Waits until there is room for `size` bytes, and holds it. ImageError: there never will be."""
         if size > self.total:
-            raise ImageError(f"{name} takes {size:,} bytes to read, more than the {self.total:,} there are (limits.memory)")
+            raise ImageError(
+                f"{name} takes {size:,} bytes to read, more than the {self.total:,} there are (limits.memory)"
+            )
         with self._changed:
             self._changed.wait_for(lambda: self._used + size <= self.total)
             self._used += size

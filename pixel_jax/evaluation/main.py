@@ -59,6 +59,7 @@ def answer(config) -> None:
     import jax
 
     from pixel_jax import from_pretrained
+    from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report, summary
     from pixel_jax.evaluation.benchmarks import read
@@ -71,6 +72,7 @@ def answer(config) -> None:
 
     process, processes = jax.process_index(), jax.process_count()
     out = pathlib.Path(config.out)
+    use_limits(config.limits)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     benchmarks = {name: x for name, x in config.benchmarks.items() if x.data is not None}
     data = {

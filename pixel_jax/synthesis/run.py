@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.endpoint import Endpoint, EndpointError
 from pixel_jax.synthesis.seeds import Seed, read_seeds
@@ -56,6 +57,7 @@ class SynthConfig:
     attempts: int = 3  # at each analysis
     pad: float = 0.1  # of `RolloutConfig`: what the crop tool adds on each side of a box
     min_crop: int = 28  # of `RolloutConfig`
+    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes
     seed: int = 0
 
     def __post_init__(self):
@@ -112,7 +114,7 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out=""))
+    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out="", limits=Limits()))
     for name in (
         "url",
         "requests_per_second",
