@@ -11,6 +11,8 @@ _WHERE = {
     "from_pretrained": "pixel_jax.models.io",
     "save_pretrained": "pixel_jax.models.io",
     "forward": "pixel_jax.models.io",
+    "read_image": "pixel_jax.data.images",
+    "read_video": "pixel_jax.data.clips",
     "crop_resize": "pixel_jax.ops",
     "gather_frames": "pixel_jax.ops",
     "smart_resize": "pixel_jax.ops",

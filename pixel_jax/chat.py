@@ -13,7 +13,7 @@ FLAGS = flags.FLAGS
 
 def define_flags(command: str) -> None:
     flags.DEFINE_string("question", None, "What to ask.", required=True)
-    flags.DEFINE_bool("video", False, "The images are the frames of one video.")
+    flags.DEFINE_bool("video", False, "The images are the frames of one video, or a video file.")
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample.")
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
@@ -35,7 +35,7 @@ def main(command: str, arguments: list[str]) -> None:
     import jax
 
     from pixel_jax import from_pretrained
-    from pixel_jax.data.images import load_image
+    from pixel_jax.data.sources import load_frames
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
@@ -46,7 +46,8 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     directory, images = pathlib.Path(arguments[0]), arguments[1:]
-    query = Query(FLAGS.question, [load_image(path) for path in images], FLAGS.video)
+    pictures, seconds = load_frames([pathlib.Path(path) for path in images], FLAGS.video)
+    query = Query(FLAGS.question, pictures, FLAGS.video, seconds or 1.0)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     model, processor = from_pretrained(directory)

@@ -9,6 +9,7 @@ from absl import flags
 
 from pixel_jax.config import define_flag, load
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
+from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
@@ -46,6 +47,7 @@ class TrainConfig:
     # The same for rollouts, which may lie otherwise on the same devices; none: as above.
     rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     bad_rows: Literal["error", "drop"] = "error"  # "drop" leaves out what cannot be read or has no room, and counts it
+    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     read_threads: int = 16  # that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
     trace_tokens: int = 4096  # room of a row of one or more traces
@@ -113,6 +115,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
 
     from pixel_jax import from_pretrained, save_pretrained
     from pixel_jax.cli import UserError
+    from pixel_jax.data.limits import use_limits
     from pixel_jax.data.packed import Packing, bucket_shapes
     from pixel_jax.data.questions import find_rooms, question_batches
     from pixel_jax.data.read import read_examples
@@ -130,6 +133,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
 
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    use_limits(config.limits)
     examples, report = read_examples(config.data, turns=command == "sft", drop=config.bad_rows == "drop")
     facts = {}
     if first():

@@ -1,113 +1,319 @@
-"""Video files: some frames, spread evenly over the whole, as Qwen's own preprocessing takes them."""
+"""Video files: some frames, spread evenly over the whole, as a player shows them.
 
-from collections.abc import Collection
-from typing import BinaryIO
+What is shown is what ffmpeg decodes (its libraries do it): packets that an edit list hides are not shown, the picture is
+turned by the display matrix and stretched where its pixels are not square, colours follow the matrix and range that the file
+names. What is not followed is announced (`ImageWarning`).
+"""
+
+import contextlib
+import math
+import os
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from pixel_jax.data.images import MAX_PIXELS, MAX_SIDE, ImageError
+from pixel_jax.data.images import UNKNOWN
+from pixel_jax.data.limits import limits, room_for_decoding
+from pixel_jax.files import open_regular
+from pixel_jax.pictures import ImageError, ImageWarning
 
 FRAMES = 16  # of a video (Pixel Reasoner §3); fewer if it has fewer
 MAX_PACKETS = 1 << 18  # an hour and more at sixty frames a second
+COUNTED = 4  # times the frames that are taken: a clip of fewer packets is decoded to count its frames
+HELD = 24  # frames that a decoder keeps at most: 16 to refer to, those in the making and in conversion (measured: 21)
 
 # By their first bytes. The demuxer is named, never guessed: playlists, which open other files, are not among them.
-SIGNATURES = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (0, b"RIFF", "avi"))
+BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # the first of MP4, and of old QuickTime
+STILL = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"hevc", b"hevx")  # brands of pictures in the same boxes
+
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions (ITU-T H.273) of more light than a picture of 8 bits can show
 
 
 def container_of(head: bytes) -> str | None:
-    for start, mark, container in SIGNATURES:
-        if head[start : start + len(mark)] == mark and (container != "avi" or head[8:11] == b"AVI"):
-            return container
-    return None
+    """ffmpeg's name of the container that begins with these bytes; None: no video that is read."""
+    if head[4:8] in BOXES and not (head[4:8] == b"ftyp" and head[8:12] in STILL):
+        return "mp4"
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "avi" if head[:4] == b"RIFF" and head[8:11] == b"AVI" else None
 
 
 def is_clip(head: bytes) -> bool:
-    """Whether a file that begins with these (at least twelve) bytes is a video that `read_clip` reads."""
+    """Whether a file that begins with these (at least twelve) bytes is a video that `read_frames` reads."""
     return container_of(head) is not None
 
 
-def read_clip(file: BinaryIO, name: str) -> tuple[list[np.ndarray], float]:
-    """(`FRAMES` frames or all, evenly spread, uint8 [h, w, 3] each; the seconds that two neighbours cover).
+def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarray, float]:
+    """Frames of a video file, evenly spread over it, as a player shows them.
 
-    ImageError: no video, too large, too long, broken, or fewer frames than it promises.
+    Args:
+      path: of a local file (MP4, QuickTime, Matroska, WebM or AVI).
+      frames: how many; all, if it has fewer.
+
+    Returns:
+      uint8 [frames, height, width, 3], RGB, and the seconds from one frame to the next (for `Processor`, `fps=1 / seconds`;
+      for a prompt, whose `seconds` are those that two frames cover, twice as many).
+
+    Raises:
+      ImageError: no video, too large, too long, or nothing of it can be decoded.
     """
-    with Clip(file, name) as clip:
-        wanted = spread(clip.count)
-        frames = clip.frames(wanted)
-        missing = [i for i in wanted if i not in frames]
-        if missing:
-            raise ImageError(f"{name} ends before frame {missing[0]} of {clip.count}")
-        return [frames[i] for i in wanted], float(2 * clip.count / clip.rate / len(wanted)) if clip.rate else 1.0
+    if frames < 1:
+        raise ValueError(f"frames must be positive, not {frames}")
+    with open_regular(path, ImageError) as file:
+        return read_frames(file, repr(os.fspath(path)), frames)
+
+
+def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.ndarray, float]:
+    """`read_video` of an open file, which errors and warnings call `name`."""
+    with Clip(file, name, frames) as clip:
+        promised = min(clip.count, frames)
+        shown = clip.show(lambda count: spread(count, frames))
+        if len(shown) < promised:
+            raise ImageError(f"{name}: only {len(shown)} frames can be decoded, of at least {promised}: it is damaged")
+        return shown, clip.seconds / len(shown)
 
 
 def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
-    """(height, width) of every frame that `read_clip` would return."""
+    """(height, width) of every frame that `read_frames` would return."""
     with Clip(file, name) as clip:
-        return [clip.size] * len(spread(clip.count))
+        return [clip.size] * min(clip.count, FRAMES)
 
 
-def spread(count: int) -> list[int]:
+def spread(count: int, frames: int = FRAMES) -> list[int]:
     """Numbers of the frames to be shown of `count`."""
-    return np.linspace(0, count - 1, min(count, FRAMES)).round().astype(int).tolist()
+    return np.linspace(0, count - 1, min(count, frames)).round().astype(int).tolist()
 
 
 class Clip:
-    """An open video file: `size` (height, width) and `count` of its frames, `rate` a second (None: it does not say).
+    """An open video file. Nothing of it is decoded before there is room for `frames` frames of it.
 
-    ImageError: no video, too large, too long or broken, on opening or later.
+    size: (height, width) of its frames, as shown
+    count: of its frames; of a long clip those that the container promises, until `show` has found fewer
+    rate: frames a second, on average (None: it does not say)
+    seconds: that it lasts
+
+    ImageError: no video, too large, too long, or nothing of it can be decoded.
     """
 
-    def __init__(self, file: BinaryIO, name: str):
-        self.file, self.name = file, name
+    def __init__(self, file: BinaryIO, name: str, frames: int = FRAMES):
+        self.file, self.name, self._room = file, name, contextlib.ExitStack()
+        self._frames = frames
 
     def __enter__(self) -> "Clip":
         try:
-            import av
+            import av.filter  # noqa: F401
         except ImportError:
             # No ImageError: nothing is wrong with the video, and it shall not be left out as if there were.
             raise ValueError(f"{self.name} is a video file: `pip install -e .[data]` to read it") from None
 
-        kind = container_of(self.file.read(16))
-        self.file.seek(0)
-        if kind is None:
-            raise ImageError(f"{self.name} is no video file (MP4, Matroska, WebM or AVI)")
+        self.container = container_of(self.file.read(16))
+        if self.container is None:
+            raise ImageError(f"{self.name} {UNKNOWN}")
         try:
-            self.container = av.open(self.file, format=kind)
-            if not self.container.streams.video:
-                raise ImageError(f"{self.name} has no video in it")
-            self.stream = self.container.streams.video[0]
-            self.stream.thread_type = "NONE"  # frames come from threads of our own
-            self.size = self.stream.codec_context.height, self.stream.codec_context.width
-            if not 0 < min(self.size) <= max(self.size) <= MAX_SIDE or self.size[0] * self.size[1] > MAX_PIXELS:
-                raise ImageError(f"{self.name} has frames of {self.size[1]} x {self.size[0]} pixels")
-            self.rate = self.stream.average_rate
-            self.count = 0
-            for packet in self.container.demux(self.stream):
-                self.count += packet.size > 0
-                if self.count > MAX_PACKETS:
-                    raise ImageError(f"{self.name} has more than {MAX_PACKETS} frames")
-            self.container.seek(0)
+            self._most = limits().pixels
+            with self._opened() as (container, stream):
+                self._measure(container, stream)
+            decoded = self._decoded()
+            first = next(decoded, None)
+            if first is None:
+                raise ImageError(f"{self.name} has no frame that can be decoded")
+            self._picture = _Picture(first, self.shape, self.name)
+            self.size = self._picture.pixels(first).shape[:2]
+            if self.count <= COUNTED * self._frames:
+                self._found(1 + sum(1 for _ in decoded))
+            decoded.close()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
-        if not self.count:
-            raise ImageError(f"{self.name} has no frames")
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        if hasattr(self, "container"):
-            self.container.close()
+        self._room.close()
         if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
             raise ImageError(f"{self.name} cannot be read: {error}") from error
 
-    def frames(self, wanted: Collection[int]) -> dict[int, np.ndarray]:
-        """The frames of these numbers, uint8 [h, w, 3]; those that the file promises and does not have are missing."""
-        found, last = {}, max(wanted)
-        for i, frame in enumerate(self.container.decode(self.stream)):
-            if i in wanted:
-                if (frame.height, frame.width) != self.size:
-                    raise ImageError(f"{self.name}: frame {i} is {frame.width} x {frame.height}, the first one is not")
-                found[i] = frame.to_ndarray(format="rgb24")
-            if i >= last:
-                break
-        return found
+    def show(self, choose: Callable[[int], list[int]]) -> np.ndarray:
+        """uint8 [n, h, w, 3]: the frames of the numbers that `choose` makes of their count.
+
+        It is asked again if fewer can be decoded than there seemed to be.
+        """
+        while True:
+            places: dict[int, list[int]] = {}
+            for place, number in enumerate(choose(self.count)):
+                places.setdefault(number, []).append(place)
+            shown = np.empty((sum(map(len, places.values())), *self.size, 3), np.uint8)
+            seen = 0
+            with contextlib.closing(self._decoded()) as decoded:
+                for number, frame in enumerate(decoded):
+                    if number in places:
+                        shown[places[number]] = self._picture.pixels(frame)
+                    if number == max(places):
+                        return shown
+                    seen = number + 1
+            self._found(seen)
+
+    def _found(self, count: int) -> None:
+        """Takes note that there are so many frames, whatever the container says."""
+        if count < self.packets:
+            _announce(f"{self.name} has {self.packets} frames by its container, of which {count} can be shown")
+        self.count = count
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple]:
+        """The container and the stream that players choose: no cover picture, the default one of several."""
+        import av
+
+        self.file.seek(0)
+        most = {"max_pixels": str(self._most)}
+        with av.open(self.file, format=self.container, options=most) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ImageError(f"{self.name} has no video in it")
+            stream.thread_type = "NONE"  # frames come from threads of our own
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = most
+            yield container, stream
+
+    def _measure(self, container, stream) -> None:
+        """What the container says; then there is room for decoding."""
+        import av
+
+        codec = stream.codec_context
+        if not 0 < min(codec.width, codec.height):
+            raise ImageError(f"{self.name} does not say how large its frames are")
+        limits().check(codec.width, codec.height, self.name)
+        # The frames that are stretched to square pixels count, too.
+        self.shape = _square(codec.width, codec.height, stream.sample_aspect_ratio)
+        limits().check(*self.shape, self.name)
+        self.rate = stream.average_rate
+        self.count, times = 0, []
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard:
+                continue
+            self.count += 1
+            if self.count > MAX_PACKETS:
+                raise ImageError(f"{self.name} has more than {MAX_PACKETS} frames")
+            if packet.pts is not None:
+                times.append((packet.pts, packet.duration or 0))
+        if not self.count:
+            raise ImageError(f"{self.name} has no frames")
+        self.packets = self.count
+        self.seconds = self.count / float(self.rate or 2)
+        if self.container != "avi" and len(times) == self.count and max(times)[0] > min(times)[0]:
+            # Of what is shown; the container's figures are of all that it holds. AVI knows no times.
+            (first, _), (last, lasts) = min(times), max(times)
+            span = float((last - first) * stream.time_base)
+            self.seconds = span + (float(lasts * stream.time_base) or span / (self.count - 1))
+        whole = (
+            max(float(stream.duration or 0) * float(stream.time_base), 0) or (container.duration or 0) / av.time_base
+        )
+        if self.seconds < min(0.9 * whole, whole - 1):
+            _announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
+        bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
+        # As decoders round up and add borders; frames that grow on the way have no room.
+        self._most = (codec.width + 256) * max(codec.height + 128, 280)
+        shown = (min(self._frames, self.count) + 3) * 3 * math.prod(self.shape)
+        self._room.enter_context(room_for_decoding(HELD * self._most * bits // 8 + shown, self.name))
+
+    def _decoded(self) -> Iterator:
+        """Every frame that can be decoded, in the order in which they are shown."""
+        import av
+
+        lost = 0
+        try:
+            with self._opened() as (container, stream):
+                packets = container.demux(stream)
+                while True:
+                    try:
+                        packet = next(packets, None)
+                    except av.error.FFmpegError:  # the file ends here
+                        lost += 1
+                        packet = None
+                    try:
+                        yield from stream.decode(packet)
+                    except av.error.EOFError:
+                        return
+                    except av.error.InvalidDataError:
+                        lost += 1
+                    if packet is None or not packet.size:
+                        return
+        finally:
+            if lost:
+                _announce(f"{self.name} is damaged: {lost} of its {self.packets} packets cannot be decoded")
+
+
+def _announce(what: str) -> None:
+    warnings.warn(what, ImageWarning, stacklevel=2)
+
+
+def _square(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
+    """(width, height) of a frame whose pixels have this aspect ratio, in square pixels: as high as it was."""
+    return (max(1, int(width * aspect)) if aspect else width, height)
+
+
+class _Picture:
+    """What a player makes of decoded frames like `first`: ffmpeg's own filters, in its order.
+
+    shape: (width, height) in square pixels, before it is turned
+    """
+
+    def __init__(self, first, shape: tuple[int, int], name: str):
+        self.size, self.name = (first.width, first.height), name
+        self.filters = [*([("scale", f"{shape[0]}:{shape[1]}")] if shape != self.size else []), *_turns(first)]
+        self._graphs: dict[tuple, Any] = {}
+        if first.color_trc in HDR:
+            _announce(
+                f"{name} is in high dynamic range ({HDR[first.color_trc]}) and shown without tone mapping: too pale"
+            )
+
+    def pixels(self, frame) -> np.ndarray:
+        """uint8 [h, w, 3]."""
+        if (frame.width, frame.height) != self.size:
+            raise ImageError(f"{self.name} has a frame of {frame.width} x {frame.height}, the first one is not")
+        kind = (frame.format.name, frame.colorspace, frame.color_range)
+        if kind not in self._graphs:
+            self._graphs = {kind: self._graph(frame)}
+        self._graphs[kind].push(frame)
+        return self._graphs[kind].pull().to_ndarray()
+
+    def _graph(self, frame):
+        import av.filter
+
+        graph = av.filter.Graph()
+        source = (
+            f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base or '1/1000'}"
+            f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
+        )
+        graph.link_nodes(
+            graph.add("buffer", source),
+            *(graph.add(kind, how) for kind, how in self.filters),
+            graph.add("format", "rgb24"),
+            graph.add("buffersink"),
+        )
+        graph.configure()
+        return graph
+
+
+def _turns(frame) -> list[tuple[str, str]]:
+    """ffmpeg's filters for the display matrix of a frame, as its command line chooses them (`configure_input_video_filter`)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return []
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])  # the picture's x and y axes are (a, b) and (c, d)
+    if not (a or b) or not (c or d):
+        return []
+    angle = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360
+    match angle:
+        case 0:
+            return [("vflip", "")] if d < 0 else []
+        case 90:
+            return [("transpose", "cclock_flip" if c > 0 else "clock")]
+        case 180:
+            return [("hflip", "")] * (a < 0) + [("vflip", "")] * (d < 0)
+        case 270:
+            return [("transpose", "clock_flip" if c < 0 else "cclock")]
+    return [("rotate", f"{angle}*PI/180")]

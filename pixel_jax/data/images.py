@@ -3,96 +3,194 @@
 import contextlib
 import io
 import os
-import pathlib
+import re
+import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-MAX_SIDE = 1 << 14
-MAX_PIXELS = 1 << 26
+from pixel_jax.data.limits import PICTURE_BYTES, limits, room_for_content, room_for_decoding
+from pixel_jax.files import open_regular
+from pixel_jax.pictures import ImageError, ImageWarning, orientation, rgb
 
-# Formats that Pillow decodes by itself; others may start programs (EPS) or are parsers little used.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+__all__ = ["ImageError", "ImageWarning", "image_size", "read_image"]
+
+# What cameras, phones and the web make (JPEG, PNG, WebP, AVIF), what scanners and 16-bit tools make (TIFF), and what old
+# collections hold (GIF, BMP): Pillow decodes them by itself, in time that grows with the file. Others are not read: some
+# start programs (EPS), some are decoded in Python a number at a time (PPM), most are parsers that hardly anybody uses.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each is a pass over all pixels
+MAX_BLOCKS = 4096  # of comments in a GIF, 255 bytes each: Pillow's time grows with their square
+
+UNKNOWN = (
+    "cannot be read: it is no picture (JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP) and no video (MP4, QuickTime, Matroska, "
+    "WebM or AVI). Convert a picture to PNG, and a video by `ffmpeg -i FILE -c copy FILE.mkv`"
+)
 
 
-class ImageError(ValueError):
-    """A file that is no image, or one we refuse to decode; the message names the file and the value at fault."""
+def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) -> np.ndarray:
+    """Pixels of an image file, as a person would see it (`pixel_jax.pictures.rgb`).
 
-
-def load_image(
-    source: str | os.PathLike | bytes,
-    *,
-    name: str | None = None,
-    max_side: int = MAX_SIDE,
-    max_pixels: int = MAX_PIXELS,
-) -> np.ndarray:
-    """Pixels of an image file, upright and in colour.
+    How large it may be, and how much memory all threads together take, is in `pixel_jax.data.limits`.
 
     Args:
       source: path of a local file, or the file's bytes. Nothing is fetched from a URL.
-      name: what errors call bytes.
-      max_side, max_pixels: limits on the size in the header, checked before anything is decoded.
+      name: what errors call it.
 
     Returns:
-      uint8 [height, width, 3], RGB. Transparent parts are white; a rotation noted in EXIF is carried out.
+      uint8 [height, width, 3], RGB. Transparent parts are white; a rotation noted in EXIF is carried out; of 16 bits a
+      channel the upper 8 are taken.
 
     Raises:
-      ImageError: the file is missing, not an image, truncated, animated, too large, or has more than 8 bits a channel.
+      ImageError: the file is missing, not an image, truncated, animated, too large, or has values without a scale.
     """
-    with _opened(source, name, max_side, max_pixels) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decoded(source, name or f"image of {len(source)} bytes")
+    name = name or repr(os.fspath(source))
+    with open_regular(source, ImageError) as file:
+        size = os.fstat(file.fileno()).st_size
+        with room_for_content(size, name):
+            return _decoded(file.read(size), name)
 
 
 def image_size(source: str | os.PathLike | bytes | BinaryIO, *, name: str | None = None) -> tuple[int, int]:
-    """(height, width) that `load_image` would return, from the header alone; the same errors, but for truncated pixels.
+    """(height, width) that `read_image` would return, from the header alone; the same errors, but for broken pixels.
 
     `source` may also be an open file, which need not be read to its end. A PNG is decoded: its EXIF may follow the pixels.
     """
-    with _opened(source, name, MAX_SIDE, MAX_PIXELS) as image:
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, bytes | bytearray | memoryview):
+            name, file = name or f"image of {len(source)} bytes", io.BytesIO(source)
+        elif isinstance(source, str | os.PathLike):
+            name, file = name or repr(os.fspath(source)), stack.enter_context(open_regular(source, ImageError))
+        else:
+            file = source
+        image = stack.enter_context(_opened(file, name))
         width, height = image.size
         # Pillow itself turns TIFFs.
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and orientation(image, name) in (5, 6, 7, 8)
         return (width, height) if turned else (height, width)
 
 
+def _decoded(data: bytes, name: str) -> np.ndarray:
+    scans = jpeg_scans(data)
+    if scans > MAX_SCANS:
+        raise ImageError(f"{name} is a JPEG of {scans} scans, more than {MAX_SCANS}: save it again")
+    with _opened(io.BytesIO(data), name) as image:
+        return rgb(image, name)
+
+
 @contextlib.contextmanager
-def _opened(source, name: str | None, max_side: int, max_pixels: int) -> Iterator[Image.Image]:
-    """The image, its header checked; whatever goes wrong until it is closed is an `ImageError`."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        name, file = name or f"image of {len(source)} bytes", io.BytesIO(source)
-    elif isinstance(source, str | os.PathLike):
-        file = pathlib.Path(source)
-        # is_file, because opening a named pipe would wait for ever.
-        if not file.is_file():
-            raise ImageError(f"{os.fspath(source)!r} is not a local file")
-        name = repr(os.fspath(source))
-    else:
-        file = source
+def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
+    """The image, its header checked, with room for its pixels; whatever goes wrong until it is closed is an `ImageError`."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            _check(image, name, max_side, max_pixels)
+        with contextlib.ExitStack() as stack:
+            head = file.read(32)
+            file.seek(0)
+            if head[:6] in (b"GIF87a", b"GIF89a"):
+                file = io.BytesIO(file.read())
+                _check_gif(file.getbuffer(), name)
+            # Pillow makes room for a WebP's pixels when it opens it.
+            size = webp_size(head)
+            if size is not None:
+                stack.enter_context(_room(*size, name))
+            image = stack.enter_context(Image.open(file, formats=FORMATS))
+            if size is None:
+                stack.enter_context(_room(*_held(image), name))
+            # A telephone's MPO file holds a preview or another view as well, not another moment. Counting the pictures of a
+            # TIFF takes time that grows with their square.
+            if image.format not in ("MPO", "GIF") and getattr(image, "is_animated", False):
+                raise ImageError(f"{name} is animated, or has several pages: {ANIMATED}")
             yield image
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} {UNKNOWN}") from None
     except Exception as error:  # a decoder fed with hostile bytes raises errors of every kind
         raise ImageError(f"{name} cannot be read: {error}") from error
 
 
-def _check(image: Image.Image, name: str, max_side: int, max_pixels: int) -> None:
-    width, height = image.size
-    if max(width, height) > max_side:
-        raise ImageError(f"{name} is {width} x {height} pixels, more than {max_side} on a side")
-    if width * height > max_pixels:
-        raise ImageError(f"{name} is {width} x {height} pixels, more than {max_pixels} in all")
-    # The second picture of a telephone's MPO file is a preview or another view, not another moment.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise ImageError(f"{name} is animated, with {image.n_frames} frames; give its frames as a video")
-    if image.mode not in EIGHT_BIT_MODES:
-        raise ImageError(f"{name} has mode {image.mode!r}; only images of 8 bits a channel are read")
+ANIMATED = "give its frames as pictures, or make a video of it (`ffmpeg -i FILE FILE.mp4`)"
+
+
+def _held(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that decoding needs room for: a TIFF's tile may be larger than its picture."""
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    sides = zip(image.size, (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH), strict=True)
+    return tuple(max(side, tags.get(tag, 0)) for side, tag in sides)
+
+
+def _room(width: int, height: int, name: str) -> contextlib.AbstractContextManager[None]:
+    limits().check(width, height, name)
+    return room_for_decoding(width * height * PICTURE_BYTES, name)
+
+
+def webp_size(head: bytes) -> tuple[int, int] | None:
+    """(width, height) in the first 30 bytes of a WebP (RFC 9649); None if they are not those of one."""
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
+        return None
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack_from("<HH", head, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    return None
+
+
+def jpeg_scans(data: bytes) -> int:
+    """How many scans the first picture of a JPEG file has; 0 if it is none."""
+    if data[:2] != b"\xff\xd8":
+        return 0
+    at, scans = 2, 0
+    while marker := _MARKER.search(data, at):
+        at = marker.end()
+        match data[at - 1]:
+            case 0xD9:  # end of the image: what follows is another one, or a video
+                break
+            case 0x01 | 0xD8:  # without content
+                continue
+            case 0xDA:
+                scans += 1
+        at += int.from_bytes(data[at : at + 2], "big")
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # within a scan, ff is followed by 0 or d0 to d7
+
+
+def _check_gif(data: memoryview, name: str) -> None:
+    """ImageError: there is more than one picture, or too much beside it. A cut or broken file passes: Pillow sees that."""
+    if len(data) < 13:
+        return
+    at, pictures, blocks = 13 + _colours(data[10]), 0, 0
+    while at < len(data) - 10:
+        match data[at]:
+            case 0x21:  # an extension: a label, then blocks
+                at, commentary = at + 2, 1
+            case 0x2C:  # a picture: its place, its colours, the size of its codes, then blocks
+                pictures += 1
+                at, commentary = at + 11 + _colours(data[at + 9]), 0
+            case _:
+                return
+        if pictures > 1:
+            raise ImageError(f"{name} is animated: {ANIMATED}")
+        blocks += commentary
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+            blocks += commentary
+            if blocks > MAX_BLOCKS:
+                break
+        if blocks > MAX_BLOCKS:
+            raise ImageError(f"{name} is a GIF with more than {MAX_BLOCKS} blocks of comments: save it again")
+        at += 1
+
+
+def _colours(flags: int) -> int:
+    """Bytes of the table of colours that these flags announce."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0

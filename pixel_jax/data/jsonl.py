@@ -8,8 +8,8 @@ A line is one example. Paths are relative to the file; nothing is fetched from a
 `turns` are what the assistant says, one after another; all but the last end with a tool call, whose result is worked out,
 not written. A turn with `"learn": false` is read and not learned (a mistake that the next turn corrects). With
 `"video": true` the images are the frames of one video, `"seconds"` apart by pairs (default 1), or one video file, whose own
-timing is the default. `answer` may be a list, and `id` is what reports call the example. An evaluation has a row for every
-`"category"`.
+timing is the default. `answer` may be a list, and `id` is what reports call the example (default: the file's name and the
+number of the line). An evaluation has a row for every `"category"`.
 """
 
 import json
@@ -68,7 +68,7 @@ def _example(line: str, folder: pathlib.Path, where: str, need_turns: bool) -> E
     answer = field("answer", lambda x: isinstance(x, str) or strings(x), "a text or a list of texts")
     video = field("video", lambda x: isinstance(x, bool), "true or false", False)
     seconds = field("seconds", lambda x: x is None or type(x) in (int, float) and x > 0, "a positive number")
-    name = field("id", lambda x: x is None or isinstance(x, str), "a text") or where
+    name = field("id", lambda x: x is None or isinstance(x, str), "a text") or pathlib.PurePath(where).name
     category = field("category", lambda x: isinstance(x, str), "a text", "")
     written = field("turns", lambda x: isinstance(x, list) and (bool(x) or not need_turns), "a list of turns", [])
     turns = []

@@ -4,19 +4,20 @@ Names come from data and are not trusted: they are relative, stay below the fold
 fetched from anywhere.
 """
 
+import contextlib
 import functools
 import io
 import pathlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.clips import clip_size, is_clip, read_clip
-from pixel_jax.data.images import ImageError, image_size, load_image
-
-MAX_BYTES = 1 << 30  # of one file in an archive, unpacked
+from pixel_jax.data.clips import clip_size, is_clip, read_frames
+from pixel_jax.data.images import ImageError, image_size, read_image
+from pixel_jax.data.limits import room_for_content
+from pixel_jax.files import open_regular
 
 
 class SourceError(ValueError):
@@ -62,24 +63,6 @@ def _open_archive(path: pathlib.Path, *version: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def read_bytes(source: Source) -> bytes:
-    """The file's content."""
-    if isinstance(source, pathlib.Path):
-        return source.read_bytes()
-    if isinstance(source, Stored):
-        return source.records[source.index]["images"][source.place]
-    with _open_member(source) as file:
-        try:
-            data = file.read(MAX_BYTES + 1)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ImageError(f"{source} cannot be read: {error}") from None
-        except Exception as error:  # zlib's own
-            raise ImageError(f"{source} cannot be unpacked: {error}") from None
-    if len(data) > MAX_BYTES:
-        raise ImageError(f"{source} has more than {MAX_BYTES} bytes")
-    return data
-
-
 def _open_member(source: Member) -> BinaryIO:
     archive = open_archive(source.archive)
     try:
@@ -92,13 +75,30 @@ def _open_member(source: Member) -> BinaryIO:
 
 
 def _open(source: Source) -> BinaryIO:
+    """A file to look at the beginning of; of a member no more is unpacked than is read."""
     if isinstance(source, Member):
         return _open_member(source)
     if isinstance(source, Stored):
-        return io.BytesIO(read_bytes(source))
-    if not source.is_file():  # opening a named pipe would wait for ever
-        raise ImageError(f"'{source}' is not a local file")
-    return source.open("rb")
+        return io.BytesIO(source.records[source.index]["images"][source.place])
+    return open_regular(source, ImageError)
+
+
+@contextlib.contextmanager
+def _content(source: Source) -> Iterator[BinaryIO]:
+    """A file that can be read anywhere. A member is unpacked into memory, once there is room for what it says it has."""
+    if not isinstance(source, Member):
+        with _open(source) as file:
+            yield file
+        return
+    with _open_member(source) as file:
+        with room_for_content(open_archive(source.archive).getinfo(source.name).file_size, str(source)):
+            try:
+                data = file.read()  # at most what it says; more is an error of its checksum
+            except (zipfile.BadZipFile, EOFError, OSError) as error:
+                raise ImageError(f"{source} cannot be read: {error}") from None
+            except Exception as error:  # zlib's own
+                raise ImageError(f"{source} cannot be unpacked: {error}") from None
+            yield io.BytesIO(data)
 
 
 def shows_clip(source: Source) -> bool:
@@ -113,14 +113,17 @@ def shows_clip(source: Source) -> bool:
 def load_frames(sources: Sequence[Source], video: bool) -> tuple[list[np.ndarray], float | None]:
     """The images, uint8 [h, w, 3] each; for one video file its frames, and the seconds that two of them cover."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
-        return read_clip(io.BytesIO(read_bytes(sources[0])), str(sources[0]))
+        with _content(sources[0]) as file:
+            frames, seconds = read_frames(file, str(sources[0]))
+        return list(frames), 2 * seconds
     return [_load(source) for source in sources], None
 
 
 def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]:
-    """(height, width) of what `load_frames` returns, from headers."""
+    """(height, width) of what `load_frames` returns, from headers and, of a video, its first frame."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
-        return clip_size(io.BytesIO(read_bytes(sources[0])), str(sources[0]))
+        with _content(sources[0]) as file:
+            return clip_size(file, str(sources[0]))
     sizes = []
     for source in sources:
         with _open(source) as file:
@@ -129,7 +132,10 @@ def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]
 
 
 def _load(source: Source) -> np.ndarray:
-    return load_image(source if isinstance(source, pathlib.Path) else read_bytes(source), name=str(source))
+    if isinstance(source, pathlib.Path):
+        return read_image(source)
+    with _content(source) as file:
+        return read_image(file.read(), name=str(source))
 
 
 class Folder:

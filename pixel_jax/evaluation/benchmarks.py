@@ -14,7 +14,6 @@ import numpy as np
 
 from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.data.sources import Folder, SourceError
-from pixel_jax.evaluation.clips import is_video
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.training.answers import references_of
 
@@ -188,21 +187,20 @@ def read_prepared(data: pathlib.Path, images: pathlib.Path | None = None) -> tup
 
 
 def read_own(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], None]:
-    """A folder of one's own (`pixel_jax.data.jsonl`); its questions are numbered by their order."""
+    """A folder of one's own (`pixel_jax.data.jsonl`), its videos shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
     found = [
         Question(
-            id=str(i),
+            id=x.id,
             question=x.question,
             answers=tuple(references_of(x.answer)),
             images=tuple(x.images),
             category=x.category,
             is_video=x.video,
-            seconds=x.seconds or 1.0,
-            video_file=x.video and len(x.images) == 1 and is_video(x.images[0]),
+            seconds=x.seconds,
         )
-        for i, x in enumerate(read_jsonl(data))
+        for x in read_jsonl(data)
     ]
     return found, None
 

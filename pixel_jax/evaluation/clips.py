@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixel_jax.data.clips import Clip, is_clip
-from pixel_jax.data.images import ImageError, image_size, load_image
+from pixel_jax.data.clips import Clip
+from pixel_jax.data.images import ImageError, image_size, read_image
+from pixel_jax.files import open_regular
 
 
 def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
@@ -22,18 +23,12 @@ def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, cou
     return [min(max(index, first), last) for index in found]
 
 
-def is_video(path: pathlib.Path) -> bool:
-    """Whether this is a video file, by its first bytes."""
-    with path.open("rb") as file:
-        return is_clip(file.read(16))
-
-
 def size_of(path: str | os.PathLike) -> tuple[int, int]:
     """(height, width) of a video file, or of the first frame of a folder of frames."""
     path = pathlib.Path(path)
     if path.is_dir():
         return image_size(_listed(path)[0])
-    with _file(path).open("rb") as file, Clip(file, str(path)) as clip:
+    with open_regular(path, ImageError) as file, Clip(file, str(path)) as clip:
         return clip.size
 
 
@@ -49,20 +44,9 @@ def load_clip(
         files = _listed(path)
         # Frames of a folder are numbered from 1.
         wanted = frame_indices(bound, folder_rate, len(files), count, first=1)
-        return [load_image(files[index - 1]) for index in wanted]
-    with _file(path).open("rb") as file, Clip(file, str(path)) as clip:
-        wanted = frame_indices(bound, float(clip.rate or 25), clip.count - 1, count)
-        frames = clip.frames({0, *wanted})
-        if not frames:
-            raise ImageError(f"{path} has no frame that can be decoded")
-        # A file can promise more frames than it has: the last one that there is stands for those that are missing.
-        return [frames.get(index, frames[max(frames)]) for index in wanted]
-
-
-def _file(path: pathlib.Path) -> pathlib.Path:
-    if not path.is_file():
-        raise ImageError(f"{os.fspath(path)!r} is not a local file")
-    return path
+        return [read_image(files[index - 1]) for index in wanted]
+    with open_regular(path, ImageError) as file, Clip(file, str(path), count) as clip:
+        return list(clip.show(lambda frames: frame_indices(bound, float(clip.rate or 25), frames - 1, count)))
 
 
 def _listed(path: pathlib.Path) -> Sequence[pathlib.Path]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.training.scorers import ScorerConfig
 
@@ -62,6 +63,7 @@ class EvalConfig:
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)  # of each process's own devices; none: one device
+    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     traces: int = 16  # questions of each benchmark and mode that are drawn in the report
     seed: int = 0  # of samples of questions and of sampled answers
 

@@ -62,6 +62,7 @@ def answer(config) -> None:
 
     from pixel_jax import from_pretrained
     from pixel_jax.data.digests import Digests, digest_model
+    from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report, summary
     from pixel_jax.evaluation.benchmarks import read
@@ -74,6 +75,7 @@ def answer(config) -> None:
 
     process, processes = jax.process_index(), jax.process_count()
     out = pathlib.Path(config.out)
+    use_limits(config.limits)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     benchmarks = {name: x for name, x in config.benchmarks.items() if x.data is not None}
     data = {

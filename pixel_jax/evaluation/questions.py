@@ -8,7 +8,10 @@ from pixel_jax.rollout.prompts import Query
 
 
 class Question(NamedTuple):
-    """`images` are pictures, or the frames of one video, or (`video_file`) one video to take `frames` frames from."""
+    """`images` are pictures, or the frames of one video, or one video file.
+
+    Of a video file frames are taken as in training, or (`video_file`) as MVBench does: `frames` of them, of a part of it.
+    """
 
     id: str
     question: str
@@ -16,7 +19,8 @@ class Question(NamedTuple):
     images: tuple[Source, ...]
     category: str = ""
     is_video: bool = False
-    seconds: float = 1.0  # that two frames cover, as the model is told; the released code says 1 for every video
+    # That two frames cover, as the model is told; the released code says 1 for every video. None: what the file says.
+    seconds: float | None = 1.0
     video_file: bool = False
     bound: tuple[float, float] | None = None  # seconds of the video file to look between
     frames: int = 16
@@ -25,12 +29,12 @@ class Question(NamedTuple):
         """(height, width) of every picture or frame, from the files' headers."""
         if self.video_file:
             return [size_of(self.images[0])] * self.frames
-        return frame_sizes(self.images, video=False)
+        return frame_sizes(self.images, self.is_video)
 
     def query(self) -> Query:
         """The question with its pixels."""
         if self.video_file:
-            pixels = load_clip(self.images[0], self.bound, count=self.frames)
+            pixels, seconds = load_clip(self.images[0], self.bound, count=self.frames), None
         else:
-            pixels, _ = load_frames(self.images, video=False)
-        return Query(self.question, pixels, self.is_video, self.seconds)
+            pixels, seconds = load_frames(self.images, self.is_video)
+        return Query(self.question, pixels, self.is_video, self.seconds or seconds or 1.0)

@@ -60,7 +60,7 @@ def place(
     PromptError: too many images, too long a text or too long a picture for every bucket. ImageError: one is broken.
     """
     outline = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
-    query = Query(question.question, outline, question.is_video, question.seconds)
+    query = Query(question.question, outline, question.is_video, question.seconds or 1.0)
     best, why = None, ""
     for bucket in buckets:
         try:

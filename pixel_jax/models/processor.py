@@ -12,6 +12,7 @@ from PIL import Image
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.ops import IMAGE_MEAN, IMAGE_STD, host_crop_resize, smart_resize, temporal_slices
+from pixel_jax.pictures import rgb
 
 PREPROCESSOR = "preprocessor_config.json"
 NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
@@ -69,7 +70,7 @@ class Processor:
         """The keyword arguments of `pixel_jax.forward`.
 
         text:   one text or a batch; each `<|image_pad|>` (`<|video_pad|>`) in it stands for the next image (video)
-        images: Pillow images or uint8 [h, w, 3], of all texts in order
+        images: Pillow images (`pixel_jax.pictures.rgb`) or uint8 [h, w, 3], of all texts in order
         videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled, at `fps` frames a second
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -132,7 +133,7 @@ def _expand(text: str, counts: dict[str, list[int]]) -> str:
 
 def _rgb(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return Image.fromarray(rgb(image))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise ValueError(f"an image must be a Pillow image or uint8 [h, w, 3], got {array.dtype} {array.shape}")

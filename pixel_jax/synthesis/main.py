@@ -17,11 +17,13 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    from pixel_jax.data.limits import use_limits
     from pixel_jax.synthesis.run import SynthConfig, show, synthesize
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(SynthConfig, FLAGS.config)
+    use_limits(config.limits)
     report = synthesize(config)
     show(report)
     if not report["made"]:

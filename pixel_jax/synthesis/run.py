@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pixel_jax.data.digests import Digests
+from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.endpoint import Endpoint, EndpointError
 from pixel_jax.files import write_file
@@ -59,6 +60,7 @@ class SynthConfig:
     attempts: int = 3  # at each analysis
     pad: float = 0.1  # of `RolloutConfig`: what the crop tool adds on each side of a box
     min_crop: int = 28  # of `RolloutConfig`
+    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes
     seed: int = 0  # of the kinds of traces, and of the wrong places in them
 
     def __post_init__(self):
@@ -121,7 +123,7 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out=""))
+    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out="", limits=Limits()))
     for name in (
         "url",
         "requests_per_second",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pixel_jax.data.digests import Digests
-from pixel_jax.data.images import ImageError, image_size, load_image
+from pixel_jax.data.images import ImageError, image_size, read_image
 from pixel_jax.data.synthesis import VIDEO_KINDS, grown, image_turns, in_pixels, outward, video_turns
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.endpoint import NoAnswerError
@@ -114,7 +114,7 @@ def make(
     if last_boxed(f"\\boxed{{{answer}}}") != answer or checks.unfit(answer):
         return Outcome(None, "the answer does not fit a box", {})
     try:
-        images = [load_image(path) for path in seed.images]  # also for a writer that looks at none: who tunes will
+        images = [read_image(path) for path in seed.images]  # also for a writer that looks at none: who tunes will
     except ImageError as error:
         return Outcome(None, f"{UNREADABLE}: {error}", {})
     final = lambda text: checks.local_problem(text, seed.answers)

@@ -1,0 +1,94 @@
+"""How large a picture or a video may be, and how much memory reading takes in all threads of the process together."""
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+
+from pixel_jax.pictures import ImageError
+
+# Bytes that decoding a pixel takes at most, the array that is returned included: WebP, which is decoded into two canvases
+# of 4 bytes and copied twice, and photographs turned by their EXIF. Measured: up to 20.
+PICTURE_BYTES = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Sizes are those that the file's header says, looked at before anything is decoded.
+
+    What is read at the same time waits for room in `memory`, by the sizes in the headers. It bounds what reading takes;
+    pixels that were handed out are their owner's: a thread has those of one question.
+    """
+
+    side: int = 65_535  # pixels of a picture or a frame; what JPEG can hold
+    pixels: int = 1 << 26  # of a picture or a frame
+    memory: int = 4 << 30  # bytes: a quarter for the content of files, the rest for decoding
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)}")
+
+    def check(self, width: int, height: int, name: str) -> None:
+        """ImageError: a picture or a frame of this size is too large."""
+        if max(width, height) > self.side:
+            raise ImageError(f"{name} is {width} x {height} pixels, more than {self.side} on a side (limits.side)")
+        if width * height > self.pixels:
+            raise ImageError(f"{name} is {width} x {height} pixels, more than {self.pixels} in all (limits.pixels)")
+
+
+class Budget:
+    """Bytes that all threads share."""
+
+    def __init__(self, total: int):
+        self.total, self._used, self._changed = total, 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def room(self, size: int, name: str) -> Iterator[None]:
+        """Waits until there is room for `size` bytes, and holds it. ImageError: there never will be."""
+        if size > self.total:
+            raise ImageError(
+                f"{name} takes {size:,} bytes to read, more than the {self.total:,} there are (limits.memory)"
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + size <= self.total)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
+
+
+class _Process:
+    """The limits of this process, and what it has left. Room for content is asked for before room for decoding, and never
+    twice by one thread: so threads cannot wait for one another in a circle."""
+
+    def __init__(self, limits: Limits):
+        self.limits = limits
+        self.content = Budget(limits.memory // 4)
+        self.decoding = Budget(limits.memory - limits.memory // 4)
+
+
+_process = _Process(Limits())
+
+
+def use_limits(limits: Limits) -> None:
+    """Sets the limits of this process. What is being read keeps those it began with."""
+    global _process
+    _process = _Process(limits)
+
+
+def limits() -> Limits:
+    return _process.limits
+
+
+def room_for_content(size: int, name: str) -> contextlib.AbstractContextManager[None]:
+    """Room for `size` bytes of a file."""
+    return _process.content.room(size, name)
+
+
+def room_for_decoding(size: int, name: str) -> contextlib.AbstractContextManager[None]:
+    """Room for `size` bytes of pixels and of what decoding them takes."""
+    return _process.decoding.room(size, name)
