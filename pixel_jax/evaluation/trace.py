@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from pixel_jax.dialog.observations import Kind
+from pixel_jax.dialog.observations import HEAD, Kind
+from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
 from pixel_jax.rollout.trajectory import STOP_REASONS, Trajectories
 
-END = "<|im_end|>"
+END = SPECIAL_TOKENS["im_end"]
 
 
 @dataclasses.dataclass
@@ -100,16 +101,13 @@ def make_trace(
     items = 1 if query.is_video else len(query.images)
     shown = iter(zip(frames[int(grids[:items, 0].sum()) :, 0], grids[items:], strict=True))
 
-    turns, call = [], -1
-    for role, text in _messages(t, row, vocabulary)[2:]:
-        if role == "assistant":
-            turns.append(Turn("assistant", text.removesuffix("\n").removesuffix(END)))
-            continue
-        call += 1
+    written, answered = _messages(t, row, vocabulary)
+    turns = []
+    for call, ids in enumerate(answered):
+        turns.append(Turn("assistant", written[call]))
         kind = int(t.calls.observation[row, call])
-        count = text.count("<|vision_start|>")
-        images = [seen(*next(shown), "what it saw") for _ in range(count)]
-        turns.append(Turn("tool", _readable(text), images, failed=count == 0))
+        images = [seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start)))]
+        turns.append(Turn("tool", _text_of(ids, vocabulary), images, failed=not images))
         if kind == Kind.CROP:
             pictures[int(t.calls.canvas[row, call])].boxes.append((call + 1, *map(int, t.calls.box[row, call])))
         for frame in t.calls.frames[row, call] if kind == Kind.FRAMES else ():
@@ -117,6 +115,7 @@ def make_trace(
                 pictures[int(frame)].boxes.append(
                     (call + 1, 0, 0, pictures[int(frame)].width, pictures[int(frame)].height)
                 )
+    turns.append(Turn("assistant", written[-1]))
     return Trace(
         question=query.question,
         pictures=pictures,
@@ -134,21 +133,28 @@ def _picture(image: np.ndarray, caption: str) -> Picture:
     return Picture(data_uri(image), image.shape[1], image.shape[0], caption)
 
 
-def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """(role, text) of every message. A message begins where the template, not the policy, wrote `<|im_start|>`."""
-    messages: list[list[int]] = []
-    for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
-        if token == vocabulary.im_start and not chosen:
-            messages.append([])
-        else:
-            messages[-1].append(int(token))
-    texts = (vocabulary.to_bytes(ids).decode("utf-8", "replace") for ids in messages)
-    return [tuple(text.split("\n", 1)) for text in texts]
+def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[str], list[np.ndarray]]:
+    """The texts of the policy's turns and the ids of the answers between them, one fewer.
+
+    Where one ends and the next begins follows from who wrote which token (`chosen`), not from what the tokens are: the
+    policy may write anything. In what it did not write, special tokens are the template's: texts have none.
+    """
+    ids, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+    runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)
+    if len(runs) % 2:  # it ends with an answer to which the policy wrote nothing
+        runs.append(ids[:0])
+    # The prompt ends where the assistant begins; how its first turn was made to begin follows, if it was.
+    opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
+    texts = [vocabulary.to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
+    texts[0] = vocabulary.to_bytes(opening).decode("utf-8", "replace").removeprefix(flatten(PROMPT)) + texts[0]
+    return texts, runs[2::2]
 
 
-def _readable(text: str) -> str:
-    """An observation without its chat markup; images are drawn beside it."""
-    return text.split(END, 1)[0].split("<|vision_start|>", 1)[0].strip("\n")
+def _text_of(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text of an observation: what the template puts around it goes, and its images are drawn beside it."""
+    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
+    text = vocabulary.to_bytes(ids[:end]).decode("utf-8", "replace")
+    return text.removeprefix(flatten(HEAD)).strip("\n")
 
 
 def _name(query: Query, index: int) -> str:
