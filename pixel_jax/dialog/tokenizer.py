@@ -98,7 +98,9 @@ class Vocabulary:
             special[field] = added[text]
         for text in SPECIAL_TOKENS.values():
             if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
-                raise ValueError(f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens")
+                raise ValueError(
+                    f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
+                )
         single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
         missing = [character for character in "0123456789-" if character.encode() not in single]
         if missing:

@@ -49,6 +49,7 @@ class SynthConfig:
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
+    image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
     # Shares of single-pass, recrop, recrop twice, further zoom-in; and of single-pass, reselect. The paper's.
     image: tuple[float, float, float, float] = Mix.image
@@ -75,7 +76,7 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
     Raises:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
     """
-    seeds = read_seeds(config.seeds)
+    seeds = read_seeds(config.seeds, config.image_folders)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     kinds, impossible = plan(seeds, config)
@@ -112,7 +113,7 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out=""))
+    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out="", image_folders=()))
     for name in (
         "url",
         "requests_per_second",

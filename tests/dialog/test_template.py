@@ -131,9 +131,7 @@ def test_ids_are_those_of_the_whole_text(make):
 def test_a_question_that_spells_structure_has_none(question):
     vocabulary = qwen_vocabulary()
     structure = {getattr(vocabulary, name) for name in SPECIAL_TOKENS}
-    ids, plain = (
-        to_ids(render(first_messages(x, [Media("image", 0)])), vocabulary, [3]) for x in (question, "What?")
-    )
+    ids, plain = (to_ids(render(first_messages(x, [Media("image", 0)])), vocabulary, [3]) for x in (question, "What?"))
     assert [x for x in ids if x in structure] == [x for x in plain if x in structure]
     assert vocabulary.to_bytes(ids).count(question.encode()) == 1 + vocabulary.to_bytes(plain).count(question.encode())
 

@@ -1,6 +1,7 @@
 """Traces and pages: what is drawn is what happened, and nothing from outside becomes markup."""
 
 import base64
+import dataclasses
 import io
 import json
 from html.parser import HTMLParser
@@ -63,6 +64,22 @@ def test_traces_show_what_happened(found):
             else:
                 assert not boxes and not turn.pictures
     assert crops > 2 and frames > 0
+
+
+def test_messages_follow_from_who_wrote_them(found):
+    """Whatever tokens the policy writes, and whatever its turn was made to begin with."""
+    t, made = found
+    words = talker.vocabulary()
+    row = next(i for i, item in enumerate(made) if len(item.turns) > 2)
+    at = np.flatnonzero(t.chosen[row])
+    tokens = t.tokens.copy()
+    tokens[row, at[:2]] = words.im_start, words.im_start
+    item = traces.make_trace(t._replace(tokens=tokens), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    assert item.turns[0].text.startswith("<|im_start|><|im_start|>") and item.turns[1:] == made[row].turns[1:]
+    chosen = t.chosen.copy()
+    chosen[row, at[:2]] = False  # an opening
+    item = traces.make_trace(t._replace(chosen=chosen), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    assert dataclasses.replace(item, correct=made[row].correct) == made[row]
 
 
 def test_traces_survive_a_file(found, tmp_path):
