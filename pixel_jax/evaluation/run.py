@@ -243,9 +243,7 @@ def evaluate(
                         if questions[i].category
                         else questions[i].id,
                     )
-                    partial = directory / "traces" / f"{i}.partial"
-                    traces.save(partial, [made])
-                    os.replace(partial, directory / "traces" / f"{i}.json")
+                    traces.save(directory / "traces" / f"{i}.json", [made])
             return found
 
         progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(places)
