@@ -1,5 +1,6 @@
 """Files of other people and of our own runs: read with limits and named errors, written so that no kill leaves half of one."""
 
+import codecs
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import pathlib
 import re
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
 MAX_DEPTH = 100  # lists and objects inside one another
@@ -68,7 +69,7 @@ def parse_json(text: str | bytes, where: str, error: Callable[[str], Exception] 
     """The value of a JSON document (RFC 8259), strictly: what any of its readers may understand differently is refused.
 
     Args:
-        text: the document; bytes are UTF-8.
+        text: the document; bytes are UTF-8, with or without a byte order mark.
         where: what messages call it, such as `FILE:LINE`.
         error: the class of the errors.
     Raises:
@@ -76,8 +77,9 @@ def parse_json(text: str | bytes, where: str, error: Callable[[str], Exception] 
             64 bits; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
+        _refuse_utf16(text, where, error)
         try:
-            text = text.decode("utf-8")
+            text = text.decode("utf-8-sig")
         except UnicodeDecodeError as reason:
             raise error(f"{where} is not UTF-8: {reason}") from None
     try:
@@ -91,6 +93,36 @@ def parse_json(text: str | bytes, where: str, error: Callable[[str], Exception] 
     if wrong := _flaw(value, texts=bool(_SURROGATE.search(text)) or not _encodes(text)):
         raise error(f"{where} {wrong}")
     return value
+
+
+def read_lines(
+    path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError
+) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file of JSON lines that are not blank, each behind its `FILE:LINE`, to be given to `parse_json`.
+
+    A line feed ends a line and nothing else does: U+2028 and U+0085 may stand in a JSON text as they are.
+
+    Raises:
+        error: the file cannot be read, is UTF-16, or has a line of more than `limit` bytes. The message names it.
+    """
+    name = os.fspath(path)
+    with open_regular(path, error) as file:
+        try:
+            _refuse_utf16(file.peek(2), repr(name), error)
+            for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
+                if len(line) > limit:
+                    raise error(f"{name}:{number} has more than {limit:,} bytes")
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield f"{name}:{number}", line
+        except OSError as reason:
+            raise error(f"{name!r} cannot be read: {reason.strerror or reason}") from None
+
+
+def _refuse_utf16(data: bytes, where: str, error: Callable[[str], Exception]) -> None:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise error(f"{where} is UTF-16: save it as UTF-8")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

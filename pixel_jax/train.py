@@ -36,6 +36,9 @@ class TrainConfig:
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
     out: str  # run directory: checkpoints, metrics, and at the end the model
+    image_folders: tuple[
+        str, ...
+    ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
     sft: SFTConfig | None = None
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
@@ -134,7 +137,12 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     use_limits(config.limits)
-    examples, report = read_examples(config.data, turns=command == "sft", drop=config.bad_rows == "drop")
+    examples, report = read_examples(
+        config.data,
+        turns=command == "sft",
+        drop=config.bad_rows == "drop",
+        image_folders=config.image_folders,
+    )
     facts = {}
     if first():
         announce_compiles()

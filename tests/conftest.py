@@ -1,6 +1,7 @@
-"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and three markers.
+"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and four markers.
 
-`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed.
+`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed, and
+`chromium` where the browser is not.
 """
 
 import gc
@@ -8,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import pathlib
+import shutil
 
 from hypothesis import HealthCheck, settings
 
@@ -50,6 +52,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     unwanted = set() if config.getoption("--all") else {"slow"}
     unwanted |= {name for name in ("torch", "libtpu") if importlib.util.find_spec(name) is None}
+    unwanted |= set() if shutil.which("chromium") else {"chromium"}
     out = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
     if out:
         config.hook.pytest_deselected(items=out)

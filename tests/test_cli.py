@@ -109,9 +109,9 @@ def test_help(name):
 
 def test_view_draws_saved_traces(tmp_path):
     pixels = talker.image(0, 30, 40)
-    picture = Picture(traces.data_uri(pixels), 40, 30, "image", [(1, 4, 5, 20, 25)])
-    turns = [Turn("assistant", "I look."), Turn("tool", "Here it is."), Turn("assistant", "\\boxed{7}")]
-    found = [Trace(question, [picture], [picture], turns, "answer", answer="7") for question in ("Which?", HOSTILE)]
+    picture = Picture(traces.data_uri(pixels), 40, 30, "image", ((1, 4, 5, 20, 25),))
+    turns = (Turn("assistant", "I look."), Turn("tool", "Here it is."), Turn("assistant", "\\boxed{7}"))
+    found = [Trace(question, (picture,), (picture,), turns, "answer", answer="7") for question in ("Which?", HOSTILE)]
     traces.save(tmp_path / "traces.json", found)
     code, out, error = command("view", "traces.json", "--out=page.html", cwd=tmp_path)
     assert code == 0 and "2 traces are drawn in page.html" in out, error

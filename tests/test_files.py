@@ -1,5 +1,6 @@
 """JSON of other people is read strictly, and a file of our own is written whole."""
 
+import codecs
 import json
 import os
 import stat
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixel_jax.files import MAX_DEPTH, FileError, parse_json, read_bytes, read_json, write_file
+from pixel_jax.files import MAX_DEPTH, FileError, parse_json, read_bytes, read_json, read_lines, write_file
 
 json_values = st.recursive(
     st.none()
@@ -39,6 +40,7 @@ def test_what_json_writes_is_read(value, escape):
         ('"\\ud800"', "surrogate"),
         ('{"\\udfff": 1}', "surrogate"),
         (b"\xff", "is not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
         ("[" * 101 + "]" * 101, "nested deeper"),
         ("[" * 100_000, "nested deeper"),
         ("[" * 3000 + "]" * 3000, "nested deeper"),
@@ -82,3 +84,29 @@ def test_a_file_is_written_whole_with_the_rights_of_new_files(tmp_path):
     with pytest.raises(TypeError):
         write_file(tmp_path / "a.json", 7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "plain"]
+
+
+def test_a_line_feed_ends_a_line_and_nothing_else_does(tmp_path):
+    """All that `str.splitlines` takes for an end of line is legal inside a JSON text, but for the two that JSON escapes."""
+    texts = [f"a{x}b" for x in "\u2028\u2029\x85\x1c\x1d\x1e\x0b\x0c"]
+    lines = [json.dumps(x, ensure_ascii=x < "a\x80").encode() for x in texts]
+    for mark, end in ((b"", b"\n"), (codecs.BOM_UTF8, b"\r\n")):
+        (tmp_path / "x").write_bytes(mark + end + end.join([*lines, b"  "]))
+        found = list(read_lines(tmp_path / "x"))
+        assert [where for where, _ in found] == [f"{tmp_path / 'x'}:{i}" for i in range(2, len(texts) + 2)]
+        assert [parse_json(line, where) for where, line in found] == texts
+    assert parse_json(codecs.BOM_UTF8 + b"[1]", "x") == [1]
+
+
+def test_lines_that_cannot_be_read_are_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "wide").write_text("[1]", "utf-16")
+    (tmp_path / "long").write_bytes(b"[1]\n[1, 2, 3]\n")
+    for name, said in (
+        ("pipe", "is not a regular file"),
+        ("wide", "is UTF-16: save it as UTF-8"),
+        ("long", "long:2 has more than 5 bytes"),
+        ("none", "cannot be opened"),
+    ):
+        with pytest.raises(FileError, match=f"{name}.*{said.removeprefix(name)}"):
+            list(read_lines(tmp_path / name, limit=5))

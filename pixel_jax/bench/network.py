@@ -72,7 +72,7 @@ def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
     """
     model = random_model(quick, layers=4)
     words, config = vocabulary(), model.config.text
-    token = lambda text: words.encode(text)[0]
+    token = lambda text: words.im_end if text == END else words.encode(text)[0]
     # What may follow each token, as a logit. A thought follows a thought 7 times in 8.
     chain = {START: {THOUGHT: 30.0}, THOUGHT: {THOUGHT: 30.0, CROP: 30.0 - np.log(7.0)}, CLOSE: {END: 30.0}}
     if answers:

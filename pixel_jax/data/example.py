@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,11 @@ from pixel_jax.rollout.prompts import Query
 
 class ExampleError(ValueError):
     """A row that is no example; the message names file, row and field."""
+
+
+def is_seconds(value: Any) -> bool:
+    """Whether this is a time between frames: a number that a float32 holds, up to eleven days."""
+    return type(value) in (int, float) and 1e-6 <= value <= 1e6
 
 
 class Example(NamedTuple):

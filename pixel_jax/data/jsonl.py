@@ -1,6 +1,7 @@
 """A folder of one's own: `*.jsonl` files, in the order of their names, or one of them, with images beside.
 
-A line is one example. Paths are relative to the file; nothing is fetched from anywhere.
+A line is one example. Paths are relative to the file and lead to files in its folder, or in one that the config's
+`image_folders` allow: `("/",)` allows all, for lines that one has written oneself. Nothing is fetched from anywhere.
 
     {"question": "...", "images": ["a.jpg"], "answer": "7"}                                  for reinforcement learning
     {"question": "...", "images": ["a.jpg"], "answer": "7", "turns": ["...", {"text": "...", "learn": false}, "..."]}
@@ -12,21 +13,30 @@ timing is the default. `answer` may be a list, and `id` is what reports call the
 number of the line). An evaluation has a row for every `"category"`.
 """
 
-import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, Report
+from pixel_jax.data.example import Example, ExampleError, Report, is_seconds
+from pixel_jax.data.sources import locate
 from pixel_jax.data.traces import Turn
+from pixel_jax.files import parse_json, read_lines
+from pixel_jax.terminal import brief
 
 FIELDS = {"question", "images", "answer", "turns", "video", "seconds", "id", "category"}
 
 
-def read_jsonl(path: str | pathlib.Path, *, turns: bool = False, report: Report | None = None) -> list[Example]:
+def read_jsonl(
+    path: str | pathlib.Path,
+    *,
+    turns: bool = False,
+    report: Report | None = None,
+    image_folders: Sequence[str] = (),
+) -> list[Example]:
     """The examples of a file or folder, checked: every field, every image's path. With `turns` they are required.
 
-    A `report` that drops takes note of what is no example; otherwise the first such line is an `ExampleError`.
+    Images lie in the folder or in one of `image_folders` (`pixel_jax.data.sources.locate`). A `report` that drops takes note
+    of what is no example; otherwise the first such line is an `ExampleError`.
     """
     path = pathlib.Path(path)
     report = report or Report(str(path))
@@ -35,31 +45,24 @@ def read_jsonl(path: str | pathlib.Path, *, turns: bool = False, report: Report 
         raise ExampleError(
             f"{path} holds no *.jsonl files and no prepared TFDS data, whose folder has a dataset_info.json"
         )
-    if not files[0].is_file():
-        raise ExampleError(f"{path} is not a file")
     examples: list[Example] = []
     for file in files:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    report.take(examples, lambda: _example(line, file.parent, f"{file}:{number}", turns))  # noqa: B023
+        for where, line in read_lines(file, error=ExampleError):
+            report.take(examples, lambda: _example(line, file.parent, image_folders, where, turns))  # noqa: B023
     return examples
 
 
-def _example(line: str, folder: pathlib.Path, where: str, need_turns: bool) -> Example:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ExampleError(f"{where} is not JSON: {error}") from None
+def _example(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str, need_turns: bool) -> Example:
+    row = parse_json(line, where, ExampleError)
     if not isinstance(row, dict):
         raise ExampleError(f"{where} is {type(row).__name__}, not an object")
     if unknown := sorted(row.keys() - FIELDS):
-        raise ExampleError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(sorted(FIELDS))}")
+        raise ExampleError(f"{where} has the unknown field {brief(unknown[0])}; known are {', '.join(sorted(FIELDS))}")
 
     def field(name: str, check: Callable[[Any], bool], wanted: str, default: Any = None) -> Any:
         value = row.get(name, default)
         if not check(value):
-            raise ExampleError(f"{where}: {name!r} must be {wanted}, not {value!r}")
+            raise ExampleError(f"{where}: {name!r} must be {wanted}, not {brief(value)}")
         return value
 
     strings = lambda x: isinstance(x, list) and bool(x) and all(isinstance(item, str) for item in x)
@@ -67,7 +70,7 @@ def _example(line: str, folder: pathlib.Path, where: str, need_turns: bool) -> E
     images = field("images", strings, "a list of at least one path")
     answer = field("answer", lambda x: isinstance(x, str) or strings(x), "a text or a list of texts")
     video = field("video", lambda x: isinstance(x, bool), "true or false", False)
-    seconds = field("seconds", lambda x: x is None or type(x) in (int, float) and x > 0, "a positive number")
+    seconds = field("seconds", lambda x: x is None or is_seconds(x), "a positive number, at most a million")
     name = field("id", lambda x: x is None or isinstance(x, str), "a text") or pathlib.PurePath(where).name
     category = field("category", lambda x: isinstance(x, str), "a text", "")
     written = field("turns", lambda x: isinstance(x, list) and (bool(x) or not need_turns), "a list of turns", [])
@@ -80,11 +83,9 @@ def _example(line: str, folder: pathlib.Path, where: str, need_turns: bool) -> E
                 turns.append(Turn(((text, rest.get("learn", True)),)))
             case _:
                 wanted = 'a turn is a text or {"text": ..., "learn": true or false}'
-                raise ExampleError(f"{where}: {wanted}, not {item!r}")
-    paths = tuple(folder / image for image in images)
-    for image in paths:
-        if not image.is_file():
-            raise ExampleError(f"{where}: there is no image {image}")
+                raise ExampleError(f"{where}: {wanted}, not {brief(item)}")
+    refuse = lambda why: ExampleError(f"{where}: {why}")
+    paths = tuple(locate(image, folder, others, error=refuse) for image in images)
     return Example(
         id=name,
         question=question,

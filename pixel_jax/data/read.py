@@ -1,6 +1,7 @@
 """Examples from whatever file they are in."""
 
 import pathlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pixel_jax.data.example import Example, ExampleError, Report
@@ -9,7 +10,9 @@ from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.data.released import read_questions, read_traces
 
 
-def read_examples(path: str | pathlib.Path, *, turns: bool, drop: bool = False) -> tuple[list[Example], Report]:
+def read_examples(
+    path: str | pathlib.Path, *, turns: bool, drop: bool = False, image_folders: Sequence[str] = ()
+) -> tuple[list[Example], Report]:
     """The examples of a file, their pixels left where they are, and what became of its rows.
 
     Args:
@@ -18,6 +21,7 @@ def read_examples(path: str | pathlib.Path, *, turns: bool, drop: bool = False) 
       turns: they are needed, for tuning.
       drop: what cannot be used is left out and counted. That takes a look at every image, to the last pixel; otherwise a
         broken image is an error when its turn comes. The first bad row is an error then, too.
+      image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
     """
     path = pathlib.Path(path)
     report = Report(str(path), drop)
@@ -30,11 +34,11 @@ def read_examples(path: str | pathlib.Path, *, turns: bool, drop: bool = False) 
     elif not (path.is_file() or path.is_dir()):
         raise ExampleError(f"{path} is not a file or directory")
     elif path.is_dir() or path.suffix == ".jsonl":
-        examples = read_jsonl(path, turns=turns, report=report)
+        examples = read_jsonl(path, turns=turns, report=report, image_folders=image_folders)
     elif path.suffix == ".json":
-        examples = read_traces(path, report)
+        examples = read_traces(path, report, image_folders)
     elif path.suffix == ".parquet":
-        examples = read_questions(path, report)
+        examples = read_questions(path, report, image_folders)
     else:
         raise ExampleError(
             f"{path} must be a .jsonl, .json or .parquet file, or a directory of .jsonl files or prepared by TFDS"

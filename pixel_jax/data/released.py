@@ -11,11 +11,11 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
   `\\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
 """
 
+import codecs
 import decimal
-import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pixel_jax.data.example import Example, ExampleError, Report
@@ -23,33 +23,43 @@ from pixel_jax.data.sources import Folder
 from pixel_jax.data.traces import Turn
 from pixel_jax.dialog import grammar
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
+from pixel_jax.files import open_regular, parse_json, read_json, read_lines
+from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
 
 LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
 OPEN, CLOSE = grammar.OPEN.decode(), grammar.CLOSE.decode()
+QUESTION_COLUMNS = ("question", "answer", "image", "is_video", "qid")
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
 MILLIONTHS = decimal.Decimal("0.000001")
 
 
-def read_traces(path: str | pathlib.Path, report: Report) -> list[Example]:
-    """The examples of a `release.json`: an array of rows, or a row a line."""
+def read_traces(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
+    """The examples of a `release.json`: an array of rows, or a row a line.
+
+    Images lie in its folder or in one of `image_folders` (`pixel_jax.data.sources.locate`).
+    """
     path = pathlib.Path(path)
-    folder = Folder(path.parent)
+    folder = Folder(path.parent, image_folders)
     examples: list[Example] = []
-    for number, row in enumerate(_json_rows(path), 1):
-        report.take(examples, lambda: trace_example(row, f"{path}, row {number}", folder, report))  # noqa: B023
+    for where, row in _json_rows(path):
+        report.take(examples, lambda: trace_example(row(), where, folder, report))  # noqa: B023
     return examples
 
 
-def _json_rows(path: pathlib.Path) -> Iterator[Any]:
-    text = path.read_text("utf-8")
-    try:
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-        else:
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
-    except (ValueError, RecursionError) as error:
-        raise ExampleError(f"{path} is not JSON: {error}") from None
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Where every row stands, and how it is read."""
+    with open_regular(path, ExampleError) as file:
+        whole = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    if not whole:
+        for where, line in read_lines(path, error=ExampleError):
+            yield where, lambda line=line, where=where: parse_json(line, where, ExampleError)
+        return
+    rows = read_json(path, error=ExampleError)
+    if not isinstance(rows, list):
+        raise ExampleError(f"{path} is {type(rows).__name__}, not a list of rows")
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", lambda row=row: row
 
 
 def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Example:
@@ -57,7 +67,7 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     row = _fields(row, ("qid", "message_list"), where)
     name = row["qid"]
     if not isinstance(name, str | int) or name == "":
-        raise ExampleError(f"{where}: 'qid' must be a text or a number, not {name!r}")
+        raise ExampleError(f"{where}: 'qid' must be a text or a number, not {brief(name)}")
     where = f"{where} ({name})"
     messages = row["message_list"]
     if not isinstance(messages, list):
@@ -66,7 +76,7 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     system = messages.pop(0).text if messages and messages[0].role == "system" else None
     roles = [message.role for message in messages]
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {roles}")
+        raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {brief(roles)}")
     first = messages[0]
     if not first.text or not first.images:
         raise ExampleError(f"{where}: the first message needs a question and an image or a video")
@@ -116,18 +126,20 @@ def _message(message: Any, where: str) -> Message:
     if isinstance(content, str):
         content = [{"text": content}]
     if not isinstance(role, str) or not isinstance(content, list):
-        raise ExampleError(f"{where}: a message has a role and a list of parts, not {role!r} and {content!r}")
+        raise ExampleError(f"{where}: a message has a role and a list of parts, not {brief(role)} and {brief(content)}")
     texts, images, videos, text_before, text_after = [], [], [], False, False
     for part in content:
         if not isinstance(part, Mapping):
-            raise ExampleError(f"{where}: a part of a message is an object, not {part!r}")
+            raise ExampleError(f"{where}: a part of a message is an object, not {brief(part)}")
         given = {kind: value for kind, value in part.items() if value is not None and kind != "type"}
         if len(given) != 1 or not given.keys() <= {"text", "image", "video"}:
-            raise ExampleError(f"{where}: a part of a message is one of text, image and video, not {sorted(given)}")
+            raise ExampleError(
+                f"{where}: a part of a message is one of text, image and video, not {brief(sorted(given))}"
+            )
         ((kind, value),) = given.items()
         if kind == "text":
             if not isinstance(value, str):
-                raise ExampleError(f"{where}: a text is no text: {value!r}")
+                raise ExampleError(f"{where}: a text is no text: {brief(value)}")
             texts.append(value)
             text_after = text_after or bool(value and (images or videos))
             continue
@@ -171,36 +183,56 @@ def _short(number: re.Match) -> str:
     text = number.group()
     if len(text) <= grammar.MAX_CHARACTERS and "e" not in text.lower():
         return text
-    value = decimal.Decimal(text)
-    if abs(value) > grammar.MAX_UNITS:
+    try:
+        value = decimal.Decimal(text)
+        if abs(value) > grammar.MAX_UNITS:
+            return text
+        return f"{value.quantize(MILLIONTHS, decimal.ROUND_DOWN).normalize():f}"
+    except decimal.DecimalException:  # 1e999999999 is more than a Decimal holds
         return text
-    return f"{value.quantize(MILLIONTHS, decimal.ROUND_DOWN).normalize():f}"
 
 
-def read_questions(path: str | pathlib.Path, report: Report) -> list[Example]:
-    """The examples of a `release.parquet`."""
+def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
+    """The examples of a `release.parquet`; its images lie where those of `read_traces` do."""
+    path = pathlib.Path(path)
+    folder = Folder(path.parent, image_folders)
+    examples: list[Example] = []
+    for where, row in parquet_rows(path, QUESTION_COLUMNS, ExampleError):
+        report.take(examples, lambda: question_example(row(), where, folder))  # noqa: B023
+    return examples
+
+
+def parquet_rows(
+    path: pathlib.Path, columns: Sequence[str], error: Callable[[str], Exception]
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Where every row of a Parquet file stands, and how its `columns` are read. `error`: it cannot be, or has no such."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ExampleError(f"{path} is a Parquet file: `pip install -e .[data]` to read it") from None
+        raise error(f"{path} is a Parquet file: `pip install -e .[data]` to read it") from None
 
-    path = pathlib.Path(path)
-    folder = Folder(path.parent)
-    columns = ["question", "answer", "image", "is_video", "qid"]
-    examples: list[Example] = []
+    def read(batch, index: int, where: str) -> dict[str, Any]:
+        row = {}
+        for name in columns:
+            try:
+                row[name] = batch.column(name)[index].as_py()
+            except (ValueError, pyarrow.ArrowException) as reason:  # a text that is no UTF-8
+                raise error(f"{where}: {name!r} cannot be read: {reason}") from None
+        return row
+
+    number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with open_regular(path, error) as opened, parquet.ParquetFile(opened) as file:
             if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise ExampleError(f"{path} has no column {missing[0]!r}, only {', '.join(file.schema_arrow.names)}")
-            number = 0
-            for batch in file.iter_batches(columns=columns):
-                for row in batch.to_pylist():
+                raise error(f"{path} has no column {missing[0]!r}, only {brief(file.schema_arrow.names)}")
+            for batch in file.iter_batches(columns=list(columns)):
+                for index in range(batch.num_rows):
                     number += 1
-                    report.take(examples, lambda: question_example(row, f"{path}, row {number}", folder))  # noqa: B023
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ExampleError(f"{path} cannot be read: {error}") from None
-    return examples
+                    where = f"{path}, row {number}"
+                    yield where, lambda batch=batch, index=index, where=where: read(batch, index, where)
+    except (pyarrow.ArrowException, OSError) as reason:
+        raise error(f"{path} cannot be read: {reason}") from None
 
 
 def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Example:
@@ -218,7 +250,7 @@ def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Exam
         ("is_video", is_video, is_video is None or isinstance(is_video, bool)),
     ):
         if not good:
-            raise ExampleError(f"{where}: {field!r} cannot be {value!r}")
+            raise ExampleError(f"{where}: {field!r} cannot be {brief(value)}")
     return Example(
         id=str(name),
         question=question,
@@ -232,5 +264,5 @@ def _fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ExampleError(f"{where} is {type(value).__name__}, not an object")
     if missing := [name for name in names if name not in value]:
-        raise ExampleError(f"{where} has no {missing[0]!r}, only {', '.join(map(repr, value))}")
+        raise ExampleError(f"{where} has no {missing[0]!r}, only {brief(list(value))}")
     return value

@@ -1,15 +1,17 @@
 """Where the pixels of an example lie until they are needed: a file, a member of an archive, a record; image or video.
 
-Names come from data and are not trusted: they are relative, stay below the folder they are looked up in, and nothing is
-fetched from anywhere.
+Names come from data and are not trusted. One rule holds for all readers (`locate`): a name leads to a file in the folder of
+the data, or in a folder that the user allows (`image_folders` of the configs), and nothing is fetched from anywhere.
 """
 
 import contextlib
 import functools
 import io
+import os
 import pathlib
+import stat
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from pixel_jax.data.clips import clip_size, is_clip, read_frames
 from pixel_jax.data.images import ImageError, image_size, read_image
 from pixel_jax.data.limits import room_for_content
 from pixel_jax.files import open_regular
+from pixel_jax.terminal import brief
 
 
 class SourceError(ValueError):
@@ -49,18 +52,69 @@ class Stored(NamedTuple):
 Source = pathlib.Path | Member | Stored
 
 
+def locate(
+    name: Any,
+    folder: pathlib.Path,
+    others: Sequence[str | os.PathLike] = (),
+    *,
+    directory: bool = False,
+    error: Callable[[str], Exception] = SourceError,
+) -> pathlib.Path:
+    """The file that data calls `name`, relative to `folder`.
+
+    However the name is written, with `..`, as a whole path or through links: what counts is that it leads into `folder` or
+    into one of the `others`. (Of a snapshot in a cache of the Hugging Face hub, whose files are links, the cache's own
+    folder of contents is one of them.)
+
+    Args:
+        directory: a folder may be what is meant.
+    Raises:
+        error: it is no name, leads to nothing or to what is no regular file (a device, a named pipe), or elsewhere.
+    """
+    if not isinstance(name, str) or not name:
+        raise error(f"the name of a file must be a text, not {brief(name)}")
+    path = folder / name
+    try:
+        real = os.path.realpath(path, strict=True)
+        mode = os.stat(real).st_mode
+    except FileNotFoundError:
+        raise error(f"there is no image {brief(str(path))}") from None
+    except (OSError, ValueError) as reason:  # ValueError: a zero byte, half a surrogate pair
+        raise error(f"{brief(str(path))} cannot be looked up: {getattr(reason, 'strerror', None) or reason}") from None
+    if not (stat.S_ISREG(mode) or (directory and stat.S_ISDIR(mode))):
+        raise error(f"{brief(str(path))} is not a file")
+    if not any(pathlib.Path(real).is_relative_to(root) for root in _roots(folder, *others)):
+        raise error(
+            f"{brief(name)} leads to {real!r}, which is not in {str(folder)!r}: put a folder around it into image_folders to "
+            "allow it"
+        )
+    return path
+
+
+@functools.lru_cache(maxsize=64)
+def _roots(*folders: str | os.PathLike) -> tuple[str, ...]:
+    """The folders themselves, links resolved."""
+    real = [os.path.realpath(folder) for folder in folders]
+    for path in map(pathlib.Path, list(real)):
+        # ../datasets--NAME/snapshots/REVISION/...: links to ../datasets--NAME/blobs/DIGEST
+        real += [str(above.parent / "blobs") for above in (path, *path.parents) if above.name == "snapshots"]
+    return tuple(real)
+
+
 def open_archive(path: pathlib.Path) -> zipfile.ZipFile:
     """The archive, opened once as long as it stays the same; several threads may read it."""
     try:
         status = path.stat()
         return _open_archive(path, status.st_mtime_ns, status.st_size)
-    except (zipfile.BadZipFile, OSError) as error:
+    except SourceError:
+        raise
+    except Exception as error:  # zipfile says in many ways that a directory of members cannot be read
         raise SourceError(f"{path} is no ZIP archive: {error}") from None
 
 
 @functools.lru_cache(maxsize=16)
 def _open_archive(path: pathlib.Path, *version: int) -> zipfile.ZipFile:
-    return zipfile.ZipFile(path)
+    return zipfile.ZipFile(open_regular(path, SourceError))
 
 
 def _open_member(source: Member) -> BinaryIO:
@@ -99,6 +153,12 @@ def _content(source: Source) -> Iterator[BinaryIO]:
             except Exception as error:  # zlib's own
                 raise ImageError(f"{source} cannot be unpacked: {error}") from None
             yield io.BytesIO(data)
+
+
+def read_bytes(source: Source) -> bytes:
+    """The file's content."""
+    with _content(source) as file:
+        return file.read()
 
 
 def shows_clip(source: Source) -> bool:
@@ -145,18 +205,20 @@ class Folder:
     `images.zip`) added in front or taken away, for archives are packed, and unpacked, with and without it.
     """
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, others: Sequence[str | os.PathLike] = ()):
+        """`others`: folders that names may lead to, too (`locate`)."""
+        self.path, self.others = path, tuple(others)
         self.archives = {archive: frozenset(open_archive(archive).namelist()) for archive in sorted(path.glob("*.zip"))}
         self.stems = sorted({archive.stem for archive in self.archives} | {"images", "videos"})
 
     def find(self, name: Any) -> Source:
-        """Where `name` lies. SourceError: it is no relative name, or nothing or more than one thing is called so."""
-        check_name(name)
+        """Where `name` lies. SourceError: nothing or more than one thing is called so, or it leads out (`locate`)."""
+        if not isinstance(name, str) or not name:
+            raise SourceError(f"the name of a file must be a text, not {brief(name)}")
         name = name.removeprefix("./")
         for candidate in self._candidates(name):
-            if (self.path / candidate).is_file():
-                return self.path / candidate
+            if _exists(self.path / candidate):
+                return locate(candidate, self.path, self.others)
         found = [
             Member(archive, candidate)
             for archive, names in self.archives.items()
@@ -165,9 +227,9 @@ class Folder:
         ]
         if not found:
             places = ", ".join([str(self.path), *(archive.name for archive in self.archives)])
-            raise SourceError(f"there is no {name!r} in {places}")
+            raise SourceError(f"there is no {brief(name)} in {places}")
         if len(found) > 1:
-            raise SourceError(f"{name!r} is both {found[0]} and {found[1]}")
+            raise SourceError(f"{brief(name)} is both {found[0]} and {found[1]}")
         return found[0]
 
     def _candidates(self, name: str, stem: str | None = None) -> list[str]:
@@ -176,10 +238,8 @@ class Folder:
         return [name, *(f"{x}/{name}" for x in stems), *([rest] if rest and first in stems else [])]
 
 
-def check_name(name: Any) -> None:
-    """Raises SourceError unless `name` is a relative POSIX path that stays where it begins."""
-    if not isinstance(name, str) or not name:
-        raise SourceError(f"the name of a file must be a text, not {name!r}")
-    parts = name.removeprefix("./").split("/")
-    if "\\" in name or "\0" in name or name.startswith("/") or ":" in parts[0] or {"..", "", "."} & set(parts):
-        raise SourceError(f"the name of a file must be relative and lead downwards, not {name!r}")
+def _exists(path: pathlib.Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that a file could have
+        return False

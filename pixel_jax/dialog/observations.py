@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 
 MAX_LIST = 16
@@ -87,8 +88,9 @@ TEXTS = {
     **{kind: f"\nExecution error:\n{error}\n" for kind, error in _ERRORS.items()},
 }
 NUM_INTEGERS = 4
-BEFORE = "\n<|im_start|>user\n"
-AFTER = "<|im_end|>\n<|im_start|>assistant\n"
+HEAD = ("\n", IM_START, "user\n")  # before the text
+TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
+BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
 def text(kind: Kind, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
@@ -139,8 +141,8 @@ class Observations:
     def of(cls, vocabulary: Vocabulary) -> Observations:
         constants: list[int] = []
 
-        def constant(text: str | int, **guard) -> _Segment:
-            ids = [text] if isinstance(text, int) else vocabulary.encode(text)
+        def constant(text: str | Special, **guard) -> _Segment:
+            ids = [getattr(vocabulary, text.name)] if isinstance(text, Special) else vocabulary.encode(text)
             if isinstance(text, str) and vocabulary.to_bytes(ids) != text.encode():
                 raise ValueError(f"the tokenizer makes {vocabulary.to_bytes(ids)!r} of {text!r}: it must be kept")
             constants.extend(ids)
@@ -156,15 +158,16 @@ class Observations:
         def image(index: int) -> list[_Segment]:
             guard = {"guard": _IMAGES, "at": index}
             return [
-                constant(vocabulary.vision_start, **guard),
+                constant(VISION_START, **guard),
                 _Segment(_PADS, source=index, **guard),
-                constant(vocabulary.vision_end, **guard),
+                constant(VISION_END, **guard),
             ]
 
         rows = []
         for kind in Kind:
-            row = []
-            for stretch in _split(BEFORE + TEXTS[kind]):
+            *head, last = HEAD  # the last is text, and the message's own text goes on with it
+            row = [constant(piece) for piece in head]
+            for stretch in _split(last + TEXTS[kind]):
                 if stretch == "list":
                     row += listed()
                 elif isinstance(stretch, int):
@@ -174,7 +177,7 @@ class Observations:
             if kind in (Kind.CROP, Kind.FRAMES):
                 for index in range(1 if kind == Kind.CROP else MAX_IMAGES):
                     row += image(index)
-            rows.append([*row, constant(AFTER)])
+            rows.append([*row, *map(constant, TAIL)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(

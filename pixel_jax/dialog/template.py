@@ -7,8 +7,11 @@ checkpoints were trained with it: the guidelines speak of `crop_image` where the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from pixel_jax.dialog.tokenizer import Vocabulary
 
 CROP = "crop_image_normalized"
 SELECT = "select_frames"
@@ -105,11 +108,35 @@ def user_text(question: str, guidelines: str = "vcot") -> str:
     return f"{question}\n\n{GUIDELINES[guidelines]}"
 
 
+# The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog.
+SPECIAL_TOKENS = {
+    "end_of_text": "<|endoftext|>",
+    "im_start": "<|im_start|>",
+    "im_end": "<|im_end|>",
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "image_pad": "<|image_pad|>",
+    "video_pad": "<|video_pad|>",
+}
+
+
+class Special(NamedTuple):
+    """A token that structures a dialog. Only templates write it: no text becomes one, whatever it spells."""
+
+    name: str  # a key of SPECIAL_TOKENS, and the field of `Vocabulary` with its id
+
+
 class Media(NamedTuple):
     """A place in a rendered dialog that an image or a video fills."""
 
     kind: str  # "image" or "video"
     value: Any  # whatever the message carried: an array, a path, an index, None
+
+
+Piece = str | Special | Media  # of a rendered dialog; a str is text, and nothing in it is structure
+IM_START, IM_END = Special("im_start"), Special("im_end")
+VISION_START, VISION_END = Special("vision_start"), Special("vision_end")
+PROMPT = (IM_START, "assistant\n")  # where the assistant begins
 
 
 def first_messages(
@@ -159,47 +186,59 @@ CHAT_TEMPLATE = (
 )
 
 
-def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[str | Media]:
-    """The dialog as stretches of text with the images and videos between them, in order.
+def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[Piece]:
+    """The dialog as special tokens, texts, and images and videos, in order.
 
     `messages`: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`.
     A dialog that does not begin with a system message gets the default one. Two texts never follow each other.
     """
-    pieces: list[str | Media] = []
+    pieces: list[Piece] = []
     if messages and messages[0]["role"] != "system":
-        pieces.append(f"<|im_start|>system\n{DEFAULT_SYSTEM}<|im_end|>\n")
+        pieces += message_pieces("system", DEFAULT_SYSTEM)
     for message in messages:
-        pieces.append(f"<|im_start|>{message['role']}\n")
-        content = message["content"]
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = part.get("type")
-            if kind == "text":
-                pieces.append(part["text"])
-            elif kind in ("image", "video"):
-                pieces += ["<|vision_start|>", Media(kind, part.get(kind)), "<|vision_end|>"]
-            else:
-                raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
-        pieces.append("<|im_end|>\n")
-    if add_generation_prompt:
-        pieces.append("<|im_start|>assistant\n")
-    merged: list[str | Media] = []
-    for piece in pieces:
-        if isinstance(piece, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += piece
+        pieces += message_pieces(message["role"], message["content"])
+    return join_texts([*pieces, *(PROMPT if add_generation_prompt else ())])
+
+
+def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]]) -> list[Piece]:
+    """One message of a dialog, in the form that `render` takes."""
+    pieces: list[Piece] = [IM_START, f"{role}\n"]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        kind = part.get("type")
+        if kind == "text":
+            pieces.append(part["text"])
+        elif kind in ("image", "video"):
+            pieces += [VISION_START, Media(kind, part.get(kind)), VISION_END]
         else:
-            merged.append(piece)
-    return merged
+            raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
+    return [*pieces, IM_END, "\n"]
 
 
-def flatten(pieces: Sequence[str | Media]) -> str:
-    """The rendered dialog as one text with one pad token for every image or video: what the Jinja template gives."""
-    return "".join(piece if isinstance(piece, str) else f"<|{piece.kind}_pad|>" for piece in pieces)
+def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
+    """The same dialog with texts that follow each other made one: a tokenizer may join what stands on both sides."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
-def to_ids(pieces: Sequence[str | Media], encode: Callable[[str], list[int]], pads: Sequence[int]) -> list[int]:
-    """Token ids of a rendered dialog: `pads[i]` pad tokens for the i-th image or video.
+def flatten(pieces: Iterable[Piece]) -> str:
+    """The rendered dialog as one text with one pad token for every image or video: what the Jinja template gives.
 
-    A text's neighbours are special tokens, so encoding stretch by stretch gives the ids that the whole text would have.
+    To be read, not to be encoded: in it, what a person wrote and what the template wrote look alike.
+    """
+    spell = lambda piece: SPECIAL_TOKENS[f"{piece.kind}_pad" if isinstance(piece, Media) else piece.name]
+    return "".join(piece if isinstance(piece, str) else spell(piece) for piece in pieces)
+
+
+def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int]) -> list[int]:
+    """Token ids of a rendered dialog: `pads[i]` pad tokens for the i-th image or video, and no other pad tokens.
+
+    A text's neighbours are special tokens, so encoding stretch by stretch gives the ids that the whole text would have
+    if nobody had spelled a special token in it.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):
@@ -207,5 +246,10 @@ def to_ids(pieces: Sequence[str | Media], encode: Callable[[str], list[int]], pa
     ids: list[int] = []
     counts = iter(pads)
     for piece in pieces:
-        ids += encode(piece) if isinstance(piece, str) else encode(f"<|{piece.kind}_pad|>") * next(counts)
+        if isinstance(piece, str):
+            ids += vocabulary.encode(piece)
+        elif isinstance(piece, Media):
+            ids += [getattr(vocabulary, f"{piece.kind}_pad")] * next(counts)
+        else:
+            ids.append(getattr(vocabulary, piece.name))
     return ids

@@ -19,23 +19,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pixel_jax.dialog.template import CHAT_TEMPLATE
+from pixel_jax.dialog.grammar import CLOSE, OPEN
+from pixel_jax.dialog.template import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog.
-END_OF_TEXT = "<|endoftext|>"
 KNOWN_TEXTS = 4096  # texts whose ids are kept
-SPECIAL_TOKENS = {
-    "end_of_text": END_OF_TEXT,
-    "im_start": "<|im_start|>",
-    "im_end": "<|im_end|>",
-    "vision_start": "<|vision_start|>",
-    "vision_end": "<|vision_end|>",
-    "image_pad": "<|image_pad|>",
-    "video_pad": "<|video_pad|>",
-}
 
 
 @functools.cache
@@ -76,9 +67,13 @@ class Vocabulary:
 
     `table` covers the ids 0..len(tokenizer)-1; an id that the tokenizer does not use, and any id beyond (a model's
     embedding is often padded), stands for no bytes.
+
+    Text and structure are two things: `encode` is for text, whoever wrote it, and never returns a token that structures a
+    dialog; these are the fields `end_of_text` to `video_pad`, which templates put between texts (`template.to_ids`).
     """
 
     tokenizer: PreTrainedTokenizerFast
+    encoder: Tokenizer  # the same tokenizer for text: what spells a special token is text to it
     table: TokenBytes
     end_of_text: int
     im_start: int
@@ -94,12 +89,18 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
         tokens = token_bytes(tokenizer)
+        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
+        encoder = text_encoder(tokenizer)
         special = {}
         for field, text in SPECIAL_TOKENS.items():
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ValueError(f"the tokenizer has no special token {text}: it encodes it as {len(ids)} tokens {ids}")
-            special[field] = ids[0]
+            if text not in added:
+                raise ValueError(f"the tokenizer has no special token {text}")
+            special[field] = added[text]
+        for text in SPECIAL_TOKENS.values():
+            if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
+                raise ValueError(
+                    f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
+                )
         single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
         missing = [character for character in "0123456789-" if character.encode() not in single]
         if missing:
@@ -107,16 +108,32 @@ class Vocabulary:
                 f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
             )
         digits = tuple(single[str(digit).encode()] for digit in range(10))
-        return cls(tokenizer, TokenBytes.of(tokens), digits=digits, minus=single[b"-"], **special)
+        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, minus=single[b"-"], **special)
+
+    @functools.cached_property
+    def structure(self) -> frozenset[int]:
+        """The tokens that structure a dialog."""
+        return frozenset(getattr(self, name) for name in SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written out in it become those tokens."""
+        """Token ids of `text`. Special tokens spelled out in it are its letters; ids of other texts are the tokenizer's.
+
+        Raises:
+            ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer makes structure of it all the same.
+        """
         # System prompts, tags and sentences repeat in every row: half of the time of making one would be encoding them.
         ids = self.known.get(text)
         if ids is None:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"{text[:200]!r} holds half a surrogate pair, which is no Unicode text") from None
+            ids = tuple(self.encoder.encode(text, add_special_tokens=False).ids)
+            if not self.structure.isdisjoint(ids):
+                raise ValueError(f"the tokenizer makes tokens that structure a dialog of {text[:200]!r}")
             if len(self.known) >= KNOWN_TEXTS:
                 self.known.clear()
-            ids = self.known[text] = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            self.known[text] = ids
         return list(ids)
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
@@ -124,6 +141,23 @@ class Vocabulary:
         data, start, length = self.table.data, self.table.start, self.table.length
         known = (int(index) for index in ids if 0 <= index < len(start))
         return b"".join(data[start[index] : start[index] + length[index]].tobytes() for index in known)
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of a fast tokenizer to which special tokens are text like any other.
+
+    The tags of a call stay tokens where the tokenizer has them (Qwen's does, and not as special ones): turns are text.
+    A copy, because transformers switches its own back with every call, which is not safe among threads.
+    """
+    from tokenizers import Tokenizer
+
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in document["added_tokens"]:
+        special = token["special"] or token["content"] in SPECIAL_TOKENS.values()
+        token["special"] = special and token["content"].encode() not in (OPEN, CLOSE)
+    encoder = Tokenizer.from_str(json.dumps(document | {"truncation": None, "padding": None}))
+    encoder.encode_special_tokens = True
+    return encoder
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -188,7 +222,7 @@ def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=SPECIAL_TOKENS["im_end"],
-        pad_token=END_OF_TEXT,
+        pad_token=SPECIAL_TOKENS["end_of_text"],
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )

@@ -1,30 +1,37 @@
 """Benchmarks from the files that their authors release, from the prepared Parquet, and from a folder of one's own.
 
-Every reader takes the data's path and the folder of its images (None: beside the data) and returns the questions and the
-split that the files say they are ("val", "test", "train"; None where they do not say). V*, MVBench and the prepared
-Parquet files are test sets: nothing else is released of them.
+Every reader takes the data's path, the folder of its images (None: beside the data) and further folders that names may lead
+to (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files say they are ("val", "test",
+"train"; None where they do not say). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of
+them.
 """
 
-import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from pixel_jax.data.jsonl import read_jsonl
-from pixel_jax.data.sources import Folder, SourceError
+from pixel_jax.data.released import QUESTION_COLUMNS, parquet_rows
+from pixel_jax.data.sources import Folder, SourceError, locate
 from pixel_jax.evaluation.questions import Question
+from pixel_jax.files import parse_json, read_json, read_lines
+from pixel_jax.terminal import brief
 from pixel_jax.training.answers import references_of
 
-Read = Callable[[pathlib.Path, pathlib.Path | None], tuple[list[Question], str | None]]
+Folders = Sequence[str]
+Read = Callable[[pathlib.Path, pathlib.Path | None, Folders], tuple[list[Question], str | None]]
+MOST_SECONDS = 1e6  # of a video: eleven days
 
 
 class BenchmarkError(ValueError):
     """Files that are not in the format they should be in; the message names file, row and field."""
 
 
-def read_vstar(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
+def read_vstar(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], str]:
     """V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
     path = data / "test_questions.jsonl" if data.is_dir() else data
     found = []
@@ -36,18 +43,20 @@ def read_vstar(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[
                 id=f"{category}-{get('question_id', str | int)}",
                 question=get("text", str),
                 answers=(get("label", str),),
-                images=((images or path.parent) / get("image", str),),
+                images=(_image(where, get("image", str), images or path.parent, others),),
                 category=category,
             )
         )
     return found, "test"
 
 
-def read_tallyqa(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
+def read_tallyqa(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], str]:
     """TallyQA-Complex: the rows of `test.json` (or `train.json`) whose `issimple` is false."""
     path = data / "test.json" if data.is_dir() else data
     found = []
-    for where, row in _json_list(path, _json(path)):
+    for where, row in _json_list(path, read_json(path, error=BenchmarkError)):
         get = _fields(where, row)
         if get("issimple", bool):
             continue
@@ -56,16 +65,18 @@ def read_tallyqa(data: pathlib.Path, images: pathlib.Path | None = None) -> tupl
                 id=str(get("question_id", int | str)),
                 question=get("question", str),
                 answers=(str(get("answer", int | str)),),
-                images=((images or path.parent) / get("image", str),),
+                images=(_image(where, get("image", str), images or path.parent, others),),
                 category=get("data_source", str),
             )
         )
     return found, "train" if path.stem.startswith("train") else "test"
 
 
-def read_infovqa(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
+def read_infovqa(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], str]:
     """InfographicVQA (`infographicsVQA_val_v1.0_withQT.json` and its like): the released test split has no answers."""
-    document = _json(data)
+    document = read_json(data, error=BenchmarkError)
     get = _fields(str(data), document if isinstance(document, dict) else {})
     split, found = get("dataset_split", str), []
     for where, row in _json_list(data, get("data", list)):
@@ -73,13 +84,14 @@ def read_infovqa(data: pathlib.Path, images: pathlib.Path | None = None) -> tupl
         if "answers" not in row:
             raise BenchmarkError(f"{where} has no answers (split {split!r}): only the benchmark's server can score it")
         kinds = row.get("answer_type") or []
+        kinds = _texts(where, "answer_type", [kinds] if isinstance(kinds, str) else kinds)
         found.append(
             Question(
                 id=str(get("questionId", int | str)),
                 question=get("question", str),
-                answers=tuple(map(str, get("answers", list))),
-                images=((images or data.parent) / get("image_local_name", str),),
-                category=" + ".join(map(str, [kinds] if isinstance(kinds, str) else kinds)),
+                answers=_texts(where, "answers", get("answers", list)),
+                images=(_image(where, get("image_local_name", str), images or data.parent, others),),
+                category=" + ".join(kinds),
             )
         )
     return found, split
@@ -110,30 +122,34 @@ MVBENCH = {
 }
 
 
-def read_mvbench(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
+def read_mvbench(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], str]:
     """MVBench (`OpenGVLab/MVBench`): a folder with `json/` (a file a task) and `video/`; the tasks that are there.
 
     Options are lettered below the question, and the letter is the answer, as in the prepared data.
     """
-    folder, found = data / "json", []
+    folder, videos, found = data / "json", images or data / "video", []
     for task, (place, bounded) in MVBENCH.items():
         path = folder / f"{task.lower().replace(' ', '_').replace('-', '_')}.json"
         if not path.is_file():
             continue
-        for number, (where, row) in enumerate(_json_list(path, _json(path))):
+        for number, (where, row) in enumerate(_json_list(path, read_json(path, error=BenchmarkError))):
             get = _fields(where, row)
-            options = [str(x) for x in get("candidates", list)]
+            options = _texts(where, "candidates", get("candidates", list))
             answer = str(get("answer", str | int))
             if answer not in options:
-                raise BenchmarkError(f"{where}: the answer {answer!r} is none of the candidates {options}")
+                raise BenchmarkError(f"{where}: the answer {brief(answer)} is none of the candidates {brief(options)}")
             letters = [f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(options)]
             bound = (float(get("start", int | float)), float(get("end", int | float))) if bounded else None
+            if bound and not all(abs(x) <= MOST_SECONDS for x in bound):
+                raise BenchmarkError(f"{where}: 'start' and 'end' are seconds of a video, not {bound}")
             found.append(
                 Question(
                     id=f"{path.stem}-{number}",
                     question="\n".join([get("question", str), *letters]),
                     answers=(chr(ord("A") + options.index(answer)),),
-                    images=((images or data / "video") / place / get("video", str),),
+                    images=(_image(where, get("video", str), videos / place, (str(videos), *others), directory=True),),
                     category=task,
                     is_video=True,
                     video_file=True,
@@ -145,48 +161,42 @@ def read_mvbench(data: pathlib.Path, images: pathlib.Path | None = None) -> tupl
     return found, "test"
 
 
-def read_prepared(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], str]:
+def read_prepared(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], str]:
     """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
 
     Its `images.zip` may lie in the folder of the images as it is. What stands before the first "-" of a `qid` is the
     category, as in the released evaluation.
     """
-    try:
-        from pyarrow import ArrowInvalid, parquet
-    except ImportError:
-        raise BenchmarkError(f"{data} is a Parquet file: `pip install -e .[data]` to read it") from None
-
-    folder = Folder(images or data.parent)
-    try:
-        rows = parquet.read_table(data, columns=["question", "answer", "image", "is_video", "qid"]).to_pylist()
-    except (ArrowInvalid, FileNotFoundError, KeyError) as error:
-        raise BenchmarkError(f"{data} is no Parquet file of prepared questions: {error}") from error
-    found = []
-    for number, row in enumerate(rows):
-        where = f"{data}, row {number}"
+    folder, found = Folder(images or data.parent, others), []
+    for where, read_row in parquet_rows(data, QUESTION_COLUMNS, BenchmarkError):
+        row = read_row()
         get = _fields(where, row)
         qid, answer = get("qid", str), get("answer", list | str)
-        paths = get("image", list | str)
-        paths = [paths] if isinstance(paths, str) else paths
+        names = get("image", list | str)
         try:
-            # The authors' script writes whole paths into the file: these are taken as they are.
-            places = tuple(pathlib.Path(x) if str(x).startswith("/") else folder.find(x) for x in paths)
+            places = tuple(folder.find(x) for x in ([names] if isinstance(names, str) else names))
         except SourceError as error:
             raise BenchmarkError(f"{where}: {error}") from None
+        if not all(isinstance(x, str) for x in answer):
+            raise BenchmarkError(f"{where}: 'answer' is {brief(answer)}, not texts")
         found.append(
             Question(
                 id=qid,
                 question=get("question", str),
-                answers=tuple(references_of(answer)),
+                answers=tuple(references_of(answer)) if answer else (),
                 images=places,
                 category=qid.partition("-")[0],
-                is_video=bool(row.get("is_video")),
+                is_video=row["is_video"] is not None and get("is_video", bool),
             )
         )
     return found, "test"
 
 
-def read_own(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[list[Question], None]:
+def read_own(
+    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+) -> tuple[list[Question], None]:
     """A folder of one's own (`pixel_jax.data.jsonl`), its videos shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
@@ -200,7 +210,7 @@ def read_own(data: pathlib.Path, images: pathlib.Path | None = None) -> tuple[li
             is_video=x.video,
             seconds=x.seconds,
         )
-        for x in read_jsonl(data)
+        for x in read_jsonl(data, image_folders=others)
     ]
     return found, None
 
@@ -220,6 +230,7 @@ def read(
     data: str | pathlib.Path,
     images: str | pathlib.Path | None = None,
     *,
+    image_folders: Folders = (),
     split: str | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -228,25 +239,23 @@ def read(
 
     Args:
       kind: a key of `READERS`.
+      image_folders: where images may lie beside the folder of the images or of the data (`pixel_jax.data.sources.locate`).
       split: what the split is, where the files do not say; by default a test set.
       sample: so many questions, drawn by `seed` (the authors' TallyQA is 3,200 of 15,598).
     """
     data, images = pathlib.Path(data), None if images is None else pathlib.Path(images)
     if not data.exists():
         raise BenchmarkError(f"there is no {data}")
-    questions, said = READERS[kind](data, images)
+    questions, said = READERS[kind](data, images, image_folders)
     if said is not None and split is not None and said != split:
         raise BenchmarkError(f"{data} is the split {said!r}, the config says {split!r}")
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise BenchmarkError(f"{data} has two questions of the id {question.id!r}")
+            raise BenchmarkError(f"{data} has two questions of the id {brief(question.id)}")
         seen.add(question.id)
         if not question.answers:
-            raise BenchmarkError(f"{data}: question {question.id!r} has no answer")
-        for path in question.images:
-            if isinstance(path, pathlib.Path) and not path.exists():  # a member of an archive was looked for there
-                raise BenchmarkError(f"{data}: question {question.id!r} is about {path}, which is not there")
+            raise BenchmarkError(f"{data}: question {brief(question.id)} has no answer")
     if not questions:
         raise BenchmarkError(f"{data} has no questions")
     if sample is not None and sample < len(questions):
@@ -255,11 +264,15 @@ def read(
     return questions, said or split or "test"
 
 
-def _json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BenchmarkError(f"{path} is not JSON: {error}") from None
+def _image(where: str, name: str, folder: pathlib.Path, others: Folders, *, directory: bool = False) -> pathlib.Path:
+    return locate(name, folder, others, directory=directory, error=lambda why: BenchmarkError(f"{where}: {why}"))
+
+
+def _texts(where: str, name: str, values: Any) -> tuple[str, ...]:
+    """The texts and numbers of a list, as texts."""
+    if not isinstance(values, list) or not all(isinstance(x, str | int | float) for x in values):
+        raise BenchmarkError(f"{where}: {name!r} is {brief(values)}, not a list of texts")
+    return tuple(map(str, values))
 
 
 def _json_list(path: pathlib.Path, rows: Any) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -272,17 +285,11 @@ def _json_list(path: pathlib.Path, rows: Any) -> Iterable[tuple[str, dict[str, A
 
 
 def _json_lines(path: pathlib.Path) -> Iterable[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BenchmarkError(f"{path}:{number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise BenchmarkError(f"{path}:{number} is {type(row).__name__}, not an object")
-            yield f"{path}:{number}", row
+    for where, line in read_lines(path, error=BenchmarkError):
+        row = parse_json(line, where, BenchmarkError)
+        if not isinstance(row, dict):
+            raise BenchmarkError(f"{where} is {type(row).__name__}, not an object")
+        yield where, row
 
 
 def _fields(where: str, row: Mapping[str, Any]) -> Callable[[str, Any], Any]:
@@ -290,10 +297,10 @@ def _fields(where: str, row: Mapping[str, Any]) -> Callable[[str, Any], Any]:
 
     def get(name: str, kind: Any) -> Any:
         if name not in row:
-            raise BenchmarkError(f"{where} has no field {name!r}; it has {', '.join(map(str, row)) or 'none'}")
+            raise BenchmarkError(f"{where} has no field {name!r}; it has {brief(list(row))}")
         value = row[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise BenchmarkError(f"{where}: {name!r} is {value!r}, of the type {type(value).__name__}")
+            raise BenchmarkError(f"{where}: {name!r} is {brief(value)}, of the type {type(value).__name__}")
         return value
 
     return get

@@ -41,6 +41,7 @@ class BenchmarkConfig:
     images: str | None = (
         None  # folder of the images (prepared: or of their images.zip), if they do not lie beside the data
     )
+    image_folders: tuple[str, ...] = ()  # where else than there images may lie: ("/",) allows all that the data names
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
     sample: int | None = None  # so many questions, drawn at random
     scorer: ScorerConfig = ScorerConfig()

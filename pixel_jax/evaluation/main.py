@@ -79,7 +79,15 @@ def answer(config) -> None:
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     benchmarks = {name: x for name, x in config.benchmarks.items() if x.data is not None}
     data = {
-        name: read(x.format, x.data, x.images, split=x.split, sample=x.sample, seed=config.seed)
+        name: read(
+            x.format,
+            x.data,
+            x.images,
+            image_folders=x.image_folders,
+            split=x.split,
+            sample=x.sample,
+            seed=config.seed,
+        )
         for name, x in benchmarks.items()
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,8 @@ from importlib import resources
 from pixel_jax.evaluation.trace import Picture, Trace, Turn
 from pixel_jax.files import write_file
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+VERDICTS = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>'}
 COLORS = ("#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a")  # of calls 1, 2, ...
 
 
@@ -21,8 +23,9 @@ def text(value) -> str:
 def figure(picture: Picture, *, width: int) -> str:
     """A picture `width` CSS pixels wide, its boxes over it."""
     boxes = []
-    line = max(picture.width, picture.height) / 150
-    for number, x1, y1, x2, y2 in picture.boxes:
+    wide, high = int(picture.width), int(picture.height)
+    line = max(wide, high) / 150
+    for number, x1, y1, x2, y2 in (map(int, box) for box in picture.boxes):
         color = COLORS[(number - 1) % len(COLORS)]
         boxes.append(
             f'<rect x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" fill="none" stroke="{color}" '
@@ -30,10 +33,10 @@ def figure(picture: Picture, *, width: int) -> str:
             f'font-size="{12 * line:.0f}" stroke="white" stroke-width="{line / 2:.1f}" paint-order="stroke">{number}</text>'
         )
     return (
-        f'<figure style="width:{width}px"><svg viewBox="0 0 {picture.width} {picture.height}" role="img" '
+        f'<figure style="width:{width}px"><svg viewBox="0 0 {wide} {high}" role="img" '
         f'aria-label="{text(picture.caption)}"><image href="{text(picture.uri)}" '
-        f'width="{picture.width}" height="{picture.height}"/>{"".join(boxes)}</svg>'
-        f"<figcaption>{text(picture.caption)}, {picture.width}×{picture.height}</figcaption></figure>"
+        f'width="{wide}" height="{high}"/>{"".join(boxes)}</svg>'
+        f"<figcaption>{text(picture.caption)}, {wide}×{high}</figcaption></figure>"
     )
 
 
@@ -42,7 +45,7 @@ def turn(item: Turn, number: int) -> str:
     color = COLORS[(number - 1) % len(COLORS)] if number else "#555"
     name = "model" if item.role == "assistant" else f"operation {number}"
     pictures = "".join(figure(picture, width=140) for picture in item.pictures)
-    style = "tool failed" if item.failed else item.role
+    style = "assistant" if item.role == "assistant" else "tool failed" if item.failed else "tool"
     return (
         f'<div class="turn {style}"><span class="who" style="color:{color}">{name}</span>'
         f"<pre>{text(item.text)}</pre>{pictures}</div>"
@@ -51,7 +54,7 @@ def turn(item: Turn, number: int) -> str:
 
 def trace(item: Trace) -> str:
     """A conversation: the image with every box, what the model first saw, then turn by turn."""
-    verdict = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>', None: ""}[item.correct]
+    verdict = "" if item.correct is None else VERDICTS[bool(item.correct)]
     known = "" if item.reference is None else f" · reference {text(item.reference)}"
     given = "" if item.answer is None else f"answer {text(item.answer)}"
     wide = 280 if len(item.pictures) == 1 else 130
@@ -112,7 +115,7 @@ def paragraph(words: str) -> str:
 
 def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None = None) -> str:
     """A whole page from (heading, HTML) sections; `data` is embedded as JSON for whoever wants the numbers."""
-    css = resources.files("pixel_jax.evaluation").joinpath("report.css").read_text()
+    css = resources.files("pixel_jax.evaluation").joinpath("report.css").read_text("utf-8")
     body = "".join((f"<h2>{text(head)}</h2>" if head else "") + content for head, content in sections)
     numbers = ""
     if data is not None:
@@ -122,7 +125,7 @@ def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None =
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<title>{text(title)}</title><style>{css}</style></head><body><h1>{text(title)}</h1>{body}{numbers}</body></html>"
     )
 

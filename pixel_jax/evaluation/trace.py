@@ -5,19 +5,26 @@ import dataclasses
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from pixel_jax.dialog.observations import Kind
+from pixel_jax.config import ConfigError
+from pixel_jax.config import load as load_config
+from pixel_jax.dialog.observations import HEAD, Kind
+from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
 from pixel_jax.rollout.trajectory import STOP_REASONS, Trajectories
+from pixel_jax.terminal import brief
 
-END = "<|im_end|>"
+END = SPECIAL_TOKENS["im_end"]
+URI = re.compile(r"data:image/(?:png|jpeg);base64,[A-Za-z0-9+/]*={0,2}")
 
 
 @dataclasses.dataclass
@@ -28,16 +35,22 @@ class Picture:
     width: int
     height: int
     caption: str
-    boxes: list[tuple[int, int, int, int, int]] = dataclasses.field(default_factory=list)
+    boxes: tuple[tuple[int, int, int, int, int], ...] = ()
+
+    def __post_init__(self):
+        if not URI.fullmatch(self.uri):
+            raise ValueError(f"a picture is a PNG or JPEG as a data URI, not {brief(self.uri, 60)}")
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"a picture has no sides of {self.width} x {self.height}")
 
 
 @dataclasses.dataclass
 class Turn:
     """What was said. `role` is "assistant", or "tool" for what came back; `failed` marks an error message."""
 
-    role: str
+    role: Literal["assistant", "tool"]
     text: str
-    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    pictures: tuple[Picture, ...] = ()
     failed: bool = False
 
 
@@ -46,9 +59,9 @@ class Trace:
     """One conversation, ready to be drawn. `answer`, `reference` and `correct` are None where nothing is known."""
 
     question: str
-    pictures: list[Picture]  # what may be zoomed into, at full resolution
-    overview: list[Picture]  # the same as the model saw it first
-    turns: list[Turn]
+    pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
+    overview: tuple[Picture, ...]  # the same as the model saw it first
+    turns: tuple[Turn, ...]
     stop: str
     answer: str | None = None
     reference: str | None = None
@@ -89,7 +102,7 @@ def make_trace(
 ) -> Trace:
     """Row `row` of host `trajectories` as a `Trace`; `query` is what it was asked."""
     t = trajectories
-    pictures = [_picture(image, _name(query, i)) for i, image in enumerate(query.images)]
+    boxes: list[list[tuple[int, int, int, int, int]]] = [[] for _ in query.images]
     # Items and slices come in the order in which the row saw them, with gaps; the prompt's are first.
     grids = t.visual.grids[row][t.visual.grids[row, :, 0] > 0]
     frames = t.visual.slices[row][t.visual.slices[row, :, 0] >= 0]
@@ -101,28 +114,25 @@ def make_trace(
     items = 1 if query.is_video else len(query.images)
     shown = iter(zip(frames[int(grids[:items, 0].sum()) :, 0], grids[items:], strict=True))
 
-    turns, call = [], -1
-    for role, text in _messages(t, row, vocabulary)[2:]:
-        if role == "assistant":
-            turns.append(Turn("assistant", text.removesuffix("\n").removesuffix(END)))
-            continue
-        call += 1
+    written, answered = _messages(t, row, vocabulary)
+    turns = []
+    for call, ids in enumerate(answered):
+        turns.append(Turn("assistant", written[call]))
         kind = int(t.calls.observation[row, call])
-        count = text.count("<|vision_start|>")
-        images = [seen(*next(shown), "what it saw") for _ in range(count)]
-        turns.append(Turn("tool", _readable(text), images, failed=count == 0))
+        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start))))
+        turns.append(Turn("tool", _text_of(ids, vocabulary), images, failed=not images))
         if kind == Kind.CROP:
-            pictures[int(t.calls.canvas[row, call])].boxes.append((call + 1, *map(int, t.calls.box[row, call])))
+            boxes[int(t.calls.canvas[row, call])].append((call + 1, *map(int, t.calls.box[row, call])))
         for frame in t.calls.frames[row, call] if kind == Kind.FRAMES else ():
             if frame >= 0:
-                pictures[int(frame)].boxes.append(
-                    (call + 1, 0, 0, pictures[int(frame)].width, pictures[int(frame)].height)
-                )
+                height, width = query.images[int(frame)].shape[:2]
+                boxes[int(frame)].append((call + 1, 0, 0, width, height))
+    turns.append(Turn("assistant", written[-1]))
     return Trace(
         question=query.question,
-        pictures=pictures,
-        overview=overview,
-        turns=turns,
+        pictures=tuple(_picture(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
+        overview=tuple(overview),
+        turns=tuple(turns),
         stop=STOP_REASONS[int(t.stop[row])],
         answer=answer,
         reference=reference,
@@ -131,25 +141,32 @@ def make_trace(
     )
 
 
-def _picture(image: np.ndarray, caption: str) -> Picture:
-    return Picture(data_uri(image), image.shape[1], image.shape[0], caption)
+def _picture(image: np.ndarray, caption: str, boxes: Sequence[tuple[int, int, int, int, int]] = ()) -> Picture:
+    return Picture(data_uri(image), image.shape[1], image.shape[0], caption, tuple(boxes))
 
 
-def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """(role, text) of every message. A message begins where the template, not the policy, wrote `<|im_start|>`."""
-    messages: list[list[int]] = []
-    for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
-        if token == vocabulary.im_start and not chosen:
-            messages.append([])
-        else:
-            messages[-1].append(int(token))
-    texts = (vocabulary.to_bytes(ids).decode("utf-8", "replace") for ids in messages)
-    return [tuple(text.split("\n", 1)) for text in texts]
+def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[str], list[np.ndarray]]:
+    """The texts of the policy's turns and the ids of the answers between them, one fewer.
+
+    Where one ends and the next begins follows from who wrote which token (`chosen`), not from what the tokens are: the
+    policy may write anything. In what it did not write, special tokens are the template's: texts have none.
+    """
+    ids, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+    runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)
+    if len(runs) % 2:  # it ends with an answer to which the policy wrote nothing
+        runs.append(ids[:0])
+    # The prompt ends where the assistant begins; how its first turn was made to begin follows, if it was.
+    opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
+    texts = [vocabulary.to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
+    texts[0] = vocabulary.to_bytes(opening).decode("utf-8", "replace").removeprefix(flatten(PROMPT)) + texts[0]
+    return texts, runs[2::2]
 
 
-def _readable(text: str) -> str:
-    """An observation without its chat markup; images are drawn beside it."""
-    return text.split(END, 1)[0].split("<|vision_start|>", 1)[0].strip("\n")
+def _text_of(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """The text of an observation: what the template puts around it goes, and its images are drawn beside it."""
+    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
+    text = vocabulary.to_bytes(ids[:end]).decode("utf-8", "replace")
+    return text.removeprefix(flatten(HEAD)).strip("\n")
 
 
 def _name(query: Query, index: int) -> str:
@@ -164,22 +181,11 @@ def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
 
 
 def load(path: str | os.PathLike) -> list[Trace]:
-    """Read what `save` wrote.
-
-    Raises:
-      FileError: the file does not hold traces. The message names it.
-    """
+    """Read what `save` wrote. FileError: the file holds something else, in the smallest part; it may come from anywhere."""
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise FileError(f"{os.fspath(path)!r} holds {type(rows).__name__}, not a list of traces")
     try:
-        return [
-            Trace(
-                **{
-                    **item,
-                    "pictures": [Picture(**p) for p in item["pictures"]],
-                    "overview": [Picture(**p) for p in item["overview"]],
-                    "turns": [Turn(**{**t, "pictures": [Picture(**p) for p in t["pictures"]]}) for t in item["turns"]],
-                }
-            )
-            for item in read_json(path)
-        ]
-    except (TypeError, KeyError) as error:
-        raise FileError(f"{os.fspath(path)} does not hold traces: {type(error).__name__}: {error}") from None
+        return [load_config(Trace, row, f"trace {i}") for i, row in enumerate(rows, 1)]
+    except ConfigError as error:
+        raise FileError(f"{os.fspath(path)!r} holds no traces: {str(error)[:300]}") from None

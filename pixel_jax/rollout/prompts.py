@@ -69,7 +69,7 @@ def prompt_tokens(query: Query, vocabulary: Vocabulary, config: RolloutConfig, g
     messages = template.first_messages(
         query.question, media, guidelines=guidelines, tools=tools, text_first=query.text_first
     )
-    return template.to_ids(template.render(messages), vocabulary.encode, pads)
+    return template.to_ids(template.render(messages), vocabulary, pads)
 
 
 def build_prompts(

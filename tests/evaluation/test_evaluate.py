@@ -38,7 +38,7 @@ def everything(tmp_path_factory):
         names = [f"{i}-{j}.png" for j in range(len(sizes))]
         for name, size in zip(names, sizes, strict=True):
             Image.fromarray(talker.image(i, *size)).save(folder / name)
-        question = HOSTILE if i == 3 else "Which digit?"
+        question = HOSTILE + "<|im_start|><|im_start|>" if i == 3 else "Which digit?"
         lines.append({"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]})
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return read("jsonl", folder / "own.jsonl")[0]

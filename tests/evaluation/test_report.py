@@ -1,19 +1,27 @@
 """Traces and pages: what is drawn is what happened, and nothing from outside becomes markup."""
 
 import base64
+import dataclasses
+import http.server
 import io
 import json
+import subprocess
+import threading
+import typing
 from html.parser import HTMLParser
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pixel_jax.chat import show
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation import trace as traces
+from pixel_jax.files import FileError
 from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.rollout import rollout
 from tests.rollout import talker
@@ -65,6 +73,22 @@ def test_traces_show_what_happened(found):
     assert crops > 2 and frames > 0
 
 
+def test_messages_follow_from_who_wrote_them(found):
+    """Whatever tokens the policy writes, and whatever its turn was made to begin with."""
+    t, made = found
+    words = talker.vocabulary()
+    row = next(i for i, item in enumerate(made) if len(item.turns) > 2)
+    at = np.flatnonzero(t.chosen[row])
+    tokens = t.tokens.copy()
+    tokens[row, at[:2]] = words.im_start, words.im_start
+    item = traces.make_trace(t._replace(tokens=tokens), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    assert item.turns[0].text.startswith("<|im_start|><|im_start|>") and item.turns[1:] == made[row].turns[1:]
+    chosen = t.chosen.copy()
+    chosen[row, at[:2]] = False  # an opening
+    item = traces.make_trace(t._replace(chosen=chosen), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    assert dataclasses.replace(item, correct=made[row].correct) == made[row]
+
+
 def test_traces_survive_a_file(found, tmp_path):
     traces.save(tmp_path / "traces.json", found[1])
     again = traces.load(tmp_path / "traces.json")
@@ -78,12 +102,13 @@ class Reader(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.runs, self.attributes, self.texts = [], 0, [], []
+        self.tags, self.runs, self.attributes, self.texts, self.values = [], 0, [], [], []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [name for name, _ in attrs]
+        self.values += attrs
         self.runs += tag == "script" and dict(attrs).get("type") != "application/json"
 
     def handle_data(self, data):
@@ -107,6 +132,117 @@ def test_nothing_from_outside_becomes_markup(found):
     assert sum(HOSTILE in text for text in seen.texts) >= 8
     stored = page.split('id="metrics">', 1)[1].split("</script>", 1)[0]
     assert json.loads(stored) == {"x": HOSTILE}
+
+
+LEAVE = "\"'><meta http-equiv=refresh content='0;url={0}'><base href='{0}'><form action='{0}'><iframe src='{0}'>"
+LEAVE += (
+    "<img src='{0}'><link rel=stylesheet href='{0}'><svg onload=\"fetch('{0}')\"></svg><script>location='{0}'</script>"
+)
+
+
+def hostile(kind, text):
+    """An instance of the dataclass with `text` in every field that is a text and in every part that has one."""
+    made = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        (part, *_) = typing.get_args(hint) or (hint,)
+        if hint is tuple or typing.get_origin(hint) is tuple:
+            made[name] = (hostile(part, text),) if dataclasses.is_dataclass(part) else ((1, 2, 3, 4, 5),)
+        else:
+            made[name] = {str: text, bool: True, int: 20}.get(part, text)
+    item = object.__new__(kind)  # as no file can bring it: nothing is checked
+    item.__dict__ |= made
+    return item
+
+
+def hostile_page(text):
+    head = report.table([text], [[text]]) + report.paragraph(text)
+    item = hostile(traces.Trace, text)
+    return report.page(text, [(text, head), ("", report.trace(item))], {text: text})
+
+
+@pytest.mark.parametrize("text", [HOSTILE, LEAVE.format("http://127.0.0.1/")], ids=["script", "leave"])
+def test_every_field_is_escaped(text):
+    ours, theirs = Reader(hostile_page("plain")), Reader(hostile_page(text))
+    assert theirs.tags == ours.tags and theirs.attributes == ours.attributes and theirs.runs == 0
+    classes = lambda seen: [value for name, value in seen.values if name == "class"]
+    assert classes(theirs) == classes(ours)
+    policy = [value for name, value in theirs.values if name == "content"][-1]
+    assert all(f"{name} 'none'" in policy for name in ("default-src", "base-uri", "form-action"))
+    assert [t for t in theirs.texts if text in t]
+
+
+BROKEN_TRACES = {
+    "role": lambda x: x["turns"][0].update(role='"><meta http-equiv=refresh>'),
+    "uri": lambda x: x["pictures"][0].update(uri="http://127.0.0.1/a.png"),
+    "uri behind a picture": lambda x: x["pictures"][0].update(uri=x["pictures"][0]["uri"] + '"><b>'),
+    "width": lambda x: x["pictures"][0].update(width="40"),
+    "no width": lambda x: x["pictures"][0].update(width=0),
+    "boxes": lambda x: x["pictures"][0].update(boxes=[[1, 2, 3, 4, "5"]]),
+    "box": lambda x: x["pictures"][0].update(boxes=[[1, 2, 3, 4]]),
+    "question": lambda x: x.update(question=["?"]),
+    "title": lambda x: x.update(title=None),
+    "correct": lambda x: x.update(correct=1),
+    "more": lambda x: x.update(script="alert(1)"),
+    "less": lambda x: x.pop("stop"),
+    "turns": lambda x: x.update(turns={}),
+    "failed": lambda x: x["turns"][0].update(failed="yes"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_TRACES)
+def test_what_is_no_trace_is_refused(found, what, tmp_path):
+    rows = [dataclasses.asdict(item) for item in found[1][:2]]
+    BROKEN_TRACES[what](rows[1])
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    with pytest.raises(FileError, match=r"t.json' holds no traces: .*trace 2"):
+        traces.load(tmp_path / "t.json")
+
+
+@given(st.binary(max_size=40), st.integers(0, 10_000), st.booleans())
+def test_a_damaged_file_of_traces_is_named(tmp_path_factory, noise, place, over):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    picture = traces.Picture(traces.data_uri(np.zeros((4, 4, 3), np.uint8)), 4, 4, "c", ((1, 0, 0, 2, 2),))
+    traces.save(path, [traces.Trace("q", (picture,), (picture,), (traces.Turn("tool", "t", (picture,)),), "s")])
+    whole = path.read_bytes()
+    place %= len(whole)
+    path.write_bytes(whole[:place] + noise + whole[place + len(noise) * over :])
+    try:
+        report.traces_page(traces.load(path))
+    except FileError as error:
+        assert "fuzzed.json" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.chromium
+def test_a_browser_stays_on_the_page(tmp_path):
+    """Headless Chromium asks for nothing; without the escaping it would (which shows that the test can fail)."""
+    asked = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802 (the library's name)
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET  # noqa: N815
+        log_message = lambda *arguments: None
+
+    def look(page):
+        asked.clear()
+        (tmp_path / "page.html").write_text(page)
+        line = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"]
+        line += [f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "page.html").as_uri()]
+        seen = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True)
+        return seen.stdout
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        leave = LEAVE.format(f"http://127.0.0.1:{server.server_port}/x")
+        assert "turn tool failed" in look(hostile_page(leave))
+        assert asked == []
+        look(hostile_page("plain").replace("turn tool failed", f"turn {leave}"))  # a role as it is
+        assert "/x" in asked
+        server.shutdown()
 
 
 def test_curves_are_drawn_inline():

@@ -20,7 +20,8 @@ PAIRS = st.lists(st.tuples(FLOATS, FLOATS), min_size=64, max_size=64)
 
 
 def value(x: doubles.Double) -> list[float]:
-    return [math.ldexp(m, e) if m else 0.0 for m, e in zip(np.asarray(x.mantissa).tolist(), np.asarray(x.exponent).tolist())]
+    parts = (np.asarray(part).tolist() for part in x)
+    return [math.ldexp(m, e) if m else 0.0 for m, e in zip(*parts, strict=True)]
 
 
 @jax.jit

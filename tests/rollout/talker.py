@@ -100,9 +100,10 @@ def model() -> Qwen2_5_VL:
     )
     talker = Qwen2_5_VL(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
+    token = lambda text: words.im_end if text == END else words.encode(text)[0]
     for before, after in CHAIN.items():
         for text, probability in after.items():
-            table[words.encode(before)[0], words.encode(text)[0]] = np.log(probability)
+            table[token(before), token(text)] = np.log(probability)
     # One-hot embeddings, long enough that what the layers add moves the logits by about half a unit and no more. The last
     # norm makes the sum sqrt(hidden) long.
     embed = np.zeros((size, hidden), np.float32)

@@ -29,7 +29,7 @@ def made(tmp_path_factory):
     path = seed_files.write_seeds(folder, images=20, videos=10, direct=2)
     out = folder / "runs" / "traces"
     report = synthesize(SynthConfig(seeds=str(path), out=str(out), video=(0.5, 0.5)))
-    examples = read_jsonl(out / "traces.jsonl", turns=True)
+    examples = read_jsonl(out / "traces.jsonl", turns=True, image_folders=[folder])
     vocabulary = qwen_vocabulary()
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     return read_seeds(path), report, examples, done
@@ -172,7 +172,7 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
     kinds, impossible = plan(seeds, config)
     assert report["made"] == len(kinds) > 40 and len(set(kinds.values())) == 4
     assert set(impossible.values()) <= {"the reference is too small to crop", "the reference is the whole image"}
-    examples = read_jsonl(tmp_path / "out" / "traces.jsonl", turns=True)
+    examples = read_jsonl(tmp_path / "out" / "traces.jsonl", turns=True, image_folders=[tmp_path])
     vocabulary = qwen_vocabulary()
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     for row, (i, example) in enumerate(zip(sorted(kinds), examples, strict=True)):

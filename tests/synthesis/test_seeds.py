@@ -61,7 +61,7 @@ BAD = [
     (GOOD | {"box": [20, 5, 10, 30]}, "'box' must be x1 < x2 and y1 < y2 within 40 x 30 pixels"),
     (GOOD | {"box": [10, 5, 41, 30]}, "within 40 x 30 pixels"),
     (GOOD | {"box": [-1, 5, 20, 30]}, "within 40 x 30 pixels"),
-    (GOOD | {"box": [float("nan"), 5, 20, 30]}, "'box' must be four numbers"),
+    (GOOD | {"box": [float("nan"), 5, 20, 30]}, "NaN is no JSON number"),
     (GOOD | {"frames": [1]}, "'frames' must be left out for images"),
     ({**GOOD, "cue": None}, "'cue' must be the name of what is looked at"),
     (GOOD | {"cue": "two\nlines"}, "'cue' must be .* one line"),
@@ -87,7 +87,7 @@ def test_ids_are_unique_and_files_have_seeds(write, tmp_path):
         read_seeds(write(GOOD, GOOD | {"id": "1"}))
     with pytest.raises(SeedError, match="has no seeds"):
         read_seeds(write(""))
-    with pytest.raises(SeedError, match="nowhere is not a file"):
+    with pytest.raises(SeedError, match="nowhere' cannot be opened"):
         read_seeds(tmp_path / "nowhere")
 
 

@@ -91,7 +91,7 @@ def test_a_model_that_sees_makes_traces_of_all_seeds(seeds):
         if which == "local" and "part of a larger image" in text:
             ((height, width, _),) = [picture.shape for picture in pictures]
             assert width <= 24 + 2 * 40 + 8 and height <= 24 + 2 * 30 + 8  # the crop with its padding of a tenth
-    for example in read_jsonl(config.out + "/traces.jsonl", turns=True):
+    for example in read_jsonl(config.out + "/traces.jsonl", turns=True, image_folders=[seeds.parent]):
         first, last = (example.turns[i].parts[0][0] for i in (0, -1))
         assert last == f"What I see here is {example.answer[0]} all over.\nThe answer is \\boxed{{{example.answer[0]}}}"
         if len(example.turns) > 1:
@@ -326,7 +326,10 @@ def test_the_command_without_an_endpoint(seeds):
     line = ["synth", "--config=configs/pixel/synth.py", f"--config.seeds={seeds}", f"--config.out={out}"]
     status, printed, error = command(*line)
     assert status == 0, error
-    assert "analyses by templates" in printed and len(read_jsonl(out / "traces.jsonl", turns=True)) == 13
+    assert (
+        "analyses by templates" in printed
+        and len(read_jsonl(out / "traces.jsonl", turns=True, image_folders=[seeds.parent])) == 13
+    )
 
 
 def test_mistakes(seeds):
@@ -341,4 +344,4 @@ def test_mistakes(seeds):
     status, _, error = command("synth", "--config=configs/pixel/synth.py:poet", "--config.seeds=x", "--config.out=y")
     assert status == 1 and "not by 'poet'" in error
     status, _, error = command("synth", "--config=configs/pixel/synth.py", "--config.seeds=nowhere", "--config.out=y")
-    assert status == 1 and "nowhere is not a file" in error and "Traceback" not in error
+    assert status == 1 and "'nowhere' cannot be opened" in error and "Traceback" not in error
