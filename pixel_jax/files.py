@@ -65,16 +65,19 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callabl
     return parse_json(read_bytes(path, limit=limit, error=error), os.fspath(path), error)
 
 
-def parse_json(text: str | bytes, where: str, error: Callable[[str], Exception] = FileError) -> Any:
+def parse_json(
+    text: str | bytes, where: str, error: Callable[[str], Exception] = FileError, *, largest: int = MAX_INTEGER
+) -> Any:
     """The value of a JSON document (RFC 8259), strictly: what any of its readers may understand differently is refused.
 
     Args:
         text: the document; bytes are UTF-8, with or without a byte order mark.
         where: what messages call it, such as `FILE:LINE`.
         error: the class of the errors.
+        largest: the largest absolute value of an integer.
     Raises:
-        error: it is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer of more than
-            64 bits; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.
+        error: it is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
+            `largest`; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):
         _refuse_utf16(text, where, error)
@@ -84,7 +87,11 @@ def parse_json(text: str | bytes, where: str, error: Callable[[str], Exception] 
             raise error(f"{where} is not UTF-8: {reason}") from None
     try:
         value = json.loads(
-            text, object_pairs_hook=_object, parse_int=_integer, parse_float=_number, parse_constant=_constant
+            text,
+            object_pairs_hook=_object,
+            parse_int=lambda digits: _integer(digits, largest),
+            parse_float=_number,
+            parse_constant=_constant,
         )
     except RecursionError:
         raise error(f"{where} is nested deeper than {MAX_DEPTH} levels") from None
@@ -134,10 +141,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _integer(digits: str) -> int:
-    value = int(digits) if len(digits) <= 21 else MAX_INTEGER + 1
-    if abs(value) > MAX_INTEGER:
-        raise ValueError(f"the number {digits[:24]}... has more than 64 bits")
+def _integer(digits: str, largest: int) -> int:
+    value = int(digits) if len(digits) <= 100 else largest + 1
+    if abs(value) > largest:
+        raise ValueError(f"the number {digits[:24]}... has more than {largest.bit_length() - 1} bits")
     return value
 
 
@@ -193,13 +200,23 @@ def write_file(path: str | os.PathLike, data: str | bytes) -> None:
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(descriptor, 0o666 & ~_UMASK)
-            os.fsync(descriptor)
+            settle(descriptor)
         os.replace(partial, path)
     except BaseException:
         pathlib.Path(partial).unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def settle(file: int | str | os.PathLike) -> None:
+    """Gives a file that is written, by path or descriptor, the permissions of a new one, and sends its bytes to the disk."""
+    descriptor = file if isinstance(file, int) else os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, 0o666 & ~_UMASK)
+        os.fsync(descriptor)
+    finally:
+        if descriptor is not file:
+            os.close(descriptor)
 
 
 def sync_directory(path: str | os.PathLike) -> None:

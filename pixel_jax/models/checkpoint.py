@@ -7,22 +7,25 @@ read; the released one is written.
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pixel_jax.files import FileError, open_regular, read_json
 from pixel_jax.models.layers import LoRAWeight, is_variable
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
-FLOATS = ("F32", "BF16", "F16", "F64")
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
@@ -44,54 +47,95 @@ def released_key(key: str) -> str:
     return key
 
 
+def is_weight_file(name: str) -> bool:
+    """Whether a file of this name in a model directory holds weights, or says where they are."""
+    return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name))
+
+
 class Reader:
     """The tensors of a directory, by released key; files are mapped, not read."""
 
     def __init__(self, directory: Path, files: contextlib.ExitStack):
+        self.directory = directory
         self.tensors = {}  # released key -> (open file, key in the file, file name)
-        if (directory / INDEX).exists():
-            try:
-                index = json.loads((directory / INDEX).read_text())["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{directory / INDEX}: no readable index of tensors ({error!r})") from None
-        elif (directory / SINGLE).exists():
+        # As transformers: one file, where there is one, whatever an index beside it says.
+        if _is_there(directory / SINGLE):
             index = None
+            if _is_there(directory / INDEX):
+                logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
+        elif _is_there(directory / INDEX):
+            index = _read_index(directory)
         else:
             raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
         opened = {}
         for name in sorted({SINGLE} if index is None else set(index.values())):
-            if Path(name).name != name:
-                raise ValueError(f"{directory / INDEX} points outside the directory: {name!r}")
-            if not (directory / name).exists():
-                raise FileNotFoundError(f"{directory / INDEX} names {name!r}, which does not exist")
-            try:
-                opened[name] = files.enter_context(safe_open(directory / name, framework="numpy"))
-            except SafetensorError as error:
-                raise ValueError(f"{directory / name}: truncated or damaged ({error})") from None
+            opened[name] = files.enter_context(_open_tensors(directory / name))
         if index is None:
             index = {key: SINGLE for key in opened[SINGLE].keys()}
         held = {name: set(file.keys()) for name, file in opened.items()}
         for key, name in index.items():
             if key not in held[name]:
-                raise ValueError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
-            self.tensors[released_key(key)] = (opened[name], key, name)
+                raise FileError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
+            _, twin, other = self.tensors.setdefault(released_key(key), (opened[name], key, name))
+            if twin != key:
+                raise FileError(
+                    f"{directory}: {twin!r} in {other} and {key!r} in {name} are two spellings of one tensor"
+                )
 
     def tensor(self, key: str, shape: tuple[int, ...]):
         """A tensor of the given shape; slicing it reads that slice."""
         file, original, name = self.tensors[key]
         view = file.get_slice(original)
         if tuple(view.get_shape()) != shape:
-            raise ValueError(f"tensor {original!r} in {name} has shape {tuple(view.get_shape())}, expected {shape}")
+            raise self.error(key, f"has shape {tuple(view.get_shape())}, expected {shape}")
         if view.get_dtype() not in FLOATS:
-            raise ValueError(f"tensor {original!r} in {name} has dtype {view.get_dtype()}, expected one of {FLOATS}")
+            raise self.error(key, f"has dtype {view.get_dtype()}, expected one of {', '.join(FLOATS)}")
         return view
 
+    def error(self, key: str, problem: str) -> FileError:
+        _, original, name = self.tensors[key]
+        return FileError(f"{self.directory}: tensor {original!r} in {name} {problem}")
 
-def load_weights(model: Qwen2_5_VL, directory: Path, shardings, dtype=None) -> Qwen2_5_VL:
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """Key -> name of the file that holds it."""
+    path = directory / INDEX
+    values = read_json(path)
+    index = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise FileError(f"{path}: no readable index of tensors (weight_map, from keys to file names)")
+    for name in sorted(set(index.values())):
+        if name != Path(name).name or name in ("", ".."):
+            raise FileError(f"{path} points outside the directory: {name!r}")
+        if not _is_there(directory / name):
+            raise FileNotFoundError(f"{path} names {name!r}, which does not exist")
+    return index
+
+
+def _open_tensors(path: Path) -> safe_open:
+    open_regular(path).close()  # a named pipe would be waited for
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path}: truncated or damaged ({error})") from None
+
+
+def load_weights(
+    model: Qwen2_5_VL, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None
+) -> Qwen2_5_VL:
     """An abstract model (`jax.eval_shape`) -> the same with the weights of a directory.
 
-    shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold
-    dtype:     of the weights; None keeps the files'
+    Args:
+        shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
+        dtype: of the weights; None keeps the files', if that is one for all.
+        config_dtype: what `config.json` says, which decides where the files mix several.
+    Raises:
+        FileError: the tensors are not those of the model, or hold what is no number. The message names them.
+        FileNotFoundError: the directory has no weights.
     """
     with contextlib.ExitStack() as files:
         reader = Reader(directory, files)
@@ -106,26 +150,64 @@ def load_weights(model: Qwen2_5_VL, directory: Path, shardings, dtype=None) -> Q
             _check_tied(reader, model)
             unused.remove("lm_head.weight")
         if missing:
-            raise ValueError(f"{directory}: {len(missing)} missing tensors: {_few(missing)}")
+            raise FileError(f"{directory}: {len(missing)} missing tensors: {_few(missing)}")
         if unused:
-            raise ValueError(f"{directory}: {len(unused)} tensors that this model does not use: {_few(unused)}")
+            raise FileError(f"{directory}: {len(unused)} tensors that this model does not use: {_few(unused)}")
         abstract, structure = jax.tree.flatten(model)
+        shapes = [value.shape for value in abstract]
+        if dtype is None:
+            dtype = _one_dtype(reader, wanted, shapes, config_dtype)
         places = jax.tree.leaves(shardings)
         loaded = [
-            _load(reader, keys, value.shape, place, dtype)
-            for keys, value, place in zip(wanted, abstract, places, strict=True)
+            _load(reader, keys, shape, place, dtype) for keys, shape, place in zip(wanted, shapes, places, strict=True)
         ]
     return jax.tree.unflatten(structure, loaded)
 
 
+def _one_dtype(reader: Reader, wanted: list, shapes: list, config_dtype: str | None) -> str:
+    """The dtype that all weights get where nobody asks for one."""
+    by_dtype: dict[str, str] = {}  # dtype -> a key that has it
+    for keys, shape in zip(wanted, shapes, strict=True):
+        for key in [keys] if isinstance(keys, str) else keys:
+            view = reader.tensor(key, shape if isinstance(keys, str) else shape[1:])
+            by_dtype.setdefault(FLOATS[view.get_dtype()], key)
+    if len(by_dtype) == 1:
+        return next(iter(by_dtype))
+    mixed = " and ".join(f"{name} ({key})" for name, key in sorted(by_dtype.items()))
+    if config_dtype is None:
+        raise FileError(
+            f"{reader.directory}: the weights mix {mixed}, and config.json names no torch_dtype that they are meant to have"
+        )
+    logging.warning(
+        "%s: the weights mix %s; all are read as %s, as config.json says", reader.directory, mixed, config_dtype
+    )
+    return config_dtype
+
+
 def _load(reader: Reader, keys: str | list[str], shape: tuple[int, ...], place: jax.sharding.Sharding, dtype):
+    def read(key: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        values = reader.tensor(key, shape)[index]
+        if not _is_finite(values):
+            raise reader.error(key, "holds NaN or infinity")
+        return values
+
     if isinstance(keys, str):
-        tensor = reader.tensor(keys, shape)
-        read = lambda index: tensor[index]
+        whole = lambda index: read(keys, shape, index)
     else:
-        tensors = [reader.tensor(key, shape[1:]) for key in keys]
-        read = lambda index: np.stack([tensor[index[1:]] for tensor in tensors[index[0]]])
-    return jax.make_array_from_callback(shape, place, lambda index: np.asarray(read(index), dtype))
+        whole = lambda index: np.stack([read(key, shape[1:], index[1:]) for key in keys[index[0]]])
+    return jax.make_array_from_callback(shape, place, lambda index: np.asarray(whole(index), dtype))
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all numbers are. Of bits, which for bfloat16 takes a tenth of the time of `np.isfinite`."""
+    if not values.size:
+        return True
+    unsigned = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(unsigned)
+    magnitude = unsigned.type(2 ** (8 * values.itemsize - 1) - 1)
+    flat = values.reshape(-1).view(unsigned)
+    pieces = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))  # that stay in the processor's cache
+    return all((piece & magnitude).max() < infinity for piece in pieces)
 
 
 def _check_tied(reader: Reader, model: Qwen2_5_VL) -> None:
@@ -133,13 +215,13 @@ def _check_tied(reader: Reader, model: Qwen2_5_VL) -> None:
     shape = model.language_model.embed_tokens.weight.shape
     head, embedding = (reader.tensor(key, shape)[:] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     if not np.array_equal(head, embedding):
-        raise ValueError(
+        raise FileError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
         )
 
 
 def save_weights(model: Qwen2_5_VL, directory: Path) -> None:
-    """Write the released layout: one file, or shards of at most `MAX_SHARD_BYTES` with an index."""
+    """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index."""
     plan, sizes = [[]], [0]  # per shard: (key, weight, layer or None)
     for _, key, weight in named_weights(model):
         if isinstance(weight, LoRAWeight):

@@ -1,31 +1,97 @@
 """Configuration of Qwen2.5-VL, read from and written to the `config.json` of a Hugging Face directory.
 
 Two layouts are in circulation: the released one, in which the text fields stand flat beside `vision_config`, and the nested
-one of transformers 5, in which they stand in `text_config` and the rotary fields in `rope_parameters`. Both are read; the
-released one is written, because every release of transformers reads it.
+one of transformers 4.52 and later, in which they stand in `text_config` and, since 5.0, the rotary fields in
+`rope_parameters`. Both are read; the released one is written, because every release of transformers reads it.
+
+A field that is missing has the default of transformers' configuration class: 4.49 leaves out whatever equals it, at any
+level. These defaults are those of the dataclasses here.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pixel_jax.files import FileError, read_json
+
+CONFIG = "config.json"
+MAX_LAYERS = 1000
+MAX_SIZE = 2**20  # of a vocabulary, a width, a window
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _field(default: Any, read: Callable[[Any], Any]) -> Any:
+    """A field of a configuration: transformers' default, and what makes a value of a JSON value or raises ValueError."""
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+def _whole(default: int, most: int = MAX_SIZE, least: int = 1) -> Any:
+    return _field(default, lambda value: _check_whole(value, most, least))
+
+
+def _check_whole(value: Any, most: int, least: int = 0) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"is {_shown(value)}, not a whole number from {least} to {most}")
+    return value
+
+
+def _check_wholes(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(x) is not int or not 0 <= x <= MAX_SIZE for x in value):
+        raise ValueError(f"is {_shown(value)}, not a list of whole numbers")
+    return tuple(value)
+
+
+def _check_sections(value: Any) -> tuple[int, ...]:
+    if len(found := _check_wholes(value)) != 3:
+        raise ValueError(f"is {_shown(value)}, not three whole numbers")
+    return found
+
+
+def _check_positive(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"is {_shown(value)}, not a positive number")
+    return float(value)
+
+
+def _check_token(value: Any) -> int | None:
+    return None if value is None else _check_whole(value, 2**31 - 1)
+
+
+def _check_tokens(value: Any) -> int | tuple[int, ...] | None:
+    return tuple(_check_whole(x, 2**31 - 1) for x in value) if isinstance(value, list) else _check_token(value)
+
+
+def _check_flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"is {_shown(value)}, not true or false")
+    return value
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower. Defaults are those of the released checkpoints; sizes have none."""
+    """The vision tower."""
 
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
-    in_channels: int = 3
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    window_size: int = 112  # pixels
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-    tokens_per_second: int = 4
+    depth: int = _whole(32, MAX_LAYERS)
+    hidden_size: int = _whole(3584)
+    intermediate_size: int = _whole(3420)
+    num_heads: int = _whole(16)
+    out_hidden_size: int = _whole(3584)
+    in_channels: int = _whole(3, 64)
+    patch_size: int = _whole(14, 256)
+    temporal_patch_size: int = _whole(2, 64)
+    spatial_merge_size: int = _whole(2, 64)
+    window_size: int = _whole(112)  # pixels
+    fullatt_block_indexes: tuple[int, ...] = _field((7, 15, 23, 31), _check_wholes)
+    tokens_per_second: int = _whole(4)
 
     @property
     def head_dim(self) -> int:
@@ -51,20 +117,21 @@ class VisionConfig:
 class TextConfig:
     """The decoder."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    mrope_section: tuple[int, int, int] = (16, 24, 24)
-    max_position_embeddings: int = 128000
-    # For text generation elsewhere; nothing in the network depends on them.
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
+    vocab_size: int = _whole(152064)
+    hidden_size: int = _whole(8192)
+    intermediate_size: int = _whole(29568)
+    num_hidden_layers: int = _whole(80, MAX_LAYERS)
+    num_attention_heads: int = _whole(64)
+    num_key_value_heads: int = _whole(8)
+    rms_norm_eps: float = _field(1e-5, _check_positive)
+    rope_theta: float = _field(1e6, _check_positive)
+    mrope_section: tuple[int, int, int] = _field((16, 24, 24), _check_sections)
+    max_position_embeddings: int = _whole(32768, 2**31 - 1)
+    # For text generation elsewhere; nothing in the network depends on them. transformers 5, which has other defaults, always
+    # writes them.
+    bos_token_id: int | None = _field(None, _check_token)
+    eos_token_id: int | tuple[int, ...] | None = _field(None, _check_tokens)
+    pad_token_id: int | None = _field(None, _check_token)
 
     @property
     def head_dim(self) -> int:
@@ -77,11 +144,11 @@ class Qwen2_5_VLConfig:
 
     text: TextConfig
     vision: VisionConfig
-    image_token_id: int = 151655
-    video_token_id: int = 151656
-    vision_start_token_id: int = 151652
-    vision_end_token_id: int = 151653
-    tie_word_embeddings: bool = False
+    image_token_id: int = _whole(151655, 2**31 - 1, 0)
+    video_token_id: int = _whole(151656, 2**31 - 1, 0)
+    vision_start_token_id: int = _whole(151652, 2**31 - 1, 0)
+    vision_end_token_id: int = _whole(151653, 2**31 - 1, 0)
+    tie_word_embeddings: bool = _field(False, _check_flag)
 
     def __post_init__(self):
         text, vision = self.text, self.vision
@@ -108,37 +175,44 @@ class Qwen2_5_VLConfig:
             raise ValueError(f"vision window_size {vision.window_size} is smaller than one merged cell")
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "Qwen2_5_VLConfig":
-        """Read the contents of `config.json`, either layout. A missing or unsupported value raises with its name."""
+    def from_hf(cls, config: Any, where: str = CONFIG) -> "Qwen2_5_VLConfig":
+        """The configuration that the contents of a `config.json` describe, in either layout.
+
+        Args:
+            config: the parsed file; fields that the network does not depend on are passed over.
+            where: what messages call it.
+        Raises:
+            FileError: a value is not what its field takes, or asks for what is not supported. The message names both.
+        """
+        try:
+            return cls._from_hf(config)
+        except ValueError as error:
+            raise FileError(f"{where}: {error}") from None
+
+    @classmethod
+    def _from_hf(cls, config: Any) -> "Qwen2_5_VLConfig":
+        if not isinstance(config, dict):
+            raise ValueError(f"the file holds {_shown(config)}, not an object of fields")
         if config.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"config.json: model_type is {config.get('model_type')!r}, expected 'qwen2_5_vl'")
-        if not isinstance(config.get("vision_config"), dict):
-            raise ValueError("config.json: field 'vision_config' is missing")
-        where = "text_config." if "text_config" in config else ""
-        text = dict(config["text_config"] if where else config)
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "mrope"):
-            raise ValueError(f"config.json: rope type {rope_type!r} is not supported, only 'mrope'")
-        text |= {name: rope[name] for name in ("rope_theta", "mrope_section") if name in rope}
-        vision = dict(config["vision_config"])
-        if "in_chans" in vision:  # the released spelling
-            vision["in_channels"] = vision["in_chans"]
-        for part, prefix in ((text, where), (vision, "vision_config.")):
-            if part.get("hidden_act", "silu") != "silu":
-                raise ValueError(
-                    f"config.json: {prefix}hidden_act {part['hidden_act']!r} is not supported, only 'silu'"
-                )
-        if text.get("use_sliding_window", False):
-            raise ValueError("config.json: use_sliding_window is not supported")
-        ids = {name: config[name] for name in cls.__dataclass_fields__ if name.endswith("_id") and name in config}
-        tied = bool(config.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False))
-        return cls(
-            text=_build(TextConfig, text, where),
-            vision=_build(VisionConfig, vision, "vision_config."),
-            tie_word_embeddings=tied,
-            **ids,
+            raise ValueError(f"model_type is {_shown(config.get('model_type'))}, expected 'qwen2_5_vl'")
+        inner = _section(config, "text_config")
+        text, prefix = (dict(config), "") if inner is None else (dict(inner), "text_config.")
+        vision = dict(_section(config, "vision_config") or {})
+        text |= _rotary(text, prefix)
+        if "in_chans" in vision:  # the released spelling, beside which transformers may write its own
+            vision = {"in_channels": vision["in_chans"]} | vision
+        if text.get("num_key_value_heads", 0) is None:
+            text["num_key_value_heads"] = text.get("num_attention_heads", TextConfig.num_attention_heads)
+        own = _read_fields(cls, config, "")
+        inside = text.get("tie_word_embeddings", False)  # there transformers 4.52 to 4.57 write it
+        own["tie_word_embeddings"] = own.get("tie_word_embeddings", False) or _check_flag(inside)
+        found = cls(
+            text=TextConfig(**_read_fields(TextConfig, text, prefix)),
+            vision=VisionConfig(**_read_fields(VisionConfig, vision, "vision_config.")),
+            **own,
         )
+        _check_supported(found, text, prefix, vision)
+        return found
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of `config.json` in the released layout."""
@@ -162,13 +236,63 @@ class Qwen2_5_VLConfig:
         }
 
 
-def _build(cls, values: dict[str, Any], where: str):
-    """A config dataclass from JSON values; a field that is missing and has no default raises with its name."""
+def read_config(directory: Path) -> tuple[Qwen2_5_VLConfig, str | None]:
+    """The configuration in a model directory, and the name of the dtype that its weights are meant to have, if it says.
+
+    Raises:
+        FileError: `config.json` is not what it should be.
+    """
+    path = directory / CONFIG
+    values = read_json(path, limit=2**24)
+    config = Qwen2_5_VLConfig.from_hf(values, str(path))
+    named = values.get("torch_dtype") or values.get("dtype")  # as transformers up to 4.55, and since
+    if named is not None and named not in DTYPES:
+        raise FileError(f"{path}: torch_dtype is {_shown(named)}, not one of {', '.join(DTYPES)}")
+    return config, named
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """An object inside the file; None if it is missing or null."""
+    value = config.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} is {_shown(value)}, not an object of fields")
+    return value
+
+
+def _check_supported(config: Qwen2_5_VLConfig, text: dict[str, Any], prefix: str, vision: dict[str, Any]) -> None:
+    """ValueError if a field that no dataclass holds asks for another network."""
+    kinds = text.get("layer_types") or []
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    rope = _section(vision, "rope_parameters") or {}
+    for name, value, supported in (
+        (f"{prefix}hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        (f"{prefix}use_sliding_window", text.get("use_sliding_window", False), (None, False)),
+        (f"{prefix}head_dim", text.get("head_dim"), (None, config.text.head_dim)),
+        *((f"{prefix}layer_types", kind, ("full_attention",)) for kind in kinds),
+        ("vision_config.hidden_act", vision.get("hidden_act", "silu"), ("silu",)),
+        ("vision_config.rope_parameters.rope_theta", rope.get("rope_theta", 10000), (10000,)),
+    ):
+        if value not in supported:
+            raise ValueError(f"{name} {_shown(value)} is not supported, only {supported[-1]!r}")
+
+
+def _rotary(text: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The fields of the rotary embedding that stand in an object of their own."""
+    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = _section(text, name) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ValueError(f"{prefix}{name}: rope type {_shown(kind)} is not supported, only 'mrope'")
+    return {field: rope[field] for field in ("rope_theta", "mrope_section") if field in rope}
+
+
+def _read_fields(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of a dataclass that a JSON object gives; what is missing keeps its default."""
     chosen = {}
     for spec in dataclasses.fields(cls):
-        value = values.get(spec.name)
-        if value is not None:
-            chosen[spec.name] = tuple(value) if isinstance(value, list) else value
-        elif spec.default is dataclasses.MISSING:
-            raise ValueError(f"config.json: field '{where}{spec.name}' is missing")
-    return cls(**chosen)
+        if spec.name in values and "read" in spec.metadata:
+            try:
+                chosen[spec.name] = spec.metadata["read"](values[spec.name])
+            except ValueError as error:
+                raise ValueError(f"{where}{spec.name} {error}") from None
+    return chosen

@@ -2,34 +2,42 @@
 
 import functools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.models.checkpoint import load_weights, save_weights
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.files import FileError, read_json, settle, sync_directory
+from pixel_jax.models.checkpoint import is_weight_file, load_weights, save_weights
+from pixel_jax.models.config import CONFIG, Qwen2_5_VLConfig, read_config
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
+from pixel_jax.models.side_files import is_side_file
+
+ADAPTER = "adapter_config.json"
+UNFINISHED = ".saving"  # folder in a model directory, in which what is saved lies until all of it is there
 
 
 def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> tuple[Qwen2_5_VL, Processor | None]:
     """Read a directory with config.json and safetensors files.
 
-    mesh:  where to put the weights, by their logical axes; None: one device
-    dtype: of the weights; None keeps the files'
-    -> model, and its processor, or None if the directory has neither tokenizer nor preprocessor files
+    Args:
+        mesh: where to put the weights, by their logical axes; None: one device.
+        dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
+    Returns:
+        The model, and its processor, or None if the directory has neither tokenizer nor preprocessor files.
+    Raises:
+        FileNotFoundError: it is no model directory.
+        FileError: a file is not what it should be. The message names it, and the field or tensor at fault.
     """
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no config.json")
-    try:
-        values = json.loads((directory / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
-    config = Qwen2_5_VLConfig.from_hf(values)
+    if not (directory / CONFIG).exists():
+        raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
+    config, config_dtype = read_config(directory)
     abstract = jax.eval_shape(functools.partial(Qwen2_5_VL, config), jax.random.key(0))
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -38,20 +46,68 @@ def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> 
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
         shardings = shardings_of(abstract, mesh)
-    return load_weights(abstract, directory, shardings, dtype), Processor.from_directory(directory, config)
+    model = load_weights(abstract, directory, shardings, dtype, config_dtype=config_dtype)
+    return model, Processor.from_directory(directory, config)
+
+
+def _what_it_is(directory: Path) -> str:
+    """What is there instead of a model."""
+    if (directory / ADAPTER).is_file():
+        try:
+            base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]
+        except (FileError, LookupError, TypeError):
+            base = "its base model"
+        return f". It holds an adapter ({ADAPTER}): merge it into {base!r}, with PEFT's merge_and_unload, and save that"
+    if (directory / UNFINISHED).is_dir():
+        return f". Saving a model there was cut short ({UNFINISHED}): save it again"
+    return ""
 
 
 def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path) -> None:
-    """Write the same format back (adapters merged beforehand)."""
+    """Write the same format back (adapters merged beforehand).
+
+    The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
+    old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either.
+
+    Args:
+        processor: its tokenizer's and preprocessor's files, and `generation_config.json`, are written as they were read.
+            None leaves those that lie in the directory.
+    """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    save_weights(model, directory)
+    unfinished = directory / UNFINISHED
+    if jax.process_index() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+    save_weights(model, unfinished)
     if jax.process_index() == 0:
         dtype = model.language_model.embed_tokens.weight.dtype
         values = {**model.config.to_hf(), "torch_dtype": jnp.dtype(dtype).name}
-        (directory / "config.json").write_text(json.dumps(values, indent=2))
+        (unfinished / CONFIG).write_text(json.dumps(values, indent=2))
         if processor is not None:
-            processor.save(directory)
+            processor.save(unfinished)
+        _put_in_place(unfinished, directory, sides=processor is not None)
+
+
+def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
+    """Moves a saved model to where it belongs, and removes what is left of another; with `sides` its side files, too."""
+    names = {str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()}
+    for name in names:
+        settle(unfinished / name)
+    sync_directory(unfinished)
+    before = {str(path.relative_to(directory)) for path in (*directory.glob("*"), *directory.glob("*/*"))}
+    (directory / CONFIG).unlink(missing_ok=True)
+    sync_directory(directory)
+    for name in names - {CONFIG}:
+        (directory / name).parent.mkdir(exist_ok=True)
+        os.replace(unfinished / name, directory / name)
+    for name in before - names:
+        if is_weight_file(name) or (sides and is_side_file(name)):
+            (directory / name).unlink()
+    sync_directory(directory)
+    os.replace(unfinished / CONFIG, directory / CONFIG)
+    sync_directory(directory)
+    shutil.rmtree(unfinished)
 
 
 def forward(

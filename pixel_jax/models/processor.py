@@ -3,20 +3,31 @@
 Images are resized by `host_crop_resize`: the same bits as `pixel_jax.ops.crop_resize` over the whole image.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from pixel_jax.files import FileError
 from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.side_files import (
+    NESTED,
+    PREPROCESSOR,
+    PREPROCESSOR_FILES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    as_json,
+    is_template,
+    json_object,
+    load_tokenizer,
+    read_side_files,
+    tokenizer_files,
+)
 from pixel_jax.ops import IMAGE_MEAN, IMAGE_STD, host_crop_resize, smart_resize, temporal_slices
 from pixel_jax.pictures import rgb
 
-PREPROCESSOR = "preprocessor_config.json"
-NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 
@@ -33,36 +44,51 @@ class Processor:
         self.tokenizer = tokenizer
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self._files: dict[str, bytes] = {}  # those it was read from
+        self._as_read: tuple | None = None  # what they say of the tokenizer and of the limits
 
     @classmethod
     def from_directory(cls, directory: Path, config: Qwen2_5_VLConfig) -> "Processor | None":
-        """The processor of a model directory; None if it holds no tokenizer."""
-        if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-            return None
-        from transformers import AutoTokenizer
+        """The processor of a model directory; None if it holds no tokenizer.
 
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        Raises:
+            FileError: a file is not what it should be, or does not fit the model.
+        """
+        files = read_side_files(directory)
+        if not any(name in files for name in (TOKENIZER, "vocab.json", TOKENIZER_CONFIG)):
+            return None
+        tokenizer = load_tokenizer(directory)
         for token, expected in ((IMAGE_PAD, config.image_token_id), (VIDEO_PAD, config.video_token_id)):
             found = tokenizer.convert_tokens_to_ids(token)
             if found != expected:
-                raise ValueError(f"{directory}: {token} is token {found} of the tokenizer, {expected} of config.json")
-        return cls(tokenizer, **_limits(directory, config))
+                raise FileError(f"{directory}: {token} is token {found} of the tokenizer, {expected} of config.json")
+        limits = _read_limits(files, directory, config)
+        try:
+            processor = cls(tokenizer, **limits)
+        except ValueError as error:
+            raise FileError(f"{directory}: the preprocessor: {error}") from None
+        processor._files, processor._as_read = files, (_state(tokenizer), processor._limits())
+        return processor
 
     def save(self, directory: Path) -> None:
-        self.tokenizer.save_pretrained(directory)
-        values = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "min_pixels": self.min_pixels,
-            "max_pixels": self.max_pixels,
-            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
-            "patch_size": PATCH,
-            "temporal_patch_size": TEMPORAL,
-            "merge_size": MERGE,
-            "image_mean": list(IMAGE_MEAN),
-            "image_std": list(IMAGE_STD),
-        }
-        (directory / PREPROCESSOR).write_text(json.dumps(values, indent=2))
+        """Writes the files it was read from as they were; for what has been made or changed since, those that all releases
+        of transformers read."""
+        files = dict(self._files)
+        tokenizer, limits = self._as_read or (None, None)
+        if _state(self.tokenizer) != tokenizer:
+            files = {
+                name: data for name, data in files.items() if name not in TOKENIZER_FILES and not is_template(name)
+            }
+            files |= tokenizer_files(self.tokenizer)
+        if self._limits() != limits or not files.keys() & {PREPROCESSOR, NESTED}:
+            files = {name: data for name, data in files.items() if name not in PREPROCESSOR_FILES}
+            files[PREPROCESSOR] = as_json(_preprocessor(self.min_pixels, self.max_pixels))
+        for name, data in files.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(data)
+
+    def _limits(self) -> tuple[int, int]:
+        return self.min_pixels, self.max_pixels
 
     def __call__(
         self, text: str | list[str], images: list | None = None, videos: list | None = None, fps: float = 2.0
@@ -140,14 +166,35 @@ def _rgb(image: Any) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _limits(directory: Path, config: Qwen2_5_VLConfig) -> dict[str, int]:
+def _state(tokenizer) -> tuple:
+    """What changes when tokens or a template are added."""
+    return len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
+
+
+def _preprocessor(min_pixels: int, max_pixels: int) -> dict[str, Any]:
+    """The fields of the Hugging Face image processor."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": PATCH,
+        "temporal_patch_size": TEMPORAL,
+        "merge_size": MERGE,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+
+
+def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLConfig) -> dict[str, int]:
     """min_pixels and max_pixels of the directory's preprocessor, whose other fields must be those of the model."""
-    values: dict[str, Any] = {}
-    for name in (PREPROCESSOR, NESTED):
-        if (directory / name).is_file():
-            values = json.loads((directory / name).read_text())
-            values = values.get("image_processor", values)
-            break
+    name = next((name for name in (PREPROCESSOR, NESTED) if name in files), None)
+    if name is None:
+        return {}
+    values, where = json_object(files, name, directory), directory / name
+    if name == NESTED:
+        values = _section(values, "image_processor", where) or values
     vision = config.vision
     for field, expected in (
         ("patch_size", vision.patch_size),
@@ -157,8 +204,20 @@ def _limits(directory: Path, config: Qwen2_5_VLConfig) -> dict[str, int]:
         ("image_std", list(IMAGE_STD)),
     ):
         if values.get(field, expected) != expected:
-            raise ValueError(f"{directory}: the preprocessor has {field} {values[field]}, the model {expected}")
-    size = values.get("size") or {}
-    named = {"min_pixels": values.get("min_pixels"), "max_pixels": values.get("max_pixels")}
-    edges = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
-    return {name: value for name in named if (value := named[name] or edges[name]) is not None}
+            raise FileError(f"{where}: the preprocessor has {field} {str(values[field])[:80]}, the model {expected}")
+    size = _section(values, "size", where)
+    limits = {}
+    for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = size.get(edge) if values.get(field) is None else values[field]
+        if value is not None:
+            if type(value) is not int or not 0 < value < 2**31:
+                raise FileError(f"{where}: {field} is {str(value)[:80]!r}, not a positive number of pixels")
+            limits[field] = value
+    return limits
+
+
+def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise FileError(f"{where}: {name} is {str(found)[:80]!r}, not an object of fields")
+    return found

@@ -15,7 +15,13 @@ def _network(text: tuple[int, ...], vision_mlp: int, vocab: int, tied: bool = Fa
     """text: width, MLP, layers, heads, key-value heads"""
     width, mlp, layers, heads, kv_heads = text
     return Qwen2_5_VLConfig(
-        TextConfig(vocab, width, mlp, layers, heads, kv_heads, bos_token_id=151643, eos_token_id=151645),
+        TextConfig(
+            *(vocab, width, mlp, layers, heads, kv_heads),
+            rms_norm_eps=1e-6,
+            max_position_embeddings=128000,
+            bos_token_id=151643,
+            eos_token_id=151645,
+        ),
         VisionConfig(32, 1280, vision_mlp, 16, out_hidden_size=width, tokens_per_second=2),
         tie_word_embeddings=tied,
     )

@@ -118,7 +118,7 @@ def read_recipe(config, console):
     """The recipe of a config: the network and the tokenizer from its model directory, if that is there."""
     from pixel_jax.cli import UserError
     from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.models.config import Qwen2_5_VLConfig
+    from pixel_jax.models.config import CONFIG, read_config
     from pixel_jax.models.processor import Processor
     from pixel_jax.models.released import released
     from pixel_jax.planning.programs import Recipe
@@ -126,8 +126,8 @@ def read_recipe(config, console):
     from pixel_jax.rollout.prompts import tables
 
     directory, vocabulary = pathlib.Path(config.model), None
-    if (directory / "config.json").is_file():
-        network = Qwen2_5_VLConfig.from_hf(json.loads((directory / "config.json").read_text()))
+    if (directory / CONFIG).exists():
+        network, _ = read_config(directory)
         processor = Processor.from_directory(directory, network)
         vocabulary = Vocabulary.of(processor.tokenizer) if processor else None
     elif config.architecture is None:

@@ -39,6 +39,7 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
             num_key_value_heads=config.kv_heads,
+            rms_norm_eps=1e-6,
             rope_theta=config.rope_theta,
             mrope_section=(time, (half - time) // 2, half - time - (half - time) // 2),
             max_position_embeddings=4096,

@@ -1,7 +1,9 @@
 """Hugging Face directories: read in every layout, written so that transformers reads them, wrong ones refused by name."""
 
+import dataclasses
 import importlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -13,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_qwen import IMAGE, relative, tiny_config, torch_model
 
 import pixel_jax
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, checkpoint
+from pixel_jax.files import FileError
+from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig, checkpoint
 from pixel_jax.models.lora import add_lora
+from pixel_jax.models.released import released
 from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import shardings
 
@@ -98,29 +102,64 @@ def test_both_spellings_of_keys_and_both_layouts_of_config(model, directory, nes
 TEXT_FIELDS = set(tiny_config().to_hf()) & set(tiny_config().text.__dataclass_fields__)
 
 
+# The fields of the released 7B configuration, as they stand in its config.json.
+RELEASED_7B = {
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_sliding_window": False, "vocab_size": 152064,
+    "vision_config": {
+        "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+        "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
+        "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+
+
 def test_released_config():
-    """The fields of the released 7B configuration, as they stand in its config.json."""
-    released = {
-        "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653, "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656,
-        "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
-        "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl",
-        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-        "use_sliding_window": False, "vocab_size": 152064,
-        "vision_config": {
-            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-            "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
-            "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2, "temporal_patch_size": 2,
-        },
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-    }  # fmt: skip
-    config = Qwen2_5_VLConfig.from_hf(released)
+    config = Qwen2_5_VLConfig.from_hf(RELEASED_7B)
     assert config.text.head_dim == 128 and config.vision.head_dim == 80 and config.vision.tokens_per_second == 2
     assert Qwen2_5_VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
     abstract = jax.eval_shape(lambda key: Qwen2_5_VL(config, key), jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == 8_292_166_656  # as published
+
+
+def test_a_missing_field_has_the_default_of_transformers():
+    """Of the installed release. (`test_old_transformers.py` compares with older ones.)"""
+    import transformers
+
+    theirs = transformers.Qwen2_5_VLConfig()
+    text = {**theirs.text_config.to_dict(), **theirs.text_config.rope_parameters}
+    vision, own = theirs.vision_config.to_dict(), theirs.to_dict()
+    # A text that has no sections does not run in transformers up to 4.57; 5 writes the ids of its tokens always.
+    except_for = {"mrope_section", "bos_token_id", "eos_token_id"}
+    for ours, values in ((TextConfig(), text), (VisionConfig(), vision)):
+        for spec in dataclasses.fields(ours):
+            if spec.name not in except_for:
+                value = values[spec.name]
+                assert getattr(ours, spec.name) == (tuple(value) if isinstance(value, list) else value), spec.name
+    config = Qwen2_5_VLConfig.from_hf({"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 8192}})
+    assert config.text == TextConfig() and config.vision == VisionConfig(out_hidden_size=8192)
+    for spec in dataclasses.fields(config)[2:]:
+        assert getattr(config, spec.name) == own[spec.name]
+
+
+def test_configuration_saved_by_transformers_4_49():
+    """It leaves out what equals the class's default: of the vision tower five fields are left."""
+    saved = json.loads((pathlib.Path(__file__).parent / "config_saved_by_4_49.json").read_text())
+    assert set(saved["vision_config"]) == {
+        "hidden_size",
+        "in_chans",
+        "model_type",
+        "spatial_patch_size",
+        "tokens_per_second",
+    }
+    assert Qwen2_5_VLConfig.from_hf(saved) == Qwen2_5_VLConfig.from_hf(RELEASED_7B) == released("qwen2.5-vl-7b")
 
 
 def test_shards(model, tmp_path, monkeypatch):
@@ -187,23 +226,34 @@ def test_truncated_file(directory):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors"])
 def test_index_pointing_outside(directory, name):
-    index = directory / "model.safetensors.index.json"
+    index = index_alone(directory)
     index.write_text(json.dumps({"weight_map": {NORM: name}}))
     with pytest.raises(ValueError, match=f"points outside the directory: '{name}'"):
         pixel_jax.from_pretrained(directory)
 
 
+def index_alone(directory):
+    """The weights under a name that only an index can give; the place of that index."""
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    return directory / "model.safetensors.index.json"
+
+
 def test_wrong_index(directory):
-    index = directory / "model.safetensors.index.json"
+    index = index_alone(directory)
     index.write_text(json.dumps({"weight_map": {NORM: "other.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="names 'other.safetensors', which does not exist"):
         pixel_jax.from_pretrained(directory)
-    index.write_text(json.dumps({"weight_map": {"ghost": "model.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"ghost": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(ValueError, match="holds tensor 'ghost', which it does not"):
         pixel_jax.from_pretrained(directory)
-    index.write_text("{")
-    with pytest.raises(ValueError, match="no readable index"):
-        pixel_jax.from_pretrained(directory)
+    for content, message in (
+        ("{", "index.json is not JSON"),
+        ('{"weight_map": {"a": 1}}', "no readable index"),
+        ("[]", "no"),
+    ):
+        index.write_text(content)
+        with pytest.raises(FileError, match=message):
+            pixel_jax.from_pretrained(directory)
 
 
 def test_nothing_there(tmp_path, directory):
@@ -218,13 +268,29 @@ def test_nothing_there(tmp_path, directory):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda c: c.pop("hidden_size"), "field 'hidden_size' is missing"),
-    (lambda c: c.pop("vision_config"), "field 'vision_config' is missing"),
-    (lambda c: c["vision_config"].pop("depth"), "field 'vision_config.depth' is missing"),
+    (lambda c: c.pop("hidden_size"), "must add up to half of the head dim 2048"),
+    (lambda c: c.update(vision_config=[]), r"vision_config is \[\], not an object"),
+    (lambda c: c.update(rope_scaling=[1]), r"rope_scaling is \[1\], not an object"),
+    (lambda c: c.update(num_attention_heads=0), "num_attention_heads is 0, not a whole number from 1"),
+    (lambda c: c.update(num_hidden_layers=-1), "num_hidden_layers is -1, not a whole number"),
+    (lambda c: c.update(num_hidden_layers="2"), "num_hidden_layers is '2', not a whole number"),
+    (lambda c: c.update(num_hidden_layers=2.5), "num_hidden_layers is 2.5, not a whole number"),
+    (lambda c: c.update(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, not .* to 1000"),
+    (lambda c: c.update(num_hidden_layers=True), "num_hidden_layers is True"),
+    (lambda c: c["vision_config"].update(patch_size=0), "vision_config.patch_size is 0"),
+    (lambda c: c.update(rms_norm_eps=float("nan")), "rms_norm_eps is nan, not a positive number"),
+    (lambda c: c.update(rope_theta=0), "rope_theta is 0, not a positive number"),
+    (lambda c: c.update(rope_theta=float("inf")), "rope_theta is inf, not a positive number"),
+    (lambda c: c.update(image_token_id=None), "image_token_id is None"),
+    (lambda c: c.update(eos_token_id=["</s>"]), "eos_token_id is '</s>'"),
+    (lambda c: c.update(tie_word_embeddings="no"), "tie_word_embeddings is 'no', not true or false"),
+    (lambda c: c.update(head_dim=16), "head_dim 16 is not supported, only 8"),
+    (lambda c: c.update(layer_types=["full_attention", "sliding_attention"]), "layer_types 'sliding_attention' is not"),
+    (lambda c: c["vision_config"].update(rope_parameters={"rope_theta": 5e5}), "rope_theta 500000.0 is not supported"),
     (lambda c: c.update(model_type="llama"), "model_type is 'llama', expected 'qwen2_5_vl'"),
     (lambda c: c.update(rope_scaling={"type": "yarn"}), "rope type 'yarn' is not supported"),
     (lambda c: c.update(hidden_act="gelu"), "hidden_act 'gelu' is not supported"),
-    (lambda c: c.update(use_sliding_window=True), "use_sliding_window is not supported"),
+    (lambda c: c.update(use_sliding_window=True), "use_sliding_window True is not supported"),
     (lambda c: c.update(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
     (lambda c: c["rope_scaling"].update(mrope_section=[1, 1, 1]), r"mrope_section \(1, 1, 1\) must add up"),
     (lambda c: c["vision_config"].update(out_hidden_size=8), "out_hidden_size 8 differs from .* 32"),
@@ -232,7 +298,7 @@ def test_nothing_there(tmp_path, directory):
 def test_wrong_config(change, message):
     values = json.loads(json.dumps(tiny_config().to_hf()))
     change(values)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(FileError, match=f"config.json: .*{message}"):
         Qwen2_5_VLConfig.from_hf(values)
 
 
