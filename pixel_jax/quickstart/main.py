@@ -7,7 +7,7 @@ from absl import flags
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
-CONFIG = "configs/pixel/quickstart.py"
+CONFIG = "pixel/quickstart"
 
 
 def define_flags(command: str) -> None:

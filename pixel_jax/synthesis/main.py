@@ -11,7 +11,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
-    define_flag(None, "The synthesis, a file under configs/.")
+    define_flag(None, "The synthesis: a file, or a name as pixel/synth.")
     flags.mark_flag_as_required("config")
 
 

@@ -15,7 +15,7 @@ from absl import flags
 from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
-CONFIG = "configs/unlearn/quickstart.py"
+CONFIG = "unlearn/quickstart"
 
 
 def define_flags(command: str) -> None:
