@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import pathlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ml_collections import config_flags
+from absl import flags
+from ml_collections.config_flags import config_flags
 
 T = TypeVar("T")
 
@@ -16,10 +18,47 @@ class ConfigError(ValueError):
     """A configuration that does not say what it should; the message names the key and its value."""
 
 
+PACKAGE = pathlib.Path(__file__).parent
+# The configs of the repository's top level: an installed package has a copy of its own, a checkout has them beside it.
+SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The configs that come with the package: name, as in `--config=pixel/quickstart`, to file."""
+    files = sorted(SHIPPED.rglob("*.py"))
+    return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in files}
+
+
+def find_config(name: str) -> pathlib.Path:
+    """The file `name`; where there is none, the config that comes with the package under that name, `.py` or not.
+
+    A name that is neither is a `ConfigError` that says where it was looked for and lists the names.
+    """
+    path, shipped = pathlib.Path(name), shipped_configs()
+    if path.is_file():
+        return path
+    if found := shipped.get(name.removesuffix(".py")):
+        return found
+    raise ConfigError(
+        f"there is no file {str(path.absolute())!r}, and no config in {str(SHIPPED)!r} is called {name!r}; "
+        f"those there are {', '.join(shipped) or 'none'}"
+    )
+
+
+class ConfigFileParser(config_flags.ConfigFileFlagParser):
+    """Of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
+
+    def parse(self, value: str):
+        name, *word = value.split(":", 1)
+        return super().parse(":".join([str(find_config(name)), *word]))
+
+
 def define_flag(default: str | None, what: str) -> None:
-    """The flag `--config`, a file with `get_config()`. `--config.KEY=VALUE` sets any key, also one that the file leaves at its
-    default: what is no key at all is found by `load`."""
-    config_flags.DEFINE_config_file("config", default, what, lock_config=False, accept_new_attributes=True)
+    """The flag `--config`: a file with `get_config()`, or the name of a config that comes with the package. `--config.KEY=VALUE`
+    sets any key, also one that the file leaves at its default: what is no key at all is found by `load`."""
+    path = None if default is None else str(find_config(default))
+    config_flags.DEFINE_config_file("config", path, what, lock_config=False, accept_new_attributes=True)
+    flags.FLAGS["config"].parser = ConfigFileParser("config", lock_config=False)
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default: T | None = None) -> T:

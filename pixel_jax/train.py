@@ -77,7 +77,7 @@ class TrainConfig:
 
 
 def define_flags(command: str) -> None:
-    define_flag(None, "The experiment, a file under configs/.")
+    define_flag(None, "The experiment: a file, or a name as pixel/own_data.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_bool(
         "resume_changed", False, "Go on with a run although its settings or data have changed; its history says which."

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,15 +129,27 @@ def build_prefill(quick: bool) -> Work:
     return Work(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
 
 
-def build_decode(rows: int, quick: bool) -> Work:
+class Decoding(NamedTuple):
     """Greedy decoding with everything a rollout does at a token: sampling, the automaton, the record."""
-    length, steps = (16, 6) if quick else (210, 64)
-    model, words = random_model(quick), vocabulary()
-    tokens = text_tokens(rows, length)
-    config, shape = rollout_config(quick), Shape(views=1, shards=1, patches=16)
+
+    start: Callable  # (model, prompts) -> what `decode` goes on from, the prompts read
+    decode: Callable  # (model, its layers unstacked, *start(model, prompts)) -> the rows' state, `steps` tokens later
+    prompts: Prompts
+    bytes: float  # that are read at least: the weights for every token, and the cache as it grows
+
+    def prepare(self, model: Qwen2_5_VL) -> Callable[[], jax.Array]:
+        """The run that is timed. It returns the rows' tokens."""
+        shared, state = self.start(model, self.prompts)
+        run, layers = jax.jit(self.decode), jax.jit(Qwen2_5_VL.unstack)(model)
+        return lambda: run(model, layers, shared, state).tokens
+
+
+def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
+    """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
+    rows, length = tokens.shape
+    shape, words = Shape(views=1, shards=1, patches=16), tables(vocabulary())
     # No stop token: every row writes on.
-    token_tables = tables(words)
-    token_tables = type(token_tables)(token_tables.bytes, token_tables.observations, jnp.full(1, -2, jnp.int32))
+    words = type(words)(words.bytes, words.observations, jnp.full(1, -2, jnp.int32))
     prompts = Prompts(
         tokens=tokens,
         length=np.full(rows, length, np.int32),
@@ -145,10 +159,10 @@ def build_decode(rows: int, quick: bool) -> Work:
         is_video=np.zeros(rows, bool),
         seconds=np.zeros(rows, np.float32),
         uid=np.arange(rows, dtype=np.int32),
-        tables=token_tables,
+        tables=words,
     )
     config = dataclasses.replace(
-        config, group_size=1, max_response=steps, max_new_tokens=steps + 1, max_calls=0, max_images=1
+        rollout_config(quick), group_size=1, max_response=steps, max_new_tokens=steps + 1, max_calls=0, max_images=1
     )
 
     def decode(model, layers, shared, state):
@@ -162,28 +176,30 @@ def build_decode(rows: int, quick: bool) -> Work:
         waiting, state = queue.fill(model, prompts, *nothing, *started, config, shape)
         return machine.Shared(prompts, waiting.prefix, jnp.zeros(2)), state
 
-    def ours():
-        shared, state = start(model, prompts)
-        run, layers = jax.jit(decode), jax.jit(Qwen2_5_VL.unstack)(model)
-        return lambda: run(model, layers, shared, state).tokens
+    text, head = model.config.text, model.lm_head.weight[...]
+    cached = 2 * rows * (length + steps // 2) * text.num_key_value_heads * text.head_dim * head.dtype.itemsize
+    read = array_bytes(model.language_model.layers, model.lm_head) + cached * text.num_hidden_layers
+    return Decoding(start, decode, prompts, read * steps)
 
-    alternatives: dict = {"pixel_jax": ours}
+
+def build_decode(rows: int, quick: bool) -> Work:
+    length, steps = (16, 6) if quick else (210, 64)
+    model, tokens = random_model(quick), text_tokens(rows, length)
+    work = decoding(model, tokens, steps, quick)
+    alternatives: dict = {"pixel_jax": functools.partial(work.prepare, model)}
     if HAS_TORCH:
         alternatives["transformers generate"] = functools.partial(_generate, quick, tokens, steps, False)
     if HAS_TORCH and not quick:  # to compile it takes half a minute
         alternatives["transformers generate, static cache, torch.compile"] = functools.partial(
             _generate, quick, tokens, steps, True
         )
-    cached = 2 * rows * (length + steps // 2) * model.config.text.num_key_value_heads * model.config.text.head_dim * 4
-    read = array_bytes(model.language_model.layers, model.lm_head) + cached * model.config.text.num_hidden_layers
+    shapes = jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(work.start, model, work.prompts)
     return Work(
         f"{rows} rows, {steps} tokens after {length}",
         alternatives,
         same,
-        flops=count_flops(
-            decode, model, jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(start, model, prompts)
-        ),
-        bytes=read * steps,
+        flops=count_flops(work.decode, model, *shapes),
+        bytes=work.bytes,
         aims=tuple(Aim(name, 2.3 if rows == 1 else 2.0) for name in list(alternatives)[1:2]),
     )
 

@@ -42,7 +42,8 @@ def measure_machine(quick: bool) -> Machine:
     )
 
 
-def _best(run, times: int = 7) -> float:
+def best_seconds(run, times: int = 7) -> float:
+    """The shortest of `times` runs, after one that is not counted."""
     finished(run())
     seconds = []
     for _ in range(times):
@@ -55,14 +56,14 @@ def _best(run, times: int = 7) -> float:
 def _matmul(side: int, dtype) -> float:
     x = jnp.ones((side, side), dtype)
     product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
-    return 2 * side**3 / _best(lambda: product(x))
+    return 2 * side**3 / best_seconds(lambda: product(x))
 
 
 def _read(rows: int, columns: int) -> float:
     """The better of a matrix-vector product and a sum, over a matrix far larger than the caches."""
     matrix, vector = jnp.ones((rows, columns)), jnp.ones(columns)
     product, total = jax.jit(jnp.dot), jax.jit(jnp.sum)
-    return matrix.nbytes / min(_best(lambda: product(matrix, vector)), _best(lambda: total(matrix)))
+    return matrix.nbytes / min(best_seconds(lambda: product(matrix, vector)), best_seconds(lambda: total(matrix)))
 
 
 def _version(name: str) -> str:

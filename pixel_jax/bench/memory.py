@@ -14,6 +14,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
 
@@ -28,34 +29,43 @@ def peak_memory(module: str, case: str, alternative: str, quick: bool) -> int | 
     return None if answer == "unknown" else int(answer)
 
 
+def taken() -> int:
+    """Bytes of memory that this process has now, where it is the kernel that keeps the record (on a CPU); else 0."""
+    import jax
+
+    return _resident("VmRSS") if jax.default_backend() == "cpu" and CLEAR.exists() else 0
+
+
+def highest(run: Callable[[], object], before: int) -> int | None:
+    """Bytes of memory at the peak of `run()`, less `before`; None where neither the kernel nor the device keeps a record."""
+    import jax
+
+    from pixel_jax.bench.timing import finished
+
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and not CLEAR.exists():
+        return None
+    finished(run())
+    gc.collect()
+    if not on_cpu:
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR.write_text("5")  # the highest mark begins anew (proc(5))
+    finished(run())
+    return _resident("VmHWM") - before
+
+
 def _resident(what: str) -> int:
     """VmRSS (now) or VmHWM (highest), in bytes."""
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", STATUS.read_text())[1])
 
 
 def main(module: str, case: str, alternative: str, quick: bool) -> None:
-    import jax
-
-    from pixel_jax.bench.timing import finished
-
     build = {case.name: case.build for case in importlib.import_module(module).CASES}[case]
     prepare = build(quick).alternatives[alternative]
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and not CLEAR.exists():
-        print("unknown")
-        return
-    before = _resident("VmRSS") if on_cpu else 0
-    run = prepare()
-    finished(run())
-    gc.collect()
-    if not on_cpu:
-        statistics = jax.devices()[0].memory_stats() or {}
-        print(statistics.get("peak_bytes_in_use", "unknown"))
-        return
-    ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5")  # the highest mark begins anew (proc(5))
-    finished(run())
-    print(_resident("VmHWM") - before)
+    before = taken()
+    found = highest(prepare(), before)
+    print("unknown" if found is None else found)
 
 
 if __name__ == "__main__":

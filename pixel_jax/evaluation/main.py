@@ -21,7 +21,7 @@ MODE = "operations"  # in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
-    define_flag(None, "The evaluation, a file such as configs/pixel/eval.py.")
+    define_flag(None, "The evaluation: a file, or a name as pixel/eval.")
     flags.DEFINE_string("json", None, "Also write what compare or select finds to this file.")
 
 
@@ -49,7 +49,7 @@ def run() -> None:
     from pixel_jax.parallel.processes import first, join, together
 
     if FLAGS.config is None:
-        raise UserError("give a config: --config=configs/pixel/eval.py")
+        raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
     join()
     with together(), hold(config.out, first()):

@@ -6,7 +6,6 @@ prediction only as far as the hardware reaches its peaks.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -20,7 +19,7 @@ SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
-    define_flag(None, "The experiment, a file under configs/.")
+    define_flag(None, "The experiment: a file, or a name as pixel/qwen2_5_vl_7b_rl.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
     flags.DEFINE_list(

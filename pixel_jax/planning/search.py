@@ -271,13 +271,17 @@ def compile_to_text(program: Program) -> tuple[float, str]:
         lowered = program.lower()
         with _no_cache():
             compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-        memory = compiled.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         texts = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"), key=lambda path: path.stat().st_size)
         if not texts:
             raise RuntimeError(f"the compiler wrote no program to {folder}")
-        return peak, texts[-1].read_text()
+        return peak_bytes(compiled), texts[-1].read_text()
+
+
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """Of a device's memory, as the compiler has planned it: arguments, results, temporaries and the program."""
+    memory = compiled.memory_analysis()
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.quickstart.config:QuickstartConfig"  # whose fields `--help` lists
-CONFIG = "configs/pixel/quickstart.py"
+CONFIG = "pixel/quickstart"
 
 
 def define_flags(command: str) -> None:

@@ -13,7 +13,7 @@ SETTINGS = "pixel_jax.synthesis.run:SynthConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
-    define_flag(None, "The synthesis, a file under configs/.")
+    define_flag(None, "The synthesis: a file, or a name as pixel/synth.")
     flags.mark_flag_as_required("config")
 
 

@@ -16,7 +16,7 @@ from pixel_jax.config import define_flag
 
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
-CONFIG = "configs/unlearn/quickstart.py"
+CONFIG = "unlearn/quickstart"
 
 
 def define_flags(command: str) -> None:
