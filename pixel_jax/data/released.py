@@ -27,8 +27,6 @@ from pixel_jax.training.answers import last_boxed
 
 LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
 OPEN, CLOSE = grammar.OPEN.decode(), grammar.CLOSE.decode()
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
-MILLIONTHS = decimal.Decimal("0.000001")
 
 
 def read_traces(path: str | pathlib.Path, report: Report) -> list[Example]:
@@ -154,27 +152,11 @@ def _without_guidelines(text: str, report: Report) -> str:
 
 
 def _tidy(text: str, report: Report) -> str:
-    """A turn as the policy would write it: no end marker, nothing after a call, and numbers that the grammar reads."""
+    """A turn as the policy would write it: no end marker, and nothing after a call."""
     bare = text.replace(grammar.END.decode(), "")
     if bare.rstrip().endswith(CLOSE):
         bare = bare.rstrip()
-        before, tag, call = bare.rpartition(OPEN)
-        mended = NUMBER.sub(_short, call) if tag else call
-        if mended != call:
-            report.mended["a call had numbers that are too long or have exponents"] += 1
-        bare = before + tag + mended
     return bare
-
-
-def _short(number: re.Match) -> str:
-    """The same number to a millionth, which is what is read of it, if it is long or has an exponent."""
-    text = number.group()
-    if len(text) <= grammar.MAX_CHARACTERS and "e" not in text.lower():
-        return text
-    value = decimal.Decimal(text)
-    if abs(value) > grammar.MAX_UNITS:
-        return text
-    return f"{value.quantize(MILLIONTHS, decimal.ROUND_DOWN).normalize():f}"
 
 
 def read_questions(path: str | pathlib.Path, report: Report) -> list[Example]:
