@@ -11,10 +11,8 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
   `\\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
 """
 
-import decimal
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +24,6 @@ from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.training.answers import last_boxed
 
 LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
-OPEN, CLOSE = grammar.OPEN.decode(), grammar.CLOSE.decode()
 
 
 def read_traces(path: str | pathlib.Path, report: Report) -> list[Example]:
@@ -73,7 +70,7 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     for i, message in enumerate(said, 1):
         if message.images or not message.text:
             raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
-        text = _tidy(message.text, report)
+        text = _tidy(message.text)
         asked = grammar.parse_turn(text)
         if asked.required != (i < len(said)):
             what = "ends with a call" if asked.required else "is followed by another and has no call"
@@ -151,12 +148,10 @@ def _without_guidelines(text: str, report: Report) -> str:
     return text
 
 
-def _tidy(text: str, report: Report) -> str:
+def _tidy(text: str) -> str:
     """A turn as the policy would write it: no end marker, and nothing after a call."""
     bare = text.replace(grammar.END.decode(), "")
-    if bare.rstrip().endswith(CLOSE):
-        bare = bare.rstrip()
-    return bare
+    return bare.rstrip() if bare.rstrip().endswith(grammar.CLOSE.decode()) else bare
 
 
 def read_questions(path: str | pathlib.Path, report: Report) -> list[Example]:

@@ -110,11 +110,11 @@ def _integers(name: str, values, count: int):
 def _check_concrete(shape, box, size, canvas, implementation) -> None:
     height, width = shape[:2]
     if not isinstance(box, jax.core.Tracer):
-        x1, y1, x2, y2 = (int(value) for value in box)
+        x1, y1, x2, y2 = np.asarray(box).tolist()
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise ValueError(f"box {(x1, y1, x2, y2)} is empty or outside the image of width {width}, height {height}")
     if not isinstance(size, jax.core.Tracer):
-        out_height, out_width = (int(value) for value in size)
+        out_height, out_width = np.asarray(size).tolist()
         if not (1 <= out_height <= canvas[0] and 1 <= out_width <= canvas[1]):
             raise ValueError(f"size (height, width) {(out_height, out_width)} is empty or exceeds the canvas {canvas}")
         if implementation == "matmul" and not isinstance(box, jax.core.Tracer):
