@@ -51,7 +51,7 @@ def test_traces(tmp_path, lines):
         assert learned == last_two(row)
         if example.id != "SA1B-1":
             assert [turn.parts[0][0] for turn in example.turns] == said
-    assert "[0.385416, 0.2, 0.5, 0.6]" in examples[1].turns[1].parts[0][0]
+    assert "[0.3854166666666667, 0.2, 0.5, 0.6]" in examples[1].turns[1].parts[0][0]
     video = examples[2].query()
     assert [image.shape for image in video.images] == [(96, 128, 3)] * 4 and video.seconds == 1.0
     np.testing.assert_array_equal(video.images[1], released_pixels(tmp_path / "videos.zip", files.FRAMES[1]))

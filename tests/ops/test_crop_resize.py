@@ -289,6 +289,7 @@ def test_explicit_axes(form, order, shared):
     given = jax.device_put(images[0], whole) if shared else jax.device_put(images, rows)
     out = jax.jit(jax.vmap(crop, (None if shared else 0, 0, 0)))(given, *jax.device_put((boxes, sizes), rows))
     assert out.sharding.is_equivalent_to(rows, 4)
+    out = np.asarray(out)
     for row in range(8):
         image = images[0 if shared else row]
         np.testing.assert_array_equal(out[row], pillow(image, boxes[row], sizes[row], CANVAS, order))

@@ -20,9 +20,7 @@ PAIRS = st.lists(st.tuples(FLOATS, FLOATS), min_size=64, max_size=64)
 
 
 def value(x: doubles.Double) -> list[float]:
-    return [
-        math.ldexp(m, e) if m else 0.0 for m, e in zip(*(np.asarray(part).tolist() for part in x), strict=True)
-    ]
+    return [math.ldexp(m, e) if m else 0.0 for m, e in zip(*(np.asarray(part).tolist() for part in x), strict=True)]
 
 
 @jax.jit
