@@ -26,9 +26,10 @@ twice the last value counts. Everything else gets one fixed error message. A num
 
 These are the calls that the released code carries out (`json.loads`, then what it looks up), but for what a finite
 automaton cannot decide or nobody writes, which it takes and we do not: an array or an object as the value of a further
-key, a further key with a backslash or a "<" in it, `name`, `bbox_2d`, `target_image` or `target_frames` with a value of another
-kind where it does not belong or is given again, NaN, Infinity, and true or false for a number. Two things are wider than
-there: white space behind the closing tag (it ends the conversation), and indices that are too long to be any.
+key; a further key with a backslash or a "<" in it; `name`, `bbox_2d`, `target_image` or `target_frames` with a value of
+another kind where it does not belong or is given again; NaN, Infinity, and true or false for a number; and text between
+the call's closing tag and a second one. Two things are wider than there: white space behind the closing tag (there it
+ends the conversation), and integers that are too long for Python.
 
 `automaton.py` decides the same language on the device, and reads the same values.
 """
