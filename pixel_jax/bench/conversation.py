@@ -79,13 +79,14 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     from transformers import DynamicCache
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    from pixel_jax.bench.pillow import crop
+
     processor = Qwen2VLImageProcessorPil(do_resize=False)
     logprobs = np.zeros((len(rows), width), np.float32)
 
     def views(row: Row, first: int, last: int) -> list:
         picture = Image.fromarray(row.canvas)
-        cut = lambda box, size: picture.crop(box).resize(size[::-1], Image.Resampling.BICUBIC)
-        return [cut(*view) for view in row.views[first:last]]
+        return [crop(picture, *view) for view in row.views[first:last]]
 
     def forward(ids, positions, mask, cache, pictures=()):
         inputs = {}

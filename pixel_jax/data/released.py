@@ -12,9 +12,7 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
 """
 
 import codecs
-import decimal
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,10 +26,7 @@ from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
 
 LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of the released trainer)
-OPEN, CLOSE = grammar.OPEN.decode(), grammar.CLOSE.decode()
 QUESTION_COLUMNS = ("question", "answer", "image", "is_video", "qid")
-NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.])")
-MILLIONTHS = decimal.Decimal("0.000001")
 
 
 def read_traces(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
@@ -85,7 +80,7 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     for i, message in enumerate(said, 1):
         if message.images or not message.text:
             raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
-        text = _tidy(message.text, report)
+        text = _tidy(message.text)
         asked = grammar.parse_turn(text)
         if asked.required != (i < len(said)):
             what = "ends with a call" if asked.required else "is followed by another and has no call"
@@ -165,31 +160,10 @@ def _without_guidelines(text: str, report: Report) -> str:
     return text
 
 
-def _tidy(text: str, report: Report) -> str:
-    """A turn as the policy would write it: no end marker, nothing after a call, and numbers that the grammar reads."""
+def _tidy(text: str) -> str:
+    """A turn as the policy would write it: no end marker, and nothing after a call."""
     bare = text.replace(grammar.END.decode(), "")
-    if bare.rstrip().endswith(CLOSE):
-        bare = bare.rstrip()
-        before, tag, call = bare.rpartition(OPEN)
-        mended = NUMBER.sub(_short, call) if tag else call
-        if mended != call:
-            report.mended["a call had numbers that are too long or have exponents"] += 1
-        bare = before + tag + mended
-    return bare
-
-
-def _short(number: re.Match) -> str:
-    """The same number to a millionth, which is what is read of it, if it is long or has an exponent."""
-    text = number.group()
-    if len(text) <= grammar.MAX_CHARACTERS and "e" not in text.lower():
-        return text
-    try:
-        value = decimal.Decimal(text)
-        if abs(value) > grammar.MAX_UNITS:
-            return text
-        return f"{value.quantize(MILLIONTHS, decimal.ROUND_DOWN).normalize():f}"
-    except decimal.DecimalException:  # 1e999999999 is more than a Decimal holds
-        return text
+    return bare.rstrip() if bare.rstrip().endswith(grammar.CLOSE.decode()) else bare
 
 
 def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:

@@ -1,9 +1,8 @@
 """The grammar of `grammar.py` on the device: an automaton over the bytes of the tokens that a policy writes.
 
-The verdict is a finite automaton alone: whether a text is a call, and of which tool, is the state it ends in. Keys that
-were seen, the place in an array and the length of a number are all part of the state (some two thousand of them, built
-here from the grammar). What a number is worth is kept beside it in integer registers, by an action that hangs on the
-state entered.
+Whether a text is a call is the state of a finite automaton that it ends in (some five hundred states, built here from the
+grammar). Which tool and keys it had, and what its numbers are worth, is kept beside it in integer registers, by an action
+that hangs on the state entered.
 
 Three marks begin with "<" and contain no other "<", so one state tells how much of a mark has been read:
 `<tool_call>` starts a call anew, wherever it appears; `</tool_call>` ends one; `<|im_end|>` is taken out of the text,
@@ -17,24 +16,29 @@ so the automaton goes back to where it was before the mark's "<", which is all t
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.grammar import BOX_NUMBERS, CLOSE, END, MAX_CHARACTERS, MAX_UNITS, OPEN, TOOL_NAMES
+from pixel_jax.dialog.grammar import BOX_NUMBERS, CLOSE, END, MAX_SHIFT, MAX_UNITS, OPEN, TOOL_NAMES, WHITE_SPACE
 from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary
 
 MAX_FRAMES = 16  # frame numbers that are kept; `num_frames` counts on
-WHITE_SPACE = b" \t\n\r"
 CROP, SELECT = range(len(TOOL_NAMES))
-ARGUMENTS = {CROP: ("bbox_2d", "target_image"), SELECT: ("target_frames",)}
+_BOX_KEY, _TARGET_KEY, _FRAMES_KEY = 1, 2, 4  # bits of the keys of the arguments
+_NEEDS = {CROP: _BOX_KEY | _TARGET_KEY, SELECT: _FRAMES_KEY}
 
 # Number registers: the box, target_image, then the frames.
 _TARGET, _FRAMES = BOX_NUMBERS, BOX_NUMBERS + 1
 _SLOTS = _FRAMES + MAX_FRAMES
+_NO_SLOT = -1
+
+DIGITS = b"0123456789"
+# What a string of a further key may hold as it is: no quotation mark, backslash, control character, or beginning of a mark.
+_PLAIN = bytes(byte for byte in range(32, 256) if byte not in b'"\\<')
 
 
 class Calls(NamedTuple):
@@ -58,22 +62,30 @@ class State(NamedTuple):
 
     state: jax.Array  # i32 [R]
     saved: jax.Array  # i32 [R]          the state to go back to if the "<" just read begins <|im_end|>
+    tool: jax.Array  # i32 [R]           the name that was read, -1: none
+    keys: jax.Array  # i32 [R]           the keys of the arguments that were read
     units: jax.Array  # i32 [R, 21]
     micros: jax.Array  # i32 [R, 5]      frames have none
+    exponent: jax.Array  # i32 [R, 5]
     negative: jax.Array  # bool [R, 21]
     target_integer: jax.Array  # bool [R]
     num_frames: jax.Array  # i32 [R]
 
 
 class _Action(NamedTuple):
-    """What entering a state does to the number registers."""
+    """What entering a state does to the registers."""
 
-    slot: int = -1  # which number the byte belongs to; frames count from the running one
+    slot: int = _NO_SLOT  # which number the byte belongs to; frames count from the running one
     begin: int = 0  # the byte is its first character
     digit: int = 0  # the byte is a digit before the point
     micros: int = 0  # what a digit behind the point is worth
-    point: int = 0  # the byte is the point
+    power: int = 0  # the byte is a digit of an exponent: 1, or -1 behind a minus
+    real: int = 0  # the byte makes it no integer
     clear: int = 0  # the byte opens the list of frames
+    call: int = 0  # the byte opens a call: nothing of it was read
+    arguments: int = 0  # the byte opens the arguments: none of their keys was read
+    key: int = 0  # the byte begins the value of this key of theirs
+    name: int = 0  # the byte ends the name of tool `name` - 1
 
 
 class Automaton(NamedTuple):
@@ -83,12 +95,11 @@ class Automaton(NamedTuple):
     next: np.ndarray  # i32 [S * C]
     byte_class: np.ndarray  # i32 [256]
     num_classes: int
-    action: np.ndarray  # i32 [S, 6]     columns of _Action
+    action: np.ndarray  # i32 [S, 11]    columns of _Action
     save: np.ndarray  # i32 [S]          what to go back to after <|im_end|>
     restore: int
     required: np.ndarray  # bool [S]
-    tool: np.ndarray  # i32 [S]          the tool of a valid call that ends here, else -1
-    killers: frozenset[int]  # bytes after which nothing is under way, whatever was
+    complete: np.ndarray  # bool [S]     required, and an object of the grammar stands between the marks
 
 
 class _Builder:
@@ -100,194 +111,159 @@ class _Builder:
     def __init__(self):
         self.edges: list[dict[int, int]] = []
         self.actions: list[_Action] = []
-        self.named: dict[object, int] = {}
-        self.tools: dict[int, int] = {}
-        self.saves: dict[int, int] = {}
         assert self.state() == self.NOTHING
         self.restore = self.state()
-        self.marks()
+        self.required: list[int] = []
+        self.complete: list[int] = []
+        self.saves: dict[int, int] = {}
+        start, accepted = self.spaced(), self.spaced()
+        self.less = self.marks(start, [])
+        self.edges[accepted][ord("<")] = self.marks(start, self.complete)
+        self.call(start, accepted)
 
     def state(self, action: _Action = _Action()) -> int:  # noqa: B008
         self.edges.append({})
         self.actions.append(action)
         return len(self.edges) - 1
 
-    def once(self, name: object) -> tuple[int, bool]:
-        """The state of that name, and whether it is new and wants its edges."""
-        new = name not in self.named
-        if new:
-            self.named[name] = self.state()
-        return self.named[name], new
+    def spaced(self, action: _Action = _Action()) -> int:  # noqa: B008
+        """A new state that white space does not leave."""
+        state = self.state(action)
+        self.edges[state] |= dict.fromkeys(WHITE_SPACE, state)
+        return state
 
-    def spell(self, start: int, texts: Mapping[bytes, int]):
-        """Edges from `start` that spell each of `texts` and lead to its state; texts that begin alike share states."""
+    def spell(self, start: int, texts: Mapping[bytes, int]) -> dict[bytes, int]:
+        """Edges from `start` that spell each of `texts` and lead to its state; texts that begin alike share states.
+
+        Returns the states by what has been spelled.
+        """
         between = {b"": start}
         for text, target in texts.items():
             for i, byte in enumerate(text[:-1]):
                 if text[: i + 1] not in between:
                     between[text[: i + 1]] = self.edges[between[text[:i]]][byte] = self.state()
             self.edges[between[text[:-1]]][text[-1]] = target
+        return between
 
-    # The marks. `tool` is that of the valid call right before a mark, or None.
+    def marks(self, start: int, ends: list[int]) -> int:
+        """The state after a "<"; the state in which a closing mark leads from there is added to `ends`."""
+        required = self.spaced()
+        self.required.append(required)
+        ends.append(required)
+        less, barred = self.state(), self.state()
+        for state in (less, barred):
+            self.spell(state, {OPEN[1:]: start, CLOSE[1:]: required})
+        self.spell(less, {END[1:]: self.restore})
+        # Removal is one pass: a <|im_end|> that only comes about by removing another stays. So a "<" that is gone
+        # back to must not begin one. (Further into the mark it may go on: that ends where it was gone back to.)
+        self.saves[less] = barred
+        return less
 
-    def marks(self):
-        for tool in (None, CROP, SELECT):
-            required = self.once(("required", tool))[0]
-            if tool is not None:
-                self.tools[required] = tool
-            rest = {OPEN[1:]: self.value_start(), CLOSE[1:]: required}
-            less, barred = self.once(("less", tool))[0], self.once(("barred", tool))[0]
-            self.spell(barred, rest)
-            self.spell(less, rest)
-            self.spell(less, {END[1:]: self.restore})
-            # Removal is one pass: a <|im_end|> that only comes about by removing another stays. So a "<" that is gone
-            # back to must not begin one. (Further into the mark it may go on: that ends where it was gone back to.)
-            self.saves[less] = barred
+    def call(self, start: int, accepted: int):
+        after = self.spaced()
+        name, arguments = self.spaced(), self.spaced()
+        self.edges[start][ord("{")] = self.object(
+            after, accepted, {b"name": name, b"arguments": arguments}, _Action(call=1)
+        )
+        ends = {tool: self.like(after, _Action(name=1 + tool)) for tool in (CROP, SELECT)}
+        self.spell(name, {b'"%s"' % TOOL_NAMES[tool].encode(): end for tool, end in ends.items()})
 
-    # The call. Each method names a state by what has been read and gives it its edges when it is first asked for.
+        inner = self.spaced()
+        box, target, frames = self.spaced(), self.spaced(), self.spaced()
+        keys = {b"bbox_2d": box, b"target_image": target, b"target_frames": frames}
+        self.edges[arguments][ord("{")] = self.object(inner, after, keys, _Action(arguments=1))
+        self.edges[box][ord("[")] = opened = self.spaced(_Action(key=_BOX_KEY))
+        self.box(opened, inner)
+        self.number(target, inner, _TARGET, key=_TARGET_KEY)
+        self.edges[frames][ord("[")] = opened = self.spaced(_Action(key=_FRAMES_KEY, clear=1))
+        self.edges[opened][ord("]")] = inner
+        self.numbers(opened, inner, _FRAMES)
 
-    def white(self, name: object) -> tuple[int, bool]:
-        state, new = self.once(name)
-        if new:
-            self.edges[state] |= dict.fromkeys(WHITE_SPACE, state)
-        return state, new
+    def like(self, state: int, action: _Action) -> int:
+        """A new state that goes on as `state` does."""
+        new = self.state(action)
+        self.edges[new] |= self.edges[state]
+        return new
 
-    def value_start(self) -> int:
-        state, new = self.white("start")
-        if new:
-            self.edges[state][ord("{")] = self.member(None, None)
-        return state
+    def object(self, after: int, closed: int, values: Mapping[bytes, int], action: _Action) -> int:
+        """The state behind the "{" of an object that ends in `closed`.
 
-    def member(self, name: int | None, arguments: int | None) -> int:
-        """Before a key of the outer object, which already has these members (each a tool's index, or None)."""
-        state, new = self.white(("member", name, arguments))
-        if new:
-            keys = {}
-            if name is None:
-                keys[b'"name"'] = self.colon("name", name, arguments)
-            if arguments is None:
-                keys[b'"arguments"'] = self.colon("arguments", name, arguments)
-            self.spell(state, keys)
-        return state
+        A member ends in `after`; the value of each known key begins in the state that `values` has for it.
+        """
+        before, other, value = self.spaced(), self.state(), self.spaced()
+        colons = {key: self.spaced() for key in values}
+        for key, colon in colons.items():
+            self.edges[colon][ord(":")] = values[key]
+        other_colon = self.spaced()
+        self.edges[other_colon][ord(":")] = value
+        self.edges[other] |= dict.fromkeys(_PLAIN, other) | {ord('"'): other_colon}
+        self.edges[before][ord('"')] = quoted = self.state()
+        for state in self.spell(quoted, {key + b'"': colon for key, colon in colons.items()}).values():
+            self.edges[state] = self.edges[other] | self.edges[state]
+        self.edges[after] |= {ord(","): before, ord("}"): closed}
+        self.scalar(value, after)
+        return self.like(before, action)
 
-    def colon(self, key: str, name: int | None, arguments: int | None) -> int:
-        state, new = self.white(("colon", key, name, arguments))
-        if new:
-            value, _ = self.white(("value", key, name, arguments))
-            self.edges[state][ord(":")] = value
-            if key == "name":
-                tools = (CROP, SELECT) if arguments is None else (arguments,)
-                self.spell(value, {b'"%s"' % TOOL_NAMES[t].encode(): self.after_member(t, arguments) for t in tools})
-            else:
-                self.edges[value][ord("{")] = self.argument(name, ())
-        return state
-
-    def after_member(self, name: int | None, arguments: int | None) -> int:
-        state, new = self.white(("after member", name, arguments))
-        if new and None in (name, arguments):
-            self.edges[state][ord(",")] = self.member(name, arguments)
-        elif new:
-            self.edges[state][ord("}")] = accepted = self.white(("accepted", name))[0]
-            self.edges[accepted][ord("<")] = self.once(("less", name))[0]
-        return state
-
-    def argument(self, name: int | None, seen: tuple[str, ...]) -> int:
-        """Before a key of the arguments, which already have the keys `seen`."""
-        state, new = self.white(("argument", name, seen))
-        if new:
-            keys = {}
-            for tool in (CROP, SELECT) if name is None else (name,):
-                if set(seen) <= set(ARGUMENTS[tool]):
-                    for key in (key for key in ARGUMENTS[tool] if key not in seen):
-                        keys[b'"%s"' % key.encode()] = self.argument_colon(name, tool, seen, key)
-            self.spell(state, keys)
-        return state
-
-    def argument_colon(self, name: int | None, tool: int, seen: tuple[str, ...], key: str) -> int:
-        state, new = self.white(("argument colon", name, seen, key))
-        if new:
-            value, _ = self.white(("argument value", name, seen, key))
-            self.edges[state][ord(":")] = value
-            after = self.after_argument(name, tool, tuple(sorted({*seen, key})))
-            here = (name, seen)
-            if key == "bbox_2d":
-                self.edges[value][ord("[")] = self.white(("box", *here))[0]
-                self.box(self.edges[value][ord("[")], after)
-            elif key == "target_image":
-                self.number(value, after, _TARGET)
-            else:
-                self.edges[value][ord("[")] = opened = self.state(_Action(clear=1))
-                self.frames(opened, after)
-        return state
-
-    def after_argument(self, name: int | None, tool: int, seen: tuple[str, ...]) -> int:
-        state, new = self.white(("after argument", name, seen))
-        if new and len(seen) < len(ARGUMENTS[tool]):
-            self.edges[state][ord(",")] = self.argument(name, seen)
-        elif new:
-            self.edges[state][ord("}")] = self.after_member(name, tool)
-        return state
-
-    def spaced(self) -> int:
-        """A new state that white space does not leave."""
-        state = self.state()
-        self.edges[state] |= dict.fromkeys(WHITE_SPACE, state)
-        return state
+    def scalar(self, start: int, after: int):
+        self.number(start, after, _NO_SLOT)
+        self.spell(start, dict.fromkeys((b"true", b"false", b"null"), after))
+        string, escape = self.state(), self.state()
+        self.edges[start][ord('"')] = string
+        self.edges[string] |= dict.fromkeys(_PLAIN, string) | {ord("\\"): escape, ord('"'): after}
+        self.edges[escape] |= dict.fromkeys(b'"\\/bfnrt', string)
+        digits = [self.state() for _ in range(4)]
+        self.edges[escape][ord("u")] = digits[0]
+        for digit, following in zip(digits, [*digits[1:], string], strict=True):
+            self.edges[digit] |= dict.fromkeys(DIGITS + b"abcdefABCDEF", following)
 
     def box(self, start: int, after: int):
         for slot in range(BOX_NUMBERS):
-            ended = self.spaced()
-            self.edges[ended][ord("]" if slot == BOX_NUMBERS - 1 else ",")] = following = (
-                after if slot == BOX_NUMBERS - 1 else self.spaced()
-            )
+            ended, following = self.spaced(), self.spaced()
+            self.edges[ended][ord(",")] = following
+            if slot == BOX_NUMBERS - 1:
+                self.edges[ended][ord("]")] = after
             self.number(start, ended, slot)
             start = following
+        self.numbers(start, after, _NO_SLOT)
 
-    def frames(self, start: int, after: int):
-        self.edges[start] |= dict.fromkeys(WHITE_SPACE, start)
-        self.edges[start][ord("]")] = after
+    def numbers(self, start: int, after: int, slot: int):
+        """One or more numbers and the "]" behind them."""
         ended, following = self.spaced(), self.spaced()
         self.edges[ended] |= {ord("]"): after, ord(","): following}
-        self.number(start, ended, _FRAMES)
+        self.number(start, ended, slot)
         # The numbers behind a comma are the same states as the first.
-        self.edges[following] |= {byte: self.edges[start][byte] for byte in b"-0123456789"}
+        self.edges[following] |= {byte: self.edges[start][byte] for byte in b"-" + DIGITS}
 
-    def number(self, start: int, ended: int, slot: int):
-        """A number of at most 12 characters from `start`; what may follow it is what may follow in `ended`."""
+    def number(self, start: int, ended: int, slot: int, key: int = 0):
+        """A number from `start`; what may follow it is what may follow in `ended`. Frames are integers."""
         of = functools.partial(_Action, slot)
-        made: dict[tuple, int] = {}
-
-        def reach(phase: str, length: int, decimals: int = 0) -> int:
-            key = (phase, length, decimals)
-            if key in made:
-                return made[key]
-            if phase == "digits" or phase == "zero":
-                action = of(begin=length == 1, digit=1)
-            elif phase == "minus":
-                action = of(begin=1)
-            elif phase == "point":
-                action = of(point=1)
-            else:
-                action = of(micros=10 ** (6 - decimals) if decimals <= 6 else 0)
-            made[key] = state = self.state(action)
-            edges = self.edges[state]
-            if phase in ("digits", "zero", "decimals"):
-                edges |= self.edges[ended]
-            if length < MAX_CHARACTERS:
-                if phase == "minus":
-                    edges |= whole(length + 1)
-                if phase == "digits":
-                    edges |= dict.fromkeys(b"0123456789", reach("digits", length + 1))
-                if phase in ("digits", "zero") and slot != _FRAMES:
-                    edges[ord(".")] = reach("point", length + 1)
-                if phase in ("point", "decimals"):
-                    edges |= dict.fromkeys(b"0123456789", reach("decimals", length + 1, decimals + 1))
-            return state
-
-        def whole(length: int) -> dict[int, int]:
-            return {ord("0"): reach("zero", length)} | dict.fromkeys(b"123456789", reach("digits", length))
-
-        self.edges[start] |= whole(1) | {ord("-"): reach("minus", 1)}
+        first = functools.partial(of, begin=1, key=key)
+        minus, first_zero, first_digit = (
+            self.state(first()),
+            self.like(ended, first(digit=1)),
+            self.like(ended, first(digit=1)),
+        )
+        zero, digit = self.like(ended, of(digit=1)), self.like(ended, of(digit=1))
+        self.edges[start] |= {ord("-"): minus, ord("0"): first_zero} | dict.fromkeys(DIGITS[1:], first_digit)
+        self.edges[minus] |= {ord("0"): zero} | dict.fromkeys(DIGITS[1:], digit)
+        for state in (first_digit, digit):
+            self.edges[state] |= dict.fromkeys(DIGITS, digit)
+        if slot == _FRAMES:
+            return
+        point, exponent = self.state(of(real=1)), self.state(of(real=1))
+        decimals = [self.like(ended, of(micros=10**place)) for place in range(5, -1, -1)]
+        decimals.append(self.like(ended, of()))  # cut off
+        for state, following in zip([point, *decimals], [*decimals, decimals[-1]], strict=True):
+            self.edges[state] |= dict.fromkeys(DIGITS, following)
+        for state in (first_zero, first_digit, zero, digit):
+            self.edges[state][ord(".")] = point
+        for state in (first_zero, first_digit, zero, digit, *decimals):
+            self.edges[state] |= dict.fromkeys(b"eE", exponent)
+        for sign, power in ((b"+", 1), (b"-", -1)):
+            signed, place = self.state(of()), self.like(ended, of(power=power))
+            self.edges[exponent][sign[0]] = signed
+            for state in (signed, place, *([exponent] if power == 1 else [])):
+                self.edges[state] |= dict.fromkeys(DIGITS, place)
 
 
 @functools.cache
@@ -296,17 +272,16 @@ def build() -> Automaton:
     builder = _Builder()
     count = len(builder.edges)
     full = np.zeros((count, 256), np.int32)
-    full[:, ord("<")] = builder.named["less", None]
+    full[:, ord("<")] = builder.less
     for state, edges in enumerate(builder.edges):
         for byte, target in edges.items():
             full[state, byte] = target
     columns, byte_class = np.unique(full, axis=1, return_inverse=True)
     save = np.arange(count, dtype=np.int32)
     save[list(builder.saves)] = list(builder.saves.values())
-    tool = np.full(count, -1, np.int32)
-    tool[list(builder.tools)] = list(builder.tools.values())
-    required = np.zeros(count, bool)
-    required[[state for name, state in builder.named.items() if name[0] == "required"]] = True
+    required, complete = np.zeros((2, count), bool)
+    required[builder.required] = True
+    complete[builder.complete] = True
     return Automaton(
         next=np.ascontiguousarray(columns).reshape(-1),
         byte_class=byte_class.reshape(-1).astype(np.int32),
@@ -315,26 +290,28 @@ def build() -> Automaton:
         save=save,
         restore=builder.restore,
         required=required,
-        tool=tool,
-        killers=frozenset(np.flatnonzero((full == _Builder.NOTHING).all(0)).tolist()),
+        complete=complete,
     )
 
 
-def relevant(token: bytes) -> bytes:
-    """The part of a token that matters: what stands in front of its last `<tool_call>`, or of its last byte that ends
-    whatever is under way, changes nothing."""
-    killers = build().killers
-    last = max((i for i, byte in enumerate(token) if byte in killers), default=0)
-    return token[max(token.rfind(OPEN), last) :]
+class TokenTable(NamedTuple):
+    """The bytes of every token, as the device needs them."""
+
+    data: jax.Array  # u8 [N]
+    start: jax.Array  # i32 [V]
+    length: jax.Array  # i32 [V]
+    quiet: jax.Array  # i32 [V]          bytes before the first "<": they change nothing where nothing is under way
+
+    @classmethod
+    def of(cls, tokens: Sequence[bytes]) -> TokenTable:
+        quiet = np.array([len(token.partition(b"<")[0]) for token in tokens], np.int32)
+        return cls(*TokenBytes.of(tokens), quiet)
 
 
-def token_table(vocabulary: Vocabulary) -> TokenBytes:
-    """The bytes of every token, as the device needs them: data u8 [N], start i32 [V], length i32 [V].
-
-    Only the part that matters: a step takes as long as the longest token in the batch.
-    """
-    tokens = [relevant(vocabulary.to_bytes([index])) for index in range(len(vocabulary.table.start))]
-    return TokenBytes(*map(jnp.asarray, TokenBytes.of(tokens)))
+def token_table(vocabulary: Vocabulary) -> TokenTable:
+    """The table of a vocabulary."""
+    tokens = [vocabulary.to_bytes([index]) for index in range(len(vocabulary.table.start))]
+    return jax.tree.map(jnp.asarray, TokenTable.of(tokens))
 
 
 def init(rows: int) -> State:
@@ -342,20 +319,25 @@ def init(rows: int) -> State:
     return State(
         state=jnp.full(rows, _Builder.NOTHING, jnp.int32),
         saved=jnp.full(rows, _Builder.NOTHING, jnp.int32),
+        tool=jnp.full(rows, -1, jnp.int32),
+        keys=jnp.zeros(rows, jnp.int32),
         units=jnp.zeros((rows, _SLOTS), jnp.int32),
         micros=jnp.zeros((rows, _FRAMES), jnp.int32),
+        exponent=jnp.zeros((rows, _FRAMES), jnp.int32),
         negative=jnp.zeros((rows, _SLOTS), bool),
         target_integer=jnp.zeros(rows, bool),
         num_frames=jnp.zeros(rows, jnp.int32),
     )
 
 
-def step(table: TokenBytes, state: State, tokens: jax.Array) -> State:
+def step(table: TokenTable, state: State, tokens: jax.Array) -> State:
     """Reads one token of every row. tokens i32 [R]; an id outside the table (say -1: the row waits) changes nothing."""
     known = (tokens >= 0) & (tokens < table.length.shape[0])
     index = jnp.where(known, tokens, 0)
-    length = jnp.where(known, table.length[index], 0)
-    start = table.start[index]
+    quiet = jnp.where(state.state == _Builder.NOTHING, table.quiet[index], 0)
+    length = jnp.where(known, table.length[index] - quiet, 0)
+    start = table.start[index] + quiet
+    # A step takes as long as the longest token: most rows think aloud, and are done at once.
     longest = jnp.max(length)  # over all rows, on whatever device: the trips of the loop are the same everywhere
 
     def read(carry):
@@ -383,15 +365,21 @@ def _read_byte(state: State, byte: jax.Array, active: jax.Array) -> State:
     shifted = jnp.where(units > MAX_UNITS // 10, MAX_UNITS, units * 10 + digit)
     units = jnp.where(action.digit[:, None] == 1, shifted, units)
     micros = jnp.where(begin, 0, state.micros) + action.micros[:, None] * digit
+    power = action.power[:, None]
+    exponent = jnp.where(begin, 0, jnp.where(power == 0, state.exponent, state.exponent * 10 + power * digit))
+    opens = (action.call | action.arguments) == 1
     at_target = action.slot == _TARGET
     new = State(
         state=jnp.where(following == tables.restore, state.saved, following),
         saved=jnp.where(byte == ord("<"), jnp.asarray(tables.save)[state.state], state.saved),
+        tool=jnp.where(action.call == 1, -1, jnp.where(action.name > 0, action.name - 1, state.tool)),
+        keys=jnp.where(opens, 0, state.keys | action.key),
         units=jnp.where(here, units, state.units),
         micros=jnp.where(here[:, :_FRAMES], micros, state.micros),
+        exponent=jnp.where(here[:, :_FRAMES], jnp.clip(exponent, -MAX_SHIFT, MAX_SHIFT), state.exponent),
         negative=jnp.where(here & begin, byte[:, None] == ord("-"), state.negative),
         target_integer=jnp.where(
-            at_target & (action.begin == 1), True, state.target_integer & ~(at_target & (action.point == 1))
+            at_target & (action.begin == 1), True, state.target_integer & ~(at_target & (action.real == 1))
         ),
         num_frames=num_frames,
     )
@@ -404,15 +392,19 @@ def _read_byte(state: State, byte: jax.Array, active: jax.Array) -> State:
 def finish(state: State) -> Calls:
     """What the text read so far asks for, if it is the whole response."""
     tables = build()
-    tool = jnp.asarray(tables.tool)[state.state]
-    crop, select = tool == CROP, tool == SELECT
+    complete = jnp.asarray(tables.complete)[state.state]
+    crop, select = (
+        complete & (state.tool == tool) & (state.keys & _NEEDS[tool] == _NEEDS[tool]) for tool in (CROP, SELECT)
+    )
+    units, micros = _shift(state.units[:, :_FRAMES], state.micros, state.exponent)
+    state = state._replace(units=state.units.at[:, :_FRAMES].set(units), micros=micros)
     signed = jnp.where(state.negative, -state.units, state.units)
     box = crop[:, None] & jnp.ones(BOX_NUMBERS, bool)
     num_frames = jnp.where(select, state.num_frames, 0)
     return Calls(
         required=jnp.asarray(tables.required)[state.state],
         valid=crop | select,
-        tool=tool,
+        tool=jnp.where(crop | select, state.tool, -1),
         box_units=jnp.where(box, state.units[:, :BOX_NUMBERS], 0),
         box_micros=jnp.where(box, state.micros[:, :BOX_NUMBERS], 0),
         box_negative=box & state.negative[:, :BOX_NUMBERS],
@@ -422,3 +414,18 @@ def finish(state: State) -> Calls:
         frames=jnp.where(jnp.arange(MAX_FRAMES) < num_frames[:, None], signed[:, _FRAMES:], 0),
         num_frames=num_frames,
     )
+
+
+def _shift(units: jax.Array, micros: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers times ten to the power of `places`, -MAX_SHIFT to MAX_SHIFT: read as the grammar says."""
+
+    def by_one(i, number):
+        units, micros = number
+        more = jnp.where(units > MAX_UNITS // 10, MAX_UNITS, units * 10 + micros // 100_000), micros % 100_000 * 10
+        less = units // 10, (units % 10 * 10**6 + micros) // 10
+        return tuple(
+            jnp.select([places > i, places < -i], [up, down], same)
+            for up, down, same in zip(more, less, number, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, MAX_SHIFT, by_one, (units, micros))

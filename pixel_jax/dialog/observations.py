@@ -5,10 +5,11 @@ An observation is everything between the `<|im_end|>` of the turn that called an
     \\n<|im_start|>user\\n  text  images  <|im_end|>\\n<|im_start|>assistant\\n
 
 Its text is one of ten kinds with a few integers in it. The constant stretches between the integers are tokenised once,
-at load; an integer is a token for every digit, whatever longer tokens the tokenizer may have; an image is
-`<|vision_start|>`, its pad tokens, `<|vision_end|>`. One function, `assemble`, puts them together for a batch, under
-jit or not; instruction tuning, the device rollout and its host twin all take their ids from it. `text` says in a line
-of Python what the ids mean.
+at load, each with the minus sign that may follow it and without, for tokenizers join the two; an integer is a token for
+every digit, whatever longer tokens the tokenizer may have; an image is `<|vision_start|>`, its pad tokens,
+`<|vision_end|>`. With Qwen2.5's tokenizer, which splits digits, these are the ids that it makes of the whole text. One
+function, `assemble`, puts them together for a batch, under jit or not; instruction tuning, the device rollout and its host
+twin all take their ids from it. `text` says in a line of Python what the ids mean.
 
 The texts are the original's, byte for byte. Where the original returns the text of a Python exception, and where an
 integer has more than six digits or a list more than sixteen items, there is one fixed message, `MALFORMED`.
@@ -114,27 +115,29 @@ class Arguments(NamedTuple):
 
 # A segment of an observation is a stretch of constant ids, an integer, or a run of pads, ...
 _CONSTANT, _INTEGER, _PADS = range(3)
-# ... and appears always, or if the list or the images have more than `at` members.
-_ALWAYS, _ITEMS, _IMAGES = range(3)
+# ... and appears always, or if the list or the images have more than `at` members, or if the list has none; ...
+_ALWAYS, _ITEMS, _IMAGES, _NO_ITEMS = range(4)
+# ... and, of a stretch before an integer, only if that is negative, or only if it is not.
+_ANY, _NEGATIVE, _POSITIVE = range(3)
 
 
 class _Segment(NamedTuple):
     type: int = _CONSTANT
     start: int = 0  # constant: where its ids are
     length: int = 0  # constant: how many
-    source: int = 0  # integer: which of [integers, items]; pads: which image
+    source: int = 0  # integer, or a stretch before it: which of [integers, items]; pads: which image
     guard: int = _ALWAYS
     at: int = 0
+    sign: int = _ANY
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observations:
     """The observations in the ids of one vocabulary. `assemble` is the one source of observation ids."""
 
-    segments: np.ndarray  # i32 [kinds, S, 6]   columns of _Segment
+    segments: np.ndarray  # i32 [kinds, S, 7]   columns of _Segment
     constants: np.ndarray  # i32 [N]            the ids of all constant stretches
     digits: np.ndarray  # i32 [10]
-    minus: int
     image_pad: int
 
     @classmethod
@@ -148,12 +151,19 @@ class Observations:
             constants.extend(ids)
             return _Segment(_CONSTANT, len(constants) - len(ids), len(ids), **guard)
 
-        def listed() -> list[_Segment]:
-            segments = [constant("[")]
+        def integer(before: str, source: int, **guard) -> list[_Segment]:
+            return [
+                constant(before, source=source, sign=_POSITIVE, **guard),
+                constant(before + "-", source=source, sign=_NEGATIVE, **guard),
+                _Segment(_INTEGER, source=source, **guard),
+            ]
+
+        def listed(before: str, after: str) -> list[_Segment]:
+            segments = [constant(f"{before}[]{after}", guard=_NO_ITEMS)]
             for item in range(MAX_LIST):
-                segments += [constant(", ", guard=_ITEMS, at=item)] if item else []
-                segments.append(_Segment(_INTEGER, source=NUM_INTEGERS + item, guard=_ITEMS, at=item))
-            return [*segments, constant("]")]
+                stretch = ", " if item else before + "["
+                segments += integer(stretch, NUM_INTEGERS + item, guard=_ITEMS, at=item)
+            return [*segments, constant("]" + after, guard=_ITEMS)]
 
         def image(index: int) -> list[_Segment]:
             guard = {"guard": _IMAGES, "at": index}
@@ -165,15 +175,17 @@ class Observations:
 
         rows = []
         for kind in Kind:
-            *head, last = HEAD  # the last is text, and the message's own text goes on with it
+            *head, opening = HEAD  # the last is text, and the message's own text goes on with it
             row = [constant(piece) for piece in head]
-            for stretch in _split(last + TEXTS[kind]):
-                if stretch == "list":
-                    row += listed()
-                elif isinstance(stretch, int):
-                    row.append(_Segment(_INTEGER, source=stretch))
+            *stretches, last = _split(opening + TEXTS[kind])
+            for i, (before, what) in enumerate(stretches):
+                if what != "list":
+                    row += integer(before, int(what))
+                elif i + 1 == len(stretches):
+                    row, last = [*row, *listed(before, last[0])], ("", "")
                 else:
-                    row.append(constant(stretch[1:]))
+                    raise ValueError(f"an integer follows the list of {TEXTS[kind]!r}")
+            row += [constant(last[0])] if last[0] else []
             if kind in (Kind.CROP, Kind.FRAMES):
                 for index in range(1 if kind == Kind.CROP else MAX_IMAGES):
                     row += image(index)
@@ -184,7 +196,6 @@ class Observations:
             segments=segments,
             constants=np.array(constants, np.int32),
             digits=np.array(vocabulary.digits, np.int32),
-            minus=vocabulary.minus,
             image_pad=vocabulary.image_pad,
         )
 
@@ -197,11 +208,12 @@ class Observations:
         for kind in Kind:
             segment = _Segment(*self.segments[kind].T)
             images = num_frames if kind == Kind.FRAMES else 1
-            shown = ~((segment.guard == _IMAGES) & (segment.at >= images))
+            shown = ~((segment.guard == _IMAGES) & (segment.at >= images)) & (segment.guard != _NO_ITEMS)
             pads = crop_pads if kind == Kind.CROP else frame_pads
-            lengths = np.select(
-                [segment.type == _INTEGER, segment.type == _PADS], [MAX_DIGITS + 1, pads], segment.length
-            )
+            lengths = np.select([segment.type == _INTEGER, segment.type == _PADS], [MAX_DIGITS, pads], segment.length)
+            # The two forms of a stretch before an integer stand side by side: only one appears.
+            longer = np.maximum(lengths, np.roll(lengths, -1))
+            lengths = np.select([segment.sign == _POSITIVE, segment.sign == _NEGATIVE], [longer, 0], lengths)
             most = max(most, int(np.sum(lengths * shown)))
         return most
 
@@ -250,15 +262,17 @@ class Observations:
 
         segment = _Segment(*jnp.moveaxis(segments[jnp.maximum(kind, 0)], -1, 0))
         num_images = jnp.sum(pads > 0, 1)
-        members = jnp.stack([jnp.ones_like(num_items), num_items, num_images], 1)  # of each guard
+        members = jnp.stack([jnp.ones_like(num_items), num_items, num_images, num_items == 0], 1)  # of each guard
         present = (jnp.take_along_axis(members, segment.guard, 1) > segment.at) & (kind >= 0)[:, None]
-        value = jnp.take_along_axis(values, jnp.where(segment.type == _INTEGER, segment.source, 0), 1)
+        of_integer = (segment.type == _INTEGER) | (segment.sign != _ANY)
+        value = jnp.take_along_axis(values, jnp.where(of_integer, segment.source, 0), 1)
+        present &= (segment.sign == _ANY) | ((segment.sign == _NEGATIVE) == (value < 0))
         num_pads = jnp.take_along_axis(pads, jnp.where(segment.type == _PADS, segment.source, 0), 1)
         powers = jnp.asarray([10**i for i in range(MAX_DIGITS)], jnp.int32)
         num_digits = 1 + jnp.sum(jnp.abs(value)[..., None] >= powers[1:], -1)
         lengths = jnp.select(
             [segment.type == _INTEGER, segment.type == _PADS],
-            [num_digits + (value < 0), num_pads],
+            [num_digits, num_pads],
             segment.length,
         )
         lengths = jnp.where(present, lengths, 0)
@@ -276,9 +290,8 @@ class Observations:
 
         offset = position - of(ends - lengths)
         number, count = of(value), of(num_digits)
-        place = jnp.clip(count - 1 - (offset - (number < 0)), 0, MAX_DIGITS - 1)
+        place = jnp.clip(count - 1 - offset, 0, MAX_DIGITS - 1)
         digit = jnp.asarray(self.digits)[jnp.abs(number) // powers[place] % 10]
-        digit = jnp.where((number < 0) & (offset == 0), self.minus, digit)
         constant = jnp.asarray(self.constants)[jnp.clip(of(segment.start) + offset, 0, len(self.constants) - 1)]
         kinds = of(segment.type)
         ids = jnp.select([kinds == _INTEGER, kinds == _PADS], [digit, jnp.full_like(digit, self.image_pad)], constant)
@@ -288,12 +301,8 @@ class Observations:
 _assemble = jax.jit(Observations.assemble, static_argnums=(0, 2))
 
 
-def _split(template: str) -> list[str | int]:
-    """A text with {0} {1} {2} {3} {list} as its stretches: integers, "list", and constant text behind a "="."""
-    stretches: list[str | int] = []
-    for i, stretch in enumerate(template.replace("}", "{").split("{")):
-        if i % 2:
-            stretches.append("list" if stretch == "list" else int(stretch))
-        elif stretch:
-            stretches.append("=" + stretch)
-    return stretches
+def _split(template: str) -> list[tuple[str, str]]:
+    """A text with {0} {1} {2} {3} {list} as (constant text, what stands in the braces behind it); the last has none."""
+    first, *rest = (part.rpartition("}") for part in template.split("{"))
+    names = [*(name for name, _, _ in rest), ""]
+    return list(zip([first[2], *(text for _, _, text in rest)], names, strict=True))

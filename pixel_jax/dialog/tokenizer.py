@@ -83,7 +83,6 @@ class Vocabulary:
     image_pad: int
     video_pad: int
     digits: tuple[int, ...]  # the tokens of "0", "1", ... "9"
-    minus: int  # the token of "-"
     known: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)  # texts encoded before
 
     @classmethod
@@ -102,13 +101,13 @@ class Vocabulary:
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
                 )
         single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
-        missing = [character for character in "0123456789-" if character.encode() not in single]
+        missing = [character for character in "0123456789" if character.encode() not in single]
         if missing:
             raise ValueError(
                 f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
             )
         digits = tuple(single[str(digit).encode()] for digit in range(10))
-        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, minus=single[b"-"], **special)
+        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, **special)
 
     @functools.cached_property
     def structure(self) -> frozenset[int]:

@@ -4,9 +4,13 @@ Frame patches stay uint8 until they enter the tower: a batch of them is an eight
 every frame of a still image would stand twice.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pixel_jax.ops.automatic import on_automatic_axes
 
 PATCH = 14
 MERGE = 2  # patches a side that the merger makes one token of
@@ -39,12 +43,17 @@ def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Arra
             raise ValueError(f"size {(height, width)} exceeds the image {image.shape[:2]}")
         if height * width > max_patches * PATCH * PATCH:
             raise ValueError(f"size {(height, width)} has more than {max_patches} patches")
+    size = jnp.asarray(size, jnp.int32)
+    return on_automatic_axes(functools.partial(_patchify, max_patches=max_patches), jnp.asarray(image), size)
+
+
+def _patchify(image, size, max_patches):
+    unit = PATCH * MERGE
     rows, columns = image.shape[0] // unit, image.shape[1] // unit
     # [rows, columns, MERGE, MERGE, 3, PATCH, PATCH], one leading index for each merged token of the whole canvas.
-    patches = jnp.asarray(image).reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    patches = image.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     tokens = patches.reshape(rows * columns, MERGE * MERGE * FRAME_PATCH)
 
-    size = jnp.asarray(size, jnp.int32)
     height, width = size[0] // unit, size[1] // unit
     count = height * width
     fits = jnp.all((size > 0) & (size % unit == 0)) & (height <= rows) & (width <= columns)

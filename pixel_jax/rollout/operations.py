@@ -91,7 +91,9 @@ def overview_size(canvas_size: jax.Array, is_video: jax.Array, config: RolloutCo
     return jnp.where(is_video[..., None], as_frame, as_image)
 
 
-def first_gallery(canvas_size: jax.Array, num_canvases: jax.Array, is_video: jax.Array, config: RolloutConfig):
+def first_gallery(
+    canvas_size: jax.Array, num_canvases: jax.Array, is_video: jax.Array, config: RolloutConfig
+) -> Gallery:
     """The gallery of R rows that have been shown their prompts: canvas_size int32 [R, C, 2], others [R]."""
     rows, most = canvas_size.shape[:2]
     more = config.max_images

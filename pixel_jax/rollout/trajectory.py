@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.dialog.automaton import TokenTable
 from pixel_jax.dialog.observations import Observations
-from pixel_jax.dialog.tokenizer import TokenBytes
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollout.canvases import Canvases
 
@@ -32,7 +32,7 @@ STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", 
 class Tables:
     """What the device has to know of the tokenizer, the same for all rows. Built by `pixel_jax.rollout.prompts.tables`."""
 
-    bytes: TokenBytes  # of every token, for the automaton
+    bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
     stop: Array  # int32 [k], tokens that end a turn
 

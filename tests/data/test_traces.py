@@ -157,7 +157,9 @@ def test_pixels_of_a_box_are_those_of_the_picture_that_is_shown():
     (first, *_), t = QUERIES[0].images, compile_traces([Trace(QUERIES[0], (*map(right, shares), right("x")), "7")])
     sizes = (t.visual.grids[0, :2, 1:] * 14).tolist()
     assert sizes[0] != list(first.shape[:2])  # it is shown smaller or larger than it is
-    boxes = [f"{x1 * w}, {y1 * h}, {w}, {h}" for (x1, y1), (h, w) in zip([(0.5, 0.25), (0.25, 0.5)], sizes, strict=True)]
+    boxes = [
+        f"{x1 * w}, {y1 * h}, {w}, {h}" for (x1, y1), (h, w) in zip([(0.5, 0.25), (0.25, 0.5)], sizes, strict=True)
+    ]
     again = compile_traces([Trace(QUERIES[0], (right(call(boxes[0], 1)), right(call(boxes[1], 2)), right("x")), "7")])
     assert t.calls.observation[0, :2].tolist() == [0, 0]
     np.testing.assert_array_equal(again.calls.box[0], t.calls.box[0])

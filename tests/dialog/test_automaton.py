@@ -17,8 +17,7 @@ from qwen import qwen_vocabulary
 from texts import any_response, response
 
 from pixel_jax.dialog import Vocabulary, build_tokenizer, finish, init, parse_turn, step, token_table
-from pixel_jax.dialog.automaton import MAX_FRAMES, Calls, build, relevant
-from pixel_jax.dialog.tokenizer import TokenBytes
+from pixel_jax.dialog.automaton import MAX_FRAMES, Calls, TokenTable, build
 
 ROWS, CHUNKS = 512, 6
 DATA = ROWS * 400
@@ -68,7 +67,7 @@ def assert_same(texts: list[bytes], device: Calls):
 
 
 @jax.jit
-def read(table: TokenBytes, tokens: jax.Array) -> Calls:
+def read(table: TokenTable, tokens: jax.Array) -> Calls:
     """tokens [R, T]"""
     state, _ = jax.lax.scan(lambda state, token: (step(table, state, token), None), init(len(tokens)), tokens.T)
     return finish(state)
@@ -81,13 +80,11 @@ def read_chunks(texts: list[bytes], rng: random.Random) -> Calls:
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(CHUNKS)))
         for i, (start, end) in enumerate(zip([0, *cuts], [*cuts, len(text)], strict=True)):
             tokens[row, i] = len(chunks)
-            chunks.append(relevant(text[start:end]) if rng.random() < 0.5 else text[start:end])
-    table = TokenBytes.of(chunks)
+            chunks.append(text[start:end])
+    table = TokenTable.of(chunks)
     assert len(table.data) <= DATA, len(table.data)
     fill = ROWS * CHUNKS - len(chunks)
-    table = TokenBytes(
-        np.pad(table.data, (0, DATA - len(table.data))), np.pad(table.start, (0, fill)), np.pad(table.length, (0, fill))
-    )
+    table = TokenTable(np.pad(table.data, (0, DATA - len(table.data))), *(np.pad(x, (0, fill)) for x in table[1:]))
     return jax.tree.map(np.asarray, read(table, tokens))
 
 
@@ -149,7 +146,7 @@ def test_agrees_after_every_byte():
 
 
 @functools.cache
-def qwen_tables() -> tuple[Vocabulary, TokenBytes, dict[bytes, int]]:
+def qwen_tables() -> tuple[Vocabulary, TokenTable, dict[bytes, int]]:
     vocabulary = qwen_vocabulary()
     ids = {vocabulary.to_bytes([index]): index for index in range(len(vocabulary.table.start))}
     return vocabulary, token_table(vocabulary), ids
@@ -193,7 +190,7 @@ def test_long_pieces_as_tokens():
     ids = vocabulary.encode(text) + [vocabulary.im_end]
     assert len(ids) == 10
     table = token_table(vocabulary)
-    assert table.length[256] < len(pieces[0]) - 30  # the prose before the mark costs nothing
+    assert table.quiet[256] > 30  # the prose before the mark costs nothing
     calls = read(table, np.array([ids]))
     assert_same([text.encode()], calls)
     assert calls.box_micros.tolist() == [[120000, 340000, 560000, 780000]]
@@ -243,7 +240,7 @@ def test_the_automaton_is_the_same_in_every_process():
     """Its tables are constants of compiled programs, which several hosts must share."""
     code = (
         "import hashlib; from pixel_jax.dialog.automaton import build; a = build();"
-        "print(hashlib.sha256(a.next.tobytes() + a.action.tobytes() + a.save.tobytes()).hexdigest())"
+        "print(hashlib.sha256(a.next.tobytes() + a.action.tobytes() + a.save.tobytes() + a.complete.tobytes()).hexdigest())"
     )
     root = str(pathlib.Path(__file__).parents[2])
     digests = {
@@ -254,4 +251,4 @@ def test_the_automaton_is_the_same_in_every_process():
         for seed in ("1", "2")
     }  # fmt: skip
     assert len(digests) == 1
-    assert len(build().save) < 3000
+    assert len(build().save) < 1000

@@ -1,7 +1,12 @@
 """The host parser: what is a call, what is not, and what its numbers are."""
 
+import json
+import math
+import operator
 import random
+import re
 from decimal import ROUND_DOWN, Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -34,8 +39,10 @@ def test_the_calls_of_the_released_data():
     [
         ("", False),
         ("\\boxed{3}<|im_end|>", False),
-        (f"<tool_call>{SELECT}</tool_call>\n", False),
         (f"<tool_call>{SELECT}</tool_call><|endoftext|>", False),
+        (f"<tool_call>{SELECT}</tool_call> a", False),
+        ("</tool_call>\n", True),
+        ("</tool_call> \n<|im_end|>\t", True),
         ("</tool_call>", True),
         ("</tool_<|im_end|>call>", True),
         ("</tool_call><|im_<|im_end|>end|>", False),
@@ -75,25 +82,35 @@ def test_the_last_opening_tag_counts():
         SELECT.replace("[1, 16", "[[1], 16"),
         SELECT.replace("[1, 16", '["1", 16'),
         SELECT.replace("[1, 16", "[true, 16"),
-        SELECT.replace("[1, 16", "[1234567890123, 16"),
         SELECT.replace("[1, 16", "[NaN, 16"),
         SELECT.replace("[1, 16", "[\u00a01, 16"),
         SELECT.replace("[1, 16", "[\x0c1, 16"),
         SELECT.replace("[1, 16, -0, 999999999999]", "3"),
-        SELECT.replace("}}", ', "label": "x"}}'),
-        SELECT.replace("}}", ', "target_frames": [1]}}'),
-        SELECT.replace("}}", '}, "name": "select_frames"}'),
+        SELECT.replace("}}", ', "label": {"x": 1}}}'),
+        SELECT.replace("}}", ', "label": ["x"]}}'),
+        SELECT.replace("}}", ', "label": "a < b"}}'),
+        SELECT.replace("}}", ', "label": "a\nb"}}'),
+        SELECT.replace("}}", ', "label": "\\x"}}'),
+        SELECT.replace("}}", ', "label": NaN}}'),
+        SELECT.replace("}}", ', "la\\u0062el": "x"}}'),
+        SELECT.replace("}}", ', "label"}}'),
+        SELECT.replace("}}", ', "bbox_2d": [1]}}'),
+        SELECT.replace("}}", ', "target_frames": "x"}}'),
+        SELECT.replace("}}", '}, "name": "crop_image_normalized"}'),
+        SELECT.replace("}}", '}, "arguments": {"label": 1}}'),
+        SELECT.replace("}}", "},}"),
         '{"name": "select_frames", "arguments": []}',
         '{"name": "select_frames"}',
         '{"arguments": {"target_frames": [1]}}',
-        CROP.replace("12.5]", "12.5, 1]"),
+        CROP.replace("12.5]", '12.5, "sign"]'),
         CROP.replace(", 12.5]", "]"),
-        CROP.replace("12.5", "1e-3"),
+        CROP.replace("12.5", "1e"),
+        CROP.replace("12.5", "1e-"),
+        CROP.replace("12.5", "1e0.5"),
         CROP.replace("12.5", "12."),
         CROP.replace("12.5", ".5"),
         CROP.replace("12.5", "+5"),
         CROP.replace("12.5", "-"),
-        CROP.replace("12.5", "0.00000000001"),
         CROP.replace("12.5", "-Infinity"),
         CROP.replace(', "target_image": 2', ""),
         CROP.replace('"target_image": 2', '"target_image": null'),
@@ -121,10 +138,81 @@ def test_generated_calls_are_calls(seed):
 def test_numbers_are_their_decimals_cut_off(seed):
     text = number(random.Random(seed))
     read = parse_call(CROP.replace("12.5", text).encode()).box[3]
-    exact = Decimal(text)
-    micros = int((abs(exact) * 10**6).to_integral_value(ROUND_DOWN))
-    assert (read.units, read.micros) == (min(micros // 10**6, 999_999_999), micros % 10**6)
-    assert read.negative == text.startswith("-") and read.integer == ("." not in text)
+    assert read.negative == text.startswith("-") and read.integer == isinstance(json.loads(text), int)
+    mantissa, _, exponent = text.lower().partition("e")
+    micros = int((abs(Decimal(mantissa)) * 10**6).to_integral_value(ROUND_DOWN))  # before the exponent
+    if micros >= 10**15:
+        return  # units are at their limit, and stay there unless an exponent moves them down
+    exact = micros * Fraction(10) ** int(exponent or 0)
+    assert read.units == min(int(exact) // 10**6, 999_999_999)
+    assert read.micros == int(exact) % 10**6 or read.units == 999_999_999
+
+
+LONG = '{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.3333333333333333, 1e-1, 2.5E+2, 12e2, 7], "label": %s}}'
+
+
+def test_what_the_released_code_reads_and_people_write():
+    call = (
+        LONG.replace("}}", ', "target_image": 1, "target_frames": [2]}, "id": 3}')
+        % '"the \\"STOP\\" sign, \\u00e9 é日"'
+    )
+    read = parse_call(call.encode())
+    assert read.target_image.units == 1 and read.frames == ()
+    assert [(n.units, n.micros, n.integer) for n in read.box] == [
+        (0, 333333, False),
+        (0, 100000, False),
+        (250, 0, False),
+        (1200, 0, False),
+    ]
+    twice = SELECT.replace("}}", ', "target_frames": [7, 8]}}')
+    assert parse_call(twice.encode()).frames == (7, 8)
+    again = SELECT.replace("}}", '}, "arguments": {"target_frames": [5]}, "name": "select_frames"}')
+    assert parse_call(again.encode()).frames == (5,)
+
+
+def released(text: str):
+    """`parse_last_tool` and what the released code then looks up: (tool, its values), or None where it raises."""
+    try:
+        call = json.loads(text.split("<tool_call>")[-1].split("</tool_call>")[0])
+        name, arguments = call["name"], call["arguments"]
+        if name == "select_frames":
+            return name, [operator.index(frame) for frame in arguments["target_frames"]]
+        if name == "crop_image_normalized":
+            target = arguments["target_image"] - 1
+            return name, [*(float(side) / 1 for side in arguments["bbox_2d"][:4]), target + 1]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError):
+        pass
+    return None
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.integers(0, 2**32))
+def test_calls_are_those_that_the_released_code_carries_out(seed):
+    """Ours are some of theirs, with the same values to the millionth; what we leave is what the docstring says."""
+    rng = random.Random(seed)
+    text = call(rng, odd=rng.choice([0, 0.05, 0.3]))
+    ours, theirs = parse_turn(f"<tool_call>{text}</tool_call>").call, released(text)
+    if ours is None:
+        others = ("NaN", "Infinity", "true", "{}", "[1]", "null", "\\u006e")
+        wrong_kind = re.search(r'"(bbox_2d|target_image|target_frames)"[ \t\n\r]*:', text)
+        assert (
+            theirs is None
+            or any(word in text for word in others)
+            or wrong_kind
+            and len(wrong_kind.re.findall(text)) > 1
+        )
+        return
+    name, values = theirs
+    assert name == ("crop_image_normalized", "select_frames")[ours.tool]
+    if ours.tool == 1:
+        assert [max(min(frame, 999_999_999), -999_999_999) for frame in values] == list(ours.frames)
+        return
+    powers = [int(power) for power in re.findall(r"[0-9][eE](\+?[0-9]+)", text)]
+    cut = 1.001e-6 * 10.0 ** min(max([0, *powers]), 300)  # decimals are cut off before an exponent is applied
+    for mine, value in zip([*ours.box, ours.target_image], values, strict=True):
+        assert mine.negative == (math.copysign(1, value) < 0) or value == 0
+        if abs(value) < 10**8 and not re.search(r"[0-9]{9}", text):  # where units do not stay at their limit
+            assert 0 <= abs(value) - (mine.units + mine.micros / 10**6) + 1e-8 < cut + 1e-7
 
 
 @settings(max_examples=300, deadline=None)

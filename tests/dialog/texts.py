@@ -8,7 +8,8 @@ FRAGMENTS = [
     "im_end|>", "<tool_", "call>", "</tool_", '"name"', '"arguments"', '"bbox_2d"', '"target_image"', '"target_frames"',
     '"crop_image_normalized"', '"select_frames"', '"crop_image"', '"label"', ":", ",", "{", "}", "[", "]", '"', "\\",
     " ", "\n", "\t", "\r", "-", ".", "0", "1", "9", "0.5", "1e3", "E", "+", "null", "true", "NaN", "-Infinity", "é",
-    "日", "\x00", "\x0b", "\xa0", "\u2028", "\ufeff", "'", "//", "Now", "zoom in", "\\u006e", "\ud800",
+    "日", "\\n", "\\u00e9", "e-3", ',"label": "x"', "\x00", "\x0b", "\xa0", "\u2028",
+    "\ufeff", "'", "//", "Now", "zoom in", "\\u006e", "\ud800",
 ]  # fmt: skip
 
 LARGE = ["99999999", "999999989", "999999990", "999999999", "1000000000", "999999999999"]  # about where units saturate
@@ -22,23 +23,53 @@ def number(rng: random.Random, integer: bool = False) -> str:
     """A number of the grammar."""
     sign = rng.choice(["", "", "", "-"])
     whole = rng.choice(
-        ["0", str(rng.randrange(20)), str(rng.randrange(10**6)), str(rng.randrange(10**12)), rng.choice(LARGE)]
+        ["0", str(rng.randrange(20)), str(rng.randrange(10**6)), str(rng.randrange(10**15)), rng.choice(LARGE)]
     )
-    decimals = "" if integer else rng.choice(["", "." + "".join(rng.choices("0123456789", k=rng.randint(1, 10)))])
-    text = sign + whole + decimals
-    if len(text) <= 12 and rng.random() < 0.9:
-        return text
-    text = sign + ("0" if decimals else whole[: 12 - len(sign)]) + decimals
-    return text[:12] if len(text) > 12 else text
+    decimals = "" if integer else rng.choice(["", "." + "".join(rng.choices("0123456789", k=rng.randint(1, 18)))])
+    exponent = f"{rng.choice('eE')}{rng.choice(['', '+', '-'])}{rng.choice(['', '0'])}{rng.choice([0, 1, 2, 5, 15, 16, 17, 400])}"
+    return sign + whole + decimals + (exponent if rng.random() < 0.2 and not integer else "")
+
+
+def string(rng: random.Random) -> str:
+    """A string of JSON without a beginning of a mark."""
+    pieces = [
+        "a",
+        "the sign",
+        " ",
+        "0",
+        "name",
+        "\\n",
+        '\\"',
+        "\\\\",
+        "\\u00e9",
+        "é",
+        "日",
+        "{",
+        "}",
+        "[",
+        ",",
+        ":",
+        "\x7f",
+        ">",
+    ]
+    return '"' + "".join(rng.choices(pieces, k=rng.choice([0, 1, 1, 3]))) + '"'
+
+
+def further(rng: random.Random) -> tuple[str, str]:
+    """A key that is not looked at, and a scalar."""
+    key = rng.choice(
+        ['"label"', '"id"', '""', '"nam"', '"names"', '"bbox_2d "', '"target_"', '"target_image2"', '"é"', '"Name"']
+    )
+    return key, rng.choice([string, number, lambda rng: rng.choice(["true", "false", "null"])])(rng)
 
 
 def odd_number(rng: random.Random) -> str:
     """A number, most often one outside the grammar."""
     return rng.choice(
         [
-            lambda: "".join(rng.choices("0123456789", k=rng.randint(11, 14))),
-            lambda: "0." + "".join(rng.choices("0123456789", k=rng.randint(9, 12))),
-            lambda: "-" + str(rng.randrange(10**9, 10**13)),
+            lambda: f"{rng.randrange(100)}e",
+            lambda: f"{rng.randrange(100)}.5e{rng.choice('+-')}",
+            lambda: f"{rng.randrange(100)}e.5",
             lambda: rng.choice(["", "-"]) + "0" + str(rng.randrange(10)),
             lambda: f"{rng.randrange(100)}.",
             lambda: f".{rng.randrange(100)}",
@@ -64,7 +95,7 @@ def members(rng: random.Random, pairs: list[tuple[str, str]]) -> str:
 
 
 def call(rng: random.Random, odd: float = 0.0) -> str:
-    """The JSON of a call; with probability `odd` each part of it is another than the grammar wants."""
+    """The JSON of a call, which may have more in it; with probability `odd` each part is not as the grammar wants it."""
 
     def numeral(integer=False):
         return odd_number(rng) if rng.random() < odd else number(rng, integer)
@@ -74,17 +105,27 @@ def call(rng: random.Random, odd: float = 0.0) -> str:
 
     if rng.random() < 0.5:
         name = '"crop_image_normalized"'
-        box = array(rng, [numeral() for _ in range(maybe(4, 0, 1, 3, 5))])
+        box = array(rng, [numeral() for _ in range(maybe(rng.choice([4, 4, 4, 4, 5, 7]), 0, 1, 3))])
         pairs = [('"bbox_2d"', box), ('"target_image"', numeral(rng.random() < 0.8))]
     else:
         name = '"select_frames"'
         count = rng.choice([0, 1, 2, 3, 8, 9, 15, 16, 17, 20])
         pairs = [('"target_frames"', array(rng, [numeral(True) for _ in range(count)]))]
+    more = lambda: [further(rng) for _ in range(rng.choice([0, 0, 0, 0, 1, 2]))]
+    if rng.random() < 0.1:  # what belongs to the other tool, or has been said
+        pairs += [
+            rng.choice(
+                [('"target_frames"', array(rng, [number(rng, True)])), ('"target_image"', number(rng)), pairs[0]]
+            )
+        ]
+    pairs += more()
     if rng.random() < odd:
         extra = rng.choice(['"label"', '"bbox_2d"', '"target_frames"', '"target_image"', '""', '"\\u006eame"'])
         pairs = rng.choice([pairs[1:], pairs + pairs[:1], [*pairs, (extra, numeral())]])
     name = maybe(name, '"crop_image"', '"select_frames"', '"crop_image_normalized"', "1", "[]")
-    outer = [('"name"', name), ('"arguments"', members(rng, pairs))]
+    outer = [('"name"', name), ('"arguments"', members(rng, pairs)), *more()]
+    if rng.random() < 0.05:
+        outer.append(rng.choice(outer[:2]))
     if rng.random() < odd:
         outer = rng.choice([outer[1:], outer[:1], outer + outer[:1], outer + outer[1:], [*outer, ('"id"', "1")]])
     return space(rng) + members(rng, outer) + space(rng)
@@ -94,7 +135,9 @@ def response(rng: random.Random, odd: float = 0.0) -> str:
     before = "".join(rng.choices(FRAGMENTS, k=rng.choice([0, 0, 2, 6])))
     if rng.random() < 0.2:  # a call that is taken up again leaves nothing behind
         before += "<tool_call>" + call(rng, odd)[: rng.choice([60, 90, 300])]
-    after = rng.choice(["", "", "<|im_end|>", "<|im_end|>", "<|im_end|><|im_end|>", "\n", "<|endoftext|>"])
+    after = rng.choice(
+        ["", "", "<|im_end|>", "<|im_end|>", "<|im_end|><|im_end|>", "\n", "\n<|im_end|>", "<|endoftext|>"]
+    )
     return f"{before}<tool_call>{call(rng, odd)}</tool_call>{after}"
 
 

@@ -22,6 +22,7 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8)
 STRIPES = np.where(np.indices((75, 90)).sum(0)[..., None] // 3 % 2, 255, 0).repeat(3, -1).astype(np.uint8)
 CANVAS = (60, 83)
 FORMS = ("banded", "matmul")
+ORDERS = ("horizontal_first", "pillow13")
 
 
 def pillow(image, box, size, canvas, order="horizontal_first"):
@@ -138,7 +139,7 @@ def test_equals_pillow_13(form, crop):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", ["horizontal_first", "pillow13"])
+@pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=120, deadline=None)
 @given(crop=crops(), stripes=st.booleans())
 @example(crop=((0, 0, 90, 2), (21, 81)), stripes=True)  # two equal rows, both near ties after the first pass
@@ -257,19 +258,49 @@ def test_sharded_batches(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("split", ["image and box", "box", "image"])
-def test_inside_shard_map(form, split):
+def test_inside_shard_map(form, order, split):
     """Whatever differs from device to device, with JAX's own check of what does."""
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     rows, whole = PartitionSpec("data"), PartitionSpec()
     images, boxes = np.stack([IMAGE, STRIPES]), np.array([[3, 4, 60, 70], [10, 1, 90, 33]], np.int32)
-    crop = lambda image, box: crop_resize(image, box, jnp.array([20, 30]), CANVAS, implementation=form)
+    size = jnp.array([20, 30])
+    crop = lambda image, box: crop_resize(image, box, size, CANVAS, order=order, implementation=form)
     given = (images if "image" in split else IMAGE, boxes if "box" in split else boxes[0])
     axes = tuple(0 if name in split else None for name in ("image", "box"))
     specs = tuple(whole if axis is None else rows for axis in axes)
     mapped = jax.vmap(crop, axes)
     found = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=specs, out_specs=rows))(*given)
     np.testing.assert_array_equal(found, jax.jit(mapped)(*given))
+
+
+@pytest.mark.parametrize("form", (None, *FORMS))
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shared", [True, False], ids=["one image", "several images"])
+def test_explicit_axes(form, order, shared):
+    """On the mesh that `jax.make_mesh` makes; the rows of the result lie where the boxes did."""
+    mesh = jax.make_mesh((8,), ("data",))
+    assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+    rows, whole = jax.NamedSharding(mesh, jax.P("data")), jax.NamedSharding(mesh, jax.P())
+    images = np.random.default_rng(8).integers(0, 256, (8, 75, 90, 3), dtype=np.uint8)
+    boxes, sizes = random_crops(np.random.default_rng(9), 8, 75, 90, CANVAS)
+    crop = lambda image, box, size: crop_resize(image, box, size, CANVAS, order=order, implementation=form)
+    given = jax.device_put(images[0], whole) if shared else jax.device_put(images, rows)
+    out = jax.jit(jax.vmap(crop, (None if shared else 0, 0, 0)))(given, *jax.device_put((boxes, sizes), rows))
+    assert out.sharding.is_equivalent_to(rows, 4)
+    out = np.asarray(out)
+    for row in range(8):
+        image = images[0 if shared else row]
+        np.testing.assert_array_equal(out[row], pillow(image, boxes[row], sizes[row], CANVAS, order))
+
+
+def test_gradients_are_zero():
+    """What the docstring says: nothing in JAX tells this function that somebody differentiates what it is given."""
+    total = lambda x: crop_resize((x * 255).astype(jnp.uint8), (0, 0, 9, 9), (4, 4), (4, 4)).astype(jnp.float32).sum()
+    assert not jax.grad(total)(jnp.full((9, 9, 3), 0.5)).any()
+    with pytest.raises(ValueError, match="image must be uint8"):
+        jax.grad(lambda x: crop_resize(x, (0, 0, 9, 9), (4, 4), (4, 4)).sum())(jnp.zeros((9, 9, 3)))
 
 
 @pytest.mark.parametrize("form", (None, *FORMS))

@@ -55,7 +55,10 @@ def check(pairs) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(PAIRS)
-@example([(0.35, 0.1), (0.1, 0.35), (0.1, 0.1), (1.0, 2.0**-60), (2.0**-60, 1.0), (1.0, 2.0**-53), (0.5, 2.5)] * 9 + [(0.0, 0.0)])
+@example(
+    [(0.35, 0.1), (0.1, 0.35), (0.1, 0.1), (1.0, 2.0**-60), (2.0**-60, 1.0), (1.0, 2.0**-53), (0.5, 2.5)] * 9
+    + [(0.0, 0.0)]
+)
 def test_the_arithmetic_of_the_machine(pairs):
     check(pairs)
 

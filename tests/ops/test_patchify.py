@@ -125,3 +125,15 @@ def test_bad_arguments():
         patchify(np.zeros((30, 28, 3), np.uint8), (28, 28), max_patches=4)
     with pytest.raises(ValueError, match=r"must be uint8 \[..., 588\], got float32 \(4, 588\)"):
         pixel_values(np.zeros((4, 588), np.uint8), np.zeros((4, 588), np.float32))
+
+
+def test_explicit_axes():
+    """On the mesh that `jax.make_mesh` makes, whose axes are Explicit."""
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    images = np.stack([frame((112, 140), seed)[0] for seed in range(8)])
+    sizes = np.array([SIZES[i % len(SIZES)] for i in range(8)], np.int32)
+    patch = jax.vmap(lambda image, size: patchify(image, size, max_patches=PATCHES))
+    out = jax.jit(patch)(*jax.device_put((images, sizes), rows))
+    assert out.sharding.is_equivalent_to(rows, 3)
+    np.testing.assert_array_equal(out, patch(images, sizes))

@@ -192,7 +192,9 @@ def test_execute_agrees_with_the_reference(config):
 
 def calls_of(*boxes, target=1):
     """Parsed calls, one a row; a box is the text between its brackets."""
-    call = '<tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [%s], "target_image": %d}}</tool_call>'
+    call = (
+        '<tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [%s], "target_image": %d}}</tool_call>'
+    )
     return stack_calls([parse_turn(call % (box, target)) for box in boxes])
 
 
