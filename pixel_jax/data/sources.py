@@ -100,6 +100,12 @@ def _content(source: Source) -> Iterator[BinaryIO]:
             yield io.BytesIO(data)
 
 
+def read_bytes(source: Source) -> bytes:
+    """The file's content."""
+    with _content(source) as file:
+        return file.read()
+
+
 def shows_clip(source: Source) -> bool:
     """Whether this is a video file rather than an image, by its first bytes."""
     with _open(source) as file:
@@ -134,7 +140,7 @@ def _load(source: Source) -> np.ndarray:
     if isinstance(source, pathlib.Path):
         return read_image(source)
     with _content(source) as file:
-        return read_image(file.read(), name=str(source))
+        return read_image(file.getbuffer(), name=str(source))
 
 
 class Folder:
