@@ -49,7 +49,7 @@ MISTAKES = {
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
     "chat without a question": (["chat", "model", "a.png"], 1, "--question"),
     "chat without an image": (["chat", "model", "--question=?"], 1, "at least one image"),
-    "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' is not a local file"),
+    "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' cannot be opened"),
     "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
     "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "sft: --config: .*nowhere.py'$"),
     "a misspelt flag": (["eval", "--confg=a.py"], 1, "eval: Unknown command line flag 'confg'. Did you mean: config"),

@@ -22,6 +22,9 @@ __all__ = ["ImageError", "ImageWarning", "image_size", "read_image"]
 # start programs (EPS), some are decoded in Python a number at a time (PPM), most are parsers that hardly anybody uses.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
 MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each is a pass over all pixels
+# An AVIF's header may lie: what is inside is decoded at its own size, up to 16,384 x 16,384, and scaled. Few at a time cost
+# nothing, for its decoder has threads of its own.
+AVIF_BYTES = 3 << 29
 MAX_BLOCKS = 4096  # of comments in a GIF, 255 bytes each: Pillow's time grows with their square
 
 UNKNOWN = (
@@ -98,7 +101,7 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
                 stack.enter_context(_room(*size, name))
             image = stack.enter_context(Image.open(file, formats=FORMATS))
             if size is None:
-                stack.enter_context(_room(*_held(image), name))
+                stack.enter_context(_room(*_held(image), name, wary=AVIF_BYTES * (image.format == "AVIF")))
             # A telephone's MPO file holds a preview or another view as well, not another moment. Counting the pictures of a
             # TIFF takes time that grows with their square.
             if image.format not in ("MPO", "GIF") and getattr(image, "is_animated", False):
@@ -122,9 +125,9 @@ def _held(image: Image.Image) -> tuple[int, int]:
     return tuple(max(side, tags.get(tag, 0)) for side, tag in sides)
 
 
-def _room(width: int, height: int, name: str) -> contextlib.AbstractContextManager[None]:
+def _room(width: int, height: int, name: str, wary: int = 0) -> contextlib.AbstractContextManager[None]:
     limits().check(width, height, name)
-    return room_for_decoding(width * height * PICTURE_BYTES, name)
+    return room_for_decoding(width * height * PICTURE_BYTES, name, wary=wary)
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:

@@ -89,6 +89,7 @@ def room_for_content(size: int, name: str) -> contextlib.AbstractContextManager[
     return _process.content.room(size, name)
 
 
-def room_for_decoding(size: int, name: str) -> contextlib.AbstractContextManager[None]:
-    """Room for `size` bytes of pixels and of what decoding them takes."""
-    return _process.decoding.room(size, name)
+def room_for_decoding(size: int, name: str, *, wary: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Room for `size` bytes of pixels and of what decoding them takes; for `wary`, or all there is, if that is more."""
+    budget = _process.decoding
+    return budget.room(max(size, min(wary, budget.total)), name)

@@ -195,7 +195,7 @@ def _load(source: Source) -> np.ndarray:
     if isinstance(source, pathlib.Path):
         return read_image(source)
     with _content(source) as file:
-        return read_image(file.read(), name=str(source))
+        return read_image(file.getbuffer(), name=str(source))
 
 
 class Folder:

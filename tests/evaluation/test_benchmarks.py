@@ -12,9 +12,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from pixel_jax.data.images import ImageError
+from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.evaluation import benchmarks
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
 from pixel_jax.evaluation.clips import frame_indices, load_clip, size_of
+from tests.data.ffmpeg import ffmpeg, frames_of, make
 
 
 def picture(path, height=30, width=40, **options):
@@ -166,10 +168,10 @@ def test_other_video_files(tmp_path):
     (tmp_path / "torn.mp4").write_bytes((tmp_path / "a.webm").read_bytes()[:3])
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "list.m3u8": "is no video file",
-        "torn.mp4": "is no video file",
+        "list.m3u8": "it is no picture .* and no video",
+        "torn.mp4": "it is no picture .* and no video",
         "empty": "holds no frames",
-        "http://example.invalid/a.mp4": "is not a local file",
+        "http://example.invalid/a.mp4": "cannot be opened",
     }.items():
         with pytest.raises(ImageError, match=message):
             load_clip(tmp_path / name)
@@ -244,16 +246,44 @@ def test_a_folder_of_ones_own(tmp_path):
     assert read("jsonl", tmp_path / "mine.jsonl")[1] == "test"  # who does not say what it is may not choose by it
     (tmp_path / "more.jsonl").write_text(json.dumps(line | {"category": "street"}))
     both, _ = read("jsonl", tmp_path)
-    assert [(x.id, x.category) for x in both] == [("0", ""), ("1", "street")]
+    assert [(x.id, x.category) for x in both] == [("mine.jsonl:1", ""), ("more.jsonl:1", "street")]
 
 
-def test_a_video_of_ones_own(tmp_path):
-    video(tmp_path / "a.mp4", frames=20)
-    line = {"question": "What?", "images": ["a.mp4"], "answer": "7", "video": True}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
-    (found,), _ = read("jsonl", tmp_path / "mine.jsonl")
-    assert found.video_file and found.seconds == 1.0 and found.sizes() == [(48, 64)] * 16
-    assert brightness(found.query().images) == frame_indices(None, 10, 19, 16)
+def test_one_s_own_is_asked_as_it_is_trained_on(tmp_path):
+    """Frames, seconds and names: 3.2 s are .4 s for two of sixteen frames, in either."""
+    video(tmp_path / "a.mp4", frames=32)
+    video(tmp_path / "short.mp4", frames=5)
+    picture(tmp_path / "a.png")
+    about = lambda images, **more: json.dumps({"question": "?", "images": images, "answer": "7", **more}) + "\n"
+    (tmp_path / "mine.jsonl").write_text(
+        about(["a.mp4"], video=True, id="mine")
+        + about(["a.mp4"], video=True, seconds=3)
+        + about(["short.mp4"], video=True)
+        + about(["a.png", "a.png"], video=True)
+        + about(["a.png"])
+    )
+    questions, _ = read("jsonl", tmp_path / "mine.jsonl")
+    examples = read_jsonl(tmp_path / "mine.jsonl")
+    assert [x.id for x in questions] == [x.id for x in examples] == ["mine", *(f"mine.jsonl:{i}" for i in range(2, 6))]
+    for question, example in zip(questions, examples, strict=True):
+        asked, trained = question.query(), example.query()
+        np.testing.assert_array_equal(asked.images, trained.images)
+        assert (asked.seconds, asked.is_video) == (trained.seconds, trained.is_video)
+        assert question.sizes() == [x.shape[:2] for x in asked.images]
+    seen = questions[0].query()
+    assert seen.seconds == pytest.approx(0.4) and len(set(brightness(seen.images))) == 16
+    assert questions[1].query().seconds == 3.0 and len(questions[2].query().images) == 5
+
+
+def test_mvbench_shows_a_cut_video_from_the_frames_that_there_are(tmp_path):
+    """Frames that an edit list hides are counted by the container, but not shown."""
+    whole, cut = make(tmp_path / "whole.mp4"), tmp_path / "cut.mp4"
+    ffmpeg("-ss", "1.7", "-i", whole, "-t", "0.8", "-c", "copy", cut)
+    shown = frames_of(cut)
+    found = load_clip(cut)
+    assert size_of(cut) == (48, 64) and len(found) == 16 < len(shown)
+    np.testing.assert_array_equal(found, shown[frame_indices(None, 20, len(shown) - 1, 16)])
+    assert len({frame.tobytes() for frame in found}) == 16
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tiff"])

@@ -51,6 +51,34 @@ def test_image_equals_transformers(processor, rng, size):
     np.testing.assert_allclose(pixels, np.asarray(theirs["pixel_values"]), atol=1e-6)
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_white_as_in_transformers(processor, rng, mode):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    image = Image.fromarray(rng.integers(0, 256, (112, 112, 4)).astype(np.uint8))
+    image = image.convert("RGB").quantize(8) if mode == "P" else image.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = 3
+    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 112 * 140})(images=[image])
+    np.testing.assert_allclose(processor.patches([image])[0], np.asarray(theirs["pixel_values"]), atol=1e-6)
+
+
+def test_an_image_is_what_its_file_is(processor, rng, tmp_path):
+    """Opened with Pillow or read by `read_image`: 16 bits, transparency and orientation are the same."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.arange(1 << 16, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    Image.fromarray(rng.integers(0, 256, (60, 90, 4)).astype(np.uint8)).save(tmp_path / "clear.png", exif=exif)
+    for path in (tmp_path / "deep.png", tmp_path / "clear.png"):
+        pixels, grid = processor.patches([Image.open(path)])
+        expected, same = processor.patches([pixel_jax.read_image(path)])
+        assert grid == same
+        np.testing.assert_array_equal(pixels, expected)
+    assert (pixel_jax.read_image(tmp_path / "deep.png") == 255).mean() == 1 / 256
+
+
 def test_equals_the_device_operations(processor, rng):
     """Resized on the host or on the device: the same pixels, and the same numbers up to rounding."""
     from pixel_jax.ops import crop_resize, patchify, pixel_values
