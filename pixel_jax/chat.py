@@ -1,13 +1,14 @@
 """`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
 
 import dataclasses
-import json
+import os
 import pathlib
 import sys
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.terminal import printable, say
 
 FLAGS = flags.FLAGS
 
@@ -23,10 +24,11 @@ def define_flags(command: str) -> None:
 def load_rollout_config(directory: pathlib.Path):
     """The limits and pixel budgets a model was trained with (`rollout.json` beside it), or the released ones."""
     from pixel_jax.config import load
+    from pixel_jax.files import read_json
     from pixel_jax.rollout.config import RolloutConfig
 
     path = directory / "rollout.json"
-    return load(RolloutConfig, json.loads(path.read_text()), str(path)) if path.exists() else RolloutConfig()
+    return load(RolloutConfig, read_json(path), str(path)) if path.exists() else RolloutConfig()
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -46,7 +48,11 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     directory, images = pathlib.Path(arguments[0]), arguments[1:]
-    query = Query(FLAGS.question, [load_image(path) for path in images], FLAGS.video)
+    try:  # whatever the locale takes the bytes of the command line for
+        question = os.fsencode(FLAGS.question).decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--question is not UTF-8: {error}") from None
+    query = Query(question, [load_image(path) for path in images], FLAGS.video)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     model, processor = from_pretrained(directory)
@@ -62,7 +68,7 @@ def main(command: str, arguments: list[str]) -> None:
     show(trace)
     if FLAGS.html:
         report.write(FLAGS.html, report.traces_page([trace], query.question))
-        print(f"\nThe conversation is drawn in {FLAGS.html}.")
+        say(f"\nThe conversation is drawn in {FLAGS.html}.")
 
 
 def show(trace, stream=None) -> None:
@@ -71,7 +77,7 @@ def show(trace, stream=None) -> None:
     from rich.text import Text
 
     console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-    print_line = lambda who, text, style: console.print(Text.assemble((f"{who:>9}  ", style), text))
+    print_line = lambda who, text, style: console.print(Text.assemble((f"{who:>9}  ", style), printable(text)))
     print_line("question", trace.question, "bold")
     for picture in trace.overview:
         print_line("sees", f"{picture.caption}, {picture.width}x{picture.height}", "dim")

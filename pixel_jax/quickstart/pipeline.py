@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from pixel_jax import terminal
 from pixel_jax.evaluation import trace
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
@@ -30,7 +31,7 @@ POLL = 1.0  # seconds between looks at the arms' progress
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.say(text, sys.stderr)
 
 
 def write_json(path: pathlib.Path, values) -> None:
