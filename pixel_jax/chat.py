@@ -1,12 +1,14 @@
 """`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.terminal import printable, say
 
 FLAGS = flags.FLAGS
 
@@ -46,8 +48,12 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     directory, images = pathlib.Path(arguments[0]), arguments[1:]
+    try:  # whatever the locale takes the bytes of the command line for
+        question = os.fsencode(FLAGS.question).decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"--question is not UTF-8: {error}") from None
     pictures, seconds = load_frames([pathlib.Path(path) for path in images], FLAGS.video)
-    query = Query(FLAGS.question, pictures, FLAGS.video, seconds or 1.0)
+    query = Query(question, pictures, FLAGS.video, seconds or 1.0)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     model, processor = from_pretrained(directory)
@@ -63,7 +69,7 @@ def main(command: str, arguments: list[str]) -> None:
     show(trace)
     if FLAGS.html:
         report.write(FLAGS.html, report.traces_page([trace], query.question))
-        print(f"\nThe conversation is drawn in {FLAGS.html}.")
+        say(f"\nThe conversation is drawn in {FLAGS.html}.")
 
 
 def show(trace, stream=None) -> None:
@@ -72,7 +78,7 @@ def show(trace, stream=None) -> None:
     from rich.text import Text
 
     console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-    print_line = lambda who, text, style: console.print(Text.assemble((f"{who:>9}  ", style), text))
+    print_line = lambda who, text, style: console.print(Text.assemble((f"{who:>9}  ", style), printable(text)))
     print_line("question", trace.question, "bold")
     for picture in trace.overview:
         print_line("sees", f"{picture.caption}, {picture.width}x{picture.height}", "dim")

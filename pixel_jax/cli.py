@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from absl import app, flags, logging
 
 from pixel_jax.signals import SIGNALS
+from pixel_jax.terminal import keep_streams, say
 
 Commands = Mapping[
     str, tuple[str, str]
@@ -52,7 +53,7 @@ def key_errors(name: str):
         key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
         given = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
         said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in given[:1])
-        print(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", file=sys.stderr)
+        say(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
         sys.exit(1)
 
 
@@ -70,12 +71,13 @@ def all_settings(name: str, where: str) -> str:
 
 def run_program(program: str, commands: Commands) -> None:
     """Reads the command line. What a user can mend ends as one line on standard error; `--traceback` shows the rest."""
+    keep_streams()
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(usage(program, commands))
         sys.exit(0 if len(sys.argv) > 1 else 2)
     command = sys.argv[1]
     if command not in commands:
-        print(f"{program}: there is no command {command!r}\n\n{usage(program, commands)}", file=sys.stderr)
+        say(f"{program}: there is no command {command!r}\n\n{usage(program, commands)}", sys.stderr)
         sys.exit(2)
     name = f"{program} {command}"
     SIGNALS.listen(name)
@@ -103,7 +105,7 @@ def run_program(program: str, commands: Commands) -> None:
             message = str(error)
             if message.startswith("Configuration is not available"):  # every place it was sought, then why it failed
                 message = f"--config: {message.splitlines()[-1].strip()}"
-            print(f"{name}: {message}", file=sys.stderr)
+            say(f"{name}: {message}", sys.stderr)
             sys.exit(1)
 
     def parse(arguments: list[str]) -> list[str]:
@@ -118,7 +120,7 @@ def run_program(program: str, commands: Commands) -> None:
                 "flag (--.*): Error whilst parsing config file:(?s:.*)\nValueError: (.*)", message
             ):
                 message = f"{refused[1]}: {refused[2]}"  # the file's own word; any other error is shown with its place
-            print(f"{name}: {message}", file=sys.stderr)
+            say(f"{name}: {message}", sys.stderr)
             sys.exit(1)
 
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")

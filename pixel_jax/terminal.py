@@ -37,12 +37,18 @@ def brief(value: Any, length: int = 200) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-def say(text: Any, stream: TextIO | None = None, end: str = "\n") -> None:
-    """Prints `text`, as `printable` shows it, at once. Nobody listening (a closed pipe, a full disk) is no reason to end."""
-    stream = sys.stdout if stream is None else stream
+def say(text: Any, stream: TextIO | None = None) -> None:
+    """Prints a line of foreign text, as `printable` shows it; `stream` is by default standard output."""
+    put(f"{printable(text)}\n", sys.stdout if stream is None else stream)
+
+
+def put(text: str, stream: TextIO | None) -> None:
+    """Writes `text` at once, if it can be: nobody listening (a closed pipe, a full disk) is no reason to end."""
+    if stream is None:  # as Python has it where the program was started without
+        return
     try:
-        print(printable(text), file=stream, end=end, flush=True)
-    except (OSError, ValueError):  # ValueError: the stream is closed
+        print(text, file=stream, end="", flush=True)
+    except (OSError, ValueError):  # ValueError: the stream is closed, or its encoding lacks a character
         pass
 
 

@@ -205,7 +205,7 @@ def parquet_rows(
                     number += 1
                     where = f"{path}, row {number}"
                     yield where, lambda batch=batch, index=index, where=where: read(batch, index, where)
-    except (pyarrow.ArrowException, OSError) as reason:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as reason:  # the last: a column's name
         raise error(f"{path} cannot be read: {reason}") from None
 
 

@@ -14,6 +14,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import say
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
@@ -147,14 +148,14 @@ def answer(config) -> None:
     summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
     for name, benchmark in metrics["benchmarks"].items():
         for mode, test in benchmark["differences"].items():
-            print(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
+            say(f"{name}: {summary.sentence(config.modes[0], mode, test)}")
         for mode, reasons in benchmark["unanswered"].items():
             for question, why in list(reasons.items())[:1]:
-                print(
+                say(
                     f"{name} {mode}: {len(reasons)} questions could not be asked and count as wrong, the first one is "
                     f"{question!r}: {why}"
                 )
-    print(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
+    say(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
 
 
 def runs_in(directory: str) -> dict[str, pathlib.Path]:
@@ -180,7 +181,7 @@ def compare_runs(first: str, second: str) -> dict[str, Any]:
     found = {}
     for name in shared:
         found[name] = summary.compare(read_records(one[name]), read_records(other[name]))
-        print(f"{name}: {summary.sentence(first, second, found[name])}")
+        say(f"{name}: {summary.sentence(first, second, found[name])}")
     return {"first": first, "second": second, "tests": found}
 
 
@@ -205,7 +206,7 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
         )
     mode = MODE if MODE in modes else modes.pop()
     if mode != MODE:
-        print(f"The runs have no answers in the mode {MODE!r} in common: those in the mode {mode!r} decide.")
+        say(f"The runs have no answers in the mode {MODE!r} in common: those in the mode {mode!r} decide.")
     chosen = {directory: {name: path for name, m, path in parts if m == mode} for directory, parts in runs.items()}
     names = list(chosen[directories[0]])
     records: dict[str, dict[str, list]] = {}

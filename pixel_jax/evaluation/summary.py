@@ -9,6 +9,7 @@ from pixel_jax.evaluation import report, trace
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
 from pixel_jax.state_files import say
+from pixel_jax.terminal import printable
 
 Record = Mapping[str, Any]
 ALL = "all"
@@ -134,7 +135,7 @@ def sentence(first: str, second: str, test: Mapping[str, float]) -> str:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], stream=None) -> None:
-    """Cells are shown as they are: nothing in them is markup."""
+    """Cells are shown as they are: nothing in them is markup, and control characters are escaped."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -143,7 +144,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], stream=None)
     for i, name in enumerate(head):
         table.add_column(Text(name), justify="left" if i < 3 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text("".join(c for c in cell if c.isprintable())) for cell in row))
+        table.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in row))
     # A narrow terminal, or a file, gets long lines rather than cut cells.
     Console(file=stream, highlight=False, width=1000).print(table)
 

@@ -18,6 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from pixel_jax import terminal
+
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 60  # seconds of silence after which a process counts as dead and the others end
 LOST = 43  # exit code of a process that ends because a step that all take part in has failed
@@ -57,8 +59,9 @@ def first() -> bool:
 
 
 def say(text: str) -> None:
+    """Prints a line, in the first process alone."""
     if first():
-        print(text, flush=True)
+        terminal.say(text)
 
 
 @contextlib.contextmanager
@@ -86,7 +89,7 @@ def together() -> Iterator[None]:
         message = f"{here} ends: {reason}. Start all of them again: the run goes on from its newest checkpoint."
         try:
             traceback.print_exc()
-            print(message, file=sys.stderr, flush=True)
+            terminal.say(message, sys.stderr)
         finally:  # also when nobody reads standard error any more
             os._exit(code)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from pixel_jax import terminal
 from pixel_jax.evaluation import trace
 from pixel_jax.files import read_json
 from pixel_jax.identity import RunError, changes, describe, flatten
@@ -35,7 +36,7 @@ POLL = 1.0  # seconds between looks at the arms' progress
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal.say(text, sys.stderr)
 
 
 def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:

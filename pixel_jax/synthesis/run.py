@@ -26,6 +26,7 @@ from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
+from pixel_jax.terminal import printable
 from pixel_jax.training.progress import Progress
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
@@ -245,9 +246,12 @@ def show(report: Mapping[str, Any], stream=None) -> None:
     """The report on the terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(file=stream or sys.stdout, highlight=False)
-    table = Table(title=f"{report['made']} traces of {report['seeds']} seeds, analyses by {report['writer']}")
+    table = Table(
+        title=Text(f"{report['made']} traces of {report['seeds']} seeds, analyses by {printable(report['writer'])}")
+    )
     for name in ("", "kind", "made", "share", "wanted"):
         table.add_column(name, justify="right" if name in ("made", "share", "wanted") else "left")
     for group, found in report["kinds"].items():
@@ -262,5 +266,5 @@ def show(report: Mapping[str, Any], stream=None) -> None:
             table.add_column("why")
             table.add_column("count", justify="right")
             for reason, count in counts.items():
-                table.add_row(reason, str(count))
+                table.add_row(Text(printable(reason)), str(count))
             console.print(table)

@@ -11,6 +11,7 @@ import jax
 
 from pixel_jax.files import write_file
 from pixel_jax.state_files import LineLog, read_lines, to_json
+from pixel_jax.terminal import printable, put, say
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -27,10 +28,10 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
         name = str(facts.get("fun_name", "a program"))
         if event == LOWERED and seconds >= minimum:
             announced.add(name)
-            print(f"compiling {name} ...", file=stream or sys.stderr, flush=True)
+            say(f"compiling {name} ...", stream or sys.stderr)
         elif event == COMPILED and name in announced:
             announced.discard(name)
-            print(f"compiled {name} in {seconds:.1f} s", file=stream or sys.stderr, flush=True)
+            say(f"compiled {name} in {seconds:.1f} s", stream or sys.stderr)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
@@ -46,7 +47,7 @@ def use_compilation_cache(directory: str | os.PathLike) -> None:
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    print(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}", file=sys.stderr, flush=True)
+    say(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}", sys.stderr)
 
 
 def clock(seconds: float) -> str:
@@ -62,7 +63,7 @@ class Progress:
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
         self.stream = stream or sys.stderr
-        self.live = self.stream.isatty()
+        self.live = self.stream is not None and not self.stream.closed and self.stream.isatty()
         self.every = 0.2 if self.live else every
         self.began, self.shown = None, None
 
@@ -76,13 +77,12 @@ class Progress:
         self.shown = now
         left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
-        line = f"{self.label} {done}/{self.total}  {left} left  {shown}"
+        line = f"{printable(self.label)} {done}/{self.total}  {left} left  {shown}"
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
-            self.stream.write("\r\x1b[K" + line + ("\n" if done >= self.total else ""))
+            put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)
         else:
-            self.stream.write(line + "\n")
-        self.stream.flush()
+            put(line + "\n", self.stream)
 
 
 class MetricsLog:

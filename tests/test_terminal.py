@@ -1,0 +1,126 @@
+"""Foreign text steers no terminal, and output that nobody can take ends no program."""
+
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pixel_jax import terminal
+from pixel_jax.chat import show
+from pixel_jax.evaluation.summary import print_table
+from pixel_jax.evaluation.trace import Trace, Turn
+from pixel_jax.parallel import processes
+from pixel_jax.training.progress import Progress
+
+ROOT = pathlib.Path(__file__).parent.parent
+ESCAPES = "\x1b]0;PWN\x07\x1b[2J\x9b31m\r\x08\x7f\u202e\u2028"
+
+
+@given(st.text() | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp", "Cf"])))
+def test_what_is_printed_steers_nothing(text):
+    shown = terminal.printable(text)
+    assert not {unicodedata.category(x) for x in shown if x not in "\n\t"} & {"Cc", "Cs", "Zl", "Zp"}
+    assert not set(shown) & terminal.BIDIRECTIONAL
+    assert shown == "".join(terminal.printable(x) for x in text) and terminal.printable(shown) == shown
+    shown.encode("utf-8")
+
+
+def test_text_of_all_languages_stays_as_it_is():
+    for text in ("naïve – “日本語”\u3000한국어\n\tالعربية עברית", "👩\u200d🔬 e\u0301", "a\u00a0b", ""):
+        assert terminal.printable(text) == text
+    assert terminal.printable(ESCAPES) == r"\x1b]0;PWN\x07\x1b[2J\x9b31m\r\x08\x7f\u202e\u2028"
+    assert terminal.printable(ValueError("\x1b")) == r"\x1b"
+
+
+def test_long_values_are_cut():
+    assert terminal.brief("a") == "'a'" and terminal.brief({"a": 1}) == "{'a': 1}"
+    for value in ("a" * 10**6, ["b"] * 10**6, {"c": "d" * 10**6}, b"e" * 10**6):
+        assert len(terminal.brief(value)) == 203
+
+
+def test_a_conversation_and_a_table_show_escapes():
+    trace = Trace(ESCAPES, (), (), (Turn("assistant", ESCAPES), Turn("tool", ESCAPES)), ESCAPES, answer=ESCAPES)
+    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(["head"], [[ESCAPES]], stream)):
+        stream = io.StringIO()
+        draw(stream)
+        assert "\x1b" not in stream.getvalue() and r"\x1b]0;PWN\x07" in stream.getvalue()
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_nobody_listening_is_no_reason_to_end(monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (Full(), closed, None, io.TextIOWrapper(io.BytesIO(), "ascii")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        processes.say("The model is in –.")
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = Progress("steps", 2)
+        progress.update(1, {"loss": 1.0})
+        progress.update(2, {"loss": 0.5})
+    monkeypatch.undo()
+
+
+PROGRAM = """
+import pathlib, sys
+from pixel_jax.terminal import keep_streams
+keep_streams()
+opened = open(sys.argv[1] + ".other", "w")
+print("\\u2013\\x1b" * 100_000)
+print("to the other", file=sys.stderr)
+print("the end", flush=True)
+print("the end", file=sys.stderr, flush=True)
+pathlib.Path(sys.argv[1]).write_text(sys.stdout.encoding)
+opened.write("mine")
+opened.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ">/dev/full",
+        "2>/dev/full",
+        ">/dev/full 2>&1",
+        ">&-",
+        "2>&-",
+        ">&- 2>&-",
+        "<&- >&- 2>&-",
+        "| true",
+        "2>&1 | true",
+    ],
+)
+def test_a_program_outlives_its_output(how, tmp_path):
+    done = tmp_path / "done"
+    redirected, _, reader = how.partition("|")
+    run = f'"{sys.executable}" -c "$PROGRAM" {done} {redirected}; echo $? >{tmp_path / "code"}'
+    line = f"{{ sleep .3; {run}; }} | {reader}" if reader else run  # which is gone before anything is written
+    found = subprocess.run(
+        ["bash", "-c", line],
+        env={**os.environ, "PROGRAM": PROGRAM, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (tmp_path / "code").read_text() == "0\n", found.stderr
+    assert done.exists() and (tmp_path / "done.other").read_text() == "mine"
+    if how == ">/dev/full":
+        assert found.stderr.count("is lost: No space left on device") == 1 and "Traceback" not in found.stderr
+
+
+def test_a_locale_without_the_character_shows_an_escape(tmp_path):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "done")], env=plain, capture_output=True, check=True, timeout=60
+    )
+    assert found.stdout.startswith(b"\\u2013\x1b\\u2013")
