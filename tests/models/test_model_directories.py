@@ -1,8 +1,11 @@
 """Model directories as strangers leave them and as a crash leaves them: read as transformers reads them, or refused by name."""
 
+import copy
 import json
 import logging
 import os
+import pathlib
+import shutil
 import stat
 
 import jax
@@ -72,11 +75,11 @@ class Killed(BaseException):
 def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, after):
     """Killed before any of the calls that change the disk: the old model whole, the new one whole, or none; then it is saved
     again."""
-    save(model, tmp_path / "new", monkeypatch, shards=after)
-    found = set()
+    save(model, tmp_path / "old", monkeypatch, shards=before)
+    found = []
     for last in range(60):
         directory = tmp_path / str(last)
-        save(model, directory, monkeypatch, shards=before)
+        shutil.copytree(tmp_path / "old", directory)
         done = 0
 
         def killed(original, last=last):
@@ -94,7 +97,7 @@ def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, a
             patch.setattr(io, "settle", killed(io.settle))
             patch.setattr(io, "sync_directory", killed(io.sync_directory))
             patch.setattr(os, "replace", killed(os.replace))
-            patch.setattr("pathlib.Path.unlink", killed(os.unlink))
+            patch.setattr(pathlib.Path, "unlink", killed(pathlib.Path.unlink))
             try:
                 save(other, directory, patch, shards=after)
                 break
@@ -104,13 +107,15 @@ def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, a
             read = pixel_jax.from_pretrained(directory)[0]
         except FileNotFoundError as error:
             assert "cut short (.saving): save it again" in str(error)
-            found.add("none")
+            found.append("none")
         else:
             assert same(read, model) or same(read, other)
-            found.add("old" if same(read, model) else "new")
-        save(other, directory, monkeypatch, shards=after)
-        assert same(pixel_jax.from_pretrained(directory)[0], other) and not (directory / ".saving").exists()
-    assert found == {"old", "none", "new"}
+            found.append("old" if same(read, model) else "new")
+        if found[-2:] == ["none"] * 2 and "again" not in found:
+            found.append("again")
+            save(other, directory, monkeypatch, shards=after)
+            assert same(pixel_jax.from_pretrained(directory)[0], other) and not (directory / ".saving").exists()
+    assert sorted(set(found)) == ["again", "new", "none", "old"]
 
 
 def test_one_file_is_read_whatever_an_index_beside_it_says(model, tmp_path, monkeypatch, caplog):
@@ -144,7 +149,9 @@ def test_norms_in_another_dtype(model, tmp_path, monkeypatch, caplog):
     assert same(pixel_jax.from_pretrained(tmp_path)[0], read)
     del values["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(FileError, match=r"mix bfloat16 \(.*\) and float32 \(.*norm.*\), and config.json names no torch_dtype"):
+    with pytest.raises(
+        FileError, match=r"mix bfloat16 \(.*\) and float32 \(.*norm.*\), and config.json names no torch_dtype"
+    ):
         pixel_jax.from_pretrained(tmp_path)
     assert same(pixel_jax.from_pretrained(tmp_path, dtype=jnp.bfloat16)[0], read)
 
@@ -222,11 +229,13 @@ def mutated(draw, value):
         if not isinstance(target, dict | list):
             continue
         if draw(st.integers(0, 3)) or isinstance(target, list):
-            target[last] = draw(HOSTILE)
+            target[last] = copy.deepcopy(draw(HOSTILE))
         else:
             target.pop(last, None)
     text = json.dumps(draw(HOSTILE) if draw(st.integers(0, 20)) == 0 else value)
-    return draw(st.sampled_from([text] * 20 + [text[: len(text) // 2], text.replace("{", '{"x":' * 300 + "{", 1), "[" * 9999]))
+    return draw(
+        st.sampled_from([text] * 20 + [text[: len(text) // 2], text.replace("{", '{"x":' * 300 + "{", 1), "[" * 9999])
+    )
 
 
 NESTED = {
@@ -277,15 +286,20 @@ def test_a_mutated_processor(talker_directory, tmp_path_factory, data, name):
     except FileError as error:
         assert str(directory) in str(error)
     else:
+        assert processor(["zoom in", "3"])["input_ids"].shape[0] == 2
         (directory / "saved").mkdir()
         processor.save(directory / "saved")
         for file in (directory / "saved").iterdir():
             assert file.read_text() == files[file.name]
 
 
-@given(text=mutated({"metadata": {"total_size": 1}, "weight_map": {NORM: "model-00001-of-00001.safetensors", "b": "c"}}))
+@given(
+    text=mutated({"metadata": {"total_size": 1}, "weight_map": {NORM: "model-00001-of-00001.safetensors", "b": "c"}})
+)
 def test_a_mutated_index(tmp_path_factory, text):
     directory = tmp_path_factory.mktemp("index")
     (directory / INDEX).write_text(text)
-    with pytest.raises((FileError, FileNotFoundError), match=INDEX):
-        checkpoint._read_index(directory)
+    try:
+        assert checkpoint._read_index(directory) == {}  # which ends in a list of missing tensors
+    except (FileError, FileNotFoundError) as error:
+        assert str(directory / INDEX) in str(error)
