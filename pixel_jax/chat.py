@@ -1,7 +1,6 @@
 """`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 
@@ -23,10 +22,11 @@ def define_flags(command: str) -> None:
 def load_rollout_config(directory: pathlib.Path):
     """The limits and pixel budgets a model was trained with (`rollout.json` beside it), or the released ones."""
     from pixel_jax.config import load
+    from pixel_jax.files import read_json
     from pixel_jax.rollout.config import RolloutConfig
 
     path = directory / "rollout.json"
-    return load(RolloutConfig, json.loads(path.read_text()), str(path)) if path.exists() else RolloutConfig()
+    return load(RolloutConfig, read_json(path), str(path)) if path.exists() else RolloutConfig()
 
 
 def main(command: str, arguments: list[str]) -> None:

@@ -146,6 +146,14 @@ def test_a_full_device_names_the_keys_to_change(command, error, said, monkeypatc
         fail(jax.errors.JaxRuntimeError("INTERNAL: something else"))
 
 
+def test_what_jax_says_of_a_full_device_is_recognised():
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.block_until_ready(jax.numpy.zeros(2**47, jax.numpy.uint8))  # more than processes can address
+    assert cli.out_of_memory("pixel-jax sft", error.value).startswith(
+        "the memory of a device is full (RESOURCE_EXHAUSTED: "
+    )
+
+
 @pytest.mark.parametrize("command", cli.LESS_MEMORY)
 def test_the_keys_that_save_memory_are_there(command):
     """In the dataclass that the command's config becomes."""

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_qwen import tiny_config
 
 import pixel_jax
+from pixel_jax.chat import load_rollout_config
+from pixel_jax.config import ConfigError
 from pixel_jax.files import FileError
 from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
@@ -197,6 +199,18 @@ def test_an_adapter_is_called_one(tmp_path):
         base = "'Qwen/Qwen2.5-VL-7B-Instruct'" if "Qwen" in content else "'its base model'"
         with pytest.raises(FileNotFoundError, match=f"holds an adapter .adapter_config.json.: merge it into {base}"):
             pixel_jax.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[" * 5000, "rollout.json is nested deeper"),
+    ("[1]", "rollout.json must be a mapping"),
+    ('{"max_calls": "4"}', "rollout.json.max_calls"),
+    ('{"max_calls": 1, "max_calls": 2}', "'max_calls' occurs twice"),
+])  # fmt: skip
+def test_a_malformed_rollout_file(tmp_path, content, message):
+    (tmp_path / "rollout.json").write_text(content)
+    with pytest.raises((FileError, ConfigError), match=message):
+        load_rollout_config(tmp_path)
 
 
 # Malformed files: whatever stands in a field, either the model is read or the error is the named one.
