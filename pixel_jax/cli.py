@@ -32,6 +32,52 @@ COMMANDS: Commands = {
 }
 
 
+# Of each command that fills a device's memory: what makes it need less, the most effective first.
+LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
+    "pixel-jax quickstart": (
+        "lower config.rl.rollout.in_flight",
+        "raise config.rl.forward.micro_batches, config.warm.forward.micro_batches and config.ground.forward.micro_batches",
+        "lower config.rl.prompts, config.warm.batch_size and config.ground.batch_size",
+    ),
+    "pixel-jax chat": (
+        "give smaller or fewer images",
+        "lower crop_max_pixels, max_pixels, video_max_pixels and max_response in the model's rollout.json",
+        "set implementation there to chunked",
+    ),
+    "pixel-jax sft": (
+        "raise config.sft.forward.micro_batches",
+        "set config.sft.forward.implementation to kernel, on a CPU to chunked",
+        "lower config.trace_patches, config.trace_frames, config.video_patches, config.trace_tokens and config.buckets",
+        "lower config.sft.batch_size",
+        "split the weights over more devices with config.mesh",
+    ),
+    "pixel-jax rl": (
+        "lower config.rl.rollout.in_flight",
+        "raise config.rl.forward.micro_batches",
+        "set config.rl.rollout.implementation and config.rl.forward.implementation to kernel, on a CPU to chunked",
+        "lower config.rl.rollout.max_response, config.canvas and config.video_canvas",
+        "lower config.rl.prompts and config.rl.train_batch",
+        "split the weights over more devices with config.mesh",
+    ),
+    "pixel-jax eval": (
+        "lower config.rollout.in_flight",
+        "lower config.batch and config.rollout.group_size",
+        "set config.rollout.implementation to kernel, on a CPU to chunked",
+        "lower config.benchmarks.NAME.buckets and config.rollout.max_response",
+        "split the weights over more devices with config.mesh",
+    ),
+    **dict.fromkeys(
+        ("unlearn-jax train", "unlearn-jax erase", "unlearn-jax eval"),
+        (
+            "lower config.erasure.micro_batch and config.evaluation.batch",
+            "set config.forward.implementation to chunked",
+            "set config.forward.remat to True",
+            "set config.erasure.linearize to False",
+        ),
+    ),
+}
+
+
 class UserError(Exception):
     """Something the user can mend; shown without a traceback."""
 
@@ -69,6 +115,16 @@ def all_settings(name: str, where: str) -> str:
     return listing(getattr(importlib.import_module(module), cls), values)
 
 
+def out_of_memory(name: str, error: Exception) -> str | None:
+    """What to say of an error that comes of a device's full memory, in the command `name`; None if that is not its cause."""
+    # Its class is JAX's, or that of whatever the array was on its way to; its text is XLA's.
+    found = re.search(r"RESOURCE_EXHAUSTED.*", str(error))
+    if not found:
+        return None
+    remedies = LESS_MEMORY.get(name, ("give it less to do at a time",))
+    return f"the memory of a device is full ({found[0][:200]}). What helps, the most first: {'; '.join(remedies)}."
+
+
 def run_program(program: str, commands: Commands) -> None:
     """Reads the command line. What a user can mend ends as one line on standard error; `--traceback` shows the rest."""
     keep_streams()
@@ -99,10 +155,11 @@ def run_program(program: str, commands: Commands) -> None:
         logging.set_verbosity(logging.WARNING)  # libraries report every file they write
         try:
             module.main(command, arguments[1:])
-        except (UserError, ValueError, OSError, FloatingPointError) as error:
-            if flags.FLAGS.traceback:
+        except (UserError, ValueError, OSError, FloatingPointError, RuntimeError) as error:
+            full = out_of_memory(name, error)
+            if flags.FLAGS.traceback or (isinstance(error, RuntimeError) and full is None):
                 raise
-            message = str(error)
+            message = full or str(error)
             if message.startswith("Configuration is not available"):  # every place it was sought, then why it failed
                 message = f"--config: {message.splitlines()[-1].strip()}"
             say(f"{name}: {message}", sys.stderr)

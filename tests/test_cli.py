@@ -1,25 +1,36 @@
 """The commands as a person starts them: what goes wrong is said in a line, and what goes right leaves what it promised."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import types
+import typing
 
+import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
+from pixel_jax import cli
 from pixel_jax.cli import COMMANDS
 from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.trace import Picture, Trace, Turn
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
+from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.train import TrainConfig
 from pixel_jax.training.progress import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollout import talker
+from unlearn_jax.quickstart.config import Config as UnlearnConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
@@ -98,6 +109,75 @@ def test_mistakes_are_answered_in_a_line(mistake, tmp_path):
         assert all(name in out + error for name in COMMANDS)
     else:
         assert error.strip().count("\n") == 0
+
+
+MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 96.00GiB."
+
+
+@pytest.mark.parametrize("command, error, said", [
+    ("rl", jax.errors.JaxRuntimeError(MEMORY), "allocate 96.00GiB..*the most first: lower config.rl.rollout.in_flight; raise"),
+    ("sft", ValueError(f"INTERNAL: {MEMORY}\nallocator"), "the most first: raise config.sft.forward.micro_batches; set"),
+    ("chat", jax.errors.JaxRuntimeError(MEMORY), "the most first: give smaller or fewer images"),
+    ("plan", jax.errors.JaxRuntimeError(MEMORY), "the most first: give it less to do at a time"),
+])  # fmt: skip
+def test_a_full_device_names_the_keys_to_change(command, error, said, monkeypatch, capsys):
+    """In a line, whichever class the error has; any other error of the runtime keeps its place in the code."""
+    module = types.SimpleNamespace(__name__="command", __doc__="", define_flags=lambda command: None)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(sys, "argv", ["pixel-jax", command])
+
+    def fail(error):
+        def main(command, arguments):
+            raise error
+
+        monkeypatch.setattr(module, "main", main, raising=False)
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        monkeypatch.setattr(cli.flags, "DEFINE_bool", functools.partial(flags.DEFINE_bool, flag_values=flags.FLAGS))
+        monkeypatch.setattr(cli.app, "run", lambda run, argv, flags_parser: run(flags_parser(argv)))
+        cli.run_program("pixel-jax", COMMANDS)
+
+    with pytest.raises(SystemExit) as end:
+        fail(error)
+    written = capsys.readouterr().err
+    assert end.value.code == 1 and re.fullmatch(
+        f"pixel-jax {command}: the memory of a device is full .*{said}.*\n", written
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fail(jax.errors.JaxRuntimeError("INTERNAL: something else"))
+
+
+def test_what_jax_says_of_a_full_device_is_recognised():
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        jax.block_until_ready(jax.numpy.zeros(2**47, jax.numpy.uint8))  # more than processes can address
+    assert cli.out_of_memory("pixel-jax sft", error.value).startswith(
+        "the memory of a device is full (RESOURCE_EXHAUSTED: "
+    )
+
+
+@pytest.mark.parametrize("command", cli.LESS_MEMORY)
+def test_the_keys_that_save_memory_are_there(command):
+    """In the dataclass that the command's config becomes."""
+    config = {
+        "pixel-jax sft": TrainConfig,
+        "pixel-jax rl": TrainConfig,
+        "pixel-jax eval": EvalConfig,
+        "pixel-jax quickstart": QuickstartConfig,
+    }.get(command, UnlearnConfig)
+    said = " ".join(cli.LESS_MEMORY[command])
+    keys = re.findall(r"config((?:\.\w+)+)", said)
+    for key in keys:
+        kind = config
+        for name in key.split(".")[1:]:
+            if kind is BenchmarkConfig and name == "NAME":
+                continue
+            kinds = typing.get_type_hints(kind)
+            assert name in kinds, f"{command}: config{key}"
+            of = [kinds[name], *typing.get_args(kinds[name])]
+            kind = next((x for x in of if dataclasses.is_dataclass(x)), None)
+    if command == "pixel-jax chat":
+        assert all(word in RolloutConfig.__dataclass_fields__ for word in re.findall(r"\w+_\w+|implementation", said))
+    else:
+        assert len(keys) > 3
 
 
 @pytest.mark.parametrize("name", COMMANDS)

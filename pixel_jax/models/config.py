@@ -63,7 +63,7 @@ def _check_positive(value: Any) -> float:
 
 
 def _check_token(value: Any) -> int | None:
-    return None if value is None else _check_whole(value, 2**31 - 1)
+    return None if value is None else _check_whole(value, 2**31 - 1, -1)  # -1: some files' word for none
 
 
 def _check_tokens(value: Any) -> int | tuple[int, ...] | None:

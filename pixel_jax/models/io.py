@@ -57,7 +57,7 @@ def _what_it_is(directory: Path) -> str:
             base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]
         except (FileError, LookupError, TypeError):
             base = "its base model"
-        return f". It holds an adapter ({ADAPTER}): merge it into {base!r}, with PEFT's merge_and_unload, and save that"
+        return f". It holds an adapter ({ADAPTER}): merge it into {repr(base)[:100]}, with PEFT's merge_and_unload, and save that"
     if (directory / UNFINISHED).is_dir():
         return f". Saving a model there was cut short ({UNFINISHED}): save it again"
     return ""

@@ -97,7 +97,10 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Some fields are looked at when the tokenizer is used.
+        _ = (tokenizer.encode("a", add_special_tokens=False), tokenizer.pad_token_id)
+        return tokenizer
     except Exception as error:  # whatever a library says of a malformed file, among them errors of a type of its own
         reason = str(error).strip().partition("\n")[0][:300]
         raise FileError(

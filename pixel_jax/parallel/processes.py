@@ -79,7 +79,10 @@ def together() -> Iterator[None]:
             raise
         here = f"process {jax.process_index()} of {jax.process_count()}"
         # What fails while arrays are gathered on the host comes as a ValueError with the same text.
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
+        lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
+        if lost and "RESOURCE_EXHAUSTED" not in str(
+            error
+        ):  # a device's memory is full: the same again at the next start
             reason, code = (
                 "a step that all processes take part in has failed, most likely because one of them died",
                 LOST,

@@ -1,8 +1,11 @@
 """Model directories as strangers leave them and as a crash leaves them: read as transformers reads them, or refused by name."""
 
+import copy
 import json
 import logging
 import os
+import pathlib
+import shutil
 import stat
 
 import jax
@@ -16,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_qwen import tiny_config
 
 import pixel_jax
+from pixel_jax.chat import load_rollout_config
+from pixel_jax.config import ConfigError
 from pixel_jax.files import FileError
 from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
@@ -72,11 +77,11 @@ class Killed(BaseException):
 def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, after):
     """Killed before any of the calls that change the disk: the old model whole, the new one whole, or none; then it is saved
     again."""
-    save(model, tmp_path / "new", monkeypatch, shards=after)
-    found = set()
+    save(model, tmp_path / "old", monkeypatch, shards=before)
+    found = []
     for last in range(60):
         directory = tmp_path / str(last)
-        save(model, directory, monkeypatch, shards=before)
+        shutil.copytree(tmp_path / "old", directory)
         done = 0
 
         def killed(original, last=last):
@@ -94,7 +99,7 @@ def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, a
             patch.setattr(io, "settle", killed(io.settle))
             patch.setattr(io, "sync_directory", killed(io.sync_directory))
             patch.setattr(os, "replace", killed(os.replace))
-            patch.setattr("pathlib.Path.unlink", killed(os.unlink))
+            patch.setattr(pathlib.Path, "unlink", killed(pathlib.Path.unlink))
             try:
                 save(other, directory, patch, shards=after)
                 break
@@ -104,13 +109,15 @@ def test_a_save_that_is_cut_short(model, other, tmp_path, monkeypatch, before, a
             read = pixel_jax.from_pretrained(directory)[0]
         except FileNotFoundError as error:
             assert "cut short (.saving): save it again" in str(error)
-            found.add("none")
+            found.append("none")
         else:
             assert same(read, model) or same(read, other)
-            found.add("old" if same(read, model) else "new")
-        save(other, directory, monkeypatch, shards=after)
-        assert same(pixel_jax.from_pretrained(directory)[0], other) and not (directory / ".saving").exists()
-    assert found == {"old", "none", "new"}
+            found.append("old" if same(read, model) else "new")
+        if found[-2:] == ["none"] * 2 and "again" not in found:
+            found.append("again")
+            save(other, directory, monkeypatch, shards=after)
+            assert same(pixel_jax.from_pretrained(directory)[0], other) and not (directory / ".saving").exists()
+    assert sorted(set(found)) == ["again", "new", "none", "old"]
 
 
 def test_one_file_is_read_whatever_an_index_beside_it_says(model, tmp_path, monkeypatch, caplog):
@@ -144,7 +151,9 @@ def test_norms_in_another_dtype(model, tmp_path, monkeypatch, caplog):
     assert same(pixel_jax.from_pretrained(tmp_path)[0], read)
     del values["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(FileError, match=r"mix bfloat16 \(.*\) and float32 \(.*norm.*\), and config.json names no torch_dtype"):
+    with pytest.raises(
+        FileError, match=r"mix bfloat16 \(.*\) and float32 \(.*norm.*\), and config.json names no torch_dtype"
+    ):
         pixel_jax.from_pretrained(tmp_path)
     assert same(pixel_jax.from_pretrained(tmp_path, dtype=jnp.bfloat16)[0], read)
 
@@ -192,6 +201,18 @@ def test_an_adapter_is_called_one(tmp_path):
             pixel_jax.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("content, message", [
+    ("[" * 5000, "rollout.json is nested deeper"),
+    ("[1]", "rollout.json must be a mapping"),
+    ('{"max_calls": "4"}', "rollout.json.max_calls"),
+    ('{"max_calls": 1, "max_calls": 2}', "'max_calls' occurs twice"),
+])  # fmt: skip
+def test_a_malformed_rollout_file(tmp_path, content, message):
+    (tmp_path / "rollout.json").write_text(content)
+    with pytest.raises((FileError, ConfigError), match=message):
+        load_rollout_config(tmp_path)
+
+
 # Malformed files: whatever stands in a field, either the model is read or the error is the named one.
 
 HOSTILE = st.one_of(
@@ -222,11 +243,13 @@ def mutated(draw, value):
         if not isinstance(target, dict | list):
             continue
         if draw(st.integers(0, 3)) or isinstance(target, list):
-            target[last] = draw(HOSTILE)
+            target[last] = copy.deepcopy(draw(HOSTILE))
         else:
             target.pop(last, None)
     text = json.dumps(draw(HOSTILE) if draw(st.integers(0, 20)) == 0 else value)
-    return draw(st.sampled_from([text] * 20 + [text[: len(text) // 2], text.replace("{", '{"x":' * 300 + "{", 1), "[" * 9999]))
+    return draw(
+        st.sampled_from([text] * 20 + [text[: len(text) // 2], text.replace("{", '{"x":' * 300 + "{", 1), "[" * 9999])
+    )
 
 
 NESTED = {
@@ -277,15 +300,20 @@ def test_a_mutated_processor(talker_directory, tmp_path_factory, data, name):
     except FileError as error:
         assert str(directory) in str(error)
     else:
+        assert processor(["zoom in", "3"])["input_ids"].shape[0] == 2
         (directory / "saved").mkdir()
         processor.save(directory / "saved")
         for file in (directory / "saved").iterdir():
             assert file.read_text() == files[file.name]
 
 
-@given(text=mutated({"metadata": {"total_size": 1}, "weight_map": {NORM: "model-00001-of-00001.safetensors", "b": "c"}}))
+@given(
+    text=mutated({"metadata": {"total_size": 1}, "weight_map": {NORM: "model-00001-of-00001.safetensors", "b": "c"}})
+)
 def test_a_mutated_index(tmp_path_factory, text):
     directory = tmp_path_factory.mktemp("index")
     (directory / INDEX).write_text(text)
-    with pytest.raises((FileError, FileNotFoundError), match=INDEX):
-        checkpoint._read_index(directory)
+    try:
+        assert checkpoint._read_index(directory) == {}  # which ends in a list of missing tensors
+    except (FileError, FileNotFoundError) as error:
+        assert str(directory / INDEX) in str(error)
