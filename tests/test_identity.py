@@ -100,7 +100,6 @@ def test_kinds_are_declared_for_settings_that_there_are():
 
     from pixel_jax.config import load
     from pixel_jax.identity import flatten
-    from pixel_jax.models.lora import add_lora  # noqa: F401: LoRAConfig's fields are its arguments
     from pixel_jax.train import LoRAConfig, TrainConfig
 
     values = {"model": "m", "data": "d", "out": "o", "mesh": {"data": 1}, "rollout_mesh": {"data": 1}}
