@@ -87,15 +87,12 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"the config has no section {command!r}")
 
     from pixel_jax.parallel.processes import first, join, together
-    from pixel_jax.training.preemption import NOTICE, Preempted, leave
+    from pixel_jax.training.preemption import NOTICE
 
     NOTICE.listen()
     join()
-    try:
-        with together(), hold(config.out, first()):
-            train(command, config, resume_changed=FLAGS.resume_changed)
-    except Preempted:
-        leave()
+    with together(), hold(config.out, first()):
+        train(command, config, resume_changed=FLAGS.resume_changed)
 
 
 def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:

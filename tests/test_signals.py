@@ -54,6 +54,18 @@ def test_the_second_one_ends_a_run_that_saves_first(place):
     assert process.returncode == INTERRUPTED and error == "pixel-jax sft: interrupted\n" and out == "kept"
 
 
+@pytest.mark.parametrize(
+    ("work", "code", "said"),
+    [("print('!')", 0, ""), ("sys.exit(42)", 42, ""), ("sys.exit('no')", 1, "no\n"), ("1 / 0", 1, "ZeroDivisionError")],
+)
+def test_a_program_ends_although_a_thread_waits(work, code, said):
+    waits = "import atexit, threading; threading.Thread(target=threading.Event().wait).start()"
+    tidies = "atexit.register(lambda: print('tidied'))"
+    process = start("from pixel_jax.signals import leaving", f"{waits}\n{tidies}\nwith leaving(): {work}")
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == code and said in error and out.startswith("kept") and out.endswith("tidied\n")
+
+
 def test_what_has_to_be_tidied_up_is():
     code = "SIGNALS.listen('x'); tidy = SIGNALS.at_end(lambda: print('tidied', file=sys.stderr)); tidy.__enter__()"
     process = start(code, PLACES["a lock"])
