@@ -18,6 +18,7 @@ SETTLED = 2.0  # seconds since its last change, after which another one is sure 
 PIECE = 2**22
 DIGITS = 32  # 128 bits
 NAMES = {"id"}  # fields that name a row and say nothing about it
+PICTURES = "images"  # the field with the sources of a row's pictures
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*preprocessor_config.json")
 
 
@@ -90,18 +91,19 @@ def _file_digest(path: str | os.PathLike) -> str:
     return found.hexdigest()[:DIGITS]
 
 
-def digest_rows(rows: Sequence[NamedTuple], digests: Digests) -> dict[str, Any]:
+def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str, Any]:
     """What the rows of a data set hold: {"count": number of rows, FIELD: digest of that field in all of them, in order}.
 
     Args:
         rows: `Example`s, or `Question`s of a benchmark. Their ids do not count: they may be names of files.
+        digests: of their pictures; None leaves these out.
     """
     columns: dict[str, Any] = {"count": len(rows)}
     for field in rows[0]._fields if rows else ():
-        if field in NAMES:
+        if field in NAMES or (field == PICTURES and digests is None):
             continue
         values = [getattr(row, field) for row in rows]
-        if field == "images":
+        if field == PICTURES:
             values = digest_sources(values, digests)
         columns[field] = _digest(json.dumps(values).encode())
     return columns
