@@ -24,7 +24,12 @@ PLACES = {
 def start(code, place):
     words = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from pixel_jax.signals import SIGNALS; {code}"
     process = subprocess.Popen(
-        [sys.executable, "-c", f"{words}; print('kept', end=''); print('ready', file=sys.stderr, flush=True)\n{place}"],
+        [
+            sys.executable,
+            "-Wignore",
+            "-c",
+            f"{words}; print('kept', end=''); print('ready', file=sys.stderr, flush=True)\n{place}",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Member, Source, SourceError, Stored, read_bytes
+from pixel_jax.files import FileError, open_regular
 from pixel_jax.state_files import read_note, write_json
 
 UNREADABLE = "unreadable"  # stands for the digest of a file that cannot be read
@@ -72,7 +73,7 @@ class Digests:
             if isinstance(kept, list) and kept[:-1] == stamp and isinstance(kept[-1], str):
                 return kept[-1]
             found = read()
-        except (OSError, ImageError, SourceError):
+        except (OSError, FileError, ImageError, SourceError):
             return UNREADABLE
         if time.time() - max(stamp[1:]) / 1e9 > SETTLED:
             self.kept[name], self.changed = [*stamp, found], True
@@ -85,7 +86,7 @@ def _digest(content: bytes) -> str:
 
 def _file_digest(path: str | os.PathLike) -> str:
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(PIECE):
             found.update(piece)
     return found.hexdigest()[:DIGITS]
