@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from absl import app, flags, logging
 
-from pixel_jax.signals import SIGNALS
+from pixel_jax.signals import SIGNALS, leaving
 from pixel_jax.terminal import keep_streams, say
 
 Commands = Mapping[
@@ -181,7 +181,8 @@ def run_program(program: str, commands: Commands) -> None:
             sys.exit(1)
 
     flags.DEFINE_bool("traceback", False, "Show where in the code an error came from.")
-    app.run(run, argv=[name, *sys.argv[2:]], flags_parser=parse)
+    with leaving():
+        app.run(run, argv=[name, *sys.argv[2:]], flags_parser=parse)
 
 
 def main() -> None:

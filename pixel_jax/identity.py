@@ -17,6 +17,7 @@ from pixel_jax.state_files import LineLog, read_note, say, write_json
 
 RUN, HISTORY = "run.json", "history.jsonl"
 ABSENT = "not set"
+MOST_SAID = 8  # changes that one message gives
 
 
 class RunError(ValueError):
@@ -71,7 +72,8 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items())
+    said = [f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items()]
+    return ", ".join(said[:MOST_SAID]) + (f", and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else "")
 
 
 def settle(

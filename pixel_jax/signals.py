@@ -1,11 +1,13 @@
 """Ctrl-C and SIGTERM, heard at once wherever the program is: in a compilation, waiting for data, at its end."""
 
+import atexit
 import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -96,6 +98,26 @@ def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> 
 
     _within(WORDS, speak)
     os._exit(code)
+
+
+@contextlib.contextmanager
+def leaving() -> Iterator[None]:
+    """Around a whole program: when it ends, the process does, also if a thread waits for something that never comes."""
+    code: object = 0
+    try:
+        yield
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()  # JAX tells the other processes here
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    end(code if isinstance(code, int) else int(code is not None))
 
 
 def _within(seconds: float, work: Callable[[], None]) -> None:

@@ -94,15 +94,12 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"the config has no section {command!r}")
 
     from pixel_jax.parallel.processes import first, join, together
-    from pixel_jax.training.preemption import NOTICE, Preempted, leave
+    from pixel_jax.training.preemption import NOTICE
 
     NOTICE.listen()
     join()
-    try:
-        with together(), hold(config.out, first()):
-            train(command, config, resume_changed=FLAGS.resume_changed)
-    except Preempted:
-        leave()
+    with together(), hold(config.out, first()):
+        train(command, config, resume_changed=FLAGS.resume_changed)
 
 
 def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
@@ -219,11 +216,13 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
 
 def pause(place: str) -> None:
     """Between two things that take long: processes wait for one another, and a run that is told to go does."""
-    from pixel_jax.parallel.processes import meet
-    from pixel_jax.training.preemption import NOTICE
+    from pixel_jax.parallel.processes import meet, say
+    from pixel_jax.training.preemption import NOTICE, Preempted
 
     meet(place)
-    NOTICE.obey()
+    if NOTICE.reached():
+        say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
+        raise Preempted
 
 
 def announcement(report, data: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Member, Source, SourceError, Stored, read_bytes
+from pixel_jax.files import FileError, open_regular
 from pixel_jax.state_files import read_note, write_json
 
 UNREADABLE = "unreadable"  # stands for the digest of a file that cannot be read
@@ -18,6 +19,7 @@ SETTLED = 2.0  # seconds since its last change, after which another one is sure 
 PIECE = 2**22
 DIGITS = 32  # 128 bits
 NAMES = {"id"}  # fields that name a row and say nothing about it
+PICTURES = "images"  # the field with the sources of a row's pictures
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*preprocessor_config.json")
 
 
@@ -71,7 +73,7 @@ class Digests:
             if isinstance(kept, list) and kept[:-1] == stamp and isinstance(kept[-1], str):
                 return kept[-1]
             found = read()
-        except (OSError, ImageError, SourceError):
+        except (OSError, FileError, ImageError, SourceError):
             return UNREADABLE
         if time.time() - max(stamp[1:]) / 1e9 > SETTLED:
             self.kept[name], self.changed = [*stamp, found], True
@@ -84,24 +86,25 @@ def _digest(content: bytes) -> str:
 
 def _file_digest(path: str | os.PathLike) -> str:
     found = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(PIECE):
             found.update(piece)
     return found.hexdigest()[:DIGITS]
 
 
-def digest_rows(rows: Sequence[NamedTuple], digests: Digests) -> dict[str, Any]:
+def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str, Any]:
     """What the rows of a data set hold: {"count": number of rows, FIELD: digest of that field in all of them, in order}.
 
     Args:
         rows: `Example`s, or `Question`s of a benchmark. Their ids do not count: they may be names of files.
+        digests: of their pictures; None leaves these out.
     """
     columns: dict[str, Any] = {"count": len(rows)}
     for field in rows[0]._fields if rows else ():
-        if field in NAMES:
+        if field in NAMES or (field == PICTURES and digests is None):
             continue
         values = [getattr(row, field) for row in rows]
-        if field == "images":
+        if field == PICTURES:
             values = digest_sources(values, digests)
         columns[field] = _digest(json.dumps(values).encode())
     return columns

@@ -1,8 +1,6 @@
 """A model answers a benchmark: batches of static shape, answers scored, a record a question."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.digests import Digests, digest_sources
+from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.rooms import Fit, Room, fit
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -112,12 +110,6 @@ def record(
     }
 
 
-def fingerprint(questions: Sequence[Question]) -> str:
-    """Of what is asked and what is right."""
-    asked = [[x.id, x.question, list(x.answers), x.category, x.is_video] for x in questions]
-    return hashlib.sha256(json.dumps(asked).encode("utf-8", "surrogatepass")).hexdigest()
-
-
 def drawn(count: int, traces: int, seed: int) -> set[int]:
     """The questions that are drawn in the report."""
     return set(np.random.default_rng(seed).permutation(count)[:traces].tolist())
@@ -166,7 +158,7 @@ def evaluate(
         "mode": mode,
         "seed": seed,
         "format": benchmark.format,
-        "questions": fingerprint(questions),
+        "questions": digest_rows(questions, None),
         "scorer": dataclasses.asdict(benchmark.scorer),
         "buckets": benchmark.buckets,
         "rollout": dataclasses.asdict(limits),

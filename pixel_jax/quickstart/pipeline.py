@@ -69,8 +69,9 @@ def all_devices(rows: int) -> Mesh | None:
 def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
     """All phases of `config.seed` in `directory`: what each measured, and the seconds it took."""
     directory.mkdir(parents=True, exist_ok=True)
-    with hold(directory), Elapsed(directory / "clock.json") as elapsed:
+    with hold(directory), contextlib.ExitStack() as stack:
         check_same(config, directory / "config.json")
+        elapsed = stack.enter_context(Elapsed(directory / "clock.json"))
         run_alone(directory, "tuning")
         say(f"[seed {config.seed}] 3/4 reinforcement learning with curiosity and without, and a look at the warm start")
         run_side_by_side(config, directory)

@@ -102,10 +102,15 @@ def run(
     # Weights that are not trained are where they came from; the checkpoint only says which they were.
     base = fingerprint(state.rest)
     with Checkpoints(directory / "checkpoints", keep=keep) as checkpoints, contextlib.ExitStack() as closing:
-        start = 0
+        start, latest = 0, checkpoints.latest
+        if latest is not None and latest > steps:
+            raise RunError(
+                f"{directory}: {latest} steps are done, the configuration says {steps}: a run does not go back; choose "
+                "another directory"
+            )
         if first():
-            settle(directory, facts, done=checkpoints.latest, resume_changed=resume_changed)
-        if checkpoints.latest is not None:
+            settle(directory, facts, done=latest, resume_changed=resume_changed)
+        if latest is not None:
             try:
                 found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
             except FileNotFoundError:
@@ -113,11 +118,6 @@ def run(
             else:
                 state, start = found.state._replace(rest=state.rest), found.step
                 _give_back(found, host, local, directory)
-        if start > steps:
-            raise RunError(
-                f"{directory}: {start} steps are done, the configuration says {steps}: a run does not go back; choose "
-                "another directory"
-            )
         log = None
         if first():
             log = open_writers(directory, start, writers, label)

@@ -4,9 +4,7 @@ give it up where it may last longer than there is time; save, and say so with an
 import queue
 import threading
 from collections.abc import Iterator
-from typing import NoReturn, TypeVar
-
-import jax
+from typing import TypeVar
 
 from pixel_jax import signals
 from pixel_jax.parallel.processes import everywhere
@@ -78,13 +76,6 @@ class Notice:
             break
         self.obey()
         return value  # type: ignore[return-value]
-
-
-def leave() -> NoReturn:
-    """Ends a process that has saved itself: threads that still read data, or wait for it, are not waited for."""
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()  # which the other processes wait for
-    signals.end(CODE)
 
 
 NOTICE = Notice(signals.SIGNALS)

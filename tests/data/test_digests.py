@@ -91,6 +91,8 @@ def test_members_of_an_archive_are_known_like_files(tmp_path):
     with Digests(tmp_path / "digests.json") as digests:
         assert digests.source(Member(tmp_path / "a.zip", "x/0.png")) == digests.source(path)
         assert digests.source(tmp_path / "nowhere.png") == module.UNREADABLE
+        os.mkfifo(tmp_path / "pipe.png")
+        assert digests.source(tmp_path / "pipe.png") == digests.source(tmp_path) == module.UNREADABLE
 
 
 def test_models(tmp_path):

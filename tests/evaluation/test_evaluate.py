@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -107,6 +108,37 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path
     assert calls["rollout"] == 3  # two batches, and one that died
     answer(questions, tmp_path)
     assert calls["rollout"] == 3  # nothing was left to do
+
+
+def test_other_pictures_are_other_questions(questions, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    picture = tmp_path / "elsewhere.png"
+    shutil.copy(questions[1].images[0], picture)
+    moved = [x._replace(id=f"{x.id} moved", images=(picture,) if i == 1 else x.images) for i, x in enumerate(questions)]
+    assert answer(moved, tmp_path / "run") == whole[1]  # the same content: nothing is asked again
+    shutil.copy(questions[0].images[0], picture)
+    with pytest.raises(RunError, match="question '1 moved' was answered about other pictures than .*elsewhere.png"):
+        answer(moved, tmp_path / "run")
+    other = [x._replace(answers=("8",)) if i == 1 else x for i, x in enumerate(questions)]
+    with pytest.raises(RunError, match="questions.answers = .* choose another directory"):
+        answer(other, tmp_path / "run")
+
+
+def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, capsys):
+    shutil.copytree(whole[0], tmp_path / "run")
+    directory = tmp_path / "run"
+    results = directory / "results-0.jsonl"
+    results.write_bytes(b"\0\0\0\n" + results.read_bytes() + b'{"index": "x"}\n')
+    damaged = [directory / "run.json", directory / "digests-0.json", directory / "traces" / "0.json"]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:20])
+    assert answer(questions, directory) == whole[1]
+    row = {"split": "val", "modes": {"operations": summary.summarise(whole[1])}, "unanswered": {}, "differences": {}}
+    metrics = {"first_mode": "operations", "benchmarks": {"own": row}}
+    page = summary.page("title", metrics, {("own", "operations"): directory})
+    assert Reader(page).tags.count("article") == COUNT - 1
+    said = capsys.readouterr().err
+    assert all(str(path) in said for path in damaged) and f"{results}:1" in said and f"{results}:6" in said
 
 
 def test_processes_share_the_questions(questions, whole, tmp_path):

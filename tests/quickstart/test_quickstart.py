@@ -180,7 +180,7 @@ def test_the_arms_differ_in_the_reward_alone():
 # ---- phases that are done once
 
 
-def test_once(tmp_path):
+def test_once(tmp_path, capsys):
     path, calls = tmp_path / "phase.json", []
 
     def work():
@@ -197,6 +197,8 @@ def test_once(tmp_path):
     first = once(path, work)
     assert first["accuracy"] == 0.5 and first["seconds"] >= 0
     assert once(path, work) == first and len(calls) == 1
+    path.write_bytes(path.read_bytes()[:9])  # a damaged note is none
+    assert once(path, work)["accuracy"] == 0.5 and len(calls) == 2 and str(path) in capsys.readouterr().err
 
 
 def test_a_directory_belongs_to_one_configuration(tmp_path):
@@ -206,7 +208,9 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     check_same(SMALLEST, path)
     other = dataclasses.replace(SMALLEST, evaluation=EvaluationConfig(scenes=7))
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="seed-0 was begun with another configuration"):
+    with pytest.raises(
+        ValueError, match="seed-0 was begun with evaluation.scenes = 6, now it is 7, .* choose another --out"
+    ):
         run_seed(other, path.parent)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["config.json"]
 

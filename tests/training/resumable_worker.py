@@ -1,9 +1,10 @@
 """Run by the restart tests in a process of its own: tunes the tiny text model, and may kill itself at a given moment.
 
-    python resumable_worker.py DIRECTORY OUTPUT STEPS [next|save|term|full STEP DELAY]
+    python resumable_worker.py DIRECTORY OUTPUT STEPS [next|save|term|stuck|full STEP DELAY]
 
 `next`: SIGKILL DELAY seconds after batch number STEP is asked for; `save`: DELAY seconds into the first save at or after
-STEP; `term`: SIGTERM when batch number STEP is asked for; `full`: from then on no file may grow beyond 20,000 bytes.
+STEP; `term`: SIGTERM when batch number STEP is asked for; `stuck`: that batch never comes; `full`: from then on no file may
+grow beyond 20,000 bytes.
 """
 
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -44,11 +46,13 @@ class Deadly(Shuffled):
 def main(directory, output, steps, moment="never", step="0", delay="0"):
     data = Deadly(make_batch(10)._replace(visual=None), 4, seed=3)
     NOTICE.listen()
-    data.deadline = int(step) if moment in ("next", "term", "full") else -1
+    data.deadline = int(step) if moment in ("next", "term", "stuck", "full") else -1
     if moment == "next":
         data.act = threading.Timer(float(delay), die).start if float(delay) else die
     elif moment == "term":
         data.act = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    elif moment == "stuck":
+        data.act = lambda: print("waits", flush=True) or time.sleep(600)
     elif moment == "full":
         data.act = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     elif moment == "save":

@@ -107,3 +107,14 @@ def test_what_other_processes_noted_before_the_checkpoints_were_deleted_does_not
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(2, {"x": jnp.full(2, 20)})
     assert restored(directory) == (2, 20) and [path.name for path in checkpoints.seals.iterdir()] == ["2.0.json"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"processes": 1, "fil', b"[]", b'{"processes": 1, "files": {"a": 3}}'])
+def test_a_damaged_note_beside_a_good_checkpoint_says_nothing_about_it(content, tmp_path, capsys):
+    directory = tmp_path / "checkpoints"
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(2, {"x": jnp.full(2, 20)})
+    (noted,) = checkpoints.seals.iterdir()
+    noted.write_bytes(content)
+    assert restored(directory) == (2, 20)
+    assert str(noted) in capsys.readouterr().err

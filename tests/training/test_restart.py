@@ -20,15 +20,19 @@ STEPS = 9
 KILLS = 50
 
 
-def start(directory, *moment, steps=STEPS):
-    """(exit code, output) of one worker process."""
+def begin(directory, *moment, steps=STEPS):
+    """One worker process."""
     paths = f"import sys; sys.path[:0] = {[str(HERE), str(HERE.parent.parent)]!r}; "
     arguments = [str(x) for x in (directory, directory / "weights.npz", steps, *moment)]
     code = paths + f"import resumable_worker; resumable_worker.main(*{arguments!r})"
-    found = subprocess.run(
-        [sys.executable, "-c", code], timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return found.returncode, found.stdout
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(directory, *moment, steps=STEPS):
+    """(exit code, output) of one worker process."""
+    process = begin(directory, *moment, steps=steps)
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
 
 
 def result(directory):
@@ -93,6 +97,19 @@ def test_told_to_go_then_damaged_then_out_of_space(undisturbed, tmp_path):
     found = re.search(r"checkpoint (\d) cannot be written to .* The newest whole one is (\d)", said)
     assert code == 1 and found and found.groups() in (("8", "6"), ("6", "4"), ("6", "2")), said
     assert "Checkpoint 5 is damaged" in said and "set aside" in said
+    finish(undisturbed, tmp_path)
+
+
+def test_a_run_that_waits_for_data_hears_that_it_is_to_go(undisturbed, tmp_path):
+    for step, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
+        process = begin(tmp_path, "stuck", step)
+        said = ""
+        while "waits\n" not in said:
+            said += process.stdout.readline()
+        process.send_signal(number)
+        assert process.wait(60) == CODE
+        assert f"told to go; {step} of 9 steps are done and saved" in process.stdout.read()
+        assert newest(tmp_path).name == str(step)
     finish(undisturbed, tmp_path)
 
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import errno
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -11,14 +12,17 @@ import pytest
 from tiny_model import make_batch
 
 from pixel_jax import state_files
+from pixel_jax.data.buckets import check_position
 from pixel_jax.files import write_file
+from pixel_jax.identity import RunError
 from pixel_jax.models import flops
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.state_files import read_lines
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
-from pixel_jax.training.checkpoint import Checkpoints, WriteError
+from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, WriteError
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE, Preempted
@@ -182,6 +186,33 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
         assert calls["old_logprobs"] == (2 if moment == ("old_logprobs", 2) else 2 * (calls["rollout"] - 1))
     monkeypatch.setattr(NOTICE, "given", False)
     assert_same_run(whole, run(model, tmp_path, save_every=3), tmp_path)
+
+
+def test_a_directory_holds_one_run(model, whole, rollouts, tmp_path, monkeypatch, capsys):
+    shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
+
+    def again(facts=None, resume_changed=False, **changes):
+        config = dataclasses.replace(CONFIG, **changes)
+        held = {"facts": facts, "resume_changed": resume_changed, "directory": tmp_path}
+        return rl(model, Questions(), score, config, **held)
+
+    reward = dataclasses.replace(CONFIG.reward, alpha=9.0)
+    with pytest.raises(RunError, match=r"was begun with rl\.reward\.alpha = 0\.5, now it is 9\.0: .*--resume_changed"):
+        again(reward=reward)
+    with pytest.raises(RunError, match=r"rl\.prompts = 4, now it is 8.* choose another directory$"):
+        again(prompts=8, resume_changed=True)
+    with pytest.raises(RunError, match="data.answer = 'not set', now it is 'ab'"):
+        again(facts={"data.answer": "ab"})
+    for resume_changed in (False, True):
+        with pytest.raises(RunError, match="4 steps are done, the configuration says 2: a run does not go back"):
+            again(iterations=2, resume_changed=resume_changed)
+    assert not (tmp_path / "history.jsonl").exists()
+    again(reward=reward, save_every=3, resume_changed=True)
+    (line,) = read_lines(tmp_path / "history.jsonl")
+    assert line["done"] == 4 and line["changed"] == {"rl.reward.alpha": [0.5, 9.0], "rl.save_every": [1, 3]}
+    monkeypatch.setattr(Questions, "set_state", lambda questions, state: check_position(-5))
+    with pytest.raises(CheckpointError, match="checkpoint 4 cannot be gone on from: the position in the data is -5"):
+        again(reward=reward, save_every=3)
 
 
 def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(model, whole, rollouts, tmp_path, monkeypatch):

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pixel_jax.chat import load_rollout_config
 from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.files import read_json
+from pixel_jax.files import read_json, write_file
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel.processes import first
@@ -84,7 +84,7 @@ class Job:
     def save(self, name: str, adapter: Params) -> None:
         values = to_host(adapter)
         if first():
-            save_file(values, self.config.directory / name, metadata={"format": "np"})
+            write_file(self.config.directory / name, save(values, metadata={"format": "np"}))
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
