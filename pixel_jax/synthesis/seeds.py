@@ -21,6 +21,7 @@ import pathlib
 from typing import Any
 
 from pixel_jax.data.images import ImageError, image_size
+from pixel_jax.endpoint import is_text
 from pixel_jax.training.answers import references_of
 
 FIELDS = ("id", "question", "answer", "images", "cue", "box", "frames", "image", "video", "seconds")
@@ -80,6 +81,8 @@ def _seed(line: str, folder: pathlib.Path, where: str, number: str) -> Seed:
         raise SeedError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise SeedError(f"{where} is {type(row).__name__}, not an object")
+    if not is_text(json.dumps(row, ensure_ascii=False)):
+        raise SeedError(f"{where} has half a surrogate pair, which is no text: {line.strip()[:200]}")
     if unknown := sorted(row.keys() - set(FIELDS)):
         raise SeedError(f"{where} has the unknown field {unknown[0]!r}; known are {', '.join(FIELDS)}")
 
