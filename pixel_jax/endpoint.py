@@ -232,9 +232,10 @@ class Endpoint:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def _hide(self, text: str) -> str:
-        """`text` without the key: endpoints like to repeat a key that they refuse."""
-        for written in {self._secret, urllib.parse.quote(self._secret, safe="")} - {""}:
-            text = text.replace(written, "***")
+        """`text` without the key, also as URLs and JSON spell it: endpoints like to repeat a key that they refuse."""
+        escaped = json.dumps(self._secret)[1:-1]
+        for written in (self._secret, urllib.parse.quote(self._secret, safe=""), escaped, escaped.replace("/", "\\/")):
+            text = text.replace(written, "***") if written else text
         return text
 
     def _reveals(self, text: str) -> bool:

@@ -357,6 +357,7 @@ LEAKS = {
     "where to": Reply("", 302, {"location": f"http://127.0.0.1:9/?key={KEY}"}),
     "where to, quoted": Reply("", 302, {"location": "http://127.0.0.1:9/?key=sk-s3cret%2Fkey"}),
     "an error": Reply({"error": KEY}, 400),
+    "an error as some write it": Reply(b'{"error": "sk-s3cret\\/key"}', 400),
     "a refusal": Reply({"choices": [{"message": {"content": None, "refusal": f"not for {KEY}"}}]}),
     "a reason": Reply({"choices": [{"message": {"content": None}, "finish_reason": KEY}]}),
     "an answer": Reply(f"The key is {KEY}."),

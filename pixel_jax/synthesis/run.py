@@ -160,8 +160,8 @@ def _work(
 ) -> dict[int, str]:
     """Every seed of `todo` goes through `one` and, as it finishes, `keep`; returns why it failed for those that it did.
 
-    One seed's failure does not end the others: it is logged with the seed's id. Several in a row do, of an endpoint that is
-    down or of anything else.
+    One seed's failure does not end the others: it is logged with the seed's id. Several in a row do, and all there are: then
+    it is not the seeds. (The few that failed before may all fail again without that.)
     """
     total = len(seeds)
     done = total - len(todo)
@@ -183,7 +183,7 @@ def _work(
                     down, in_a_row = isinstance(error, EndpointError), in_a_row + 1
                     if not isinstance(error, Exception):
                         raise error
-                    if in_a_row >= min(MOST_FAILURES, len(todo)):
+                    if in_a_row >= MOST_FAILURES or in_a_row == total:
                         if down:
                             error = EndpointError(
                                 f"{error}; {done} of {total} seeds are finished, start again to go on"
