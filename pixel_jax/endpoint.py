@@ -4,17 +4,21 @@ with Endpoint("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-72B-Instruct", key="M
     ask.complete([user("What is this?", image)], temperature=0.7, max_tokens=256)
 """
 
+import asyncio
 import base64
 import datetime
 import email.utils
 import hashlib
 import io
 import json
+import logging as python_logging
+import math
 import os
 import pathlib
 import random
 import threading
 import time
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +28,10 @@ from absl import logging
 from PIL import Image
 
 from pixel_jax.files import write_file
+
+# At lower levels they write the headers of responses, and an endpoint may repeat the key there.
+for _name in ("httpx2", "httpcore2"):
+    python_logging.getLogger(_name).setLevel(python_logging.WARNING)
 
 MAX_RESPONSE = 4 << 20  # bytes of a response's body
 MAX_IMAGE_PIXELS = 1 << 21  # of an image that is sent; larger ones are made smaller
@@ -38,7 +46,8 @@ class EndpointError(OSError):
 
 
 class NoAnswerError(EndpointError):
-    """The endpoint works and gives this request no usable text: refused, filtered, empty, or cut at its token limit."""
+    """The endpoint works and gives this request no usable text: refused, filtered, empty, cut at its token limit, no text at
+    all (half a surrogate pair), or one with the API key in it."""
 
 
 def image_url(image: np.ndarray, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
@@ -63,11 +72,11 @@ class Endpoint:
 
     Args:
       key: name of the environment variable that holds the API key. The key is only ever sent to `url`: it is in no
-        message, cache or log.
+        message, cache or log. (Where nothing is checked and any key does, take one that no answer would say.)
       requests_per_second: requests of all threads together are sent no faster.
       retries: further tries after the first, for a busy or failing endpoint. An endpoint's `Retry-After` is honoured by
         all threads.
-      timeout: seconds that one try may take.
+      timeout: seconds that one try may take, from the connection to the last byte.
       cache: directory of answers. One is found by its whole request (address, model, messages with images, sampling).
 
     Raises:
@@ -104,11 +113,15 @@ class Endpoint:
             )
         self._pause = 0.0 if requests_per_second is None else 1 / requests_per_second
         self._next, self._lock = 0.0, threading.Lock()  # when the next request may be sent, on the monotonic clock
-        self._client = httpx2.Client(
-            timeout=timeout,
-            headers={"Authorization": f"Bearer {self._secret}"} if self._secret else {},
-            limits=httpx2.Limits(max_connections=None),
-        )
+        # An answer is small and is read to its end within the deadline, which a packed one might never reach.
+        self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._secret:
+            self._headers["Authorization"] = f"Bearer {self._secret}"
+        self._client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None))
+        # Exchanges run in a loop of their own, because there alone one deadline covers all that an exchange waits for.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._thread.start()
 
     def complete(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
         """The text that the model answers to `messages`; `sampling` are further fields of the request (`temperature`, ...).
@@ -118,15 +131,21 @@ class Endpoint:
         if unwanted := sampling.keys() & {"model", "messages", "stream", "n"}:
             raise ValueError(f"{sorted(unwanted)[0]!r} is no sampling field of a single, whole answer")
         body = {"model": self.model, "messages": list(messages), **sampling}
+        if not is_text(json.dumps(body, ensure_ascii=False)):
+            raise NoAnswerError("a message is no text that can be sent: it has half a surrogate pair")
         kept = self._kept({"url": self.url, **body})
         text = _read(kept)
-        if text is None:
+        if text is None or self._reveals(text):
             text = self._ask(body)
             _write(kept, text)
         return text
 
     def close(self) -> None:
-        self._client.close()
+        if self._thread.is_alive():
+            self._wait_for(self._client.aclose())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
 
     def __enter__(self) -> "Endpoint":
         return self
@@ -150,17 +169,22 @@ class Endpoint:
             self._await_turn()
             wait = min(FIRST_WAIT * 2**tried, LONGEST_WAIT) * random.uniform(0.5, 1.0)
             try:
-                status, headers, content = self._post(body)
-            except httpx2.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
+                status, headers, content = self._wait_for(self._post(body))
+            except TimeoutError:
+                problem = f"no whole answer in {self.timeout} s"
+            except httpx2.HTTPError as error:
+                problem = self._hide(f"{type(error).__name__}: {error}")
             else:
                 said = self._hide(content.decode("utf-8", "replace")).strip()[:300]
+                packed = headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
                 if status in SETUP:
-                    where = f" to {headers['location']}" if "location" in headers else ""
+                    where = self._hide(f" to {headers['location']}") if "location" in headers else ""
                     raise EndpointError(f"{self.url} answers {status}{where}: {said}")
-                if 200 <= status < 300:
+                if 200 <= status < 300 and packed:
+                    problem = "what it answers is packed, which it was asked not to be"
+                elif 200 <= status < 300:
                     try:
-                        return _text_of(json.loads(content))
+                        return self._text_of(json.loads(content))
                     except (ValueError, RecursionError):
                         problem = f"what it answers is no chat completion: {said!r}"
                 elif status in AGAIN:
@@ -177,17 +201,26 @@ class Endpoint:
                 time.sleep(wait)
         raise EndpointError(f"{self.url} gave no answer in {self.retries + 1} tries; in the last one: {problem}")
 
-    def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and content of one try. Neither an endless nor an ever slower response is read to its end."""
-        until, content = time.monotonic() + self.timeout, bytearray()
-        with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) > MAX_RESPONSE:
-                    raise NoAnswerError(f"{self.url} answers with more than {MAX_RESPONSE} bytes")
-                if time.monotonic() > until:
-                    raise httpx2.ReadTimeout(f"the response was not complete after {self.timeout} s")
-            return response.status_code, response.headers, bytes(content)
+    async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and content (as it came) of one try. TimeoutError when `timeout` is over, whatever it waits for."""
+        content, address = bytearray(), f"{self.url}/chat/completions"
+        sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        async with asyncio.timeout(self.timeout):
+            async with self._client.stream("POST", address, content=sent, headers=self._headers) as response:
+                async for chunk in response.aiter_raw():
+                    content += chunk
+                    if len(content) > MAX_RESPONSE:
+                        raise NoAnswerError(f"{self.url} answers with more than {MAX_RESPONSE} bytes")
+                return response.status_code, response.headers, bytes(content)
+
+    def _wait_for(self, exchange: Any) -> Any:
+        """The result of a coroutine that runs in the loop; an interruption of the caller ends it."""
+        future = asyncio.run_coroutine_threadsafe(exchange, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     def _await_turn(self) -> None:
         with self._lock:
@@ -200,38 +233,58 @@ class Endpoint:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def _hide(self, text: str) -> str:
-        """`text` without the key: endpoints like to repeat a key that they refuse."""
-        return text.replace(self._secret, "***") if self._secret else text
+        """`text` without the key, also as URLs and JSON spell it: endpoints like to repeat a key that they refuse."""
+        escaped = json.dumps(self._secret)[1:-1]
+        for written in (self._secret, urllib.parse.quote(self._secret, safe=""), escaped, escaped.replace("/", "\\/")):
+            text = text.replace(written, "***") if written else text
+        return text
+
+    def _reveals(self, text: str) -> bool:
+        return self._hide(text) != text
+
+    def _text_of(self, reply: Any) -> str:
+        """The text of a chat completion; ValueError if it is none, NoAnswerError if it is one without a usable text."""
+        match reply:
+            case {"choices": [{"message": dict(message)} as choice, *_]}:
+                reason = choice.get("finish_reason")
+                if message.get("refusal"):
+                    raise NoAnswerError(self._hide(f"the model refuses: {message['refusal']}"))
+                if reason in ("length", "content_filter"):
+                    raise NoAnswerError(f"the answer was cut off ({reason})")
+                text = message.get("content")
+                if not isinstance(text, str) or not text.strip():
+                    raise NoAnswerError(self._hide(f"the answer has no text (finish_reason {reason!r})"))
+                if not is_text(text):
+                    raise NoAnswerError("the answer is no text: it has half a surrogate pair")
+                if self._reveals(text):
+                    raise NoAnswerError("the answer repeats the API key")
+                return text
+        raise ValueError("no chat completion")
 
 
-def _text_of(reply: Any) -> str:
-    """The text of a chat completion; ValueError if it is none, NoAnswerError if it is one without a whole text."""
-    match reply:
-        case {"choices": [{"message": dict(message)} as choice, *_]}:
-            reason = choice.get("finish_reason")
-            if message.get("refusal"):
-                raise NoAnswerError(f"the model refuses: {message['refusal']}")
-            if reason in ("length", "content_filter"):
-                raise NoAnswerError(f"the answer was cut off ({reason})")
-            match message.get("content"):
-                case str(text) if text.strip():
-                    return text
-            raise NoAnswerError(f"the answer has no text (finish_reason {reason!r})")
-    raise ValueError("no chat completion")
+def is_text(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: JSON can also spell halves of surrogate pairs, which cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the header `Retry-After` (seconds, or a date) asks to wait."""
+    """Seconds that the header `Retry-After` (seconds, or a date) asks to wait; None where it is neither."""
     written = headers.get("retry-after", "")
     try:
-        return max(float(written), 0.0)
+        seconds = float(written)
     except ValueError:
-        pass
-    try:
-        date = email.utils.parsedate_to_datetime(written)
-    except ValueError:
-        return None
-    return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0) if date.tzinfo else None
+        try:
+            date = email.utils.parsedate_to_datetime(written)
+            if date.tzinfo is None:
+                return None
+            seconds = (date - datetime.datetime.now(datetime.UTC)).total_seconds()
+        except (ValueError, TypeError, OverflowError, IndexError):
+            return None
+    return None if math.isnan(seconds) else max(seconds, 0.0)
 
 
 def _read(path: pathlib.Path | None) -> str | None:
@@ -239,7 +292,7 @@ def _read(path: pathlib.Path | None) -> str | None:
         return None
     try:
         match json.loads(path.read_text("utf-8")):
-            case {"answer": str(text)}:
+            case {"answer": str(text)} if is_text(text):
                 return text
     except ValueError:
         pass

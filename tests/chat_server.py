@@ -17,6 +17,31 @@ class Reply(NamedTuple):
     headers: dict[str, str] = {}
     delay: float = 0.0  # seconds before anything is sent
     finish: str = "stop"
+    raw: Callable[[Callable[[bytes], None]], None] | None = None  # sends it all itself, byte by byte, and may never end
+
+
+def dripping(content: bytes, first: bytes = b"", wait: float = 0.05) -> Reply:
+    """`first` at once, and then `content` a byte at a time."""
+
+    def raw(send):
+        send(first)
+        for i in range(len(content)):
+            send(content[i : i + 1])
+            time.sleep(wait)
+
+    return Reply(raw=raw)
+
+
+def endless(first: bytes, again: bytes, wait: float = 0.0) -> Reply:
+    """`first`, and then `again` for ever."""
+
+    def raw(send):
+        send(first)
+        while True:
+            send(again)
+            time.sleep(wait)
+
+    return Reply(raw=raw)
 
 
 class Received(NamedTuple):
@@ -30,7 +55,7 @@ class ChatServer:
     """`answer(number, request)` makes the reply to the request of that number (from 0); a text will do."""
 
     def __init__(self, answer: Callable[[int, dict], Reply | str]):
-        self.answer, self.received, self.lock = answer, [], threading.Lock()
+        self.answer, self.received, self.lock, self.over = answer, [], threading.Lock(), False
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 
@@ -49,6 +74,11 @@ class ChatServer:
                 reply = outer.answer(number, body)
                 reply = Reply(reply) if isinstance(reply, str) else reply
                 time.sleep(reply.delay)
+                if reply.raw is not None:
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):  # the client has gone, or the test is over
+                        reply.raw(self.send)
+                    return
                 content = reply.body
                 if isinstance(content, str):
                     message = {"role": "assistant", "content": content}
@@ -63,6 +93,12 @@ class ChatServer:
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(content)
+
+            def send(self, data: bytes) -> None:
+                if outer.over:
+                    raise ConnectionAbortedError
+                self.wfile.write(data)
+                self.wfile.flush()
 
             def log_message(self, *_):
                 pass
@@ -79,6 +115,7 @@ def chat_server(answer: Callable[[int, dict], Reply | str]) -> Iterator[ChatServ
     try:
         yield made
     finally:
+        made.over = True
         made.server.shutdown()
         thread.join()
         made.server.server_close()

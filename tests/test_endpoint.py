@@ -4,8 +4,13 @@ import base64
 import datetime
 import email.utils
 import io
+import json
 import logging
+import socket
 import threading
+import time
+import traceback
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +19,7 @@ from PIL import Image
 
 from pixel_jax import endpoint
 from pixel_jax.endpoint import Endpoint, EndpointError, NoAnswerError, image_url, user
-from tests.chat_server import Reply, chat_server
+from tests.chat_server import Reply, chat_server, dripping, endless
 
 ASK = [{"role": "user", "content": "What is this?"}]
 BUSY = Reply({"error": {"message": "overloaded"}}, 503)
@@ -257,6 +262,132 @@ def test_the_key_is_in_no_message_log_or_file(monkeypatch, tmp_path, caplog):
         with pytest.raises(EndpointError, match="SOME_KEY does not hold an API key") as caught:
             Endpoint(server.url, "m", key="SOME_KEY")
         assert "cret" not in str(caught.value)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+PACKED = HEAD + b"Content-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of a deflate stream: it unpacks to nothing
+
+
+NEVER_DONE = {
+    "headers a byte at a time": dripping(HEAD * 100),
+    "one header a byte at a time": dripping(b"x" * 10_000, HEAD + b"X-Long: "),
+    "hints, slowly": endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", 0.02),
+    "hints, fast": endless(b"", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 500),
+    "a body a byte at a time": dripping(b" " * 10_000, HEAD + b"Content-Length: 10000\r\n\r\n"),
+    "empty blocks of gzip": endless(PACKED + chunk(b"\x1f\x8b\x08\0\0\0\0\0\0\3"), chunk(EMPTY_BLOCK), 0.01),
+    "nothing at all": endless(b"", b"", 0.05),
+}
+
+
+@pytest.mark.parametrize("name", NEVER_DONE)
+def test_a_try_ends_in_time_whatever_comes(name):
+    with chat_server(listed(NEVER_DONE[name], "yes")) as server, Endpoint(server.url, "m", timeout=0.6) as ask:
+        began = time.monotonic()
+        assert ask.complete(ASK) == "yes"
+        assert time.monotonic() - began < 6
+    with chat_server(listed(NEVER_DONE[name])) as server, Endpoint(server.url, "m", timeout=0.3, retries=1) as ask:
+        with pytest.raises(EndpointError, match="in 2 tries"):
+            ask.complete(ASK)
+
+
+def test_a_request_that_is_not_taken_ends_in_time():
+    """The other end stops to read: what is sent waits, too."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        began = time.monotonic()
+        with Endpoint(url, "m", timeout=0.5, retries=0) as ask:
+            with pytest.raises(EndpointError, match="no whole answer in 0.5 s"):
+                ask.complete([{"role": "user", "content": "x" * 20_000_000}])
+        assert time.monotonic() - began < 6
+
+
+TROUBLE = {
+    "gzip that is none": Reply(b'{"choices": []}', headers={"content-encoding": "gzip"}),
+    "gzip": Reply(zlib.compress(b"{}", wbits=31), headers={"content-encoding": "gzip"}),
+    "six encodings": Reply(b"x", headers={"content-encoding": ", ".join(["gzip"] * 6)}),
+    "an unknown encoding": Reply(b"x", headers={"content-encoding": "\xe9"}),
+    "gzip of an error": Reply(b"x", 503, {"content-encoding": "gzip"}),
+    "come back on no day": Reply("", 429, {"retry-after": "Fri, 99 Jan 99999999999999999999 00:00:00 GMT"}),
+    "come back in no time": Reply("", 429, {"retry-after": "nan"}),
+    "come back some day": Reply("", 429, {"retry-after": "99999999999999999999-99-99"}),
+    "no status": Reply(raw=lambda send: send(b"HELLO\r\n\r\n")),
+    "a strange status": Reply(raw=lambda send: send(b"HTTP/1.1 999999 OK\r\n\r\n")),
+    "two lengths": Reply(raw=lambda send: send(HEAD + b"Content-Length: 3\r\nContent-Length: 5\r\n\r\n{}")),
+    "a bad chunk": Reply(raw=lambda send: send(HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}")),
+    "half a body": Reply(raw=lambda send: send(HEAD + b"Content-Length: 100\r\n\r\n{}")),
+    "a long header": Reply(raw=lambda send: send(HEAD + b"X: " + b"y" * 2_000_000 + b"\r\n\r\n{}")),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_any_trouble_on_the_line_is_a_try(name, tmp_path):
+    with chat_server(listed(TROUBLE[name], "yes")) as server, Endpoint(server.url, "m", cache=tmp_path) as ask:
+        assert ask.complete(ASK) == "yes"
+        assert server.received[0].headers["accept-encoding"] == "identity"
+    assert len(server.received) == 2
+    with chat_server(listed(TROUBLE[name])) as server, Endpoint(server.url, "m", retries=1) as ask:
+        with pytest.raises(EndpointError, match="in 2 tries"):
+            ask.complete(ASK)
+
+
+def test_what_is_no_text_is_no_answer_and_is_not_kept(tmp_path):
+    half = Reply(b'{"choices": [{"message": {"content": "A cat \\ud800."}, "finish_reason": "stop"}]}')
+    with chat_server(listed(half, "A cat.")) as server, Endpoint(server.url, "m", cache=tmp_path) as ask:
+        with pytest.raises(NoAnswerError, match="no text: it has half a surrogate pair"):
+            ask.complete(ASK)
+        assert not list(tmp_path.rglob("*.json"))
+        assert ask.complete(ASK) == "A cat."
+        (kept,) = tmp_path.rglob("*.json")
+        kept.write_text('{"answer": "A cat \\ud800."}')  # as an earlier release kept it
+        assert ask.complete(ASK) == "A cat."
+        with pytest.raises(NoAnswerError, match="no text that can be sent"):
+            ask.complete([{"role": "user", "content": "\ud800"}])
+    assert len(server.received) == 3
+
+
+KEY = "sk-s3cret/key"
+LEAKS = {
+    "where to": Reply("", 302, {"location": f"http://127.0.0.1:9/?key={KEY}"}),
+    "where to, quoted": Reply("", 302, {"location": "http://127.0.0.1:9/?key=sk-s3cret%2Fkey"}),
+    "an error": Reply({"error": KEY}, 400),
+    "an error as some write it": Reply(b'{"error": "sk-s3cret\\/key"}', 400),
+    "a refusal": Reply({"choices": [{"message": {"content": None, "refusal": f"not for {KEY}"}}]}),
+    "a reason": Reply({"choices": [{"message": {"content": None}, "finish_reason": KEY}]}),
+    "an answer": Reply(f"The key is {KEY}."),
+    "an answer in escapes": Reply(b'{"choices": [{"message": {"content": "sk\\u002ds3cret\\/key"}}]}'),
+    "no status": Reply(raw=lambda send: send(f"{KEY}\r\n\r\n".encode())),
+    "no answer": Reply([KEY]),
+    "a header": Reply("", 503, {"x-key": KEY}),
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_the_key_does_not_come_back(name, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    with caplog.at_level(logging.DEBUG), chat_server(listed(LEAKS[name])) as server:
+        with Endpoint(server.url, "m", key="SOME_KEY", cache=tmp_path, retries=1) as ask:
+            with pytest.raises(EndpointError) as caught:
+                ask.complete(ASK)
+    said = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(vars(caught.value))
+    assert "s3cret" not in said
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_answer_with_the_key_in_an_old_cache_is_asked_for_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_KEY", KEY)
+    with chat_server(listed("one", "two")) as server:
+        with Endpoint(server.url, "m", key="SOME_KEY", cache=tmp_path) as ask:
+            assert ask.complete(ASK) == "one"
+            (kept,) = tmp_path.rglob("*.json")
+            kept.write_text(json.dumps({"answer": f"It is {KEY}"}))
+            assert ask.complete(ASK) == "two"
 
 
 def test_mistakes_are_named():

@@ -121,7 +121,9 @@ def _names(text: str, question: str, answer: str) -> bool:
     if (len(answer) == 1 and not answer.isdigit()) or answer in YES_OR_NO or _holds(question, answer):
         return False
     spellings = [answer]
-    if answer.isdigit() and int(answer) < len(WORDS):
+    if re.fullmatch(r"[0-9]{1,2}", answer) and int(answer) < len(
+        WORDS
+    ):  # "①" is a digit to `isdigit`, and no number to `int`
         spellings.append(WORDS[int(answer)])
     elif answer in WORDS:
         spellings.append(str(WORDS.index(answer)))

@@ -10,16 +10,17 @@ import json
 import pathlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
-from pixel_jax.endpoint import Endpoint, EndpointError
+from pixel_jax.endpoint import Endpoint, EndpointError, is_text
 from pixel_jax.files import write_file
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
@@ -31,6 +32,7 @@ from pixel_jax.training.progress import Progress
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
 DOWN = "the endpoint gave no answer"
+FAILED = "an error, which the log has"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,9 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
     kept = _read_outcomes(out / "outcomes.jsonl")
-    outcomes |= {i: kept[mark] for i, mark in prints.items() if mark in kept}
+    # What cannot be written is made again: a run before may have kept half a surrogate pair.
+    sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
+    outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
     def one(i: int) -> Outcome:
         rng = np.random.default_rng([config.seed, i])
@@ -152,8 +156,8 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
             outcomes[i] = outcome
             log.append([{"print": prints[i], **outcome._asdict()}])
 
-        down = _work([i for i in kinds if i not in outcomes], one, keep, workers, len(seeds))
-    outcomes |= {i: Outcome(None, DOWN, {}) for i in down}  # not kept: another run asks again
+        failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
+    outcomes |= {i: Outcome(None, why, {}) for i, why in failed.items()}  # not kept: another run tries again
     rows = [outcomes[i].row for i in range(len(seeds)) if outcomes[i].row is not None]
     write_file(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report = report_of(seeds, kinds, outcomes, config)
@@ -162,12 +166,21 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
 
 
 def _work(
-    todo: list[int], one: Callable[[int], Outcome], keep: Callable[[int, Outcome], None], workers: int, total: int
-) -> list[int]:
-    """Every seed of `todo` goes through `one` and, as it finishes, `keep`; returns those the endpoint failed for."""
+    todo: list[int],
+    seeds: Sequence[Seed],
+    one: Callable[[int], Outcome],
+    keep: Callable[[int, Outcome], None],
+    workers: int,
+) -> dict[int, str]:
+    """Every seed of `todo` goes through `one` and, as it finishes, `keep`; returns why it failed for those that it did.
+
+    One seed's failure does not end the others: it is logged with the seed's id. Several in a row do, and all there are: then
+    it is not the seeds. (The few that failed before may all fail again without that.)
+    """
+    total = len(seeds)
     done = total - len(todo)
     progress, dropped, in_a_row = Progress("seeds", total, done), 0, 0
-    down: list[int] = []
+    failed: dict[int, str] = {}
     running: dict[Future, int] = {}
     waiting = iter(todo)
     with ThreadPoolExecutor(workers) as pool:
@@ -176,21 +189,26 @@ def _work(
             while len(running) < workers and (i := next(waiting, None)) is not None:
                 running[pool.submit(one, i)] = i
             if not running:
-                return sorted(down)
+                return failed
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 i = running.pop(future)
-                try:
-                    outcome = future.result()
-                except EndpointError as error:
-                    down.append(i)
-                    in_a_row += 1
-                    if in_a_row >= min(MOST_FAILURES, len(todo)):
-                        raise EndpointError(
-                            f"{error}; {done} of {total} seeds are finished, start again to go on"
-                        ) from error
+                error = future.exception()
+                if error is not None:
+                    down, in_a_row = isinstance(error, EndpointError), in_a_row + 1
+                    if not isinstance(error, Exception):
+                        raise error
+                    if in_a_row >= MOST_FAILURES or in_a_row == total:
+                        if down:
+                            error = EndpointError(
+                                f"{error}; {done} of {total} seeds are finished, start again to go on"
+                            )
+                        raise error
+                    failed[i] = DOWN if down else f"{FAILED}: {type(error).__name__}"
+                    why = f"seed {seeds[i].id!r} failed and is left for another run: {type(error).__name__}: {error}"
+                    logging.error("%s", why, exc_info=None if down else error)
                     continue
-                keep(i, outcome)
-                done, in_a_row, dropped = done + 1, 0, dropped + (outcome.row is None)
+                keep(i, future.result())
+                done, in_a_row, dropped = done + 1, 0, dropped + (future.result().row is None)
                 progress.update(done, {"dropped": dropped})
 
 

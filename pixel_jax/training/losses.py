@@ -121,15 +121,29 @@ class PolicyLossConfig:
     clip_low: float = 0.2
     clip_high: float = 0.35  # DAPO's clip-higher
     # `constant`: the sum over tokens divided by traces x `constant`, so long answers are not discounted (Dr. GRPO);
-    # `token`: by the number of chosen tokens (DAPO); `row`: the mean over traces of each one's mean (GRPO).
+    # `token`: by the number of chosen tokens (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Traces whose
+    # tokens are all masked: see `masked_traces`.)
     # The released code divides by 200 a micro-batch of 2 or 4 rows (100 or 50 a row).
     normalizer: Literal["constant", "token", "row"] = "constant"
     constant: float = 200.0
+    # What a trace counts in the denominators of `constant` and `row` when none of its tokens carry loss (`mask_unfinished`).
+    # `counted`: like any other: eq. 3 of GRPO and Dr. GRPO's divide by all G answers, as TRL does, and verl with its
+    # `global_batch_size`; `left_out`: not at all, so that the others weigh more, as verl does without.
+    masked_traces: Literal["counted", "left_out"] = "counted"
     kl: float = 0.0  # weight of the divergence from the network without its adapters
-    # Truncated importance sampling: a token weighs p(trainer, before the update) / p(sampler), at most this. None: weighs 1.
+    # With a negative advantage the loss is at most this x |advantage| (dual clip, Ye et al. 2020, arXiv:1912.09729, eq. 5), so
+    # that a ratio far above 1 does not rule the step. verl's default is 3. None: no such bound, as in the papers above.
+    dual_clip: float | None = None
+    # Importance sampling: what is learned weighs p(trainer, before the update) / p(sampler), if that is at most this. None:
+    # weighs 1. The ratio is a token's, or the product over its trace; above the cap it is the cap (truncated) or 0 (masked).
+    # TRL's default, `sequence_mask`, is importance_cap 3, "sequence" and "masked".
     importance_cap: float | None = None
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_above: Literal["truncated", "masked"] = "truncated"
 
     def __post_init__(self):
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, where a ratio that has not moved is: {self.dual_clip}")
         for name in ("clip_low", "clip_high", "kl", "constant", "importance_cap"):
             value = getattr(self, name)
             if value is not None and (value < 0 or value == 0 and name in ("constant", "importance_cap")):
@@ -149,13 +163,28 @@ def trace_sums(x: jax.Array, segments: jax.Array | None) -> jax.Array:
     return jax.vmap(lambda x, segment: jax.ops.segment_sum(x, segment, num_segments=length)[segment])(x, segments)
 
 
-def trace_number(counted: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """How many traces of each row have a token that counts (bool [R, L]): float32 [R]."""
+def trace_number(counted: jax.Array, segments: jax.Array | None, silent: bool) -> jax.Array:
+    """How many traces each row has, float32 [R]: all (`silent`), or those with a token that counts (bool [R, L])."""
+    if silent:
+        if segments is None:
+            return jnp.ones(counted.shape[0], jnp.float32)
+        return 1.0 + jnp.max(segments, axis=1).astype(jnp.float32)  # they are numbered from 0 on
     if segments is None:
         return jnp.any(counted, axis=1).astype(jnp.float32)
     length = counted.shape[1]
     tokens = jax.vmap(lambda x, segment: jax.ops.segment_sum(x, segment, num_segments=length))
     return jnp.sum(tokens(counted.astype(jnp.int32), segments) > 0, axis=1).astype(jnp.float32)
+
+
+# Nats that logarithms of ratios are cut to, beyond which gradients are zero: exp(88) is infinite. The numbers are verl's.
+LARGEST_LOG_RATIO = {"token": (-20.0, 20.0), "sequence": (-jnp.inf, 10.0), "product": (-20.0, 20.0)}
+LARGEST_DIVERGENCE = 10.0  # of one token, from the reference
+
+
+def divergence(apart: jax.Array) -> jax.Array:
+    """Schulman's k3 estimator of a divergence, exp(d) - d - 1, of d = log(reference / policy), cut as verl cuts it."""
+    apart = jnp.clip(apart, -20.0, 20.0)
+    return jnp.minimum(jnp.exp(apart) - apart - 1.0, LARGEST_DIVERGENCE)
 
 
 def sft_loss(
@@ -212,15 +241,18 @@ def policy_loss(
     The paper has neither a KL term nor an entropy bonus. The estimator of the divergence is Schulman's k3, as in GRPO
     (arXiv:2402.03300, eq. 4); truncated importance sampling: Yao et al. 2025, Your Efficient RL Framework Secretly Brings
     You Off-Policy RL Training. `gap` in the metrics is the mean |log p(trainer, before the update) - log p(sampler)|.
+    Every exponent is bounded (`LARGEST_LOG_RATIO`): one token that is 100 nats off does not make the loss infinite.
     """
     counted = chosen & (weight > 0)[:, None]
     count = jnp.maximum(trace_sums(counted.astype(jnp.float32), segments), 1.0)
     log_ratio = masked(logprobs - old_logprobs, counted)
+    bounds = LARGEST_LOG_RATIO[config.ratio]
     if config.ratio == "token":
-        ratio = jnp.exp(log_ratio)
+        ratio = jnp.exp(jnp.clip(log_ratio, *bounds))
     else:
         whole = trace_sums(log_ratio, segments)
-        ratio = jnp.broadcast_to(jnp.exp(whole / count if config.ratio == "sequence" else whole), log_ratio.shape)
+        whole = jnp.clip(whole / count if config.ratio == "sequence" else whole, *bounds)
+        ratio = jnp.broadcast_to(jnp.exp(whole), log_ratio.shape)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     advantage = advantage.reshape(len(weight), -1)
     tokens = jnp.maximum(-ratio * advantage, -clipped * advantage)
@@ -230,18 +262,26 @@ def policy_loss(
         "entropy": jnp.sum(masked(entropy, counted)),
         "ratio": jnp.sum(masked(ratio, counted)),
         "clip_fraction": jnp.sum(masked((-clipped * advantage > -ratio * advantage).astype(jnp.float32), counted)),
-        "kl": jnp.sum(masked(jnp.exp(log_ratio) - 1.0 - log_ratio, counted)),  # k3, from the policy before the update
+        "kl": jnp.sum(masked(divergence(log_ratio), counted)),  # from the policy before the update
         "gap": jnp.sum(jnp.abs(mismatch)),
     }
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantage
+        above = (advantage < 0) & (tokens > bound)
+        tokens = jnp.where(above, bound, tokens)
+        sums["dual_clip_fraction"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.importance_cap is not None:
-        importance = jnp.exp(mismatch)
-        tokens = tokens * jnp.minimum(importance, config.importance_cap)
-        sums["importance_capped"] = jnp.sum((importance > config.importance_cap).astype(jnp.float32))
+        if config.importance_level == "sequence":
+            mismatch = trace_sums(mismatch, segments)
+        importance = jnp.broadcast_to(jnp.exp(jnp.clip(mismatch, *LARGEST_LOG_RATIO["token"])), tokens.shape)
+        above = importance > config.importance_cap
+        most = config.importance_cap if config.importance_above == "truncated" else 0.0
+        tokens = tokens * jnp.where(above, most, importance)
+        sums["importance_capped"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.kl:
-        apart = masked(reference_logprobs - logprobs, counted)
-        divergence = jnp.exp(apart) - apart - 1.0
-        tokens = tokens + config.kl * divergence
-        sums["kl_reference"] = jnp.sum(divergence)
+        apart = divergence(masked(reference_logprobs - logprobs, counted))
+        tokens = tokens + config.kl * apart
+        sums["kl_reference"] = jnp.sum(apart)
     if config.normalizer == "row":
         tokens = tokens / count
     rows = jnp.sum(masked(tokens, counted), axis=1)
@@ -249,7 +289,7 @@ def policy_loss(
     if config.normalizer == "token":
         denominator = jnp.sum(weight * jnp.sum(counted, axis=1))
     else:
-        denominator = jnp.sum(weight * trace_number(counted, segments))
+        denominator = jnp.sum(weight * trace_number(counted, segments, silent=config.masked_traces == "counted"))
         if config.normalizer == "constant":
             denominator = config.constant * denominator
     return Loss(total, denominator, rows, jax.lax.stop_gradient(sums))

@@ -48,7 +48,8 @@ class RLConfig:
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of a group's rewards; RLOO leaves the row itself out
     scale_by_std: bool = False  # GRPO as published divides by the group's deviation, the released code does not
     # Rows that ran out of calls, images or tokens before they answered carry no loss, good or bad (Mini-o3's over-turn
-    # masking, arXiv:2509.07969; DAPO's overlong filtering). Their rewards still count in their group's mean.
+    # masking, arXiv:2509.07969; DAPO's overlong filtering). Their rewards still count in their group's mean, and they in the
+    # loss's denominator, unless `loss.masked_traces` says otherwise.
     mask_unfinished: bool = False
     replay: ReplayConfig = ReplayConfig()
     loss: PolicyLossConfig = PolicyLossConfig()

@@ -92,7 +92,7 @@ class ScorerConfig:
 
 
 LONGEST_JUDGED = 1000  # characters of an answer; longer ones talk the judge into things, and are wrong
-FORMULA_SECONDS = 60.0  # of one call
+FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = 10.0, 0.05  # of one call, and more for each response; .02 are usual
 JUDGE_PROMPT = """\
 You grade answers to questions about images. You do not see the image; the reference answers are right.
 
@@ -116,7 +116,7 @@ class Scorer:
     """Scores many responses at once: [R] responses and references -> [R] scores in [0, 1], None where there is no answer.
 
     math-verify needs the main thread for its time limit, so rules run in the caller's; requests to the judge run side by
-    side. Formulas of all the responses together take at most about `FORMULA_SECONDS`, however a policy writes them.
+    side. Formulas of all the responses together take a limited time (`FORMULA_SECONDS`), however a policy writes them.
 
     Args:
       endpoint: asked by the rule "judge"; by default the one that `config.judge` describes.
@@ -139,7 +139,7 @@ class Scorer:
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
         scores: list[float | None] = []
         rules = [RULES[name] for name in self.config.rules if name != "judge"]
-        with algebra.budget(FORMULA_SECONDS):
+        with algebra.budget(FORMULA_SECONDS + FORMULA_SECONDS_A_ROW * len(responses)):
             for response, reference in zip(responses, references, strict=True):
                 best = None
                 for rule in rules:

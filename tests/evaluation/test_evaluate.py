@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixel_jax import score_answer
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation import report, run, summary, trace
 from pixel_jax.evaluation.benchmarks import read
@@ -81,6 +82,7 @@ def test_every_question_is_answered_once(questions, whole):
             ]
             assert record["given"][i] == (boxed[0] if boxed else None)
             assert record["accuracy"][i] == record["score"][i] == float(bool(boxed) and boxed[0] in question.answers)
+            assert record["accuracy"][i] == (score_answer(text, question.answers, rules=("released",)) or 0.0)
             assert record["calls"][i] == text.count("<tool_call>")
             assert record["operations"][i] + record["failed"][i] == record["executed"][i] <= record["calls"][i]
             assert (record["stop"][i] == "answer") is ("<tool_call>" not in text.rsplit("<|im_end|>", 2)[-2])

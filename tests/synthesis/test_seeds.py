@@ -53,6 +53,7 @@ BAD = [
     (GOOD | {"answer": []}, r"'answer' must be .*, not \[\]"),
     (GOOD | {"images": []}, "'images' must be a list of at least one path"),
     (GOOD | {"images": ["b.png"]}, "there is no image .*b.png"),
+    (GOOD | {"question": "What \ud800?"}, "half a surrogate pair"),
     (GOOD | {"id": 3}, "'id' must be a text, not 3"),
     (GOOD | {"image": 2}, "'image' must be a number from 1 to 1, not 2"),
     (GOOD | {"seconds": 1}, "'seconds' must be a positive number, of a video, not 1"),

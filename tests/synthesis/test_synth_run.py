@@ -21,7 +21,7 @@ from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.endpoint import EndpointError
 from pixel_jax.synthesis import run
 from pixel_jax.synthesis.run import EndpointConfig, SynthConfig, show, synthesize
-from tests.chat_server import Reply, chat_server
+from tests.chat_server import Reply, chat_server, endless
 from tests.synthesis import seed_files
 from tests.test_cli import ENVIRONMENT, ROOT, command
 
@@ -281,6 +281,68 @@ def test_one_seed_that_breaks_the_endpoint_is_dropped_and_not_forgotten(seeds):
         assert report["dropped_seeds"] == [{"id": "direct-0", "reason": run.DOWN}]
         count, broken = len(server.received), False
         assert synthesize(config)["made"] == 13 and len(server.received) == count + 1
+
+
+HALF = Reply(b'{"choices": [{"message": {"content": "Red \\ud800 it is.\\n\\\\boxed{red}"}}]}')
+ALWAYS = {  # what is answered to all questions about one seed, and why it is dropped
+    "bad gzip": (Reply(b"x", headers={"content-encoding": "gzip"}), run.DOWN),
+    "six encodings": (Reply(b"x", headers={"content-encoding": ", ".join(["gzip"] * 6)}), run.DOWN),
+    "no day": (Reply("", 429, {"retry-after": "Fri, 99 Jan 99999999999999999999 00:00:00 GMT"}), run.DOWN),
+    "no text": (HALF, "direct answer: no answer of the endpoint"),
+    "never done": (endless(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n", 0.02), run.DOWN),
+}
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_one_bad_answer_ends_nothing(seeds, name, caplog):
+    reply, reason = ALWAYS[name]
+
+    def answer(number, request):
+        which, pictures = asked(request)
+        bad = which == "direct" and colour_near_middle(pictures[0]) == "red"
+        return reply if bad else painter(number, request)
+
+    with chat_server(answer) as server:
+        config = config_of(seeds, server, endpoint={"retries": 1, "timeout": 3.0})
+        for _ in range(2):  # started again, too
+            report = synthesize(config)
+            assert report["made"] == 12 and report["dropped_seeds"] == [{"id": "direct-0", "reason": reason}]
+    assert len(read(config).splitlines()) == 12
+    assert ("seed 'direct-0' failed" in caplog.text) == (reason == run.DOWN)
+
+
+def test_what_an_earlier_release_kept_and_cannot_be_written_is_made_again(seeds):
+    with chat_server(painter) as server:
+        config = config_of(seeds, server)
+        synthesize(config)
+        good, path = read(config), os.path.join(config.out, "outcomes.jsonl")
+        kept = [json.loads(line) for line in read(config, "outcomes.jsonl").splitlines()]
+        kept[3]["row"]["turns"][-1]["text"] += " \ud800"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        assert synthesize(config)["made"] == 13 and read(config) == good
+
+
+def test_a_seed_that_fails_is_named_and_the_others_go_on(seeds, monkeypatch, caplog):
+    """Whatever the error is, it is not kept: the next run tries again."""
+    real, broken = run.make, True
+
+    def make(seed, *rest, **options):
+        if broken and seed.id == "image-3":
+            raise ZeroDivisionError("of all things")
+        return real(seed, *rest, **options)
+
+    monkeypatch.setattr(run, "make", make)
+    with chat_server(painter) as server:
+        config = config_of(seeds, server)
+        report = synthesize(config)
+        assert report["dropped_seeds"] == [{"id": "image-3", "reason": f"{run.FAILED}: ZeroDivisionError"}]
+        assert "seed 'image-3' failed and is left for another run: ZeroDivisionError: of all things" in caplog.text
+        broken = False
+        assert synthesize(config)["made"] == 13
+        monkeypatch.setattr(run, "make", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # every one of them: it is not the seeds
+            synthesize(dataclasses.replace(config, out=config.out + "-2"))
 
 
 def test_killed_at_any_moment_it_ends_the_same(seeds):

@@ -187,12 +187,12 @@ ENDLESS = (
 
 
 def test_endless_formulas_are_refused_before_they_are_worked_out():
-    began = time.monotonic()
+    began = time.thread_time()
     for formula in ENDLESS:
         for answer, reference in ((formula, "5"), ("5", formula), (formula, "x+1")):
             assert not equal(answer, reference)
             assert RULES["released"](rf"\boxed{{{answer}}}", Reference((reference,))) in (0.0, None)
-    assert time.monotonic() - began < 20
+    assert time.thread_time() - began < 20
 
 
 def test_an_iteration_has_a_budget(monkeypatch, caplog):
@@ -201,11 +201,14 @@ def test_an_iteration_has_a_budget(monkeypatch, caplog):
 
     def slow(answer, reference):
         slept.append(answer)
-        time.sleep(0.05)
+        until = time.thread_time() + 0.05
+        while time.thread_time() < until:
+            pass
         return True
 
     monkeypatch.setattr(algebra, "_verified", slow)
     monkeypatch.setattr("pixel_jax.training.scorers.FORMULA_SECONDS", 0.2)
+    monkeypatch.setattr("pixel_jax.training.scorers.FORMULA_SECONDS_A_ROW", 0.0)
     responses = [rf"\boxed{{{i}+1}}" for i in range(4096)]
     found = Scorer(ScorerConfig())(responses, [Reference(("x+1",))] * 4096)
     assert 1 <= len(slept) <= 5 and found == [1.0] * len(slept) + [0.0] * (4096 - len(slept))

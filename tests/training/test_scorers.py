@@ -1,5 +1,7 @@
 """Rules and the judge: hand-made cases, and a judge that is asked over real HTTP."""
 
+import json
+import pathlib
 import threading
 import time
 
@@ -8,7 +10,7 @@ import pytest
 from pixel_jax import endpoint
 from pixel_jax.endpoint import EndpointError
 from pixel_jax.training.answers import anls, numbers_in, same_number
-from pixel_jax.training.choices import choices_of, same_choice
+from pixel_jax.training.choices import choices_of, letter_of, same_choice
 from pixel_jax.training.scorers import JudgeConfig, Reference, Scorer, ScorerConfig
 from tests.chat_server import Reply, chat_server
 
@@ -92,6 +94,17 @@ def test_options_are_read_from_the_question(question, found):
 )
 def test_choices_by_letter_and_text(answer, reference, question, same):
     assert same_choice(answer, reference, choices_of(question)) is same
+
+
+def test_choices_are_read_as_vlmevalkit_and_lmms_eval_read_them():
+    """Wherever both read the option that was meant (`make_golden_choices.py`); and never another than was meant."""
+    golden = json.loads(pathlib.Path(__file__).with_name("golden_choices.json").read_text())
+    choices = choices_of("Which?\n" + "\n".join(f"({letter}) {text}" for letter, text in golden["options"].items()))
+    both = [case for case in golden["cases"] if case[1] == case[2] == case[3]]
+    assert len(both) > 0.8 * len(golden["cases"])
+    for answer, meant, *_ in golden["cases"]:
+        assert letter_of(answer, choices) == meant.lower(), answer
+        assert all(same_choice(answer, letter, choices) == (letter == meant) for letter in golden["options"])
 
 
 @pytest.mark.parametrize(
