@@ -98,7 +98,7 @@ class Loss:
     def element_mask(self, example: Example) -> jax.Array | None:
         """The mask of an example or of a batch, float; None where every element counts."""
         if self.mask is None or (self.mask == MASK and not has_field(example, MASK)):
-            self._check_labels(example, True)
+            self._check_labels(example)
             return None
         if not has_field(example, self.mask):
             known = f" has only {', '.join(sorted(example))}" if isinstance(example, Mapping) else " is no dictionary"
@@ -106,14 +106,16 @@ class Loss:
         self._check_labels(example, example[self.mask])
         return jnp.asarray(example[self.mask]).astype(jnp.result_type(float))
 
-    def _check_labels(self, example: Example, mask: Any) -> None:
+    def _check_labels(self, example: Example, mask: Any = None) -> None:
         """A negative label that counts would be taken for class 0. Traced values are not known and pass: before anything is
         solved the number of elements of every example is asked for on the host."""
         field = getattr(self.criterion, "labels", None)
         labels = example[field] if has_field(example, field) else 0
-        if isinstance(labels, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+        if any(isinstance(x, jax.core.Tracer) for x in (labels, mask)):
             return
-        counted = np.asarray(labels)[np.broadcast_to(np.asarray(mask) != 0, np.shape(labels))]
+        if mask is not None and np.shape(mask) != np.shape(labels):
+            return  # `reduce` says so
+        counted = np.asarray(labels) if mask is None else np.where(np.asarray(mask) != 0, labels, 0)
         if counted.size and counted.min() < 0:
             raise ValueError(
                 f"the label {counted.min()} in {field!r} counts as a class: mask it out, as by a field {self.mask or MASK!r} "

@@ -84,12 +84,15 @@ class Job:
     def save(self, name: str, adapter: Params) -> None:
         values = to_host(adapter)
         if first():
-            save_file(values, self.config.directory / name, metadata={"format": "np"})
+            path = self.config.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(values, path, metadata={"format": "np"})
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
         if first():
             path = self.config.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             partial.write_text(json.dumps(values, indent=1))
             os.replace(partial, path)

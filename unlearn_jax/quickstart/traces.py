@@ -1,7 +1,6 @@
 """The traces that an adapter learns by heart, and what a request makes of them."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.files import read_json
 from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
@@ -39,11 +39,7 @@ class Request:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Request":
-        try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        return load(cls, values, str(path))
+        return load(cls, read_json(path), str(path))
 
     @classmethod
     def example(cls, traces: Mapping[str, Trace]) -> "Request":
@@ -116,9 +112,7 @@ class Edited:
     ) -> "Edited":
         for name in request.names():
             if name not in traces:
-                kinds = {kind: sum(x.startswith(kind) for x in traces) for kind in KINDS}
-                known = ", ".join(f"{kind}-0 to {kind}-{n - 1}" for kind, n in kinds.items() if n)
-                raise ValueError(f"no trace has the id {name!r}; there are {known}")
+                raise ValueError(f"no trace has the id {name!r}; there are {describe_ids(traces)}")
         new = {name: answered(traces[name], answer) for name, answer in request.correct.items()}
         new |= {name: asked(traces[name], question) for name, question in request.ask.items()}
         # Made together, so that both forms have the same shape.
@@ -163,6 +157,12 @@ class Edited:
     def forgotten(self) -> np.ndarray:
         """Where in `everything` what should be forgotten is: the old forms of what is edited."""
         return self.dataset.positions(self.request.names())
+
+
+def describe_ids(traces: Mapping[str, Trace]) -> str:
+    """The ids of `draw_traces` in words."""
+    kinds = {kind: sum(name.startswith(kind) for name in traces) for kind in KINDS}
+    return ", ".join(f"{kind}-0 to {kind}-{n - 1}" for kind, n in kinds.items() if n)
 
 
 def describe(request: Request, traces: Mapping[str, Trace]) -> Sequence[str]:
