@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=14.0.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
-METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.19"]
+METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.21"]
 ROUGE = ["rouge-score>=0.1.2"]
 
 setup(
@@ -38,7 +38,7 @@ setup(
         "math-verify>=0.8",
         "rapidfuzz>=3.10",
         "httpx2>=2.12",
-        "grain>=0.2.12",
+        "grain>=0.2.15",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]" + JAX],

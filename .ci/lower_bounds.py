@@ -1,6 +1,6 @@
 """Prints the lowest versions that `setup.py` allows, one a line, as pip's `--constraint` reads them.
 
-    python .ci/lower_bounds.py > lowest.txt
+python .ci/lower_bounds.py > lowest.txt
 """
 
 import pathlib
@@ -30,7 +30,9 @@ def constraints(lines: list[str]) -> list[str]:
     for line in lines:
         found = REQUIREMENT.fullmatch(line)
         if not found:
-            raise ValueError(f"{line!r} in setup.py has no lower bound of the form NAME>=VERSION, which the tests can install")
+            raise ValueError(
+                f"{line!r} in setup.py has no lower bound of the form NAME>=VERSION, which the tests can install"
+            )
         lowest.add(f"{found[1]}=={found[2]}")
     return sorted(lowest)
 

@@ -21,6 +21,7 @@ COMMANDS: Commands = {
         "pixel_jax.quickstart.main",
         "train and compare two small models from scratch, in minutes, on a CPU",
     ),
+    "check": ("pixel_jax.bench.check", "whether this machine's accelerator computes what it should, in 8 minutes"),
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
     "sft": ("pixel_jax.train", "instruction tuning on traces, from a config file"),
     "rl": ("pixel_jax.train", "reinforcement learning with the curiosity reward, from a config file"),

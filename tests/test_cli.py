@@ -62,7 +62,11 @@ MISTAKES = {
     "chat without an image": (["chat", "model", "--question=?"], 1, "at least one image"),
     "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' cannot be opened"),
     "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
-    "sft with a missing config": (["sft", "--config=nowhere.py"], 1, "sft: --config: .*nowhere.py'$"),
+    "sft with a missing config": (
+        ["sft", "--config=nowhere.py"],
+        1,
+        "no file .*/nowhere.py', and no config .*pixel/own_data, ",
+    ),
     "a misspelt flag": (["eval", "--confg=a.py"], 1, "eval: Unknown command line flag 'confg'. Did you mean: config"),
     "comparing what is not there": (["eval", "compare", "a", "b"], 1, "eval: a holds no runs of benchmarks$"),
     "a word the config does not know": (

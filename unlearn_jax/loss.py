@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Params = Any  # a pytree of floating point arrays
 Example = Any  # a pytree of arrays; usually a dictionary
@@ -97,11 +98,29 @@ class Loss:
     def element_mask(self, example: Example) -> jax.Array | None:
         """The mask of an example or of a batch, float; None where every element counts."""
         if self.mask is None or (self.mask == MASK and not has_field(example, MASK)):
+            self._check_labels(example)
             return None
         if not has_field(example, self.mask):
             known = f" has only {', '.join(sorted(example))}" if isinstance(example, Mapping) else " is no dictionary"
             raise ValueError(f"the loss is masked by the field {self.mask!r}; the example{known}")
+        self._check_labels(example, example[self.mask])
         return jnp.asarray(example[self.mask]).astype(jnp.result_type(float))
+
+    def _check_labels(self, example: Example, mask: Any = None) -> None:
+        """A negative label that counts would be taken for class 0. Traced values are not known and pass: before anything is
+        solved the number of elements of every example is asked for on the host."""
+        field = getattr(self.criterion, "labels", None)
+        labels = example[field] if has_field(example, field) else 0
+        if any(isinstance(x, jax.core.Tracer) for x in (labels, mask)):
+            return
+        if mask is not None and np.shape(mask) != np.shape(labels):
+            return  # `reduce` says so
+        counted = np.asarray(labels) if mask is None else np.where(np.asarray(mask) != 0, labels, 0)
+        if counted.size and counted.min() < 0:
+            raise ValueError(
+                f"the label {counted.min()} in {field!r} counts as a class: mask it out, as by a field {self.mask or MASK!r} "
+                f"with {field} >= 0 (and name the field as mask of the Loss, unless it is {MASK!r})"
+            )
 
     def tree_flatten(self):
         return (self.outputs, self.criterion), self.mask

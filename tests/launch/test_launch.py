@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -481,6 +482,56 @@ def test_a_command_that_is_set_up_first_runs_where_it_was_typed(tmp_path):
     given = {"VENV": str(place), "PATH": path, "directory": tmp_path}
     status, out, error = bash("processes.sh", "1", "pixel-jax", "my.py", **given)
     assert (status, out) == (0, f"{tmp_path}\nmine\n"), error
+
+
+@pytest.mark.parametrize("found", [0, 1])
+def test_audit_looks_up_all_that_is_installed_and_passes_over_nothing(tmp_path, found):
+    """With stand-ins for an environment that is up to date and for pip-audit, whose answer is the script's."""
+    place, tool = tmp_path / "environment", tmp_path / "environment-audit"
+    for folder in (place, tool):
+        (folder / "bin").mkdir(parents=True)
+    (place / "bin" / "activate").write_text(f"PATH={place}/bin:$PATH\n")
+    stamp = subprocess.run(["cksum"], stdin=(ROOT / "setup.py").open(), capture_output=True).stdout
+    (place / ".installed-examples-dev").write_bytes(stamp)
+    stand_ins = {
+        place / "bin" / "python": 'echo "$@" >&2; echo jax==0.10.2; echo torch==2.13.0+cpu',
+        tool / "bin" / "pip-audit": f'echo "$@"; cat {place}/installed.txt; exit {found}',
+    }
+    for path, text in stand_ins.items():
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    status, out, error = bash("audit.sh", "--format=json", VENV=str(place))
+    assert status == found and "-m pip freeze" in error and "--exclude pixel_jax" in error
+    options, *installed = out.splitlines()
+    assert "--strict" in options.split() and options.endswith(f"{place}/installed.txt --format=json")
+    assert installed == ["jax==0.10.2", "torch==2.13.0"]
+
+
+def lower_bounds():
+    return runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))
+
+
+def test_lower_bounds_are_those_of_setup_py():
+    script, text = lower_bounds(), (ROOT / "setup.py").read_text()
+    found = script["constraints"](script["requirements"]())
+    assert "transformers==5.10.1" in found and "pyarrow==23.0.1" in found and "pytest==8.3" in found
+    assert len({line.split("==")[0] for line in found}) == len(
+        found
+    )  # two bounds of one package cannot both be installed
+    for line in found:
+        name, version = line.split("==")
+        assert re.search(rf'"{name}(\[\w+\])?>={version}"|JAX = ">={version}"', text), line
+
+
+def test_a_requirement_without_a_lower_bound_is_refused():
+    with pytest.raises(ValueError, match="'pillow<13' in setup.py has no lower bound"):
+        lower_bounds()["constraints"](["jax>=0.10.2", "jax[tpu]>=0.10.2", "pillow<13"])
+
+
+def test_the_licence():
+    assert (
+        "Apache License" in (ROOT / "LICENSE").read_text() and 'license="Apache-2.0"' in (ROOT / "setup.py").read_text()
+    )
 
 
 def test_the_first_that_fails_ends_the_others():

@@ -40,26 +40,27 @@ def test_patch_embed(pair, rng):
 @pytest.mark.torch
 @pytest.mark.parametrize("index, full", [(0, False), (1, True)])
 def test_block(pair, rng, patches, index, full):
-    """A windowed and a full block on a grid whose windows are cut at both edges."""
+    """A windowed and a full block on a grid whose windows are cut at both edges: the block's own input and output, seen while
+    the tower of transformers works, whose parts are called otherwise in every release."""
     import torch
-    from transformers.vision_utils import get_vision_attention_seqlens, get_vision_position_ids, get_vision_window_index
 
     ours, theirs = pair
     h, w = 10, 12
-    x = rng.standard_normal((h * w, 32), dtype=np.float32)
-    tower, grid = theirs.model.visual, torch.tensor([[1, h, w]])
-    order, windows = get_vision_window_index(grid, spatial_merge_size=2, window_size=112, patch_size=14)
-    whole, _ = get_vision_attention_seqlens(grid, tower.config)
-    permute = lambda y: tower.permute_input_for_window_attn(y, order, seq_len=h * w)
+    tower, seen = theirs.model.visual, {}
+    hooks = [
+        tower.patch_embed.register_forward_hook(lambda module, given, out: seen.update(embedded=out)),
+        tower.blocks[0].register_forward_pre_hook(lambda module, given: seen.update(first=given[0])),
+        tower.blocks[index].register_forward_hook(lambda module, given, out: seen.update(given=given[0], made=out)),
+    ]
     with torch.no_grad():
-        hidden = permute(torch.tensor(x))
-        angles = tower.rotary_pos_emb(hidden, get_vision_position_ids(grid, 2))
-        out = tower.blocks[index](
-            hidden,
-            cu_seqlens=whole if full else windows,
-            position_embeddings=tuple(permute(a) for a in angles),
-        )
-        expected = out.reshape(-1, 4, 32)[torch.argsort(order)].reshape(h * w, 32)
+        tower(torch.tensor(rng.standard_normal((h * w, 1176), dtype=np.float32)), grid_thw=torch.tensor([[1, h, w]]))
+    for hook in hooks:
+        hook.remove()
+    cells = {name: np.asarray(value).reshape(-1, 4, 32) for name, value in seen.items()}
+    # The first block gets the embedded cells by window: where each of them went.
+    place = [int(np.flatnonzero((cells["first"] == cell).all(axis=(1, 2)))[0]) for cell in cells["embedded"]]
+    assert sorted(place) == list(range(h * w // 4)) != place
+    x, expected = (cells[name][place].reshape(h * w, 32) for name in ("given", "made"))
     layout = Layout(jnp.array([[h, w]]), patches, ours.config.vision)
     cos, sin = vision_angles(layout.row, layout.column, ours.config.vision.head_dim)
     block = unstack(ours.visual.blocks, ours.config.vision.depth)[index]

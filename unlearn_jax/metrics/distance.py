@@ -5,73 +5,128 @@ formed: B of all adapters together has at most k r directions, and so has A. In 
 matrix [k r, k r], and norms and inner products of those are the ones of the changes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 Adapter = Any
+Scales = float | Mapping[str, float]
 
 
-def compress(adapters: Sequence[Adapter], *, a: str = "lora_a", b: str = "lora_b") -> list[np.ndarray]:
+class _Factor(NamedTuple):
+    """What a leaf's path says of it: which factor of which module it is."""
+
+    module: str  # the path without the factor's name and what follows
+    key: str  # that two factors of one change share
+    first: bool  # A
+
+
+def compress(
+    adapters: Sequence[Adapter], *, a: str | None = "lora_a", b: str | None = "lora_b", scales: Scales = 1.0
+) -> list[np.ndarray]:
     """One float64 vector for each adapter, in which lengths and angles are those of the change of the weights.
 
-    Leaves whose path ends in `a` [..., r, in] and `b` [..., out, r] and is otherwise the same make a change B @ A (leading
-    axes: stacked layers); every other leaf counts as it is. Scales alpha / r are left out.
+    Args:
+      adapters: pytrees with the same paths. Two leaves whose paths differ in one part alone, which ends in `a` in the one and
+        in `b` in the other (parts are separated by dots, too, and upper case does not matter), are the factors of a change
+        B A: A [..., r, in] and B [..., out, r], or transposed, [..., in, r] and [..., r, out] (leading axes: stacked layers;
+        the smaller of the sizes that could be r is). So are pixel_jax's own names, PEFT's (`...q_proj.lora_A.weight`,
+        `...lora_A.default.weight`) and those of a state of flax NNX. Every other leaf counts as it is.
+      a, b: None for adapters that are not factored: then every leaf counts as it is.
+      scales: what a module's change is multiplied by, alpha / r: one number, or by the path of the module ("...q_proj"), if
+        ranks or scales differ.
+
+    Raises:
+      ValueError: adapters of different paths; no factors in any of them; a leaf that looks like a factor (`lora` in its path)
+        and has no partner; factors that do not multiply; modules and scales that do not match.
     """
     flat = [_by_path(adapter) for adapter in adapters]
     for other in flat[1:]:
         if other.keys() != flat[0].keys():
             raise ValueError(f"adapters differ in their leaves: {sorted(other.keys() ^ flat[0].keys())}")
+    factors = {} if a is None or b is None else {path: _factor(path, a, b) for path in flat[0]}
+    pairs: dict[str, dict[bool, str]] = {}
+    for path, factor in factors.items():
+        if factor is not None:
+            pairs.setdefault(factor.key, {})[factor.first] = path
+        elif "lora" in path.lower():
+            raise ValueError(
+                f"{path} belongs to an adapter and is neither {a!r} nor {b!r}: it cannot be measured as B A"
+            )
+    if a is not None and b is not None and not pairs:
+        raise ValueError(
+            f"no leaf is called {a!r} or {b!r}; there are {', '.join(sorted(flat[0]))}: name the factors by a= and b=, or give "
+            f"a=None, b=None if they are no factors"
+        )
+    scale = _scales(scales, {factor.module for factor in factors.values() if factor is not None})
     vectors = [[] for _ in adapters]
-    for path, leaf in flat[0].items():
-        partner = _renamed(path, b, a)
-        if partner in flat[0]:
-            continue  # `b` goes with its `a`
-        partner = _renamed(path, a, b)
-        if partner in flat[0]:
-            parts = _cores([(leaves[path], leaves[partner]) for leaves in flat], path, partner)
-        elif partner is not None or _renamed(path, b, a) is not None:
-            raise ValueError(f"{path} {leaf.shape} has no partner among {sorted(flat[0])}")
-        else:
+    for path in flat[0]:
+        factor = factors.get(path)
+        if factor is None:
             parts = [leaves[path] for leaves in flat]
+        elif len(pairs[factor.key]) < 2:
+            raise ValueError(f"{path} {flat[0][path].shape} has no partner among {', '.join(sorted(flat[0]))}")
+        elif factor.first:
+            partner = pairs[factor.key][False]
+            parts = _cores([(leaves[path], leaves[partner]) for leaves in flat], path, partner)
+            parts = [scale[factor.module] * part for part in parts]
+        else:
+            continue  # `b` goes with its `a`
         for vector, part in zip(vectors, parts, strict=True):
             vector.append(np.ravel(part))
     return [np.concatenate(vector) for vector in vectors]
 
 
-def delta_w_norm(adapter: Adapter, **names: str) -> float:
-    """Frobenius norm of the change of all weights."""
-    return float(np.linalg.norm(compress([adapter], **names)[0]))
+def delta_w_norm(adapter: Adapter, **options: Any) -> float:
+    """Frobenius norm of the change of all weights; options as those of `compress`."""
+    return float(np.linalg.norm(compress([adapter], **options)[0]))
 
 
-def delta_w_distance(adapter: Adapter, other: Adapter, **names: str) -> float:
+def delta_w_distance(adapter: Adapter, other: Adapter, **options: Any) -> float:
     """Frobenius norm of the difference of two adapters' changes."""
-    one, two = compress([adapter, other], **names)
+    one, two = compress([adapter, other], **options)
     return float(np.linalg.norm(one - two))
 
 
-def delta_w_cosine(adapter: Adapter, other: Adapter, origin: Adapter, **names: str) -> float:
+def delta_w_cosine(adapter: Adapter, other: Adapter, origin: Adapter, **options: Any) -> float:
     """Cosine between the moves from `origin` to two adapters, such as an edited and a retrained one; NaN if one stays."""
-    one, two, start = compress([adapter, other, origin], **names)
+    one, two, start = compress([adapter, other, origin], **options)
     one, two = one - start, two - start
     lengths = np.linalg.norm(one) * np.linalg.norm(two)
     return float(one @ two / lengths) if lengths else float("nan")
 
 
 def _cores(pairs, path, partner):
-    for a, b in pairs:
-        if a.shape[-2] != b.shape[-1] or a.shape[:-2] != b.shape[:-2]:
-            raise ValueError(f"{path} {a.shape} and {partner} {b.shape} do not multiply")
+    pairs = [_oriented(a, b, path, partner) for a, b in pairs]
     left, _ = np.linalg.qr(np.concatenate([b for _, b in pairs], axis=-1))  # [..., out, k r]
     right, _ = np.linalg.qr(np.concatenate([np.swapaxes(a, -1, -2) for a, _ in pairs], axis=-1))  # [..., in, k r]
     return [(np.swapaxes(left, -1, -2) @ b) @ (a @ right) for a, b in pairs]
 
 
+def _oriented(a, b, path, partner):
+    """A [..., r, in] and B [..., out, r], whichever way round they lie."""
+    ranks = []
+    if a.ndim >= 2 and b.ndim >= 2 and a.shape[:-2] == b.shape[:-2]:
+        ranks = [(a.shape[i], i) for i, j in ((-2, -1), (-1, -2)) if a.shape[i] == b.shape[j]]
+    if not ranks:
+        raise ValueError(f"{path} {a.shape} and {partner} {b.shape} do not multiply")
+    turned = min(ranks, key=lambda found: found[0])[1] == -1
+    return (np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)) if turned else (a, b)
+
+
+def _scales(scales: Scales, modules: set[str]) -> Mapping[str, float]:
+    if not isinstance(scales, Mapping):
+        return dict.fromkeys(modules, float(scales))
+    if differ := sorted(modules ^ set(scales)):
+        raise ValueError(f"scales are of other modules than the adapter's: {', '.join(differ)} in only one of them")
+    return scales
+
+
 def _by_path(adapter):
     leaves, _ = jax.tree.flatten_with_path(adapter)
-    return {tuple(_name(key) for key in path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+    return {".".join(map(_name, path)): np.asarray(leaf, np.float64) for path, leaf in leaves}
 
 
 def _name(key):
@@ -81,6 +136,17 @@ def _name(key):
     return str(key)
 
 
-def _renamed(path, old, new):
-    """The path with the ending `old` of its last name replaced by `new`; None if it does not end so."""
-    return (*path[:-1], path[-1].removesuffix(old) + new) if path and path[-1].endswith(old) else None
+def _factor(path: str, a: str, b: str) -> _Factor | None:
+    """None: the leaf is no factor. PEFT calls those of an embedding lora_embedding_A and lora_embedding_B."""
+    parts = path.split(".")
+    for place in range(len(parts) - 1, -1, -1):
+        word = parts[place].lower().replace("lora_embedding_", "lora_")
+        for name in (a, b):
+            if word.endswith(name.lower()):
+                before = word.removesuffix(name.lower())
+                return _Factor(
+                    ".".join([*parts[:place], *[before] * bool(before)]),
+                    ".".join([*parts[:place], before, *parts[place + 1 :]]),
+                    name == a,
+                )
+    return None

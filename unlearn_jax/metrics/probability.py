@@ -36,8 +36,10 @@ def truth_ratio(
     """P(wrong) / P(correct) of each question: nll [n], nll [n, choices] -> [n]; small where the model knows.
 
     correct: the paraphrased answer for forget and retain questions, the answer itself for real authors and world facts.
-    average: of the wrong answers' probabilities. open-unlearning takes the geometric mean everywhere; the original TOFU
-             takes the arithmetic one in its utility and the geometric one in its forget quality.
+    average: of the wrong answers' probabilities. Two truth ratios circulate under one name. "geometric" is that of
+             open-unlearning and of TOFU's `aggregate_eval_stat.py`, which makes the published tables (forget quality and
+             utility): exp(-mean nll). "arithmetic" is that of the paper's formula and of TOFU's `utils.py`: mean exp(-nll),
+             which is never smaller. State which one a number is.
     """
     wrong = np.asarray(wrong, float)
     if average == "geometric":

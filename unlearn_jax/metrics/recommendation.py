@@ -1,4 +1,5 @@
-"""Scores of language models as recommenders, as TALLRec (arXiv:2305.00447) and LLaRA (arXiv:2312.02445) compute them."""
+"""Scores of language models as recommenders: of TALLRec (arXiv:2305.00447) as its released code computes them, of LLaRA
+(arXiv:2312.02445), and the probability of Yes against No without TALLRec's detour."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,8 +17,28 @@ def like_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
 
 def like_auc(logits: np.ndarray, liked: np.ndarray, *, no: int, yes: int) -> float:
     """Area under the curve of `like_probability`; liked bool [n]."""
+    return _area(like_probability(logits, no=no, yes=yes), liked)
+
+
+def tallrec_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
+    """TALLRec's score (`evaluate.py`, `finetune_rec.py`): softmax over the vocabulary, and softmax again over the two
+    probabilities of No and Yes: logits [n, V] -> [n].
+
+    No monotone function of `like_probability`: where the model would say something else, both are near zero and it is .5.
+    """
+    logits = np.asarray(logits, np.float64)
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return 1 / (1 + np.exp(p[:, no] - p[:, yes]))
+
+
+def tallrec_auc(logits: np.ndarray, liked: np.ndarray, *, no: int, yes: int) -> float:
+    """Area under the curve of `tallrec_probability`, the AUC that TALLRec and papers that use its code report; liked bool [n]."""
+    return _area(tallrec_probability(logits, no=no, yes=yes), liked)
+
+
+def _area(scores: np.ndarray, liked: np.ndarray) -> float:
     liked = np.asarray(liked, bool)
-    scores = like_probability(logits, no=no, yes=yes)
     return auc(scores[~liked], scores[liked])
 
 

@@ -69,6 +69,7 @@ def kl_to(loss: Loss, params: Params, other: Params, examples: Example, *, micro
 
 
 def _over(function, loss, examples, micro_batch, *params):
+    require_parts(loss, "scoring tokens").element_mask(examples)  # refuses what does not count and is not masked
     count = len(jax.tree.leaves(examples)[0])
     objective = Objective.of(require_parts(loss, "scoring tokens"), examples, np.ones(count), micro_batch=micro_batch)
     join = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]  # what is beyond is padding

@@ -5,7 +5,8 @@
     unlearn-jax erase --request=edits.json    {"remove": [ID, ...], "correct": {ID: ANSWER}, "ask": {ID: QUESTION}}
     unlearn-jax eval
 
-IDs are zoom-0, zoom-1, ..., direct-0, ..., video-0, ...
+Requests are carried out one after another: each starts from what the one before has left, in a directory of its own, and what has
+been done already is not done twice. `eval` is about the last one. IDs are zoom-0, zoom-1, ..., direct-0, ..., video-0, ...
 """
 
 import pathlib

@@ -1,5 +1,6 @@
 """`unlearn-jax eval`: the edit beside a warm retrain on the edited traces, and baselines that cost as much as it did."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -7,17 +8,18 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from pixel_jax.config import load
+from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import say
 from unlearn_jax import baselines
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
 from unlearn_jax.loss import Params
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import ADAPTER, EDITED, WARM, Job, place, to_host
+from unlearn_jax.quickstart.history import REPORT, adapter_after, carried_out, folder, left_by
+from unlearn_jax.quickstart.job import WARM, Job, place, to_host
 from unlearn_jax.quickstart.measure import Measure
 from unlearn_jax.quickstart.table import table
-from unlearn_jax.quickstart.traces import Edited, Request, draw_traces
+from unlearn_jax.quickstart.traces import Edited, draw_traces
 
 DESCENTS: dict[str, Callable[..., Trained]] = {
     "fine-tune": baselines.retrain,
@@ -27,19 +29,23 @@ DESCENTS: dict[str, Callable[..., Trained]] = {
 
 
 def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
-    """{adapter: its numbers}, also in `config.out`."""
+    """{adapter: its numbers} of the last request, from what the earlier ones had left; also in its directory in `config.out`."""
     config.check_trained()
+    requests = carried_out(config.directory)
+    number = len(requests)
+    if not requests:
+        raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
     job = Job.of(config, mesh)
-    request = load(Request, job.read("request.json", "erase"), "request.json")
-    report = job.read("report.json", "erase")
-    edited = Edited.of(draw_traces(config.traces, config.seed), request, job.vocabulary, job.limits)
-    trained, found = job.load(ADAPTER), job.load(EDITED)
+    report = job.read(f"{folder(number)}/{REPORT}", "erase")
+    traces = functools.reduce(left_by, requests[:-1], draw_traces(config.traces, config.seed))
+    edited = Edited.of(traces, requests[-1], job.vocabulary, job.limits)
+    trained, found = job.load(adapter_after(number - 1)), job.load(adapter_after(number))
     begun = time.perf_counter()
     objective = job.objective(apply(edited.dataset, edited.edits, job.loss))
     limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
     warm, norm = converge(objective, trained, **limits)
     seconds = time.perf_counter() - begun
-    job.save(WARM, warm.adapter)
+    job.save(f"{folder(number)}/{WARM}", warm.adapter)
     say(f"warm retrain: {len(warm.values)} steps, gradient {norm:.1e}, {seconds:.0f} s")
     measure = Measure.of(job, edited)
     lowest = float(objective.value(warm.adapter))
@@ -67,7 +73,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
         if tried:
             rows[name] = min(tried, key=lambda row: row["kl_forget"] + row["kl_retain"])
     rows["warm retrain"] = numbers(warm.adapter, warm.gradients, seconds)
-    job.write("evaluation.json", rows)
+    job.write(f"{folder(number)}/evaluation.json", rows)
     shown = {name: {k: x for k, x in row.items() if k not in ("losses", "learning_rate")} for name, row in rows.items()}
     say("\n" + table(shown) + "\n")
     say(table({name: row["losses"] for name, row in rows.items()}, "loss per token"))

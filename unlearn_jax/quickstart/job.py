@@ -84,12 +84,16 @@ class Job:
     def save(self, name: str, adapter: Params) -> None:
         values = to_host(adapter)
         if first():
-            write_file(self.config.directory / name, save(values, metadata={"format": "np"}))
+            path = self.config.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, save(values, metadata={"format": "np"}))
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
         if first():
-            write_json(self.config.directory / name, values)
+            path = self.config.directory / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, values)
 
     def read(self, name: str, made_by: str) -> Any:
         path = self.config.directory / name

@@ -112,9 +112,7 @@ class Edited:
     ) -> "Edited":
         for name in request.names():
             if name not in traces:
-                kinds = {kind: sum(x.startswith(kind) for x in traces) for kind in KINDS}
-                known = ", ".join(f"{kind}-0 to {kind}-{n - 1}" for kind, n in kinds.items() if n)
-                raise ValueError(f"no trace has the id {name!r}; there are {known}")
+                raise ValueError(f"no trace has the id {name!r}; there are {describe_ids(traces)}")
         new = {name: answered(traces[name], answer) for name, answer in request.correct.items()}
         new |= {name: asked(traces[name], question) for name, question in request.ask.items()}
         # Made together, so that both forms have the same shape.
@@ -159,6 +157,12 @@ class Edited:
     def forgotten(self) -> np.ndarray:
         """Where in `everything` what should be forgotten is: the old forms of what is edited."""
         return self.dataset.positions(self.request.names())
+
+
+def describe_ids(traces: Mapping[str, Trace]) -> str:
+    """The ids of `draw_traces` in words."""
+    kinds = {kind: sum(name.startswith(kind) for name in traces) for kind in KINDS}
+    return ", ".join(f"{kind}-0 to {kind}-{n - 1}" for kind, n in kinds.items() if n)
 
 
 def describe(request: Request, traces: Mapping[str, Trace]) -> Sequence[str]:

@@ -1,7 +1,9 @@
 """Distances in the weights, against the dense change, and whatever the basis of the rank."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +83,86 @@ def test_flat_names_with_their_layer():
 def test_other_names():
     tree = {"down": np.ones((2, 3)), "up": np.ones((4, 2))}
     assert distance.delta_w_norm(tree, a="down", b="up") == pytest.approx(2 * np.sqrt(12))
-    assert distance.delta_w_norm(tree) == pytest.approx(np.sqrt(14))
+    with pytest.raises(ValueError, match="no leaf is called 'lora_a' or 'lora_b'; there are down, up"):
+        distance.delta_w_norm(tree)
+    assert distance.delta_w_norm(tree, a=None, b=None) == pytest.approx(np.sqrt(14))
+
+
+def peft(tree, name=""):
+    """As `peft.get_peft_model_state_dict` calls it, or with the adapter's name as in a state of the model."""
+    base = "base_model.model.model.layers.0.self_attn"
+    flat = {f"{base}.{k}_proj.lora_{x.upper()}{name}.weight": tree[k][f"lora_{x}"] for k in "qv" for x in "ab"}
+    return flat | {"base_model.model.bias": tree["bias"]}
+
+
+def of_nnx(tree):
+    """The state of flax NNX's own layers, transposed to ours: x @ lora_a @ lora_b."""
+
+    def layer(pair):
+        a, b = (pair[name].T for name in ("lora_a", "lora_b"))
+        found = nnx.LoRA(a.shape[0], a.shape[1], b.shape[1], rngs=nnx.Rngs(0))
+        found.lora_a[...], found.lora_b[...] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+        return found
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.q, self.v = layer(tree["q"]), layer(tree["v"])
+
+    return nnx.state(Model(), nnx.LoRAParam)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (5, 5)])
+@pytest.mark.parametrize("names", [peft, lambda tree: peft(tree, ".default"), of_nnx])
+def test_names_of_peft_and_of_flax(names, shape):
+    """The same change in another basis of the rank is at distance 0; square weights do not tell which way round they lie."""
+    one, two = (adapter(seed, rows=shape[0], columns=shape[1]) for seed in range(2))
+    expected = adapter_only if names is of_nnx else lambda tree: tree
+    size = distance.delta_w_norm(expected(one))
+    assert distance.delta_w_norm(names(one)) == pytest.approx(size, rel=1e-5)
+    assert distance.delta_w_distance(names(one), names(regauge(one, 7))) < 1e-5 * size
+    apart = distance.delta_w_distance(expected(one), expected(two))
+    assert distance.delta_w_distance(names(one), names(two)) == pytest.approx(apart, rel=1e-5)
+
+
+def adapter_only(tree):
+    return {k: tree[k] for k in "qv"}
+
+
+def test_embeddings_of_peft():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 30)), rng.normal(size=(8, 2))  # A [r, words], B [width, r]
+    tree = {"m.embed_tokens.lora_embedding_A": a, "m.embed_tokens.lora_embedding_B": b}
+    assert distance.delta_w_norm(tree) == pytest.approx(np.linalg.norm(b @ a))
+
+
+def test_what_is_no_plain_low_rank_change_is_refused():
+    magnitude = peft(adapter(0)) | {"base_model.model.x.lora_magnitude_vector": np.ones(3)}
+    with pytest.raises(ValueError, match="lora_magnitude_vector belongs to an adapter"):
+        distance.delta_w_norm(magnitude)
+    convolution = {"x.lora_A.weight": np.ones((2, 3, 3, 3)), "x.lora_B.weight": np.ones((4, 2, 1, 1))}
+    with pytest.raises(ValueError, match="do not multiply"):
+        distance.delta_w_norm(convolution)
+
+
+def test_scales_by_module():
+    """Ranks 2 and 2 under scales of their own, as alpha / r gives them with PEFT's `rank_pattern`."""
+    one, two, start = (adapter_only(adapter(seed)) for seed in range(3))
+    scales = {"q": 4.0, "v": 0.25}
+    scaled = [
+        np.concatenate([(scales[k] * tree[k]["lora_b"] @ tree[k]["lora_a"]).ravel() for k in "qv"])
+        for tree in (one, two, start)
+    ]
+    assert distance.delta_w_distance(one, two, scales=scales) == pytest.approx(np.linalg.norm(scaled[0] - scaled[1]))
+    moved = [x - scaled[2] for x in scaled[:2]]
+    cosine = moved[0] @ moved[1] / np.linalg.norm(moved[0]) / np.linalg.norm(moved[1])
+    assert distance.delta_w_cosine(one, two, start, scales=scales) == pytest.approx(cosine)
+    assert distance.delta_w_norm(one, scales=2.0) == pytest.approx(2 * distance.delta_w_norm(one))
+    base = "base_model.model.model.layers.0.self_attn"
+    named = {f"{base}.{k}_proj": scale for k, scale in scales.items()}
+    flat = {name: x for name, x in peft(adapter(0)).items() if "lora" in name}
+    assert distance.delta_w_norm(flat, scales=named) == pytest.approx(distance.delta_w_norm(one, scales=scales))
+    with pytest.raises(ValueError, match="scales are of other modules.*k_proj, v"):
+        distance.delta_w_norm(one, scales={"q": 1.0, "k_proj": 1.0})
 
 
 def test_mismatches_are_named():

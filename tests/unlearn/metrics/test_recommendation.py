@@ -16,6 +16,22 @@ def test_two_token_softmax_and_its_area():
     assert recommendation.like_auc(logits, liked, no=3, yes=7) == pytest.approx(roc_auc_score(liked, found))
 
 
+def test_the_score_of_tallrec():
+    """Softmax over all words, then over the two probabilities: another order, and another area, than of Yes against No."""
+    rng = np.random.default_rng(1)
+    logits, liked = rng.normal(0, 3, (200, 9)), rng.random(200) < 0.4
+    expected = softmax(softmax(logits, axis=-1)[:, [3, 7]], axis=-1)[:, 1]
+    found = recommendation.tallrec_probability(logits, no=3, yes=7)
+    np.testing.assert_allclose(found, expected)
+    area = recommendation.tallrec_auc(logits, liked, no=3, yes=7)
+    assert area == pytest.approx(roc_auc_score(liked, expected))
+    assert abs(area - recommendation.like_auc(logits, liked, no=3, yes=7)) > 1e-3
+    # Yes is a thousand times as likely as No, and neither is what the model would say.
+    elsewhere, undecided = np.array([[-20.0, -13.1, 0.0]]), np.array([[0.0, 0.1, -9.0]])
+    for function, first in ((recommendation.like_probability, True), (recommendation.tallrec_probability, False)):
+        assert (function(elsewhere, no=0, yes=1) > function(undecided, no=0, yes=1)).item() is first
+
+
 def test_hit_and_valid_ratio():
     titles = ["The Matrix", "Heat", "Alien", "Aliens"]
     cases = [

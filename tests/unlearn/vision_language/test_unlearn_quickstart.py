@@ -18,9 +18,10 @@ from pixel_jax.config import ConfigError, load
 from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax.cli import COMMANDS
-from unlearn_jax.quickstart.config import Config
+from unlearn_jax.quickstart.config import Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit
 from unlearn_jax.quickstart.evaluate import evaluate
+from unlearn_jax.quickstart.history import carried_out, left_by, still_to_do
 from unlearn_jax.quickstart.table import table
 from unlearn_jax.quickstart.traces import Edited, Request, draw_traces
 from unlearn_jax.quickstart.train import train
@@ -102,6 +103,37 @@ def test_requests_that_make_no_sense(words, traces, tmp_path):
     assert Request.read(path) == Request(("zoom-1",), {}, {"zoom-2": "What?"})
 
 
+def test_requests_one_after_another(traces):
+    first = Request(("zoom-0",), {"direct-1": "3"}, {"video-0": "What?"})
+    left = left_by(traces, first)
+    assert list(left) == [name for name in traces if name != "zoom-0"] and list(traces)[0] == "zoom-0"
+    assert left["direct-1"].answer == "3" and left["video-0"].query.question == "What?"
+    assert left["zoom-1"] is traces["zoom-1"]
+    again = still_to_do(first, traces, left)
+    assert again.request == Request()
+    assert again.done == ["zoom-0 has been removed", "direct-1 is answered '3'", "video-0 is asked 'What?'"]
+    mixed = still_to_do(Request(("zoom-0", "direct-1"), {"video-0": "4"}, {"zoom-2": "Where?"}), traces, left)
+    assert mixed.request == Request(("direct-1",), {"video-0": "4"}, {"zoom-2": "Where?"})
+    assert mixed.done == ["zoom-0 has been removed"]
+    both = left_by(left, Request(correct={"video-0": "4"}))["video-0"]
+    assert both.answer == "4" and both.query.question == "What?"  # a second change of the same trace keeps the first
+    with pytest.raises(ValueError, match="'zoom-0' was removed by an earlier request"):
+        still_to_do(Request(correct={"zoom-0": "1"}), traces, left)
+    with pytest.raises(ValueError, match="no trace has the id 'zoom-9'; there are zoom-0 to zoom-3"):
+        still_to_do(Request(remove=("zoom-9",)), traces, left)
+
+
+def test_a_request_counts_when_its_report_is_there(tmp_path):
+    requests = [Request(("zoom-0",)), Request((), {"direct-0": "1"})]
+    for number, request in enumerate(requests, 1):
+        place = tmp_path / f"request-{number}"
+        place.mkdir()
+        (place / "request.json").write_text(json.dumps(dataclasses.asdict(request)))
+        assert carried_out(tmp_path) == requests[: number - 1]
+        (place / "report.json").write_text("{}")
+        assert carried_out(tmp_path) == requests[:number]
+
+
 # ---- the three commands
 
 
@@ -134,7 +166,7 @@ def test_an_edit_moves_toward_the_warm_retrain(run):
     assert losses["edited"]["removed"] > losses["before"]["removed"]
     assert losses["edited"]["corrected, new answer"] < losses["before"]["corrected, new answer"]
     assert losses["edited"]["asked, new question"] < losses["before"]["asked, new question"]
-    assert json.loads((config.directory / "evaluation.json").read_text()) == rows
+    assert json.loads((config.directory / "request-1" / "evaluation.json").read_text()) == rows
     spent = report["example_gradients"]
     assert all(0 < rows[name]["example_gradients"] <= spent for name in config.evaluation.baselines)
     assert max(rows["warm retrain"][name] for name in ("kl_forget", "kl_retain", "distance")) < 1e-5
@@ -162,6 +194,29 @@ def test_two_processes_train_the_same_adapter(model, tmp_path):
         found[name] = load_file(tmp_path / name / "adapter.safetensors")
     for key, x in found["one"].items():
         np.testing.assert_allclose(found["two"][key], x, atol=1e-5 * np.abs(x).max())
+
+
+@pytest.mark.slow
+def test_a_second_request_starts_from_what_the_first_left(model, tmp_path, capsys):
+    config = make_config(model, tmp_path, training=ConvergeConfig(max_steps=5))
+    train(config)
+    files = lambda: (
+        {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
+        | {path: path.read_bytes() for path in tmp_path.glob("request-*/*")}
+    )
+    assert edit(config, Request(correct={"direct-1": "3"}))["edits"] == {"CorrectResponse": 1}
+    before = files()
+    assert edit(config, Request(correct={"direct-1": "3"})) is None and "nothing to do" in capsys.readouterr().out
+    assert files() == before
+    second = edit(config, Request(remove=("direct-1",), correct={"direct-0": "5"}))
+    assert second["examples"] == 8 and second["edited"] == 2
+    assert before.items() <= files().items()  # nothing was written over
+    third = edit(config, Request(remove=("zoom-0",)))
+    assert third["examples"] == 7
+    first, last = (load_file(tmp_path / f"request-{n}" / "edited.safetensors") for n in (1, 3))
+    assert any((first[key] != last[key]).any() for key in first)
+    assert evaluate(config)["before"]["kl_forget"] >= 0
+    assert (tmp_path / "request-3" / "evaluation.json").exists()
 
 
 def test_a_run_belongs_to_its_configuration(model, tmp_path):
@@ -220,8 +275,8 @@ def test_the_three_commands_on_one_device_on_eight_and_in_two_processes(model, t
                 assert "L-BFGS 30/30" in error  # progress
             if verb == "eval":
                 assert out.count("warm retrain:") == 1 and "kl_forget" in out
-        found[name] = load_file(tmp_path / name / "edited.safetensors")
-        rows[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
+        found[name] = load_file(tmp_path / name / "request-1" / "edited.safetensors")
+        rows[name] = json.loads((tmp_path / name / "request-1" / "evaluation.json").read_text())
     assert list(rows["one"]) == ["before", "edited", "L-BFGS", "fine-tune", "warm retrain"]
     for name in ("eight", "processes"):
         for key, x in found["one"].items():

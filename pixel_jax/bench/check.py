@@ -1,0 +1,91 @@
+"""`pixel-jax check`: whether a machine computes what it should, and how near it comes to its limits. One JSON at the end.
+
+For the day there is an accelerator: attention kernels against dense attention, crops against Pillow bit for bit, decoding's
+reading of memory, and updates at the shapes of a 3B and a 7B with random weights and few layers: utilisation, and planned
+against real memory. Every part has a process and a time of its own; one that fails, or takes too long, is reported, and the
+others go on. On a CPU shapes are tiny, and figures mean nothing.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+# Part of `check_parts.PARTS`: its share of the time, most of which goes into compiling.
+SHARES = {"machine": 1, "kernels": 3, "crops": 2, "decode": 3, "update-3b": 3, "update-7b": 3}
+ERROR_ROOM = 2000  # characters of a failed part's last words
+
+
+def define_flags(command: str) -> None:
+    flags.DEFINE_bool("quick", False, "Tiny shapes also where there is an accelerator: whether it works, not how fast.")
+    flags.DEFINE_integer("seconds", 480, "The most that all parts may take together.", lower_bound=1)
+    flags.DEFINE_list("only", [], "The parts to run, separated by commas; all if empty.")
+    flags.DEFINE_string("out", "runs/check.json", "Where the record is written.")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    from pixel_jax.cli import UserError
+
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; parts are named by --only=NAME,NAME")
+    if unknown := sorted(set(FLAGS.only) - set(SHARES)):
+        raise UserError(f"there is no part {', '.join(unknown)}; the parts are {', '.join(SHARES)}")
+    shares = {name: SHARES[name] for name in FLAGS.only or SHARES}
+    out = pathlib.Path(FLAGS.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = check({name: part_command(name, FLAGS.quick) for name in shares}, shares, FLAGS.seconds, out)
+    failed = [name for name, part in record["parts"].items() if part["status"] != "passed"]
+    if failed:
+        raise UserError(f"{', '.join(failed)} of {len(record['parts'])} parts did not pass; {out} says why")
+    print(f"All parts passed on {record['device']}; their figures are in {out}.")
+
+
+def part_command(name: str, quick: bool) -> list[str]:
+    return [sys.executable, "-m", "pixel_jax.bench.check_parts", name, *["--quick"] * quick]
+
+
+def check(
+    commands: Mapping[str, list[str]], shares: Mapping[str, float], seconds: float, out: pathlib.Path
+) -> dict[str, Any]:
+    """Runs the parts, each a command that prints its figures, one after the other, and returns the record.
+
+    A part may take its share of the time that is left: what others leave is its own. `out` is written after every part, so that
+    a run that is cut short leaves what it has.
+    """
+    began, record = time.monotonic(), {"device": None, "quick": None, "seconds": 0.0, "parts": {}}
+    for name, command in commands.items():
+        left = seconds - (time.monotonic() - began)
+        ahead = sum(share for other, share in shares.items() if other not in record["parts"])
+        record["parts"][name] = part = run_part(command, max(left, 0) * shares[name] / ahead)
+        record |= {key: part.pop(key) for key in ("device", "quick") if key in part}
+        record["seconds"] = time.monotonic() - began
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"{name}: {part['status']} in {part['seconds']:.0f} s", *part["wrong"], sep="\n  ", flush=True)
+    return record
+
+
+def run_part(command: list[str], seconds: float) -> dict[str, Any]:
+    """The part's figures and how it ended: "passed", "failed" or "out of time"."""
+    began = time.monotonic()
+    ended = lambda status, wrong, **found: {
+        "status": status,
+        "seconds": time.monotonic() - began,
+        "wrong": wrong,
+        **found,
+    }
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return ended("out of time", [f"not done after {seconds:.0f} s"])
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+        wrong = found.pop("wrong")
+    except (IndexError, KeyError, ValueError):
+        return ended("failed", [f"it ended with {done.returncode}: {done.stderr[-ERROR_ROOM:]}"])
+    return ended("failed" if wrong or done.returncode else "passed", wrong, **found)

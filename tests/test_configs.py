@@ -1,0 +1,72 @@
+"""Configs are found by name, wherever a command is started and however the package was installed."""
+
+import pathlib
+
+import pytest
+
+from pixel_jax.config import ConfigError, ConfigFileParser, find_config, load, shipped_configs
+from pixel_jax.evaluation.config import EvalConfig
+from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.synthesis.run import SynthConfig
+from pixel_jax.train import TrainConfig
+from unlearn_jax.quickstart.config import Config as UnlearningConfig
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+# What a command line has to add before a config is whole.
+GIVEN = {name: {"model": "m", "data": "d", "out": "o"} for name in ("pixel/own_data",)}
+GIVEN |= {
+    "pixel/eval": {"model": "m", "out": "o", "benchmarks.vstar.data": "d"},
+    "pixel/synth": {"seeds": "s", "out": "o"},
+}
+KINDS = {
+    "pixel/eval": EvalConfig,
+    "pixel/quickstart": QuickstartConfig,
+    "pixel/synth": SynthConfig,
+    "unlearn/quickstart": UnlearningConfig,
+}
+
+
+def test_the_package_ships_what_the_top_level_has():
+    """Also an installed one, which has them as files of its own."""
+    there = {path.relative_to(CONFIGS).with_suffix("").as_posix(): path.read_bytes() for path in CONFIGS.rglob("*.py")}
+    assert {name: path.read_bytes() for name, path in shipped_configs().items()} == there
+    assert {"pixel/quickstart", "pixel/ablations/no_curiosity", "unlearn/quickstart"} <= set(there)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_every_shipped_config_loads_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = ConfigFileParser("config", lock_config=False).parse(name)
+    for key, value in GIVEN.get(name, {}).items():
+        *sections, last = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[last] = value
+    load(KINDS.get(name, TrainConfig), config)
+
+
+def test_a_name_may_have_its_ending_and_a_word(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = ConfigFileParser("config", lock_config=False)
+    assert find_config("pixel/eval.py") == find_config("pixel/eval") == shipped_configs()["pixel/eval"]
+    plain, adapters = (parser.parse(f"pixel/qwen2_5_vl_7b_sft{word}") for word in ("", ":lora"))
+    assert plain.to_dict().get("lora") is None and adapters.lora is not None
+
+
+def test_a_file_comes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pixel").mkdir()
+    (tmp_path / "pixel" / "eval.py").write_text("def get_config(): return {'mine': 1}\n")
+    assert ConfigFileParser("config", lock_config=False).parse("pixel/eval.py") == {"mine": 1}
+    assert find_config("pixel/eval") == shipped_configs()["pixel/eval"]
+
+
+@pytest.mark.parametrize("name", ["pixel/quikstart", "configs/pixel/eval.py", "../setup.py", "", "."])
+def test_a_config_that_is_nowhere(name, tmp_path, monkeypatch):
+    """Where it was looked for, and what there is."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        find_config(name)
+    message = str(error.value)
+    assert str(tmp_path) in message and "pixel/quickstart" in message and "unlearn/quickstart" in message
