@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from unlearn_jax.curvature import Curvature, product
 from unlearn_jax.loss import Example, Params, sum_and_weight
@@ -39,9 +39,37 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def check_deterministic(loss: Callable, params: Params, example: Example) -> None:
-    """No random numbers in the loss: dropout would make a gradient before and one after the edit differ by noise."""
-    found = sorted(set(primitives(jax.make_jaxpr(loss)(params, example).jaxpr)) & set(RANDOM))
+def check_widened(loss: Callable, params: Params, wide: Params, example: Example) -> None:
+    """A loss that takes the adapter's own 16 bits takes float32, too."""
+    jax.eval_shape(functools.partial(sum_and_weight, loss), params, example)  # the loss's own errors first
+    try:
+        jax.eval_shape(functools.partial(sum_and_weight, loss), wide, example)
+    except Exception as error:
+        dtypes = sorted({str(x.dtype) for x in jax.tree.leaves(params)})
+        raise ValueError(
+            f"an adapter of {', '.join(dtypes)} is edited in float32, which the loss does not take: cast its products, or "
+            f"give the adapter in float32 and round it yourself. JAX says: {error}"
+        ) from error
+
+
+def check_loss(loss: Callable, params: Params, example: Example) -> None:
+    """A floating point loss that is the same each time, of parameters widened to float32.
+
+    Random numbers, as of dropout, would make a gradient before and one after the edit differ by noise. Those of Python and
+    NumPy are drawn when the loss is traced: two traces are compared, operation by operation and number by number.
+    """
+    jaxpr = jax.make_jaxpr(functools.partial(sum_and_weight, loss))(params, example)
+    total = jaxpr.out_avals[0]
+    if not jnp.issubdtype(total.dtype, jnp.floating):
+        raise ValueError(f"the loss returns {total.dtype}, which has no gradient; it must be a floating point number")
+    # A function of its own, or JAX would return the first trace again.
+    again = jax.make_jaxpr(lambda params, example: sum_and_weight(loss, params, example))(params, example)
+    if not _same_program(jaxpr, again):
+        raise ValueError(
+            "the loss is another one each time it is called: it draws random numbers of Python or NumPy, or reads something "
+            "that changes. Fix them to one realisation stored in the example"
+        )
+    found = sorted(set(primitives(jaxpr.jaxpr)) & set(RANDOM))
     if found:
         raise ValueError(
             f"the loss draws random numbers ({', '.join(found)} in its jaxpr): turn dropout off, and fix whatever else "
@@ -54,7 +82,6 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
     alone = dataclasses.replace(objective, mesh=None)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), alone)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), objective.examples)
-    jax.eval_shape(functools.partial(sum_and_weight, objective.loss), params, example)  # the loss's own errors first
     names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
     try:
         # JAX has a rule for these, but what it makes of them no TPU or GPU compiles.
@@ -92,6 +119,18 @@ def check_gradient(gradient: Params, objective: Objective, params: Params, names
     )
 
 
+def check_finite(sums: jax.Array, names: Sequence[Any]) -> None:
+    """The losses of the examples are finite; otherwise they are named."""
+    bad = np.flatnonzero(~np.isfinite(np.asarray(sums)))
+    if bad.size:
+        shown = ", ".join(repr(names[i]) for i in bad[:8]) + (", ..." if bad.size > 8 else "")
+        raise FloatingPointError(
+            f"the loss of {bad.size} of {len(names)} examples is {np.asarray(sums)[bad[0]]}: {shown}. Its gradient may be "
+            f"finite all the same: of a label outside of the vocabulary JAX makes nan and the gradient zero. Mask such "
+            f"elements out, or leave the examples out of the dataset: no training has learned from them"
+        )
+
+
 @jax.jit
 def _not_finite(objective: Objective, params: Params) -> jax.Array:
     """bool [count]: the loss or the gradient of the example is not finite"""
@@ -102,12 +141,42 @@ def _not_finite(objective: Objective, params: Params) -> jax.Array:
     return objective.whole(objective.each(lambda part: ~jax.vmap(finite)(part.examples)))
 
 
+def _same_program(one: ClosedJaxpr, two: ClosedJaxpr) -> bool:
+    """The same operations with the same constants."""
+    first, second = list(_contents(one.jaxpr, one.consts)), list(_contents(two.jaxpr, two.consts))
+    same = lambda x, y: (
+        x is y or (x == y if isinstance(x, str) or isinstance(y, str) else np.array_equal(x, y, equal_nan=_inexact(x)))
+    )
+    return len(first) == len(second) and all(map(same, first, second))
+
+
+def _inexact(x: Any) -> bool:
+    return np.issubdtype(np.asarray(x).dtype, np.inexact)
+
+
+def _contents(jaxpr: Jaxpr, constants: Sequence[Any]) -> Iterator[Any]:
+    """The names of the operations and the numbers that are written into the program."""
+    yield from (
+        x for x in constants if not hasattr(x, "dtype") or not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    )
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        yield from (x.val for x in equation.invars if isinstance(x, Literal))
+        for inside in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inside):
+                yield from _contents(
+                    *((inside.jaxpr, inside.consts) if isinstance(inside, ClosedJaxpr) else (inside, ()))
+                )
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
 def primitives(jaxpr: Jaxpr) -> Iterator[str]:
     """The names of the operations of a jaxpr, those inside loops, branches, jitted and custom functions included."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
-        for inside in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: isinstance(x, ClosedJaxpr | Jaxpr)
-        ):
-            if isinstance(inside, ClosedJaxpr | Jaxpr):
+        for inside in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inside):
                 yield from primitives(inside.jaxpr if isinstance(inside, ClosedJaxpr) else inside)

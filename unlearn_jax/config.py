@@ -1,6 +1,7 @@
 """How an edit is computed. Defaults are the preset "best"."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from unlearn_jax.objective import Reduction
 
 Solver = Literal["cg", "minres", "lanczos", "lissa", "sgd_qp", "adam_qp", "dual", "ekfac", "datainf", "identity"]
 STOCHASTIC = ("lissa", "sgd_qp", "adam_qp")  # a micro-batch a step
+QUARTER = 0.25  # of the training's epochs may be spent on an edit
+SHORT = 8.0  # epochs: of less than 32 epochs of training a quarter would be too few products to tell
 ROWS = ("dual", "ekfac", "datainf")  # these work on per-example gradients, which they hold in memory
 
 
@@ -20,26 +23,48 @@ class ErasureConfig:
 
     The objective that the adapter was trained on (see `objective`):
       reduction, weight_decay
+                            An AdamW user gives 0, or the decay times the root mean square of a coordinate's gradient: its
+                            decay acts beside steps that are divided by that root, so where they balance, weight_decay =
+                            decay * root (.01 * 1e-3, say)
+      training_epochs       how many epochs the training took; what an edit may cost, and is held against
+
+    What it may cost:
+      epochs                of example-gradients that everything together may cost. "auto": a quarter of the training's epochs,
+                            but as many as twice those of a short training, up to 8; 8 where `training_epochs` is not given;
+                            no limit where `newton_steps` or a solver without a budget says what is to be done. "unlimited":
+                            on to the minimum
+      max_steps             of the solver
+      finish_evaluations    of L-BFGS
+      retries               of a step with ten times the damping
+      halvings              of a step in the line search
 
     What is solved. With R the objective before the edit and R' after it:
       formula               "newton": (R'' of the edited data) step = grad R - grad R', the exact first Newton step.
                             "influence": both sides to first order in the share of edited examples (R'' of the original).
                             "paper": as "influence", without the regulariser's part: LLMEraser's equations
-      residual              of training that had not converged. "drop": keep it, only respond to the edit, so that an empty
-                            edit changes nothing; "keep": also finish the training, as a retrain would
+      residual              of training that had not converged, which is the normal case of an adapter whose training was
+                            stopped early. "drop": leave undone what was left undone and respond to the edit alone, so that an
+                            empty edit changes nothing: the aim is a retrain by the same recipe, which stops as early. "keep":
+                            also go on training, for retrains that run to the minimum: the loss on what is kept falls far below
+                            that of a retrain which stops early
       curvature             None: "ggn" for a `Loss`, "hessian" for a plain callable
-      curvature_examples    of the examples that the edits do not touch, how many are looked at, drawn at random; None: all
+      curvature_examples    of how many of the examples that the edits do not touch, drawn at random, the curvature is taken;
+                            None: all. The right side and what judges a step are always of all examples. A sample is for data
+                            of which a few products cost too much: with more parameters than its elements tell apart it
+                            throws steps too far, which more damping then mends
       newton_steps          how often to solve again at the new parameters, at most: with residual "drop" no step follows one
-                            which lets the edited objective fall by less than rtol^2 of what all have. None: once, and if all
-                            examples are looked at L-BFGS goes on to the minimum, until the gradient is rtol^2 of the edit's
-                            right side, or as small as training had left it (a sample's own minimum is not the one wanted)
-      line_search           halve a step until the edited objective falls as it should
+                            which lets the edited objective fall by less than rtol^2 of what all have. None: once, and L-BFGS
+                            goes on from there with what is left of `epochs`, until the gradient is rtol^2 of the edit's right
+                            side, or as small as training had left it; not where that was more than three times the right side
+      line_search           judge a step by the edited objective on all examples: one that keeps less than a quarter of what
+                            its quadratic model promises is solved again with more damping (where the damping is a number,
+                            halved until it falls). Without, the step is taken whatever becomes of the objective
 
     How (curvature + weight_decay + damping) step = b is solved:
       solver, rtol, max_steps, preconditioner
       damping               a number; "spectrum": `damping_fraction` of the largest eigenvalue, and more where the curvature
-                            is negative, then after every step less or more as the step went; "held_out": the best of a
-                            grid around that on examples that the solve has not seen
+                            is negative, then less or more as the steps go; "held_out": the best of a grid around that on
+                            examples that the curvature was not taken of, or no step, and no L-BFGS after it
       learning_rate         of "sgd_qp" and "adam_qp", and the inverse of the scale of "lissa"; None: half of the inverse of
                             the largest eigenvalue
       rank                  of "lanczos" (None: all of its steps) and of the preconditioner "nystrom"
@@ -52,12 +77,17 @@ class ErasureConfig:
     formula: Literal["newton", "influence", "paper"] = "newton"
     residual: Literal["drop", "keep"] = "drop"
     curvature: Curvature | None = None
-    curvature_examples: int | None = 512
+    training_epochs: float | None = None
+    epochs: float | Literal["auto", "unlimited"] = "auto"
+    curvature_examples: int | None = None
     newton_steps: int | None = None
     line_search: bool = True
     solver: Solver = "cg"
     rtol: float = 0.1
     max_steps: int = 30
+    finish_evaluations: int = 1000
+    retries: int = 6
+    halvings: int = 10
     preconditioner: Literal["diagonal", "nystrom", "ekfac"] | None = None
     damping: float | Literal["spectrum", "held_out"] = "spectrum"
     damping_fraction: float = 1e-4
@@ -70,15 +100,22 @@ class ErasureConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("newton_steps", "max_steps", "micro_batch", "curvature_examples", "rank"):
+        for name in ("newton_steps", "max_steps", "finish_evaluations", "micro_batch", "curvature_examples", "rank"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, not {value}")
         for name in ("weight_decay", "rtol", "damping_fraction"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
-        if isinstance(self.damping, float) and not self.damping >= 0:
-            raise ValueError(f"damping must not be negative: {self.damping}")
+        if not isinstance(self.damping, str) and not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be finite and not negative: {self.damping}")
+        for name in ("retries", "halvings"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
+        for name in ("epochs", "training_epochs"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, not {value}")
         if self.formula != "newton" and self.newton_steps != 1:
             raise ValueError(f"formula {self.formula!r} is one step from the trained adapter: newton_steps=1")
         if self.solver in ROWS and self.curvature not in ("fisher", "empirical_fisher"):
@@ -96,6 +133,16 @@ class ErasureConfig:
             raise ValueError(f"init and half_hessian are of 'sgd_qp' and 'adam_qp', not of {self.solver!r}")
         if self.linearize and self.solver in (*STOCHASTIC, *ROWS):
             raise ValueError(f"solver {self.solver!r} takes no product twice: linearize is of no use to it")
+
+    @property
+    def budget(self) -> float:
+        """Epochs that an edit may cost."""
+        if self.epochs == "unlimited" or (self.epochs == "auto" and self.newton_steps is not None):
+            return math.inf
+        if self.epochs != "auto":
+            return self.epochs
+        trained = self.training_epochs
+        return SHORT if trained is None else max(QUARTER * trained, min(2 * trained, SHORT))
 
 
 _PAPER = {

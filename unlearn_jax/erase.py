@@ -6,46 +6,62 @@ import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from unlearn_jax.checks import check_deterministic, check_differentiable, check_params
+from unlearn_jax.checks import check_differentiable, check_loss, check_params, check_widened
 from unlearn_jax.config import ErasureConfig, resolve
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, Params, require_parts
-from unlearn_jax.newton import UNFINISHED, Finish, NewtonStep, add, newton, norm
-from unlearn_jax.objective import dataset_objective, on_mesh
+from unlearn_jax.newton import UNFINISHED, Descent, Finish, NewtonStep, add, newton, norm
+from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
+
+Verdict = Literal["edited", "nothing_to_do", "not_improved"]
+ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change without a word
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`."""
+    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`.
 
+    verdict: "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets
+             J of all examples fall. Of the last two the adapter comes back as it was given
+    limits:  every limit that was met and every step that did not do what it promised, in words; each is a warning, too
+    """
+
+    verdict: Verdict
+    reason: str
+    limits: list[str]
     edits: dict[str, int]  # how many examples each kind of edit names
     examples: int  # in the dataset before the edit
     edited: int  # of them touched by the edit
-    sampled: int  # others that were looked at
+    sampled: int  # others of which the curvature was taken
     config: ErasureConfig
     residual_gradient: float  # |grad R| before the edit: how far training was from converged
     right_side: float  # |b| of the first solve
     unfinished: float  # their ratio: far above one, the edit is small beside what training left undone
     delta_norm: float
     adapter_norm: float  # before the edit
+    rounding: float  # |adapter - (adapter given + delta)| / |delta|: what an adapter of 16 bits has lost
     residual: float  # the solver's, relative, in the last step; 0 without a step
     negative_curvature: bool  # seen in any step
     damping: float  # of the last step
     step_size: float  # of the last step
-    predicted: float  # change of J by the steps' quadratic models
-    actual: float  # change of J by the steps
+    predicted: float  # change of J by the quadratic models of the steps and the slopes of L-BFGS
+    actual: float  # change of J on all examples, from the adapter given to the one returned
+    loss_before: float  # R' of the adapter given, its regulariser included
+    loss_after: float  # and of the one returned
     steps: list[NewtonStep]
     finish: Finish | None  # what L-BFGS has added
     example_gradients: float  # work: as many examples forward and backward
+    epochs: float  # the same in epochs of the training: divided by `examples`
     seconds: float
     memory: int  # bytes: the most the device held, or where it does not tell, the process
 
@@ -74,19 +90,27 @@ def erase(
 ) -> Erasure:
     """Changes `adapter` so that it is as if it had been trained on the edited data.
 
-    loss:     `loss(params, example)` -> scalar or (sum, weight), or a `Loss`; without dropout
+    What it aims at is a retrain by the same recipe: training that has converged is taken to the new minimum, training that was
+    stopped early (of AdamW the normal case) keeps what it left undone and responds to the edit alone. An edit that lets the
+    edited objective of all examples not fall is none: the adapter comes back as it was, and `report.verdict` says so.
+
+    loss:     `loss(params, example)` -> scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
+              float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end
     adapter:  a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`
     dataset:  a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`
     edits:    a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them
     config:   an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo"
     mesh:     spreads the examples over its axes `data` and `fsdp`
     weights:  [n], how much each example counted in training
-    held_out: examples like those of the dataset, for damping "held_out"; by default those that the solve leaves out
+    held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out
+
+    Raises ValueError or FloatingPointError where nothing sensible can be done: losses or gradients that are not finite (the
+    examples are named), a loss that is not differentiable, not deterministic, or does not depend on the adapter.
 
     A later request starts from the edited adapter and the edited data:
 
         first = erase(loss, adapter, data, [Remove([3])])
-        second = erase(loss, first.adapter, unlearn_jax.apply(data, [Remove([3])]), [Remove([5])])
+        second = erase(loss, first.adapter, apply(Dataset.of(data), [Remove([3])]), [Remove([5])])
     """
     start = time.perf_counter()
     config = resolve(config)
@@ -98,71 +122,144 @@ def erase(
     after = apply(before, edits, loss)
     loss, adapter = on_mesh(loss, mesh), on_mesh(adapter, mesh)
     check_params(adapter)
-    check_deterministic(loss, adapter, before.example(0))
-    problem = make_problem(loss, adapter, before, after, config, mesh)
-    check_differentiable(problem.curved, adapter, product_kind(config))
-
-    options = {"reduction": config.reduction, "weight_decay": config.weight_decay, "micro_batch": config.micro_batch}
-    full = None
-    if config.residual == "keep" and not problem.whole:
-        full = jax.block_until_ready(dataset_objective(loss, adapter, after, **options, mesh=mesh).gradient(adapter))
+    wide = widen(adapter)
+    check_widened(loss, adapter, wide, before.example(0))
+    check_loss(loss, wide, before.example(0))
+    problem = make_problem(loss, wide, before, after, config, mesh)
+    check_differentiable(problem.curved, wide, product_kind(config))
     unseen = None
     if config.damping == "held_out":
         stand_in = _left_out(before, after, problem) if held_out is None else Dataset.of(held_out)
-        unseen = make_problem(loss, adapter, before, after, config, mesh, stand_in)
-    descent = newton(problem, adapter, config, full, unseen)
-    unfinished = descent.residual_gradient / descent.right_side if descent.right_side else 0.0
-    # The gradient on a sample is not small at a minimum of the whole: it tells nothing.
-    if problem.whole and unfinished > UNFINISHED and config.residual == "drop":
-        warnings.warn(
-            f"training had not converged: |grad R| is {descent.residual_gradient:.2g} at the adapter, {unfinished:.2g} times "
-            f"the right side of the edit ({descent.right_side:.2g}). The edit keeps that gradient as it is, its curvature is "
-            f"not that of a minimum, and no L-BFGS follows the steps; a retrain would go on from here. Train further, or set "
-            f"residual='keep'",
-            stacklevel=2,
+        unseen = make_problem(loss, wide, before, after, config, mesh, stand_in)
+    descent = newton(problem, wide, config, unseen)
+    if problem.touched and not descent.depends:
+        raise ValueError(
+            "the gradient of the loss is zero in every parameter of the adapter, on all examples: the loss does not depend on "
+            "the adapter (does it use the params that it is given, or others from around it?)"
         )
-    delta, steps = descent.delta, descent.steps
-    edited = add(adapter, delta)
-    jax.block_until_ready(edited)
+
+    delta, J, work = descent.delta, descent.J, descent.work
+    steps, finish = descent.steps, descent.finish
+    edited = jax.block_until_ready(jax.tree.map(lambda x, p: x.astype(p.dtype), add(wide, delta), adapter))
+    moved = optax.tree.sub(widen(edited), wide)
+    predicted = sum(step.predicted for step in steps) + (finish.predicted if finish else 0.0)
+    actual = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
+    size, rounding, fallen = float(norm(delta)), 0.0, 0.0
+    if any(p.dtype != w.dtype for p, w in zip(jax.tree.leaves(adapter), jax.tree.leaves(wide), strict=True)) and size:
+        rounding = float(norm(optax.tree.sub(moved, delta))) / size
+        fallen = J.change(moved) - actual
+        work.forwards(problem.edited, 1)
+    actual += fallen
+    verdict, reason = _verdict(descent, size, float(norm(moved)), predicted, actual)
+    limits = descent.limits + _limits(descent, config, rounding, actual, work.spent / len(before))
+    if verdict != "edited":
+        edited, delta, size, rounding, predicted, actual = adapter, optax.tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
+    for limit in limits if verdict != "not_improved" else [f"not improved: {reason}", *limits]:
+        warnings.warn(limit, stacklevel=2)
     last = steps[-1] if steps else None
     counts: dict[str, int] = {}
     for edit in edits:
         counts[type(edit).__name__] = counts.get(type(edit).__name__, 0) + len(edit.ids)
     report = Report(
+        verdict=verdict,
+        reason=reason,
+        limits=limits,
         edits=counts,
         examples=len(before),
         edited=problem.touched,
-        sampled=problem.sampled,
+        sampled=len(problem.sample),
         config=config,
         residual_gradient=descent.residual_gradient,
         right_side=descent.right_side,
-        unfinished=unfinished,
-        delta_norm=float(norm(delta)),
-        adapter_norm=float(norm(adapter)),
+        unfinished=_unfinished(descent),
+        delta_norm=size,
+        adapter_norm=float(norm(wide)),
+        rounding=rounding,
         residual=last.residual if last else 0.0,
         negative_curvature=any(step.negative_curvature for step in steps),
         damping=last.damping if last else 0.0,
         step_size=last.step_size if last else 0.0,
-        predicted=sum(step.predicted for step in steps),
-        actual=sum(step.actual for step in steps),
+        predicted=predicted,
+        actual=actual,
+        loss_before=descent.loss[0],
+        loss_after=descent.loss[1] + fallen if verdict == "edited" else descent.loss[0],
         steps=steps,
-        finish=descent.finish,
-        example_gradients=descent.example_gradients,
+        finish=finish,
+        example_gradients=work.spent,
+        epochs=work.spent / len(before),
         seconds=time.perf_counter() - start,
         memory=_peak_memory(),
     )
     return Erasure(edited, delta, report)
 
 
+def _verdict(descent: Descent, size: float, moved: float, predicted: float, actual: float) -> tuple[Verdict, str]:
+    """And its reason."""
+    config = descent.work.config
+    if not descent.right_side:
+        return "nothing_to_do", "the edits leave the gradient of the objective exactly as it was"
+    if not size:
+        return "not_improved", "no step that was tried lets the edited objective of all examples fall"
+    if not moved:
+        return "not_improved", f"the delta, {size:.2g} long, is lost in rounding to the adapter's dtype"
+    if not config.line_search:
+        return "edited", f"by the step that was asked for, unjudged: the edited objective changed by {actual:+.3g}"
+    if abs(actual) <= descent.rounding and abs(predicted) <= descent.rounding:
+        return "edited", (
+            f"by a step too small to be judged: it promises {predicted:+.2g} of the edited objective, and changes below "
+            f"{descent.rounding:.2g} are rounding"
+        )
+    if not actual < 0:
+        return "not_improved", f"the edited objective of all examples would have changed by {actual:+.3g}"
+    return "edited", f"the edited objective of all examples fell by {-actual:.3g}"
+
+
+def _unfinished(descent: Descent) -> float:
+    return descent.residual_gradient / descent.right_side if descent.right_side else 0.0
+
+
+def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: float, epochs: float) -> list[str]:
+    """Those that are not of a step."""
+    limits, unfinished = [], _unfinished(descent)
+    if unfinished > UNFINISHED and config.residual == "drop":
+        limits.append(
+            f"training had not converged: |grad R| is {descent.residual_gradient:.2g} at the adapter, {unfinished:.2g} times "
+            f"the right side of the edit ({descent.right_side:.2g}). Of training that was stopped early this is as it "
+            f"should be: the edit aims at a retrain by the same recipe, keeps that gradient as it is, and no L-BFGS follows "
+            f"the step. Only where retrains would run to the minimum set residual='keep'"
+        )
+    if config.residual == "keep" and descent.residual_gradient > UNFINISHED * descent.edit:
+        before, after = descent.loss
+        limits.append(
+            f"residual='keep' went on training: |grad R| was {descent.residual_gradient:.2g} at the adapter, the part of the "
+            f"edits {descent.edit:.2g}, and the loss on the edited data went from {before:.3g} to {after:.3g}. A retrain by a "
+            f"recipe that stops early does not come there: residual='drop' aims at that one"
+        )
+    if rounding > ROUNDED:
+        limits.append(
+            f"rounding to the adapter's dtype changed {rounding:.2g} of the delta: keep the edited adapter in float32"
+        )
+    if not config.line_search and actual > 0:
+        limits.append(f"the edited objective of all examples rose by {actual:.3g}, and line_search is off")
+    if epochs > config.budget:
+        limits.append(f"the edit cost {epochs:.3g} epochs of gradients, more than its budget of {config.budget:g}")
+    if config.training_epochs is not None and epochs > config.training_epochs:
+        limits.append(
+            f"the edit cost {epochs:.3g} epochs of gradients, the training {config.training_epochs:g}: a retrain would have "
+            f"been cheaper, and exact"
+        )
+    return limits
+
+
 def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
     _, _, others = affected(before, after)
-    rest = others[~np.isin(before.ids[others], problem.ids)]
+    rest = others[~np.isin(before.ids[others], problem.sample)]
     if not len(rest):
         raise ValueError(
-            "damping 'held_out' needs examples that the solve has not seen: give held_out, or set curvature_examples "
-            f"below the {len(others)} that the edits do not touch"
+            "damping 'held_out' needs examples that the curvature was not taken of: give held_out, or set "
+            f"curvature_examples below the {len(others)} that the edits do not touch"
         )
-    return before.select(rest[: problem.sampled])
+    return before.select(rest[: len(problem.sample)])
 
 
 def _peak_memory() -> int:

@@ -17,8 +17,18 @@ class Minimum(NamedTuple):
 
     params: Params
     values: np.ndarray  # float [steps], before each step
-    gradient: float  # norm, of the last step
+    value: float  # at params
+    gradient: float  # norm, there
     evaluations: int  # of the value and its gradient
+    ends: tuple[Params, Params]  # gradients at the start and at params
+
+
+class Known(NamedTuple):
+    """What is known of the curvature before the first step."""
+
+    origin: Params  # another point than the start
+    gradient: Params  # of the value, there
+    pairs: list[tuple[Params, Params]]  # (v, value'' v); those of no positive curvature are left out
 
 
 def lbfgs(
@@ -29,6 +39,7 @@ def lbfgs(
     max_evaluations: float = float("inf"),
     max_steps: float = float("inf"),
     memory: int = 20,
+    known: Known | None = None,
     log: Callable[[int, float, float], None] = lambda step, value, norm: None,
 ) -> Minimum:
     """Descends `value` from `start` (Liu and Nocedal 1989).
@@ -37,18 +48,47 @@ def lbfgs(
     log:    `log(step, value, norm of the gradient)`, called in every step
 
     Stops at the tolerance on the gradient's norm, where the line search finds no way down any more, or before a step that
-    would exceed a limit.
+    would exceed a limit. With `known` the first step has the length of a Newton step, not of the gradient.
     """
     params, state, values, evaluations, norm = start, _start(memory, start), [], 1, jnp.inf
-    while len(values) < max_steps:
+    if known is not None:
+        state = (_seeded(state[0], known, memory), *state[1:])
+    ends = value_there = None
+    while len(values) < max_steps and (evaluations < max_evaluations or not values):
         before, norm, moved, found, after = _step(memory, value, params, state)
         values.append(float(before))
         log(len(values), values[-1], float(norm))
         spent = evaluations + int(after[-1].info.num_linesearch_steps)
+        if ends is None:
+            ends, value_there = (after[0].updates, after[0].updates), before
         if norm <= tolerance or not moved > 0 or spent > max_evaluations:
             break
-        params, state, evaluations = found, after, spent
-    return Minimum(params, np.array(values), float(norm), evaluations)
+        params, state, evaluations, norm = found, after, spent, _norm(after[-1].grad)
+        ends, value_there = (ends[0], after[-1].grad), after[-1].value
+        if norm <= tolerance:
+            break
+    return Minimum(params, np.array(values), float(value_there), float(norm), evaluations, ends)
+
+
+_norm = jax.jit(optax.tree.norm)
+
+
+def _seeded(state: Any, known: Known, memory: int) -> Any:
+    """The state of optax's L-BFGS after steps along the known pairs; its next pair is that from the origin to the start."""
+    bends = [float(optax.tree.vdot(s, y)) for s, y in known.pairs]
+    kept = [(s, y, 1 / bend) for (s, y), bend in zip(known.pairs, bends, strict=True) if bend > 0][: memory - 1]
+    steps, changes, weights = state.diff_params_memory, state.diff_updates_memory, state.weights_memory
+    put = lambda stack, i, x: jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
+    for i, (s, y, weight) in enumerate(kept):
+        steps, changes, weights = put(steps, i, s), put(changes, i, y), weights.at[i].set(weight)
+    return state._replace(
+        count=jnp.asarray(len(kept) + 1, state.count.dtype),
+        params=optax.tree.cast_like(known.origin, state.params),
+        updates=optax.tree.cast_like(known.gradient, state.updates),
+        diff_params_memory=steps,
+        diff_updates_memory=changes,
+        weights_memory=weights,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, keep_unused=True)

@@ -1,4 +1,4 @@
-"""Damped Newton steps on the objective after an edit, from the parameters that minimised the one before it.
+"""From the parameters that minimised the objective before an edit to those that minimise the one after it.
 
 With R before the edit and R' after it, and both gradients at the trained parameters params_0, what is minimised is
 
@@ -9,14 +9,19 @@ point of J for an edit that changes nothing: J moves by the response to the edit
 
     (J'' + damping) step = -grad J,
 
-and is halved until J falls by a share of what its slope promises. Where the number of steps is left to us there is one of
-them, and L-BFGS goes on from there to the minimum of J: damped steps of a curvature that is right at a minimum, or right
-nowhere but close, spend more products on the way than it spends gradients.
+and is judged by J on all examples, whatever it was solved on. With a damping from the spectrum the solve is a Krylov space of
+the right side, which holds the solutions for all dampings: a step that does not keep what it promises costs no second solve,
+but a pass forward. On a budget of few epochs the space is small, and its solutions are conjugate gradients stopped early:
+they grow in length from zero, descend on the quadratic model of all examples and leave flat directions alone.
+
+Where the number of steps is left to us there is one of them, and L-BFGS, which is told the products that the step has
+made, goes on from there towards the minimum of J at the price of a gradient an iteration.
 """
 
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -24,23 +29,23 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from unlearn_jax.checks import all_finite, check_gradient
+from unlearn_jax.checks import all_finite, check_finite, check_gradient
 from unlearn_jax.config import ROWS, ErasureConfig
-from unlearn_jax.curvature import product
-from unlearn_jax.lbfgs import lbfgs
+from unlearn_jax.curvature import linearized, product
+from unlearn_jax.lbfgs import Known, lbfgs
 from unlearn_jax.loss import Params
 from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
-from unlearn_jax.solvers import Info
+from unlearn_jax.solvers import Info, Krylov
 
-HALVINGS = 10
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
-DAMPING_STEP = 10.0  # between the dampings of two steps, where the first is the spectrum's
+DAMPING_STEP = 10.0  # between a damping and the next
 TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, beyond which the damping falls or rises
 UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
-FINISH = 1000  # evaluations of J and its gradient, at most, on the way to its minimum
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
+SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
+JUDGING = 3 * FORWARD  # passes kept back from a budget for judging a step, with the epoch as the unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +60,18 @@ class NewtonStep:
     size: float  # |x|, before the line search
     step_size: float  # the share of x that is taken; 0: no share of it lets J fall
     predicted: float  # change of J by the quadratic model, damping left out
-    actual: float  # change of J
+    actual: float  # change of J on all examples
+    tried: int  # dampings
     seconds: float  # compiling included
 
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """The way from the last step to the minimum of J, by L-BFGS."""
+    """The way from the last step towards the minimum of J, by L-BFGS."""
 
     evaluations: int  # of J and its gradient
     gradient: float  # |grad J| where it ended
+    predicted: float  # change of J by the trapezoid of its slopes at both ends of the way
     actual: float  # change of J
     seconds: float  # compiling included
 
@@ -75,9 +82,15 @@ class Descent(NamedTuple):
     delta: Params  # float32 or wider
     steps: list[NewtonStep]
     finish: Finish | None
-    residual_gradient: float  # |grad R(params_0)|, as far as the examples looked at tell
+    residual_gradient: float  # |grad R(params_0)|
     right_side: float  # |b| of the first solve
-    example_gradients: float  # work
+    edit: float  # |grad R - grad R'|, the part of it that is of the edits
+    depends: bool  # the data's gradient is not exactly zero
+    loss: tuple[float, float]  # R' before and after
+    limits: list[str]  # that were met, in words
+    rounding: float  # what a change of J is lost in
+    J: "Tilted"  # around params_0
+    work: "Work"
 
 
 class Work:
@@ -85,11 +98,20 @@ class Work:
 
     PRODUCT = {"hessian": 2.1, "ggn": 1.6, "fisher": 1.0, "empirical_fisher": 1.0}
 
-    def __init__(self):
-        self.spent = 0.0
+    def __init__(self, problem: Problem, config: ErasureConfig):
+        self.config, self.spent, self.epoch = config, 0.0, problem.examples
+        self.limit = config.budget * problem.examples
 
-    def gradients(self, objective: Objective, times: int = 1) -> None:
-        self.spent += times * objective.count
+    @property
+    def left(self) -> float:
+        return self.limit - self.spent
+
+    @property
+    def limited(self) -> bool:
+        return self.limit < math.inf
+
+    def gradients(self, objective: Objective | None, times: int = 1) -> None:
+        self.spent += times * (objective.count if objective is not None else 0)
 
     def forwards(self, objective: Objective, times: int) -> None:
         self.spent += times * objective.count * FORWARD
@@ -104,6 +126,13 @@ class Work:
     def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
         self.spent += times * objective.count * self.PRODUCT[config.curvature]
 
+    def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
+        """Products that a share of what is left pays for, when the step has been judged; at least one."""
+        if not self.limited:
+            return config.max_steps
+        paid = share * (self.left - JUDGING * self.epoch) / (objective.count * self.PRODUCT[config.curvature])
+        return max(1, min(config.max_steps, int(paid)))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tilted:
@@ -113,90 +142,119 @@ class Tilted:
     tilt: Params
     params: Params
     sums: jax.Array  # of every example, at params
-    scale: jax.Array  # the sum of their magnitudes
-
-    @classmethod
-    def at(cls, objective: Objective, tilt: Params, params: Params) -> "Tilted":
-        return cls(objective, tilt, params, *finished(_sums(objective, params)))
 
     def change(self, step: Params) -> float:
         """J(params + step) - J(params), from the differences of every example; nan or inf are possible."""
-        return float(_change(self.objective, self.tilt, self.params, self.sums, step))
+        return float(finished(_change(self.objective, self.tilt, self.params, self.sums, step)))
+
+    def value(self) -> float:
+        """R' at params"""
+        return float(_value(self.objective, self.params, self.sums))
 
     def rounding(self) -> float:
         """What `change` cannot resolve."""
-        return 4 * float(jnp.finfo(self.scale.dtype).eps * self.scale)
+        scale = _scale(self.objective, self.sums)
+        return 4 * float(jnp.finfo(scale.dtype).eps * scale)
 
 
-class Attempt(NamedTuple):
-    """A solve with one damping, and how far along its solution J falls."""
+class Solution(NamedTuple):
+    """Of (A + damping) x = b"""
 
     damping: float
     x: Params
     info: Info
+    slope: float  # of J along x
+    bend: float  # x . (A + weight_decay) x
+
+
+Solve = Callable[[float], Solution]
+
+
+class Attempt(NamedTuple):
+    """A solution, and how far along it J falls."""
+
+    solution: Solution
     step_size: float
     predicted: float
     actual: float
 
+    @property
+    def damping(self) -> float:
+        return self.solution.damping
 
-def newton(
-    problem: Problem,
-    params: Params,
-    config: ErasureConfig,
-    full_gradient: Params | None = None,
-    held_out: Problem | None = None,
-) -> Descent:
+    @property
+    def came_true(self) -> float:
+        """The share of the predicted fall of J that came true."""
+        share = self.actual / self.predicted if self.predicted < 0 else 0.0
+        return share if math.isfinite(share) else 0.0
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the quadratic model is to be trusted with a longer step."""
+        return self.step_size == 1 and self.came_true > TRUSTED and not bool(self.solution.info.negative_curvature)
+
+
+def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Problem | None = None) -> Descent:
     """The delta that `config.newton_steps` steps make, or one and L-BFGS. `config.curvature` must be set.
 
-    full_gradient: grad R'(params) of all examples, where the residual is kept and `problem` has only some
-    held_out:      the problem on examples that are not in `problem`; the one that chooses among dampings
+    params are float32 or wider. held_out: the problem on other examples; the one that chooses among dampings
     """
-    began, steps, work = time.perf_counter(), [], Work()
-    gradient = problem.after.gradient(params)
-    check_gradient(gradient, problem.after, params, problem.ids)
-    change = problem.change.gradient(params)
-    check_gradient(change, problem.change, params, problem.ids)
-    work.gradients(problem.after, 2)
+    began, steps, limits, work = time.perf_counter(), [], [], Work(problem, config)
+    sums, gradient, change = _first_pass(problem, params, work)
     residual = optax.tree.add(gradient, change)
+    undone = _undone(problem.edited, params, gradient, residual)
     if config.residual == "drop":
         tilt, b = residual, change
-    elif full_gradient is None:
-        tilt, b = optax.tree.zeros_like(gradient), optax.tree.scale(-1, gradient)
     else:
-        tilt, b = optax.tree.sub(gradient, full_gradient), optax.tree.scale(-1, full_gradient)
+        tilt, b = optax.tree.zeros_like(gradient), optax.tree.scale(-1, gradient)
     if problem.first_order is not None:
         b = finished(problem.first_order.gradient(params))
-        work.gradients(problem.after)
+        work.gradients(problem.first_order)
+    first = size = float(norm(b))
+    tilted = undone if config.residual == "drop" else 0.0
+    # A gradient smaller than the tilt would tell of the tilt: where J is flat that leads far away.
+    follows = config.newton_steps is None and tilted <= UNFINISHED * first and held_out is None
 
-    first, size = float(norm(b)), float(norm(b))
-    delta, damping = optax.tree.zeros_like(b), None
+    start = J = Tilted(problem.edited, tilt, params, sums)
+    delta, damping, best, pairs = optax.tree.zeros_like(b), None, None, []
     while size and len(steps) < (config.newton_steps or 1):
         now, key = add(params, delta), jax.random.fold_in(jax.random.key(config.seed), len(steps))
         if steps:
-            gradient = problem.after.gradient(now)
-            check_gradient(gradient, problem.after, now, problem.ids)
-            work.gradients(problem.after)
-            b = optax.tree.sub(tilt, gradient)
+            sums, gradient = finished(problem.edited.sums_and_gradient(now))
+            check_gradient(gradient, problem.edited, now, problem.ids)
+            work.gradients(problem.edited)
+            J, b = Tilted(problem.edited, tilt, now, sums), optax.tree.sub(tilt, gradient)
             size = float(norm(b))
-        J, objective = Tilted.at(problem.edited, tilt, now), finished(curved(problem.curved, now, key, config))
-        work.forwards(problem.edited, 1)
-        dampings = _dampings(objective, now, key, config, work) if damping is None else [damping]
-        attempts = [_attempt(J, objective, b, damping, key, config, work) for damping in dampings]
-        best = attempts[0] if len(attempts) == 1 else _choose(attempts, held_out, now, config, work)
-        damping = _adapted(best) if config.damping == "spectrum" else best.damping
-        delta = optax.tree.add_scale(delta, best.step_size, best.x)
+            if not size:
+                break
+        objective = finished(curved(problem.curved, now, key, config))
+        if _by_krylov(config):
+            share = SHARE if follows and work.limited else 1.0
+            space, middle = _krylov(objective, now, b, damping, config, work, share)
+            solution, pairs = _from(space, objective, b), space.pairs()
+        else:
+            middle = _middle(objective, now, damping, key, config, work)
+            solution, pairs = _directly(objective, now, b, key, config, work), []
+        if held_out is not None and damping is None:
+            best, tried = _choose(solution, middle, J, held_out, now, config, work), len(GRID)
+        else:
+            best, tried = _descend(solution, middle, J, config, work)
+        info = best.solution.info
+        damping = best.damping if isinstance(config.damping, float | int) else _adapted(best)
+        delta = optax.tree.add_scale(delta, best.step_size, best.solution.x)
         ended = time.perf_counter()
         steps.append(
             NewtonStep(
                 gradient=size,
                 damping=best.damping,
-                residual=float(best.info.residual),
-                solver_steps=int(best.info.steps),
-                negative_curvature=bool(best.info.negative_curvature),
-                size=float(norm(best.x)),
+                residual=float(info.residual),
+                solver_steps=int(info.steps),
+                negative_curvature=bool(info.negative_curvature),
+                size=float(norm(best.solution.x)),
                 step_size=best.step_size,
                 predicted=best.predicted,
                 actual=best.actual,
+                tried=tried,
                 seconds=ended - began,
             )
         )
@@ -207,108 +265,287 @@ def newton(
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
-    finish, undone = None, float(norm(residual))
-    # A sample's own minimum is not the one that is wanted, and far from one there is none near. A gradient smaller than the
-    # tilt would tell of the tilt: where J is flat that leads far away.
-    tilted = undone if config.residual == "drop" else 0.0
-    if steps and config.newton_steps is None and problem.whole and tilted <= UNFINISHED * first:
+    limits += _of_steps(steps, J, config, follows)
+    finish = None
+    if steps and follows:
         tolerance = max(config.rtol**2 * first, tilted)
-        delta, finish = _finish(problem.edited, tilt, params, delta, tolerance, work)
-    return Descent(delta, steps, finish, undone, first, work.spent)
+        evaluations = min(config.finish_evaluations, int(work.left / work.epoch) if work.limited else math.inf)
+        if evaluations > 1:
+            known = (
+                None if best.step_size == 0 else Known(params, optax.tree.scale(-1, b), _regularised(pairs, problem))
+            )
+            delta, finish = _finish(start, delta, tolerance, evaluations, known, work)
+            limits += _of_finish(finish, tolerance, first, evaluations, config)
+        else:
+            limits.append(f"no epoch was left of {config.budget:g} for L-BFGS to go on from the first step")
+    loss = start.value()
+    fallen = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
+    after = loss + fallen + float(inner(tilt, delta))
+    return Descent(
+        delta=delta,
+        steps=steps,
+        finish=finish,
+        residual_gradient=undone,
+        right_side=first,
+        edit=float(norm(change)),
+        depends=any(not idle for idle in jax.tree.leaves(_idle(problem.edited, params, gradient))),
+        loss=(loss, after),
+        limits=limits,
+        rounding=start.rounding(),
+        J=start,
+        work=work,
+    )
 
 
-def _finish(
-    objective: Objective, tilt: Params, params: Params, delta: Params, tolerance: float, work: Work
-) -> tuple[Params, Finish]:
-    """From params + delta to where |grad J| is the tolerance."""
-    began = time.perf_counter()
-    J = Tilted.at(objective, tilt, params)
-    found = lbfgs(Partial(_change, objective, tilt, params, J.sums), delta, tolerance=tolerance, max_evaluations=FINISH)
-    work.forwards(objective, 2)
-    work.gradients(objective, found.evaluations)
-    actual = J.change(found.params) - float(found.values[0])
-    return found.params, Finish(found.evaluations, found.gradient, actual, time.perf_counter() - began)
+def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array, Params, Params]:
+    """(sums of the edited data's examples, grad R', grad R - grad R') at params."""
+    sums, gradient = finished(problem.edited.sums_and_gradient(params))
+    work.gradients(problem.edited)
+    check_finite(sums, problem.ids)
+    check_gradient(gradient, problem.edited, params, problem.ids)
+    if problem.leaving is not None:
+        check_finite(problem.leaving.per_example(params), problem.touched_ids)
+    change = finished(problem.change(params, gradient))
+    if problem.leaving is not None:
+        check_gradient(change, problem.leaving, params, problem.touched_ids)
+    work.gradients(problem.leaving, 1 if problem.shrink == 1 else 2)
+    return sums, gradient, change
 
 
-def _attempt(
-    J: Tilted,
+def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
+    """Whether the data says nothing of an array: weight decay makes all of its gradient."""
+    decay = float(objective.weight_decay)
+    idle = lambda g, p: bool(jnp.abs(g - decay * p.astype(g.dtype)).max() <= 1e-6 * decay * jnp.abs(p).max())
+    return jax.tree.map(idle, gradient, params)
+
+
+def _undone(objective: Objective, params: Params, gradient: Params, residual: Params) -> float:
+    """|grad R| over the arrays that the data says anything of: weight decay alone has not shrunk the others yet."""
+    idle = _idle(objective, params, gradient)
+    return float(norm(jax.tree.map(lambda idle, r: jnp.zeros_like(r) if idle else r, idle, residual)))
+
+
+def _by_krylov(config: ErasureConfig) -> bool:
+    """Conjugate gradients whose damping is found on the way."""
+    return config.solver == "cg" and config.preconditioner is None and isinstance(config.damping, str)
+
+
+def _krylov(
     objective: Objective,
+    params: Params,
     b: Params,
-    damping: float,
-    key: jax.Array,
+    damping: float | None,
     config: ErasureConfig,
     work: Work,
-) -> Attempt:
-    x, info = solve(objective, J.params, b, jnp.asarray(damping), key, config)
-    if not bool(all_finite(x)):
-        raise FloatingPointError(
-            f"solver {config.solver!r} diverged with damping {damping:g}: raise the damping, or lower the learning_rate "
-            f"of a stochastic solver"
-        )
-    work.preconditioner(objective, config)
-    work.products(objective, 1 + (1 if config.solver in ROWS else int(info.steps)), config)
-    slope = -float(inner(b, x))
-    if config.solver == "cg" and int(info.steps):
-        # Its residual is orthogonal to its solution, so the curvature along that needs no product of its own.
-        bend = -slope - damping * float(inner(x, x))
+    share: float,
+) -> tuple[Krylov, float]:
+    """The space of b, until its solution for the damping is good to `rtol` or a limit is met; and that damping."""
+    kind, decay = product_kind(config), float(objective.weight_decay)
+    if config.linearize:
+        matvec = linearized(objective, params, kind)
     else:
-        Ax = finished(product(objective, J.params, x, product_kind(config)))
+        matvec = lambda v: product(objective, params, v, kind)
+    space, steps = Krylov.of(b), work.affordable(objective, config, share)
+    while True:
+        space.extend(lambda v: finished(matvec(v)))
+        work.products(objective, 1, config)
+        values = space.values()
+        least = 2 * max(-values[0], 0.0)
+        mu = config.damping_fraction * max(values[-1], 0.0) + least if damping is None else max(damping, least)
+        if not mu + decay > 0:
+            mu = float(jnp.finfo(jnp.float32).eps) * max(float(abs(values).max()), space.size)
+        if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= steps:
+            return space, mu
+
+
+def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
+    decay = float(objective.weight_decay)
+
+    def solution(damping):
+        x, info = space.solve(damping + decay)
+        x = optax.tree.cast_like(x, b)
+        return Solution(damping, x, info, -float(inner(b, x)), space.bend(damping + decay) + decay * float(inner(x, x)))
+
+    return solution
+
+
+def _middle(
+    objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Work
+) -> float:
+    """The damping to begin with, of a solver that works with one at a time."""
+    if damping is not None:
+        return damping
+    if not isinstance(config.damping, str):
+        return float(config.damping)
+    work.products(objective, SPECTRUM_STEPS, config)
+    return float(spectrum_damping(objective, params, key, config))
+
+
+def _directly(
+    objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Work
+) -> Solve:
+    if work.limited and config.solver in ("cg", "minres"):
+        config = dataclasses.replace(config, max_steps=work.affordable(objective, config, 1.0))
+
+    def solution(damping):
+        x, info = finished(solve(objective, params, b, jnp.asarray(damping), key, config))
+        if not bool(all_finite(x)):
+            raise FloatingPointError(
+                f"solver {config.solver!r} diverged with damping {damping:g}: raise the damping, or lower the "
+                f"learning_rate of a stochastic solver"
+            )
+        work.preconditioner(objective, config)
+        work.products(objective, 1 + (1 if config.solver in ROWS else int(info.steps)), config)
+        slope = -float(inner(b, x))
+        if config.solver == "cg" and int(info.steps):
+            # Its residual is orthogonal to its solution, so the curvature along that needs no product of its own.
+            return Solution(damping, x, info, slope, -slope - damping * float(inner(x, x)))
+        Ax = finished(product(objective, params, x, product_kind(config)))
         work.products(objective, 1, config)
         bend = float(inner(x, Ax) + objective.weight_decay * inner(x, x))
-    share, halvings, enough = 1.0, 0, lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
-    actual = J.change(x)
+        return Solution(damping, x, info, slope, bend)
+
+    return solution
+
+
+def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Work) -> tuple[Attempt, int]:
+    """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again."""
+    # A number is what was asked for: such a step is only halved.
+    free = config.line_search and isinstance(config.damping, str)
+    best, tried = _attempt(solution(damping), J, config, work), 1
+    while free and best.came_true < TRUSTED and tried <= config.retries and not _below(best, J):
+        damping *= DAMPING_STEP
+        attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
+        if attempt.actual < best.actual:
+            best = attempt
+        elif best.came_true >= DOUBTED:
+            break
+    return best, tried
+
+
+def _below(attempt: Attempt, J: Tilted) -> bool:
+    """Neither what a step promises nor what became of it can be told from rounding."""
+    promise = attempt.solution.slope + 0.5 * attempt.solution.bend
+    return max(abs(promise), abs(attempt.actual)) <= J.rounding()
+
+
+def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Work) -> Attempt:
+    slope, bend = solution.slope, solution.bend
+    most = 0 if isinstance(config.damping, str) else config.halvings  # more damping is better than a share of a step
+    enough = lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
+    share, halvings, actual = 1.0, 0, J.change(solution.x)
     while config.line_search and not actual <= enough(share):
         halvings, share = halvings + 1, share / 2
-        if halvings > HALVINGS:
+        if halvings > most:
             share, actual = 0.0, 0.0
             break
-        actual = J.change(optax.tree.scale(share, x))
+        actual = J.change(optax.tree.scale(share, solution.x))
     work.forwards(J.objective, 1 + halvings)
-    return Attempt(float(damping), x, info, share, share * slope + 0.5 * share**2 * bend, actual)
-
-
-def _dampings(objective: Objective, params: Params, key: jax.Array, config: ErasureConfig, work: Work) -> list[float]:
-    """The dampings to try."""
-    if not isinstance(config.damping, str):
-        return [config.damping]
-    middle = float(spectrum_damping(objective, params, key, config))
-    work.products(objective, SPECTRUM_STEPS, config)
-    return [middle] if config.damping == "spectrum" else [middle * factor for factor in GRID]
+    return Attempt(solution, share, share * slope + 0.5 * share**2 * bend, actual)
 
 
 def _adapted(attempt: Attempt) -> float:
     """The damping of the next step, by how well the quadratic model foretold this one (Levenberg 1944, Marquardt 1963)."""
-    if attempt.step_size < 1 or came_true(attempt) < DOUBTED:
+    if attempt.step_size < 1 or attempt.came_true < DOUBTED:
         return attempt.damping * DAMPING_STEP
-    return attempt.damping / DAMPING_STEP if trusted(attempt) else attempt.damping
+    return attempt.damping / DAMPING_STEP if attempt.trusted else attempt.damping
 
 
-def came_true(attempt: Attempt) -> float:
-    """The share of the predicted fall of J that came true."""
-    return attempt.actual / attempt.predicted if attempt.predicted < 0 else 0.0
-
-
-def trusted(attempt: Attempt) -> bool:
-    """Whether the quadratic model is to be trusted with a longer step."""
-    return attempt.step_size == 1 and came_true(attempt) > TRUSTED and not bool(attempt.info.negative_curvature)
-
-
-def _choose(attempts: list[Attempt], held_out: Problem, params: Params, config: ErasureConfig, work: Work) -> Attempt:
-    """The attempt that lets J of the held-out examples fall the most."""
-    gradient = finished(held_out.after.gradient(params))
-    change = finished(held_out.change.gradient(params))
+def _choose(
+    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Work
+) -> Attempt:
+    """The attempt that lets J of the held-out examples fall the most; none of it where it falls with none."""
+    sums, gradient = finished(held_out.edited.sums_and_gradient(params))
+    change = finished(held_out.change(params, gradient))
     tilt = optax.tree.add(gradient, change) if config.residual == "drop" else optax.tree.zeros_like(gradient)
-    J = Tilted.at(held_out.edited, tilt, params)
-    scores = [J.change(optax.tree.scale(attempt.step_size, attempt.x)) for attempt in attempts]
-    work.gradients(held_out.after, 2)
-    work.forwards(held_out.edited, 1 + len(attempts))
-    return min(zip(scores, attempts, strict=True), key=lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf)[1]
+    judge = Tilted(held_out.edited, tilt, params, sums)
+    attempts = [_attempt(solution(middle * factor), J, config, work) for factor in GRID]
+    scores = [judge.change(optax.tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
+    work.gradients(held_out.edited)
+    work.forwards(held_out.edited, len(attempts))
+    rank = lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
+    score, best = min(zip(scores, attempts, strict=True), key=rank)
+    if score < 0:
+        return best
+    return best._replace(step_size=0.0, predicted=0.0, actual=0.0)
+
+
+def _regularised(pairs, problem: Problem) -> list[tuple[Params, Params]]:
+    """(v, A v) as (v, J'' v)"""
+    decay = float(problem.edited.weight_decay)
+    return [(v, optax.tree.add_scale(Av, decay, v)) for v, Av in pairs]
+
+
+def _finish(
+    J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Work
+) -> tuple[Params, Finish]:
+    """From params + delta to where |grad J| is the tolerance."""
+    began = time.perf_counter()
+    if known is not None:
+        known = known._replace(origin=optax.tree.zeros_like(delta))
+    value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
+    found = lbfgs(value, delta, tolerance=tolerance, max_evaluations=evaluations, known=known)
+    work.gradients(J.objective, found.evaluations)
+    actual = found.value - float(found.values[0])
+    if not actual <= 0:
+        return delta, Finish(found.evaluations, found.gradient, 0.0, 0.0, time.perf_counter() - began)
+    way = optax.tree.sub(found.params, delta)
+    predicted = 0.5 * float(inner(optax.tree.add(*found.ends), way))
+    return found.params, Finish(found.evaluations, found.gradient, predicted, actual, time.perf_counter() - began)
+
+
+def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows: bool) -> list[str]:
+    limits = []
+    for number, step in enumerate(steps, 1):
+        which = f"step {number}: " if len(steps) > 1 else ""
+        if not follows and step.residual > config.rtol:
+            limits.append(
+                f"{which}solver {config.solver!r} stopped after {step.solver_steps} steps at the residual "
+                f"{step.residual:.2g} (rtol {config.rtol:g}): max_steps is {config.max_steps}, the budget "
+                f"{config.budget:g} epochs"
+            )
+        if step.negative_curvature:
+            limits.append(f"{which}negative curvature was met")
+        if step.step_size == 0:
+            limits.append(
+                f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls"
+            )
+        elif step.step_size < 1:
+            limits.append(f"{which}only {step.step_size:.2g} of it was taken: further on the objective rises")
+        elif number == 1 and max(abs(step.predicted), abs(step.actual)) <= J.rounding():
+            limits.append(
+                f"{which}too small to be judged: it promises {step.predicted:.2g}, changes of the objective below "
+                f"{J.rounding():.2g} are rounding"
+            )
+        elif abs(step.predicted) > J.rounding() and not step.actual <= DOUBTED * step.predicted:
+            limits.append(f"{which}promised {step.predicted:+.2g} and brought {step.actual:+.2g}")
+    return limits
+
+
+def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig) -> list[str]:
+    # On a budget, what is left undone is worth a word where it is more than the solver of a step may leave.
+    wanted = max(tolerance, config.rtol * first) if config.budget < math.inf else tolerance
+    if finish.gradient <= wanted:
+        return []
+    which = "the budget of epochs" if evaluations < config.finish_evaluations else "finish_evaluations"
+    stopped = f"at its limit of {evaluations:g} evaluations ({which})"
+    if finish.evaluations < evaluations - 1:
+        stopped = "where no way down was found any more"
+    return [
+        f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
+        f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"
+    ]
 
 
 @jax.jit
-def _sums(objective: Objective, params: Params) -> tuple[jax.Array, jax.Array]:
-    sums = objective.per_example(params)
-    return sums, objective.whole(objective.coefficients) @ jnp.abs(sums)
+def _scale(objective: Objective, sums: jax.Array) -> jax.Array:
+    return objective.whole(objective.coefficients) @ jnp.abs(sums)
+
+
+@jax.jit
+def _value(objective: Objective, params: Params, sums: jax.Array) -> jax.Array:
+    wide = widen(params)
+    return objective.whole(objective.coefficients) @ sums + 0.5 * objective.weight_decay * optax.tree.vdot(wide, wide)
 
 
 @jax.jit

@@ -115,6 +115,19 @@ class Objective:
         return self.whole(self.each(lambda part: part.sums(params)))
 
     @jax.jit
+    def sums_and_gradient(self, params: Params) -> tuple[jax.Array, Params]:
+        """sum_i of every example, float [count], and `gradient`, in one pass."""
+
+        def add(total, arrays):
+            part = self.part(arrays)
+            sums, pull = jax.vjp(part.sums, params)
+            (gradient,) = pull(part.coefficients.astype(sums.dtype))
+            return jax.tree.map(lambda a, g: a + g.astype(a.dtype), total, gradient), sums
+
+        gradient, sums = jax.lax.scan(add, zeros(params), (self.examples, self.coefficients))
+        return self.whole(sums), self._regularised(params, gradient)
+
+    @jax.jit
     def weights(self, params: Params) -> jax.Array:
         """T_i of every example, padding included, [micro-batches, micro_batch]"""
         weight = lambda example: sum_and_weight(self.loss, params, example)[1]

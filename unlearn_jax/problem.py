@@ -1,7 +1,11 @@
-"""The objective before an edit and the one after it, on the examples that the edit touches and some of the others.
+"""The objective before an edit and the one after it, and the difference of their gradients.
 
-The others count alike in both but for the normaliser, so a sample of them is enough: its error enters the right side only
-times the share of edited examples, and the curvature as that of any curvature from a sample.
+With R = sum over old and kept examples and R' over new and kept ones, divided by their own normalisers,
+
+    grad R - grad R' = sum_old c_i g_i - sum_new c_i g_i + (N' / N - 1) sum_kept c_i g_i
+
+where N and N' are the normalisers, and the last sum is what one pass over the edited data gives anyhow. So the right side of
+an edit is exact however few examples the curvature is taken of.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from unlearn_jax.config import ErasureConfig
@@ -23,17 +28,31 @@ from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 class Problem:
     """R: the objective before the edit, R': after it."""
 
-    after: Objective  # R', on old, new and other examples, those of the old ones counting nothing
-    change: Objective  # R - R', on the same: one compiled program gives both gradients
-    first_order: (
-        Objective | None
-    )  # the derivative of `change` in the share of edited examples: another formula's right side
-    edited: Objective  # R' on new and other examples alone
-    curved: Objective  # whose curvature is taken: `edited`, or R on old and other examples for another formula
-    ids: list[Any]  # of the examples of `after` and `change`
+    edited: Objective  # R', on new and kept examples: what is minimised, and what every step is judged by
+    leaving: Objective | None  # c of the old examples, -c of the new ones: R - R' but for the normaliser. None: no edit
+    entering: Objective | None  # c of the new ones, nothing of the old ones
+    shrink: float  # N' / N
+    first_order: Objective | None  # another formula's right side is its gradient
+    curved: (
+        Objective  # whose curvature is taken: R' or a sample of it, or R on old and kept examples for another formula
+    )
+    ids: list[Any]  # of the examples of `edited`
+    touched_ids: list[Any]  # of the examples of `leaving` and `entering`
+    sample: list[Any]  # ids of the kept examples of `curved`
     touched: int  # examples that the edit touches
-    sampled: int  # examples that it does not, and that are looked at
-    whole: bool  # those are all
+    examples: int  # before the edit: those of one epoch of the training
+
+    def change(self, params: Params, gradient: Params) -> Params:
+        """grad R - grad R', given grad R' = `gradient`."""
+        if self.leaving is None:
+            return optax.tree.zeros_like(gradient)
+        change = self.leaving.gradient(params)
+        if self.shrink == 1:
+            return change
+        decay = float(self.edited.weight_decay)
+        kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
+        rest = jax.tree.map(kept, gradient, self.entering.gradient(params), params)
+        return optax.tree.add_scale(change, self.shrink - 1, rest)
 
 
 def make_problem(
@@ -48,38 +67,47 @@ def make_problem(
     """`stand_in`: examples that take the place of those that the edit does not touch."""
     old, new, others = affected(before, after)
     old, new = before.select(old), after.select(new)
-    sample = np.random.default_rng(config.seed).permutation(others)[: config.curvature_examples]
-    kept = before.select(sample) if stand_in is None else stand_in
+    order = np.random.default_rng(config.seed).permutation(others)
+    kept = before.select(order) if stand_in is None else stand_in
     mass = lambda dataset: normalizer(loss, params, dataset, config.reduction)
     weigh = lambda dataset, total=None: coefficients(loss, params, dataset, config.reduction, total)
     # Sums in one order for both, so that they are equal to the last bit where nothing changes.
     rest = mass(before) - mass(old) if len(others) else 0.0
     total_before, total_after = rest + mass(old), rest + mass(new)
     c_old, c_new = (weigh(data, total) for data, total in ((old, total_before), (new, total_after)))
-    c_kept = weigh(kept) * rest if len(kept) else np.zeros(0)
+    scaled = lambda dataset, total: weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
     build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options))
-    parts = [old.take(), new.take(), kept.take()]
-    c_before = np.concatenate([c_old, np.zeros(len(new)), c_kept / total_before])
-    c_after = np.concatenate([np.zeros(len(old)), c_new, c_kept / total_after])
     join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    union = build(join(parts), c_after)
-    edited = build(join(parts[1:]), c_after[len(old) :])
-    curved, first_order = edited, None
+    edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
+    leaving = entering = first_order = None
+    if len(old) + len(new):
+        both = build(join([old.take(), new.take()]), np.zeros(len(old) + len(new)))
+        leaving = both.weighted(np.concatenate([c_old, -c_new]))
+        entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
+
+    curved, sampled, shrink = edited, kept, total_after / total_before
+    if config.curvature_examples is not None and stand_in is None:
+        sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
     if config.formula != "newton":
-        curved = build(join([parts[0], parts[2]]), np.concatenate([c_old, c_kept / total_before]))
-        shrink = total_after / total_before
-        c_first = np.concatenate([c_old, -c_new * shrink, np.zeros(len(kept))])
-        first_order = union.weighted(c_first, config.weight_decay * (1 - shrink) * (config.formula == "influence"))
+        parts = np.concatenate([c_old, scaled(sampled, total_before)])
+        curved = build(join([old.take(), sampled.take()]), parts)
+        if leaving is not None:
+            decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
+            first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)
+    elif len(sampled) < len(kept):
+        curved = build(join([new.take(), sampled.take()]), np.concatenate([c_new, scaled(sampled, total_after)]))
     return Problem(
-        after=union,
-        change=union.weighted(c_before - c_after),
+        edited=edited,
+        leaving=leaving,
+        entering=entering,
+        shrink=shrink,
         first_order=first_order,
         curved=curved,
-        edited=edited,
-        ids=[*old.ids.tolist(), *new.ids.tolist(), *kept.ids.tolist()],
+        ids=[*new.ids.tolist(), *kept.ids.tolist()],
+        touched_ids=[*old.ids.tolist(), *new.ids.tolist()],
+        sample=sampled.ids.tolist(),
         touched=len(set(old.rows.tolist()) | set(new.rows.tolist())),
-        sampled=len(kept),
-        whole=len(kept) == len(others),
+        examples=len(before),
     )

@@ -11,6 +11,7 @@ from unlearn_jax.solvers.datainf import datainf
 from unlearn_jax.solvers.diagonal import diagonal
 from unlearn_jax.solvers.ekfac import ekfac
 from unlearn_jax.solvers.identity import identity
+from unlearn_jax.solvers.krylov import Krylov
 from unlearn_jax.solvers.lanczos import eigenpairs, extremes, lanczos, low_rank_solve
 from unlearn_jax.solvers.lissa import lissa
 from unlearn_jax.solvers.minres import minres
@@ -21,6 +22,7 @@ from unlearn_jax.solvers.woodbury import dual
 
 __all__ = [
     "Info",
+    "Krylov",
     "adam_qp",
     "cg",
     "datainf",
