@@ -220,7 +220,7 @@ def test_buckets_are_chosen_by_size_and_length(everything):
     with pytest.raises(PromptError, match="question 'own.jsonl:5' cannot be asked: 2 images are more"):
         find(4, (small, large))
     with pytest.raises(
-        PromptError, match="question '1' cannot be asked: a prompt of .* tokens does not fit the width of 20"
+        PromptError, match="question 'own.jsonl:2' cannot be asked: a prompt of .* tokens does not fit the width of 20"
     ):
         find(1, ((1, 192, 192, 20),))
 
