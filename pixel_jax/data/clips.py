@@ -60,6 +60,9 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarra
 
     Raises:
       ImageError: no video, too large, too long, or nothing of it can be decoded.
+
+    Warns:
+      ImageWarning: something of it is lost, or not followed.
     """
     if frames < 1:
         raise ValueError(f"frames must be positive, not {frames}")
@@ -93,8 +96,8 @@ class Clip:
 
     size: (height, width) of its frames, as shown
     count: of its frames; of a long clip those that the container promises, until `show` has found fewer
-    rate: frames a second, on average (None: it does not say)
-    seconds: that it lasts
+    rate: frames a second, on average (0: it does not say)
+    seconds: that it lasts; half a second a frame if it does not say
 
     ImageError: no video, too large, too long, or nothing of it can be decoded.
     """
@@ -142,18 +145,16 @@ class Clip:
         It is asked again if fewer can be decoded than there seemed to be.
         """
         while True:
-            places: dict[int, list[int]] = {}
-            for place, number in enumerate(choose(self.count)):
-                places.setdefault(number, []).append(place)
-            shown = np.empty((sum(map(len, places.values())), *self.size, 3), np.uint8)
+            chosen = np.array(choose(self.count))
+            shown = np.empty((len(chosen), *self.size, 3), np.uint8)
             seen = 0
             with contextlib.closing(self._decoded()) as decoded:
-                for number, frame in enumerate(decoded):
-                    if number in places:
-                        shown[places[number]] = self._picture.pixels(frame)
-                    if number == max(places):
+                for seen, frame in enumerate(decoded, 1):
+                    places = chosen == seen - 1
+                    if places.any():
+                        shown[places] = self._picture.pixels(frame)
+                    if seen > chosen.max():
                         return shown
-                    seen = number + 1
             self._found(seen)
 
     def _found(self, count: int) -> None:
@@ -169,10 +170,14 @@ class Clip:
 
         self.file.seek(0)
         most = {"max_pixels": str(self._most)}
-        with av.open(self.file, format=self.container, options=most) as container:
+        # Titles in another encoding are no reason to refuse a picture; PyAV 19 thinks so, too.
+        titles = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+        with av.open(self.file, format=self.container, options=most, **titles) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise ImageError(f"{self.name} has no video in it")
+            if stream.codec_context is None:
+                raise ImageError(f"{self.name} has a video of a codec that is not known")
             stream.thread_type = "NONE"  # frames come from threads of our own
             stream.codec_context.thread_count = 1
             stream.codec_context.options = most
@@ -189,7 +194,6 @@ class Clip:
         # The frames that are stretched to square pixels count, too.
         self.shape = _square(codec.width, codec.height, stream.sample_aspect_ratio)
         limits().check(*self.shape, self.name)
-        self.rate = stream.average_rate
         self.count, times = 0, []
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
@@ -198,19 +202,17 @@ class Clip:
             if self.count > MAX_PACKETS:
                 raise ImageError(f"{self.name} has more than {MAX_PACKETS} frames")
             if packet.pts is not None:
-                times.append((packet.pts, packet.duration or 0))
+                times.append(packet.pts)
         if not self.count:
             raise ImageError(f"{self.name} has no frames")
         self.packets = self.count
-        self.seconds = self.count / float(self.rate or 2)
-        if self.container != "avi" and len(times) == self.count and max(times)[0] > min(times)[0]:
-            # Of what is shown; the container's figures are of all that it holds. AVI knows no times.
-            (first, _), (last, lasts) = min(times), max(times)
-            span = float((last - first) * stream.time_base)
-            self.seconds = span + (float(lasts * stream.time_base) or span / (self.count - 1))
-        whole = (
-            max(float(stream.duration or 0) * float(stream.time_base), 0) or (container.duration or 0) / av.time_base
-        )
+        self.rate = float(stream.average_rate or 0)
+        if len(times) == self.count and max(times) > min(times):
+            # What the container says of itself may be about hidden frames, too, or about the ticks of its clock.
+            seen = (self.count - 1) / float((max(times) - min(times)) * stream.time_base)
+            self.rate = self.rate if math.isclose(self.rate, seen, rel_tol=0.01) else seen
+        self.seconds = self.count / (self.rate or 2)
+        whole = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
         if self.seconds < min(0.9 * whole, whole - 1):
             _announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
         bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
@@ -226,21 +228,16 @@ class Clip:
         lost = 0
         try:
             with self._opened() as (container, stream):
-                packets = container.demux(stream)
-                while True:
-                    try:
-                        packet = next(packets, None)
-                    except av.error.FFmpegError:  # the file ends here
-                        lost += 1
-                        packet = None
+                stream.codec_context.open(strict=False)
+                for packet in container.demux(stream):
                     try:
                         yield from stream.decode(packet)
-                    except av.error.EOFError:
+                    except av.error.EOFError:  # twice asked for the last frames
                         return
-                    except av.error.InvalidDataError:
+                    except av.error.MemoryError:
+                        raise
+                    except av.error.FFmpegError:
                         lost += 1
-                    if packet is None or not packet.size:
-                        return
         finally:
             if lost:
                 _announce(f"{self.name} is damaged: {lost} of its {self.packets} packets cannot be decoded")
@@ -284,6 +281,7 @@ class _Picture:
         import av.filter
 
         graph = av.filter.Graph()
+        graph.threads = 1
         source = (
             f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base or '1/1000'}"
             f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}"
@@ -303,8 +301,8 @@ def _turns(frame) -> list[tuple[str, str]]:
     data = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return []
-    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])  # the picture's x and y axes are (a, b) and (c, d)
-    if not (a or b) or not (c or d):
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(data)[:36])  # a pixel at (x, y) is shown at (ax + cy, bx + dy)
+    if not (a or c) or not (b or d):
         return []
     angle = round(math.degrees(math.atan2(b / math.hypot(b, d), a / math.hypot(a, c)))) % 360
     match angle:

@@ -13,7 +13,7 @@ PROGRAM = imageio_ffmpeg.get_ffmpeg_exe()
 def ffmpeg(*arguments) -> str:
     """Runs it; returns what it says."""
     command = [PROGRAM, "-hide_banner", "-nostdin", "-y", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert done.returncode == 0, done.stderr
     return done.stderr
 

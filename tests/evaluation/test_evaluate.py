@@ -252,10 +252,10 @@ def test_buckets_are_chosen_by_size_and_length(everything):
     assert find(4, (small, large, pair)).bucket == pair
     shrunk = find(2, (small,))
     assert shrunk.fit.scale < 1 and shrunk.fit.sizes == [(128, 96)]
-    with pytest.raises(PromptError, match="question '4' cannot be asked: 2 images are more"):
+    with pytest.raises(PromptError, match="question 'own.jsonl:5' cannot be asked: 2 images are more"):
         find(4, (small, large))
     with pytest.raises(
-        PromptError, match="question '1' cannot be asked: a prompt of .* tokens does not fit the width of 20"
+        PromptError, match="question 'own.jsonl:2' cannot be asked: a prompt of .* tokens does not fit the width of 20"
     ):
         find(1, ((1, 192, 192, 20),))
 
@@ -279,7 +279,7 @@ def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, wh
     answers = [x for i in (0, 3) for x in whole[1][i]["tokens"]]
     assert (row["questions"], row["unanswered"]) == (5, 3) and row["tokens"]["mean"] == pytest.approx(np.mean(answers))
     assert row["score"]["mean"] == pytest.approx(sum(sum(x["score"]) for x in records) / 10)
-    assert list(summary.unanswered(records)) == ["1", "2", "4"]
+    assert list(summary.unanswered(records)) == ["own.jsonl:2", "own.jsonl:3", "own.jsonl:5"]
     summary.table_rows({"own": {"modes": {"operations": summary.summarise([records[1]])}}})  # nothing to make rates of
     # Mended, and started again: these are answered, the others are not asked again.
     Image.fromarray(talker.image(1, 124, 150)).save(tmp_path / "cut.jpg")
