@@ -1,7 +1,6 @@
 """The traces that an adapter learns by heart, and what a request makes of them."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.files import read_json
 from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
@@ -39,11 +39,7 @@ class Request:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Request":
-        try:
-            values = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        return load(cls, values, str(path))
+        return load(cls, read_json(path), str(path))
 
     @classmethod
     def example(cls, traces: Mapping[str, Trace]) -> "Request":
