@@ -52,8 +52,11 @@ def put(text: str, stream: TextIO | None) -> None:
         pass
 
 
+NAMES = {1: "output", 2: "error"}
+
+
 class Lossy(io.FileIO):
-    """An output that loses what it cannot write, and says so once on standard error."""
+    """Standard output or error that loses what it cannot write, and says so once on standard error."""
 
     lost = False
 
@@ -64,7 +67,7 @@ class Lossy(io.FileIO):
             if not self.lost:
                 self.lost = True
                 try:
-                    os.write(2, f"output to {self.name} is lost: {error.strerror}\n".encode())
+                    os.write(2, f"standard {NAMES[self.name]} is lost: {error.strerror}\n".encode())
                 except OSError:
                     pass
             return len(data)

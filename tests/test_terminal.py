@@ -115,7 +115,10 @@ def test_a_program_outlives_its_output(how, tmp_path):
     assert (tmp_path / "code").read_text() == "0\n", found.stderr
     assert done.exists() and (tmp_path / "done.other").read_text() == "mine"
     if how == ">/dev/full":
-        assert found.stderr.count("is lost: No space left on device") == 1 and "Traceback" not in found.stderr
+        assert (
+            found.stderr.count("standard output is lost: No space left on device") == 1
+            and "Traceback" not in found.stderr
+        )
 
 
 def test_a_locale_without_the_character_shows_an_escape(tmp_path):
