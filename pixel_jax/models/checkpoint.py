@@ -7,6 +7,7 @@ read; the released one is written.
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,11 +60,11 @@ class Reader:
         self.directory = directory
         self.tensors = {}  # released key -> (open file, key in the file, file name)
         # As transformers: one file, where there is one, whatever an index beside it says.
-        if _is_there(directory / SINGLE):
+        if os.path.lexists(directory / SINGLE):
             index = None
-            if _is_there(directory / INDEX):
+            if os.path.lexists(directory / INDEX):
                 logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
-        elif _is_there(directory / INDEX):
+        elif os.path.lexists(directory / INDEX):
             index = _read_index(directory)
         else:
             raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
@@ -97,10 +98,6 @@ class Reader:
         return FileError(f"{self.directory}: tensor {original!r} in {name} {problem}")
 
 
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
-
-
 def _read_index(directory: Path) -> dict[str, str]:
     """Key -> name of the file that holds it."""
     path = directory / INDEX
@@ -111,7 +108,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     for name in sorted(set(index.values())):
         if name != Path(name).name or name in ("", ".."):
             raise FileError(f"{path} points outside the directory: {name!r}")
-        if not _is_there(directory / name):
+        if not os.path.lexists(directory / name):
             raise FileNotFoundError(f"{path} names {name!r}, which does not exist")
     return index
 

@@ -23,7 +23,7 @@ MAX_SIZE = 2**20  # of a vocabulary, a width, a window
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -40,25 +40,25 @@ def _whole(default: int, most: int = MAX_SIZE, least: int = 1) -> Any:
 
 def _check_whole(value: Any, most: int, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"is {_shown(value)}, not a whole number from {least} to {most}")
+        raise ValueError(f"is {shown(value)}, not a whole number from {least} to {most}")
     return value
 
 
 def _check_wholes(value: Any) -> tuple[int, ...]:
     if not isinstance(value, list) or any(type(x) is not int or not 0 <= x <= MAX_SIZE for x in value):
-        raise ValueError(f"is {_shown(value)}, not a list of whole numbers")
+        raise ValueError(f"is {shown(value)}, not a list of whole numbers")
     return tuple(value)
 
 
 def _check_sections(value: Any) -> tuple[int, ...]:
     if len(found := _check_wholes(value)) != 3:
-        raise ValueError(f"is {_shown(value)}, not three whole numbers")
+        raise ValueError(f"is {shown(value)}, not three whole numbers")
     return found
 
 
 def _check_positive(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"is {_shown(value)}, not a positive number")
+        raise ValueError(f"is {shown(value)}, not a positive number")
     return float(value)
 
 
@@ -72,7 +72,7 @@ def _check_tokens(value: Any) -> int | tuple[int, ...] | None:
 
 def _check_flag(value: Any) -> bool:
     if type(value) is not bool:
-        raise ValueError(f"is {_shown(value)}, not true or false")
+        raise ValueError(f"is {shown(value)}, not true or false")
     return value
 
 
@@ -192,9 +192,9 @@ class Qwen2_5_VLConfig:
     @classmethod
     def _from_hf(cls, config: Any) -> "Qwen2_5_VLConfig":
         if not isinstance(config, dict):
-            raise ValueError(f"the file holds {_shown(config)}, not an object of fields")
+            raise ValueError(f"the file holds {shown(config)}, not an object of fields")
         if config.get("model_type") != "qwen2_5_vl":
-            raise ValueError(f"model_type is {_shown(config.get('model_type'))}, expected 'qwen2_5_vl'")
+            raise ValueError(f"model_type is {shown(config.get('model_type'))}, expected 'qwen2_5_vl'")
         inner = _section(config, "text_config")
         text, prefix = (dict(config), "") if inner is None else (dict(inner), "text_config.")
         vision = dict(_section(config, "vision_config") or {})
@@ -247,7 +247,7 @@ def read_config(directory: Path) -> tuple[Qwen2_5_VLConfig, str | None]:
     config = Qwen2_5_VLConfig.from_hf(values, str(path))
     named = values.get("torch_dtype") or values.get("dtype")  # as transformers up to 4.55, and since
     if named is not None and named not in DTYPES:
-        raise FileError(f"{path}: torch_dtype is {_shown(named)}, not one of {', '.join(DTYPES)}")
+        raise FileError(f"{path}: torch_dtype is {shown(named)}, not one of {', '.join(DTYPES)}")
     return config, named
 
 
@@ -255,7 +255,7 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any] | None:
     """An object inside the file; None if it is missing or null."""
     value = config.get(name)
     if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name} is {_shown(value)}, not an object of fields")
+        raise ValueError(f"{name} is {shown(value)}, not an object of fields")
     return value
 
 
@@ -273,7 +273,7 @@ def _check_supported(config: Qwen2_5_VLConfig, text: dict[str, Any], prefix: str
         ("vision_config.rope_parameters.rope_theta", rope.get("rope_theta", 10000), (10000,)),
     ):
         if value not in supported:
-            raise ValueError(f"{name} {_shown(value)} is not supported, only {supported[-1]!r}")
+            raise ValueError(f"{name} {shown(value)} is not supported, only {supported[-1]!r}")
 
 
 def _rotary(text: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _rotary(text: dict[str, Any], prefix: str) -> dict[str, Any]:
     rope = _section(text, name) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise ValueError(f"{prefix}{name}: rope type {_shown(kind)} is not supported, only 'mrope'")
+        raise ValueError(f"{prefix}{name}: rope type {shown(kind)} is not supported, only 'mrope'")
     return {field: rope[field] for field in ("rope_theta", "mrope_section") if field in rope}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.files import FileError
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import Qwen2_5_VLConfig, shown
 from pixel_jax.models.side_files import (
     NESTED,
     PREPROCESSOR,
@@ -204,14 +204,14 @@ def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLCon
         ("image_std", list(IMAGE_STD)),
     ):
         if values.get(field, expected) != expected:
-            raise FileError(f"{where}: the preprocessor has {field} {str(values[field])[:80]}, the model {expected}")
+            raise FileError(f"{where}: the preprocessor has {field} {shown(values[field])}, the model {expected}")
     size = _section(values, "size", where)
     limits = {}
     for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         value = size.get(edge) if values.get(field) is None else values[field]
         if value is not None:
             if type(value) is not int or not 0 < value < 2**31:
-                raise FileError(f"{where}: {field} is {str(value)[:80]!r}, not a positive number of pixels")
+                raise FileError(f"{where}: {field} is {shown(value)}, not a positive number of pixels")
             limits[field] = value
     return limits
 
@@ -219,5 +219,5 @@ def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLCon
 def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
     found = values.get(name) or {}
     if not isinstance(found, dict):
-        raise FileError(f"{where}: {name} is {str(found)[:80]!r}, not an object of fields")
+        raise FileError(f"{where}: {name} is {shown(found)}, not an object of fields")
     return found

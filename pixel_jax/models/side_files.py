@@ -5,6 +5,7 @@ tokenizer that came from nowhere, `tokenizer_files` writes what all of them read
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
         FileError: one is no regular file, too large, or a link that leads out of the directory: what it leads to would be
             copied into every model that is saved. Links of the Hugging Face cache into its own store are followed.
     """
-    names = [name for name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) if _is_there(directory / name)]
+    names = [name for name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) if os.path.lexists(directory / name)]
     if (directory / TEMPLATES).is_dir():
         found = sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).iterdir())
         names += filter(is_template, found)
@@ -73,10 +74,6 @@ def json_object(files: dict[str, bytes], name: str, directory: Path) -> dict[str
     if not isinstance(values, dict):
         raise FileError(f"{directory / name} holds a {type(values).__name__}, not an object of fields")
     return values
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 def _check_templates(templates: Any, path: Path) -> None:

@@ -170,9 +170,9 @@ def test_templates_with_names(copy, tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("preprocessor_config.json", "[]", "preprocessor_config.json holds a list, not an object"),
     ("preprocessor_config.json", '"x"', "holds a str"),
-    ("preprocessor_config.json", '{"size": [1, 2]}', r"size is '\[1, 2\]', not an object"),
+    ("preprocessor_config.json", '{"size": [1, 2]}', r"size is \[1, 2\], not an object"),
     ("preprocessor_config.json", '{"min_pixels": "784"}', "min_pixels is '784', not a positive number"),
-    ("preprocessor_config.json", '{"size": {"longest_edge": -1}}', "max_pixels is '-1'"),
+    ("preprocessor_config.json", '{"size": {"longest_edge": -1}}', "max_pixels is -1, not a positive number"),
     ("preprocessor_config.json", '{"min_pixels": 900, "max_pixels": 800}', "got 900 and 800"),
     ("preprocessor_config.json", '{"patch_size": {}}', "the preprocessor has patch_size {}, the model 14"),
     ("preprocessor_config.json", "[" * 5000, "nested deeper than 100"),
