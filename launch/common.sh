@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts that start training: their options, how they are used, and which exit codes mean that a run goes on.
 
-PREEMPTED=42 # training saved itself after SIGTERM
+PREEMPTED=42 # training saved itself after SIGTERM or SIGINT
 
 DRY_RUN=${DRY_RUN:-}
 # The comment at the head of the script that is running: read before the script goes to another directory, as $0 may be relative.

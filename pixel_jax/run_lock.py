@@ -8,10 +8,11 @@ import socket
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from pixel_jax.files import FileError, parse_json
+from pixel_jax.files import FileError, parse_json, write_file
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import say
 
@@ -88,15 +89,13 @@ class Seen(NamedTuple):
     def holder(self) -> Holder | None:
         """None if it cannot be read."""
         try:
-            value: Any = parse_json(self.content, LOCK)
-            fields = [value[name] for name in Holder._fields]
-        except (FileError, KeyError, TypeError):
+            value = parse_json(self.content, LOCK)
+        except FileError:
             return None
-        return (
-            Holder(*fields)
-            if all(type(x) is (int if n == "pid" else str) for n, x in zip(Holder._fields, fields, strict=True))
-            else None
-        )  # noqa: E501
+        match value:
+            case {"host": str(), "space": str(), "pid": int(), "started": str(), "token": str()}:
+                return Holder(**{name: value[name] for name in Holder._fields})
+        return None
 
 
 @contextlib.contextmanager
@@ -118,8 +117,8 @@ def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
     content = json.dumps(me._asdict()).encode()
     while not _create(path, content):
         seen = Seen.at(path)
-        if seen is not None and _given_up(path, seen):
-            _remove(path, seen.content)
+        if seen is not None and _given_up(path, seen) and _take_over(path, seen, content):
+            break
     done = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, content, done), daemon=True, name="heartbeat")
     heart.start()
@@ -171,8 +170,28 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     return True
 
 
+def _take_over(path: pathlib.Path, seen: Seen, content: bytes) -> bool:
+    """Puts this lock in the place of one that was given up; False if somebody else was faster, or is about to be."""
+    claim = path.with_name(f".{LOCK}.{zlib.crc32(seen.content):08x}")
+    if not _create(claim, b""):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - claim.stat().st_mtime > SILENCE:  # whose process has died just there
+                claim.unlink()
+        time.sleep(LOOK / 10)
+        return False
+    try:
+        # As long as there is the claim, nobody else puts anything in its place: what is there now stays.
+        now = Seen.at(path)
+        if now is None or now.content != seen.content:
+            return False
+        write_file(path, content)
+        return True
+    finally:
+        claim.unlink(missing_ok=True)
+
+
 def _remove(path: pathlib.Path, content: bytes) -> None:
-    """Takes away the lock with this content; one that somebody else has made meanwhile is put back."""
+    """Takes away this lock; one that somebody else has put in its place is put back."""
     aside = path.with_name(f".{LOCK}.{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)  # of several who do this, one succeeds

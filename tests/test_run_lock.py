@@ -114,23 +114,26 @@ def test_a_lock_that_cannot_be_read_does_not_block_for_ever(content, tmp_path, c
     assert "a process that its lock does not name" in capsys.readouterr().err
 
 
-def test_of_many_that_take_over_one_succeeds(tmp_path):
+def test_of_many_that_take_over_one_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "LOOK", 0.02)
     for _ in range(20):
         leave(tmp_path, started="1")
-        together, held = threading.Barrier(4), []
+        together, inside, most = threading.Barrier(4), [], []
 
         def take():
             together.wait()  # noqa: B023
             with contextlib.suppress(LockError), hold(tmp_path):
-                held.append(1)  # noqa: B023
+                inside.append(1)  # noqa: B023
                 time.sleep(0.05)
+                most.append(len(inside))  # noqa: B023
+                inside.pop()  # noqa: B023
 
         threads = [threading.Thread(target=take) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(held) == 1 and not list(tmp_path.iterdir())
+        assert set(most) == {1} and not list(tmp_path.iterdir())
 
 
 def test_who_loses_the_lock_while_it_stands_still_ends(tmp_path):

@@ -47,6 +47,17 @@ def test_the_first_one_ends_a_command(place):
     assert process.returncode == INTERRUPTED and error == "pixel-jax eval: interrupted\n" and out == "kept"
 
 
+def test_commands_listen():
+    """Wherever a command is: the module's own code stands for it."""
+    work = "lambda *words: print('kept', end='') or print('works', file=sys.stderr, flush=True) or time.sleep(600)"
+    code = f"from pixel_jax import cli, view; view.main = {work}; sys.argv = ['pixel-jax', 'view', 'a.json']"
+    process = start(code, "cli.main()")
+    assert process.stderr.readline() == "works\n"
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED and error == "pixel-jax view: interrupted\n" and out == "keptkept"
+
+
 @pytest.mark.parametrize("place", ["compiled code", "a handler of all exceptions"])
 def test_the_second_one_ends_a_run_that_saves_first(place):
     process = start("SIGNALS.listen('pixel-jax sft'); SIGNALS.save_first()", PLACES[place])
