@@ -173,12 +173,12 @@ class Endpoint:
             except TimeoutError:
                 problem = f"no whole answer in {self.timeout} s"
             except httpx2.HTTPError as error:
-                problem = self._hide(f"{type(error).__name__}: {error}")
+                problem = self._said(f"{type(error).__name__}: {error}")
             else:
-                said = self._hide(content.decode("utf-8", "replace")).strip()[:300]
+                said = self._said(content.decode("utf-8", "replace"))
                 packed = headers.get("content-encoding", "identity").strip().lower() not in ("", "identity")
                 if status in SETUP:
-                    where = self._hide(f" to {headers['location']}") if "location" in headers else ""
+                    where = f" to {self._said(headers['location'])}" if "location" in headers else ""
                     raise EndpointError(f"{self.url} answers {status}{where}: {said}")
                 if 200 <= status < 300 and packed:
                     problem = "what it answers is packed, which it was asked not to be"
@@ -239,6 +239,10 @@ class Endpoint:
             text = text.replace(written, "***") if written else text
         return text
 
+    def _said(self, text: str) -> str:
+        """What an endpoint says, as a message shows it: without the key, and not at any length."""
+        return self._hide(text).strip()[:300]
+
     def _reveals(self, text: str) -> bool:
         return self._hide(text) != text
 
@@ -248,12 +252,12 @@ class Endpoint:
             case {"choices": [{"message": dict(message)} as choice, *_]}:
                 reason = choice.get("finish_reason")
                 if message.get("refusal"):
-                    raise NoAnswerError(self._hide(f"the model refuses: {message['refusal']}"))
+                    raise NoAnswerError(f"the model refuses: {self._said(str(message['refusal']))}")
                 if reason in ("length", "content_filter"):
                     raise NoAnswerError(f"the answer was cut off ({reason})")
                 text = message.get("content")
                 if not isinstance(text, str) or not text.strip():
-                    raise NoAnswerError(self._hide(f"the answer has no text (finish_reason {reason!r})"))
+                    raise NoAnswerError(f"the answer has no text (finish_reason {self._said(repr(reason))})")
                 if not is_text(text):
                     raise NoAnswerError("the answer is no text: it has half a surrogate pair")
                 if self._reveals(text):

@@ -8,6 +8,7 @@ of seconds stand behind that, for what nobody thought of.
 import contextlib
 import contextvars
 import functools
+import logging as python_logging
 import math
 import re
 import threading
@@ -15,6 +16,9 @@ import time
 from collections.abc import Iterator
 
 from absl import logging
+
+# It logs every text that it gives up, whole: a policy could fill a disk. What is given up is said below, in a line.
+python_logging.getLogger("math_verify").setLevel(python_logging.ERROR)
 
 LONGEST = 200  # characters of a formula: answers, not essays
 SECONDS = 5  # one parse or one comparison may take, in the main thread (the limit is a signal)
@@ -96,10 +100,7 @@ def budget(seconds: float) -> Iterator[None]:
 @contextlib.contextmanager
 def charged() -> Iterator[bool]:
     """Around a use of math-verify: whether there is budget left for it; what it takes is taken off."""
-    left = _left.get()
-    if left is None:
-        yield True
-        return
+    left = _left.get() or [math.inf]
     if left[0] <= 0:
         yield False
         return
@@ -107,7 +108,10 @@ def charged() -> Iterator[bool]:
     try:
         yield True
     finally:
-        left[0] -= time.thread_time() - began
+        took = time.thread_time() - began
+        left[0] -= took
+        if took > 0.8 * SECONDS:
+            logging.warning("an answer was given up after %.1f s, as too large a formula: it counts as different", took)
         if left[0] <= 0:
             logging.warning("the time for formulas is spent: those that are left count as different")
 

@@ -62,12 +62,17 @@ def references_of(answer: str | Sequence[str]) -> list[str]:
     return found
 
 
+def without_thoughts(response: str) -> str:
+    """`response` without what is within <think>, which the prompt may have opened and a limit may have left open."""
+    return re.split("</think>", THOUGHTS.sub("", response), flags=re.IGNORECASE)[-1]
+
+
 def given_answer(response: str) -> str | None:
     """What a response gives as its answer: the last complete \\boxed{}, else what is within the last <answer>; None without.
 
     What is thought aloud, in <think>, is no answer unless there is none outside.
     """
-    for text in dict.fromkeys((THOUGHTS.sub("", response), response)):
+    for text in dict.fromkeys((without_thoughts(response), response)):
         if (boxed := last_boxed(text)) is not None:
             return boxed
         if (tagged := last_tagged(text)) is not None:
@@ -167,7 +172,7 @@ def by_rule(response: str, references: Sequence[str]) -> float | None:
     """
     found = given_answer(response)
     if found is None:
-        said = THOUGHTS.sub("", response)
+        said = without_thoughts(response)
         numbers = [] if TAG.search(said) else WRITTEN.findall(said)
         if not numbers:
             return None

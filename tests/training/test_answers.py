@@ -68,6 +68,8 @@ from pixel_jax.training.scorers import RULES, Reference, Scorer, ScorerConfig
         ("<think>I count 3</think>\n<answer>\nnone at all\n</answer>", "3", 0),
         ("<think>I count 3</think> They are many.", "3", 0),
         ("<think>I count 3, no", "3", 0),
+        ("I count 3.</think> They are many.", "3", 0),  # the prompt has opened it
+        (r"So \boxed{3}?</think> No, \boxed{4}.", "4", 1),
         ("I count 3. <answer>no", "3", 0),
         (r"<think>\boxed{3}?</think><answer>4</answer>", "4", 1),
         (r"<think>So it is \boxed{3}.</think>", "3", 1),
