@@ -41,7 +41,16 @@ def all_finite(tree: Any) -> jax.Array:
 
 def check_deterministic(loss: Callable, params: Params, example: Example) -> None:
     """No random numbers in the loss: dropout would make a gradient before and one after the edit differ by noise."""
-    found = sorted(set(primitives(jax.make_jaxpr(loss)(params, example).jaxpr)) & set(RANDOM))
+    try:
+        jaxpr = jax.make_jaxpr(loss)(params, example).jaxpr
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of Flax, which is not needed here
+            raise
+        raise ValueError(
+            "the loss changes a Flax module, as dropout that is left on counts its random numbers: call model.eval() first, and "
+            f"keep other state out of the loss. Flax says: {error}"
+        ) from error
+    found = sorted(set(primitives(jaxpr)) & set(RANDOM))
     if found:
         raise ValueError(
             f"the loss draws random numbers ({', '.join(found)} in its jaxpr): turn dropout off, and fix whatever else "
