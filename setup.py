@@ -32,7 +32,7 @@ setup(
         "ml-collections>=1.1",
         "absl-py>=2.3",
         "numpy>=2.1",
-        "scipy>=1.14.1",
+        "scipy>=1.15",
         "pillow>=12.3",
         "rich>=14.0",
         "math-verify>=0.8",

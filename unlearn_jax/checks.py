@@ -58,7 +58,15 @@ def check_loss(loss: Callable, params: Params, example: Example) -> None:
     Random numbers, as of dropout, would make a gradient before and one after the edit differ by noise. Those of Python and
     NumPy are drawn when the loss is traced: two traces are compared, operation by operation and number by number.
     """
-    jaxpr = jax.make_jaxpr(functools.partial(sum_and_weight, loss))(params, example)
+    try:
+        jaxpr = jax.make_jaxpr(functools.partial(sum_and_weight, loss))(params, example)
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of Flax, which is not needed here
+            raise
+        raise ValueError(
+            "the loss changes a Flax module, as dropout that is left on counts its random numbers: call model.eval() first, and "
+            f"keep other state out of the loss. Flax says: {error}"
+        ) from error
     total = jaxpr.out_avals[0]
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise ValueError(f"the loss returns {total.dtype}, which has no gradient; it must be a floating point number")

@@ -16,6 +16,7 @@ import numpy as np
 from unlearn_jax.loss import Example, has_field
 
 ID = "id"
+MOST = 2**40  # examples; what says it has more repeats without an end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,6 +102,7 @@ class _Arrays:
     def __init__(self, data: Example):
         self._ids = np.asarray(data[ID]) if has_field(data, ID) else None
         data = {name: x for name, x in data.items() if name != ID} if has_field(data, ID) else data
+        _check_fields(data, "the dataset")
         self.data = jax.tree.map(np.asarray, data)
         leaves = jax.tree_util.tree_leaves_with_path(self.data)
         if not leaves:
@@ -134,7 +136,20 @@ class _Examples:
                 f"a dataset is a dictionary of arrays or has a length and integer indexing, like a Grain source; "
                 f"{type(data).__name__} has not"
             )
+        if len(data) > MOST:
+            raise ValueError(
+                f"the source says it has {len(data)} examples: it repeats without an end (as Grain's `.repeat()`), and an edit "
+                f"looks at every example once; give it as it is before it repeats"
+            )
         self.data = data
+        for row in sorted({0, len(data) - 1}) if len(data) else ():
+            once, again = self.data[row], self.data[row]
+            _check_fields(once, f"example {row}")
+            if not _alike(once, again):
+                raise ValueError(
+                    f"example {row} is another one at every read: what an edit is to take back must be what was trained on; "
+                    f"turn augmentation off, or store its outcome in the examples"
+                )
 
     def __len__(self) -> int:
         return len(self.data)
@@ -160,6 +175,32 @@ class _Examples:
         for pairs in zip(*leaves, strict=True):
             stacked.append(np.stack([np.asarray(leaf) for _, leaf in pairs]))
         return jax.tree.unflatten(jax.tree.structure(examples[0]), stacked)
+
+
+def _check_fields(data: Any, where: str) -> None:
+    """Arrays of numbers, in dictionaries or other containers but lists: JAX takes a list for a container of its elements."""
+    for name, field in data.items() if isinstance(data, Mapping) else ():
+        if name == ID:
+            continue
+        if isinstance(field, Mapping):
+            _check_fields(field, f"{name!r} of {where}")
+        if isinstance(field, list):
+            raise ValueError(
+                f"the field {name!r} of {where} is a list: make it an array (np.asarray; with_format('numpy') of a Hugging Face "
+                f"dataset), padded to one length"
+            )
+        text = isinstance(field, str | bytes)
+        if text or (isinstance(field, np.ndarray | np.generic) and field.dtype.kind in "USO"):
+            kind = type(field).__name__ if text else field.dtype
+            raise ValueError(
+                f"the field {name!r} of {where} holds {kind}, not numbers, which no loss can read: leave it out"
+            )
+
+
+def _alike(a: Example, b: Example) -> bool:
+    one, two = jax.tree.leaves(a), jax.tree.leaves(b)
+    same = lambda x, y: np.array_equal(x, y) or np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind in "fc")
+    return len(one) == len(two) and all(map(same, one, two))
 
 
 def _is_tree_of_arrays(data: Any) -> bool:

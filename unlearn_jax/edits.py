@@ -30,6 +30,11 @@ class Edit(abc.ABC):
     def __post_init__(self):
         if isinstance(self.ids, str | bytes) or np.ndim(self.ids) != 1:
             raise ValueError(f"{type(self).__name__} takes a sequence of ids, not {self.ids!r}")
+        if len(self.ids) and all(isinstance(x, bool | np.bool_) for x in self.ids):
+            raise ValueError(
+                f"{type(self).__name__} takes ids, not a mask of {len(self.ids)} true and false: np.flatnonzero(mask) are the "
+                f"ids of examples that are named by their row, ids[mask] those of others"
+            )
 
     @abc.abstractmethod
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example] | None:
@@ -124,8 +129,12 @@ class MaskTokens(Edit):
         return new
 
 
-def apply(dataset: Dataset, edits: Sequence[Edit], loss: Any = None) -> Dataset:
-    """The dataset as it should have been. `loss` tells which elements carry loss; only a `Loss` can."""
+def apply(dataset: Any, edits: Sequence[Edit], loss: Any = None) -> Dataset:
+    """The dataset as it should have been: of a `Dataset` or of what `Dataset.of` takes, such as a dictionary of arrays.
+
+    loss: tells which elements carry loss; only a `Loss` can.
+    """
+    dataset = Dataset.of(dataset)
     for edit in [edits] if isinstance(edits, Edit) else edits:
         if not isinstance(edit, Edit):
             raise TypeError(f"an edit is Remove, ModifyQuery, CorrectResponse or MaskTokens, not {edit!r}")

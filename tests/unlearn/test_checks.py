@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from flax import nnx
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -40,6 +41,13 @@ def test_dropout_is_refused(rng, where):
 
     with pytest.raises(ValueError, match=r"random numbers \(random_bits in its jaxpr\): turn dropout off"):
         run(Loss(dropout, CrossEntropy()), toys.sequences(rng), rng)
+
+
+def test_dropout_of_flax_that_is_left_on_is_refused(rng):
+    dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    noisy = Loss(lambda params, example: dropout(toys.network(params, example)), CrossEntropy())
+    with pytest.raises(ValueError, match=r"dropout that is left on .* call model.eval\(\) first.*Flax says: Cannot"):
+        run(noisy, toys.sequences(rng), rng)
 
 
 def test_primitives_are_found_wherever_they_are():

@@ -69,6 +69,16 @@ def test_a_dataset_is_a_dataset():
         ({"x": np.ones(2)}, np.ones(3), r"weights of shape \(3,\) for 2 examples"),
         ({"x": np.ones(2)}, np.array([1.0, -1.0]), "weights must be finite, not negative"),
         (iter([1]), None, "like a Grain source; list_iterator has not"),
+        ({"x": np.ones(2), "text": np.array(["a", "b"])}, None, "'text' of the dataset holds <U1, not numbers"),
+        (
+            {"x": np.ones(2), "n": {"t": np.array([{}, {}])}},
+            None,
+            "'t' of 'n' of the dataset holds object, not numbers",
+        ),
+        ({"x": [[1, 2], [3, 4]]}, None, "'x' of the dataset is a list: make it an array"),
+        ([{"x": [1, 2]}, {"x": [3, 4]}], None, "'x' of example 0 is a list: make it an array .*with_format"),
+        ([{"x": np.ones(2), "text": "a"}], None, "'text' of example 0 holds str, not numbers"),
+        (grain.MapDataset.source(Source()).repeat(), None, "it repeats without an end"),
     ],
 )
 def test_malformed(data, weights, message):
@@ -80,3 +90,29 @@ def test_ragged_examples_are_refused():
     ragged = Dataset.of([{"x": np.ones(2)}, {"x": np.ones(3)}])
     with pytest.raises(ValueError, match=r"example 1 has the fields .*\(3,\).*, example 0 has .*\(2,\).*: pad them"):
         ragged.take()
+
+
+def test_a_repetition_that_ends_is_a_dataset():
+    assert len(Dataset.of(grain.MapDataset.source(Source()).repeat(2))) == 12
+
+
+def test_a_source_that_augments_at_each_read_is_refused():
+    class Noisy(Source):
+        def __init__(self):
+            self.rng = np.random.default_rng(0)
+
+        def __getitem__(self, i):
+            return {**super().__getitem__(i), "x": self.rng.normal(size=2)}
+
+    with pytest.raises(ValueError, match="example 0 is another one at every read"):
+        Dataset.of(Noisy())
+
+
+def test_not_a_number_is_the_same_at_every_read():
+    assert len(Dataset.of([{"x": np.array([np.nan, 1.0])}])) == 1
+
+
+def test_a_dictionary_is_edited_as_a_dataset_is():
+    """As a second request is made: its data are what the first has left."""
+    left = apply(DATA, [Remove([3])])
+    assert left.ids.tolist() == [0, 1, 2, 4, 5] and apply(left, [Remove([5])]).ids.tolist() == [0, 1, 2, 4]

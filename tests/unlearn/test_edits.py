@@ -126,6 +126,12 @@ def test_malformed_requests(data, edits, message):
         apply(Dataset.of(data), edits, toys.LOSS)
 
 
+@pytest.mark.parametrize("mask", [np.arange(7) == 2, [False, True], np.ones(7, bool)])
+def test_a_mask_is_no_list_of_ids(mask):
+    with pytest.raises(ValueError, match=f"takes ids, not a mask of {len(mask)} true and false: np.flatnonzero"):
+        Remove(mask)
+
+
 def test_what_is_no_edit(data):
     with pytest.raises(TypeError, match=r"edits are a list: \[Remove\(...\)\]"):
         apply(Dataset.of(data), Remove([1]))

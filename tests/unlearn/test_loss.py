@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from unlearn_jax import CrossEntropy, Loss, SquaredError
+from unlearn_jax import CrossEntropy, Dataset, Loss, SquaredError
 from unlearn_jax.loss import require_parts, sum_and_weight
+from unlearn_jax.metrics.tokens import score
+from unlearn_jax.objective import element_counts
 
 LOGITS = np.array([[1.0, 2.0, -1.0], [0.0, 0.5, 3.0], [4.0, -2.0, 0.0]], np.float32)
 
@@ -105,3 +107,21 @@ def test_a_loss_is_a_pytree_that_carries_the_base_model_as_an_argument():
         assert any(leaf is base for leaf in leaves) and tree.unflatten(leaves).mask == "loss_mask"
         assert np.isfinite(total(Loss(Partial(outputs, base), Partial(CrossEntropy())), base, example))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("mask", ["loss_mask", None])
+def test_labels_that_do_not_count_must_be_masked(mask):
+    """Hugging Face's -100 is no class; what says so is a mask."""
+    loss = Loss(lambda params, example: params * example["x"], CrossEntropy(), mask)
+    batch = {"x": np.ones((2, 3, 4)), "labels": np.array([[-100, 1, 2], [-100, 0, 1]])}
+    with pytest.raises(ValueError, match="the label -100 in 'labels' counts as a class: mask it out"):
+        element_counts(loss, np.float32(1), Dataset.of(batch))
+    with pytest.raises(ValueError, match="the label -100 in 'labels' counts as a class"):
+        score(loss, np.float32(1), batch)
+    masked = Loss(loss.outputs, CrossEntropy(), "loss_mask")
+    assert element_counts(masked, np.float32(1), Dataset.of({**batch, "loss_mask": batch["labels"] >= 0})).tolist() == [
+        2,
+        2,
+    ]
+    with pytest.raises(ValueError, match="counts as a class"):
+        element_counts(masked, np.float32(1), Dataset.of({**batch, "loss_mask": np.ones((2, 3))}))
