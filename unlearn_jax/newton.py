@@ -229,7 +229,8 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
                 break
         objective = finished(curved(problem.curved, now, key, config))
         if _by_krylov(config):
-            share = SHARE if follows and work.limited else 1.0
+            # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
+            share = SHARE if follows and work.limited and tilted <= config.rtol * first else 1.0
             space, middle = _krylov(objective, now, b, damping, config, work, share)
             solution, pairs = _from(space, objective, b), space.pairs()
         else:
@@ -301,13 +302,12 @@ def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array
     """(sums of the edited data's examples, grad R', grad R - grad R') at params."""
     sums, gradient = finished(problem.edited.sums_and_gradient(params))
     work.gradients(problem.edited)
-    check_finite(sums, problem.ids)
     check_gradient(gradient, problem.edited, params, problem.ids)
-    if problem.leaving is not None:
-        check_finite(problem.leaving.per_example(params), problem.touched_ids)
     change = finished(problem.change(params, gradient))
     if problem.leaving is not None:
         check_gradient(change, problem.leaving, params, problem.touched_ids)
+        check_finite(finished(problem.leaving.per_example(params)), problem.touched_ids)
+    check_finite(sums, problem.ids)
     work.gradients(problem.leaving, 1 if problem.shrink == 1 else 2)
     return sums, gradient, change
 
@@ -349,11 +349,13 @@ def _krylov(
     while True:
         space.extend(lambda v: finished(matvec(v)))
         work.products(objective, 1, config)
-        values = space.values()
-        least = 2 * max(-values[0], 0.0)
-        mu = config.damping_fraction * max(values[-1], 0.0) + least if damping is None else max(damping, least)
+        values = [float(x) for x in space.values()]
+        if damping is None:
+            mu = config.damping_fraction * max(values[-1], 0.0) + 2 * max(-values[0], 0.0)
+        else:
+            mu = max(damping, -2 * (values[0] + decay))
         if not mu + decay > 0:
-            mu = float(jnp.finfo(jnp.float32).eps) * max(float(abs(values).max()), space.size)
+            mu = float(jnp.finfo(jnp.float32).eps) * max(*map(abs, values), space.size)
         if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= steps:
             return space, mu
 
