@@ -59,6 +59,10 @@ def lbfgs(
         values.append(float(before))
         log(len(values), values[-1], float(norm))
         spent = evaluations + int(after[-1].info.num_linesearch_steps)
+        if known is not None and len(values) == 1 and norm > tolerance and not after[-1].value < before:
+            # Between origin and start the curvature was negative, or what was known was wrong: no way down along that.
+            state, known, values, evaluations = _start(memory, start), None, [], spent + 1
+            continue
         if ends is None:
             ends, value_there = (after[0].updates, after[0].updates), before
         if norm <= tolerance or not moved > 0 or spent > max_evaluations:

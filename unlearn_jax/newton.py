@@ -232,7 +232,8 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
             share = SHARE if follows and work.limited and tilted <= config.rtol * first else 1.0
             space, middle = _krylov(objective, now, b, damping, config, work, share)
-            solution, pairs = _from(space, objective, b), space.pairs()
+            solution = _from(space, objective, b)
+            pairs = space.pairs() if problem.curved is problem.edited else []  # a sample's curvature is not J's
         else:
             middle = _middle(objective, now, damping, key, config, work)
             solution, pairs = _directly(objective, now, b, key, config, work), []
@@ -483,8 +484,6 @@ def _finish(
 ) -> tuple[Params, Finish]:
     """From params + delta to where |grad J| is the tolerance."""
     began = time.perf_counter()
-    if known is not None:
-        known = known._replace(origin=optax.tree.zeros_like(delta))
     value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
     found = lbfgs(value, delta, tolerance=tolerance, max_evaluations=evaluations, known=known)
     work.gradients(J.objective, found.evaluations)

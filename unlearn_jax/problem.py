@@ -46,12 +46,13 @@ class Problem:
         """grad R - grad R', given grad R' = `gradient`."""
         if self.leaving is None:
             return optax.tree.zeros_like(gradient)
-        change = self.leaving.gradient(params)
+        # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
+        change = jax.block_until_ready(self.leaving.gradient(params))
         if self.shrink == 1:
             return change
         decay = float(self.edited.weight_decay)
         kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
-        rest = jax.tree.map(kept, gradient, self.entering.gradient(params), params)
+        rest = jax.tree.map(kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
         return optax.tree.add_scale(change, self.shrink - 1, rest)
 
 
