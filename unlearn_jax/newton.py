@@ -485,7 +485,8 @@ def _finish(
     """From params + delta to where |grad J| is the tolerance."""
     began = time.perf_counter()
     value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
-    found = lbfgs(value, delta, tolerance=tolerance, max_evaluations=evaluations, known=known)
+    options = {"max_evaluations": evaluations, "known": known, "resolution": J.rounding()}
+    found = lbfgs(value, delta, tolerance=tolerance, **options)
     work.gradients(J.objective, found.evaluations)
     actual = found.value - float(found.values[0])
     if not actual <= 0:
@@ -531,7 +532,7 @@ def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: floa
     which = "the budget of epochs" if evaluations < config.finish_evaluations else "finish_evaluations"
     stopped = f"at its limit of {evaluations:g} evaluations ({which})"
     if finish.evaluations < evaluations - 1:
-        stopped = "where no way down was found any more"
+        stopped = "where rounding hides every way further down"
     return [
         f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
         f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"

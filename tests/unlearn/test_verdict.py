@@ -9,8 +9,11 @@ import pytest
 import softmax
 import toys
 
-from unlearn_jax import CorrectResponse, CrossEntropy, Loss, ModifyQuery, Remove, erase
+from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, ModifyQuery, Remove, apply, erase
+from unlearn_jax.checks import primitives
+from unlearn_jax.config import resolve
 from unlearn_jax.lbfgs import Known, lbfgs
+from unlearn_jax.problem import make_problem
 from unlearn_jax.solvers import Krylov, cg
 
 LINEAR = Loss(lambda params, example: (example["x"] @ params)[None], CrossEntropy(), mask=None)
@@ -79,8 +82,12 @@ def test_more_examples():
 
 
 def test_without_a_limit_the_default_goes_on_to_the_retrain(as_many_parameters):
-    error, _, report = as_many_parameters.erase(epochs="unlimited", rtol=0.01)
-    assert error < 5e-3 and report.limits == []
+    error, _, report = as_many_parameters.erase(epochs="unlimited", rtol=0.03)
+    assert error < 1e-2 and report.limits == []
+    # What float32 cannot resolve ends it, and not a thousand evaluations.
+    error, _, report = as_many_parameters.erase(epochs="unlimited", rtol=1e-3)
+    assert error < 2e-3 and report.finish.evaluations < 200
+    assert any("where rounding hides" in limit for limit in report.limits)
 
 
 def test_a_large_share_is_removed(fewer_parameters):
@@ -98,8 +105,8 @@ def test_a_budget_that_ends_early_says_so(as_many_parameters):
         _, _, report = as_many_parameters.erase(epochs=5.0)
     assert report.epochs <= 5 and any("L-BFGS stopped at its limit" in limit for limit in report.limits)
     with pytest.warns(UserWarning, match="a retrain would have been cheaper"):
-        _, _, report = as_many_parameters.erase(training_epochs=3, epochs=4.5)
-    assert report.epochs > 3
+        _, _, report = as_many_parameters.erase(training_epochs=2, epochs=4.5)
+    assert report.epochs > 2
 
 
 @pytest.fixture
@@ -245,6 +252,24 @@ def test_an_array_that_the_data_says_nothing_of_does_not_stop_the_edit(x64):
     assert beside.report.unfinished < 1e-6
     np.testing.assert_allclose(beside.delta["w"], alone.delta["w"], rtol=1e-6)
     assert not beside.delta["idle"].any()
+
+
+def test_what_is_constant_is_computed_once(small):
+    """The same edit, and nothing of the lower layers in the programs that are run again and again."""
+    data, params = small
+    lower = lambda example: jax.scipy.special.erf(example["x"])
+    upper = lambda params, hidden: jnp.tanh(hidden @ params["a"]) @ params["b"]
+    whole = Loss(lambda params, example: upper(params, lower(example)), CrossEntropy())
+    apart = Loss(lambda params, example, hidden: upper(params, hidden), CrossEntropy(), constant=lower)
+    config = {"weight_decay": 1e-2, "curvature": "ggn"}
+    edits = [Remove([3]), ModifyQuery([5], {"x": data["x"][5:6] + 1})]
+    one, two = (erase(loss, params, data, edits, config) for loss in (whole, apart))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), one.delta, two.delta)
+    before = Dataset.of(data)
+    for loss, found in ((whole, True), (apart, False)):
+        problem = make_problem(loss, params, before, apply(before, edits, loss), resolve(config))
+        jaxpr = jax.make_jaxpr(lambda objective, params: objective.gradient(params))(problem.edited, params)
+        assert ("erf" in set(primitives(jaxpr.jaxpr))) == found
 
 
 def test_a_krylov_space_holds_the_iterates_of_conjugate_gradients(x64):
