@@ -123,7 +123,7 @@ def sample_labels(objective: Objective, params: Params, key: jax.Array) -> Objec
         raise ValueError(f"the sampled Fisher product draws labels: give {loss.criterion!r} `sample(key, z, example)`")
 
     def sample(index, example):
-        z = loss.outputs(params, example)
+        z = loss.z(params, example)
         example = loss.criterion.sample(jax.random.fold_in(key, index), z, example)
         mask = loss.element_mask(example)
         # g = sum_t sqrt(m_t) g_t has the expectation sum_t m_t g_t g_t' of its square, whatever the weights m_t.
@@ -211,7 +211,7 @@ _FUNCTIONS = {"hessian": _hvp, "ggn": _ggnvp, "empirical_fisher": _fvp}
 
 def _outputs(part: Objective, params: Params) -> Params:
     loss = require_parts(part.loss, "the Gauss-Newton product")
-    return jax.vmap(lambda example: loss.outputs(params, example))(part.examples)
+    return jax.vmap(lambda example: loss.z(params, example))(part.examples)
 
 
 def _criterion(loss: Loss) -> Callable:

@@ -228,7 +228,7 @@ def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: fl
             f"should be: the edit aims at a retrain by the same recipe, keeps that gradient as it is, and no L-BFGS follows "
             f"the step. Only where retrains would run to the minimum set residual='keep'"
         )
-    if config.residual == "keep" and descent.residual_gradient > UNFINISHED * descent.edit:
+    if config.residual == "keep" and descent.edit and descent.residual_gradient > UNFINISHED * descent.edit:
         before, after = descent.loss
         limits.append(
             f"residual='keep' went on training: |grad R| was {descent.residual_gradient:.2g} at the adapter, the part of the "

@@ -11,6 +11,8 @@ import optax
 
 from unlearn_jax.loss import Params
 
+PATIENCE = 10  # steps
+
 
 class Minimum(NamedTuple):
     """What `lbfgs` returns."""
@@ -40,6 +42,7 @@ def lbfgs(
     max_steps: float = float("inf"),
     memory: int = 20,
     known: Known | None = None,
+    resolution: float = 0.0,
     log: Callable[[int, float, float], None] = lambda step, value, norm: None,
 ) -> Minimum:
     """Descends `value` from `start` (Liu and Nocedal 1989).
@@ -47,30 +50,44 @@ def lbfgs(
     value:  params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays
     log:    `log(step, value, norm of the gradient)`, called in every step
 
+    resolution: differences of the value below it are rounding
+
     Stops at the tolerance on the gradient's norm, where the line search finds no way down any more, or before a step that
     would exceed a limit. With `known` the first step has the length of a Newton step, not of the gradient.
     """
     params, state, values, evaluations, norm = start, _start(memory, start), [], 1, jnp.inf
     if known is not None:
         state = (_seeded(state[0], known, memory), *state[1:])
-    ends = value_there = None
+    ends, value_there, norms = None, None, []
     while len(values) < max_steps and (evaluations < max_evaluations or not values):
         before, norm, moved, found, after = _step(memory, value, params, state)
         values.append(float(before))
         log(len(values), values[-1], float(norm))
         spent = evaluations + int(after[-1].info.num_linesearch_steps)
+        if known is not None and len(values) == 1 and norm > tolerance and not after[-1].value < before:
+            # Between origin and start the curvature was negative, or what was known was wrong: no way down along that.
+            state, known, values, evaluations = _start(memory, start), None, [], spent + 1
+            continue
         if ends is None:
             ends, value_there = (after[0].updates, after[0].updates), before
         if norm <= tolerance or not moved > 0 or spent > max_evaluations:
             break
         params, state, evaluations, norm = found, after, spent, _norm(after[-1].grad)
         ends, value_there = (ends[0], after[-1].grad), after[-1].value
-        if norm <= tolerance:
+        norms.append(float(norm))
+        if norm <= tolerance or _stands_still(values, norms, resolution):
             break
     return Minimum(params, np.array(values), float(value_there), float(norm), evaluations, ends)
 
 
 _norm = jax.jit(optax.tree.norm)
+
+
+def _stands_still(values: list[float], norms: list[float], resolution: float) -> bool:
+    """For so many steps neither the value fell by more than rounding nor the gradient to a half."""
+    if not resolution or len(values) <= PATIENCE:
+        return False
+    return values[-PATIENCE] - values[-1] <= resolution and min(norms[-PATIENCE:]) > 0.5 * min(norms[:-PATIENCE])
 
 
 def _seeded(state: Any, known: Known, memory: int) -> Any:

@@ -25,6 +25,7 @@ import numpy as np
 Params = Any  # a pytree of floating point arrays
 Example = Any  # a pytree of arrays; usually a dictionary
 MASK = "loss_mask"
+CONSTANT = "constant"  # the field with what `Loss.constant` returns, where it has been computed already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +73,31 @@ class Loss:
                which draws labels from the model and returns the example with them (see `CrossEntropy`)
     mask:      the field that weights the elements. Examples without the default field count every element once, as all do
                with None
+    constant:  `constant(example)`, what is the same for all parameters: the hidden states in front of the lowest adapted
+               layer. `erase` computes it once for every example and keeps it in memory beside them; the outputs are then
+               `outputs(params, example, constant)`:
+
+        Loss(lambda params, example, hidden: upper(params, hidden), CrossEntropy(), constant=lower)
     """
 
     outputs: Callable[[Params, Example], Any]
     criterion: Callable[[Any, Example], jax.Array]
     mask: str | None = MASK
+    constant: Callable[[Example], Any] | None = None
 
     def __call__(self, params: Params, example: Example) -> tuple[jax.Array, jax.Array]:
-        return self.reduce(self.outputs(params, example), example)
+        return self.reduce(self.z(params, example), example)
+
+    def z(self, params: Params, example: Example) -> Any:
+        """The outputs, from the constant part where the example has it."""
+        if self.constant is None:
+            return self.outputs(params, example)
+        constant = example[CONSTANT] if has_field(example, CONSTANT) else self.constant(example)
+        return self.outputs(params, example, constant)
 
     def element_losses(self, params: Params, example: Example) -> jax.Array:
         """The loss of each element, [elements]; the mask is not applied."""
-        return self.criterion(self.outputs(params, example), example)
+        return self.criterion(self.z(params, example), example)
 
     def reduce(self, z: Any, example: Example) -> tuple[jax.Array, jax.Array]:
         """(sum, weight) from the outputs"""
@@ -123,11 +137,12 @@ class Loss:
             )
 
     def tree_flatten(self):
-        return (self.outputs, self.criterion), self.mask
+        return (self.outputs, self.criterion, self.constant), self.mask
 
     @classmethod
     def tree_unflatten(cls, mask, children):
-        return cls(*children, mask)
+        outputs, criterion, constant = children
+        return cls(outputs, criterion, mask, constant)
 
 
 def has_field(example: Example, name: str) -> bool:

@@ -229,9 +229,11 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
                 break
         objective = finished(curved(problem.curved, now, key, config))
         if _by_krylov(config):
-            share = SHARE if follows and work.limited else 1.0
+            # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
+            share = SHARE if follows and work.limited and tilted <= config.rtol * first else 1.0
             space, middle = _krylov(objective, now, b, damping, config, work, share)
-            solution, pairs = _from(space, objective, b), space.pairs()
+            solution = _from(space, objective, b)
+            pairs = space.pairs() if problem.curved is problem.edited else []  # a sample's curvature is not J's
         else:
             middle = _middle(objective, now, damping, key, config, work)
             solution, pairs = _directly(objective, now, b, key, config, work), []
@@ -301,13 +303,12 @@ def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array
     """(sums of the edited data's examples, grad R', grad R - grad R') at params."""
     sums, gradient = finished(problem.edited.sums_and_gradient(params))
     work.gradients(problem.edited)
-    check_finite(sums, problem.ids)
     check_gradient(gradient, problem.edited, params, problem.ids)
-    if problem.leaving is not None:
-        check_finite(problem.leaving.per_example(params), problem.touched_ids)
     change = finished(problem.change(params, gradient))
     if problem.leaving is not None:
         check_gradient(change, problem.leaving, params, problem.touched_ids)
+        check_finite(finished(problem.leaving.per_example(params)), problem.touched_ids)
+    check_finite(sums, problem.ids)
     work.gradients(problem.leaving, 1 if problem.shrink == 1 else 2)
     return sums, gradient, change
 
@@ -349,11 +350,13 @@ def _krylov(
     while True:
         space.extend(lambda v: finished(matvec(v)))
         work.products(objective, 1, config)
-        values = space.values()
-        least = 2 * max(-values[0], 0.0)
-        mu = config.damping_fraction * max(values[-1], 0.0) + least if damping is None else max(damping, least)
+        values = [float(x) for x in space.values()]
+        if damping is None:
+            mu = config.damping_fraction * max(values[-1], 0.0) + 2 * max(-values[0], 0.0)
+        else:
+            mu = max(damping, -2 * (values[0] + decay))
         if not mu + decay > 0:
-            mu = float(jnp.finfo(jnp.float32).eps) * max(float(abs(values).max()), space.size)
+            mu = float(jnp.finfo(jnp.float32).eps) * max(*map(abs, values), space.size)
         if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= steps:
             return space, mu
 
@@ -481,10 +484,9 @@ def _finish(
 ) -> tuple[Params, Finish]:
     """From params + delta to where |grad J| is the tolerance."""
     began = time.perf_counter()
-    if known is not None:
-        known = known._replace(origin=optax.tree.zeros_like(delta))
     value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
-    found = lbfgs(value, delta, tolerance=tolerance, max_evaluations=evaluations, known=known)
+    options = {"max_evaluations": evaluations, "known": known, "resolution": J.rounding()}
+    found = lbfgs(value, delta, tolerance=tolerance, **options)
     work.gradients(J.objective, found.evaluations)
     actual = found.value - float(found.values[0])
     if not actual <= 0:
@@ -530,7 +532,7 @@ def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: floa
     which = "the budget of epochs" if evaluations < config.finish_evaluations else "finish_evaluations"
     stopped = f"at its limit of {evaluations:g} evaluations ({which})"
     if finish.evaluations < evaluations - 1:
-        stopped = "where no way down was found any more"
+        stopped = "where rounding hides every way further down"
     return [
         f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
         f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import Example, Loss, Params, sum_and_weight
+from unlearn_jax.loss import CONSTANT, Example, Loss, Params, sum_and_weight
 
 Reduction = Literal["per_example", "per_token"]
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
@@ -90,6 +90,16 @@ class Objective:
         return dataclasses.replace(
             self, coefficients=_place(stacked, self.mesh), weight_decay=np.asarray(weight_decay, like.dtype)
         )
+
+    def with_constants(self) -> "Objective":
+        """What a `Loss` says is the same for all parameters is computed now, once, and kept beside the examples."""
+        if not isinstance(self.loss, Loss) or self.loss.constant is None:
+            return self
+        return dataclasses.replace(self, examples={**self.examples, CONSTANT: jax.block_until_ready(self._constants())})
+
+    @jax.jit
+    def _constants(self) -> Any:
+        return self.each(lambda part: jax.vmap(self.loss.constant)(part.examples))
 
     @jax.jit
     def value(self, params: Params) -> jax.Array:

@@ -46,12 +46,13 @@ class Problem:
         """grad R - grad R', given grad R' = `gradient`."""
         if self.leaving is None:
             return optax.tree.zeros_like(gradient)
-        change = self.leaving.gradient(params)
+        # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
+        change = jax.block_until_ready(self.leaving.gradient(params))
         if self.shrink == 1:
             return change
         decay = float(self.edited.weight_decay)
         kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
-        rest = jax.tree.map(kept, gradient, self.entering.gradient(params), params)
+        rest = jax.tree.map(kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
         return optax.tree.add_scale(change, self.shrink - 1, rest)
 
 
@@ -78,7 +79,7 @@ def make_problem(
     scaled = lambda dataset, total: weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
-    build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options))
+    build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
     join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
     edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
     leaving = entering = first_order = None

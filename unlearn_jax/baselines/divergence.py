@@ -14,8 +14,8 @@ def divergence(loss: Loss, reference: Params, params: Params, example: Example) 
     The Bregman divergence of the criterion. For cross-entropy it is KL(p_ref || p), for half the squared error half the
     squared distance; its Hessian in z at z_ref is that of the criterion, so its Hessian in the parameters is Gauss-Newton's.
     """
-    z = loss.outputs(params, example)
-    fixed = jax.lax.stop_gradient(loss.outputs(reference, example))
+    z = loss.z(params, example)
+    fixed = jax.lax.stop_gradient(loss.z(reference, example))
     moved = jax.tree.map(jnp.subtract, z, fixed)
     value, slope = jax.jvp(lambda z: loss.criterion(z, example), (fixed,), (moved,))
     bregman = lambda z, example: loss.criterion(z, example) - value - slope

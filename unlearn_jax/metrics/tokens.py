@@ -79,7 +79,7 @@ def _over(function, loss, examples, micro_batch, *params):
 @jax.jit
 def _statistics(objective, params):
     def one(loss, example):
-        logits = loss.outputs(params, example)
+        logits = loss.z(params, example)
         return token_statistics(logits, example[loss.criterion.labels], _mask(loss, example, logits))
 
     return objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
@@ -88,9 +88,9 @@ def _statistics(objective, params):
 @jax.jit
 def _divergence(objective, params, other):
     def one(loss, example):
-        logits = loss.outputs(params, example)
+        logits = loss.z(params, example)
         mask = _mask(loss, example, logits)
-        kl = jnp.where(mask != 0, token_kl(logits, loss.outputs(other, example)), 0.0)
+        kl = jnp.where(mask != 0, token_kl(logits, loss.z(other, example)), 0.0)
         return jnp.sum(kl * mask) / jnp.sum(mask)
 
     return objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))

@@ -73,12 +73,12 @@ class Krylov:
 
     def solve(self, damping: float):
         """(x, Info)"""
-        y, values = self.coefficients(damping), self.values()
+        y = self.coefficients(damping)
         x = optax.tree.zeros_like(self.basis[0])
         for c, v in zip(y, self.basis, strict=False):
             x = _add_scale(x, c, v)
         residual = jnp.asarray(self.residual(damping), jnp.float32)
-        negative = jnp.asarray(values[0] < -self._rounding())
+        negative = jnp.asarray(self.values()[0] + damping <= 0)
         return x, Info(residual, jnp.asarray(self.steps), negative, jnp.stack([jnp.ones_like(residual), residual]))
 
     def bend(self, damping: float) -> float:

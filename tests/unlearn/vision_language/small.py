@@ -55,7 +55,7 @@ def make_config(model, out, **changes) -> Config:
         adapter=AdapterConfig(rank=2, alpha=4.0),
         forward=ForwardConfig(remat=False),
         training=ConvergeConfig(tolerance=1e-4, max_steps=300),
-        erasure=ErasureConfig(weight_decay=1e-2, micro_batch=16),
+        erasure=ErasureConfig(weight_decay=1e-2, micro_batch=16, training_epochs=300.0),
         evaluation=EvaluationConfig(baselines=("L-BFGS", "fine-tune"), learning_rates=(1e-2,), batch=4),
     )
     return dataclasses.replace(config, **changes)
