@@ -33,6 +33,12 @@ class ImageWarning(UserWarning):
     """A part of a picture or video could not be read, or says something that is not followed; the rest was read."""
 
 
+def announce(what: str) -> None:
+    """Warns of something in a file, whose name and content may hold anything but reach no terminal as commands."""
+    shown = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in what)
+    warnings.warn(shown, ImageWarning, stacklevel=2)
+
+
 def rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
     """The pixels of a Pillow image, as a person would see it.
 
@@ -68,9 +74,7 @@ def orientation(image: Image.Image, name: str = "the image") -> int:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # a parser fed with hostile bytes raises errors of every kind
-        warnings.warn(
-            f"{name} has EXIF data that cannot be read ({error}): shown as stored", ImageWarning, stacklevel=2
-        )
+        announce(f"{name} has EXIF data that cannot be read ({error}): shown as stored")
         return 1
 
 

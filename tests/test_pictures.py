@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pixel_jax.data.images import read_image
-from pixel_jax.pictures import ImageError, rgb
+from pixel_jax.pictures import ImageError, ImageWarning, announce, rgb
 
 RANDOM = np.random.default_rng(0)
 PIXELS = RANDOM.integers(0, 256, (7, 10, 4), dtype=np.uint8)
@@ -98,3 +98,9 @@ def test_large_pictures_are_converted_in_stripes(monkeypatch):
 def test_values_without_a_scale_are_refused(mode):
     with pytest.raises(ImageError, match=f"the image has mode '{mode}', whose values have no scale: convert it"):
         rgb(Image.new(mode, (4, 4), 5))
+
+
+def test_what_is_announced_commands_no_terminal():
+    with pytest.warns(ImageWarning) as caught:
+        announce("\x1b]0;PWN\x07 is damaged\n\u202e Größe")
+    assert str(caught[0].message) == "\\x1b]0;PWN\\x07 is damaged\\n\\u202e Größe"

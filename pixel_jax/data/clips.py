@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ import numpy as np
 from pixel_jax.data.images import UNKNOWN
 from pixel_jax.data.limits import limits, room_for_decoding
 from pixel_jax.files import open_regular
-from pixel_jax.pictures import ImageError, ImageWarning
+from pixel_jax.pictures import ImageError, announce
 
 FRAMES = 16  # of a video (Pixel Reasoner §3); fewer if it has fewer
 MAX_PACKETS = 1 << 18  # an hour and more at sixty frames a second
@@ -160,7 +159,7 @@ class Clip:
     def _found(self, count: int) -> None:
         """Takes note that there are so many frames, whatever the container says."""
         if count < self.packets:
-            _announce(f"{self.name} has {self.packets} frames by its container, of which {count} can be shown")
+            announce(f"{self.name} has {self.packets} frames by its container, of which {count} can be shown")
         self.count = count
 
     @contextlib.contextmanager
@@ -214,7 +213,7 @@ class Clip:
         self.seconds = self.count / (self.rate or 2)
         whole = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
         if self.seconds < min(0.9 * whole, whole - 1):
-            _announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
+            announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
         bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
         # As decoders round up and add borders; frames that grow on the way have no room.
         self._most = (codec.width + 256) * max(codec.height + 128, 280)
@@ -240,11 +239,7 @@ class Clip:
                         lost += 1
         finally:
             if lost:
-                _announce(f"{self.name} is damaged: {lost} of its {self.packets} packets cannot be decoded")
-
-
-def _announce(what: str) -> None:
-    warnings.warn(what, ImageWarning, stacklevel=2)
+                announce(f"{self.name} is damaged: {lost} of its {self.packets} packets cannot be decoded")
 
 
 def _square(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]:
@@ -263,7 +258,7 @@ class _Picture:
         self.filters = [*([("scale", f"{shape[0]}:{shape[1]}")] if shape != self.size else []), *_turns(first)]
         self._graphs: dict[tuple, Any] = {}
         if first.color_trc in HDR:
-            _announce(
+            announce(
                 f"{name} is in high dynamic range ({HDR[first.color_trc]}) and shown without tone mapping: too pale"
             )
 

@@ -68,6 +68,7 @@ def image_size(source: str | os.PathLike | bytes | BinaryIO, *, name: str | None
             name, file = name or f"image of {len(source)} bytes", io.BytesIO(source)
         elif isinstance(source, str | os.PathLike):
             name, file = name or repr(os.fspath(source)), stack.enter_context(open_regular(source, ImageError))
+            stack.enter_context(room_for_content(os.fstat(file.fileno()).st_size, name))
         else:
             file = source
         image = stack.enter_context(_opened(file, name))

@@ -21,7 +21,7 @@ class Limits:
     """
 
     side: int = 65_535  # pixels of a picture or a frame; what JPEG can hold
-    pixels: int = 1 << 26  # of a picture or a frame
+    pixels: int = 1 << 26  # of a picture or a frame; Pillow itself stops pictures at 178,956,970
     memory: int = 4 << 30  # bytes: a quarter for the content of files, the rest for decoding
 
     def __post_init__(self):

@@ -137,6 +137,13 @@ def _open(source: Source) -> BinaryIO:
     return open_regular(source, ImageError)
 
 
+def _length(source: Source) -> int:
+    """Bytes that a file says it has, of those that are not in memory already."""
+    if isinstance(source, Member):
+        return open_archive(source.archive).getinfo(source.name).file_size
+    return 0 if isinstance(source, Stored) else source.stat().st_size
+
+
 @contextlib.contextmanager
 def _content(source: Source) -> Iterator[BinaryIO]:
     """A file that can be read anywhere. A member is unpacked into memory, once there is room for what it says it has."""
@@ -145,7 +152,7 @@ def _content(source: Source) -> Iterator[BinaryIO]:
             yield file
         return
     with _open_member(source) as file:
-        with room_for_content(open_archive(source.archive).getinfo(source.name).file_size, str(source)):
+        with room_for_content(_length(source), str(source)):
             try:
                 data = file.read()  # at most what it says; more is an error of its checksum
             except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -186,7 +193,8 @@ def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]
             return clip_size(file, str(sources[0]))
     sizes = []
     for source in sources:
-        with _open(source) as file:
+        # Of some formats Pillow reads the whole file to see its header.
+        with _open(source) as file, room_for_content(_length(source), str(source)):
             sizes.append(image_size(file, name=str(source)))
     return sizes
 

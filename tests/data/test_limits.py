@@ -15,7 +15,7 @@ from PIL import Image
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data.images import ImageError, read_image
 from pixel_jax.data.limits import PICTURE_BYTES, Budget, Limits, room_for_decoding
-from pixel_jax.data.sources import Member, read_bytes
+from pixel_jax.data.sources import Member, frame_sizes, read_bytes
 from tests.data.ffmpeg import ffmpeg
 
 THREADS = 8
@@ -100,6 +100,8 @@ def test_a_member_is_not_unpacked_beyond_its_room(own_limits, tmp_path):
         ImageError, match="a.zip:a.png takes 10,000,000 bytes to read, more than the 9,000,000 there are"
     ):
         read_bytes(Member(tmp_path / "a.zip", "a.png"))
+    with pytest.raises(ImageError, match="a.zip:a.png takes 10,000,000 bytes to read"):
+        frame_sizes([Member(tmp_path / "a.zip", "a.png")], video=False)
     own_limits(Limits(memory=40_000_000))
     assert read_bytes(Member(tmp_path / "a.zip", "a.png")) == bytes(10_000_000)
 
