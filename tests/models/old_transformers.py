@@ -20,7 +20,7 @@ def install(*packages: str) -> pathlib.Path:
     """A folder with these packages."""
     place = CACHE / "-".join(re.sub(r"[^\w.]+", "-", package.lstrip("-")) for package in packages)
     if not (place / "complete").exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", place, *packages]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", place, *packages]
         subprocess.run(command, check=True, capture_output=True, text=True)
         (place / "complete").touch()
     return place

@@ -202,7 +202,7 @@ def test_an_adapter_is_called_one(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("[" * 5000, "rollout.json is nested deeper"),
+    ("[" * 5000 + "]" * 5000, "rollout.json is nested deeper"),
     ("[1]", "rollout.json must be a mapping"),
     ('{"max_calls": "4"}', "rollout.json.max_calls"),
     ('{"max_calls": 1, "max_calls": 2}', "'max_calls' occurs twice"),

@@ -175,7 +175,7 @@ def test_templates_with_names(copy, tmp_path):
     ("preprocessor_config.json", '{"size": {"longest_edge": -1}}', "max_pixels is -1, not a positive number"),
     ("preprocessor_config.json", '{"min_pixels": 900, "max_pixels": 800}', "got 900 and 800"),
     ("preprocessor_config.json", '{"patch_size": {}}', "the preprocessor has patch_size {}, the model 14"),
-    ("preprocessor_config.json", "[" * 5000, "nested deeper than 100"),
+    ("preprocessor_config.json", "[" * 5000 + "]" * 5000, "nested deeper than 100"),
     ("tokenizer_config.json", '{"a": 1, "a": 2}', "tokenizer_config.json is not JSON: the key 'a' occurs twice"),
     ("tokenizer_config.json", '{"chat_template": [1]}', "chat_template is neither a text nor texts with names"),
     ("tokenizer.json", "[" * 5000, "the tokenizer's files cannot be read"),
