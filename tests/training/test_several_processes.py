@@ -75,7 +75,7 @@ def test_reinforcement_learning_by_two_processes_is_that_by_one(tmp_path):
 
 def test_one_is_told_to_go_all_save_themselves_and_one_goes_on_alone(tmp_path):
     """Tuning by two processes, until the second gets SIGTERM; the rest by one, from the checkpoint of both."""
-    event = {"signal": int(signal.SIGTERM), "victim": 1, "batch": 1}
+    event = {"signal": int(signal.SIGTERM), "victim": 1, "batch": 2}
     ended = fleet.wait(start(2, tmp_path / "several", mesh={"data": 2}, steps=12, **event))
     assert [code for code, _ in ended] == [CODE, CODE], ended
     assert "are done and saved" in ended[0][1] and 1 < len(read_metrics(tmp_path / "several" / "metrics.jsonl")) < 12
