@@ -14,5 +14,6 @@ case $driver in
     12) prepare examples,cuda12 ;;
     *) prepare examples,cuda13 ;;
 esac
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # of a GPU that is ours alone
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 exec pixel-jax check "$@"

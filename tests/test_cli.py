@@ -56,6 +56,11 @@ GIVEN = (OWN_DATA, "--config.model=nowhere", "--config.data=nowhere.jsonl")
 MISTAKES = {
     "no command": ([], 2, ""),
     "unknown command": (["trian"], 2, "there is no command 'trian'"),
+    "a part of the check that is none": (
+        ["check", "--only=kernel"],
+        1,
+        "no part kernel; the parts are machine, kernels",
+    ),
     "view without a file": (["view"], 1, "give one file of traces"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
@@ -189,7 +194,7 @@ def test_the_keys_that_save_memory_are_there(command):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name):
     code, out, _ = command(name, "--help")
-    wanted = {"view": "--out:", "chat": "--question:", "bench": "--only:"}.get(name, "--config:")
+    wanted = {"view": "--out:", "chat": "--question:", "bench": "--only:", "check": "--seconds:"}.get(name, "--config:")
     assert code == 0 and f"pixel-jax {name}" in out and wanted in out
 
 

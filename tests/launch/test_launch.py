@@ -507,6 +507,27 @@ def test_audit_looks_up_all_that_is_installed_and_passes_over_nothing(tmp_path, 
     assert installed == ["jax==0.10.2", "torch==2.13.0"]
 
 
+@pytest.mark.parametrize(
+    "driver, extras",
+    [("CUDA Version: 12.8", "examples-cuda12"), ("CUDA Version: 13.0", "examples-cuda13"), ("", "examples")],
+)
+def test_gpu_check_sets_up_what_the_driver_can_run(tmp_path, driver, extras):
+    """With stand-ins for nvidia-smi and for an environment that is up to date."""
+    place = tmp_path / "environment"
+    (place / "bin").mkdir(parents=True)
+    (place / "bin" / "activate").write_text(f"PATH={place}/bin:$PATH\n")
+    stamp = subprocess.run(["cksum"], stdin=(ROOT / "setup.py").open(), capture_output=True).stdout
+    (place / f".installed-{extras}").write_bytes(stamp)
+    smi = f'echo "| NVIDIA-SMI 570.1   {driver} |"' if driver else "exit 9"
+    given = {"python": "exit 9", "nvidia-smi": smi, "pixel-jax": 'echo "$@"; echo "GPU $CUDA_VISIBLE_DEVICES"'}
+    for name, text in given.items():
+        (place / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (place / "bin" / name).chmod(0o755)
+    path = f"{place}/bin:{pathlib.Path(shutil.which('bash')).parent}:/usr/bin:/bin"
+    status, out, error = bash("gpu_check.sh", "--quick", VENV=str(place), PATH=path, CUDA_VISIBLE_DEVICES="")
+    assert (status, out) == (0, "check --quick\nGPU 0\n"), error
+
+
 def lower_bounds():
     return runpy.run_path(str(ROOT / ".ci" / "lower_bounds.py"))
 
