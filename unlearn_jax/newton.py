@@ -273,9 +273,9 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         tolerance = max(config.rtol**2 * first, tilted)
         evaluations = min(config.finish_evaluations, int(work.left / work.epoch) if work.limited else math.inf)
         if evaluations > 1:
-            known = (
-                None if best.step_size == 0 else Known(params, optax.tree.scale(-1, b), _regularised(pairs, problem))
-            )
+            known = None
+            if best.step_size:
+                known = Known(optax.tree.zeros_like(b), optax.tree.scale(-1, b), _regularised(pairs, problem))
             delta, finish = _finish(start, delta, tolerance, evaluations, known, work)
             limits += _of_finish(finish, tolerance, first, evaluations, config)
         else:
