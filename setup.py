@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 # transformers before 5.10 writes chat templates outside the directory it is told, httpx2 before 2.12 unpacks without a limit,
 # Pillow before 12.3 and pyarrow before 23.0.1 read beyond damaged files.
 JAX = ">=0.10.2"
-DATA = ["pyarrow>=23.0.1", "av>=14.0.1"]  # Parquet and video files, of training data and of benchmarks
+DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.21"]
 ROUGE = ["rouge-score>=0.1.2"]
