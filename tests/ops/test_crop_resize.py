@@ -258,9 +258,10 @@ def test_sharded_batches(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("split", ["image and box", "box", "image"])
-def test_inside_shard_map(form, order, split):
+@pytest.mark.parametrize(
+    "split, order", [*((split, ORDERS[0]) for split in ("image and box", "box", "image")), ("box", "pillow13")]
+)
+def test_inside_shard_map(form, split, order):
     """Whatever differs from device to device, with JAX's own check of what does."""
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     rows, whole = PartitionSpec("data"), PartitionSpec()
@@ -276,8 +277,7 @@ def test_inside_shard_map(form, order, split):
 
 
 @pytest.mark.parametrize("form", (None, *FORMS))
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("shared", [True, False], ids=["one image", "several images"])
+@pytest.mark.parametrize("order, shared", [("horizontal_first", False), ("pillow13", True)])
 def test_explicit_axes(form, order, shared):
     """On the mesh that `jax.make_mesh` makes; the rows of the result lie where the boxes did."""
     mesh = jax.make_mesh((8,), ("data",))
