@@ -44,9 +44,9 @@ def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
     words = vocabulary()
     small = len(words.tokenizer)
     text = (
-        TextConfig(-(-small // 64) * 64, 64, 96, 2, 4, 2, mrope_section=(2, 3, 3))
+        TextConfig(-(-small // 64) * 64, 64, 96, 2, 4, 2, 1e-6, mrope_section=(2, 3, 3))
         if quick
-        else TextConfig(8192, 512, 1408, layers, 8, 2, mrope_section=(8, 12, 12))
+        else TextConfig(8192, 512, 1408, layers, 8, 2, 1e-6, mrope_section=(8, 12, 12))
     )
     vision = (
         VisionConfig(2, 32, 48, 2, 64, fullatt_block_indexes=(1,))

@@ -16,6 +16,7 @@ def tiny_config(tied: bool = False, depth: int = 3) -> Qwen2_5_VLConfig:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        rms_norm_eps=1e-6,
         mrope_section=(1, 1, 2),
         bos_token_id=None,
         eos_token_id=2,

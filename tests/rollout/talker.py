@@ -83,6 +83,7 @@ def model() -> Qwen2_5_VL:
             num_hidden_layers=2,
             num_attention_heads=hidden // 32,
             num_key_value_heads=hidden // 64,
+            rms_norm_eps=1e-6,
             mrope_section=(4, 6, 6),
         ),
         vision=VisionConfig(

@@ -20,6 +20,7 @@ def tiny_config() -> Qwen2_5_VLConfig:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            rms_norm_eps=1e-6,
             mrope_section=(1, 1, 2),
         ),
         vision=VisionConfig(
