@@ -87,7 +87,8 @@ def test_right_sides_add_up(rng, problem):
     def sides(edits, formula):
         config = resolve({**CONVERGED, "curvature": "ggn", "formula": formula, "newton_steps": 1})
         problem = make_problem(loss, start, before, apply(before, edits, loss), config)
-        return problem.change.gradient(start), problem.first_order and problem.first_order.gradient(start)
+        change = problem.change(start, problem.edited.gradient(start))
+        return change, problem.first_order and problem.first_order.gradient(start)
 
     for formula in ("paper", "influence"):
         _, together = sides(edits, formula)
@@ -100,7 +101,7 @@ def test_right_sides_add_up(rng, problem):
 
 
 def test_a_sample_of_the_others(rng, x64):
-    """The step from a quarter of the untouched examples, and its residual term kept exactly."""
+    """Steps by the curvature of a quarter of the untouched examples; right side and residual are exact."""
     data, loss = softmax_problem(rng, 400)
     trained = toys.minimise(loss, jnp.zeros((3, 5)), data, 1e-2)
     edits = [Remove(range(8))]
@@ -108,7 +109,8 @@ def test_a_sample_of_the_others(rng, x64):
     part = erase(loss, trained, data, edits, {**CONVERGED, "curvature_examples": 100})
     assert (whole.report.sampled, part.report.sampled, part.report.edited) == (392, 100, 8)
     assert toys.relative_error(part.delta, whole.delta) < 0.25
-    assert part.report.example_gradients < whole.report.example_gradients / 2
+    # Products cost a quarter; gradients and judgement are of all examples.
+    assert part.report.example_gradients < 0.7 * whole.report.example_gradients
     start = trained + 0.1 * rng.normal(size=(3, 5))
     keep = {"residual": "keep", "curvature_examples": 100}
     kept = erase(loss, start, data, [], {**CONVERGED, **keep})
