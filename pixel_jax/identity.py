@@ -13,7 +13,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from pixel_jax.state_files import LineLog, read_note, say, write_json
+from pixel_jax.state_files import LineLog, read_note, write_json
+from pixel_jax.terminal import warn
 
 RUN, HISTORY = "run.json", "history.jsonl"
 ABSENT = "not set"
@@ -97,7 +98,7 @@ def settle(
     new, old = flatten(facts), read_note(directory / RUN)
     if old is None:
         if done is not None:
-            say(f"{directory / RUN} does not say what {directory} was begun as; the present settings are taken for it")
+            warn(f"{directory / RUN} does not say what {directory} was begun as; the present settings are taken for it")
             _write_history(directory, done, {}, "what it was begun as is not known")
     else:
         changed = changes(flatten(old), new)
@@ -107,7 +108,7 @@ def settle(
             return
         _write_history(directory, done, changed, "begun anew" if done is None else "went on")
         if done is not None:
-            say(f"{directory} was begun with {describe(changed)}: it goes on, and {HISTORY} says so")
+            warn(f"{directory} was begun with {describe(changed)}: it goes on, and {HISTORY} says so")
     write_json(directory / RUN, new)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from pixel_jax.files import FileError, parse_json, write_file
 from pixel_jax.signals import SIGNALS
-from pixel_jax.state_files import say
+from pixel_jax.terminal import warn
 
 LOCK = "lock.json"
 BEAT = 10.0  # seconds between two heartbeats, which are the file's time of change
@@ -154,10 +154,10 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     if alive:
         raise LockError(f"{path.parent} is in use by {holder}: wait until it has ended, or choose another directory")
     if alive is False:
-        say(f"{path.parent} was in use by {holder}, which has ended: its lock is taken over")
+        warn(f"{path.parent} was in use by {holder}, which has ended: its lock is taken over")
         return True
     who = str(holder or "a process that its lock does not name")
-    say(f"{path.parent} is in use by {who}; if that gives no sign for {SILENCE:.0f} s, its lock is taken over")
+    warn(f"{path.parent} is in use by {who}; if that gives no sign for {SILENCE:.0f} s, its lock is taken over")
     began = time.monotonic()
     while time.monotonic() - began < SILENCE:
         time.sleep(LOOK)
@@ -166,7 +166,7 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
             return False
         if now.beat != seen.beat:
             raise LockError(f"{path.parent} is in use by {who}: wait until it has ended, or choose another directory")
-    say(f"{who} has given no sign for {SILENCE:.0f} s: its lock on {path.parent} is taken over")
+    warn(f"{who} has given no sign for {SILENCE:.0f} s: its lock on {path.parent} is taken over")
     return True
 
 
@@ -214,7 +214,7 @@ def _beat(path: pathlib.Path, content: bytes, done: threading.Event) -> None:
             if found is None and _create(path, content):
                 continue
         except OSError as error:  # of a file server; the lock stays ours for a while
-            say(f"{path}: no heartbeat could be written ({error})")
+            warn(f"{path}: no heartbeat could be written ({error})")
             continue
-        say(f"{path.parent} was taken over by another run while this process stood still: it ends")
+        warn(f"{path.parent} was taken over by another run while this process stood still: it ends")
         os._exit(TAKEN)

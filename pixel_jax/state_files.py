@@ -8,11 +8,11 @@ import json
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from pixel_jax.files import FileError, parse_json, read_bytes, read_json, write_file
+from pixel_jax.terminal import warn
 
 Check = Callable[[Any], bool]
 MAX_LINES_SAID = 3  # damaged lines of one file that are named; the rest are counted
@@ -55,7 +55,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
         if not check(value):
             raise FileError(f"{os.fspath(path)} does not hold what a run writes there")
     except FileError as error:
-        say(f"{error}. It counts as not written")
+        warn(f"{error}. It counts as not written")
         return None
     return value
 
@@ -80,9 +80,9 @@ def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
         else:
             found.append(value)
     for error in wrong[:MAX_LINES_SAID]:
-        say(f"{error}. The line is dropped")
+        warn(f"{error}. The line is dropped")
     if len(wrong) > MAX_LINES_SAID:
-        say(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
+        warn(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
     return found
 
 
@@ -117,7 +117,3 @@ class LineLog:
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

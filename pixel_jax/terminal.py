@@ -42,6 +42,11 @@ def say(text: Any, stream: TextIO | None = None) -> None:
     put(f"{printable(text)}\n", sys.stdout if stream is None else stream)
 
 
+def warn(text: Any) -> None:
+    """`say` on standard error."""
+    say(text, sys.stderr)
+
+
 def put(text: str, stream: TextIO | None) -> None:
     """Writes `text` at once, if it can be: nobody listening (a closed pipe, a full disk) is no reason to end."""
     if stream is None:  # as Python has it where the program was started without

@@ -8,8 +8,7 @@ from typing import Any
 from pixel_jax.evaluation import report, trace
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
-from pixel_jax.state_files import say
-from pixel_jax.terminal import printable
+from pixel_jax.terminal import printable, warn
 
 Record = Mapping[str, Any]
 ALL = "all"
@@ -153,7 +152,7 @@ def _traces(path: pathlib.Path) -> list[trace.Trace]:
     try:
         return trace.load(path)
     except FileError as error:
-        say(f"{error}. It is not drawn")
+        warn(f"{error}. It is not drawn")
         return []
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +28,7 @@ from pixel_jax.files import read_bytes, write_file
 from pixel_jax.parallel.processes import everywhere, first, meet
 from pixel_jax.parallel.sharding import is_variable, shardings, value_of
 from pixel_jax.state_files import read_note, write_json
+from pixel_jax.terminal import warn
 
 T = TypeVar("T")
 ARRAY = "__array__"  # in the JSON document: stands for the array of this name
@@ -268,7 +268,7 @@ class Checkpoints:
             aside.mkdir(exist_ok=True)
             target = aside / f"{step}-{len(list(aside.iterdir()))}"
             os.replace(self.directory / str(step), target)
-            print(f"Checkpoint {step} is damaged ({reason}). It is set aside: {target}.", file=sys.stderr, flush=True)
+            warn(f"Checkpoint {step} is damaged ({reason}). It is set aside: {target}.")
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("set_aside")
         self.manager.reload()

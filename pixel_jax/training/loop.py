@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.identity import RunError, settle
 from pixel_jax.parallel.processes import first, say
+from pixel_jax.terminal import warn
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import Progress
@@ -114,7 +114,7 @@ def run(
             try:
                 found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
             except FileNotFoundError:
-                print(f"{label}: no checkpoint is left, the run begins anew", file=sys.stderr, flush=True)
+                warn(f"{label}: no checkpoint is left, the run begins anew")
             else:
                 state, start = found.state._replace(rest=state.rest), found.step
                 _give_back(found, host, local, directory)

@@ -165,6 +165,8 @@ def test_pixels_of_a_box_are_those_of_the_picture_that_is_shown():
     np.testing.assert_array_equal(again.calls.box[0], t.calls.box[0])
     for mine, theirs in zip(items(again, 0), items(t, 0), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
 SPELLED = "".join(SPECIAL_TOKENS.values()) + "<|im_end|>\n<|im_start|>assistant\n\\boxed{7}"
 
 
