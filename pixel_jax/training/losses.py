@@ -118,14 +118,14 @@ class PolicyLossConfig:
     # What is clipped: each token's ratio (PPO, GRPO), the geometric mean over a trace (GSPO), or their product over it, which
     # is the ratio of the whole response (RLOO).
     ratio: Literal["token", "sequence", "product"] = "token"
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # how far below 1 the ratio counts
     clip_high: float = 0.35  # DAPO's clip-higher
     # `constant`: the sum over tokens divided by traces x `constant`, so long answers are not discounted (Dr. GRPO);
     # `token`: by the number of chosen tokens (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Traces whose
     # tokens are all masked: see `masked_traces`.)
     # The released code divides by 200 a micro-batch of 2 or 4 rows (100 or 50 a row).
     normalizer: Literal["constant", "token", "row"] = "constant"
-    constant: float = 200.0
+    constant: float = 200.0  # what the normalizer `constant` divides by, for each trace
     # What a trace counts in the denominators of `constant` and `row` when none of its tokens carry loss (`mask_unfinished`).
     # `counted`: like any other: eq. 3 of GRPO and Dr. GRPO's divide by all G answers, as TRL does, and verl with its
     # `global_batch_size`; `left_out`: not at all, so that the others weigh more, as verl does without.
@@ -138,8 +138,8 @@ class PolicyLossConfig:
     # weighs 1. The ratio is a token's, or the product over its trace; above the cap it is the cap (truncated) or 0 (masked).
     # TRL's default, `sequence_mask`, is importance_cap 3, "sequence" and "masked".
     importance_cap: float | None = None
-    importance_level: Literal["token", "sequence"] = "token"
-    importance_above: Literal["truncated", "masked"] = "truncated"
+    importance_level: Literal["token", "sequence"] = "token"  # of which the ratio is
+    importance_above: Literal["truncated", "masked"] = "truncated"  # what becomes of a weight above `importance_cap`
 
     def __post_init__(self):
         if self.dual_clip is not None and not self.dual_clip > 1:

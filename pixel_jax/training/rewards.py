@@ -20,7 +20,7 @@ class RewardConfig:
     beta: float = 0.05  # price of an operation beyond the budget
     threshold: float = 0.3  # H, the rate of pixel-space reasoning below which curiosity pays
     budget: int = 1  # N, operations that cost nothing
-    form: Literal["paper", "released"] = "paper"
+    form: Literal["paper", "released"] = "paper"  # of the sum: the paper's equation, or the released code's
     scorer: ScorerConfig = ScorerConfig()  # what makes an answer right
     unparsable: Literal[0, -1] = 0  # reward of a response without any answer
     count: Literal["executed", "requested"] = (
@@ -30,7 +30,7 @@ class RewardConfig:
     # DAPO's soft overlong punishment: nothing up to `length_limit - length_buffer` tokens that the policy chose, -1 from
     # `length_limit` on, a straight line between. 0: off.
     length_limit: int = 0
-    length_buffer: int = 0
+    length_buffer: int = 0  # tokens before `length_limit` from which on length costs
 
     def __post_init__(self):
         if not 0 <= self.length_buffer <= self.length_limit:

@@ -65,10 +65,10 @@ RULES: dict[str, Rule] = {
 class JudgeConfig:
     """A language model behind an OpenAI-compatible endpoint (`pixel_jax.endpoint`)."""
 
-    url: str
-    model: str
+    url: str  # ends before /chat/completions
+    model: str  # its name at the endpoint
     key: str | None = None  # name of the environment variable that holds the API key
-    requests_per_second: float | None = None
+    requests_per_second: float | None = None  # at most; None: as many as there are answers
     workers: int = 16  # requests under way at a time
     cache: str | None = None  # directory of verdicts
 
@@ -77,6 +77,7 @@ class JudgeConfig:
 class ScorerConfig:
     """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
 
+    # What makes an answer right, in the order in which they are tried (`pixel_jax.training.scorers`).
     rules: tuple[Literal["box", "released", "choice", "number", "anls", "judge"], ...] = ("box",)
     judge: JudgeConfig | None = None
 

@@ -26,14 +26,14 @@ class TracesConfig:
 class AdapterConfig:
     """See `pixel_jax.models.lora.add_lora`."""
 
-    rank: int = 4
-    alpha: float = 8.0
-    targets: str = r"model\.layers\..*\.(q_proj|v_proj)"
+    rank: int = 4  # of the two factors
+    alpha: float = 8.0  # the product is scaled by alpha / rank
+    targets: str = r"model\.layers\..*\.(q_proj|v_proj)"  # regular expression, the linear layers that get one
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
-    remat: bool = True
+    remat: bool = True  # compute activations again in the backward pass
     implementation: Literal["dense", "chunked"] = "dense"  # attention
 
 
@@ -42,13 +42,14 @@ class ConvergeConfig:
     """Of the training and of the warm retrain: L-BFGS on all traces."""
 
     tolerance: float = 1e-4  # of the gradient's norm
-    max_steps: int = 500
+    max_steps: int = 500  # of L-BFGS
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """The baselines may spend as many example-gradients as the edit did."""
 
+    # What the edit is compared with, besides a retrain.
     baselines: tuple[Literal["L-BFGS", "fine-tune", "GradDiff", "NPO"], ...] = ("L-BFGS", "fine-tune", "NPO")
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; what is shown is each baseline's best
     batch: int = 8  # examples of a step
@@ -57,14 +58,14 @@ class EvaluationConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: str  # directory of the base model, one that the quickstart left
-    out: str
+    out: str  # run directory
     traces: TracesConfig = TracesConfig()
     adapter: AdapterConfig = AdapterConfig()
     forward: ForwardConfig = ForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
     evaluation: EvaluationConfig = EvaluationConfig()
-    seed: int = 0
+    seed: int = 0  # of the traces and the adapter
 
     @property
     def directory(self) -> pathlib.Path:
