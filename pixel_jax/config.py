@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import types
 import typing
@@ -138,7 +139,7 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if isinstance(value, hint):
             return value
         return load(hint, value, where, default if isinstance(default, hint) else None)
-    elif hint is float and type(value) in (int, float):
+    elif hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     elif hint in (int, bool, str, types.NoneType) and type(value) is hint:
         return value

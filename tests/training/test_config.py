@@ -68,6 +68,8 @@ def test_an_evaluation_keeps_the_released_settings_when_one_is_set():
         ({"steps": 1, "inner": {"rat": 1.0}}, r"config\.inner\.rat.*nearest.*config\.inner\.rate"),
         ({"steps": 1, "inner": {"zzz": 1.0}}, r"unknown key config\.inner\.zzz; config\.inner has rate, mode, sizes"),
         ({"steps": 1.0}, r"config\.steps must be int, not 1\.0 \(float\)"),
+        ({"steps": 1, "inner": {"rate": float("nan")}}, r"config\.inner\.rate must be float, not nan"),
+        ({"steps": 1, "limit": float("inf")}, r"config\.limit must be float \| None, not inf"),
         ({"steps": True}, r"config\.steps must be int, not True"),
         ({"steps": 1, "on": 1}, r"config\.on must be bool"),
         ({"steps": 1, "limit": "none"}, r"config\.limit must be float \| None"),
