@@ -1,6 +1,7 @@
 """The commands as a person starts them: what goes wrong is said in a line, and what goes right leaves what it promised."""
 
 import dataclasses
+import contextlib
 import functools
 import html
 import json
@@ -136,6 +137,9 @@ def test_a_full_device_names_the_keys_to_change(command, error, said, monkeypatc
     module = types.SimpleNamespace(__name__="command", __doc__="", define_flags=lambda command: None)
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
     monkeypatch.setattr(sys, "argv", ["pixel-jax", command])
+    monkeypatch.setattr(cli, "leaving", contextlib.nullcontext)  # which ends the process
+    monkeypatch.setattr(cli.SIGNALS, "listen", lambda name: None)
+    monkeypatch.setattr(cli, "keep_streams", lambda: None)
 
     def fail(error):
         def main(command, arguments):
