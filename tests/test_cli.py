@@ -1,7 +1,7 @@
 """The commands as a person starts them: what goes wrong is said in a line, and what goes right leaves what it promised."""
 
-import dataclasses
 import contextlib
+import dataclasses
 import functools
 import html
 import json
