@@ -45,7 +45,6 @@ TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, b
 UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
-JUDGING = 4 * FORWARD  # passes kept back from a budget for judging a step, with the epoch as the unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +127,11 @@ class Work:
         self.spent += times * objective.count * self.PRODUCT[config.curvature]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
-        """Products that a share of what is left pays for, when the step has been judged; at least one."""
+        """Products that a share of what is left pays for, when every retry of the step has been judged; at least one."""
         if not self.limited:
             return config.max_steps
-        paid = share * (self.left - JUDGING * self.epoch) / (objective.count * self.PRODUCT[config.curvature])
+        judging = (1 + config.retries) * FORWARD * self.epoch
+        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[config.curvature])
         return max(1, min(config.max_steps, int(paid)))
 
 
