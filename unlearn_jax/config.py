@@ -36,8 +36,8 @@ class ErasureConfig:
     # ---- what an edit may cost
     # Of example-gradients, that everything together may cost. "auto": a quarter of the training's epochs, of one of less than
     # 28 up to 7 but at most twice the training's; 7 where `training_epochs` is not given; no limit where `newton_steps` says
-    # what is to be done. "unlimited": on to the minimum. More is spent only on passes forward, a third of an epoch each, until a
-    # step keeps a quarter of what it promises.
+    # what is to be done. "unlimited": on to the minimum. Budgets below 5 may be exceeded by passes forward, a third of an
+    # epoch each, until a step keeps a quarter of what it promises.
     epochs: float | Literal["auto", "unlimited"] = "auto"
     max_steps: int = 30  # of the solver
     finish_evaluations: int = 1000  # of L-BFGS, of the objective and its gradient
