@@ -65,6 +65,7 @@ def near_the_retrain(problem):
         np.testing.assert_allclose((report.actual, report.predicted), change, rtol=0.05)
         assert report.epochs <= problem.epochs / 4
         assert report.epochs == report.example_gradients / report.examples
+        assert report.steps[0].curved < 0.3 * report.examples  # a quarter and those that are new
     # A sample's curvature throws a step too far: it is damped until the objective of all examples falls as it should.
     error, change, report = problem.erase(curvature_examples=512, **ONE_STEP)
     cells["of 512"] = error, report.epochs
@@ -107,6 +108,14 @@ def test_a_large_share_is_removed(fewer_parameters):
     np.testing.assert_allclose(report.right_side, np.linalg.norm(b), rtol=1e-3)
     assert error < 0.3 and change < 0
     np.testing.assert_allclose(report.actual, change, rtol=0.05)
+
+
+def test_budgets():
+    """At most a quarter of a training of 28 epochs or more, at most twice a short one."""
+    of = lambda trained, **more: resolve({"training_epochs": trained, **more}).budget
+    assert [of(trained) for trained in (1, 3, 4, 28, 30, 52, 500)] == [2, 6, 7, 7, 7.5, 13, 125]
+    assert of(None) == 7 and of(50, epochs=3.0) == 3
+    assert of(50, epochs="unlimited") == of(50, newton_steps=1) == np.inf
 
 
 def test_a_budget_that_ends_early_says_so(as_many_parameters):
