@@ -13,91 +13,81 @@ from unlearn_jax.objective import Reduction
 Solver = Literal["cg", "minres", "lanczos", "lissa", "sgd_qp", "adam_qp", "dual", "ekfac", "datainf", "identity"]
 STOCHASTIC = ("lissa", "sgd_qp", "adam_qp")  # a micro-batch a step
 QUARTER = 0.25  # of the training's epochs may be spent on an edit
-SHORT = 8.0  # epochs: of less than 32 epochs of training a quarter would be too few products to tell
+SHORT = 7.0  # epochs: of less than 28 epochs of training a quarter would be too few products to tell
+TWICE = 2.0  # the training's epochs is the most that an edit of a short one may cost
 ROWS = ("dual", "ekfac", "datainf")  # these work on per-example gradients, which they hold in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class ErasureConfig:
-    """Hashable: part of a compiled program's identity.
+    """What was trained, what an edit may cost, what is solved and how. Hashable: part of a compiled program's identity.
 
-    The objective that the adapter was trained on (see `objective`):
-      reduction, weight_decay
-                            An AdamW user gives 0, or the decay times the root mean square of a coordinate's gradient: its
-                            decay acts beside steps that are divided by that root, so where they balance, weight_decay =
-                            decay * root (.01 * 1e-3, say)
-      training_epochs       how many epochs the training took; what an edit may cost, and is held against
-
-    What it may cost:
-      epochs                of example-gradients that everything together may cost. "auto": a quarter of the training's epochs,
-                            but as many as twice those of a short training, up to 8; 8 where `training_epochs` is not given;
-                            no limit where `newton_steps` or a solver without a budget says what is to be done. "unlimited":
-                            on to the minimum
-      max_steps             of the solver
-      finish_evaluations    of L-BFGS
-      retries               of a step with ten times the damping
-      halvings              of a step in the line search
-
-    What is solved. With R the objective before the edit and R' after it:
-      formula               "newton": (R'' of the edited data) step = grad R - grad R', the exact first Newton step.
-                            "influence": both sides to first order in the share of edited examples (R'' of the original).
-                            "paper": as "influence", without the regulariser's part: LLMEraser's equations
-      residual              of training that had not converged, which is the normal case of an adapter whose training was
-                            stopped early. "drop": leave undone what was left undone and respond to the edit alone, so that an
-                            empty edit changes nothing: the aim is a retrain by the same recipe, which stops as early. "keep":
-                            also go on training, for retrains that run to the minimum: the loss on what is kept falls far below
-                            that of a retrain which stops early
-      curvature             None: "ggn" for a `Loss`, "hessian" for a plain callable
-      curvature_examples    of how many of the examples that the edits do not touch, drawn at random, the curvature is taken;
-                            None: all. The right side and what judges a step are always of all examples. A sample is for data
-                            of which a few products cost too much: with more parameters than its elements tell apart it
-                            throws steps too far, which more damping then mends
-      newton_steps          how often to solve again at the new parameters, at most: with residual "drop" no step follows one
-                            which lets the edited objective fall by less than rtol^2 of what all have. None: once, and L-BFGS
-                            goes on from there with what is left of `epochs`, until the gradient is rtol^2 of the edit's right
-                            side, or as small as training had left it; not where that was more than three times the right side
-      line_search           judge a step by the edited objective on all examples: one that keeps less than a quarter of what
-                            its quadratic model promises is solved again with more damping (where the damping is a number,
-                            halved until it falls). Without, the step is taken whatever becomes of the objective
-
-    How (curvature + weight_decay + damping) step = b is solved:
-      solver, rtol, max_steps, preconditioner
-      damping               a number; "spectrum": `damping_fraction` of the largest eigenvalue, and more where the curvature
-                            is negative, then less or more as the steps go; "held_out": the best of a grid around that on
-                            examples that the curvature was not taken of, or no step, and no L-BFGS after it
-      learning_rate         of "sgd_qp" and "adam_qp", and the inverse of the scale of "lissa"; None: half of the inverse of
-                            the largest eigenvalue
-      rank                  of "lanczos" (None: all of its steps) and of the preconditioner "nystrom"
-      init, half_hessian    faults of the released code, for study: see `solvers.quadratic_program`
-      linearize             keep what products have in common: faster, in the memory of all activations at once
+    With R the objective before the edit and R' after it, see `newton`; b is the right side.
     """
 
-    reduction: Reduction = "per_example"
+    # ---- the objective that the adapter was trained on, see `objective`
+    reduction: Reduction = "per_example"  # what is averaged: examples, or all of their elements
+    # Coefficient of |params|^2 / 2 in the training's objective. An AdamW user gives 0, or the decay times the root mean square
+    # of a coordinate's gradient: its decay acts beside steps that are divided by that root, so where they balance,
+    # weight_decay = decay * root (.01 * 1e-3, say).
     weight_decay: float = 0.0
-    formula: Literal["newton", "influence", "paper"] = "newton"
-    residual: Literal["drop", "keep"] = "drop"
-    curvature: Curvature | None = None
-    training_epochs: float | None = None
+    training_epochs: float | None = None  # that the training took: what an edit may cost, and is held against
+
+    # ---- what an edit may cost
+    # Of example-gradients, that everything together may cost. "auto": a quarter of the training's epochs, of one of less than
+    # 28 up to 7 but at most twice the training's; 7 where `training_epochs` is not given; no limit where `newton_steps` says
+    # what is to be done. "unlimited": on to the minimum. Budgets below 5 may be exceeded by passes forward, a third of an
+    # epoch each, until a step keeps a quarter of what it promises.
     epochs: float | Literal["auto", "unlimited"] = "auto"
+    max_steps: int = 30  # of the solver
+    finish_evaluations: int = 1000  # of L-BFGS, of the objective and its gradient
+    retries: int = 6  # of a step with ten times the damping
+    halvings: int = 10  # of a step in the line search
+
+    # ---- what is solved
+    # "newton": (R'' of the edited data) step = grad R - grad R', the exact first Newton step. "influence": both sides to first
+    # order in the share of edited examples (R'' of the original). "paper": as "influence", without the regulariser's part:
+    # LLMEraser's equations.
+    formula: Literal["newton", "influence", "paper"] = "newton"
+    # Of training that had not converged, the normal case of an adapter whose training was stopped early. "drop": leave undone
+    # what was left undone and respond to the edit alone, so that an empty edit changes nothing: the aim is a retrain by the
+    # same recipe, which stops as early. "keep": also go on training, for retrains that run to the minimum: the loss on what is
+    # kept falls far below that of a retrain which stops early.
+    residual: Literal["drop", "keep"] = "drop"
+    curvature: Curvature | None = None  # None: "ggn" for a `Loss`, "hessian" for a plain callable
+    # Of how many of the examples that the edits do not touch, drawn at random, the curvature is taken; None: all. The right side
+    # and what judges a step are always of all examples. A sample is for data of which a few products cost too much: with more
+    # parameters than its elements tell apart it throws steps too far, which more damping then mends.
     curvature_examples: int | None = None
+    # How often to solve again at the new parameters, at most: with residual "drop" no step follows one which lets the edited
+    # objective fall by less than rtol^2 of what all have. None: once, and L-BFGS goes on from there with what is left of
+    # `epochs`, until the gradient is rtol^2 of the edit's right side, or as small as training had left it; not where that was
+    # more than three times the right side.
     newton_steps: int | None = None
+    # Judge a step by the edited objective on all examples: one that keeps less than a quarter of what its quadratic model
+    # promises is solved again with more damping (where the damping is a number, halved until it falls). Without, the step is
+    # taken whatever becomes of the objective.
     line_search: bool = True
-    solver: Solver = "cg"
-    rtol: float = 0.1
-    max_steps: int = 30
-    finish_evaluations: int = 1000
-    retries: int = 6
-    halvings: int = 10
-    preconditioner: Literal["diagonal", "nystrom", "ekfac"] | None = None
+
+    # ---- how (curvature + weight_decay + damping) step = b is solved
+    solver: Solver = "cg"  # those on per-example gradients ("dual", "ekfac", "datainf") hold them in memory
+    rtol: float = 0.1  # of the residual, relative to b
+    preconditioner: Literal["diagonal", "nystrom", "ekfac"] | None = None  # of "cg"
+    # A number; "spectrum": `damping_fraction` of the largest eigenvalue, and more where the curvature is negative, then less or
+    # more as the steps go; "held_out": the best of a grid around that on examples that the curvature was not taken of, or no
+    # step, and no L-BFGS after it.
     damping: float | Literal["spectrum", "held_out"] = "spectrum"
-    damping_fraction: float = 1e-4
+    damping_fraction: float = 1e-4  # of the largest eigenvalue
+    # Of "sgd_qp" and "adam_qp", and the inverse of the scale of "lissa"; None: half of the inverse of the largest eigenvalue.
     learning_rate: float | None = None
-    rank: int | None = None
-    init: float = 0.0
-    half_hessian: bool = False
-    linearize: bool = False
-    micro_batch: int = 32
-    seed: int = 0
+    rank: int | None = None  # of "lanczos" (None: all of its steps) and of the preconditioner "nystrom"
+    init: float = (
+        0.0  # every coordinate's start: a fault of the released code, for study, see `solvers.quadratic_program`
+    )
+    half_hessian: bool = False  # another of its faults: half of the curvature
+    linearize: bool = False  # keep what products have in common: faster, in the memory of all activations at once
+    micro_batch: int = 32  # examples that are computed at a time
+    seed: int = 0  # of the sample, of drawn labels and of the stochastic solvers
 
     def __post_init__(self):
         for name in ("newton_steps", "max_steps", "finish_evaluations", "micro_batch", "curvature_examples", "rank"):
@@ -142,7 +132,7 @@ class ErasureConfig:
         if self.epochs != "auto":
             return self.epochs
         trained = self.training_epochs
-        return SHORT if trained is None else max(QUARTER * trained, min(2 * trained, SHORT))
+        return SHORT if trained is None else max(QUARTER * trained, min(TWICE * trained, SHORT))
 
 
 _PAPER = {

@@ -42,7 +42,7 @@ class Report:
     edits: dict[str, int]  # how many examples each kind of edit names
     examples: int  # in the dataset before the edit
     edited: int  # of them touched by the edit
-    sampled: int  # others of which the curvature was taken
+    sampled: int  # others of which the curvature was to be taken; how many a step did take it of, it says itself
     config: ErasureConfig
     residual_gradient: float  # |grad R| before the edit: how far training was from converged
     right_side: float  # |b| of the first solve

@@ -45,7 +45,6 @@ TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, b
 UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
-JUDGING = 3 * FORWARD  # passes kept back from a budget for judging a step, with the epoch as the unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +52,7 @@ class NewtonStep:
     """One solve and what became of it."""
 
     gradient: float  # |grad J| before the step, which is the norm of the right side
+    curved: int  # examples that the curvature was taken of
     damping: float
     residual: float  # |(A + damping) x - b| / |b| of the solver
     solver_steps: int
@@ -127,10 +127,11 @@ class Work:
         self.spent += times * objective.count * self.PRODUCT[config.curvature]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
-        """Products that a share of what is left pays for, when the step has been judged; at least one."""
+        """Products that a share of what is left pays for, when every retry of the step has been judged; at least one."""
         if not self.limited:
             return config.max_steps
-        paid = share * (self.left - JUDGING * self.epoch) / (objective.count * self.PRODUCT[config.curvature])
+        judging = (1 + config.retries) * FORWARD * self.epoch
+        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[config.curvature])
         return max(1, min(config.max_steps, int(paid)))
 
 
@@ -230,10 +231,15 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         objective = finished(curved(problem.curved, now, key, config))
         if _by_krylov(config):
             # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
-            share = SHARE if follows and work.limited and tilted <= config.rtol * first else 1.0
-            space, middle = _krylov(objective, now, b, damping, config, work, share)
+            shared = follows and work.limited and tilted <= config.rtol * first
+            products = work.affordable(objective, config, SHARE if shared else 1.0)
+            whole = problem.curved is problem.edited
+            if shared and products == 1 and problem.quarter is not None:
+                # One product gives the step its length, nothing else, and a quarter of the examples tells that.
+                objective, whole = finished(curved(problem.quarter(), now, key, config)), False
+            space, middle = _krylov(objective, now, b, damping, config, work, products)
             solution = _from(space, objective, b)
-            pairs = space.pairs() if problem.curved is problem.edited else []  # a sample's curvature is not J's
+            pairs = space.pairs() if whole else []  # a sample's curvature is not J's
         else:
             middle = _middle(objective, now, damping, key, config, work)
             solution, pairs = _directly(objective, now, b, key, config, work), []
@@ -248,6 +254,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         steps.append(
             NewtonStep(
                 gradient=size,
+                curved=objective.count,
                 damping=best.damping,
                 residual=float(info.residual),
                 solver_steps=int(info.steps),
@@ -338,15 +345,15 @@ def _krylov(
     damping: float | None,
     config: ErasureConfig,
     work: Work,
-    share: float,
+    products: int,
 ) -> tuple[Krylov, float]:
-    """The space of b, until its solution for the damping is good to `rtol` or a limit is met; and that damping."""
+    """The space of b, until its solution for the damping is good to `rtol` or of so many products; and that damping."""
     kind, decay = product_kind(config), float(objective.weight_decay)
     if config.linearize:
         matvec = linearized(objective, params, kind)
     else:
         matvec = lambda v: product(objective, params, v, kind)
-    space, steps = Krylov.of(b), work.affordable(objective, config, share)
+    space = Krylov.of(b)
     while True:
         space.extend(lambda v: finished(matvec(v)))
         work.products(objective, 1, config)
@@ -357,7 +364,7 @@ def _krylov(
             mu = max(damping, -2 * (values[0] + decay))
         if not mu + decay > 0:
             mu = float(jnp.finfo(jnp.float32).eps) * max(*map(abs, values), space.size)
-        if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= steps:
+        if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= products:
             return space, mu
 
 
@@ -416,7 +423,9 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
     # A number is what was asked for: such a step is only halved.
     free = config.line_search and isinstance(config.damping, str)
     best, tried = _attempt(solution(damping), J, config, work), 1
-    while free and best.came_true < TRUSTED and tried <= config.retries and not _below(best, J):
+    # Past its budget only until a step keeps the quarter that it has to: safe before cheap.
+    affordable = lambda: best.came_true < DOUBTED or work.left >= J.objective.count * FORWARD
+    while free and best.came_true < TRUSTED and tried <= config.retries and affordable() and not _below(best, J):
         damping *= DAMPING_STEP
         attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
         if attempt.actual < best.actual:

@@ -23,6 +23,8 @@ from unlearn_jax.edits import affected
 from unlearn_jax.loss import Params
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
+QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples stands for all, where it is so many at least
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
@@ -36,6 +38,8 @@ class Problem:
     curved: (
         Objective  # whose curvature is taken: R' or a sample of it, or R on old and kept examples for another formula
     )
+    # R' with a quarter of the kept examples for all of them, built when asked for. None: they are too few, or `curved` is not R'
+    quarter: Callable[[], Objective] | None
     ids: list[Any]  # of the examples of `edited`
     touched_ids: list[Any]  # of the examples of `leaving` and `entering`
     sample: list[Any]  # ids of the kept examples of `curved`
@@ -88,6 +92,9 @@ def make_problem(
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
         entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
 
+    stand_for_all = lambda sampled: build(
+        join([new.take(), sampled.take()]), np.concatenate([c_new, scaled(sampled, total_after)])
+    )
     curved, sampled, shrink = edited, kept, total_after / total_before
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
@@ -98,7 +105,11 @@ def make_problem(
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)
     elif len(sampled) < len(kept):
-        curved = build(join([new.take(), sampled.take()]), np.concatenate([c_new, scaled(sampled, total_after)]))
+        curved = stand_for_all(sampled)
+    count = len(kept) // QUARTER
+    quarter = None
+    if curved is edited and count >= ENOUGH:
+        quarter = lambda: stand_for_all(kept.select(np.arange(count)))  # `kept` is in a random order
     return Problem(
         edited=edited,
         leaving=leaving,
@@ -106,6 +117,7 @@ def make_problem(
         shrink=shrink,
         first_order=first_order,
         curved=curved,
+        quarter=quarter,
         ids=[*new.ids.tolist(), *kept.ids.tolist()],
         touched_ids=[*old.ids.tolist(), *new.ids.tolist()],
         sample=sampled.ids.tolist(),

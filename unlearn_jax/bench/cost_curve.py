@@ -1,7 +1,7 @@
-"""What an edit costs beside retraining, and how near it comes, as the examples grow whose curvature is looked at.
+"""What an edit costs beside the training that it replaces, and how near it comes to a retrain, as its budget of epochs grows.
 
-A dataset of tokens that a small random network has written, an adapter trained on it until it is converged, and one in a
-hundred of its examples removed. The unit of cost is an example-gradient, so a retrain of ten epochs over n examples is 10 n.
+A dataset of tokens that a small random network has written, an adapter trained on it by L-BFGS until it is converged, and one
+in a hundred of its examples removed. An epoch is as many gradients as there are examples.
 """
 
 import pathlib
@@ -21,15 +21,14 @@ from unlearn_jax.metrics import tokens
 from unlearn_jax.objective import dataset_objective
 
 SHARE = 0.01
-EPOCHS = 10  # of the retrain that an edit is held against
 WEIGHT_DECAY = 1e-2
 HEADS = 2
 STEPS = 100  # of L-BFGS, at most
 
 
 def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
-    """{"examples", "rows"}: for each size of the sample the share of a retrain's cost, and the KL to the warm one."""
-    count, sizes = (200, (32, 64)) if quick else (20_000, (64, 128, 256, 512, 1024, 2048))
+    """{"training_epochs", "rows", ...}: for each budget of epochs what was spent of it, and the KL to the warm retrain."""
+    count, budgets = (200, (4.0, 7.0)) if quick else (20_000, (3.0, 5.0, 7.0, 10.0, 15.0, 25.0))
     size = testbed.Size(32, 8, width=16, heads=HEADS, layers=1, rank=2)
     base = testbed.init_base(jax.random.key(0), size)
     loss = Loss(Partial(_logits, base), CrossEntropy(), mask=None)
@@ -46,24 +45,18 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
         f"kl_{name}": float(tokens.kl_to(loss, adapter, warm.adapter, rows, micro_batch=None).mean())
         for name, rows in sets.items()
     }
-    rows = [{"curvature_examples": 0, "share_of_retrain": 0.0, **kl(trained.adapter)}]
-    for examples in sizes:
-        config = {"weight_decay": WEIGHT_DECAY, "curvature_examples": examples}
+    rows = [{"budget": 0.0, "epochs": 0.0, **kl(trained.adapter)}]
+    for budget in budgets:
+        config = {"weight_decay": WEIGHT_DECAY, "micro_batch": 500, "epochs": budget}
         found = erase(loss, trained.adapter, data, edits, config)
-        spent = found.report.example_gradients
-        rows.append(
-            {
-                "curvature_examples": examples,
-                "share_of_retrain": spent / (EPOCHS * len(after)),
-                **kl(found.adapter),
-                "seconds": found.report.seconds,
-            }
-        )
+        spent = {"budget": budget, "epochs": found.report.epochs, "seconds": found.report.seconds}
+        rows.append({**spent, **kl(found.adapter)})
         print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items()), flush=True)
     result = {
         "examples": count,
         "removed": len(removed),
-        "epochs": EPOCHS,
+        "training_epochs": trained.gradients / count,
+        "retrain_epochs": warm.gradients / count,
         "gradients": [norm, warm_norm],
         "rows": rows,
     }

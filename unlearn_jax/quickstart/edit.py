@@ -64,15 +64,30 @@ def edit(config: Config, request: Request | None = None, mesh: Mesh | None = Non
         )
     groups = {group: {name: loss[group] for name, loss in losses.items()} for group in losses["before"]}
     say(table(groups, "loss per token") + "\n")
-    say(
-        f"{report['edited']} of {report['examples']} traces edited in {report['seconds']:.0f} s "
-        f"({report['example_gradients']:.0f} example-gradients), |delta| {report['delta_norm']:.3g} of "
-        f"{report['adapter_norm']:.3g}\nThe edited adapter is in {config.directory / adapter_after(number)}, "
-        "the report beside it."
-    )
+    say(outcome(report))
+    say(f"The adapter is in {config.directory / adapter_after(number)}, the report beside it.")
     return report
 
 
 def steps_table(steps: list[dict]) -> str:
     rows = {str(number): {name: step[name] for name in STEP_COLUMNS} for number, step in enumerate(steps, 1)}
     return table(rows, "step")
+
+
+def outcome(report: dict) -> str:
+    """What became of a request, in words: the verdict and its reason, the limits that were met, the cost."""
+    epochs, trained = report["epochs"], report["config"]["training_epochs"]
+    beside = (
+        "of how long a training, training_epochs does not say" if trained is None else f"the training took {trained:g}"
+    )
+    met = [f"  - {limit}" for limit in report["limits"]]
+    return "\n".join(
+        [
+            f"{report['verdict']}: {report['reason']}",
+            *(["limits that were met:", *met] if met else ["no limit was met"]),
+            f"cost: {epochs:.3g} epochs of gradients ({report['example_gradients']:.0f} examples) in {report['seconds']:.0f} s; "
+            f"{beside}",
+            f"{report['edited']} of {report['examples']} traces edited, |delta| {report['delta_norm']:.3g} of "
+            f"{report['adapter_norm']:.3g}",
+        ]
+    )

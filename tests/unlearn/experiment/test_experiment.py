@@ -47,7 +47,7 @@ def check(found, methods):
     numbers = [x for row in rows.values() for name, x in row.items() if name != "method"]
     assert np.isfinite(numbers).all() and "cosine" not in rows["before"]
     # 4 of 20 facts: the edit drives them away and comes nearer to the warm retrain than doing nothing.
-    assert trial["count"] == 4 and rows["erase"]["nll_forget"] > rows["before"]["nll_forget"] + 0.1
+    assert trial["count"] == 4 and rows["erase"]["nll_forget"] > rows["before"]["nll_forget"] + 0.02
     assert rows["erase"]["kl_forget"] < rows["before"]["kl_forget"]
     assert rows["erase"]["objective"] < rows["before"]["objective"]
 

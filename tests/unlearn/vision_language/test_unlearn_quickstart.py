@@ -17,9 +17,10 @@ from small import LIMITS, make_config, save_model
 from pixel_jax.config import ConfigError, load
 from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
+from unlearn_jax import Remove, erase
 from unlearn_jax.cli import COMMANDS
 from unlearn_jax.quickstart.config import Config, ConvergeConfig
-from unlearn_jax.quickstart.edit import edit
+from unlearn_jax.quickstart.edit import edit, outcome
 from unlearn_jax.quickstart.evaluate import evaluate
 from unlearn_jax.quickstart.history import carried_out, left_by, still_to_do
 from unlearn_jax.quickstart.table import table
@@ -204,11 +205,18 @@ def test_a_second_request_starts_from_what_the_first_left(model, tmp_path, capsy
         {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
         | {path: path.read_bytes() for path in tmp_path.glob("request-*/*")}
     )
-    assert edit(config, Request(correct={"direct-1": "3"}))["edits"] == {"CorrectResponse": 1}
+    first_report = edit(config, Request(correct={"direct-1": "3"}))
+    assert first_report["edits"] == {"CorrectResponse": 1}
+    assert outcome(first_report) in capsys.readouterr().out
+    kept = json.loads((tmp_path / "request-1" / "report.json").read_text())
+    assert {name: kept[name] for name in ("verdict", "reason", "limits", "epochs")} == {
+        name: first_report[name] for name in ("verdict", "reason", "limits", "epochs")
+    }
     before = files()
     assert edit(config, Request(correct={"direct-1": "3"})) is None and "nothing to do" in capsys.readouterr().out
     assert files() == before
-    second = edit(config, Request(remove=("direct-1",), correct={"direct-0": "5"}))
+    other = next(digit for digit in "12" if digit != draw_traces(config.traces, config.seed)["direct-0"].answer)
+    second = edit(config, Request(remove=("direct-1",), correct={"direct-0": other}))
     assert second["examples"] == 8 and second["edited"] == 2
     assert before.items() <= files().items()  # nothing was written over
     third = edit(config, Request(remove=("zoom-0",)))
@@ -363,6 +371,23 @@ def test_devices_and_processes():
     failing = "if [ $JAX_PROCESS_ID = 1 ]; then exit 7; fi; sleep 50"
     done = subprocess.run(["bash", "launch/processes.sh", "2", "bash", "-c", failing], cwd=ROOT, timeout=30)
     assert done.returncode == 7
+
+
+def test_what_became_of_a_request_is_said_in_words():
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    data, loss = {"x": x}, lambda params, example: (example["x"] @ params - 1) ** 2
+    config = {"weight_decay": 1e-2, "training_epochs": 2.0, "epochs": 40.0}
+    with pytest.warns(UserWarning, match="a retrain would have been cheaper"):
+        found = erase(loss, np.ones(3, np.float32), data, [Remove([3, 4])], config)
+    report = json.loads(found.report.to_json())
+    said = outcome(report)
+    assert said.startswith(f"edited: {found.report.reason}\nlimits that were met:\n")
+    assert all(f"\n  - {limit}\n" in said for limit in report["limits"]) and report["limits"]
+    assert f"cost: {report['epochs']:.3g} epochs of gradients" in said and "the training took 2\n" in said
+    report = json.loads(erase(loss, np.ones(3, np.float32), data, []).report.to_json())
+    said = outcome(report)
+    assert said.startswith("nothing_to_do: the edits leave the gradient") and "\nno limit was met\n" in said
+    assert "training_epochs does not say" in said and "0 of 20 traces edited" in said
 
 
 def test_tables_show_what_there_is():
