@@ -59,7 +59,7 @@ def base_of(model: Any) -> dict[str, Any]:
     layers = {kind.split(".")[-2]: stack(kind) for kind in kinds}
     return {
         "embed": jnp.asarray(state["model.embed_tokens.weight"]),
-        "norm": state["model.norm.weight"],
+        "norm": jnp.asarray(state["model.norm.weight"]),
         "layers": layers,
     }
 
