@@ -35,7 +35,7 @@ def settings(
         usual = _default(field) if default is None else getattr(default, field.name)
         value = usual if values is None else values.get(field.name, usual)
         section, many = _section(hints[field.name])
-        if section is None or (values is not None and value is None) or (many and not value):
+        if section is None or (values is not None and value is None) or (many and value in ({}, dataclasses.MISSING)):
             yield Setting(key, value, usual, about.get(field.name, ""))
         elif many:
             for name, inner in value.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from absl import flags
@@ -10,6 +10,7 @@ from absl import flags
 from pixel_jax.config import define_flag, load
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
+from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
@@ -65,6 +66,8 @@ class TrainConfig:
     video_prompt_width: int | None = None
     video_canvas: tuple[int, int, int] | None = None  # frames of a video, and the largest one's height and width
     seed: int = 0  # of the order of the examples and of new adapters
+    # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
         for name in ("model", "data", "out"):
@@ -109,6 +112,13 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     return {"command": command, **settings, **digest_model(config.model, digests), **rows}
 
 
+def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
+    """The command and the config of a run, from what it noted of itself (`facts_of`, by dotted names)."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    own = {name: x for name, x in settings.items() if name in names or name.split(".")[0] in names - {"data"}}
+    return settings["command"], load(TrainConfig, nest(own))
+
+
 def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
     """One phase, in as many processes as have joined."""
     import jax
@@ -122,6 +132,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.data.rooms import Room
     from pixel_jax.data.traces import Shape
     from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, merge_lora
     from pixel_jax.models.released import check_architecture
     from pixel_jax.parallel import make_mesh, share
@@ -157,6 +168,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     pause("the model is read")
+    dtype = config.dtype or dtype_of(model)
     if config.architecture is not None:
         check_architecture(model, config.architecture, config.model)
     if config.lora is not None:
@@ -208,7 +220,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         score = text_score(decode, config.rl.reward)
         pause("the data is written out")
         model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
-    save_pretrained(model if config.lora is None else merge_lora(model), processor, out / "model")
+    save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
     if first():
         write_json(out / "model" / "rollout.json", dataclasses.asdict(limits))
     say(f"The model is in {out / 'model'}.")

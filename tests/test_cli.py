@@ -61,6 +61,7 @@ MISTAKES = {
         1,
         "no part kernel; the parts are machine, kernels",
     ),
+    "export of nothing": (["export", "nowhere", "--out=x"], 1, "nowhere has no checkpoints"),
     "view without a file": (["view"], 1, "give one file of traces"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
@@ -194,7 +195,13 @@ def test_the_keys_that_save_memory_are_there(command):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name):
     code, out, _ = command(name, "--help")
-    wanted = {"view": "--out:", "chat": "--question:", "bench": "--only:", "check": "--seconds:"}.get(name, "--config:")
+    wanted = {
+        "view": "--out:",
+        "export": "--out:",
+        "chat": "--question:",
+        "bench": "--only:",
+        "check": "--seconds:",
+    }.get(name, "--config:")
     assert code == 0 and f"pixel-jax {name}" in out and wanted in out
 
 

@@ -59,7 +59,7 @@ class EvalConfig:
 
     model: str  # directory
     out: str  # run directory; what is in it already is not done again
-    benchmarks: dict[str, BenchmarkConfig]
+    benchmarks: dict[str, BenchmarkConfig]  # by a name of one's own, in the order in which they are asked
     modes: tuple[Mode, ...] = ("operations",)  # the others are compared with the first
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
