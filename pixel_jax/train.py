@@ -1,5 +1,6 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
+import collections
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import Any, Literal
 
 from absl import flags
 
-from pixel_jax.config import define_flag, load
+from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
 from pixel_jax.identity import nest
@@ -28,6 +29,9 @@ class LoRAConfig:
     rank: int  # of the two factors
     alpha: float  # they are scaled by alpha / rank
     targets: str  # regular expression, the linear layers that get one
+
+    def __post_init__(self):
+        positive(self, "rank", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,13 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
+        positive(self, "read_threads", "read_ahead", "trace_tokens", "trace_frames", "trace_patches", "video_patches")
+        positive(self, "prompt_width", "video_prompt_width")
+        if self.video_frames < 0:
+            raise ValueError(f"video_frames must not be negative: {self.video_frames}")
+        for name in ("canvas", "video_canvas"):
+            if (room := getattr(self, name)) is not None and min(room) < 1:
+                raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
@@ -196,16 +207,19 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             seed=config.seed,
             report=report,
         )
-        say(announcement(report, f"{len(packing.examples)} traces; {packing}"))
+        epoch = packing.epoch
+        steps = config.sft.updates(epoch)
+        course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+        say(announcement(report, f"{len(packing.examples)} traces; {packing}; {course}"))
         data = packing.batches(**process, **reading)
         pause("the data is written out")
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, **held)
+        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, **held)
     else:
         limits = config.rl.rollout
         room = Room(*config.canvas, config.prompt_width)
         video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
         asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
-        say(announcement(report, f"{len(asked)} questions"))
+        say(announcement(report, course_of(config.rl, collections.Counter(x.room for x in asked))))
         data = question_batches(
             asked,
             vocabulary,
@@ -235,6 +249,17 @@ def pause(place: str) -> None:
     if NOTICE.reached():
         say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
         raise Preempted
+
+
+def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
+    """How often the questions are asked; `rooms` has their number by room, of which an iteration takes one."""
+    count, iterations = sum(rooms.values()), config.iterations
+    epochs = iterations * config.prompts / count
+    said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
+    if (times := config.prompts / min(rooms.values())) > 1:
+        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+        said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
+    return said
 
 
 def announcement(report, data: str) -> str:
