@@ -311,6 +311,11 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
         return place / "model", metrics
 
     tuned, _ = start("sft", model)
+    code, out, error = command("export", f"{tmp_path / 'sft'}@2", f"--out={tmp_path / 'exported'}")
+    assert code == 0 and "after step 2" in out, error
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {path.name for path in tuned.iterdir()}
+    for path in tuned.iterdir():
+        assert path.read_bytes() == (tmp_path / "exported" / path.name).read_bytes(), path.name
     learned, metrics = start("rl", tuned)
     assert [x["updates"] for x in metrics] == [1, 1] and all(0 <= x["accuracy"] <= 1 for x in metrics)
     weights = [from_pretrained(place)[0].lm_head.weight[...] for place in (model, tuned)]
