@@ -127,6 +127,8 @@ def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
     """The command and the config of a run, from what it noted of itself (`facts_of`, by dotted names)."""
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     own = {name: x for name, x in settings.items() if name in names or name.split(".")[0] in names - {"data"}}
+    if settings.get("command") not in ("sft", "rl"):
+        raise ValueError("the run was not begun by `pixel-jax sft` or `pixel-jax rl`")
     return settings["command"], load(TrainConfig, nest(own))
 
 

@@ -101,6 +101,8 @@ def test_what_a_run_noted_of_itself_is_its_config(run):
     out, config, _ = run
     settings = {"command": "sft", "weights": "12ab", "data.count": 3, **flatten(dataclasses.asdict(config))}
     assert recorded(settings) == ("sft", config)
+    with pytest.raises(ValueError, match="was not begun by"):
+        recorded({"steps": 3})
 
 
 def test_a_checkpoint_that_is_not_there_or_not_whole(run, tmp_path):
@@ -111,6 +113,12 @@ def test_a_checkpoint_that_is_not_there_or_not_whole(run, tmp_path):
     noted = json.loads((tmp_path / "copy/sft/checkpoints.seals/3.0.json").read_text())["files"]
     (tmp_path / "copy/sft/checkpoints/3" / next(iter(noted))).write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
+        export(tmp_path / "copy/sft", str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "copy/sft/checkpoints.seals")  # killed before any file was noted
+    for path in (tmp_path / "copy/sft/checkpoints/3/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint 3 cannot be read"):
         export(tmp_path / "copy/sft", str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 

@@ -315,6 +315,15 @@ class Checkpoints:
         """
         if (reason := self.damage(step)) is not None:
             raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged ({reason})")
+        try:
+            return self._read_part(step, like, base)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever Orbax says of files that were cut short before they were noted
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(f"{self.directory}: checkpoint {step} cannot be read ({reason})") from error
+
+    def _read_part(self, step: int, like: T, base: Mapping[str, str]) -> T:
         path = self.directory / str(step)
         document = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host[0]
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
