@@ -25,6 +25,7 @@ COMMANDS: Commands = {
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
     "sft": ("pixel_jax.train", "instruction tuning on traces, from a config file"),
     "rl": ("pixel_jax.train", "reinforcement learning with the curiosity reward, from a config file"),
+    "export": ("pixel_jax.export", "a checkpoint of a run as a model directory, to be evaluated or gone on from"),
     "bench": ("pixel_jax.bench.main", "measure speed and memory beside what people use today and the machine"),
     "eval": ("pixel_jax.evaluation.main", "a model on benchmarks; runs compared; a checkpoint chosen"),
     "synth": ("pixel_jax.synthesis.main", "make traces for tuning from questions with a known place of the answer"),
@@ -60,6 +61,7 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
         "lower config.rl.prompts and config.rl.train_batch",
         "split the weights over more devices with config.mesh",
     ),
+    "pixel-jax export": ("set JAX_PLATFORMS=cpu, for the memory of the host",),
     "pixel-jax eval": (
         "lower config.rollout.in_flight",
         "lower config.batch and config.rollout.group_size",

@@ -102,6 +102,14 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
         raise ConfigError(f"{where}: {error}") from error
 
 
+def positive(config: Any, *names: str) -> None:
+    """ValueError if one of these settings of a dataclass is zero or less; None is not a number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive: {value}")
+
+
 def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 

@@ -43,7 +43,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), Kind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), Kind.FREE),
     # What is saved and said. Rows that are left out show in the data.
-    **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows"), Kind.FREE),
+    **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), Kind.FREE),
     # What a saved position in the data counts in, and what saved arrays belong to.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), Kind.FIXED),
     **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), Kind.FIXED),
@@ -64,6 +64,18 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = json.loads(json.dumps(value))
     return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten` (but for sections without a setting, which leave no name)."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *sections, last = name.split(".")
+        section = nested
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return nested
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

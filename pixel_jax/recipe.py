@@ -23,20 +23,28 @@ class Size(NamedTuple):
     row_groups: int  # rows of a micro-batch: a multiple of data x fsdp, on the largest mesh that is meant
 
 
+# Not of the paper: adapters on every linear layer of the decoder.
+ADAPTERS = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"}
 SIZES = {"3b": Size(2, 128), "7b": Size(4, 64), "72b": Size(8, 64)}
+LEARNING_RATES = {"full": 1e-6, "lora": 1e-5}  # by the weights that are trained
 EXAMPLES, QUERIES = 7_850, 15_400  # released traces (SFT) and questions (RL)
+
+
+def read_words(words: str) -> tuple[str, str]:
+    """("full" or "lora", name of an algorithm or "") of what stands after a config's colon: one of them, or both."""
+    weights, _, other = words.partition(",")
+    return (weights, other) if weights in LEARNING_RATES else ("full", words)
 
 
 def base(size: str, weights: str) -> ConfigDict:
     """What both phases share."""
     if size not in SIZES:
         raise ValueError(f"the recipe knows the sizes {', '.join(SIZES)}, not {size!r}")
-    if weights not in ("full", "lora"):
+    if weights not in LEARNING_RATES:
         raise ValueError(f"the weights to train are 'full' or 'lora', not {weights!r}")
     config = ConfigDict()
     config.architecture = f"qwen2.5-vl-{size}"
-    # Not of the paper: adapters on every linear layer of the decoder.
-    config.lora = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"} if weights == "lora" else None
+    config.lora = ADAPTERS if weights == "lora" else None
     config.mesh = {"data": 1, "fsdp": -1, "tensor": SIZES[size].tensor}
     # A batch is about images or about videos of 16 frames, each kind in a shape of its own. Pictures that are larger are
     # made smaller: the original shows, and cuts crops from, `max_pixels` of them.
@@ -52,7 +60,7 @@ def optimizer(weights: str, **values) -> dict[str, Any]:
     """AdamW. Adapters take ten times the learning rate of all weights (Schulman et al., LoRA Without Regret, 2025)."""
     return {
         "kind": "adamw",
-        "learning_rate": 1e-5 if weights == "lora" else 1e-6,
+        "learning_rate": LEARNING_RATES[weights],
         "schedule": "cosine",
         "b1": 0.9,
         "b2": 0.95,
@@ -112,7 +120,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
 
     words: "full" or "lora", the name of an algorithm, or both: "lora,dapo"
     """
-    weights, _, other = words.partition(",") if words.split(",")[0] in ("full", "lora") else ("full", "", words)
+    weights, other = read_words(words)
     config = base(size, weights)
     config.model = f"runs/{size}_sft/model"
     config.data = "data/questions.jsonl"

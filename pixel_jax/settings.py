@@ -35,11 +35,8 @@ def settings(
         usual = _default(field) if default is None else getattr(default, field.name)
         value = usual if values is None else values.get(field.name, usual)
         section, many = _section(hints[field.name])
-        if (
-            section is None
-            or (values is not None and value is None)
-            or (many and not (hasattr(value, "items") and value))
-        ):
+        unset = values is not None and value is None
+        if section is None or unset or (many and not (hasattr(value, "items") and value)):
             yield Setting(key, value, usual, about.get(field.name, ""))
         elif many:
             for name, inner in value.items():

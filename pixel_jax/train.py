@@ -1,15 +1,17 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
+import collections
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from absl import flags
 
-from pixel_jax.config import define_flag, load
+from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
+from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
@@ -27,6 +29,9 @@ class LoRAConfig:
     rank: int  # of the two factors
     alpha: float  # they are scaled by alpha / rank
     targets: str  # regular expression, the linear layers that get one
+
+    def __post_init__(self):
+        positive(self, "rank", "alpha")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +70,17 @@ class TrainConfig:
     video_prompt_width: int | None = None
     video_canvas: tuple[int, int, int] | None = None  # frames of a video, and the largest one's height and width
     seed: int = 0  # of the order of the examples and of new adapters
+    # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
+        positive(self, "read_threads", "read_ahead", "trace_tokens", "trace_frames", "trace_patches", "video_patches")
+        positive(self, "prompt_width", "video_prompt_width")
+        if self.video_frames < 0:
+            raise ValueError(f"video_frames must not be negative: {self.video_frames}")
+        for name in ("canvas", "video_canvas"):
+            if (room := getattr(self, name)) is not None and min(room) < 1:
+                raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
@@ -109,6 +123,15 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     return {"command": command, **settings, **digest_model(config.model, digests), **rows}
 
 
+def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
+    """The command and the config of a run, from what it noted of itself (`facts_of`, by dotted names)."""
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    own = {name: x for name, x in settings.items() if name in names or name.split(".")[0] in names - {"data"}}
+    if settings.get("command") not in ("sft", "rl"):
+        raise ValueError("the run was not begun by `pixel-jax sft` or `pixel-jax rl`")
+    return settings["command"], load(TrainConfig, nest(own))
+
+
 def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
     """One phase, in as many processes as have joined."""
     import jax
@@ -122,6 +145,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.data.rooms import Room
     from pixel_jax.data.traces import Shape
     from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, merge_lora
     from pixel_jax.models.released import check_architecture
     from pixel_jax.parallel import make_mesh, share
@@ -157,6 +181,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     pause("the model is read")
+    dtype = config.dtype or dtype_of(model)
     if config.architecture is not None:
         check_architecture(model, config.architecture, config.model)
     if config.lora is not None:
@@ -184,16 +209,19 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             seed=config.seed,
             report=report,
         )
-        say(announcement(report, f"{len(packing.examples)} traces; {packing}"))
+        epoch = packing.epoch
+        steps = config.sft.updates(epoch)
+        course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+        say(announcement(report, f"{len(packing.examples)} traces; {packing}; {course}"))
         data = packing.batches(**process, **reading)
         pause("the data is written out")
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, **held)
+        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, **held)
     else:
         limits = config.rl.rollout
         room = Room(*config.canvas, config.prompt_width)
         video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
         asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
-        say(announcement(report, f"{len(asked)} questions"))
+        say(announcement(report, course_of(config.rl, collections.Counter(x.room for x in asked))))
         data = question_batches(
             asked,
             vocabulary,
@@ -208,7 +236,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         score = text_score(decode, config.rl.reward)
         pause("the data is written out")
         model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
-    save_pretrained(model if config.lora is None else merge_lora(model), processor, out / "model")
+    save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
     if first():
         write_json(out / "model" / "rollout.json", dataclasses.asdict(limits))
     say(f"The model is in {out / 'model'}.")
@@ -223,6 +251,17 @@ def pause(place: str) -> None:
     if NOTICE.reached():
         say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
         raise Preempted
+
+
+def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
+    """How often the questions are asked; `rooms` has their number by room, of which an iteration takes one."""
+    count, iterations = sum(rooms.values()), config.iterations
+    epochs = iterations * config.prompts / count
+    said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
+    if (times := config.prompts / min(rooms.values())) > 1:
+        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+        said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
+    return said
 
 
 def announcement(report, data: str) -> str:

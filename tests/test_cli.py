@@ -62,6 +62,7 @@ MISTAKES = {
         1,
         "no part kernel; the parts are machine, kernels",
     ),
+    "export of nothing": (["export", "nowhere", "--out=x"], 1, "nowhere has no checkpoints"),
     "view without a file": (["view"], 1, "give one file of traces"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
@@ -198,7 +199,13 @@ def test_the_keys_that_save_memory_are_there(command):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help(name):
     code, out, _ = command(name, "--help")
-    wanted = {"view": "--out:", "chat": "--question:", "bench": "--only:", "check": "--seconds:"}.get(name, "--config:")
+    wanted = {
+        "view": "--out:",
+        "export": "--out:",
+        "chat": "--question:",
+        "bench": "--only:",
+        "check": "--seconds:",
+    }.get(name, "--config:")
     assert code == 0 and f"pixel-jax {name}" in out and wanted in out
 
 
@@ -308,6 +315,11 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
         return place / "model", metrics
 
     tuned, _ = start("sft", model)
+    code, out, error = command("export", f"{tmp_path / 'sft'}@2", f"--out={tmp_path / 'exported'}")
+    assert code == 0 and "after step 2" in out, error
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {path.name for path in tuned.iterdir()}
+    for path in tuned.iterdir():
+        assert path.read_bytes() == (tmp_path / "exported" / path.name).read_bytes(), path.name
     learned, metrics = start("rl", tuned)
     assert [x["updates"] for x in metrics] == [1, 1] and all(0 <= x["accuracy"] <= 1 for x in metrics)
     weights = [from_pretrained(place)[0].lm_head.weight[...] for place in (model, tuned)]

@@ -70,3 +70,26 @@ def test_a_config_that_is_nowhere(name, tmp_path, monkeypatch):
         find_config(name)
     message = str(error.value)
     assert str(tmp_path) in message and "pixel/quickstart" in message and "unlearn/quickstart" in message
+
+
+@pytest.mark.parametrize("word", ["lora", "gspo", "lora,dapo", "full,rloo"])
+def test_words_of_own_data_choose_what_they_do_in_the_recipe(word):
+    parse = ConfigFileParser("config", lock_config=False).parse
+    own, plain, recipe = (
+        parse(f"pixel/{name}") for name in (f"own_data:{word}", "own_data", f"qwen2_5_vl_7b_rl:{word}")
+    )
+    for config in (own, plain):
+        config.update(GIVEN["pixel/own_data"])
+    own, plain, recipe = (load(TrainConfig, config) for config in (own, plain, recipe))
+    assert own.lora == recipe.lora and (own.lora is not None) is word.startswith("lora")
+    for name in ("trainable", "baseline", "scale_by_std", "replay", "loss", "reward"):
+        assert getattr(own.rl, name) == getattr(recipe.rl, name)
+    assert own.rl.optimizer == recipe.rl.optimizer
+    adapted = ".*lora_" if own.lora else plain.sft.trainable
+    rate = 1e-5 if own.lora else plain.sft.optimizer.learning_rate
+    assert (own.sft.trainable, own.sft.optimizer.learning_rate) == (adapted, rate)
+
+
+def test_an_algorithm_that_there_is_not():
+    with pytest.raises(ValueError, match="no algorithm is called 'grop'; known are grpo"):
+        ConfigFileParser("config", lock_config=False).parse("pixel/own_data:grop")

@@ -5,14 +5,22 @@
     pixel-jax rl  --config=configs/pixel/own_data.py --config.model=runs/sft/model --config.data=questions.jsonl \
                   --config.out=runs/rl
 
+Words after a colon choose adapters in the place of all weights, and another algorithm for `rl` than the paper's, as in
+`pixel_jax/recipe.py`: `own_data.py:lora`, `own_data.py:gspo`, `own_data.py:lora,gspo`.
+
 The formats are described in `pixel_jax/data/jsonl.py` and `pixel_jax/data/released.py`. Fields that are not set here have
 the paper's values; any can be set as `--config.FIELD=VALUE` (`--config.rl.reward.alpha=0.3`).
 """
 
 from ml_collections import ConfigDict, config_dict
 
+from pixel_jax.recipe import ADAPTERS, LEARNING_RATES, read_words
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.training.algorithms import algorithm
 
-def get_config() -> ConfigDict:
+
+def get_config(words: str = "full") -> ConfigDict:
+    weights, other = read_words(words)
     config = ConfigDict()
     config.model = config_dict.placeholder(str)
     config.data = config_dict.placeholder(str)
@@ -27,7 +35,7 @@ def get_config() -> ConfigDict:
 
     config.sft = ConfigDict()
     config.sft.optimizer = {}
-    config.sft.steps = 246  # four epochs of the paper's 7,850 traces
+    # Four epochs, unless `config.sft.epochs` or `config.sft.steps` says otherwise.
     config.sft.batch_size = 128  # packed rows, of one trace or more
     config.sft.forward = {"micro_batches": 16, "compute_dtype": "bfloat16"}
 
@@ -40,4 +48,11 @@ def get_config() -> ConfigDict:
     config.rl.update({name: {} for name in ("reward", "replay", "loss", "optimizer")})
     config.rl.reward.scorer = ConfigDict()
     config.rl.forward = {"micro_batches": 64, "compute_dtype": "bfloat16"}
+
+    if weights == "lora":
+        config.lora = ADAPTERS
+        for phase in (config.sft, config.rl):
+            phase.trainable, phase.optimizer.learning_rate = ".*lora_", LEARNING_RATES["lora"]
+    if other:
+        config.rl.update(algorithm(other, longest=RolloutConfig().max_response))
     return config

@@ -154,6 +154,11 @@ class Packing:
             **reading,
         )
 
+    @property
+    def epoch(self) -> float:
+        """Batches that the rows of an epoch make."""
+        return sum(map(len, self.order.packed(0))) / self.size
+
     def padding(self) -> tuple[float, float]:
         """Shares of padding among the tokens of an epoch: packed, and with every trace in a row of the largest bucket."""
         tokens = self.order.sizes[:, 0]

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.training.scorers import ScorerConfig
@@ -49,6 +50,7 @@ class BenchmarkConfig:
     max_side: int = 3584  # `RolloutConfig.max_side`: pictures much longer than wide need more
 
     def __post_init__(self):
+        positive(self, "sample", "max_side")
         if not self.buckets or any(min(bucket) < 1 for bucket in self.buckets):
             raise ValueError(f"buckets are (images, height, width, tokens), all positive: {self.buckets}")
 
@@ -59,7 +61,7 @@ class EvalConfig:
 
     model: str  # directory
     out: str  # run directory; what is in it already is not done again
-    benchmarks: dict[str, BenchmarkConfig]
+    benchmarks: dict[str, BenchmarkConfig]  # by a name of one's own, in the order in which they are asked
     modes: tuple[Mode, ...] = ("operations",)  # the others are compared with the first
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh

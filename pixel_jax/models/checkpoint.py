@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -217,15 +218,19 @@ def _check_tied(reader: Reader, model: Qwen2_5_VL) -> None:
         )
 
 
-def save_weights(model: Qwen2_5_VL, directory: Path) -> None:
-    """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index."""
+def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
+    """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index.
+
+    dtype: of what is written; None: each weight's own.
+    """
     plan, sizes = [[]], [0]  # per shard: (key, weight, layer or None)
     for _, key, weight in named_weights(model):
         if isinstance(weight, LoRAWeight):
             raise ValueError(f"{key}: merge the adapter (`merge_lora`) before saving; the directory holds base weights")
         stacked = weight.axes[0] == "layers"
         for layer in range(weight.shape[0]) if stacked else [None]:
-            size = weight.dtype.itemsize * weight.size // (weight.shape[0] if stacked else 1)
+            itemsize = jnp.dtype(dtype or weight.dtype).itemsize
+            size = itemsize * weight.size // (weight.shape[0] if stacked else 1)
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
@@ -234,7 +239,9 @@ def save_weights(model: Qwen2_5_VL, directory: Path) -> None:
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        values = {key: _to_host(weight[...] if layer is None else weight[layer]) for key, weight, layer in tensors}
+        values = {
+            key: _to_host(weight[...] if layer is None else weight[layer], dtype) for key, weight, layer in tensors
+        }
         weight_map |= dict.fromkeys(values, name)
         if jax.process_index() == 0:
             save_file(values, directory / name, metadata={"format": "pt"})
@@ -243,8 +250,9 @@ def save_weights(model: Qwen2_5_VL, directory: Path) -> None:
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def _to_host(x: jax.Array) -> np.ndarray:
-    """The whole array, also when other processes hold parts of it."""
+def _to_host(x: jax.Array, dtype=None) -> np.ndarray:
+    """The whole array, also when other processes hold parts of it; in `dtype`, unless that is None."""
+    x = x if dtype is None else x.astype(dtype)
     if not x.is_fully_addressable:
         from jax.experimental import multihost_utils
 

@@ -63,7 +63,7 @@ def _what_it_is(directory: Path) -> str:
     return ""
 
 
-def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path) -> None:
+def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path, dtype=None) -> None:
     """Write the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
@@ -72,6 +72,7 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path) -> Non
     Args:
         processor: its tokenizer's and preprocessor's files, and `generation_config.json`, are written as they were read.
             None leaves those that lie in the directory.
+        dtype: of the weights in the files; None: each has its own.
     """
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
@@ -79,14 +80,18 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path) -> Non
     if jax.process_index() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-    save_weights(model, unfinished)
+    save_weights(model, unfinished, dtype)
     if jax.process_index() == 0:
-        dtype = model.language_model.embed_tokens.weight.dtype
-        values = {**model.config.to_hf(), "torch_dtype": jnp.dtype(dtype).name}
+        values = {**model.config.to_hf(), "torch_dtype": jnp.dtype(dtype or dtype_of(model)).name}
         (unfinished / CONFIG).write_text(json.dumps(values, indent=2))
         if processor is not None:
             processor.save(unfinished)
         _put_in_place(unfinished, directory, sides=processor is not None)
+
+
+def dtype_of(model: Qwen2_5_VL) -> str:
+    """What `config.json` says of a model's weights: the type of its embedding."""
+    return jnp.dtype(model.language_model.embed_tokens.weight.dtype).name
 
 
 def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:

@@ -51,15 +51,18 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
     return model
 
 
-def merge_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
-    """The model without adapters: each weight W becomes W + scale * B A, added in float32."""
+def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
+    """The model without adapters: each weight W becomes W + scale * B A, added in float32.
+
+    dtype: of the weights that had one. None: what it was, in which a small change may be lost.
+    """
     model = _copy(model)
     for _, linear in linears(model):
         if linear.lora_a is None:
             continue
         weight = linear.weight[...]
         change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
-        merged = (weight.astype(change.dtype) + change).astype(weight.dtype)
+        merged = (weight.astype(change.dtype) + change).astype(dtype or weight.dtype)
         linear.weight = Weight(merged, axes=linear.weight.axes)
         linear.lora_a, linear.lora_b, linear.lora_scale = None, None, 0.0
     return model

@@ -30,6 +30,7 @@ from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
 
 TUNING = ("sft", "unlearn")
+ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate
 PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
@@ -224,9 +225,10 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
         return Program(function, tuple(arguments), {"curvature": "ggn"}, turns, mesh)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
     if step == "sft":
-        optimizer = make_optimizer(phase.optimizer, phase.steps)
+        steps = phase.steps or ANY_STEPS
+        optimizer = make_optimizer(phase.optimizer, steps)
         function = make_sft_step(forward, optimizer, normalizer=phase.normalizer, mesh=mesh)
-        state, batch = abstract_state(recipe, phase, phase.steps, mesh), by_rows(sft_batch(recipe, packed=True), mesh)
+        state, batch = abstract_state(recipe, phase, steps, mesh), by_rows(sft_batch(recipe, packed=True), mesh)
         return Program(function, (state, batch), {}, turns, mesh)
     total = phase.iterations * phase.updates
     state, batch = abstract_state(recipe, phase, total, mesh), by_rows(rl_batch(recipe), mesh)

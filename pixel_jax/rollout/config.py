@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from pixel_jax.config import positive
+
 PATCH = 14  # pixels a side, Qwen2.5-VL
 FACTOR = 28  # a merged patch: two by two
 
@@ -49,9 +51,8 @@ class RolloutConfig:
             raise ValueError(f"pad is a share of the image, in [0, 1]: {self.pad}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
-        for name in ("group_size", "max_new_tokens", "max_response", "in_flight", "observe_chunk", "tail_rows"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+        positive(self, "group_size", "max_new_tokens", "max_tokens", "max_response", "max_side")
+        positive(self, "in_flight", "observe_chunk", "tail_rows")
         for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")

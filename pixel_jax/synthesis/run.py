@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from pixel_jax.config import positive
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
@@ -48,6 +49,9 @@ class EndpointConfig:
     workers: int = 16  # requests under way at once
     temperature: float = 0.7  # of sampling
     max_tokens: int = 600  # of one analysis
+
+    def __post_init__(self):
+        positive(self, "requests_per_second", "timeout", "workers", "max_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -158,6 +158,11 @@ class Checkpoints:
         self.unsealed: int | None = None  # the step that was saved last, until its files are noted
 
     @property
+    def steps(self) -> list[int]:
+        """Of the complete checkpoints, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self.manager.latest_step()
@@ -302,6 +307,36 @@ class Checkpoints:
             if self._stands(step, reason):
                 return found
         raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
+
+    def restore_part(self, step: int, like: T, base: Mapping[str, str]) -> T:
+        """The arrays of a checkpoint that `like` names, on one device, and no others: their memory is never taken.
+
+        CheckpointError if they or the frozen ones, `base`, are others there, or if its files are not what was written.
+        """
+        if (reason := self.damage(step)) is not None:
+            raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged ({reason})")
+        try:
+            return self._read_part(step, like, base)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever Orbax says of files that were cut short before they were noted
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(f"{self.directory}: checkpoint {step} cannot be read ({reason})") from error
+
+    def _read_part(self, step: int, like: T, base: Mapping[str, str]) -> T:
+        path = self.directory / str(step)
+        document = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host[0]
+        wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
+        self._compare(wanted, {name: x for name, x in document["leaves"].items() if name in wanted})
+        self._compare(base, document["base"], "frozen ")
+        place = SingleDeviceSharding(jax.local_devices()[0])
+        item = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), named_arrays(like))
+        restored = ocp.args.PyTreeRestore(
+            item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(path / "state", args=restored)
+        return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
     def _read(self, step: int, like: T, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
         path = self.directory / str(step)

@@ -118,6 +118,11 @@ def run(
             else:
                 state, start = found.state._replace(rest=state.rest), found.step
                 _give_back(found, host, local, directory)
+                say(
+                    f"{label}: already finished, all {steps} steps"
+                    if start == steps
+                    else f"{label}: going on from step {start} of {steps}"
+                )
         log = None
         if first():
             log = open_writers(directory, start, writers, label)

@@ -7,6 +7,8 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from pixel_jax.config import positive
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -27,8 +29,7 @@ class OptimizerConfig:
         for name in ("warmup", "final_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, in [0, 1]: {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.clip <= 0:
-            raise ValueError(f"learning_rate {self.learning_rate} and clip {self.clip} must be positive")
+        positive(self, "learning_rate", "eps", "clip")
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

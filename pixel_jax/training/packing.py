@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from pixel_jax.config import positive
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import everywhere
 from pixel_jax.training.batch import Batch, pad_rows
@@ -33,6 +34,9 @@ class PackingConfig:
     length: int  # tokens of a packed row
     slices: int  # temporal slices of a packed row (an image is one)
     rows: int = 8  # packed rows are filled up with empty ones to a multiple of this
+
+    def __post_init__(self):
+        positive(self, "length", "slices", "rows")
 
 
 def pack_rows(batch: Batch, config: PackingConfig) -> Batch:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from pixel_jax.config import positive
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
@@ -34,6 +35,12 @@ class ReplayConfig:
     )
     episode: int = 2  # rollouts of an episode (1024 queries, 512 at a time)
     threshold: float = 0.01  # a group is informative if its shaped rewards deviate by at least this much on average
+
+    def __post_init__(self):
+        positive(self, "capacity", "episode")
+        for name in ("exponent", "threshold"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
 
 
 class Entry(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.config import positive
 from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.rollout import rollout, static_shape
@@ -68,6 +69,9 @@ class RLConfig:
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
     def __post_init__(self):
+        positive(self, "iterations", "prompts", "train_batch", "save_every", "keep")
+        if self.time_operations < 0:
+            raise ValueError(f"time_operations must not be negative: {self.time_operations}")
         if self.rows % self.train_batch:
             raise ValueError(
                 f"{self.prompts} prompts x {self.rollout.group_size} rollouts = {self.rows} rows are no multiple of "

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from absl import logging
 
+from pixel_jax.config import positive
 from pixel_jax.training import algebra, answers
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.choices import choices_of, same_choice, stated_choice
@@ -71,6 +72,9 @@ class JudgeConfig:
     requests_per_second: float | None = None  # at most; None: as many as there are answers
     workers: int = 16  # requests under way at a time
     cache: str | None = None  # directory of verdicts
+
+    def __post_init__(self):
+        positive(self, "requests_per_second", "workers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Supervised tuning on traces: the warm start (Pixel Reasoner §4.1, App.)."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
@@ -8,11 +9,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
 from pixel_jax.parallel.sharding import WHOLE, Share, shard_batch, share
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.loop import Laps, run
-from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
@@ -20,13 +22,15 @@ from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
+EPOCHS = 4  # of the released warm start
 
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
     """Batch, learning rate and warm-up of the paper; the released script's cosine to zero and frozen vision tower."""
 
-    steps: int  # updates
+    steps: int | None = None  # updates; None: as many as `epochs` make
+    epochs: float | None = None  # passes over the data, in the place of `steps`. None, and no `steps`: the recipe's 4
     batch_size: int = 128  # rows (the released script: 16)
     trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
     normalizer: Literal["row", "token"] = "row"  # the mean of the rows' means, or the mean of all tokens
@@ -35,6 +39,19 @@ class SFTConfig:
     save_every: int = 100  # steps: a checkpoint
     keep: int = 2  # checkpoints, the newest
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
+
+    def __post_init__(self):
+        positive(self, "steps", "epochs", "batch_size", "save_every", "keep")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one follows from the other")
+
+    def updates(self, epoch: float | None) -> int:
+        """All of them, where `epoch` make a pass over the data; None: that is not known."""
+        if self.steps is not None:
+            return self.steps
+        if epoch is None:
+            raise ValueError("it is not known how many steps make an epoch: give steps")
+        return math.ceil(round((EPOCHS if self.epochs is None else self.epochs) * epoch, 6))
 
 
 class Shuffled:
@@ -81,17 +98,20 @@ def sft(
     facts: Mapping[str, Any] | None = None,
     resume_changed: bool = False,
     mesh: Mesh | None = None,
+    epoch: float | None = None,
     label: str = "sft",
     stream=None,
 ) -> T:
-    """The model after `config.steps` updates on batches of `data` (host arrays; `get_state` and `set_state` as in Grain).
+    """The model after `config.updates(epoch)` updates on batches of `data` (host arrays; with Grain's `get_state`, `set_state`).
 
     With a `directory` the run is resumable: started again, it continues from its newest checkpoint, if it is the same run:
     of the same `config` and the same `facts`, what else is known about it (`pixel_jax.identity`); `resume_changed` lets the
     experiment change. With several processes `data` yields this one's `share(mesh)` of each batch, and its state is the same
-    in all.
+    in all. `epoch` is the number of batches in a pass over the data; the metrics say then how many passes are made.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    steps = config.updates(epoch)
+    optimizer = make_optimizer(config.optimizer, steps)
+    rate = learning_rate(config.optimizer, steps)
     update = make_sft_step(config.forward, optimizer, normalizer=config.normalizer, mesh=mesh)
     part = share(mesh)
     throughput = Throughput(model, config.trainable, mesh)
@@ -105,7 +125,9 @@ def sft(
         laps.lap("input")
         throughput.count(batch)
         state, report = update(state, batch if mesh is None else shard_batch(batch, mesh))
-        metrics = check_report(report, i)
+        metrics = check_report(report, i) | {"learning_rate": float(rate(i))}
+        if epoch is not None:
+            metrics["epoch"] = (i + 1) / epoch
         laps.lap("update")
         return state, metrics | laps.facts | throughput.facts(laps.facts["seconds_update"])
 
@@ -114,7 +136,7 @@ def sft(
         label,
         state,
         step,
-        steps=config.steps,
+        steps=steps,
         host={"data": data},
         directory=directory,
         facts={**(facts or {}), "sft": dataclasses.asdict(config)},

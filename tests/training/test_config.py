@@ -1,5 +1,6 @@
 """Configurations are strict: every key is known and every value has the declared type."""
 
+import copy
 import dataclasses
 from typing import Literal
 
@@ -8,6 +9,8 @@ import pytest
 
 from pixel_jax.config import ConfigError, load
 from pixel_jax.evaluation.config import RELEASED, EvalConfig
+from pixel_jax.settings import settings
+from pixel_jax.train import TrainConfig
 from pixel_jax.training.sft import SFTConfig
 
 
@@ -47,6 +50,51 @@ def test_a_section_keeps_what_its_parent_declares():
     )
     assert load(Outer, {"steps": 1, "told": {"sizes": (3,)}}).told == Inner(0.25, "b", (3,))
     assert load(Outer, {"steps": 1, "told": {"rate": 0.5}}).told == Inner(0.5, "b")
+
+
+MAY_BE_ZERO = {
+    *("temperature", "later_temperature", "top_k", "min_tokens", "max_calls", "max_images", "pad", "min_crop"),
+    *("alpha", "beta", "threshold", "budget", "unparsable", "length_limit", "length_buffer", "exponent", "seed"),
+    *("clip_low", "clip_high", "kl", "final_fraction", "warmup", "b1", "b2", "weight_decay", "time_operations"),
+    "video_frames",
+}
+NO_NUMBER_YET = {"steps", "epochs", "in_flight", "tail_rows", "importance_cap", "dual_clip"}
+WHOLE = {
+    **{"model": "m", "data": "d", "out": "o", "sft": {}, "lora": {"rank": 1, "alpha": 1.0, "targets": "x"}},
+    "rl": {"iterations": 1, "packing": {"length": 1, "slices": 1}},
+}
+
+
+def numbers():
+    """Dotted names of the numbers of a training config that zero makes no sense of."""
+    for setting in settings(TrainConfig, WHOLE):
+        name = setting.key.removeprefix("config.")
+        last = name.split(".")[-1]
+        if (last in NO_NUMBER_YET or type(setting.value) in (int, float)) and last not in MAY_BE_ZERO:
+            yield name
+    yield "lora.alpha"
+
+
+@pytest.mark.parametrize("name", list(numbers()))
+def test_zero_is_refused_by_name_where_it_means_nothing(name):
+    values = copy.deepcopy(WHOLE)
+    *sections, last = name.split(".")
+    section = values
+    for part in sections:
+        section = section.setdefault(part, {})
+    section[last] = 0
+    with pytest.raises(ConfigError, match=rf"^{'.'.join(['config', *sections])}\b.*{last}.* 0"):
+        load(TrainConfig, values)
+
+
+def test_steps_or_epochs():
+    assert (SFTConfig(steps=7).updates(None), SFTConfig(epochs=2.5).updates(10.0)) == (7, 25)
+    assert SFTConfig(epochs=3).updates(10 / 3) == 10 and SFTConfig(epochs=0.01).updates(4.0) == 1
+    assert SFTConfig().updates(61.3) == 246  # the released warm start: 7,850 traces in batches of 128
+    with pytest.raises(ValueError, match="not known how many steps make an epoch"):
+        SFTConfig(epochs=2).updates(None)
+    with pytest.raises(ConfigError, match=r"config.sft: steps 3 and epochs 2.0 are both given"):
+        load(TrainConfig, {"model": "m", "data": "d", "out": "o", "sft": {"steps": 3, "epochs": 2}})
 
 
 @pytest.mark.parametrize("section", [{}, {"learning_rate": SFTConfig(steps=1).optimizer.learning_rate}])

@@ -1,0 +1,111 @@
+"""`pixel-jax export RUN[@STEP] --out=DIR`: a checkpoint of a stopped or finished run as a model directory.
+
+RUN is the directory of `pixel-jax sft` or `pixel-jax rl`, or the phase's in it (`RUN/sft`); STEP one of its checkpoints, by
+default the newest. Adapters are merged. What the run began with is read from `run.json`, so no config is given.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from pixel_jax.cli import UserError
+
+FLAGS = flags.FLAGS
+PHASES = ("sft", "rl")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def define_flags(command: str) -> None:
+    flags.DEFINE_string("out", None, "The model directory to write.", required=True)
+    flags.DEFINE_string("model", None, "Where the model that the run began with lies, if it has been moved.")
+    flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; by default what the run saves its model in.")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    from pixel_jax.terminal import say
+
+    if len(arguments) != 1:
+        raise UserError("give one run: pixel-jax export RUN[@STEP] --out=DIR")
+    run, step = split_step(arguments[0])
+    step, steps = export(phase_of(run), FLAGS.out, step=step, model=FLAGS.model, dtype=FLAGS.dtype)
+    say(f"The model after step {step} of {arguments[0]} is in {FLAGS.out}; its checkpoints are of {steps}.")
+
+
+def split_step(name: str) -> tuple[pathlib.Path, int | None]:
+    """A run and the step after its last @, if there is one."""
+    run, at, step = name.rpartition("@")
+    if at and step.isdecimal():
+        return pathlib.Path(run), int(step)
+    return pathlib.Path(name), None
+
+
+def phase_of(run: pathlib.Path) -> pathlib.Path:
+    """The directory with a run's checkpoints."""
+    found = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
+    if len(found) != 1:
+        which = f"has several phases, choose one: {', '.join(map(str, found))}" if found else "has no checkpoints"
+        raise UserError(f"{run} {which}")
+    return found[0]
+
+
+def export(
+    phase: pathlib.Path,
+    out: str,
+    *,
+    step: int | None = None,
+    model: str | None = None,
+    dtype: str | None = None,
+) -> tuple[int, list[int]]:
+    """Writes a checkpoint of the run in the directory `phase` as a model; on one device.
+
+    Args:
+        step: of the checkpoint; None: the newest.
+        model: directory that the run began with; None: where it says.
+        dtype: of the weights; None: what the run saves its model in.
+    Returns:
+        The step, and those of all its checkpoints.
+    """
+    import re
+
+    import jax
+    import jax.numpy as jnp
+
+    from pixel_jax import from_pretrained, save_pretrained
+    from pixel_jax.identity import read_settings
+    from pixel_jax.models.io import dtype_of
+    from pixel_jax.models.lora import add_lora, combine, merge_lora, split
+    from pixel_jax.run_lock import hold
+    from pixel_jax.state_files import write_json
+    from pixel_jax.train import recorded
+    from pixel_jax.training.checkpoint import Checkpoints, fingerprint
+
+    command, config = recorded(read_settings(phase))
+    source = pathlib.Path(model or config.model)
+    if source.resolve() == pathlib.Path(out).resolve():
+        raise UserError(f"--out={out} is the model that the run began with, which its checkpoints need")
+    with hold(phase.parent, True), Checkpoints(phase / "checkpoints") as checkpoints:
+        steps = checkpoints.steps
+        step = checkpoints.latest if step is None else step
+        if step not in steps:
+            raise UserError(f"{phase} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
+        try:
+            whole, processor = from_pretrained(source)
+        except FileNotFoundError as error:
+            raise UserError(f"the model that the run began with: {error}; say where it lies with --model") from error
+        dtype = dtype or config.dtype or dtype_of(whole)
+        if config.lora is not None:
+            whole = add_lora(whole, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
+        section = getattr(config, command)
+        pattern = re.compile(section.trainable)
+        trained, rest = split(whole, lambda path, _: pattern.match(path) is not None)
+        del whole
+        like = {
+            path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
+        }
+        found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))
+    whole = combine(found["trainable"], rest)
+    save_pretrained(whole if config.lora is None else merge_lora(whole, dtype), processor, out, dtype)
+    limits = section.rollout if command == "rl" else config.rollout
+    write_json(pathlib.Path(out) / "rollout.json", dataclasses.asdict(limits))
+    return step, steps

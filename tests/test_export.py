@@ -1,0 +1,150 @@
+"""A checkpoint of a run that was stopped becomes the model that the run would have saved at that step."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import pixel_jax
+from pixel_jax.cli import UserError
+from pixel_jax.data.digests import Digests
+from pixel_jax.export import export, phase_of, split_step
+from pixel_jax.identity import flatten
+from pixel_jax.models.io import dtype_of
+from pixel_jax.models.lora import add_lora, merge_lora
+from pixel_jax.models.processor import Processor
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.train import LoRAConfig, TrainConfig, facts_of, recorded
+from pixel_jax.training.checkpoint import CheckpointError
+from pixel_jax.training.optimizer import OptimizerConfig
+from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.steps import ForwardConfig
+from tests.rollout import talker
+from tests.training.tiny_model import make_batch
+
+LORA = LoRAConfig(rank=2, alpha=4.0, targets=r"model\.layers\.\{\}\.self_attn\.q_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The talker in bfloat16."""
+    directory = tmp_path_factory.mktemp("base")
+    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    pixel_jax.save_pretrained(talker.model(), processor, directory, "bfloat16")
+    return directory
+
+
+def tune(base, out, lora):
+    """Three steps with all checkpoints kept, and the models after two and after three."""
+    section = SFTConfig(
+        steps=3,
+        batch_size=4,
+        trainable=".*lora_" if lora else r"(?!visual)",
+        optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0),
+        forward=ForwardConfig(remat=False),
+        save_every=1,
+        keep=3,
+    )
+    config = TrainConfig(
+        model=str(base), data="d.jsonl", out=str(out), sft=section, lora=lora, rollout=RolloutConfig(max_calls=2)
+    )
+    with Digests(out / "digests.json") as digests:
+        facts = facts_of("sft", config, [], digests)
+    models = []
+    for steps in (2, 3):
+        model, _ = pixel_jax.from_pretrained(base)
+        if lora is not None:
+            model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(lora))
+        data = Shuffled(make_batch(8)._replace(visual=None), 4, seed=0)
+        models.append(
+            sft(
+                model,
+                data,
+                dataclasses.replace(section, steps=steps),
+                directory=out / "sft" if steps == 3 else None,
+                facts=facts,
+            )
+        )
+    return config, models
+
+
+@pytest.fixture(scope="module", params=[None, LORA], ids=["all weights", "adapters"])
+def run(base, request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, *tune(base, out, request.param)
+
+
+def weights(model):
+    return [np.asarray(x.astype("float32")) for x in jax.tree.leaves(model)]
+
+
+@pytest.mark.parametrize(("step", "dtype"), [(None, None), (2, "float32")])
+def test_a_checkpoint_is_the_model_after_its_step(run, base, step, dtype, tmp_path):
+    out, config, (second, third) = run
+    assert export(phase_of(out), str(tmp_path), step=step, dtype=dtype) == (step or 3, [1, 2, 3])
+    found, processor = pixel_jax.from_pretrained(tmp_path)
+    wanted = second if step == 2 else third
+    wanted = wanted if config.lora is None else merge_lora(wanted, dtype or "bfloat16")
+    wanted = jax.tree.map(lambda x: x.astype(dtype or "bfloat16"), wanted)
+    for a, b in zip(weights(found), weights(wanted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(weights(found), weights(pixel_jax.from_pretrained(base)[0]), strict=True))
+    assert dtype_of(found) == json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == (dtype or "bfloat16")
+    assert processor is not None and json.loads((tmp_path / "rollout.json").read_text())["max_calls"] == 2
+
+
+def test_what_a_run_noted_of_itself_is_its_config(run):
+    out, config, _ = run
+    settings = {"command": "sft", "weights": "12ab", "data.count": 3, **flatten(dataclasses.asdict(config))}
+    assert recorded(settings) == ("sft", config)
+    with pytest.raises(ValueError, match="was not begun by"):
+        recorded({"steps": 3})
+
+
+def test_a_checkpoint_that_is_not_there_or_not_whole(run, tmp_path):
+    out, *_ = run
+    with pytest.raises(UserError, match="no checkpoint of step 7; it has 1, 2, 3"):
+        export(out / "sft", str(tmp_path / "model"), step=7)
+    shutil.copytree(out, tmp_path / "copy")
+    noted = json.loads((tmp_path / "copy/sft/checkpoints.seals/3.0.json").read_text())["files"]
+    (tmp_path / "copy/sft/checkpoints/3" / next(iter(noted))).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
+        export(tmp_path / "copy/sft", str(tmp_path / "model"))
+    shutil.rmtree(tmp_path / "copy/sft/checkpoints.seals")  # killed before any file was noted
+    for path in (tmp_path / "copy/sft/checkpoints/3/state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="checkpoint 3 cannot be read"):
+        export(tmp_path / "copy/sft", str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_another_model_than_the_run_began_with(run, tmp_path):
+    """Only weights that were not trained can tell."""
+    out, *_ = run
+    processor = Processor(talker.vocabulary().tokenizer)
+    other = jax.tree.map(lambda x: x + 1, talker.model())
+    pixel_jax.save_pretrained(other, processor, tmp_path / "other", "bfloat16")
+    with pytest.raises(CheckpointError, match="frozen"):
+        export(out / "sft", str(tmp_path / "model"), model=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="say where it lies with --model"):
+        export(out / "sft", str(tmp_path / "model"), model=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("a/b", ("a/b", None)), ("a/b@12", ("a/b", 12)), ("a@b", ("a@b", None)), ("@3", ("", 3))]
+)
+def test_a_run_may_have_a_step(name, found):
+    assert split_step(name) == (pathlib.Path(found[0]), found[1])
+
+
+def test_a_directory_of_two_phases_is_asked_about(tmp_path):
+    for phase in ("sft", "rl"):
+        (tmp_path / phase / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"choose one: .*sft, .*rl"):
+        phase_of(tmp_path)
+    assert phase_of(tmp_path / "rl") == tmp_path / "rl"
