@@ -1,6 +1,5 @@
 """`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -16,19 +15,10 @@ FLAGS = flags.FLAGS
 def define_flags(command: str) -> None:
     flags.DEFINE_string("question", None, "What to ask.", required=True)
     flags.DEFINE_bool("video", False, "The images are the frames of one video, or a video file.")
-    flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample.")
+    flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
+    flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
-
-
-def load_rollout_config(directory: pathlib.Path):
-    """The limits and pixel budgets a model was trained with (`rollout.json` beside it), or the released ones."""
-    from pixel_jax.config import load
-    from pixel_jax.files import read_json
-    from pixel_jax.rollout.config import RolloutConfig
-
-    path = directory / "rollout.json"
-    return load(RolloutConfig, read_json(path), str(path)) if path.exists() else RolloutConfig()
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -41,6 +31,8 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.rollout.config import RolloutConfig
+    from pixel_jax.rollout.limits import judged, read_limits
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
     from pixel_jax.rollout.rollout import rollout
     from pixel_jax.rollout.trajectory import to_host
@@ -59,8 +51,8 @@ def main(command: str, arguments: list[str]) -> None:
     model, processor = from_pretrained(directory)
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
-    config = dataclasses.replace(load_rollout_config(directory), group_size=1)
-    config = dataclasses.replace(config, temperature=0.0 if FLAGS.greedy else config.temperature or 1.0)
+    temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
+    config = judged(read_limits(directory) or RolloutConfig(), temperature)
     vocabulary = Vocabulary.of(processor.tokenizer)
     prompts = build_prompts([query], vocabulary, tables(vocabulary), config)
     trajectories = to_host(rollout(model, prompts, jax.random.key(FLAGS.seed), config))

@@ -13,8 +13,8 @@ from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
 from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
 from pixel_jax.run_lock import hold
-from pixel_jax.state_files import write_json
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -218,6 +218,8 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, **held)
     else:
         limits = config.rl.rollout
+        for line in other_limits(config):
+            say(line)
         room = Room(*config.canvas, config.prompt_width)
         video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
         asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
@@ -238,7 +240,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
     save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
     if first():
-        write_json(out / "model" / "rollout.json", dataclasses.asdict(limits))
+        write_limits(out / "model", limits)
     say(f"The model is in {out / 'model'}.")
 
 
@@ -262,6 +264,23 @@ def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
         each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
         said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
     return said
+
+
+def other_limits(config: TrainConfig) -> list[str]:
+    """Which limits `rl` goes by where others are given: those beside the model, or `config.rollout`, which is tuning's."""
+    used, usual = config.rl.rollout, RolloutConfig()
+    asked = [field.name for field in dataclasses.fields(usual)]
+    asked = [name for name in asked if getattr(config.rollout, name) != getattr(usual, name)]
+    kept = read_limits(config.model) or used
+    others = {
+        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, SHOWN),
+        "config.rollout, which is of tuning": differences(used, config.rollout, asked),
+    }
+    return [
+        f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"
+        for where, found in others.items()
+        for name, (mine, other) in found.items()
+    ]
 
 
 def announcement(report, data: str) -> str:

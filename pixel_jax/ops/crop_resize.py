@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pixel_jax.ops.arguments import check_pixels, integers
 from pixel_jax.ops.automatic import on_automatic_axes
 from pixel_jax.ops.bicubic import FRACTION_BITS, Window, bicubic, fixed_point, window
 
@@ -85,6 +86,7 @@ def crop_resize(
     turns floats to uint8 first, JAX takes that step to be constant and gives zeros for the gradient, without a word and
     before this function could know.
     """
+    check_pixels("image", image)
     if image.ndim != 3 or image.dtype != jnp.uint8:
         raise ValueError(f"image must be uint8 [h, w, channels], got {image.dtype} {image.shape}")
     if order not in ORDERS:
@@ -94,17 +96,10 @@ def crop_resize(
     canvas = tuple(int(side) for side in canvas)
     if len(canvas) != 2 or min(canvas) < 1:
         raise ValueError(f"canvas must be a height and a width of at least one pixel, got {canvas}")
-    box, size = _integers("box", box, 4), _integers("size", size, 2)
+    box, size = integers("box", box, 4), integers("size", size, 2)
     _check_concrete(image.shape, box, size, canvas, implementation)
     options = {"canvas": canvas, "order": order, "exact": exact, "implementation": implementation}
     return on_automatic_axes(functools.partial(_crop_resize, **options), image, box, size)
-
-
-def _integers(name: str, values, count: int):
-    values = values if isinstance(values, jax.Array) else np.asarray(values)
-    if values.shape != (count,) or not jnp.issubdtype(values.dtype, jnp.integer):
-        raise ValueError(f"{name} must be {count} integers, got {values.dtype} {values.shape}")
-    return values
 
 
 def _check_concrete(shape, box, size, canvas, implementation) -> None:

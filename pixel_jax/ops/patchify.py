@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.ops.arguments import check_pixels, integers
 from pixel_jax.ops.automatic import on_automatic_axes
 
 PATCH = 14
@@ -33,8 +34,10 @@ def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Arra
       zeros.
     """
     unit = PATCH * MERGE
+    check_pixels("image", image)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % unit or image.shape[1] % unit:
         raise ValueError(f"image must be [H, W, 3] with H and W multiples of {unit}, got {image.shape}")
+    size = integers("size", size, 2)
     if not isinstance(size, jax.core.Tracer):
         height, width = (int(side) for side in np.asarray(size))
         if height < unit or width < unit or height % unit or width % unit:

@@ -11,7 +11,9 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from pixel_jax.ops.arguments import integers
 from pixel_jax.ops.doubles import divide, double, floor, multiply, sqrt
 
 MAX_RATIO = 200
@@ -24,7 +26,7 @@ def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels
     Equal to `smart_resize` of the Qwen2-VL image processor for every size with sides up to 2 ** 24.
 
     Args:
-      height, width: Python ints, or int32 arrays of equal shape, which may be traced.
+      height, width: ints, or lists or arrays of integers of equal shape, which may be traced.
       factor: side of a merged token in pixels.
       min_pixels, max_pixels: limits of height * width; they yield to `factor` where both cannot be had.
 
@@ -36,10 +38,17 @@ def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels
         raise ValueError(
             f"need factor >= 1 and 1 <= min_pixels <= max_pixels, got {factor}, {min_pixels}, {max_pixels}"
         )
-    if isinstance(height, jax.Array) or isinstance(width, jax.Array):
-        height, width = jnp.broadcast_arrays(jnp.asarray(height, jnp.int32), jnp.asarray(width, jnp.int32))
+    if any(isinstance(side, jax.Array) or np.ndim(side) for side in (height, width)):
+        height, width = jnp.broadcast_arrays(_sides("height", height), _sides("width", width))
         return _traced(height, width, factor, min_pixels, max_pixels)
     return _host(operator.index(height), operator.index(width), factor, min_pixels, max_pixels)
+
+
+def _sides(name: str, values) -> jax.Array:
+    """int32, and what does not fit there as the side that is too long."""
+    values = integers(name, values)
+    clip = jnp.clip if isinstance(values, jax.Array) else np.clip
+    return jnp.asarray(clip(values, -1, MAX_SIDE + 1), jnp.int32)
 
 
 def _host(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.ops.arguments import check_pixels, integers
+
 
 def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
     """Frames `indices` (0-based, any order, repeats allowed) of a video.
@@ -16,14 +18,14 @@ def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
     Returns:
       uint8 [k, h, w, 3].
     """
+    check_pixels("video", video)
     if video.ndim != 4 or video.shape[-1] != 3:
         raise ValueError(f"video must be [t, h, w, 3], got {video.shape}")
+    if np.size(indices) == 0:
+        raise ValueError("indices is an empty list of frames")
+    indices = integers("indices", indices)
     if not isinstance(indices, jax.core.Tracer):
         concrete = np.asarray(indices)
-        if concrete.size == 0:
-            raise ValueError("indices is an empty list of frames")
-        if not np.issubdtype(concrete.dtype, np.integer):
-            raise ValueError(f"indices must be integers, got {concrete.tolist()}")
         outside = concrete[(concrete < 0) | (concrete >= video.shape[0])]
         if outside.size:
             raise ValueError(f"frame indices {outside.tolist()} are outside [0, {video.shape[0]})")

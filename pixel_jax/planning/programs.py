@@ -20,7 +20,7 @@ from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.queue import PROMPT_CHUNK
+from pixel_jax.rollout.queue import read_together
 from pixel_jax.rollout.rollout import compiled_rollout, traced
 from pixel_jax.rollout.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
@@ -293,7 +293,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     return {
         "turns": waves * turns,
         "fill": 1 / turns,
-        "prompts": -(-in_flight // (PROMPT_CHUNK if waves == 1 else 1)),
+        "prompts": -(-in_flight // read_together(recipe.config.prompt_width, from_queue=waves > 1)),
         "tokens": min(config.max_new_tokens, room // turns),
         "tail": 0,  # rows that all write to their limits leave none behind
         "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills

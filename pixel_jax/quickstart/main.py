@@ -1,6 +1,10 @@
 """`pixel-jax quickstart`: every phase for every seed, then `metrics.json` and `report.html`."""
 
+import io
+import os
 import pathlib
+import shlex
+import sys
 
 from absl import flags
 
@@ -15,6 +19,30 @@ def define_flags(command: str) -> None:
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer("seeds", 1, "How many times to repeat it, with seeds 0, 1, ...", lower_bound=1)
     flags.DEFINE_string("out", "runs/quickstart", "Where checkpoints, metrics and the report go.")
+
+
+def write_card(config, path: pathlib.Path) -> None:
+    """A held-out scene with a small digit, as a PNG file."""
+    import numpy as np
+    from PIL import Image
+
+    from pixel_jax.data import miniature
+    from pixel_jax.files import write_file
+    from pixel_jax.quickstart.task import EVALUATION_SEED
+
+    scene = miniature.draw_scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, small=True)
+    file = io.BytesIO()
+    Image.fromarray(scene.image).save(file, "PNG")
+    write_file(path, file.getvalue())
+
+
+def chat_command(model: pathlib.Path, picture: pathlib.Path) -> str:
+    """A line for a shell in this folder that asks the model about the picture, whether or not the environment is active there."""
+    from pixel_jax.data.miniature import QUESTION
+
+    asks = shlex.join(["pixel-jax", "chat", str(model), str(picture), "--question", QUESTION])
+    activate = pathlib.Path(sys.prefix) / "bin" / "activate"  # of a virtual environment; others have none
+    return f"source {shlex.quote(os.path.relpath(activate))} && {asks}" if activate.is_file() else asks
 
 
 def main(command: str, arguments: list[str]) -> None:
@@ -45,5 +73,7 @@ def main(command: str, arguments: list[str]) -> None:
     numbers = metrics["rl"]
     for arm in ARMS:
         say(f"{arm}: accuracy {numbers[arm]['accuracy']:.3f}, rate of pixel-space reasoning {numbers[arm]['rapr']:.3f}")
-    say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces. Talk to the model:")
-    say(f'  pixel-jax chat {first / "curiosity" / "model"} IMAGE --question "What is the digit on the card?"')
+    say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces.")
+    write_card(config, out / "card.png")
+    say(f"Talk to the model about {out / 'card.png'}, a scene it has not seen (it knows this one question):")
+    say(f"  {chat_command(first / 'curiosity' / 'model', out / 'card.png')}")

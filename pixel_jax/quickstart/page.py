@@ -31,7 +31,7 @@ def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Trace]) ->
     sections = [
         ("", introduction(config, seeds)),
         ("Results", results_table(metrics) + report.paragraph(verdict(metrics))),
-        ("Learning curves", curves(metrics)),
+        ("Learning curves", curves(config, metrics)),
         ("What was arranged", "".join(report.paragraph(text) for text in arrangement(config))),
         ("Time", times(metrics)),
         (f"Traces (seed {seeds[0]}, held-out scenes, sampled)", "".join(report.trace(item) for item in traces)),
@@ -82,14 +82,16 @@ def verdict(metrics: Mapping) -> str:
     )
 
 
-def curves(metrics: Mapping) -> str:
+def curves(config: QuickstartConfig, metrics: Mapping) -> str:
     panels = {}
     for title, name in (("accuracy in training", "accuracy"), ("rate of pixel-space reasoning", "rapr")):
         panels[title] = {
             NAMES[arm]: smooth([(p["step"], p[name]) for p in metrics["rl"][arm]["curve"]]) for arm in NAMES
         }
+    hot = temperatures(config)
     return report.curves(panels, "iteration of reinforcement learning") + report.paragraph(
-        f"Means over the rows of an iteration, as sampled in training, over seeds, and over {SMOOTH} iterations."
+        f"Means over the rows of an iteration, over seeds, and over {SMOOTH} iterations, as sampled in training: at "
+        f"{hot}. Training explores; the table, at temperature 1, is what was learned."
     )
 
 
@@ -107,10 +109,9 @@ def arrangement(config: QuickstartConfig) -> list[str]:
     return [
         f"Box padding is {limits.pad:g} of the image (the released recipe: 0.1). At 448 pixels a tenth on each side would "
         "undo the zoom.",
-        f"Reinforcement learning explores at temperature {limits.temperature:g}"
-        + (f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else "")
-        + "; every number of the tables is sampled at 1. A call is a dozen tokens, each of which can go wrong at that "
-        "temperature, and an answer is three: looking closer fails first, although the warm start can do it. That is the "
+        f"Reinforcement learning explores at {temperatures(config)}; every number of the tables is sampled at 1. A call is "
+        "a dozen tokens, each of which can go wrong at that temperature, and an answer is three: looking closer fails "
+        "first, although the warm start can do it. That is the "
         "learning trap. For the same reason curiosity pays up to a rate of "
         f"{config.rl.reward.threshold:g} in a group (the paper: 0.3): a call that such a temperature breaks does not count.",
         f"{config.scenes.small_share:.0%} of the scenes have a small digit; the rest can be read at once. The digits are "
@@ -122,6 +123,13 @@ def arrangement(config: QuickstartConfig) -> list[str]:
     ]
 
 
+def temperatures(config: QuickstartConfig) -> str:
+    """Those that reinforcement learning samples at."""
+    limits = config.rl.rollout
+    later = f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else ""
+    return f"temperature {limits.temperature:g}{later}"
+
+
 def shares(config: QuickstartConfig) -> np.ndarray:
     """How frequent the digits 0 to 9 are."""
     weights = np.array(config.scenes.frequencies or (1.0,) * 10)
@@ -129,4 +137,12 @@ def shares(config: QuickstartConfig) -> np.ndarray:
 
 
 def times(metrics: Mapping) -> str:
-    return report.table(["phase", "seconds"], [[name, f"{value:.0f}"] for name, value in metrics["seconds"].items()])
+    """A row a phase, and why they do not add up to the total."""
+    seconds = dict(metrics["seconds"])
+    total = seconds.pop("total")
+    rows = [[name, f"{value:.0f}"] for name, value in {**seconds, "total, by the clock": total}.items()]
+    return report.table(["phase", "seconds"], rows) + report.paragraph(
+        f"The phases add up to {sum(seconds.values()):.0f} s, not to the total: the two arms run side by side, each in a "
+        "process of its own, and the warm start is judged while the first of them compiles. The total, of one seed, has the "
+        "starting of processes, too."
+    )

@@ -24,6 +24,7 @@ from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.network import model_config, new_model
 from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
+from pixel_jax.rollout.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
@@ -170,7 +171,7 @@ def save(task: Task, model, directory: pathlib.Path) -> None:
     limits = task.config.rl.rollout
     processor = Processor(task.vocabulary.tokenizer, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
     save_pretrained(model, processor, directory)
-    write_json(directory / "rollout.json", dataclasses.asdict(limits))
+    write_limits(directory, limits)
 
 
 # ---- the two arms

@@ -18,6 +18,7 @@ from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import FACTOR
+from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate, executed_calls, take_rows, to_host
@@ -151,9 +152,7 @@ class Answers:
 def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
     """Put every scene to `model` once; the assistant's turn begins with `opening`."""
     size = task.config.evaluation.batch
-    limits = dataclasses.replace(
-        task.config.rl.rollout, group_size=1, temperature=0.0 if greedy else 1.0, later_temperature=None
-    )
+    limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
     ids = task.vocabulary.encode(opening) if opening else []
     parts = []
     for start in range(0, len(scenes), size):

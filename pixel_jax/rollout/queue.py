@@ -27,7 +27,10 @@ from pixel_jax.rollout.sight import overviews
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.rollout.views import each, render
 
-PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together, where all are read at the start
+PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together at most, where all are read at the start
+PROMPT_TOKENS = (
+    2**15
+)  # of them: eight of 6,144, with as many pictures of 20,480 patches, take 17 GiB in a 7B in float32
 
 
 class Record(NamedTuple):
@@ -46,6 +49,12 @@ class Record(NamedTuple):
     @classmethod
     def of(cls, state: State) -> "Record":
         return cls(**{name: getattr(state, name) for name in cls._fields})
+
+
+def read_together(width: int, *, from_queue: bool) -> int:
+    """How many prompts of so many tokens each part of the mesh reads together: from a queue one at a time, for mostly one is
+    wanted, and a chunk takes as long as if it were full."""
+    return 1 if from_queue else max(1, min(PROMPT_CHUNK, PROMPT_TOKENS // width))
 
 
 class Queue(NamedTuple):
@@ -234,8 +243,7 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
         )
 
     records = queue.records
-    # From a queue one at a time: mostly one is wanted, and a chunk takes as long as if it were full.
-    size = PROMPT_CHUNK if entries == 1 else 1
+    size = read_together(prompts.tokens.shape[1], from_queue=entries > 1)
     with jax.named_scope("prompts"):
         queue = for_chunks(opens, shape.shards, size, body, queue._replace(records=None))
     read = queue.read + jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)

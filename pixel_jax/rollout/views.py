@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, patchify, pixel_values
 from pixel_jax.rollout.config import FACTOR, PATCH
@@ -74,11 +75,20 @@ def cut(
 def encode_still(
     model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str | None = None
 ) -> jax.Array:
-    """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels."""
-    lead = patches.shape[:-2]
-    flat = patches.reshape(-1, *patches.shape[-2:])
-    features = model.encode(pixel_values(flat, flat), size.reshape(-1, 2) // PATCH, implementation=implementation)
-    return features.reshape(*lead, *features.shape[1:])
+    """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels.
+
+    Where attention is linear in memory, stills along the last axis before P are taken one after the other, as in
+    `encode_visual`: eight frames of 20,480 patches for each of eight rows would take 72 GiB together in a 7B's tower.
+    """
+    lead, room = patches.shape[:-2], patches.shape[-2]
+    encode = lambda x: model.encode(pixel_values(x[0], x[0]), x[1] // PATCH, implementation=implementation)
+    if lead[-1] > 1 and chosen(implementation, room, room) != "dense":
+        apart = lambda x, *tail: jnp.swapaxes(x.reshape(-1, lead[-1], *tail), 0, 1)
+        features = jax.lax.map(encode, (apart(patches, *patches.shape[-2:]), apart(size, 2)))
+        features = jnp.swapaxes(features, 0, 1)
+    else:
+        features = encode((patches.reshape(-1, *patches.shape[-2:]), size.reshape(-1, 2)))
+    return features.reshape(*lead, *features.shape[-2:])
 
 
 def show_waiting(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from pixel_jax.chat import load_rollout_config
 from pixel_jax.config import ConfigError
 from pixel_jax.data.example import ExampleError
 from pixel_jax.data.read import read_examples
@@ -20,6 +19,7 @@ from pixel_jax.data.sources import SourceError
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
 from pixel_jax.files import FileError
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.limits import read_limits
 from pixel_jax.synthesis.seeds import SeedError, read_seeds
 from tests.data import released_files as files
 
@@ -54,7 +54,7 @@ READERS = {
     "rollout.json": (
         "rollout.json",
         dataclasses.asdict(RolloutConfig()),
-        lambda path: load_rollout_config(path.parent),
+        lambda path: read_limits(path.parent),
         (FileError, ConfigError),
     ),
 }

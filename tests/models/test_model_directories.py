@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from tiny_qwen import tiny_config
 
 import pixel_jax
-from pixel_jax.chat import load_rollout_config
 from pixel_jax.config import ConfigError
 from pixel_jax.files import FileError
 from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
+from pixel_jax.rollout.limits import read_limits
 from tests.models.test_checkpoints import same
 from tests.rollout import talker
 
@@ -210,7 +210,7 @@ def test_an_adapter_is_called_one(tmp_path):
 def test_a_malformed_rollout_file(tmp_path, content, message):
     (tmp_path / "rollout.json").write_text(content)
     with pytest.raises((FileError, ConfigError), match=message):
-        load_rollout_config(tmp_path)
+        read_limits(tmp_path)
 
 
 # Malformed files: whatever stands in a field, either the model is read or the error is the named one.

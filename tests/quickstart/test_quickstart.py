@@ -4,10 +4,12 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
 
+from pixel_jax import read_image
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
@@ -18,12 +20,14 @@ from pixel_jax.evaluation.trace import Trace, Turn
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.quickstart import pipeline, rows, vocabulary
 from pixel_jax.quickstart.config import EvaluationConfig, QuickstartConfig
+from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import NAMES, page, smooth
 from pixel_jax.quickstart.pipeline import ARMS, arm_config, check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.rows import WarmStartConfig
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig
@@ -276,10 +280,12 @@ def test_curves_are_smoothed_without_shift():
 def test_the_page_shows_both_arms_and_escapes_everything(seeds):
     results = {seed: result(seed / 8) for seed in seeds}
     for each in results.values():
-        each["seconds"][HOSTILE] = 1.0
+        each["seconds"][HOSTILE] = 31.0
     turns = [Turn("assistant", HOSTILE), Turn("tool", HOSTILE, failed=True)]
     trace = Trace(HOSTILE, [], [], turns, stop=HOSTILE, answer=HOSTILE, reference=HOSTILE, title=HOSTILE)
-    html = page(SMALLEST, summarise(results), [trace])
+    hot = dataclasses.replace(LIMITS, temperature=1.7, later_temperature=2.0)
+    hot = dataclasses.replace(SMALLEST, rl=dataclasses.replace(SMALLEST.rl, rollout=hot))
+    html = page(hot, summarise(results), [trace])
     seen = Reader(html)
     assert seen.runs == 0 and "img" not in seen.tags and "onerror" not in seen.attributes
     texts = " ".join(seen.texts)
@@ -291,8 +297,47 @@ def test_the_page_shows_both_arms_and_escapes_everything(seeds):
         assert "0.75 [0.49, 0.94]" in texts and "Wilson" in texts and "accuracy: 0.250." in texts
     else:
         assert "0.81 [0.02, 1.00]" in texts and "Student" in texts and "accuracy: 0.312 [-0.482, 1.107]." in texts
+    assert "total, by the clock" in texts and "add up to 4" in texts  # 10 and 31, of which neither is the total
+    assert texts.count("at temperature 1.7, and at 2 after the first call") == 2  # beside the curves, too
     embedded = json.loads(html.split('id="metrics">', 1)[1].split("</script>", 1)[0])
     assert embedded["seeds"] == list(seeds) and "per_seed" not in embedded
+
+
+# ---- what the reader does next
+
+
+def test_the_last_line_is_a_command_that_runs(tmp_path, monkeypatch):
+    """In a shell where nothing is activated, with a name that a shell would take apart."""
+    binaries = tmp_path / "an env" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "activate").write_text(f"PATH='{binaries}':$PATH")
+    (binaries / "pixel-jax").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (binaries / "pixel-jax").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "an env"))
+    line = chat_command(pathlib.Path("runs/a $b/model"), pathlib.Path("runs/card.png"))
+    assert line.startswith("source 'an env/bin/activate' && ")
+    found = subprocess.run(
+        ["bash", "-c", line], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split("\n")[:-1] == [
+        "chat",
+        "runs/a $b/model",
+        "runs/card.png",
+        "--question",
+        miniature.QUESTION,
+    ]
+    monkeypatch.setattr("sys.prefix", str(tmp_path))  # no virtual environment: nothing to activate
+    assert chat_command(pathlib.Path("m"), pathlib.Path("c")).startswith("pixel-jax chat m c --question ")
+
+
+def test_a_picture_with_a_card_is_written(tmp_path):
+    write_card(SMALLEST, tmp_path / "card.png")
+    pixels = read_image(tmp_path / "card.png")
+    card = np.argwhere((pixels == miniature.CARD).all(axis=2))
+    assert pixels.shape == (448, 448, 3) and len(card) > 500
+    least, most = SMALLEST.scenes.small_card
+    assert (least <= np.ptp(card, axis=0) + 1).all() and (np.ptp(card, axis=0) + 1 <= most).all()
 
 
 # ---- everything
@@ -321,7 +366,7 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
         assert len(saved_traces.load(place / "traces.json")) == 2
         model, processor = from_pretrained(place / "model")
         assert model.config.text.hidden_size == 32 and processor is not None
-        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == LIMITS
+        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == judged(LIMITS)
     assert set(found["rl"]) == set(ARMS) and found["seconds"]["total"] > 0
     for group in (found["sft"], *found["rl"].values()):
         assert 0 <= group["accuracy"] <= 1 and group["intervals"]["accuracy"]["n"] == 6

@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from pixel_jax.chat import load_rollout_config
 from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json, write_file
@@ -18,6 +17,7 @@ from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel.processes import first
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.limits import read_limits
 from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import use_compilation_cache
 from unlearn_jax.dataset import Dataset
@@ -54,7 +54,7 @@ class Job:
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.adapter))
         loss, fresh = adapter_loss(model, **dataclasses.asdict(config.forward))
         vocabulary = Vocabulary.of(processor.tokenizer)
-        return cls(config, mesh, vocabulary, load_rollout_config(directory), loss, place(fresh, mesh))
+        return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), loss, place(fresh, mesh))
 
     def objective(self, dataset: Dataset) -> Objective:
         """What training minimises."""

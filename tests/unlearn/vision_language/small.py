@@ -9,7 +9,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.network import NetworkConfig, model_config, new_model
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.state_files import write_json
+from pixel_jax.rollout.limits import write_limits
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.quickstart.config import (
     AdapterConfig,
@@ -44,7 +44,7 @@ def save_model(directory):
     model = new_model(model_config(NETWORK, vocabulary), jax.random.key(0))
     processor = Processor(vocabulary.tokenizer, min_pixels=LIMITS.min_pixels, max_pixels=LIMITS.max_pixels)
     save_pretrained(model, processor, directory)
-    write_json(directory / "rollout.json", dataclasses.asdict(LIMITS))
+    write_limits(directory, LIMITS)
 
 
 def make_config(model, out, **changes) -> Config:
