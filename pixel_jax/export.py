@@ -75,8 +75,8 @@ def export(
     from pixel_jax.identity import read_settings
     from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, combine, merge_lora, split
+    from pixel_jax.rollout.limits import write_limits
     from pixel_jax.run_lock import hold
-    from pixel_jax.state_files import write_json
     from pixel_jax.train import recorded
     from pixel_jax.training.checkpoint import Checkpoints, fingerprint
 
@@ -107,5 +107,5 @@ def export(
     whole = combine(found["trainable"], rest)
     save_pretrained(whole if config.lora is None else merge_lora(whole, dtype), processor, out, dtype)
     limits = section.rollout if command == "rl" else config.rollout
-    write_json(pathlib.Path(out) / "rollout.json", dataclasses.asdict(limits))
+    write_limits(out, limits)
     return step, steps
