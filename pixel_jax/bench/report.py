@@ -53,7 +53,9 @@ def case_record(work: Work, timings: dict[str, Timing], machine: Machine) -> dic
     aims = []
     for aim in work.aims:
         if aim.memory:
-            reached = (timings[aim.against].peak_bytes or 0) / (timings[ours].peak_bytes or 1)
+            # Beyond what the process had before: on small work noise, of either sign.
+            theirs, mine = (timings[name].peak_bytes or 0 for name in (aim.against, ours))
+            reached = theirs / mine if min(theirs, mine) > 0 else None
         else:
             reached = timings[aim.against].ratio
         aims.append({**dataclasses.asdict(aim), "reached": reached})
@@ -107,7 +109,8 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
         remarks.append(f"{entry['bytes'] / 1e6:.3g} MB, {100 * entry['share_of_read']:.0f} % of the read ceiling")
     for aim in entry["aims"]:
         what = "less memory than" if aim["memory"] else "faster than"
-        remarks.append(f"aim {aim['ratio']:.2g}x {what} {aim['against']}, reached {aim['reached']:.2f}x")
+        reached = "too little to measure" if aim["reached"] is None else f"reached {aim['reached']:.2f}x"
+        remarks.append(f"aim {aim['ratio']:.2g}x {what} {aim['against']}, {reached}")
     return remarks + [f"{name} {value}" for name, value in entry["facts"].items()]
 
 
