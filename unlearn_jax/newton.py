@@ -42,6 +42,7 @@ from unlearn_jax.solvers import Info, Krylov
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between a damping and the next
 TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, beyond which the damping falls or rises
+EXCEEDED = 2.0  # times the predicted change, beyond which a fall of J is its tilt's
 UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
@@ -143,6 +144,11 @@ class Tilted:
     tilt: Params
     params: Params
     sums: jax.Array  # of every example, at params
+    steep: bool  # the tilt is larger than what the edit asks for: far away J falls because of it, where no retrain goes
+
+    def foretold(self, attempt: "Attempt") -> bool:
+        """Whether the fall of J is the response to the edit, as far as the quadratic model can tell."""
+        return not self.steep or attempt.came_true <= EXCEEDED
 
     def change(self, step: Params) -> float:
         """J(params + step) - J(params), from the differences of every example; nan or inf are possible."""
@@ -213,10 +219,10 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         work.gradients(problem.first_order)
     first = size = float(norm(b))
     tilted = undone if config.residual == "drop" else 0.0
+    steep = tilted > UNFINISHED * first
     # A gradient smaller than the tilt would tell of the tilt: where J is flat that leads far away.
-    follows = config.newton_steps is None and tilted <= UNFINISHED * first and held_out is None
-
-    start = J = Tilted(problem.edited, tilt, params, sums)
+    follows = config.newton_steps is None and not steep and held_out is None
+    start = J = Tilted(problem.edited, tilt, params, sums, steep)
     delta, damping, best, pairs = optax.tree.zeros_like(b), None, None, []
     while size and len(steps) < (config.newton_steps or 1):
         now, key = add(params, delta), jax.random.fold_in(jax.random.key(config.seed), len(steps))
@@ -224,7 +230,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             sums, gradient = finished(problem.edited.sums_and_gradient(now))
             check_gradient(gradient, problem.edited, now, problem.ids)
             work.gradients(problem.edited)
-            J, b = Tilted(problem.edited, tilt, now, sums), optax.tree.sub(tilt, gradient)
+            J, b = Tilted(problem.edited, tilt, now, sums, steep), optax.tree.sub(tilt, gradient)
             size = float(norm(b))
             if not size:
                 break
@@ -419,19 +425,26 @@ def _directly(
 
 
 def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Work) -> tuple[Attempt, int]:
-    """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again."""
+    """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again.
+
+    Where the tilt is steep only a fall as foretold is one: none of it is taken if there is no such attempt.
+    """
     # A number is what was asked for: such a step is only halved.
     free = config.line_search and isinstance(config.damping, str)
     best, tried = _attempt(solution(damping), J, config, work), 1
     # Past its budget only until a step keeps the quarter that it has to: safe before cheap.
-    affordable = lambda: best.came_true < DOUBTED or work.left >= J.objective.count * FORWARD
-    while free and best.came_true < TRUSTED and tried <= config.retries and affordable() and not _below(best, J):
+    doubtful = lambda: best.came_true < DOUBTED or not J.foretold(best)
+    again = lambda: best.came_true < TRUSTED or not J.foretold(best)
+    affordable = lambda: doubtful() or work.left >= J.objective.count * FORWARD
+    while free and again() and tried <= config.retries and affordable() and not _below(best, J):
         damping *= DAMPING_STEP
         attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
-        if attempt.actual < best.actual:
+        if (J.foretold(attempt), -attempt.actual) > (J.foretold(best), -best.actual):
             best = attempt
-        elif best.came_true >= DOUBTED:
+        elif not doubtful():
             break
+    if free and not J.foretold(best):
+        best = best._replace(step_size=0.0, predicted=0.0, actual=0.0)
     return best, tried
 
 
@@ -470,7 +483,7 @@ def _choose(
     sums, gradient = finished(held_out.edited.sums_and_gradient(params))
     change = finished(held_out.change(params, gradient))
     tilt = optax.tree.add(gradient, change) if config.residual == "drop" else optax.tree.zeros_like(gradient)
-    judge = Tilted(held_out.edited, tilt, params, sums)
+    judge = Tilted(held_out.edited, tilt, params, sums, J.steep)
     attempts = [_attempt(solution(middle * factor), J, config, work) for factor in GRID]
     scores = [judge.change(optax.tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
     work.gradients(held_out.edited)
@@ -519,7 +532,7 @@ def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows
             limits.append(f"{which}negative curvature was met")
         if step.step_size == 0:
             limits.append(
-                f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls"
+                f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as foretold"
             )
         elif step.step_size < 1:
             limits.append(f"{which}only {step.step_size:.2g} of it was taken: further on the objective rises")
