@@ -42,7 +42,7 @@ from unlearn_jax.solvers import Info, Krylov
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between a damping and the next
 TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, beyond which the damping falls or rises
-EXCEEDED = 2.0  # times the predicted change, beyond which a fall of J is its tilt's
+EXCEEDED = 1 / TRUSTED  # the share beyond which a fall of a steep J is its tilt's
 UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
