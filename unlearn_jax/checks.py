@@ -1,5 +1,6 @@
 """What would go wrong silently, or with somebody else's message, is refused here in words that say what to set."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -39,9 +40,24 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
+@contextlib.contextmanager
+def _flax_errors() -> Iterator[None]:
+    """Around a trace of the loss: what Flax says of a module that changes in it, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "TraceContextError":  # of Flax, which is not needed here
+            raise
+        raise ValueError(
+            "the loss changes a Flax module, as dropout that is left on counts its random numbers: call model.eval() first, and "
+            f"keep other state out of the loss. Flax says: {error}"
+        ) from error
+
+
 def check_widened(loss: Callable, params: Params, wide: Params, example: Example) -> None:
     """A loss that takes the adapter's own 16 bits takes float32, too."""
-    jax.eval_shape(functools.partial(sum_and_weight, loss), params, example)  # the loss's own errors first
+    with _flax_errors():  # the loss's own errors first
+        jax.eval_shape(functools.partial(sum_and_weight, loss), params, example)
     try:
         jax.eval_shape(functools.partial(sum_and_weight, loss), wide, example)
     except Exception as error:
@@ -58,15 +74,8 @@ def check_loss(loss: Callable, params: Params, example: Example) -> None:
     Random numbers, as of dropout, would make a gradient before and one after the edit differ by noise. Those of Python and
     NumPy are drawn when the loss is traced: two traces are compared, operation by operation and number by number.
     """
-    try:
+    with _flax_errors():
         jaxpr = jax.make_jaxpr(functools.partial(sum_and_weight, loss))(params, example)
-    except Exception as error:
-        if type(error).__name__ != "TraceContextError":  # of Flax, which is not needed here
-            raise
-        raise ValueError(
-            "the loss changes a Flax module, as dropout that is left on counts its random numbers: call model.eval() first, and "
-            f"keep other state out of the loss. Flax says: {error}"
-        ) from error
     total = jaxpr.out_avals[0]
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise ValueError(f"the loss returns {total.dtype}, which has no gradient; it must be a floating point number")

@@ -119,7 +119,7 @@ def test_other_pictures_are_other_questions(questions, whole, tmp_path):
     moved = [x._replace(id=f"{x.id} moved", images=(picture,) if i == 1 else x.images) for i, x in enumerate(questions)]
     assert answer(moved, tmp_path / "run") == whole[1]  # the same content: nothing is asked again
     shutil.copy(questions[0].images[0], picture)
-    with pytest.raises(RunError, match="question '1 moved' was answered about other pictures than .*elsewhere.png"):
+    with pytest.raises(RunError, match="question '.*:2 moved' was answered about other pictures than .*elsewhere.png"):
         answer(moved, tmp_path / "run")
     other = [x._replace(answers=("8",)) if i == 1 else x for i, x in enumerate(questions)]
     with pytest.raises(RunError, match="questions.answers = .* choose another directory"):
@@ -133,7 +133,8 @@ def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, caps
     results.write_bytes(b"\0\0\0\n" + results.read_bytes() + b'{"index": "x"}\n')
     damaged = [directory / "run.json", directory / "digests-0.json", directory / "traces" / "0.json"]
     for path in damaged:
-        path.write_bytes(path.read_bytes()[:20])
+        # Digests of pictures that have just been written are not kept.
+        path.write_bytes(path.read_bytes()[:20] if path.exists() else b'{"cut')
     assert answer(questions, directory) == whole[1]
     row = {"split": "val", "modes": {"operations": summary.summarise(whole[1])}, "unanswered": {}, "differences": {}}
     metrics = {"first_mode": "operations", "benchmarks": {"own": row}}
@@ -380,7 +381,7 @@ def test_the_table_shows_what_it_is_given(capsys):
     rows.append(["[red]x[/red]", "\x1b[31mx", *rows[0][2:]])
     summary.print_table(summary.HEAD, rows)
     out = capsys.readouterr().out
-    assert "5 × 2" in out and "50.0 [50.0, 50.0]" in out and "[red]x[/red]" in out and "\x1b" not in out
+    assert "5 × 2" in out and "50.0 [28.3, 71.7]" in out and "[red]x[/red]" in out and "\x1b" not in out
     assert len(out.splitlines()) == 3
 
 
