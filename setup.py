@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 # Pillow before 12.3 and pyarrow before 23.0.1 read beyond damaged files.
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
-TFDS = ["tensorflow-datasets>=4.9.9", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
+TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 ROUGE = ["rouge-score>=0.1.2"]
 

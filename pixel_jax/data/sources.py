@@ -124,7 +124,9 @@ def _open_member(source: Member) -> BinaryIO:
         if info.flag_bits & 1:
             raise ImageError(f"{source} is encrypted")
         return archive.open(info)
-    except (KeyError, zipfile.BadZipFile, NotImplementedError, OSError) as error:
+    except ImageError:
+        raise
+    except Exception as error:  # of many kinds: a damaged header may hold a name that is no text
         raise ImageError(f"{source} cannot be opened: {error}") from None
 
 
