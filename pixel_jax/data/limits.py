@@ -1,6 +1,7 @@
 """How large a picture or a video may be, and how much memory reading takes in all threads of the process together."""
 
 import contextlib
+import ctypes
 import dataclasses
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,13 @@ class Limits:
             raise ImageError(f"{name} is {width} x {height} pixels, more than {self.pixels} in all (limits.pixels)")
 
 
+def _give_back() -> None:
+    """Returns memory that was freed to the system: glibc keeps what a thread has freed for that thread, other allocators not."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class Budget:
     """Bytes that all threads share."""
 
@@ -50,9 +58,13 @@ class Budget:
             raise ImageError(
                 f"{name} takes {size:,} bytes to read, more than the {self.total:,} there are (limits.memory)"
             )
+        fits = lambda: self._used + size <= self.total
         with self._changed:
-            self._changed.wait_for(lambda: self._used + size <= self.total)
+            waited = not fits()
+            self._changed.wait_for(fits)
             self._used += size
+        if waited:
+            _give_back()
         try:
             yield
         finally:
