@@ -28,6 +28,7 @@ MASK = "loss_mask"
 CONSTANT = "constant"  # the field with what `Loss.constant` returns, where it has been computed already
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
     """-log softmax(logits)[label] in float32 or wider. A label below zero must be masked out."""
@@ -46,6 +47,7 @@ class CrossEntropy:
         return {**example, self.labels: labels.astype(jnp.asarray(example[self.labels]).dtype)}
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class SquaredError:
     """Half the squared error, summed over the last axis of vector-valued targets: -log of a unit Gaussian."""

@@ -117,6 +117,12 @@ class Work:
     def forwards(self, objective: Objective, times: int) -> None:
         self.spent += times * objective.count * FORWARD
 
+    def constants(self, *objectives: Objective | None) -> None:
+        """Of what is the same for all parameters and was computed once an example; at most a pass forward."""
+        for objective in objectives:
+            if objective is not None and objective.has_constants:
+                self.forwards(objective, 1)
+
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
         drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
         rows = 1 + drawn
@@ -207,6 +213,9 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     params are float32 or wider. held_out: the problem on other examples; the one that chooses among dampings
     """
     began, steps, limits, work = time.perf_counter(), [], [], Work(problem, config)
+    work.constants(problem.edited, problem.leaving, problem.curved if problem.curved is not problem.edited else None)
+    if held_out is not None:
+        work.constants(held_out.edited)
     sums, gradient, change = _first_pass(problem, params, work)
     residual = optax.tree.add(gradient, change)
     undone = _undone(problem.edited, params, gradient, residual)
@@ -243,6 +252,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             if shared and products == 1 and problem.quarter is not None:
                 # One product gives the step its length, nothing else, and a quarter of the examples tells that.
                 objective, whole = finished(curved(problem.quarter(), now, key, config)), False
+                work.constants(objective)
             space, middle = _krylov(objective, now, b, damping, config, work, products)
             solution = _from(space, objective, b)
             pairs = space.pairs() if whole else []  # a sample's curvature is not J's

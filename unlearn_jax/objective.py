@@ -22,7 +22,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import CONSTANT, Example, Loss, Params, sum_and_weight
+from unlearn_jax.loss import CONSTANT, Example, Loss, Params, has_field, sum_and_weight
 
 Reduction = Literal["per_example", "per_token"]
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
@@ -96,6 +96,10 @@ class Objective:
         if not isinstance(self.loss, Loss) or self.loss.constant is None:
             return self
         return dataclasses.replace(self, examples={**self.examples, CONSTANT: jax.block_until_ready(self._constants())})
+
+    @property
+    def has_constants(self) -> bool:
+        return has_field(self.examples, CONSTANT)
 
     @jax.jit
     def _constants(self) -> Any:

@@ -105,7 +105,7 @@ def test_a_loss_is_a_pytree_that_carries_the_base_model_as_an_argument():
         loss = Loss(Partial(outputs, base), CrossEntropy())
         leaves, tree = jax.tree.flatten(loss)
         assert any(leaf is base for leaf in leaves) and tree.unflatten(leaves).mask == "loss_mask"
-        assert np.isfinite(total(Loss(Partial(outputs, base), Partial(CrossEntropy())), base, example))
+        assert np.isfinite(total(Loss(Partial(outputs, base), CrossEntropy()), base, example))
     assert len(traces) == 1
 
 

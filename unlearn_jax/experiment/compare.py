@@ -15,21 +15,28 @@ from unlearn_jax.experiment.judge import Judge
 from unlearn_jax.experiment.world import UNTUNED, Trial, World
 
 SHARDS = 4
+UNLIMITED = ("erase, unlimited", "L-BFGS, unlimited")  # on to the minimum, at a price that the others are not given
 Row = dict[str, Any]
 Rates = Mapping[str, tuple[float, ...]]  # learning rates to try, of every method that has one
 
 
 def compare(world: World, trial: Trial, share: float, rates: Rates) -> dict[str, Any]:
-    """{"seed", "share", "count", "norms", "report", "rows"}: a row for every method and learning rate, all its numbers."""
+    """{"seed", "share", "count", "norms", "report", "rows"}: a row for every method and learning rate, all its numbers.
+
+    The last two rows are `UNLIMITED`: the edit without a budget of epochs, and L-BFGS at its price.
+    """
     judge = Judge.of(world, trial, share)
     config = {"weight_decay": world.setting.weight_decay, **world.setting.erasure}
-    erased = erase(world.loss, trial.adapter, trial.facts.examples, judge.edits, config)
-    report = erased.report
+    edit = lambda config: erase(world.loss, trial.adapter, trial.facts.examples, judge.edits, config)
+    erased, unlimited = edit(config), edit({**config, "epochs": "unlimited"})
+    report, price = erased.report, unlimited.report.example_gradients
     rows = [
         {"method": "before", "gradients": 0.0, **judge(trial.adapter)},
         {"method": "cold retrain", **judge(judge.cold)},
         {"method": "erase", "gradients": report.example_gradients, **judge(erased.adapter)},
         *baseline_rows(judge, report.example_gradients, report.damping, rates),
+        {"method": UNLIMITED[0], "gradients": price, **judge(unlimited.adapter)},
+        {"method": UNLIMITED[1], **_lbfgs(judge, price)},
     ]
     return {
         "seed": trial.seed,
@@ -63,16 +70,12 @@ def _methods(judge: Judge, damping: float) -> dict[str, Callable[[Training], Row
 
         return row
 
-    def lbfgs(training):
-        found, _ = baselines.converge(judge.edited, trial.adapter, tolerance=0.0, budget=training.budget)
-        return {"gradients": found.gradients, **judge(found.adapter)}
-
     def sisa(training):
         found = Sisa.train(world.loss, trial.fresh, data, training, shards=SHARDS).edit(judge.edits)
         return {"gradients": found.gradients, "shards": len(found.retrained), **judge.ensemble(found)}
 
     return {
-        "L-BFGS": lbfgs,
+        "L-BFGS": lambda training: _lbfgs(judge, training.budget),
         "fine-tune": descent(baselines.retrain),
         "gradient ascent": descent(baselines.gradient_ascent),
         "GradDiff": descent(baselines.grad_diff),
@@ -83,6 +86,11 @@ def _methods(judge: Judge, damping: float) -> dict[str, Callable[[Training], Row
         "PBRF": descent(baselines.pbrf, damping=damping),
         "SISA": sisa,
     }
+
+
+def _lbfgs(judge: Judge, budget: float) -> Row:
+    found, _ = baselines.converge(judge.edited, judge.trial.adapter, tolerance=0.0, budget=budget)
+    return {"gradients": found.gradients, **judge(found.adapter)}
 
 
 def _training(judge: Judge, rate: float, budget: float) -> Training:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pixel_jax.evaluation.stats import over_seeds
+from unlearn_jax.experiment.compare import UNLIMITED
 
 CONVERGED = 1e-6  # the gradient's norm, relative to that of a fresh adapter
 COLUMNS = ("kl_forget", "kl_retain", "objective", "nll_forget", "nll_retain", "auc", "gradients")
@@ -35,7 +36,7 @@ def beaten(trials: Sequence[dict[str, Any]], name: str) -> list[str]:
     for share in sorted({trial["share"] for trial in trials}):
         mine = [{row["method"]: row for row in trial["rows"]} for trial in trials if trial["share"] == share]
         for method in mine[0]:
-            if method in ("erase", "cold retrain") or not all(name in rows.get(method, {}) for rows in mine):
+            if method in ("erase", "cold retrain", *UNLIMITED) or not all(name in rows.get(method, {}) for rows in mine):
                 continue  # a method that diverged on one seed is not the nearest
             gap = over_seeds([rows[method][name] - rows["erase"][name] for rows in mine])
             if not gap["mean"] > 0:

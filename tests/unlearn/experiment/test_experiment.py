@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from unlearn_jax.experiment.compare import best_rates
+from unlearn_jax.experiment.compare import UNLIMITED, best_rates
 from unlearn_jax.experiment.judge import Judge
 from unlearn_jax.experiment.run import run
 from unlearn_jax.experiment.table import beaten, loose, table
@@ -39,7 +39,8 @@ def result(tmp_path_factory):
 def check(found, methods):
     (trial,) = found["trials"]
     rows = {row["method"]: row for row in trial["rows"]}
-    assert list(rows) == ["before", "cold retrain", "erase", *methods]
+    assert list(rows) == ["before", "cold retrain", "erase", *methods, *UNLIMITED]
+    assert rows["L-BFGS, unlimited"]["gradients"] <= rows["erase, unlimited"]["gradients"]
     budget = rows["erase"]["gradients"]
     for name in methods:
         assert rows[name]["gradients"] <= budget
