@@ -166,7 +166,7 @@ def evaluate(
     directory.mkdir(parents=True, exist_ok=True)
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
     if process == 0:
-        settle(directory, settings, done=len(kept) or None)
+        settle(directory, settings, done=len(kept) or None, of=len(questions))
     mine = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))

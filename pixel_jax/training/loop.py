@@ -109,7 +109,7 @@ def run(
                 "another directory"
             )
         if first():
-            settle(directory, facts, done=latest, resume_changed=resume_changed)
+            settle(directory, facts, done=latest, of=steps, resume_changed=resume_changed)
         if latest is not None:
             try:
                 found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
