@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
 from pixel_jax.dialog.observations import HEAD, Kind
 from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
@@ -186,6 +187,28 @@ def _name(query: Query, index: int) -> str:
     if query.is_video:
         return f"frame {index + 1}"
     return "image" if len(query.images) == 1 else f"image {index + 1}"
+
+
+def drawn(picture: Picture) -> np.ndarray:
+    """What is kept of a picture, its boxes on it: uint8 [h, w, 3]."""
+    encoded = base64.b64decode(picture.uri.partition(",")[2])
+    image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")).convert("RGB")
+    pen, scale = ImageDraw.Draw(image), image.width / picture.width
+    for number, *box in picture.boxes:
+        color = COLORS[(number - 1) % len(COLORS)]
+        pen.rectangle([x * scale for x in box], outline=color, width=max(1, max(image.size) // 150))
+    return np.asarray(image)
+
+
+def as_text(trace: Trace) -> str:
+    """A conversation without its pictures, line by line: who said what, and what came of it."""
+    lines = [f"question: {trace.question}"]
+    for turn in trace.turns:
+        lines.append(f"{'model' if turn.role == 'assistant' else 'tool'}: {turn.text}")
+        lines += [f"      ({picture.caption}, {picture.width}x{picture.height})" for picture in turn.pictures]
+    known = {name: getattr(trace, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
+    lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
+    return "\n".join([*lines, f"ended: {trace.stop}"])
 
 
 def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
