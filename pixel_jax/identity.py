@@ -44,7 +44,8 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), Kind.FREE),
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), Kind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), Kind.FREE),
-    # What is saved and said. Rows that are left out show in the data.
+    # What is saved, said and looked at. Rows that are left out show in the data, and so do those held out.
+    **dict.fromkeys(("data_eval", "watch.*", "save_model_every", "keep_best"), Kind.FREE),
     **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), Kind.FREE),
     # What a saved position in the data counts in, and what saved arrays belong to.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), Kind.FIXED),

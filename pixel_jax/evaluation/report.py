@@ -89,6 +89,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
     return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def folded(head: str, content: str, *, unfolded: bool = False) -> str:
+    """HTML `content` that a click on `head` shows."""
+    return f"<details{' open' if unfolded else ''}><summary>{text(head)}</summary>{content}</details>"
+
+
 def paragraph(words: str) -> str:
     return f"<p>{text(words)}</p>"
 

@@ -290,7 +290,7 @@ def test_texts_are_what_the_policy_chose():
         return r"\boxed{4}" if len(seen) % 2 else "nothing"
 
     found = text_score(decode, RewardConfig(unparsable=-1))(trajectories, [4] * 0 + ["4"] * 16)
-    assert found.tolist() == [1, -1] * 8
+    assert np.asarray(found).tolist() == [1, -1] * 8 and found.mask.tolist() == [False, True] * 8
     assert seen[0] == trajectories.tokens[0][trajectories.chosen[0]].tolist()
 
 
