@@ -22,7 +22,7 @@ from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.origins import RowShape, origins, see
+from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.packing import PackingConfig, pack_rows
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
@@ -242,7 +242,7 @@ def rl(
         own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
         batch = from_trajectories(trajectories, advantage[own])
         shape = static_shape(prompts, config.rollout, mesh)
-        room = RowShape(batch.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+        room = room_of(batch.tokens.shape[1], prompts, shape)
         batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, shape))
         del prompts  # its images, without the room around them, are all that is needed from here on
 
