@@ -14,7 +14,8 @@ from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Room
+from pixel_jax.data.rooms import Measured
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.parallel.processes import everywhere, say
@@ -88,18 +89,24 @@ class Setting(NamedTuple):
     config: TrainConfig
     vocabulary: Vocabulary
     tables: Tables
-    rooms: tuple[Room, Room | None]  # of questions about images, and about videos
+    measured: Measured  # by what shapes of questions are worked out
     mesh: Mesh | None
     rollout_mesh: Mesh | None
 
     def ask(
-        self, judging: Sequence[Example], limits: RolloutConfig, scorer: ScorerConfig, dtype: str | None
+        self,
+        judging: Sequence[Example],
+        shapes: Sequence[BatchShape] | Measured,
+        limits: RolloutConfig,
+        scorer: ScorerConfig,
+        dtype: str | None,
     ) -> list[Look]:
         """One look, at those of the examples that have an answer and a room, or none. What is left out is said."""
         watch, report = self.config.watch, Report("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
+        scored = [x for x in judging if x.answer]
         try:
-            asked = find_rooms([x for x in judging if x.answer], *self.rooms, self.vocabulary, limits, report)
+            asked = find_rooms(scored, shapes, self.vocabulary, limits, report) if scored else []
         except PromptError:  # none is left
             asked = []
         say(str(report)) if str(report) else None
@@ -150,11 +157,11 @@ class Setting(NamedTuple):
                 max_response=min(config.rollout.max_response, longest),
                 max_new_tokens=min(config.rollout.max_new_tokens, longest),
             )
-            looks += self.ask(judging, limits, ScorerConfig(), phase.forward.compute_dtype)
+            looks += self.ask(judging, self.measured, limits, ScorerConfig(), phase.forward.compute_dtype)
         return Together(*looks)
 
-    def of_learning(self, judging: Sequence[Example]) -> Look | None:
-        """Looks at what the model answers to held-out questions."""
+    def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:
+        """Looks at what the model answers to held-out questions, in the shapes of those that are learned from."""
         phase = self.config.rl
-        looks = self.ask(judging, phase.rollout, phase.reward.scorer, phase.forward.compute_dtype)
+        looks = self.ask(judging, shapes, phase.rollout, phase.reward.scorer, phase.forward.compute_dtype)
         return looks[0] if looks else None

@@ -94,7 +94,13 @@ class Asker:
         room = self.asked[mine[0]].room
         queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
         prompts = build_prompts(
-            queries, self.vocabulary, self.tables, self.limits, width=room.tokens, canvas=room[:3], uids=mine
+            queries,
+            self.vocabulary,
+            self.tables,
+            self.limits,
+            width=room.tokens,
+            canvas=(room.images, room.height, room.width),
+            uids=mine,
         )
         t = jax.tree.map(local_rows, rollout(actor, prompts, self.key, self.limits))
         texts = written(t, self.vocabulary)

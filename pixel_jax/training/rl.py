@@ -24,7 +24,7 @@ from pixel_jax.training.looks import Rollouts
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.origins import RowShape, origins, see
+from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.packing import PackingConfig, pack_rows
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
@@ -250,7 +250,7 @@ def rl(
         own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
         batch = from_trajectories(trajectories, advantage[own])
         shape = static_shape(prompts, config.rollout, mesh)
-        room = RowShape(batch.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+        room = room_of(batch.tokens.shape[1], prompts, shape)
         batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, shape))
         if watch is not None:
             found = Rollouts(
