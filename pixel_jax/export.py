@@ -49,6 +49,23 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
+def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) -> None:
+    """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
+
+    Args:
+        adapters: it has some, which are merged.
+        limits: `RolloutConfig` that lies beside it.
+    """
+    from pixel_jax import save_pretrained
+    from pixel_jax.models.lora import merge_lora
+    from pixel_jax.parallel.processes import first
+    from pixel_jax.rollout.limits import write_limits
+
+    save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
+    if first():
+        write_limits(out, limits)
+
+
 def export(
     phase: pathlib.Path,
     out: str,
@@ -71,11 +88,10 @@ def export(
     import jax
     import jax.numpy as jnp
 
-    from pixel_jax import from_pretrained, save_pretrained
+    from pixel_jax import from_pretrained
     from pixel_jax.identity import read_settings
     from pixel_jax.models.io import dtype_of
-    from pixel_jax.models.lora import add_lora, combine, merge_lora, split
-    from pixel_jax.rollout.limits import write_limits
+    from pixel_jax.models.lora import add_lora, combine, split
     from pixel_jax.run_lock import hold
     from pixel_jax.train import recorded
     from pixel_jax.training.checkpoint import Checkpoints, fingerprint
@@ -104,8 +120,7 @@ def export(
             path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
         }
         found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))
-    whole = combine(found["trainable"], rest)
-    save_pretrained(whole if config.lora is None else merge_lora(whole, dtype), processor, out, dtype)
     limits = section.rollout if command == "rl" else config.rollout
-    write_limits(out, limits)
+    whole = combine(found["trainable"], rest)
+    write_model(whole, processor, out, dtype, adapters=config.lora is not None, limits=limits)
     return step, steps

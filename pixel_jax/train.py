@@ -1,6 +1,7 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,15 +11,26 @@ from absl import flags
 
 from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
+from pixel_jax.data.example import Report
 from pixel_jax.data.limits import Limits
+from pixel_jax.data.rooms import prompt_shape
+from pixel_jax.data.shapes import BatchShape, bucket_shapes
 from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
+from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
+from pixel_jax.state_files import write_json
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
+from pixel_jax.training.watch import Criterion, Look, WatchConfig
 
 FLAGS = flags.FLAGS
+CONFIG, DATA = "config.json", "data.json"  # in a run's directory: all its settings; what was read
+# Shapes by hand come together: those of all rows, and those of rows about videos.
+BY_HAND = {
+    "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
+    "rl": (("canvas", "prompt_width"), ("video_canvas", "video_prompt_width")),
+}
 SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
 
@@ -40,7 +52,10 @@ class TrainConfig:
 
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
-    out: str  # run directory: checkpoints, metrics, and at the end the model
+    out: str  # run directory: checkpoints, metrics, what was looked at, the page of the run, and at the end the model
+    data_eval: str | None = (
+        None  # examples that the run is judged by, in the format of `data`; None: `watch.share` of these
+    )
     image_folders: tuple[
         str, ...
     ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
@@ -58,36 +73,75 @@ class TrainConfig:
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     read_threads: int = 16  # that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
-    trace_tokens: int = 4096  # room of a row of one or more traces
-    trace_frames: int = 6  # room for pictures in a row: images, frames and crops
-    trace_patches: int = 8000  # of one frame
+    # Shapes of batches. None: worked out from the data. By hand, for tuning: the room of a row of one or more traces.
+    trace_tokens: int | None = None
+    trace_frames: int | None = None  # room for pictures in a row: images, frames and crops
+    trace_patches: int | None = None  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
-    video_frames: int = 0  # room of a row of traces that need more frames than `trace_frames`; 0: there are none
-    video_patches: int = 4800  # of one frame of such a row
-    prompt_width: int = 3072  # tokens
-    canvas: tuple[int, int, int] = (1, 2048, 2048)  # images of a prompt, and the largest one's height and width
-    # Of questions about videos, if they have shapes of their own; batches are then of one kind. None: as above.
-    video_prompt_width: int | None = None
-    video_canvas: tuple[int, int, int] | None = None  # frames of a video, and the largest one's height and width
+    video_frames: int | None = (
+        None  # room of a row of traces that need more frames than `trace_frames`; None: there are none
+    )
+    video_patches: int | None = None  # of one frame of such a row
+    # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.
+    canvas: tuple[int, int, int] | None = None
+    prompt_width: int | None = None  # tokens of a prompt
+    # Of questions about videos, if they have shapes of their own: frames, and their height and width. None: as above.
+    video_canvas: tuple[int, int, int] | None = None
+    video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
+    watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
+    save_model_every: int = (
+        0  # steps (rl: iterations): a model in `out`/models/STEP; 0: only the last one, in `out`/model
+    )
+    # The model of the look that was best, in `out`/best: the highest accuracy or the lowest loss on what is held out.
+    keep_best: Criterion | None = None
     # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
-        positive(self, "read_threads", "read_ahead", "trace_tokens", "trace_frames", "trace_patches", "video_patches")
-        positive(self, "prompt_width", "video_prompt_width")
-        if self.video_frames < 0:
-            raise ValueError(f"video_frames must not be negative: {self.video_frames}")
+        positive(self, "read_threads", "read_ahead", *BY_HAND["sft"][0], *BY_HAND["sft"][1], "prompt_width")
+        positive(self, "video_prompt_width")
+        if self.save_model_every < 0:
+            raise ValueError(f"save_model_every must not be negative: {self.save_model_every}")
         for name in ("canvas", "video_canvas"):
             if (room := getattr(self, name)) is not None and min(room) < 1:
                 raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
+        for together, more in BY_HAND.values():
+            for names in (together, more):
+                given = [name for name in names if getattr(self, name) is not None]
+                if given and len(given) < len(names):
+                    raise ValueError(
+                        f"{', '.join(names)} come together, or none of them: only {', '.join(given)} is given"
+                    )
+                if given and names is more and getattr(self, together[0]) is None:
+                    raise ValueError(f"{given[0]} needs {', '.join(together)}, too")
+        if self.buckets and self.trace_tokens is None:
+            raise ValueError(
+                f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
+            )
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
-        if (self.video_canvas is None) != (self.video_prompt_width is None):
-            raise ValueError(
-                f"video_canvas {self.video_canvas} and video_prompt_width {self.video_prompt_width} come together"
-            )
+
+    @property
+    def trace_shapes(self) -> tuple[BatchShape, ...] | None:
+        """Of rows to tune on; None: they are worked out."""
+        if self.trace_tokens is None:
+            return None
+        shape = lambda frames, patches: BatchShape(self.trace_tokens, frames, frames, patches)
+        shapes = bucket_shapes(self.buckets, shape(self.trace_frames, self.trace_patches))
+        return shapes if self.video_frames is None else (*shapes, shape(self.video_frames, self.video_patches))
+
+    @property
+    def prompt_shapes(self) -> tuple[BatchShape, ...] | None:
+        """Of prompts for `rl`; None: they are worked out."""
+        if self.canvas is None:
+            return None
+        limits, video_canvas = self.rl.rollout, self.video_canvas or self.canvas
+        return (
+            prompt_shape(*self.canvas, self.prompt_width, limits, video=False),
+            prompt_shape(*video_canvas, self.video_prompt_width or self.prompt_width, limits, video=True),
+        )
 
 
 def define_flags(command: str) -> None:
@@ -136,27 +190,35 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     """One phase, in as many processes as have joined."""
     import jax
 
-    from pixel_jax import from_pretrained, save_pretrained
+    from pixel_jax import from_pretrained
     from pixel_jax.cli import UserError
     from pixel_jax.data.limits import use_limits
-    from pixel_jax.data.packed import Packing, bucket_shapes
-    from pixel_jax.data.questions import find_rooms, question_batches
+    from pixel_jax.data.packed import Packing
+    from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
     from pixel_jax.data.read import read_examples
-    from pixel_jax.data.rooms import Room
-    from pixel_jax.data.traces import Shape
+    from pixel_jax.data.rooms import Measured
+    from pixel_jax.data.shapes import training_work
     from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.export import write_model
     from pixel_jax.models.io import dtype_of
-    from pixel_jax.models.lora import add_lora, merge_lora
+    from pixel_jax.models.lora import add_lora
     from pixel_jax.models.released import check_architecture
     from pixel_jax.parallel import make_mesh, share
+    from pixel_jax.parallel.memory import PICTURES, device_memory
     from pixel_jax.parallel.processes import first, say
+    from pixel_jax.parallel.sharding import row_parts
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.run_page import draw_run
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
     from pixel_jax.training.rl import rl, text_score
     from pixel_jax.training.sft import sft
+    from pixel_jax.training.watch import Watch
+    from pixel_jax.watching import Setting, hold_out
 
     out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / command).mkdir(parents=True, exist_ok=True)
+    if first():
+        write_json(out / CONFIG, dataclasses.asdict(config))
     use_limits(config.limits)
     examples, report = read_examples(
         config.data,
@@ -164,13 +226,24 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         drop=config.bad_rows == "drop",
         image_folders=config.image_folders,
     )
-    facts = {}
+    facts: dict[str, Any] = {}
     if first():
         announce_compiles()
-        with Digests(out / "digests.json") as digests:
+    with Digests(out / "digests.json") if first() else contextlib.nullcontext() as digests:
+        if first():
             facts = facts_of(command, config, examples, digests)
+        examples, judging, places = found = hold_out(
+            examples,
+            config.data_eval,
+            config.watch,
+            out / command,
+            digests,
+            seed=config.seed,
+            turns=command == "sft",
+            image_folders=config.image_folders,
+        )
+    facts |= {"data.held_out": places} if places else {}
     pause("the data is read")
-    held = {"facts": facts, "resume_changed": resume_changed}
     use_compilation_cache(out / "compiled")
     mesh = make_mesh(config.mesh) if config.mesh else None
     rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else None
@@ -188,23 +261,40 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
     token_tables = tables(vocabulary)
+    memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
+    measured = lambda rows: Measured(training_work(model.config), rows, memory)
+    setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
+    held = {"directory": out / command, "facts": facts, "resume_changed": resume_changed, "mesh": mesh}
+    adapters = config.lora is not None
+
+    def watch(steps: int, look: Look | None, limits: RolloutConfig) -> Watch:
+        save = lambda state, where: write_model(state.model, processor, where, dtype, adapters=adapters, limits=limits)
+        return Watch(
+            config.watch,
+            out / command,
+            steps,
+            vocabulary,
+            look=look,
+            save=save,
+            save_every=config.save_model_every,
+            best=config.keep_best,
+            draw=lambda: draw_run(out),
+        )
+
     process = {"process_index": part.index, "process_count": part.count}
     reading = {"threads": config.read_threads, "ahead": config.read_ahead}
 
     if command == "sft":
         if not config.corrections:
-            examples = [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
+            without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]
+            examples, judging = without(examples), without(judging)
         limits = config.rollout
-        shape = lambda frames, patches: Shape(config.trace_tokens, frames, frames, patches)
-        buckets = bucket_shapes(config.buckets, shape(config.trace_frames, config.trace_patches))
-        if config.video_frames:
-            buckets += (shape(config.video_frames, config.video_patches),)
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             limits,
-            buckets,
+            config.trace_shapes or training_work(model.config),
             size=config.sft.batch_size,
             seed=config.seed,
             report=report,
@@ -212,18 +302,19 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         epoch = packing.epoch
         steps = config.sft.updates(epoch)
         course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
-        say(announcement(report, f"{len(packing.examples)} traces; {packing}; {course}"))
+        announce(out, report, str(found), f"{len(packing.examples)} traces; {packing}; {course}")
         data = packing.batches(**process, **reading)
+        look = setting.of_tuning(judging, packing) if judging else None
         pause("the data is written out")
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, **held)
+        model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **held)
     else:
         limits = config.rl.rollout
         for line in other_limits(config):
             say(line)
-        room = Room(*config.canvas, config.prompt_width)
-        video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
-        asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
-        say(announcement(report, course_of(config.rl, collections.Counter(x.room for x in asked))))
+        by = config.prompt_shapes or measured(config.rl.prompts)
+        asked = find_rooms(examples, by, vocabulary, limits, report)
+        course = course_of(config.rl, collections.Counter(x.room for x in asked))
+        announce(out, report, str(found), f"{course}; {rooms_of(asked)}")
         data = question_batches(
             asked,
             vocabulary,
@@ -236,11 +327,13 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         )
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
         score = text_score(decode, config.rl.reward)
+        look = setting.of_learning(judging, list(dict.fromkeys(x.room for x in asked))) if judging else None
         pause("the data is written out")
-        model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
-    save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
+        watching = watch(config.rl.iterations, look, limits)
+        model = rl(model, data, score, config.rl, rollout_mesh=rollout_mesh, watch=watching, **held)
+    write_model(model, processor, out / "model", dtype, adapters=adapters, limits=limits)
     if first():
-        write_limits(out / "model", limits)
+        draw_run(out)
     say(f"The model is in {out / 'model'}.")
 
 
@@ -283,6 +376,11 @@ def other_limits(config: TrainConfig) -> list[str]:
     ]
 
 
-def announcement(report, data: str) -> str:
-    """What was read and what was not."""
-    return "\n".join(filter(None, [str(report), f"{report.source}: {data}"]))
+def announce(out: pathlib.Path, report: Report, judged_by: str, data: str) -> None:
+    """Says what was read and what was not, and notes it in `data.json`."""
+    from pixel_jax.parallel.processes import first, say
+
+    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {judged_by}"])))
+    if first():
+        left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
+        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": judged_by, **left_out})

@@ -16,6 +16,7 @@ from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.state import TrainState
+from pixel_jax.training.watch import Watch
 from pixel_jax.training.writers import WriterName, open_writers
 
 
@@ -66,6 +67,8 @@ def run(
     keep: int = 2,
     mesh: Mesh | None = None,
     shown: tuple[str, ...] = ("loss",),
+    remark: Callable[[Mapping[str, float]], str] = lambda metrics: "",
+    watch: Watch | None = None,
     writers: tuple[WriterName, ...] = (),
     stream=None,
 ) -> TrainState:
@@ -74,6 +77,9 @@ def run(
     What a step does may depend on `state`, `i` and the objects in `host` and `local`, whose states are saved with it, and
     on nothing else: then a killed run that is started again ends with the same bits. Metrics go to
     `directory/metrics.jsonl` and to `writers`. Without a `directory` nothing is written.
+
+    `remark` says of a step's metrics what a person should read beside them. `watch` looks at the state before the first step and
+    after every one; it changes nothing that a step depends on.
 
     `facts` are what the run is, settings and digests: a directory that holds another one is refused, unless
     `resume_changed` allows it (`pixel_jax.identity`).
@@ -90,7 +96,9 @@ def run(
 
     def show(done: int, metrics: Mapping[str, float]) -> None:
         if progress is not None:
-            progress.update(done, {name: metrics[name] for name in (*shown, *metrics) if name in metrics})
+            progress.update(
+                done, {name: metrics[name] for name in (*shown, *metrics) if name in metrics}, remark(metrics)
+            )
 
     if directory is None:
         for i in range(steps):
@@ -109,7 +117,7 @@ def run(
                 "another directory"
             )
         if first():
-            settle(directory, facts, done=latest, resume_changed=resume_changed)
+            settle(directory, facts, done=latest, of=steps, resume_changed=resume_changed)
         if latest is not None:
             try:
                 found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
@@ -127,6 +135,8 @@ def run(
         if first():
             log = open_writers(directory, start, writers, label)
             closing.callback(log.close)
+        if watch is not None:
+            watch(state, start, log)
         for i in range(start, steps):
             before = _states(host)
             try:
@@ -145,6 +155,8 @@ def run(
                 checkpoints.finish()
                 say(f"{label}: told to go; {done} of {steps} steps are done and saved. Started again, the run goes on.")
                 raise Preempted
+            if watch is not None and not told:
+                watch(state, done, log)
             checkpoints.poll()
     return state
 

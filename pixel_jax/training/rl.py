@@ -19,10 +19,12 @@ from pixel_jax.training import rewards
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
 from pixel_jax.training.layouts import Resharder
+from pixel_jax.training.lessons import Lessons, lesson_facts
+from pixel_jax.training.looks import Rollouts
 from pixel_jax.training.loop import Laps, run
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.origins import RowShape, origins, see
+from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.packing import PackingConfig, pack_rows
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
@@ -31,10 +33,12 @@ from pixel_jax.training.scorers import Reference, Scorer
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, check_rows, make_rl_step, make_score_step
 from pixel_jax.training.throughput import Throughput
+from pixel_jax.training.watch import Watch
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
-Score = Callable[[Trajectories, Sequence[Any]], np.ndarray]  # (R rows on the host, an answer a row) -> correct [R]
+# (R rows on the host, an answer a row) -> correct [R]; in a masked array what is masked is of rows without a readable answer.
+Score = Callable[[Trajectories, Sequence[Any]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,8 @@ def text_score(decode: Callable[[Sequence[int]], str], config: RewardConfig) -> 
     def score(trajectories: Trajectories, answers: Sequence[Any]) -> np.ndarray:
         texts = [decode(row[chosen]) for row, chosen in zip(trajectories.tokens, trajectories.chosen, strict=True)]
         found = scorer(texts, [Reference.of(answer) for answer in answers])
-        return np.array([config.unparsable if x is None else x for x in found], np.float32)
+        correct = np.array([config.unparsable if x is None else x for x in found], np.float32)
+        return np.ma.array(correct, mask=[x is None for x in found])
 
     return score
 
@@ -172,6 +177,7 @@ def rl(
     resume_changed: bool = False,
     mesh: Mesh | None = None,
     rollout_mesh: Mesh | None = None,
+    watch: Watch | None = None,
     label: str = "rl",
     stream=None,
 ) -> T:
@@ -180,7 +186,7 @@ def rl(
     `data` yields prompts and one reference answer (whatever `score` understands) for each; it has `get_state` and
     `set_state`. Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run.
     An iteration that is told to go before its updates is given up: it may last longer than there is time. `directory`,
-    `facts` and `resume_changed` as in `sft`.
+    `facts`, `resume_changed` and `watch` as in `sft`; `watch` is shown some rows of every iteration, too.
 
     Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
     this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
@@ -228,8 +234,9 @@ def rl(
             timed["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
             laps.lap("timing")
         del actor  # where it is a copy, the updates need its memory
-        correct = np.asarray(score(trajectories, [answer for answer in answers for _ in range(n)]), np.float32)
-        correct = all_rows(correct, part)
+        scored = score(trajectories, [answer for answer in answers for _ in range(n)])
+        parsed = all_rows(~np.ma.getmaskarray(scored), part)
+        correct = all_rows(np.asarray(scored, np.float32), part)
         check_rows(correct, f"iteration {i}: the correctness")
         records = all_rows(trajectories._replace(visual=None), part)  # of all rows, in all processes
         is_video = all_rows(np.asarray(prompts.is_video), part)
@@ -238,12 +245,25 @@ def rl(
         check_rows(shaped.reshape(-1), f"iteration {i}: the reward")
         teaching = informative(shaped, threshold=config.replay.threshold)
         facts = rollout_metrics(records, correct, parts, teaching)
+        facts |= lesson_facts(correct.reshape(-1, n), parsed.reshape(-1, n))
         advantage = group_advantage(shaped, baseline=config.baseline, scale_by_std=config.scale_by_std).reshape(-1)
         own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
         batch = from_trajectories(trajectories, advantage[own])
         shape = static_shape(prompts, config.rollout, mesh)
-        room = RowShape(batch.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+        room = room_of(batch.tokens.shape[1], prompts, shape)
         batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, shape))
+        if watch is not None:
+            found = Rollouts(
+                trajectories,
+                batch.visual.patches,
+                room.canvases,
+                [Reference.of(answer) for answer in answers],
+                np.asarray(prompts.is_video),
+                correct[own],
+                shaped.reshape(-1)[own],
+                advantage[own],
+            )
+            watch.rollouts(i, found, config.rollout)
         del prompts  # its images, without the room around them, are all that is needed from here on
 
         def seen(rows: Batch) -> Batch:
@@ -289,6 +309,8 @@ def rl(
         keep=config.keep,
         mesh=mesh,
         shown=("accuracy", "rapr", "reward", "loss"),
+        remark=Lessons(n, config.rollout.temperature),
+        watch=watch,
         writers=config.writers,
         stream=stream,
     ).model

@@ -19,6 +19,7 @@ from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
 from pixel_jax.training.throughput import Throughput
+from pixel_jax.training.watch import Watch
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ def sft(
     resume_changed: bool = False,
     mesh: Mesh | None = None,
     epoch: float | None = None,
+    watch: Watch | None = None,
     label: str = "sft",
     stream=None,
 ) -> T:
@@ -108,6 +110,7 @@ def sft(
     of the same `config` and the same `facts`, what else is known about it (`pixel_jax.identity`); `resume_changed` lets the
     experiment change. With several processes `data` yields this one's `share(mesh)` of each batch, and its state is the same
     in all. `epoch` is the number of batches in a pass over the data; the metrics say then how many passes are made.
+    `watch` looks at the model in between (`pixel_jax.training.watch`).
     """
     steps = config.updates(epoch)
     optimizer = make_optimizer(config.optimizer, steps)
@@ -144,6 +147,7 @@ def sft(
         save_every=config.save_every,
         keep=config.keep,
         mesh=mesh,
+        watch=watch,
         writers=config.writers,
         stream=stream,
     ).model
