@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog import automaton
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import host_crop_resize, smart_resize
@@ -22,6 +21,8 @@ from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.operations import Gallery, Result, add_to_gallery, execute
 from pixel_jax.rollout.prompts import Query, prompt_tokens
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Calls, Tables, Trajectories
+from pixel_jax.tools import RELEASED, SELECT_FRAMES
+from pixel_jax.tools.calls import arguments
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
 
@@ -151,14 +152,14 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _respond(tables: Tables, turns, gallery: Gallery, is_video, canvas_size, num_canvases, config, views, length):
     """What the rollout answers to turns int32 [WAVE, T] (-1: no token): result, observation ids and lengths, gallery."""
     state, _ = jax.lax.scan(
-        lambda state, tokens: (automaton.step(tables.bytes, state, tokens), None), automaton.init(WAVE), turns.T
+        lambda state, tokens: (tables.reader.step(tables.bytes, state, tokens), None), tables.reader.init(WAVE), turns.T
     )
-    call = automaton.finish(state)
+    call = tables.reader.finish(state)
     result = execute(call, gallery, is_video, canvas_size, num_canvases, views, config)
     ids, lengths = tables.observations.assemble(result.message, length)
     kind = jnp.where(call.valid, call.tool, 2)
-    asked = (call.tool == 1)[:, None] & (jnp.arange(8) < call.num_frames[:, None])
-    frames = jnp.where(asked, call.frames[:, :8] - 1, -1)
+    asked = arguments(call, RELEASED, SELECT_FRAMES)["target_frames"]
+    frames = jnp.where(jnp.arange(8) < asked.length[:, None], asked.values[:, :8] - 1, -1)
     return call.required, kind, frames, result, ids, lengths, add_to_gallery(gallery, result, call.required)
 
 

@@ -32,6 +32,8 @@ from pixel_jax.rollout.trajectory import (
     Prompts,
 )
 from pixel_jax.rollout.views import Budget, encode_still, show_waiting
+from pixel_jax.tools import RELEASED, SELECT_FRAMES
+from pixel_jax.tools.calls import arguments
 
 WRITING, WAITING, DONE = 0, 1, 2
 GREY = 127  # of blanked observations
@@ -210,7 +212,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
         banned=banned,
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
-    reader = automaton.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))
+    reader = shared.prompts.tables.reader.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))
     state = state._replace(
         chosen=state.chosen.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
@@ -254,7 +256,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
     mine = rows_prompts(state, prompts, config, shape)
-    call = automaton.finish(state.reader)
+    call = prompts.tables.reader.finish(state.reader)
     waiting = state.status == WAITING
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
@@ -294,9 +296,8 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     # What the row did, on record. A call past the limit is counted and not executed.
     number = jnp.where(asks, state.num_calls, config.max_calls + 1)
     executed = jnp.where(run, result.message.kind, -1)
-    frames = jnp.where(
-        (call.tool == 1)[:, None] & (jnp.arange(8) < call.num_frames[:, None]), call.frames[:, :8] - 1, -1
-    )
+    asked = arguments(call, RELEASED, SELECT_FRAMES)["target_frames"]
+    frames = jnp.where(jnp.arange(8) < asked.length[:, None], asked.values[:, :8] - 1, -1)
     calls = Calls(
         kind=state.calls.kind.at[row, number].set(jnp.where(call.valid, call.tool, 2), mode="drop"),
         observation=state.calls.observation.at[row, number].set(executed, mode="drop"),
@@ -327,7 +328,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         state.stop,
     )
     state = state._replace(stop=stop, status=jnp.where(waiting, DONE, state.status))
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def show(
@@ -363,7 +364,7 @@ def show(
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
     state = append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shape) -> jax.Array:
@@ -381,9 +382,9 @@ def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shap
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: State, run: jax.Array) -> State:
+def resume(state: State, run: jax.Array, reader: automaton.Reader) -> State:
     """The rows `run` (bool [R]) begin a new turn."""
-    fresh = automaton.init(run.shape[0])
+    fresh = reader.init(run.shape[0])
     return state._replace(
         status=jnp.where(run, WRITING, state.status),
         turn_start=jnp.where(run, state.length, state.turn_start),

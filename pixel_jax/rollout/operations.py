@@ -15,10 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog.automaton import Calls as ParsedCalls
 from pixel_jax.dialog.observations import MAX_IMAGES, Arguments, Kind
 from pixel_jax.ops import doubles, smart_resize
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.tools import CROP_IMAGE, RELEASED, SELECT_FRAMES
+from pixel_jax.tools.calls import Calls as ParsedCalls
+from pixel_jax.tools.calls import Numbers, arguments
 
 MILLION = 1_000_000
 MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
@@ -43,25 +45,25 @@ class Result(NamedTuple):
     count: jax.Array  # int32 [R], images shown
 
 
-def box_in_region(call: ParsedCalls, region: jax.Array, size: jax.Array, config: RolloutConfig) -> jax.Array:
+def box_in_region(called: Numbers, region: jax.Array, size: jax.Array, config: RolloutConfig) -> jax.Array:
     """The called box int32 [R, 4] in canvas pixels, padding applied, clipped to the region that it is a box of.
 
     Args:
       region: int32 [R, 4], x1 y1 x2 y2 in the canvas; size: int32 [R, 2], (height, width) at which it was shown.
     """
-    beyond = (call.box_units > 1) | ((call.box_units == 1) & (call.box_micros > 0))
+    beyond = (called.units > 1) | ((called.units == 1) & (called.micros > 0))
     if config.one_is_absolute:
-        beyond = call.box_units >= 1
-    absolute = jnp.any(beyond & ~call.box_negative, axis=1, keepdims=True)
+        beyond = called.units >= 1
+    absolute = jnp.any(beyond & ~called.negative, axis=1, keepdims=True)
     with jax.enable_x64(True):
         sides = (region[:, jnp.array([2, 3, 2, 3])] - region[:, jnp.array([0, 1, 0, 1])]).astype(jnp.int64)
         shown = jnp.maximum(size, 1)[:, jnp.array([1, 0, 1, 0])].astype(jnp.int64)
-        millionths = call.box_units.astype(jnp.int64) * MILLION + call.box_micros
+        millionths = called.units.astype(jnp.int64) * MILLION + called.micros
         share = doubles.divide(doubles.double(millionths), doubles.constant(float(MILLION)))
         share = doubles.where(absolute, doubles.divide(share, doubles.double(shown)), share)
         pad, zero = doubles.constant(config.pad), doubles.constant(0.0)
-        low = doubles.where(call.box_negative, zero, doubles.subtract(share, pad))
-        high = doubles.where(call.box_negative, doubles.subtract(pad, share), doubles.add(share, pad))
+        low = doubles.where(called.negative, zero, doubles.subtract(share, pad))
+        high = doubles.where(called.negative, doubles.subtract(pad, share), doubles.add(share, pad))
         share = doubles.where(jnp.arange(4) < 2, low, high)
         edges = doubles.round_half_even(doubles.multiply(sides, share))
         box = jnp.minimum(jnp.where(doubles.at_least_one(share), sides, edges), sides).astype(jnp.int32)
@@ -118,8 +120,9 @@ def execute(
       views: V, most images one observation can show: 1 where no row is a video.
     """
     rows = jnp.arange(call.tool.shape[0])
+    crop_call, select_call = (arguments(call, RELEASED, tool) for tool in (CROP_IMAGE, SELECT_FRAMES))
     # ---- crop
-    target = call.target_image
+    target = crop_call["target_image"].signed_units
     fresh_video = is_video & (gallery.count == 1)
     low = jnp.where(is_video & ~fresh_video, 2, 1)
     high = jnp.where(fresh_video, num_canvases, gallery.count)
@@ -131,12 +134,12 @@ def execute(
     crop_canvas = jnp.where(fresh_video, frame, gallery.canvas[rows, index])
     source = jnp.where(fresh_video[:, None], whole, gallery.region[rows, index])
     size = gallery.size[rows, jnp.where(fresh_video, 0, index)]
-    box = box_in_region(call, source, size, config)
+    box = box_in_region(crop_call["bbox_2d"], source, size, config)
     width, height = box[:, 2] - box[:, 0], box[:, 3] - box[:, 1]
     crop_size, crop_fits = shown_size(box, config.crop_min_pixels, config.crop_max_pixels, config.max_side)
     crop_kind = jnp.select(
         [
-            ~call.target_integer,
+            ~crop_call["target_image"].integer,
             ~in_range & ~is_video,
             ~in_range & fresh_video,
             ~in_range,
@@ -156,10 +159,10 @@ def execute(
         Kind.CROP,
     )
     # ---- select
-    slots = jnp.arange(call.frames.shape[1])
-    listed = slots < call.num_frames[:, None]
-    frames_in_range = jnp.all(~listed | ((call.frames >= 1) & (call.frames <= num_canvases[:, None])), axis=1)
-    chosen = jnp.clip(call.frames[:, :views] - 1, 0, canvas_size.shape[1] - 1)
+    frames, num_frames = select_call["target_frames"]
+    listed = jnp.arange(frames.shape[1]) < num_frames[:, None]
+    frames_in_range = jnp.all(~listed | ((frames >= 1) & (frames <= num_canvases[:, None])), axis=1)
+    chosen = jnp.clip(frames[:, :views] - 1, 0, canvas_size.shape[1] - 1)
     chosen_size = jnp.take_along_axis(canvas_size, chosen[..., None], axis=1)
     zeros = jnp.zeros_like(chosen)
     frame_regions = jnp.stack([zeros, zeros, chosen_size[..., 1], chosen_size[..., 0]], axis=-1)
@@ -170,8 +173,8 @@ def execute(
     select_kind = jnp.select(
         [
             ~is_video,
-            call.num_frames == 0,
-            call.num_frames > MAX_IMAGES,
+            num_frames == 0,
+            num_frames > MAX_IMAGES,
             ~frames_in_range,
             ~select_fits,
         ],
@@ -181,7 +184,7 @@ def execute(
     # ---- either
     crop = call.tool == 0
     kind = jnp.where(call.valid, jnp.where(crop, crop_kind, select_kind), Kind.MALFORMED)
-    count = jnp.select([kind == Kind.CROP, kind == Kind.FRAMES], [1, call.num_frames], 0)
+    count = jnp.select([kind == Kind.CROP, kind == Kind.FRAMES], [1, num_frames], 0)
     first = jnp.arange(views) == 0
     canvas = jnp.where(crop[:, None], crop_canvas[:, None], chosen)
     region = jnp.where(crop[:, None, None], box[:, None], frame_regions)
@@ -192,7 +195,7 @@ def execute(
     fills = {
         Kind.CROP: (shown_width, shown_height),
         Kind.FRAMES: (shown_width, shown_height, gallery.count, gallery.count + count - 1),
-        Kind.TOO_MANY_FRAMES: (call.num_frames,),
+        Kind.TOO_MANY_FRAMES: (num_frames,),
         Kind.FRAMES_OUT_OF_RANGE: (num_canvases,),
         Kind.BAD_IMAGE_INDEX: (gallery.count,),
         Kind.BAD_VIDEO_INDEX: (num_canvases, target),
@@ -205,8 +208,8 @@ def execute(
     message = Arguments(
         kind=kind,
         integers=jnp.select([(kind == k)[:, None] for k in fills], integers, 0),
-        items=call.frames,
-        num_items=call.num_frames,
+        items=frames,
+        num_items=num_frames,
         pads=jnp.pad(pads, ((0, 0), (0, MAX_IMAGES - views))),
     )
     return Result(

@@ -35,6 +35,7 @@ def tables(vocabulary: Vocabulary) -> Tables:
         bytes=automaton.token_table(vocabulary),
         observations=Observations.of(vocabulary),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
+        reader=automaton.reader_of(),
     )
 
 

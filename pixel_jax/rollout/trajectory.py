@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.automaton import TokenTable
+from pixel_jax.dialog.automaton import Reader, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollout.canvases import Canvases
@@ -27,7 +27,9 @@ STOP_TOKENS = 4  # the observation would exceed `max_tokens`
 STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", "too many tokens")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "reader"]
+)
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """What the device has to know of the tokenizer, the same for all rows. Built by `pixel_jax.rollout.prompts.tables`."""
@@ -35,6 +37,7 @@ class Tables:
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
     stop: Array  # int32 [k], tokens that end a turn
+    reader: Reader  # static: of the calls of these tools, as the format writes them
 
 
 class Prompts(NamedTuple):

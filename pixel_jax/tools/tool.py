@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 BOX_NUMBERS = 4
@@ -283,15 +283,23 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")
     if twice := _twice([tool.name for tool in tools]):
         raise ToolError(f"two tools are called {twice!r}")
-    owner: dict[str, tuple[str, str]] = {}
-    for tool in tools:
-        for argument in tool.arguments:
-            kind, name = owner.setdefault(argument.name, (argument.kind, tool.name))
-            if kind != argument.kind:
-                raise ToolError(
-                    f"{argument.name!r} is a {kind} of {name!r} and a {argument.kind} of {tool.name!r}: give one of "
-                    "them another name"
-                )
+    check_arguments([(tool.name, argument) for tool in tools for argument in tool.arguments])
+
+
+def check_arguments(written: Sequence[tuple[str, Argument]]) -> None:
+    """Raises `ToolError` where two tools' arguments of one name are not read alike. Pairs of (tool, argument)."""
+    owner: dict[str, tuple[str, Argument]] = {}
+    for tool, argument in written:
+        name, other = owner.setdefault(argument.name, (tool, argument))
+        if other.kind != argument.kind:
+            raise ToolError(
+                f"{argument.name!r} is of kind {other.kind} in {name!r} and of kind {argument.kind} in {tool!r}: give "
+                "one of them another name"
+            )
+        if isinstance(argument, Choice) and argument.options != other.options:
+            raise ToolError(
+                f"{argument.name!r} of {name!r} and of {tool!r} have different options: give one of them another name"
+            )
 
 
 def spellable(text: str) -> bool:

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.dialog.automaton import Calls
-from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute, first_gallery, shown_size
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools.calls import Calls
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)
@@ -29,18 +30,18 @@ def reference(call, written, video, sizes, images, config):
     if call.tool == 1:
         if not video:
             return Kind.SELECT_ON_IMAGE, [], []
-        if not call.frames:
+        if not call.arguments["target_frames"]:
             return Kind.MALFORMED, [], []
-        if len(call.frames) > 8:
-            return Kind.TOO_MANY_FRAMES, [len(call.frames)], []
-        if any(not 1 <= frame <= len(sizes) for frame in call.frames):
+        if len(call.arguments["target_frames"]) > 8:
+            return Kind.TOO_MANY_FRAMES, [len(call.arguments["target_frames"])], []
+        if any(not 1 <= frame <= len(sizes) for frame in call.arguments["target_frames"]):
             return Kind.FRAMES_OUT_OF_RANGE, [len(sizes)], []
-        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.frames]
+        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.arguments["target_frames"]]
         low, high = config.select_min_pixels, config.select_max_pixels
     else:
-        if not call.target_image.integer:
+        if not call.arguments["target_image"].integer:
             return Kind.MALFORMED, [], []
-        target = call.target_image.signed_units()
+        target = call.arguments["target_image"].signed_units()
         if video and len(images) == 1:
             if not 1 <= target <= len(sizes):
                 return Kind.BAD_VIDEO_INDEX, [len(sizes), target], []
@@ -83,24 +84,26 @@ def reference(call, written, video, sizes, images, config):
 def stack_calls(turns):
     """Device arrays of parsed turns, as the automaton would give them."""
     calls = [turn.call for turn in turns]
-    box = [
-        [(n.units, n.micros, n.negative) for n in call.box] if call and call.box else [(0, 0, False)] * 4
-        for call in calls
-    ]
-    target = [call.target_image if call else None for call in calls]
-    frames = [list(call.frames[:16]) + [0] * (16 - len(call.frames[:16])) if call else [0] * 16 for call in calls]
+    rows, slots = len(turns), max(tool.slots for tool in RELEASED)
+    numbers = [[Number(0, 0, False, False)] * slots for _ in turns]
+    for row, call in zip(numbers, calls, strict=True):
+        if call is not None:
+            values = call.arguments
+            frames = [Number(abs(x), 0, x < 0, True) for x in values.get("target_frames", ())[:slots]]
+            row[:] = [*values.get("bbox_2d", ()), *([values["target_image"]] if call.tool == 0 else frames), *row][
+                :slots
+            ]
+    of = lambda name, dtype: jnp.array([[getattr(x, name) for x in row] for row in numbers], dtype)
     return Calls(
         required=jnp.array([turn.required for turn in turns]),
         valid=jnp.array([call is not None for call in calls]),
         tool=jnp.array([call.tool if call else -1 for call in calls], jnp.int32),
-        box_units=jnp.array([[n[0] for n in row] for row in box], jnp.int32),
-        box_micros=jnp.array([[n[1] for n in row] for row in box], jnp.int32),
-        box_negative=jnp.array([[n[2] for n in row] for row in box]),
-        target_image=jnp.array([t.signed_units() if t else 0 for t in target], jnp.int32),
-        target_micros=jnp.array([t.micros if t else 0 for t in target], jnp.int32),
-        target_integer=jnp.array([bool(t and t.integer) for t in target]),
-        frames=jnp.array(frames, jnp.int32),
-        num_frames=jnp.array([len(call.frames) if call else 0 for call in calls], jnp.int32),
+        given=jnp.zeros((rows, 2), bool),
+        units=of("units", jnp.int32),
+        micros=of("micros", jnp.int32),
+        negative=of("negative", bool),
+        integer=of("integer", bool),
+        lengths=jnp.array([[len(call.arguments.get("target_frames", ())) if call else 0] for call in calls], jnp.int32),
     )
 
 
