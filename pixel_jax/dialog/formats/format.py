@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
+from collections.abc import Sequence
 from typing import Any
 
-from pixel_jax.tools.tool import Argument, Tool, ToolError
+from pixel_jax.tools.tool import Argument, Outcome, Tool, ToolError
+
+# The rendering of Qwen-Agent's NousFnCallPrompt.
+TOOLS_PROMPT = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call>"""
+SYSTEM = "You are a helpful assistant.\n\n" + TOOLS_PROMPT
 
 
 class Coordinates(enum.Enum):
@@ -14,7 +32,7 @@ class Coordinates(enum.Enum):
 
     EITHER = "shares of the image where none is above 1, else pixels of the image as it was shown"
     SHARES = "shares of the image"
-    PIXELS = "pixels of the image as it was shown"
+    PIXELS = "pixels of the image at its own size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +59,15 @@ class Spelling:
       tool: whose.
       name: what a call names it by; None where calls have no name.
       arguments: all of the tool's.
+      schema: its line in the system prompt; None: its own.
+      told: (name of an outcome, text) where it is told otherwise than by the tool; `{images}` is where its images are.
     """
 
     tool: str
     name: str | None
     arguments: tuple[Spelled, ...]
+    schema: str | None = None
+    told: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +83,8 @@ class CallFormat:
       spellings: of the tools that are not written by their own names and arguments.
       coordinates: what boxes are measured in, once their numbers are moved by
       places: to the left: -3 where 1000 is the whole side.
+      system: the system message; `{tools}` stands for a line of JSON for each tool.
+      malformed: what answers a call that cannot be read; None: the words of this package.
     """
 
     name: str
@@ -69,6 +93,8 @@ class CallFormat:
     spellings: tuple[Spelling, ...] = ()
     coordinates: Coordinates = Coordinates.EITHER
     places: int = 0
+    system: str = SYSTEM
+    malformed: str | None = None
 
     def __post_init__(self):
         for mark in (self.opening, self.closing):
@@ -86,3 +112,15 @@ class CallFormat:
                 f"calls of the format {self.name!r} have no name: it can only write {[*special]}, not {tool.name!r}"
             )
         return Spelling(tool.name, tool.name, own)
+
+    def system_prompt(self, tools: Sequence[Tool]) -> str:
+        """The system message that says how `tools` are called."""
+        lines = []
+        for tool in tools:
+            schema = {"type": "function", "function": tool.schema}
+            lines.append(self.spelling(tool).schema or json.dumps(schema, ensure_ascii=False))
+        return self.system.replace("{tools}", "\n".join(lines))
+
+    def text(self, tool: Tool, outcome: Outcome) -> str:
+        """What the model reads of an outcome of `tool`."""
+        return dict(self.spelling(tool).told).get(outcome.name, outcome.text)
