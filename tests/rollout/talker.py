@@ -55,14 +55,19 @@ CHAIN = {
 }
 
 
-@functools.cache
-def vocabulary() -> Vocabulary:
-    pieces = {text for text in CHAIN if len(text) > 1 and text != END}
-    pieces |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
+def pieces() -> list[str]:
+    """What the vocabulary has beside bytes and special tokens."""
+    found = {text for text in CHAIN if len(text) > 1 and text != END}
+    found |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
     for text in observations.TEXTS.values():
         for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
-            pieces |= {stretch} if len(stretch) > 1 else set()
-    return Vocabulary.of(build_tokenizer(sorted(pieces)))
+            found |= {stretch} if len(stretch) > 1 else set()
+    return sorted(found)
+
+
+@functools.cache
+def vocabulary() -> Vocabulary:
+    return Vocabulary.of(build_tokenizer(pieces()))
 
 
 @functools.cache
@@ -72,7 +77,11 @@ def token_tables():
 
 @functools.cache
 def model() -> Qwen2_5_VL:
-    words = vocabulary()
+    return network(vocabulary())
+
+
+def network(words: Vocabulary) -> Qwen2_5_VL:
+    """The talker in the ids of `words`."""
     size = len(words.table.length)
     hidden = 64 * -(-size // 64)
     config = Qwen2_5_VLConfig(
