@@ -177,9 +177,7 @@ class Observations:
         """The place of the kind of this name."""
         return next(i for i, kind in enumerate(self.kinds) if kind.tool == tool and kind.outcome.name == outcome)
 
-    def text(
-        self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()
-    ) -> str:
+    def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
         """An observation as text; `pads` are the pad counts of the images it shows."""
         template = self.kinds[kind].outcome.text
         written = [*integers, *items] if "{list}" in template else list(integers)

@@ -20,7 +20,7 @@ from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import drawings
-from pixel_jax.rollout.operations import add_to_gallery, called, execute
+from pixel_jax.rollout.operations import add_to_gallery, called, execute, written
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
@@ -269,7 +269,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
     mine = rows_prompts(state, prompts, config, shape)
-    call = automaton.finish(state.reader)
+    call = written(state.reader, shape.tools)
     waiting = state.status == WAITING
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
@@ -393,7 +393,9 @@ def resume(state: State, run: jax.Array) -> State:
 
 def observation_width(observations: Observations, config: RolloutConfig, shape: Shape) -> int:
     """Room for the longest observation, in tokens."""
-    pads = [budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds]
+    pads = [
+        budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
+    ]
     return observations.bound(pads, shape.views)
 
 

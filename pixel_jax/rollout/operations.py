@@ -8,12 +8,52 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog.automaton import Calls as ParsedCalls
+from pixel_jax.dialog import automaton
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.trajectory import NO_CANVAS, CallStatus, Calls, Tables, Views, shown_by
-from pixel_jax.tools.looking import Answer, Gallery, Listed, Seen, Values, read, region_size, shown_size, whole
+from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, shown_by
+from pixel_jax.tools.looking import (
+    Answer,
+    Gallery,
+    Listed,
+    Seen,
+    Values,
+    read,
+    region_size,
+    shown_size,
+    size_of_drawing,
+    whole,
+)
 from pixel_jax.tools.tool import Tool
+
+
+class Written(NamedTuple):
+    """What R turns ask for."""
+
+    required: jax.Array  # bool [R], the turn ends with a call
+    valid: jax.Array  # bool [R], which can be read
+    tool: jax.Array  # int32 [R], index into the tools; -1: none
+    values: Values
+
+
+def written(state: automaton.State, tools: tuple[Tool, ...]) -> Written:
+    """What the automaton has read."""
+    call = automaton.finish(state)
+    crop = (call.tool == 0)[:, None]
+    pad = lambda x, width: jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
+    target = call.target_image[:, None]
+    units = jnp.concatenate([call.box_units, jnp.abs(target)], axis=1)
+    micros = jnp.concatenate([call.box_micros, call.target_micros[:, None]], axis=1)
+    negative = jnp.concatenate([call.box_negative, target < 0], axis=1)
+    width = max(tool.slots for tool in tools)
+    values = Values(
+        jnp.where(crop, pad(units, width), jnp.abs(call.frames)),
+        jnp.where(crop, pad(micros, width), 0),
+        jnp.where(crop, pad(negative, width), call.frames < 0),
+        pad(jnp.where(crop, jnp.zeros((1, 5), bool).at[:, 4].set(True) & call.target_integer[:, None], False), width),
+        call.num_frames[:, None],
+    )
+    return Written(call.required, call.valid, call.tool, values)
 
 
 class Result(NamedTuple):
@@ -48,7 +88,7 @@ def first_gallery(
     )
 
 
-def execute(call: ParsedCalls, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
+def execute(call: Written, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
     """The result of each row's call.
 
     Args:
@@ -105,12 +145,12 @@ def _result(
     source = Views(fit(answer.canvas, NO_CANVAS), fit(answer.region, 0), fit(answer.size, 0))
     drawn = jnp.zeros(2, jnp.int32)
     if tool.draw is not None:
-        drawn = jnp.where(count > 0, tool.drawn_size(arguments, region_size(source.region[0])), 0)
+        drawn = jnp.where(count > 0, size_of_drawing(tool, arguments, region_size(source.region[0])), 0)
     pads = source.size[:, 0] * source.size[:, 1] // FACTOR**2
     return Result(Arguments(kind, integers, items, listed.count, pads), source, drawn, done | (count > 0), count)
 
 
-def called(call: ParsedCalls, result: Result, run: jax.Array) -> Calls:
+def called(call: Written, result: Result, run: jax.Array) -> Calls:
     """The record of R calls, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
     showing = run & (result.count > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)

@@ -103,11 +103,11 @@ class Calls(NamedTuple):
 def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) -> Calls:
     """The record of rows that have called nothing."""
     zeros = lambda *tail: xp.zeros((rows, numbers, *tail), np.int32)
-    none = xp.full((rows, numbers), -1, np.int32)
+    none = lambda value: xp.full((rows, numbers), value, np.int32)
     return Calls(
-        status=none,
-        tool=none,
-        outcome=none,
+        status=none(CallStatus.NONE),
+        tool=none(UNREADABLE),
+        outcome=none(-1),
         values=no_values((rows, numbers), tools, xp),
         source=Views(xp.full((rows, numbers, views), NO_CANVAS, np.int32), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),

@@ -57,7 +57,12 @@ def each(view: Callable, budget: Budget) -> Callable:
 
 
 def cut(
-    canvases: jax.Array, prompt: jax.Array, views: Views, budget: Budget, drawings: Drawings | None, tools: tuple[Tool, ...]
+    canvases: jax.Array,
+    prompt: jax.Array,
+    views: Views,
+    budget: Budget,
+    drawings: Drawings | None,
+    tools: tuple[Tool, ...],
 ) -> jax.Array:
     """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
 

@@ -108,9 +108,7 @@ class Answer(NamedTuple):
     listed: Listed | None = None  # what stands for {list}
 
 
-def shown_size(
-    region: jax.Array, min_pixels: int, max_pixels: int, max_side: int
-) -> tuple[jax.Array, jax.Array]:
+def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
     """Size [..., 2] (height, width) at which `region` [..., 4] is shown, and whether it can be.
 
     Rounding up can exceed a tight budget, and a sliver has no size at all.
@@ -182,3 +180,8 @@ def whole(size: jax.Array) -> jax.Array:
 def region_size(region: jax.Array) -> jax.Array:
     """(height, width) of a region: int32 [..., 2]."""
     return jnp.stack([region[..., 3] - region[..., 1], region[..., 2] - region[..., 0]], axis=-1)
+
+
+def size_of_drawing(tool: Tool, arguments: dict[str, Any], size: jax.Array) -> jax.Array:
+    """(height, width) of what `tool` makes of a picture of `size`: int32 [2]."""
+    return size if tool.drawn_size is None else tool.drawn_size(arguments, size)

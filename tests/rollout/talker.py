@@ -17,6 +17,7 @@ from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
+from pixel_jax.tools import RELEASED
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 SELECT = '<tool_call>\n{"name": "select_frames", "arguments": {"target_frames": ['
@@ -59,8 +60,8 @@ def pieces() -> list[str]:
     """What the vocabulary has beside bytes and special tokens."""
     found = {text for text in CHAIN if len(text) > 1 and text != END}
     found |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
-    for text in observations.TEXTS.values():
-        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
+    for kind in observations.kinds_of(RELEASED):
+        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + kind.outcome.text):
             found |= {stretch} if len(stretch) > 1 else set()
     return sorted(found)
 
@@ -68,6 +69,14 @@ def pieces() -> list[str]:
 @functools.cache
 def vocabulary() -> Vocabulary:
     return Vocabulary.of(build_tokenizer(pieces()))
+
+
+CROPPED, SELECTED, MALFORMED = "crop_image_normalized: shown", "select_frames: shown", "malformed"
+
+
+def outcomes(t, tools=RELEASED) -> np.ndarray:
+    """What the calls of trajectories came to, by name [R, N]; "" of those that were not carried out."""
+    return np.array([*map(str, observations.kinds_of(tools)), ""])[t.calls.outcome]
 
 
 @functools.cache

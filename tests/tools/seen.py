@@ -2,31 +2,47 @@
 
 import numpy as np
 
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.rollout.rollout import static_shape
+from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.origins import RowShape, origins, see
+
+# What the golden file calls the outcomes of the tools of the paper.
+NAMES = {
+    "crop_image_normalized: shown": "CROP",
+    "crop_image_normalized: no such image": "BAD_IMAGE_INDEX",
+    "crop_image_normalized: no such frame": "BAD_VIDEO_INDEX",
+    "crop_image_normalized: no such selection": "BAD_SELECTED_INDEX",
+    "crop_image_normalized: too small": "CROP_TOO_SMALL",
+    "select_frames: shown": "FRAMES",
+    "select_frames: no video": "SELECT_ON_IMAGE",
+    "select_frames: too many frames": "TOO_MANY_FRAMES",
+    "select_frames: out of range": "FRAMES_OUT_OF_RANGE",
+    "malformed": "MALFORMED",
+}
 
 
 def outcomes(t, token_tables) -> list[list[str]]:
     """Of each row, what each call came to; "" of one that was not carried out."""
+    kinds = [NAMES[str(kind)] for kind in token_tables.observations.kinds]
     return [
-        [Kind(int(kind)).name if kind >= 0 else "" for kind in row[:count]]
-        for row, count in zip(t.calls.observation, t.num_calls, strict=True)
+        [kinds[kind] if kind >= 0 else "" for kind in row[:count]]
+        for row, count in zip(t.calls.outcome, t.num_calls, strict=True)
     ]
 
 
 def views(t) -> list[list[list[int]]]:
-    """Of each row's calls that showed something: the call, the canvas, the region."""
+    """Of each row's calls that showed something: the call, the canvas, the region of a crop."""
     found = []
     for row in range(len(t.stop)):
         shown = []
-        for call in range(int(t.num_calls[row])):
-            kind = t.calls.observation[row, call]
-            if kind == Kind.CROP:
-                shown.append([call, int(t.calls.canvas[row, call]), *t.calls.box[row, call].tolist()])
-            elif kind == Kind.FRAMES:
-                shown += [[call, frame] for frame in t.calls.frames[row, call].tolist() if frame >= 0]
+        for call in np.flatnonzero(t.calls.status[row] == CallStatus.DONE):
+            source = t.calls.source
+            for canvas, region in zip(
+                source.canvas[row, call].tolist(), source.region[row, call].tolist(), strict=True
+            ):
+                if canvas >= 0:
+                    shown.append([int(call), canvas, *(region if t.calls.tool[row, call] == 0 else [])])
         found.append(shown)
     return found
 
