@@ -13,13 +13,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.dialog import automaton
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.operations import add_to_gallery, called, execute, written
+from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, prompt_tokens
 from pixel_jax.rollout.trajectory import (
     NO_CANVAS,
@@ -32,7 +31,8 @@ from pixel_jax.rollout.trajectory import (
     shown_by,
 )
 from pixel_jax.tools import Tool
-from pixel_jax.tools.looking import Gallery, Seen, Values, read
+from pixel_jax.tools.calls import Values, read
+from pixel_jax.tools.looking import Gallery, Seen
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
 
@@ -170,9 +170,9 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
     the call, its result, observation ids and lengths, and the gallery after it."""
     state, _ = jax.lax.scan(
-        lambda state, tokens: (automaton.step(tables.bytes, state, tokens), None), automaton.init(WAVE), turns.T
+        lambda state, tokens: (tables.reader.step(tables.bytes, state, tokens), None), tables.reader.init(WAVE), turns.T
     )
-    call = written(state, tables.tools)
+    call = tables.reader.finish(state)
     result = execute(call, seen, tables, shape.views, config)
     length = machine.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, made_by
-from pixel_jax.tools.looking import Values, read, region_size
+from pixel_jax.tools.calls import Values, read
+from pixel_jax.tools.looking import region_size
 from pixel_jax.tools.tool import Tool
 
 
@@ -37,7 +38,7 @@ def drawings(calls: Calls, tools: tuple[Tool, ...], config: RolloutConfig) -> Dr
 
 def places(canvas: jax.Array, canvases: int) -> jax.Array:
     """Where canvases (`Views.canvas`) lie among those of a prompt and what was made of them."""
-    return jnp.where(canvas >= 0, canvas, jnp.maximum(canvases + made_by(0) - canvas, 0) * (canvas < NO_CANVAS))
+    return jnp.where(canvas >= 0, canvas, jnp.where(canvas < NO_CANVAS, canvases + made_by(0) - canvas, 0))
 
 
 def reach(canvas: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import drawings
-from pixel_jax.rollout.operations import add_to_gallery, called, execute, written
+from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
@@ -225,7 +225,8 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
         banned=banned,
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
-    reader = automaton.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))
+    tables = shared.prompts.tables
+    reader = tables.reader.step(tables.bytes, state.reader, jnp.where(writing, token, -1))
     state = state._replace(
         chosen=state.chosen.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
@@ -269,7 +270,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
     mine = rows_prompts(state, prompts, config, shape)
-    call = written(state.reader, shape.tools)
+    call = prompts.tables.reader.finish(state.reader)
     waiting = state.status == WAITING
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
@@ -325,7 +326,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         state.stop,
     )
     state = state._replace(stop=stop, status=jnp.where(waiting, DONE, state.status))
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def show(
@@ -361,7 +362,7 @@ def show(
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
     state = append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shape) -> jax.Array:
@@ -379,9 +380,9 @@ def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shap
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: State, run: jax.Array) -> State:
+def resume(state: State, run: jax.Array, reader: automaton.Reader) -> State:
     """The rows `run` (bool [R]) begin a new turn."""
-    fresh = automaton.init(run.shape[0])
+    fresh = reader.init(run.shape[0])
     return state._replace(
         status=jnp.where(run, WRITING, state.status),
         turn_start=jnp.where(run, state.length, state.turn_start),

@@ -8,52 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog import automaton
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, shown_by
-from pixel_jax.tools.looking import (
-    Answer,
-    Gallery,
-    Listed,
-    Seen,
-    Values,
-    read,
-    region_size,
-    shown_size,
-    size_of_drawing,
-    whole,
-)
+from pixel_jax.tools.calls import Calls as Asked
+from pixel_jax.tools.calls import Lists, Values, read
+from pixel_jax.tools.looking import Answer, Gallery, Seen, region_size, shown_size, size_of_drawing, whole
 from pixel_jax.tools.tool import Tool
-
-
-class Written(NamedTuple):
-    """What R turns ask for."""
-
-    required: jax.Array  # bool [R], the turn ends with a call
-    valid: jax.Array  # bool [R], which can be read
-    tool: jax.Array  # int32 [R], index into the tools; -1: none
-    values: Values
-
-
-def written(state: automaton.State, tools: tuple[Tool, ...]) -> Written:
-    """What the automaton has read."""
-    call = automaton.finish(state)
-    crop = (call.tool == 0)[:, None]
-    pad = lambda x, width: jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
-    target = call.target_image[:, None]
-    units = jnp.concatenate([call.box_units, jnp.abs(target)], axis=1)
-    micros = jnp.concatenate([call.box_micros, call.target_micros[:, None]], axis=1)
-    negative = jnp.concatenate([call.box_negative, target < 0], axis=1)
-    width = max(tool.slots for tool in tools)
-    values = Values(
-        jnp.where(crop, pad(units, width), jnp.abs(call.frames)),
-        jnp.where(crop, pad(micros, width), 0),
-        jnp.where(crop, pad(negative, width), call.frames < 0),
-        pad(jnp.where(crop, jnp.zeros((1, 5), bool).at[:, 4].set(True) & call.target_integer[:, None], False), width),
-        call.num_frames[:, None],
-    )
-    return Written(call.required, call.valid, call.tool, values)
 
 
 class Result(NamedTuple):
@@ -88,7 +49,7 @@ def first_gallery(
     )
 
 
-def execute(call: Written, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
+def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
     """The result of each row's call.
 
     Args:
@@ -124,7 +85,12 @@ def _result(
     """What one row's call of `tool` comes to."""
     arguments = read(tool, values)
     answer: Answer = tool.execute(arguments, seen, config)
-    cases = [*answer.outcomes, (True, *answer.last)]
+    drawn, cases = jnp.zeros(2, jnp.int32), list(answer.outcomes)
+    if tool.draw is not None:
+        drawn = size_of_drawing(tool, arguments, region_size(answer.region[0]))
+        # There is room for pictures as long as the longest of the prompt's.
+        cases.append((jnp.max(drawn) > jnp.max(seen.canvas_size), None, ()))
+    cases.append((True, *answer.last))
     name = lambda outcome: observations.malformed if outcome is None else observations.find(tool, outcome.name)
     conditions = [jnp.asarray(condition) for condition, *_ in cases]
     kind = jnp.select(conditions, [jnp.int32(name(outcome)) for _, outcome, _ in cases])
@@ -140,17 +106,20 @@ def _result(
         present = (jnp.arange(views) < count).reshape(-1, *[1] * (x.ndim - 1))
         return jnp.where(present, jnp.concatenate([x, room]), blank)
 
-    listed = answer.listed or Listed(jnp.zeros(MAX_LIST, jnp.int32), jnp.int32(0))
-    items = jnp.pad(listed.items[:MAX_LIST], (0, max(0, MAX_LIST - listed.items.shape[0])))
+    listed = answer.listed or Lists(jnp.zeros(MAX_LIST, jnp.int32), jnp.int32(0))
+    items = jnp.pad(listed.values[:MAX_LIST], (0, max(0, MAX_LIST - listed.values.shape[0])))
     source = Views(fit(answer.canvas, NO_CANVAS), fit(answer.region, 0), fit(answer.size, 0))
-    drawn = jnp.zeros(2, jnp.int32)
-    if tool.draw is not None:
-        drawn = jnp.where(count > 0, size_of_drawing(tool, arguments, region_size(source.region[0])), 0)
     pads = source.size[:, 0] * source.size[:, 1] // FACTOR**2
-    return Result(Arguments(kind, integers, items, listed.count, pads), source, drawn, done | (count > 0), count)
+    return Result(
+        Arguments(kind, integers, items, listed.length, pads),
+        source,
+        jnp.where(count > 0, drawn, 0),
+        done | (count > 0),
+        count,
+    )
 
 
-def called(call: Written, result: Result, run: jax.Array) -> Calls:
+def called(call: Asked, result: Result, run: jax.Array) -> Calls:
     """The record of R calls, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
     showing = run & (result.count > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.dialog import automaton, template
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
@@ -14,7 +16,7 @@ from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.checks import check_device_tool
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.trajectory import Prompts, Tables
-from pixel_jax.tools import RELEASED, Tool, check_tools
+from pixel_jax.tools import RELEASED, Tool
 
 
 class Query(NamedTuple):
@@ -31,19 +33,21 @@ class PromptError(ValueError):
     """A query that cannot become a prompt; the message names it and the value at fault."""
 
 
-def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED) -> Tables:
+def tables(
+    vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, call_format: CallFormat = PIXEL_REASONER
+) -> Tables:
     """What the compiled programs need to know of a tokenizer and of tools. Build it once and share it.
 
     ToolError: the tools cannot be used, or not together; the message names them.
     """
-    check_tools(tools)
+    language = Language(tools, call_format)
     for tool in tools:
         check_device_tool(tool)
     return Tables(
         bytes=automaton.token_table(vocabulary),
         observations=Observations.of(vocabulary, tools),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
-        tools=tools,
+        reader=automaton.reader_of(language),
     )
 
 

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog import automaton
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
@@ -123,7 +122,7 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         hidden=zeros(model.config.text.hidden_size, dtype=model.language_model.embed_tokens.weight.dtype),
         next_pos=zeros(),
         cache=model.empty_cache(slots, config.max_response),
-        reader=automaton.init(slots),
+        reader=prompts.tables.reader.init(slots),
         gallery=Gallery(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),
         patches=zeros(config.max_calls, shape.views, budgets(config, shape)[1].patches, 588, dtype=jnp.uint8)
@@ -317,8 +316,8 @@ def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, sha
         axis=1,
     )[:, 0]
     reader, _ = jax.lax.scan(
-        lambda reader, token: (automaton.step(prompts.tables.bytes, reader, token[None]), None),
-        automaton.init(1),
+        lambda reader, token: (prompts.tables.reader.step(prompts.tables.bytes, reader, token[None]), None),
+        prompts.tables.reader.init(1),
         opening,
     )
     return fresh._replace(

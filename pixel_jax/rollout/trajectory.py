@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.automaton import TokenTable
+from pixel_jax.dialog.automaton import Reader, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollout.canvases import Canvases
-from pixel_jax.tools.looking import Values, no_values
+from pixel_jax.tools.calls import Values, no_values
 from pixel_jax.tools.tool import Tool
 
 Array = jax.Array | np.ndarray
@@ -32,7 +32,7 @@ STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", 
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "tools"]
+    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "reader"]
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
@@ -42,7 +42,11 @@ class Tables:
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
     stop: Array  # int32 [k], tokens that end a turn
-    tools: tuple[Tool, ...]  # static
+    reader: Reader  # static: of the calls of the tools, as the format writes them
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return self.reader.language.tools
 
 
 class Prompts(NamedTuple):

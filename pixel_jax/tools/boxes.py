@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.ops import doubles
-from pixel_jax.tools.looking import Decimal
+from pixel_jax.tools.calls import Numbers
 
 MILLION = 1_000_000
 
 
 def box_in_region(
-    box: Decimal, region: jax.Array, size: jax.Array, *, pad: float = 0.0, one_is_absolute: bool = False
+    box: Numbers, region: jax.Array, size: jax.Array, *, pad: float = 0.0, one_is_absolute: bool = False
 ) -> jax.Array:
     """The box that was written as int32 [..., 4] in canvas pixels, padding applied, clipped to the region that it is a box of.
 

@@ -4,7 +4,7 @@
 pixels, so it costs nothing to ask it of every row. What is to be shown is a part of a picture, at a size; a tool that makes
 new pixels says so by `Tool.draw`, which is applied to that part at full resolution, before it is resized.
 
-    arguments   {name: value}; a number is a `Decimal`, a box a `Decimal` of four, a list `Listed`, a choice its place
+    arguments   {name: value} (`pixel_jax.tools.calls.read`)
     seen        `Seen`
     limits      the rollout's config, static: pixel budgets and what else shapes tools (`pad`, `min_crop`, ...)
 """
@@ -14,64 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pixel_jax.ops import smart_resize
-from pixel_jax.tools.tool import Box, Choice, Integers, Outcome, Tool
+from pixel_jax.tools.calls import Lists, Numbers
+from pixel_jax.tools.tool import Outcome, Tool
 
 MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
-
-
-class Decimal(NamedTuple):
-    """(-1)^negative * (units + micros / 10^6), of any shape."""
-
-    units: jax.Array  # int32
-    micros: jax.Array  # int32
-    negative: jax.Array  # bool
-    integer: jax.Array  # bool, written without a decimal point or an exponent
-
-    @property
-    def whole(self) -> jax.Array:
-        """As an integer, decimals cut off."""
-        return jnp.where(self.negative, -self.units, self.units)
-
-
-class Listed(NamedTuple):
-    """A list of integers: those that are kept, zero beyond the last, and how many were written."""
-
-    items: jax.Array  # int32 [most]
-    count: jax.Array  # int32
-
-
-class Values(NamedTuple):
-    """The arguments of calls as numbers, whatever their tools: S slots, as many as the tool with the most of them has."""
-
-    units: jax.Array  # int32 [..., S]
-    micros: jax.Array  # int32 [..., S]
-    negative: jax.Array  # bool [..., S]
-    integer: jax.Array  # bool [..., S]
-    lengths: jax.Array  # int32 [..., L], of its lists
-
-
-def no_values(lead: tuple[int, ...], tools: Sequence[Tool], xp=np) -> Values:
-    """Zeros, [*lead, ...]."""
-    slots, lists = (max(count, default=0) for count in ([t.slots for t in tools], [len(t.lists) for t in tools]))
-    numbers = [xp.zeros((*lead, slots), dtype) for dtype in (np.int32, np.int32, bool, bool)]
-    return Values(*numbers, xp.zeros((*lead, lists), np.int32))
-
-
-def read(tool: Tool, values: Values) -> dict[str, Any]:
-    """The arguments of a call of `tool`, by name: `Decimal`, `Listed`, or the place of a choice."""
-    found, lengths = {}, iter(range(len(tool.lists)))
-    for argument in tool.arguments:
-        at = tool.starts[argument.name]
-        several = slice(at, at + argument.slots)
-        numbers = Decimal(*(x[..., several if isinstance(argument, Box | Integers) else at] for x in values[:4]))
-        if isinstance(argument, Integers):
-            found[argument.name] = Listed(numbers.whole, values.lengths[..., next(lengths)])
-        else:
-            found[argument.name] = numbers.units if isinstance(argument, Choice) else numbers
-    return found
 
 
 class Gallery(NamedTuple):
@@ -105,7 +53,7 @@ class Answer(NamedTuple):
     region: jax.Array  # int32 [V, 4]
     size: jax.Array  # int32 [V, 2], (height, width) at which it is shown
     count: jax.Array | int = 1  # pictures shown
-    listed: Listed | None = None  # what stands for {list}
+    listed: Lists | None = None  # what stands for {list}
 
 
 def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
@@ -149,9 +97,9 @@ def no_such_image(tool: str) -> tuple[Outcome, Outcome, Outcome]:
     )
 
 
-def find_target(number: Decimal, seen: Seen, missing: tuple[Outcome, Outcome, Outcome]) -> Target:
+def find_target(number: Numbers, seen: Seen, missing: tuple[Outcome, Outcome, Outcome]) -> Target:
     """The picture of this number: an image that was shown, or, before any was, a frame of the video."""
-    gallery, video, target = seen.gallery, seen.is_video, number.whole
+    gallery, video, target = seen.gallery, seen.is_video, number.signed_units
     fresh_video = video & (gallery.count == 1)
     low = jnp.where(video & ~fresh_video, 2, 1)
     high = jnp.where(fresh_video, seen.num_canvases, gallery.count)

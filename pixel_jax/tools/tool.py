@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 BOX_NUMBERS = 4
@@ -250,9 +250,6 @@ class Tool:
     usage: str = ""
 
     def __post_init__(self):
-        if not self.usage:
-            said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
-            object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")
         if not self.name or not spellable(self.name):
             raise ToolError(f"a tool cannot be called {self.name!r}: letters and digits are best")
         for argument in self.arguments:
@@ -268,6 +265,9 @@ class Tool:
                 f"tool {self.name!r} runs on the device, which cannot read the text {texts[0]!r}: make it a Choice, or "
                 f"the tool one of the host (host=True)"
             )
+        if not self.usage:
+            said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
+            object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -311,15 +311,23 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")
     if twice := _twice([tool.name for tool in tools]):
         raise ToolError(f"two tools are called {twice!r}")
-    owner: dict[str, tuple[str, str]] = {}
-    for tool in tools:
-        for argument in tool.arguments:
-            kind, name = owner.setdefault(argument.name, (argument.kind, tool.name))
-            if kind != argument.kind:
-                raise ToolError(
-                    f"{argument.name!r} is a {kind} of {name!r} and a {argument.kind} of {tool.name!r}: give one of "
-                    "them another name"
-                )
+    check_arguments([(tool.name, argument) for tool in tools for argument in tool.arguments])
+
+
+def check_arguments(written: Sequence[tuple[str, Argument]]) -> None:
+    """Raises `ToolError` where two tools' arguments of one name are not read alike. Pairs of (tool, argument)."""
+    owner: dict[str, tuple[str, Argument]] = {}
+    for tool, argument in written:
+        name, other = owner.setdefault(argument.name, (tool, argument))
+        if other.kind != argument.kind:
+            raise ToolError(
+                f"{argument.name!r} is of kind {other.kind} in {name!r} and of kind {argument.kind} in {tool!r}: give "
+                "one of them another name"
+            )
+        if isinstance(argument, Choice) and argument.options != other.options:
+            raise ToolError(
+                f"{argument.name!r} of {name!r} and of {tool!r} have different options: give one of them another name"
+            )
 
 
 def spellable(text: str) -> bool:

@@ -18,7 +18,7 @@ from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.drawings import Drawings
 from pixel_jax.rollout.sight import Sight
 from pixel_jax.rollout.trajectory import Views
-from pixel_jax.tools.looking import Values
+from pixel_jax.tools.calls import Values
 from pixel_jax.training.batch import Batch, take, with_patches
 from pixel_jax.training.checkpoint import rejoin, separate
 from pixel_jax.training.origins import Origins, RowShape

@@ -56,11 +56,11 @@ def call(written):
 
 
 def box_of(written):
-    return tuple(number.units + number.micros / 1e6 for number in call(written).box)
+    return tuple(number.units + number.micros / 1e6 for number in call(written).arguments["bbox_2d"])
 
 
 def target_of(written):
-    return call(written).target_image.units
+    return call(written).arguments["target_image"].units
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_turns_of_every_kind():
     assert [text(turn) for turn in synthesis.direct_trace(IMAGE, "stop").turns] == ["The answer is \\boxed{stop}"]
     for kind, count in {"single": 1, "reselect": 2}.items():
         turns = video_trace(kind).turns
-        selected = [call(text(turn)).frames for turn in turns[:-1]]
+        selected = [call(text(turn)).arguments["target_frames"] for turn in turns[:-1]]
         assert len(selected) == count and selected[-1] == (2, 3)
         assert all(set(other) <= {1, 4, 5} and len(other) == 2 for other in selected[:-1])
 

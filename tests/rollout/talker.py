@@ -61,9 +61,22 @@ def pieces() -> list[str]:
     found = {text for text in CHAIN if len(text) > 1 and text != END}
     found |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
     for kind in observations.kinds_of(RELEASED):
-        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + kind.outcome.text):
-            found |= {stretch} if len(stretch) > 1 else set()
+        found |= {stretch for stretch in stretches(kind.outcome.text) if len(stretch) > 1}
     return sorted(found)
+
+
+def stretches(text: str) -> list[str]:
+    """The constant parts of an observation."""
+    return re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text)
+
+
+def vocabulary_of(chain, tools) -> Vocabulary:
+    """Of a talker that follows `chain` and is told of `tools`."""
+    found = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
+    found |= {template.system_prompt([tool.schema for tool in tools])}
+    for kind in observations.kinds_of(tools):
+        found |= {stretch for stretch in stretches(kind.outcome.text) if len(stretch) > 1}
+    return Vocabulary.of(build_tokenizer(sorted(found)))
 
 
 @functools.cache
@@ -89,8 +102,8 @@ def model() -> Qwen2_5_VL:
     return network(vocabulary())
 
 
-def network(words: Vocabulary) -> Qwen2_5_VL:
-    """The talker in the ids of `words`."""
+def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
+    """The talker in the ids of `words`; `chain`: what may follow what."""
     size = len(words.table.length)
     hidden = 64 * -(-size // 64)
     config = Qwen2_5_VLConfig(
@@ -120,7 +133,7 @@ def network(words: Vocabulary) -> Qwen2_5_VL:
     talker = Qwen2_5_VL(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]
-    for before, after in CHAIN.items():
+    for before, after in chain.items():
         for text, probability in after.items():
             table[token(before), token(text)] = np.log(probability)
     # One-hot embeddings, long enough that what the layers add moves the logits by about half a unit and no more. The last

@@ -10,9 +10,10 @@ import pytest
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.operations import Written, add_to_gallery, called, execute, first_gallery
+from pixel_jax.rollout.operations import add_to_gallery, called, execute, first_gallery
 from pixel_jax.tools import RELEASED
-from pixel_jax.tools.looking import Gallery, Seen, Values, shown_size
+from pixel_jax.tools.calls import Calls, Values
+from pixel_jax.tools.looking import Gallery, Seen, shown_size
 from tests.rollout import talker
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
@@ -30,18 +31,18 @@ def reference(call, written, video, sizes, images, config):
     if call.tool == 1:
         if not video:
             return "select_frames: no video", [], []
-        if not call.frames:
+        if not call.arguments["target_frames"]:
             return "malformed", [], []
-        if len(call.frames) > 8:
-            return "select_frames: too many frames", [len(call.frames)], []
-        if any(not 1 <= frame <= len(sizes) for frame in call.frames):
+        if len(call.arguments["target_frames"]) > 8:
+            return "select_frames: too many frames", [len(call.arguments["target_frames"])], []
+        if any(not 1 <= frame <= len(sizes) for frame in call.arguments["target_frames"]):
             return "select_frames: out of range", [len(sizes)], []
-        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.frames]
+        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.arguments["target_frames"]]
         low, high = config.select_min_pixels, config.select_max_pixels
     else:
-        if not call.target_image.integer:
+        if not call.arguments["target_image"].integer:
             return "malformed", [], []
-        target = call.target_image.signed_units()
+        target = call.arguments["target_image"].signed_units()
         if video and len(images) == 1:
             if not 1 <= target <= len(sizes):
                 return "crop_image_normalized: no such frame", [len(sizes), target], []
@@ -89,18 +90,21 @@ def stack_calls(turns):
     for row, turn in enumerate(turns):
         if turn.call is None:
             continue
-        numbers = [*turn.call.box, turn.call.target_image] if turn.call.tool == 0 else []
+        frames = turn.call.arguments.get("target_frames", ())
+        numbers = [*turn.call.arguments["bbox_2d"], turn.call.arguments["target_image"]] if turn.call.tool == 0 else []
         for slot, found in enumerate(numbers):
             for record, value in zip(values, found, strict=True):
                 record[row, slot] = value
-        for slot, frame in enumerate(turn.call.frames[:slots]):
+        for slot, frame in enumerate(frames[:slots]):
             values[0][row, slot], values[2][row, slot], values[3][row, slot] = abs(frame), frame < 0, True
-        lengths[row] = len(turn.call.frames)
-    return Written(
+        lengths[row] = len(frames)
+    zeros = jnp.zeros((len(turns), 2), bool)
+    return Calls(
+        given=zeros,
         required=jnp.array([turn.required for turn in turns]),
         valid=jnp.array([turn.call is not None for turn in turns]),
         tool=jnp.array([turn.call.tool if turn.call else -1 for turn in turns], jnp.int32),
-        values=jax.tree.map(jnp.asarray, Values(*values, lengths)),
+        **jax.tree.map(jnp.asarray, Values(*values, lengths))._asdict(),
     )
 
 

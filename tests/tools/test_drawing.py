@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance
 
 from pixel_jax.tools import DRAW_BOX, ENHANCE, ROTATE
+from pixel_jax.tools.calls import Numbers
 from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST, accepts
-from pixel_jax.tools.looking import Decimal, size_of_drawing
+from pixel_jax.tools.looking import size_of_drawing
 from pixel_jax.tools.rotate import BY
 
 SIDE = 96
@@ -19,11 +20,11 @@ SIZES = st.tuples(st.integers(1, SIDE), st.integers(1, SIDE))
 MILLION = 1_000_000
 
 
-def decimals(*millionths: int) -> Decimal:
+def decimals(*millionths: int) -> Numbers:
     """Numbers as they are read; a single one has no axis."""
     numbers = np.array(millionths if len(millionths) > 1 else millionths[0])
     size = np.abs(numbers)
-    return Decimal(
+    return Numbers(
         (size // MILLION).astype(np.int32), (size % MILLION).astype(np.int32), numbers < 0, size % MILLION == 0
     )
 
