@@ -15,6 +15,7 @@ from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
 from pixel_jax.run_lock import hold
+from pixel_jax.tools.named import DEFAULT, find_tools
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -48,6 +49,9 @@ class TrainConfig:
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
     lora: LoRAConfig | None = None
+    tools: tuple[str, ...] = (
+        DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
+    )
     corrections: bool = True  # tune on traces that show a mistake, too
     rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
     # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.
@@ -158,6 +162,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     use_limits(config.limits)
+    tools = find_tools(config.tools)
     examples, report = read_examples(
         config.data,
         turns=command == "sft",
@@ -187,7 +192,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if config.lora is not None:
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary)
+    token_tables = tables(vocabulary, tools)
     process = {"process_index": part.index, "process_count": part.count}
     reading = {"threads": config.read_threads, "ahead": config.read_ahead}
 
@@ -222,7 +227,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             say(line)
         room = Room(*config.canvas, config.prompt_width)
         video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
-        asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
+        asked = find_rooms(examples, room, video_room, vocabulary, limits, report, tools)
         say(announcement(report, course_of(config.rl, collections.Counter(x.room for x in asked))))
         data = question_batches(
             asked,

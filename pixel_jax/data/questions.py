@@ -15,6 +15,7 @@ from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, build_prompts
 from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.tools import RELEASED, Tool
 from pixel_jax.training.answers import references_of
 from pixel_jax.training.scorers import Reference
 
@@ -35,6 +36,7 @@ def find_rooms(
     vocabulary: Vocabulary,
     config: RolloutConfig,
     report: Report,
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> list[Asked]:
     """Every question in `room`, or in `video_room` (unless that is None) if it is about a video, by the sizes of its images.
 
@@ -45,7 +47,7 @@ def find_rooms(
     def place(example: Example) -> Asked | ValueError:
         given = video_room if example.video and video_room is not None else room
         try:
-            return Asked(example, given, fit(example.outline(), given, vocabulary, config))
+            return Asked(example, given, fit(example.outline(), given, vocabulary, config, tools=tools))
         except ValueError as error:  # a PromptError, a file that cannot be read, sides that no size fits
             return error
 

@@ -13,6 +13,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, prompt_tokens
+from pixel_jax.tools import RELEASED, Tool
 
 TRIES = 8  # to leave room for a long question: a picture's tokens fall in steps
 
@@ -36,7 +37,14 @@ class Fit(NamedTuple):
         return query._replace(images=images)
 
 
-def fit(query: Query, room: Room, vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot") -> Fit:
+def fit(
+    query: Query,
+    room: Room,
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
+) -> Fit:
     """The largest pictures with which `query` fits `room`; of its images only the sizes are read.
 
     PromptError: too many images, too long a text, or pictures that no size lets in.
@@ -49,7 +57,7 @@ def fit(query: Query, room: Room, vocabulary: Vocabulary, config: RolloutConfig,
     for _ in range(TRIES):
         found = Fit(scale, [tuple(max(1, int(side * scale)) for side in size) for size in sizes])
         outline = query._replace(images=[np.broadcast_to(np.uint8(0), (*size, 3)) for size in found.sizes])
-        ids = prompt_tokens(outline, vocabulary, config, guidelines)
+        ids = prompt_tokens(outline, vocabulary, config, guidelines, tools)
         if len(ids) <= most:
             return found
         seen = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)

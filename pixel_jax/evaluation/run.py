@@ -23,7 +23,16 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, to_host
+from pixel_jax.rollout.trajectory import (
+    STOP_REASONS,
+    Tables,
+    Trajectories,
+    answered_calls,
+    executed_calls,
+    failed_calls,
+    to_host,
+)
+from pixel_jax.tools import RELEASED, Tool
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
@@ -51,7 +60,12 @@ def guidelines(mode: Mode) -> str:
 
 
 def place(
-    question: Question, buckets: Sequence[Bucket], vocabulary: Vocabulary, config: RolloutConfig, mode: Mode
+    question: Question,
+    buckets: Sequence[Bucket],
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    mode: Mode,
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> Place:
     """The first bucket that holds `question` as it is; else the one that holds it with the largest pictures.
 
@@ -62,7 +76,7 @@ def place(
     best, why = None, ""
     for bucket in buckets:
         try:
-            found = fit(query, Room(*bucket), vocabulary, config, guidelines(mode))
+            found = fit(query, Room(*bucket), vocabulary, config, guidelines(mode), tools)
         except ValueError as error:
             why = str(error)
             continue
@@ -95,14 +109,13 @@ def record(
     scores: dict[str, list[float | None]],
 ) -> dict[str, Any]:
     """What is kept of a question: lists have an entry an answer."""
-    observation = t.calls.observation[rows.start : rows.stop]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
         **{name: [value or 0.0 for value in found] for name, found in scores.items()},
         "operations": executed_calls(t)[rows.start : rows.stop].tolist(),
-        "executed": np.sum(observation >= 0, axis=1).tolist(),
-        "failed": np.sum(observation > 1, axis=1).tolist(),
+        "executed": answered_calls(t)[rows.start : rows.stop].tolist(),
+        "failed": failed_calls(t)[rows.start : rows.stop].tolist(),
         "calls": t.num_calls[rows.start : rows.stop].tolist(),
         "tokens": np.sum(t.chosen[rows.start : rows.stop], axis=1).tolist(),
         "stop": [STOP_REASONS[int(x)] for x in t.stop[rows.start : rows.stop]],
@@ -162,6 +175,7 @@ def evaluate(
         "scorer": dataclasses.asdict(benchmark.scorer),
         "buckets": benchmark.buckets,
         "rollout": dataclasses.asdict(limits),
+        "tools": [tool.name for tool in token_tables.tools],
     }
     directory.mkdir(parents=True, exist_ok=True)
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
@@ -190,7 +204,7 @@ def evaluate(
 
         def find(i: int) -> Place | PromptError | ImageError:
             try:
-                return place(questions[i], benchmark.buckets, vocabulary, limits, mode)
+                return place(questions[i], benchmark.buckets, vocabulary, limits, mode, token_tables.tools)
             except (PromptError, ImageError) as error:
                 return error
 

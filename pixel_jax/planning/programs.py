@@ -177,7 +177,7 @@ def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
     """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
     config, video = recipe.config.rl.rollout, recipe.config.canvas[0] > 1
     shown = config.video_max_pixels if video else config.max_pixels
-    return machine.Shape(views=8 if video else 1, shards=shards, patches=4 * (shown // FACTOR**2))
+    return machine.Shape(recipe.tables.tools, video, shards, patches=4 * (shown // FACTOR**2))
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:

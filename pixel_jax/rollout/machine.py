@@ -19,7 +19,8 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute
+from pixel_jax.rollout.drawings import drawings
+from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
@@ -29,24 +30,36 @@ from pixel_jax.rollout.trajectory import (
     STOP_TOKENS,
     STOP_TURN_LENGTH,
     Calls,
+    CallStatus,
     Prompts,
+    shown_by,
 )
-from pixel_jax.rollout.views import Budget, encode_still, show_waiting
-from pixel_jax.tools import RELEASED, SELECT_FRAMES
-from pixel_jax.tools.calls import arguments
+from pixel_jax.rollout.views import Budget, encode_still, seen_canvases, show_waiting
+from pixel_jax.tools.looking import Gallery, Seen
+from pixel_jax.tools.tool import Tool
 
 WRITING, WAITING, DONE = 0, 1, 2
-GREY = 127  # of blanked observations
-OWN_TOOL = 3  # `Calls.kind` of a tool that the host executed
 
 
 class Shape(NamedTuple):
     """What is static about a rollout besides its config."""
 
-    views: int  # V, most images of one observation: 1 where no prompt is a video
+    tools: tuple[Tool, ...]
+    videos: bool  # whether any prompt is one
     shards: int  # parts of the mesh that rows are split over
     patches: int  # room for the patches of one image of a prompt, or frame
     pixels: bool = True  # whether patches are kept: else the trajectories tell where they were cut from (`sight.py`)
+
+    @property
+    def showing(self) -> tuple[Tool, ...]:
+        """The tools that can show something here."""
+        shows = lambda tool: any(outcome.images for outcome in tool.outcomes) and (self.videos or not tool.of_videos)
+        return tuple(filter(shows, self.tools))
+
+    @property
+    def views(self) -> int:
+        """V, most images of one observation."""
+        return max((outcome.images for tool in self.showing for outcome in tool.outcomes), default=1)
 
 
 class Shared(NamedTuple):
@@ -85,7 +98,7 @@ class State(NamedTuple):
 
 def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
     """The budgets of what prompts show, images or frames of videos, and of observations."""
-    seen = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
+    seen = max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2)
     overview = Budget(max(config.max_pixels, config.video_max_pixels), config.max_side, shape.patches)
     # Room of its own: a crop may show a quarter of what an overview does.
     return overview, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
@@ -212,7 +225,8 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
         banned=banned,
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
-    reader = shared.prompts.tables.reader.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))
+    tables = shared.prompts.tables
+    reader = tables.reader.step(tables.bytes, state.reader, jnp.where(writing, token, -1))
     state = state._replace(
         chosen=state.chosen.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
@@ -260,56 +274,40 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     waiting = state.status == WAITING
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
-    result = execute(
-        call,
-        state.gallery,
-        mine.take(prompts.is_video),
-        mine.take(prompts.canvas_size),
-        mine.take(prompts.num_canvases),
-        shape.views,
-        config,
-    )
+    seen = Seen(state.gallery, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))
+    result = execute(call, seen, prompts.tables, shape.views, config)
     crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
-    observations = prompts.tables.observations
-    ids, lengths = observations.assemble(result.message, observation_width(observations, config, shape))
+    ids, lengths = prompts.tables.observations.assemble(
+        result.message, observation_width(prompts.tables.observations, config, shape)
+    )
     long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
-    budget = budgets(config, shape)[1]
-    showing = run & (result.count > 0)
+    # What the row did, on record. A call past the limit is counted and not executed.
+    done, number = called(call, result, run), state.num_calls
+    at = (row, jnp.where(asks, number, config.max_calls + 1))
+    calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
+    view, showing = shown_by(done, number), run & (result.count > 0)
     patches, features = show_waiting(
         model,
-        jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        seen_canvases(prompts.canvases, config),
         mine.at.reshape(-1),
-        result.canvas,
-        result.region,
-        result.size,
+        view,
         showing,
-        budget=budget,
+        budget=budgets(config, shape)[1],
         shards=shape.shards,
         chunk=config.observe_chunk,
         implementation=config.implementation,
+        drawings=drawings(calls, shape.tools, config),
+        tools=shape.tools,
     )
-    grids = jnp.concatenate([(result.size[..., :1] > 0).astype(jnp.int32), result.size // PATCH], axis=-1)
-    grids = jnp.where(showing[:, None, None], grids, 0)
+    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
 
-    # What the row did, on record. A call past the limit is counted and not executed.
-    number = jnp.where(asks, state.num_calls, config.max_calls + 1)
-    executed = jnp.where(run, result.message.kind, -1)
-    asked = arguments(call, RELEASED, SELECT_FRAMES)["target_frames"]
-    frames = jnp.where(jnp.arange(8) < asked.length[:, None], asked.values[:, :8] - 1, -1)
-    calls = Calls(
-        kind=state.calls.kind.at[row, number].set(jnp.where(call.valid, call.tool, 2), mode="drop"),
-        observation=state.calls.observation.at[row, number].set(executed, mode="drop"),
-        canvas=state.calls.canvas.at[row, number].set(jnp.where(showing, result.canvas[:, 0], -1), mode="drop"),
-        box=state.calls.box.at[row, number].set(jnp.where(showing[:, None], result.region[:, 0], 0), mode="drop"),
-        frames=state.calls.frames.at[row, number].set(frames, mode="drop"),
-    )
-    shown = jnp.where(showing, state.num_calls, config.max_calls)
+    shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
         calls=calls,
-        num_calls=state.num_calls + asks,
-        gallery=add_to_gallery(state.gallery, result, run),
+        num_calls=number + asks,
+        gallery=add_to_gallery(state.gallery, done, number),
         num_images=state.num_images + jnp.where(run, result.count, 0),
         patches=state.patches.at[row, shown].set(patches, mode="drop") if shape.pixels else None,
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
@@ -356,7 +354,7 @@ def show(
     at = (jnp.arange(rows), jnp.where(run, state.num_calls, config.max_calls))
     count = jnp.sum(sizes[..., 0] > 0, axis=1)
     state = state._replace(
-        calls=state.calls._replace(kind=state.calls.kind.at[at].set(OWN_TOOL, mode="drop")),
+        calls=state.calls._replace(status=state.calls.status.at[at].set(CallStatus.DONE, mode="drop")),
         num_calls=state.num_calls + run,
         num_images=state.num_images + count,
         patches=state.patches.at[at].set(patches, mode="drop"),
@@ -396,8 +394,12 @@ def resume(state: State, run: jax.Array, reader: automaton.Reader) -> State:
 
 def observation_width(observations: Observations, config: RolloutConfig, shape: Shape) -> int:
     """Room for the longest observation, in tokens."""
-    return observations.bound(
-        crop_pads=config.crop_max_pixels // FACTOR**2,
-        frame_pads=config.select_max_pixels // FACTOR**2 if shape.views > 1 else 0,
-        num_frames=shape.views,
-    )
+    pads = [
+        budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
+    ]
+    return observations.bound(pads, shape.views)
+
+
+def budget_of(tool: Tool, config: RolloutConfig) -> int:
+    """The largest area, in pixels, of a picture that `tool` shows."""
+    return getattr(config, f"{tool.budget}_max_pixels")

@@ -47,7 +47,7 @@ def rollout(
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
-      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.look_again` cuts them anew.
+      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.materialize` cuts them anew.
     """
     mesh, shape = layout(model, prompts, config)
     shape = shape._replace(pixels=pixels)
@@ -246,7 +246,7 @@ def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> 
         video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
     seen = [config.max_pixels] * still + [config.video_max_pixels] * video
     shards = 1 if mesh is None else row_parts(mesh)
-    return Shape(views=8 if video else 1, shards=shards, patches=4 * (max(seen) // FACTOR**2))
+    return Shape(tools=prompts.tables.tools, videos=video, shards=shards, patches=4 * (max(seen) // FACTOR**2))
 
 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.tools.tool import Box, Choice, Integer, Integers, Number, Tool
+
+
+class Values(NamedTuple):
+    """The arguments of calls as numbers, whatever their tools; the fields are those of `Calls`."""
+
+    units: jax.Array  # i32 [..., S]
+    micros: jax.Array  # i32 [..., S]
+    negative: jax.Array  # bool [..., S]
+    integer: jax.Array  # bool [..., S]
+    lengths: jax.Array  # i32 [..., L]
 
 
 class Calls(NamedTuple):
@@ -26,6 +38,10 @@ class Calls(NamedTuple):
     negative: jax.Array  # bool [R, S]
     integer: jax.Array  # bool [R, S]   written without a decimal point or an exponent
     lengths: jax.Array  # i32 [R, L]    how many integers a list has, also beyond those that are kept
+
+    @property
+    def values(self) -> Values:
+        return Values(self.units, self.micros, self.negative, self.integer, self.lengths)
 
 
 class Numbers(NamedTuple):
@@ -48,20 +64,24 @@ class Lists(NamedTuple):
     length: jax.Array  # i32 [R], also where it is more than are kept
 
 
-def arguments(calls: Calls, tools: tuple[Tool, ...], tool: Tool) -> dict[str, jax.Array | Numbers | Lists]:
-    """The arguments of the rows that call `tool`, by name; zeros in the other rows.
+def no_values(lead: tuple[int, ...], tools: Sequence[Tool], xp=np) -> Values:
+    """Zeros, [*lead, ...], with room for the arguments of any of the tools."""
+    slots, lists = (max([1, *counts]) for counts in ([t.slots for t in tools], [len(t.lists) for t in tools]))
+    numbers = [xp.zeros((*lead, slots), dtype) for dtype in (np.int32, np.int32, bool, bool)]
+    return Values(*numbers, xp.zeros((*lead, lists), np.int32))
 
-    Number: `Numbers` [R]; Box: `Numbers` [R, 4]; Integer: i32 [R]; Integers: `Lists`; Choice: i32 [R], its place among the
-    options. A text is not among them.
+
+def read(tool: Tool, values: Values) -> dict[str, jax.Array | Numbers | Lists]:
+    """The arguments [...] of calls [...] of `tool`, by name.
+
+    Number: `Numbers` [...]; Box: `Numbers` [..., 4]; Integer: i32 [...]; Integers: `Lists`; Choice: i32 [...], its place among
+    the options. A text is not among them.
     """
-    mine = calls.tool == tools.index(tool)
-    masked = Calls(*(jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros_like(x)) for x in calls))
     found: dict[str, jax.Array | Numbers | Lists] = {}
     for argument in tool.arguments:
         at = tool.starts[argument.name]
-        every = Numbers(masked.units, masked.micros, masked.negative, masked.integer)
-        one = Numbers(*(x[:, at] for x in every)) if argument.slots else None
-        many = Numbers(*(x[:, at : at + argument.slots] for x in every))
+        one = Numbers(*(x[..., at] for x in values[:4])) if argument.slots else None
+        many = Numbers(*(x[..., at : at + argument.slots] for x in values[:4]))
         match argument:
             case Integer():
                 found[argument.name] = one.signed_units
@@ -70,7 +90,13 @@ def arguments(calls: Calls, tools: tuple[Tool, ...], tool: Tool) -> dict[str, ja
             case Box():
                 found[argument.name] = many
             case Integers():
-                found[argument.name] = Lists(many.signed_units, masked.lengths[:, tool.lists.index(argument.name)])
+                found[argument.name] = Lists(many.signed_units, values.lengths[..., tool.lists.index(argument.name)])
             case Choice():
                 found[argument.name] = one.units
     return found
+
+
+def arguments(calls: Calls, tools: tuple[Tool, ...], tool: Tool) -> dict[str, jax.Array | Numbers | Lists]:
+    """The arguments of the rows that call `tool`, by name; zeros in the other rows."""
+    mine = calls.tool == tools.index(tool)
+    return read(tool, jax.tree.map(lambda x: jnp.where(mine[:, None], x, jnp.zeros_like(x)), calls.values))

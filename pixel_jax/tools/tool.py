@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 BOX_NUMBERS = 4
 MAX_INTEGERS = 64  # the longest list that is read
@@ -57,6 +57,13 @@ class Argument:
     def slots(self) -> int:
         """Numbers that its value is kept in."""
         return 1
+
+    @property
+    def usage(self) -> str:
+        """What a call writes for it."""
+        return {"box": "four numbers [x1, y1, x2, y2]", "integers": "a list of integers"}.get(
+            self.kind, f"a {self.kind}"
+        )
 
     def problem(self, value: Any) -> str | None:
         """Why `value` is none of this argument; None where it is one."""
@@ -168,6 +175,10 @@ class Choice(Argument):
     def problem(self, value: Any) -> str | None:
         return None if value in self.options else f"it is none of {self.options}"
 
+    @property
+    def usage(self) -> str:
+        return "one of " + ", ".join(f'"{option}"' for option in self.options)
+
     def type_schema(self) -> dict[str, Any]:
         return {"type": "string", "enum": list(self.options)}
 
@@ -196,11 +207,13 @@ class Outcome(NamedTuple):
       name: known to `execute` and in records.
       text: what the model reads: `{0}` to `{3}` stand for integers, `{list}` for a list of them.
       images: the most images that it shows.
+      done: it is what the call asked for, though it shows no image; one that shows some is, and any other is a failure.
     """
 
     name: str
     text: str
     images: int = 0
+    done: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,9 +225,16 @@ class Tool:
       description: what the system prompt says of it.
       arguments: in the order of the schema.
       outcomes: everything that a call can come to, but for what all tools share (a call that cannot be read).
-      execute: what it does; None where it is only declared.
+      execute: what it does; None where it is only declared. (arguments, seen, limits) -> `Answer`, all of
+        `pixel_jax.tools.looking`.
       host: `execute` is any Python callable and runs on the host. Otherwise it is a pure function inside the compiled
-        rollout.
+        rollout, as is `draw`.
+      draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
+        what `execute` looks at; pixels are zero beyond size (height, width). None: it shows that as it is.
+      drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
+      budget: whose pixel budgets of the rollout's config its pictures have: those of crops or of selected frames.
+      of_videos: it shows frames of videos, and nothing where there is none.
+      usage: how a call of it is written, for the message that answers calls that cannot be carried out.
     """
 
     name: str
@@ -223,6 +243,11 @@ class Tool:
     outcomes: tuple[Outcome, ...] = ()
     execute: Callable[..., Any] | None = None
     host: bool = False
+    draw: Callable[..., Any] | None = None
+    drawn_size: Callable[..., Any] | None = None
+    budget: Literal["crop", "select"] = "crop"
+    of_videos: bool = False
+    usage: str = ""
 
     def __post_init__(self):
         if not self.name or not spellable(self.name):
@@ -240,6 +265,9 @@ class Tool:
                 f"tool {self.name!r} runs on the device, which cannot read the text {texts[0]!r}: make it a Choice, or "
                 f"the tool one of the host (host=True)"
             )
+        if not self.usage:
+            said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
+            object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")
 
     @property
     def schema(self) -> dict[str, Any]:

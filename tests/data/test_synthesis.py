@@ -7,11 +7,11 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, tables
 from pixel_jax.rollout.trajectory import take_rows
+from tests.rollout import talker
 
 WIDTH, HEIGHT = 400, 300
 REFERENCE = (0.5, 0.4, 0.62, 0.56)
@@ -170,8 +170,8 @@ def test_mistakes_are_read_and_not_learned(carried_out, vocabulary):
 def test_every_kind_is_carried_out_without_error(carried_out):
     traces, t = carried_out
     for row, trace in enumerate(traces):
-        seen = t.calls.observation[row][t.calls.observation[row] >= 0].tolist()
-        shows = Kind.FRAMES if trace.query.is_video else Kind.CROP
+        seen = [outcome for outcome in talker.outcomes(t)[row] if outcome]
+        shows = talker.SELECTED if trace.query.is_video else talker.CROPPED
         assert seen == [shows] * (len(trace.turns) - 1)
         assert t.num_calls[row] == len(seen)
 
@@ -182,13 +182,13 @@ def test_the_reference_is_written_whatever_is_shown(carried_out):
     seen = set()
     for row, trace in enumerate(traces):
         if trace.query.is_video:
-            assert t.calls.frames[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
+            assert t.calls.source.canvas[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
             continue
         looks = [i for i, turn in enumerate(trace.turns[:-1]) if turn.parts[-1][1]]
         for i in looks:
             if target_of(text(trace.turns[i])) == 1:
                 assert box_of(text(trace.turns[i])) == REFERENCE
-                seen.add(tuple(t.calls.box[row, i]))
+                seen.add(tuple(t.calls.source.region[row, i, 0].tolist()))
     assert seen == cut_out and len(seen) == 2
 
 
@@ -213,7 +213,7 @@ def test_a_further_zoom_lands_on_the_reference(carried_out):
         if trace.query.is_video or len(trace.turns) != 3 or target_of(text(trace.turns[1])) == 1:
             continue
         exact = np.array(synthesis.in_pixels((REFERENCE, SHOWN)[(row - 1) % 2], WIDTH, HEIGHT))
-        loose, close = t.calls.box[row, :2]
+        loose, close = t.calls.source.region[row, :2, 0]
         assert (loose[:2] <= exact[:2]).all() and (loose[2:] >= exact[2:]).all()
         assert (close[:2] <= exact[:2]).all() and (close[2:] >= exact[2:]).all()
         assert (close[2:] - close[:2] < loose[2:] - loose[:2]).all()
