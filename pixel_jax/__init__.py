@@ -16,6 +16,7 @@ _WHERE = {
     "crop_resize": "pixel_jax.ops",
     "gather_frames": "pixel_jax.ops",
     "smart_resize": "pixel_jax.ops",
+    "Tool": "pixel_jax.tools",
     "curiosity_reward": "pixel_jax.training.rewards",
     "score_answer": "pixel_jax.training.scorers",
 }

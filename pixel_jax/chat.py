@@ -18,6 +18,7 @@ def define_flags(command: str) -> None:
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_list("tools", None, "What the model may call: shipped tools, or module:name. By default the paper's.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
 
 
@@ -36,6 +37,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
     from pixel_jax.rollout.rollout import rollout
     from pixel_jax.rollout.trajectory import to_host
+    from pixel_jax.tools.named import DEFAULT, find_tools
     from pixel_jax.training.answers import last_boxed
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
@@ -46,6 +48,7 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"--question is not UTF-8: {error}") from None
     pictures, seconds = load_frames([pathlib.Path(path) for path in images], FLAGS.video)
     query = Query(question, pictures, FLAGS.video, seconds or 1.0)
+    tools = find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     model, processor = from_pretrained(directory)
@@ -54,7 +57,7 @@ def main(command: str, arguments: list[str]) -> None:
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
     config = judged(read_limits(directory) or RolloutConfig(), temperature)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    prompts = build_prompts([query], vocabulary, tables(vocabulary), config)
+    prompts = build_prompts([query], vocabulary, tables(vocabulary, tools), config)
     trajectories = to_host(rollout(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")
     trace = make_trace(trajectories, 0, query, vocabulary, answer=last_boxed(written))

@@ -20,6 +20,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
+from pixel_jax.tools.named import DEFAULT, find_tools
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, Look, WatchConfig
@@ -63,6 +64,9 @@ class TrainConfig:
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
     lora: LoRAConfig | None = None
+    tools: tuple[str, ...] = (
+        DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
+    )
     corrections: bool = True  # tune on traces that show a mistake, too
     rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
     # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.
@@ -220,6 +224,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if first():
         write_json(out / CONFIG, dataclasses.asdict(config))
     use_limits(config.limits)
+    tools = find_tools(config.tools)
     examples, report = read_examples(
         config.data,
         turns=command == "sft",
@@ -260,7 +265,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if config.lora is not None:
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary)
+    token_tables = tables(vocabulary, tools)
     memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
     measured = lambda rows: Measured(training_work(model.config), rows, memory)
     setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
@@ -312,7 +317,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         for line in other_limits(config):
             say(line)
         by = config.prompt_shapes or measured(config.rl.prompts)
-        asked = find_rooms(examples, by, vocabulary, limits, report)
+        asked = find_rooms(examples, by, vocabulary, limits, report, tools)
         course = course_of(config.rl, collections.Counter(x.room for x in asked))
         announce(out, report, str(found), f"{course}; {rooms_of(asked)}")
         data = question_batches(

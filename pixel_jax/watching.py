@@ -106,7 +106,7 @@ class Setting(NamedTuple):
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
-            asked = find_rooms(scored, shapes, self.vocabulary, limits, report) if scored else []
+            asked = find_rooms(scored, shapes, self.vocabulary, limits, report, self.tables.tools) if scored else []
         except PromptError:  # none is left
             asked = []
         say(str(report)) if str(report) else None

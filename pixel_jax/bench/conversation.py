@@ -20,7 +20,7 @@ from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.rollout import compiled_rollout, rollout
-from pixel_jax.rollout.trajectory import Trajectories, to_host
+from pixel_jax.rollout.trajectory import CallStatus, Trajectories, executed_calls, to_host
 
 
 class Turn(NamedTuple):
@@ -55,9 +55,8 @@ def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
         starts, ends = np.flatnonzero(chosen[1:] & ~chosen[:-1]), np.flatnonzero(~chosen[1:] & chosen[:-1])
         canvas = canvases[t.prompt[r]]
         boxes = [(0, 0, canvas.shape[1], canvas.shape[0])]
-        boxes += [
-            tuple(box) for box, kind in zip(t.calls.box[r].tolist(), t.calls.observation[r], strict=True) if kind == 0
-        ]
+        cropped = t.calls.status[r] == CallStatus.DONE
+        boxes += map(tuple, t.calls.source.region[r, cropped, 0].tolist())
         sizes = [(14 * int(h), 14 * int(w)) for n, h, w in t.visual.grids[r] if n]
         rows.append(
             Row(
@@ -162,7 +161,7 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLCo
 def build_rollout(quick: bool) -> Work:
     model, asked, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
     sampled = to_host(rollout(model, asked, key, config))
-    executed = np.sum(sampled.calls.observation == 0, axis=1)
+    executed = executed_calls(sampled)
     if not (executed == 2).all():
         raise ValueError(f"every row was to zoom in twice; rows did so {executed.tolist()} times")
     shape = sampled.tokens.shape
@@ -225,7 +224,7 @@ def build_queue(quick: bool) -> Work:
         f"pixel_jax, {calls} calls": one_after_the_other,
     }
     sampled = to_host(rollout(model, asked, key, queued))
-    spread = np.bincount(np.sum(sampled.calls.observation == 0, axis=1)).tolist()
+    spread = np.bincount(executed_calls(sampled)).tolist()
     return Work(
         f"{batch} prompts x {config.group_size} rows, {queued.in_flight} prompts at a time; rows with 0, 1, ... zooms: {spread}",
         alternatives,

@@ -147,9 +147,9 @@ class Decoding(NamedTuple):
 def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
     """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
-    shape, words = Shape(views=1, shards=1, patches=16), tables(vocabulary())
-    # No stop token: every row writes on.
-    words = type(words)(words.bytes, words.observations, jnp.full(1, -2, jnp.int32))
+    words = tables(vocabulary())
+    shape = Shape(words.tools, videos=False, shards=1, patches=16)
+    words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: every row writes on
     prompts = Prompts(
         tokens=tokens,
         length=np.full(rows, length, np.int32),

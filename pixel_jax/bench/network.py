@@ -16,6 +16,7 @@ from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionCon
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
 from pixel_jax.rollout.trajectory import Prompts
+from pixel_jax.tools import RELEASED
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it
 HAS_TRL = HAS_TORCH and bool(importlib.util.find_spec("trl"))
@@ -33,8 +34,8 @@ def vocabulary() -> Vocabulary:
     """Every stretch of a dialog is one token or few, so that what is measured is work and not a tokenizer."""
     pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
-    for text in observations.TEXTS.values():
-        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
+    for kind in observations.kinds_of(RELEASED):
+        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + kind.outcome.text):
             pieces |= {stretch} if len(stretch) > 1 else set()
     return Vocabulary.of(build_tokenizer(sorted(pieces)))
 

@@ -33,7 +33,8 @@ from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.rollout import static_shape
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, Views, no_calls
+from pixel_jax.tools import RELEASED
 from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.origins import origins, room_of
 from pixel_jax.training.replay import Replay, ReplayConfig
@@ -113,8 +114,14 @@ class Learning:
         )
         made = np.arange(numbers) < self.random.integers(1, 3, (rows, 1))
         crops = np.where(made, 0, -1).astype(np.int32)
-        none = np.full((rows, numbers, 8), -1, np.int32)
         box = np.where(made[..., None], np.array([100, 100, 900, 700]), 0).astype(np.int32)
+        size = np.where(made[..., None], np.array([616, 812]), 0).astype(np.int32)
+        calls = no_calls(rows, numbers, 1, RELEASED)._replace(
+            status=np.where(made, CallStatus.DONE, CallStatus.NONE).astype(np.int32),
+            tool=crops,
+            outcome=crops,
+            source=Views(crops[..., None], box[..., None, :], size[..., None, :]),
+        )
         full = lambda dtype: np.ones((rows, length), dtype)  # zeros would not be in memory
         return Trajectories(
             tokens=full(np.int32),
@@ -125,7 +132,7 @@ class Learning:
                 None, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)
             ),
             prompt=np.repeat(np.arange(len(prompts.length)), config.group_size),
-            calls=Calls(crops, crops, crops, box, none),
+            calls=calls,
             num_calls=made.sum(axis=1),
             stop=np.zeros(rows, np.int32),
         )

@@ -16,6 +16,7 @@ from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, build_prompts
 from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.tools import RELEASED, Tool
 from pixel_jax.training.answers import references_of
 from pixel_jax.training.scorers import Reference
 
@@ -41,6 +42,7 @@ def find_rooms(
     vocabulary: Vocabulary,
     config: RolloutConfig,
     report: Report,
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> list[Asked]:
     """Every question in one of the `shapes`, given or worked out, by the sizes of its images.
 
@@ -48,7 +50,7 @@ def find_rooms(
     or is dropped and counted.
     """
     asked = []
-    found = places([example.outline for example in examples], shapes, vocabulary, config)
+    found = places([example.outline for example in examples], shapes, vocabulary, config, tools=tools)
     for example, place in zip(examples, found, strict=True):
         if isinstance(place, Place):
             asked.append(Asked(example, *place))

@@ -20,6 +20,7 @@ from pixel_jax.data.example import Example, ExampleError, Report
 from pixel_jax.data.sources import Folder
 from pixel_jax.data.traces import Turn
 from pixel_jax.dialog import grammar
+from pixel_jax.dialog.formats import PIXEL_REASONER
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.files import open_regular, parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
@@ -163,7 +164,7 @@ def _without_guidelines(text: str, report: Report) -> str:
 def _tidy(text: str) -> str:
     """A turn as the policy would write it: no end marker, and nothing after a call."""
     bare = text.replace(grammar.END.decode(), "")
-    return bare.rstrip() if bare.rstrip().endswith(grammar.CLOSE.decode()) else bare
+    return bare.rstrip() if bare.rstrip().endswith(PIXEL_REASONER.closing) else bare
 
 
 def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:

@@ -15,8 +15,9 @@ from pixel_jax.data.shapes import BatchShape, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.machine import Shape
+from pixel_jax.rollout.machine import overview_patches
 from pixel_jax.rollout.prompts import PromptError, Query, prompt_tokens
+from pixel_jax.tools import RELEASED, Tool
 
 TRIES = 8  # to leave room for a long question: a picture's tokens fall in steps
 FEW = 2  # shapes of questions about pictures, and as many of those about videos: a rollout takes long to compile
@@ -55,8 +56,8 @@ def prompt_shape(
     images: int, height: int, width: int, tokens: int, config: RolloutConfig, *, video: bool
 ) -> BatchShape:
     """Of prompts with at most so many images, or frames, of at most this size, and so many tokens."""
-    shape = Shape.of((height, width), config, 1, still=not video, video=video)
-    return BatchShape(tokens, images, images, shape.patches, height, width, shape.views)
+    patches = overview_patches((height, width), config, still=not video, video=video)
+    return BatchShape(tokens, images, images, patches, height, width, video)
 
 
 def limits_of(query: Query, config: RolloutConfig) -> dict[str, int]:
@@ -66,7 +67,14 @@ def limits_of(query: Query, config: RolloutConfig) -> dict[str, int]:
     return {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
 
 
-def fit(query: Query, room: BatchShape, vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot") -> Fit:
+def fit(
+    query: Query,
+    room: BatchShape,
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
+) -> Fit:
     """The largest pictures with which `query` fits `room`; of its images only the sizes are read.
 
     PromptError: too many images, too long a text, or pictures that no size lets in.
@@ -80,7 +88,7 @@ def fit(query: Query, room: BatchShape, vocabulary: Vocabulary, config: RolloutC
     for _ in range(TRIES):
         sizes = [tuple(max(1, int(side * scale)) for side in image.shape[:2]) for image in query.images]
         outline = query._replace(images=[np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes])
-        ids = prompt_tokens(outline, vocabulary, config, guidelines)
+        ids = prompt_tokens(outline, vocabulary, config, guidelines, tools)
         if len(ids) <= most:
             return Fit(scale, sizes, len(ids), sum(map(math.prod, shown(sizes, limits))) // PATCH**2)
         seen = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
@@ -111,7 +119,12 @@ def scale_for(size: tuple[int, int], room: BatchShape, max_side: int, limits: di
 
 
 def place(
-    query: Query, shapes: Sequence[BatchShape], vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot"
+    query: Query,
+    shapes: Sequence[BatchShape],
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> Place:
     """The first of the shapes that holds `query` as it is; else the one that holds it with the largest pictures.
 
@@ -119,10 +132,10 @@ def place(
     """
     best, why = None, f"there is no room for {'videos' if query.is_video else 'pictures'}"
     for shape in shapes:
-        if query.is_video != (shape.views > 1):
+        if query.is_video != bool(shape.video):
             continue
         try:
-            found = fit(query, shape, vocabulary, config, guidelines)
+            found = fit(query, shape, vocabulary, config, guidelines, tools)
         except ValueError as error:
             why = str(error)
             continue
@@ -141,6 +154,7 @@ def places(
     vocabulary: Vocabulary,
     config: RolloutConfig,
     guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> list[Place | ValueError]:
     """A place for each of the queries, of whose images the sizes are read; or why there is none."""
 
@@ -155,12 +169,14 @@ def places(
 
     with ThreadPoolExecutor() as pool:
         if not isinstance(shapes, Measured):
-            return list(pool.map(attempt(lambda query: place(query, shapes, vocabulary, config, guidelines)), queries))
-        own = list(pool.map(attempt(lambda query: measure(query, shapes, vocabulary, config, guidelines)), queries))
+            find = lambda query: place(query, shapes, vocabulary, config, guidelines, tools)
+            return list(pool.map(attempt(find), queries))
+        find = lambda query: measure(query, shapes, vocabulary, config, guidelines, tools)
+        own = list(pool.map(attempt(find), queries))
     needs = [x.shape for x in own if isinstance(x, Place)]
     found = cover(needs, shapes.cost, least=shapes.rows, most=FEW, gain=0.1)
     # A larger canvas may show more patches than any of the pictures that share it.
-    found = [prompt_shape(x.images, x.height, x.width, x.tokens, config, video=x.views > 1) for x in found]
+    found = [prompt_shape(x.images, x.height, x.width, x.tokens, config, video=bool(x.video)) for x in found]
 
     def assigned(x: Place) -> Place:
         return x._replace(shape=next(shape for shape in found if shape.holds(x.shape)))
@@ -169,7 +185,12 @@ def places(
 
 
 def measure(
-    query: Query, by: Measured, vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot"
+    query: Query,
+    by: Measured,
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
 ) -> Place:
     """What `query` takes in a shape of its own. Pictures are as they are, unless those of a batch take too much memory."""
     sizes = np.array([image.shape[:2] for image in query.images])
@@ -177,7 +198,7 @@ def measure(
     scale = min(1.0, math.sqrt(by.memory / (3 * by.rows * max(1, len(sizes)) * height * width)))
     side = lambda length: max(1, int(length * scale))
     room = prompt_shape(len(sizes), side(height), side(width), config.max_tokens, config, video=query.is_video)
-    found = fit(query, room, vocabulary, config, guidelines)
+    found = fit(query, room, vocabulary, config, guidelines, tools)
     height, width = np.max(found.sizes, axis=0).tolist()
     return Place(prompt_shape(len(sizes), height, width, found.tokens, config, video=query.is_video), found)
 

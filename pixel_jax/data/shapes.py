@@ -29,10 +29,10 @@ class BatchShape(NamedTuple):
     patches: int  # of one picture, as it is shown
     height: int = 0  # of the largest picture, in pixels. 0: the row holds patches, which were cut on the host
     width: int = 0
-    views: int = 1  # pictures that a call shows at most: 1 crop, or 8 frames where the prompt is a video
+    video: bool = False  # of prompts that are a video each
 
     def holds(self, need: "BatchShape") -> bool:
-        return self.views == need.views and all(a >= b for a, b in zip(self[:6], need[:6], strict=True))
+        return self.video == need.video and all(a >= b for a, b in zip(self[:6], need[:6], strict=True))
 
     def __str__(self) -> str:
         size = f" of {self.height} x {self.width} pixels" if self.height else ""
@@ -123,7 +123,7 @@ def cover(
     most: int = MOST_SHAPES,
     gain: float = GAIN,
 ) -> list[BatchShape]:
-    """At most `most` shapes (for each number of `views`) that hold all `needs`, the cheapest first.
+    """At most `most` shapes (of videos and of others) that hold all `needs`, the cheapest first.
 
     Needs that are most alike share a shape as long as there are more shapes than that, as long as a shape has fewer rows
     than `least` (those of a batch, which would take many epochs to fill), or as long as keeping them apart saves less than a
@@ -142,8 +142,8 @@ def cover(
         totals[rounded(need, coarse)] += need[:PACKED]
     groups = [Group(kind, count, tuple(totals[kind].tolist()), packed) for kind, count in kinds.items()]
     found = []
-    for views in {group.most.views for group in groups}:
-        alike = [group for group in groups if group.most.views == views]
+    for video in {group.most.video for group in groups}:
+        alike = [group for group in groups if group.most.video == video]
         found += [cheapest(group, cost) for group in merged(alike, cost, least, most, gain)]
     return sorted(found, key=lambda shape: (cost(shape), shape))
 

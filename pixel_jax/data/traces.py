@@ -6,23 +6,34 @@ written those turns itself; only pixels are resized by the host here, with the s
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.data.shapes import BatchShape
-from pixel_jax.dialog import automaton
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import host_crop_resize, smart_resize
+from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.operations import Gallery, Result, add_to_gallery, execute
+from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, prompt_tokens
-from pixel_jax.rollout.trajectory import STOP_ANSWER, Calls, Tables, Trajectories
+from pixel_jax.rollout.trajectory import (
+    NO_CANVAS,
+    STOP_ANSWER,
+    Calls,
+    Tables,
+    Trajectories,
+    made_by,
+    no_calls,
+    shown_by,
+)
+from pixel_jax.tools import Tool
+from pixel_jax.tools.calls import Values, read
+from pixel_jax.tools.looking import Gallery, Seen
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
 
@@ -63,7 +74,7 @@ def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int])
 
 
 class View(NamedTuple):
-    """A frame that a row shows: a region of one of the query's images, at a size."""
+    """A frame that a row shows: a region, at a size, of one of the query's images or of what a tool made (`Views`)."""
 
     canvas: int
     region: tuple[int, ...]  # x1 y1 x2 y2
@@ -77,15 +88,17 @@ class View(NamedTuple):
 class Row:
     """A row as it grows. Only the sizes of the trace's images are read: the pixels are cut out by `render`."""
 
-    def __init__(self, trace: Trace, index: int, vocabulary: Vocabulary, config: RolloutConfig):
-        self.trace, self.index = trace, index
+    def __init__(
+        self, trace: Trace, index: int, vocabulary: Vocabulary, config: RolloutConfig, tools: tuple[Tool, ...]
+    ):
+        self.trace, self.index, self.tools = trace, index, tools
         query = trace.query
-        self.ids = prompt_tokens(query, vocabulary, config)
+        self.ids = prompt_tokens(query, vocabulary, config, tools=tools)
         self.chosen = [False] * len(self.ids)
         self.views: list[View] = []
         self.slices: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int, int]] = []
-        self.calls: list[dict] = []
+        self.calls: list[Calls] = []  # each of one call
         low, high = (
             (config.video_min_pixels, config.video_max_pixels)
             if query.is_video
@@ -141,28 +154,39 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
         raise TraceError(f"a trace about {row.trace.query.question!r} has images {have}, it was planned for {planned}")
-    return [frame_patches(images[view.canvas], view.region, view.size) for view in row.views]
+    canvases = with_drawings(images, row.calls, row.tools)
+    return [frame_patches(canvases[view.canvas], view.region, view.size) for view in row.views]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "views", "length"))
-def _respond(tables: Tables, turns, gallery: Gallery, is_video, canvas_size, num_canvases, config, views, length):
-    """What the rollout answers to turns int32 [WAVE, T] (-1: no token): result, observation ids and lengths, gallery."""
+def with_drawings(images: Sequence[np.ndarray], calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
+    """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
+    canvases = dict(enumerate(images))
+    for number, call in enumerate(calls):
+        if call.drawn.any():
+            source = canvases[int(call.source.canvas[0])]
+            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, source)
+    return canvases
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape"))
+def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: machine.Shape):
+    """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
+    the call, its result, observation ids and lengths, and the gallery after it."""
     state, _ = jax.lax.scan(
-        lambda state, tokens: (automaton.step(tables.bytes, state, tokens), None), automaton.init(WAVE), turns.T
+        lambda state, tokens: (tables.reader.step(tables.bytes, state, tokens), None), tables.reader.init(WAVE), turns.T
     )
-    call = automaton.finish(state)
-    result = execute(call, gallery, is_video, canvas_size, num_canvases, views, config)
+    call = tables.reader.finish(state)
+    result = execute(call, seen, tables, shape.views, config)
+    length = machine.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    kind = jnp.where(call.valid, call.tool, 2)
-    asked = (call.tool == 1)[:, None] & (jnp.arange(8) < call.num_frames[:, None])
-    frames = jnp.where(asked, call.frames[:, :8] - 1, -1)
-    return call.required, kind, frames, result, ids, lengths, add_to_gallery(gallery, result, call.required)
+    done = called(call, result, call.required)
+    return call.required, done, shown_by(done, number), ids, lengths, add_to_gallery(seen.gallery, done, number)
 
 
 def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Tables, config: RolloutConfig) -> list:
     """Every row of one wave reads the observation of the call it just wrote; returns the galleries after it."""
     most = max(len(row.trace.query.images) for row in rows)
-    views = 8 if any(row.trace.query.is_video for row in rows) else 1
+    videos = any(row.trace.query.is_video for row in rows)
     width = 1 << max(4, (max(map(len, turns)) - 1).bit_length())  # few widths: each is a compilation
     padded = np.full((WAVE, width), -1, np.int32)
     canvas_size = np.ones((WAVE, most, 2), np.int32)
@@ -171,35 +195,25 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
         for j, image in enumerate(row.trace.query.images):
             canvas_size[i, j] = image.shape[:2]
     fill = lambda values, dtype: np.resize(np.array(values, dtype), WAVE)  # noqa: E731
-    num_canvases = fill([len(row.trace.query.images) for row in rows], np.int32)
-    is_video = fill([row.trace.query.is_video for row in rows], bool)
-    gallery = jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *galleries)
-    bound = tables.observations.bound(
-        crop_pads=config.crop_max_pixels // FACTOR**2,
-        frame_pads=config.select_max_pixels // FACTOR**2 if views > 1 else 0,
-        num_frames=views,
+    seen = Seen(
+        gallery=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *galleries),
+        is_video=fill([row.trace.query.is_video for row in rows], bool),
+        canvas_size=canvas_size,
+        num_canvases=fill([len(row.trace.query.images) for row in rows], np.int32),
     )
-    answer = _respond(tables, padded, gallery, is_video, canvas_size, num_canvases, config, views, bound)
-    required, kind, frames, result, ids, lengths, gallery = jax.tree.map(np.asarray, answer)
-    result: Result
+    number = fill([len(row.calls) for row in rows], np.int32)
+    shape = machine.Shape(tables.tools, videos, shards=1, patches=0)
+    answer = jax.tree.map(np.asarray, _respond(tables, padded, seen, number, config, shape))
+    required, calls, shown, ids, lengths, gallery = answer
     for i, row in enumerate(rows):
         if not required[i]:
             raise TraceError(f"turn {len(row.calls) + 1} of a trace about {row.trace.query.question!r} is no call")
         row.ids += ids[i, : lengths[i]].tolist()
         row.chosen += [False] * int(lengths[i])
-        shown = int(result.count[i])
-        for view in range(shown):
-            region, size = (tuple(map(int, x[i, view])) for x in (result.region, result.size))
-            row.show(View(int(result.canvas[i, view]), region, size))
-        row.calls.append(
-            {
-                "kind": int(kind[i]),
-                "observation": int(result.message.kind[i]),
-                "canvas": int(result.canvas[i, 0]) if shown else -1,
-                "box": result.region[i, 0] if shown else np.zeros(4, np.int32),
-                "frames": frames[i],
-            }
-        )
+        for canvas, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
+            if canvas != NO_CANVAS:
+                row.show(View(canvas, tuple(region), tuple(size)))
+        row.calls.append(jax.tree.map(lambda x: x[i], calls))  # noqa: B023
     return [Gallery(*(x[i] for x in gallery)) for i in range(len(rows))]
 
 
@@ -218,7 +232,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
 
     Every call but one that ends its trace is answered.
     """
-    rows = [Row(trace, i, vocabulary, config) for i, trace in enumerate(traces)]
+    rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
     most = max(len(trace.query.images) for trace in traces)
     galleries = {row.index: _first_gallery(row, config, most) for row in rows}
     turn, active = 0, rows
@@ -258,11 +272,8 @@ def assemble(
         grids=np.zeros((count, shape.slices, 3), np.int32),
         seconds=np.zeros((count, shape.slices), np.float32),
     )
-    calls = Calls(
-        *(np.full((count, numbers), -1, np.int32) for _ in range(3)),
-        box=np.zeros((count, numbers, 4), np.int32),
-        frames=np.full((count, numbers, 8), -1, np.int32),
-    )
+    views = max((len(call.source.canvas) for row in rows for call in row.calls), default=1)
+    calls = no_calls(count, numbers, views, rows[0].tools)
     for i, row in enumerate(rows):
         takes = row.shape
         for name, have, room in (
@@ -284,8 +295,7 @@ def assemble(
         if row.trace.query.is_video:
             visual.seconds[i, 0] = row.trace.query.seconds
         for j, call in enumerate(row.calls):
-            for name, value in call.items():
-                getattr(calls, name)[i, j] = value
+            jax.tree.map(functools.partial(_put, (i, j)), calls, call)
     return Trajectories(
         tokens=tokens,
         valid=valid,
@@ -297,3 +307,24 @@ def assemble(
         num_calls=np.array([len(row.calls) for row in rows], np.int32),
         stop=np.full(count, STOP_ANSWER, np.int32),
     )
+
+
+def _put(place: tuple[int, int], record: np.ndarray, value: np.ndarray) -> None:
+    """`value` at a place of a record, which may have room for more pictures than a wave of images shows."""
+    record[(*place, *(slice(count) for count in np.shape(value)))] = value
+
+
+def draw_on_host(tool: Tool, call: Calls, source: np.ndarray) -> np.ndarray:
+    """What `call` of `tool` makes of `source` uint8 [h, w, 3]: the bits of the device."""
+    side = 64 * -(-max(source.shape) // 64)  # few sides: each is a compilation
+    x1, y1, x2, y2 = call.source.region[0]
+    room = np.zeros((side, side, 3), np.uint8)
+    room[: y2 - y1, : x2 - x1] = source[y1:y2, x1:x2]
+    height, width = call.drawn
+    made = _draw(tool, call.values, room, np.array([y2 - y1, x2 - x1], np.int32))
+    return np.asarray(made)[:height, :width]
+
+
+@functools.partial(jax.jit, static_argnames=("tool",))
+def _draw(tool: Tool, values: Values, pixels: jax.Array, size: jax.Array) -> jax.Array:
+    return tool.draw(read(tool, values), pixels, size)

@@ -1,8 +1,8 @@
 """Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
 comes back from a tool, and tokenizers."""
 
-from pixel_jax.dialog.automaton import Calls, State, finish, init, step, token_table
-from pixel_jax.dialog.grammar import Call, MalformedCallError, Number, Turn, parse_call, parse_turn
+from pixel_jax.dialog.automaton import Reader, State, reader_of, token_table
+from pixel_jax.dialog.grammar import Call, Language, MalformedCallError, Number, Turn, parse_call, parse_turn
 from pixel_jax.dialog.observations import Arguments, Kind, Observations
 from pixel_jax.dialog.template import (
     CHAT_TEMPLATE,
@@ -25,26 +25,25 @@ __all__ = [
     "TOOLS",
     "Arguments",
     "Call",
-    "Calls",
     "Kind",
+    "Language",
     "MalformedCallError",
     "Media",
     "Number",
     "Observations",
+    "Reader",
     "Special",
     "State",
     "TokenBytes",
     "Turn",
     "Vocabulary",
     "build_tokenizer",
-    "finish",
     "first_messages",
     "flatten",
-    "init",
     "parse_call",
     "parse_turn",
+    "reader_of",
     "render",
-    "step",
     "system_prompt",
     "to_ids",
     "token_table",

@@ -1,18 +1,20 @@
-"""The grammar of a tool call, and its parser on the host.
+"""The language of tool calls, and its parser on the host.
 
 A *response* is the text of one assistant turn. All occurrences of `<|im_end|>` are taken out of it, once, from left to
-right. If what is left ends with `</tool_call>` and perhaps white space, a call is **required**: the policy waits for an answer.
-The call is the text between the last `<tool_call>` and that closing tag. It is **valid** if it is in this language and
-nothing else:
+right. If what is left ends with the format's closing mark and perhaps white space, a call is **required**: the policy waits
+for an answer. The call is the text between the last opening mark and that closing mark. It is **valid** if it is in this
+language and nothing else:
 
     call      = ws object ws
     object    = "{" ws member (ws "," ws member)* ws "}"
     member    = key ws ":" ws value        of these, or any other key and a scalar, which is not looked at:
-                "name"          "crop_image_normalized" or "select_frames"
-                "arguments"     an object; of its keys
-                "bbox_2d"       "[" number, number, number, number (, number)* "]"     those behind the fourth do not count
-                "target_image"  number
-                "target_frames" "[" integer, ... "]"                                   any count, none included
+                "name"          a string: the name of a tool
+                "arguments"     an object; its keys are those of the tools' arguments, with values by their kind:
+                                a number, an integer
+                                box       "[" number, number, number, number (, number)* "]", the first four of which count
+                                integers  "[" integer, ... "]"                                 any count, none included
+                                choice    a string, one of the options
+                                text      a string
     scalar    = number | "true" | "false" | "null" | string
     number    = integer ("." [0-9]+)? ([eE] [-+]? [0-9]+)?
     integer   = "-"? ("0" | [1-9][0-9]*)
@@ -20,33 +22,39 @@ nothing else:
     string    = JSON's, without "<"; its bytes outside ASCII may be any
     ws        = any count of space, tab, line feed, carriage return; also between all tokens of the objects and arrays
 
-and has a name and the keys that belong to it: `bbox_2d` and `target_image`, or `target_frames`. Of a key that is there
-twice the last value counts. Everything else gets one fixed error message. A number is read as whole units, at most
-`MAX_UNITS` (beyond, it stays there), and millionths; further decimals are cut off, before the exponent is applied.
+and has a name and all keys that this tool must be given, within their bounds. Where a format's calls have no name, the call
+is the object of the arguments. Of a key that is there twice the last value counts. Everything else gets one fixed error
+message. A number is read as whole units, at most `MAX_UNITS` (beyond, it stays there), and millionths; further decimals are
+cut off, before the exponent is applied.
 
-These are the calls that the released code carries out (`json.loads`, then what it looks up), but for what a finite
-automaton cannot decide or nobody writes, which it takes and we do not: an array or an object as the value of a further
-key; a further key with a backslash or a "<" in it; `name`, `bbox_2d`, `target_image` or `target_frames` with a value of
-another kind where it does not belong or is given again; NaN, Infinity, and true or false for a number; and text between
-the call's closing tag and a second one. Two things are wider than there: white space behind the closing tag (there it
-ends the conversation), and integers that are too long for Python.
+With the tools and the format of the released checkpoints these are the calls that the released code carries out
+(`json.loads`, then what it looks up), but for what a finite automaton cannot decide or nobody writes, which it takes and we
+do not: an array or an object as the value of a further key; a further key with a backslash or a "<" in it; `name`,
+`bbox_2d`, `target_image` or `target_frames` with a value of another kind where it does not belong or is given again; NaN,
+Infinity, and true or false for a number; and text between the call's closing tag and a second one. Two things are wider
+than there: white space behind the closing tag (there it ends the conversation), and integers that are too long for Python.
 
 `automaton.py` decides the same language on the device, and reads the same values.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from pixel_jax.dialog.template import CROP, SELECT
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelling
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools import tool as kinds
+from pixel_jax.tools.tool import BOX_NUMBERS, Argument, Tool, ToolError, check_arguments, check_tools
 
-OPEN, CLOSE, END = b"<tool_call>", b"</tool_call>", b"<|im_end|>"
-TOOL_NAMES = (CROP, SELECT)  # a tool is known by its place here
-BOX_NUMBERS = 4
+END = b"<|im_end|>"
 MAX_UNITS = 999_999_999
 MAX_SHIFT = 16  # places that an exponent moves a number by: more make no difference to what is read of it
+MAX_KEYS = 31
 WHITE_SPACE = b" \t\n\r"
 
 
@@ -58,17 +66,27 @@ class Number(NamedTuple):
     negative: bool
     integer: bool  # written without a decimal point or an exponent: what Python's json reads as an int
 
+    @classmethod
+    def of(cls, value: float) -> Number:
+        """`value`, as if it had been written."""
+        return read_number(json.dumps(value).encode())
+
     def signed_units(self) -> int:
         return -self.units if self.negative else self.units
 
+    def signed(self) -> tuple[int, int]:
+        """Units and millionths; numbers are in the order of these pairs."""
+        return (-self.units, -self.micros) if self.negative else (self.units, self.micros)
+
+
+Value = Number | int | str | tuple[Number, ...] | tuple[int, ...]
+
 
 class Call(NamedTuple):
-    """A valid call. `box` and `target_image` belong to crop_image_normalized, `frames` to select_frames."""
+    """A valid call."""
 
-    tool: int
-    box: tuple[Number, ...] = ()
-    target_image: Number | None = None
-    frames: tuple[int, ...] = ()
+    tool: int  # its place among the tools
+    arguments: dict[str, Value]  # by kind: Number, int, four Numbers, ints, a text
 
 
 class Turn(NamedTuple):
@@ -79,66 +97,224 @@ class Turn(NamedTuple):
 
 
 class MalformedCallError(ValueError):
-    """A call outside the grammar."""
+    """A call outside the language."""
 
 
-def parse_turn(response: str | bytes) -> Turn:
+class Read(NamedTuple):
+    """Where the value of an argument comes from."""
+
+    argument: Argument
+    key: str | None  # of the call; None: it always has the default
+    add: int  # to the integer, or to the place of the option
+    default: Value | None  # None: a call must write it
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """The calls of some tools, as a format writes them.
+
+    Raises:
+        ToolError: they cannot be read together; the message names what clashes.
+    """
+
+    tools: tuple[Tool, ...] = RELEASED
+    format: CallFormat = PIXEL_REASONER
+
+    def __post_init__(self):
+        check_tools(self.tools)
+        check_arguments([(tool.name, written) for tool, written in self._written()])
+        names = [spelling.name for spelling in self.spellings]
+        if len({*names}) < len(names):
+            raise ToolError(f"the format {self.format.name!r} gives two tools one name: {names}")
+        if not self.named and len(names) > 1:
+            raise ToolError(
+                f"calls of the format {self.format.name!r} have no name: they can be of one tool, not {names}"
+            )
+        if len(self.keys) > MAX_KEYS:
+            raise ToolError(f"tools have {len(self.keys)} arguments of different names: {MAX_KEYS} can be read")
+        _ = self.reads  # or an error
+
+    @functools.cached_property
+    def spellings(self) -> tuple[Spelling, ...]:
+        return tuple(self.format.spelling(tool) for tool in self.tools)
+
+    def _written(self) -> list[tuple[Tool, Argument]]:
+        pairs = zip(self.tools, self.spellings, strict=True)
+        return [(tool, x.written) for tool, spelling in pairs for x in spelling.arguments if x.written is not None]
+
+    @property
+    def named(self) -> bool:
+        """Whether calls have a name."""
+        return all(spelling.name is not None for spelling in self.spellings)
+
+    @functools.cached_property
+    def keys(self) -> dict[str, Argument]:
+        """What calls may write in their arguments. Of a list as much is kept as any of the tools keeps."""
+        keys: dict[str, Argument] = {}
+        for _, written in self._written():
+            known = keys.setdefault(written.name, written)
+            if isinstance(written, kinds.Integers) and written.most > known.most:
+                keys[written.name] = written
+        return keys
+
+    @functools.cached_property
+    def reads(self) -> tuple[tuple[Read, ...], ...]:
+        """Of every tool: of every argument, where its value comes from."""
+        return tuple(map(self._reads, self.tools, self.spellings))
+
+    def _reads(self, tool: Tool, spelling: Spelling) -> tuple[Read, ...]:
+        spelled = {x.argument: x for x in spelling.arguments}
+        if {*spelled} != {argument.name for argument in tool.arguments}:
+            raise ToolError(
+                f"the format {self.format.name!r} writes {[*spelled]} of the tool {tool.name!r}, whose arguments are "
+                f"{[argument.name for argument in tool.arguments]}"
+            )
+        reads = []
+        for argument in tool.arguments:
+            written, default = spelled[argument.name].written, spelled[argument.name].value
+            default = argument.default if default is None else default
+            if written is None and default is None:
+                raise ToolError(f"the format {self.format.name!r} neither writes nor fixes {argument.name!r}")
+            if written is not None and not _reads_as(written, argument, spelled[argument.name].add):
+                raise ToolError(
+                    f"the format {self.format.name!r} writes a {written.kind} for the {argument.kind} {argument.name!r} of "
+                    f"{tool.name!r}, plus {spelled[argument.name].add}"
+                )
+            value = None if default is None else value_of(argument, default)
+            reads.append(Read(argument, written and written.name, spelled[argument.name].add, value))
+        return tuple(reads)
+
+
+def _reads_as(written: Argument, argument: Argument, add: int) -> bool:
+    """Whether the value of `argument` can be had from what is `written`, plus `add`."""
+    if isinstance(argument, kinds.Number) and isinstance(written, kinds.Integer | kinds.Choice):
+        return True
+    if isinstance(argument, kinds.Integers) and isinstance(written, kinds.Integers):
+        return not add and written.most >= argument.most
+    if isinstance(argument, kinds.Choice) and isinstance(written, kinds.Choice):
+        return not add and written.options == argument.options
+    return not add and written.kind == argument.kind
+
+
+def value_of(argument: Argument, value: object) -> Value:
+    """A default, in the form that values of calls have."""
+    match argument:
+        case kinds.Integer() | kinds.Choice() | kinds.Text() | kinds.Integers():
+            return value
+        case kinds.Box():
+            return tuple(map(Number.of, value))
+    return Number.of(value)
+
+
+RELEASED_LANGUAGE = Language()
+
+
+def parse_turn(response: str | bytes, language: Language = RELEASED_LANGUAGE) -> Turn:
     """Whether a response requires a call, and which. Never raises, whatever the text."""
     data = response.encode("utf-8", "surrogatepass") if isinstance(response, str) else bytes(response)
     data = data.replace(END, b"").rstrip(WHITE_SPACE)
-    if not data.endswith(CLOSE):
+    opening, closing = language.format.opening.encode(), language.format.closing.encode()
+    if not data.endswith(closing):
         return Turn(False, None)
-    before, opening, body = data.removesuffix(CLOSE).rpartition(OPEN)
+    before, found, body = data.removesuffix(closing).rpartition(opening)
     try:
-        return Turn(True, parse_call(body) if opening else None)
+        return Turn(True, parse_call(body, language) if found else None)
     except MalformedCallError:
         return Turn(True, None)
 
 
-def parse_call(body: bytes) -> Call:
-    """The call in the text between the tags, or `MalformedCallError`."""
-    members: dict[bytes, object] = {}
+def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> Call:
+    """The call in the text between the marks, or `MalformedCallError`."""
     text = _Text(body)
+    if language.named:
+        tool, written = _named(text, language)
+    else:
+        tool, written = 0, dict(_arguments(text, language))
+    text.end()
+    return Call(tool, {read.argument.name: _value(read, written, language) for read in language.reads[tool]})
+
+
+def _named(text: _Text, language: Language) -> tuple[int, dict[str, object]]:
+    names = [_quoted(spelling.name) for spelling in language.spellings]
+    members: dict[bytes, object] = {}
     for key in text.members():
         if key == b'"name"':
-            members[key] = _tool(text.take("string"))
+            if (name := text.take("string")) not in names:
+                raise MalformedCallError(f"no tool is called {name!r}")
+            members[key] = names.index(name)
         elif key == b'"arguments"':
-            members[key] = dict(_arguments(text))
+            members[key] = dict(_arguments(text, language))
         else:
             text.take("string", "number", "literal")
-    text.end()
     if members.keys() != {b'"name"', b'"arguments"'}:
         raise MalformedCallError(f"a call has a name and arguments, not only {[*members]}")
-    tool, arguments = members[b'"name"'], members[b'"arguments"']
-    wanted = {CROP: ("box", "target_image"), SELECT: ("frames",)}[TOOL_NAMES[tool]]
-    if missing := [key for key in wanted if key not in arguments]:
-        raise MalformedCallError(f"{TOOL_NAMES[tool]} needs {missing}")
-    return Call(tool, **{key: arguments[key] for key in wanted})
+    return members[b'"name"'], members[b'"arguments"']
 
 
-def _tool(name: bytes) -> int:
-    for tool, known in enumerate(TOOL_NAMES):
-        if name == b'"%s"' % known.encode():
-            return tool
-    raise MalformedCallError(f"no tool is called {name!r}")
-
-
-def _arguments(text: _Text) -> Iterator[tuple[str, object]]:
-    for key in text.members():
-        if key == b'"bbox_2d"':
-            numbers = [_read_number(number) for number in text.numbers()]
-            if len(numbers) < BOX_NUMBERS:
-                raise MalformedCallError(f"bbox_2d is {BOX_NUMBERS} numbers, not {numbers!r}")
-            yield "box", tuple(numbers[:BOX_NUMBERS])
-        elif key == b'"target_image"':
-            yield "target_image", _read_number(text.take("number"))
-        elif key == b'"target_frames"':
-            numbers = [_read_number(number) for number in text.numbers()]
-            if not all(number.integer for number in numbers):
-                raise MalformedCallError(f"target_frames is a list of integers, not {numbers!r}")
-            yield "frames", tuple(number.signed_units() for number in numbers)
-        else:
+def _arguments(text: _Text, language: Language) -> Iterator[tuple[str, object]]:
+    keys = {_quoted(key): argument for key, argument in language.keys.items()}
+    for found in text.members():
+        argument = keys.get(found)
+        if argument is None:
             text.take("string", "number", "literal")
+        else:
+            yield argument.name, _written(text, argument, language.format.places)
+
+
+def _written(text: _Text, argument: Argument, places: int) -> object:
+    """What a call writes for an argument; of a choice its place, of a text the JSON string."""
+    match argument:
+        case kinds.Box():
+            numbers = [read_number(number, places) for number in text.numbers()]
+            if len(numbers) < BOX_NUMBERS:
+                raise MalformedCallError(f"{argument.name} is {BOX_NUMBERS} numbers, not {numbers!r}")
+            return tuple(numbers[:BOX_NUMBERS])
+        case kinds.Integers():
+            numbers = [read_number(number) for number in text.numbers()]
+            if not all(number.integer for number in numbers):
+                raise MalformedCallError(f"{argument.name} is a list of integers, not {numbers!r}")
+            return tuple(number.signed_units() for number in numbers)
+        case kinds.Choice():
+            options = [*map(_quoted, argument.options)]
+            if (option := text.take("string")) not in options:
+                raise MalformedCallError(f"{argument.name} is one of {argument.options}, not {option!r}")
+            return options.index(option)
+        case kinds.Text():
+            return text.take("string")
+    number = read_number(text.take("number"))
+    if isinstance(argument, kinds.Integer) and not number.integer:
+        raise MalformedCallError(f"{argument.name} is an integer, not {number!r}")
+    return number
+
+
+def _quoted(text: str) -> bytes:
+    return b'"%s"' % text.encode()
+
+
+def _value(read: Read, written: Mapping[str, object], language: Language) -> Value:
+    """The value of an argument, of what a call writes."""
+    argument = read.argument
+    if read.key is None or read.key not in written:
+        if read.default is None:
+            raise MalformedCallError(f"{argument.name} is missing")
+        return read.default
+    value, source = written[read.key], language.keys[read.key]
+    if isinstance(argument, kinds.Text):
+        text = json.loads(value.decode("utf-8", "replace"))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no text
+    if isinstance(argument, kinds.Choice):
+        return source.options[value]
+    if not isinstance(argument, kinds.Number):
+        return value
+    if isinstance(source, kinds.Choice):
+        value = Number(value, 0, False, True)
+    if read.add:
+        total = value.signed_units() + read.add
+        value = value._replace(units=abs(total), negative=total < 0)
+    low, high = (Number.of(x).signed() if abs(x) != float("inf") else None for x in (argument.low, argument.high))
+    if (low and value.signed() < low) or (high and value.signed() > high):
+        raise MalformedCallError(f"{argument.name} lies outside [{argument.low}, {argument.high}]")
+    return value.signed_units() if isinstance(argument, kinds.Integer) else value
 
 
 class _Text:
@@ -195,12 +371,13 @@ class _Text:
             raise MalformedCallError(f"a call ends with its object, not with {self.body[self.at : self.at + 20]!r}")
 
 
-def _read_number(text: bytes) -> Number:
+def read_number(text: bytes, places: int = 0) -> Number:
+    """A number of the language; `places` are added to its exponent."""
     mantissa, *exponent = re.split(rb"[eE]", text)
     whole, point, decimals = mantissa.removeprefix(b"-").partition(b".")
     units = int(whole) if len(whole) <= len(str(MAX_UNITS)) else MAX_UNITS
     micros = int((decimals + b"000000")[:6])
-    for _ in range(abs(shift := _shift(*exponent))):
+    for _ in range(abs(shift := _shift(*exponent) + places)):
         if shift > 0:
             units, micros = min(units * 10 + micros // 100_000, MAX_UNITS), micros % 100_000 * 10
         else:

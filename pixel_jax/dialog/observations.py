@@ -1,24 +1,23 @@
-"""What a tool gives back, as token ids: the user message with the crop, the frames or an error.
+"""What a tool gives back, as token ids: the user message with the pictures that it shows, or an error.
 
 An observation is everything between the `<|im_end|>` of the turn that called and the first token of the next turn:
 
     \\n<|im_start|>user\\n  text  images  <|im_end|>\\n<|im_start|>assistant\\n
 
-Its text is one of ten kinds with a few integers in it. The constant stretches between the integers are tokenised once,
+Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the one for calls that cannot be carried out,
+with a few integers in it. The constant stretches between the integers are tokenised once,
 at load, each with the minus sign that may follow it and without, for tokenizers join the two; an integer is a token for
 every digit, whatever longer tokens the tokenizer may have; an image is `<|vision_start|>`, its pad tokens,
 `<|vision_end|>`. With Qwen2.5's tokenizer, which splits digits, these are the ids that it makes of the whole text. One
 function, `assemble`, puts them together for a batch, under jit or not; instruction tuning, the device rollout and its host
-twin all take their ids from it. `text` says in a line of Python what the ids mean.
+twin all take their ids from it. `Observations.text` says in a line of Python what the ids mean.
 
-The texts are the original's, byte for byte. Where the original returns the text of a Python exception, and where an
-integer has more than six digits or a list more than sixteen items, there is one fixed message, `MALFORMED`.
+Where an integer has more than six digits or a list more than sixteen items, there is one fixed message, the malformed one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,89 +27,51 @@ import numpy as np
 
 from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.tools import RELEASED, Outcome, Tool
 
 MAX_LIST = 16
 MAX_DIGITS = 6
-MAX_IMAGES = 8  # as many as select_frames may show
-
-
-class Kind(enum.IntEnum):
-    """The kinds of observation, with the integers that each takes."""
-
-    CROP = 0  # width, height of the image shown
-    FRAMES = 1  # width, height of each image shown, number of the first, number of the last
-    SELECT_ON_IMAGE = 2
-    TOO_MANY_FRAMES = 3  # how many were selected
-    FRAMES_OUT_OF_RANGE = 4  # how many frames there are; and the list that was selected
-    BAD_IMAGE_INDEX = 5  # how many images there are
-    BAD_VIDEO_INDEX = 6  # how many frames there are, target_image
-    BAD_SELECTED_INDEX = 7  # how many images there are, target_image
-    CROP_TOO_SMALL = 8  # width, height of the crop
-    MALFORMED = 9
-
-
-_BAD_TARGET = (
-    "Execution Error: Incorrect `target_image` argument in `crop_image_normalized` operation. You can only pick "
-)
-_ERRORS = {
-    Kind.SELECT_ON_IMAGE: (
-        "Execution Error: You attempted to `select_frames` from **image** not **video**. You should use "
-        "`crop_image_normalized` instead for inspecting **image**."
-    ),
-    Kind.TOO_MANY_FRAMES: (
-        "Execution Error: You have selected {0} frames in total. Think again which frames you need to check in details "
-        "(no more than 8 frames)"
-    ),
-    Kind.FRAMES_OUT_OF_RANGE: (
-        "Execution Error: There are {0} frames numbered in range [1,{0}]. Your selection `target_frames={list}` is out "
-        "of range."
-    ),
-    Kind.BAD_IMAGE_INDEX: _BAD_TARGET + "an image within [1,{0}]",
-    Kind.BAD_VIDEO_INDEX: (
-        _BAD_TARGET + "an image **from** the video within [1,{0}], but the current argument `target_image={1}`."
-    ),
-    Kind.BAD_SELECTED_INDEX: (
-        _BAD_TARGET + "an image within range [2,{0}], but the current argument `target_image={1}`."
-    ),
-    Kind.CROP_TOO_SMALL: "Cropped image is too small: {0}x{1}",
-    # Ours: one message for every call that is no call, or that the original would have answered with the text of a
-    # Python exception. It says what a call looks like, so that the next one can be right.
-    Kind.MALFORMED: (
-        "Execution Error: The tool call could not be carried out. Between the tool_call tags, write one JSON object "
-        "with the keys `name` and `arguments`: either `crop_image_normalized` with `bbox_2d`, four numbers "
-        "[x1, y1, x2, y2], and `target_image`, the number of an image; or `select_frames` with `target_frames`, a list "
-        "of one to eight frame numbers."
-    ),
-}
-# A brace stands for itself only outside {0} {1} {2} {3} {list}; none of the texts has another.
-TEXTS = {
-    Kind.CROP: "\nHere is the cropped image (Image Size: {0}x{1}):",
-    Kind.FRAMES: "\nHere are the selected frames (Frame Size: {0}x{1}, Numbered {2} to {3}):",
-    **{kind: f"\nExecution error:\n{error}\n" for kind, error in _ERRORS.items()},
-}
 NUM_INTEGERS = 4
 HEAD = ("\n", IM_START, "user\n")  # before the text
 TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
 BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
-def text(kind: Kind, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
-    """The observation as text; `pads` are the pad counts of the images it shows."""
-    written = [*integers, *items] if "{list}" in TEXTS[kind] else list(integers)
-    if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
-        kind, pads = Kind.MALFORMED, ()
-    images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
-    return BEFORE + TEXTS[kind].format(*integers, list=list(items)) + images + AFTER
+def malformed(tools: Sequence[Tool]) -> Outcome:
+    """The one outcome of every call that is no call, or of which the tool cannot say what is wrong. Its text says what a
+    call looks like, so that the next one can be right."""
+    said = "; or ".join(f"`{tool.name}` with {tool.usage}" for tool in tools)
+    said = f"either {said}" if len(tools) > 1 else said
+    return Outcome(
+        "malformed",
+        "\nExecution error:\nExecution Error: The tool call could not be carried out. Between the tool_call tags, write one "
+        f"JSON object with the keys `name` and `arguments`: {said}.\n",
+    )
+
+
+class Kind(NamedTuple):
+    """A kind of observation: an outcome, and the tool that has it."""
+
+    tool: Tool | None  # None: all share it
+    outcome: Outcome
+
+    def __str__(self) -> str:
+        return self.outcome.name if self.tool is None else f"{self.tool.name}: {self.outcome.name}"
+
+
+def kinds_of(tools: Sequence[Tool]) -> tuple[Kind, ...]:
+    """All kinds of observation that calls of `tools` can have, in the order in which records count them."""
+    return (*(Kind(tool, x) for tool in tools for x in tool.outcomes), Kind(None, malformed(tools)))
 
 
 class Arguments(NamedTuple):
     """What the observations of R rows are made of. What a kind does not use is ignored."""
 
-    kind: jax.Array  # i32 [R]          a Kind; a negative one: no observation, no tokens
-    integers: jax.Array  # i32 [R, 4]   in the order that `Kind` gives
+    kind: jax.Array  # i32 [R]          place in `Observations.kinds`; a negative one: no observation, no tokens
+    integers: jax.Array  # i32 [R, 4]   in the order of the braces in the outcome's text
     items: jax.Array  # i32 [R, 16]     the list
     num_items: jax.Array  # i32 [R]
-    pads: jax.Array  # i32 [R, 8]       pad tokens of each image shown, 0: no image
+    pads: jax.Array  # i32 [R, V]       pad tokens of each image shown, 0: no image
 
 
 # A segment of an observation is a stretch of constant ids, an integer, or a run of pads, ...
@@ -133,15 +94,17 @@ class _Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observations:
-    """The observations in the ids of one vocabulary. `assemble` is the one source of observation ids."""
+    """The observations of some tools in the ids of one vocabulary. `assemble` is the one source of observation ids."""
 
+    kinds: tuple[Kind, ...]
     segments: np.ndarray  # i32 [kinds, S, 7]   columns of _Segment
     constants: np.ndarray  # i32 [N]            the ids of all constant stretches
     digits: np.ndarray  # i32 [10]
     image_pad: int
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary) -> Observations:
+    def of(cls, vocabulary: Vocabulary, tools: Sequence[Tool] = RELEASED) -> Observations:
+        kinds = kinds_of(tools)
         constants: list[int] = []
 
         def constant(text: str | Special, **guard) -> _Segment:
@@ -174,43 +137,67 @@ class Observations:
             ]
 
         rows = []
-        for kind in Kind:
+        for kind in kinds:
+            template = kind.outcome.text
             *head, opening = HEAD  # the last is text, and the message's own text goes on with it
             row = [constant(piece) for piece in head]
-            *stretches, last = _split(opening + TEXTS[kind])
+            *stretches, last = _split(opening + template)
             for i, (before, what) in enumerate(stretches):
                 if what != "list":
                     row += integer(before, int(what))
                 elif i + 1 == len(stretches):
                     row, last = [*row, *listed(before, last[0])], ("", "")
                 else:
-                    raise ValueError(f"an integer follows the list of {TEXTS[kind]!r}")
+                    raise ValueError(f"an integer follows the list of {template!r}")
             row += [constant(last[0])] if last[0] else []
-            if kind in (Kind.CROP, Kind.FRAMES):
-                for index in range(1 if kind == Kind.CROP else MAX_IMAGES):
-                    row += image(index)
+            for index in range(kind.outcome.images):
+                row += image(index)
             rows.append([*row, *map(constant, TAIL)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
+            kinds=kinds,
             segments=segments,
             constants=np.array(constants, np.int32),
             digits=np.array(vocabulary.digits, np.int32),
             image_pad=vocabulary.image_pad,
         )
 
-    def bound(self, *, crop_pads: int, frame_pads: int, num_frames: int = MAX_IMAGES) -> int:
+    @property
+    def malformed(self) -> int:
+        """The kind of every call that cannot be carried out for a reason that no tool names."""
+        return len(self.kinds) - 1
+
+    @property
+    def images(self) -> int:
+        """Most images that an observation shows."""
+        return max(kind.outcome.images for kind in self.kinds)
+
+    def find(self, tool: Tool, outcome: str) -> int:
+        """The place of the kind of this name."""
+        return next(i for i, kind in enumerate(self.kinds) if kind.tool == tool and kind.outcome.name == outcome)
+
+    def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
+        """An observation as text; `pads` are the pad counts of the images it shows."""
+        template = self.kinds[kind].outcome.text
+        written = [*integers, *items] if "{list}" in template else list(integers)
+        if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
+            template, pads = self.kinds[self.malformed].outcome.text, ()
+        images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
+        return BEFORE + template.format(*integers, list=list(items)) + images + AFTER
+
+    def bound(self, pads: Sequence[int], images: int) -> int:
         """The most tokens that any observation has: the least `length` that `assemble` may be given.
 
-        crop_pads: most pad tokens of a crop; frame_pads: most of one of at most num_frames selected frames.
+        pads: of each kind, the most pad tokens of one of its images; images: the most that are shown.
         """
         most = 0
-        for kind in Kind:
-            segment = _Segment(*self.segments[kind].T)
-            images = num_frames if kind == Kind.FRAMES else 1
+        for kind, of_image in zip(self.segments, pads, strict=True):
+            segment = _Segment(*kind.T)
             shown = ~((segment.guard == _IMAGES) & (segment.at >= images)) & (segment.guard != _NO_ITEMS)
-            pads = crop_pads if kind == Kind.CROP else frame_pads
-            lengths = np.select([segment.type == _INTEGER, segment.type == _PADS], [MAX_DIGITS, pads], segment.length)
+            lengths = np.select(
+                [segment.type == _INTEGER, segment.type == _PADS], [MAX_DIGITS, of_image], segment.length
+            )
             # The two forms of a stretch before an integer stand side by side: only one appears.
             longer = np.maximum(lengths, np.roll(lengths, -1))
             lengths = np.select([segment.sign == _POSITIVE, segment.sign == _NEGATIVE], [longer, 0], lengths)
@@ -218,13 +205,16 @@ class Observations:
         return most
 
     def ids(
-        self, kind: Kind, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()
+        self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()
     ) -> list[int]:
         """One observation on the host, from the same assembler; the arguments are those of `text`."""
-        if len(integers) > NUM_INTEGERS or len(pads) > MAX_IMAGES:
-            raise ValueError(f"{kind!r} with {len(integers)} integers (at most 4) and {len(pads)} images (at most 8)")
+        if len(integers) > NUM_INTEGERS or len(pads) > self.kinds[kind].outcome.images:
+            raise ValueError(
+                f"{self.kinds[kind]} with {len(integers)} integers (at most {NUM_INTEGERS}) and {len(pads)} images (at "
+                f"most {self.kinds[kind].outcome.images})"
+            )
         most = max(pads, default=0)
-        length = 1 << self.bound(crop_pads=most, frame_pads=most).bit_length()  # few lengths, few compilations
+        length = 1 << self.bound([most] * len(self.kinds), self.images).bit_length()  # few lengths, few compilations
 
         def row(values: Sequence[int], width: int) -> np.ndarray:
             limit = 10**MAX_DIGITS  # beyond it no integer is written, so how far beyond is no matter
@@ -236,7 +226,7 @@ class Observations:
             integers=row(integers, NUM_INTEGERS),
             items=row(items, MAX_LIST),
             num_items=np.array([len(items)], np.int32),
-            pads=row(pads, MAX_IMAGES),
+            pads=row(pads, max(1, self.images)),
         )
         ids, total = _assemble(self, arguments, length)
         return np.asarray(ids)[0, : int(total[0])].tolist()
@@ -258,7 +248,7 @@ class Observations:
         wide = (values >= 10**MAX_DIGITS) | (values <= -(10**MAX_DIGITS))
         unwritable = jnp.any((own.type == _INTEGER) & jnp.take_along_axis(wide, own.source, 1), 1)
         unwritable |= jnp.any(own.guard == _ITEMS, 1) & (num_items > MAX_LIST)
-        kind = jnp.where((kind >= 0) & unwritable, Kind.MALFORMED, kind)
+        kind = jnp.where((kind >= 0) & unwritable, self.malformed, kind)
 
         segment = _Segment(*jnp.moveaxis(segments[jnp.maximum(kind, 0)], -1, 0))
         num_images = jnp.sum(pads > 0, 1)
@@ -267,7 +257,9 @@ class Observations:
         of_integer = (segment.type == _INTEGER) | (segment.sign != _ANY)
         value = jnp.take_along_axis(values, jnp.where(of_integer, segment.source, 0), 1)
         present &= (segment.sign == _ANY) | ((segment.sign == _NEGATIVE) == (value < 0))
-        num_pads = jnp.take_along_axis(pads, jnp.where(segment.type == _PADS, segment.source, 0), 1)
+        # A row may have room for fewer images than its observation could show.
+        image = jnp.minimum(jnp.where(segment.type == _PADS, segment.source, 0), pads.shape[1] - 1)
+        num_pads = jnp.take_along_axis(pads, image, 1)
         powers = jnp.asarray([10**i for i in range(MAX_DIGITS)], jnp.int32)
         num_digits = 1 + jnp.sum(jnp.abs(value)[..., None] >= powers[1:], -1)
         lengths = jnp.select(

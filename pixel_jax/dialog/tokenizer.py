@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pixel_jax.dialog.grammar import CLOSE, OPEN
+from pixel_jax.dialog.formats import MARKS
 from pixel_jax.dialog.template import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in document["added_tokens"]:
         special = token["special"] or token["content"] in SPECIAL_TOKENS.values()
-        token["special"] = special and token["content"].encode() not in (OPEN, CLOSE)
+        token["special"] = special and token["content"] not in MARKS
     encoder = Tokenizer.from_str(json.dumps(document | {"truncation": None, "padding": None}))
     encoder.encode_special_tokens = True
     return encoder

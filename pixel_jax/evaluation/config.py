@@ -6,6 +6,7 @@ from typing import Literal
 from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
 
 # As trained; without the tools (system prompt and guidelines of the released `notool`); with tools that show grey.
@@ -65,6 +66,9 @@ class EvalConfig:
     benchmarks: dict[str, BenchmarkConfig]  # by a name of one's own, in the order in which they are asked
     modes: tuple[Mode, ...] = ("operations",)  # the others are compared with the first
     rollout: RolloutConfig = RELEASED  # `group_size` is the k of Avg@k
+    tools: tuple[str, ...] = (
+        DEFAULT  # what the model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
+    )
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)  # of each process's own devices; none: one device
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process

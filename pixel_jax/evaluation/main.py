@@ -72,9 +72,11 @@ def answer(config) -> None:
     from pixel_jax.parallel import make_mesh
     from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.tools.named import find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     process, processes = jax.process_index(), jax.process_count()
+    tools = find_tools(config.tools)
     out = pathlib.Path(config.out)
     use_limits(config.limits)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
@@ -100,7 +102,7 @@ def answer(config) -> None:
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary)
+    token_tables = tables(vocabulary, tools)
     with Digests(out / f"digests-{process}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}

@@ -27,7 +27,15 @@ from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, to_host
+from pixel_jax.rollout.trajectory import (
+    STOP_REASONS,
+    Tables,
+    Trajectories,
+    answered_calls,
+    executed_calls,
+    failed_calls,
+    to_host,
+)
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
@@ -82,14 +90,13 @@ def record(
     scores: dict[str, list[float | None]],
 ) -> dict[str, Any]:
     """What is kept of a question: lists have an entry an answer."""
-    observation = t.calls.observation[rows.start : rows.stop]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
         **{name: [value or 0.0 for value in found] for name, found in scores.items()},
         "operations": executed_calls(t)[rows.start : rows.stop].tolist(),
-        "executed": np.sum(observation >= 0, axis=1).tolist(),
-        "failed": np.sum(observation > 1, axis=1).tolist(),
+        "executed": answered_calls(t)[rows.start : rows.stop].tolist(),
+        "failed": failed_calls(t)[rows.start : rows.stop].tolist(),
         "calls": t.num_calls[rows.start : rows.stop].tolist(),
         "tokens": np.sum(t.chosen[rows.start : rows.stop], axis=1).tolist(),
         "stop": [STOP_REASONS[int(x)] for x in t.stop[rows.start : rows.stop]],
@@ -149,6 +156,7 @@ def evaluate(
         "scorer": dataclasses.asdict(benchmark.scorer),
         "buckets": benchmark.buckets,
         "rollout": dataclasses.asdict(limits),
+        "tools": [tool.name for tool in token_tables.tools],
     }
     directory.mkdir(parents=True, exist_ok=True)
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
@@ -178,7 +186,9 @@ def evaluate(
         # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
         wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
         asked = [functools.partial(outline, questions[i]) for i in wanted]
-        found = dict(zip(wanted, places(asked, shapes, vocabulary, limits, guidelines(mode)), strict=True))
+        found = dict(
+            zip(wanted, places(asked, shapes, vocabulary, limits, guidelines(mode), token_tables.tools), strict=True)
+        )
         found = {i: found[i] for i in todo}
         placed = {i: x for i, x in found.items() if isinstance(x, Place)}
         keep_records = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)

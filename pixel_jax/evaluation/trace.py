@@ -10,19 +10,20 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
-from pixel_jax.dialog.observations import HEAD, Kind
+from pixel_jax.dialog.observations import HEAD
 from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.trajectory import STOP_REASONS, Trajectories
+from pixel_jax.rollout.trajectory import STOP_REASONS, CallStatus, Trajectories
 from pixel_jax.terminal import brief
 
 END = SPECIAL_TOKENS["im_end"]
@@ -127,15 +128,13 @@ def make_trace(
     turns = []
     for call, ids in enumerate(answered):
         turns.append(Turn("assistant", written[call]))
-        kind = int(t.calls.observation[row, call])
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start))))
-        turns.append(Turn("tool", _text_of(ids, vocabulary), images, failed=not images))
-        if kind == Kind.CROP:
-            boxes[int(t.calls.canvas[row, call])].append((call + 1, *map(int, t.calls.box[row, call])))
-        for frame in t.calls.frames[row, call] if kind == Kind.FRAMES else ():
-            if frame >= 0:
-                height, width = query.images[int(frame)].shape[:2]
-                boxes[int(frame)].append((call + 1, 0, 0, width, height))
+        failed = t.calls.status[row, call] != CallStatus.DONE
+        turns.append(Turn("tool", _text_of(ids, vocabulary), images, failed=bool(failed)))
+        source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
+        for canvas, region in zip(source.canvas, source.region, strict=True):
+            if canvas >= 0:  # of what a tool made, the picture shows enough
+                boxes[canvas].append((call + 1, *region))
     turns.append(Turn("assistant", written[-1]))
     return Trace(
         question=query.question,

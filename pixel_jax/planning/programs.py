@@ -176,7 +176,8 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
     """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
     images, *canvas = recipe.config.canvas
-    return machine.Shape.of(tuple(canvas), recipe.config.rl.rollout, shards, still=images == 1, video=images > 1)
+    limits, tools = recipe.config.rl.rollout, recipe.tables.tools
+    return machine.Shape.of(tuple(canvas), limits, tools, shards, still=images == 1, video=images > 1)
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:

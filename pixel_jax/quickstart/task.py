@@ -12,7 +12,6 @@ import numpy as np
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.quickstart import rows
@@ -22,7 +21,15 @@ from pixel_jax.rollout.config import FACTOR
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import Prompts, Trajectories, concatenate, executed_calls, take_rows, to_host
+from pixel_jax.rollout.trajectory import (
+    CallStatus,
+    Prompts,
+    Trajectories,
+    concatenate,
+    executed_calls,
+    take_rows,
+    to_host,
+)
 from pixel_jax.training.answers import last_boxed
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.packing import pack
@@ -173,9 +180,9 @@ def first_box_iou(answers: Answers, scenes: Sequence[miniature.Scene]) -> np.nda
     """Overlap of the first box with the reference box, float [scenes]; 0 where nothing was cropped."""
     calls, found = answers.trajectories.calls, np.zeros(len(scenes))
     for i, scene in enumerate(scenes):
-        if calls.observation[i, 0] != Kind.CROP:
+        if calls.status[i, 0] != CallStatus.DONE:
             continue
-        x1, y1, x2, y2 = calls.box[i, 0]
+        x1, y1, x2, y2 = calls.source.region[i, 0, 0]
         a1, b1, a2, b2 = synthesis.in_pixels(rows.reference_box(scene), miniature.SIDE, miniature.SIDE)
         both = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
         found[i] = both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both)

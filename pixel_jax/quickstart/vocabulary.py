@@ -5,16 +5,17 @@ import re
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
+from pixel_jax.tools import RELEASED, Tool
 
 CUE = "the card"
 MAX_TARGETS = 4  # images a trace can name
 
 
-def pieces() -> list[str]:
+def pieces(tools: tuple[Tool, ...] = RELEASED) -> list[str]:
     """Prompt and observations in as few tokens as numbers allow; a coordinate is one token."""
     sentences = synthesis.SENTENCES
     found = [
-        "system\n" + template.system_prompt(),
+        "system\n" + template.system_prompt([tool.schema for tool in tools]),
         "assistant\n",
         "user\n",
         *(template.user_text(question) for question in (miniature.QUESTION, miniature.VIDEO_QUESTION)),
@@ -28,9 +29,12 @@ def pieces() -> list[str]:
         sentences.answer,
         ", ",
     ]
-    for text in observations.TEXTS.values():
+    kinds = observations.kinds_of(tools)
+    failures = [kind for tool in reversed(tools) for kind in kinds if kind.tool == tool and not kind.outcome.images]
+    # In this order: ids follow from it, and what a network learns from its ids.
+    for kind in [*(kind for kind in kinds if kind.outcome.images), *failures, kinds[-1]]:
         # Numbers are written digit by digit; what lies between them is constant.
-        stretches = re.split(r"\{(?:\d|list)\}", "user\n" + text)
+        stretches = re.split(r"\{(?:\d|list)\}", "user\n" + kind.outcome.text)
         found += [stretch for stretch in stretches if len(stretch.encode()) > 1]
     hundredths = [f"{x / 100:.2f}" for x in range(101)]
     found += [f"{x}, " for x in hundredths] + hundredths

@@ -19,7 +19,8 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import most_pixels, patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute
+from pixel_jax.rollout.drawings import drawings
+from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.trajectory import (
@@ -29,34 +30,67 @@ from pixel_jax.rollout.trajectory import (
     STOP_TOKENS,
     STOP_TURN_LENGTH,
     Calls,
+    CallStatus,
     Prompts,
+    shown_by,
 )
-from pixel_jax.rollout.views import Budget, encode_still, show_waiting
+from pixel_jax.rollout.views import Budget, encode_still, seen_canvases, show_waiting
+from pixel_jax.tools.looking import Gallery, Seen
+from pixel_jax.tools.tool import Tool
 
 WRITING, WAITING, DONE = 0, 1, 2
-GREY = 127  # of blanked observations
-OWN_TOOL = 3  # `Calls.kind` of a tool that the host executed
 
 
 class Shape(NamedTuple):
     """What is static about a rollout besides its config."""
 
-    views: int  # V, most images of one observation: 1 where no prompt is a video
+    tools: tuple[Tool, ...]
+    videos: bool  # whether any prompt is one
     shards: int  # parts of the mesh that rows are split over
     patches: int  # room for the patches of one image of a prompt, or frame
     pixels: bool = True  # whether patches are kept: else the trajectories tell where they were cut from (`sight.py`)
     observed: int | None = None  # room for the patches of one image of an observation; None: the most the config allows
 
     @classmethod
-    def of(cls, canvas: tuple[int, int], config: RolloutConfig, shards: int, *, still: bool, video: bool) -> "Shape":
+    def of(
+        cls,
+        canvas: tuple[int, int],
+        config: RolloutConfig,
+        tools: tuple[Tool, ...],
+        shards: int,
+        *,
+        still: bool,
+        video: bool,
+    ) -> "Shape":
         """Of prompts whose images, or frames, lie in a canvas (height, width): with no room for what cannot be cut out of it."""
+        shape = cls(tools, video, shards, overview_patches(canvas, config, still=still, video=video))
+        if any(tool.draw is not None for tool in shape.showing):
+            canvas = (max(canvas), max(canvas))  # what a tool has drawn may be as long either way
+        return shape._replace(
+            observed=max((most_patches(canvas, tool.budget, config) for tool in shape.showing), default=4)
+        )
 
-        def most(kind: str) -> int:
-            low, high = getattr(config, f"{kind}min_pixels"), getattr(config, f"{kind}max_pixels")
-            return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
+    @property
+    def showing(self) -> tuple[Tool, ...]:
+        """The tools that can show something here."""
+        shows = lambda tool: any(outcome.images for outcome in tool.outcomes) and (self.videos or not tool.of_videos)
+        return tuple(filter(shows, self.tools))
 
-        shown = [most("")] * still + [most("video_")] * video
-        return cls(8 if video else 1, shards, max(shown), observed=max([most("crop_")] + [most("select_")] * video))
+    @property
+    def views(self) -> int:
+        """V, most images of one observation."""
+        return max((outcome.images for tool in self.showing for outcome in tool.outcomes), default=1)
+
+
+def most_patches(canvas: tuple[int, int], budget: str, config: RolloutConfig) -> int:
+    """Of what is cut out of a canvas (height, width), within a budget: "crop", "select", "video"; "" of an image."""
+    low, high = (getattr(config, f"{budget}{'_' if budget else ''}{bound}_pixels") for bound in ("min", "max"))
+    return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
+
+
+def overview_patches(canvas: tuple[int, int], config: RolloutConfig, *, still: bool, video: bool) -> int:
+    """Room for the patches of one image, or frame of a video, of a prompt."""
+    return max([most_patches(canvas, "", config)] * still + [most_patches(canvas, "video", config)] * video)
 
 
 class Shared(NamedTuple):
@@ -95,8 +129,9 @@ class State(NamedTuple):
 
 def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
     """The budgets of what prompts show, images or frames of videos, and of observations."""
-    most = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
-    observed = 4 * (most // FACTOR**2) if shape.observed is None else shape.observed
+    observed = shape.observed
+    if observed is None:
+        observed = 4 * (max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2) // FACTOR**2)
     # Room of their own: a crop may show a quarter of what an overview does.
     return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.patches, observed))
 
@@ -222,7 +257,8 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
         banned=banned,
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
-    reader = automaton.step(shared.prompts.tables.bytes, state.reader, jnp.where(writing, token, -1))
+    tables = shared.prompts.tables
+    reader = tables.reader.step(tables.bytes, state.reader, jnp.where(writing, token, -1))
     state = state._replace(
         chosen=state.chosen.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
@@ -266,61 +302,44 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
     mine = rows_prompts(state, prompts, config, shape)
-    call = automaton.finish(state.reader)
+    call = prompts.tables.reader.finish(state.reader)
     waiting = state.status == WAITING
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
-    result = execute(
-        call,
-        state.gallery,
-        mine.take(prompts.is_video),
-        mine.take(prompts.canvas_size),
-        mine.take(prompts.num_canvases),
-        shape.views,
-        config,
-    )
+    seen = Seen(state.gallery, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))
+    result = execute(call, seen, prompts.tables, shape.views, config)
     crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
-    observations = prompts.tables.observations
-    ids, lengths = observations.assemble(result.message, observation_width(observations, config, shape))
+    ids, lengths = prompts.tables.observations.assemble(
+        result.message, observation_width(prompts.tables.observations, config, shape)
+    )
     long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
-    budget = budgets(config, shape)[1]
-    showing = run & (result.count > 0)
+    # What the row did, on record. A call past the limit is counted and not executed.
+    done, number = called(call, result, run), state.num_calls
+    at = (row, jnp.where(asks, number, config.max_calls + 1))
+    calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
+    view, showing = shown_by(done, number), run & (result.count > 0)
     patches, features = show_waiting(
         model,
-        jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        seen_canvases(prompts.canvases, config),
         mine.at.reshape(-1),
-        result.canvas,
-        result.region,
-        result.size,
+        view,
         showing,
-        budget=budget,
+        budget=budgets(config, shape)[1],
         shards=shape.shards,
         chunk=config.observe_chunk,
         implementation=config.implementation,
+        drawings=drawings(calls, shape.tools, config),
+        tools=shape.tools,
     )
-    grids = jnp.concatenate([(result.size[..., :1] > 0).astype(jnp.int32), result.size // PATCH], axis=-1)
-    grids = jnp.where(showing[:, None, None], grids, 0)
+    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
 
-    # What the row did, on record. A call past the limit is counted and not executed.
-    number = jnp.where(asks, state.num_calls, config.max_calls + 1)
-    executed = jnp.where(run, result.message.kind, -1)
-    frames = jnp.where(
-        (call.tool == 1)[:, None] & (jnp.arange(8) < call.num_frames[:, None]), call.frames[:, :8] - 1, -1
-    )
-    calls = Calls(
-        kind=state.calls.kind.at[row, number].set(jnp.where(call.valid, call.tool, 2), mode="drop"),
-        observation=state.calls.observation.at[row, number].set(executed, mode="drop"),
-        canvas=state.calls.canvas.at[row, number].set(jnp.where(showing, result.canvas[:, 0], -1), mode="drop"),
-        box=state.calls.box.at[row, number].set(jnp.where(showing[:, None], result.region[:, 0], 0), mode="drop"),
-        frames=state.calls.frames.at[row, number].set(frames, mode="drop"),
-    )
-    shown = jnp.where(showing, state.num_calls, config.max_calls)
+    shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
         calls=calls,
-        num_calls=state.num_calls + asks,
-        gallery=add_to_gallery(state.gallery, result, run),
+        num_calls=number + asks,
+        gallery=add_to_gallery(state.gallery, done, number),
         num_images=state.num_images + jnp.where(run, result.count, 0),
         patches=state.patches.at[row, shown].set(patches, mode="drop") if shape.pixels else None,
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
@@ -339,7 +358,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         state.stop,
     )
     state = state._replace(stop=stop, status=jnp.where(waiting, DONE, state.status))
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def show(
@@ -367,7 +386,7 @@ def show(
     at = (jnp.arange(rows), jnp.where(run, state.num_calls, config.max_calls))
     count = jnp.sum(sizes[..., 0] > 0, axis=1)
     state = state._replace(
-        calls=state.calls._replace(kind=state.calls.kind.at[at].set(OWN_TOOL, mode="drop")),
+        calls=state.calls._replace(status=state.calls.status.at[at].set(CallStatus.DONE, mode="drop")),
         num_calls=state.num_calls + run,
         num_images=state.num_images + count,
         patches=state.patches.at[at].set(patches, mode="drop"),
@@ -375,7 +394,7 @@ def show(
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
     state = append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
-    return resume(state, run)
+    return resume(state, run, shared.prompts.tables.reader)
 
 
 def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shape) -> jax.Array:
@@ -393,9 +412,9 @@ def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shap
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: State, run: jax.Array) -> State:
+def resume(state: State, run: jax.Array, reader: automaton.Reader) -> State:
     """The rows `run` (bool [R]) begin a new turn."""
-    fresh = automaton.init(run.shape[0])
+    fresh = reader.init(run.shape[0])
     return state._replace(
         status=jnp.where(run, WRITING, state.status),
         turn_start=jnp.where(run, state.length, state.turn_start),
@@ -407,8 +426,12 @@ def resume(state: State, run: jax.Array) -> State:
 
 def observation_width(observations: Observations, config: RolloutConfig, shape: Shape) -> int:
     """Room for the longest observation, in tokens."""
-    return observations.bound(
-        crop_pads=config.crop_max_pixels // FACTOR**2,
-        frame_pads=config.select_max_pixels // FACTOR**2 if shape.views > 1 else 0,
-        num_frames=shape.views,
-    )
+    pads = [
+        budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
+    ]
+    return observations.bound(pads, shape.views)
+
+
+def budget_of(tool: Tool, config: RolloutConfig) -> int:
+    """The largest area, in pixels, of a picture that `tool` shows."""
+    return getattr(config, f"{tool.budget}_max_pixels")

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.dialog import automaton, template
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.canvases import Canvases, Images
+from pixel_jax.rollout.checks import check_device_tool
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.tools import RELEASED, Tool
 
 
 class Query(NamedTuple):
@@ -29,16 +33,31 @@ class PromptError(ValueError):
     """A query that cannot become a prompt; the message names it and the value at fault."""
 
 
-def tables(vocabulary: Vocabulary) -> Tables:
-    """What the compiled programs need to know of a tokenizer. Build it once and share it."""
+def tables(
+    vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, call_format: CallFormat = PIXEL_REASONER
+) -> Tables:
+    """What the compiled programs need to know of a tokenizer and of tools. Build it once and share it.
+
+    ToolError: the tools cannot be used, or not together; the message names them.
+    """
+    language = Language(tools, call_format)
+    for tool in tools:
+        check_device_tool(tool)
     return Tables(
         bytes=automaton.token_table(vocabulary),
-        observations=Observations.of(vocabulary),
+        observations=Observations.of(vocabulary, tools),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
+        reader=automaton.reader_of(language),
     )
 
 
-def prompt_tokens(query: Query, vocabulary: Vocabulary, config: RolloutConfig, guidelines: str = "vcot") -> list[int]:
+def prompt_tokens(
+    query: Query,
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    guidelines: str = "vcot",
+    tools: tuple[Tool, ...] = RELEASED,
+) -> list[int]:
     """Token ids of system prompt and question, up to where the assistant begins; pads counted from the images' sizes."""
     if not query.images:
         raise PromptError(f"the question {query.question!r} comes without an image or frame")
@@ -65,9 +84,9 @@ def prompt_tokens(query: Query, vocabulary: Vocabulary, config: RolloutConfig, g
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
         media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
-    tools = () if guidelines == "notool" else template.TOOLS
+    schemas = () if guidelines == "notool" else tuple(tool.schema for tool in tools)
     messages = template.first_messages(
-        query.question, media, guidelines=guidelines, tools=tools, text_first=query.text_first
+        query.question, media, guidelines=guidelines, tools=schemas, text_first=query.text_first
     )
     return template.to_ids(template.render(messages), vocabulary, pads)
 
@@ -90,7 +109,7 @@ def build_prompts(
         32 and of 64: give them to share one compilation among batches.
       uids: what the rows' random keys are derived from, by default 0, 1, ...
     """
-    ids = [prompt_tokens(query, vocabulary, config, guidelines) for query in queries]
+    ids = [prompt_tokens(query, vocabulary, config, guidelines, token_tables.tools) for query in queries]
     longest = max(map(len, ids))
     most = max(len(query.images) for query in queries)
     height, wide = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))

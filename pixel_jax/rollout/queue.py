@@ -14,18 +14,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog import automaton
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows_prompts
-from pixel_jax.rollout.operations import Gallery, first_gallery
+from pixel_jax.rollout.operations import first_gallery
 from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.sight import overviews
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
 from pixel_jax.rollout.views import each, render
+from pixel_jax.tools.looking import Gallery
 
 PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together at most, where all are read at the start
 PROMPT_TOKENS = (
@@ -107,7 +107,6 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
     """Rows that have written nothing, in slots that are free."""
     numbers, most = config.max_calls + 1, prompts.canvas_size.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
-    none = jnp.full((slots, numbers), -1, jnp.int32)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
     images = config.max_images + most
     return State(
@@ -123,14 +122,14 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         hidden=zeros(model.config.text.hidden_size, dtype=model.language_model.embed_tokens.weight.dtype),
         next_pos=zeros(),
         cache=model.empty_cache(slots, config.max_response),
-        reader=automaton.init(slots),
+        reader=prompts.tables.reader.init(slots),
         gallery=Gallery(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),
         patches=zeros(config.max_calls, shape.views, budgets(config, shape)[1].patches, 588, dtype=jnp.uint8)
         if shape.pixels
         else None,
         grids=zeros(config.max_calls, shape.views, 3),
-        calls=Calls(none, none, none, zeros(numbers, 4), jnp.full((slots, numbers, 8), -1, jnp.int32)),
+        calls=no_calls(slots, numbers, shape.views, shape.tools, jnp),
         num_calls=zeros(),
         keys=jax.vmap(lambda i: jax.random.fold_in(key, i))(zeros()),
     )
@@ -317,8 +316,8 @@ def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, sha
         axis=1,
     )[:, 0]
     reader, _ = jax.lax.scan(
-        lambda reader, token: (automaton.step(prompts.tables.bytes, reader, token[None]), None),
-        automaton.init(1),
+        lambda reader, token: (prompts.tables.reader.step(prompts.tables.bytes, reader, token[None]), None),
+        prompts.tables.reader.init(1),
         opening,
     )
     return fresh._replace(

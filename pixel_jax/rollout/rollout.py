@@ -47,7 +47,7 @@ def rollout(
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
-      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.look_again` cuts them anew.
+      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.materialize` cuts them anew.
     """
     mesh, shape = layout(model, prompts, config)
     shape = shape._replace(pixels=pixels)
@@ -247,7 +247,8 @@ def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> 
     if mesh is not None:
         video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
     shards = 1 if mesh is None else row_parts(mesh)
-    return Shape.of(prompts.canvases.shape[2:4], config, shards, still=still, video=video)
+    size, tools = prompts.canvases.shape[2:4], prompts.tables.tools
+    return Shape.of(size, config, tools, shards, still=still, video=video)
 
 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import shard_batch
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.machine import GREY, Shape, budgets
+from pixel_jax.rollout.drawings import drawings
+from pixel_jax.rollout.machine import Shape, budgets
 from pixel_jax.rollout.rollout import layout, place
 from pixel_jax.rollout.sight import called
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
-from pixel_jax.rollout.views import show_waiting
+from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
+from pixel_jax.rollout.views import seen_canvases, show_waiting
 
 
 def seconds_of_operations(
@@ -47,7 +47,7 @@ def operations_again(
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)
-    nothing = jax.tree.map(lambda x: np.full_like(x, -1), calls)
+    nothing = no_calls(*calls.status.shape, shape.views, shape.tools)
     prompts, calls, nothing = place(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
     jax.block_until_ready((prompts, calls, nothing))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
@@ -63,17 +63,19 @@ def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, shape: Shape):
     """What the calls of that number showed, of every row."""
-    group = calls.observation.shape[0] // len(prompts.canvas_size)
-    seen = called(calls, jnp.repeat(prompts.canvas_size, group, axis=0), config, shape.views)
-    seen = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False), seen)
+    group = calls.status.shape[0] // len(prompts.canvas_size)
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
+    seen = jax.tree.map(take, called(calls, config))
     return show_waiting(
         model,
-        jnp.full_like(prompts.canvases, GREY) if config.blank else prompts.canvases,
+        seen_canvases(prompts.canvases, config),
         jnp.arange(len(seen.canvas)) // group % (len(prompts.canvas_size) // shape.shards),
-        *seen,
+        seen,
         jnp.any(seen.canvas >= 0, axis=1),
         budget=budgets(config, shape)[1],
         shards=shape.shards,
         chunk=config.observe_chunk,
         implementation=config.implementation,
+        drawings=drawings(calls, shape.tools, config),
+        tools=shape.tools,
     )

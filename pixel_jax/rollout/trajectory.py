@@ -4,17 +4,21 @@ A synthesized trace, a sampled rollout and an example to unlearn are all `Trajec
 """
 
 import dataclasses
+import enum
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.automaton import TokenTable
+from pixel_jax.dialog.automaton import Reader, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollout.canvases import Canvases
+from pixel_jax.tools.calls import Values, no_values
+from pixel_jax.tools.tool import Tool
 
 Array = jax.Array | np.ndarray
 
@@ -27,14 +31,22 @@ STOP_TOKENS = 4  # the observation would exceed `max_tokens`
 STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", "too many tokens")
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "reader"]
+)
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What the device has to know of the tokenizer, the same for all rows. Built by `pixel_jax.rollout.prompts.tables`."""
+    """What the device has to know of the tokenizer and the tools, the same for all rows. Built by
+    `pixel_jax.rollout.prompts.tables`."""
 
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
     stop: Array  # int32 [k], tokens that end a turn
+    reader: Reader  # static: of the calls of the tools, as the format writes them
+
+    @property
+    def tools(self) -> tuple[Tool, ...]:
+        return self.reader.language.tools
 
 
 class Prompts(NamedTuple):
@@ -52,16 +64,69 @@ class Prompts(NamedTuple):
     tables: Tables
 
 
-class Calls(NamedTuple):
-    """The operations of R rows, in order; N is the limit of calls plus one (a call past the limit is seen, not executed)."""
+class CallStatus(enum.IntEnum):
+    """What became of a call, `Calls.status`."""
 
-    kind: Array  # int32 [R, N]: -1 none, 0 crop_image_normalized, 1 select_frames, 2 unreadable, 3 executed by the host
-    observation: (
-        Array  # int32 [R, N]: kind of observation returned (`pixel_jax.dialog.observations`), -1 when not executed
+    NONE = -1  # there was none
+    SPENT = 0  # past the limits of its row: counted, not carried out
+    FAILED = 1  # answered with an error
+    DONE = 2  # carried out: the row was shown what it asked for
+
+
+UNREADABLE = -1  # `Calls.tool` where no tool could be read
+NO_CANVAS = -1  # `Views.canvas` where there is no picture
+
+
+class Views(NamedTuple):
+    """Pictures that rows look at, [..., K]."""
+
+    canvas: Array  # int32 [..., K], of the row's prompt; `made_by(n)`: what call n made; NO_CANVAS: none
+    region: Array  # int32 [..., K, 4], x1 y1 x2 y2 in it
+    size: Array  # int32 [..., K, 2], (height, width) at which it is shown; zeros: none
+
+
+def made_by(call):
+    """The canvas that call number `call` of a row made. Below every canvas of a prompt, however many those are."""
+    return NO_CANVAS - 1 - call
+
+
+class Calls(NamedTuple):
+    """The operations of R rows, in order; N is the limit of calls plus one (a call past the limit is seen, not executed).
+
+    All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollout.sight`).
+    """
+
+    status: Array  # int32 [R, N], a `CallStatus`
+    tool: Array  # int32 [R, N], index into the tools
+    outcome: Array  # int32 [R, N], kind of observation returned (`Observations.kinds`), -1 where none was
+    values: Values  # [R, N, ...], the arguments
+    source: Views  # [R, N, V], what was looked at: before a tool made something of it
+    drawn: Array  # int32 [R, N, 2], (height, width) of the picture that a tool made of the source; zeros: it made none
+
+
+def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) -> Calls:
+    """The record of rows that have called nothing."""
+    zeros = lambda *tail: xp.zeros((rows, numbers, *tail), np.int32)
+    none = lambda value: xp.full((rows, numbers), value, np.int32)
+    return Calls(
+        status=none(CallStatus.NONE),
+        tool=none(UNREADABLE),
+        outcome=none(-1),
+        values=no_values((rows, numbers), tools, xp),
+        source=Views(xp.full((rows, numbers, views), NO_CANVAS, np.int32), zeros(views, 4), zeros(views, 2)),
+        drawn=zeros(2),
     )
-    canvas: Array  # int32 [R, N], what was cropped
-    box: Array  # int32 [R, N, 4], x1 y1 x2 y2 in that canvas's pixels, padding included
-    frames: Array  # int32 [R, N, 8], frames selected (0-based), -1 absent
+
+
+def shown_by(calls: Calls, number: Array) -> Views:
+    """What calls [...] showed, [..., V]: their source, or what they made of it. `number` int32 [...]: places in their rows."""
+    xp = jnp if isinstance(calls.drawn, jax.Array) else np
+    made = (calls.drawn[..., :1] > 0) & (calls.source.canvas != NO_CANVAS)
+    whole = xp.concatenate([xp.zeros_like(calls.drawn), calls.drawn[..., ::-1]], axis=-1)
+    return calls.source._replace(
+        canvas=xp.where(made, made_by(number)[..., None], calls.source.canvas),
+        region=xp.where(made[..., None], whole[..., None, :], calls.source.region),
+    )
 
 
 class Trajectories(NamedTuple):
@@ -96,7 +161,15 @@ def concatenate(parts: list[Trajectories]) -> Trajectories:
 
 
 def executed_calls(trajectories: Trajectories) -> Array:
-    """Operations that ran and returned pixels (n_vo of the paper, §4.2): int32 [R]."""
-    xp = jnp if isinstance(trajectories.calls.kind, jax.Array) else np
-    observation = trajectories.calls.observation
-    return xp.sum((observation == 0) | (observation == 1), axis=1)
+    """Operations that were carried out (n_vo of the paper, §4.2): int32 [R]."""
+    return (trajectories.calls.status == CallStatus.DONE).sum(axis=1)
+
+
+def answered_calls(trajectories: Trajectories) -> Array:
+    """Calls that were answered, with what they asked for or an error: int32 [R]."""
+    return (trajectories.calls.status >= CallStatus.FAILED).sum(axis=1)
+
+
+def failed_calls(trajectories: Trajectories) -> Array:
+    """Calls that were answered with an error: int32 [R]."""
+    return (trajectories.calls.status == CallStatus.FAILED).sum(axis=1)

@@ -10,8 +10,13 @@ import jax.numpy as jnp
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, patchify, pixel_values
-from pixel_jax.rollout.config import FACTOR, PATCH
+from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.drawings import Drawings, draw, places, reach
 from pixel_jax.rollout.rows import Chunk, for_chunks
+from pixel_jax.rollout.trajectory import Views
+from pixel_jax.tools.tool import Tool
+
+GREY = 127  # of blanked observations
 
 
 class Budget(NamedTuple):
@@ -52,24 +57,44 @@ def each(view: Callable, budget: Budget) -> Callable:
 
 
 def cut(
-    canvases: jax.Array, prompt: jax.Array, canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget
+    canvases: jax.Array,
+    prompt: jax.Array,
+    views: Views,
+    budget: Budget,
+    drawings: Drawings | None,
+    tools: tuple[Tool, ...],
 ) -> jax.Array:
     """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
 
     Args:
       canvases: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose canvases are looked at.
-      canvas: int32 [S, N, *views]; region: int32 [S, N, *views, 4]; size: int32 [S, N, *views, 2].
+      views: [S, N, *views]; drawings: [S, N, ...], what `tools` made for the rows; None: nothing.
     """
 
     @jax.vmap
     def of_part(canvases, *rows):
-        def of_row(prompt, *views):
-            one = lambda canvas, region, size: render(canvases[prompt, canvas], region, size, budget)
-            return (each(one, budget) if views[0].ndim else one)(*views)
+        def of_row(prompt, views, drawings):
+            if drawings is None:
+                of = lambda canvas: canvases[prompt, jnp.maximum(canvas, 0)]
+            else:  # one row after the other: whose picture is made of whose is no matter of several
+                made = draw(canvases[prompt], drawings, reach(views.canvas), tools)
+                of = lambda canvas: made[places(canvas, canvases.shape[1])]
+            one = lambda canvas, region, size: render(of(canvas), region, size, budget)
+            return (each(one, budget) if views.canvas.ndim else one)(*views)
 
-        return each(of_row, budget)(*rows)
+        over_rows = each(of_row, budget) if drawings is None else lambda *x: jax.lax.map(lambda x: of_row(*x), x)
+        return over_rows(*rows)
 
-    return of_part(canvases, prompt, canvas, region, size)
+    return of_part(canvases, prompt, views, drawings)
+
+
+def seen_canvases(canvases: jax.Array, config: RolloutConfig) -> jax.Array:
+    """What operations look at: the canvases uint8 [..., H, W, 3], or, where these are blanked, as many large grey ones."""
+    if not config.blank:
+        return canvases
+    *lead, height, width, channels = canvases.shape
+    side = max(height, width)  # of whatever a tool would have made of them
+    return jnp.full((*lead, side, side, channels), GREY, jnp.uint8)
 
 
 def encode_still(
@@ -95,15 +120,15 @@ def show_waiting(
     model: Qwen2_5_VL,
     canvases: jax.Array,
     prompt: jax.Array,
-    canvas: jax.Array,
-    region: jax.Array,
-    size: jax.Array,
+    view: Views,
     waiting: jax.Array,
     *,
     budget: Budget,
     shards: int,
     chunk: int,
     implementation: str | None = None,
+    drawings: Drawings | None = None,
+    tools: tuple[Tool, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
 
@@ -111,18 +136,18 @@ def show_waiting(
 
     Args:
       canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its shard.
-      canvas: int32 [R, V]; region: int32 [R, V, 4]; size: int32 [R, V, 2].
-      waiting: bool [R].
+      view: [R, V]; waiting: bool [R].
+      drawings: [R, ...], what `tools` have made for the rows; None: nothing.
     """
-    rows, views = canvas.shape
+    rows, views = view.canvas.shape
     by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
 
     def body(chunk: Chunk, shown_so_far):
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
-        sizes = take(size)
-        pixels = cut(by_shard, take(prompt), jnp.maximum(take(canvas), 0), take(region), sizes, budget)
-        encoded = encode_still(model, pixels, sizes, implementation)
+        mine = jax.tree.map(take, view)
+        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), tools)
+        encoded = encode_still(model, pixels, mine.size, implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))
 

@@ -10,17 +10,27 @@ from jax.sharding import Mesh
 
 from pixel_jax.data.packed import Packing, Place
 from pixel_jax.data.questions import Asked
-from pixel_jax.data.traces import frame_patches
+from pixel_jax.data.traces import frame_patches, with_drawings
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import first
 from pixel_jax.parallel.sharding import all_rows, local_rows, row_parts, shard_batch, share
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.machine import GREY
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import STOP_ANSWER, Tables, Trajectories, executed_calls, take_rows
+from pixel_jax.rollout.trajectory import (
+    NO_CANVAS,
+    STOP_ANSWER,
+    Tables,
+    Trajectories,
+    answered_calls,
+    executed_calls,
+    failed_calls,
+    take_rows,
+)
+from pixel_jax.rollout.views import GREY
+from pixel_jax.tools import Tool
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
@@ -136,14 +146,13 @@ NUMBERS = ("index", "score", "parsed", "operations", "executed", "failed", "toke
 
 def _numbers(mine: Sequence[int], t: Trajectories, scores: Sequence[float | None]) -> np.ndarray:
     """float64 [rows, NUMBERS]."""
-    observation = t.calls.observation
     columns = {
         "index": mine,
         "score": [score or 0.0 for score in scores],
         "parsed": [score is not None for score in scores],
         "operations": executed_calls(t),
-        "executed": np.sum(observation >= 0, axis=1),
-        "failed": np.sum(observation > 1, axis=1),
+        "executed": answered_calls(t),
+        "failed": failed_calls(t),
         "tokens": np.sum(t.chosen, axis=1),
         "finished": t.stop == STOP_ANSWER,
     }
@@ -222,6 +231,7 @@ class Rollouts(NamedTuple):
     """What became of an iteration's rollouts in one process: B prompts, R = B n rows, all on the host."""
 
     trajectories: Trajectories  # R rows; pixels are not needed
+    tools: tuple[Tool, ...]  # that their calls name
     origins: Origins  # of what the rows saw: first the pictures of their prompts, then what their calls showed
     room: int  # pictures that a prompt has room for
     references: Sequence[Reference]  # [B]
@@ -256,13 +266,14 @@ class Rollouts(NamedTuple):
 
     def _patches(self, row: int, config: RolloutConfig) -> list[np.ndarray]:
         """Of every picture that a row may have seen, in the order of `Visual.patches`; empty of one that it did not."""
-        images, views = self.origins.images[row].arrays, self.origins.views
+        calls = [jax.tree.map(lambda x: x[row, number], self.trajectories.calls) for number in range(config.max_calls)]  # noqa: B023
+        canvases = with_drawings(self.origins.images[row].arrays, calls, self.tools)
         found = []
-        for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in views), strict=True)):
-            if canvas < 0 or not size.all():
+        for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in self.origins.sight.views), strict=True)):
+            if canvas == NO_CANVAS or not size.all():
                 found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
                 continue
-            image = images[canvas]
+            image = canvases[int(canvas)]
             image = np.full_like(image, GREY) if config.blank and place >= self.room else image
             found.append(frame_patches(image, region.tolist(), size))
         return found

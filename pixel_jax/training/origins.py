@@ -14,7 +14,7 @@ from pixel_jax.parallel.sharding import ROWS, constrain, place_rows, shard_batch
 from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.machine import Shape
-from pixel_jax.rollout.sight import Views, all_views, look_again
+from pixel_jax.rollout.sight import Sight, materialize, sight
 from pixel_jax.rollout.trajectory import Calls, Prompts
 from pixel_jax.training.batch import Batch
 
@@ -23,7 +23,7 @@ class Origins(NamedTuple):
     """In the place of `Visual.patches`, on the host: R rows, or one."""
 
     images: np.ndarray  # `Images` [R]
-    views: Views
+    sight: Sight
 
 
 def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape) -> Origins:
@@ -33,29 +33,31 @@ def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape)
             f"canvases of prompts to learn from are Canvases (see build_prompts), not {type(prompts.canvases)}"
         )
     images = prompts.canvases.images
-    views = _all_views(prompts._replace(canvases=(), tables=()), calls, config, shape)
-    return Origins(np.repeat(images, len(calls.observation) // len(images)), jax.tree.map(np.asarray, views))
+    seen = _sight(prompts._replace(canvases=(), tables=()), calls, config, shape)
+    return Origins(np.repeat(images, len(calls.status) // len(images)), jax.tree.map(np.asarray, seen))
 
 
 def room_of(tokens: int, prompts: Prompts, shape: Shape) -> BatchShape:
     """Of the rows of so many tokens that a rollout made of `prompts`. Rows of one update are of one room."""
     images, height, width = prompts.canvases.shape[1:4]
-    return BatchShape(tokens, images, images, shape.patches, height, width, shape.views)
+    return BatchShape(tokens, images, images, shape.patches, height, width, shape.videos)
 
 
 def see(rows: Batch, room: BatchShape, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
     """The patches uint8 [R, K, P, 588] of host rows with `Origins`, on the devices, split as the rows will be."""
-    images, views = rows.visual.patches
+    images, sight = rows.visual.patches
     canvases = Canvases(images, (room.images, room.height, room.width))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         placed = place_rows(canvases.__getitem__, len(images), mesh)
-        views = views if mesh is None else shard_batch(views, mesh)
-        return _look_again(placed, views, config, shape, mesh)
+        sight = sight if mesh is None else shard_batch(sight, mesh)
+        return _materialize(placed, sight, config, shape, mesh)
 
 
-_all_views = jax.jit(all_views, static_argnames=("config", "shape"))
+_sight = jax.jit(sight, static_argnames=("config", "shape"))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
-def _look_again(canvases: jax.Array, views: Views, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
-    return constrain(look_again(canvases, jax.tree.map(jnp.asarray, views), config, shape), mesh, ROWS)
+def _materialize(
+    canvases: jax.Array, sight: Sight, config: RolloutConfig, shape: Shape, mesh: Mesh | None
+) -> jax.Array:
+    return constrain(materialize(canvases, jax.tree.map(jnp.asarray, sight), config, shape), mesh, ROWS)

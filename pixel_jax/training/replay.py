@@ -16,7 +16,10 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
 from pixel_jax.rollout.canvases import Images
-from pixel_jax.rollout.sight import Views
+from pixel_jax.rollout.drawings import Drawings
+from pixel_jax.rollout.sight import Sight
+from pixel_jax.rollout.trajectory import Views
+from pixel_jax.tools.calls import Values
 from pixel_jax.training.batch import Batch, take, with_patches
 from pixel_jax.training.checkpoint import rejoin, separate
 from pixel_jax.training.origins import Origins
@@ -175,8 +178,8 @@ def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
     prompts = list({id(images): images for images in owners}.values())
     number = {id(images): i for i, images in enumerate(prompts)}
     arrays = [x for images in prompts for x in images.arrays]
-    whole = side_by_side([with_patches(row, row.visual.patches.views) for row in rows])
-    visual = whole.visual._replace(patches=whole.visual.patches._asdict())._asdict()
+    whole = side_by_side([with_patches(row, row.visual.patches.sight) for row in rows])
+    visual = whole.visual._replace(patches=as_dicts(whole.visual.patches))._asdict()
     return {
         "pixels": np.concatenate([x.ravel() for x in arrays]),
         "shapes": np.array([x.shape for x in arrays], np.int32),
@@ -186,11 +189,19 @@ def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
     }
 
 
+def as_dicts(tree: Any) -> Any:
+    """A named tuple, and those in it, as dictionaries."""
+    return {name: as_dicts(x) for name, x in tree._asdict().items()} if hasattr(tree, "_asdict") else tree
+
+
 def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
     """The inverse of `stacked`, one row after the other."""
     rows = Batch(**state["rows"])
     visual = Visual(**rows.visual)
-    rows = rows._replace(visual=visual._replace(patches=Views(**visual.patches)))
+    views, drawings = Views(**visual.patches["views"]), visual.patches["drawings"]
+    if drawings is not None:
+        drawings = Drawings(**drawings | {"values": Values(**drawings["values"])})
+    rows = rows._replace(visual=visual._replace(patches=Sight(views, drawings)))
     ends = np.cumsum(np.prod(state["shapes"].astype(np.int64), axis=1))
     arrays = (
         state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)

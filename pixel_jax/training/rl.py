@@ -14,7 +14,15 @@ from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.rollout import rollout, static_shape
 from pixel_jax.rollout.timing import seconds_of_operations
-from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories, executed_calls
+from pixel_jax.rollout.trajectory import (
+    STOP_ANSWER,
+    CallStatus,
+    Prompts,
+    Trajectories,
+    answered_calls,
+    executed_calls,
+    failed_calls,
+)
 from pixel_jax.training import rewards
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
@@ -123,11 +131,11 @@ def shaped_rewards(
     trajectories: Trajectories, correct: np.ndarray, is_video: np.ndarray, n: int, config: RewardConfig
 ) -> RewardParts:
     """The shaped reward of host trajectories, [groups, n]; `correct` [R], `is_video` [groups]."""
-    observation = trajectories.calls.observation
+    status = trajectories.calls.status
     ops = executed_calls(trajectories) if config.count == "executed" else trajectories.num_calls
-    carried_out = np.sum(observation >= 0, axis=1)
-    last = np.take_along_axis(observation, np.maximum(carried_out - 1, 0)[:, None], axis=1)[:, 0]
-    failed_last = (carried_out > 0) & (last > 1)
+    answered = answered_calls(trajectories)
+    last = np.take_along_axis(status, np.maximum(answered - 1, 0)[:, None], axis=1)[:, 0]
+    failed_last = (answered > 0) & (last == CallStatus.FAILED)
     lengths = np.sum(trajectories.chosen, axis=1)
     correct, ops, failed_last, lengths = (x.reshape(-1, n) for x in (correct, ops, failed_last, lengths))
     return rewards.shape(correct, ops, failed_last, is_video, lengths, config)
@@ -138,7 +146,6 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What the rows of an iteration did, as plain numbers."""
     ops, calls = executed_calls(trajectories), trajectories.num_calls
-    executed = trajectories.calls.observation >= 0
     lengths = np.sum(trajectories.chosen, axis=1)
     facts = {
         "accuracy": np.mean(correct > 0.5),
@@ -148,7 +155,7 @@ def rollout_metrics(
         "group_variance": np.mean(np.var(parts.total, axis=1)),
         "operations": np.mean(ops),
         "calls": np.mean(calls),
-        "call_errors": np.sum(trajectories.calls.observation > 1) / max(np.sum(executed), 1),
+        "call_errors": np.sum(failed_calls(trajectories)) / max(np.sum(answered_calls(trajectories)), 1),
         "informative": np.mean(teaching),  # share of groups
         "response_tokens": np.mean(lengths),
         "response_tokens_max": np.max(lengths),
@@ -255,8 +262,9 @@ def rl(
         if watch is not None:
             found = Rollouts(
                 trajectories,
+                prompts.tables.tools,
                 batch.visual.patches,
-                room.canvases,
+                room.images,
                 [Reference.of(answer) for answer in answers],
                 np.asarray(prompts.is_video),
                 correct[own],

@@ -305,8 +305,8 @@ def test_what_is_mended_is_counted(tmp_path):
 def test_every_box_of_shares_is_readable(box, target):
     """Whatever Python writes for a share of an image, to the millionth that is read of it."""
     call = grammar.parse_turn(files.crop(*box, target=target)).call
-    assert call is not None and call.target_image.units == target
-    for number, share in zip(call.box, box, strict=True):
+    assert call is not None and call.arguments["target_image"].units == target
+    for number, share in zip(call.arguments["bbox_2d"], box, strict=True):
         exact = decimal.Decimal(repr(share))
         assert 0 <= exact - (number.units + decimal.Decimal(number.micros) / 10**6) < decimal.Decimal("0.000001")
 

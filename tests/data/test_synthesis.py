@@ -8,11 +8,11 @@ from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, tables
 from pixel_jax.rollout.trajectory import take_rows
+from tests.rollout import talker
 
 WIDTH, HEIGHT = 400, 300
 REFERENCE = (0.5, 0.4, 0.62, 0.56)
@@ -57,11 +57,11 @@ def call(written):
 
 
 def box_of(written):
-    return tuple(number.units + number.micros / 1e6 for number in call(written).box)
+    return tuple(number.units + number.micros / 1e6 for number in call(written).arguments["bbox_2d"])
 
 
 def target_of(written):
-    return call(written).target_image.units
+    return call(written).arguments["target_image"].units
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_turns_of_every_kind():
     assert [text(turn) for turn in synthesis.direct_trace(IMAGE, "stop").turns] == ["The answer is \\boxed{stop}"]
     for kind, count in {"single": 1, "reselect": 2}.items():
         turns = video_trace(kind).turns
-        selected = [call(text(turn)).frames for turn in turns[:-1]]
+        selected = [call(text(turn)).arguments["target_frames"] for turn in turns[:-1]]
         assert len(selected) == count and selected[-1] == (2, 3)
         assert all(set(other) <= {1, 4, 5} and len(other) == 2 for other in selected[:-1])
 
@@ -171,8 +171,8 @@ def test_mistakes_are_read_and_not_learned(carried_out, vocabulary):
 def test_every_kind_is_carried_out_without_error(carried_out):
     traces, t = carried_out
     for row, trace in enumerate(traces):
-        seen = t.calls.observation[row][t.calls.observation[row] >= 0].tolist()
-        shows = Kind.FRAMES if trace.query.is_video else Kind.CROP
+        seen = [outcome for outcome in talker.outcomes(t)[row] if outcome]
+        shows = talker.SELECTED if trace.query.is_video else talker.CROPPED
         assert seen == [shows] * (len(trace.turns) - 1)
         assert t.num_calls[row] == len(seen)
 
@@ -183,13 +183,13 @@ def test_the_reference_is_written_whatever_is_shown(carried_out):
     seen = set()
     for row, trace in enumerate(traces):
         if trace.query.is_video:
-            assert t.calls.frames[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
+            assert t.calls.source.canvas[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
             continue
         looks = [i for i, turn in enumerate(trace.turns[:-1]) if turn.parts[-1][1]]
         for i in looks:
             if target_of(text(trace.turns[i])) == 1:
                 assert box_of(text(trace.turns[i])) == REFERENCE
-                seen.add(tuple(t.calls.box[row, i]))
+                seen.add(tuple(t.calls.source.region[row, i, 0].tolist()))
     assert seen == cut_out and len(seen) == 2
 
 
@@ -214,7 +214,7 @@ def test_a_further_zoom_lands_on_the_reference(carried_out):
         if trace.query.is_video or len(trace.turns) != 3 or target_of(text(trace.turns[1])) == 1:
             continue
         exact = np.array(synthesis.in_pixels((REFERENCE, SHOWN)[(row - 1) % 2], WIDTH, HEIGHT))
-        loose, close = t.calls.box[row, :2]
+        loose, close = t.calls.source.region[row, :2, 0]
         assert (loose[:2] <= exact[:2]).all() and (loose[2:] >= exact[2:]).all()
         assert (close[:2] <= exact[:2]).all() and (close[2:] >= exact[2:]).all()
         assert (close[2:] - close[:2] < loose[2:] - loose[:2]).all()

@@ -11,69 +11,41 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from device_calls import device_calls, same_calls
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from qwen import qwen_vocabulary
 from texts import any_response, response
 
-from pixel_jax.dialog import Vocabulary, build_tokenizer, finish, init, parse_turn, step, token_table
-from pixel_jax.dialog.automaton import MAX_FRAMES, Calls, TokenTable, build
+from pixel_jax.dialog import Language, Reader, Vocabulary, build_tokenizer, parse_turn, reader_of, token_table
+from pixel_jax.dialog.automaton import TokenTable, build
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools.calls import Calls, arguments
 
+READER = reader_of()
 ROWS, CHUNKS = 512, 6
 DATA = ROWS * 400
 
 
-def host_calls(texts: list[bytes]) -> Calls:
-    """What `parse_turn` finds, in the arrays of the device."""
-    rows = len(texts)
-    calls = Calls(
-        required=np.zeros(rows, bool),
-        valid=np.zeros(rows, bool),
-        tool=np.full(rows, -1),
-        box_units=np.zeros((rows, 4), int),
-        box_micros=np.zeros((rows, 4), int),
-        box_negative=np.zeros((rows, 4), bool),
-        target_image=np.zeros(rows, int),
-        target_micros=np.zeros(rows, int),
-        target_integer=np.zeros(rows, bool),
-        frames=np.zeros((rows, MAX_FRAMES), int),
-        num_frames=np.zeros(rows, int),
-    )
-    for row, text in enumerate(texts):
-        turn = parse_turn(text)
-        calls.required[row] = turn.required
-        if turn.call is None:
-            continue
-        call = turn.call
-        calls.valid[row], calls.tool[row] = True, call.tool
-        for i, number in enumerate(call.box):
-            calls.box_units[row, i], calls.box_micros[row, i] = number.units, number.micros
-            calls.box_negative[row, i] = number.negative
-        if call.target_image is not None:
-            calls.target_image[row] = call.target_image.signed_units()
-            calls.target_micros[row] = call.target_image.micros
-            calls.target_integer[row] = call.target_image.integer
-        calls.num_frames[row] = len(call.frames)
-        calls.frames[row, : len(call.frames)] = call.frames[:MAX_FRAMES]
-    return calls
+def assert_same(texts: list[bytes], device: Calls, language: Language = RELEASED_LANGUAGE):
+    host = device_calls([parse_turn(text, language) for text in texts], language)
+    if difference := same_calls(host, device):
+        field, row = difference
+        ours, theirs = (np.asarray(getattr(calls, field))[row] for calls in (host, device))
+        pytest.fail(f"{field}: host {ours}, device {theirs} of {texts[row]!r}")
 
 
-def assert_same(texts: list[bytes], device: Calls):
-    host = host_calls(texts)
-    for field, ours, theirs in zip(Calls._fields, host, device, strict=True):
-        different = np.asarray(ours != np.asarray(theirs)[: len(texts)]).reshape(len(texts), -1).any(1)
-        for row in np.flatnonzero(different):
-            pytest.fail(f"{field}: host {ours[row]}, device {np.asarray(theirs)[row]} of {texts[row]!r}")
-
-
-@jax.jit
-def read(table: TokenTable, tokens: jax.Array) -> Calls:
+@functools.partial(jax.jit, static_argnames="reader")
+def read(table: TokenTable, tokens: jax.Array, reader: Reader = READER) -> Calls:
     """tokens [R, T]"""
-    state, _ = jax.lax.scan(lambda state, token: (step(table, state, token), None), init(len(tokens)), tokens.T)
-    return finish(state)
+    state, _ = jax.lax.scan(
+        lambda state, token: (reader.step(table, state, token), None), reader.init(len(tokens)), tokens.T
+    )
+    return reader.finish(state)
 
 
-def read_chunks(texts: list[bytes], rng: random.Random) -> Calls:
+def read_chunks(texts: list[bytes], rng: random.Random, reader: Reader = READER) -> Calls:
     """Reads every text in at most CHUNKS tokens, cut at random, through a table that holds just these tokens."""
     chunks, tokens = [], np.full((ROWS, CHUNKS), -1, np.int32)
     for row, text in enumerate(texts):
@@ -85,7 +57,7 @@ def read_chunks(texts: list[bytes], rng: random.Random) -> Calls:
     assert len(table.data) <= DATA, len(table.data)
     fill = ROWS * CHUNKS - len(chunks)
     table = TokenTable(np.pad(table.data, (0, DATA - len(table.data))), *(np.pad(x, (0, fill)) for x in table[1:]))
-    return jax.tree.map(np.asarray, read(table, tokens))
+    return jax.tree.map(np.asarray, read(table, tokens, reader))
 
 
 def check_batch(seed: int) -> list[bytes]:
@@ -193,7 +165,7 @@ def test_long_pieces_as_tokens():
     assert table.quiet[256] > 30  # the prose before the mark costs nothing
     calls = read(table, np.array([ids]))
     assert_same([text.encode()], calls)
-    assert calls.box_micros.tolist() == [[120000, 340000, 560000, 780000]]
+    assert arguments(calls, RELEASED, RELEASED[0])["bbox_2d"].micros.tolist() == [[120000, 340000, 560000, 780000]]
 
 
 def test_rows_on_a_mesh_inside_a_loop():
@@ -210,12 +182,12 @@ def test_rows_on_a_mesh_inside_a_loop():
     def run(table, tokens):
         def body(carry):
             i, state = carry
-            return i + 1, step(table, state, tokens[:, i])
+            return i + 1, READER.step(table, state, tokens[:, i])
 
         def more(carry):
             return jnp.any(tokens[:, carry[0]] >= 0)
 
-        return finish(jax.lax.while_loop(more, body, (0, init(len(tokens))))[1])
+        return READER.finish(jax.lax.while_loop(more, body, (0, READER.init(len(tokens))))[1])
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

@@ -1,8 +1,10 @@
 """The host parser: what is a call, what is not, and what its numbers are."""
 
+import collections
 import json
 import math
 import operator
+import pathlib
 import random
 import re
 from decimal import ROUND_DOWN, Decimal
@@ -19,6 +21,10 @@ CROP = '{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.1, 0.25, -
 SELECT = '{"name": "select_frames", "arguments": {"target_frames": [1, 16, -0, 999999999999]}}'
 
 
+def frames(call):
+    return parse_call(call.encode()).arguments["target_frames"]
+
+
 def test_the_calls_of_the_released_data():
     turn = parse_turn(f"I will zoom in.\n<tool_call>\n{CROP}\n</tool_call><|im_end|>")
     box = (
@@ -27,11 +33,11 @@ def test_the_calls_of_the_released_data():
         Number(3, 0, True, True),
         Number(12, 500000, False, False),
     )
-    assert turn == Turn(True, Call(0, box=box, target_image=Number(2, 0, False, True)))
+    assert turn == Turn(True, Call(0, {"bbox_2d": box, "target_image": Number(2, 0, False, True)}))
     # As printed in the instruction-tuning data, without a space before "arguments".
     printed = '<tool_call>\n{"name": "select_frames","arguments": {"target_frames":[1, 2]}}\n</tool_call>'
-    assert parse_turn(printed) == Turn(True, Call(1, frames=(1, 2)))
-    assert parse_call(SELECT.encode()).frames == (1, 16, 0, 999_999_999)
+    assert parse_turn(printed) == Turn(True, Call(1, {"target_frames": (1, 2)}))
+    assert frames(SELECT) == (1, 16, 0, 999_999_999)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_generated_calls_are_calls(seed):
 @given(st.integers(0, 2**32))
 def test_numbers_are_their_decimals_cut_off(seed):
     text = number(random.Random(seed))
-    read = parse_call(CROP.replace("12.5", text).encode()).box[3]
+    read = parse_call(CROP.replace("12.5", text).encode()).arguments["bbox_2d"][3]
     assert read.negative == text.startswith("-") and read.integer == isinstance(json.loads(text), int)
     mantissa, _, exponent = text.lower().partition("e")
     micros = int((abs(Decimal(mantissa)) * 10**6).to_integral_value(ROUND_DOWN))  # before the exponent
@@ -156,18 +162,18 @@ def test_what_the_released_code_reads_and_people_write():
         LONG.replace("}}", ', "target_image": 1, "target_frames": [2]}, "id": 3}')
         % '"the \\"STOP\\" sign, \\u00e9 é日"'
     )
-    read = parse_call(call.encode())
-    assert read.target_image.units == 1 and read.frames == ()
-    assert [(n.units, n.micros, n.integer) for n in read.box] == [
+    read = parse_call(call.encode()).arguments
+    assert read["target_image"].units == 1 and {*read} == {"bbox_2d", "target_image"}
+    assert [(n.units, n.micros, n.integer) for n in read["bbox_2d"]] == [
         (0, 333333, False),
         (0, 100000, False),
         (250, 0, False),
         (1200, 0, False),
     ]
     twice = SELECT.replace("}}", ', "target_frames": [7, 8]}}')
-    assert parse_call(twice.encode()).frames == (7, 8)
+    assert frames(twice) == (7, 8)
     again = SELECT.replace("}}", '}, "arguments": {"target_frames": [5]}, "name": "select_frames"}')
-    assert parse_call(again.encode()).frames == (5,)
+    assert frames(again) == (5,)
 
 
 def released(text: str):
@@ -205,11 +211,11 @@ def test_calls_are_those_that_the_released_code_carries_out(seed):
     name, values = theirs
     assert name == ("crop_image_normalized", "select_frames")[ours.tool]
     if ours.tool == 1:
-        assert [max(min(frame, 999_999_999), -999_999_999) for frame in values] == list(ours.frames)
+        assert [max(min(frame, 999_999_999), -999_999_999) for frame in values] == list(ours.arguments["target_frames"])
         return
     powers = [int(power) for power in re.findall(r"[0-9][eE](\+?[0-9]+)", text)]
     cut = 1.001e-6 * 10.0 ** min(max([0, *powers]), 300)  # decimals are cut off before an exponent is applied
-    for mine, value in zip([*ours.box, ours.target_image], values, strict=True):
+    for mine, value in zip([*ours.arguments["bbox_2d"], ours.arguments["target_image"]], values, strict=True):
         assert mine.negative == (math.copysign(1, value) < 0) or value == 0
         if abs(value) < 10**8 and not re.search(r"[0-9]{9}", text):  # where units do not stay at their limit
             assert 0 <= abs(value) - (mine.units + mine.micros / 10**6) + 1e-8 < cut + 1e-7
@@ -221,3 +227,24 @@ def test_no_text_raises(text):
     parse_turn(text)
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     assert parse_turn(data + b"</tool_call>").required
+
+
+def test_a_stored_corpus_reads_as_it_did():
+    """Verdicts and values of the parser that knew these two tools only, on calls of every sort."""
+    seen = collections.Counter()
+    for line in (pathlib.Path(__file__).parent / "released_calls.jsonl").read_text().splitlines():
+        text, required, stored = json.loads(line)
+        turn = parse_turn(text.encode("latin-1"))
+        seen[required, stored and stored[0]] += 1
+        assert turn.required == required
+        if stored is None:
+            assert turn.call is None
+            continue
+        tool, box, target, selected = stored
+        found = (
+            {"target_frames": tuple(selected)}
+            if tool
+            else {"bbox_2d": tuple(Number(*x) for x in box), "target_image": Number(*target)}
+        )
+        assert turn.call == Call(tool, found), text
+    assert min(seen.values()) > 70 and len(seen) == 4

@@ -9,55 +9,65 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen import qwen_vocabulary
 
-from pixel_jax.dialog import Arguments, Kind, Observations, Vocabulary, build_tokenizer
-from pixel_jax.dialog.observations import text
+from pixel_jax.dialog import Arguments, Observations, Vocabulary, build_tokenizer
+from pixel_jax.dialog.observations import kinds_of
+from pixel_jax.tools import RELEASED
 
+NAMES = tuple(map(str, kinds_of(RELEASED)))
+CROP, MALFORMED = NAMES.index("crop_image_normalized: shown"), NAMES.index("malformed")
+FRAMES, SELECT_ON_IMAGE, TOO_MANY_FRAMES, FRAMES_OUT_OF_RANGE = (
+    NAMES.index(f"select_frames: {x}") for x in ("shown", "no video", "too many frames", "out of range")
+)
+BAD_IMAGE_INDEX, BAD_VIDEO_INDEX, BAD_SELECTED_INDEX, CROP_TOO_SMALL = (
+    NAMES.index(f"crop_image_normalized: {x}")
+    for x in ("no such image", "no such frame", "no such selection", "too small")
+)
 HEAD, TAIL = "\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 IMAGE = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
 TARGET = "Execution Error: Incorrect `target_image` argument in `crop_image_normalized` operation. "
 GOLDEN = [
-    (Kind.CROP, (448, 28), (), (2,), "\nHere is the cropped image (Image Size: 448x28):" + IMAGE),
+    (CROP, (448, 28), (), (2,), "\nHere is the cropped image (Image Size: 448x28):" + IMAGE),
     (
-        Kind.FRAMES, (336, 252, 1, 3), (), (2, 2, 2),
+        FRAMES, (336, 252, 1, 3), (), (2, 2, 2),
         "\nHere are the selected frames (Frame Size: 336x252, Numbered 1 to 3):" + IMAGE * 3,
     ),
     (
-        Kind.SELECT_ON_IMAGE, (), (), (),
+        SELECT_ON_IMAGE, (), (), (),
         "\nExecution error:\nExecution Error: You attempted to `select_frames` from **image** not **video**. You should use"
         " `crop_image_normalized` instead for inspecting **image**.\n",
     ),
     (
-        Kind.TOO_MANY_FRAMES, (11,), (), (),
+        TOO_MANY_FRAMES, (11,), (), (),
         "\nExecution error:\nExecution Error: You have selected 11 frames in total. Think again which frames you need to"
         " check in details (no more than 8 frames)\n",
     ),
     (
-        Kind.FRAMES_OUT_OF_RANGE, (16,), (1, -2, 30, 999999), (),
+        FRAMES_OUT_OF_RANGE, (16,), (1, -2, 30, 999999), (),
         "\nExecution error:\nExecution Error: There are 16 frames numbered in range [1,16]. Your selection"
         " `target_frames=[1, -2, 30, 999999]` is out of range.\n",
     ),
     (
-        Kind.FRAMES_OUT_OF_RANGE, (16,), (), (),
+        FRAMES_OUT_OF_RANGE, (16,), (), (),
         "\nExecution error:\nExecution Error: There are 16 frames numbered in range [1,16]. Your selection"
         " `target_frames=[]` is out of range.\n",
     ),
     (
-        Kind.BAD_IMAGE_INDEX, (2,), (), (),
+        BAD_IMAGE_INDEX, (2,), (), (),
         f"\nExecution error:\n{TARGET}You can only pick an image within [1,2]\n",
     ),
     (
-        Kind.BAD_VIDEO_INDEX, (16, 100), (), (),
+        BAD_VIDEO_INDEX, (16, 100), (), (),
         f"\nExecution error:\n{TARGET}You can only pick an image **from** the video within [1,16], but the current argument"
         " `target_image=100`.\n",
     ),
     (
-        Kind.BAD_SELECTED_INDEX, (4, -1), (), (),
+        BAD_SELECTED_INDEX, (4, -1), (), (),
         f"\nExecution error:\n{TARGET}You can only pick an image within range [2,4], but the current argument"
         " `target_image=-1`.\n",
     ),
-    (Kind.CROP_TOO_SMALL, (28, 0), (), (), "\nExecution error:\nCropped image is too small: 28x0\n"),
+    (CROP_TOO_SMALL, (28, 0), (), (), "\nExecution error:\nCropped image is too small: 28x0\n"),
     (
-        Kind.MALFORMED, (), (), (),
+        MALFORMED, (), (), (),
         "\nExecution error:\nExecution Error: The tool call could not be carried out. Between the tool_call tags, write one"
         " JSON object with the keys `name` and `arguments`: either `crop_image_normalized` with `bbox_2d`, four numbers"
         " [x1, y1, x2, y2], and `target_image`, the number of an image; or `select_frames` with `target_frames`, a list of"
@@ -85,14 +95,14 @@ def assemble(observations: Observations, arguments: Arguments, length: int):
 
 
 def test_all_kinds_have_a_golden_text():
-    assert {row[0] for row in GOLDEN} == set(Kind)
+    assert {row[0] for row in GOLDEN} == set(range(len(NAMES)))
 
 
 @pytest.mark.parametrize("name", ["qwen", "pieces"])
 @pytest.mark.parametrize(("kind", "integers", "items", "pads", "golden"), GOLDEN)
 def test_golden_texts(name, kind, integers, items, pads, golden):
     vocabulary, observations = load(name)
-    assert text(kind, integers, items, pads) == HEAD + golden + TAIL
+    assert observations.text(kind, integers, items, pads) == HEAD + golden + TAIL
     ids = observations.ids(kind, integers, items, pads)
     assert vocabulary.to_bytes(ids).decode() == HEAD + golden + TAIL
     written = [digit for number in integers for digit in str(abs(number))]
@@ -110,7 +120,7 @@ INTEGER = st.one_of(
 )  # fmt: skip
 ROW = st.fixed_dictionaries(
     {
-        "kind": st.sampled_from([-1, *Kind]),
+        "kind": st.sampled_from([-1, *range(len(NAMES))]),
         "integers": st.lists(INTEGER, min_size=4, max_size=4),
         "items": st.lists(INTEGER, max_size=16),
         "more": st.sampled_from([0, 0, 0, 1, 5]),
@@ -137,38 +147,36 @@ def test_a_batch_of_any_arguments(name, rows):
         num_items=np.array([len(row["items"]) + (16 if row["more"] else 0) + row["more"] for row in rows], np.int32),
         pads=np.array([pad(row["pads"], 8) for row in rows], np.int32),
     )
-    bound = observations.bound(crop_pads=6, frame_pads=6)
+    bound = observations.bound([6] * len(NAMES), observations.images)
     ids, lengths = map(np.asarray, assemble(observations, arguments, bound))
     for row, ours, length in zip(rows, ids, lengths, strict=True):
         kind = row["kind"]
         if kind < 0:
             assert length == 0 and not ours.any()
             continue
-        used = {Kind.CROP: 2, Kind.FRAMES: 4, Kind.TOO_MANY_FRAMES: 1, Kind.FRAMES_OUT_OF_RANGE: 1}
-        used |= {Kind.BAD_IMAGE_INDEX: 1, Kind.BAD_VIDEO_INDEX: 2, Kind.BAD_SELECTED_INDEX: 2, Kind.CROP_TOO_SMALL: 2}
+        used = {CROP: 2, FRAMES: 4, TOO_MANY_FRAMES: 1, FRAMES_OUT_OF_RANGE: 1}
+        used |= {BAD_IMAGE_INDEX: 1, BAD_VIDEO_INDEX: 2, BAD_SELECTED_INDEX: 2, CROP_TOO_SMALL: 2}
         integers = row["integers"][: used.get(kind, 0)]
-        items = row["items"] + ([0] * 17 if row["more"] else []) if kind == Kind.FRAMES_OUT_OF_RANGE else []
-        shown = {Kind.CROP: row["pads"][:1], Kind.FRAMES: row["pads"]}.get(kind, [])
-        assert vocabulary.to_bytes(ours[:length]).decode() == text(Kind(kind), integers, items, shown)
+        items = row["items"] + ([0] * 17 if row["more"] else []) if kind == FRAMES_OUT_OF_RANGE else []
+        shown = {CROP: row["pads"][:1], FRAMES: row["pads"]}.get(kind, [])
+        assert vocabulary.to_bytes(ours[:length]).decode() == observations.text(kind, integers, items, shown)
         if name == "qwen":
-            wanted = vocabulary.tokenizer.encode(text(Kind(kind), integers, items, shown), add_special_tokens=False)
+            wanted = vocabulary.tokenizer.encode(
+                observations.text(kind, integers, items, shown), add_special_tokens=False
+            )
             assert ours[:length].tolist() == wanted
         assert not ours[length:].any() and length <= bound
-        assert ours[:length].tolist() == observations.ids(Kind(kind), integers, items, shown)
+        assert ours[:length].tolist() == observations.ids(kind, integers, items, shown)
 
 
 def test_what_cannot_be_written_is_the_fixed_message():
-    malformed = text(Kind.MALFORMED)
-    assert text(Kind.BAD_VIDEO_INDEX, (16, 10**6)) == malformed != text(Kind.BAD_VIDEO_INDEX, (16, 10**6 - 1))
-    assert text(Kind.BAD_VIDEO_INDEX, (16, -(10**6))) == malformed
-    assert (
-        text(Kind.FRAMES_OUT_OF_RANGE, (16,), range(17))
-        == malformed
-        != text(Kind.FRAMES_OUT_OF_RANGE, (16,), range(16))
-    )
     vocabulary, observations = load("pieces")
+    text, malformed = observations.text, observations.text(MALFORMED)
+    assert text(BAD_VIDEO_INDEX, (16, 10**6)) == malformed != text(BAD_VIDEO_INDEX, (16, 10**6 - 1))
+    assert text(BAD_VIDEO_INDEX, (16, -(10**6))) == malformed
+    assert text(FRAMES_OUT_OF_RANGE, (16,), range(17)) == malformed != text(FRAMES_OUT_OF_RANGE, (16,), range(16))
     for integers in [(16, 10**6), (16, -(10**40))]:
-        assert vocabulary.to_bytes(observations.ids(Kind.BAD_VIDEO_INDEX, integers)).decode() == malformed
+        assert vocabulary.to_bytes(observations.ids(BAD_VIDEO_INDEX, integers)).decode() == malformed
 
 
 @pytest.mark.parametrize("name", ["qwen", "pieces"])
@@ -177,11 +185,12 @@ def test_the_bound_is_the_length_of_the_longest(name):
 
     def longest(crop_pads: int, frame_pads: int, frames: int) -> int:
         least = [-999999] * 16
-        pads = {Kind.CROP: [crop_pads], Kind.FRAMES: [frame_pads] * frames}
-        return max(len(observations.ids(kind, least[:4], least, pads.get(kind, []))) for kind in Kind)
+        pads = {CROP: [crop_pads], FRAMES: [frame_pads] * frames}
+        return max(len(observations.ids(kind, least[:4], least, pads.get(kind, []))) for kind in range(len(NAMES)))
 
     for arguments in [(1, 1, 1), (300, 2, 8), (4, 100, 3), (4, 100, 8)]:
-        bound = observations.bound(crop_pads=arguments[0], frame_pads=arguments[1], num_frames=arguments[2])
+        pads = [arguments[1] if kind == FRAMES else arguments[0] for kind in range(len(NAMES))]
+        bound = observations.bound(pads, arguments[2])
         assert bound == longest(*arguments)
 
 
@@ -199,4 +208,4 @@ def test_the_tokenizer_must_keep_the_texts():
 def test_too_many_of_something():
     _, observations = load("pieces")
     with pytest.raises(ValueError, match="9 images"):
-        observations.ids(Kind.FRAMES, (1, 1, 1, 9), (), [1] * 9)
+        observations.ids(FRAMES, (1, 1, 1, 9), (), [1] * 9)

@@ -12,17 +12,16 @@ from PIL import Image
 
 from pixel_jax import score_answer
 from pixel_jax.data.rooms import places
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation import report, run, summary, trace
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import read_records
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout.machine import GREY
 from pixel_jax.rollout.prompts import prompt_tokens
 from pixel_jax.rollout.rollout import compiled_rollout
 from pixel_jax.rollout.trajectory import to_host
+from pixel_jax.rollout.views import GREY
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
 from tests.rollout import talker
@@ -202,7 +201,7 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
         turn = np.flatnonzero(sharp.chosen[row])[: first + 1]  # the tokens before anything is shown
         np.testing.assert_array_equal(grey.tokens[row, turn], sharp.tokens[row, turn])
         np.testing.assert_array_equal(grey.logprobs[row, turn], sharp.logprobs[row, turn])
-        if sharp.calls.observation[row, 0] != Kind.CROP:
+        if talker.outcomes(sharp)[row, 0] != talker.CROPPED:
             continue
         looked += 1
         after = slice(turn[-1] + 1, None)

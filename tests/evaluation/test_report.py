@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixel_jax.chat import show
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.files import FileError
 from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import answered_calls
 from tests.rollout import talker
 
 HOSTILE = '</script><script>alert(1)</script>"&<img src=x onerror=alert(1)>'
@@ -54,18 +54,20 @@ def test_traces_show_what_happened(found):
         for picture, image in zip(item.pictures, query.images, strict=True):
             np.testing.assert_array_equal(pixels(picture), image)
         tools = [turn for turn in item.turns if turn.role == "tool"]
-        assert len(tools) == (t.calls.observation[row] >= 0).sum()
+        assert len(tools) == answered_calls(t)[row]
         for call, turn in enumerate(tools):
-            kind = Kind(int(t.calls.observation[row, call]))
-            assert turn.failed == (kind not in (Kind.CROP, Kind.FRAMES))
+            outcome, source = talker.outcomes(t)[row, call], t.calls.source
+            assert turn.failed == (outcome not in (talker.CROPPED, talker.SELECTED))
             assert "<|" not in turn.text
             boxes = [(i, b) for i, p in enumerate(item.pictures) for b in p.boxes if b[0] == call + 1]
-            if kind == Kind.CROP:
+            if outcome == talker.CROPPED:
                 crops += 1
-                assert [(i, b[1:]) for i, b in boxes] == [(t.calls.canvas[row, call], tuple(t.calls.box[row, call]))]
+                assert [(i, b[1:]) for i, b in boxes] == [
+                    (source.canvas[row, call, 0], tuple(source.region[row, call, 0]))
+                ]
                 size = f"(Image Size: {turn.pictures[0].width}x{turn.pictures[0].height})"
                 assert size in turn.text and len(turn.pictures) == 1
-            elif kind == Kind.FRAMES:
+            elif outcome == talker.SELECTED:
                 frames += 1
                 assert len(turn.pictures) == len(boxes) > 0
             else:

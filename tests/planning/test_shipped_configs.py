@@ -25,6 +25,7 @@ from pixel_jax.rollout.machine import budgets
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.queue import prompt_visual, read_prompt, read_together
 from pixel_jax.rollout.rollout import traced
+from pixel_jax.rollout.trajectory import Views
 from pixel_jax.rollout.views import show_waiting
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.rl import RLConfig
@@ -96,7 +97,7 @@ def looking(recipe: Recipe, implementation):
         chunk=config.observe_chunk,
         implementation=implementation,
     )
-    asked = (array(jnp.int32, rows), views(), views(4), views(2), array(jnp.bool_, rows))
+    asked = (array(jnp.int32, rows), Views(views(), views(4), views(2)), array(jnp.bool_, rows))
     return jax.jit(show), (abstract_model(recipe), canvases, *asked)
 
 

@@ -30,6 +30,7 @@ from pixel_jax.quickstart.summary import summarise
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
@@ -129,7 +130,7 @@ def test_a_trace_with_one_crop_is_short(words):
     query, reference = rows.scene_query(scene), rows.reference_box(scene)
     trace = synthesis.image_trace(np.random.default_rng(0), query, vocabulary.CUE, reference, "7", "single")
     t = to_trajectories([trace], words, tables(words), LIMITS, BatchShape(160, 2, 2, 16))
-    assert t.calls.observation[0, 0] == 0  # the crop is among what is counted
+    assert t.calls.status[0, 0] == CallStatus.DONE  # the crop is among what is counted
     assert t.valid.sum() <= 64
 
 

@@ -17,6 +17,7 @@ from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
+from pixel_jax.tools import RELEASED
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 SELECT = '<tool_call>\n{"name": "select_frames", "arguments": {"target_frames": ['
@@ -55,14 +56,40 @@ CHAIN = {
 }
 
 
+def pieces() -> list[str]:
+    """What the vocabulary has beside bytes and special tokens."""
+    found = {text for text in CHAIN if len(text) > 1 and text != END}
+    found |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
+    for kind in observations.kinds_of(RELEASED):
+        found |= {stretch for stretch in stretches(kind.outcome.text) if len(stretch) > 1}
+    return sorted(found)
+
+
+def stretches(text: str) -> list[str]:
+    """The constant parts of an observation."""
+    return re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text)
+
+
+def vocabulary_of(chain, tools) -> Vocabulary:
+    """Of a talker that follows `chain` and is told of `tools`."""
+    found = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
+    found |= {template.system_prompt([tool.schema for tool in tools])}
+    for kind in observations.kinds_of(tools):
+        found |= {stretch for stretch in stretches(kind.outcome.text) if len(stretch) > 1}
+    return Vocabulary.of(build_tokenizer(sorted(found)))
+
+
 @functools.cache
 def vocabulary() -> Vocabulary:
-    pieces = {text for text in CHAIN if len(text) > 1 and text != END}
-    pieces |= {"system\n", "user\n", template.system_prompt(), template.GUIDELINES["vcot"]}
-    for text in observations.TEXTS.values():
-        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text):
-            pieces |= {stretch} if len(stretch) > 1 else set()
-    return Vocabulary.of(build_tokenizer(sorted(pieces)))
+    return Vocabulary.of(build_tokenizer(pieces()))
+
+
+CROPPED, SELECTED, MALFORMED = "crop_image_normalized: shown", "select_frames: shown", "malformed"
+
+
+def outcomes(t, tools=RELEASED) -> np.ndarray:
+    """What the calls of trajectories came to, by name [R, N]; "" of those that were not carried out."""
+    return np.array([*map(str, observations.kinds_of(tools)), ""])[t.calls.outcome]
 
 
 @functools.cache
@@ -72,7 +99,11 @@ def token_tables():
 
 @functools.cache
 def model() -> Qwen2_5_VL:
-    words = vocabulary()
+    return network(vocabulary())
+
+
+def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
+    """The talker in the ids of `words`; `chain`: what may follow what."""
     size = len(words.table.length)
     hidden = 64 * -(-size // 64)
     config = Qwen2_5_VLConfig(
@@ -102,7 +133,7 @@ def model() -> Qwen2_5_VL:
     talker = Qwen2_5_VL(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]
-    for before, after in CHAIN.items():
+    for before, after in chain.items():
         for text, probability in after.items():
             table[token(before), token(text)] = np.log(probability)
     # One-hot embeddings, long enough that what the layers add moves the logits by about half a unit and no more. The last

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.dialog.automaton import Calls
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute, first_gallery, shown_size
+from pixel_jax.rollout.operations import add_to_gallery, called, execute, first_gallery
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools.calls import Calls, Values
+from pixel_jax.tools.looking import Gallery, Seen, shown_size
+from tests.rollout import talker
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)
@@ -25,30 +27,30 @@ def reference(call, written, video, sizes, images, config):
     entry only the last is looked at.
     """
     if call is None:
-        return Kind.MALFORMED, [], []
+        return "malformed", [], []
     if call.tool == 1:
         if not video:
-            return Kind.SELECT_ON_IMAGE, [], []
-        if not call.frames:
-            return Kind.MALFORMED, [], []
-        if len(call.frames) > 8:
-            return Kind.TOO_MANY_FRAMES, [len(call.frames)], []
-        if any(not 1 <= frame <= len(sizes) for frame in call.frames):
-            return Kind.FRAMES_OUT_OF_RANGE, [len(sizes)], []
-        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.frames]
+            return "select_frames: no video", [], []
+        if not call.arguments["target_frames"]:
+            return "malformed", [], []
+        if len(call.arguments["target_frames"]) > 8:
+            return "select_frames: too many frames", [len(call.arguments["target_frames"])], []
+        if any(not 1 <= frame <= len(sizes) for frame in call.arguments["target_frames"]):
+            return "select_frames: out of range", [len(sizes)], []
+        shown = [(f - 1, (0, 0, sizes[f - 1][1], sizes[f - 1][0])) for f in call.arguments["target_frames"]]
         low, high = config.select_min_pixels, config.select_max_pixels
     else:
-        if not call.target_image.integer:
-            return Kind.MALFORMED, [], []
-        target = call.target_image.signed_units()
+        if not call.arguments["target_image"].integer:
+            return "malformed", [], []
+        target = call.arguments["target_image"].signed_units()
         if video and len(images) == 1:
             if not 1 <= target <= len(sizes):
-                return Kind.BAD_VIDEO_INDEX, [len(sizes), target], []
+                return "crop_image_normalized: no such frame", [len(sizes), target], []
             canvas, region, seen = target - 1, (0, 0, sizes[target - 1][1], sizes[target - 1][0]), images[0][2]
         else:
             if not (2 if video else 1) <= target <= len(images):
                 bad = [len(images), target] if video else [len(images)]
-                return (Kind.BAD_SELECTED_INDEX if video else Kind.BAD_IMAGE_INDEX), bad, []
+                return f"crop_image_normalized: no such {'selection' if video else 'image'}", bad, []
             canvas, region, seen = images[target - 1]
         width, height = region[2] - region[0], region[3] - region[1]
         numbers = [float(n) for n in written]  # as json reads them; from here on the released lines
@@ -60,47 +62,49 @@ def reference(call, written, video, sizes, images, config):
         box = [round(n * side) for n, side in zip(numbers, (width, height) * 2, strict=True)]
         w, h = box[2] - box[0], box[3] - box[1]
         if w < 0 or h < 0:
-            return Kind.MALFORMED, [], []
+            return "malformed", [], []
         if w <= config.min_crop or h <= config.min_crop:
-            return Kind.CROP_TOO_SMALL, [w, h], []
+            return "crop_image_normalized: too small", [w, h], []
         shown = [(canvas, (box[0] + region[0], box[1] + region[1], box[2] + region[0], box[3] + region[1]))]
         low, high = config.crop_min_pixels, config.crop_max_pixels
     views = []
     for canvas, region in shown:
         h, w = region[3] - region[1], region[2] - region[0]
         if max(h, w) > 200 * min(h, w):
-            return Kind.MALFORMED, [], []
+            return "malformed", [], []
         size = smart_resize(h, w, min_pixels=low, max_pixels=high)
         if size[0] * size[1] > high or max(size) > config.max_side:
-            return Kind.MALFORMED, [], []
+            return "malformed", [], []
         views.append((canvas, region, size))
     size = views[0][2]
     if call.tool == 1:
-        return Kind.FRAMES, [size[1], size[0], len(images), len(images) + len(views) - 1], views
-    return Kind.CROP, [size[1], size[0]], views
+        return "select_frames: shown", [size[1], size[0], len(images), len(images) + len(views) - 1], views
+    return "crop_image_normalized: shown", [size[1], size[0]], views
 
 
 def stack_calls(turns):
     """Device arrays of parsed turns, as the automaton would give them."""
-    calls = [turn.call for turn in turns]
-    box = [
-        [(n.units, n.micros, n.negative) for n in call.box] if call and call.box else [(0, 0, False)] * 4
-        for call in calls
-    ]
-    target = [call.target_image if call else None for call in calls]
-    frames = [list(call.frames[:16]) + [0] * (16 - len(call.frames[:16])) if call else [0] * 16 for call in calls]
+    slots = RELEASED[1].slots
+    values = [np.zeros((len(turns), slots), kind) for kind in (np.int32, np.int32, bool, bool)]
+    lengths = np.zeros((len(turns), 1), np.int32)
+    for row, turn in enumerate(turns):
+        if turn.call is None:
+            continue
+        frames = turn.call.arguments.get("target_frames", ())
+        numbers = [*turn.call.arguments["bbox_2d"], turn.call.arguments["target_image"]] if turn.call.tool == 0 else []
+        for slot, found in enumerate(numbers):
+            for record, value in zip(values, found, strict=True):
+                record[row, slot] = value
+        for slot, frame in enumerate(frames[:slots]):
+            values[0][row, slot], values[2][row, slot], values[3][row, slot] = abs(frame), frame < 0, True
+        lengths[row] = len(frames)
+    zeros = jnp.zeros((len(turns), 2), bool)
     return Calls(
+        given=zeros,
         required=jnp.array([turn.required for turn in turns]),
-        valid=jnp.array([call is not None for call in calls]),
-        tool=jnp.array([call.tool if call else -1 for call in calls], jnp.int32),
-        box_units=jnp.array([[n[0] for n in row] for row in box], jnp.int32),
-        box_micros=jnp.array([[n[1] for n in row] for row in box], jnp.int32),
-        box_negative=jnp.array([[n[2] for n in row] for row in box]),
-        target_image=jnp.array([t.signed_units() if t else 0 for t in target], jnp.int32),
-        target_micros=jnp.array([t.micros if t else 0 for t in target], jnp.int32),
-        target_integer=jnp.array([bool(t and t.integer) for t in target]),
-        frames=jnp.array(frames, jnp.int32),
-        num_frames=jnp.array([len(call.frames) if call else 0 for call in calls], jnp.int32),
+        valid=jnp.array([turn.call is not None for turn in turns]),
+        tool=jnp.array([turn.call.tool if turn.call else -1 for turn in turns], jnp.int32),
+        **jax.tree.map(jnp.asarray, Values(*values, lengths))._asdict(),
     )
 
 
@@ -166,28 +170,28 @@ def test_execute_agrees_with_the_reference(config):
         for j, entry in enumerate(images):
             canvas[i, j], region[i, j], shown[i, j] = entry
     gallery = Gallery(*(jnp.array(x, jnp.int32) for x in (canvas, region, shown, count)))
-    result = jax.jit(execute, static_argnums=(5, 6))(
-        stack_calls([case[0] for case in cases]),
+    seen_by = Seen(
         gallery,
         jnp.array([case[2] for case in cases]),
         jnp.array(size, jnp.int32),
         jnp.array([len(case[3]) for case in cases], jnp.int32),
-        VIEWS,
-        config,
     )
+    calls, tables = stack_calls([case[0] for case in cases]), talker.token_tables()
+    result = jax.jit(execute, static_argnums=(3, 4))(calls, seen_by, tables, VIEWS, config)
+    kinds = [str(kind) for kind in tables.observations.kinds]
     seen = set()
     for i, (turn, written, video, sizes, images) in enumerate(cases):
         kind, integers, views = reference(turn.call, written, video, sizes, images, config)
         seen.add(kind)
-        assert Kind(int(result.message.kind[i])) == kind, (turn, video, sizes, images)
+        assert kinds[int(result.message.kind[i])] == kind, (turn, video, sizes, images)
         assert result.message.integers[i, : len(integers)].tolist() == integers, (turn, kind)
         assert int(result.count[i]) == len(views)
         assert int(np.sum(result.message.pads[i])) == sum(h * w // 784 for _, _, (h, w) in views)
         for j, (where, box, shown) in enumerate(views):
-            assert int(result.canvas[i, j]) == where
-            assert tuple(result.region[i, j].tolist()) == tuple(box), turn
-            assert tuple(result.size[i, j].tolist()) == shown
-    assert seen >= set(Kind) - {Kind.TOO_MANY_FRAMES}
+            assert int(result.source.canvas[i, j]) == where
+            assert tuple(result.source.region[i, j].tolist()) == tuple(box), turn
+            assert tuple(result.source.size[i, j].tolist()) == shown
+    assert seen >= set(kinds) - {"select_frames: too many frames"}
 
 
 def calls_of(*boxes, target=1):
@@ -201,9 +205,8 @@ def calls_of(*boxes, target=1):
 def run(calls, gallery, sizes, config):
     """Rows of one image each, of (height, width) `sizes`."""
     rows = len(sizes)
-    return jax.jit(execute, static_argnums=(5, 6))(
-        calls, gallery, jnp.zeros(rows, bool), jnp.array(sizes)[:, None], jnp.ones(rows, jnp.int32), 1, config
-    )
+    seen = Seen(gallery, jnp.zeros(rows, bool), jnp.array(sizes)[:, None], jnp.ones(rows, jnp.int32))
+    return jax.jit(execute, static_argnums=(3, 4))(calls, seen, talker.token_tables(), 1, config)
 
 
 def test_pixels_are_those_of_the_picture_that_is_shown():
@@ -212,12 +215,13 @@ def test_pixels_are_those_of_the_picture_that_is_shown():
     one = jnp.ones(2, jnp.int32)
     gallery = first_gallery(jnp.array(sizes, jnp.int32)[:, None], one, one == 0, config)
     assert gallery.size[0, 0].tolist() == [1008, 1512]
-    result = run(calls_of("756, 504, 1512, 1008", "0.5, 0.5, 1, 1"), gallery, sizes, config)
-    assert result.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
+    calls = calls_of("756, 504, 1512, 1008", "0.5, 0.5, 1, 1")
+    result = run(calls, gallery, sizes, config)
+    assert result.source.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
     assert result.message.integers[0, :2].tolist() == [1064, 700]
-    gallery = add_to_gallery(gallery, result, one == 1)
+    gallery = add_to_gallery(gallery, called(calls, result, one == 1), jnp.zeros(2, jnp.int32))
     result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), gallery, sizes, config)
-    assert result.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
+    assert result.source.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
 
 
 @pytest.mark.parametrize("pad", [0.0, 0.1])
@@ -236,7 +240,11 @@ def test_edges_are_the_released_ones_to_the_pixel(pad):
         compared = 0
         for i, (box, (height, width)) in enumerate(zip(boxes, sizes.tolist(), strict=True)):
             if result.count[i]:
-                assert result.region[i, 0].tolist() == released_edges(box, width, height, pad), (box, width, height)
+                assert result.source.region[i, 0].tolist() == released_edges(box, width, height, pad), (
+                    box,
+                    width,
+                    height,
+                )
                 compared += 1
         assert compared > rows // 2
 

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.ops import smart_resize
@@ -18,6 +17,7 @@ from pixel_jax.rollout import machine, timing, trajectory, views
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, static_shape, traced
+from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -62,8 +62,9 @@ def test_rows_differ_and_everything_happens(trajectories):
     stops = set(trajectories.stop.tolist())
     assert trajectory.STOP_ANSWER in stops
     assert len(set(trajectories.num_calls.tolist())) >= 3
-    seen = set(trajectories.calls.observation.ravel().tolist())
-    assert {Kind.CROP, Kind.MALFORMED, Kind.SELECT_ON_IMAGE, Kind.BAD_IMAGE_INDEX} <= seen
+    seen = set(talker.outcomes(trajectories).ravel())
+    missing = "crop_image_normalized: no such image"
+    assert {talker.CROPPED, talker.MALFORMED, "select_frames: no video", missing} <= seen
 
 
 @pytest.mark.parametrize("which", ["trajectories", "mixed"])
@@ -81,10 +82,10 @@ def test_the_conversation_is_what_the_host_would_have_said(which, request):
         for i, text in enumerate(shown):
             assert text.startswith("\n<|im_start|>user\n\n")
             assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
-            kind = Kind(int(t.calls.observation[row, i]))
-            assert ("Here is the cropped image" in text) == (kind == Kind.CROP)
-            assert ("Here are the selected frames" in text) == (kind == Kind.FRAMES)
-            assert (calls[i].call is None) <= (kind == Kind.MALFORMED)
+            outcome = talker.outcomes(t)[row, i]
+            assert ("Here is the cropped image" in text) == (outcome == talker.CROPPED)
+            assert ("Here are the selected frames" in text) == (outcome == talker.SELECTED)
+            assert (calls[i].call is None) <= (outcome == talker.MALFORMED)
         # Every visual token belongs to an image or video the row was shown, and none is missing.
         tokens = t.tokens[row][t.valid[row]]
         pads = np.isin(tokens, [talker.vocabulary().image_pad, talker.vocabulary().video_pad]).sum()
@@ -98,12 +99,11 @@ def test_crops_are_pillows(trajectories):
     for row in range(trajectories.tokens.shape[0]):
         first = prompts.canvases.shape[1]
         query = queries[trajectories.prompt[row]]
-        for i, kind in enumerate(trajectories.calls.observation[row]):
-            if kind != Kind.CROP:
-                continue
-            x1, y1, x2, y2 = trajectories.calls.box[row, i].tolist()
+        source = trajectories.calls.source
+        for i in np.flatnonzero(talker.outcomes(trajectories)[row] == talker.CROPPED):
+            x1, y1, x2, y2 = source.region[row, i, 0].tolist()
             size = smart_resize(y2 - y1, x2 - x1, min_pixels=784, max_pixels=4 * 784)
-            picture = Image.fromarray(query.images[trajectories.calls.canvas[row, i]]).crop((x1, y1, x2, y2))
+            picture = Image.fromarray(query.images[source.canvas[row, i, 0]]).crop((x1, y1, x2, y2))
             # One pass a call: the order of Pillow 12 under every release.
             across = picture.resize((size[1], picture.height), Image.Resampling.BICUBIC)
             expected = np.asarray(across.resize(size[::-1], Image.Resampling.BICUBIC))
@@ -245,7 +245,7 @@ def test_limits_end_rows():
     model, prompts = talker.model(), talker.prompts(4)
     few = trajectory.to_host(rollout(model, prompts, KEY, replace(talker.CONFIG, max_calls=1, max_images=1)))
     spent = few.stop == trajectory.STOP_CALLS
-    assert spent.any() and (few.num_calls[spent] == 2).all() and (few.calls.observation[spent, 1] == -1).all()
+    assert spent.any() and (few.num_calls[spent] == 2).all() and (few.calls.status[spent, 1] == CallStatus.SPENT).all()
     full = few.stop == trajectory.STOP_IMAGES
     assert full.any()
     for row in np.flatnonzero(full):  # the last message is taken back
@@ -268,8 +268,8 @@ def test_an_opening_is_written_for_the_model_and_not_learned():
     width = talker.prompts(2).tokens.shape[1]
     assert (t.tokens[:, width : width + len(opening)] == opening).all()
     assert not t.chosen[:, : width + len(opening)].any() and t.chosen[:, width + len(opening)].all()
-    assert (t.calls.kind[:, 0] >= 0).all()
-    assert (t.calls.observation[:, 0] == Kind.CROP).any()
+    assert (t.calls.status[:, 0] != CallStatus.NONE).all()
+    assert (talker.outcomes(t)[:, 0] == talker.CROPPED).any()
 
 
 def test_a_tool_of_ones_own():
@@ -286,7 +286,7 @@ def test_a_tool_of_ones_own():
     prompts = talker.prompts(4, video=True)  # as above: the steps are compiled
     t = trajectory.to_host(host_rollout(talker.model(), prompts, KEY, talker.CONFIG, tool=tool, vocabulary=words))
     assert asked and all(text.endswith("<|im_end|>") for text in asked)
-    rows = np.flatnonzero((t.calls.kind == 3).any(axis=1))
+    rows = np.flatnonzero(((t.calls.status == CallStatus.DONE) & (t.calls.outcome < 0)).any(axis=1))
     assert rows.size
     text = "".join(text for _, text in response(t, rows[0]))
     pads = "<|image_pad|>" * 2
@@ -347,7 +347,7 @@ def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once,
     rows, count, room = again[0][0].shape[:3]
     shown = made.visual.patches[:, -len(again) * count :].reshape(rows, len(again), count, -1, 588)
     assert not shown[..., room:, :].any()
-    executed = (made.calls.observation == Kind.CROP) | (made.calls.observation == Kind.FRAMES)
+    executed = made.calls.status == CallStatus.DONE
     assert executed.sum() >= 3
     for number, (patches, features) in enumerate(again):
         np.testing.assert_array_equal(patches, shown[:, number, :, :room])

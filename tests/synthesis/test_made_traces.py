@@ -8,13 +8,13 @@ import pytest
 from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import to_trajectories
-from pixel_jax.dialog.observations import Kind
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.synthesis.run import SynthConfig, plan, synthesize
 from pixel_jax.synthesis.seeds import read_seeds
 from pixel_jax.synthesis.traces import assign_kinds, possible_kinds
 from tests.dialog.qwen import qwen_vocabulary
+from tests.rollout import talker
 from tests.synthesis import seed_files
 
 CONFIG = RolloutConfig(  # the padding of the released recipe; few pixels, so that rows are short
@@ -61,21 +61,21 @@ def test_what_is_learned_shows_the_cue_and_what_is_not_does_not(made):
         kind = kind_of(example)
         kinds.append(kind)
         calls = len(example.turns) - 1
-        shown = done.calls.observation[row, :calls]
-        assert done.num_calls[row] == calls and set(shown) <= {Kind.FRAMES if seed.video else Kind.CROP}
+        shown = talker.outcomes(done)[row, :calls]
+        assert done.num_calls[row] == calls and set(shown) <= {talker.SELECTED if seed.video else talker.CROPPED}
         learned = [turn.parts[0][1] for turn in example.turns]
         assert learned == [False] * (calls - 1) + [True, True][-(calls + 1) :]
         for call in range(calls):
             if seed.video:
-                frames = done.calls.frames[row, call]
+                frames = done.calls.source.canvas[row, call]
                 assert (set(frames[frames >= 0] + 1) & set(seed.frames) != set()) == learned[call]
                 continue
-            x1, y1, x2, y2 = done.calls.box[row, call]
+            x1, y1, x2, y2 = done.calls.source.region[row, call, 0]
             within = x1 <= seed.box[0] and y1 <= seed.box[1] and x2 >= seed.box[2] and y2 >= seed.box[3]
             apart = x2 <= seed.box[0] or y2 <= seed.box[1] or x1 >= seed.box[2] or y1 >= seed.box[3]
             assert within if learned[call] or kind == "further" else apart
         if kind == "further":  # the second look is into the first, and closer
-            first, second = done.calls.box[row, :2]
+            first, second = done.calls.source.region[row, :2, 0]
             area = lambda box: int((box[2] - box[0]) * (box[3] - box[1]))
             assert area(second) < area(first) and (second[:2] >= first[:2]).all() and (second[2:] <= first[2:]).all()
     assert set(kinds) == {"single", "recrop", "recrop_twice", "further", "reselect", "direct"}
@@ -178,7 +178,7 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     for row, (i, example) in enumerate(zip(sorted(kinds), examples, strict=True)):
         calls = len(example.turns) - 1
-        assert set(done.calls.observation[row, :calls]) == {Kind.CROP}, (rows[i], kinds[i])
-        x1, y1, x2, y2 = done.calls.box[row, calls - 1]
+        assert set(talker.outcomes(done)[row, :calls]) == {talker.CROPPED}, (rows[i], kinds[i])
+        x1, y1, x2, y2 = done.calls.source.region[row, calls - 1, 0]
         box = rows[i]["box"]
         assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3], (rows[i], kinds[i])

@@ -7,7 +7,8 @@ from tiny_model import make_batch
 
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.rollout.canvases import Images
-from pixel_jax.rollout.sight import Views
+from pixel_jax.rollout.sight import Sight
+from pixel_jax.rollout.trajectory import Views
 from pixel_jax.training.batch import from_trajectories, pad_rows, take, with_patches
 from pixel_jax.training.origins import Origins
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
@@ -26,7 +27,7 @@ def marked(rows, seed=0, advantage=None):
     views = Views(
         np.zeros((rows, 1), np.int32), random.integers(0, 28, (rows, 1, 4)), np.full((rows, 1, 2), 28, np.int32)
     )
-    batch = with_patches(batch, Origins(images, views))
+    batch = with_patches(batch, Origins(images, Sight(views, None)))
     batch.tokens[:, 0] = 1000 * seed + np.arange(rows)
     if advantage is not None:
         batch = batch._replace(advantage=np.array(advantage, np.float32))

@@ -18,7 +18,8 @@ from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, no_calls
+from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, WriteError
@@ -48,13 +49,13 @@ CONFIG = RLConfig(
 
 
 def make_trajectories(seed, calls=None):
-    """16 rows; `calls` are the observations of their calls (0 crop, 1 frames, above: an error, -1 not executed)."""
+    """16 rows; `calls` are the statuses of their calls."""
     rows = GROUPS * N
     batch = make_batch(rows, seed)
-    observation = np.full((rows, 5), -1, np.int32)
-    for row, found in enumerate(calls or np.random.default_rng(seed).integers(0, 2, (rows, 1)) - 1):
-        observation[row, : len(found)] = found
-    blank = np.zeros((rows, 5), np.int32)
+    record = no_calls(rows, 5, 1, RELEASED)
+    drawn = np.random.default_rng(seed).integers(0, 2, (rows, 1))
+    for row, found in enumerate(calls or np.where(drawn, CallStatus.DONE, CallStatus.NONE)):
+        record.status[row, : len(found)] = found
     return Trajectories(
         tokens=batch.tokens,
         valid=batch.valid,
@@ -62,10 +63,8 @@ def make_trajectories(seed, calls=None):
         logprobs=batch.logprobs,
         visual=batch.visual._replace(patches=None),
         prompt=np.repeat(np.arange(GROUPS, dtype=np.int32), N),
-        calls=Calls(
-            observation, observation, blank, np.zeros((rows, 5, 4), np.int32), np.zeros((rows, 5, 8), np.int32)
-        ),
-        num_calls=np.array([len(c) for c in calls] if calls else (observation >= 0).sum(1), np.int32),
+        calls=record,
+        num_calls=(record.status != CallStatus.NONE).sum(1).astype(np.int32),
         stop=np.zeros(rows, np.int32),
     )
 
@@ -269,7 +268,8 @@ def test_a_reward_that_is_no_number_stops_the_run(model, rollouts, tmp_path):
 
 
 def test_operations_are_counted_as_the_switch_says():
-    calls = [[0], [2], [0, 3], [0, 0, -1]] + [[]] * 12
+    done, failed, spent = CallStatus.DONE, CallStatus.FAILED, CallStatus.SPENT
+    calls = [[done], [failed], [done, failed], [done, done, spent]] + [[]] * 12
     trajectories = make_trajectories(0, calls)
     correct, still = np.ones(16, np.float32), np.zeros(GROUPS, bool)
     options = {"alpha": 0.0, "beta": 0.1}

@@ -13,7 +13,7 @@ from pixel_jax.data.shapes import BatchShape
 from pixel_jax.models import flops
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, linears, without_lora
-from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS
+from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
 from pixel_jax.training import rl as rl_module
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -142,7 +142,8 @@ def test_a_dynamic_buffer_holds_each_row_once_and_is_emptied():
 
 
 def test_what_an_iteration_says_about_itself():
-    calls = [[0], [2], [0, 3], [0, 0, -1]] + [[]] * 12
+    done, failed, spent = CallStatus.DONE, CallStatus.FAILED, CallStatus.SPENT
+    calls = [[done], [failed], [done, failed], [done, done, spent]] + [[]] * 12
     trajectories, correct = make_trajectories(0, calls), np.arange(16) % 2.0
     parts = shaped_rewards(trajectories, correct, np.zeros(4, bool), N, RewardConfig(threshold=0.9))
     found = rollout_metrics(trajectories, correct, parts, np.array([True, False, False, False]))

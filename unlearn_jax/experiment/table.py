@@ -36,7 +36,9 @@ def beaten(trials: Sequence[dict[str, Any]], name: str) -> list[str]:
     for share in sorted({trial["share"] for trial in trials}):
         mine = [{row["method"]: row for row in trial["rows"]} for trial in trials if trial["share"] == share]
         for method in mine[0]:
-            if method in ("erase", "cold retrain", *UNLIMITED) or not all(name in rows.get(method, {}) for rows in mine):
+            if method in ("erase", "cold retrain", *UNLIMITED) or not all(
+                name in rows.get(method, {}) for rows in mine
+            ):
                 continue  # a method that diverged on one seed is not the nearest
             gap = over_seeds([rows[method][name] - rows["erase"][name] for rows in mine])
             if not gap["mean"] > 0:

@@ -1,0 +1,35 @@
+"""Call formats: how a checkpoint writes its calls. One file a format; each names the released code that it is from."""
+
+from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
+from pixel_jax.dialog.formats.deepeyes import DEEPEYES
+from pixel_jax.dialog.formats.format import CallFormat, Coordinates, Spelled, Spelling
+from pixel_jax.dialog.formats.mini_o3 import MINI_O3
+from pixel_jax.dialog.formats.pixel_reasoner import PIXEL_REASONER
+from pixel_jax.dialog.formats.qwen3_vl import QWEN3_VL
+from pixel_jax.tools.tool import ToolError
+
+FORMATS = {known.name: known for known in (PIXEL_REASONER, CROP_IMAGE_PIXELS, DEEPEYES, MINI_O3, QWEN3_VL)}
+MARKS = frozenset(mark for known in FORMATS.values() for mark in (known.opening, known.closing))
+
+
+def call_format(name: str) -> CallFormat:
+    """The format of this name, or a `ToolError` that says which there are."""
+    if name not in FORMATS:
+        raise ToolError(f"there is no call format {name!r}: choose one of {[*FORMATS]}")
+    return FORMATS[name]
+
+
+__all__ = [
+    "CROP_IMAGE_PIXELS",
+    "DEEPEYES",
+    "FORMATS",
+    "MARKS",
+    "MINI_O3",
+    "PIXEL_REASONER",
+    "QWEN3_VL",
+    "CallFormat",
+    "Coordinates",
+    "Spelled",
+    "Spelling",
+    "call_format",
+]

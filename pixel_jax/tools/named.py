@@ -1,0 +1,53 @@
+"""From the names in a config to tools: those that are shipped, and `module:name` for anybody's own."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pixel_jax import tools as shipped
+from pixel_jax.tools.tool import Tool, ToolError, check_tools
+
+SHIPPED = {tool.name: tool for tool in vars(shipped).values() if isinstance(tool, Tool)}
+DEFAULT = tuple(tool.name for tool in shipped.RELEASED)
+
+
+def find_tools(names: Sequence[str]) -> tuple[Tool, ...]:
+    """The tools of these names, in order. `module:name` is a `Tool` in a Python module, which is imported; the current
+    directory is searched last.
+
+    To be called with what a command line or a config file says, and with nothing that a model's directory or data says.
+
+    Raises:
+        ToolError: there is none of a name, or they cannot be used together.
+    """
+    tools = tuple(_find(name) for name in names)
+    check_tools(tools)
+    return tools
+
+
+def _find(name: str) -> Tool:
+    if name in SHIPPED:
+        return SHIPPED[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ToolError(
+            f"no tool is called {name!r}: those that come with the package are {', '.join(SHIPPED)}; one of your own is "
+            "given as module:name"
+        )
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ToolError(f"{name!r} is no tool: write module:name, as my_tools:ROTATE for ROTATE in my_tools.py")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.split(".")[0]):
+            raise
+        raise ToolError(f"tool {name!r}: there is no module {module!r}, neither installed nor in {here!r}") from None
+    except AttributeError as error:
+        raise ToolError(f"tool {name!r}: {error}") from None
+    if not isinstance(found, Tool):
+        raise ToolError(f"tool {name!r} is a {type(found).__name__}, not a pixel_jax.Tool")
+    return found

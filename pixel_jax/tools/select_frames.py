@@ -1,0 +1,70 @@
+"""The paper's choice of frames, as the released checkpoints know it (Pixel Reasoner code, `experience_maker.py`)."""
+
+import jax.numpy as jnp
+
+from pixel_jax.tools.looking import Answer, Seen, shown_size, whole
+from pixel_jax.tools.tool import Integers, Outcome, Tool
+
+NAME = "select_frames"
+MOST = 8  # frames that are shown
+SHOWN = Outcome("shown", "\nHere are the selected frames (Frame Size: {0}x{1}, Numbered {2} to {3}):", images=MOST)
+ERROR = "\nExecution error:\nExecution Error: %s\n"
+NO_VIDEO = Outcome(
+    "no video",
+    ERROR % "You attempted to `select_frames` from **image** not **video**. You should use `crop_image_normalized` "
+    "instead for inspecting **image**.",
+)
+TOO_MANY = Outcome(
+    "too many frames",
+    ERROR
+    % "You have selected {0} frames in total. Think again which frames you need to check in details (no more than 8 "
+    "frames)",
+)
+OUT_OF_RANGE = Outcome(
+    "out of range",
+    ERROR % "There are {0} frames numbered in range [1,{0}]. Your selection `target_frames={list}` is out of range.",
+)
+
+
+def execute(arguments, seen: Seen, limits) -> Answer:
+    frames, count = arguments["target_frames"]
+    listed = jnp.arange(frames.shape[0]) < count
+    in_range = jnp.all(~listed | ((frames >= 1) & (frames <= seen.num_canvases)))
+    chosen = jnp.clip(frames[:MOST] - 1, 0, seen.canvas_size.shape[0] - 1)
+    region = whole(seen.canvas_size[chosen])
+    size, fits = shown_size(region, limits.select_min_pixels, limits.select_max_pixels, limits.max_side)
+    first = seen.gallery.count
+    return Answer(
+        outcomes=(
+            (~seen.is_video, NO_VIDEO, ()),
+            (count == 0, None, ()),
+            (count > MOST, TOO_MANY, (count,)),
+            (~in_range, OUT_OF_RANGE, (seen.num_canvases,)),
+            (~jnp.all(fits | ~listed[:MOST]), None, ()),
+        ),
+        last=(SHOWN, (size[0, 1], size[0, 0], first, first + count - 1)),
+        canvas=chosen,
+        region=region,
+        size=size,
+        count=count,
+        listed=arguments["target_frames"],
+    )
+
+
+SELECT_FRAMES = Tool(
+    NAME,
+    "Select frames from a video.",
+    (
+        Integers(
+            "target_frames",
+            "List of frame indices to select from the video (no more than 8 frames in total).",
+            most=16,
+            item_description="Frame index from 1 to 16.",
+        ),
+    ),
+    outcomes=(SHOWN, NO_VIDEO, TOO_MANY, OUT_OF_RANGE),
+    execute=execute,
+    budget="select",
+    of_videos=True,
+    usage="`target_frames`, a list of one to eight frame numbers",
+)

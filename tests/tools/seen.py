@@ -1,0 +1,55 @@
+"""A trajectory's record read back: outcomes by name, and where its views were cut from."""
+
+import numpy as np
+
+from pixel_jax.rollout.rollout import static_shape
+from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.training.batch import from_trajectories, with_patches
+from pixel_jax.training.origins import origins, room_of, see
+
+# What the golden file calls the outcomes of the tools of the paper.
+NAMES = {
+    "crop_image_normalized: shown": "CROP",
+    "crop_image_normalized: no such image": "BAD_IMAGE_INDEX",
+    "crop_image_normalized: no such frame": "BAD_VIDEO_INDEX",
+    "crop_image_normalized: no such selection": "BAD_SELECTED_INDEX",
+    "crop_image_normalized: too small": "CROP_TOO_SMALL",
+    "select_frames: shown": "FRAMES",
+    "select_frames: no video": "SELECT_ON_IMAGE",
+    "select_frames: too many frames": "TOO_MANY_FRAMES",
+    "select_frames: out of range": "FRAMES_OUT_OF_RANGE",
+    "malformed": "MALFORMED",
+}
+
+
+def outcomes(t, token_tables) -> list[list[str]]:
+    """Of each row, what each call came to; "" of one that was not carried out."""
+    kinds = [NAMES[str(kind)] for kind in token_tables.observations.kinds]
+    return [
+        [kinds[kind] if kind >= 0 else "" for kind in row[:count]]
+        for row, count in zip(t.calls.outcome, t.num_calls, strict=True)
+    ]
+
+
+def views(t) -> list[list[list[int]]]:
+    """Of each row's calls that showed something: the call, the canvas, the region of a crop."""
+    found = []
+    for row in range(len(t.stop)):
+        shown = []
+        for call in np.flatnonzero(t.calls.status[row] == CallStatus.DONE):
+            source = t.calls.source
+            for canvas, region in zip(
+                source.canvas[row, call].tolist(), source.region[row, call].tolist(), strict=True
+            ):
+                if canvas >= 0:
+                    shown.append([int(call), canvas, *(region if t.calls.tool[row, call] == 0 else [])])
+        found.append(shown)
+    return found
+
+
+def again(prompts, t, config) -> np.ndarray:
+    """The patches of a rollout's rows, from its record and its prompts' images."""
+    shape = static_shape(prompts, config, None)
+    rows = with_patches(from_trajectories(t), origins(prompts, t.calls, config, shape))
+    room = room_of(rows.tokens.shape[1], prompts, shape)
+    return np.asarray(see(rows, room, config, shape, None))

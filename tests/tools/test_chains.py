@@ -1,0 +1,138 @@
+"""Tools that make pictures, one of what another made: in the rollout, in written traces and made again, the bits of Pillow."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.ops import host_crop_resize
+from pixel_jax.rollout.prompts import build_prompts, tables
+from pixel_jax.rollout.rollout import host_rollout, rollout
+from pixel_jax.rollout.trajectory import CallStatus, to_host
+from pixel_jax.tools import CROP_IMAGE, ENHANCE, ROTATE
+from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.steps import ForwardConfig, make_score_step
+from tests.rollout import talker
+from tests.tools import seen
+
+TOOLS = (CROP_IMAGE, ROTATE, ENHANCE)
+CONFIG = dataclasses.replace(talker.CONFIG, max_new_tokens=4, max_calls=4, max_response=400, group_size=6)
+CALL = '<tool_call>\n{"name": "%s", "arguments": {%s}}\n</tool_call>'
+TURN = CALL % ("rotate", '"by": "90", "target_image": 1')
+CROP = CALL % ("crop_image_normalized", '"bbox_2d": [0.1, 0.2, 0.9, 0.7], "target_image": 2')
+FLIP = CALL % ("rotate", '"by": "flip", "target_image": 3')
+BRIGHT = CALL % ("enhance", '"quality": "contrast", "factor": 1.75, "target_image": 2')
+NONE = CALL % ("rotate", '"by": "45", "target_image": 1')
+FAR = CALL % ("rotate", '"by": "180", "target_image": 9')
+START, ANSWER = "assistant\n", "\\boxed{7}"
+# Rotate, crop or enhance what came second, flip what came third; or wrong, or out of range.
+AFTER = {TURN: 0.55, NONE: 0.15, FAR: 0.1, CROP: 0.1, ANSWER: 0.1}
+CHAIN = {START: AFTER | {CROP: 0.5, FLIP: 0.5, BRIGHT: 0.7}, **{x: {talker.END: 1.0} for x in (*AFTER, FLIP, BRIGHT)}}
+
+
+@functools.cache
+def words() -> Vocabulary:
+    return talker.vocabulary_of(CHAIN, TOOLS)
+
+
+@pytest.fixture(scope="module")
+def made():
+    model, token_tables = talker.network(words(), CHAIN), tables(words(), TOOLS)
+    prompts = build_prompts(talker.queries(3), words(), token_tables, CONFIG, width=96, canvas=(2, 192, 192))
+    return model, token_tables, prompts, to_host(rollout(model, prompts, jax.random.key(1), CONFIG))
+
+
+def expected(query, t, row) -> list[np.ndarray]:
+    """What Pillow makes of the row's calls, in order; only of those that were carried out."""
+    pictures, found = list(query.images), []
+    for call in np.flatnonzero(t.calls.status[row] == CallStatus.DONE):
+        tool, source = TOOLS[t.calls.tool[row, call]], t.calls.source
+        # Which picture was asked for is what the text says; the region is tested where crops are.
+        target = {CROP_IMAGE: 2, ROTATE: 1, ENHANCE: 2}[tool]
+        by = int(t.calls.values.units[row, call, 0])
+        target = 3 if tool == ROTATE and by == 4 else target
+        image = Image.fromarray(pictures[target - 1])
+        if tool == ROTATE:
+            image = image.transpose({0: Image.Transpose.ROTATE_270, 4: Image.Transpose.FLIP_TOP_BOTTOM}[by])
+        elif tool == ENHANCE:
+            image = ImageEnhance.Contrast(image).enhance(1.75)
+        else:
+            image = image.crop([round(x * side) for x, side in zip((0.1, 0.2, 0.9, 0.7), image.size * 2, strict=True)])
+        pictures.append(np.asarray(image))
+        size = source.size[row, call, 0]
+        found.append(host_crop_resize(pictures[-1], (0, 0, *image.size), tuple(size.tolist())))
+    return found
+
+
+def patches(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[:2]
+    grid = image.reshape(height // 28, 2, 14, width // 28, 2, 14, 3)
+    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 588)
+
+
+def test_what_is_shown_is_pillows(made):
+    *_, prompts, t = made
+    queries, seen_tools, longest = talker.queries(3), set(), 0
+    first = prompts.canvases.shape[1]
+    for row in range(len(t.stop)):
+        query = queries[t.prompt[row]]
+        if len(query.images) > 1:
+            continue
+        done = np.flatnonzero(t.calls.status[row] == CallStatus.DONE)
+        for call, image in zip(done, expected(query, t, row), strict=True):
+            shown = patches(image)
+            np.testing.assert_array_equal(t.visual.patches[row, first + call][: len(shown)], shown)
+            seen_tools.add(int(t.calls.tool[row, call]))
+        longest = max(longest, len(done))
+    assert seen_tools == {0, 1, 2} and longest >= 3, (seen_tools, longest)
+
+
+def test_what_was_shown_is_made_again_bit_for_bit(made):
+    *_, prompts, t = made
+    np.testing.assert_array_equal(seen.again(prompts, t, CONFIG), t.visual.patches)
+
+
+def test_sampler_and_trainer_agree(made):
+    model, *_, t = made
+    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(t))
+    np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+
+
+def test_calls_that_cannot_be_carried_out_are_answered(made):
+    outcomes = set(talker.outcomes(made[-1], TOOLS).ravel())
+    assert {"malformed", "rotate: no such image", "rotate: shown", "enhance: shown"} <= outcomes
+
+
+def test_written_traces_are_the_rollouts(made):
+    """The same turns, written: the same tokens, records and pixels."""
+    _, token_tables, prompts, t = made
+    rows = [row for row in range(len(t.stop)) if t.num_calls[row]][:6]
+    queries, traces = talker.queries(3), []
+    for row in rows:
+        ids, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+        runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)[1::2]
+        turns = [words().to_bytes(run).decode().removesuffix(talker.END) for run in runs]
+        traces.append(Trace(queries[t.prompt[row]], tuple(map(right, turns)), "7"))
+    written = to_trajectories(traces, words(), token_tables, CONFIG, Shape(700, 8, 8, 16))
+    for mine, row in enumerate(rows):
+        np.testing.assert_array_equal(written.tokens[mine][written.valid[mine]], t.tokens[row][t.valid[row]])
+        count = int(written.num_calls[mine])
+        here, there = (jax.tree.map(lambda x, at=at: x[at, :count], t.calls) for t, at in ((written, mine), (t, row)))  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, here, there)
+        frames = lambda t, row: [t.visual.patches[row, i] for i in t.visual.slices[row, :, 0] if i >= 0]
+        for x, y in zip(frames(written, mine), frames(t, row), strict=True):
+            np.testing.assert_array_equal(x[:16], y[:16])
+
+
+@pytest.mark.slow
+def test_however_it_is_run(made):
+    """Step by step from the host, and from a queue."""
+    model, _, prompts, t = made
+    key, queued = jax.random.key(1), dataclasses.replace(CONFIG, in_flight=1)
+    for again in (host_rollout(model, prompts, key, CONFIG), rollout(model, prompts, key, queued)):
+        jax.tree.map(np.testing.assert_array_equal, to_host(again)._replace(logprobs=None), t._replace(logprobs=None))

@@ -1,0 +1,104 @@
+"""`docs/your-own-tool.md`: its code runs, and its tool is trained and evaluated with from a directory outside the repository."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from pixel_jax.evaluation.results import read_records
+from pixel_jax.models.io import save_pretrained
+from pixel_jax.models.processor import Processor
+from pixel_jax.rollout.checks import check_device_tool
+from pixel_jax.tools import CROP_IMAGE
+from pixel_jax.tools.named import find_tools
+from pixel_jax.training.progress import read_metrics
+from tests.rollout import talker
+from tests.test_cli import ENVIRONMENT, ROOT, command
+
+PAGE = pathlib.Path(ROOT) / "docs" / "your-own-tool.md"
+TOOLS = '("crop_image_normalized", "my_tools:INVERT")'
+LIMITS = {
+    "group_size": 2, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6, "max_calls": 2, "max_response": 192, "min_pixels": 784,
+    "max_pixels": 4 * 784, "crop_min_pixels": 784, "crop_max_pixels": 4 * 784, "pad": 0.0, "observe_chunk": 4,
+}  # fmt: skip
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({values!r})
+"""
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The page's files, in a directory of their own."""
+    blocks = re.findall(r"^```python (\S+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    assert [name for name, _ in blocks] == ["my_tools.py", "try.py", "my_parts.py"]
+    for name, text in blocks:
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("my_tools", "my_parts"):
+        sys.modules.pop(name, None)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+def test_the_code_of_the_page_runs(written):
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{ROOT}"}
+    subprocess.run([sys.executable, "try.py"], cwd=written, env=environment, check=True, timeout=300)
+    for tool in find_tools(("my_tools:INVERT", "my_parts:MIDDLE")):
+        check_device_tool(tool)
+
+
+@pytest.mark.slow
+def test_trained_and_evaluated_from_the_command_line(written):
+    """Two iterations of `rl`, then `eval` of what they made."""
+    tools = (CROP_IMAGE, find_tools(("my_tools:INVERT",))[0])
+    invert = '<tool_call>\n{"name": "invert", "arguments": {"channel": "red", "target_image": 1}}\n</tool_call>'
+    after = {invert: 0.6, "\\boxed{7}": 0.2, "\\boxed{3}": 0.2}
+    chain = {talker.START: after, **{text: {talker.END: 1.0} for text in after}}
+    words = talker.vocabulary_of(chain, tools)
+    processor = Processor(words.tokenizer, min_pixels=784, max_pixels=4 * 784)
+    save_pretrained(talker.network(words, chain), processor, written / "model")
+    lines = []
+    for i in range(4):
+        Image.fromarray(talker.image(i, 60, 70)).save(written / f"{i}.png")
+        lines.append(json.dumps({"question": "Which digit?", "images": [f"{i}.png"], "answer": "7"}))
+    (written / "own.jsonl").write_text("\n".join(lines))
+    step = {"forward": {"remat": False}, "optimizer": {"learning_rate": 1e-6}}
+    rl = {"iterations": 2, "prompts": 2, "train_batch": 4, "rollout": LIMITS, "replay": {"kind": "none"}, **step}
+    training = {
+        "model": "model",
+        "data": "own.jsonl",
+        "out": "run",
+        "canvas": (1, 64, 128),
+        "prompt_width": 192,
+        "rl": rl,
+    }
+    own = {"format": "jsonl", "data": "own.jsonl", "split": "val", "buckets": ((1, 64, 128, 192),)}
+    judging = {
+        "model": "run/model",
+        "out": "eval",
+        "benchmarks": {"own": own},
+        "rollout": LIMITS,
+        "batch": 4,
+        "traces": 1,
+    }
+    for name, values in (("my_rl.py", training), ("my_eval.py", judging)):
+        (written / name).write_text(CONFIG.format(values=values))
+
+    code, _, error = command("rl", "--config=my_rl.py", f"--config.tools={TOOLS}", cwd=written)
+    assert code == 0, error
+    metrics = read_metrics(written / "run" / "rl" / "metrics.jsonl")
+    assert len(metrics) == 2 and sum(line["operations"] for line in metrics) > 0
+    code, _, error = command("eval", "--config=my_eval.py", f"--config.tools={TOOLS}", cwd=written)
+    assert code == 0, error
+    records = read_records(written / "eval" / "own" / "operations")
+    assert len(records) == 4 and sum(sum(record["operations"]) for record in records) > 0
+    # The tool is part of what the run is: without it, it is another.
+    code, _, error = command("eval", "--config=my_eval.py", cwd=written)
+    assert code == 1 and "tools" in error, error
