@@ -15,17 +15,17 @@ FEW_ROWS = 4  # of a group
 COLD = 0.5  # a temperature at which rows of a group are much alike
 
 
-def lesson_facts(correct: np.ndarray, parsed: np.ndarray) -> dict[str, float]:
-    """Shares of the groups: "all_right", "all_wrong"; and of the rows: "unparsed".
+def lesson_facts(correct: np.ndarray, boxed: np.ndarray) -> dict[str, float]:
+    """Shares of the groups: "all_right", "all_wrong"; and of the rows: "unboxed".
 
     Args:
         correct: float [groups, n], in [0, 1].
-        parsed: bool [groups, n], whether an answer could be read.
+        boxed: bool [groups, n], whether an answer is given in a box or tag.
     """
     return {
         "all_right": float(np.mean(np.all(correct > 0.5, axis=1))),
         "all_wrong": float(np.mean(np.all(correct <= 0.5, axis=1))),
-        "unparsed": float(np.mean(~np.asarray(parsed, bool))),
+        "unboxed": float(np.mean(~np.asarray(boxed, bool))),
     }
 
 
@@ -52,10 +52,9 @@ def causes(facts: Mapping[str, float], rows: int, temperature: float) -> list[st
             f"{1 - facts['finished']:.0%} of the rows ran out of room before they answered: raise max_new_tokens, "
             "max_response or max_calls in config.rl.rollout, or tune the model first"
         )
-    if facts["unparsed"] > MANY:
+    if facts["unboxed"] > MANY:
         found.append(
-            f"in {facts['unparsed']:.0%} of the rows no answer could be read: the model does not answer as "
-            "config.rl.reward.scorer.rules read (\\boxed{...}); tune it on traces that do"
+            f"{facts['unboxed']:.0%} of the rows give no answer in \\boxed{{}} or <answer>: tune the model on traces that do"
         )
     elif facts["all_wrong"] > MANY:
         found.append(

@@ -75,7 +75,7 @@ class Asker:
             own = len(some) // self.part.count
             mine = some[self.part.index * own : (self.part.index + 1) * own]
             t, texts, scores = self._answer(actor, mine)
-            rows.append(all_rows(_numbers(mine, t, scores), self.part))
+            rows.append(all_rows(_numbers(mine, t, texts, scores), self.part))
             if first():
                 found += self._draw(mine, t, texts, scores, self.drawn - len(found))
         return _facts(np.concatenate(rows)), found
@@ -131,16 +131,16 @@ def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
     return [vocabulary.to_bytes(tokens[chosen]).decode("utf-8", "replace") for tokens, chosen in rows]
 
 
-NUMBERS = ("index", "score", "parsed", "operations", "executed", "failed", "tokens", "finished")
+NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "tokens", "finished")
 
 
-def _numbers(mine: Sequence[int], t: Trajectories, scores: Sequence[float | None]) -> np.ndarray:
+def _numbers(mine: Sequence[int], t: Trajectories, texts: Sequence[str], scores: Sequence[float | None]) -> np.ndarray:
     """float64 [rows, NUMBERS]."""
     observation = t.calls.observation
     columns = {
         "index": mine,
         "score": [score or 0.0 for score in scores],
-        "parsed": [score is not None for score in scores],
+        "boxed": [given_answer(text) is not None for text in texts],
         "operations": executed_calls(t),
         "executed": np.sum(observation >= 0, axis=1),
         "failed": np.sum(observation > 1, axis=1),
@@ -162,7 +162,7 @@ def _facts(rows: np.ndarray) -> dict[str, float]:
         "call_errors": np.sum(get["failed"]) / max(np.sum(get["executed"]), 1),
         "response_tokens": np.mean(get["tokens"]),
         "finished": np.mean(get["finished"]),
-        "unparsed": 1 - np.mean(get["parsed"]),
+        "unboxed": 1 - np.mean(get["boxed"]),
         "questions": len(once),
     }
     return {name: float(x) for name, x in facts.items()}

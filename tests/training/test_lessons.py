@@ -5,15 +5,15 @@ import pytest
 
 from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, remark
 
-GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unparsed": 0.0, "finished": 1.0}
+GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
 EASY = GOOD | {"informative": 0.0, "all_right": 0.75, "all_wrong": 0.25}
 HARD = GOOD | {"informative": 0.0, "all_right": 0.0, "all_wrong": 1.0}
 
 
 def test_counts_of_groups_and_rows():
     correct = np.array([[1, 1], [0, 0.5], [0.9, 0.1], [0, 0]])
-    parsed = np.array([[1, 1], [0, 1], [1, 1], [0, 1]], bool)
-    assert lesson_facts(correct, parsed) == {"all_right": 0.25, "all_wrong": 0.5, "unparsed": 0.25}
+    boxed = np.array([[1, 1], [0, 1], [1, 1], [0, 1]], bool)
+    assert lesson_facts(correct, boxed) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 0.25}
 
 
 def test_what_is_said_of_an_iteration():
@@ -29,8 +29,13 @@ def test_what_is_said_of_an_iteration():
     [
         (EASY, 8, 1.0, ["too easy"]),
         (HARD, 8, 1.0, ["too hard"]),
-        (HARD | {"unparsed": 0.9}, 8, 1.0, [r"in 90% of the rows no answer could be read"]),
-        (HARD | {"finished": 0.25, "unparsed": 0.75}, 8, 1.0, ["75% of the rows ran out of room", "no answer could"]),
+        (HARD | {"unboxed": 0.9}, 8, 1.0, ["90% of the rows give no answer in"]),
+        (
+            HARD | {"finished": 0.25, "unboxed": 0.75},
+            8,
+            1.0,
+            ["75% of the rows ran out of room", "75% of the rows give no answer"],
+        ),
         (HARD, 2, 0.2, ["too hard", "2 rows a group", "temperature 0.2"]),
         (GOOD | {"informative": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),
     ],
