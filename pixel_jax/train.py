@@ -151,9 +151,12 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.parallel import make_mesh, share
     from pixel_jax.parallel.processes import first, say
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.training.loop import Identity
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
-    from pixel_jax.training.rl import rl, text_score
+    from pixel_jax.training.rewards import Rewards
+    from pixel_jax.training.rl import rl
     from pixel_jax.training.sft import sft
+    from pixel_jax.training.stages import Stages
 
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +173,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         with Digests(out / "digests.json") as digests:
             facts = facts_of(command, config, examples, digests)
     pause("the data is read")
-    held = {"facts": facts, "resume_changed": resume_changed}
+    identity = Identity(facts, resume_changed)
     use_compilation_cache(out / "compiled")
     mesh = make_mesh(config.mesh) if config.mesh else None
     rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else None
@@ -215,7 +218,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         say(announcement(report, f"{len(packing.examples)} traces; {packing}; {course}"))
         data = packing.batches(**process, **reading)
         pause("the data is written out")
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, **held)
+        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, identity=identity)
     else:
         limits = config.rl.rollout
         for line in other_limits(config):
@@ -235,9 +238,10 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             **reading,
         )
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
-        score = text_score(decode, config.rl.reward)
+        stages = Stages(Rewards.of(config.rl.reward, decode))
         pause("the data is written out")
-        model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
+        meshes = {"mesh": mesh, "rollout_mesh": rollout_mesh}
+        model = rl(model, data, stages, config.rl, directory=out / "rl", identity=identity, **meshes)
     save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
     if first():
         write_limits(out / "model", limits)

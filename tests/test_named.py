@@ -1,10 +1,13 @@
 """Code that a user names: found, last of all in the current directory, and refused by name where there is none."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
 
+import pixel_jax
 from pixel_jax.named import NamedError, digest, find, is_name
 
 
@@ -46,7 +49,8 @@ def test_the_current_directory_is_searched_last(here, monkeypatch):
         for name in ("own_twice", "colorsys"):
             sys.modules.pop(name, None)
     code = "from pixel_jax.named import find; print(find('own_twice:where'))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    paths = os.environ | {"PYTHONPATH": str(pathlib.Path(pixel_jax.__file__).parents[1])}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=paths)
     assert said.stdout == "here\n"  # where it is nowhere else
 
 

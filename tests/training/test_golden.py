@@ -16,7 +16,8 @@ from tiny_model import make_model
 from pixel_jax.training.advantages import group_advantage
 from pixel_jax.training.checkpoint import fingerprint
 from pixel_jax.training.progress import read_metrics
-from pixel_jax.training.rewards import RewardConfig, shape
+from pixel_jax.training.rewards import RewardConfig, Rewards, total
+from pixel_jax.training.terms import Call, Row, Term
 
 CASES = {
     "paper": {},
@@ -24,6 +25,7 @@ CASES = {
     "long": {"length_limit": 100, "length_buffer": 40, "budget": 2, "alpha": 0.37, "beta": 0.013},
 }
 
+NAMES = {"reward_answer": "reward_correct", "reward_budget": "reward_penalty"}  # of metrics, as they were
 PHASES = ("sft", "rows", "rl")
 
 
@@ -44,9 +46,17 @@ def rewards(config):
     integers = lambda high, *size: random.integers(0, high, size or (64, 8))
     correct, ops, failed = integers(2).astype(np.float32), integers(5) * integers(2, 64, 1), integers(2) > 0
     video, lengths = integers(2, 64) > 0, integers(130)
-    total = shape(correct, ops, failed, video, lengths, config).total
-    found = {"reward": total, "advantage": group_advantage(total)}
-    found["leave_one_out"] = group_advantage(total, baseline="leave_one_out", scale_by_std=True)
+    look, fail = Call("crop_image_normalized", "crop"), Call("", "malformed")
+    rows = [
+        Row("", (), (look,) * int(ops[at]) + (fail,) * int(failed[at]), "answer", np.zeros(lengths[at]), video[at[0]])
+        for at in np.ndindex(64, 8)
+    ]
+    if config.zero_after_failure:
+        correct = np.where((correct > 0.5) & failed, 0.0, correct)
+    of = Rewards.of(config, None, {"answer": Term(lambda rows, examples: correct.ravel(), "batch")})
+    reward = total(of.values(rows, range(64), 8).values()).reshape(64, 8)
+    found = {"reward": reward, "advantage": group_advantage(reward)}
+    found["leave_one_out"] = group_advantage(reward, baseline="leave_one_out", scale_by_std=True)
     return {name: np.asarray(x, "<f4").tobytes().hex() for name, x in found.items()}
 
 
@@ -54,7 +64,7 @@ def train(directory, phase):
     """The weights after two steps: of tuning, of learning from rows made by hand, or from what a tiny model does."""
     if phase == "rows":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(test_rl.rl_module, "rollout", test_rl.rollout)
+            patch.setattr(test_rl.stages_module, "rollout", test_rl.rollout)
             model = test_rl.run(make_model(), directory, iterations=2)
         return [np.asarray(x) for x in jax.tree.leaves(model)]
     return shared_worker.work(directory, phase, steps=2)
@@ -64,7 +74,7 @@ def run(directory, phase):
     """The metrics but for the times, and checksums and sums of the weights."""
     weights = train(directory, phase)
     lines = [
-        {name: x for name, x in line.items() if "second" not in name}
+        {NAMES.get(name, name): x for name, x in line.items() if "second" not in name}
         for line in read_metrics(directory / "metrics.jsonl")
     ]
     arrays = {str(i): x for i, x in enumerate(weights)}
