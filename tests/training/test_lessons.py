@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+from pixel_jax.parallel.sharding import WHOLE
 from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, remark
+from pixel_jax.training.stages import Scored
+from pixel_jax.training.terms import Row
 
 GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
 EASY = GOOD | {"informative": 0.0, "all_right": 0.75, "all_wrong": 0.25}
@@ -11,9 +14,14 @@ HARD = GOOD | {"informative": 0.0, "all_right": 0.0, "all_wrong": 1.0}
 
 
 def test_counts_of_groups_and_rows():
+    texts = ["\\boxed{7}", "<answer>7</answer>", "7", "\\boxed{7", "\\boxed{}", "\\boxed{1}", "\\boxed{1}", "one"]
+    rows = [Row(text, (text,), (), "answer", np.zeros(1, np.int32)) for text in texts]
     correct = np.array([[1, 1], [0, 0.5], [0.9, 0.1], [0, 0]])
-    boxed = np.array([[1, 1], [0, 1], [1, 1], [0, 1]], bool)
-    assert lesson_facts(correct, boxed) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 0.25}
+    scored = Scored(None, correct, {}, correct, rows)
+    assert lesson_facts(scored, WHOLE) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 3 / 8}
+    alone = lesson_facts(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
+    assert alone == {"unboxed": 3 / 8}
+    assert remark(alone | {"informative": 0.0}) == "no group taught anything (100% of equal rewards)"
 
 
 def test_what_is_said_of_an_iteration():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.data.example import Report
+from pixel_jax.data.example import Example, Report
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
@@ -20,10 +20,10 @@ from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.rollout import rollout, static_shape
 from pixel_jax.rollout.trajectory import STOP_ANSWER, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
-from pixel_jax.training.looks import Asker, HeldOutLoss, Rollouts, Together, written
+from pixel_jax.training.looks import Asker, HeldOutLoss, Together, draw_rollouts, written
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.origins import origins
-from pixel_jax.training.scorers import Reference, ScorerConfig
+from pixel_jax.training.scorers import ScorerConfig
+from pixel_jax.training.stages import Collected, Questions, Scored, Weighed
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
 from tests.rollout import talker
@@ -129,23 +129,18 @@ def test_drawn_rollouts_show_the_pixels_that_their_rows_saw(blank):
     kept = to_host(rollout(talker.model(), prompts, jax.random.key(7), config))
     shape = static_shape(prompts, config, None)
     without = kept._replace(visual=kept.visual._replace(patches=None))
-    rows = len(kept.stop)
-    found = Rollouts(
-        without,
-        origins(prompts, without.calls, config, shape),
-        prompts.canvases.shape[1],
-        [Reference((str(i),), query.question) for i, query in enumerate(queries)],
-        np.asarray(prompts.is_video),
-        np.arange(rows) % 2,
-        np.arange(rows) / 4,
-        np.arange(rows) - 3.5,
-    )
-    drawn = found.draw(range(rows), talker.vocabulary(), config)
+    examples = [Example(f"q{i}", query.question, (), (str(i),)) for i, query in enumerate(queries)]
+    collected = Collected(Questions(0, prompts, examples), without, without, shape)
+    correct = np.array([[0, 1, 0, 1]] * 4, np.float32)
+    reward = np.arange(16, dtype=np.float32).reshape(4, 4) / 4
+    weighed = Weighed(Scored(collected, reward, {}, correct), reward - 1.5, np.ones(4, bool))
+    rows = [0, 3, 5, 14]
     texts = written(kept, talker.vocabulary())
-    for row, item in enumerate(drawn):
+    for row, item in zip(rows, draw_rollouts(weighed, rows, talker.vocabulary(), config), strict=True):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
-        known |= {"reward": row / 4, "advantage": row - 3.5}
+        known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         assert item == make_trace(kept, row, queries[row // 4], talker.vocabulary(), **known)
+    drawn = draw_rollouts(weighed, range(16), talker.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
 
