@@ -11,6 +11,8 @@ from absl import flags
 from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
+from pixel_jax.data.rooms import prompt_shape
+from pixel_jax.data.shapes import BatchShape, bucket_shapes
 from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
@@ -19,6 +21,11 @@ from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
 FLAGS = flags.FLAGS
+# Shapes by hand come together: those of all rows, and those of rows about videos.
+BY_HAND = {
+    "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
+    "rl": (("canvas", "prompt_width"), ("video_canvas", "video_prompt_width")),
+}
 SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
 
@@ -58,36 +65,67 @@ class TrainConfig:
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     read_threads: int = 16  # that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
-    trace_tokens: int = 4096  # room of a row of one or more traces
-    trace_frames: int = 6  # room for pictures in a row: images, frames and crops
-    trace_patches: int = 8000  # of one frame
+    # Shapes of batches. None: worked out from the data. By hand, for tuning: the room of a row of one or more traces.
+    trace_tokens: int | None = None
+    trace_frames: int | None = None  # room for pictures in a row: images, frames and crops
+    trace_patches: int | None = None  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
-    video_frames: int = 0  # room of a row of traces that need more frames than `trace_frames`; 0: there are none
-    video_patches: int = 4800  # of one frame of such a row
-    prompt_width: int = 3072  # tokens
-    canvas: tuple[int, int, int] = (1, 2048, 2048)  # images of a prompt, and the largest one's height and width
-    # Of questions about videos, if they have shapes of their own; batches are then of one kind. None: as above.
-    video_prompt_width: int | None = None
-    video_canvas: tuple[int, int, int] | None = None  # frames of a video, and the largest one's height and width
+    video_frames: int | None = (
+        None  # room of a row of traces that need more frames than `trace_frames`; None: there are none
+    )
+    video_patches: int | None = None  # of one frame of such a row
+    # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.
+    canvas: tuple[int, int, int] | None = None
+    prompt_width: int | None = None  # tokens of a prompt
+    # Of questions about videos, if they have shapes of their own: frames, and their height and width. None: as above.
+    video_canvas: tuple[int, int, int] | None = None
+    video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
     # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
-        positive(self, "read_threads", "read_ahead", "trace_tokens", "trace_frames", "trace_patches", "video_patches")
-        positive(self, "prompt_width", "video_prompt_width")
-        if self.video_frames < 0:
-            raise ValueError(f"video_frames must not be negative: {self.video_frames}")
+        positive(self, "read_threads", "read_ahead", *BY_HAND["sft"][0], *BY_HAND["sft"][1], "prompt_width")
+        positive(self, "video_prompt_width")
         for name in ("canvas", "video_canvas"):
             if (room := getattr(self, name)) is not None and min(room) < 1:
                 raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
+        for together, more in BY_HAND.values():
+            for names in (together, more):
+                given = [name for name in names if getattr(self, name) is not None]
+                if given and len(given) < len(names):
+                    raise ValueError(
+                        f"{', '.join(names)} come together, or none of them: only {', '.join(given)} is given"
+                    )
+                if given and names is more and getattr(self, together[0]) is None:
+                    raise ValueError(f"{given[0]} needs {', '.join(together)}, too")
+        if self.buckets and self.trace_tokens is None:
+            raise ValueError(
+                f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
+            )
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
-        if (self.video_canvas is None) != (self.video_prompt_width is None):
-            raise ValueError(
-                f"video_canvas {self.video_canvas} and video_prompt_width {self.video_prompt_width} come together"
-            )
+
+    @property
+    def trace_shapes(self) -> tuple[BatchShape, ...] | None:
+        """Of rows to tune on; None: they are worked out."""
+        if self.trace_tokens is None:
+            return None
+        shape = lambda frames, patches: BatchShape(self.trace_tokens, frames, frames, patches)
+        shapes = bucket_shapes(self.buckets, shape(self.trace_frames, self.trace_patches))
+        return shapes if self.video_frames is None else (*shapes, shape(self.video_frames, self.video_patches))
+
+    @property
+    def prompt_shapes(self) -> tuple[BatchShape, ...] | None:
+        """Of prompts for `rl`; None: they are worked out."""
+        if self.canvas is None:
+            return None
+        limits, video_canvas = self.rl.rollout, self.video_canvas or self.canvas
+        return (
+            prompt_shape(*self.canvas, self.prompt_width, limits, video=False),
+            prompt_shape(*video_canvas, self.video_prompt_width or self.prompt_width, limits, video=True),
+        )
 
 
 def define_flags(command: str) -> None:
@@ -139,17 +177,19 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax import from_pretrained, save_pretrained
     from pixel_jax.cli import UserError
     from pixel_jax.data.limits import use_limits
-    from pixel_jax.data.packed import Packing, bucket_shapes
-    from pixel_jax.data.questions import find_rooms, question_batches
+    from pixel_jax.data.packed import Packing
+    from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
     from pixel_jax.data.read import read_examples
-    from pixel_jax.data.rooms import Room
-    from pixel_jax.data.traces import Shape
+    from pixel_jax.data.rooms import Measured
+    from pixel_jax.data.shapes import training_work
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, merge_lora
     from pixel_jax.models.released import check_architecture
     from pixel_jax.parallel import make_mesh, share
+    from pixel_jax.parallel.memory import PICTURES, device_memory
     from pixel_jax.parallel.processes import first, say
+    from pixel_jax.parallel.sharding import row_parts
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.training.loop import Identity
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
@@ -198,16 +238,12 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         if not config.corrections:
             examples = [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
         limits = config.rollout
-        shape = lambda frames, patches: Shape(config.trace_tokens, frames, frames, patches)
-        buckets = bucket_shapes(config.buckets, shape(config.trace_frames, config.trace_patches))
-        if config.video_frames:
-            buckets += (shape(config.video_frames, config.video_patches),)
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             limits,
-            buckets,
+            config.trace_shapes or training_work(model.config),
             size=config.sft.batch_size,
             seed=config.seed,
             report=report,
@@ -223,10 +259,11 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         limits = config.rl.rollout
         for line in other_limits(config):
             say(line)
-        room = Room(*config.canvas, config.prompt_width)
-        video_room = config.video_canvas and Room(*config.video_canvas, config.video_prompt_width)
-        asked = find_rooms(examples, room, video_room, vocabulary, limits, report)
-        say(announcement(report, course_of(config.rl, collections.Counter(x.room for x in asked))))
+        memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
+        by = config.prompt_shapes or Measured(training_work(model.config), config.rl.prompts, memory)
+        asked = find_rooms(examples, by, vocabulary, limits, report)
+        course = course_of(config.rl, collections.Counter(x.room for x in asked))
+        say(announcement(report, f"{course}; {rooms_of(asked)}"))
         data = question_batches(
             asked,
             vocabulary,

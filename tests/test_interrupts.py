@@ -46,7 +46,7 @@ def place(model, tmp_path_factory):  # noqa: F811
 def begin(place, model, out, *, before=""):  # noqa: F811
     """`pixel-jax sft` in a process of its own, after the Python code `before`."""
     paths = {"config": place / "config.py", "config.model": model, "config.data": place / "data.jsonl"}
-    settings = {"out": out, "video_frames": 0, "sft.steps": STEPS, "sft.save_every": 10}
+    settings = {"out": out, "sft.steps": STEPS, "sft.save_every": 10}
     flags = [f"--{name}={x}" for name, x in paths.items()] + [f"--config.{name}={x}" for name, x in settings.items()]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{before}\nfrom pixel_jax.cli import main; main()"
     environment = {**ENVIRONMENT, "JAX_COMPILATION_CACHE_DIR": str(place / "compiled")}

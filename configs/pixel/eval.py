@@ -19,7 +19,7 @@ TALL = ((1, 1024, 1024, 2304), (1, 2304, 2304, 6144), (1, 8192, 2304, 6144), (1,
 VIDEO = ((16, 512, 768, 5120), (16, 768, 1408, 5120), (16, 1088, 1920, 5120))
 
 
-def benchmark(format: str, buckets: tuple, rules: tuple[str, ...] = ("box",), **more) -> ConfigDict:
+def benchmark(format: str, buckets: tuple | None, rules: tuple[str, ...] = ("box",), **more) -> ConfigDict:
     config = ConfigDict({"format": format, "buckets": buckets, "scorer": {"rules": rules}, **more})
     config.data, config.images = config_dict.placeholder(str), config_dict.placeholder(str)
     config.split, config.sample = config_dict.placeholder(str), config_dict.placeholder(int)
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         # Infographics are up to seven times as tall as wide.
         "infovqa": benchmark("infovqa", TALL, ("anls",), max_side=5600),
         "mvbench": benchmark("mvbench", VIDEO, ("box", "choice")),
-        "own": benchmark("jsonl", (*PICTURE, *VIDEO)),
+        "own": benchmark("jsonl", None),
     }
     config.modes = ("operations",)
     config.batch = 64

@@ -8,7 +8,9 @@
 Words after a colon choose adapters in the place of all weights, and another algorithm for `rl` than the paper's, as in
 `pixel_jax/recipe.py`: `own_data.py:lora`, `own_data.py:gspo`, `own_data.py:lora,gspo`.
 
-The formats are described in `pixel_jax/data/jsonl.py` and `pixel_jax/data/released.py`. Fields that are not set here have
+The formats are described in `pixel_jax/data/jsonl.py` and `pixel_jax/data/released.py`. How large batches are is worked out
+from the data, pictures and videos alike, and from the machine's memory: from a small model on two cores to a 7B on a TPU host
+nothing has to be set. Fields that are not set here have
 the paper's values; any can be set as `--config.FIELD=VALUE` (`--config.rl.reward.alpha=0.3`).
 """
 
@@ -27,10 +29,6 @@ def get_config(words: str = "full") -> ConfigDict:
     config.out = config_dict.placeholder(str)
     # Axis sizes; -1 takes the devices that are left. An empty mesh runs on one device.
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    config.canvas = (1, 1536, 1536)  # one image a prompt; larger than 1536 x 1536 pixels it is made smaller
-    config.prompt_width = 2560  # with `video_canvas` and `video_prompt_width` as in `pixel_jax/recipe.py` videos, too
-    config.buckets = (1024, 2048)  # and 4096, the room of a trace
-
     config.rollout = ConfigDict()
 
     config.sft = ConfigDict()

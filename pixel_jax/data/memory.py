@@ -20,12 +20,12 @@ from absl import app, flags
 from PIL import Image, ImageFilter
 
 from pixel_jax.data.batches import Batches
-from pixel_jax.data.packed import Packing, bucket_shapes
+from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Room
+from pixel_jax.data.rooms import prompt_shape
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.synthesis import crop_call, final_answer
-from pixel_jax.data.traces import Shape
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.models.inputs import Visual
@@ -35,7 +35,7 @@ from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.rollout import static_shape
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
 from pixel_jax.training.batch import from_trajectories, with_patches
-from pixel_jax.training.origins import RowShape, origins
+from pixel_jax.training.origins import origins, room_of
 from pixel_jax.training.replay import Replay, ReplayConfig
 
 FLAGS = flags.FLAGS
@@ -93,12 +93,10 @@ class Learning:
         batch = from_trajectories(rows, advantage, np.array(rows.logprobs))
         found = origins(prompts, rows.calls, config, shape)
         batch = with_patches(batch, found)
-        canvas = prompts.canvases.room
+        canvas, room = prompts.canvases.room, room_of(batch.tokens.shape[1], prompts, shape)
         del prompts
         teaching = np.repeat(self.random.random(count) < 0.5, config.group_size)
-        selected = self.replay.select(
-            batch, teaching, RowShape(batch.tokens.shape[1], *canvas, shape.views, shape.patches)
-        )
+        selected = self.replay.select(batch, teaching, room)
         for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
             trained = self.replay.batch(selected[first : first + self.train_batch])
             canvases = Canvases(trained.visual.patches.images, canvas)
@@ -139,20 +137,20 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tu
     vocabulary = Vocabulary.of(build_tokenizer([system_prompt(), GUIDELINES["vcot"]]))
     token_tables, config = tables(vocabulary), RolloutConfig()
     if phase == "sft":
-        room = Shape(length=5120, frames=6, slices=6, patches=8000)
+        rooms = [BatchShape(tokens, 6, 6, 8000) for tokens in (3072, 4096, 5120)]
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             config,
-            bucket_shapes((3072, 4096), room),
+            rooms,
             size=batch,
             seed=0,
             report=report,
         )
         print(packing, flush=True)
         return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
-    asked = find_rooms(examples, Room(1, 2048, 2048, 2560), None, vocabulary, config, report)
+    asked = find_rooms(examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report)
     data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 

@@ -5,7 +5,8 @@ comes.
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, Report
-from pixel_jax.data.traces import WAVE, Row, Shape, TraceError, assemble, render, write_rows
+from pixel_jax.data.shapes import PACKED, BatchShape, cover
+from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query
@@ -24,20 +26,8 @@ from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.packing import first_fit, pack
 
 WINDOW = 4096  # traces that first fit looks at together: its work is quadratic
-PATCHES_PER_TOKEN = 8  # at most: four, and a video's token covers two frames
-
-
-def bucket_shapes(lengths: Sequence[int], largest: Shape) -> tuple[Shape, ...]:
-    """A room for every length, shortest first, the last being `largest`; ValueError unless they rise towards it.
-
-    A frame takes tokens in proportion to its patches, so short rows need no room for large ones.
-    """
-    rising = (*lengths, largest.length)
-    if list(rising) != sorted(set(rising)) or rising[0] < 1:
-        raise ValueError(f"buckets {tuple(lengths)} must rise and stay under the room of a trace, {largest.length}")
-    return tuple(
-        largest._replace(length=length, patches=min(largest.patches, PATCHES_PER_TOKEN * length)) for length in rising
-    )
+BY_HAND = "config.trace_tokens, config.trace_frames and config.trace_patches (of videos config.video_frames and \
+config.video_patches) say how much room there is; without them it is worked out"
 
 
 class Place(NamedTuple):
@@ -50,15 +40,13 @@ class Place(NamedTuple):
 class PackedOrder(BucketOrder[Place]):
     """The endless order of packed rows. Epoch e draws the order of traces, of packed rows and of batches from (seed, e)."""
 
-    def __init__(self, sizes: Sequence[Shape], buckets: Sequence[Shape], size: int, seed: int):
+    def __init__(self, sizes: Sequence[BatchShape], buckets: Sequence[BatchShape], size: int, seed: int):
         """`sizes`: what each trace takes; ValueError if one fits no bucket."""
-        self.sizes, self.room = np.array(sizes), np.array(buckets)  # [traces, 4], [buckets, 4]
+        self.sizes, self.room = np.array(sizes), np.array(buckets)  # [traces, 7], [buckets, 7]
         fits = (self.sizes[:, None] <= self.room).all(axis=-1)
         if not fits.any(axis=1).all():
             trace = int(np.argmin(fits.any(axis=1)))
-            raise ValueError(
-                f"trace {trace} takes {Shape(*sizes[trace])}, the buckets have {', '.join(map(str, buckets))}"
-            )
+            raise ValueError(no_room(f"trace {trace}", sizes[trace], buckets))
         self.bucket = fits.argmax(axis=1)
         super().__init__(self.packed, size, seed)
 
@@ -72,10 +60,14 @@ class PackedOrder(BucketOrder[Place]):
             rows = []
             for start in range(0, len(traces), WINDOW):
                 part = traces[start : start + WINDOW]
-                bins = first_fit(self.sizes[part, :3], room[:3])  # tokens, frames and slices add up; patches do not
+                bins = first_fit(self.sizes[part, :PACKED], room[:PACKED])
                 rows += [Place(bucket, tuple(int(part[i]) for i in row)) for row in bins]
             found.append([rows[i] for i in random.permutation(len(rows))])
         return found
+
+
+def no_room(name: str, need: BatchShape, shapes: Sequence[BatchShape]) -> str:
+    return f"{name} takes {need}; there is room for {', or '.join(map(str, shapes))} ({BY_HAND})"
 
 
 class Packing:
@@ -87,22 +79,30 @@ class Packing:
         vocabulary: Vocabulary,
         tables: Tables,
         config: RolloutConfig,
-        buckets: Sequence[Shape],
+        shapes: Sequence[BatchShape] | Callable[[BatchShape], float],
         *,
         size: int,
         seed: int,
         report: Report,
     ):
-        """Every trace is written out once. One that cannot be, or fits no bucket, is an error that names its example, or
-        is dropped and counted in `report`."""
-        self.config, self.buckets, self.size, self.seed = config, tuple(buckets), size, seed
+        """Every trace is written out once. One that cannot be, or fits no shape, is an error that names its example, or
+        is dropped and counted in `report`.
+
+        shapes: those of the rows; or what a row of a shape costs, by which they are worked out to hold all traces.
+        """
+        self.config, self.size, self.seed = config, size, seed
         self.examples: list[Example] = []
         self.rows: list[Row] = []
-        for example, row in zip(examples, _written(examples, vocabulary, tables, config, report), strict=True):
+        written = _written(examples, vocabulary, tables, config, report)
+        if callable(shapes):
+            needs = [row.shape for row in written if row is not None]
+            shapes = cover(needs, shapes, packed=True, least=size) if needs else ()
+        self.buckets = tuple(shapes)
+        for example, row in zip(examples, written, strict=True):
             if row is None:
                 continue
-            if not any((np.array(row.shape) <= bucket).all() for bucket in self.buckets):
-                why = f"{example.id} takes {row.shape}, the buckets have {', '.join(map(str, self.buckets))}"
+            if not any(bucket.holds(row.shape) for bucket in self.buckets):
+                why = no_room(example.id, row.shape, self.buckets)
                 if not report.drop:
                     raise TraceError(why)
                 report.dropped.append(why)
@@ -117,29 +117,25 @@ class Packing:
             raise TraceError(f"no trace is left. {report}")
         self.order = PackedOrder([row.shape for row in self.rows], self.buckets, size, seed)
 
-    def load(self, place: Place) -> Batch:
-        """The traces of a packed row with their pixels: a batch of one row, its frames no more than it has."""
+    def load(self, place: Place) -> tuple[BatchShape, Batch]:
+        """The traces of a packed row with their pixels: its shape, and a batch of one row, its frames no more than it has."""
         rows = [self.rows[i] for i in place.traces]
         frames = [render(row, self.examples[i].query().images) for row, i in zip(rows, place.traces, strict=True)]
-        tight = Shape(*np.max([row.shape for row in rows], axis=0).tolist())
-        room = self.buckets[place.bucket]
+        tight = BatchShape(*np.max([row.shape for row in rows], axis=0).tolist())
+        shape = self.buckets[place.bucket]
         alone = from_trajectories(assemble(rows, frames, self.config, tight))
-        return pack(alone, length=room.length, slices=room.slices)
+        return shape, pack(alone, length=shape.tokens, slices=shape.slices)
 
-    def collate(self, rows: Iterator[Batch], count: int) -> Batch:
-        """`count` packed rows of one bucket as a batch of that bucket's shape."""
+    def collate(self, rows: Iterator[tuple[BatchShape, Batch]], count: int) -> Batch:
+        """`count` packed rows of one shape as a batch of that shape."""
+        shape, first = next(rows)
 
         def room(like: Batch) -> Batch:
-            shape = next(
-                shape
-                for shape in self.buckets
-                if (shape.length, shape.slices) == (like.tokens.shape[1], like.visual.slices.shape[1])
-            )
             patches = like.visual.patches
-            patches = jax.ShapeDtypeStruct((count, shape.frames, shape.patches, patches.shape[-1]), patches.dtype)
+            patches = jax.ShapeDtypeStruct((count, shape.images, shape.patches, patches.shape[-1]), patches.dtype)
             return like._replace(visual=like.visual._replace(patches=patches))
 
-        return stack(rows, count, room)
+        return stack(itertools.chain([first], (batch for _, batch in rows)), count, room)
 
     def batches(self, process_index: int, process_count: int, **reading: int) -> Batches:
         """The endless batches; `reading`: `threads` and `ahead` of `Batches`."""
@@ -159,20 +155,25 @@ class Packing:
         """Batches that the rows of an epoch make."""
         return sum(map(len, self.order.packed(0))) / self.size
 
-    def padding(self) -> tuple[float, float]:
-        """Shares of padding among the tokens of an epoch: packed, and with every trace in a row of the largest bucket."""
+    def padding(self) -> dict[str, float]:
+        """Shares of padding in an epoch: among the tokens, among the patches that the vision tower is given, and among the
+        tokens if every trace had a row of the largest bucket to itself."""
+        rows = [len(places) for places in self.order.packed(0)]
+        room = lambda side: sum(count * side(bucket) for count, bucket in zip(rows, self.buckets, strict=True))
         tokens = self.order.sizes[:, 0]
-        packed = sum(len(rows) * room.length for rows, room in zip(self.order.packed(0), self.buckets, strict=True))
-        return 1 - tokens.sum() / packed, 1 - tokens.mean() / self.buckets[-1].length
+        longest = max(bucket.tokens for bucket in self.buckets)
+        return {
+            "tokens": 1 - tokens.sum() / room(lambda bucket: bucket.tokens),
+            "patches": 1 - sum(row.patches for row in self.rows) / room(lambda bucket: bucket.slices * bucket.patches),
+            "tokens without packing": 1 - tokens.mean() / longest,
+        }
 
     def __str__(self) -> str:
         rows = [len(x) for x in self.order.packed(0)]
         traces = np.bincount(self.order.bucket, minlength=len(rows))
-        parts = [
-            f"{a} traces in {b} rows of {c.length}" for a, b, c in zip(traces, rows, self.buckets, strict=True) if a
-        ]
-        packed, alone = self.padding()
-        return f"an epoch is {', '.join(parts)} tokens: {packed:.1%} padding, {alone:.1%} without packing"
+        parts = [f"{a} traces in {b} rows of {c}" for a, b, c in zip(traces, rows, self.buckets, strict=True) if a]
+        wasted = ", ".join(f"{share:.1%} of the {name}" for name, share in self.padding().items())
+        return f"an epoch is {'; '.join(parts)}; padding is {wasted}"
 
 
 def _written(

@@ -1,15 +1,16 @@
 """Prompts for reinforcement learning, in batches: questions in an endless random order, their images read ahead."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, Report
-from pixel_jax.data.rooms import Fit, Room, fit
+from pixel_jax.data.rooms import Fit, Measured, Place, places
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
@@ -18,51 +19,68 @@ from pixel_jax.rollout.trajectory import Prompts, Tables
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it
 
+BY_HAND = (
+    "config.canvas and config.prompt_width (of videos config.video_canvas and config.video_prompt_width) say how much \
+room there is; without them it is worked out"
+)
+MEASURED = "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures are"
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """A question that has a room."""
 
     example: Example
-    room: Room
+    room: BatchShape
     fit: Fit
 
 
 def find_rooms(
     examples: Sequence[Example],
-    room: Room,
-    video_room: Room | None,
+    shapes: Sequence[BatchShape] | Measured,
     vocabulary: Vocabulary,
     config: RolloutConfig,
     report: Report,
 ) -> list[Asked]:
-    """Every question in `room`, or in `video_room` (unless that is None) if it is about a video, by the sizes of its images.
+    """Every question in one of the `shapes`, given or worked out, by the sizes of its images.
 
     Larger images are made smaller, which `report` counts. A question that fits nowhere is an error that names its example,
     or is dropped and counted.
     """
-
-    def place(example: Example) -> Asked | ValueError:
-        given = video_room if example.video and video_room is not None else room
-        try:
-            return Asked(example, given, fit(example.outline(), given, vocabulary, config))
-        except ValueError as error:  # a PromptError, a file that cannot be read, sides that no size fits
-            return error
-
     asked = []
-    with ThreadPoolExecutor() as pool:
-        for example, found in zip(examples, pool.map(place, examples), strict=True):
-            if isinstance(found, Asked):
-                asked.append(found)
-                if found.fit.scale < 1.0:
-                    report.mended["a picture was made smaller to fit its room"] += 1
-            elif report.drop:
-                report.dropped.append(f"{example.id}: {found}")
-            else:
-                raise PromptError(f"{example.id}: {found}") from found
+    found = places([example.outline for example in examples], shapes, vocabulary, config)
+    for example, place in zip(examples, found, strict=True):
+        if isinstance(place, Place):
+            asked.append(Asked(example, *place))
+            if place.fit.scale < 1.0:
+                report.mended["a picture was made smaller to fit its room"] += 1
+            continue
+        why = f"{example.id}: {place}"
+        if isinstance(place, PromptError):
+            why += f" ({MEASURED if isinstance(shapes, Measured) else BY_HAND})"
+        if not report.drop:
+            raise PromptError(why) from place
+        report.dropped.append(why)
     if not asked:
         raise PromptError(f"no question is left. {report}")
     return asked
+
+
+def padding(asked: Sequence[Asked]) -> dict[str, float]:
+    """Shares of padding among the tokens of the prompts and the patches of their pictures."""
+    rooms = [x.room for x in asked]
+    return {
+        "tokens": 1 - sum(x.fit.tokens for x in asked) / sum(room.tokens for room in rooms),
+        "patches": 1 - sum(x.fit.patches for x in asked) / sum(room.images * room.patches for room in rooms),
+    }
+
+
+def rooms_of(asked: Sequence[Asked]) -> str:
+    """How many questions there are of which shape, and how much of it is padding."""
+    counts = collections.Counter(x.room for x in asked)
+    parts = [f"{count} in prompts of {room}" for room, count in counts.items()]
+    wasted = ", ".join(f"{share:.1%} of the {name}" for name, share in padding(asked).items())
+    return f"{'; '.join(parts)}; padding is {wasted}"
 
 
 def question_batches(
@@ -85,7 +103,7 @@ def question_batches(
 
     def load(i: int) -> tuple[Prompts, Example, Sizes]:
         example, room = asked[i].example, asked[i].room
-        whole, canvas = example.query(), room[:3]
+        whole, canvas = example.query(), (room.images, room.height, room.width)
         query = asked[i].fit.apply(whole)
         prompt = build_prompts([query], vocabulary, tables, config, width=room.tokens, canvas=canvas)
         return prompt._replace(tables=None), example, [image.shape[:2] for image in whole.images]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.dialog import automaton
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
@@ -38,15 +39,6 @@ class Trace(NamedTuple):
     query: Query
     turns: tuple[Turn, ...]
     answer: str  # the reference, for scoring
-
-
-class Shape(NamedTuple):
-    """Static room of a row: one compilation of the training step for each."""
-
-    length: int  # tokens
-    frames: int  # frame patches F
-    slices: int  # temporal slices S, and at most as many items
-    patches: int  # of a frame, P
 
 
 class TraceError(ValueError):
@@ -133,9 +125,14 @@ class Row:
         return ids if turn.executed is None else vocabulary.encode(turn.executed)
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BatchShape:
         """The room that the row takes."""
-        return Shape(len(self.ids), len(self.views), len(self.slices), max(view.patches for view in self.views))
+        return BatchShape(len(self.ids), len(self.views), len(self.slices), max(view.patches for view in self.views))
+
+    @property
+    def patches(self) -> int:
+        """Of all slices: what the vision tower has to encode."""
+        return sum(self.views[first].patches for first, _ in self.slices)
 
 
 def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -239,7 +236,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
 
 
 def to_trajectories(
-    traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, shape: Shape
+    traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, shape: BatchShape
 ) -> Trajectories:
     """One row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
@@ -249,14 +246,14 @@ def to_trajectories(
 
 
 def assemble(
-    rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: Shape
+    rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
 ) -> Trajectories:
     """Rows and their rendered frames as arrays; a row that does not fit `shape` is a `TraceError`."""
     count, numbers = len(rows), config.max_calls + 1
-    tokens = np.zeros((count, shape.length), np.int32)
-    valid, chosen = np.zeros((2, count, shape.length), bool)
+    tokens = np.zeros((count, shape.tokens), np.int32)
+    valid, chosen = np.zeros((2, count, shape.tokens), bool)
     visual = Visual(
-        patches=np.zeros((count, shape.frames, shape.patches, 3 * PATCH**2), np.uint8),
+        patches=np.zeros((count, shape.images, shape.patches, 3 * PATCH**2), np.uint8),
         slices=np.full((count, shape.slices, 2), -1, np.int32),
         grids=np.zeros((count, shape.slices, 3), np.int32),
         seconds=np.zeros((count, shape.slices), np.float32),
@@ -269,8 +266,8 @@ def assemble(
     for i, row in enumerate(rows):
         takes = row.shape
         for name, have, room in (
-            ("tokens", takes.length, shape.length),
-            ("frames", takes.frames, shape.frames),
+            ("tokens", takes.tokens, shape.tokens),
+            ("pictures", takes.images, shape.images),
             ("slices", takes.slices, shape.slices),
             ("patches", takes.patches, shape.patches),
             ("calls", len(row.calls), config.max_calls),

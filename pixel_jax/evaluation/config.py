@@ -27,14 +27,14 @@ RELEASED = RolloutConfig(
     crop_max_pixels=5120 * FACTOR**2,
     select_max_pixels=512 * FACTOR**2,
 )
-PICTURES: tuple[Bucket, ...] = ((1, 1024, 1024, 2304), (1, 2304, 2304, 6144), (1, 4096, 4096, 6144))
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
     """One benchmark: its files, its scorer, and the static shapes its questions are run in.
 
-    A question runs in the first bucket that holds it; pictures that none holds are made smaller, which is counted.
+    A question runs in the first bucket that holds it; pictures that none holds are made smaller, which is counted. Without
+    buckets they are worked out from the sizes of the pictures and the words of the questions.
     """
 
     format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "prepared", "jsonl"]  # `pixel_jax.evaluation.benchmarks`
@@ -46,12 +46,13 @@ class BenchmarkConfig:
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
     sample: int | None = None  # so many questions, drawn at random
     scorer: ScorerConfig = ScorerConfig()
-    buckets: tuple[Bucket, ...] = PICTURES  # (images, height and width of the largest, tokens of the prompt) of each
+    # (images, height and width of the largest, tokens of the prompt) of each. None: worked out from the questions.
+    buckets: tuple[Bucket, ...] | None = None
     max_side: int = 3584  # `RolloutConfig.max_side`: pictures much longer than wide need more
 
     def __post_init__(self):
         positive(self, "sample", "max_side")
-        if not self.buckets or any(min(bucket) < 1 for bucket in self.buckets):
+        if self.buckets is not None and not (self.buckets and all(min(bucket) > 0 for bucket in self.buckets)):
             raise ValueError(f"buckets are (images, height, width, tokens), all positive: {self.buckets}")
 
 

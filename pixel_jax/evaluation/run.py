@@ -1,27 +1,31 @@
 """A model answers a benchmark: batches of static shape, answers scored, a record a question."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Fit, Room, fit
+from pixel_jax.data.rooms import Measured, Place, places, prompt_shape
+from pixel_jax.data.shapes import BatchShape, training_work
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Bucket, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.identity import RunError, settle
+from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
+from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
@@ -29,13 +33,6 @@ from pixel_jax.training.progress import Progress
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 
 LOADERS = 8  # threads that decode images
-
-
-class Place(NamedTuple):
-    """Where a question runs, and how it fits in there."""
-
-    bucket: Bucket
-    fit: Fit
 
 
 def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutConfig:
@@ -50,29 +47,19 @@ def guidelines(mode: Mode) -> str:
     return "notool" if mode == "none" else "vcot"
 
 
-def place(
-    question: Question, buckets: Sequence[Bucket], vocabulary: Vocabulary, config: RolloutConfig, mode: Mode
-) -> Place:
-    """The first bucket that holds `question` as it is; else the one that holds it with the largest pictures.
+def outline(question: Question) -> Query:
+    """`question` with pictures of the right sizes and no pixels."""
+    pictures = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
+    return Query(question.question, pictures, question.is_video, question.seconds or 1.0)
 
-    PromptError: too many images, too long a text or too long a picture for every bucket. ImageError: one is broken.
-    """
-    outline = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
-    query = Query(question.question, outline, question.is_video, question.seconds or 1.0)
-    best, why = None, ""
-    for bucket in buckets:
-        try:
-            found = fit(query, Room(*bucket), vocabulary, config, guidelines(mode))
-        except ValueError as error:
-            why = str(error)
-            continue
-        if best is None or found.scale > best.fit.scale:
-            best = Place(bucket, found)
-        if found.scale == 1.0:
-            break
-    if best is None:
-        raise PromptError(f"question {question.id!r} cannot be asked: {why}")
-    return best
+
+def shapes_of(
+    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
+) -> Sequence[BatchShape] | Measured:
+    """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
+    if buckets is None:
+        return Measured(training_work(network), batch, device_memory() // PICTURES)
+    return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 
 def about(index: int, question: Question) -> dict[str, Any]:
@@ -187,41 +174,39 @@ def evaluate(
     n = limits.group_size
 
     with ThreadPoolExecutor(LOADERS) as pool:
-
-        def find(i: int) -> Place | PromptError | ImageError:
-            try:
-                return place(questions[i], benchmark.buckets, vocabulary, limits, mode)
-            except (PromptError, ImageError) as error:
-                return error
-
-        found = dict(zip(todo, pool.map(find, todo), strict=True))
-        places = {i: x for i, x in found.items() if isinstance(x, Place)}
+        shapes = shapes_of(benchmark.buckets, limits, model.config, batch)
+        # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
+        wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
+        asked = [functools.partial(outline, questions[i]) for i in wanted]
+        found = dict(zip(wanted, places(asked, shapes, vocabulary, limits, guidelines(mode)), strict=True))
+        found = {i: found[i] for i in todo}
+        placed = {i: x for i, x in found.items() if isinstance(x, Place)}
         keep_records = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
-        keep_records(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in places)
+        keep_records(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
         batches = [
             some[start : start + batch]
-            for bucket in benchmark.buckets
-            for some in [[i for i in todo if i in places and places[i].bucket == bucket]]
+            for shape in dict.fromkeys(x.shape for x in placed.values())
+            for some in [[i for i in todo if i in placed and placed[i].shape == shape]]
             for start in range(0, len(some), batch)
         ]
 
         def load(i: int) -> Query | ImageError:
             try:
-                return places[i].fit.apply(questions[i].query())
+                return placed[i].fit.apply(questions[i].query())
             except ImageError as error:
                 return error
 
         def answer(queries: dict[int, Query]) -> list[dict[str, Any]]:
             some, shown = list(queries), list(queries.values())
-            *canvas, width = places[some[0]].bucket
+            shape = placed[some[0]].shape
             spare = batch - len(some)  # repeats of the last question keep the shape
             prompts = build_prompts(
                 shown + shown[-1:] * spare,
                 vocabulary,
                 token_tables,
                 limits,
-                width=width,
-                canvas=tuple(canvas),
+                width=shape.tokens,
+                canvas=(shape.images, shape.height, shape.width),
                 uids=some + some[-1:] * spare,
                 guidelines=guidelines(mode),
             )
@@ -237,7 +222,7 @@ def evaluate(
                 rows = range(at * n, (at + 1) * n)
                 mine = {name: values[rows.start : rows.stop] for name, values in scores.items()}
                 entry = record(i, questions[i], t, rows, texts[rows.start : rows.stop], mine)
-                found.append({**entry, "shrunk": places[i].fit.scale < 1.0})
+                found.append({**entry, "shrunk": placed[i].fit.scale < 1.0})
                 if i in keep:
                     made = traces.make_trace(
                         t,
@@ -254,7 +239,7 @@ def evaluate(
                     traces.save(directory / "traces" / f"{i}.json", [made])
             return found
 
-        progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(places)
+        progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(placed)
         read = lambda number: [pool.submit(load, i) for i in batches[number]] if number < len(batches) else []
         ahead = read(0)
         for number, some in enumerate(batches):

@@ -3,7 +3,7 @@
 from pixel_jax.ops.crop_resize import crop_resize
 from pixel_jax.ops.host_crop_resize import host_crop_resize
 from pixel_jax.ops.patchify import FRAME_PATCH, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, patchify, pixel_values
-from pixel_jax.ops.smart_resize import smart_resize
+from pixel_jax.ops.smart_resize import most_pixels, smart_resize
 from pixel_jax.ops.video import gather_frames, sample_frames, temporal_slices
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "crop_resize",
     "gather_frames",
     "host_crop_resize",
+    "most_pixels",
     "patchify",
     "pixel_values",
     "sample_frames",

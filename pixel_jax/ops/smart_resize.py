@@ -44,6 +44,18 @@ def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels
     return _host(operator.index(height), operator.index(width), factor, min_pixels, max_pixels)
 
 
+def most_pixels(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> int:
+    """The most pixels that `smart_resize` makes of a picture of at most this height and width.
+
+    A bound, not always reached: what is enlarged to `min_pixels` has each side rounded up, which matters most where it is
+    `MAX_RATIO` times as long as wide. What `factor` makes larger than `max_pixels` all the same is not counted.
+    """
+    rounded = round(height / factor) * round(width / factor)
+    side = math.sqrt(min_pixels) / factor
+    enlarged = math.ceil(side**2 + side * (math.sqrt(MAX_RATIO) + 1 / math.sqrt(MAX_RATIO)) + 1)
+    return min(max_pixels // factor**2, max(rounded, enlarged)) * factor**2
+
+
 def _sides(name: str, values) -> jax.Array:
     """int32, and what does not fit there as the side that is too long."""
     values = integers(name, values)

@@ -63,6 +63,7 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError("--configured: the config has no mesh, so its runs are on one device")
     if FLAGS.video:
         config = of_videos(config)
+    check_shapes(config)
     recipe = dataclasses.replace(read_recipe(config, console), configured=FLAGS.configured)
     if unknown := set(FLAGS.steps) - set(recipe.steps):
         raise UserError(f"this config has no step {sorted(unknown)[0]!r}; it has {', '.join(recipe.steps)}")
@@ -111,6 +112,17 @@ def of_videos(config):
     if None in room.values():
         raise UserError(f"--video: config.{names[[*room][[*room.values()].index(None)]]} is not set")
     return dataclasses.replace(config, **room)
+
+
+def check_shapes(config) -> None:
+    """UserError: the config leaves to the data how large batches are; a plan reads none."""
+    from pixel_jax.cli import UserError
+
+    needed = {"sft": ("trace_tokens", "trace_frames", "trace_patches"), "rl": ("canvas", "prompt_width")}
+    for phase, names in needed.items():
+        lacking = [f"config.{name}" for name in names if getattr(config, name) is None]
+        if getattr(config, phase) is not None and lacking:
+            raise UserError(f"a plan reads no data, from which shapes are worked out: give {', '.join(lacking)}")
 
 
 def read_recipe(config, console):

@@ -19,7 +19,7 @@ from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.queue import read_together
 from pixel_jax.rollout.rollout import compiled_rollout, traced
 from pixel_jax.rollout.trajectory import Prompts, Tables
@@ -175,9 +175,8 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 
 def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
     """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
-    config, video = recipe.config.rl.rollout, recipe.config.canvas[0] > 1
-    shown = config.video_max_pixels if video else config.max_pixels
-    return machine.Shape(views=8 if video else 1, shards=shards, patches=4 * (shown // FACTOR**2))
+    images, *canvas = recipe.config.canvas
+    return machine.Shape.of(tuple(canvas), recipe.config.rl.rollout, shards, still=images == 1, video=images > 1)
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:

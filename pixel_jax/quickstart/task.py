@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.traces import WAVE, Shape, Trace, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import make_trace
@@ -71,7 +72,7 @@ class Task:
         # A trace may look more often than a rollout, whose length is what an update costs.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=rows.MOST_CALLS)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        wide = Shape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
+        wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
         made = []
         with ThreadPoolExecutor(1) as pool:  # one wave is cut out (which holds no lock) while the next is drawn
             ready = None

@@ -17,7 +17,7 @@ from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.ops import patchify
+from pixel_jax.ops import most_pixels, patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.operations import Gallery, add_to_gallery, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
@@ -45,6 +45,18 @@ class Shape(NamedTuple):
     shards: int  # parts of the mesh that rows are split over
     patches: int  # room for the patches of one image of a prompt, or frame
     pixels: bool = True  # whether patches are kept: else the trajectories tell where they were cut from (`sight.py`)
+    observed: int | None = None  # room for the patches of one image of an observation; None: the most the config allows
+
+    @classmethod
+    def of(cls, canvas: tuple[int, int], config: RolloutConfig, shards: int, *, still: bool, video: bool) -> "Shape":
+        """Of prompts whose images, or frames, lie in a canvas (height, width): with no room for what cannot be cut out of it."""
+
+        def most(kind: str) -> int:
+            low, high = getattr(config, f"{kind}min_pixels"), getattr(config, f"{kind}max_pixels")
+            return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
+
+        shown = [most("")] * still + [most("video_")] * video
+        return cls(8 if video else 1, shards, max(shown), observed=max([most("crop_")] + [most("select_")] * video))
 
 
 class Shared(NamedTuple):
@@ -83,10 +95,10 @@ class State(NamedTuple):
 
 def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
     """The budgets of what prompts show, images or frames of videos, and of observations."""
-    seen = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
-    overview = Budget(max(config.max_pixels, config.video_max_pixels), config.max_side, shape.patches)
-    # Room of its own: a crop may show a quarter of what an overview does.
-    return overview, Budget(seen, config.max_side, 4 * (seen // FACTOR**2))
+    most = config.crop_max_pixels if shape.views == 1 else max(config.crop_max_pixels, config.select_max_pixels)
+    observed = 4 * (most // FACTOR**2) if shape.observed is None else shape.observed
+    # Room of their own: a crop may show a quarter of what an overview does.
+    return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.patches, observed))
 
 
 def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:

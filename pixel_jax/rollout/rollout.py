@@ -148,6 +148,8 @@ def host_rollout(
     if tool is not None and vocabulary is None:
         raise ValueError("a tool of one's own reads and writes text: pass the vocabulary too")
     mesh, shape = layout(model, prompts, config)
+    if tool is not None:  # which may show more than can be cut out of the prompt's images
+        shape = shape._replace(observed=None)
     prompts = place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         layers = _unstack(model)
@@ -244,9 +246,8 @@ def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> 
     video, still = bool(np.any(is_video)), not bool(np.all(is_video))
     if mesh is not None:
         video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
-    seen = [config.max_pixels] * still + [config.video_max_pixels] * video
     shards = 1 if mesh is None else row_parts(mesh)
-    return Shape(views=8 if video else 1, shards=shards, patches=4 * (max(seen) // FACTOR**2))
+    return Shape.of(prompts.canvases.shape[2:4], config, shards, still=still, video=video)
 
 
 def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:

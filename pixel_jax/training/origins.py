@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.parallel.sharding import ROWS, constrain, place_rows, shard_batch
 from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
@@ -25,17 +26,6 @@ class Origins(NamedTuple):
     views: Views
 
 
-class RowShape(NamedTuple):
-    """The static shape of a rollout's rows; rows of one update are of one room."""
-
-    tokens: int
-    canvases: int
-    height: int
-    width: int
-    views: int
-    patches: int
-
-
 def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape) -> Origins:
     """Of the rows of B prompts, all on the host. TypeError: the prompts' canvases are no `Canvases`."""
     if not isinstance(prompts.canvases, Canvases):
@@ -47,10 +37,16 @@ def origins(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape)
     return Origins(np.repeat(images, len(calls.observation) // len(images)), jax.tree.map(np.asarray, views))
 
 
-def see(rows: Batch, room: RowShape, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
+def room_of(tokens: int, prompts: Prompts, shape: Shape) -> BatchShape:
+    """Of the rows of so many tokens that a rollout made of `prompts`. Rows of one update are of one room."""
+    images, height, width = prompts.canvases.shape[1:4]
+    return BatchShape(tokens, images, images, shape.patches, height, width, shape.views)
+
+
+def see(rows: Batch, room: BatchShape, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
     """The patches uint8 [R, K, P, 588] of host rows with `Origins`, on the devices, split as the rows will be."""
     images, views = rows.visual.patches
-    canvases = Canvases(images, (room.canvases, room.height, room.width))
+    canvases = Canvases(images, (room.images, room.height, room.width))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         placed = place_rows(canvases.__getitem__, len(images), mesh)
         views = views if mesh is None else shard_batch(views, mesh)

@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 
 from pixel_jax.config import positive
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
@@ -18,7 +19,7 @@ from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import Batch, take, with_patches
 from pixel_jax.training.checkpoint import rejoin, separate
-from pixel_jax.training.origins import Origins, RowShape
+from pixel_jax.training.origins import Origins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Entry(NamedTuple):
 
     advantage: float
     owner: int  # which share of the processes has it
-    room: RowShape
+    room: BatchShape
     row: Batch | None  # with `Origins`; None: it lies with others
 
 
@@ -66,14 +67,14 @@ class Replay:
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self, room: RowShape) -> np.ndarray:
+    def probabilities(self, room: BatchShape) -> np.ndarray:
         """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
         All zero if no row has any."""
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
         weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Batch, informative: np.ndarray, room: RowShape) -> list[Entry] | None:
+    def select(self, rows: Batch, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
         """As many rows as were rolled out (so that the number of steps is constant), in random order.
 
         `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
@@ -86,16 +87,16 @@ class Replay:
             self.rows.clear()  # at once: the next rollout needs the memory
         return chosen
 
-    def entries(self, rows: Batch, which: Iterable[int], room: RowShape) -> list[Entry]:
+    def entries(self, rows: Batch, which: Iterable[int], room: BatchShape) -> list[Entry]:
         """The rows `which` (numbers among those of all processes) of `rows`, this process's share, to be trained on."""
         advantage = all_rows(np.asarray(rows.advantage), self.part)
         return [self._entry(rows, i, advantage, room) for i in which]
 
-    def _entry(self, rows: Batch, i: int, advantage: np.ndarray, room: RowShape, keep=lambda row: row) -> Entry:
+    def _entry(self, rows: Batch, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
         owner, at = divmod(int(i), rows.tokens.shape[0])
         return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
 
-    def _select(self, rows: Batch, informative: np.ndarray, room: RowShape) -> list[Entry] | None:
+    def _select(self, rows: Batch, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
         wanted = len(informative)
         advantage = all_rows(np.asarray(rows.advantage), self.part)
 
@@ -164,7 +165,7 @@ class Replay:
         facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
         for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
             row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
-            self.rows.append(Entry(advantage, now, RowShape(*room), row if now == self.part.index else None))
+            self.rows.append(Entry(advantage, now, BatchShape(*room), row if now == self.part.index else None))
 
 
 def side_by_side(rows: Sequence[Batch]) -> Batch:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.parallel.sharding import all_rows, local_rows
 from pixel_jax.rollout.machine import Shape
 from pixel_jax.rollout.rollout import rollout, static_shape
@@ -24,7 +25,7 @@ from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
-from pixel_jax.training.origins import RowShape, origins, see
+from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.packing import pack_rows
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Entry
@@ -55,10 +56,9 @@ class Collected(NamedTuple):
     facts: Mapping[str, float] = {}  # for the metrics
 
     @property
-    def room(self) -> RowShape:
-        """The static shape of a row: rows of one update are of one room."""
-        tokens, canvases = self.trajectories.tokens.shape[1], self.questions.prompts.canvases.shape[1:4]
-        return RowShape(tokens, *canvases, self.shape.views, self.shape.patches)
+    def room(self) -> BatchShape:
+        """Of the rows: those of one update are of one room."""
+        return room_of(self.trajectories.tokens.shape[1], self.questions.prompts, self.shape)
 
 
 class Scored(NamedTuple):

@@ -10,31 +10,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixel_jax.data.example import Report
-from pixel_jax.data.packed import PackedOrder, Packing, bucket_shapes
+from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.traces import Shape, TraceError, to_trajectories
+from pixel_jax.data.shapes import BatchShape, bucket_shapes
+from pixel_jax.data.traces import TraceError, to_trajectories
 from pixel_jax.training.batch import from_trajectories
 from tests.data import released_files as files
 from tests.rollout import talker
 
-LARGEST = Shape(length=1024, frames=6, slices=6, patches=16)
+LARGEST = BatchShape(tokens=1024, images=6, slices=6, patches=16)
 
 
 def test_buckets():
     assert bucket_shapes((), LARGEST) == (LARGEST,)
     small = bucket_shapes((1, 512), LARGEST)
-    assert [x.length for x in small] == [1, 512, 1024] and [x.patches for x in small] == [8, 16, 16]
+    assert [x.tokens for x in small] == [1, 512, 1024] and [x.patches for x in small] == [8, 16, 16]
     for lengths in ((512, 256), (512, 512), (0,), (1024,)):
         with pytest.raises(ValueError, match="must rise and stay under the room of a trace, 1024"):
             bucket_shapes(lengths, LARGEST)
 
 
 SIZES = st.lists(
-    st.builds(Shape, st.integers(1, 40), st.integers(1, 4), st.integers(1, 4), st.integers(1, 9)),
+    st.builds(BatchShape, *map(st.integers, (1, 1, 1, 1), (40, 4, 4, 9)), *map(st.just, (0, 0, 1))),
     min_size=1,
     max_size=30,
 )
-BUCKETS = (Shape(10, 4, 4, 5), Shape(20, 4, 4, 9), Shape(40, 4, 4, 9))
+BUCKETS = (BatchShape(10, 4, 4, 5), BatchShape(20, 4, 4, 9), BatchShape(40, 4, 4, 9))
 
 
 @given(SIZES, st.integers(1, 5), st.integers(0, 3))
@@ -62,7 +63,7 @@ def test_every_epoch_has_every_trace_once(sizes, size, seed):
 
 def test_the_same_row_whoever_asks_and_whenever():
     random = np.random.default_rng(0)
-    sizes = [Shape(int(x), 1, 1, 1) for x in random.integers(1, 41, 50)]
+    sizes = [BatchShape(int(x), 1, 1, 1) for x in random.integers(1, 41, 50)]
     make = lambda seed=0: PackedOrder(sizes, BUCKETS, 4, seed)
     straight = make()
     rows = [straight[i] for i in range(400)]
@@ -70,8 +71,10 @@ def test_the_same_row_whoever_asks_and_whenever():
     jumping = make()
     assert all(jumping[int(i)] == rows[i] for i in random.permutation(400)[:60])
     assert rows != [make(1)[i] for i in range(400)]
-    with pytest.raises(ValueError, match="trace 1 takes Shape.length=41"):
-        PackedOrder([sizes[0], Shape(41, 1, 1, 1)], BUCKETS, 4, 0)
+    with pytest.raises(
+        ValueError, match="trace 1 takes 41 tokens and 1 picture, 1 patches each; there is room for 10 tokens"
+    ):
+        PackedOrder([sizes[0], BatchShape(41, 1, 1, 1)], BUCKETS, 4, 0)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,7 @@ def test_packed_rows_are_the_traces(packed, examples):
         talker.vocabulary(),
         talker.token_tables(),
         talker.CONFIG,
-        LARGEST._replace(length=2048),
+        LARGEST._replace(tokens=2048),
     )
     for place in rows:
         batch = packed.collate(iter([packed.load(place)]), 1)
@@ -127,8 +130,8 @@ def test_packed_rows_are_the_traces(packed, examples):
         for ours, theirs in zip(chosen_and_seen(batch), chosen_and_seen(expected), strict=True):
             assert ours == theirs
         room = packed.buckets[place.bucket]
-        assert batch.tokens.shape == (1, room.length) and batch.visual.slices.shape == (1, room.slices, 2)
-        assert batch.visual.patches.shape[:3] == (1, room.frames, room.patches)
+        assert batch.tokens.shape == (1, room.tokens) and batch.visual.slices.shape == (1, room.slices, 2)
+        assert batch.visual.patches.shape[:3] == (1, room.images, room.patches)
 
 
 def first(packed, count, index=0, processes=1, state=None):
@@ -159,17 +162,25 @@ def test_batches_resume_anywhere_and_are_shared_by_processes(packed):
 
 def test_padding_is_reported(packed):
     tokens = sum(len(row.ids) for row in packed.rows)
-    room = sum(packed.buckets[place.bucket].length for bucket in packed.order.rows(0) for place in bucket)
-    share, alone = packed.padding()
-    assert share == pytest.approx(1 - tokens / room) and alone == pytest.approx(1 - tokens / len(packed.rows) / 1024)
-    assert share < alone and f"{share:.1%} padding, {alone:.1%} without packing" in str(packed)
+    room = sum(packed.buckets[place.bucket].tokens for bucket in packed.order.rows(0) for place in bucket)
+    share = packed.padding()
+    alone = share["tokens without packing"]
+    assert share["tokens"] == pytest.approx(1 - tokens / room)
+    assert alone == pytest.approx(1 - tokens / len(packed.rows) / 1024)
+    seen = sum(t * h * w for row in packed.rows for t, h, w in row.grids)
+    room = sum(packed.buckets[place.bucket][2] * 16 for bucket in packed.order.rows(0) for place in bucket)
+    assert share["patches"] == pytest.approx(1 - seen / room)
+    said = (
+        f"{share['tokens']:.1%} of the tokens, {share['patches']:.1%} of the patches, {alone:.1%} of the tokens without"
+    )
+    assert share["tokens"] < alone and said in str(packed)
     assert "12 traces" in str(packing(packed.examples, ())[0])
 
 
 def test_what_has_no_room_is_an_error_or_dropped_and_counted(examples):
     longest = max(len(row.ids) for row in packing(examples)[0].rows)
-    tight = LARGEST._replace(length=longest - 1)
-    with pytest.raises(TraceError, match=rf"SA1B-1-1 takes Shape\(length={longest}, .*the buckets have"):
+    tight = LARGEST._replace(tokens=longest - 1)
+    with pytest.raises(TraceError, match=rf"SA1B-1-1 takes {longest} tokens .*there is room for .*config.trace_tokens"):
         packing(examples, (), largest=tight)
     made, report = packing(examples, (), drop=True, largest=tight)
     assert len(made.examples) == 9 and len(report.dropped) == 3

@@ -12,7 +12,7 @@ from PIL import Image
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Room, fit
+from pixel_jax.data.rooms import fit, prompt_shape
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts, prompt_tokens
 from tests.data import released_files as files
@@ -26,9 +26,14 @@ def examples(tmp_path_factory):
     return read_examples(files.write_questions(tmp_path_factory.mktemp("questions")), turns=False)[0]
 
 
+def both(*room, config=talker.CONFIG):
+    """The same room for pictures and for videos."""
+    return [prompt_shape(*room, config, video=video) for video in (False, True)]
+
+
 def first(examples, index=0, processes=1, size=4, config=talker.CONFIG):
     data = question_batches(
-        find_rooms(examples, Room(*CANVAS, WIDTH), None, talker.vocabulary(), config, Report("here")),
+        find_rooms(examples, both(*CANVAS, WIDTH, config=config), talker.vocabulary(), config, Report("here")),
         talker.vocabulary(),
         talker.token_tables(),
         config,
@@ -58,8 +63,11 @@ def test_a_batch_is_what_build_prompts_makes_of_its_questions(examples):
             canvas=CANVAS,
         )
         jax.tree.map(np.testing.assert_array_equal, prompts, expected)
-        seen += [x.id for x in asked]
-    assert all(sorted(seen[i : i + 3]) == sorted(x.id for x in examples) for i in range(0, 12, 3))
+        (video,) = {x.video for x in asked}  # kinds are asked apart, each as often as it comes up
+        alike = [x.id for x in examples if x.video == video]
+        assert sorted(x.id for x in asked) == sorted(alike * (4 // len(alike)))
+        seen.append(video)
+    assert set(seen) == {False, True}
 
 
 def test_processes_build_the_parts(examples):
@@ -88,7 +96,8 @@ def tokens(query, config=LARGE):
 def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
     """The canvas, the tokens left by the question and the longest side shown are kept, and the picture's shape."""
     text = tokens(outline((28, 28), question="?" * words)) - 1
-    room, query = Room(1, 112, 168, TEXT + 26), outline((height, width), question="?" * words)
+    room = prompt_shape(1, 112, 168, TEXT + 26, LARGE, video=False)
+    query = outline((height, width), question="?" * words)
     if text >= room.tokens:
         with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {room.tokens}"):
             fit(query, room, talker.vocabulary(), LARGE)
@@ -110,6 +119,12 @@ def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
     assert shrunk.images[0].shape == (high, wide, 3) and (shrunk.images[0] == 7).all()
 
 
+ROOMS = (
+    prompt_shape(1, 192, 192, 96, talker.CONFIG, video=False),
+    prompt_shape(4, 64, 64, 128, talker.CONFIG, video=True),
+)
+
+
 def some_examples(tmp_path):
     """Two questions about images, one of them large, one about two frames, and one about nothing that can be read."""
     sizes = {"a": (40, 60), "b": (700, 500), "c": (40, 60), "d": (40, 60)}
@@ -121,8 +136,8 @@ def some_examples(tmp_path):
 
 
 def test_every_question_has_a_room_or_is_counted(tmp_path):
-    rooms = Room(1, 192, 192, 96), Room(4, 64, 64, 128)
-    given = some_examples(tmp_path), *rooms, talker.vocabulary(), talker.CONFIG
+    rooms = ROOMS
+    given = some_examples(tmp_path), rooms, talker.vocabulary(), talker.CONFIG
     with pytest.raises(PromptError, match=r"broken: .*broken.png cannot be read"):
         find_rooms(*given, Report("here"))
     report = Report("here", drop=True)
@@ -132,20 +147,24 @@ def test_every_question_has_a_room_or_is_counted(tmp_path):
     assert len(report.dropped) == 1 and report.dropped[0].startswith("broken: ")
     with pytest.raises(PromptError, match="no question is left. here: 1 rows dropped"):
         find_rooms(given[0][3:], *given[1:], Report("here", drop=True))
-    # Without a room of their own, videos take the one there is.
-    with pytest.raises(PromptError, match="clip: 2 images are more than the 1 there is room for"):
-        find_rooms(given[0][2:3], rooms[0], None, *given[3:], Report("here"))
+    with pytest.raises(PromptError, match="clip: 2 images are more than the 1 there is room for .config.canvas and"):
+        find_rooms(given[0][2:3], both(1, 192, 192, 96), *given[2:], Report("here"))
+    with pytest.raises(PromptError, match="clip: there is no room for videos"):
+        find_rooms(given[0][2:3], rooms[:1], *given[2:], Report("here"))
 
 
 def test_a_batch_is_of_one_room(tmp_path):
-    rooms = Room(1, 192, 192, 96), Room(4, 64, 64, 128)
-    asked = find_rooms(some_examples(tmp_path)[:3], *rooms, talker.vocabulary(), talker.CONFIG, Report("here"))
+    rooms = ROOMS
+    asked = find_rooms(some_examples(tmp_path)[:3], rooms, talker.vocabulary(), talker.CONFIG, Report("here"))
     data = question_batches(asked, talker.vocabulary(), talker.token_tables(), talker.CONFIG, size=2, seed=0, threads=1)
     kinds = set()
     for prompts, asked, _ in (next(data) for _ in range(8)):
         assert len(set(prompts.is_video.tolist())) == 1 and len(asked) == 2
         room = rooms[int(prompts.is_video[0])]
-        assert prompts.canvases.shape == (2, *room[:3], 3) and prompts.tokens.shape == (2, room.tokens)
+        assert prompts.canvases.shape == (2, room.images, room.height, room.width, 3) and prompts.tokens.shape == (
+            2,
+            room.tokens,
+        )
         kinds.add(bool(prompts.is_video[0]))
     data.close()
     assert kinds == {False, True}

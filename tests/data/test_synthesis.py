@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from pixel_jax.data import miniature, synthesis
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
-from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
+from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
@@ -16,7 +17,7 @@ from pixel_jax.rollout.trajectory import take_rows
 WIDTH, HEIGHT = 400, 300
 REFERENCE = (0.5, 0.4, 0.62, 0.56)
 SHOWN = (0.48, 0.41, 0.65, 0.55)  # what an unsteady hand made of it
-ROOM = Shape(length=200, frames=10, slices=10, patches=24)
+ROOM = BatchShape(tokens=200, images=10, slices=10, patches=24)
 CONFIG = RolloutConfig(
     min_pixels=784,
     max_pixels=4704,

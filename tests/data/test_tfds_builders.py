@@ -13,8 +13,8 @@ from pixel_jax.data.example import ExampleError
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Room
-from pixel_jax.data.traces import Shape
+from pixel_jax.data.rooms import prompt_shape
+from pixel_jax.data.shapes import BatchShape
 from tests.data import released_files as files
 from tests.rollout import talker
 
@@ -141,16 +141,24 @@ def test_without_tfds_the_extra_is_named(tmp_path, monkeypatch):
 def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
     """Stored bytes through the packer and the prompt builder, against the released files themselves."""
     words, tables = talker.vocabulary(), talker.token_tables()
-    room, reading = Shape(length=1024, frames=12, slices=12, patches=64), {"threads": 2, "ahead": 4}
+    room, reading = BatchShape(tokens=1024, images=12, slices=12, patches=64), {"threads": 2, "ahead": 4}
 
     def traces(path):
         examples, report = read_examples(path, turns=True)
         options = {"size": 2, "seed": 0, "report": report}
         return Packing(examples, words, tables, talker.CONFIG, (room,), **options).batches(0, 1, **reading)
 
+    shapes = [prompt_shape(4, 192, 192, 96, talker.CONFIG, video=video) for video in (False, True)]
+
     def questions(path):
         examples, report = read_examples(path, turns=False)
-        asked = find_rooms(examples, Room(4, 192, 192, 96), None, words, talker.CONFIG, report)
+        asked = find_rooms(
+            examples,
+            shapes,
+            words,
+            talker.CONFIG,
+            report,
+        )
         return question_batches(asked, words, tables, talker.CONFIG, size=4, seed=0, **reading)
 
     for name, file, batches in (("traces", "release.json", traces), ("questions", "release.parquet", questions)):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pixel_jax.data import traces as module
-from pixel_jax.data.traces import Shape, Trace, TraceError, Turn, right, to_trajectories, wrong
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import Trace, TraceError, Turn, right, to_trajectories, wrong
 from pixel_jax.dialog.template import SPECIAL_TOKENS
 from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.rollout import rollout
@@ -16,7 +17,7 @@ from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, take_rows
 from tests.rollout import talker
 
 QUERIES = talker.queries(4, video=True)
-ROOM = Shape(length=1200, frames=12, slices=12, patches=16)
+ROOM = BatchShape(tokens=1200, images=12, slices=12, patches=16)
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +229,9 @@ def test_limits_are_named():
         Trace(QUERIES[0], (right(CROP),) * 2 + (right("x"),), "7"),
     ]
     t = compile_traces(traces)
-    need = Shape(
-        length=int(t.valid.sum(axis=1).max()),
-        frames=int(t.visual.slices.max()) + 1,
+    need = BatchShape(
+        tokens=int(t.valid.sum(axis=1).max()),
+        images=int(t.visual.slices.max()) + 1,
         slices=int((t.visual.slices[..., 0] >= 0).sum(axis=1).max()),
         patches=int(t.visual.grids[..., 1:].prod(axis=-1).max()),
     )

@@ -58,7 +58,8 @@ def evaluation(benchmark: str) -> Recipe:
 
 
 def own_data() -> Recipe:
-    config = load(TrainConfig, {**shipped("pixel/own_data").to_dict(), **PLACES})
+    room = {"canvas": (1, 1536, 1536), "prompt_width": 2560}  # which it works out from the data
+    config = load(TrainConfig, {**shipped("pixel/own_data").to_dict(), **PLACES, **room})
     return Recipe(config, released(LARGEST), tables(build_vocabulary()), dtype="float32")
 
 

@@ -13,7 +13,8 @@ from pixel_jax import read_image
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.data.traces import Shape, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import to_trajectories
 from pixel_jax.evaluation import trace as saved_traces
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import Trace, Turn
@@ -127,7 +128,7 @@ def test_a_trace_with_one_crop_is_short(words):
     scene = miniature.draw_scene(np.random.default_rng(0), "test", SceneConfig(), small=True)
     query, reference = rows.scene_query(scene), rows.reference_box(scene)
     trace = synthesis.image_trace(np.random.default_rng(0), query, vocabulary.CUE, reference, "7", "single")
-    t = to_trajectories([trace], words, tables(words), LIMITS, Shape(160, 2, 2, 16))
+    t = to_trajectories([trace], words, tables(words), LIMITS, BatchShape(160, 2, 2, 16))
     assert t.calls.observation[0, 0] == 0  # the crop is among what is counted
     assert t.valid.sum() <= 64
 

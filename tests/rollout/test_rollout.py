@@ -19,7 +19,7 @@ from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollout.rollout import Observation, compiled_rollout, host_rollout, layout, rollout, static_shape, traced
 from pixel_jax.training.batch import from_trajectories, with_patches
-from pixel_jax.training.origins import RowShape, origins, see
+from pixel_jax.training.origins import origins, room_of, see
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
 
@@ -377,7 +377,7 @@ def test_what_rows_saw_is_cut_again_bit_for_bit(which, mesh, blank, request):
     rows = from_trajectories(light)
     found = origins(prompts, light.calls, config, shape)
     assert found.images[0] is found.images[3] and found.images[0] is not found.images[4]  # four rows of a prompt
-    room = RowShape(rows.tokens.shape[1], *prompts.canvases.shape[1:4], shape.views, shape.patches)
+    room = room_of(rows.tokens.shape[1], prompts, shape)
     rows = with_patches(rows, found)
     seen = see(rows, room, config, shape, mesh)
     np.testing.assert_array_equal(seen, made.visual.patches)

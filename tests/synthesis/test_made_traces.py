@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pixel_jax.data.jsonl import read_jsonl
-from pixel_jax.data.traces import Shape, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import to_trajectories
 from pixel_jax.dialog.observations import Kind
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
@@ -19,7 +20,7 @@ from tests.synthesis import seed_files
 CONFIG = RolloutConfig(  # the padding of the released recipe; few pixels, so that rows are short
     max_pixels=4704, crop_max_pixels=31360, select_max_pixels=4704, video_max_pixels=3136
 )
-ROOM = Shape(length=900, frames=16, slices=16, patches=160)
+ROOM = BatchShape(tokens=900, images=16, slices=16, patches=160)
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,12 @@ MAY_BE_ZERO = {
     *("temperature", "later_temperature", "top_k", "min_tokens", "max_calls", "max_images", "pad", "min_crop"),
     *("alpha", "beta", "threshold", "budget", "unparsable", "length_limit", "length_buffer", "exponent", "seed"),
     *("clip_low", "clip_high", "kl", "final_fraction", "warmup", "b1", "b2", "weight_decay", "time_operations"),
-    "video_frames",
 }
-NO_NUMBER_YET = {"steps", "epochs", "in_flight", "tail_rows", "importance_cap", "dual_clip"}
+SHAPES = {
+    *("trace_tokens", "trace_frames", "trace_patches", "video_frames", "video_patches"),
+    *("prompt_width", "video_prompt_width"),
+}
+NO_NUMBER_YET = {*SHAPES, "steps", "epochs", "in_flight", "tail_rows", "importance_cap", "dual_clip"}
 WHOLE = {
     **{"model": "m", "data": "d", "out": "o", "sft": {}, "lora": {"rank": 1, "alpha": 1.0, "targets": "x"}},
     "rl": {"iterations": 1, "packing": {"length": 1, "slices": 1}},

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
+from pixel_jax.data.shapes import BatchShape
 from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.sight import Views
 from pixel_jax.training.batch import from_trajectories, pad_rows, take, with_patches
-from pixel_jax.training.origins import Origins, RowShape
+from pixel_jax.training.origins import Origins
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 
-ROOM = RowShape(24, 1, 64, 64, 1, 16)
+ROOM = BatchShape(24, 1, 1, 16, 64, 64)
 
 
 def marked(rows, seed=0, advantage=None):

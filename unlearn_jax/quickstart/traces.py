@@ -11,7 +11,8 @@ import numpy as np
 from pixel_jax.config import load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json
 from pixel_jax.quickstart import rows
@@ -92,7 +93,7 @@ def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: Rol
     limits = dataclasses.replace(limits, max_calls=rows.MOST_CALLS)
     budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
     images = miniature.NUM_FRAMES + rows.MOST_CALLS
-    room = Shape(ROOM, images, images, 4 * (max(budgets) // FACTOR**2))
+    room = BatchShape(ROOM, images, images, 4 * (max(budgets) // FACTOR**2))
     made = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, room)
     return examples(from_trajectories(made), list(traces))
 
