@@ -57,7 +57,7 @@ class Collected(NamedTuple):
 
     @property
     def room(self) -> BatchShape:
-        """The static shape of a row: rows of one update are of one room."""
+        """Of the rows: those of one update are of one room."""
         return room_of(self.trajectories.tokens.shape[1], self.questions.prompts, self.shape)
 
 
