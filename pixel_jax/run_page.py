@@ -23,17 +23,18 @@ METRICS = "metrics.jsonl"
 PANELS: Mapping[str, Mapping[str, str]] = {
     "accuracy": {"training": "accuracy", "held out": "eval_accuracy"},
     "rate of pixel-space reasoning": {"training": "rapr", "held out": "eval_rapr"},
-    "reward": {"all": "reward", "for being right": "reward_correct", "curiosity": "reward_curiosity"},
+    "reward": {"all": "reward", "answer": "reward_answer", "curiosity": "reward_curiosity"},
     "loss": {"training": "loss", "held out": "eval_loss"},
     "groups": {"that teach": "informative", "all right": "all_right", "all wrong": "all_wrong"},
     "tokens of an answer": {"training": "response_tokens", "held out": "eval_response_tokens"},
     "calls that failed": {"training": "call_errors", "held out": "eval_call_errors"},
+    "rows without a boxed answer": {"training": "unboxed", "held out": "eval_unboxed"},
     "entropy": {"training": "entropy"},
     "norm of the gradient": {"training": "grad_norm"},
     "learning rate": {"training": "learning_rate"},
     "seconds": {"all": "seconds", "rollout": "seconds_rollout", "update": "seconds_update"},
 }
-SHARES = ("accuracy", "rate of pixel-space reasoning", "groups", "calls that failed")
+SHARES = ("accuracy", "rate of pixel-space reasoning", "groups", "calls that failed", "rows without a boxed answer")
 NEWEST = 3  # files of conversations that are drawn, besides the first
 EXPLAINED = (
     "Lines of training are of the batch at hand, as the model explored; those held out are of examples that it is never trained "

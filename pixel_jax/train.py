@@ -213,9 +213,12 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.parallel.sharding import row_parts
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.run_page import draw_run
+    from pixel_jax.training.loop import Identity
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
-    from pixel_jax.training.rl import rl, text_score
+    from pixel_jax.training.rewards import Rewards
+    from pixel_jax.training.rl import rl
     from pixel_jax.training.sft import sft
+    from pixel_jax.training.stages import Stages
     from pixel_jax.training.watch import Watch
     from pixel_jax.watching import Setting, hold_out
 
@@ -249,6 +252,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         )
     facts |= {"data.held_out": places} if places else {}
     pause("the data is read")
+    identity = Identity(facts, resume_changed)
     use_compilation_cache(out / "compiled")
     mesh = make_mesh(config.mesh) if config.mesh else None
     rollout_mesh = make_mesh(config.rollout_mesh) if config.rollout_mesh else None
@@ -269,7 +273,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
     measured = lambda rows: Measured(training_work(model.config), rows, memory)
     setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
-    held = {"directory": out / command, "facts": facts, "resume_changed": resume_changed, "mesh": mesh}
+    kept = {"directory": out / command, "identity": identity, "mesh": mesh}
     adapters = config.lora is not None
 
     def watch(steps: int, look: Look | None, limits: RolloutConfig) -> Watch:
@@ -311,7 +315,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         data = packing.batches(**process, **reading)
         look = setting.of_tuning(judging, packing) if judging else None
         pause("the data is written out")
-        model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **held)
+        model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **kept)
     else:
         limits = config.rl.rollout
         for line in other_limits(config):
@@ -331,11 +335,11 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             **reading,
         )
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
-        score = text_score(decode, config.rl.reward)
         look = setting.of_learning(judging, list(dict.fromkeys(x.room for x in asked))) if judging else None
-        pause("the data is written out")
         watching = watch(config.rl.iterations, look, limits)
-        model = rl(model, data, score, config.rl, rollout_mesh=rollout_mesh, watch=watching, **held)
+        stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watching.advantages)
+        pause("the data is written out")
+        model = rl(model, data, stages, config.rl, rollout_mesh=rollout_mesh, watch=watching, **kept)
     write_model(model, processor, out / "model", dtype, adapters=adapters, limits=limits)
     if first():
         draw_run(out)

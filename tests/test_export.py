@@ -20,6 +20,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.train import LoRAConfig, TrainConfig, facts_of, recorded
 from pixel_jax.training.checkpoint import CheckpointError
+from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.steps import ForwardConfig
@@ -66,7 +67,7 @@ def tune(base, out, lora):
                 data,
                 dataclasses.replace(section, steps=steps),
                 directory=out / "sft" if steps == 3 else None,
-                facts=facts,
+                identity=Identity(facts),
             )
         )
     return config, models

@@ -17,8 +17,8 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, build_prompts
 from pixel_jax.rollout.trajectory import Prompts, Tables
 from pixel_jax.tools import RELEASED, Tool
-from pixel_jax.training.answers import references_of
-from pixel_jax.training.scorers import Reference
+
+Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it
 
 BY_HAND = (
     "config.canvas and config.prompt_width (of videos config.video_canvas and config.video_prompt_width) say how much \
@@ -97,29 +97,33 @@ def question_batches(
     process_count: int = 1,
     **reading: int,
 ) -> Batches:
-    """Endless (Prompts, references): `size` questions in all processes together, this one's part of them. The questions
-    of a batch are of one room.
+    """Endless (Prompts, examples, sizes of their images): `size` questions in all processes together, this one's part of
+    them. The questions of a batch are of one room.
 
     reading: `threads` and `ahead` of `Batches`.
     """
 
-    def load(i: int) -> tuple[Prompts, Reference]:
+    def load(i: int) -> tuple[Prompts, Example, Sizes]:
         example, room = asked[i].example, asked[i].room
-        query, canvas = asked[i].fit.apply(example.query()), (room.images, room.height, room.width)
+        whole, canvas = example.query(), (room.images, room.height, room.width)
+        query = asked[i].fit.apply(whole)
         prompt = build_prompts([query], vocabulary, tables, config, width=room.tokens, canvas=canvas)
-        return prompt._replace(tables=None), Reference(tuple(references_of(example.answer)), example.question)
+        return prompt._replace(tables=None), example, [image.shape[:2] for image in whole.images]
 
-    def collate(rows: Iterator[tuple[Prompts, Reference]], count: int) -> tuple[Prompts, list[Reference]]:
-        references, canvases = [], []
+    def collate(
+        rows: Iterator[tuple[Prompts, Example, Sizes]], count: int
+    ) -> tuple[Prompts, list[Example], list[Sizes]]:
+        examples, sizes, canvases = [], [], []
 
         def prompts() -> Iterator[Prompts]:
-            for prompt, reference in rows:
-                references.append(reference)
+            for prompt, example, whole in rows:
+                examples.append(example)
+                sizes.append(whole)
                 canvases.append(prompt.canvases)
                 yield prompt._replace(canvases=None)
 
         stacked = stack(prompts(), count)._replace(uid=np.arange(count, dtype=np.int32), tables=tables)
-        return stacked._replace(canvases=Canvases.concatenate(canvases)), references
+        return stacked._replace(canvases=Canvases.concatenate(canvases)), examples, sizes
 
     rooms = dict.fromkeys(x.room for x in asked)
     return Batches(

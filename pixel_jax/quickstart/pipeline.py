@@ -29,8 +29,10 @@ from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
 from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
-from pixel_jax.training.rl import RLConfig, rl, text_score
+from pixel_jax.training.rewards import Rewards
+from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import Shuffled, sft
+from pixel_jax.training.stages import Stages
 
 ARMS = ("curiosity", "no_curiosity")
 POLL = 1.0  # seconds between looks at the arms' progress
@@ -263,8 +265,8 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
     def train() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
         settings = arm_config(config.rl, arm)
-        score = text_score(task.decode, settings.reward)
-        model = rl(model, TrainingScenes(task), score, settings, directory=place / "rl", label=arm)
+        stages = Stages(Rewards.of(settings.reward, task.decode))
+        model = rl(model, TrainingScenes(task), stages, settings, directory=place / "rl", label=arm)
         save(task, model, place / "model")
         return {}
 

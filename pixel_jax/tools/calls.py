@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.tools.tool import Box, Choice, Integer, Integers, Number, Tool
+from pixel_jax.tools.tool import Argument, Box, Choice, Integer, Integers, Number, Tool
 
 
 class Values(NamedTuple):
@@ -94,6 +94,22 @@ def read(tool: Tool, values: Values) -> dict[str, jax.Array | Numbers | Lists]:
             case Choice():
                 found[argument.name] = one.units
     return found
+
+
+def plain(tool: Tool, values: Values) -> dict[str, Any]:
+    """The arguments of one call, as Python values: a box is four floats, a choice its text."""
+    written = {argument.name: argument for argument in tool.arguments}
+    return {name: _plain(written[name], value) for name, value in read(tool, values).items()}
+
+
+def _plain(argument: Argument, value: Any) -> Any:
+    match value:
+        case Numbers(units, micros, negative):
+            numbers = np.where(negative, -1, 1) * (np.asarray(units, np.int64) * 10**6 + micros) / 10**6
+            return tuple(numbers.tolist()) if numbers.ndim else float(numbers)
+        case Lists(items, length):
+            return tuple(int(x) for x in items[: int(length)])
+    return argument.options[int(value)] if isinstance(argument, Choice) else int(value)
 
 
 def arguments(calls: Calls, tools: tuple[Tool, ...], tool: Tool) -> dict[str, jax.Array | Numbers | Lists]:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from pixel_jax.parallel.sharding import Share, all_rows
 from pixel_jax.terminal import warn
+from pixel_jax.training.answers import given_answer
+from pixel_jax.training.stages import Scored
 
 PATIENCE = 3  # iterations in a row without a lesson, after which causes are looked for; then twice as many, and so on
 MANY = 0.5  # a share from which on it is a cause
@@ -15,25 +18,23 @@ FEW_ROWS = 4  # of a group
 COLD = 0.5  # a temperature at which rows of a group are much alike
 
 
-def lesson_facts(correct: np.ndarray, parsed: np.ndarray) -> dict[str, float]:
-    """Shares of the groups: "all_right", "all_wrong"; and of the rows: "unparsed".
-
-    Args:
-        correct: float [groups, n], in [0, 1].
-        parsed: bool [groups, n], whether an answer could be read.
-    """
-    return {
-        "all_right": float(np.mean(np.all(correct > 0.5, axis=1))),
-        "all_wrong": float(np.mean(np.all(correct <= 0.5, axis=1))),
-        "unparsed": float(np.mean(~np.asarray(parsed, bool))),
-    }
+def lesson_facts(scored: Scored, part: Share) -> dict[str, float]:
+    """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed"; and, where answers are scored, of groups
+    "all_right" and "all_wrong". With several processes, all call it; `part` is what each has of the rows."""
+    boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), part)
+    facts = {"unboxed": float(np.mean(~boxed))}
+    if scored.correct is not None:
+        right = scored.correct > 0.5
+        facts["all_right"] = float(np.mean(np.all(right, axis=1)))
+        facts["all_wrong"] = float(np.mean(np.all(~right, axis=1)))
+    return facts
 
 
 def remark(facts: Mapping[str, float]) -> str:
     """What the line of progress says of an iteration beside its numbers: nothing, if any group taught something."""
     if facts["informative"] > 0:
         return ""
-    found = {"all right": facts["all_right"], "all wrong": facts["all_wrong"]}
+    found = {"all right": facts.get("all_right", 0.0), "all wrong": facts.get("all_wrong", 0.0)}
     found["of equal rewards"] = 1 - sum(found.values())
     shares = [f"{share:.0%} {name}" for name, share in found.items() if share > 1e-6]
     return f"no group taught anything ({', '.join(shares)})"
@@ -52,17 +53,16 @@ def causes(facts: Mapping[str, float], rows: int, temperature: float) -> list[st
             f"{1 - facts['finished']:.0%} of the rows ran out of room before they answered: raise max_new_tokens, "
             "max_response or max_calls in config.rl.rollout, or tune the model first"
         )
-    if facts["unparsed"] > MANY:
+    if facts["unboxed"] > MANY:
         found.append(
-            f"in {facts['unparsed']:.0%} of the rows no answer could be read: the model does not answer as "
-            "config.rl.reward.scorer.rules read (\\boxed{...}); tune it on traces that do"
+            f"{facts['unboxed']:.0%} of the rows give no answer in \\boxed{{}} or <answer>: tune the model on traces that do"
         )
-    elif facts["all_wrong"] > MANY:
+    elif facts.get("all_wrong", 0.0) > MANY:
         found.append(
             f"in {facts['all_wrong']:.0%} of the groups all answers are wrong: the questions are too hard for this model, or the "
             "references are written in another way than it answers; traces/rollouts in the run's directory show which"
         )
-    if facts["all_right"] > MANY:
+    if facts.get("all_right", 0.0) > MANY:
         found.append(f"in {facts['all_right']:.0%} of the groups all answers are right: the questions are too easy")
     if rows < FEW_ROWS:
         found.append(f"{rows} rows a group seldom differ: raise config.rl.rollout.group_size")

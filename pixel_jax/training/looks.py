@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from pixel_jax.data.traces import frame_patches, with_drawings
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import first
-from pixel_jax.parallel.sharding import all_rows, local_rows, row_parts, shard_batch, share
+from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import Query, build_prompts
@@ -22,6 +22,7 @@ from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
+    Calls,
     Tables,
     Trajectories,
     answered_calls,
@@ -35,8 +36,9 @@ from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.losses import sft_loss
-from pixel_jax.training.origins import Origins
+from pixel_jax.training.origins import Origins, origins
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
+from pixel_jax.training.stages import Weighed
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 
@@ -85,7 +87,7 @@ class Asker:
             own = len(some) // self.part.count
             mine = some[self.part.index * own : (self.part.index + 1) * own]
             t, texts, scores = self._answer(actor, mine)
-            rows.append(all_rows(_numbers(mine, t, scores), self.part))
+            rows.append(all_rows(_numbers(mine, t, texts, scores), self.part))
             if first():
                 found += self._draw(mine, t, texts, scores, self.drawn - len(found))
         return _facts(np.concatenate(rows)), found
@@ -141,15 +143,15 @@ def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
     return [vocabulary.to_bytes(tokens[chosen]).decode("utf-8", "replace") for tokens, chosen in rows]
 
 
-NUMBERS = ("index", "score", "parsed", "operations", "executed", "failed", "tokens", "finished")
+NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "tokens", "finished")
 
 
-def _numbers(mine: Sequence[int], t: Trajectories, scores: Sequence[float | None]) -> np.ndarray:
+def _numbers(mine: Sequence[int], t: Trajectories, texts: Sequence[str], scores: Sequence[float | None]) -> np.ndarray:
     """float64 [rows, NUMBERS]."""
     columns = {
         "index": mine,
         "score": [score or 0.0 for score in scores],
-        "parsed": [score is not None for score in scores],
+        "boxed": [given_answer(text) is not None for text in texts],
         "operations": executed_calls(t),
         "executed": answered_calls(t),
         "failed": failed_calls(t),
@@ -171,7 +173,7 @@ def _facts(rows: np.ndarray) -> dict[str, float]:
         "call_errors": np.sum(get["failed"]) / max(np.sum(get["executed"]), 1),
         "response_tokens": np.mean(get["tokens"]),
         "finished": np.mean(get["finished"]),
-        "unparsed": 1 - np.mean(get["parsed"]),
+        "unboxed": 1 - np.mean(get["boxed"]),
         "questions": len(once),
     }
     return {name: float(x) for name, x in facts.items()}
@@ -227,53 +229,57 @@ class Together:
         return facts, found
 
 
-class Rollouts(NamedTuple):
-    """What became of an iteration's rollouts in one process: B prompts, R = B n rows, all on the host."""
+def draw_rollouts(
+    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: Share = WHOLE
+) -> list[Trace]:
+    """The conversations of some of this process's rows, with their rewards and advantages.
 
-    trajectories: Trajectories  # R rows; pixels are not needed
-    tools: tuple[Tool, ...]  # that their calls name
-    origins: Origins  # of what the rows saw: first the pictures of their prompts, then what their calls showed
-    room: int  # pictures that a prompt has room for
-    references: Sequence[Reference]  # [B]
-    is_video: np.ndarray  # bool [B]
-    correct: np.ndarray  # float32 [R]
-    rewards: np.ndarray  # float32 [R], shaped
-    advantages: np.ndarray  # float32 [R]
-
-    def draw(self, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig) -> list[Trace]:
-        """The conversations of some rows; what they saw is cut out again, on the host."""
-        t = take_rows(self.trajectories, np.asarray(rows))
-        seen = [self._patches(row, config) for row in rows]
-        room = np.zeros((len(rows), len(seen[0]), max(len(x) for row in seen for x in row), 3 * PATCH**2), np.uint8)
-        for row, of_row in zip(room, seen, strict=True):
-            for frame, patches in zip(row, of_row, strict=True):
-                frame[: len(patches)] = patches
-        t = t._replace(visual=t.visual._replace(patches=room))
-        texts, made = written(t, vocabulary), []
-        for place, row in enumerate(rows):
-            prompt = row * len(self.references) // len(self.correct)
-            reference, images = self.references[prompt], self.origins.images[row].arrays
-            query = Query(reference.question, images, bool(self.is_video[prompt]))
-            known = {
-                "answer": given_answer(texts[place]),
-                "reference": " / ".join(reference.answers),
-                "correct": bool(self.correct[row] > RIGHT),
-                "reward": float(self.rewards[row]),
-                "advantage": float(self.advantages[row]),
+    What they saw, which training does not keep, is cut out of the prompts' images again, on the host.
+    """
+    scored, collected = weighed.scored, weighed.scored.collected
+    questions, every = collected.questions, collected.trajectories
+    n, first_row = config.group_size, part.index * len(every.stop)
+    seen = origins(questions.prompts, every.calls, config, collected.shape)
+    shown_first, tools = questions.prompts.canvases.shape[1], questions.prompts.tables.tools
+    patches = [_patches(seen, every.calls, tools, row, shown_first, config) for row in rows]
+    most = max(len(x) for of_row in patches for x in of_row)
+    room = np.zeros((len(rows), len(patches[0]), most, 3 * PATCH**2), np.uint8)
+    for of_row, found in zip(room, patches, strict=True):
+        for frame, pixels in zip(of_row, found, strict=True):
+            frame[: len(pixels)] = pixels
+    t = take_rows(every, np.asarray(rows))
+    t = t._replace(visual=t.visual._replace(patches=room))
+    made = []
+    for place, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
+        example, at = questions.examples[row // n], divmod(first_row + row, n)
+        images, is_video = seen.images[row].arrays, bool(questions.prompts.is_video[row // n])
+        known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
+        known |= {"reward": float(scored.reward[at]), "advantage": float(weighed.advantage[at])}
+        if scored.correct is not None:
+            known |= {
+                "correct": bool(scored.correct[at] > RIGHT),
+                "reference": " / ".join(Reference.of(example).answers),
             }
-            made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
-        return made
+        query = Query(getattr(example, "question", ""), images, is_video)
+        made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
+    return made
 
-    def _patches(self, row: int, config: RolloutConfig) -> list[np.ndarray]:
-        """Of every picture that a row may have seen, in the order of `Visual.patches`; empty of one that it did not."""
-        calls = [jax.tree.map(lambda x: x[row, number], self.trajectories.calls) for number in range(config.max_calls)]  # noqa: B023
-        canvases = with_drawings(self.origins.images[row].arrays, calls, self.tools)
-        found = []
-        for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in self.origins.sight.views), strict=True)):
-            if canvas == NO_CANVAS or not size.all():
-                found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
-                continue
-            image = canvases[int(canvas)]
-            image = np.full_like(image, GREY) if config.blank and place >= self.room else image
-            found.append(frame_patches(image, region.tolist(), size))
-        return found
+
+def _patches(
+    seen: Origins, calls: Calls, tools: tuple[Tool, ...], row: int, shown_first: int, config: RolloutConfig
+) -> list[np.ndarray]:
+    """Of every picture that a row may have seen, in the order of `Visual.patches`; empty of one that it did not.
+
+    Args:
+        shown_first: pictures that a prompt has room for; the others were asked for.
+    """
+    calls = [jax.tree.map(lambda x: x[row, number], calls) for number in range(config.max_calls)]  # noqa: B023
+    canvases, found = with_drawings(seen.images[row].arrays, calls, tools), []
+    for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in seen.sight.views), strict=True)):
+        if canvas == NO_CANVAS or not size.all():
+            found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
+            continue
+        image = canvases[int(canvas)]
+        image = np.full_like(image, GREY) if config.blank and place >= shown_first else image
+        found.append(frame_patches(image, region.tolist(), size))
+    return found

@@ -1,6 +1,7 @@
 """The loop both phases share: steps, checkpoints, metrics, and an exact return to where a run was stopped."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import time
@@ -16,8 +17,7 @@ from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import Progress
 from pixel_jax.training.state import TrainState
-from pixel_jax.training.watch import Watch
-from pixel_jax.training.writers import WriterName, open_writers
+from pixel_jax.training.writers import Writer, WriterName, open_writers
 
 
 class Stateful(Protocol):
@@ -37,6 +37,13 @@ class Local(Protocol):
     def set_state(self, *states: Any) -> None: ...
 
 
+class Watch(Protocol):
+    """Looks at a run as it goes, and changes nothing of it."""
+
+    def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
+        """`done` steps are behind `state`; `log` takes facts, and is None where nothing is written."""
+
+
 class Laps:
     """Where the time of a step goes: `seconds_NAME` for each lap, and `seconds` for all."""
 
@@ -52,127 +59,202 @@ class Laps:
         self.facts["seconds"], self.last = now - self.began, now
 
 
-def run(
-    label: str,
-    state: TrainState,
-    step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, float]]],
-    *,
-    steps: int,
-    host: Mapping[str, Stateful],
-    local: Mapping[str, Local] | None = None,
-    directory: str | os.PathLike | None,
-    facts: Mapping[str, Any],
-    resume_changed: bool = False,
-    save_every: int,
-    keep: int = 2,
-    mesh: Mesh | None = None,
-    shown: tuple[str, ...] = ("loss",),
-    remark: Callable[[Mapping[str, float]], str] = lambda metrics: "",
-    watch: Watch | None = None,
-    writers: tuple[WriterName, ...] = (),
-    stream=None,
-) -> TrainState:
-    """Call `step(state, i)` for i = 0 .. steps - 1, from the newest checkpoint in `directory` if there is one.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a run does.
 
-    What a step does may depend on `state`, `i` and the objects in `host` and `local`, whose states are saved with it, and
-    on nothing else: then a killed run that is started again ends with the same bits. Metrics go to
-    `directory/metrics.jsonl` and to `writers`. Without a `directory` nothing is written.
-
-    `remark` says of a step's metrics what a person should read beside them. `watch` looks at the state before the first step and
-    after every one; it changes nothing that a step depends on.
-
-    `facts` are what the run is, settings and digests: a directory that holds another one is refused, unless
-    `resume_changed` allows it (`pixel_jax.identity`).
-
-    A run that is told to go (`NOTICE`) saves itself after the step it is at, and ends with `Preempted`. A step that may last
-    too long, or waits for data, raises that itself (`NOTICE.obey`, `NOTICE.next`), as long as it has changed nothing but
-    what is in `host`: then what was before it is saved.
-
-    With several processes, all take the same steps; `host` is the same in each, `local` is its own; the first one writes
-    the metrics.
+    What a step does may depend on the state, its number and the objects in `host` and `local`, whose states are saved with
+    it, and on nothing else: then a killed run that is started again ends with the same bits.
     """
-    local = local or {}
-    progress = Progress(label, steps, stream=stream) if first() else None
 
-    def show(done: int, metrics: Mapping[str, float]) -> None:
-        if progress is not None:
-            progress.update(
-                done, {name: metrics[name] for name in (*shown, *metrics) if name in metrics}, remark(metrics)
+    label: str
+    steps: int
+    step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, float]]]
+    host: Mapping[str, Stateful]  # the same in each process
+    local: Mapping[str, Local] = dataclasses.field(default_factory=dict)  # each process has its own
+    shown: tuple[str, ...] = ("loss", "seconds")  # metrics that the terminal shows
+    # What a person should read of a step beside its metrics.
+    remark: Callable[[Mapping[str, float]], str] = lambda metrics: ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a run is besides its work: a directory that holds another one is refused (`pixel_jax.identity`)."""
+
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings, and digests of data and model
+    resume_changed: bool = False  # the experiment may change from here on, which the run's history says
+
+    def with_facts(self, **facts: Any) -> "Identity":
+        return dataclasses.replace(self, facts={**self.facts, **facts})
+
+
+ANYTHING = Identity()  # nothing is known
+
+
+@dataclasses.dataclass(frozen=True)
+class Keeping:
+    """Where a run is kept, and what of it."""
+
+    directory: str | os.PathLike | None = None  # None: nothing is written
+    identity: Identity = ANYTHING
+    save_every: int = 1  # steps: a checkpoint
+    keep: int = 2  # checkpoints, the newest
+    writers: tuple[WriterName, ...] = ()  # of metrics, besides `metrics.jsonl`
+    mesh: Mesh | None = None  # where restored arrays lie
+
+
+class Loop:
+    """One run: `restore`, then `step` and `save` until `done` steps of `work.steps` are behind `state`; `run` does that.
+
+        with Loop(work, state, Keeping(directory)) as loop:
+            loop.restore()
+            while loop.done < work.steps:
+                metrics = loop.step()
+                loop.save()
+
+    With several processes, all take the same steps; the first one writes the metrics.
+    """
+
+    def __init__(self, work: Work, state: TrainState, keeping: Keeping = Keeping(), watch: Watch | None = None):
+        self.work, self.state, self.keeping, self.watch = work, state, keeping, watch
+        self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
+        self.done = 0
+        self.told = False  # to go, in the step that was under way
+        self.before: dict[str, Any] = {}  # the states of `work.host` before it
+        self.progress = Progress(work.label, work.steps) if first() else None
+        self.log: Writer | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.base: dict[str, str] = {}
+        self._closing = contextlib.ExitStack()
+
+    def __enter__(self) -> "Loop":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._closing.__exit__(*error)
+
+    def run(self) -> TrainState:
+        """The state after all steps, from the newest checkpoint in the directory if there is one.
+
+        Raises:
+            Preempted: the run was told to go (`NOTICE`); what it has done is saved.
+            RunError: the directory holds another run.
+        """
+        with self:
+            self.restore()
+            while self.done < self.work.steps:
+                self.step()
+                self.save()
+        return self.state
+
+    def restore(self) -> None:
+        """Opens the directory, and goes back to its newest checkpoint, if there is one."""
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # Weights that are not trained are where they came from; the checkpoint only says which they were.
+            self.base = fingerprint(self.state.rest)
+            self.checkpoints = Checkpoints(self.directory / "checkpoints", keep=self.keeping.keep)
+            self._closing.enter_context(self.checkpoints)
+            latest = self.checkpoints.latest
+            self._settle(latest)
+            if latest is not None:
+                self._go_back()
+            if first():
+                self.log = open_writers(self.directory, self.done, self.keeping.writers, self.work.label)
+                self._closing.callback(self.log.close)
+        if self.watch is not None:
+            self.watch(self.state, self.done, self.log)
+
+    def step(self) -> Mapping[str, float]:
+        """Takes the next step; its metrics.
+
+        A step that is told to go, and gives itself up as long as it has changed nothing but what is in `host`
+        (`NOTICE.obey`, `NOTICE.next`), has none: what was before it is to be saved.
+        """
+        self.before = _states(self.work.host)
+        try:
+            self.state, metrics = self.work.step(self.state, self.done)
+        except Preempted:
+            if self.checkpoints is None:
+                raise
+            self.told = True
+            return {}
+        self.done, self.before = self.done + 1, {}
+        if self.log is not None:
+            self.log.write(self.done - 1, metrics)
+        if self.progress is not None:
+            shown = {name: metrics[name] for name in self.work.shown if name in metrics}
+            self.progress.update(self.done, shown, self.work.remark(metrics))
+        if self.watch is not None:
+            self.watch(self.state, self.done, self.log)
+        return metrics
+
+    def save(self) -> None:
+        """A checkpoint if one is due: every so many steps, after the last, and where the run is told to go.
+
+        Raises:
+            Preempted: it is told to go, and there are steps left; everything is on the disk.
+        """
+        if self.checkpoints is None:
+            return
+        told = self.told or NOTICE.reached()
+        due = self.done % self.keeping.save_every == 0 or self.done == self.work.steps or told
+        if due and self.checkpoints.latest != self.done:
+            host = self.before or _states(self.work.host)
+            state = self.state._replace(rest=())
+            self.checkpoints.save(self.done, state, host, _states(self.work.local), base=self.base)
+        if told and self.done < self.work.steps:
+            self.checkpoints.finish()
+            self._say(
+                f"told to go; {self.done} of {self.work.steps} steps are done and saved. Started again, the run goes on."
             )
+            raise Preempted
+        self.checkpoints.poll()
 
-    if directory is None:
-        for i in range(steps):
-            state, metrics = step(state, i)
-            show(i + 1, metrics)
-        return state
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Weights that are not trained are where they came from; the checkpoint only says which they were.
-    base = fingerprint(state.rest)
-    with Checkpoints(directory / "checkpoints", keep=keep) as checkpoints, contextlib.ExitStack() as closing:
-        start, latest = 0, checkpoints.latest
-        if latest is not None and latest > steps:
+    def _say(self, text: str) -> None:
+        say(f"{self.work.label}: {text}")
+
+    def _settle(self, latest: int | None) -> None:
+        """Holds the directory to what it was begun as."""
+        if latest is not None and latest > self.work.steps:
             raise RunError(
-                f"{directory}: {latest} steps are done, the configuration says {steps}: a run does not go back; choose "
-                "another directory"
+                f"{self.directory}: {latest} steps are done, the configuration says {self.work.steps}: a run does not go "
+                "back; choose another directory"
             )
         if first():
-            settle(directory, facts, done=latest, of=steps, resume_changed=resume_changed)
-        if latest is not None:
-            try:
-                found = checkpoints.restore(state._replace(rest=()), mesh=mesh, base=base)
-            except FileNotFoundError:
-                warn(f"{label}: no checkpoint is left, the run begins anew")
-            else:
-                state, start = found.state._replace(rest=state.rest), found.step
-                _give_back(found, host, local, directory)
-                say(
-                    f"{label}: already finished, all {steps} steps"
-                    if start == steps
-                    else f"{label}: going on from step {start} of {steps}"
-                )
-        log = None
-        if first():
-            log = open_writers(directory, start, writers, label)
-            closing.callback(log.close)
-        if watch is not None:
-            watch(state, start, log)
-        for i in range(start, steps):
-            before = _states(host)
-            try:
-                state, metrics = step(state, i)
-            except Preempted:
-                done, told = i, True
-            else:
-                done, told = i + 1, NOTICE.reached()
-                if log is not None:
-                    log.write(i, metrics)
-                show(done, metrics)
-            if (done % save_every == 0 or done == steps or told) and checkpoints.latest != done:
-                now = before if done == i else _states(host)
-                checkpoints.save(done, state._replace(rest=()), now, _states(local), base=base)
-            if told and done < steps:
-                checkpoints.finish()
-                say(f"{label}: told to go; {done} of {steps} steps are done and saved. Started again, the run goes on.")
-                raise Preempted
-            if watch is not None and not told:
-                watch(state, done, log)
-            checkpoints.poll()
-    return state
+            identity = self.keeping.identity
+            settle(
+                self.directory,
+                identity.facts,
+                done=latest,
+                of=self.work.steps,
+                resume_changed=identity.resume_changed,
+            )
+
+    def _go_back(self) -> None:
+        try:
+            found = self.checkpoints.restore(self.state._replace(rest=()), mesh=self.keeping.mesh, base=self.base)
+        except FileNotFoundError:
+            warn(f"{self.work.label}: no checkpoint is left, the run begins anew")
+            return
+        self.state, self.done = found.state._replace(rest=self.state.rest), found.step
+        _give_back(found, self.work, self.directory)
+        if self.done == self.work.steps:
+            self._say(f"already finished, all {self.done} steps")
+        else:
+            self._say(f"going on from step {self.done} of {self.work.steps}")
 
 
 def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, Any]:
     return {name: item.get_state() for name, item in items.items()}
 
 
-def _give_back(
-    found: Restored, host: Mapping[str, Stateful], local: Mapping[str, Local], directory: pathlib.Path
-) -> None:
+def _give_back(found: Restored, work: Work, directory: pathlib.Path) -> None:
     """What a checkpoint holds of the objects on the host. CheckpointError if that is nothing they can go on from."""
     try:
-        for name, item in host.items():
+        for name, item in work.host.items():
             item.set_state(found.host[name])
-        for name, item in local.items():
+        for name, item in work.local.items():
             item.set_state(*[states[name] for states in found.local])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory}: checkpoint {found.step} cannot be gone on from: {error}") from error

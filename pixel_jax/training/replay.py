@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -90,13 +90,21 @@ class Replay:
             self.rows.clear()  # at once: the next rollout needs the memory
         return chosen
 
+    def entries(self, rows: Batch, which: Iterable[int], room: BatchShape) -> list[Entry]:
+        """The rows `which` (numbers among those of all processes) of `rows`, this process's share, to be trained on."""
+        advantage = all_rows(np.asarray(rows.advantage), self.part)
+        return [self._entry(rows, i, advantage, room) for i in which]
+
+    def _entry(self, rows: Batch, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
+        owner, at = divmod(int(i), rows.tokens.shape[0])
+        return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
+
     def _select(self, rows: Batch, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
-        wanted, mine = len(informative), rows.tokens.shape[0]
+        wanted = len(informative)
         advantage = all_rows(np.asarray(rows.advantage), self.part)
 
-        def entry(i: int, keep=lambda row: row) -> Entry:
-            owner, at = divmod(int(i), mine)
-            return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
+        def entry(i: int, **options) -> Entry:
+            return self._entry(rows, i, advantage, room, **options)
 
         if self.config.kind == "none":
             return [entry(i) for i in self.random.permutation(wanted)]
@@ -105,7 +113,7 @@ class Replay:
             if not current.size:
                 return None
             return [entry(i) for i in np.resize(self.random.permutation(current), wanted)]
-        self.rows.extend(entry(i, copied) for i in current)
+        self.rows.extend(entry(i, keep=copied) for i in current)
         if self.config.kind == "dynamic":
             fitting = [row for row in self.rows if row.room == room]
             if len(fitting) < wanted:

@@ -2,51 +2,33 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
-from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
+from pixel_jax.parallel.sharding import shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.rollout import rollout, static_shape
-from pixel_jax.rollout.timing import seconds_of_operations
-from pixel_jax.rollout.trajectory import (
-    STOP_ANSWER,
-    CallStatus,
-    Prompts,
-    Trajectories,
-    answered_calls,
-    executed_calls,
-    failed_calls,
-)
-from pixel_jax.training import rewards
-from pixel_jax.training.advantages import group_advantage, informative
-from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
+from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
+from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.lessons import Lessons, lesson_facts
-from pixel_jax.training.looks import Rollouts
-from pixel_jax.training.loop import Laps, run
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Laps, Loop, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.origins import origins, room_of, see
-from pixel_jax.training.packing import PackingConfig, pack_rows
+from pixel_jax.training.packing import PackingConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
-from pixel_jax.training.rewards import RewardConfig, RewardParts
-from pixel_jax.training.scorers import Reference, Scorer
+from pixel_jax.training.rewards import RewardConfig
+from pixel_jax.training.stages import Questions, Stages, Weighed
 from pixel_jax.training.state import TrainState, init_state
-from pixel_jax.training.steps import ForwardConfig, check_report, check_rows, make_rl_step, make_score_step
+from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.throughput import Throughput
-from pixel_jax.training.watch import Watch
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
-# (R rows on the host, an answer a row) -> correct [R]; in a masked array what is masked is of rows without a readable answer.
-Score = Callable[[Trajectories, Sequence[Any]], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,214 +93,131 @@ class RLConfig:
         return self.rows // self.train_batch
 
 
-def text_score(decode: Callable[[Sequence[int]], str], config: RewardConfig) -> Score:
-    """Scores what the policy wrote, as text, by the rules of `config.scorer`; `decode` turns token ids into text.
+class Learner:
+    """What the stages of an iteration work with: compiled steps, the replay, and how rows lie on the devices."""
 
-    The answer of a row is a `Reference`, or whatever `Reference.of` makes one of.
-    """
-    scorer = Scorer(config.scorer)
+    def __init__(
+        self,
+        model,
+        data: Iterator[tuple],
+        stages: Stages,
+        config: RLConfig,
+        *,
+        mesh: Mesh | None = None,
+        rollout_mesh: Mesh | None = None,
+    ):
+        self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
+        self.part = share(mesh)
+        self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
+        temperatures = {
+            "temperature": config.rollout.temperature,
+            "later_temperature": config.rollout.later_temperature,
+        }
+        self.update = make_rl_step(config.forward, config.loss, self.optimizer, mesh=mesh, **temperatures)
+        self.logprobs = make_score_step(config.forward, mesh=mesh, **temperatures)
+        self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
+        self.replay = Replay(config.replay, config.seed, self.part)
+        self.throughput = Throughput(model, config.trainable, mesh)
+        self.laps = Laps()  # of the iteration under way
 
-    def score(trajectories: Trajectories, answers: Sequence[Any]) -> np.ndarray:
-        texts = [decode(row[chosen]) for row, chosen in zip(trajectories.tokens, trajectories.chosen, strict=True)]
-        found = scorer(texts, [Reference.of(answer) for answer in answers])
-        correct = np.array([config.unparsable if x is None else x for x in found], np.float32)
-        return np.ma.array(correct, mask=[x is None for x in found])
+    def begin(self, model) -> TrainState:
+        return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
-    return score
+    def place(self, rows: Batch) -> Batch:
+        """Host rows on the devices."""
+        return rows if self.mesh is None else shard_batch(rows, self.mesh)
+
+    def ask(self, i: int) -> Questions:
+        """What iteration `i` asks. ValueError: not as many prompts as the configuration says."""
+        questions = Questions(i, *NOTICE.next(self.data))
+        if (count := len(questions.examples) * self.part.count) != self.config.prompts:
+            raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
+        return questions
+
+    def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
+        """Iteration `i`: every stage in turn. One that is told to go before its updates is given up."""
+        stages, self.laps = self.stages, Laps()
+        questions = self.ask(i)
+        self.laps.lap("input")
+        collected = stages.collect(self, state, questions)
+        self.laps.lap("rollout")
+        scored = stages.score(self, state, collected)
+        weighed = stages.advantages(self, state, scored)
+        self.laps.lap("scoring")
+        selected = stages.select(self, state, weighed)
+        updated = stages.update(self, state, selected)
+        self.laps.lap("update")
+        facts = rollout_metrics(weighed) | lesson_facts(scored, self.part) | updated.facts
+        if facts.get("updates"):
+            facts |= self.throughput.facts(self.laps.facts["seconds_update"])
+        return updated.state, facts | self.laps.facts | collected.facts
 
 
-def shaped_rewards(
-    trajectories: Trajectories, correct: np.ndarray, is_video: np.ndarray, n: int, config: RewardConfig
-) -> RewardParts:
-    """The shaped reward of host trajectories, [groups, n]; `correct` [R], `is_video` [groups]."""
-    status = trajectories.calls.status
-    ops = executed_calls(trajectories) if config.count == "executed" else trajectories.num_calls
-    answered = answered_calls(trajectories)
-    last = np.take_along_axis(status, np.maximum(answered - 1, 0)[:, None], axis=1)[:, 0]
-    failed_last = (answered > 0) & (last == CallStatus.FAILED)
-    lengths = np.sum(trajectories.chosen, axis=1)
-    correct, ops, failed_last, lengths = (x.reshape(-1, n) for x in (correct, ops, failed_last, lengths))
-    return rewards.shape(correct, ops, failed_last, is_video, lengths, config)
-
-
-def rollout_metrics(
-    trajectories: Trajectories, correct: np.ndarray, parts: RewardParts, teaching: np.ndarray
-) -> dict[str, float]:
+def rollout_metrics(weighed: Weighed) -> dict[str, float]:
     """What the rows of an iteration did, as plain numbers."""
-    ops, calls = executed_calls(trajectories), trajectories.num_calls
-    lengths = np.sum(trajectories.chosen, axis=1)
+    scored, t = weighed.scored, weighed.scored.collected.records
+    ops = executed_calls(t)
+    lengths = np.sum(t.chosen, axis=1)
     facts = {
-        "accuracy": np.mean(correct > 0.5),
+        "accuracy": None if scored.correct is None else np.mean(scored.correct > 0.5),
         "rapr": np.mean(ops > 0),  # rate of pixel-space reasoning
-        "reward": np.mean(parts.total),
-        **{f"reward_{name}": np.mean(part) for name, part in parts._asdict().items()},
-        "group_variance": np.mean(np.var(parts.total, axis=1)),
+        "reward": np.mean(scored.reward),
+        **{f"reward_{name}": np.mean(values) for name, values in scored.terms.items()},
+        "group_variance": np.mean(np.var(scored.reward, axis=1)),
         "operations": np.mean(ops),
-        "calls": np.mean(calls),
-        "call_errors": np.sum(failed_calls(trajectories)) / max(np.sum(answered_calls(trajectories)), 1),
-        "informative": np.mean(teaching),  # share of groups
+        "calls": np.mean(t.num_calls),
+        "call_errors": np.sum(failed_calls(t)) / max(np.sum(answered_calls(t)), 1),
+        "informative": np.mean(weighed.teaching),  # share of groups
         "response_tokens": np.mean(lengths),
         "response_tokens_max": np.max(lengths),
-        "row_tokens": np.mean(np.sum(trajectories.valid, axis=1)),  # prompt and what was shown included
-        "finished": np.mean(trajectories.stop == STOP_ANSWER),
+        "row_tokens": np.mean(np.sum(t.valid, axis=1)),  # prompt and what was shown included
+        "finished": np.mean(t.stop == STOP_ANSWER),
     }
-    return {name: float(x) for name, x in facts.items()}
-
-
-def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:
-    """The rows that did not end in an answer (`stop` int32 [R]) without tokens that carry loss, and never replayed."""
-    finished = stop == STOP_ANSWER
-    return batch._replace(
-        chosen=batch.chosen & finished[:, None], advantage=np.where(finished, batch.advantage, 0).astype(np.float32)
-    )
+    return {name: float(x) for name, x in facts.items() if x is not None}
 
 
 def rl(
     model: T,
     data: Iterator[tuple[Prompts, Sequence[Any]]],
-    score: Score,
+    stages: Stages,
     config: RLConfig,
     *,
     directory: str | os.PathLike | None = None,
-    facts: Mapping[str, Any] | None = None,
-    resume_changed: bool = False,
+    identity: Identity = ANYTHING,
     mesh: Mesh | None = None,
     rollout_mesh: Mesh | None = None,
-    watch: Watch | None = None,
     label: str = "rl",
-    stream=None,
+    watch: Watch | None = None,
 ) -> T:
-    """The model after `config.iterations` rounds of rollout and updates.
+    """The model after `config.iterations` iterations, each of which goes through `stages` and makes several updates.
 
-    `data` yields prompts and one reference answer (whatever `score` understands) for each; it has `get_state` and
-    `set_state`. Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run.
-    An iteration that is told to go before its updates is given up: it may last longer than there is time. `directory`,
-    `facts`, `resume_changed` and `watch` as in `sft`; `watch` is shown some rows of every iteration, too.
+    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration
+    that is told to go before its updates is given up: it may last longer than there is time. Rollouts may lie otherwise
+    than training: on `rollout_mesh`, of the same devices. With several processes each has its `share` of the prompts (the
+    same on both meshes), and only rewards and records of its rows are gathered. Pixels are not kept: what a row saw is cut
+    again from its prompt's images, where and when it is scored or trained on.
 
-    Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
-    this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
-    rewards and records are gathered. Pixels are not kept: what a row saw is cut again from its prompt's images, where and when
-    it is scored or trained on.
+    Args:
+      data: yields prompts, an example for each (whatever the reward reads), and if these differ from what the prompts have
+        the sizes of its images (`stages.Questions`); it has `get_state` and `set_state`.
+      directory, identity, watch: as in `sft`.
     """
-    optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
-    temperatures = {
-        "temperature": config.rollout.temperature,
-        "later_temperature": config.rollout.later_temperature,
-    }
-    update = make_rl_step(config.forward, config.loss, optimizer, mesh=mesh, **temperatures)
-    scorer = make_score_step(config.forward, mesh=mesh, **temperatures)
-    part = share(mesh)
-    policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
-    replay = Replay(config.replay, config.seed, part)
-    throughput = Throughput(model, config.trainable, mesh)
-    place = (lambda batch: batch) if mesh is None else (lambda batch: shard_batch(batch, mesh))
-    n, share_of_update = config.rollout.group_size, config.train_batch // part.count
-
-    def old_logprobs(state: TrainState, batch: Batch, seen: Callable[[Batch], Batch]) -> np.ndarray:
-        model, rows = state.model, batch.tokens.shape[0]
-        found = []
-        for start in range(0, rows, share_of_update):
-            NOTICE.obey()
-            part = seen(take(batch, slice(start, start + share_of_update)))
-            found.append(local_rows(scorer(model, place(part))[0]))
-        return np.concatenate(found)
-
-    def step(state: TrainState, i: int):
-        laps = Laps()
-        prompts, answers = NOTICE.next(data)
-        if len(answers) * part.count != config.prompts:
-            raise ValueError(f"{len(answers) * part.count} prompts, the configuration says {config.prompts}")
-        laps.lap("input")
-        key = jax.random.fold_in(jax.random.key(config.seed), i)
-        # Keys follow from the place in the whole batch, whoever has it.
-        prompts = prompts._replace(uid=part.index * len(answers) + np.arange(len(answers), dtype=np.int32))
-        actor = policy(state)
-        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout, pixels=False))
-        laps.lap("rollout")
-        NOTICE.obey()
-        timed = {}
-        if config.time_operations and i % config.time_operations == 0:
-            timed["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
-            laps.lap("timing")
-        del actor  # where it is a copy, the updates need its memory
-        scored = score(trajectories, [answer for answer in answers for _ in range(n)])
-        parsed = all_rows(~np.ma.getmaskarray(scored), part)
-        correct = all_rows(np.asarray(scored, np.float32), part)
-        check_rows(correct, f"iteration {i}: the correctness")
-        records = all_rows(trajectories._replace(visual=None), part)  # of all rows, in all processes
-        is_video = all_rows(np.asarray(prompts.is_video), part)
-        parts = shaped_rewards(records, correct, is_video, n, config.reward)
-        shaped = parts.total
-        check_rows(shaped.reshape(-1), f"iteration {i}: the reward")
-        teaching = informative(shaped, threshold=config.replay.threshold)
-        facts = rollout_metrics(records, correct, parts, teaching)
-        facts |= lesson_facts(correct.reshape(-1, n), parsed.reshape(-1, n))
-        advantage = group_advantage(shaped, baseline=config.baseline, scale_by_std=config.scale_by_std).reshape(-1)
-        own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
-        batch = from_trajectories(trajectories, advantage[own])
-        shape = static_shape(prompts, config.rollout, mesh)
-        room = room_of(batch.tokens.shape[1], prompts, shape)
-        batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, shape))
-        if watch is not None:
-            found = Rollouts(
-                trajectories,
-                prompts.tables.tools,
-                batch.visual.patches,
-                room.images,
-                [Reference.of(answer) for answer in answers],
-                np.asarray(prompts.is_video),
-                correct[own],
-                shaped.reshape(-1)[own],
-                advantage[own],
-            )
-            watch.rollouts(i, found, config.rollout)
-        del prompts  # its images, without the room around them, are all that is needed from here on
-
-        def seen(rows: Batch) -> Batch:
-            return with_patches(rows, see(rows, room, config.rollout, shape, mesh))
-
-        if config.mask_unfinished:
-            batch = mask_unfinished(batch, trajectories.stop)
-        laps.lap("scoring")
-        if config.old_logprobs == "recomputed" and (teaching.any() or config.replay.kind == "none"):
-            batch = batch._replace(old_logprobs=old_logprobs(state, batch, seen))
-            check_rows(batch.old_logprobs, f"iteration {i}: the log-probabilities")
-        NOTICE.obey()
-        laps.lap("old_logprobs")
-        selected = replay.select(batch, np.repeat(teaching, n), room)
-        facts["updates"] = 0 if selected is None else config.updates
-        reports = []
-        for u in range(facts["updates"]):
-            rows = seen(replay.batch(selected[u * config.train_batch : (u + 1) * config.train_batch]))
-            if config.packing:
-                rows = pack_rows(jax.tree.map(local_rows, rows), config.packing)
-            throughput.count(rows)
-            state, report = update(state, place(rows))
-            reports.append(check_report(report, i * config.updates + u))
-        facts |= {
-            name: float(np.mean([report[name] for report in reports])) for name in (reports[0] if reports else ())
-        }
-        laps.lap("update")
-        if reports:
-            facts |= throughput.facts(laps.facts["seconds_update"])
-        return state, facts | laps.facts | timed
-
-    return run(
+    learner = Learner(model, data, stages, config, mesh=mesh, rollout_mesh=rollout_mesh)
+    work = Work(
         label,
-        init_state(model, optimizer, trainable=config.trainable, mesh=mesh),
-        step,
-        steps=config.iterations,
+        config.iterations,
+        learner.step,
         host={"data": data},
-        local={"replay": replay},
-        directory=directory,
-        facts={**(facts or {}), "rl": dataclasses.asdict(config)},
-        resume_changed=resume_changed,
+        local={"replay": learner.replay},
+        shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
+        remark=Lessons(config.rollout.group_size, config.rollout.temperature),
+    )
+    keeping = Keeping(
+        directory,
+        identity.with_facts(rl=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
-        mesh=mesh,
-        shown=("accuracy", "rapr", "reward", "loss"),
-        remark=Lessons(n, config.rollout.temperature),
-        watch=watch,
         writers=config.writers,
-        stream=stream,
-    ).model
+        mesh=mesh,
+    )
+    return Loop(work, learner.begin(model), keeping, watch).run().model

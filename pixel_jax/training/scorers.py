@@ -23,10 +23,12 @@ class Reference(NamedTuple):
     question: str = ""
 
     @classmethod
-    def of(cls, value: "Reference | str | Sequence[str]") -> "Reference":
-        """A data row's answer, boxed or not, one or several."""
+    def of(cls, value: Any) -> "Reference":
+        """Of a data row's answer, boxed or not, one or several; or of an example, which has an `answer` and a `question`."""
         if isinstance(value, cls):
             return value
+        if hasattr(value, "answer"):
+            return cls(tuple(references_of(value.answer)), value.question)
         return cls(tuple(references_of(value)))
 
 

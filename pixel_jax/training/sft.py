@@ -3,8 +3,8 @@
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Literal, TypeVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,13 +13,12 @@ from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
 from pixel_jax.parallel.sharding import WHOLE, Share, shard_batch, share
 from pixel_jax.training.batch import Batch, take
-from pixel_jax.training.loop import Laps, run
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Laps, Loop, Watch, Work
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
 from pixel_jax.training.throughput import Throughput
-from pixel_jax.training.watch import Watch
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
@@ -90,64 +89,67 @@ class Shuffled:
         self.position = check_position(state["position"])
 
 
+class Tuning:
+    """The steps of a tuning run: a batch, an update."""
+
+    def __init__(self, model, data: Iterator[Batch], config: SFTConfig, *, mesh: Mesh | None, epoch: float | None):
+        self.data, self.config, self.mesh, self.epoch = data, config, mesh, epoch
+        self.steps = config.updates(epoch)
+        self.optimizer = make_optimizer(config.optimizer, self.steps)
+        self.rate = learning_rate(config.optimizer, self.steps)
+        self.update = make_sft_step(config.forward, self.optimizer, normalizer=config.normalizer, mesh=mesh)
+        self.throughput = Throughput(model, config.trainable, mesh)
+
+    def begin(self, model) -> TrainState:
+        return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
+
+    def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
+        laps = Laps()
+        batch = NOTICE.next(self.data)
+        rows = batch.tokens.shape[0] * share(self.mesh).count
+        if rows != self.config.batch_size:
+            raise ValueError(f"a batch of {rows} rows, the configuration says {self.config.batch_size}")
+        laps.lap("input")
+        self.throughput.count(batch)
+        state, report = self.update(state, batch if self.mesh is None else shard_batch(batch, self.mesh))
+        metrics = check_report(report, i) | {"learning_rate": float(self.rate(i))}
+        if self.epoch is not None:
+            metrics["epoch"] = (i + 1) / self.epoch
+        laps.lap("update")
+        return state, metrics | laps.facts | self.throughput.facts(laps.facts["seconds_update"])
+
+
 def sft(
     model: T,
     data: Iterator[Batch],
     config: SFTConfig,
     *,
     directory: str | os.PathLike | None = None,
-    facts: Mapping[str, Any] | None = None,
-    resume_changed: bool = False,
+    identity: Identity = ANYTHING,
     mesh: Mesh | None = None,
     epoch: float | None = None,
-    watch: Watch | None = None,
     label: str = "sft",
-    stream=None,
+    watch: Watch | None = None,
 ) -> T:
     """The model after `config.updates(epoch)` updates on batches of `data` (host arrays; with Grain's `get_state`, `set_state`).
 
     With a `directory` the run is resumable: started again, it continues from its newest checkpoint, if it is the same run:
-    of the same `config` and the same `facts`, what else is known about it (`pixel_jax.identity`); `resume_changed` lets the
-    experiment change. With several processes `data` yields this one's `share(mesh)` of each batch, and its state is the same
-    in all. `epoch` is the number of batches in a pass over the data; the metrics say then how many passes are made.
-    `watch` looks at the model in between (`pixel_jax.training.watch`).
+    of the same `config` and the same `identity`. With several processes `data` yields this one's `share(mesh)` of each
+    batch, and its state is the same in all.
+
+    Args:
+      epoch: number of batches in a pass over the data; the metrics say then how many passes are made.
+      watch: called before the first step and after each.
     """
-    steps = config.updates(epoch)
-    optimizer = make_optimizer(config.optimizer, steps)
-    rate = learning_rate(config.optimizer, steps)
-    update = make_sft_step(config.forward, optimizer, normalizer=config.normalizer, mesh=mesh)
-    part = share(mesh)
-    throughput = Throughput(model, config.trainable, mesh)
-
-    def step(state: TrainState, i: int):
-        laps = Laps()
-        batch = NOTICE.next(data)
-        rows = batch.tokens.shape[0] * part.count
-        if rows != config.batch_size:
-            raise ValueError(f"a batch of {rows} rows, the configuration says {config.batch_size}")
-        laps.lap("input")
-        throughput.count(batch)
-        state, report = update(state, batch if mesh is None else shard_batch(batch, mesh))
-        metrics = check_report(report, i) | {"learning_rate": float(rate(i))}
-        if epoch is not None:
-            metrics["epoch"] = (i + 1) / epoch
-        laps.lap("update")
-        return state, metrics | laps.facts | throughput.facts(laps.facts["seconds_update"])
-
-    state = init_state(model, optimizer, trainable=config.trainable, mesh=mesh)
-    return run(
-        label,
-        state,
-        step,
-        steps=steps,
-        host={"data": data},
-        directory=directory,
-        facts={**(facts or {}), "sft": dataclasses.asdict(config)},
-        resume_changed=resume_changed,
+    tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
+    shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
+    work = Work(label, tuning.steps, tuning.step, host={"data": data}, shown=shown)
+    keeping = Keeping(
+        directory,
+        identity.with_facts(sft=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
-        mesh=mesh,
-        watch=watch,
         writers=config.writers,
-        stream=stream,
-    ).model
+        mesh=mesh,
+    )
+    return Loop(work, tuning.begin(model), keeping, watch).run().model

@@ -22,9 +22,10 @@ from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import Trace
 from pixel_jax.files import write_file
 from pixel_jax.parallel.processes import everywhere, first, say
-from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.state_files import LineLog, read_lines, read_note, to_json, write_json
-from pixel_jax.training.looks import Rollouts
+from pixel_jax.training.looks import draw_rollouts
+from pixel_jax.training.preemption import NOTICE
+from pixel_jax.training.stages import Scored, Weighed, advantages
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import Writer
 
@@ -105,6 +106,8 @@ class Watch:
         """`done` steps are behind `state`. `log` gets the numbers and conversations; None in all processes but the first."""
         if not self.begun:
             self._begin(done)
+        if NOTICE.reached():  # the step is to be saved; the next start looks
+            return
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))
         due = self.interval and (done % self.interval == 0 or done == self.steps)
@@ -157,13 +160,18 @@ class Watch:
             write_json(self.directory / BEST, {"done": done, "by": self.best, "value": value})
             say(f"the model after {done} steps is the best so far: {self.best} {value:.4g}")
 
-    def rollouts(self, iteration: int, found: Rollouts, limits: RolloutConfig) -> None:
-        """Keeps some rows of a group of an iteration (of the first process): another place of the batch every time."""
-        count = min(self.config.drawn, len(found.correct) // len(found.references))
+    def advantages(self, learner, state: TrainState, scored: Scored) -> Weighed:
+        """The stage of that name, of which some rows are kept: of a group, at another place of the batch every time."""
+        weighed = advantages(learner, state, scored)
+        questions, limits = scored.collected.questions, learner.config.rollout
+        count = min(self.config.drawn, limits.group_size)
         if first() and count:
-            group = iteration % len(found.references)
-            start = group * (len(found.correct) // len(found.references))
-            self._keep(ROLLOUTS, iteration + 1, found.draw(range(start, start + count), self.vocabulary, limits))
+            start = questions.iteration % len(questions.examples) * limits.group_size
+            rows = range(start, start + count)
+            self._keep(
+                ROLLOUTS, questions.iteration + 1, draw_rollouts(weighed, rows, self.vocabulary, limits, learner.part)
+            )
+        return weighed
 
     def _keep(self, name: str, number: int, found: Sequence[Trace]) -> None:
         folder = self.directory / "traces" / name

@@ -165,6 +165,10 @@ def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
         directory = prepare(manual, tmp_path, f"pixel_reasoner_{name}", "strict")
         ours, theirs = batches(directory), batches(manual / file)
         found, wanted = next(ours), next(theirs)
+        if name == "questions":  # prompts, examples (whose images lie elsewhere), sizes
+            found, wanted = ((*x[::2], [(y.question, y.answer) for y in x[1]]) for x in (found, wanted))
+            assert found[1:] == wanted[1:]
+            found, wanted = found[0], wanted[0]
         assert jax.tree.structure(found) == jax.tree.structure(wanted)
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
         ours.close()

@@ -23,9 +23,12 @@ from pixel_jax.rollout.prompts import build_prompts
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import ReplayConfig
+from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.stages import Stages
 from pixel_jax.training.steps import ForwardConfig
+from pixel_jax.training.terms import Term
 
 PROMPTS = 4
 
@@ -70,11 +73,13 @@ class Questions:
         self.asked = state["asked"]
 
 
-def score(trajectories, answers):
+def written(row, answer):
     """Whether the answer was written."""
-    words = talker.vocabulary()
-    rows = zip(trajectories.tokens, trajectories.chosen, answers, strict=True)
-    return np.array([f"boxed{{{answer}}}".encode() in words.to_bytes(t[c].tolist()) for t, c, answer in rows])
+    return f"boxed{{{answer}}}" in row.response
+
+
+def decode(ids):
+    return talker.vocabulary().to_bytes(ids).decode()
 
 
 def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event):
@@ -109,7 +114,8 @@ def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=Fal
     model, data = talker.model(), Questions(share(mesh), event)
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
-    return rl(model, data, score, config, directory=directory, mesh=mesh, rollout_mesh=rollout_mesh)
+    stages = Stages(Rewards.of(config.reward, decode, {"answer": Term(written)}))
+    return rl(model, data, stages, config, directory=directory, mesh=mesh, rollout_mesh=rollout_mesh)
 
 
 def work(directory, phase="sft", mesh=None, rollout_mesh=None, steps=3, **settings):

@@ -3,17 +3,25 @@
 import numpy as np
 import pytest
 
+from pixel_jax.parallel.sharding import WHOLE
 from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, remark
+from pixel_jax.training.stages import Scored
+from pixel_jax.training.terms import Row
 
-GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unparsed": 0.0, "finished": 1.0}
+GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
 EASY = GOOD | {"informative": 0.0, "all_right": 0.75, "all_wrong": 0.25}
 HARD = GOOD | {"informative": 0.0, "all_right": 0.0, "all_wrong": 1.0}
 
 
 def test_counts_of_groups_and_rows():
+    texts = ["\\boxed{7}", "<answer>7</answer>", "7", "\\boxed{7", "\\boxed{}", "\\boxed{1}", "\\boxed{1}", "one"]
+    rows = [Row(text, (text,), (), "answer", np.zeros(1, np.int32)) for text in texts]
     correct = np.array([[1, 1], [0, 0.5], [0.9, 0.1], [0, 0]])
-    parsed = np.array([[1, 1], [0, 1], [1, 1], [0, 1]], bool)
-    assert lesson_facts(correct, parsed) == {"all_right": 0.25, "all_wrong": 0.5, "unparsed": 0.25}
+    scored = Scored(None, correct, {}, correct, rows)
+    assert lesson_facts(scored, WHOLE) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 3 / 8}
+    alone = lesson_facts(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
+    assert alone == {"unboxed": 3 / 8}
+    assert remark(alone | {"informative": 0.0}) == "no group taught anything (100% of equal rewards)"
 
 
 def test_what_is_said_of_an_iteration():
@@ -29,8 +37,13 @@ def test_what_is_said_of_an_iteration():
     [
         (EASY, 8, 1.0, ["too easy"]),
         (HARD, 8, 1.0, ["too hard"]),
-        (HARD | {"unparsed": 0.9}, 8, 1.0, [r"in 90% of the rows no answer could be read"]),
-        (HARD | {"finished": 0.25, "unparsed": 0.75}, 8, 1.0, ["75% of the rows ran out of room", "no answer could"]),
+        (HARD | {"unboxed": 0.9}, 8, 1.0, ["90% of the rows give no answer in"]),
+        (
+            HARD | {"finished": 0.25, "unboxed": 0.75},
+            8,
+            1.0,
+            ["75% of the rows ran out of room", "75% of the rows give no answer"],
+        ),
         (HARD, 2, 0.2, ["too hard", "2 rows a group", "temperature 0.2"]),
         (GOOD | {"informative": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),
     ],

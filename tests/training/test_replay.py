@@ -126,7 +126,7 @@ def test_a_restored_buffer_draws_the_same():
 def test_an_update_is_of_rows_of_one_room(kind):
     """Rollouts about images and about videos differ in shape: what is replayed, and restored, is of the shape of the rest."""
     replay = Replay(ReplayConfig(kind=kind, life="run"), 0)
-    stills, clips, clip = marked(4, seed=1), marked(4, seed=2), ROOM._replace(views=8)
+    stills, clips, clip = marked(4, seed=1), marked(4, seed=2), ROOM._replace(video=True)
     first = draw(replay, stills, np.arange(4) < 2)
     copy = Replay(ReplayConfig(kind=kind, life="run"), 1)
     copy.set_state(replay.get_state())

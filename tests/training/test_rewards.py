@@ -1,12 +1,18 @@
-"""The curiosity reward: the table of values, the switches, and the advantages that follow."""
+"""The curiosity reward: the table of values and the switches; terms, built in and a user's; the advantages that follow."""
+
+import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pixel_jax.config import load
 from pixel_jax.training.advantages import group_advantage, informative
-from pixel_jax.training.rewards import RewardConfig, curiosity_reward, shape
+from pixel_jax.training.rewards import RewardConfig, Rewards, curiosity_reward, total
+from pixel_jax.training.rl import RLConfig
+from pixel_jax.training.terms import Call, RewardError, Row, Term, evaluate, of_batch, of_group
 
 
 def looked(k, n=8):
@@ -63,29 +69,135 @@ def test_wrong_shapes_and_forms():
         curiosity_reward(np.zeros((1, 8)), looked(1), form="released")
 
 
-def test_answer_after_a_failed_operation():
-    correct, ops, failed = np.ones((1, 2)), np.array([[1, 1]]), np.array([[True, False]])
-    video = np.array([False])
-    lengths = np.zeros((1, 2), int)
-    assert shape(correct, ops, failed, video, lengths, RewardConfig()).total.tolist() == [[1, 1]]
-    strict = shape(correct, ops, failed, video, lengths, RewardConfig(zero_after_failure=True))
-    assert strict.total.tolist() == strict.correct.tolist() == [[0, 1]]
+LOOK, FAIL = Call("crop_image_normalized", "crop", 0, (0, 0, 10, 10)), Call("", "malformed")
 
 
-def test_parts_add_up_to_the_reward():
+def row(looks=0, tokens=0, *, calls=None, **facts):
+    return Row("", (), (LOOK,) * looks if calls is None else tuple(calls), "answer", np.zeros(tokens, int), **facts)
+
+
+def test_terms_add_up_to_the_reward():
     """Eight rollouts, one of which looks twice: its bonus is .0875, its second look costs .05, its length .25."""
-    correct, ops, failed = np.ones((1, 8)), np.array([[2, 0, 0, 0, 0, 0, 0, 0]]), np.zeros((1, 8), bool)
-    lengths = np.array([[85, 80, 100, 101, 0, 20, 90, 79]])
-    found = shape(correct, ops, failed, np.array([False]), lengths, RewardConfig(length_limit=100, length_buffer=20))
-    np.testing.assert_allclose(found.curiosity, [[0.0875] + [0] * 7], rtol=1e-6)
-    np.testing.assert_allclose(found.penalty, [[-0.05] + [0] * 7], rtol=1e-6)
-    np.testing.assert_allclose(found.length, [[-0.25, 0, -1, -1, 0, 0, -0.5, 0]])
-    np.testing.assert_allclose(found.total, curiosity_reward(correct, ops) + found.length, rtol=1e-6)
-    assert found.total.dtype == np.float32
-    plain = shape(correct, ops, failed, np.array([False]), lengths, RewardConfig())
-    np.testing.assert_array_equal(plain.total, curiosity_reward(correct, ops))
+    lengths = [85, 80, 100, 101, 0, 20, 90, 79]
+    rows = [row(2 * (i == 0), tokens) for i, tokens in enumerate(lengths)]
+    right = {"answer": of_batch(lambda rows, examples: np.ones(len(rows), np.float32))}
+    found = Rewards.of(RewardConfig(length_limit=100, length_buffer=20), None, right).values(rows, [None], 8)
+    np.testing.assert_allclose(found["curiosity"], [0.0875] + [0] * 7, rtol=1e-6)
+    np.testing.assert_allclose(found["budget"], [-0.05] + [0] * 7, rtol=1e-6)
+    np.testing.assert_allclose(found["length"], [-0.25, 0, -1, -1, 0, 0, -0.5, 0])
+    plain = curiosity_reward(np.ones((1, 8)), np.array([[2] + [0] * 7]))[0]
+    np.testing.assert_allclose(total(found.values()), plain + found["length"], rtol=1e-6)
+    assert total(found.values()).dtype == np.float32
+    found = Rewards.of(RewardConfig(), None, right).values(rows, [None], 8)
+    np.testing.assert_array_equal(total(found.values()), plain)
     with pytest.raises(ValueError, match="length_buffer 5 .* = 3"):
         RewardConfig(length_limit=3, length_buffer=5)
+
+
+def test_what_failed_last():
+    assert row(calls=[LOOK, FAIL]).failed_last and not row(calls=[FAIL, LOOK]).failed_last
+    assert not row().failed_last and not row(calls=[LOOK, Call("", "")]).failed_last
+
+
+@dataclasses.dataclass
+class Shown:
+    """An example, as far as rewards see it."""
+
+    id: str
+    answer: tuple[str, ...] = ("7",)
+    question: str = "?"
+    fields: dict = dataclasses.field(default_factory=dict)
+
+
+def values(terms, rows, examples, n, **options):
+    config = RewardConfig(terms=tuple((name, 1.0) for name in terms), **options)
+    return Rewards.of(config, None).values(rows, examples, n)
+
+
+def test_answers_are_held_against_the_example():
+    rows = [row()._replace(response=text) for text in (r"\boxed{7}", r"\boxed{8}", "nothing", r"\boxed{8}")]
+    found = values(["answer"], rows, [Shown("a"), Shown("b", ("8", "9"))], 2, unparsable=-1)
+    assert found["answer"].tolist() == [1, 0, -1, 1]
+
+
+def test_overlap_with_the_reference_box():
+    crop = lambda *box, image=0: Call("crop_image_normalized", "crop", image, box)
+    rows = [
+        row(),
+        row(calls=[crop(0, 0, 10, 10)]),
+        row(calls=[crop(0, 0, 1, 1), FAIL, crop(5, 0, 15, 10)]),  # the best counts: 50 of 150
+        row(calls=[crop(0, 0, 10, 10, image=1)]),  # of another image
+    ]
+    one, several = {"box": [0, 0, 10, 10]}, {"box": [[100, 100, 200, 200], [0.0, 0.0, 10, 5]]}
+    found = values(["overlap"], rows + rows, [Shown("a", fields=one), Shown("b", fields=several)], 4)["overlap"]
+    np.testing.assert_allclose(found, [0, 1, 50 / 150, 0, 0, 0.5, 25 / 125, 0], rtol=1e-6)
+    for fields, words in [({}, "no field 'box', only the usual ones"), ({"box": [5, 0, 5, 9]}, "x1 < x2 and y1 < y2")]:
+        with pytest.raises(RewardError, match=f"'overlap', row 0 .example a.: raises .*{words}"):
+            values(["overlap"], rows, [Shown("a", fields=fields)], 4)
+
+
+def test_terms_see_a_row_a_group_or_all():
+    rows, examples = [row(tokens=i) for i in range(6)], ["a", "b"]
+    single = Term(lambda row, example: len(row.tokens) + (example == "b"))
+    assert evaluate("x", single, rows, examples, 3).tolist() == [0, 1, 2, 4, 5, 6]
+    group = of_group(lambda rows, example: [len(rows) * len(row.tokens) for row in rows])
+    assert evaluate("x", group, rows, examples, 3).tolist() == [0, 3, 6, 9, 12, 15]
+    batch = of_batch(
+        lambda rows, examples: jnp.array([len(r.tokens) * (e == "b") for r, e in zip(rows, examples, strict=True)])
+    )
+    found = evaluate("x", batch, rows, examples, 3)
+    assert found.tolist() == [0, 0, 0, 3, 4, 5] and found.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "term, words",
+    [
+        (Term(lambda row, example: 1 / 0 if len(row.tokens) == 4 else 1), "row 14 .example 'b'.: raises ZeroDivision"),
+        (Term(lambda row, example: None), "row 10 .example 'a'.: returns None .*not a number"),
+        (Term(lambda row, example: [1.0]), r"row 10 .*returns \[1.0\] .shape .1,..*not a number"),
+        (Term(lambda row, example: "1"), "row 10 .*returns '1'.*not a number"),
+        (of_group(lambda rows, example: 0.0), r"rows 10 to 12 .example 'a'.: returns 0.0 .*not 3 numbers"),
+        (of_group(lambda rows, example: [1.0] * (3 + (example == "b"))), r"rows 13 to 15 .*shape .4,..*not 3 numbers"),
+        (of_batch(lambda rows, examples: np.zeros((6, 1))), r": returns .*\(6, 1\).*not 6 numbers"),
+        (of_batch(lambda rows, examples: [[1], [1, 2]]), ": returns .*not 6 numbers"),
+        (of_batch(lambda rows: 0), ": raises TypeError"),
+    ],
+)
+def test_a_term_that_gives_no_numbers_is_named(term, words):
+    with pytest.raises(RewardError, match=f"^the reward term 'bad'.*{words}"):
+        evaluate("bad", term, [row(tokens=i) for i in range(6)], ["a", "b"], 3, first=10)
+
+
+def test_terms_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own_terms.py").write_text(
+        "from pixel_jax.training.terms import of_group\n"
+        "def brief(row, example): return -len(row.tokens)\n"
+        "rank = of_group(lambda rows, example: range(len(rows)))\n"
+        "three = 3\n"
+    )
+    found = values(["own_terms:brief", "own_terms:rank"], [row(tokens=i) for i in (5, 6)], [None], 2)
+    assert found["own_terms:brief"].tolist() == [-5, -6] and found["own_terms:rank"].tolist() == [0, 1]
+    with pytest.raises(RewardError, match="'own_terms:three' is 3, not a function"):
+        values(["own_terms:three"], [], [], 2)
+    for terms, words in [
+        ((("curious", 1.0),), "no reward term is called 'curious'; known are answer, curiosity"),
+        ((("answer", 1.0), ("answer", 2.0)), "each name once"),
+        ((), "one or more"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            RewardConfig(terms=terms)
+
+
+def test_a_config_names_code_and_does_not_run_it(tmp_path, monkeypatch):
+    """Settings come out of run directories and checkpoints, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_evil.py").write_text("raise SystemExit('was run')")
+    config = load(RLConfig, {"iterations": 1, "reward": {"terms": [["own_evil:x", 1], ["answer", 0.5]]}})
+    assert config.reward.terms == (("own_evil:x", 1.0), ("answer", 0.5))
+    with pytest.raises(SystemExit):
+        Rewards.of(config.reward, None)
 
 
 def test_advantages():

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -16,22 +17,27 @@ from pixel_jax.data.buckets import check_position
 from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
+from pixel_jax.parallel.sharding import WHOLE
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
+from pixel_jax.training import stages as stages_module
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, WriteError
+from pixel_jax.training.loop import Identity
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import MetricsLog, read_metrics
 from pixel_jax.training.replay import ReplayConfig
-from pixel_jax.training.rewards import RewardConfig
-from pixel_jax.training.rl import RLConfig, rl, shaped_rewards, text_score
+from pixel_jax.training.rewards import RewardConfig, Rewards
+from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import Shuffled
+from pixel_jax.training.stages import Selected, Stages, Weighed, training_rows
 from pixel_jax.training.steps import ForwardConfig, NonFiniteError
+from pixel_jax.training.terms import of_batch
 
 GROUPS, N = 4, 4
 CONFIG = RLConfig(
@@ -108,7 +114,7 @@ def rollout(model, prompts, key, config, *, pixels):
 @pytest.fixture
 def rollouts(monkeypatch):
     """Replaces the rollout."""
-    monkeypatch.setattr(rl_module, "rollout", rollout)
+    monkeypatch.setattr(stages_module, "rollout", rollout)
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +122,23 @@ def whole(model, tmp_path_factory):
     """(weights, directory) of a run that nothing disturbed."""
     directory = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl_module, "rollout", rollout)
+        patch.setattr(stages_module, "rollout", rollout)
         return run(model, directory), directory
 
 
-def score(trajectories, answers):
-    return (trajectories.tokens[:, 10] + np.array(answers)) % 2
+def score(rows, answers):
+    """Right or wrong, by the first token of the response."""
+    return (np.array([row.tokens[0] for row in rows]) + np.array(answers)) % 2
 
 
-def run(model, directory, *, score=score, **changes):
-    return rl(model, Questions(), score, dataclasses.replace(CONFIG, **changes), directory=directory)
+def stages(config, score=score, **own):
+    """The usual ones, but for what makes an answer right and for one's own."""
+    return Stages(Rewards.of(config.reward, lambda ids: "", {"answer": of_batch(score)}), **own)
+
+
+def run(model, directory, *, score=score, own=None, **changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return rl(model, Questions(), stages(config, score, **(own or {})), config, directory=directory)
 
 
 def assert_same_run(whole, model, directory):
@@ -141,12 +154,12 @@ def assert_same_run(whole, model, directory):
 def test_a_resumed_run_is_the_same_run(model, whole, rollouts, tmp_path):
     calls = 0
 
-    def failing(trajectories, answers):
+    def failing(rows, answers):
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        return score(trajectories, answers)
+        return score(rows, answers)
 
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path, score=failing, save_every=2)
@@ -170,7 +183,7 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
         return call
 
     make = rl_module.make_score_step
-    monkeypatch.setattr(rl_module, "rollout", watched("rollout", rl_module.rollout))
+    monkeypatch.setattr(stages_module, "rollout", watched("rollout", rollout))
     monkeypatch.setattr(rl_module, "make_score_step", lambda *a, **b: watched("old_logprobs", make(*a, **b)))
     lives = [(("rollout", 1), 0), (("score", 3), 2), (("old_logprobs", 2), 2), (("rollout", 2), 3)]
     for moment, saved in lives:
@@ -191,8 +204,8 @@ def test_a_directory_holds_one_run(model, whole, rollouts, tmp_path, monkeypatch
 
     def again(facts=None, resume_changed=False, **changes):
         config = dataclasses.replace(CONFIG, **changes)
-        held = {"facts": facts, "resume_changed": resume_changed, "directory": tmp_path}
-        return rl(model, Questions(), score, config, **held)
+        identity = Identity(facts or {}, resume_changed)
+        return rl(model, Questions(), stages(config), config, directory=tmp_path, identity=identity)
 
     reward = dataclasses.replace(CONFIG.reward, alpha=9.0)
     with pytest.raises(RunError, match=r"was begun with rl\.reward\.alpha = 0\.5, now it is 9\.0: .*--resume_changed"):
@@ -246,13 +259,13 @@ def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(model, who
     with pytest.raises(WriteError, match="checkpoint 3 cannot be written .*No space"):
         run(model, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(rl_module, "rollout", rollout)
+    monkeypatch.setattr(stages_module, "rollout", rollout)
     assert_same_run(whole, run(model, tmp_path), tmp_path)
 
 
 def test_nothing_to_learn_from_is_no_update(model, rollouts, tmp_path):
     flat = dataclasses.replace(CONFIG.reward, alpha=0.0, beta=0.0)
-    same = run(model, tmp_path, score=lambda t, a: np.ones(len(a)), iterations=1, reward=flat)
+    same = run(model, tmp_path, score=lambda rows, answers: np.ones(len(rows)), iterations=1, reward=flat)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
@@ -260,25 +273,34 @@ def test_nothing_to_learn_from_is_no_update(model, rollouts, tmp_path):
 
 
 def test_a_reward_that_is_no_number_stops_the_run(model, rollouts, tmp_path):
-    def broken(trajectories, answers):
+    def broken(rows, answers):
         return np.where(np.arange(len(answers)) == 6, np.nan, 1.0)
 
-    with pytest.raises(NonFiniteError, match=r"iteration 0: the correctness of 1 of 16 rows .*\(6: nan\)"):
+    with pytest.raises(NonFiniteError, match=r"iteration 0: the reward term 'answer' of 1 of 16 rows .*\(6: nan\)"):
         run(model, tmp_path, score=broken, iterations=1)
+
+
+def scored(calls, *, correct=None, decode=lambda ids: "", examples=(0, 0, 0, 0), **options):
+    """What rows that made `calls` are worth to a `RewardConfig` of `options`."""
+    trajectories = make_trajectories(0, calls)
+    config = RewardConfig(**options)
+    given = {} if correct is None else {"answer": of_batch(lambda rows, examples: np.asarray(correct, np.float32))}
+    learner = types.SimpleNamespace(config=CONFIG, part=WHOLE)
+    questions = stages_module.Questions(0, next(Questions())[0], examples)
+    collected = stages_module.Collected(questions, trajectories, trajectories._replace(visual=None), None)
+    return Rewards.of(config, decode, given)(learner, None, collected)
 
 
 def test_operations_are_counted_as_the_switch_says():
     done, failed, spent = CallStatus.DONE, CallStatus.FAILED, CallStatus.SPENT
     calls = [[done], [failed], [done, failed], [done, done, spent]] + [[]] * 12
-    trajectories = make_trajectories(0, calls)
-    correct, still = np.ones(16, np.float32), np.zeros(GROUPS, bool)
-    options = {"alpha": 0.0, "beta": 0.1}
-    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(**options)).total[0]
-    np.testing.assert_allclose(found, [1, 1, 1, 0.9], rtol=1e-6)
-    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(count="requested", **options)).total[0]
+    options = {"alpha": 0.0, "beta": 0.1, "correct": np.ones(16)}
+    np.testing.assert_allclose(scored(calls, **options).reward[0], [1, 1, 1, 0.9], rtol=1e-6)
+    found = scored(calls, count="requested", **options).reward[0]
     np.testing.assert_allclose(found, [1, 1, 0.9, 0.8], rtol=1e-6)
-    found = shaped_rewards(trajectories, correct, still, N, RewardConfig(zero_after_failure=True, **options)).total[0]
-    np.testing.assert_allclose(found, [1, 0, 0, 0.9], rtol=1e-6)
+    found = scored(calls, zero_after_failure=True, **options)
+    np.testing.assert_allclose(found.reward[0], [1, 0, 0, 0.9], rtol=1e-6)
+    assert found.terms["answer"][0].tolist() == [1, 0, 0, 1] and found.correct.all()  # the answers were right
 
 
 def test_texts_are_what_the_policy_chose():
@@ -287,11 +309,33 @@ def test_texts_are_what_the_policy_chose():
 
     def decode(ids):
         seen.append(list(ids))
-        return r"\boxed{4}" if len(seen) % 2 else "nothing"
+        return r"\boxed{4}" if list(ids) == chosen[0] else "nothing"
 
-    found = text_score(decode, RewardConfig(unparsable=-1))(trajectories, [4] * 0 + ["4"] * 16)
-    assert np.asarray(found).tolist() == [1, -1] * 8 and found.mask.tolist() == [False, True] * 8
-    assert seen[0] == trajectories.tokens[0][trajectories.chosen[0]].tolist()
+    chosen = [row[mask].tolist() for row, mask in zip(trajectories.tokens, trajectories.chosen, strict=True)]
+    found = scored(None, decode=decode, examples=["4"] * GROUPS, unparsable=-1)
+    assert found.terms["answer"].ravel().tolist() == [1] + [-1] * 15
+    # The response, and its two turns.
+    assert seen[:3] == [chosen[0][:4], chosen[0][4:], chosen[0]] and seen[2::3] == chosen
+
+
+def test_stages_of_ones_own(model, rollouts, tmp_path):
+    """Advantages that are ranks, and of every iteration the eight rows that differ most from their groups."""
+    trained = []
+
+    def ranks(learner, state, scored):
+        places = np.argsort(np.argsort(scored.reward, axis=1), axis=1)
+        return Weighed(scored, (places - 1.5).astype(np.float32), np.ones(GROUPS, bool))
+
+    def extremes(learner, state, weighed):
+        rows = training_rows(learner, state, weighed)
+        best = np.argsort(-np.abs(weighed.advantage.ravel()), kind="stable")[: learner.config.train_batch]
+        trained.append(weighed.advantage.ravel()[best])
+        return Selected(weighed, learner.replay.entries(rows, best, weighed.scored.collected.room))
+
+    changed = run(model, tmp_path, own={"advantages": ranks, "select": extremes}, iterations=2)
+    assert len(trained) == 2 and all(set(np.abs(x)) == {1.5} for x in trained)
+    assert [line["updates"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1]
+    assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (changed, model)), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -337,11 +381,11 @@ def test_shuffled_data_sees_every_row_once_an_epoch_and_resumes():
 def test_every_phase_and_what_it_did_is_in_the_metrics(model, rollouts, tmp_path, monkeypatch):
     """Operations are timed every second iteration, and what that takes is no other phase's."""
     monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
-    monkeypatch.setattr(rl_module, "seconds_of_operations", lambda *_: 1.5)
+    monkeypatch.setattr(stages_module, "seconds_of_operations", lambda *_: 1.5)
     run(model, tmp_path, iterations=3, time_operations=2)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     for line in lines:
-        assert {"reward", "reward_correct", "reward_curiosity", "reward_penalty", "reward_length"} <= line.keys()
+        assert {"reward", "reward_answer", "reward_curiosity", "reward_budget", "reward_length"} <= line.keys()
         assert {"accuracy", "rapr", "operations", "call_errors", "group_variance"} <= line.keys()
         assert {"gap", "clip_fraction", "entropy", "response_tokens", "row_tokens"} <= line.keys()
         assert {"tokens_per_second", "flops_per_second", "mfu"} <= line.keys()

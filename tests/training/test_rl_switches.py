@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from test_rl import CONFIG, N, Questions, make_trajectories, score
+from test_rl import CONFIG, N, Questions, make_trajectories, score, scored, stages
 from tiny_model import make_batch, tiny_config
 
 from pixel_jax.data.shapes import BatchShape
@@ -14,14 +14,15 @@ from pixel_jax.models import flops
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, linears, without_lora
 from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
-from pixel_jax.training import rl as rl_module
+from pixel_jax.training import stages as stages_module
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.packing import pack
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
-from pixel_jax.training.rl import mask_unfinished, rl, rollout_metrics, shaped_rewards
+from pixel_jax.training.rl import rl, rollout_metrics
+from pixel_jax.training.stages import Weighed, mask_unfinished
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_score_step
 from pixel_jax.training.throughput import Throughput
@@ -99,12 +100,13 @@ def rollouts(monkeypatch):
         found = make_trajectories(int(jax.random.randint(key, (), 0, 10**6)))
         return found._replace(stop=np.where(np.arange(16) % N == 0, STOP_CALLS, STOP_ANSWER).astype(np.int32))
 
-    monkeypatch.setattr(rl_module, "rollout", rollout)
+    monkeypatch.setattr(stages_module, "rollout", rollout)
     return asked
 
 
 def run(model, directory, *, score=score, **changes):
-    rl(model, Questions(), score, dataclasses.replace(CONFIG, **changes), directory=directory)
+    config = dataclasses.replace(CONFIG, **changes)
+    rl(model, Questions(), stages(config, score), config, directory=directory)
     return read_metrics(directory / "metrics.jsonl")
 
 
@@ -118,7 +120,7 @@ def test_over_turn_masking_in_the_loop(model, rollouts, tmp_path):
 
 def test_dynamic_sampling_waits_until_informative_rows_fill_the_batch(model, rollouts, tmp_path):
     """In each rollout one group of four is informative: four rollouts make one round of updates."""
-    right = lambda trajectories, answers: (np.arange(16) == 1).astype(np.float32)
+    right = lambda rows, answers: (np.arange(16) == 1).astype(np.float32)
     flat = RewardConfig(alpha=0.0, beta=0.0)
     lines = run(
         model, tmp_path, score=right, iterations=8, reward=flat, train_batch=16, replay=ReplayConfig(kind="dynamic")
@@ -145,15 +147,15 @@ def test_what_an_iteration_says_about_itself():
     done, failed, spent = CallStatus.DONE, CallStatus.FAILED, CallStatus.SPENT
     calls = [[done], [failed], [done, failed], [done, done, spent]] + [[]] * 12
     trajectories, correct = make_trajectories(0, calls), np.arange(16) % 2.0
-    parts = shaped_rewards(trajectories, correct, np.zeros(4, bool), N, RewardConfig(threshold=0.9))
-    found = rollout_metrics(trajectories, correct, parts, np.array([True, False, False, False]))
+    weighed = Weighed(scored(calls, correct=correct, threshold=0.9), None, np.array([True, False, False, False]))
+    found = rollout_metrics(weighed)
     assert found["accuracy"] == 0.5 and found["rapr"] == 3 / 16 and found["informative"] == 0.25
     assert found["operations"] == 4 / 16 and found["calls"] == 7 / 16 and found["call_errors"] == 2 / 6
     # The first group looks 3 times in 4: bonus .5 (.9 - .75) each; its last row pays for a second look.
     np.testing.assert_allclose(found["reward_curiosity"], 3 * 0.075 / 16, rtol=1e-5)
-    np.testing.assert_allclose(found["reward_penalty"], -0.05 / 16, rtol=1e-5)
-    assert found["reward_correct"] == 0.5 and found["reward_length"] == 0
-    total = sum(found[f"reward_{part}"] for part in ("correct", "curiosity", "penalty", "length"))
+    np.testing.assert_allclose(found["reward_budget"], -0.05 / 16, rtol=1e-5)
+    assert found["reward_answer"] == 0.5 and found["reward_length"] == 0
+    total = sum(found[f"reward_{part}"] for part in ("answer", "curiosity", "budget", "length"))
     np.testing.assert_allclose(found["reward"], total, rtol=1e-6)
     first = np.array([0.075, 1, 0.075, 1.025])
     np.testing.assert_allclose(found["group_variance"], (np.var(first) + 3 * 0.25) / 4, rtol=1e-5)
