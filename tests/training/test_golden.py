@@ -13,6 +13,7 @@ import test_rl
 from make_golden_runs import GOLDEN
 from tiny_model import make_model
 
+from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.advantages import group_advantage
 from pixel_jax.training.checkpoint import fingerprint
 from pixel_jax.training.progress import read_metrics
@@ -47,7 +48,10 @@ def rewards(config):
     integers = lambda high, *size: random.integers(0, high, size or (64, 8))
     correct, ops, failed = integers(2).astype(np.float32), integers(5) * integers(2, 64, 1), integers(2) > 0
     video, lengths = integers(2, 64) > 0, integers(130)
-    look, fail = Call("crop_image_normalized", "crop"), Call("", "malformed")
+    look, fail = (
+        Call("crop_image_normalized", {}, CallStatus.DONE, "shown"),
+        Call("", {}, CallStatus.FAILED, "malformed"),
+    )
     rows = [
         Row("", (), (look,) * int(ops[at]) + (fail,) * int(failed[at]), "answer", np.zeros(lengths[at]), video[at[0]])
         for at in np.ndindex(64, 8)

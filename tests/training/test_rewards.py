@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.config import load
+from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.rewards import RewardConfig, Rewards, curiosity_reward, total
 from pixel_jax.training.rl import RLConfig
@@ -69,7 +70,8 @@ def test_wrong_shapes_and_forms():
         curiosity_reward(np.zeros((1, 8)), looked(1), form="released")
 
 
-LOOK, FAIL = Call("crop_image_normalized", "crop", 0, (0, 0, 10, 10)), Call("", "malformed")
+LOOK = Call("crop_image_normalized", {}, CallStatus.DONE, "shown", 0, (0, 0, 10, 10))
+FAIL, SPENT = Call("", {}, CallStatus.FAILED, "malformed"), Call("", {}, CallStatus.SPENT, "")
 
 
 def row(looks=0, tokens=0, *, calls=None, **facts):
@@ -96,7 +98,7 @@ def test_terms_add_up_to_the_reward():
 
 def test_what_failed_last():
     assert row(calls=[LOOK, FAIL]).failed_last and not row(calls=[FAIL, LOOK]).failed_last
-    assert not row().failed_last and not row(calls=[LOOK, Call("", "")]).failed_last
+    assert not row().failed_last and not row(calls=[LOOK, SPENT]).failed_last
 
 
 @dataclasses.dataclass
@@ -121,7 +123,7 @@ def test_answers_are_held_against_the_example():
 
 
 def test_overlap_with_the_reference_box():
-    crop = lambda *box, image=0: Call("crop_image_normalized", "crop", image, box)
+    crop = lambda *box, image=0: LOOK._replace(image=image, box=box)
     rows = [
         row(),
         row(calls=[crop(0, 0, 10, 10)]),
