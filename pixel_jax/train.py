@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -214,13 +215,14 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.parallel.processes import first, say
     from pixel_jax.parallel.sharding import row_parts
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollout.rollout import host_rollouts, rollout
     from pixel_jax.run_page import draw_run
     from pixel_jax.training.loop import Identity
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
     from pixel_jax.training.rewards import Rewards
     from pixel_jax.training.rl import rl
     from pixel_jax.training.sft import sft
-    from pixel_jax.training.stages import Stages
+    from pixel_jax.training.stages import Stages, collect_on_host
     from pixel_jax.training.watch import Watch
     from pixel_jax.watching import Setting, hold_out
 
@@ -275,75 +277,85 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     token_tables = tables(vocabulary, tools)
     memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
     measured = lambda rows: Measured(training_work(model.config), rows, memory)
-    setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
-    kept = {"directory": out / command, "identity": identity, "mesh": mesh}
-    adapters = config.lora is not None
-
-    def watch(steps: int, look: Look | None, limits: RolloutConfig) -> Watch:
-        save = lambda state, where: write_model(state.model, processor, where, dtype, adapters=adapters, limits=limits)
-        return Watch(
-            config.watch,
-            out / command,
-            steps,
-            vocabulary,
-            look=look,
-            save=save,
-            save_every=config.save_model_every,
-            best=config.keep_best,
-            draw=lambda: draw_run(out),
+    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+        setting = Setting(
+            config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh, rollouts or rollout
         )
+        kept = {"directory": out / command, "identity": identity, "mesh": mesh}
+        adapters = config.lora is not None
 
-    process = {"process_index": part.index, "process_count": part.count}
-    reading = {"threads": config.read_threads, "ahead": config.read_ahead}
+        def watch(steps: int, look: Look | None, limits: RolloutConfig) -> Watch:
+            save = lambda state, where: write_model(
+                state.model, processor, where, dtype, adapters=adapters, limits=limits
+            )
+            return Watch(
+                config.watch,
+                out / command,
+                steps,
+                vocabulary,
+                look=look,
+                save=save,
+                save_every=config.save_model_every,
+                best=config.keep_best,
+                draw=lambda: draw_run(out),
+            )
 
-    if command == "sft":
-        if not config.corrections:
-            without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]
-            examples, judging = without(examples), without(judging)
-        limits = config.rollout
-        packing = Packing(
-            examples,
-            vocabulary,
-            token_tables,
-            limits,
-            config.trace_shapes or training_work(model.config),
-            size=config.sft.batch_size,
-            seed=config.seed,
-            report=report,
-        )
-        epoch = packing.epoch
-        steps = config.sft.updates(epoch)
-        course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
-        announce(out, report, str(found), f"{len(packing.examples)} traces; {packing}; {course}")
-        data = packing.batches(**process, **reading)
-        look = setting.of_tuning(judging, packing) if judging else None
-        pause("the data is written out")
-        model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **kept)
-    else:
-        limits = config.rl.rollout
-        for line in other_limits(config):
-            say(line)
-        by = config.prompt_shapes or measured(config.rl.prompts)
-        asked = find_rooms(examples, by, vocabulary, limits, report, tools)
-        course = course_of(config.rl, collections.Counter(x.room for x in asked))
-        announce(out, report, str(found), f"{course}; {rooms_of(asked)}")
-        data = question_batches(
-            asked,
-            vocabulary,
-            token_tables,
-            limits,
-            size=config.rl.prompts,
-            seed=config.seed,
-            **process,
-            **reading,
-        )
-        decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
-        look = setting.of_learning(judging, list(dict.fromkeys(x.room for x in asked))) if judging else None
-        watching = watch(config.rl.iterations, look, limits)
-        stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watching.advantages)
-        pause("the data is written out")
-        model = rl(model, data, stages, config.rl, rollout_mesh=rollout_mesh, watch=watching, **kept)
-    write_model(model, processor, out / "model", dtype, adapters=adapters, limits=limits)
+        process = {"process_index": part.index, "process_count": part.count}
+        reading = {"threads": config.read_threads, "ahead": config.read_ahead}
+
+        if command == "sft":
+            if not config.corrections:
+                without = lambda rows: [
+                    x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)
+                ]
+                examples, judging = without(examples), without(judging)
+            limits = config.rollout
+            packing = Packing(
+                examples,
+                vocabulary,
+                token_tables,
+                limits,
+                config.trace_shapes or training_work(model.config),
+                size=config.sft.batch_size,
+                seed=config.seed,
+                report=report,
+            )
+            epoch = packing.epoch
+            steps = config.sft.updates(epoch)
+            course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+            announce(out, report, str(found), f"{len(packing.examples)} traces; {packing}; {course}")
+            data = packing.batches(**process, **reading)
+            look = setting.of_tuning(judging, packing) if judging else None
+            pause("the data is written out")
+            model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **kept)
+        else:
+            limits = config.rl.rollout
+            for line in other_limits(config):
+                say(line)
+            by = config.prompt_shapes or measured(config.rl.prompts)
+            asked = find_rooms(examples, by, vocabulary, limits, report, tools)
+            course = course_of(config.rl, collections.Counter(x.room for x in asked))
+            announce(out, report, str(found), f"{course}; {rooms_of(asked)}")
+            data = question_batches(
+                asked,
+                vocabulary,
+                token_tables,
+                limits,
+                size=config.rl.prompts,
+                seed=config.seed,
+                **process,
+                **reading,
+            )
+            decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
+            look = setting.of_learning(judging, list(dict.fromkeys(x.room for x in asked))) if judging else None
+            watching = watch(config.rl.iterations, look, limits)
+            stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watching.advantages)
+            pause("the data is written out")
+            stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watching.advantages)
+            if rollouts is not None:
+                stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, rollouts))
+            model = rl(model, data, stages, config.rl, rollout_mesh=rollout_mesh, watch=watching, **kept)
+        write_model(model, processor, out / "model", dtype, adapters=adapters, limits=limits)
     if first():
         draw_run(out)
     say(f"The model is in {out / 'model'}.")

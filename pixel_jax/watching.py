@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,6 +92,7 @@ class Setting(NamedTuple):
     measured: Measured  # by what shapes of questions are worked out
     mesh: Mesh | None
     rollout_mesh: Mesh | None
+    roll: Callable  # `rollout`, or where tools run on the host `HostRollouts`
 
     def ask(
         self,
@@ -123,6 +124,7 @@ class Setting(NamedTuple):
                 dtype=dtype,
                 mesh=self.mesh,
                 rollout_mesh=self.rollout_mesh,
+                roll=self.roll,
             )
         ][: len(asked)]
 

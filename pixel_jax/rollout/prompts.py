@@ -42,7 +42,8 @@ def tables(
     """
     language = Language(tools, call_format)
     for tool in tools:
-        check_device_tool(tool)
+        if not tool.host:
+            check_device_tool(tool)
     return Tables(
         bytes=automaton.token_table(vocabulary),
         observations=Observations.of(vocabulary, tools),

@@ -1,7 +1,7 @@
 """How good a model is on held-out examples, in the middle of a run: it is asked them, and its loss on their traces is taken."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,7 @@ class Asker:
         dtype: str | None,
         mesh: Mesh | None = None,
         rollout_mesh: Mesh | None = None,
+        roll: Callable = rollout,
     ):
         """
         Args:
@@ -70,7 +71,9 @@ class Asker:
             batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
             drawn: so many conversations are returned, about the same questions each time.
             dtype: of the weights while answering.
+            roll: rolls out; where tools run on the host, `HostRollouts`.
         """
+        self.roll = roll
         self.asked, self.vocabulary, self.tables = list(asked), vocabulary, tables
         self.limits, self.scorer = judged(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
@@ -114,7 +117,7 @@ class Asker:
             canvas=(room.images, room.height, room.width),
             uids=mine,
         )
-        t = jax.tree.map(local_rows, rollout(actor, prompts, self.key, self.limits))
+        t = jax.tree.map(local_rows, self.roll(actor, prompts, self.key, self.limits))
         texts = written(t, self.vocabulary)
         examples = [self.asked[i].example for i in mine]
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]

@@ -20,7 +20,7 @@ import numpy as np
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.parallel.sharding import all_rows, local_rows
 from pixel_jax.rollout.machine import Shape
-from pixel_jax.rollout.rollout import rollout, static_shape
+from pixel_jax.rollout.rollout import HostRollouts, rollout, static_shape
 from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories
 from pixel_jax.training.advantages import group_advantage, informative
@@ -91,7 +91,7 @@ class Updated(NamedTuple):
     facts: Mapping[str, float]  # for the metrics
 
 
-def collect(learner: "Learner", state: TrainState, questions: Questions) -> Collected:
+def collect(learner: "Learner", state: TrainState, questions: Questions, roll: Callable = rollout) -> Collected:
     """The policy answers. Keys follow from the seed, the iteration and the place in the whole batch, whoever has it.
 
     Raises:
@@ -101,7 +101,7 @@ def collect(learner: "Learner", state: TrainState, questions: Questions) -> Coll
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
     prompts = questions.prompts._replace(uid=part.index * count + np.arange(count, dtype=np.int32))
     actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
-    trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout, pixels=False))
+    trajectories = jax.tree.map(local_rows, roll(actor, prompts, key, config.rollout, pixels=False))
     learner.laps.lap("rollout")
     NOTICE.obey()
     facts = {}
@@ -115,6 +115,12 @@ def collect(learner: "Learner", state: TrainState, questions: Questions) -> Coll
         static_shape(prompts, config.rollout, learner.mesh),
         facts,
     )
+
+
+def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
+    """`collect` where tools run on the host, with their counts among the metrics. A run need not be the same again."""
+    collected = collect(learner, state, questions, rollouts)
+    return collected._replace(facts={**collected.facts, **rollouts.facts()})
 
 
 def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed:

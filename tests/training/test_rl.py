@@ -14,13 +14,14 @@ from tiny_model import make_batch
 
 from pixel_jax import state_files
 from pixel_jax.data.buckets import check_position
+from pixel_jax.dialog import reader_of
 from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
 from pixel_jax.parallel.sharding import WHOLE
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, no_calls
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, Tables, Trajectories, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
@@ -94,7 +95,7 @@ class Questions:
             is_video=np.zeros(GROUPS, bool),
             seconds=np.zeros(GROUPS, np.float32),
             uid=ones,
-            tables=(),
+            tables=Tables((), None, (), reader_of()),
         )
         return prompts, list(range(self.asked, self.asked + GROUPS))
 
