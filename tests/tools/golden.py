@@ -17,7 +17,8 @@ import jaxlib
 import numpy as np
 
 import tests.conftest  # noqa: F401, the flags of the compiler: log-probabilities are equal to the bit under the same alone
-from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
@@ -27,7 +28,7 @@ from tests.tools import seen
 
 FILE = pathlib.Path(__file__).parent / "golden.npz"
 LIMITS = dataclasses.replace(talker.CONFIG, max_calls=6, max_images=40)
-ROOM = Shape(length=2600, frames=24, slices=24, patches=16)
+ROOM = BatchShape(tokens=2600, images=24, slices=24, patches=16)
 
 CROPS = (  # of two images
     '[0.1, 0.2, 0.9, 0.8], "target_image": 1',

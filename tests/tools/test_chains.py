@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pixel_jax.data.traces import Shape, Trace, right, to_trajectories
+from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.rollout.prompts import build_prompts, tables
@@ -118,7 +119,7 @@ def test_written_traces_are_the_rollouts(made):
         runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)[1::2]
         turns = [words().to_bytes(run).decode().removesuffix(talker.END) for run in runs]
         traces.append(Trace(queries[t.prompt[row]], tuple(map(right, turns)), "7"))
-    written = to_trajectories(traces, words(), token_tables, CONFIG, Shape(700, 8, 8, 16))
+    written = to_trajectories(traces, words(), token_tables, CONFIG, BatchShape(700, 8, 8, 16))
     for mine, row in enumerate(rows):
         np.testing.assert_array_equal(written.tokens[mine][written.valid[mine]], t.tokens[row][t.valid[row]])
         count = int(written.num_calls[mine])
