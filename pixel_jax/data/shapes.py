@@ -56,6 +56,15 @@ def bucket_shapes(lengths: Sequence[int], largest: BatchShape) -> tuple[BatchSha
     )
 
 
+class Measured(NamedTuple):
+    """By what shapes are worked out, where none are given."""
+
+    cost: Callable[[BatchShape], float]  # of a row of a shape
+    rows: int  # of a batch
+    memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
+    takes: Callable[[BatchShape], int] | None = None  # of these, a row that is tuned on
+
+
 def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
     """What a row of a shape costs: operations of its forward and backward pass, padding included."""
 
