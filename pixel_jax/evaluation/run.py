@@ -13,8 +13,8 @@ import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Measured, Place, places, prompt_shape
-from pixel_jax.data.shapes import BatchShape, training_work
+from pixel_jax.data.rooms import Place, places, prompt_shape
+from pixel_jax.data.shapes import BatchShape, Measured, training_work
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Bucket, Mode
@@ -66,7 +66,7 @@ def shapes_of(
 ) -> Sequence[BatchShape] | Measured:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES)
+        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 
