@@ -15,7 +15,7 @@ from pixel_jax.identity import nest
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
 from pixel_jax.run_lock import hold
-from pixel_jax.tools.named import DEFAULT, find_tools
+from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -162,7 +162,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     use_limits(config.limits)
-    tools = find_tools(config.tools)
+    tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     examples, report = read_examples(
         config.data,
         turns=command == "sft",
@@ -192,7 +192,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if config.lora is not None:
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary, tools)
+    token_tables = tables(vocabulary, tools, calls)
     process = {"process_index": part.index, "process_count": part.count}
     reading = {"threads": config.read_threads, "ahead": config.read_ahead}
 
