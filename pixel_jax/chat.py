@@ -36,7 +36,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.rollout.config import RolloutConfig
     from pixel_jax.rollout.limits import judged, read_limits
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
-    from pixel_jax.rollout.rollout import rollout
+    from pixel_jax.rollout.rollout import host_rollouts, rollout
     from pixel_jax.rollout.trajectory import to_host
     from pixel_jax.tools.named import DEFAULT, find_tools
     from pixel_jax.training.answers import last_boxed
@@ -59,7 +59,8 @@ def main(command: str, arguments: list[str]) -> None:
     config = judged(read_limits(directory) or RolloutConfig(), temperature)
     vocabulary = Vocabulary.of(processor.tokenizer)
     prompts = build_prompts([query], vocabulary, tables(vocabulary, tools, call_format(config.call_format)), config)
-    trajectories = to_host(rollout(model, prompts, jax.random.key(FLAGS.seed), config))
+    with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary) as rollouts:
+        trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")
     trace = make_trace(trajectories, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)

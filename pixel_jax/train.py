@@ -155,6 +155,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.parallel import make_mesh, share
     from pixel_jax.parallel.processes import first, say
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollout.rollout import host_rollouts
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
     from pixel_jax.training.rl import rl, text_score
     from pixel_jax.training.sft import sft
@@ -242,7 +243,9 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
         score = text_score(decode, config.rl.reward)
         pause("the data is written out")
-        model = rl(model, data, score, config.rl, directory=out / "rl", mesh=mesh, rollout_mesh=rollout_mesh, **held)
+        with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+            held |= {"mesh": mesh, "rollout_mesh": rollout_mesh, "rollouts": rollouts}
+            model = rl(model, data, score, config.rl, directory=out / "rl", **held)
     save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
     if first():
         write_limits(out / "model", limits)

@@ -18,6 +18,7 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollout.drawings import draw_on_host
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollout.trajectory import (
@@ -31,7 +32,6 @@ from pixel_jax.rollout.trajectory import (
     shown_by,
 )
 from pixel_jax.tools import Tool
-from pixel_jax.tools.calls import Values, read
 from pixel_jax.tools.looking import Gallery, Seen
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
@@ -205,6 +205,11 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
     for i, row in enumerate(rows):
         if not required[i]:
             raise TraceError(f"turn {len(row.calls) + 1} of a trace about {row.trace.query.question!r} is no call")
+        if (called := int(calls.tool[i])) >= 0 and tables.tools[called].host:
+            raise TraceError(
+                f"a trace about {row.trace.query.question!r} calls {tables.tools[called].name!r}, which runs on the host: what "
+                "it answered is not written"
+            )
         row.ids += ids[i, : lengths[i]].tolist()
         row.chosen += [False] * int(lengths[i])
         for canvas, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
@@ -310,19 +315,3 @@ def assemble(
 def _put(place: tuple[int, int], record: np.ndarray, value: np.ndarray) -> None:
     """`value` at a place of a record, which may have room for more pictures than a wave of images shows."""
     record[(*place, *(slice(count) for count in np.shape(value)))] = value
-
-
-def draw_on_host(tool: Tool, call: Calls, source: np.ndarray) -> np.ndarray:
-    """What `call` of `tool` makes of `source` uint8 [h, w, 3]: the bits of the device."""
-    side = 64 * -(-max(source.shape) // 64)  # few sides: each is a compilation
-    x1, y1, x2, y2 = call.source.region[0]
-    room = np.zeros((side, side, 3), np.uint8)
-    room[: y2 - y1, : x2 - x1] = source[y1:y2, x1:x2]
-    height, width = call.drawn
-    made = _draw(tool, call.values, room, np.array([y2 - y1, x2 - x1], np.int32))
-    return np.asarray(made)[:height, :width]
-
-
-@functools.partial(jax.jit, static_argnames=("tool",))
-def _draw(tool: Tool, values: Values, pixels: jax.Array, size: jax.Array) -> jax.Array:
-    return tool.draw(read(tool, values), pixels, size)

@@ -28,12 +28,13 @@ import numpy as np
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
 from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.tools import RELEASED, Outcome, Tool
+from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
 MAX_LIST = 16
 MAX_DIGITS = 6
 NUM_INTEGERS = 4
 IMAGES = "{images}"  # where an outcome's text has its images; else they follow it
+NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # what may stand in the braces of a text
 HEAD = ("\n", IM_START, "user\n")  # before the text
 TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
 BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
@@ -148,6 +149,12 @@ class Observations:
             *head, opening = HEAD  # the last is text, and the message's own text goes on with it
             row = [constant(piece) for piece in head]
             *stretches, last = _split(opening + template)
+            if "{" in behind:
+                raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")
+            if wrong := [what for _, what in stretches if what not in NAMES]:
+                raise ToolError(
+                    f"the text of {kind} has {{{wrong[0]}}} in it: braces hold {', '.join(NAMES)} and no more"
+                )
             for i, (before, what) in enumerate(stretches):
                 if what != "list":
                     row += integer(before, int(what))

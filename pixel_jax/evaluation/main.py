@@ -72,6 +72,7 @@ def answer(config) -> None:
     from pixel_jax.parallel import make_mesh
     from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollout.rollout import host_rollouts
     from pixel_jax.tools.named import find_format, find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
@@ -106,26 +107,28 @@ def answer(config) -> None:
     with Digests(out / f"digests-{process}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}
-    for (name, mode), directory in directories.items():
-        questions, split = data[name]
-        evaluate(
-            model,
-            vocabulary,
-            token_tables,
-            questions,
-            benchmarks[name],
-            config.rollout,
-            directory,
-            mode=mode,
-            facts={**held, "split": split},
-            digests=digests,
-            batch=config.batch,
-            traced=config.traces,
-            seed=config.seed,
-            process=process,
-            processes=processes,
-            label=f"{name} {mode}",
-        )
+    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+        for (name, mode), directory in directories.items():
+            questions, split = data[name]
+            evaluate(
+                model,
+                vocabulary,
+                token_tables,
+                questions,
+                benchmarks[name],
+                config.rollout,
+                directory,
+                mode=mode,
+                facts={**held, "split": split},
+                digests=digests,
+                batch=config.batch,
+                traced=config.traces,
+                seed=config.seed,
+                process=process,
+                processes=processes,
+                rollouts=rollouts,
+                label=f"{name} {mode}",
+            )
     meet("every question is answered")
     if process:
         return

@@ -24,7 +24,7 @@ from pixel_jax.identity import RunError, settle
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.rollout import HostRollouts, rollout
 from pixel_jax.rollout.trajectory import (
     STOP_REASONS,
     Tables,
@@ -152,6 +152,7 @@ def evaluate(
     processes: int = 1,
     digests: Digests | None = None,
     scorer: Scorer | None = None,
+    rollouts: HostRollouts | None = None,
     label: str = "eval",
     stream=None,
 ) -> None:
@@ -169,6 +170,7 @@ def evaluate(
       process, processes: the share: every `processes`-th question from `process` on.
       digests: of the pictures, by which they are known; by default kept in `directory`.
       scorer: by default that of `benchmark.scorer`.
+      rollouts: where tools run on the host.
     """
     directory = pathlib.Path(directory)
     limits = rollout_config(config, mode, benchmark.max_side)
@@ -245,7 +247,7 @@ def evaluate(
                 uids=some + some[-1:] * spare,
                 guidelines=guidelines(mode),
             )
-            t = to_host(rollout(model, prompts, jax.random.key(seed), limits))
+            t = to_host((rollouts or rollout)(model, prompts, jax.random.key(seed), limits))
             texts = [
                 vocabulary.to_bytes(t.tokens[row][t.chosen[row]]).decode("utf-8", "replace")
                 for row in range(len(some) * n)

@@ -4,10 +4,12 @@ A row has the canvases of its prompt and, behind them, one for each of its calls
 looks at, so they are made in order, as far as they are wanted.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, made_by
@@ -72,3 +74,19 @@ def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
     """uint8 [S, S, 3] with zeros beyond (height, width)."""
     index = jnp.arange(pixels.shape[0])
     return jnp.where(((index < size[0])[:, None] & (index < size[1]))[..., None], pixels, 0).astype(jnp.uint8)
+
+
+def draw_on_host(tool: Tool, call: Calls, source: np.ndarray) -> np.ndarray:
+    """What `call` of `tool` makes of `source` uint8 [h, w, 3]: the bits of the device."""
+    side = 64 * -(-max(source.shape) // 64)  # few sides: each is a compilation
+    x1, y1, x2, y2 = call.source.region[0]
+    room = np.zeros((side, side, 3), np.uint8)
+    room[: y2 - y1, : x2 - x1] = source[y1:y2, x1:x2]
+    height, width = call.drawn
+    made = _draw(tool, call.values, room, np.array([y2 - y1, x2 - x1], np.int32))
+    return np.asarray(made)[:height, :width]
+
+
+@functools.partial(jax.jit, static_argnames=("tool",))
+def _draw(tool: Tool, values: Values, pixels: jax.Array, size: jax.Array) -> jax.Array:
+    return tool.draw(read(tool, values), pixels, size)

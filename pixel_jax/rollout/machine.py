@@ -17,7 +17,6 @@ from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.ops import patchify
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import drawings
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
@@ -32,9 +31,10 @@ from pixel_jax.rollout.trajectory import (
     Calls,
     CallStatus,
     Prompts,
+    no_calls,
     shown_by,
 )
-from pixel_jax.rollout.views import Budget, encode_still, seen_canvases, show_waiting
+from pixel_jax.rollout.views import Budget, seen_canvases, show_waiting
 from pixel_jax.tools.looking import Gallery, Seen
 from pixel_jax.tools.tool import Tool
 
@@ -329,39 +329,31 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     return resume(state, run, shared.prompts.tables.reader)
 
 
-def show(
-    model: Qwen2_5_VL,
-    layers,
-    shared: Shared,
-    state: State,
-    ids,
-    lengths,
-    images,
-    sizes,
-    config: RolloutConfig,
-    shape: Shape,
+def tell(
+    model: Qwen2_5_VL, layers, shared: Shared, state: State, ids, lengths, outcome, status, config, shape: Shape
 ) -> State:
-    """Rows with `lengths` above zero read the observation of a tool of the user's own and go on writing.
-
-    `ids` int32 [R, T], `images` uint8 [R, V, H, W, 3] of `sizes` int32 [R, V, 2], already as they are to be seen.
-    """
-    rows = state.status.shape[0]
-    run = lengths > 0
-    room = budgets(config, shape)[1].patches
-    patches = jax.vmap(jax.vmap(lambda image, size: patchify(image, size, max_patches=room)))(images, sizes)
-    features = encode_still(model, patches, sizes, config.implementation)
-    grids = jnp.concatenate([(sizes[..., :1] > 0).astype(jnp.int32), sizes // PATCH], axis=-1)
-    at = (jnp.arange(rows), jnp.where(run, state.num_calls, config.max_calls))
-    count = jnp.sum(sizes[..., 0] > 0, axis=1)
+    """The rows whose calls tools of the host have answered, those with `lengths` int32 [R] above zero, read `ids` int32 [R, T]
+    and go on writing; `outcome` and `status` int32 [R] go on record. An answer that has no room ends its row."""
+    answered = lengths > 0
+    long = answered & (state.length + lengths >= state.room)
+    run = answered & ~long
+    call = shared.prompts.tables.reader.finish(state.reader)
+    record = no_calls(lengths.shape[0], 1, shape.views, shape.tools, jnp)
+    record = jax.tree.map(lambda x: x[:, 0], record)._replace(
+        status=jnp.where(run, status, CallStatus.SPENT),
+        tool=call.tool,
+        outcome=jnp.where(run, outcome, -1),
+        values=call.values,
+    )
+    at = (jnp.arange(lengths.shape[0]), jnp.where(answered, state.num_calls, config.max_calls + 1))
     state = state._replace(
-        calls=state.calls._replace(status=state.calls.status.at[at].set(CallStatus.DONE, mode="drop")),
-        num_calls=state.num_calls + run,
-        num_images=state.num_images + count,
-        patches=state.patches.at[at].set(patches, mode="drop"),
-        grids=state.grids.at[at].set(grids, mode="drop"),
+        calls=jax.tree.map(lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop"), state.calls, record),
+        num_calls=state.num_calls + answered,
+        status=jnp.where(long, DONE, state.status),
+        stop=jnp.where(long, STOP_TOKENS, state.stop),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    state = append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
+    state = append(model, layers, shared, state, ids, jnp.where(run, lengths, 0), **chunks)
     return resume(state, run, shared.prompts.tables.reader)
 
 

@@ -40,7 +40,8 @@ def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, calls: Ca
     """
     language = Language(tools, calls)
     for tool in tools:
-        check_device_tool(tool)
+        if not tool.host:
+            check_device_tool(tool)
     return Tables(
         bytes=automaton.token_table(vocabulary),
         observations=Observations.of(vocabulary, tools, calls),

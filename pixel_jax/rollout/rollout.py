@@ -6,15 +6,13 @@ Both are made of the same functions (`machine.py`, `queue.py`) and give the same
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from pixel_jax.dialog import template
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -22,9 +20,13 @@ from pixel_jax.parallel.processes import everywhere
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.rollout.host import host_calls, tell
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
 from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
 from pixel_jax.rollout.trajectory import Prompts, Trajectories
+from pixel_jax.terminal import say
+from pixel_jax.tools.host import HostTools
+from pixel_jax.tools.tool import Tool, ToolError
 
 
 def rollout(
@@ -49,6 +51,8 @@ def rollout(
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
       pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.materialize` cuts them anew.
     """
+    if any(tool.host for tool in prompts.tables.tools):
+        raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: `host_rollout` carries their calls out")
     mesh, shape = layout(model, prompts, config)
     shape = shape._replace(pixels=pixels)
     opening, temperature, config = traced(config, opening)
@@ -120,13 +124,6 @@ def compiled_rollout(
     return constrain_rows(finish(prompts, queue, state, config, shape), mesh)
 
 
-class Observation(NamedTuple):
-    """What a tool of the user's own gives back: text, and images uint8 [h, w, 3] with sides that are multiples of 28."""
-
-    text: str
-    images: Sequence[np.ndarray] = ()
-
-
 def host_rollout(
     model: Qwen2_5_VL,
     prompts: Prompts,
@@ -134,20 +131,22 @@ def host_rollout(
     config: RolloutConfig,
     *,
     opening: Sequence[int] = (),
-    tool: Callable[[int, str], Observation | None] | None = None,
+    pixels: bool = True,
+    host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
     on_token: Callable[[State], None] | None = None,
 ) -> Trajectories:
     """`rollout`, driven from the host: the same steps, compiled one by one, so that every state can be looked at.
 
     Args:
-      tool: called with (row, text of its turn) for every row that ended a turn. What it returns is shown to the row in a
-        user turn and counts as a call; None leaves the row to the built-in tools. Needs `vocabulary`.
+      host: carries out the calls of the tools that run on the host, those of a batch beside one another. Needs `vocabulary`.
+        What a row reads then depends on them too: the same key need not give the same tokens.
       on_token: called with the state after every token.
     """
-    if tool is not None and vocabulary is None:
-        raise ValueError("a tool of one's own reads and writes text: pass the vocabulary too")
+    if any(tool.host for tool in prompts.tables.tools) and (host is None or vocabulary is None):
+        raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
     mesh, shape = layout(model, prompts, config)
+    shape, images = shape._replace(pixels=pixels), prompts.canvases
     prompts = place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         layers = _unstack(model)
@@ -163,55 +162,56 @@ def host_rollout(
                 state = _decode(model, layers, shared, state, config)
                 if on_token is not None:
                     on_token(state)
-            if tool is not None:
-                state = _call_tool(model, layers, shared, state, config, shape, tool, vocabulary)
+            if host is not None:
+                asked = host_calls(state, prompts, images, config, shape)
+                if asked:
+                    told = tell(host.call([call.request for call in asked]), asked, state, vocabulary, shape)
+                    state = _tell(model, layers, shared, state, *told, config, shape)
             if np.any(np.asarray(state.status) == WAITING):
                 state = _observe(model, layers, shared, state, config, shape)
 
 
-def _call_tool(
-    model, layers, shared: Shared, state: State, config, shape: Shape, tool, vocabulary: Vocabulary
-) -> State:
-    """Rows whose turn `tool` answers read its observation; the others are left waiting."""
-    rows = state.status.shape[0]
-    tokens, length, turn_start = (np.asarray(x) for x in (state.tokens, state.length, state.turn_start))
-    ids, images = [[] for _ in range(rows)], [[] for _ in range(rows)]
-    for row in np.flatnonzero(np.asarray(state.status) == WAITING):
-        answer = tool(
-            int(row), vocabulary.to_bytes(tokens[row, turn_start[row] : length[row]]).decode(errors="replace")
-        )
-        if answer is None or int(state.num_calls[row]) >= config.max_calls:
-            continue
-        ids[row], images[row] = _observation_tokens(answer, vocabulary), list(answer.images)
-        if len(images[row]) > shape.views:
-            raise ValueError(f"a tool showed {len(images[row])} images, there is room for {shape.views}")
-    if not any(ids):
-        return state
-    width = 64 * -(-max(map(len, ids)) // 64)
-    padded, lengths = np.zeros((rows, width), np.int32), np.array([len(row) for row in ids], np.int32)
-    canvases = np.zeros((rows, shape.views, *machine.budgets(config, shape)[1].canvas, 3), np.uint8)
-    sizes = np.zeros((rows, shape.views, 2), np.int32)
-    for row in range(rows):
-        padded[row, : lengths[row]] = ids[row]
-        for i, image in enumerate(images[row]):
-            if (
-                any(side % FACTOR for side in image.shape[:2])
-                or image.shape[0] * image.shape[1] > machine.budgets(config, shape)[1].max_pixels
-            ):
-                raise ValueError(
-                    f"a tool showed an image of {image.shape}: sides are multiples of 28, within the budget"
-                )
-            canvases[row, i, : image.shape[0], : image.shape[1]] = image
-            sizes[row, i] = image.shape[:2]
-    return _show(model, layers, shared, state, padded, lengths, canvases, sizes, config, shape)
+class HostRollouts:
+    """`host_rollout` with tools that run on the host, in the place of `rollout`.
+
+    Args:
+      host: carries out their calls; vocabulary: of the model.
+    """
+
+    def __init__(self, host: HostTools, vocabulary: Vocabulary):
+        self.host, self.vocabulary = host, vocabulary
+
+    def __call__(
+        self, model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, **options
+    ) -> Trajectories:
+        return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
+
+    def facts(self) -> dict[str, float]:
+        """For metrics, of what was rolled out since the last time."""
+        return self.host.facts()
 
 
-def _observation_tokens(answer: Observation, vocabulary: Vocabulary) -> list[int]:
-    content = [{"type": "text", "text": answer.text}]
-    content += [{"type": "image", "image": None} for _ in answer.images]
-    pads = [image.shape[0] * image.shape[1] // FACTOR**2 for image in answer.images]
-    pieces = ["\n", *template.message_pieces("user", content), *template.PROMPT]
-    return template.to_ids(template.join_texts(pieces), vocabulary, pads)
+@contextlib.contextmanager
+def host_rollouts(names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary) -> Iterator[HostRollouts | None]:
+    """Rollouts with the `tools` of these names, their workers about them; None where no tool runs on the host.
+
+    ToolError: several processes, which would have to wait for one another's tools.
+    """
+    if not any(tool.host for tool in tools):
+        yield None
+        return
+    if jax.process_count() > 1:
+        raise ToolError(f"{_of_host(tools)} run on the host: with one process only, not with {jax.process_count()}")
+    say(
+        f"{_of_host(tools)} run on the host: this run is driven from there, and started again it need not give the same bits"
+    )
+    with HostTools(names) as host:
+        yield HostRollouts(host, vocabulary)
+
+
+def _of_host(tools: Sequence[Tool]) -> str:
+    """The tools that run on the host, by name."""
+    return ", ".join(f"{tool.name!r}" for tool in tools if tool.host)
 
 
 # The steps, compiled one by one.
@@ -221,7 +221,7 @@ _openings = jax.jit(openings, static_argnames=("config", "shape"))
 _fill = jax.jit(fill, static_argnames=("config", "shape"))
 _decode = jax.jit(machine.decode, static_argnames=("config",))
 _observe = jax.jit(machine.observe, static_argnames=("config", "shape"))
-_show = jax.jit(machine.show, static_argnames=("config", "shape"))
+_tell = jax.jit(machine.tell, static_argnames=("config", "shape"))
 _finish = jax.jit(finish, static_argnames=("config", "shape"))
 
 

@@ -225,6 +225,12 @@ class Outcome(NamedTuple):
     done: bool = False
 
 
+# What becomes of a call of a tool of the host; what the model reads is what the tool says, or what is wrong.
+ANSWERED = Outcome("answered", "", done=True)
+FAILED = Outcome("failed", "")
+TIMED_OUT = Outcome("timed out", "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """An operation that a model can call. Static and hashable: equal tools share compiled programs.
@@ -236,8 +242,9 @@ class Tool:
       outcomes: everything that a call can come to, but for what all tools share (a call that cannot be read).
       execute: what it does; None where it is only declared. (arguments, seen, limits) -> `Answer`, all of
         `pixel_jax.tools.looking`.
-      host: `execute` is any Python callable and runs on the host. Otherwise it is a pure function inside the compiled
-        rollout, as is `draw`.
+      host: `execute` is any Python callable, (images, **arguments) -> text, and runs on the host
+        (`pixel_jax.tools.host`), whose outcomes the tool has. Otherwise it is a pure function inside the compiled rollout,
+        as is `draw`.
       draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
         what `execute` looks at; pixels are zero beyond size (height, width). None: it shows that as it is.
       drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
@@ -274,6 +281,10 @@ class Tool:
                 f"tool {self.name!r} runs on the device, which cannot read the text {texts[0]!r}: make it a Choice, or "
                 f"the tool one of the host (host=True)"
             )
+        if self.host:
+            if self.execute is None:
+                raise ToolError(f"tool {self.name!r} has no `execute`: it is declared, and does nothing")
+            object.__setattr__(self, "outcomes", (ANSWERED, FAILED, TIMED_OUT))
         if not self.usage:
             said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
             object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from pixel_jax.config import positive
 from pixel_jax.parallel.sharding import all_rows, local_rows, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.rollout import rollout, static_shape
+from pixel_jax.rollout.rollout import HostRollouts, rollout, static_shape
 from pixel_jax.rollout.timing import seconds_of_operations
 from pixel_jax.rollout.trajectory import (
     STOP_ANSWER,
@@ -179,6 +179,7 @@ def rl(
     resume_changed: bool = False,
     mesh: Mesh | None = None,
     rollout_mesh: Mesh | None = None,
+    rollouts: HostRollouts | None = None,
     label: str = "rl",
     stream=None,
 ) -> T:
@@ -192,7 +193,7 @@ def rl(
     Rollouts may lie otherwise than training: on `rollout_mesh`, of the same devices. With several processes `data` yields
     this one's `share` of the prompts (the same on both meshes), `score` sees the rows that came of them, and only their
     rewards and records are gathered. Pixels are not kept: what a row saw is cut again from its prompt's images, where and when
-    it is scored or trained on.
+    it is scored or trained on. `rollouts`: where tools run on the host; a run with them need not be the same when it is resumed.
     """
     optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
     temperatures = {
@@ -206,6 +207,7 @@ def rl(
     replay = Replay(config.replay, config.seed, part)
     throughput = Throughput(model, config.trainable, mesh)
     place = (lambda batch: batch) if mesh is None else (lambda batch: shard_batch(batch, mesh))
+    roll = rollout if rollouts is None else rollouts
     n, share_of_update = config.rollout.group_size, config.train_batch // part.count
 
     def old_logprobs(state: TrainState, batch: Batch, seen: Callable[[Batch], Batch]) -> np.ndarray:
@@ -227,7 +229,7 @@ def rl(
         # Keys follow from the place in the whole batch, whoever has it.
         prompts = prompts._replace(uid=part.index * len(answers) + np.arange(len(answers), dtype=np.int32))
         actor = policy(state)
-        trajectories = jax.tree.map(local_rows, rollout(actor, prompts, key, config.rollout, pixels=False))
+        trajectories = jax.tree.map(local_rows, roll(actor, prompts, key, config.rollout, pixels=False))
         laps.lap("rollout")
         NOTICE.obey()
         timed = {}
@@ -245,6 +247,7 @@ def rl(
         check_rows(shaped.reshape(-1), f"iteration {i}: the reward")
         teaching = informative(shaped, threshold=config.replay.threshold)
         facts = rollout_metrics(records, correct, parts, teaching)
+        facts |= rollouts.facts() if rollouts is not None else {}
         advantage = group_advantage(shaped, baseline=config.baseline, scale_by_std=config.scale_by_std).reshape(-1)
         own = slice(part.index * len(trajectories.stop), (part.index + 1) * len(trajectories.stop))
         batch = from_trajectories(trajectories, advantage[own])

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -37,12 +38,12 @@ def get_config():
 def written(tmp_path, monkeypatch):
     """The page's files, in a directory of their own."""
     blocks = re.findall(r"^```python (\S+)\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-    assert [name for name, _ in blocks] == ["my_tools.py", "try.py", "my_parts.py"]
+    assert [name for name, _ in blocks] == ["my_tools.py", "try.py", "my_parts.py", "my_host_tools.py"]
     for name, text in blocks:
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     yield tmp_path
-    for name in ("my_tools", "my_parts"):
+    for name in ("my_tools", "my_parts", "my_host_tools"):
         sys.modules.pop(name, None)
     sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
 
@@ -52,6 +53,10 @@ def test_the_code_of_the_page_runs(written):
     subprocess.run([sys.executable, "try.py"], cwd=written, env=environment, check=True, timeout=300)
     for tool in find_tools(("my_tools:INVERT", "my_parts:MIDDLE")):
         check_device_tool(tool)
+    (brightest,) = find_tools(("my_host_tools:BRIGHTEST",))
+    image = np.zeros((10, 20, 3), np.uint8)
+    image[5, 15] = 255
+    assert brightest.host and brightest.execute([image], 1, "percent") == "The brightest pixel is at 75, 50."
 
 
 @pytest.mark.slow

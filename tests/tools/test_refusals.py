@@ -66,6 +66,12 @@ def test_a_device_tool_that_cannot_be_one(tool, message):
         tables(talker.vocabulary(), (tool,))
 
 
+def test_a_text_with_other_braces():
+    text = dataclasses.replace(CROP_IMAGE, outcomes=(*CROP_IMAGE.outcomes, Outcome("json", 'Write {"a": 1}.')))
+    with pytest.raises(ToolError, match="crop_image_normalized: json has"):
+        tables(talker.vocabulary(), (text,))
+
+
 def test_two_tools_of_one_name():
     with pytest.raises(ToolError, match="two tools are called 'rotate'"):
         tables(talker.vocabulary(), (ROTATE, ROTATE))

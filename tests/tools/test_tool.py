@@ -31,6 +31,7 @@ def test_the_schema_of_every_kind():
             Choice("mode", options=("brightness", "é")),
             Text("note", default=""),
         ),
+        execute=print,
         host=True,
     )
     assert tool.schema["parameters"] == {

@@ -13,12 +13,13 @@ from tiny_model import make_batch
 
 from pixel_jax import state_files
 from pixel_jax.data.buckets import check_position
+from pixel_jax.dialog import reader_of
 from pixel_jax.files import write_file
 from pixel_jax.identity import RunError
 from pixel_jax.models import flops
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, no_calls
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, Tables, Trajectories, no_calls
 from pixel_jax.state_files import read_lines
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
@@ -89,7 +90,7 @@ class Questions:
             is_video=np.zeros(GROUPS, bool),
             seconds=np.zeros(GROUPS, np.float32),
             uid=ones,
-            tables=(),
+            tables=Tables((), None, (), reader_of()),
         )
         return prompts, list(range(self.asked, self.asked + GROUPS))
 

@@ -1,0 +1,108 @@
+"""Calls of tools that run on the host, in a rollout that is driven from there: what is asked of them, and what rows are told."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pixel_jax.dialog import template
+from pixel_jax.dialog.grammar import Number, parse_turn
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.rollout.canvases import Canvases
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.drawings import draw_on_host
+from pixel_jax.rollout.machine import WAITING, Shape, State
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, made_by
+from pixel_jax.rollout.views import GREY
+from pixel_jax.tools.host import Reply, Request
+from pixel_jax.tools.tool import ANSWERED
+
+ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
+WIDTH = 64  # answers are padded to a multiple, to share programs
+
+
+class HostCall(NamedTuple):
+    """A call that the row `row` waits for."""
+
+    row: int
+    request: Request
+
+
+def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, shape: Shape) -> list[HostCall]:
+    """The calls of tools of the host that rows wait for; `images` are the prompts' canvases on the host."""
+    if not any(tool.host for tool in shape.tools):
+        return []
+    language, words = prompts.tables.reader.language, prompts.tables.bytes
+    few = ("row", "status", "tokens", "length", "turn_start", "num_calls", "gallery", "calls")
+    at = {name: jax.tree.map(np.asarray, getattr(state, name)) for name in few}
+    bytes_of = jax.tree.map(np.asarray, words)
+    found = []
+    for row in np.flatnonzero((at["status"] == WAITING) & (at["num_calls"] < config.max_calls)):
+        ids = at["tokens"][row, at["turn_start"][row] : at["length"][row]]
+        starts, ends = bytes_of.start[ids], bytes_of.start[ids] + bytes_of.length[ids]
+        turn = parse_turn(b"".join(bytes_of.data[x:y].tobytes() for x, y in zip(starts, ends, strict=True)), language)
+        if turn.call is None or not shape.tools[turn.call.tool].host:
+            continue
+        mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
+        local = len(at["status"]) // shape.shards
+        prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
+        pictures = images_of(images, int(prompt), prompts, mine(at["gallery"]), mine(at["calls"]), shape)
+        if config.blank:
+            pictures = [np.full_like(picture, GREY) for picture in pictures]
+        arguments = {
+            argument.name: plain(turn.call.arguments[argument.name], getattr(argument, "options", ()))
+            for argument in shape.tools[turn.call.tool].arguments
+        }
+        found.append(HostCall(int(row), Request(turn.call.tool, arguments, pictures)))
+    return found
+
+
+def images_of(images, prompt: int, prompts: Prompts, gallery, calls, shape: Shape) -> list[np.ndarray]:
+    """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
+    sizes = np.asarray(prompts.canvas_size)[prompt]
+    count = int(np.asarray(prompts.num_canvases)[prompt])
+    given = images.images[prompt].arrays if isinstance(images, Canvases) else np.asarray(images[prompt])
+    canvases = {i: given[i][: sizes[i, 0], : sizes[i, 1]] for i in range(count)}
+    for number in np.flatnonzero(calls.drawn.any(axis=1)):
+        call = jax.tree.map(lambda x: x[number], calls)  # noqa: B023
+        source = canvases[int(call.source.canvas[0])]
+        canvases[made_by(int(number))] = draw_on_host(shape.tools[call.tool], call, source)
+    video = bool(np.asarray(prompts.is_video)[prompt])
+    found = [canvases[i] for i in range(count)] if video else []
+    for i in range(1 if video else 0, int(gallery.count)):
+        x1, y1, x2, y2 = gallery.region[i]
+        found.append(canvases[int(gallery.canvas[i])][y1:y2, x1:x2])
+    return found
+
+
+def plain(value: Any, options: Sequence[str] = ()) -> Any:
+    """An argument as a Python value."""
+    if isinstance(value, Number):
+        size = value.units if value.integer else value.units + value.micros / 10**6
+        return -size if value.negative else size
+    if isinstance(value, tuple):
+        return [plain(x) for x in value]
+    return options[value] if options else value
+
+
+def tell(
+    replies: Sequence[Reply], calls: Sequence[HostCall], state: State, vocabulary: Vocabulary, shape: Shape
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What `machine.tell` reads: ids int32 [R, T], lengths, places of the outcomes, statuses int32 [R]."""
+    rows = state.status.shape[0]
+    ids = [[] for _ in range(rows)]
+    outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
+    kinds = [(tool, x) for tool in shape.tools for x in tool.outcomes]
+    for reply, (row, request) in zip(replies, calls, strict=True):
+        tool, right = shape.tools[request.tool], reply.outcome == ANSWERED
+        text = f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)
+        pieces = ["\n", *template.message_pieces("user", text), *template.PROMPT]
+        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, ())
+        outcome[row] = kinds.index((tool, reply.outcome))
+        status[row] = CallStatus.DONE if right else CallStatus.FAILED
+    lengths = np.array([len(x) for x in ids], np.int32)
+    padded = np.zeros((rows, WIDTH * -(-int(lengths.max()) // WIDTH)), np.int32)
+    for row, x in enumerate(ids):
+        padded[row, : len(x)] = x
+    return padded, lengths, outcome, status

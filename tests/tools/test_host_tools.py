@@ -1,0 +1,91 @@
+"""Tools of the host: concurrent, within their time, and what goes wrong is an answer."""
+
+import time
+
+import numpy as np
+import pytest
+
+from pixel_jax.tools import ToolError
+from pixel_jax.tools.host import HostTools, Reply, Request
+from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
+
+TOOLS = """
+import os, time
+import numpy as np
+from pixel_jax.tools import Integer, Number, Text, Tool
+
+
+def measure(images, word, times=1):
+    print("printed, not an answer")
+    return f"{word * times}: {[int(image.sum()) for image in images]}"
+
+
+def sleep(images, seconds):
+    time.sleep(seconds)
+    return f"slept {seconds}"
+
+
+def broken(images, how):
+    if how == "exit":
+        os._exit(3)
+    if how == "number":
+        return 7
+    raise ValueError(f"no {how} here")
+
+
+MEASURE = Tool("measure", "Adds up.", (Text("word"), Integer("times", default=1)), execute=measure, host=True)
+SLEEP = Tool("sleep", "Waits.", (Number("seconds"),), execute=sleep, host=True)
+BROKEN = Tool("broken", "Fails.", (Text("how"),), execute=broken, host=True)
+"""
+NAMES = ("rotate", "slow_tools:MEASURE", "slow_tools:SLEEP", "slow_tools:BROKEN")
+MEASURE, SLEEP, BROKEN = 1, 2, 3
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "slow_tools.py").write_text(TOOLS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        with HostTools(NAMES, workers=2, limit=3.0) as found:
+            yield found
+
+
+def test_answers_come_in_order_with_what_was_asked(tools):
+    images = [np.full((3, 5, 3), i, np.uint8) for i in range(3)]
+    requests = [Request(MEASURE, {"word": "ä", "times": i}, images[:i]) for i in range(4)]
+    assert tools.call(requests) == [
+        Reply(ANSWERED, f"{'ä' * i}: {[int(image.sum()) for image in images[:i]]}") for i in range(4)
+    ]
+    assert tools.facts() == {"host_tool_errors": 0.0, "host_tool_timeouts": 0.0}
+
+
+def test_what_goes_wrong_is_an_answer_and_counted(tools):
+    """An exception, a result that is no text, a process that ends: and the next call is carried out all the same."""
+    requests = [Request(BROKEN, {"how": how}, ()) for how in ("paper", "number", "exit")]
+    requests += [Request(MEASURE, {"word": "a"}, ()), Request(MEASURE, {"no": 1}, ())]
+    paper, number, exit, fine, unknown = tools.call(requests)
+    assert paper == Reply(FAILED, "ValueError: no paper here")
+    assert number.outcome == FAILED and "not int" in number.text
+    assert exit == Reply(FAILED, "the process ended")
+    assert fine == Reply(ANSWERED, "a: []")
+    assert unknown.outcome == FAILED and "TypeError" in unknown.text
+    assert tools.facts() == {"host_tool_errors": 4.0, "host_tool_timeouts": 0.0}
+
+
+def test_calls_run_beside_each_other_and_end_in_time(tools):
+    tools.call([Request(MEASURE, {"word": "a"}, ())] * 2)  # both have begun
+    began = time.monotonic()
+    slow, fast = tools.call([Request(SLEEP, {"seconds": 60}, ()), Request(SLEEP, {"seconds": 1}, ())])
+    assert slow == Reply(TIMED_OUT, "no answer within 3 seconds") and fast == Reply(ANSWERED, "slept 1")
+    assert time.monotonic() - began < 30
+    assert tools.call([Request(MEASURE, {"word": "b"}, ())] * 3) == [Reply(ANSWERED, "b: []")] * 3  # it was replaced
+    assert tools.facts()["host_tool_timeouts"] == 1.0
+
+
+def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
+    with (
+        HostTools(("not_there:TOOL",), workers=1) as tools,
+        pytest.raises(ToolError, match="not_there:TOOL did not start"),
+    ):
+        tools.call([Request(0, {}, ())])
