@@ -86,6 +86,8 @@ def test_every_question_is_answered_once(questions, whole):
             assert record["calls"][i] == text.count("<tool_call>")
             assert record["operations"][i] + record["failed"][i] == record["executed"][i] <= record["calls"][i]
             assert (record["stop"][i] == "answer") is ("<tool_call>" not in text.rsplit("<|im_end|>", 2)[-2])
+            # What is no call here is what cannot be read: a box without its end.
+            assert record["unrecognised"][i] == sum("; }}" in turn for turn in text.split("<|im_end|>"))
     assert sum(sum(x["operations"]) for x in records) > 1
     assert len({x for record in records for x in record["responses"]}) > 4
 

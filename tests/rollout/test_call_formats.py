@@ -1,19 +1,27 @@
 """What a call comes to in every call format: the part of the picture that its released code would cut, and what is told."""
 
 import dataclasses
+import pathlib
+import re
 
+import jax
 import numpy as np
 import pytest
 
 from pixel_jax.data.traces import Trace, TraceError, right, write_rows
+from pixel_jax.dialog import Language, observations, parse_turn, template
 from pixel_jax.dialog.formats import FORMATS, CallFormat, call_format
 from pixel_jax.dialog.template import system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
+from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import read_limits, write_limits
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import to_host
 from pixel_jax.tools import CROP_IMAGE, RELEASED, ToolError
 from pixel_jax.tools.named import find_format
+from tests.rollout import talker
 
 HEIGHT, WIDTH = 300, 410  # shown at 308 x 420
 IMAGE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -110,16 +118,10 @@ def test_prompts_and_calls_are_in_one_format():
         build_prompts([Query("What?", [IMAGE])], WORDS, tables(WORDS), config)
 
 
-def test_a_format_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "my_formats.py").write_text(
-        "from pixel_jax.dialog.formats import CallFormat, Coordinates, Spelled, Spelling\n"
-        "from pixel_jax.tools import Box, Integer\n"
-        "spelled = (Spelled('bbox_2d', Box('box')), Spelled('target_image', Integer('picture'), add=1))\n"
-        "told = (('shown', 'Here is the part:{images}'),)\n"
-        "ZOOM = CallFormat('zoom', '<zoom>', '</zoom>', (Spelling('crop_image_normalized', 'zoom', spelled, told=told),),\n"
-        "    coordinates=Coordinates.SHARES, places=-2)\n"
-        "NOT = 1\n"
-    )
+def test_the_format_of_the_docs(tmp_path, monkeypatch):
+    page = (pathlib.Path(__file__).parents[2] / "docs/call-formats.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "my_formats.py").write_text(f"{code}\nNOT = 1\n")
     monkeypatch.chdir(tmp_path)
     name = "my_formats:ZOOM"
     monkeypatch.delitem(FORMATS, name, raising=False)
@@ -145,6 +147,62 @@ def test_a_format_of_ones_own(tmp_path, monkeypatch):
     del FORMATS[name]
 
 
+def test_the_table_of_the_docs_is_that_of_the_formats():
+    page = (pathlib.Path(__file__).parents[2] / "docs/call-formats.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| `([^`]*)`", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [name for name in FORMATS if ":" not in name]
+    for name, call in rows:
+        tools = (CROP_IMAGE,) if name == "mini_o3" else RELEASED
+        assert parse_turn(call, Language(tools, FORMATS[name])).call is not None, call
+
+
 def test_limits_carry_the_format(tmp_path):
     write_limits(tmp_path, RolloutConfig(call_format="mini_o3"))
     assert read_limits(tmp_path) == dataclasses.replace(RolloutConfig(), group_size=1, call_format="mini_o3")
+
+
+FIRST = '<grounding>{"bbox_2d": [0.1, 0.2, 0.9, 0.7], "source": "original_image"}</grounding>'
+SECOND = '<grounding>{"bbox_2d": [0.25, 0, 1, 1], "source": "observation_1"}</grounding>'
+ANSWER = "<answer>7</answer>"
+
+
+def test_a_rollout_in_another_format():
+    """As one compiled program: a talker that writes as Mini-o3 does is shown what it asks for."""
+    tools, known = (CROP_IMAGE,), FORMATS["mini_o3"]
+    chain = {
+        talker.START: {FIRST: 0.5, SECOND: 0.3, ANSWER: 0.2},
+        **{x: {talker.END: 1.0} for x in (FIRST, SECOND, ANSWER)},
+    }
+    pieces = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
+    pieces |= {known.system_prompt(tools)}
+    for kind in observations.kinds_of(tools, known):
+        pieces |= {piece for piece in talker.stretches(kind.outcome.text) if len(piece) > 1}
+    words = Vocabulary.of(build_tokenizer(sorted(pieces)))
+    config = dataclasses.replace(
+        talker.CONFIG, max_new_tokens=4, max_calls=2, group_size=6, max_response=400, call_format="mini_o3", pad=0.0
+    )
+    token_tables = tables(words, tools, known)
+    queries = [query for query in talker.queries(3) if len(query.images) == 1 and not query.is_video]
+    prompts = build_prompts(queries, words, token_tables, config, width=96, canvas=(1, 192, 192))
+    t = to_host(rollout(talker.network(words, chain), prompts, jax.random.key(1), config))
+    names = np.array([*map(str, token_tables.observations.kinds), ""])[t.calls.outcome]
+    seen = set()
+    for row in range(len(t.stop)):
+        height, width = queries[t.prompt[row]].images[0].shape[:2]
+        text = words.to_bytes(t.tokens[row][t.chosen[row]]).decode()
+        assert unrecognised_turns(text, token_tables.reader.language) == []
+        pictures = []
+        for call, turn in enumerate(text.split("<|im_end|>")[: int(t.num_calls[row])]):
+            if turn == SECOND and not pictures:
+                assert names[row, call] in ("crop_image_normalized: no such image", "")
+            if names[row, call] != "crop_image_normalized: shown":
+                continue
+            x1, y1, x2, y2 = (0, 0, width, height) if turn == FIRST else pictures[0]
+            shares = (0.1, 0.2, 0.9, 0.7) if turn == FIRST else (0.25, 0, 1, 1)
+            sides = (x2 - x1, y2 - y1) * 2
+            box = [round(a * side) + b for a, side, b in zip(shares, sides, (x1, y1) * 2, strict=True)]
+            assert t.calls.source.region[row, call, 0].tolist() == box
+            pictures.append(box)
+            seen.add(turn)
+    assert seen == {FIRST, SECOND}
+    assert "crop_image_normalized: no such image" in names
