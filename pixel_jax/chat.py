@@ -29,6 +29,7 @@ def main(command: str, arguments: list[str]) -> None:
 
     from pixel_jax import from_pretrained
     from pixel_jax.data.sources import load_frames
+    from pixel_jax.dialog.formats import call_format
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
@@ -57,7 +58,7 @@ def main(command: str, arguments: list[str]) -> None:
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
     config = judged(read_limits(directory) or RolloutConfig(), temperature)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    prompts = build_prompts([query], vocabulary, tables(vocabulary, tools), config)
+    prompts = build_prompts([query], vocabulary, tables(vocabulary, tools, call_format(config.call_format)), config)
     with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary) as rollouts:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")

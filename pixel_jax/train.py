@@ -21,7 +21,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
-from pixel_jax.tools.named import DEFAULT, find_tools
+from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, Look, WatchConfig
@@ -229,7 +229,8 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if first():
         write_json(out / CONFIG, dataclasses.asdict(config))
     use_limits(config.limits)
-    tools = find_tools(config.tools)
+    limits = config.rollout if command == "sft" else config.rl.rollout
+    tools, calls = find_tools(config.tools), find_format(limits.call_format)
     examples, report = read_examples(
         config.data,
         turns=command == "sft",
@@ -272,7 +273,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if config.lora is not None:
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary, tools)
+    token_tables = tables(vocabulary, tools, calls)
     memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
     measured = lambda rows: Measured(training_work(model.config), rows, memory // rows)
     with host_rollouts(config.tools, tools, vocabulary) as rollouts:
@@ -307,7 +308,6 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
                     x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)
                 ]
                 examples, judging = without(examples), without(judging)
-            limits = config.rollout
             packing = Packing(
                 examples,
                 vocabulary,
@@ -331,7 +331,6 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             pause("the data is written out")
             model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **kept)
         else:
-            limits = config.rl.rollout
             for line in other_limits(config):
                 say(line)
             by = config.prompt_shapes or measured(config.rl.prompts)

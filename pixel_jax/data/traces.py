@@ -21,7 +21,7 @@ from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import draw_on_host
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
-from pixel_jax.rollout.prompts import Query, prompt_tokens
+from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollout.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
@@ -237,6 +237,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
 
     Every call but one that ends its trace is answered.
     """
+    check_format(tables, config)
     rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
     most = max(len(trace.query.images) for trace in traces)
     galleries = {row.index: _first_gallery(row, config, most) for row in rows}

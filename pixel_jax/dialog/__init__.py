@@ -7,7 +7,6 @@ from pixel_jax.dialog.observations import Arguments, Kind, Observations
 from pixel_jax.dialog.template import (
     CHAT_TEMPLATE,
     GUIDELINES,
-    TOOLS,
     Media,
     Special,
     first_messages,
@@ -22,7 +21,6 @@ from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary, build_tokenizer
 __all__ = [
     "CHAT_TEMPLATE",
     "GUIDELINES",
-    "TOOLS",
     "Arguments",
     "Call",
     "Kind",

@@ -2,7 +2,7 @@
 
 An observation is everything between the `<|im_end|>` of the turn that called and the first token of the next turn:
 
-    \\n<|im_start|>user\\n  text  images  <|im_end|>\\n<|im_start|>assistant\\n
+    \\n<|im_start|>user\\n  text  images  text  <|im_end|>\\n<|im_start|>assistant\\n
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the one for calls that cannot be carried out,
 with a few integers in it. The constant stretches between the integers are tokenised once,
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
 from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
@@ -32,22 +33,23 @@ from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 MAX_LIST = 16
 MAX_DIGITS = 6
 NUM_INTEGERS = 4
+IMAGES = "{images}"  # where an outcome's text has its images; else they follow it
 NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # what may stand in the braces of a text
 HEAD = ("\n", IM_START, "user\n")  # before the text
 TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
 BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
-def malformed(tools: Sequence[Tool]) -> Outcome:
+def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
     """The one outcome of every call that is no call, or of which the tool cannot say what is wrong. Its text says what a
     call looks like, so that the next one can be right."""
-    said = "; or ".join(f"`{tool.name}` with {tool.usage}" for tool in tools)
+    said = "; or ".join(f"`{call_format.spelling(tool).name}` with {tool.usage}" for tool in tools)
     said = f"either {said}" if len(tools) > 1 else said
-    return Outcome(
-        "malformed",
-        "\nExecution error:\nExecution Error: The tool call could not be carried out. Between the tool_call tags, write one "
-        f"JSON object with the keys `name` and `arguments`: {said}.\n",
+    ours = (
+        "\nExecution error:\nExecution Error: The tool call could not be carried out. Between the "
+        f"{call_format.opening.strip('<>')} tags, write one JSON object with the keys `name` and `arguments`: {said}.\n"
     )
+    return Outcome("malformed", ours if call_format.malformed is None else call_format.malformed)
 
 
 class Kind(NamedTuple):
@@ -60,9 +62,11 @@ class Kind(NamedTuple):
         return self.outcome.name if self.tool is None else f"{self.tool.name}: {self.outcome.name}"
 
 
-def kinds_of(tools: Sequence[Tool]) -> tuple[Kind, ...]:
-    """All kinds of observation that calls of `tools` can have, in the order in which records count them."""
-    return (*(Kind(tool, x) for tool in tools for x in tool.outcomes), Kind(None, malformed(tools)))
+def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[Kind, ...]:
+    """All kinds of observation that calls of `tools` can have, as a format tells them, in the order in which records count
+    them."""
+    told = (Kind(tool, x._replace(text=call_format.text(tool, x))) for tool in tools for x in tool.outcomes)
+    return (*told, Kind(None, malformed(tools, call_format)))
 
 
 class Arguments(NamedTuple):
@@ -104,8 +108,10 @@ class Observations:
     image_pad: int
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, tools: Sequence[Tool] = RELEASED) -> Observations:
-        kinds = kinds_of(tools)
+    def of(
+        cls, vocabulary: Vocabulary, tools: Sequence[Tool] = RELEASED, call_format: CallFormat = PIXEL_REASONER
+    ) -> Observations:
+        kinds = kinds_of(tools, call_format)
         constants: list[int] = []
 
         def constant(text: str | Special, **guard) -> _Segment:
@@ -139,10 +145,12 @@ class Observations:
 
         rows = []
         for kind in kinds:
-            template = kind.outcome.text
+            template, _, behind = kind.outcome.text.partition(IMAGES)
             *head, opening = HEAD  # the last is text, and the message's own text goes on with it
             row = [constant(piece) for piece in head]
             *stretches, last = _split(opening + template)
+            if "{" in behind:
+                raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")
             if wrong := [what for _, what in stretches if what not in NAMES]:
                 raise ToolError(
                     f"the text of {kind} has {{{wrong[0]}}} in it: braces hold {', '.join(NAMES)} and no more"
@@ -157,7 +165,7 @@ class Observations:
             row += [constant(last[0])] if last[0] else []
             for index in range(kind.outcome.images):
                 row += image(index)
-            rows.append([*row, *map(constant, TAIL)])
+            rows.append([*row, *([constant(behind)] if behind else []), *map(constant, TAIL)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
@@ -185,11 +193,12 @@ class Observations:
     def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
         """An observation as text; `pads` are the pad counts of the images it shows."""
         template = self.kinds[kind].outcome.text
+        template += "" if IMAGES in template else IMAGES
         written = [*integers, *items] if "{list}" in template else list(integers)
         if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
-            template, pads = self.kinds[self.malformed].outcome.text, ()
+            template, pads = self.kinds[self.malformed].outcome.text + IMAGES, ()
         images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
-        return BEFORE + template.format(*integers, list=list(items)) + images + AFTER
+        return BEFORE + template.format(*integers, list=list(items), images=images) + AFTER
 
     def bound(self, pads: Sequence[int], images: int) -> int:
         """The most tokens that any observation has: the least `length` that `assemble` may be given.

@@ -6,86 +6,21 @@ checkpoints were trained with it: the guidelines speak of `crop_image` where the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.tools import RELEASED, Tool
 
 if TYPE_CHECKING:
     from pixel_jax.dialog.tokenizer import Vocabulary
 
-CROP = "crop_image_normalized"
-SELECT = "select_frames"
-
-CROP_SCHEMA = {
-    "name": CROP,
-    "description": (
-        "Zoom in on the image based on the bounding box coordinates. It is useful when the object or text in the image "
-        "is too small to be seen."
-    ),
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "bbox_2d": {
-                "type": "array",
-                "description": (
-                    "coordinates for bounding box of the area you want to zoom in. Values should be within [0.0,1.0]."
-                ),
-                "items": {"type": "number"},
-            },
-            "target_image": {
-                "type": "number",
-                "description": (
-                    "The index of the image to crop. Index from 1 to the number of images. Choose 1 to operate on "
-                    "original image."
-                ),
-            },
-        },
-        "required": ["bbox_2d", "target_image"],
-    },
-}
-SELECT_SCHEMA = {
-    "name": SELECT,
-    "description": "Select frames from a video.",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "target_frames": {
-                "type": "array",
-                "description": "List of frame indices to select from the video (no more than 8 frames in total).",
-                "items": {"type": "integer", "description": "Frame index from 1 to 16."},
-            }
-        },
-        "required": ["target_frames"],
-    },
-}
-TOOLS = (CROP_SCHEMA, SELECT_SCHEMA)
-
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
-# The rendering of Qwen-Agent's NousFnCallPrompt.
-_TOOLS_PROMPT = """
 
-# Tools
-
-You may call one or more functions to assist with the user query.
-
-You are provided with function signatures within <tools></tools> XML tags:
-<tools>
-%s
-</tools>
-
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{"name": <function-name>, "arguments": <args-json-object>}
-</tool_call>"""
-
-
-def system_prompt(tools: Sequence[Mapping[str, Any]] = TOOLS) -> str:
-    """The system message: one line of JSON for every tool, or no word of tools where there are none."""
-    if not tools:
-        return DEFAULT_SYSTEM
-    lines = [json.dumps({"type": "function", "function": tool}, ensure_ascii=False) for tool in tools]
-    return DEFAULT_SYSTEM + _TOOLS_PROMPT % "\n".join(lines)
+def system_prompt(tools: Sequence[Tool] = RELEASED, call_format: CallFormat = PIXEL_REASONER) -> str:
+    """The system message: how the tools are called, or no word of tools where there are none."""
+    return call_format.system_prompt(tools) if tools else DEFAULT_SYSTEM
 
 
 # What follows the question, after two newlines. "vcot" begins with two of its own.
@@ -144,7 +79,8 @@ def first_messages(
     media: Sequence[Media],
     *,
     guidelines: str = "vcot",
-    tools: Sequence[Mapping[str, Any]] = TOOLS,
+    tools: Sequence[Tool] = RELEASED,
+    call_format: CallFormat = PIXEL_REASONER,
     text_first: bool = False,
 ) -> list[dict[str, Any]]:
     """System and user message that open a dialog.
@@ -155,7 +91,7 @@ def first_messages(
     text = [{"type": "text", "text": user_text(question, guidelines)}]
     shown = [{"type": item.kind, item.kind: item.value} for item in media]
     return [
-        {"role": "system", "content": system_prompt(tools)},
+        {"role": "system", "content": system_prompt(tools, call_format)},
         {"role": "user", "content": text + shown if text_first else shown + text},
     ]
 

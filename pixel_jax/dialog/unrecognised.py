@@ -34,6 +34,12 @@ def unrecognised_turns(text: str, language: Language) -> list[str]:
     return [turn for turn in turns if looks_like_call(turn) and parse_turn(turn, language).call is None]
 
 
+def unrecognised_rate(texts: Iterable[str], language: Language) -> float:
+    """Of what rows wrote: the share of those with an unrecognised call; 0 of none."""
+    found = [bool(unrecognised_turns(text, language)) for text in texts]
+    return sum(found) / max(len(found), 1)
+
+
 def looks_like_call(turn: str) -> bool:
     """Whether a turn holds a mark that opens a call, of any format, or a JSON object with a name and arguments."""
     return any(known.opening in turn for known in FORMATS.values()) or OBJECT.search(turn) is not None

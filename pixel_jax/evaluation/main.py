@@ -14,7 +14,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import say
+from pixel_jax.terminal import say, warn
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
@@ -73,11 +73,11 @@ def answer(config) -> None:
     from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.rollout.rollout import host_rollouts
-    from pixel_jax.tools.named import find_tools
+    from pixel_jax.tools.named import find_format, find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     process, processes = jax.process_index(), jax.process_count()
-    tools = find_tools(config.tools)
+    tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     out = pathlib.Path(config.out)
     use_limits(config.limits)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
@@ -104,7 +104,7 @@ def answer(config) -> None:
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary, tools)
+    token_tables = tables(vocabulary, tools, calls)
     with Digests(out / f"digests-{process}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}
@@ -133,7 +133,7 @@ def answer(config) -> None:
     meet("every question is answered")
     if process:
         return
-    metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}}
+    metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}, "warnings": []}
     for name, benchmark in benchmarks.items():
         found = {mode: read_records(directories[name, mode]) for mode in config.modes}
         for mode, records in found.items():
@@ -149,9 +149,12 @@ def answer(config) -> None:
             "unanswered": {mode: summary.unanswered(records) for mode, records in found.items()},
             "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
         }
+        metrics["warnings"] += summary.format_warnings(name, found, token_tables.reader.language)
     write_json(out / "metrics.json", metrics)
     report.write(out / "report.html", summary.page(f"Evaluation of {config.model}", metrics, directories))
     summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
+    for warning in metrics["warnings"]:
+        warn(warning)
     for name, benchmark in metrics["benchmarks"].items():
         for mode, test in benchmark["differences"].items():
             say(f"{name}: {summary.sentence(config.modes[0], mode, test)}")

@@ -15,7 +15,9 @@ from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.rooms import Place, places, prompt_shape
 from pixel_jax.data.shapes import BatchShape, Measured, training_work
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Bucket, Mode
 from pixel_jax.evaluation.questions import Question
@@ -76,7 +78,9 @@ def about(index: int, question: Question) -> dict[str, Any]:
 
 def unanswered(index: int, question: Question, why: str, answers: int) -> dict[str, Any]:
     """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
-    nothing = dict.fromkeys(("operations", "executed", "failed", "calls", "tokens", "stop", "responses"), [])
+    nothing = dict.fromkeys(
+        ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
+    )
     wrong = {"given": [None] * answers, "score": [0.0] * answers, "accuracy": [0.0] * answers}
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
@@ -88,6 +92,7 @@ def record(
     rows: range,
     texts: list[str],
     scores: dict[str, list[float | None]],
+    language: Language,
 ) -> dict[str, Any]:
     """What is kept of a question: lists have an entry an answer."""
     return {
@@ -98,6 +103,7 @@ def record(
         "executed": answered_calls(t)[rows.start : rows.stop].tolist(),
         "failed": failed_calls(t)[rows.start : rows.stop].tolist(),
         "calls": t.num_calls[rows.start : rows.stop].tolist(),
+        "unrecognised": [len(unrecognised_turns(text, language)) for text in texts],
         "tokens": np.sum(t.chosen[rows.start : rows.stop], axis=1).tolist(),
         "stop": [STOP_REASONS[int(x)] for x in t.stop[rows.start : rows.stop]],
         "responses": texts,
@@ -233,7 +239,9 @@ def evaluate(
             for at, i in enumerate(some):
                 rows = range(at * n, (at + 1) * n)
                 mine = {name: values[rows.start : rows.stop] for name, values in scores.items()}
-                entry = record(i, questions[i], t, rows, texts[rows.start : rows.stop], mine)
+                entry = record(
+                    i, questions[i], t, rows, texts[rows.start : rows.stop], mine, token_tables.reader.language
+                )
                 found.append({**entry, "shrunk": placed[i].fit.scale < 1.0})
                 if i in keep:
                     made = traces.make_trace(

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pixel_jax.dialog.grammar import Language
+from pixel_jax.dialog.unrecognised import format_warning
 from pixel_jax.evaluation import report, trace
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
@@ -17,6 +19,7 @@ RATES = {  # name: (of what, over what), summed over a question's answers
     "accuracy": ("accuracy", "asked"),
     "rapr": ("looked", "answers"),  # rate of pixel-space reasoning: answers with at least one operation
     "operation_errors": ("failed", "executed"),  # of the operations asked for and carried out
+    "unrecognised": ("unrecognised", "answers"),  # answers with something like a call that is none in the run's format
     "operations": ("operations", "answers"),
     "tokens": ("tokens", "answers"),  # written for an answer
     "finished": ("finished", "answers"),  # ended with an answer, not at a limit
@@ -29,6 +32,7 @@ def sums(record: Record) -> dict[str, float]:
     names = ("score", "accuracy", "operations", "executed", "failed", "tokens")
     return {
         **{name: float(sum(record[name])) for name in names},
+        "unrecognised": float(sum(x > 0 for x in record["unrecognised"])),
         "looked": float(sum(x > 0 for x in record["operations"])),
         "finished": float(sum(x == "answer" for x in record["stop"])),
         "asked": float(len(record["score"])),
@@ -71,6 +75,14 @@ def unanswered(records: Sequence[Record]) -> dict[str, str]:
     return {record["id"]: record["unanswered"] for record in records if "unanswered" in record}
 
 
+def format_warnings(name: str, found: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
+    """Of a benchmark's runs {mode: records}: those whose calls are often in another format, in words. Without tools nobody is
+    asked to call one."""
+    texts = {mode: [text for record in records for text in record["responses"]] for mode, records in found.items()}
+    warnings = {mode: format_warning(some, language) for mode, some in texts.items() if mode != "none"}
+    return [f"{name} {mode}: {warning}" for mode, warning in warnings.items() if warning is not None]
+
+
 def compare(first: Sequence[Record], second: Sequence[Record], what: str = "score") -> dict[str, float]:
     """The paired test (`stats.paired`) of two runs over the same questions, by the average of each question's answers.
 
@@ -104,6 +116,7 @@ HEAD = (
     "accuracy %",
     "RaPR %",
     "op. errors %",
+    "unrecognised %",
     "tokens",
     "ended %",
     "unanswered",
@@ -117,7 +130,9 @@ def table_rows(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
         for mode, categories in benchmark["modes"].items():
             for category, row in categories.items():
                 count = str(row["questions"]) if row["answers"] == 1 else f"{row['questions']} × {row['answers']}"
-                rates = [percent(row[rate]) for rate in ("score", "accuracy", "rapr", "operation_errors")]
+                rates = [
+                    percent(row[rate]) for rate in ("score", "accuracy", "rapr", "operation_errors", "unrecognised")
+                ]
                 tokens = "–" if row["tokens"]["mean"] is None else f"{row['tokens']['mean']:.0f}"
                 rows.append(
                     [name, mode, category, count, *rates, tokens, percent(row["finished"]), str(row["unanswered"])]

@@ -135,6 +135,7 @@ def read_recipe(config, console):
     from pixel_jax.planning.programs import Recipe
     from pixel_jax.quickstart.vocabulary import build_vocabulary
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.tools.named import find_format
 
     directory, vocabulary = pathlib.Path(config.model), None
     if (directory / CONFIG).exists():
@@ -148,4 +149,4 @@ def read_recipe(config, console):
     if vocabulary is None:
         console.print("No tokenizer there: the text of observations is counted in that of the quickstart.", style="dim")
         vocabulary = build_vocabulary()
-    return Recipe(config, network, tables(vocabulary))
+    return Recipe(config, network, tables(vocabulary, calls=find_format(config.rollout.call_format)))

@@ -15,7 +15,7 @@ def pieces(tools: tuple[Tool, ...] = RELEASED) -> list[str]:
     """Prompt and observations in as few tokens as numbers allow; a coordinate is one token."""
     sentences = synthesis.SENTENCES
     found = [
-        "system\n" + template.system_prompt([tool.schema for tool in tools]),
+        "system\n" + template.system_prompt(tools),
         "assistant\n",
         "user\n",
         *(template.user_text(question) for question in (miniature.QUESTION, miniature.VIDEO_QUESTION)),

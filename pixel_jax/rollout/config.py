@@ -35,6 +35,7 @@ class RolloutConfig:
     max_side: int = 3584  # longest side of anything shown, in pixels; the static canvas of a resize
     pad: float = 0.1  # added on each side of a box, as a share of the image
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
+    call_format: str = "pixel_reasoner"  # how calls are written: a name of `pixel_jax.dialog.formats`, or module:name
     one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
     blank: bool = False  # what an operation shows is uniformly grey: does the model use what it looks at?
     # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all, or as

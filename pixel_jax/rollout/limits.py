@@ -17,7 +17,7 @@ FILE = "rollout.json"
 # Fields that say what a model is shown, and how much of it.
 SHOWN = (
     *(f"{kind}{bound}_pixels" for kind in ("", "crop_", "select_", "video_") for bound in ("min", "max")),
-    *("max_side", "pad", "min_crop", "one_is_absolute", "max_calls", "max_images"),
+    *("max_side", "pad", "min_crop", "one_is_absolute", "call_format", "max_calls", "max_images"),
 )
 
 

@@ -59,6 +59,8 @@ def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: Rollout
     tools, observations = tables.tools, tables.observations
     kind = jnp.full(call.tool.shape, observations.malformed, jnp.int32)
     result = _message(kind, views)
+    coordinates = tables.reader.language.format.coordinates
+    seen = seen._replace(coordinates=jnp.full(call.tool.shape, coordinates, jnp.int32))
     for place, tool in enumerate(tools):
         if tool.host:  # `rollout.host` answers before anybody asks here
             continue

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.dialog import automaton, template
-from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -16,7 +16,7 @@ from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.checks import check_device_tool
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.trajectory import Prompts, Tables
-from pixel_jax.tools import RELEASED, Tool
+from pixel_jax.tools import RELEASED, Tool, ToolError
 
 
 class Query(NamedTuple):
@@ -33,20 +33,18 @@ class PromptError(ValueError):
     """A query that cannot become a prompt; the message names it and the value at fault."""
 
 
-def tables(
-    vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, call_format: CallFormat = PIXEL_REASONER
-) -> Tables:
+def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, calls: CallFormat = PIXEL_REASONER) -> Tables:
     """What the compiled programs need to know of a tokenizer and of tools. Build it once and share it.
 
     ToolError: the tools cannot be used, or not together; the message names them.
     """
-    language = Language(tools, call_format)
+    language = Language(tools, calls)
     for tool in tools:
         if not tool.host:
             check_device_tool(tool)
     return Tables(
         bytes=automaton.token_table(vocabulary),
-        observations=Observations.of(vocabulary, tools),
+        observations=Observations.of(vocabulary, tools, calls),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
         reader=automaton.reader_of(language),
     )
@@ -85,9 +83,13 @@ def prompt_tokens(
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
         media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
-    schemas = () if guidelines == "notool" else tuple(tool.schema for tool in tools)
     messages = template.first_messages(
-        query.question, media, guidelines=guidelines, tools=schemas, text_first=query.text_first
+        query.question,
+        media,
+        guidelines=guidelines,
+        tools=() if guidelines == "notool" else tools,
+        call_format=call_format(config.call_format),
+        text_first=query.text_first,
     )
     return template.to_ids(template.render(messages), vocabulary, pads)
 
@@ -110,6 +112,7 @@ def build_prompts(
         32 and of 64: give them to share one compilation among batches.
       uids: what the rows' random keys are derived from, by default 0, 1, ...
     """
+    check_format(token_tables, config)
     ids = [prompt_tokens(query, vocabulary, config, guidelines, token_tables.tools) for query in queries]
     longest = max(map(len, ids))
     most = max(len(query.images) for query in queries)
@@ -140,6 +143,16 @@ def build_prompts(
         uid=np.arange(batch, dtype=np.int32) if uids is None else np.asarray(uids, np.int32),
         tables=token_tables,
     )
+
+
+def check_format(token_tables: Tables, config: RolloutConfig) -> None:
+    """Raises `ToolError` where calls would be asked for in one format and read in another."""
+    read = token_tables.reader.language.format
+    if call_format(config.call_format) is not read:
+        raise ToolError(
+            f"the config's call format is {config.call_format!r}, the tables were built for {read.name!r}: give "
+            "`tables` the config's"
+        )
 
 
 def _up(value: int, step: int) -> int:

@@ -8,14 +8,15 @@ import re
 from collections.abc import Sequence
 
 from pixel_jax.data.synthesis import final_answer
+from pixel_jax.tools.named import SHIPPED
 from pixel_jax.training.answers import equal, last_boxed, normalise
 
 SHORTEST, LONGEST = 12, 2000  # characters of an analysis
 
 # What belongs to calls, to chat templates or to a page of Markdown, and would be read as such, or learned.
+NAMES = {name for tool in SHIPPED.values() for name in (tool.name, *(x.name for x in tool.arguments)) if "_" in name}
 MARKUP = re.compile(
-    r"</?\w*tool\w*>|<\|[^|>]*\|>|<(?:image|video|think|answer)\b|bbox_2d|target_image|target_frames"
-    r"|crop_image|select_frames|```",
+    r"</?\w*tool\w*>|<\|[^|>]*\|>|<(?:image|video|think|answer)\b|crop_image|```|" + "|".join(sorted(NAMES)),
     re.IGNORECASE,
 )
 # Somebody who was told the answer, or who says that there is a task.

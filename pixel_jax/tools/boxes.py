@@ -1,10 +1,10 @@
 """Boxes that a model writes, as pixels.
 
-A box is either in shares of an image or in pixels of that image *as the model was shown it*, which is the size that
-observations announce and the one in which Qwen2.5-VL was taught to point. Either way it becomes shares, is padded and
-clipped, and lies in what the image shows of its canvas, at full resolution. The released code does this in Python's
-floats, whose last bit decides where an edge lies halfway between two pixels (4 % of boxes in pixels); so do we, on
-integers, so that every device and the host agree. A coordinate counts to the millionth.
+A box is in shares of an image, in pixels of that image *as the model was shown it*, which is the size that observations
+announce and the one in which Qwen2.5-VL was taught to point, or in its own pixels (`Coordinates`). In each case it becomes
+shares, is padded and clipped, and lies in what the image shows of its canvas, at full resolution. The released code does this
+in Python's floats, whose last bit decides where an edge lies halfway between two pixels (4 % of boxes in pixels); so do we,
+on integers, so that every device and the host agree. A coordinate counts to the millionth.
 """
 
 import jax
@@ -12,18 +12,26 @@ import jax.numpy as jnp
 
 from pixel_jax.ops import doubles
 from pixel_jax.tools.calls import Numbers
+from pixel_jax.tools.tool import Coordinates
 
 MILLION = 1_000_000
 
 
 def box_in_region(
-    box: Numbers, region: jax.Array, size: jax.Array, *, pad: float = 0.0, one_is_absolute: bool = False
+    box: Numbers,
+    region: jax.Array,
+    size: jax.Array,
+    *,
+    coordinates: jax.Array | int = Coordinates.EITHER,
+    pad: float = 0.0,
+    one_is_absolute: bool = False,
 ) -> jax.Array:
     """The box that was written as int32 [..., 4] in canvas pixels, padding applied, clipped to the region that it is a box of.
 
     Args:
       box: of four numbers, x1, y1, x2, y2, [..., 4].
       region: int32 [..., 4], x1 y1 x2 y2 in the canvas; size: int32 [..., 2], (height, width) at which it was shown.
+      coordinates: what the numbers are measured in, a `Coordinates`.
       pad: added on each side, as a share of the region.
       one_is_absolute: the released code reads a box with a coordinate of exactly 1 as pixels.
     """
@@ -31,9 +39,11 @@ def box_in_region(
     if one_is_absolute:
         beyond = box.units >= 1
     absolute = jnp.any(beyond & ~box.negative, axis=-1, keepdims=True)
+    absolute = jnp.where(coordinates == Coordinates.EITHER, absolute, coordinates == Coordinates.PIXELS)
     with jax.enable_x64(True):
         sides = (region[..., jnp.array([2, 3, 2, 3])] - region[..., jnp.array([0, 1, 0, 1])]).astype(jnp.int64)
         shown = jnp.maximum(size, 1)[..., jnp.array([1, 0, 1, 0])].astype(jnp.int64)
+        shown = jnp.where(coordinates == Coordinates.PIXELS, jnp.maximum(sides, 1), shown)
         millionths = box.units.astype(jnp.int64) * MILLION + box.micros
         share = doubles.divide(doubles.double(millionths), doubles.constant(float(MILLION)))
         share = doubles.where(absolute, doubles.divide(share, doubles.double(shown)), share)

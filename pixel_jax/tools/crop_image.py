@@ -14,7 +14,12 @@ MISSING = no_such_image(NAME)
 def execute(arguments, seen: Seen, limits) -> Answer:
     target = find_target(arguments["target_image"], seen, MISSING)
     region = box_in_region(
-        arguments["bbox_2d"], target.region, target.size, pad=limits.pad, one_is_absolute=limits.one_is_absolute
+        arguments["bbox_2d"],
+        target.region,
+        target.size,
+        coordinates=seen.coordinates,
+        pad=limits.pad,
+        one_is_absolute=limits.one_is_absolute,
     )
     height, width = region_size(region)
     size, fits = shown_size(region, limits.crop_min_pixels, limits.crop_max_pixels, limits.max_side)
@@ -26,7 +31,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
             (small, TOO_SMALL, (width, height)),
             (~fits, None, ()),
         ),
-        last=(SHOWN, (size[1], size[0])),
+        last=(SHOWN, (size[1], size[0], seen.gallery.count - 1, seen.gallery.count)),
         canvas=target.canvas[None],
         region=region[None],
         size=size[None],

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from pixel_jax.ops import smart_resize
 from pixel_jax.tools.calls import Lists, Numbers
-from pixel_jax.tools.tool import Outcome, Tool
+from pixel_jax.tools.tool import Coordinates, Outcome, Tool
 
 MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
 
@@ -38,6 +38,7 @@ class Seen(NamedTuple):
     is_video: jax.Array  # bool, it began with the frames of a video
     canvas_size: jax.Array  # int32 [C, 2], (height, width) of the prompt's images or frames
     num_canvases: jax.Array  # int32
+    coordinates: jax.Array | int = Coordinates.EITHER  # int32, what boxes of calls are measured in
 
 
 class Answer(NamedTuple):

@@ -1,11 +1,13 @@
-"""From the names in a config to tools: those that are shipped, and `module:name` for anybody's own."""
+"""From the names in a config to tools and call formats: those that are shipped, and `module:name` for anybody's own."""
 
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pixel_jax import tools as shipped
+from pixel_jax.dialog.formats import FORMATS, CallFormat, call_format
 from pixel_jax.tools.tool import Tool, ToolError, check_tools
 
 SHIPPED = {tool.name: tool for tool in vars(shipped).values() if isinstance(tool, Tool)}
@@ -29,14 +31,30 @@ def find_tools(names: Sequence[str]) -> tuple[Tool, ...]:
 def _find(name: str) -> Tool:
     if name in SHIPPED:
         return SHIPPED[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ToolError(
             f"no tool is called {name!r}: those that come with the package are {', '.join(SHIPPED)}; one of your own is "
             "given as module:name"
         )
+    return imported(name, Tool, "tool")
+
+
+def find_format(name: str) -> CallFormat:
+    """The call format of this name; one of a user's own is imported, as `find_tools` does, and known by this name from then on.
+
+    Raises:
+        ToolError: there is none.
+    """
+    if name not in FORMATS and ":" in name:
+        FORMATS[name] = imported(name, CallFormat, "call format")
+    return call_format(name)
+
+
+def imported(name: str, kind: type, what: str) -> Any:
+    """The `kind` that `module:name` names; the current directory is searched last."""
+    module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ToolError(f"{name!r} is no tool: write module:name, as my_tools:ROTATE for ROTATE in my_tools.py")
+        raise ToolError(f"{name!r} is no {what}: write module:name, as my_tools:ROTATE for ROTATE in my_tools.py")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)
@@ -45,9 +63,9 @@ def _find(name: str) -> Tool:
     except ModuleNotFoundError as error:
         if error.name not in (module, module.split(".")[0]):
             raise
-        raise ToolError(f"tool {name!r}: there is no module {module!r}, neither installed nor in {here!r}") from None
+        raise ToolError(f"{what} {name!r}: there is no module {module!r}, neither installed nor in {here!r}") from None
     except AttributeError as error:
-        raise ToolError(f"tool {name!r}: {error}") from None
-    if not isinstance(found, Tool):
-        raise ToolError(f"tool {name!r} is a {type(found).__name__}, not a pixel_jax.Tool")
+        raise ToolError(f"{what} {name!r}: {error}") from None
+    if not isinstance(found, kind):
+        raise ToolError(f"{what} {name!r} is a {type(found).__name__}, not a {kind.__name__}")
     return found

@@ -13,6 +13,7 @@ its calls on the host and on the device (`pixel_jax.dialog`), and the arrays in 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -20,6 +21,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 BOX_NUMBERS = 4
 MAX_INTEGERS = 64  # the longest list that is read
 MAX_OPTIONS = 64
+
+
+class Coordinates(enum.IntEnum):
+    """What the numbers of a box are measured in; a call format says so."""
+
+    EITHER = 0  # shares of the image where none is above 1, else pixels of the image as it was shown
+    SHARES = 1  # shares of the image
+    PIXELS = 2  # pixels of the image at its own size
 
 
 class ToolError(ValueError):

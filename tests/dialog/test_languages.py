@@ -32,7 +32,7 @@ ORDER = Tool(
     (Integers("first", most=3, default=(7, -1)), Integers("second", most=2), Box("bbox_2d", default=(0, 0, 1, 0.5))),
 )
 SHORT = Tool("short", "Its list is shorter than another tool's of that name.", (Integers("first", most=1),))
-READ = Tool("read", "Reads.", (Text("query"), Box("bbox_2d")), host=True)
+READ = Tool("read", "Reads.", (Text("query"), Box("bbox_2d")), execute=print, host=True)
 STILL = Tool("still", "Nothing to say.")
 NAMELESS = CallFormat(
     "nameless",

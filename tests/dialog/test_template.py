@@ -6,8 +6,9 @@ import json
 import pytest
 from qwen import qwen_vocabulary
 
-from pixel_jax.dialog import TOOLS, Media, Vocabulary, build_tokenizer, first_messages, flatten, render, to_ids
+from pixel_jax.dialog import Media, Vocabulary, build_tokenizer, first_messages, flatten, render, to_ids
 from pixel_jax.dialog.template import SPECIAL_TOKENS, system_prompt, user_text
+from pixel_jax.tools import RELEASED
 
 SYSTEM = (
     "You are a helpful assistant.\n"
@@ -60,8 +61,8 @@ QWEN_TEMPLATE = (
 def test_system_prompt():
     assert system_prompt() == SYSTEM
     assert system_prompt(()) == "You are a helpful assistant."
-    for line, tool in zip(SYSTEM.split("\n")[8:10], TOOLS, strict=True):
-        assert json.loads(line) == {"type": "function", "function": tool}
+    for line, tool in zip(SYSTEM.split("\n")[8:10], RELEASED, strict=True):
+        assert json.loads(line) == {"type": "function", "function": tool.schema}
 
 
 def test_user_text():

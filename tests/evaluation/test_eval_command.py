@@ -78,6 +78,25 @@ def test_an_evaluation(place, capsys):
     assert code == 1 and "was begun with seed = 0, now it is 1" in error and "Traceback" not in error
 
 
+def test_calls_in_another_format_are_counted_and_named(place, tmp_path):
+    """The talker writes its calls as ever, but is asked for those of the first checkpoints."""
+    flags = ["--config.rollout.call_format=crop_image", "--config.rollout.max_tokens=4096", f"--config.out={tmp_path}"]
+    flags += ["--config.benchmarks.own.buckets=((1, 192, 192, 3072),)", "--config.traces=0"]
+    code, out, error = command("eval", f"--config={place / 'config.py'}", *flags)
+    assert code == 0, error
+    assert "unrecognised %" in out and "are calls in 'pixel_reasoner': set rollout.call_format to it" in error
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    row, (warning,) = metrics["benchmarks"]["own"]["modes"]["operations"]["all"], metrics["warnings"]
+    records = read_records(tmp_path / "own/operations")
+    odd = sum(x > 0 for record in records for x in record["unrecognised"])
+    assert odd > 3 and row["unrecognised"]["mean"] == pytest.approx(odd / 10)
+    assert warning.startswith(
+        f"own operations: {odd} of 10 answers hold calls that are none in the format 'crop_image'"
+    )
+    code, _, error = command("eval", f"--config={place / 'config.py'}", "--config.rollout.call_format=mine:ZOOM")
+    assert code == 1 and "call format 'mine:ZOOM': there is no module 'mine'" in error and "Traceback" not in error
+
+
 def start(place, out, **environment):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pixel_jax.cli import main; main()"
     flags = [f"--config={place / 'config.py'}", f"--config.out={out}"]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pixel_jax import score_answer
 from pixel_jax.data.rooms import places
+from pixel_jax.dialog import Language
 from pixel_jax.evaluation import report, run, summary, trace
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
@@ -86,6 +87,8 @@ def test_every_question_is_answered_once(questions, whole):
             assert record["calls"][i] == text.count("<tool_call>")
             assert record["operations"][i] + record["failed"][i] == record["executed"][i] <= record["calls"][i]
             assert (record["stop"][i] == "answer") is ("<tool_call>" not in text.rsplit("<|im_end|>", 2)[-2])
+            # What is no call here is what cannot be read: a box without its end.
+            assert record["unrecognised"][i] == sum("; }}" in turn for turn in text.split("<|im_end|>"))
     assert sum(sum(x["operations"]) for x in records) > 1
     assert len({x for record in records for x in record["responses"]}) > 4
 
@@ -324,6 +327,7 @@ def records_of(scores, category=lambda i: "", **more):
             "executed": [2, 0][:k] + [0] * (k - 2),
             "failed": [1, 0][:k] + [0] * (k - 2),
             "calls": [2] * k,
+            "unrecognised": [1, 0][:k] + [0] * (k - 2),
             "tokens": [10 + i] * k,
             "stop": ["answer"] * (k - 1) + ["too many calls"],
             "responses": ["x"] * k,
@@ -340,11 +344,22 @@ def test_numbers_of_hand_made_records():
     assert row["answers"] == 2 and row["score"]["mean"] == pytest.approx(0.5)
     assert row["rapr"]["mean"] == pytest.approx(0.5) and row["operation_errors"]["mean"] == pytest.approx(0.5)
     assert row["tokens"]["mean"] == pytest.approx(11) and row["finished"]["mean"] == pytest.approx(0.5)
+    assert row["unrecognised"]["mean"] == pytest.approx(0.5)
     assert row["score"]["low"] == 0 and row["score"]["high"] == 1
     assert found["a"]["score"]["mean"] == pytest.approx(0.25) and found["b"]["score"]["mean"] == 1
     assert list(summary.summarise(records_of([[1.0]]))) == ["all"]
     named = summary.summarise(records_of([[1.0, 0.0], [1.0, 1.0]], lambda i: ("all", "b")[i]))
     assert [(name, row["questions"]) for name, row in named.items()] == [("all", 2), ("all (category)", 1), ("b", 1)]
+
+
+def test_a_warning_names_the_format_that_the_answers_are_in():
+    call = '<grounding>{"bbox_2d": [0.1, 0.2, 0.5, 0.6], "source": "original_image"}</grounding><|im_end|>'
+    odd = records_of([[1.0]] * 2, responses=[call])
+    found = {"operations": [*odd, *records_of([[1.0]] * 30)], "blank": records_of([[1.0]] * 30), "none": odd}
+    (said,) = summary.format_warnings("v*", found, Language())
+    assert said.startswith("v* operations: 2 of 32 answers hold calls that are none in the format 'pixel_reasoner'")
+    assert "'mini_o3'" in said
+    assert summary.format_warnings("v*", {"none": odd}, Language()) == []
 
 
 def test_runs_are_compared_question_by_question():

@@ -73,7 +73,7 @@ def stretches(text: str) -> list[str]:
 def vocabulary_of(chain, tools) -> Vocabulary:
     """Of a talker that follows `chain` and is told of `tools`."""
     found = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
-    found |= {template.system_prompt([tool.schema for tool in tools])}
+    found |= {template.system_prompt(tools)}
     for kind in observations.kinds_of(tools):
         found |= {stretch for stretch in stretches(kind.outcome.text) if len(stretch) > 1}
     return Vocabulary.of(build_tokenizer(sorted(found)))

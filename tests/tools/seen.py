@@ -47,9 +47,9 @@ def views(t) -> list[list[list[int]]]:
     return found
 
 
-def again(prompts, t, config) -> np.ndarray:
+def again(prompts, t, config, mesh=None) -> np.ndarray:
     """The patches of a rollout's rows, from its record and its prompts' images."""
-    shape = static_shape(prompts, config, None)
+    shape = static_shape(prompts, config, mesh)
     rows = with_patches(from_trajectories(t), origins(prompts, t.calls, config, shape))
     room = room_of(rows.tokens.shape[1], prompts, shape)
-    return np.asarray(see(rows, room, config, shape, None))
+    return np.asarray(see(rows, room, config, shape, mesh))

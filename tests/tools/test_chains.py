@@ -12,6 +12,8 @@ from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize
+from pixel_jax.parallel import make_mesh, shard
+from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import host_rollout, rollout
 from pixel_jax.rollout.trajectory import CallStatus, to_host
@@ -137,3 +139,18 @@ def test_however_it_is_run(made):
     key, queued = jax.random.key(1), dataclasses.replace(CONFIG, in_flight=1)
     for again in (host_rollout(model, prompts, key, CONFIG), rollout(model, prompts, key, queued)):
         jax.tree.map(np.testing.assert_array_equal, to_host(again)._replace(logprobs=None), t._replace(logprobs=None))
+
+
+@pytest.mark.slow
+def test_on_eight_devices(made):
+    """Rows of several shards, each with its own calls; and what they saw made again there."""
+    model, _, prompts, t = made
+    mesh, order = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), np.array([2, 0, 1, 0])
+    four = jax.tree.map(lambda x: x[order], prompts._replace(tables=(), canvases=np.asarray(prompts.canvases)))
+    canvases = Canvases(prompts.canvases.images[order], prompts.canvases.room)
+    four = four._replace(tables=prompts.tables, canvases=canvases)
+    found = to_host(rollout(shard(model, mesh), four, jax.random.key(1), CONFIG))
+    rows = (order[:, None] * CONFIG.group_size + np.arange(CONFIG.group_size)).reshape(-1)
+    same = lambda x, y: np.testing.assert_array_equal(x, y[rows])
+    jax.tree.map(same, found._replace(logprobs=None, prompt=None), t._replace(logprobs=None, prompt=None))
+    np.testing.assert_array_equal(seen.again(four, found, CONFIG, mesh), found.visual.patches)

@@ -89,7 +89,7 @@ def test_trained_and_evaluated_from_the_command_line(written):
         "model": "run/model",
         "out": "eval",
         "benchmarks": {"own": own},
-        "rollout": LIMITS,
+        "rollout": LIMITS | {"temperature": 1.0},
         "batch": 4,
         "traces": 1,
     }

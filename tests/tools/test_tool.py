@@ -1,11 +1,9 @@
 """What a tool may be, and its schema."""
 
 import dataclasses
-import json
 
 import pytest
 
-from pixel_jax.dialog.template import TOOLS
 from pixel_jax.tools import (
     RELEASED,
     Box,
@@ -21,10 +19,6 @@ from pixel_jax.tools import (
 )
 
 
-def test_the_released_schemas_byte_for_byte():
-    assert [json.dumps(tool.schema) for tool in RELEASED] == [json.dumps(schema) for schema in TOOLS]
-
-
 def test_the_schema_of_every_kind():
     tool = Tool(
         "adjust",
@@ -37,6 +31,7 @@ def test_the_schema_of_every_kind():
             Choice("mode", options=("brightness", "é")),
             Text("note", default=""),
         ),
+        execute=print,
         host=True,
     )
     assert tool.schema["parameters"] == {

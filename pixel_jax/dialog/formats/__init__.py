@@ -2,20 +2,27 @@
 
 from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
 from pixel_jax.dialog.formats.deepeyes import DEEPEYES
-from pixel_jax.dialog.formats.format import CallFormat, Coordinates, Spelled, Spelling
+from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
 from pixel_jax.dialog.formats.mini_o3 import MINI_O3
 from pixel_jax.dialog.formats.pixel_reasoner import PIXEL_REASONER
 from pixel_jax.dialog.formats.qwen3_vl import QWEN3_VL
-from pixel_jax.tools.tool import ToolError
+from pixel_jax.tools.tool import Coordinates, ToolError
 
 FORMATS = {known.name: known for known in (PIXEL_REASONER, CROP_IMAGE_PIXELS, DEEPEYES, MINI_O3, QWEN3_VL)}
 MARKS = frozenset(mark for known in FORMATS.values() for mark in (known.opening, known.closing))
 
 
 def call_format(name: str) -> CallFormat:
-    """The format of this name, or a `ToolError` that says which there are."""
+    """The format of this name: one of the package's, or one of a user's own that `find_format` has imported.
+
+    Raises:
+        ToolError: there is none.
+    """
     if name not in FORMATS:
-        raise ToolError(f"there is no call format {name!r}: choose one of {[*FORMATS]}")
+        own = (
+            "; it is code, which is imported only where a command line or a config file names it" if ":" in name else ""
+        )
+        raise ToolError(f"there is no call format {name!r}{own}: choose one of {[*FORMATS]}")
     return FORMATS[name]
 
 

@@ -7,8 +7,8 @@ there are two fixed ones here. There a box is not padded (`pad` 0) and needs mor
 one answers in `<answer>...</answer>`.
 """
 
-from pixel_jax.dialog.formats.format import CallFormat, Coordinates, Spelled, Spelling
-from pixel_jax.tools.tool import Box
+from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
+from pixel_jax.tools.tool import Box, Coordinates
 
 SCHEMA = (
     '{"type":"function","function":{"name":"image_zoom_in_tool","description":"Zoom in on a specific region of an image by '

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from pixel_jax.tools.tool import Argument, Outcome, Tool, ToolError
+from pixel_jax.tools.tool import Argument, Coordinates, Outcome, Tool, ToolError
 
 # The rendering of Qwen-Agent's NousFnCallPrompt.
 TOOLS_PROMPT = """# Tools
@@ -25,14 +24,6 @@ For each function call, return a json object with function name and arguments wi
 {"name": <function-name>, "arguments": <args-json-object>}
 </tool_call>"""
 SYSTEM = "You are a helpful assistant.\n\n" + TOOLS_PROMPT
-
-
-class Coordinates(enum.Enum):
-    """What the numbers of a box are measured in."""
-
-    EITHER = "shares of the image where none is above 1, else pixels of the image as it was shown"
-    SHARES = "shares of the image"
-    PIXELS = "pixels of the image at its own size"
 
 
 @dataclasses.dataclass(frozen=True)

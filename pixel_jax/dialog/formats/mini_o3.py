@@ -7,8 +7,8 @@ is the same until a call fails; `source` may be in single quotes, which no JSON 
 exception. A box is not padded (`pad` 0), and one answers in `<answer>...</answer>`.
 """
 
-from pixel_jax.dialog.formats.format import CallFormat, Coordinates, Spelled, Spelling
-from pixel_jax.tools.tool import MAX_OPTIONS, Box, Choice
+from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
+from pixel_jax.tools.tool import MAX_OPTIONS, Box, Choice, Coordinates
 
 SYSTEM = (
     "You are a helpful assistant. Answer the user's question based on the image provided. Output your thinking process within "

@@ -7,8 +7,8 @@ returns between `<tool_response>` and `</tool_response>`, each with a line of it
 not padded (`pad` 0). The label is not looked at.
 """
 
-from pixel_jax.dialog.formats.format import TOOLS_PROMPT, CallFormat, Coordinates, Spelled, Spelling
-from pixel_jax.tools.tool import Box, Integer
+from pixel_jax.dialog.formats.format import TOOLS_PROMPT, CallFormat, Spelled, Spelling
+from pixel_jax.tools.tool import Box, Coordinates, Integer
 
 SCHEMA = (
     '{"type": "function", "function": {"name": "image_zoom_in_tool", "description": "Zoom in on a specific region of an image '
