@@ -14,6 +14,7 @@ from pixel_jax.data.limits import Limits
 from pixel_jax.data.rooms import prompt_shape
 from pixel_jax.data.shapes import BatchShape, bucket_shapes
 from pixel_jax.identity import nest
+from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
 from pixel_jax.run_lock import hold
@@ -158,7 +159,11 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     """What a run is besides its phase's section, which the phase itself adds."""
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    facts = {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    if command == "rl":  # code of one's own: other code is another experiment
+        named = [name for name, _ in config.rl.reward.terms if is_name(name)]
+        facts["reward_code"] = {name: digest(name) for name in named}
+    return facts
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
