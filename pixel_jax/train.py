@@ -52,6 +52,8 @@ class TrainConfig:
     image_folders: tuple[
         str, ...
     ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
+    # What data of one's own calls our fields, as in {"question": "prompt", "images": "image"} (`pixel_jax.data.own`).
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     sft: SFTConfig | None = None
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
@@ -211,6 +213,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         turns=command == "sft",
         drop=config.bad_rows == "drop",
         image_folders=config.image_folders,
+        columns=config.columns,
     )
     facts = {}
     if first():

@@ -86,6 +86,7 @@ def answer(config) -> None:
             x.data,
             x.images,
             image_folders=x.image_folders,
+            columns=x.columns,
             split=x.split,
             sample=x.sample,
             seed=config.seed,
