@@ -25,7 +25,8 @@ from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, Look, WatchConfig
 
 FLAGS = flags.FLAGS
-CONFIG, DATA = "config.json", "data.json"  # in a run's directory: all its settings; what was read
+# In a run's directory: all its settings (config.json is what a model has), and what was read.
+CONFIG, DATA = "settings.json", "data.json"
 # Shapes by hand come together: those of all rows, and those of rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),

@@ -2,16 +2,22 @@
 
 `pixel-jax eval compare RUN RUN`: a paired test of two finished runs.
 `pixel-jax eval select RUN RUN ...`: the best of several checkpoints' runs with operations, on held-out questions only.
+`pixel-jax eval select TRAINING --config=...`: of all models and checkpoints of one run of sft or rl, which are asked first.
+
+`--config.model` is the directory of a model, or of a run of sft or rl: RUN, whose newest model it is, or RUN@STEP.
 """
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
+from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import say
@@ -30,34 +36,70 @@ def main(command: str, arguments: list[str]) -> None:
     match arguments:
         case ["compare", first, second]:
             found = compare_runs(first, second)
+        case ["select", training] if FLAGS.config is not None:
+            found = select_within(pathlib.Path(training))
         case ["select", _, _, *_]:
             found = select(arguments[1:])
         case ["compare" | "select", *_]:
             raise UserError(
-                f"{arguments[0]} needs {'two' if arguments[0] == 'compare' else 'at least two'} run directories"
+                "compare needs two run directories"
+                if arguments[0] == "compare"
+                else "select needs at least two run directories, or one of sft or rl and the --config of an evaluation"
             )
         case [other, *_]:
             raise UserError(f"unexpected argument {other!r}; settings are given as --config.NAME=VALUE")
         case _:
             return run()
-    if FLAGS.json:
+    if FLAGS.json and found:
         write_json(FLAGS.json, found)
 
 
 def run() -> None:
+    from pixel_jax.export import model_directory
+
+    with evaluating() as config:
+        answer(dataclasses.replace(config, model=str(model_directory(config.model))))
+
+
+@contextlib.contextmanager
+def evaluating() -> Iterator[EvalConfig]:
+    """The config, in as many processes as have joined, as long as its directory is theirs."""
     from pixel_jax.config import load
-    from pixel_jax.evaluation.config import EvalConfig
     from pixel_jax.parallel.processes import first, join, together
+    from pixel_jax.training.progress import announce_compiles
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
     join()
     with together(), hold(config.out, first()):
-        answer(config)
+        announce_compiles()
+        yield config
 
 
-def answer(config) -> None:
+def select_within(training: pathlib.Path) -> dict[str, Any]:
+    """`select` of every model that a run of sft or rl has, or has a checkpoint of; each is asked in a directory of its step.
+
+    Returns:
+        As `select`, with "step", and where the model of that step is.
+    """
+    from pixel_jax.export import candidates, model_directory
+    from pixel_jax.parallel.processes import first
+
+    with evaluating() as config:
+        steps = {str(pathlib.Path(config.out) / f"step-{step}"): step for step in candidates(training)}
+        if len(steps) < 2:
+            raise UserError(f"{training} has {len(steps)} models: there is nothing to choose from")
+        for out, step in steps.items():
+            answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out))
+        if not first():
+            return {}
+        found = select(list(steps))
+        say(f"The best is step {steps[found['best']]}: {found['model']}")
+        return {**found, "step": steps[found["best"]]}
+
+
+def answer(config: EvalConfig) -> None:
     """All questions, in as many processes as have joined; the first one reports."""
     import jax
 
@@ -65,14 +107,14 @@ def answer(config) -> None:
     from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.evaluation import report, summary
+    from pixel_jax.evaluation import summary
     from pixel_jax.evaluation.benchmarks import read
     from pixel_jax.evaluation.results import read_records
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.parallel import make_mesh
     from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
-    from pixel_jax.training.progress import announce_compiles, use_compilation_cache
+    from pixel_jax.training.progress import use_compilation_cache
 
     process, processes = jax.process_index(), jax.process_count()
     out = pathlib.Path(config.out)
@@ -92,7 +134,6 @@ def answer(config) -> None:
         for name, x in benchmarks.items()
     }
     out.mkdir(parents=True, exist_ok=True)
-    announce_compiles()
     use_compilation_cache(out / "compiled")
     # A process answers its own questions on its own devices; only files are shared.
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
@@ -144,7 +185,7 @@ def answer(config) -> None:
             "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
         }
     write_json(out / "metrics.json", metrics)
-    report.write(out / "report.html", summary.page(f"Evaluation of {config.model}", metrics, directories))
+    summary.redraw(out)
     summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
     for name, benchmark in metrics["benchmarks"].items():
         for mode, test in benchmark["differences"].items():

@@ -82,11 +82,12 @@ def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
     return page(title, [("", "".join(trace(item) for item in traces))])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table; cells are escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:
+    """A table; cells are escaped. The `style` "facts" is of words, others are of numbers."""
     cells = lambda row, tag: "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    kind = f' class="{text(style)}"' if style else ""
+    return f"<table{kind}><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def folded(head: str, content: str, *, unfolded: bool = False) -> str:

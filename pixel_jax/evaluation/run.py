@@ -240,6 +240,8 @@ def evaluate(
             return found
 
         progress, finished = Progress(label, len(todo), stream=stream), len(todo) - len(placed)
+        # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
+        scores = [float(np.mean(kept[i]["score"])) for i in mine if i in kept] + [0.0] * finished
         read = lambda number: [pool.submit(load, i) for i in batches[number]] if number < len(batches) else []
         ahead = read(0)
         for number, some in enumerate(batches):
@@ -251,4 +253,5 @@ def evaluate(
                 found += answer(queries)
             keep_records(found)
             finished += len(some)
-            progress.update(finished, {"score": float(np.mean([np.mean(entry["score"]) for entry in found]))})
+            scores += [float(np.mean(entry["score"])) for entry in found]
+            progress.update(finished, {"score": float(np.mean(scores))})
