@@ -47,7 +47,7 @@ setup(
         "data": DATA,
         "tfds": TFDS,
         "plan": ["libtpu>=0.0.41"],
-        "examples": ["scikit-image>=0.25", "scikit-learn>=1.6", "matplotlib>=3.9.2"],
+        "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "metrics": METRICS,
         "rouge": ROUGE,
         "dev": [

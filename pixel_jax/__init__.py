@@ -18,6 +18,9 @@ _WHERE = {
     "smart_resize": "pixel_jax.ops",
     "curiosity_reward": "pixel_jax.training.rewards",
     "score_answer": "pixel_jax.training.scorers",
+    "sft": "pixel_jax.training.sft",
+    "rl": "pixel_jax.training.rl",
+    "evaluate": "pixel_jax.evaluation.run",
 }
 
 __all__ = sorted([*_WHERE, "rollout"])

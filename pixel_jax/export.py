@@ -10,6 +10,7 @@ import pathlib
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.identity import read_history
 
 FLAGS = flags.FLAGS
 PHASES = ("sft", "rl")
@@ -49,6 +50,66 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
     return found[0]
 
 
+def is_model(directory: pathlib.Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def candidates(run: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The models that a run has, or can make of its checkpoints: steps -> where each is, or will be."""
+    phase = phase_of(run)
+    steps = {int(x.name) for x in (phase / "checkpoints").iterdir() if x.name.isdecimal()}
+    kept = {int(x.name) for x in (phase.parent / "models").glob("*") if x.name.isdecimal() and is_model(x)}
+    found = {step: phase.parent / "models" / str(step) for step in sorted(steps | kept)}
+    last = max(steps, default=None)
+    history = read_history(phase)
+    if is_model(phase.parent / "model") and history and history[-1].get("of") == last:  # the run has ended
+        found[last] = phase.parent / "model"
+    return found
+
+
+def model_directory(name: str) -> pathlib.Path:
+    """The model that a command line means: a model's directory; RUN, whose newest it is; or RUN@STEP.
+
+    What only a checkpoint has is exported first, to RUN/models/STEP, where it stays.
+
+    Raises:
+        UserError: the run has nothing of that step; RunError and others of `export`.
+    """
+    from pixel_jax.parallel.processes import first, meet, say
+
+    run, step = split_step(name)
+    if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
+        return pathlib.Path(name)  # what is no run either, is said where it is read
+    found = candidates(run)
+    step = max(found, default=None) if step is None else step
+    if step not in found:
+        raise UserError(
+            f"{run} has no model or checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}"
+        )
+    if first() and not is_model(found[step]):
+        export(phase_of(run), str(found[step]), step=step)
+    meet(f"the model of step {step} is there")
+    say(f"{name} is the model of step {step}: {found[step]}")
+    return found[step]
+
+
+def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) -> None:
+    """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
+
+    Args:
+        adapters: it has some, which are merged.
+        limits: `RolloutConfig` that lies beside it.
+    """
+    from pixel_jax import save_pretrained
+    from pixel_jax.models.lora import merge_lora
+    from pixel_jax.parallel.processes import first
+    from pixel_jax.rollout.limits import write_limits
+
+    save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
+    if first():
+        write_limits(out, limits)
+
+
 def export(
     phase: pathlib.Path,
     out: str,
@@ -71,11 +132,10 @@ def export(
     import jax
     import jax.numpy as jnp
 
-    from pixel_jax import from_pretrained, save_pretrained
+    from pixel_jax import from_pretrained
     from pixel_jax.identity import read_settings
     from pixel_jax.models.io import dtype_of
-    from pixel_jax.models.lora import add_lora, combine, merge_lora, split
-    from pixel_jax.rollout.limits import write_limits
+    from pixel_jax.models.lora import add_lora, combine, split
     from pixel_jax.run_lock import hold
     from pixel_jax.train import recorded
     from pixel_jax.training.checkpoint import Checkpoints, fingerprint
@@ -104,8 +164,7 @@ def export(
             path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
         }
         found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))
-    whole = combine(found["trainable"], rest)
-    save_pretrained(whole if config.lora is None else merge_lora(whole, dtype), processor, out, dtype)
     limits = section.rollout if command == "rl" else config.rollout
-    write_limits(out, limits)
+    whole = combine(found["trainable"], rest)
+    write_model(whole, processor, out, dtype, adapters=config.lora is not None, limits=limits)
     return step, steps

@@ -1,6 +1,7 @@
 """What a run is: its settings and what its data and model hold, noted in its directory, and held to at every start.
 
-`run.json` has them by their dotted names, `history.jsonl` a line for every start at which some had changed.
+`run.json` has them by their dotted names, `history.jsonl` a line for every start: when and where, by which command, with which
+versions and devices, from which step, and what had changed.
 """
 
 import datetime
@@ -13,7 +14,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from pixel_jax.state_files import LineLog, read_note, write_json
+from pixel_jax.provenance import circumstances
+from pixel_jax.state_files import LineLog, read_lines, read_note, write_json
 from pixel_jax.terminal import warn
 
 RUN, HISTORY = "run.json", "history.jsonl"
@@ -42,7 +44,8 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), Kind.FREE),
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), Kind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), Kind.FREE),
-    # What is saved and said. Rows that are left out show in the data.
+    # What is saved, said and looked at. Rows that are left out show in the data, and so do those held out.
+    **dict.fromkeys(("data_eval", "watch.*", "save_model_every", "keep_best"), Kind.FREE),
     **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), Kind.FREE),
     # What a saved position in the data counts in, and what saved arrays belong to.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), Kind.FIXED),
@@ -94,13 +97,15 @@ def settle(
     facts: Mapping[str, Any],
     *,
     done: int | None = None,
+    of: int | None = None,
     resume_changed: bool | None = None,
 ) -> None:
-    """Notes what a run is, or holds it to what it was begun as.
+    """Notes what a run is, or holds it to what it was begun as; a line of its history is written either way.
 
     Args:
         facts: settings, nested or not, and digests of content.
         done: how many of its steps are saved. None: nothing is, so the run begins anew and may be another one.
+        of: how many steps it has; None: that is not known.
         resume_changed: whether the experiment may change from here on, which the history then says. None: it may not, and
             there is nothing that would allow it.
     Raises:
@@ -108,20 +113,22 @@ def settle(
     """
     directory = pathlib.Path(directory)
     new, old = flatten(facts), read_note(directory / RUN)
+    changed = {} if old is None else changes(flatten(old), new)
+    if done is not None:
+        _check(directory, changed, resume_changed)
     if old is None:
-        if done is not None:
-            warn(f"{directory / RUN} does not say what {directory} was begun as; the present settings are taken for it")
-            _write_history(directory, done, {}, "what it was begun as is not known")
+        what = "begun" if done is None else "what it was begun as is not known"
+    elif done is None:
+        what = "begun anew"
     else:
-        changed = changes(flatten(old), new)
-        if done is not None:
-            _check(directory, changed, resume_changed)
-        if not changed:
-            return
-        _write_history(directory, done, changed, "begun anew" if done is None else "went on")
-        if done is not None:
-            warn(f"{directory} was begun with {describe(changed)}: it goes on, and {HISTORY} says so")
-    write_json(directory / RUN, new)
+        what = "already finished" if done == of else "went on"
+    if old is None and done is not None:
+        warn(f"{directory / RUN} does not say what {directory} was begun as; the present settings are taken for it")
+    _write_history(directory, {"what": what, "done": done, "of": of, "changed": changed})
+    if changed and done is not None:
+        warn(f"{directory} was begun with {describe(changed)}: it goes on, and {HISTORY} says so")
+    if changed or old is None:
+        write_json(directory / RUN, new)
 
 
 def _check(directory: pathlib.Path, changed: Mapping[str, tuple[Any, Any]], resume_changed: bool | None) -> None:
@@ -135,10 +142,15 @@ def _check(directory: pathlib.Path, changed: Mapping[str, tuple[Any, Any]], resu
         )
 
 
-def _write_history(directory: pathlib.Path, done: int | None, changed: Mapping[str, Any], what: str) -> None:
+def _write_history(directory: pathlib.Path, facts: Mapping[str, Any]) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with LineLog(directory / HISTORY) as log:
-        log.append([{"time": now, "host": socket.gethostname(), "done": done, "what": what, "changed": changed}])
+        log.append([{"time": now, "host": socket.gethostname(), **facts, **circumstances()}])
+
+
+def read_history(directory: str | os.PathLike) -> list[dict[str, Any]]:
+    """The starts of a run, in order: "time", "host", "what", "done", "of", "changed", and those of `circumstances`."""
+    return read_lines(pathlib.Path(directory) / HISTORY, time=str, host=str, what=str, changed=dict)
 
 
 def read_settings(directory: str | os.PathLike) -> dict[str, Any]:

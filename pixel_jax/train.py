@@ -1,6 +1,7 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
 import collections
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,18 +11,23 @@ from absl import flags
 
 from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
+from pixel_jax.data.example import Report
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.rooms import prompt_shape
 from pixel_jax.data.shapes import BatchShape, bucket_shapes
 from pixel_jax.identity import nest
 from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits, write_limits
+from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
+from pixel_jax.state_files import write_json
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
+from pixel_jax.training.watch import Criterion, Look, WatchConfig
 
 FLAGS = flags.FLAGS
+# In a run's directory: all its settings (config.json is what a model has), and what was read.
+CONFIG, DATA = "settings.json", "data.json"
 # Shapes by hand come together: those of all rows, and those of rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
@@ -48,7 +54,10 @@ class TrainConfig:
 
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
-    out: str  # run directory: checkpoints, metrics, and at the end the model
+    out: str  # run directory: checkpoints, metrics, what was looked at, the page of the run, and at the end the model
+    data_eval: str | None = (
+        None  # examples that the run is judged by, in the format of `data`; None: `watch.share` of these
+    )
     image_folders: tuple[
         str, ...
     ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
@@ -84,12 +93,20 @@ class TrainConfig:
     video_canvas: tuple[int, int, int] | None = None
     video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
+    watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
+    save_model_every: int = (
+        0  # steps (rl: iterations): a model in `out`/models/STEP; 0: only the last one, in `out`/model
+    )
+    # The model of the look that was best, in `out`/best: the highest accuracy or the lowest loss on what is held out.
+    keep_best: Criterion | None = None
     # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
         positive(self, "read_threads", "read_ahead", *BY_HAND["sft"][0], *BY_HAND["sft"][1], "prompt_width")
         positive(self, "video_prompt_width")
+        if self.save_model_every < 0:
+            raise ValueError(f"save_model_every must not be negative: {self.save_model_every}")
         for name in ("canvas", "video_canvas"):
             if (room := getattr(self, name)) is not None and min(room) < 1:
                 raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
@@ -181,7 +198,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     """One phase, in as many processes as have joined."""
     import jax
 
-    from pixel_jax import from_pretrained, save_pretrained
+    from pixel_jax import from_pretrained
     from pixel_jax.cli import UserError
     from pixel_jax.data.limits import use_limits
     from pixel_jax.data.packed import Packing
@@ -190,23 +207,29 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.data.rooms import Measured
     from pixel_jax.data.shapes import training_work
     from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.export import write_model
     from pixel_jax.models.io import dtype_of
-    from pixel_jax.models.lora import add_lora, merge_lora
+    from pixel_jax.models.lora import add_lora
     from pixel_jax.models.released import check_architecture
     from pixel_jax.parallel import make_mesh, share
     from pixel_jax.parallel.memory import PICTURES, device_memory
     from pixel_jax.parallel.processes import first, say
     from pixel_jax.parallel.sharding import row_parts
     from pixel_jax.rollout.prompts import tables
+    from pixel_jax.run_page import draw_run
     from pixel_jax.training.loop import Identity
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
     from pixel_jax.training.rewards import Rewards
     from pixel_jax.training.rl import rl
     from pixel_jax.training.sft import sft
     from pixel_jax.training.stages import Stages
+    from pixel_jax.training.watch import Watch
+    from pixel_jax.watching import Setting, hold_out
 
     out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / command).mkdir(parents=True, exist_ok=True)
+    if first():
+        write_json(out / CONFIG, dataclasses.asdict(config))
     use_limits(config.limits)
     examples, report = read_examples(
         config.data,
@@ -215,11 +238,23 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         image_folders=config.image_folders,
         columns=config.columns,
     )
-    facts = {}
+    facts: dict[str, Any] = {}
     if first():
         announce_compiles()
-        with Digests(out / "digests.json") as digests:
+    with Digests(out / "digests.json") if first() else contextlib.nullcontext() as digests:
+        if first():
             facts = facts_of(command, config, examples, digests)
+        examples, judging, places = found = hold_out(
+            examples,
+            config.data_eval,
+            config.watch,
+            out / command,
+            digests,
+            seed=config.seed,
+            turns=command == "sft",
+            image_folders=config.image_folders,
+        )
+    facts |= {"data.held_out": places} if places else {}
     pause("the data is read")
     identity = Identity(facts, resume_changed)
     use_compilation_cache(out / "compiled")
@@ -239,12 +274,33 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
     vocabulary = Vocabulary.of(processor.tokenizer)
     token_tables = tables(vocabulary)
+    memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
+    measured = lambda rows: Measured(training_work(model.config), rows, memory)
+    setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
+    kept = {"directory": out / command, "identity": identity, "mesh": mesh}
+    adapters = config.lora is not None
+
+    def watch(steps: int, look: Look | None, limits: RolloutConfig) -> Watch:
+        save = lambda state, where: write_model(state.model, processor, where, dtype, adapters=adapters, limits=limits)
+        return Watch(
+            config.watch,
+            out / command,
+            steps,
+            vocabulary,
+            look=look,
+            save=save,
+            save_every=config.save_model_every,
+            best=config.keep_best,
+            draw=lambda: draw_run(out),
+        )
+
     process = {"process_index": part.index, "process_count": part.count}
     reading = {"threads": config.read_threads, "ahead": config.read_ahead}
 
     if command == "sft":
         if not config.corrections:
-            examples = [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
+            without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]
+            examples, judging = without(examples), without(judging)
         limits = config.rollout
         packing = Packing(
             examples,
@@ -259,19 +315,19 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         epoch = packing.epoch
         steps = config.sft.updates(epoch)
         course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
-        say(announcement(report, f"{len(packing.examples)} traces; {packing}; {course}"))
+        announce(out, report, str(found), f"{len(packing.examples)} traces; {packing}; {course}")
         data = packing.batches(**process, **reading)
+        look = setting.of_tuning(judging, packing) if judging else None
         pause("the data is written out")
-        model = sft(model, data, config.sft, directory=out / "sft", mesh=mesh, epoch=epoch, identity=identity)
+        model = sft(model, data, config.sft, epoch=epoch, watch=watch(steps, look, limits), **kept)
     else:
         limits = config.rl.rollout
         for line in other_limits(config):
             say(line)
-        memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
-        by = config.prompt_shapes or Measured(training_work(model.config), config.rl.prompts, memory)
+        by = config.prompt_shapes or measured(config.rl.prompts)
         asked = find_rooms(examples, by, vocabulary, limits, report)
         course = course_of(config.rl, collections.Counter(x.room for x in asked))
-        say(announcement(report, f"{course}; {rooms_of(asked)}"))
+        announce(out, report, str(found), f"{course}; {rooms_of(asked)}")
         data = question_batches(
             asked,
             vocabulary,
@@ -283,13 +339,14 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             **reading,
         )
         decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
-        stages = Stages(Rewards.of(config.rl.reward, decode))
+        look = setting.of_learning(judging, list(dict.fromkeys(x.room for x in asked))) if judging else None
+        watching = watch(config.rl.iterations, look, limits)
+        stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watching.advantages)
         pause("the data is written out")
-        meshes = {"mesh": mesh, "rollout_mesh": rollout_mesh}
-        model = rl(model, data, stages, config.rl, directory=out / "rl", identity=identity, **meshes)
-    save_pretrained(model if config.lora is None else merge_lora(model, dtype), processor, out / "model", dtype)
+        model = rl(model, data, stages, config.rl, rollout_mesh=rollout_mesh, watch=watching, **kept)
+    write_model(model, processor, out / "model", dtype, adapters=adapters, limits=limits)
     if first():
-        write_limits(out / "model", limits)
+        draw_run(out)
     say(f"The model is in {out / 'model'}.")
 
 
@@ -332,6 +389,11 @@ def other_limits(config: TrainConfig) -> list[str]:
     ]
 
 
-def announcement(report, data: str) -> str:
-    """What was read and what was not."""
-    return "\n".join(filter(None, [str(report), f"{report.source}: {data}"]))
+def announce(out: pathlib.Path, report: Report, judged_by: str, data: str) -> None:
+    """Says what was read and what was not, and notes it in `data.json`."""
+    from pixel_jax.parallel.processes import first, say
+
+    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {judged_by}"])))
+    if first():
+        left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
+        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": judged_by, **left_out})

@@ -1,10 +1,10 @@
 """A run directory holds one run: what may change, what changes the experiment, and what cannot change."""
 
-import json
-
+import jax
+import numpy
 import pytest
 
-from pixel_jax.identity import HISTORY, KINDS, RUN, Kind, RunError, kind_of, read_settings, settle
+from pixel_jax.identity import KINDS, RUN, Kind, RunError, kind_of, read_history, read_settings, settle
 
 FACTS = {
     "seed": 0,
@@ -21,15 +21,22 @@ def changed(**facts):
     return {**FACTS, **facts, "sft": sft}
 
 
-def history(directory):
-    return [json.loads(line) for line in (directory / HISTORY).read_text().splitlines()]
-
-
-def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
-    for done in (None, 2, 4):
-        settle(tmp_path, FACTS, done=done)
-    assert capsys.readouterr().err == "" and not (tmp_path / HISTORY).exists()
+def test_the_same_run_goes_on_without_a_word(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/pixel-jax", "sft", "--config=a b.py"])
+    for done in (None, 2, 6):
+        settle(tmp_path, FACTS, done=done, of=6)
+    assert capsys.readouterr().err == ""
     assert read_settings(tmp_path)["sft.optimizer.learning_rate"] == 1e-3
+    found = read_history(tmp_path)
+    assert [(x["what"], x["done"], x["of"], x["changed"]) for x in found] == [
+        ("begun", None, 6, {}),
+        ("went on", 2, 6, {}),
+        ("already finished", 6, 6, {}),
+    ]
+    line = found[0]
+    assert line["time"] and line["host"] and line["command"] == "pixel-jax sft '--config=a b.py'"
+    assert line["versions"]["jax"] == jax.__version__ and line["versions"]["numpy"] == numpy.__version__
+    assert line["devices"] == {"platform": "cpu", "kind": "cpu", "count": 8, "processes": 1}
 
 
 @pytest.mark.parametrize(
@@ -38,10 +45,8 @@ def test_the_same_run_goes_on_without_a_word(tmp_path, capsys):
 def test_what_may_change_does_and_is_noted(facts, tmp_path):
     settle(tmp_path, FACTS)
     settle(tmp_path, changed(**facts), done=2)
-    (line,) = history(tmp_path)
-    assert line["done"] == 2 and len(line["changed"]) == 1 and line["time"] and line["host"]
     settle(tmp_path, changed(**facts), done=4)
-    assert len(history(tmp_path)) == 1
+    assert [(x["done"], len(x["changed"])) for x in read_history(tmp_path)] == [(None, 0), (2, 1), (4, 0)]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +62,10 @@ def test_another_experiment_has_to_be_wanted_and_is_written_down(facts, name, va
     settle(tmp_path, FACTS)
     with pytest.raises(RunError, match=f"{name} = {values}.*--resume_changed"):
         settle(tmp_path, changed(**facts), done=2, resume_changed=False)
-    assert not (tmp_path / HISTORY).exists() and read_settings(tmp_path)["sft.steps"] == 6
+    assert len(read_history(tmp_path)) == 1 and read_settings(tmp_path)["sft.steps"] == 6
     settle(tmp_path, changed(**facts), done=2, resume_changed=True)
     assert name in capsys.readouterr().err
-    assert [(x["done"], list(x["changed"])) for x in history(tmp_path)] == [(2, [name])]
+    assert [(x["done"], list(x["changed"])) for x in read_history(tmp_path)] == [(None, []), (2, [name])]
     with pytest.raises(RunError, match=name):  # and back again is a change, too
         settle(tmp_path, FACTS, done=4, resume_changed=False)
 
@@ -72,7 +77,7 @@ def test_what_cannot_be_gone_on_from_is_refused(facts, tmp_path):
         with pytest.raises(RunError, match=r"now it is .*choose another directory$"):
             settle(tmp_path, changed(**facts), done=2, resume_changed=allowed)
     settle(tmp_path, changed(**facts))  # nothing of it was saved: it begins anew, as another run
-    assert history(tmp_path)[0]["what"] == "begun anew"
+    assert [x["what"] for x in read_history(tmp_path)] == ["begun", "begun anew"]
 
 
 def test_where_nothing_may_change(tmp_path):
@@ -89,7 +94,7 @@ def test_a_damaged_or_missing_note_is_said_and_made_again(content, tmp_path, cap
         read_settings(tmp_path)
     settle(tmp_path, FACTS, done=2)
     assert str(tmp_path / RUN) in capsys.readouterr().err
-    assert history(tmp_path)[0]["what"] == "what it was begun as is not known"
+    assert read_history(tmp_path)[-1]["what"] == "what it was begun as is not known"
     assert read_settings(tmp_path)["seed"] == 0
 
 

@@ -1,18 +1,17 @@
 """Pages: one self-contained HTML file of numbers, curves and traces. Everything from outside is escaped."""
 
 import html
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 
+from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.evaluation.trace import Picture, Trace, Turn
 from pixel_jax.files import write_file
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 VERDICTS = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</b>'}
-COLORS = ("#c2185b", "#1565c0", "#2e7d32", "#ef6c00", "#6a1b9a")  # of calls 1, 2, ...
 
 
 def text(value) -> str:
@@ -42,7 +41,7 @@ def figure(picture: Picture, *, width: int) -> str:
 
 def turn(item: Turn, number: int) -> str:
     """One turn; `number` is that of the last call made."""
-    color = COLORS[(number - 1) % len(COLORS)] if number else "#555"
+    color = COLORS[(number - 1) % len(COLORS)] if number else "#555"  # of calls 1, 2, ...
     name = "model" if item.role == "assistant" else f"operation {number}"
     pictures = "".join(figure(picture, width=140) for picture in item.pictures)
     style = "assistant" if item.role == "assistant" else "tool failed" if item.failed else "tool"
@@ -52,11 +51,23 @@ def turn(item: Turn, number: int) -> str:
     )
 
 
+def terms(item: Trace) -> str:
+    """What a reward is the sum of, those that are nothing left out."""
+    parts = [f"{name} {value:+.3g}" for name, value in item.terms.items() if value]
+    return f" ({text(', '.join(parts))})" if parts else ""
+
+
 def trace(item: Trace) -> str:
     """A conversation: the image with every box, what the model first saw, then turn by turn."""
-    verdict = "" if item.correct is None else VERDICTS[bool(item.correct)]
-    known = "" if item.reference is None else f" · reference {text(item.reference)}"
-    given = "" if item.answer is None else f"answer {text(item.answer)}"
+    known = [
+        text(item.question) if item.title else "",
+        "" if item.answer is None else f"answer {text(item.answer)}",
+        "" if item.reference is None else f"reference {text(item.reference)}",
+        "" if item.correct is None else VERDICTS[bool(item.correct)],
+        "" if item.reward is None else f"reward {text(f'{item.reward:.3g}')}{terms(item)}",
+        "" if item.advantage is None else f"advantage {text(f'{item.advantage:+.3g}')}",
+        f"ended: {text(item.stop)}",
+    ]
     wide = 280 if len(item.pictures) == 1 else 130
     pictures = "".join(figure(picture, width=wide) for picture in item.pictures)
     overview = "".join(figure(picture, width=112 if len(item.overview) == 1 else 60) for picture in item.overview)
@@ -66,7 +77,7 @@ def trace(item: Trace) -> str:
         turns.append(turn(part, number))
     return (
         f'<article class="trace"><h3>{text(item.title or item.question)}</h3>'
-        f'<p class="meta">{text(item.question)} · {given}{known} {verdict} · ended: {text(item.stop)}</p>'
+        f'<p class="meta">{" · ".join(filter(None, known))}</p>'
         f'<div class="columns"><div class="images">{pictures}{overview}</div>'
         f'<div class="turns">{"".join(turns)}</div></div></article>'
     )
@@ -77,36 +88,17 @@ def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
     return page(title, [("", "".join(trace(item) for item in traces))])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table; cells are escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:
+    """A table; cells are escaped. The `style` "facts" is of words, others are of numbers."""
     cells = lambda row, tag: "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    kind = f' class="{text(style)}"' if style else ""
+    return f"<table{kind}><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def curves(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], x_label: str) -> str:
-    """Panels side by side, each {label of a line: points (x, y) with y in [0, 1]}, as inline SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    shown, axes = pyplot.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.0), squeeze=False)
-    for axis, (name, lines) in zip(axes[0], panels.items(), strict=True):
-        for i, (label, points) in enumerate(lines.items()):
-            axis.plot(*zip(*points, strict=True), label=label, color=COLORS[i % len(COLORS)], linewidth=1.8)
-        axis.set(title=name, xlabel=x_label, ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    shown.tight_layout()
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pixel_jax", "svg.fonttype": "none"}):
-        # Metadata would bring a date, and the addresses of vocabularies.
-        shown.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    pyplot.close(shown)
-    svg = buffer.getvalue()
-    return f'<div class="curves">{svg[svg.index("<svg") :]}</div>'
+def folded(head: str, content: str, *, unfolded: bool = False) -> str:
+    """HTML `content` that a click on `head` shows."""
+    return f"<details{' open' if unfolded else ''}><summary>{text(head)}</summary>{content}</details>"
 
 
 def paragraph(words: str) -> str:

@@ -70,7 +70,7 @@ def evaluate(
     """
     directory, (process, processes) = pathlib.Path(directory), part
     (directory / "traces").mkdir(parents=True, exist_ok=True)
-    kept = restore(directory, settings_of(questions, exam, facts), process)
+    kept = restore(directory, settings_of(questions, exam, facts), process, len(questions))
     mine = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
@@ -85,11 +85,14 @@ def evaluate(
     n = session.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
     progress, finished = Progress(label, len(todo)), len(todo) - len(placed)
+    # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
+    scores = [float(np.mean(kept[i]["score"])) for i in mine if i in kept] + [0.0] * finished
     for loaded in load_batches(questions, placed, exam.batch):
         records = answer_batch(session, stages, questions, placed, loaded)
         keep(records)
         finished += len(loaded)
-        progress.update(finished, {"score": float(np.mean([np.mean(x["score"]) for x in records]))})
+        scores += [float(np.mean(x["score"])) for x in records]
+        progress.update(finished, {"score": float(np.mean(scores))})
 
 
 def settings_of(questions: Sequence[Question], exam: Exam, facts: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -106,11 +109,11 @@ def settings_of(questions: Sequence[Question], exam: Exam, facts: Mapping[str, A
     }
 
 
-def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int) -> dict[int, Record]:
-    """The records that are there, by the numbers of their questions. RunError: the directory holds another run."""
+def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, count: int) -> dict[int, Record]:
+    """The records that are there of `count` questions, by their numbers. RunError: the directory holds another run."""
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
     if process == 0:
-        settle(directory, settings, done=len(kept) or None)
+        settle(directory, settings, done=len(kept) or None, of=count)
     return kept
 
 

@@ -2,21 +2,23 @@
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
 from pixel_jax.dialog.observations import HEAD, Kind
 from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
@@ -56,7 +58,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Trace:
-    """One conversation, ready to be drawn. `answer`, `reference` and `correct` are None where nothing is known."""
+    """One conversation, ready to be drawn. `answer` and what follows it are None where nothing is known."""
 
     question: str
     pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
@@ -67,6 +69,9 @@ class Trace:
     reference: str | None = None
     correct: bool | None = None
     title: str = ""
+    reward: float | None = None  # what training made of it
+    advantage: float | None = None  # over the others of its group
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # what the reward is the sum of, by name
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
@@ -95,18 +100,23 @@ def make_trace(
     query: Query,
     vocabulary: Vocabulary,
     *,
-    answer: str | None = None,
-    reference: str | None = None,
-    correct: bool | None = None,
-    title: str = "",
+    side: int | None = None,
+    **known: Any,
 ) -> Trace:
-    """Row `row` of host `trajectories` as a `Trace`; `query` is what it was asked."""
+    """Row `row` of host `trajectories` as a `Trace`.
+
+    Args:
+        query: what it was asked.
+        side: pixels of the longest side of a picture in it; larger ones are kept smaller. None: all are kept as they are.
+        known: further fields of the `Trace`, `answer` and those that follow it.
+    """
     t = trajectories
     boxes: list[list[tuple[int, int, int, int, int]]] = [[] for _ in query.images]
     # Items and slices come in the order in which the row saw them, with gaps; the prompt's are first.
     grids = t.visual.grids[row][t.visual.grids[row, :, 0] > 0]
     frames = t.visual.slices[row][t.visual.slices[row, :, 0] >= 0]
-    seen = lambda frame, grid, caption: _picture(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:])), caption)
+    draw = functools.partial(_picture, side=side)
+    seen = lambda frame, grid, caption: draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:])), caption)
     overview = []
     for i in range(len(query.images)):
         frame, grid = (frames[i // 2, i % 2], grids[0]) if query.is_video else (frames[i, 0], grids[i])
@@ -130,19 +140,24 @@ def make_trace(
     turns.append(Turn("assistant", written[-1]))
     return Trace(
         question=query.question,
-        pictures=tuple(_picture(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
+        pictures=tuple(draw(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
         overview=tuple(overview),
         turns=tuple(turns),
         stop=STOP_REASONS[int(t.stop[row])],
-        answer=answer,
-        reference=reference,
-        correct=correct,
-        title=title,
+        **known,
     )
 
 
-def _picture(image: np.ndarray, caption: str, boxes: Sequence[tuple[int, int, int, int, int]] = ()) -> Picture:
-    return Picture(data_uri(image), image.shape[1], image.shape[0], caption, tuple(boxes))
+def _picture(
+    image: np.ndarray, caption: str, boxes: Sequence[tuple[int, int, int, int, int]] = (), *, side: int | None
+) -> Picture:
+    """A picture of its own size, in which its boxes are; what is kept of it may be smaller."""
+    height, width = image.shape[:2]
+    if side is not None and max(height, width) > side:
+        smaller = Image.fromarray(image)
+        smaller.thumbnail((side, side))
+        image = np.asarray(smaller)
+    return Picture(data_uri(image), width, height, caption, tuple(boxes))
 
 
 def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[str], list[np.ndarray]]:
@@ -173,6 +188,29 @@ def _name(query: Query, index: int) -> str:
     if query.is_video:
         return f"frame {index + 1}"
     return "image" if len(query.images) == 1 else f"image {index + 1}"
+
+
+def drawn(picture: Picture) -> np.ndarray:
+    """What is kept of a picture, its boxes on it: uint8 [h, w, 3]."""
+    encoded = base64.b64decode(picture.uri.partition(",")[2])
+    image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")).convert("RGB")
+    pen, scale = ImageDraw.Draw(image), image.width / picture.width
+    for number, *box in picture.boxes:
+        color = COLORS[(number - 1) % len(COLORS)]
+        pen.rectangle([x * scale for x in box], outline=color, width=max(1, max(image.size) // 150))
+    return np.asarray(image)
+
+
+def as_text(trace: Trace) -> str:
+    """A conversation without its pictures, line by line: who said what, and what came of it."""
+    lines = [f"question: {trace.question}"]
+    for turn in trace.turns:
+        lines.append(f"{'model' if turn.role == 'assistant' else 'tool'}: {turn.text}")
+        lines += [f"      ({picture.caption}, {picture.width}x{picture.height})" for picture in turn.pictures]
+    known = {name: getattr(trace, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
+    lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
+    lines += [f"reward {name}: {value}" for name, value in trace.terms.items()]
+    return "\n".join([*lines, f"ended: {trace.stop}"])
 
 
 def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:

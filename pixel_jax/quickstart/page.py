@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pixel_jax.evaluation import report
+from pixel_jax.evaluation.curves import curves as curves_of
 from pixel_jax.evaluation.trace import Trace
 from pixel_jax.quickstart.config import QuickstartConfig
 
@@ -89,7 +90,7 @@ def curves(config: QuickstartConfig, metrics: Mapping) -> str:
             NAMES[arm]: smooth([(p["step"], p[name]) for p in metrics["rl"][arm]["curve"]]) for arm in NAMES
         }
     hot = temperatures(config)
-    return report.curves(panels, "iteration of reinforcement learning") + report.paragraph(
+    return curves_of(panels, "iteration of reinforcement learning", dict.fromkeys(panels, (0, 1))) + report.paragraph(
         f"Means over the rows of an iteration, over seeds, and over {SMOOTH} iterations, as sampled in training: at "
         f"{hot}. Training explores; the table, at temperature 1, is what was learned."
     )

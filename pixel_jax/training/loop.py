@@ -72,7 +72,9 @@ class Work:
     step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, float]]]
     host: Mapping[str, Stateful]  # the same in each process
     local: Mapping[str, Local] = dataclasses.field(default_factory=dict)  # each process has its own
-    shown: tuple[str, ...] = ("loss",)  # metrics that the terminal shows first
+    shown: tuple[str, ...] = ("loss", "seconds")  # metrics that the terminal shows
+    # What a person should read of a step beside its metrics.
+    remark: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +183,8 @@ class Loop:
         if self.log is not None:
             self.log.write(self.done - 1, metrics)
         if self.progress is not None:
-            names = [name for name in (*self.work.shown, *metrics) if name in metrics]
-            self.progress.update(self.done, {name: metrics[name] for name in names})
+            shown = {name: metrics[name] for name in self.work.shown if name in metrics}
+            self.progress.update(self.done, shown, self.work.remark(metrics))
         if self.watch is not None:
             self.watch(self.state, self.done, self.log)
         return metrics
@@ -221,7 +223,13 @@ class Loop:
             )
         if first():
             identity = self.keeping.identity
-            settle(self.directory, identity.facts, done=latest, resume_changed=identity.resume_changed)
+            settle(
+                self.directory,
+                identity.facts,
+                done=latest,
+                of=self.work.steps,
+                resume_changed=identity.resume_changed,
+            )
 
     def _go_back(self) -> None:
         try:

@@ -67,8 +67,8 @@ class Progress:
         self.every = 0.2 if self.live else every
         self.began, self.shown = None, None
 
-    def update(self, done: int, facts: Mapping[str, float]) -> None:
-        """`done` of `total` steps are behind us; `facts` are shown beside them, the most important first."""
+    def update(self, done: int, facts: Mapping[str, float], remark: str = "") -> None:
+        """`done` of `total` steps are behind us; `remark` and `facts` are shown beside them, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
@@ -77,7 +77,8 @@ class Progress:
         self.shown = now
         left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
         shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
-        line = f"{printable(self.label)} {done}/{self.total}  {left} left  {shown}"
+        said = f"{printable(remark)}  " if remark else ""
+        line = f"{printable(self.label)} {done}/{self.total}  {left} left  {said}{shown}"
         if self.live:
             line = line[: shutil.get_terminal_size().columns - 1]
             put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)

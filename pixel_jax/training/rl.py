@@ -14,6 +14,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, executed_calls
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
+from pixel_jax.training.lessons import Lessons, lesson_facts
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Laps, Loop, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -146,7 +147,7 @@ class Learner:
         selected = stages.select(self, state, weighed)
         updated = stages.update(self, state, selected)
         self.laps.lap("update")
-        facts = rollout_metrics(weighed) | updated.facts
+        facts = rollout_metrics(weighed) | lesson_facts(scored, self.part) | updated.facts
         if facts.get("updates"):
             facts |= self.throughput.facts(self.laps.facts["seconds_update"])
         return updated.state, facts | self.laps.facts | collected.facts
@@ -208,7 +209,8 @@ def rl(
         learner.step,
         host={"data": data},
         local={"replay": learner.replay},
-        shown=("accuracy", "rapr", "reward", "loss"),
+        shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
+        remark=Lessons(config.rollout.group_size, config.rollout.temperature),
     )
     keeping = Keeping(
         directory,

@@ -142,7 +142,8 @@ def sft(
       watch: called before the first step and after each.
     """
     tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
-    work = Work(label, tuning.steps, tuning.step, host={"data": data})
+    shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
+    work = Work(label, tuning.steps, tuning.step, host={"data": data}, shown=shown)
     keeping = Keeping(
         directory,
         identity.with_facts(sft=dataclasses.asdict(config)),

@@ -1,6 +1,7 @@
-"""Where metrics go besides the terminal: JSON lines always, TensorBoard and Weights & Biases where they are asked for.
+"""Where metrics and conversations go besides the terminal and the run's own page: JSON lines always, TensorBoard and Weights &
+Biases where they are asked for.
 
-The two are optional (`pip install pixel_jax[metrics]`); TensorBoard's files are written without TensorFlow.
+The two are optional (`pip install -e .[metrics]`); TensorBoard's files are written without TensorFlow.
 """
 
 import importlib
@@ -10,6 +11,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from pixel_jax.evaluation import report
+from pixel_jax.evaluation.trace import Trace, as_text, drawn
 from pixel_jax.files import write_file
 from pixel_jax.training.progress import MetricsLog
 
@@ -19,6 +22,9 @@ WriterName = Literal["tensorboard", "wandb"]
 class Writer(Protocol):
     def write(self, step: int, facts: Mapping[str, Any]) -> None: ...
 
+    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+        """Conversations as they were after `step`; `name` is what they are of."""
+
     def close(self) -> None: ...
 
 
@@ -27,9 +33,14 @@ def installed(module: str, wanted: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(
-            f"metrics are to go to {wanted!r}, which needs {module}: pip install pixel_jax[metrics]"
-        ) from None
+        raise ValueError(f"metrics are to go to {wanted!r}, which needs {module}: pip install -e .[metrics]") from None
+
+
+class Lines(MetricsLog):
+    """JSON lines have the numbers alone: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+
+    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+        pass
 
 
 class TensorBoard:
@@ -43,6 +54,15 @@ class TensorBoard:
     def write(self, step: int, facts: Mapping[str, Any]) -> None:
         for name, value in facts.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+        for i, trace in enumerate(traces, 1):
+            # Its text is read as Markdown: every line is indented, which makes it code, whatever it holds.
+            code = "".join(f"    {line}\n" for line in as_text(trace).splitlines())
+            self.writer.add_text(f"{name}/{i}", code, step)
+            for j, picture in enumerate([*trace.pictures, *(x for turn in trace.turns for x in turn.pictures)]):
+                self.writer.add_image(f"{name}/{i}/{j} {picture.caption}", drawn(picture), step, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:
@@ -70,10 +90,15 @@ class WeightsAndBiases:
             dir=str(directory),
             reinit="create_new",
         )
+        self.html = wandb.Html
         self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, facts: Mapping[str, Any]) -> None:
         self.run.log({"step": step, **facts})
+
+    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+        page = self.html(report.traces_page(traces, f"{name}, step {step}"), inject=False)
+        self.run.log({"step": step, name: page})
 
     def close(self) -> None:
         self.run.finish()
@@ -89,6 +114,10 @@ class Writers:
         for part in self.parts:
             part.write(step, facts)
 
+    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+        for part in self.parts:
+            part.show(step, name, traces)
+
     def close(self) -> None:
         for part in self.parts:
             part.close()
@@ -96,7 +125,7 @@ class Writers:
 
 def open_writers(directory: pathlib.Path, start: int, names: Sequence[WriterName], label: str) -> Writers:
     """`directory/metrics.jsonl`, and what `names` asks for, of a run that goes on at step `start`."""
-    parts: list[Writer] = [MetricsLog(directory / "metrics.jsonl", start)]
+    parts: list[Writer] = [Lines(directory / "metrics.jsonl", start)]
     if "tensorboard" in names:
         parts.append(TensorBoard(directory / "tensorboard", start))
     if "wandb" in names:

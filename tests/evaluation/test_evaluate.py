@@ -102,7 +102,7 @@ def test_every_question_is_answered_once(questions, whole):
     assert len({x for record in records for x in record["responses"]}) > 4
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path, monkeypatch, capsys):
     calls, real = collections.Counter(), stages.rollout
 
     def dies(*arguments, **options):
@@ -120,6 +120,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path
     records = answer(questions, tmp_path)
     assert records == whole[1]
     assert calls["rollout"] == 3  # two batches, and one that died
+    # The line of progress has the mean of all answers so far, those before the interruption among them.
+    shown = float(capsys.readouterr().err.split("score ")[-1].split()[0])
+    assert shown == pytest.approx(np.mean([np.mean(x["score"]) for x in records]), abs=1e-3)
     answer(questions, tmp_path)
     assert calls["rollout"] == 3  # nothing was left to do
 

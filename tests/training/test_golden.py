@@ -26,6 +26,7 @@ CASES = {
 }
 
 NAMES = {"reward_answer": "reward_correct", "reward_budget": "reward_penalty"}  # of metrics, as they were
+LATER = {"unboxed", "all_right", "all_wrong"}  # metrics that there were not yet
 PHASES = ("sft", "rows", "rl")
 
 
@@ -74,7 +75,7 @@ def run(directory, phase):
     """The metrics but for the times, and checksums and sums of the weights."""
     weights = train(directory, phase)
     lines = [
-        {NAMES.get(name, name): x for name, x in line.items() if "second" not in name}
+        {NAMES.get(name, name): x for name, x in line.items() if "second" not in name and name not in LATER}
         for line in read_metrics(directory / "metrics.jsonl")
     ]
     arrays = {str(i): x for i, x in enumerate(weights)}

@@ -29,6 +29,12 @@ def test_a_log_file_gets_whole_lines_and_the_last_one():
     assert lines[0].startswith("sft 1/3  ? left  loss 1") and lines[1].startswith("sft 3/3  0:00 left  loss 0.3333")
 
 
+def test_a_remark_stands_before_the_numbers():
+    stream = io.StringIO()
+    Progress("rl", 2, stream=stream).update(1, {"loss": 1.0}, "no group taught anything\x1b[2J")
+    assert stream.getvalue() == "rl 1/2  ? left  no group taught anything\\x1b[2J  loss 1\n"
+
+
 def test_a_terminal_gets_as_much_as_it_has_room_for(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True

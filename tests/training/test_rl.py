@@ -15,13 +15,12 @@ from tiny_model import make_batch
 from pixel_jax import state_files
 from pixel_jax.data.buckets import check_position
 from pixel_jax.files import write_file
-from pixel_jax.identity import RunError
+from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
 from pixel_jax.parallel.sharding import WHOLE
 from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories
-from pixel_jax.state_files import read_lines
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
 from pixel_jax.training import stages as stages_module
@@ -219,9 +218,9 @@ def test_a_directory_holds_one_run(model, whole, rollouts, tmp_path, monkeypatch
     for resume_changed in (False, True):
         with pytest.raises(RunError, match="4 steps are done, the configuration says 2: a run does not go back"):
             again(iterations=2, resume_changed=resume_changed)
-    assert not (tmp_path / "history.jsonl").exists()
+    assert not any(line["changed"] for line in read_history(tmp_path))
     again(reward=reward, save_every=3, resume_changed=True)
-    (line,) = read_lines(tmp_path / "history.jsonl")
+    line = read_history(tmp_path)[-1]
     assert line["done"] == 4 and line["changed"] == {"rl.reward.alpha": [0.5, 9.0], "rl.save_every": [1, 3]}
     monkeypatch.setattr(Questions, "set_state", lambda questions, state: check_position(-5))
     with pytest.raises(CheckpointError, match="checkpoint 4 cannot be gone on from: the position in the data is -5"):

@@ -1,14 +1,18 @@
 """Where metrics go: files of TensorBoard and of Weights & Biases read back record by record."""
 
+import io
 import json
 import struct
 import sys
 import time
 import types
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from pixel_jax.evaluation.trace import Picture, Trace, Turn, data_uri
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.writers import open_writers
 
@@ -40,6 +44,32 @@ def test_tensorboard_shows_each_step_once_after_a_restart(tmp_path):
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2.2, 3.2, 4.2]
 
 
+HOSTILE = "# big\n![x](http://127.0.0.1/a.png)\u2028<script>alert(1)</script>\n\n> quoted"
+
+
+def a_trace():
+    """A picture of 40 x 20 kept at half its size, black, with a box of which the lower right corner is inside."""
+    picture = Picture(data_uri(np.zeros((10, 20, 3), np.uint8)), 40, 20, "image", ((1, 20, 10, 36, 18),))
+    crop = Picture(data_uri(np.full((28, 28, 3), 200, np.uint8)), 28, 28, "what it saw")
+    turns = (Turn("assistant", HOSTILE), Turn("tool", "here", (crop,)), Turn("assistant", "7"))
+    return Trace("Which?", (picture,), (), turns, "answer", answer="7", reference="8", correct=False, reward=0.25)
+
+
+def test_tensorboard_shows_conversations_as_text_and_pictures(tmp_path):
+    writers = open_writers(tmp_path, 0, ("tensorboard",), "rl")
+    writers.show(3, "held_out", [a_trace()])
+    writers.close()
+    values = {value.tag: value for event in events(tmp_path / "tensorboard") for value in event.summary.value}
+    text = values.pop("held_out/1/text_summary").tensor.string_val[0].decode()
+    assert all(line.startswith("    ") for line in text.split("\n")[:-1]) and "<script>" in text  # code, to Markdown
+    assert "reward: 0.25" in text and "model: # big" in text and "what it saw" in text
+    images = [np.asarray(Image.open(io.BytesIO(x.image.encoded_image_string))) for x in values.values()]
+    assert [x.shape for x in images] == [(10, 20, 3), (28, 28, 3)] and (images[1] == 200).all()
+    colored = np.argwhere(images[0].any(axis=-1))
+    assert (colored.min(axis=0) == (5, 10)).all() and (colored.max(axis=0) == (9, 18)).all()
+    assert not images[0][7, 14].any() and not (tmp_path / "metrics.jsonl").read_text()
+
+
 class FakeRun:
     def __init__(self, arguments):
         self.arguments, self.logged, self.defined, self.finished = arguments, [], [], False
@@ -57,13 +87,17 @@ class FakeRun:
 def test_weights_and_biases_is_one_run_for_a_directory(tmp_path, monkeypatch):
     runs = []
     fake = types.ModuleType("wandb")
+    fake.Html = lambda page, inject: page
     fake.init = lambda **arguments: runs.append(FakeRun(arguments)) or runs[-1]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_PROJECT", "pixels")
     for start in (0, 1):
         writers = open_writers(tmp_path, start, ("wandb",), "rl")
         writers.write(start, {"loss": 0.5, "rapr": 0.25})
+        writers.show(start, "held_out", [a_trace()])
         writers.close()
+    pages = [run.logged.pop() for run in runs]
+    assert [page["step"] for page in pages] == [0, 1] and "&lt;script&gt;" in pages[0]["held_out"]
     assert runs[0].arguments == runs[1].arguments
     assert runs[0].arguments | {"id": ""} == {
         "project": "pixels",
@@ -89,6 +123,8 @@ def test_what_weights_and_biases_writes_offline(tmp_path, monkeypatch):
         writers = open_writers(tmp_path, start, ("wandb",), "rl")
         for step in steps:
             writers.write(step, {"loss": step + start / 10, "rapr": 0.25})
+        if start:
+            writers.show(2, "held_out", [a_trace()])
         writers.close()
         time.sleep(1.1)  # its directories are named by the second
     records = []
@@ -108,6 +144,8 @@ def test_what_weights_and_biases_writes_offline(tmp_path, monkeypatch):
         for x in records
         if x.HasField("history")
     ]
+    (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/held_out_*.html")
+    assert lines.pop()["step"] == 2 and "&lt;script&gt;" in page.read_text()
     assert [(x["step"], x["loss"], x["rapr"]) for x in lines] == [
         (0, 0, 0.25),
         (1, 1, 0.25),
@@ -121,7 +159,7 @@ def test_what_weights_and_biases_writes_offline(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, module", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=rf"'{name}', which needs {module}: pip install pixel_jax\[metrics\]"):
+    with pytest.raises(ValueError, match=rf"'{name}', which needs {module}: pip install -e .\[metrics\]"):
         open_writers(tmp_path, 0, (name,), "rl")
 
 

@@ -1,0 +1,272 @@
+"""How good a model is on held-out examples, in the middle of a run: it is asked them, and its loss on their traces is taken."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.data.packed import Packing, Place
+from pixel_jax.data.questions import Asked
+from pixel_jax.data.traces import frame_patches
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.evaluation.trace import Trace, make_trace
+from pixel_jax.parallel.processes import first
+from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
+from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.limits import judged
+from pixel_jax.rollout.machine import GREY
+from pixel_jax.rollout.prompts import Query, build_prompts
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import STOP_ANSWER, Tables, Trajectories, executed_calls, take_rows
+from pixel_jax.training.answers import given_answer, references_of
+from pixel_jax.training.batch import Batch
+from pixel_jax.training.layouts import Resharder
+from pixel_jax.training.losses import sft_loss
+from pixel_jax.training.origins import Origins, origins
+from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
+from pixel_jax.training.stages import Weighed
+from pixel_jax.training.state import TrainState
+from pixel_jax.training.steps import ForwardConfig, make_score_step
+
+SIDE = 640  # pixels, the longest side of a picture that is kept
+RIGHT = 0.5  # a score above it is right
+
+
+class Asker:
+    """Held-out questions, each answered once within `limits`, at the temperature at which a model is judged."""
+
+    def __init__(
+        self,
+        asked: Sequence[Asked],
+        vocabulary: Vocabulary,
+        tables: Tables,
+        limits: RolloutConfig,
+        scorer: ScorerConfig,
+        *,
+        batch: int,
+        drawn: int,
+        seed: int,
+        dtype: str | None,
+        mesh: Mesh | None = None,
+        rollout_mesh: Mesh | None = None,
+    ):
+        """
+        Args:
+            asked: questions that have an answer.
+            batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
+            drawn: so many conversations are returned, about the same questions each time.
+            dtype: of the weights while answering.
+        """
+        self.asked, self.vocabulary, self.tables = list(asked), vocabulary, tables
+        self.limits, self.scorer = judged(limits), Scorer(scorer)
+        self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
+        self.mesh, self.rollout_mesh = mesh, rollout_mesh
+        self.part = share(mesh)
+        parts = max(self.part.count, *(row_parts(x) for x in (mesh, rollout_mesh) if x is not None), 1)
+        self.batch = -(-min(batch, len(self.asked)) // parts) * parts
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+        # Made anew each time: what it keeps of frozen weights on another mesh is not kept between looks.
+        actor = Resharder(self.mesh, self.rollout_mesh, self.dtype)(state)
+        rows, found = [], []
+        for some in self._batches():
+            own = len(some) // self.part.count
+            mine = some[self.part.index * own : (self.part.index + 1) * own]
+            t, texts, scores = self._answer(actor, mine)
+            rows.append(all_rows(_numbers(mine, t, texts, scores), self.part))
+            if first():
+                found += self._draw(mine, t, texts, scores, self.drawn - len(found))
+        return _facts(np.concatenate(rows)), found
+
+    def _batches(self) -> list[list[int]]:
+        """Questions that are answered together: of one room, the last repeated to fill the batch."""
+        found = []
+        for room in dict.fromkeys(x.room for x in self.asked):
+            indices = [i for i, x in enumerate(self.asked) if x.room == room]
+            for start in range(0, len(indices), self.batch):
+                some = indices[start : start + self.batch]
+                found.append(some + some[-1:] * (self.batch - len(some)))
+        return found
+
+    def _answer(self, actor, mine: Sequence[int]) -> tuple[Trajectories, list[str], list[float | None]]:
+        room = self.asked[mine[0]].room
+        queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
+        prompts = build_prompts(
+            queries,
+            self.vocabulary,
+            self.tables,
+            self.limits,
+            width=room.tokens,
+            canvas=(room.images, room.height, room.width),
+            uids=mine,
+        )
+        t = jax.tree.map(local_rows, rollout(actor, prompts, self.key, self.limits))
+        texts = written(t, self.vocabulary)
+        examples = [self.asked[i].example for i in mine]
+        references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
+        return t, texts, self.scorer(texts, references)
+
+    def _draw(self, mine, t: Trajectories, texts: list[str], scores: list[float | None], most: int) -> list[Trace]:
+        made = []
+        for row, i in list(enumerate(mine))[: max(most, 0)]:
+            example = self.asked[i].example
+            if i in mine[:row]:  # it fills the batch
+                continue
+            known: dict[str, Any] = {"answer": given_answer(texts[row]), "title": example.id}
+            if example.answer:
+                known |= {
+                    "reference": " / ".join(references_of(example.answer)),
+                    "correct": (scores[row] or 0.0) > RIGHT,
+                }
+            query = self.asked[i].fit.apply(example.query())
+            made.append(make_trace(t, row, query, self.vocabulary, side=SIDE, **known))
+        return made
+
+
+def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
+    """What the policy wrote in each row, as text."""
+    rows = zip(t.tokens, t.chosen, strict=True)
+    return [vocabulary.to_bytes(tokens[chosen]).decode("utf-8", "replace") for tokens, chosen in rows]
+
+
+NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "tokens", "finished")
+
+
+def _numbers(mine: Sequence[int], t: Trajectories, texts: Sequence[str], scores: Sequence[float | None]) -> np.ndarray:
+    """float64 [rows, NUMBERS]."""
+    observation = t.calls.observation
+    columns = {
+        "index": mine,
+        "score": [score or 0.0 for score in scores],
+        "boxed": [given_answer(text) is not None for text in texts],
+        "operations": executed_calls(t),
+        "executed": np.sum(observation >= 0, axis=1),
+        "failed": np.sum(observation > 1, axis=1),
+        "tokens": np.sum(t.chosen, axis=1),
+        "finished": t.stop == STOP_ANSWER,
+    }
+    return np.stack([np.asarray(columns[name], np.float64) for name in NUMBERS], axis=1)
+
+
+def _facts(rows: np.ndarray) -> dict[str, float]:
+    """Of every question once."""
+    _, once = np.unique(rows[:, 0], return_index=True)
+    get = dict(zip(NUMBERS, rows[once].T, strict=True))
+    facts = {
+        "accuracy": np.mean(get["score"] > RIGHT),
+        "score": np.mean(get["score"]),
+        "rapr": np.mean(get["operations"] > 0),
+        "operations": np.mean(get["operations"]),
+        "call_errors": np.sum(get["failed"]) / max(np.sum(get["executed"]), 1),
+        "response_tokens": np.mean(get["tokens"]),
+        "finished": np.mean(get["finished"]),
+        "unboxed": 1 - np.mean(get["boxed"]),
+        "questions": len(once),
+    }
+    return {name: float(x) for name, x in facts.items()}
+
+
+class HeldOutLoss:
+    """The loss of tuning on the rows of held-out traces, whose batches are as large as a micro-batch of training."""
+
+    def __init__(self, packing: Packing, forward: ForwardConfig, normalizer: str, rows: int, mesh: Mesh | None = None):
+        """
+        Args:
+            rows: of a batch, of all processes together.
+        """
+        self.packing, self.normalizer, self.rows, self.mesh = packing, normalizer, rows, mesh
+        self.part = share(mesh)
+        self.score = make_score_step(dataclasses.replace(forward, micro_batches=1), mesh=mesh)
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+        sums = np.zeros(2)
+        for places in self.packing.order.packed(0):
+            for start in range(0, len(places), self.rows):
+                sums += self._sums(places[start : start + self.rows], state)
+        return {"loss": float(sums[0] / sums[1])}, []
+
+    def _sums(self, places: list[Place], state: TrainState) -> np.ndarray:
+        """Total and denominator of the loss on packed rows of one bucket."""
+        own = self.rows // self.part.count
+        here = np.arange(self.part.index * own, (self.part.index + 1) * own)
+        load = (self.packing.load(places[min(i, len(places) - 1)]) for i in here)
+        batch: Batch = self.packing.collate(load, own)
+        batch = batch._replace(weight=np.where(here < len(places), batch.weight, 0).astype(np.float32))
+        placed = batch if self.mesh is None else shard_batch(batch, self.mesh)
+        logprobs, entropy = (local_rows(x) for x in self.score(state.model, placed))
+        loss = sft_loss(
+            logprobs, entropy, batch.chosen, batch.weight, normalizer=self.normalizer, segments=batch.segments
+        )
+        found = np.array([[float(loss.total), float(loss.denominator)]])
+        return all_rows(found, self.part).sum(axis=0)
+
+
+class Together:
+    """Several looks as one."""
+
+    def __init__(self, *looks):
+        self.looks = looks
+
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+        facts, found = {}, []
+        for look in self.looks:
+            numbers, traces = look(state)
+            facts |= numbers
+            found += traces
+        return facts, found
+
+
+def draw_rollouts(
+    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: Share = WHOLE
+) -> list[Trace]:
+    """The conversations of some of this process's rows, with their rewards and advantages.
+
+    What they saw, which training does not keep, is cut out of the prompts' images again, on the host.
+    """
+    scored, collected = weighed.scored, weighed.scored.collected
+    questions, every = collected.questions, collected.trajectories
+    n, first_row = config.group_size, part.index * len(every.stop)
+    seen = origins(questions.prompts, every.calls, config, collected.shape)
+    patches = [_patches(seen, row, questions.prompts.canvases.shape[1], config) for row in rows]
+    most = max(len(x) for of_row in patches for x in of_row)
+    room = np.zeros((len(rows), len(patches[0]), most, 3 * PATCH**2), np.uint8)
+    for of_row, found in zip(room, patches, strict=True):
+        for frame, pixels in zip(of_row, found, strict=True):
+            frame[: len(pixels)] = pixels
+    t = take_rows(every, np.asarray(rows))
+    t = t._replace(visual=t.visual._replace(patches=room))
+    made = []
+    for place, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
+        example, at = questions.examples[row // n], divmod(first_row + row, n)
+        images, is_video = seen.images[row].arrays, bool(questions.prompts.is_video[row // n])
+        known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
+        known |= {"reward": float(scored.reward[at]), "advantage": float(weighed.advantage[at])}
+        known["terms"] = {name: float(values[at]) for name, values in scored.terms.items()}
+        if scored.correct is not None:
+            known |= {
+                "correct": bool(scored.correct[at] > RIGHT),
+                "reference": " / ".join(Reference.of(example).answers),
+            }
+        query = Query(getattr(example, "question", ""), images, is_video)
+        made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
+    return made
+
+
+def _patches(seen: Origins, row: int, shown_first: int, config: RolloutConfig) -> list[np.ndarray]:
+    """Of every picture that a row may have seen, in the order of `Visual.patches`; empty of one that it did not.
+
+    Args:
+        shown_first: pictures that a prompt has room for; the others were asked for.
+    """
+    images, found = seen.images[row].arrays, []
+    for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in seen.views), strict=True)):
+        if canvas < 0 or not size.all():
+            found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
+            continue
+        image = images[canvas]
+        image = np.full_like(image, GREY) if config.blank and place >= shown_first else image
+        found.append(frame_patches(image, region.tolist(), size))
+    return found
