@@ -19,6 +19,9 @@ _WHERE = {
     "Tool": "pixel_jax.tools",
     "curiosity_reward": "pixel_jax.training.rewards",
     "score_answer": "pixel_jax.training.scorers",
+    "sft": "pixel_jax.training.sft",
+    "rl": "pixel_jax.training.rl",
+    "evaluate": "pixel_jax.evaluation.run",
 }
 
 __all__ = sorted([*_WHERE, "rollout"])

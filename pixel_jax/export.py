@@ -10,6 +10,7 @@ import pathlib
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.identity import read_history
 
 FLAGS = flags.FLAGS
 PHASES = ("sft", "rl")
@@ -47,6 +48,49 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
         which = f"has several phases, choose one: {', '.join(map(str, found))}" if found else "has no checkpoints"
         raise UserError(f"{run} {which}")
     return found[0]
+
+
+def is_model(directory: pathlib.Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def candidates(run: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The models that a run has, or can make of its checkpoints: steps -> where each is, or will be."""
+    phase = phase_of(run)
+    steps = {int(x.name) for x in (phase / "checkpoints").iterdir() if x.name.isdecimal()}
+    kept = {int(x.name) for x in (phase.parent / "models").glob("*") if x.name.isdecimal() and is_model(x)}
+    found = {step: phase.parent / "models" / str(step) for step in sorted(steps | kept)}
+    last = max(steps, default=None)
+    history = read_history(phase)
+    if is_model(phase.parent / "model") and history and history[-1].get("of") == last:  # the run has ended
+        found[last] = phase.parent / "model"
+    return found
+
+
+def model_directory(name: str) -> pathlib.Path:
+    """The model that a command line means: a model's directory; RUN, whose newest it is; or RUN@STEP.
+
+    What only a checkpoint has is exported first, to RUN/models/STEP, where it stays.
+
+    Raises:
+        UserError: the run has nothing of that step; RunError and others of `export`.
+    """
+    from pixel_jax.parallel.processes import first, meet, say
+
+    run, step = split_step(name)
+    if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
+        return pathlib.Path(name)  # what is no run either, is said where it is read
+    found = candidates(run)
+    step = max(found, default=None) if step is None else step
+    if step not in found:
+        raise UserError(
+            f"{run} has no model or checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}"
+        )
+    if first() and not is_model(found[step]):
+        export(phase_of(run), str(found[step]), step=step)
+    meet(f"the model of step {step} is there")
+    say(f"{name} is the model of step {step}: {found[step]}")
+    return found[step]
 
 
 def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) -> None:

@@ -46,15 +46,16 @@ def is_run(directory: pathlib.Path) -> bool:
     return any((directory / phase / METRICS).is_file() for phase in PHASES)
 
 
-def draw_run(out: pathlib.Path) -> pathlib.Path:
-    """Writes the page of the run in the directory `out` into it."""
+def draw_run(out: pathlib.Path, page: str | None = None) -> pathlib.Path:
+    """Writes the page of the run in the directory `out`, by default into it; returns where it is."""
     sections = []
     for phase in PHASES:
         if (out / phase / METRICS).is_file():
             sections += _phase(out, out / phase)
     sections += [("Settings", _settings(read_note(out / CONFIG)))]
-    report.write(out / PAGE, report.page(f"The run {out}", sections))
-    return out / PAGE
+    place = out / PAGE if page is None else pathlib.Path(page)
+    report.write(place, report.page(f"The run {out}", sections))
+    return place
 
 
 def _phase(out: pathlib.Path, phase: pathlib.Path) -> list[tuple[str, str]]:
@@ -86,7 +87,7 @@ def _summary(phase: pathlib.Path, lines: Sequence[Mapping[str, Any]], history, r
         for name in ("loss", "accuracy", "rapr")
         if _of(lines, f"eval_{name}")
     ]
-    return report.table(("", ""), rows)
+    return report.table(("", ""), rows, style="facts")
 
 
 def _is_read(read: Mapping[str, Any]) -> bool:
@@ -141,8 +142,10 @@ def _read(read: Mapping[str, Any]) -> str:
         return report.paragraph("It was not noted.")
     dropped, mended = read.get("dropped") or [], read.get("mended") or {}
     rows = [("rows dropped", str(len(dropped))), *((what, str(count)) for what, count in mended.items())]
-    said = report.table(("", ""), rows)
-    return said + (report.folded("why", report.table(("",), [[why] for why in dropped])) if dropped else "")
+    said = report.table(("", ""), rows, style="facts")
+    return said + (
+        report.folded("why", report.table(("",), [[why] for why in dropped], style="facts")) if dropped else ""
+    )
 
 
 def _starts(history: Sequence[Mapping[str, Any]]) -> str:
@@ -154,7 +157,7 @@ def _starts(history: Sequence[Mapping[str, Any]]) -> str:
         where = f"{x['host']}, {devices.get('count')} × {devices.get('kind')}"
         rows.append((x["time"], x["what"] + done, x.get("command", ""), where, changed))
     versions = history[-1].get("versions") if history else None
-    said = report.table(("time (UTC)", "", "command", "where", "changed"), rows)
+    said = report.table(("time (UTC)", "", "command", "where", "changed"), rows, style="facts")
     return said + (report.paragraph(", ".join(f"{a} {b}" for a, b in versions.items())) if versions else "")
 
 
@@ -165,8 +168,8 @@ def _settings(values: Mapping[str, Any] | None) -> str:
     shown = lambda x: (x.key, _short(x.value), x.about)
     own = [shown(x) for x in found if _short(x.value) != _short(x.default)]
     head = ("setting", "value", "")
-    every = report.folded("all settings", report.table(head, [shown(x) for x in found]))
-    return report.paragraph("Those that are not the default:") + report.table(head, own) + every
+    every = report.folded("all settings", report.table(head, [shown(x) for x in found], style="facts"))
+    return report.paragraph("Those that are not the default:") + report.table(head, own, style="facts") + every
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from pixel_jax.data.limits import Limits
 from pixel_jax.data.rooms import prompt_shape
 from pixel_jax.data.shapes import BatchShape, Measured, bucket_shapes, training_work
 from pixel_jax.identity import nest
+from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
@@ -27,7 +28,8 @@ from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, Look, WatchConfig
 
 FLAGS = flags.FLAGS
-CONFIG, DATA = "config.json", "data.json"  # in a run's directory: all its settings; what was read
+# In a run's directory: all its settings (config.json is what a model has), and what was read.
+CONFIG, DATA = "settings.json", "data.json"
 # Shapes by hand come together: those of all rows, and those of rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
@@ -181,7 +183,11 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     """What a run is besides its phase's section, which the phase itself adds."""
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    facts = {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    if command == "rl":  # code of one's own: other code is another experiment
+        named = [name for name, _ in config.rl.reward.terms if is_name(name)]
+        facts["reward_code"] = {name: digest(name) for name in named}
+    return facts
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:

@@ -1,26 +1,105 @@
-"""`pixel-jax view TRACES.json --out PAGE.html`: saved traces as a page."""
+"""`pixel-jax view WHAT [--out=PAGE.html]`: a page to look at, of whatever a command has left.
+
+WHAT is a directory of `pixel-jax sft`, `rl`, `eval` or `synth`; a file of traces of one of these (`traces/.../NUMBER.json`); or
+traces for tuning, as `synth` and people write them (`traces.jsonl`), drawn with what the calls in them show. The page of a run
+or an evaluation is written into its directory unless --out says otherwise.
+"""
+
+import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
 from pixel_jax.cli import UserError
 
 FLAGS = flags.FLAGS
+PAGE = "traces.html"
+SIDE = 640  # pixels, the longest side of a picture on the page
+MOST_IMAGES = 64  # of one trace, with what its calls show
 
 
 def define_flags(command: str) -> None:
-    flags.DEFINE_string("out", "traces.html", "The page to write.")
+    flags.DEFINE_string("out", None, f"The page to write; of a file of traces {PAGE}, unless it is given.")
+    flags.DEFINE_integer("most", 100, "Traces of a file that are drawn.", lower_bound=1)
+    flags.DEFINE_list("image_folders", [], "Where else than beside traces.jsonl its images may lie, as in a config.")
 
 
 def main(command: str, arguments: list[str]) -> None:
-    from pixel_jax.evaluation import report, trace
-    from pixel_jax.files import FileError
     from pixel_jax.terminal import say
 
     if len(arguments) != 1:
-        raise UserError("give one file of traces: pixel-jax view TRACES.json --out PAGE.html")
-    try:
-        traces = trace.load(arguments[0])
-    except FileError as error:
-        raise UserError(f"{arguments[0]} does not hold traces: {error}") from error
-    report.write(FLAGS.out, report.traces_page(traces, arguments[0]))
-    say(f"{len(traces)} traces are drawn in {FLAGS.out}.")
+        raise UserError(
+            "give one directory of a run, an evaluation or synth, or one file of traces: pixel-jax view WHAT"
+        )
+    say(view(pathlib.Path(arguments[0]), FLAGS.out, most=FLAGS.most, image_folders=FLAGS.image_folders))
+
+
+def view(what: pathlib.Path, out: str | None, *, most: int, image_folders: Sequence[str] = ()) -> str:
+    """Draws it, and says what is drawn where.
+
+    Raises:
+        UserError: there is nothing there to draw.
+    """
+    from pixel_jax.evaluation import report, summary, trace
+    from pixel_jax.files import FileError
+    from pixel_jax.run_page import PHASES, draw_run, is_run
+
+    if what.name in PHASES and is_run(what.parent):
+        what = what.parent
+    if is_run(what):
+        return f"The run {what} is drawn in {draw_run(what, out)}."
+    if (what / "metrics.json").is_file() and (found := summary.redraw(what, out)) is not None:
+        return f"The evaluation {what} is drawn in {found}."
+    if (what / "traces.jsonl").is_file():
+        what = what / "traces.jsonl"
+    page = out or PAGE
+    if what.suffix == ".jsonl":
+        drawn, count = written_traces(what, most, image_folders)
+    elif what.is_dir():
+        files = sorted((x for x in what.rglob("*.json") if x.parent.name in KINDS_OF_TRACES), key=lambda x: str(x))
+        if not files:
+            raise UserError(f"{what} holds no run, no evaluation and no traces")
+        drawn = [item for path in files[:most] for item in trace.load(path)]
+        count = len(drawn) + len(files[most:])
+    else:
+        try:
+            drawn = trace.load(what)
+        except FileError as error:
+            raise UserError(f"{what} does not hold traces: {error}") from error
+        count = len(drawn)
+    report.write(page, report.traces_page(drawn[:most], str(what)))
+    of = f" of {count}, as --most says," if count > most else ""
+    return f"{min(len(drawn), most)} traces{of} are drawn in {page}."
+
+
+KINDS_OF_TRACES = ("traces", "held_out", "rollouts")  # folders in which files of traces lie
+
+
+def written_traces(path: pathlib.Path, most: int, image_folders: Sequence[str]) -> tuple[list, int]:
+    """Traces that were written for tuning, with what their calls show, and how many the file has.
+
+    They are written out as tuning writes them, but with a tokenizer of bytes, as none is known: words are the same.
+    """
+    from pixel_jax.data.own import read_own
+    from pixel_jax.data.traces import assemble, render, write_rows
+    from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
+    from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.rollout.config import RolloutConfig
+    from pixel_jax.rollout.prompts import tables
+    from pixel_jax.terminal import warn
+
+    examples = read_own(path, turns=True, image_folders=image_folders)
+    vocabulary = Vocabulary.of(build_tokenizer([]))
+    token_tables, drawn = tables(vocabulary), []
+    limits = RolloutConfig(max_calls=max((len(x.turns) for x in examples), default=1), max_images=MOST_IMAGES)
+    for example in examples[:most]:
+        try:
+            query = example.query()
+            (row,) = write_rows([example.trace(query)], vocabulary, token_tables, limits)
+            t = assemble([row], [render(row, query.images)], limits, row.shape)
+        except ValueError as error:  # a TraceError, a PromptError, an ImageError
+            warn(f"{example.id} is not drawn: {error}")
+            continue
+        known = {"title": example.id, "reference": " / ".join(example.answer)}
+        drawn.append(make_trace(t, 0, query, vocabulary, side=SIDE, **known))
+    return drawn, len(examples)

@@ -12,7 +12,7 @@ import pytest
 import pixel_jax
 from pixel_jax.cli import UserError
 from pixel_jax.data.digests import Digests
-from pixel_jax.export import export, phase_of, split_step
+from pixel_jax.export import candidates, export, model_directory, phase_of, split_step
 from pixel_jax.identity import flatten
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora, merge_lora
@@ -134,6 +134,38 @@ def test_another_model_than_the_run_began_with(run, tmp_path):
         export(out / "sft", str(tmp_path / "model"), model=str(tmp_path / "other"))
     with pytest.raises(UserError, match="say where it lies with --model"):
         export(out / "sft", str(tmp_path / "model"), model=str(tmp_path / "nowhere"))
+
+
+def test_a_run_stands_for_its_models(run, tmp_path, capsys):
+    """Its checkpoints, exported when they are asked for; models that it kept; the one at its end."""
+    out, config, (second, third) = run
+    shutil.copytree(out, tmp_path / "run")
+    place = tmp_path / "run"
+    names = lambda: {step: path.name for step, path in candidates(place).items()}
+    assert names() == {1: "1", 2: "2", 3: "3"}
+    found = model_directory(f"{place}@2")
+    assert found == place / "models/2" and f"{place}@2 is the model of step 2: {found}" in capsys.readouterr().out
+    wanted = second if config.lora is None else merge_lora(second, "bfloat16")
+    for a, b in zip(weights(pixel_jax.from_pretrained(found)[0]), weights(wanted), strict=True):
+        np.testing.assert_array_equal(
+            a, b.astype(a.dtype) if config.lora else jax.numpy.asarray(b, "bfloat16").astype("float32")
+        )
+    stamp = (found / "config.json").stat().st_mtime_ns
+    assert model_directory(f"{place}@2") == found and (found / "config.json").stat().st_mtime_ns == stamp
+    assert model_directory(str(place)) == place / "models/3"  # it was stopped: the newest checkpoint
+    shutil.copytree(found, place / "models/40")  # kept, its checkpoint long gone
+    assert names() == {1: "1", 2: "2", 3: "3", 40: "40"} and model_directory(str(place / "sft")).name == "40"
+    shutil.rmtree(place / "models/40")
+    shutil.copytree(place / "models/3", place / "model")
+    assert model_directory(str(place)) == place / "model" and names() == {1: "1", 2: "2", 3: "model"}
+    assert model_directory(str(place / "model")) == place / "model"
+    assert model_directory("nowhere") == pathlib.Path("nowhere")  # which is said where it is read
+    with pytest.raises(UserError, match="has no model or checkpoint of step 7; it has 1, 2, 3"):
+        model_directory(f"{place}@7")
+    with pytest.raises(
+        FileNotFoundError, match="is not a model directory: it has no config.json. It holds one: .*model"
+    ):
+        pixel_jax.from_pretrained(place)
 
 
 @pytest.mark.parametrize(

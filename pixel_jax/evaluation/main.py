@@ -2,16 +2,22 @@
 
 `pixel-jax eval compare RUN RUN`: a paired test of two finished runs.
 `pixel-jax eval select RUN RUN ...`: the best of several checkpoints' runs with operations, on held-out questions only.
+`pixel-jax eval select TRAINING --config=...`: of all models and checkpoints of one run of sft or rl, which are asked first.
+
+`--config.model` is the directory of a model, or of a run of sft or rl: RUN, whose newest model it is, or RUN@STEP.
 """
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
+from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
 from pixel_jax.terminal import say, warn
@@ -30,58 +36,77 @@ def main(command: str, arguments: list[str]) -> None:
     match arguments:
         case ["compare", first, second]:
             found = compare_runs(first, second)
+        case ["select", training] if FLAGS.config is not None:
+            found = select_within(pathlib.Path(training))
         case ["select", _, _, *_]:
             found = select(arguments[1:])
         case ["compare" | "select", *_]:
             raise UserError(
-                f"{arguments[0]} needs {'two' if arguments[0] == 'compare' else 'at least two'} run directories"
+                "compare needs two run directories"
+                if arguments[0] == "compare"
+                else "select needs at least two run directories, or one of sft or rl and the --config of an evaluation"
             )
         case [other, *_]:
             raise UserError(f"unexpected argument {other!r}; settings are given as --config.NAME=VALUE")
         case _:
             return run()
-    if FLAGS.json:
+    if FLAGS.json and found:
         write_json(FLAGS.json, found)
 
 
 def run() -> None:
+    from pixel_jax.export import model_directory
+
+    with evaluating() as config:
+        answer(dataclasses.replace(config, model=str(model_directory(config.model))))
+
+
+@contextlib.contextmanager
+def evaluating() -> Iterator[EvalConfig]:
+    """The config, in as many processes as have joined, as long as its directory is theirs."""
     from pixel_jax.config import load
-    from pixel_jax.evaluation.config import EvalConfig
     from pixel_jax.parallel.processes import first, join, together
+    from pixel_jax.training.progress import announce_compiles
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
     join()
     with together(), hold(config.out, first()):
-        answer(config)
+        announce_compiles()
+        yield config
 
 
-def answer(config) -> None:
+def select_within(training: pathlib.Path) -> dict[str, Any]:
+    """`select` of every model that a run of sft or rl has, or has a checkpoint of; each is asked in a directory of its step.
+
+    Returns:
+        As `select`, with "step", and where the model of that step is.
+    """
+    from pixel_jax.export import candidates, model_directory
+    from pixel_jax.parallel.processes import first
+
+    with evaluating() as config:
+        steps = {str(pathlib.Path(config.out) / f"step-{step}"): step for step in candidates(training)}
+        if len(steps) < 2:
+            raise UserError(f"{training} has {len(steps)} models: there is nothing to choose from")
+        for out, step in steps.items():
+            answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out))
+        if not first():
+            return {}
+        found = select(list(steps))
+        say(f"The best is step {steps[found['best']]}: {found['model']}")
+        return {**found, "step": steps[found["best"]]}
+
+
+def answer(config: EvalConfig) -> None:
     """All questions, in as many processes as have joined; the first one reports."""
-    import jax
-
-    from pixel_jax import from_pretrained
-    from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.data.limits import use_limits
-    from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.evaluation import report, summary
     from pixel_jax.evaluation.benchmarks import read
-    from pixel_jax.evaluation.results import read_records
-    from pixel_jax.evaluation.run import evaluate
-    from pixel_jax.parallel import make_mesh
-    from pixel_jax.parallel.processes import meet
-    from pixel_jax.rollout.prompts import tables
-    from pixel_jax.rollout.rollout import host_rollouts
-    from pixel_jax.tools.named import find_format, find_tools
-    from pixel_jax.training.progress import announce_compiles, use_compilation_cache
+    from pixel_jax.parallel.processes import first, meet
 
-    process, processes = jax.process_index(), jax.process_count()
-    tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
-    out = pathlib.Path(config.out)
     use_limits(config.limits)
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
-    benchmarks = {name: x for name, x in config.benchmarks.items() if x.data is not None}
     data = {
         name: read(
             x.format,
@@ -93,10 +118,37 @@ def answer(config) -> None:
             sample=x.sample,
             seed=config.seed,
         )
-        for name, x in benchmarks.items()
+        for name, x in config.benchmarks.items()
+        if x.data is not None
     }
+    directories = {(name, mode): pathlib.Path(config.out) / name / mode for name in data for mode in config.modes}
+    ask(config, data, directories)
+    meet("every question is answered")
+    if first():
+        report(config, data, directories)
+
+
+Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its `Question`s and split
+Directories = Mapping[tuple[str, str], pathlib.Path]  # of each benchmark in each mode
+
+
+def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
+    """This process's share of the questions of all benchmarks, in all modes."""
+    import jax
+
+    from pixel_jax import from_pretrained
+    from pixel_jax.data.digests import Digests, digest_model
+    from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.evaluation.run import evaluate
+    from pixel_jax.evaluation.stages import Exam, Policy
+    from pixel_jax.parallel import make_mesh
+    from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollout.rollout import host_rollouts, rollout
+    from pixel_jax.tools.named import find_format, find_tools
+    from pixel_jax.training.progress import use_compilation_cache
+
+    out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    announce_compiles()
     use_compilation_cache(out / "compiled")
     # A process answers its own questions on its own devices; only files are shared.
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
@@ -104,54 +156,49 @@ def answer(config) -> None:
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary, tools, calls)
-    with Digests(out / f"digests-{process}.json") as digests:
+    tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
+    with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
-    directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}
     with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+        policy = Policy(model, vocabulary, tables(vocabulary, tools, calls), rollouts or rollout)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
+            exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
             evaluate(
-                model,
-                vocabulary,
-                token_tables,
+                policy,
                 questions,
-                benchmarks[name],
-                config.rollout,
+                exam,
                 directory,
-                mode=mode,
                 facts={**held, "split": split},
+                part=(jax.process_index(), jax.process_count()),
                 digests=digests,
-                batch=config.batch,
-                traced=config.traces,
-                seed=config.seed,
-                process=process,
-                processes=processes,
-                rollouts=rollouts,
                 label=f"{name} {mode}",
             )
-    meet("every question is answered")
-    if process:
-        return
+
+
+def report(config: EvalConfig, data: Data, directories: Directories) -> None:
+    """Numbers, intervals and traces of all benchmarks: as `metrics.json`, as a page, and as a table on the terminal."""
+    from pixel_jax.dialog import Language
+    from pixel_jax.evaluation import summary
+    from pixel_jax.tools.named import find_format, find_tools
+
+    out, language = (
+        pathlib.Path(config.out),
+        Language(find_tools(config.tools), find_format(config.rollout.call_format)),
+    )
     metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}, "warnings": []}
-    for name, benchmark in benchmarks.items():
-        found = {mode: read_records(directories[name, mode]) for mode in config.modes}
-        for mode, records in found.items():
-            if len(records) != len(data[name][0]):
-                raise UserError(
-                    f"{directories[name, mode]} has {len(records)} of {len(data[name][0])} questions: are all processes "
-                    "writing to the same file system? Start the run again, and it goes on"
-                )
+    for name, (questions, split) in data.items():
+        found = {mode: complete_records(directories[name, mode], len(questions)) for mode in config.modes}
         metrics["benchmarks"][name] = {
-            "split": data[name][1],
-            "rules": list(benchmark.scorer.rules),
+            "split": split,
+            "rules": list(config.benchmarks[name].scorer.rules),
             "modes": {mode: summary.summarise(records) for mode, records in found.items()},
             "unanswered": {mode: summary.unanswered(records) for mode, records in found.items()},
             "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
         }
-        metrics["warnings"] += summary.format_warnings(name, found, token_tables.reader.language)
+        metrics["warnings"] += summary.format_warnings(name, found, language)
     write_json(out / "metrics.json", metrics)
-    report.write(out / "report.html", summary.page(f"Evaluation of {config.model}", metrics, directories))
+    summary.redraw(out)
     summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
     for warning in metrics["warnings"]:
         warn(warning)
@@ -165,6 +212,19 @@ def answer(config) -> None:
                     f"{question!r}: {why}"
                 )
     say(f"Numbers are in {out / 'metrics.json'}, traces in {out / 'report.html'}.")
+
+
+def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]]:
+    """The records of a benchmark in a mode. UserError: they are not of all `count` questions."""
+    from pixel_jax.evaluation.results import read_records
+
+    records = read_records(directory)
+    if len(records) != count:
+        raise UserError(
+            f"{directory} has {len(records)} of {count} questions: are all processes writing to the same file system? "
+            "Start the run again, and it goes on"
+        )
+    return records
 
 
 def runs_in(directory: str) -> dict[str, pathlib.Path]:

@@ -51,6 +51,12 @@ def turn(item: Turn, number: int) -> str:
     )
 
 
+def terms(item: Trace) -> str:
+    """What a reward is the sum of, those that are nothing left out."""
+    parts = [f"{name} {value:+.3g}" for name, value in item.terms.items() if value]
+    return f" ({text(', '.join(parts))})" if parts else ""
+
+
 def trace(item: Trace) -> str:
     """A conversation: the image with every box, what the model first saw, then turn by turn."""
     known = [
@@ -58,7 +64,7 @@ def trace(item: Trace) -> str:
         "" if item.answer is None else f"answer {text(item.answer)}",
         "" if item.reference is None else f"reference {text(item.reference)}",
         "" if item.correct is None else VERDICTS[bool(item.correct)],
-        "" if item.reward is None else f"reward {text(f'{item.reward:.3g}')}",
+        "" if item.reward is None else f"reward {text(f'{item.reward:.3g}')}{terms(item)}",
         "" if item.advantage is None else f"advantage {text(f'{item.advantage:+.3g}')}",
         f"ended: {text(item.stop)}",
     ]
@@ -82,11 +88,12 @@ def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
     return page(title, [("", "".join(trace(item) for item in traces))])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A table; cells are escaped."""
+def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:
+    """A table; cells are escaped. The `style` "facts" is of words, others are of numbers."""
     cells = lambda row, tag: "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
+    kind = f' class="{text(style)}"' if style else ""
+    return f"<table{kind}><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def folded(head: str, content: str, *, unfolded: bool = False) -> str:

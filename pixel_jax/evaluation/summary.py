@@ -10,6 +10,7 @@ from pixel_jax.dialog.unrecognised import format_warning
 from pixel_jax.evaluation import report, trace
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
+from pixel_jax.state_files import read_note
 from pixel_jax.terminal import printable, warn
 
 Record = Mapping[str, Any]
@@ -204,3 +205,14 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         if shown:
             sections.append((f"{name}, {mode}", "".join(shown)))
     return report.page(title, sections, metrics)
+
+
+def redraw(out: pathlib.Path, place: str | None = None) -> pathlib.Path | None:
+    """Writes the page of the evaluation in the directory `out` anew; None: there is none."""
+    metrics = read_note(out / "metrics.json")
+    if metrics is None or not isinstance(metrics.get("benchmarks"), dict):
+        return None
+    directories = {(name, mode): out / name / mode for name, x in metrics["benchmarks"].items() for mode in x["modes"]}
+    page_at = out / "report.html" if place is None else pathlib.Path(place)
+    report.write(page_at, page(f"Evaluation of {metrics.get('model')}", metrics, directories))
+    return page_at

@@ -72,6 +72,7 @@ class Trace:
     title: str = ""
     reward: float | None = None  # what training made of it
     advantage: float | None = None  # over the others of its group
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # what the reward is the sum of, by name
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
@@ -207,6 +208,7 @@ def as_text(trace: Trace) -> str:
         lines += [f"      ({picture.caption}, {picture.width}x{picture.height})" for picture in turn.pictures]
     known = {name: getattr(trace, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
     lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
+    lines += [f"reward {name}: {value}" for name, value in trace.terms.items()]
     return "\n".join([*lines, f"ended: {trace.stop}"])
 
 

@@ -58,6 +58,8 @@ def _what_it_is(directory: Path) -> str:
         except (FileError, LookupError, TypeError):
             base = "its base model"
         return f". It holds an adapter ({ADAPTER}): merge it into {repr(base)[:100]}, with PEFT's merge_and_unload, and save that"
+    if (directory / "model" / CONFIG).is_file():
+        return f". It holds one: {directory / 'model'}"
     if (directory / UNFINISHED).is_dir():
         return f". Saving a model there was cut short ({UNFINISHED}): save it again"
     return ""

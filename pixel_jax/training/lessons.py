@@ -19,10 +19,14 @@ COLD = 0.5  # a temperature at which rows of a group are much alike
 
 
 def lesson_facts(scored: Scored, part: Share) -> dict[str, float]:
-    """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed"; and, where answers are scored, of groups
-    "all_right" and "all_wrong". With several processes, all call it; `part` is what each has of the rows."""
-    boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), part)
-    facts = {"unboxed": float(np.mean(~boxed))}
+    """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed", where it is known what they wrote;
+    and, where answers are scored, of groups "all_right" and "all_wrong".
+
+    With several processes, all call it; `part` is what each has of the rows."""
+    facts = {}
+    if scored.rows:  # a scoring of one's own may go without
+        boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), part)
+        facts["unboxed"] = float(np.mean(~boxed))
     if scored.correct is not None:
         right = scored.correct > 0.5
         facts["all_right"] = float(np.mean(np.all(right, axis=1)))
@@ -53,7 +57,7 @@ def causes(facts: Mapping[str, float], rows: int, temperature: float) -> list[st
             f"{1 - facts['finished']:.0%} of the rows ran out of room before they answered: raise max_new_tokens, "
             "max_response or max_calls in config.rl.rollout, or tune the model first"
         )
-    if facts["unboxed"] > MANY:
+    if facts.get("unboxed", 0.0) > MANY:
         found.append(
             f"{facts['unboxed']:.0%} of the rows give no answer in \\boxed{{}} or <answer>: tune the model on traces that do"
         )

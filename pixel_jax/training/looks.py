@@ -258,6 +258,7 @@ def draw_rollouts(
         images, is_video = seen.images[row].arrays, bool(questions.prompts.is_video[row // n])
         known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
         known |= {"reward": float(scored.reward[at]), "advantage": float(weighed.advantage[at])}
+        known["terms"] = {name: float(values[at]) for name, values in scored.terms.items()}
         if scored.correct is not None:
             known |= {
                 "correct": bool(scored.correct[at] > RIGHT),

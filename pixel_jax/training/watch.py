@@ -32,6 +32,7 @@ from pixel_jax.training.writers import Writer
 LOOKS, BEST = "looks.jsonl", "best.json"
 HELD_OUT, ROLLOUTS = "held_out", "rollouts"
 USUAL_LOOKS = 5  # in a run, besides the one before its first step
+SHOWN = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
 Criterion = Literal["accuracy", "loss"]
 BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, lower
 
@@ -132,7 +133,8 @@ class Watch:
 
     def _look(self, state: TrainState, done: int, log: Writer | None) -> None:
         facts, found = self.look(state)
-        say(f"after {done} steps, held out: {', '.join(f'{name} {value:.4g}' for name, value in facts.items())}")
+        shown = ", ".join(f"{name} {facts[name]:.4g}" for name in SHOWN if name in facts)
+        say(f"{f'after step {done}' if done else 'before the first step'}, on what is held out: {shown}")
         if self.best is not None:
             self._keep_best(state, done, facts)
         if log is None:
@@ -158,7 +160,7 @@ class Watch:
         self.save(state, self.directory.parent / "best")
         if first():
             write_json(self.directory / BEST, {"done": done, "by": self.best, "value": value})
-            say(f"the model after {done} steps is the best so far: {self.best} {value:.4g}")
+            say(f"the model of step {done} is the best so far: {self.best} {value:.4g}")
 
     def advantages(self, learner, state: TrainState, scored: Scored) -> Weighed:
         """The stage of that name, of which some rows are kept: of a group, at another place of the batch every time."""

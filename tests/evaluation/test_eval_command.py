@@ -1,5 +1,6 @@
 """`pixel-jax eval` as a person starts it: a run, a kill and another start, two runs compared, a checkpoint chosen."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import ml_collections
 import pytest
 from PIL import Image
 
@@ -181,6 +183,35 @@ def test_a_checkpoint_is_chosen_on_held_out_questions_only(tmp_path, capsys):
             main.select([*runs, bad])
     with pytest.raises(UserError, match="in the mode 'operations' .*x has vstar, .*0 has own"):
         main.select([runs[0], finished(tmp_path / "x", [[1.0]] * 10, benchmark="vstar")])
+
+
+def test_the_best_of_a_run_is_found_among_its_models(tmp_path, monkeypatch, capsys):
+    """Each is asked in a directory of its own, with the run's config otherwise."""
+    from pixel_jax import export
+
+    right, asked = {10: 2, 20: 7, 30: 5}, []
+    monkeypatch.setattr(export, "candidates", lambda run: dict.fromkeys(right))
+    monkeypatch.setattr(export, "model_directory", lambda name: pathlib.Path(name.replace("@", "/models/")))
+
+    def answer(config):
+        asked.append((config.model, config.out, config.seed))
+        step = int(config.model.rpartition("/")[2])
+        finished(pathlib.Path(config.out), [[1.0]] * right[step] + [[0.0]] * (10 - right[step]))
+
+    monkeypatch.setattr(main, "answer", answer)
+    config = {
+        "model": "-",
+        "out": str(tmp_path / "out"),
+        "seed": 3,
+        "benchmarks": {"own": {"format": "jsonl", "data": "d"}},
+    }
+    monkeypatch.setattr(main, "FLAGS", argparse.Namespace(config=ml_collections.ConfigDict(config)))
+    found = main.select_within(pathlib.Path("runs/rl"))
+    assert asked == [(f"runs/rl/models/{step}", str(tmp_path / f"out/step-{step}"), 3) for step in right]
+    assert found["step"] == 20 and "The best is step 20" in capsys.readouterr().out
+    monkeypatch.setattr(export, "candidates", lambda run: {1: None})
+    with pytest.raises(UserError, match="runs/rl has 1 models: there is nothing to choose from"):
+        main.select_within(pathlib.Path("runs/rl"))
 
 
 def test_benchmarks_count_alike_and_only_the_mode_with_operations_does(tmp_path, capsys):

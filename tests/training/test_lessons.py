@@ -22,6 +22,8 @@ def test_counts_of_groups_and_rows():
     alone = lesson_facts(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
     assert alone == {"unboxed": 3 / 8}
     assert remark(alone | {"informative": 0.0}) == "no group taught anything (100% of equal rewards)"
+    # A scoring of one's own may not say what the rows wrote.
+    assert lesson_facts(scored._replace(rows=()), WHOLE) == {"all_right": 0.25, "all_wrong": 0.5}
 
 
 def test_what_is_said_of_an_iteration():

@@ -121,33 +121,53 @@ def test_looks_add_up():
     assert Together(first, second)(3) == ({"loss": 3, "accuracy": 1}, ["a", "b"])
 
 
-@pytest.mark.parametrize("blank", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_drawn_rollouts_show_the_pixels_that_their_rows_saw(blank):
-    """Cut out on the host from what training keeps, against a rollout that kept its pixels."""
-    config = dataclasses.replace(talker.CONFIG, blank=blank)
-    prompts, queries = talker.prompts(4, video=True), talker.queries(4, video=True)
-    kept = to_host(rollout(talker.model(), prompts, jax.random.key(7), config))
+def drawable(config):
+    """(rollout with its pixels, queries, prompts) of images and videos."""
+    prompts = talker.prompts(4, video=True)
+    return to_host(rollout(talker.model(), prompts, jax.random.key(7), config)), talker.queries(4, video=True), prompts
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return drawable(talker.CONFIG)
+
+
+def check_drawn(kept, queries, prompts, config):
+    """What is cut out on the host from what training keeps, against a rollout that kept its pixels."""
     shape = static_shape(prompts, config, None)
     without = kept._replace(visual=kept.visual._replace(patches=None))
     examples = [Example(f"q{i}", query.question, (), (str(i),)) for i, query in enumerate(queries)]
     collected = Collected(Questions(0, prompts, examples), without, without, shape)
     correct = np.array([[0, 1, 0, 1]] * 4, np.float32)
     reward = np.arange(16, dtype=np.float32).reshape(4, 4) / 4
-    weighed = Weighed(Scored(collected, reward, {}, correct), reward - 1.5, np.ones(4, bool))
+    weighed = Weighed(
+        Scored(collected, reward, {"answer": correct, "my:own": reward - correct}, correct),
+        reward - 1.5,
+        np.ones(4, bool),
+    )
     rows = [0, 3, 5, 14]
     texts = written(kept, talker.vocabulary())
     for row, item in zip(rows, draw_rollouts(weighed, rows, talker.vocabulary(), config), strict=True):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
+        known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
         assert item == make_trace(kept, row, queries[row // 4], talker.vocabulary(), **known)
     drawn = draw_rollouts(weighed, range(16), talker.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
 
-def test_pictures_are_kept_smaller_with_boxes_in_their_place():
-    (query,) = talker.queries(1)
-    prompts = talker.prompts(1)
-    t = to_host(rollout(talker.model(), prompts, jax.random.key(3), talker.CONFIG))
+def test_drawn_rollouts_show_the_pixels_that_their_rows_saw(kept):
+    check_drawn(*kept, talker.CONFIG)
+
+
+@pytest.mark.slow
+def test_drawn_rollouts_show_grey_where_their_rows_saw_it():
+    config = dataclasses.replace(talker.CONFIG, blank=True)
+    check_drawn(*drawable(config), config)
+
+
+def test_pictures_are_kept_smaller_with_boxes_in_their_place(kept):
+    t, (query, *_), _ = kept
     large, small = (
         [make_trace(t, row, query, talker.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
     )
@@ -155,3 +175,4 @@ def test_pictures_are_kept_smaller_with_boxes_in_their_place():
         assert a.pictures[0].boxes == b.pictures[0].boxes
         assert (a.pictures[0].width, a.pictures[0].height) == (b.pictures[0].width, b.pictures[0].height) == (150, 120)
         assert traces.drawn(a.pictures[0]).shape == (120, 150, 3) and traces.drawn(b.pictures[0]).shape == (60, 75, 3)
+    assert any(item.pictures[0].boxes for item in small)
