@@ -184,7 +184,7 @@ def parquet_rows(
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise error(f"{path} is a Parquet file: `pip install -e .[data]` to read it") from None
+        raise error(f"{path} is a Parquet file: `pip install pyarrow` to read it") from None
 
     def read(batch, index: int, where: str) -> dict[str, Any]:
         row = {}
