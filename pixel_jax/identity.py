@@ -38,7 +38,7 @@ class Kind(enum.Enum):
 # Patterns of names, in the order in which they are tried. What matches none of them changes the experiment.
 KINDS: Mapping[str, Kind] = {
     # Places; what lies there is known by its content.
-    **dict.fromkeys(("model", "data", "out", "image_folders"), Kind.FREE),
+    **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), Kind.FREE),
     # Machines, memory and speed: the same numbers, but for rounding.
     **dict.fromkeys(("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), Kind.FREE),
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), Kind.FREE),

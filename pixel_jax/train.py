@@ -16,6 +16,7 @@ from pixel_jax.data.limits import Limits
 from pixel_jax.data.rooms import prompt_shape
 from pixel_jax.data.shapes import BatchShape, bucket_shapes
 from pixel_jax.identity import nest
+from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.run_lock import hold
@@ -60,6 +61,8 @@ class TrainConfig:
     image_folders: tuple[
         str, ...
     ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
+    # What data of one's own calls our fields, as in {"question": "prompt", "images": "image"} (`pixel_jax.data.own`).
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     sft: SFTConfig | None = None
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
@@ -175,7 +178,11 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     """What a run is besides its phase's section, which the phase itself adds."""
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    facts = {"command": command, **settings, **digest_model(config.model, digests), **rows}
+    if command == "rl":  # code of one's own: other code is another experiment
+        named = [name for name, _ in config.rl.reward.terms if is_name(name)]
+        facts["reward_code"] = {name: digest(name) for name in named}
+    return facts
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
@@ -229,6 +236,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         turns=command == "sft",
         drop=config.bad_rows == "drop",
         image_folders=config.image_folders,
+        columns=config.columns,
     )
     facts: dict[str, Any] = {}
     if first():

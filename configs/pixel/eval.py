@@ -5,7 +5,7 @@
 
 Data are the files that the benchmarks' authors release (`pixel_jax/evaluation/benchmarks.py` describes them), or with
 `--config.benchmarks.vstar.format=prepared` the Parquet files that Pixel Reasoner's authors prepared. A benchmark without
-data is left out. `own` is a folder of your own (`pixel_jax/data/jsonl.py`).
+data is left out. `own` is a folder of your own (`pixel_jax/data/own.py`).
 
     --config.modes="('operations', 'none', 'blank')"                        also without operations, and with grey crops
     --config.rollout.group_size=32 --config.rollout.temperature=1.0         Avg@32

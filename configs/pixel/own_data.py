@@ -8,7 +8,7 @@
 Words after a colon choose adapters in the place of all weights, and another algorithm for `rl` than the paper's, as in
 `pixel_jax/recipe.py`: `own_data.py:lora`, `own_data.py:gspo`, `own_data.py:lora,gspo`.
 
-The formats are described in `pixel_jax/data/jsonl.py` and `pixel_jax/data/released.py`. How large batches are is worked out
+The formats are described in `pixel_jax/data/own.py` and `pixel_jax/data/released.py`. How large batches are is worked out
 from the data, pictures and videos alike, and from the machine's memory: from a small model on two cores to a 7B on a TPU host
 nothing has to be set. Fields that are not set here have
 the paper's values; any can be set as `--config.FIELD=VALUE` (`--config.rl.reward.alpha=0.3`).

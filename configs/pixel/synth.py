@@ -4,7 +4,7 @@
     pixel-jax synth --config=configs/pixel/synth.py:endpoint --config.seeds=... --config.out=... \\
         --config.endpoint.url=http://localhost:8000/v1 --config.endpoint.model=Qwen/Qwen2.5-VL-72B-Instruct
 
-The formats are described in `pixel_jax/synthesis/seeds.py` and `pixel_jax/data/jsonl.py`.
+The formats are described in `pixel_jax/synthesis/seeds.py` and `pixel_jax/data/own.py`.
 """
 
 from ml_collections import ConfigDict, config_dict

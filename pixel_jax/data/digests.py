@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.sources import Member, Source, SourceError, Stored, read_bytes
+from pixel_jax.data.sources import Embedded, Member, Source, SourceError, Stored, read_bytes
 from pixel_jax.files import FileError, open_regular
 from pixel_jax.state_files import read_note, write_json
 
@@ -51,6 +51,8 @@ class Digests:
             return self._of(name, source.archive, lambda: _digest(read_bytes(source)))
         if isinstance(source, Stored):
             return _digest(f"{self.folder(source.folder)}:{source.index}:{source.place}".encode())
+        if isinstance(source, Embedded):
+            return _digest(source.data)
         return self.file(source)
 
     def files(self, paths: Sequence[pathlib.Path]) -> str:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,7 @@ class Example(NamedTuple):
     seconds: float | None = None  # that two frames cover; None: what the video file says, 1 for frames
     category: str = ""  # a row of an evaluation's report
     text_first: bool = False  # the images follow the question
+    fields: Mapping[str, Any] = {}  # what else its row has, as JSON values: rewards may go by it
 
     def query(self) -> Query:
         """The question with its pixels."""

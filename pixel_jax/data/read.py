@@ -1,27 +1,34 @@
 """Examples from whatever file they are in."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pixel_jax.data.example import Example, ExampleError, Report
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.jsonl import read_jsonl
-from pixel_jax.data.released import read_questions, read_traces
+from pixel_jax.data.own import READERS, read_own
+from pixel_jax.data.parquet import column_names
+from pixel_jax.data.released import QUESTION_COLUMNS, read_questions, read_traces
 
 
 def read_examples(
-    path: str | pathlib.Path, *, turns: bool, drop: bool = False, image_folders: Sequence[str] = ()
+    path: str | pathlib.Path,
+    *,
+    turns: bool,
+    drop: bool = False,
+    image_folders: Sequence[str] = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
 ) -> tuple[list[Example], Report]:
     """The examples of a file, their pixels left where they are, and what became of its rows.
 
     Args:
-      path: `*.jsonl` of one's own, or a directory of them (`pixel_jax.data.jsonl`); `*.json` or `*.parquet` as released
-        (`pixel_jax.data.released`); or a directory that TFDS has prepared (`pixel_jax.data.tfds_builders`).
+      path: `*.jsonl` or `*.parquet` of one's own, or a directory of them (`pixel_jax.data.own`); `*.json` or `*.parquet` as
+        released (`pixel_jax.data.released`); or a directory that TFDS has prepared (`pixel_jax.data.tfds_builders`).
       turns: they are needed, for tuning.
       drop: what cannot be used is left out and counted. That takes a look at every image, to the last pixel; otherwise a
         broken image is an error when its turn comes. The first bad row is an error then, too.
       image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
+      columns: what data of one's own calls our fields: ours -> theirs.
     """
     path = pathlib.Path(path)
     report = Report(str(path), drop)
@@ -35,15 +42,19 @@ def read_examples(
         examples = read_prepared(path)
     elif not (path.is_file() or path.is_dir()):
         raise ExampleError(f"{path} is not a file or directory")
-    elif path.is_dir() or path.suffix == ".jsonl":
-        examples = read_jsonl(path, turns=turns, report=report, image_folders=image_folders)
     elif path.suffix == ".json":
         examples = read_traces(path, report, image_folders)
-    elif path.suffix == ".parquet":
+    elif path.suffix == ".parquet" and not columns and set(QUESTION_COLUMNS) <= set(column_names(path, ExampleError)):
         examples = read_questions(path, report, image_folders)
+    elif path.is_dir() or path.suffix in READERS:
+        examples = read_own(path, turns=turns, report=report, image_folders=image_folders, columns=columns)
     else:
         raise ExampleError(
-            f"{path} must be a .jsonl, .json or .parquet file, or a directory of .jsonl files or prepared by TFDS"
+            f"{path} must be a .jsonl, .json or .parquet file, or a directory of .jsonl and .parquet files or prepared by TFDS"
+        )
+    if columns and (path.suffix == ".json" or (path / "dataset_info.json").is_file()):
+        raise ExampleError(
+            f"{path}: columns are of data of one's own, in JSON lines or Parquet; this has fields of its own"
         )
     if turns and (lacking := [x.id for x in examples if not x.turns]):
         raise ExampleError(f"{path}: {len(lacking)} examples have no turns to learn, the first one is {lacking[0]}")

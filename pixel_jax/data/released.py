@@ -14,12 +14,13 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
 import codecs
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pixel_jax.data.example import Example, ExampleError, Report
-from pixel_jax.data.sources import Folder
+from pixel_jax.data.messages import fields, read_dialogue
+from pixel_jax.data.parquet import parquet_rows
+from pixel_jax.data.sources import Embedded, Folder
 from pixel_jax.data.traces import Turn
-from pixel_jax.dialog import grammar
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.files import open_regular, parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
@@ -59,35 +60,15 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Example:
     """One row of the traces. ExampleError: it is none; `report` counts what had to be mended."""
-    row = _fields(row, ("qid", "message_list"), where)
+    row = fields(row, ("qid", "message_list"), where)
     name = row["qid"]
     if not isinstance(name, str | int) or name == "":
         raise ExampleError(f"{where}: 'qid' must be a text or a number, not {brief(name)}")
     where = f"{where} ({name})"
-    messages = row["message_list"]
-    if not isinstance(messages, list):
-        raise ExampleError(f"{where}: 'message_list' must be a list, not {type(messages).__name__}")
-    messages = [_message(message, f"{where}, message {i}") for i, message in enumerate(messages, 1)]
-    system = messages.pop(0).text if messages and messages[0].role == "system" else None
-    roles = [message.role for message in messages]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
-        raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {brief(roles)}")
-    first = messages[0]
-    if not first.text or not first.images:
-        raise ExampleError(f"{where}: the first message needs a question and an image or a video")
-    said, returned = messages[1::2], messages[2::2]
-    turns = []
-    for i, message in enumerate(said, 1):
-        if message.images or not message.text:
-            raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
-        text = _tidy(message.text)
-        asked = grammar.parse_turn(text)
-        if asked.required != (i < len(said)):
-            what = "ends with a call" if asked.required else "is followed by another and has no call"
-            raise ExampleError(f"{where}: turn {i} of the assistant {what}")
-        if asked.required and asked.call is None and returned[i - 1].images:
-            raise ExampleError(f"{where}: the call of turn {i} cannot be read, but images came back: {text[-200:]!r}")
-        turns.append(Turn(((text, i > len(said) - LEARNED),)))
+    system, first, said = read_dialogue(row["message_list"], f"{where}: 'message_list'")
+    if not said:
+        raise ExampleError(f"{where}: user and assistant must take turns and the assistant end")
+    turns = [Turn(((message.text, i >= len(said) - LEARNED),)) for i, message in enumerate(said)]
     answer = last_boxed(turns[-1].parts[0][0])
     if answer is None:
         report.mended["an answer without \\boxed{} was kept"] += 1
@@ -98,54 +79,12 @@ def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Examp
     return Example(
         id=str(name),
         question=_without_guidelines(first.text, report),
-        images=tuple(folder.find(image) for image in first.images),
+        images=tuple(image if isinstance(image, Embedded) else folder.find(image) for image in first.images),
         answer=() if answer is None else (answer,),
         turns=tuple(turns),
         video=first.video,
         text_first=first.text_before,
     )
-
-
-class Message(NamedTuple):
-    role: str
-    text: str
-    images: list[Any]  # or the frames of a video
-    video: bool
-    text_before: bool  # some of the text comes before an image
-    text_after: bool
-
-
-def _message(message: Any, where: str) -> Message:
-    message = _fields(message, ("role", "content"), where)
-    role, content = message["role"], message["content"]
-    if isinstance(content, str):
-        content = [{"text": content}]
-    if not isinstance(role, str) or not isinstance(content, list):
-        raise ExampleError(f"{where}: a message has a role and a list of parts, not {brief(role)} and {brief(content)}")
-    texts, images, videos, text_before, text_after = [], [], [], False, False
-    for part in content:
-        if not isinstance(part, Mapping):
-            raise ExampleError(f"{where}: a part of a message is an object, not {brief(part)}")
-        given = {kind: value for kind, value in part.items() if value is not None and kind != "type"}
-        if len(given) != 1 or not given.keys() <= {"text", "image", "video"}:
-            raise ExampleError(
-                f"{where}: a part of a message is one of text, image and video, not {brief(sorted(given))}"
-            )
-        ((kind, value),) = given.items()
-        if kind == "text":
-            if not isinstance(value, str):
-                raise ExampleError(f"{where}: a text is no text: {brief(value)}")
-            texts.append(value)
-            text_after = text_after or bool(value and (images or videos))
-            continue
-        text_before = text_before or any(texts)
-        if kind == "image":
-            images.append(value)
-        else:
-            videos.append(value if isinstance(value, list) else [value])
-    if len(videos) > 1 or (videos and images):
-        raise ExampleError(f"{where} shows {len(videos)} videos and {len(images)} images: one video or images")
-    return Message(role, "".join(texts), videos[0] if videos else images, bool(videos), text_before, text_after)
 
 
 def _without_guidelines(text: str, report: Report) -> str:
@@ -160,12 +99,6 @@ def _without_guidelines(text: str, report: Report) -> str:
     return text
 
 
-def _tidy(text: str) -> str:
-    """A turn as the policy would write it: no end marker, and nothing after a call."""
-    bare = text.replace(grammar.END.decode(), "")
-    return bare.rstrip() if bare.rstrip().endswith(grammar.CLOSE.decode()) else bare
-
-
 def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
     """The examples of a `release.parquet`; its images lie where those of `read_traces` do."""
     path = pathlib.Path(path)
@@ -174,39 +107,6 @@ def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequ
     for where, row in parquet_rows(path, QUESTION_COLUMNS, ExampleError):
         report.take(examples, lambda: question_example(row(), where, folder))  # noqa: B023
     return examples
-
-
-def parquet_rows(
-    path: pathlib.Path, columns: Sequence[str], error: Callable[[str], Exception]
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Where every row of a Parquet file stands, and how its `columns` are read. `error`: it cannot be, or has no such."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise error(f"{path} is a Parquet file: `pip install pyarrow` to read it") from None
-
-    def read(batch, index: int, where: str) -> dict[str, Any]:
-        row = {}
-        for name in columns:
-            try:
-                row[name] = batch.column(name)[index].as_py()
-            except (ValueError, pyarrow.ArrowException) as reason:  # a text that is no UTF-8
-                raise error(f"{where}: {name!r} cannot be read: {reason}") from None
-        return row
-
-    number = 0
-    try:
-        with open_regular(path, error) as opened, parquet.ParquetFile(opened) as file:
-            if missing := [name for name in columns if name not in file.schema_arrow.names]:
-                raise error(f"{path} has no column {missing[0]!r}, only {brief(file.schema_arrow.names)}")
-            for batch in file.iter_batches(columns=list(columns)):
-                for index in range(batch.num_rows):
-                    number += 1
-                    where = f"{path}, row {number}"
-                    yield where, lambda batch=batch, index=index, where=where: read(batch, index, where)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as reason:  # the last: a column's name
-        raise error(f"{path} cannot be read: {reason}") from None
 
 
 def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Example:
@@ -232,11 +132,3 @@ def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Exam
         answer=tuple(answer),
         video=bool(is_video),
     )
-
-
-def _fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ExampleError(f"{where} is {type(value).__name__}, not an object")
-    if missing := [name for name in names if name not in value]:
-        raise ExampleError(f"{where} has no {missing[0]!r}, only {brief(list(value))}")
-    return value

@@ -49,7 +49,19 @@ class Stored(NamedTuple):
         return f"image {self.place + 1} of record {self.index}"
 
 
-Source = pathlib.Path | Member | Stored
+class Embedded(NamedTuple):
+    """A picture that stood in the data itself, still encoded."""
+
+    data: bytes
+    name: str  # where it stood
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+
+Source = pathlib.Path | Member | Stored | Embedded
 
 
 def locate(
@@ -136,6 +148,8 @@ def _open(source: Source) -> BinaryIO:
         return _open_member(source)
     if isinstance(source, Stored):
         return io.BytesIO(source.records[source.index]["images"][source.place])
+    if isinstance(source, Embedded):
+        return io.BytesIO(source.data)
     return open_regular(source, ImageError)
 
 
@@ -143,7 +157,7 @@ def _length(source: Source) -> int:
     """Bytes that a file says it has, of those that are not in memory already."""
     if isinstance(source, Member):
         return open_archive(source.archive).getinfo(source.name).file_size
-    return 0 if isinstance(source, Stored) else source.stat().st_size
+    return 0 if isinstance(source, Stored | Embedded) else source.stat().st_size
 
 
 @contextlib.contextmanager

@@ -6,14 +6,16 @@ to (`pixel_jax.data.sources.locate`). It returns the questions and the split tha
 them.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pixel_jax.data.jsonl import read_jsonl
-from pixel_jax.data.released import QUESTION_COLUMNS, parquet_rows
+from pixel_jax.data import own
+from pixel_jax.data.parquet import parquet_rows
+from pixel_jax.data.released import QUESTION_COLUMNS
 from pixel_jax.data.sources import Folder, SourceError, locate
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.files import parse_json, read_json, read_lines
@@ -195,9 +197,12 @@ def read_prepared(
 
 
 def read_own(
-    data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
+    data: pathlib.Path,
+    images: pathlib.Path | None = None,
+    others: Folders = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
 ) -> tuple[list[Question], None]:
-    """A folder of one's own (`pixel_jax.data.jsonl`), its videos shown as in training."""
+    """A folder of one's own (`pixel_jax.data.own`), its videos shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
     found = [
@@ -210,7 +215,7 @@ def read_own(
             is_video=x.video,
             seconds=x.seconds,
         )
-        for x in read_jsonl(data, image_folders=others)
+        for x in own.read_own(data, image_folders=others, columns=columns)
     ]
     return found, None
 
@@ -231,6 +236,7 @@ def read(
     images: str | pathlib.Path | None = None,
     *,
     image_folders: Folders = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
     split: str | None = None,
     sample: int | None = None,
     seed: int = 0,
@@ -240,13 +246,17 @@ def read(
     Args:
       kind: a key of `READERS`.
       image_folders: where images may lie beside the folder of the images or of the data (`pixel_jax.data.sources.locate`).
+      columns: what data of one's own calls our fields.
       split: what the split is, where the files do not say; by default a test set.
       sample: so many questions, drawn by `seed` (the authors' TallyQA is 3,200 of 15,598).
     """
     data, images = pathlib.Path(data), None if images is None else pathlib.Path(images)
     if not data.exists():
         raise BenchmarkError(f"there is no {data}")
-    questions, said = READERS[kind](data, images, image_folders)
+    if columns and kind != "jsonl":
+        raise BenchmarkError(f"columns are of data of one's own (the format 'jsonl'); {kind!r} has fields of its own")
+    reader = functools.partial(read_own, columns=columns) if columns else READERS[kind]
+    questions, said = reader(data, images, image_folders)
     if said is not None and split is not None and said != split:
         raise BenchmarkError(f"{data} is the split {said!r}, the config says {split!r}")
     seen: set[str] = set()

@@ -43,6 +43,8 @@ class BenchmarkConfig:
         None  # folder of the images (prepared: or of their images.zip), if they do not lie beside the data
     )
     image_folders: tuple[str, ...] = ()  # where else than there images may lie: ("/",) allows all that the data names
+    # What data of one's own ("jsonl", which may be Parquet, too) calls our fields: {"question": "prompt"}.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
     sample: int | None = None  # so many questions, drawn at random
     scorer: ScorerConfig = ScorerConfig()

@@ -111,6 +111,7 @@ def answer(config: EvalConfig) -> None:
     from pixel_jax.evaluation.benchmarks import read
     from pixel_jax.evaluation.results import read_records
     from pixel_jax.evaluation.run import evaluate
+    from pixel_jax.evaluation.stages import Exam, Policy
     from pixel_jax.parallel import make_mesh
     from pixel_jax.parallel.processes import meet
     from pixel_jax.rollout.prompts import tables
@@ -127,6 +128,7 @@ def answer(config: EvalConfig) -> None:
             x.data,
             x.images,
             image_folders=x.image_folders,
+            columns=x.columns,
             split=x.split,
             sample=x.sample,
             seed=config.seed,
@@ -141,28 +143,21 @@ def answer(config: EvalConfig) -> None:
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary)
+    policy = Policy(model, vocabulary, tables(vocabulary))
     with Digests(out / f"digests-{process}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     directories = {(name, mode): out / name / mode for name in benchmarks for mode in config.modes}
     for (name, mode), directory in directories.items():
         questions, split = data[name]
+        exam = Exam(benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
         evaluate(
-            model,
-            vocabulary,
-            token_tables,
+            policy,
             questions,
-            benchmarks[name],
-            config.rollout,
+            exam,
             directory,
-            mode=mode,
             facts={**held, "split": split},
+            part=(process, processes),
             digests=digests,
-            batch=config.batch,
-            traced=config.traces,
-            seed=config.seed,
-            process=process,
-            processes=processes,
             label=f"{name} {mode}",
         )
     meet("every question is answered")

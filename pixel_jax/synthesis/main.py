@@ -29,8 +29,5 @@ def main(command: str, arguments: list[str]) -> None:
     show(report)
     if not report["made"]:
         raise UserError(f"no seed became a trace; {config.out}/report.json says why")
-    folders = (str(pathlib.Path(config.seeds).resolve().parent), *config.image_folders)
-    say(
-        f"The traces are in {pathlib.Path(config.out) / 'traces.jsonl'}. Their images lie elsewhere: tune on them with "
-        f'--config.image_folders="{folders}".'
-    )
+    traces = pathlib.Path(config.out) / "traces.jsonl"
+    say(f"The traces are in {traces}, their images beside them: pixel-jax sft reads them as --config.data={traces}.")

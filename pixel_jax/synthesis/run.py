@@ -1,13 +1,15 @@
 """A whole synthesis: every seed once, many at a time, interrupted and continued as it comes, and a report at the end.
 
-The run directory holds `outcomes.jsonl` (a line for each finished seed, written as it finishes), `answers/` (what the
-endpoint said), and at the end `traces.jsonl` for `pixel-jax sft` and `report.json`. The last two say the same however
+The run directory holds `outcomes.jsonl` (a line for each finished seed, written as it finishes), `answers/` (what the endpoint
+said), and at the end `traces.jsonl` for `pixel-jax sft`, its pictures in `images/`, and `report.json`. These say the same however
 often the run was interrupted: rows are in the order of the seeds, and what is drawn is drawn from the seed's number.
 """
 
 import dataclasses
 import json
+import os
 import pathlib
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -152,7 +154,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
 
     def one(i: int) -> Outcome:
         rng = np.random.default_rng([config.seed, i])
-        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad, beside=out)
+        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 
@@ -162,11 +164,34 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
 
         failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
     outcomes |= {i: Outcome(None, why, {}) for i, why in failed.items()}  # not kept: another run tries again
-    rows = [outcomes[i].row for i in range(len(seeds)) if outcomes[i].row is not None]
+    with Digests(out / "digests.json") as digests:
+        rows = [
+            outcomes[i].row | {"images": [put_beside(path, out, digests) for path in seeds[i].images]}
+            for i in range(len(seeds))
+            if outcomes[i].row is not None
+        ]
     write_file(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report = report_of(seeds, kinds, outcomes, config)
     write_file(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def put_beside(picture: pathlib.Path, out: pathlib.Path, digests: Digests) -> str:
+    """Puts a picture beside the traces, under the name of its content: where they are read nothing outside has to be allowed.
+
+    It takes no room on the disk where it can be a link to the same file (a hard one), else it is a copy.
+    """
+    name = f"images/{digests.file(picture)}{picture.suffix.lower()}"
+    if not (out / name).exists():
+        (out / name).parent.mkdir(exist_ok=True)
+        new = out / f"{name}.new"
+        new.unlink(missing_ok=True)
+        try:
+            os.link(os.path.realpath(picture), new)
+        except OSError:  # on another disk, or on one that has no such links
+            shutil.copyfile(picture, new)
+        new.replace(out / name)
+    return name
 
 
 def _work(

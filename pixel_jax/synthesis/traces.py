@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import pathlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ MOST_LOOSE = 1 / 9  # share of the image that a reference may fill where a crop 
 
 
 class Outcome(NamedTuple):
-    """What became of a seed: a row of JSON lines (`pixel_jax.data.jsonl`), or the reason why it was dropped."""
+    """What became of a seed: a row of JSON lines (`pixel_jax.data.own`), or the reason why it was dropped."""
 
     row: dict[str, Any] | None
     reason: str | None
@@ -90,9 +88,8 @@ def make(
     *,
     attempts: int,
     pad: float,
-    beside: pathlib.Path,
 ) -> Outcome:
-    """The trace of `kind` about a seed. Image paths of its row are relative to the folder `beside`."""
+    """The trace of `kind` about a seed. Its row has no images yet: where they lie is known when it is written."""
     rejected: Counter[str] = Counter()
 
     def written(which: str, write: Callable[[int], str], problem_of: Callable[[str], str | None]) -> str | None:
@@ -132,7 +129,6 @@ def make(
     if not turns:
         return Outcome(None, last[-1], dict(rejected))
     row: dict[str, Any] = {"id": seed.id, "question": seed.question}
-    row["images"] = [os.path.relpath(path, beside) for path in seed.images]
     row["answer"] = list(seed.answers) if len(seed.answers) > 1 else answer
     if seed.video:
         row["video"] = True

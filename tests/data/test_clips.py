@@ -13,8 +13,8 @@ import pixel_jax
 from pixel_jax.data import clips
 from pixel_jax.data.clips import clip_size, is_clip, read_frames
 from pixel_jax.data.images import ImageError, ImageWarning
-from pixel_jax.data.jsonl import read_jsonl
 from pixel_jax.data.limits import Limits, use_limits
+from pixel_jax.data.own import read_own
 from pixel_jax.data.read import read_examples
 from tests.data.ffmpeg import H264, ffmpeg, frames_of, make
 
@@ -226,7 +226,7 @@ def test_other_containers_are_refused_with_a_remedy(container, tmp_path):
     (tmp_path / "data.jsonl").write_text(
         f'{{"question": "?", "images": ["a.{container}"], "answer": "7", "video": true}}'
     )
-    (example,) = read_jsonl(tmp_path / "data.jsonl")
+    (example,) = read_own(tmp_path / "data.jsonl")
     for look in (example.query, example.outline):
         with pytest.raises(ImageError, match=r"`ffmpeg -i FILE (-c copy FILE.mkv|FILE.mp4)`"):
             look()
@@ -252,7 +252,7 @@ def test_seconds_are_those_between_frames(tmp_path):
     frames, seconds = pixel_jax.read_video(tmp_path / "a.mp4")
     assert len(frames) == 16 and seconds == pytest.approx(0.2)
     (tmp_path / "data.jsonl").write_text('{"question": "?", "images": ["a.mp4"], "answer": "7", "video": true}')
-    (example,) = read_jsonl(tmp_path / "data.jsonl")
+    (example,) = read_own(tmp_path / "data.jsonl")
     assert example.query().seconds == pytest.approx(0.4)
 
 
@@ -275,7 +275,7 @@ def test_a_video_file_is_an_example_s_video(tmp_path):
     line = '{"question": "?", "images": ["%s"], "answer": "7", "video": true%s}\n'
     path = tmp_path / "data.jsonl"
     path.write_text(line % ("a.mp4", "") + line % ("a.mp4", ', "seconds": 3') + line % ("a.png", ""))
-    own, given, still = read_jsonl(path)
+    own, given, still = read_own(path)
     assert (own.query().seconds, given.query().seconds, still.query().seconds) == (0.625, 3.0, 1.0)
     for example in (own, given, still):
         assert [x.shape for x in example.outline().images] == [x.shape for x in example.query().images]

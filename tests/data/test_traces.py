@@ -236,7 +236,7 @@ def test_limits_are_named():
         patches=int(t.visual.grids[..., 1:].prod(axis=-1).max()),
     )
     compile_traces(traces, need)
-    for field, name in (("length", "tokens"), ("frames", "frames"), ("slices", "slices"), ("patches", "patches")):
+    for field, name in (("tokens", "tokens"), ("images", "pictures"), ("slices", "slices"), ("patches", "patches")):
         have = getattr(need, field)
         with pytest.raises(TraceError, match=f"trace [012] has {have} {name}, there is room for {have - 1}"):
             compile_traces(traces, need._replace(**{field: have - 1}))

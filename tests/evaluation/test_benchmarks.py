@@ -12,7 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.own import read_own
 from pixel_jax.evaluation import benchmarks
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
 from pixel_jax.evaluation.clips import frame_indices, load_clip, size_of
@@ -263,7 +263,7 @@ def test_one_s_own_is_asked_as_it_is_trained_on(tmp_path):
         + about(["a.png"])
     )
     questions, _ = read("jsonl", tmp_path / "mine.jsonl")
-    examples = read_jsonl(tmp_path / "mine.jsonl")
+    examples = read_own(tmp_path / "mine.jsonl")
     assert [x.id for x in questions] == [x.id for x in examples] == ["mine", *(f"mine.jsonl:{i}" for i in range(2, 6))]
     for question, example in zip(questions, examples, strict=True):
         asked, trained = question.query(), example.query()

@@ -13,10 +13,11 @@ from PIL import Image
 from pixel_jax import score_answer
 from pixel_jax.data.rooms import places
 from pixel_jax.dialog.observations import Kind
-from pixel_jax.evaluation import report, run, summary, trace
+from pixel_jax.evaluation import report, run, stages, summary, trace
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import read_records
+from pixel_jax.evaluation.stages import Exam, Policy, Stages
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollout.machine import GREY
@@ -52,10 +53,20 @@ def questions(everything):
     return everything[:COUNT]
 
 
-def answer(questions, directory, *, model=None, benchmark=BENCHMARK, **options):
-    options = {"batch": 2, "traced": COUNT, **options}
-    words = talker.vocabulary(), talker.token_tables()
-    run.evaluate(model or talker.model(), *words, questions, benchmark, LIMITS, directory, **options)
+def answer(
+    questions,
+    directory,
+    *,
+    model=None,
+    benchmark=BENCHMARK,
+    batch=2,
+    traced=COUNT,
+    mode="operations",
+    seed=0,
+    **options,
+):
+    policy = Policy(model or talker.model(), talker.vocabulary(), talker.token_tables())
+    run.evaluate(policy, questions, Exam(benchmark, LIMITS, mode, batch, traced, seed), directory, **options)
     return read_records(directory)
 
 
@@ -92,7 +103,7 @@ def test_every_question_is_answered_once(questions, whole):
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path, monkeypatch, capsys):
-    calls, real = collections.Counter(), run.rollout
+    calls, real = collections.Counter(), stages.rollout
 
     def dies(*arguments, **options):
         calls["rollout"] += 1
@@ -100,7 +111,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(questions, whole, tmp_path
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(run, "rollout", dies)
+    monkeypatch.setattr(stages, "rollout", dies)
     with pytest.raises(KeyboardInterrupt):
         answer(questions, tmp_path)
     assert len(read_records(tmp_path)) == 2
@@ -150,7 +161,7 @@ def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, caps
 
 def test_processes_share_the_questions(questions, whole, tmp_path):
     for process in (1, 0):
-        answer(questions, tmp_path, process=process, processes=2)
+        answer(questions, tmp_path, part=(process, 2))
     shares = [
         {json.loads(line)["index"] for line in (tmp_path / f"results-{i}.jsonl").read_text().splitlines()}
         for i in (0, 1)
@@ -183,20 +194,20 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
 
 
 def test_without_operations_no_tools_are_offered(questions):
-    limits = run.rollout_config(LIMITS, "none", 3584)
+    limits = stages.rollout_config(LIMITS, "none", 3584)
     assert limits.max_calls == 0 and not limits.blank
     words = talker.vocabulary()
     for mode, offered in {"operations": True, "blank": True, "none": False}.items():
-        ids = prompt_tokens(questions[1].query(), words, LIMITS, run.guidelines(mode))
+        ids = prompt_tokens(questions[1].query(), words, LIMITS, stages.guidelines(mode))
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
 
 
 @pytest.mark.slow
 def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
-    found, real = {}, run.rollout
+    found, real = {}, stages.rollout
     for mode in ("operations", "blank"):
         keep = lambda *arguments, mode=mode: found.setdefault(mode, to_host(real(*arguments)))
-        monkeypatch.setattr(run, "rollout", keep)
+        monkeypatch.setattr(stages, "rollout", keep)
         answer(questions[:2], tmp_path / mode, mode=mode)
     sharp, grey = found["operations"], found["blank"]
     looked = 0
@@ -246,6 +257,17 @@ def test_the_scorer_is_the_benchmarks(questions, tmp_path, whole):
     assert [x["accuracy"] for x in records] == [x["accuracy"] for x in whole[1][:2]]
     assert {value for record in records for value in record["score"]} <= {0.0, 0.5}
     assert all((0.5 if "7" in text else 0.0) == x["score"][i] for x in records for i, text in enumerate(x["responses"]))
+
+
+def test_a_stage_of_ones_own(questions, tmp_path, whole):
+    def longest(session, answered):
+        return stages.Judged(
+            answered, {name: [float(len(x)) for x in answered.texts] for name in ("score", "accuracy")}
+        )
+
+    records = answer(questions[:2], tmp_path, stages=Stages(judge=longest), traced=0)
+    assert [x["responses"] for x in records] == [x["responses"] for x in whole[1][:2]]
+    assert all(x["score"] == [len(text) for text in x["responses"]] for x in records)
 
 
 def test_buckets_are_chosen_by_size_and_length(everything):

@@ -16,7 +16,7 @@ import pytest
 
 from pixel_jax.config import load, shipped_configs
 from pixel_jax.evaluation.config import EvalConfig
-from pixel_jax.evaluation.run import rollout_config
+from pixel_jax.evaluation.stages import rollout_config
 from pixel_jax.models.released import released
 from pixel_jax.planning.programs import Recipe, abstract_model, array, prompt_arrays, rollout_shape
 from pixel_jax.quickstart.vocabulary import build_vocabulary

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.own import read_own
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.dialog.observations import Kind
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
     path = seed_files.write_seeds(folder, images=20, videos=10, direct=2)
     out = folder / "runs" / "traces"
     report = synthesize(SynthConfig(seeds=str(path), out=str(out), video=(0.5, 0.5)))
-    examples = read_jsonl(out / "traces.jsonl", turns=True, image_folders=[folder])
+    examples = read_own(out / "traces.jsonl", turns=True)
     vocabulary = qwen_vocabulary()
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     return read_seeds(path), report, examples, done
@@ -95,7 +95,7 @@ def test_rows_are_those_of_the_format(made, tmp_path):
     seeds, _, examples, _ = made
     for seed, example in zip(seeds, examples, strict=True):
         assert (example.question, example.answer, example.video) == (seed.question, seed.answers, seed.video)
-        assert [path.resolve() for path in example.images] == [path.resolve() for path in seed.images]
+        assert [path.read_bytes() for path in example.images] == [path.read_bytes() for path in seed.images]
         assert example.seconds == (2.0 if seed.video else None)
 
 
@@ -173,7 +173,7 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
     kinds, impossible = plan(seeds, config)
     assert report["made"] == len(kinds) > 40 and len(set(kinds.values())) == 4
     assert set(impossible.values()) <= {"the reference is too small to crop", "the reference is the whole image"}
-    examples = read_jsonl(tmp_path / "out" / "traces.jsonl", turns=True, image_folders=[tmp_path])
+    examples = read_own(tmp_path / "out" / "traces.jsonl", turns=True)
     vocabulary = qwen_vocabulary()
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     for row, (i, example) in enumerate(zip(sorted(kinds), examples, strict=True)):

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax import endpoint
-from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.own import read_own
 from pixel_jax.endpoint import EndpointError
 from pixel_jax.synthesis import run
 from pixel_jax.synthesis.run import EndpointConfig, SynthConfig, show, synthesize
@@ -91,7 +92,7 @@ def test_a_model_that_sees_makes_traces_of_all_seeds(seeds):
         if which == "local" and "part of a larger image" in text:
             ((height, width, _),) = [picture.shape for picture in pictures]
             assert width <= 24 + 2 * 40 + 8 and height <= 24 + 2 * 30 + 8  # the crop with its padding of a tenth
-    for example in read_jsonl(config.out + "/traces.jsonl", turns=True, image_folders=[seeds.parent]):
+    for example in read_own(config.out + "/traces.jsonl", turns=True):
         first, last = (example.turns[i].parts[0][0] for i in (0, -1))
         assert last == f"What I see here is {example.answer[0]} all over.\nThe answer is \\boxed{{{example.answer[0]}}}"
         if len(example.turns) > 1:
@@ -392,10 +393,7 @@ def test_the_command_without_an_endpoint(seeds):
     line = ["synth", "--config=configs/pixel/synth.py", f"--config.seeds={seeds}", f"--config.out={out}"]
     status, printed, error = command(*line)
     assert status == 0, error
-    assert (
-        "analyses by templates" in printed
-        and len(read_jsonl(out / "traces.jsonl", turns=True, image_folders=[seeds.parent])) == 13
-    )
+    assert "analyses by templates" in printed and len(read_own(out / "traces.jsonl", turns=True)) == 13
 
 
 def test_mistakes(seeds):
@@ -411,3 +409,21 @@ def test_mistakes(seeds):
     assert status == 1 and "not by 'poet'" in error
     status, _, error = command("synth", "--config=configs/pixel/synth.py", "--config.seeds=nowhere", "--config.out=y")
     assert status == 1 and "'nowhere' cannot be opened" in error and "Traceback" not in error
+
+
+def test_pictures_lie_beside_the_traces_under_the_names_of_their_content(seeds, monkeypatch):
+    """As links where the disk has them, else as copies; nothing outside the run directory has to be allowed."""
+    linked = SynthConfig(seeds=str(seeds), out=str(seeds.parent / "linked"))
+    synthesize(linked)
+    monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError("another disk")))
+    copied = SynthConfig(seeds=str(seeds), out=str(seeds.parent / "copied"))
+    synthesize(copied)
+    assert read(linked) == read(copied)
+    rows = [json.loads(line) for line in read(linked).splitlines()]
+    pictures = {json.loads(line)["id"]: json.loads(line)["images"] for line in seeds.read_text().splitlines()}
+    for row in rows:
+        for name, own in zip(row["images"], pictures[row["id"]], strict=True):
+            ours, theirs = (pathlib.Path(x.out) / name for x in (linked, copied))
+            assert ours.stat().st_nlink == 2 and theirs.stat().st_nlink == 1
+            assert theirs.read_bytes() == ours.read_bytes() == (seeds.parent / own).read_bytes()
+    assert not list(pathlib.Path(copied.out).glob("images/*.new"))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax.data.example import ExampleError
-from pixel_jax.data.jsonl import read_jsonl
+from pixel_jax.data.own import read_own
 from pixel_jax.data.read import read_examples
 
 GOOD = {"question": "Which digit?", "images": ["a.png"], "answer": "7"}
@@ -33,7 +33,7 @@ def test_reads_what_is_written(write):
     turns = ["look", {"text": "a mistake", "learn": False}, {"text": "\\boxed{7}", "learn": True}]
     video = {"question": "Wie heißt es?", "images": ["a.png", "a.png"], "answer": ["7", "seven"], "video": True}
     path = write(GOOD | {"turns": turns, "id": "first"}, "", video | {"seconds": 2})
-    first, second = read_jsonl(path)
+    first, second = read_own(path)
 
     trace = first.trace(first.query())
     assert (trace.query.question, trace.answer, trace.query.is_video) == ("Which digit?", "7", False)
@@ -53,13 +53,25 @@ def test_reads_what_is_written(write):
 BAD = [
     ('{"question": ', "is not JSON"),
     ("[1, 2]", "is list, not an object"),
-    (GOOD | {"anwser": "7"}, "unknown field 'anwser'; known are answer, "),
+    (
+        {"question": "?", "images": ["a.png"], "anwser": "7"},
+        "unknown field 'anwser'; the nearest known one is 'answer'",
+    ),
+    (GOOD | {"second": 7}, "unknown field 'second'; the nearest known one is 'seconds' .columns says"),
     ({"images": ["a.png"], "answer": "7"}, "'question' must be a text, not None"),
     (GOOD | {"question": ""}, "'question' must be a text, not ''"),
-    (GOOD | {"images": []}, r"'images' must be a list of at least one path, not \[\]"),
-    (GOOD | {"images": "a.png"}, "'images' must be a list"),
+    (GOOD | {"images": []}, r"'images' must be a path or a list of at least one, not \[\]"),
+    (GOOD | {"images": "c.png"}, "there is no image .*c.png"),
+    (
+        GOOD | {"images": ["https://example.org/a.png"]},
+        "'https://example.org/a.png' is not fetched: give the file beside",
+    ),
+    (GOOD | {"images": ["data:image/png;base64,%%"]}, "the content of 'data:image/png;base64' is no base64"),
+    (GOOD | {"images": ["data:image/png,abc"]}, "a data URL is data:TYPE;base64,CONTENT, not"),
     (GOOD | {"images": ["a.png", "missing.png"]}, "there is no image .*missing.png"),
-    (GOOD | {"answer": 7}, "'answer' must be a text or a list of texts, not 7"),
+    (GOOD | {"answer": 7.5}, "'answer' must be a text or a list of texts, not 7.5"),
+    (GOOD | {"answer": True}, "'answer' must be a text or a list of texts, not True"),
+    ({"question": "?", "images": ["a.png"]}, "'answer' must be a text or a list of texts, not None"),
     (GOOD | {"answer": []}, r"'answer' must be .*, not \[\]"),
     (GOOD | {"answer": ["7", None]}, "'answer' must be .*None"),
     (GOOD | {"video": 1}, "'video' must be true or false, not 1"),
@@ -79,15 +91,17 @@ BAD = [
 def test_a_bad_line_is_named(write, line, message):
     path = write(GOOD, "", line)
     with pytest.raises(ExampleError, match=message) as caught:
-        read_jsonl(path)
+        read_own(path)
     assert str(caught.value).startswith(f"{path}:3")
 
 
 def test_turns_where_they_are_needed(write):
     path = write(GOOD)
-    assert read_jsonl(path)[0].turns == ()
-    with pytest.raises(ExampleError, match=r":1: 'turns' must be a list of turns, not \[\]"):
-        read_jsonl(path, turns=True)
+    assert read_own(path)[0].turns == ()
+    with pytest.raises(
+        ExampleError, match=r":1: 'turns' must be a list of turns, or 'messages' end with the assistant's"
+    ):
+        read_own(path, turns=True)
 
 
 def test_a_directory_is_all_its_files_in_the_order_of_their_names(write, tmp_path):
@@ -108,17 +122,17 @@ def test_no_examples(write, tmp_path):
     with pytest.raises(ExampleError, match="has no examples"):
         read_examples(write("", "  "), turns=False)
     with pytest.raises(ExampleError, match="nowhere.jsonl' cannot be opened"):
-        read_jsonl(tmp_path / "nowhere.jsonl")
+        read_own(tmp_path / "nowhere.jsonl")
     for name in ("nowhere.jsonl", "nowhere"):
         with pytest.raises(ExampleError, match=f"{name} is not a file or directory"):
             read_examples(tmp_path / name, turns=False)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ExampleError, match=r"empty holds no \*.jsonl files and no prepared TFDS data"):
+    with pytest.raises(ExampleError, match=r"empty holds no \*.jsonl or \*.parquet files and no prepared TFDS data"):
         read_examples(tmp_path / "empty", turns=False)
 
 
 def test_bad_lines_can_be_counted_instead(write):
-    path = write(GOOD, GOOD | {"answer": 7}, "no", GOOD | {"id": "last"})
+    path = write(GOOD, GOOD | {"answer": 7.5}, "no", GOOD | {"id": "last"})
     (path.parent / "b.png").write_bytes((path.parent / "b.png").read_bytes()[:200])
     path.write_text(path.read_text() + "\n" + json.dumps(GOOD | {"images": ["b.png"]}))
     examples, report = read_examples(path, turns=False, drop=True)

@@ -1,0 +1,207 @@
+"""Conversations as people have them: messages of a role and parts, in OpenAI's style and in that of the released traces.
+
+    {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
+                                 {"type": "text", "text": "What does the sign say?"}]}
+    {"role": "assistant", "content": "I look.\\n<tool_call>\\n{...}\\n</tool_call>"}
+    {"role": "user", "content": [{"type": "image", "image": "crop.png"}]}
+    {"role": "assistant", "content": "\\\\boxed{Exit 12}"}
+
+The first message has the question. What calls returned is worked out again, from its pictures, and not read.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pixel_jax.data.example import ExampleError
+from pixel_jax.data.sources import Embedded
+from pixel_jax.dialog import grammar
+from pixel_jax.terminal import brief
+
+KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}  # in texts: the pictures stand in a field of their own
+FETCHED = ("http:", "https:", "ftp:", "s3:", "gs:", "hf:")
+DATA = "data:"
+
+
+class Message(NamedTuple):
+    role: str
+    text: str
+    images: list[Any]  # names or `Embedded`, or the frames of a video
+    video: bool
+    text_before: bool = False  # some of the text comes before an image
+    text_after: bool = False
+    learned: bool | None = None  # None: nothing is said about it
+
+
+class Dialogue(NamedTuple):
+    """A question with its pictures, and what the assistant says to it, turn by turn."""
+
+    system: str | None
+    first: Message
+    said: list[Message]
+
+
+def fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
+    """`value`, if it is an object that has fields of these names."""
+    if not isinstance(value, Mapping):
+        raise ExampleError(f"{where} is {type(value).__name__}, not an object")
+    if missing := [name for name in names if name not in value]:
+        raise ExampleError(f"{where} has no {missing[0]!r}, only {brief(list(value))}")
+    return value
+
+
+def read_dialogue(messages: Any, where: str, pictures: Sequence[Any] | None = None, *, video: bool = False) -> Dialogue:
+    """The conversation of a row.
+
+    Args:
+        pictures: those of a field beside the messages, for which parts without a value or `<image>` in a text stand.
+        video: they are the frames of one video, or its file.
+    Raises:
+        ExampleError: it is none that a trace can be made of. The message has `where` and the message's number.
+    """
+    if not isinstance(messages, list):
+        raise ExampleError(f"{where} must be a list, not {type(messages).__name__}")
+    waiting = None if pictures is None else list(pictures)
+    found = [read_message(message, f"{where}, message {i}", waiting, video) for i, message in enumerate(messages, 1)]
+    system = found.pop(0).text if found and found[0].role == "system" else None
+    if waiting and found and not any(message.images for message in found):  # no part stands for them: they come first
+        kind = {"images": waiting, "video": video, "text_after": bool(found[0].text)}
+        found[0], waiting = found[0]._replace(**kind), None
+    if waiting:
+        raise ExampleError(f"{where}: {len(waiting)} pictures are more than the messages have places for")
+    roles = ["user" if i and message.role == "tool" else message.role for i, message in enumerate(found)]
+    if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
+        raise ExampleError(f"{where}: user and assistant must take turns, the user first, not {brief(roles)}")
+    first, said, returned = found[0], found[1::2], found[2::2]
+    if not first.text.strip() or not first.images:
+        raise ExampleError(f"{where}: the first message needs a question and an image or a video")
+    if len(returned) == len(said) > 0:
+        raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {brief(roles)}")
+    for i, message in enumerate(said, 1):
+        if message.images or not message.text:
+            raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
+        text = tidy(message.text)
+        asked = grammar.parse_turn(text)
+        if asked.required != (i < len(said)):
+            what = "ends with a call" if asked.required else "is followed by another and has no call"
+            raise ExampleError(f"{where}: turn {i} of the assistant {what}")
+        if asked.required and asked.call is None and returned[i - 1].images:
+            raise ExampleError(f"{where}: the call of turn {i} cannot be read, but images came back: {text[-200:]!r}")
+    return Dialogue(system, first, [message._replace(text=tidy(message.text)) for message in said])
+
+
+def tidy(text: str) -> str:
+    """A turn as the policy would write it: no end marker, and nothing after a call."""
+    bare = text.replace(grammar.END.decode(), "")
+    return bare.rstrip() if bare.rstrip().endswith(grammar.CLOSE.decode()) else bare
+
+
+def read_message(message: Any, where: str, waiting: list[Any] | None = None, video: bool = False) -> Message:
+    """One message; parts that stand for a picture take theirs from `waiting`, frames of one `video` all at once."""
+    message = fields(message, ("role",), where)
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    if isinstance(content, str):
+        content = [{"text": content}]
+    if content is None and calls:
+        content = []
+    if not isinstance(role, str) or not isinstance(content, list):
+        raise ExampleError(f"{where}: a message has a role and a list of parts, not {brief(role)} and {brief(content)}")
+    weight = message.get("weight")
+    if not (weight is None or (type(weight) is int and weight in (0, 1))):
+        raise ExampleError(f"{where}: 'weight' is 1 or 0, learned or only read, not {brief(weight)}")
+    texts, images, videos, text_before, text_after = [], [], [], False, False
+    for part in content:
+        for kind, value in read_part(part, where, waiting is not None):
+            if kind == "text":
+                texts.append(value)
+                text_after = text_after or bool(value.strip() and (images or videos))
+                continue
+            text_before = text_before or any(text.strip() for text in texts)
+            if value is None:
+                if not waiting:
+                    raise ExampleError(f"{where}: a place for {kind}s has none left to stand for")
+                value = [waiting.pop(0) for _ in list(waiting)] if video else waiting.pop(0)
+                kind = "video" if video else kind
+            if kind == "image":
+                images.append(value)
+            else:
+                videos.append(value if isinstance(value, list) else [value])
+    if len(videos) > 1 or (videos and images):
+        raise ExampleError(f"{where} shows {len(videos)} videos and {len(images)} images: one video or images")
+    text = "".join(texts) + written_calls(calls, where)
+    shown = (videos[0], True) if videos else (images, False)
+    return Message(role, text, *shown, text_before, text_after, None if weight is None else bool(weight))
+
+
+def read_part(part: Any, where: str, places: bool) -> list[tuple[str, Any]]:
+    """What a part of a message is: (kind, value) of it, or of several if a text has `places` for pictures (value: None)."""
+    if not isinstance(part, Mapping):
+        raise ExampleError(f"{where}: a part of a message is an object, not {brief(part)}")
+    given = {name: value for name, value in part.items() if value is not None and name != "type"}
+    if not given and places and part.get("type") in ("image", "video"):
+        return [(part["type"], None)]
+    if len(given) != 1 or not given.keys() <= KINDS.keys():
+        raise ExampleError(f"{where}: a part of a message is one of text, image and video, not {brief(sorted(given))}")
+    ((name, value),) = given.items()
+    kind = KINDS[name]
+    if name.endswith("_url") and isinstance(value, Mapping):
+        value = fields(value, ("url",), f"{where}: {name}")["url"]
+    if kind != "text":
+        return [(kind, [picture(x, where) for x in value] if isinstance(value, list) else picture(value, where))]
+    if not isinstance(value, str):
+        raise ExampleError(f"{where}: a text is no text: {brief(value)}")
+    found = [("text", value)]
+    for mark, kind in PLACEHOLDERS.items() if places else ():
+        found = [x for one in found for x in (split(one[1], mark, kind) if one[0] == "text" else [one])]
+    return found
+
+
+def split(text: str, mark: str, kind: str) -> list[tuple[str, Any]]:
+    """The text between marks, and what each of them stands for."""
+    first, *rest = text.split(mark)
+    return [("text", first), *(x for one in rest for x in ((kind, None), ("text", one)))]
+
+
+def picture(value: Any, where: str) -> Any:
+    """The name of a file, or the content of a data URL. ExampleError: it would have to be fetched from somewhere."""
+    if not isinstance(value, str):
+        return value  # is refused where names are looked up
+    if value.startswith(DATA):
+        return from_data_url(value, where)
+    if value.lower().startswith(FETCHED):
+        raise ExampleError(
+            f"{where}: {brief(value)} is not fetched: give the file beside the data, or its content as data:"
+        )
+    return value.removeprefix("file://")
+
+
+def from_data_url(url: str, where: str) -> Embedded:
+    """The content of `data:image/png;base64,...`; its kind is seen from itself."""
+    head, comma, content = url.partition(",")
+    if not comma or not head.endswith(";base64"):
+        raise ExampleError(f"{where}: a data URL is data:TYPE;base64,CONTENT, not {brief(url, 60)}")
+    try:
+        data = base64.b64decode(content, validate=True)
+    except (binascii.Error, ValueError) as reason:  # the latter: what is not ASCII
+        raise ExampleError(f"{where}: the content of {brief(head, 60)} is no base64: {reason}") from None
+    return Embedded(data, f"{where}, {brief(head, 60)}")
+
+
+def written_calls(calls: Any, where: str) -> str:
+    """`tool_calls` of an assistant's message as the text that the model writes; one call a turn."""
+    if not calls:
+        return ""
+    if not isinstance(calls, list) or len(calls) != 1:
+        raise ExampleError(f"{where}: 'tool_calls' must hold one call: a turn ends with one, not {brief(calls)}")
+    call = fields(
+        fields(calls[0], ("function",), f"{where}: a call")["function"], ("name", "arguments"), f"{where}: a call"
+    )
+    arguments = call["arguments"]
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(call["name"], ensure_ascii=False)
+    opening, closing = grammar.OPEN.decode(), grammar.CLOSE.decode()
+    return f'\n{opening}\n{{"name": {name}, "arguments": {arguments}}}\n{closing}'

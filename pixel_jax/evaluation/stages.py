@@ -1,0 +1,211 @@
+"""The stages that a batch of an evaluation goes through, and the value that each hands to the next.
+
+    Asked -> answer -> Answered -> judge -> Judged -> record -> records
+
+Each is a function `stage(session, value)`; `Stages` says which, so that one of one's own takes the place of any.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from pixel_jax.data.rooms import Place
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation.config import BenchmarkConfig, Mode
+from pixel_jax.evaluation.questions import Question
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.prompts import Query, build_prompts
+from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.trajectory import STOP_REASONS, Tables, Trajectories, executed_calls, take_rows, to_host
+from pixel_jax.training.answers import given_answer
+from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
+
+
+class Policy(NamedTuple):
+    """Who is asked."""
+
+    model: Qwen2_5_VL
+    vocabulary: Vocabulary
+    tables: Tables  # of the vocabulary, the same for every call: they are part of the compiled program's identity
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """How the questions of a benchmark are put, and what is kept of the answers."""
+
+    benchmark: BenchmarkConfig
+    rollout: RolloutConfig
+    mode: Mode = "operations"
+    batch: int = 64  # questions answered together
+    traced: int = 0  # questions whose first answers are kept as traces, `traces/NUMBER.json`
+    seed: int = 0  # of the answers, and of which questions are traced
+
+    @property
+    def limits(self) -> RolloutConfig:
+        return rollout_config(self.rollout, self.mode, self.benchmark.max_side)
+
+
+def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutConfig:
+    """The rollout of a mode. Without operations nothing is executed, also if the model calls out of habit."""
+    config = dataclasses.replace(config, max_side=max_side)
+    if mode == "none":
+        return dataclasses.replace(config, max_calls=0)
+    return dataclasses.replace(config, blank=True) if mode == "blank" else config
+
+
+def guidelines(mode: Mode) -> str:
+    return "notool" if mode == "none" else "vcot"
+
+
+class Session:
+    """What the stages work with."""
+
+    def __init__(
+        self, policy: Policy, exam: Exam, directory: pathlib.Path, count: int, scorer: Callable[..., Any] | None = None
+    ):
+        """
+        Args:
+          count: of all questions.
+          scorer: of the `score`, by default that of the benchmark; `accuracy` is the released scorer's in any case.
+        """
+        self.policy, self.exam, self.directory = policy, exam, directory
+        self.limits = exam.limits
+        self.scorers = {
+            "score": scorer or Scorer(exam.benchmark.scorer),
+            "accuracy": Scorer(ScorerConfig(("released",))),
+        }
+        self.drawn = set(np.random.default_rng(exam.seed).permutation(count)[: exam.traced].tolist())
+
+
+class Asked(NamedTuple):
+    """Questions of one shape that are answered together, with their pixels."""
+
+    numbers: Sequence[int]  # among all questions
+    questions: Sequence[Question]
+    queries: Sequence[Query]
+    places: Sequence[Place]
+
+
+class Answered(NamedTuple):
+    """What the model did with them: `group_size` rows a question, on the host."""
+
+    asked: Asked
+    trajectories: Trajectories
+    texts: Sequence[str]  # all that the model wrote in each row
+
+
+class Judged(NamedTuple):
+    answered: Answered
+    scores: Mapping[str, Sequence[float | None]]  # "score" and "accuracy" of each row; None: it holds no answer
+
+
+Record = dict[str, Any]
+
+
+def answer(session: Session, asked: Asked) -> Answered:
+    """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours."""
+    exam, (model, vocabulary, tables) = session.exam, session.policy
+    shape, spare = asked.places[0].shape, exam.batch - len(asked.numbers)  # repeats of the last keep the shape
+    padded = lambda items: [*items, *[items[-1]] * spare]
+    prompts = build_prompts(
+        padded(asked.queries),
+        vocabulary,
+        tables,
+        session.limits,
+        width=shape.tokens,
+        canvas=(shape.images, shape.height, shape.width),
+        uids=padded(asked.numbers),
+        guidelines=guidelines(exam.mode),
+    )
+    made = to_host(rollout(model, prompts, jax.random.key(exam.seed), session.limits))
+    t = take_rows(made, slice(len(asked.numbers) * session.limits.group_size))
+    texts = [
+        vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace") for ids, mask in zip(t.tokens, t.chosen, strict=True)
+    ]
+    return Answered(asked, t, texts)
+
+
+def judge(session: Session, answered: Answered) -> Judged:
+    """How right each answer is."""
+    n = session.limits.group_size
+    references = [Reference(x.answers, x.question) for x in answered.asked.questions for _ in range(n)]
+    return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
+
+
+def record(session: Session, judged: Judged) -> list[Record]:
+    """What is kept of each question; of some a trace is drawn."""
+    asked, n = judged.answered.asked, session.limits.group_size
+    records = []
+    for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
+        found = record_of(number, question, judged, slice(at * n, (at + 1) * n))
+        records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
+        if number in session.drawn:
+            draw(session, judged, at, found)
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Which functions a batch goes through."""
+
+    answer: Callable[[Session, Asked], Answered] = answer
+    judge: Callable[[Session, Answered], Judged] = judge
+    record: Callable[[Session, Judged], list[Record]] = record
+
+
+USUAL = Stages()
+
+
+# ---- records
+
+
+def about(index: int, question: Question) -> Record:
+    return {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+
+
+def unanswered(index: int, question: Question, why: str, answers: int) -> Record:
+    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
+    nothing = dict.fromkeys(("operations", "executed", "failed", "calls", "tokens", "stop", "responses"), [])
+    wrong = {"given": [None] * answers, "score": [0.0] * answers, "accuracy": [0.0] * answers}
+    return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
+
+
+def record_of(index: int, question: Question, judged: Judged, rows: slice) -> Record:
+    """What is kept of a question: lists have an entry an answer."""
+    t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
+    observation = t.calls.observation
+    return {
+        **about(index, question),
+        "given": [given_answer(text) for text in texts],
+        **{name: [value or 0.0 for value in found[rows]] for name, found in judged.scores.items()},
+        "operations": executed_calls(t).tolist(),
+        "executed": np.sum(observation >= 0, axis=1).tolist(),
+        "failed": np.sum(observation > 1, axis=1).tolist(),
+        "calls": t.num_calls.tolist(),
+        "tokens": np.sum(t.chosen, axis=1).tolist(),
+        "stop": [STOP_REASONS[int(x)] for x in t.stop],
+        "responses": texts,
+    }
+
+
+def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
+    """Keeps the first answer to the question at place `at` of its batch as a trace."""
+    asked = judged.answered.asked
+    question = asked.questions[at]
+    made = traces.make_trace(
+        judged.answered.trajectories,
+        at * session.limits.group_size,
+        asked.queries[at],
+        session.policy.vocabulary,
+        answer=found["given"][0],
+        reference=" / ".join(question.answers),
+        correct=found["score"][0] >= 0.5,
+        title=f"{question.id}: {question.category}" if question.category else question.id,
+    )
+    traces.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])
