@@ -32,7 +32,8 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     console.print(describe(machine))
     record = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
-    for name in only or cases:
+    for number, name in enumerate(only or cases, 1):
+        console.print(f"case {number} of {len(only or cases)}: {name}", markup=False)
         work = cases[name].build(quick)
         timings = measure(work, least=2, most=2) if quick else measure(work)
         ours = () if quick else tuple(timings)[:1]
@@ -42,7 +43,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
         record["cases"][name] = entry = case_record(work, timings, machine)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
-        console.print(case_table(name, entry))
+        console.print(case_table(name, entry, quick))
     return record
 
 
@@ -80,7 +81,8 @@ def flops_of(work: Work, names: Iterable[str]) -> dict[str, float]:
     return dict(work.flops) if isinstance(work.flops, Mapping) else dict.fromkeys(names, work.flops)
 
 
-def case_table(name: str, entry: dict[str, Any]) -> Table:
+def case_table(name: str, entry: dict[str, Any], quick: bool = False) -> Table:
+    """What was found of a case. Of tiny shapes no aim is shown: it is of the shapes that the case is about."""
     table = Table(title=f"{name}: {entry['shapes']}", title_justify="left", title_style="bold")
     columns = ("", "seconds (quartiles)", "ours is faster", "of matmul", "first call", "programs", "compiled", "memory")
     for column in columns:
@@ -96,7 +98,7 @@ def case_table(name: str, entry: dict[str, Any]) -> Table:
             f"{timing['compile']:.1f} s" if timing["compilations"] else "",
             "" if timing["peak_bytes"] is None else f"{timing['peak_bytes'] / 1e6:.0f} MB",
         )
-    table.caption = "; ".join(_remarks(entry))
+    table.caption = "; ".join(_remarks(entry | {"aims": []} if quick else entry))
     table.caption_justify = "left"
     return table
 

@@ -110,7 +110,7 @@ class Clip:
             import av.filter  # noqa: F401
         except ImportError:
             # No ImageError: nothing is wrong with the video, and it shall not be left out as if there were.
-            raise ValueError(f"{self.name} is a video file: `pip install -e .[data]` to read it") from None
+            raise ValueError(f"{self.name} is a video file: `pip install av` to read it") from None
 
         self.container = container_of(self.file.read(16))
         if self.container is None:

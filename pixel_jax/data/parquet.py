@@ -25,7 +25,7 @@ def open_parquet(path: pathlib.Path, opened: BinaryIO, error: Callable[[str], Ex
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise error(f"{path} is a Parquet file: `pip install -e .[data]` to read it") from None
+        raise error(f"{path} is a Parquet file: `pip install pyarrow` to read it") from None
     try:
         return parquet.ParquetFile(opened)
     except (pyarrow.ArrowException, OSError) as reason:

@@ -36,7 +36,9 @@ def read_examples(
         try:
             from pixel_jax.data.tfds_builders import read_prepared
         except ImportError as error:
-            raise ExampleError(f"{path} was prepared by TFDS: `pip install -e .[tfds]` to read it ({error})") from None
+            raise ExampleError(
+                f"{path} was prepared by TFDS: `pip install tensorflow-datasets importlib-resources` to read it ({error})"
+            ) from None
         examples = read_prepared(path)
     elif not (path.is_file() or path.is_dir()):
         raise ExampleError(f"{path} is not a file or directory")

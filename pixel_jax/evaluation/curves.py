@@ -53,7 +53,7 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
     lines = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
     every = [point for points in lines.values() for point in points]
     xs, ys = [x for x, _ in every] or [0.0], [y for _, y in every] or [0.0]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    x_low, x_high = min(0.0, *xs), max(1.0, *xs)
     y_low, y_high = bounds or (min(ys), max(ys))
     if y_high - y_low < 1e-12 * max(abs(y_high), 1e-12):  # a level line lies in the middle
         y_low, y_high = y_low - (abs(y_low) or 1) / 2, y_high + (abs(y_high) or 1) / 2

@@ -81,7 +81,7 @@ def _imagined(name: str) -> list:
     try:
         return topologies.get_topology_desc(topology_name=name, platform="tpu", **options).devices
     except Exception as error:  # of several types, by what is missing
-        raise ValueError(f"{name} cannot be imagined; `pip install pixel_jax[plan]` brings libtpu ({error})") from error
+        raise ValueError(f"{name} cannot be imagined; `pip install libtpu` brings what it takes ({error})") from error
 
 
 def slices(kind: str) -> dict[int, str]:

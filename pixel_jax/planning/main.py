@@ -1,7 +1,7 @@
 """Predicts memory and time of a recipe's steps on a machine that need not be there: `pixel-jax plan --config=... --topology=...`.
 
-Compiles the steps that training runs, from shapes alone, for imagined TPU slices (`pip install pixel_jax[plan]` brings
-libtpu), counts what they compute, move and send, and divides by published peak rates: a lower bound on the time, and a
+Compiles the steps that training runs, from shapes alone, for imagined TPU slices (with `pip install
+libtpu`), counts what they compute, move and send, and divides by published peak rates: a lower bound on the time, and a
 prediction only as far as the hardware reaches its peaks.
 """
 

@@ -1,7 +1,7 @@
 """Where metrics and conversations go besides the terminal and the run's own page: JSON lines always, TensorBoard and Weights &
 Biases where they are asked for.
 
-The two are optional (`pip install -e .[metrics]`); TensorBoard's files are written without TensorFlow.
+The two are optional (`pip install tensorboardX wandb`); TensorBoard's files are written without TensorFlow.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def installed(module: str, wanted: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"metrics are to go to {wanted!r}, which needs {module}: pip install -e .[metrics]") from None
+        raise ValueError(f"metrics are to go to {wanted!r}, which needs {module}: pip install {module}") from None
 
 
 class Lines(MetricsLog):

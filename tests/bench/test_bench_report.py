@@ -1,10 +1,13 @@
 """What the bench says of its aims."""
 
+import types
+
 import numpy as np
 import pytest
 
+from pixel_jax.bench import report
 from pixel_jax.bench.machine import Machine
-from pixel_jax.bench.report import _remarks, case_record
+from pixel_jax.bench.report import _remarks, case_record, case_table
 from pixel_jax.bench.timing import Aim, Timing, Work
 
 MACHINE = Machine(**{name: 1 for name in Machine.__dataclass_fields__})
@@ -25,3 +28,20 @@ def test_memory_that_is_no_more_than_noise_makes_no_ratio(theirs, mine, said):
     work = Work("", nothing, lambda found: None, aims=(Aim("torch", 1.0), Aim("torch", 3.0, memory=True)))
     entry = case_record(work, {"ours": timing(mine), "torch": timing(theirs)}, MACHINE)
     assert _remarks(entry) == ["aim 1x faster than torch, reached 1.50x", f"aim 3x less memory than torch, {said}"]
+    assert "aim" in case_table("case", entry).caption and "aim" not in case_table("case", entry, quick=True).caption
+
+
+def test_how_far_it_is_is_said_before_each_case(tmp_path, monkeypatch, capsys):
+    """A module of two cases."""
+    work = Work("shapes", {"ours": lambda: lambda: np.zeros(3)}, lambda found: None)
+    cases = types.SimpleNamespace(CASES=[types.SimpleNamespace(name=x, build=lambda quick: work) for x in ("a", "b")])
+    timing = Timing(1.0, 1.0, 1.0, 2, 1.0, 1.0, 1.0, 1.0, 0.0, 0, 0)
+    monkeypatch.setattr(report, "importlib", types.SimpleNamespace(import_module=lambda name: cases))
+    monkeypatch.setattr(report, "measure_machine", lambda quick: MACHINE)
+    monkeypatch.setattr(report, "describe", lambda machine: "a machine")
+    monkeypatch.setattr(report, "measure", lambda work, **rounds: {"ours": timing})
+    report.run_cases("two", [], True, tmp_path / "bench.json")
+    said = capsys.readouterr().out
+    assert (
+        said.index("case 1 of 2: a") < said.index("a: shapes") < said.index("case 2 of 2: b") < said.index("b: shapes")
+    )

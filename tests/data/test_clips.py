@@ -286,7 +286,7 @@ def test_without_av_the_extra_is_named_and_no_row_is_dropped(tmp_path, monkeypat
     (tmp_path / "a.mp4").write_bytes(clip(4))
     (tmp_path / "data.jsonl").write_text('{"question": "?", "images": ["a.mp4"], "answer": "7", "video": true}')
     monkeypatch.setitem(sys.modules, "av", None)  # importing it now fails
-    with pytest.raises(ValueError, match=r"a.mp4 is a video file: `pip install -e .\[data\]` to read it"):
+    with pytest.raises(ValueError, match=r"a.mp4 is a video file: `pip install av` to read it"):
         read_examples(tmp_path / "data.jsonl", turns=False, drop=True)
 
 

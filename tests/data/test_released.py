@@ -230,7 +230,7 @@ def test_files_that_are_something_else(tmp_path, monkeypatch):
     with pytest.raises(ExampleError, match="nowhere.json is not a file"):
         strict(tmp_path / "nowhere.json")
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it now fails
-    with pytest.raises(ExampleError, match=r"is a Parquet file: `pip install -e .\[data\]` to read it"):
+    with pytest.raises(ExampleError, match=r"is a Parquet file: `pip install pyarrow` to read it"):
         strict(tmp_path / "release.parquet", turns=False)
     (tmp_path / "images.zip").write_bytes(b"PK no")
     with pytest.raises(SourceError, match="images.zip is no ZIP archive"):

@@ -233,7 +233,7 @@ def test_prepared_images_stay_in_their_archive(tmp_path, monkeypatch):
     with pytest.raises(BenchmarkError, match="row 1: there is no 'frames/c.jpg' in .*, images.zip"):
         read("prepared", path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it now fails
-    with pytest.raises(BenchmarkError, match=r"is a Parquet file: `pip install -e .\[data\]` to read it"):
+    with pytest.raises(BenchmarkError, match=r"is a Parquet file: `pip install pyarrow` to read it"):
         read("prepared", path)
 
 
