@@ -102,6 +102,16 @@ MISTAKES = {
     ),
     "a value of another type": (["quickstart", "--config.rl.iterations=many"], 1, "config.rl.iterations"),
     "a plan for no machine": (["plan", *GIVEN, "--config.out=o"], 1, "name a machine, as in --topology=v6e:16x16"),
+    "a plan without shapes": (
+        ["plan", *GIVEN, "--config.out=o", "--topology=cpu:1"],
+        1,
+        "a plan reads no data, from which shapes are worked out: give config.trace_tokens, config.trace_frames, config.trace",
+    ),
+    "half a shape by hand": (
+        ["rl", *GIVEN, "--config.out=o", "--config.canvas=(1, 64, 64)"],
+        1,
+        "config: canvas, prompt_width come together, or none of them: only canvas is given",
+    ),
     "a plan nowhere": (
         ["plan", *GIVEN, "--topology=cpu:1", "--json=no/p.json"],
         1,

@@ -11,9 +11,8 @@ from tests.rollout import talker
 from tests.synthesis import seed_files
 from tests.test_cli import command, model  # noqa: F401
 
-LIMITS = {
-    name: getattr(talker.CONFIG, name) for name in ("max_pixels", "crop_max_pixels", "max_new_tokens", "max_response")
-}
+NAMES = ("min_pixels", "max_pixels", "crop_min_pixels", "crop_max_pixels", "max_new_tokens", "max_response")
+LIMITS = {name: getattr(talker.CONFIG, name) for name in NAMES}
 SMALL = {"sft.steps": 1, "sft.batch_size": 2, "sft.optimizer.learning_rate": 1e-3}
 SMALL_RL = {"rl.iterations": 1, "rl.prompts": 2, "rl.train_batch": 4, "rl.time_operations": 0, "rl.replay.kind": "none"}
 SMALL_RL |= {"rl.rollout.group_size": 2, **{f"rl.rollout.{name}": value for name, value in LIMITS.items()}}

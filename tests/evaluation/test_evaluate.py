@@ -272,6 +272,13 @@ def test_a_stage_of_ones_own(questions, tmp_path, whole):
     assert all(x["score"] == [len(text) for text in x["responses"]] for x in records)
 
 
+@pytest.mark.slow
+def test_shapes_that_are_worked_out_change_no_answer(questions, whole, tmp_path):
+    records = answer(questions, tmp_path / "run", benchmark=dataclasses.replace(BENCHMARK, buckets=None), traced=0)
+    assert not any(x["shrunk"] for x in records)
+    assert [x["responses"] for x in records] == [x["responses"] for x in whole[1]]
+
+
 def test_buckets_are_chosen_by_size_and_length(everything):
     """Pictures and videos that share a bucket are asked apart."""
 
