@@ -163,7 +163,8 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     use_limits(config.limits)
-    tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
+    tools = find_tools(config.tools)
+    calls = find_format((config.rollout if command == "sft" else config.rl.rollout).call_format)
     examples, report = read_examples(
         config.data,
         turns=command == "sft",
