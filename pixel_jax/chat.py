@@ -1,5 +1,6 @@
 """`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -7,7 +8,7 @@ import sys
 from absl import flags
 
 from pixel_jax.cli import UserError
-from pixel_jax.terminal import printable, say
+from pixel_jax.terminal import printable, say, warn
 
 FLAGS = flags.FLAGS
 
@@ -19,6 +20,9 @@ def define_flags(command: str) -> None:
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_list("tools", None, "What the model may call: shipped tools, or module:name. By default the paper's.")
+    flags.DEFINE_string(
+        "call_format", None, "How calls are written, or module:name. By default what the model was trained in."
+    )
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
 
 
@@ -31,6 +35,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.data.sources import load_frames
     from pixel_jax.dialog.formats import call_format
     from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.dialog.unrecognised import format_warning
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
     from pixel_jax.rollout.config import RolloutConfig
@@ -38,7 +43,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
     from pixel_jax.rollout.rollout import host_rollouts, rollout
     from pixel_jax.rollout.trajectory import to_host
-    from pixel_jax.tools.named import DEFAULT, find_tools
+    from pixel_jax.tools.named import DEFAULT, find_format, find_tools
     from pixel_jax.training.answers import last_boxed
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
@@ -57,13 +62,19 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
     config = judged(read_limits(directory) or RolloutConfig(), temperature)
+    if FLAGS.call_format:
+        find_format(FLAGS.call_format)  # imported on the word of the command line, not of the model
+        config = dataclasses.replace(config, call_format=FLAGS.call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    prompts = build_prompts([query], vocabulary, tables(vocabulary, tools, call_format(config.call_format)), config)
+    token_tables = tables(vocabulary, tools, call_format(config.call_format))
+    prompts = build_prompts([query], vocabulary, token_tables, config)
     with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary) as rollouts:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")
     trace = make_trace(trajectories, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
+    if said := format_warning([written], token_tables.reader.language):
+        warn(said)
     if FLAGS.html:
         report.write(FLAGS.html, report.traces_page([trace], query.question))
         say(f"\nThe conversation is drawn in {FLAGS.html}.")

@@ -169,6 +169,12 @@ class Language:
                 f"the format {self.format.name!r} writes {[*spelled]} of the tool {tool.name!r}, whose arguments are "
                 f"{[argument.name for argument in tool.arguments]}"
             )
+        outcomes = [outcome.name for outcome in tool.outcomes]
+        if unknown := [name for name, _ in spelling.told if name not in outcomes]:
+            raise ToolError(
+                f"the format {self.format.name!r} tells of the outcome {unknown[0]!r} of the tool {tool.name!r}, which has "
+                f"{outcomes}"
+            )
         reads = []
         for argument in tool.arguments:
             written, default = spelled[argument.name].written, spelled[argument.name].value

@@ -174,6 +174,21 @@ BOX = Spelled("bbox_2d", Box("b"))
         (lambda: Language(tuple(Tool(f"t{i}", "", (Integer(f"a{i}"),)) for i in range(32))), "32 arguments"),
         (lambda: CallFormat("f", opening="look>"), "'look>'"),
         (lambda: CallFormat("f", closing="<a<"), "'<a<'"),
+        (lambda: CallFormat("f", opening="<look>", closing="<look>"), "one mark begins with the other"),
+        (
+            lambda: Language(
+                RELEASED,
+                CallFormat(
+                    "f",
+                    spellings=(
+                        Spelling(
+                            "crop_image_normalized", "z", (BOX, Spelled("target_image", value=1)), told=(("shwon", ""),)
+                        ),
+                    ),
+                ),
+            ),
+            "outcome 'shwon' of the tool 'crop_image_normalized', which has .'shown'",
+        ),
         (lambda: CallFormat("f", closing="<|im_end|>"), "im_end"),
         (
             lambda: reader_of(Language((Tool("a", "", (Choice("b", options=("x" * 30_000,)),)),))),

@@ -51,7 +51,14 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
         raise Asked(config)
 
     given = types.SimpleNamespace(
-        question="Which?", video=False, greedy=greedy, temperature=temperature, seed=0, html=None
+        question="Which?",
+        video=False,
+        greedy=greedy,
+        temperature=temperature,
+        seed=0,
+        tools=None,
+        call_format=None,
+        html=None,
     )
     monkeypatch.setattr(chat, "FLAGS", given)
     monkeypatch.setattr("pixel_jax.rollout.rollout.rollout", asked)

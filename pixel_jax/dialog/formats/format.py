@@ -91,6 +91,8 @@ class CallFormat:
         for mark in (self.opening, self.closing):
             if len(mark) < 2 or not mark.startswith("<") or "<" in mark[1:] or mark[1] == "|" or not mark.isascii():
                 raise ToolError(f"format {self.name!r}: a mark begins with its only '<' and is no token: {mark!r}")
+        if self.opening.startswith(self.closing) or self.closing.startswith(self.opening):
+            raise ToolError(f"format {self.name!r}: one mark begins with the other: {self.opening!r}, {self.closing!r}")
 
     def spelling(self, tool: Tool) -> Spelling:
         """How `tool` is written: as the format says, else by its own names."""
