@@ -140,10 +140,11 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
-    from pixel_jax.evaluation.stages import Exam, Policy
+    from pixel_jax.evaluation.stages import Exam, Policy, Stages
+    from pixel_jax.evaluation.stages import answer as answer_questions
     from pixel_jax.parallel import make_mesh
     from pixel_jax.rollout.prompts import tables
-    from pixel_jax.rollout.rollout import host_rollouts, rollout
+    from pixel_jax.rollout.rollout import host_rollouts
     from pixel_jax.tools.named import find_format, find_tools
     from pixel_jax.training.progress import use_compilation_cache
 
@@ -160,7 +161,8 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     with host_rollouts(config.tools, tools, vocabulary) as rollouts:
-        policy = Policy(model, vocabulary, tables(vocabulary, tools, calls), rollouts or rollout)
+        policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
+        stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
         for (name, mode), directory in directories.items():
             questions, split = data[name]
             exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
@@ -172,6 +174,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 facts={**held, "split": split},
                 part=(jax.process_index(), jax.process_count()),
                 digests=digests,
+                stages=stages,
                 label=f"{name} {mode}",
             )
 

@@ -44,7 +44,6 @@ class Policy(NamedTuple):
     model: Qwen2_5_VL
     vocabulary: Vocabulary
     tables: Tables  # of the vocabulary, the same for every call: they are part of the compiled program's identity
-    roll: Callable[..., Trajectories] = rollout  # rolls out; where tools run on the host, `HostRollouts`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,9 +119,12 @@ class Judged(NamedTuple):
 Record = dict[str, Any]
 
 
-def answer(session: Session, asked: Asked) -> Answered:
-    """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours."""
-    exam, (model, vocabulary, tables, roll) = session.exam, session.policy
+def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
+    """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours.
+
+    roll: takes the place of `rollout`, with its arguments: `functools.partial(answer, roll=...)` is a stage, too.
+    """
+    exam, (model, vocabulary, tables) = session.exam, session.policy
     shape, spare = asked.places[0].shape, exam.batch - len(asked.numbers)  # repeats of the last keep the shape
     padded = lambda items: [*items, *[items[-1]] * spare]
     prompts = build_prompts(
@@ -135,7 +137,7 @@ def answer(session: Session, asked: Asked) -> Answered:
         uids=padded(asked.numbers),
         guidelines=guidelines(exam.mode),
     )
-    made = to_host(roll(model, prompts, jax.random.key(exam.seed), session.limits))
+    made = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), session.limits))
     t = take_rows(made, slice(len(asked.numbers) * session.limits.group_size))
     texts = [
         vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace") for ids, mask in zip(t.tokens, t.chosen, strict=True)

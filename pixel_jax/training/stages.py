@@ -91,9 +91,13 @@ class Updated(NamedTuple):
     facts: Mapping[str, float]  # for the metrics
 
 
-def collect(learner: "Learner", state: TrainState, questions: Questions, roll: Callable = rollout) -> Collected:
+def collect(
+    learner: "Learner", state: TrainState, questions: Questions, *, roll: Callable[..., Trajectories] | None = None
+) -> Collected:
     """The policy answers. Keys follow from the seed, the iteration and the place in the whole batch, whoever has it.
 
+    Args:
+      roll: takes the place of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
     Raises:
       Preempted: the run is to stop here; a rollout may last longer than there is time.
     """
@@ -101,7 +105,7 @@ def collect(learner: "Learner", state: TrainState, questions: Questions, roll: C
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
     prompts = questions.prompts._replace(uid=part.index * count + np.arange(count, dtype=np.int32))
     actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
-    trajectories = jax.tree.map(local_rows, roll(actor, prompts, key, config.rollout, pixels=False))
+    trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout, pixels=False))
     learner.laps.lap("rollout")
     NOTICE.obey()
     facts = {}
@@ -119,7 +123,7 @@ def collect(learner: "Learner", state: TrainState, questions: Questions, roll: C
 
 def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
     """`collect` where tools run on the host, with their counts among the metrics. A run need not be the same again."""
-    collected = collect(learner, state, questions, rollouts)
+    collected = collect(learner, state, questions, roll=rollouts)
     return collected._replace(facts={**collected.facts, **rollouts.facts()})
 
 

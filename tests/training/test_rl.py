@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import errno
+import functools
 import pathlib
 import shutil
 import types
@@ -319,7 +320,7 @@ def test_texts_are_what_the_policy_chose():
     assert seen[:3] == [chosen[0][:4], chosen[0][4:], chosen[0]] and seen[2::3] == chosen
 
 
-def test_stages_of_ones_own(model, rollouts, tmp_path):
+def test_stages_of_ones_own(model, tmp_path):
     """Advantages that are ranks, and of every iteration the eight rows that differ most from their groups."""
     trained = []
 
@@ -333,7 +334,8 @@ def test_stages_of_ones_own(model, rollouts, tmp_path):
         trained.append(weighed.advantage.ravel()[best])
         return Selected(weighed, learner.replay.entries(rows, best, weighed.scored.collected.room))
 
-    changed = run(model, tmp_path, own={"advantages": ranks, "select": extremes}, iterations=2)
+    own = {"advantages": ranks, "select": extremes, "collect": functools.partial(stages_module.collect, roll=rollout)}
+    changed = run(model, tmp_path, own=own, iterations=2)
     assert len(trained) == 2 and all(set(np.abs(x)) == {1.5} for x in trained)
     assert [line["updates"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1]
     assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (changed, model)), strict=True))
