@@ -49,7 +49,8 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
     "pixel-jax sft": (
         "raise config.sft.forward.micro_batches",
         "set config.sft.forward.implementation to kernel, on a CPU to chunked",
-        "lower config.trace_patches, config.trace_frames, config.video_patches, config.trace_tokens and config.buckets",
+        "lower config.rollout.max_pixels, config.rollout.crop_max_pixels and config.rollout.video_max_pixels, or give less room "
+        "by hand: config.trace_tokens, config.trace_frames and config.trace_patches",
         "lower config.sft.batch_size",
         "split the weights over more devices with config.mesh",
     ),
@@ -57,7 +58,8 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
         "lower config.rl.rollout.in_flight",
         "raise config.rl.forward.micro_batches",
         "set config.rl.rollout.implementation and config.rl.forward.implementation to kernel, on a CPU to chunked",
-        "lower config.rl.rollout.max_response, config.canvas and config.video_canvas",
+        "lower config.rl.rollout.max_response and config.rl.rollout.max_pixels, or give less room by hand: config.canvas and "
+        "config.prompt_width",
         "lower config.rl.prompts and config.rl.train_batch",
         "split the weights over more devices with config.mesh",
     ),

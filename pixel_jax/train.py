@@ -14,7 +14,7 @@ from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.example import Report
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.rooms import prompt_shape
-from pixel_jax.data.shapes import BatchShape, bucket_shapes
+from pixel_jax.data.shapes import BatchShape, Measured, bucket_shapes, training_work
 from pixel_jax.identity import nest
 from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
@@ -204,8 +204,6 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     from pixel_jax.data.packed import Packing
     from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
     from pixel_jax.data.read import read_examples
-    from pixel_jax.data.rooms import Measured
-    from pixel_jax.data.shapes import training_work
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.export import write_model
     from pixel_jax.models.io import dtype_of
@@ -275,7 +273,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     vocabulary = Vocabulary.of(processor.tokenizer)
     token_tables = tables(vocabulary)
     memory = device_memory() // PICTURES * (1 if mesh is None else row_parts(mesh))
-    measured = lambda rows: Measured(training_work(model.config), rows, memory)
+    measured = lambda rows: Measured(training_work(model.config), rows, memory // rows)
     setting = Setting(config, vocabulary, token_tables, measured(config.watch.batch), mesh, rollout_mesh)
     kept = {"directory": out / command, "identity": identity, "mesh": mesh}
     adapters = config.lora is not None
@@ -307,7 +305,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
             vocabulary,
             token_tables,
             limits,
-            config.trace_shapes or training_work(model.config),
+            config.trace_shapes or tuned_by(config.sft, model.config, mesh),
             size=config.sft.batch_size,
             seed=config.seed,
             report=report,
@@ -315,6 +313,10 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         epoch = packing.epoch
         steps = config.sft.updates(epoch)
         course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+        if epoch < 1:
+            course += (
+                f", each trace {1 / epoch:.3g} times a step: fewer config.sft.batch_size teach as much in less time"
+            )
         announce(out, report, str(found), f"{len(packing.examples)} traces; {packing}; {course}")
         data = packing.batches(**process, **reading)
         look = setting.of_tuning(judging, packing) if judging else None
@@ -348,6 +350,21 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     if first():
         draw_run(out)
     say(f"The model is in {out / 'model'}.")
+
+
+def tuned_by(config: SFTConfig, network, mesh) -> Measured:
+    """By what the shapes of rows to tune on are worked out."""
+    from pixel_jax.parallel.memory import device_memory
+    from pixel_jax.parallel.sharding import sequence_parts
+    from pixel_jax.training.footprint import row_bytes
+
+    parts, width = sequence_parts(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
+
+    def takes(shape: BatchShape) -> int:
+        shown = (shape.slices, shape.patches)
+        return row_bytes(network, shape.tokens // parts, shown, width=width, remat=bool(config.forward.remat))
+
+    return Measured(training_work(network), config.batch_size, device_memory(), takes)
 
 
 def pause(place: str) -> None:

@@ -35,17 +35,17 @@ def get_config(words: str = "full") -> ConfigDict:
     config.sft.optimizer = {}
     # Four epochs, unless `config.sft.epochs` or `config.sft.steps` says otherwise.
     config.sft.batch_size = 128  # packed rows, of one trace or more
-    config.sft.forward = {"micro_batches": 16, "compute_dtype": "bfloat16"}
+    config.sft.forward = {"compute_dtype": "bfloat16"}
 
     config.rl = ConfigDict()
     config.rl.iterations = 90
     config.rl.prompts = 512
-    config.rl.rollout = {"in_flight": 32}  # prompts at a time, for their caches; a multiple of data x fsdp
+    config.rl.rollout = ConfigDict()
     config.rl.train_batch = 256
     config.rl.time_operations = 10  # iterations
     config.rl.update({name: {} for name in ("reward", "replay", "loss", "optimizer")})
     config.rl.reward.scorer = ConfigDict()
-    config.rl.forward = {"micro_batches": 64, "compute_dtype": "bfloat16"}
+    config.rl.forward = {"compute_dtype": "bfloat16"}
 
     if weights == "lora":
         config.lora = ADAPTERS

@@ -6,7 +6,7 @@ comes.
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, Report
-from pixel_jax.data.shapes import PACKED, BatchShape, cover
+from pixel_jax.data.shapes import PACKED, BatchShape, Measured, cover
 from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.config import RolloutConfig
@@ -46,7 +46,7 @@ class PackedOrder(BucketOrder[Place]):
         fits = (self.sizes[:, None] <= self.room).all(axis=-1)
         if not fits.any(axis=1).all():
             trace = int(np.argmin(fits.any(axis=1)))
-            raise ValueError(no_room(f"trace {trace}", sizes[trace], buckets))
+            raise ValueError(f"trace {trace} takes {sizes[trace]}; {no_room(buckets)}")
         self.bucket = fits.argmax(axis=1)
         super().__init__(self.packed, size, seed)
 
@@ -66,8 +66,16 @@ class PackedOrder(BucketOrder[Place]):
         return found
 
 
-def no_room(name: str, need: BatchShape, shapes: Sequence[BatchShape]) -> str:
-    return f"{name} takes {need}; there is room for {', or '.join(map(str, shapes))} ({BY_HAND})"
+def no_room(shapes: Sequence[BatchShape]) -> str:
+    return f"there is room for {', or '.join(map(str, shapes))} ({BY_HAND})"
+
+
+def no_memory(need: BatchShape, by: Measured) -> str:
+    return (
+        f"to tune on it would take {by.takes(need) / 2**30:.2f} GiB of a device that has {by.memory / 2**30:.2f} "
+        "(config.rollout.max_pixels, crop_max_pixels, select_max_pixels and video_max_pixels say how large pictures are shown; "
+        "with config.trace_tokens, trace_frames and trace_patches given the device itself decides)"
+    )
 
 
 class Packing:
@@ -79,7 +87,7 @@ class Packing:
         vocabulary: Vocabulary,
         tables: Tables,
         config: RolloutConfig,
-        shapes: Sequence[BatchShape] | Callable[[BatchShape], float],
+        shapes: Sequence[BatchShape] | Measured,
         *,
         size: int,
         seed: int,
@@ -88,21 +96,23 @@ class Packing:
         """Every trace is written out once. One that cannot be, or fits no shape, is an error that names its example, or
         is dropped and counted in `report`.
 
-        shapes: those of the rows; or what a row of a shape costs, by which they are worked out to hold all traces.
+        shapes: those of the rows; or by what they are worked out, to hold all traces that the memory has room for.
         """
         self.config, self.size, self.seed = config, size, seed
         self.examples: list[Example] = []
         self.rows: list[Row] = []
         written = _written(examples, vocabulary, tables, config, report)
-        if callable(shapes):
-            needs = [row.shape for row in written if row is not None]
-            shapes = cover(needs, shapes, packed=True, least=size) if needs else ()
+        refused = lambda _: no_room(self.buckets)
+        if isinstance(shapes, Measured):
+            by, refused = shapes, lambda need: no_memory(need, by)
+            needs = [row.shape for row in written if row is not None and by.takes(row.shape) <= by.memory]
+            shapes = cover(needs, by.cost, packed=True, least=size) if needs else ()
         self.buckets = tuple(shapes)
         for example, row in zip(examples, written, strict=True):
             if row is None:
                 continue
             if not any(bucket.holds(row.shape) for bucket in self.buckets):
-                why = no_room(example.id, row.shape, self.buckets)
+                why = f"{example.id} takes {row.shape}; {refused(row.shape)}"
                 if not report.drop:
                     raise TraceError(why)
                 report.dropped.append(why)

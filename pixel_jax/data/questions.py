@@ -9,8 +9,8 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, Report
-from pixel_jax.data.rooms import Fit, Measured, Place, places
-from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.rooms import Fit, Place, places
+from pixel_jax.data.shapes import BatchShape, Measured
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.shapes import BatchShape, cover
+from pixel_jax.data.shapes import BatchShape, Measured, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
@@ -41,14 +41,6 @@ class Place(NamedTuple):
 
     shape: BatchShape
     fit: Fit
-
-
-class Measured(NamedTuple):
-    """By what shapes are worked out, where none are given."""
-
-    cost: Callable[[BatchShape], float]  # of a row of a shape
-    rows: int  # of a batch
-    memory: int  # bytes that the pictures of a batch may take
 
 
 def prompt_shape(
@@ -174,7 +166,7 @@ def measure(
     """What `query` takes in a shape of its own. Pictures are as they are, unless those of a batch take too much memory."""
     sizes = np.array([image.shape[:2] for image in query.images])
     height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
-    scale = min(1.0, math.sqrt(by.memory / (3 * by.rows * max(1, len(sizes)) * height * width)))
+    scale = min(1.0, math.sqrt(by.memory / (3 * max(1, len(sizes)) * height * width)))
     side = lambda length: max(1, int(length * scale))
     room = prompt_shape(len(sizes), side(height), side(width), config.max_tokens, config, video=query.is_video)
     found = fit(query, room, vocabulary, config, guidelines)

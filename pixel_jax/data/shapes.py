@@ -56,6 +56,15 @@ def bucket_shapes(lengths: Sequence[int], largest: BatchShape) -> tuple[BatchSha
     )
 
 
+class Measured(NamedTuple):
+    """By what shapes are worked out, where none are given."""
+
+    cost: Callable[[BatchShape], float]  # of a row of a shape
+    rows: int  # of a batch
+    memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
+    takes: Callable[[BatchShape], int] | None = None  # of these, a row that is tuned on
+
+
 def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
     """What a row of a shape costs: operations of its forward and backward pass, padding included."""
 
@@ -114,6 +123,12 @@ class Group(NamedTuple):
         return Group(most, self.examples + other.examples, tuple(total), self.packed)
 
 
+def group_of(needs: Sequence[BatchShape], packed: bool) -> Group:
+    sides = np.array(needs)
+    most = rounded(BatchShape(*sides.max(axis=0).tolist()))
+    return Group(most, len(needs), tuple(sides[:, :PACKED].sum(axis=0).tolist()), packed)
+
+
 def cover(
     needs: Sequence[BatchShape],
     cost: Callable[[BatchShape], float],
@@ -133,18 +148,17 @@ def cover(
       cost: of a row of a shape.
       packed: rows have room for several examples each.
     """
-    coarse, kinds = 1, collections.Counter(map(rounded, needs))
-    while len(kinds) > MOST_KINDS:
+    coarse = 1
+    while len({rounded(need, coarse) for need in needs}) > MOST_KINDS:
         coarse *= 2
-        kinds = collections.Counter(rounded(need, coarse) for need in needs)
-    totals = collections.defaultdict(lambda: np.zeros(PACKED, np.int64))
+    alike = collections.defaultdict(list)
     for need in needs:
-        totals[rounded(need, coarse)] += need[:PACKED]
-    groups = [Group(kind, count, tuple(totals[kind].tolist()), packed) for kind, count in kinds.items()]
+        alike[rounded(need, coarse)].append(need)
+    groups = [group_of(kind, packed) for kind in alike.values()]
     found = []
     for views in {group.most.views for group in groups}:
-        alike = [group for group in groups if group.most.views == views]
-        found += [cheapest(group, cost) for group in merged(alike, cost, least, most, gain)]
+        mine = [group for group in groups if group.most.views == views]
+        found += [cheapest(group, cost) for group in merged(mine, cost, least, most, gain)]
     return sorted(found, key=lambda shape: (cost(shape), shape))
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Measured, Place, places, prompt_shape
-from pixel_jax.data.shapes import BatchShape, training_work
+from pixel_jax.data.rooms import Place, places, prompt_shape
+from pixel_jax.data.shapes import BatchShape, Measured, training_work
 from pixel_jax.evaluation.config import Bucket
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
@@ -39,7 +39,7 @@ def shapes_of(
 ) -> Sequence[BatchShape] | Measured:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES)
+        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 

@@ -62,8 +62,9 @@ class Recipe:
     def micro_batches(self, step: str, mesh: Mesh) -> int:
         """Unless the config's are wanted as many as leave every part of the mesh one row at a time: rows are long, and a
         micro-batch is what memory goes into."""
-        if self.configured and step != "unlearn":  # whose micro-batches are not of this config
-            return (self.config.sft if step in TUNING else self.config.rl).forward.micro_batches
+        given = (self.config.sft if step in TUNING else self.config.rl).forward.micro_batches
+        if self.configured and step != "unlearn" and given is not None:  # whose micro-batches are not of this config
+            return given
         rows, shards = self.rows(step), mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
         if rows % shards:
             raise ValueError(f"{rows} rows cannot be split over data x fsdp = {shards}")

@@ -37,7 +37,8 @@ class RolloutConfig:
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
     one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
     blank: bool = False  # what an operation shows is uniformly grey: does the model use what it looks at?
-    # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all.
+    # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all, or as
+    # many as a device's memory has room for.
     in_flight: int | None = None
     observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
     # Where products bind decoding (CPUs): all rows end their turns before any is answered, and once no more than this (per data

@@ -18,11 +18,12 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.processes import everywhere
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State
+from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State, budgets
 from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
 from pixel_jax.rollout.trajectory import Prompts, Trajectories
 
@@ -51,12 +52,32 @@ def rollout(
     """
     mesh, shape = layout(model, prompts, config)
     shape = shape._replace(pixels=pixels)
+    config = fitting(config, model, prompts, shape, mesh)
     opening, temperature, config = traced(config, opening)
     if mesh is not None:
         key, opening, temperature = replicate((key, opening, temperature), mesh)
     prompts = place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return compiled_rollout(model, prompts, key, opening, temperature, config, shape=shape, mesh=mesh)
+
+
+CACHES = 3  # one part in so many of a device's memory is for what rows in flight keep
+
+
+def fitting(
+    config: RolloutConfig, model: Qwen2_5_VL, prompts: Prompts, shape: Shape, mesh: Mesh | None
+) -> RolloutConfig:
+    """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
+    batch, width = prompts.tokens.shape
+    if config.in_flight is not None:
+        return config
+    text = model.config.text
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    token *= model.language_model.embed_tokens.weight.dtype.itemsize
+    seen = config.max_calls * shape.views * budgets(config, shape)[1].patches * 588 if shape.pixels else 0
+    group = config.group_size * (config.max_response * token + seen) + 2 * (width + OPENING_STEP) * token
+    most = max(1, device_memory() // CACHES // group) * shape.shards
+    return config if most >= batch * share(mesh).count else dataclasses.replace(config, in_flight=most)
 
 
 OPENING_STEP = 8  # openings are padded to a multiple, to share a program

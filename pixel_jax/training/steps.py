@@ -11,7 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from pixel_jax.config import positive
 from pixel_jax.models import forward_hidden
+from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.layers import LoRAWeight, Remat
 from pixel_jax.models.lora import without_lora
 from pixel_jax.models.qwen2_5_vl import logits
@@ -26,6 +28,7 @@ from pixel_jax.parallel.sharding import (
     shardings,
 )
 from pixel_jax.training.batch import Batch
+from pixel_jax.training.footprint import bytes_of, micro_batches
 from pixel_jax.training.losses import (
     Loss,
     PolicyLossConfig,
@@ -42,15 +45,32 @@ from pixel_jax.training.state import TrainState
 class ForwardConfig:
     """How a step runs the model; none of it changes what is computed, up to rounding."""
 
-    micro_batches: int = 1  # the batch's rows are taken in so many turns
+    micro_batches: int | None = (
+        None  # the batch's rows are taken in so many turns. None: as few as fit the device's memory
+    )
     remat: Remat = True  # what the backward pass computes again: see `rematerialised`
     implementation: Literal["dense", "chunked", "kernel"] | None = None  # of attention; None: by size and platform
     logit_chunk: int = 256  # positions whose logits exist at once
     compute_dtype: Literal["float32", "bfloat16"] | None = None  # weights are cast to it in the step; None: as stored
 
     def __post_init__(self):
-        if self.micro_batches < 1 or self.logit_chunk < 1:
-            raise ValueError(f"micro_batches {self.micro_batches} and logit_chunk {self.logit_chunk} must be positive")
+        positive(self, "micro_batches", "logit_chunk")
+
+    def turns(self, network: Qwen2_5_VLConfig, batch: Batch, mesh: Mesh | None, *, held: int) -> int:
+        """In how many a step takes the rows of `batch`, where `held` bytes of state and gradients lie on all devices together."""
+        if self.micro_batches is not None:
+            return self.micro_batches
+        devices = 1 if mesh is None else mesh.size
+        return micro_batches(
+            network,
+            *batch.tokens.shape,
+            batch.visual,
+            mesh,
+            held=(held + bytes_of(batch)) // devices,
+            width=2 if self.compute_dtype == "bfloat16" else 4,
+            remat=bool(self.remat),
+            logit_chunk=self.logit_chunk,
+        )
 
 
 class Report(NamedTuple):
@@ -176,7 +196,11 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def make_step(
-    loss: Callable[..., Loss], optimizer: optax.GradientTransformation, micro_batches: int, mesh: Mesh | None, name: str
+    loss: Callable[..., Loss],
+    optimizer: optax.GradientTransformation,
+    config: ForwardConfig,
+    mesh: Mesh | None,
+    name: str,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
     """One update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
 
@@ -196,13 +220,15 @@ def make_step(
 
     def step(state: TrainState, batch: Batch):
         rows = batch.tokens.shape[0]
-        if rows % micro_batches:
-            raise ValueError(f"{rows} rows cannot be split into {micro_batches} micro-batches")
+        # Besides the state there are gradients, their sum over the turns, and the weights in the type that is computed in.
+        turns = config.turns(state.model.config, batch, mesh, held=bytes_of(state) + 3 * bytes_of(state.trainable))
+        if rows % turns:
+            raise ValueError(f"{rows} rows cannot be split into {turns} micro-batches")
         batch = constrain(batch, mesh, ROWS)
-        if micro_batches == 1:
+        if turns == 1:
             value, grads = gradient(state, batch)
         else:
-            parts = split_rows(batch, micro_batches, mesh)
+            parts = split_rows(batch, turns, mesh)
 
             def accumulate(carry, part):
                 value, grads = gradient(state, part)
@@ -251,7 +277,7 @@ def make_sft_step(
         logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh)
         return sft_loss(logprobs, entropy, batch.chosen, batch.weight, normalizer=normalizer, segments=batch.segments)
 
-    return make_step(loss, optimizer, config.micro_batches, mesh, "sft_step")
+    return make_step(loss, optimizer, config, mesh, "sft_step")
 
 
 def make_rl_step(
@@ -290,7 +316,7 @@ def make_rl_step(
             segments=batch.segments,
         )
 
-    return make_step(loss, optimizer, config.micro_batches, mesh, "rl_step")
+    return make_step(loss, optimizer, config, mesh, "rl_step")
 
 
 def make_score_step(
@@ -307,9 +333,10 @@ def make_score_step(
             return tuple(jnp.where(part.chosen, x, 0.0) for x in both)
 
         batch = constrain(batch, mesh, ROWS)
-        if config.micro_batches == 1:
+        turns = config.turns(model.config, batch, mesh, held=bytes_of(model))
+        if turns == 1:
             return constrain(score(batch), mesh, ROWS)
-        both = jax.lax.map(score, split_rows(batch, config.micro_batches, mesh))
+        both = jax.lax.map(score, split_rows(batch, turns, mesh))
         return tuple(constrain(join_rows(x), mesh, ROWS) for x in both)
 
     return jax.jit(score_step)

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pixel_jax.data.example import Report
 from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import BatchShape, bucket_shapes
+from pixel_jax.data.shapes import BatchShape, Measured, bucket_shapes, training_work
 from pixel_jax.data.traces import TraceError, to_trajectories
 from pixel_jax.training.batch import from_trajectories
 from tests.data import released_files as files
 from tests.rollout import talker
+from tests.training.tiny_model import tiny_config
 
 LARGEST = BatchShape(tokens=1024, images=6, slices=6, patches=16)
 
@@ -200,3 +201,23 @@ def test_images_that_changed_are_noticed(packed):
     row = packed.rows[0]
     with pytest.raises(TraceError, match=r"has images \[\(9, 9, 3\)\], it was planned for \[\(120, 150, 3\)\]"):
         render(row, [np.zeros((9, 9, 3), np.uint8)])
+
+
+def test_rows_of_shapes_that_are_worked_out(examples):
+    """Every trace has a row, and what alone would fill the memory is named or left out."""
+    work = training_work(tiny_config())
+    takes = lambda shape: shape.tokens
+    report = Report("here", drop=True)
+    given = talker.vocabulary(), talker.token_tables(), talker.CONFIG
+    longest = max(row.shape.tokens for row in packing(examples, ())[0].rows)
+    made = Packing(examples, *given, Measured(work, 2, longest, takes), size=2, seed=0, report=report)
+    assert len(made.rows) == len(examples) and not report.dropped
+    assert all(any(shape.holds(row.shape) for shape in made.buckets) for row in made.rows)
+    for place in (place for bucket in made.order.rows(0) for place in bucket):
+        shape, batch = made.load(place)
+        assert batch.tokens.shape == (1, shape.tokens) and shape == made.buckets[place.bucket]
+    by = Measured(work, 2, longest - 1, takes)
+    made = Packing(examples, *given, by, size=2, seed=0, report=report)
+    assert len(made.rows) + len(report.dropped) == len(examples) and "config.rollout.max_pixels" in report.dropped[0]
+    with pytest.raises(TraceError, match=r"takes \d+ tokens and .*; to tune on it would take 0.00 GiB of a device"):
+        Packing(examples, *given, by, size=2, seed=0, report=Report("here"))

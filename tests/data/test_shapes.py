@@ -14,8 +14,7 @@ from pixel_jax.config import ConfigError, load
 from pixel_jax.data.example import Report
 from pixel_jax.data.packed import PackedOrder
 from pixel_jax.data.questions import find_rooms, padding, rooms_of
-from pixel_jax.data.rooms import Measured
-from pixel_jax.data.shapes import BatchShape, cover, training_work
+from pixel_jax.data.shapes import BatchShape, Measured, cover, training_work
 from pixel_jax.ops import most_pixels
 from pixel_jax.rollout.prompts import PromptError
 from pixel_jax.train import TrainConfig
@@ -99,7 +98,7 @@ def test_questions_have_the_rooms_that_they_need(tmp_path):
 def test_pictures_that_fill_the_memory_are_made_smaller_and_counted(tmp_path):
     report = Report("here")
     small, large = some_examples(tmp_path)[:2]
-    asked = worked_out([small, large], memory=2 * 3 * 350 * 250, report=report)
+    asked = worked_out([small, large], memory=3 * 350 * 250, report=report)
     assert asked[1].fit.sizes == [(350, 250)] and asked[0].fit.scale == 1.0
     assert report.mended == {"a picture was made smaller to fit its room": 1}
     wordy = small._replace(id="wordy", question="7" * 200)

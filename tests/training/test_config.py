@@ -62,7 +62,7 @@ SHAPES = {
     *("trace_tokens", "trace_frames", "trace_patches", "video_frames", "video_patches"),
     *("prompt_width", "video_prompt_width"),
 }
-NO_NUMBER_YET = {*SHAPES, "steps", "epochs", "in_flight", "tail_rows", "importance_cap", "dual_clip"}
+NO_NUMBER_YET = {*SHAPES, "micro_batches", "steps", "epochs", "in_flight", "tail_rows", "importance_cap", "dual_clip"}
 WHOLE = {
     **{"model": "m", "data": "d", "out": "o", "sft": {}, "lora": {"rank": 1, "alpha": 1.0, "targets": "x"}},
     "rl": {"iterations": 1, "packing": {"length": 1, "slices": 1}},
