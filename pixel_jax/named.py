@@ -1,4 +1,4 @@
-"""What a user writes in a file of their own and names as `module:name`: a reward, a tool.
+"""What a user writes in a file of their own and names as `module:name`: a reward, a tool, a call format.
 
 Such a name runs code. It is imported only where a command line, a config file or a caller says so: what reads settings out of
 a model directory, a checkpoint, a run directory or data never calls `find`, and refuses such names with `is_name`. The

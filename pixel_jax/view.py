@@ -53,7 +53,7 @@ def view(what: pathlib.Path, out: str | None, *, most: int, image_folders: Seque
     if (what / "traces.jsonl").is_file():
         what = what / "traces.jsonl"
     page = out or PAGE
-    if what.suffix == ".jsonl":
+    if what.suffix in (".jsonl", ".parquet"):
         drawn, count = written_traces(what, most, image_folders)
     elif what.is_dir():
         files = sorted((x for x in what.rglob("*.json") if x.parent.name in KINDS_OF_TRACES), key=lambda x: str(x))
@@ -80,7 +80,7 @@ def written_traces(path: pathlib.Path, most: int, image_folders: Sequence[str]) 
 
     They are written out as tuning writes them, but with a tokenizer of bytes, as none is known: words are the same.
     """
-    from pixel_jax.data.own import read_own
+    from pixel_jax.data.read import read_examples
     from pixel_jax.data.traces import assemble, render, write_rows
     from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
     from pixel_jax.evaluation.trace import make_trace
@@ -88,7 +88,7 @@ def written_traces(path: pathlib.Path, most: int, image_folders: Sequence[str]) 
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.terminal import warn
 
-    examples = read_own(path, turns=True, image_folders=image_folders)
+    examples, _ = read_examples(path, turns=True, image_folders=image_folders)
     vocabulary = Vocabulary.of(build_tokenizer([]))
     token_tables, drawn = tables(vocabulary), []
     limits = RolloutConfig(max_calls=max((len(x.turns) for x in examples), default=1), max_images=MOST_IMAGES)

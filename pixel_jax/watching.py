@@ -14,8 +14,7 @@ from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Measured
-from pixel_jax.data.shapes import BatchShape
+from pixel_jax.data.shapes import BatchShape, Measured
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.parallel.processes import everywhere, say
@@ -150,8 +149,7 @@ class Setting(NamedTuple):
             say(str(report))
             return None
         say(str(report)) if str(report) else None
-        rows = phase.batch_size // phase.forward.micro_batches
-        looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, rows, self.mesh)]
+        looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.mesh)]
         if config.watch.answers:
             longest = 2 * max(len(row.ids) - row.chosen.argmax() for row in (*packing.rows, *held.rows))
             limits = dataclasses.replace(

@@ -63,7 +63,7 @@ MISTAKES = {
         "no part kernel; the parts are machine, kernels",
     ),
     "export of nothing": (["export", "nowhere", "--out=x"], 1, "nowhere has no checkpoints"),
-    "view without a file": (["view"], 1, "give one file of traces"),
+    "view without a file": (["view"], 1, "give one directory of a run"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
     "chat without a question": (["chat", "model", "a.png"], 1, "--question"),

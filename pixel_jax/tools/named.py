@@ -1,11 +1,9 @@
 """From the names in a config to tools and call formats: those that are shipped, and `module:name` for anybody's own."""
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pixel_jax import named
 from pixel_jax import tools as shipped
 from pixel_jax.dialog.formats import FORMATS, CallFormat, call_format
 from pixel_jax.tools.tool import Tool, ToolError, check_tools
@@ -51,21 +49,15 @@ def find_format(name: str) -> CallFormat:
 
 
 def imported(name: str, kind: type, what: str) -> Any:
-    """The `kind` that `module:name` names; the current directory is searched last."""
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
-        raise ToolError(f"{name!r} is no {what}: write module:name, as my_tools:ROTATE for ROTATE in my_tools.py")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
+    """The `kind` that `module:name` names.
+
+    Raises:
+        ToolError: it names nothing, or something else.
+    """
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name not in (module, module.split(".")[0]):
-            raise
-        raise ToolError(f"{what} {name!r}: there is no module {module!r}, neither installed nor in {here!r}") from None
-    except AttributeError as error:
-        raise ToolError(f"{what} {name!r}: {error}") from None
+        found = named.find(name)
+    except named.NamedError as error:
+        raise ToolError(f"{what} {error}") from error
     if not isinstance(found, kind):
         raise ToolError(f"{what} {name!r} is a {type(found).__name__}, not a {kind.__name__}")
     return found

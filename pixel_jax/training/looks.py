@@ -183,16 +183,20 @@ def _facts(rows: np.ndarray) -> dict[str, float]:
 
 
 class HeldOutLoss:
-    """The loss of tuning on the rows of held-out traces, whose batches are as large as a micro-batch of training."""
+    """The loss of tuning on the rows of held-out traces, in batches no larger than a micro-batch of training."""
 
     def __init__(self, packing: Packing, forward: ForwardConfig, normalizer: str, rows: int, mesh: Mesh | None = None):
         """
         Args:
-            rows: of a batch, of all processes together.
+            rows: of a batch of training, of all processes together.
         """
-        self.packing, self.normalizer, self.rows, self.mesh = packing, normalizer, rows, mesh
+        self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
         self.part = share(mesh)
-        self.score = make_score_step(dataclasses.replace(forward, micro_batches=1), mesh=mesh)
+        parts = 1 if mesh is None else row_parts(mesh)
+        most = max(map(len, packing.order.packed(0)))
+        self.rows = -(-min(rows // (forward.micro_batches or 1), most) // parts) * parts
+        given = forward.micro_batches and 1  # where it is worked out, so it is here
+        self.score = make_score_step(dataclasses.replace(forward, micro_batches=given), mesh=mesh)
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
         sums = np.zeros(2)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
+from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.parallel.sharding import shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
@@ -172,6 +173,10 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
         "response_tokens_max": np.max(lengths),
         "row_tokens": np.mean(np.sum(t.valid, axis=1)),  # prompt and what was shown included
         "finished": np.mean(t.stop == STOP_ANSWER),
+        # Share of this process's rows with a turn that looks like a call and is none in the format that is read.
+        "unrecognised_calls": unrecognised_rate(
+            [row.response for row in scored.rows], scored.collected.questions.prompts.tables.reader.language
+        ),
     }
     return {name: float(x) for name, x in facts.items() if x is not None}
 

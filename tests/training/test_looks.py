@@ -66,7 +66,7 @@ def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normaliz
     step = make_sft_step(forward, make_optimizer(OptimizerConfig(learning_rate=1e-3), 1), normalizer=normalizer)
     _, report = step(state_of(talker.model()), batch)
     state = state_of(talker.model())
-    facts, found = HeldOutLoss(packing, forward, normalizer, 2)(state)
+    facts, found = HeldOutLoss(packing, forward, normalizer, 2 * rows)(state)
     assert found == [] and facts["loss"] == pytest.approx(float(report.metrics["loss"]), rel=1e-5)
     assert facts["loss"] > 0.1
 
