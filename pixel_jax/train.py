@@ -183,11 +183,12 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
     """What a run is besides its phase's section, which the phase itself adds."""
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    facts = {"command": command, **settings, **digest_model(config.model, digests), **rows}
-    if command == "rl":  # code of one's own: other code is another experiment
-        named = [name for name, _ in config.rl.reward.terms if is_name(name)]
-        facts["reward_code"] = {name: digest(name) for name in named}
-    return facts
+    limits, terms = config.rollout, ()
+    if command == "rl":
+        limits, terms = config.rl.rollout, [name for name, _ in config.rl.reward.terms]
+    # Other code of one's own is another experiment.
+    code = {name: digest(name) for name in (*config.tools, limits.call_format, *terms) if is_name(name)}
+    return {"command": command, **settings, **digest_model(config.model, digests), **rows, "code": code}
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:

@@ -95,7 +95,7 @@ def test_names(tmp_path, monkeypatch):
         ("not_there:TURN", "no module 'not_there'"),
         ("tools_of_mine:OTHER", "OTHER"),
         ("tools_of_mine:dataclasses", "is a module"),
-        ("../evil:TURN", "write module:name"),
+        ("../evil:TURN", "written as module:name"),
     ]:
         with pytest.raises(ToolError, match=message):
             find_tools((name,))
@@ -105,5 +105,5 @@ def test_the_current_directory_is_searched_last(tmp_path, monkeypatch):
     """A file there does not stand for a module that is installed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "colorsys.py").write_text("raise SystemExit('imported')\n")
-    with pytest.raises(ToolError, match="has no attribute 'TURN'"):
+    with pytest.raises(ToolError, match="has no 'TURN'"):
         find_tools(("colorsys:TURN",))

@@ -73,7 +73,7 @@ def test_a_reward_of_ones_own_trains_a_model(folder, model):  # noqa: F811
     # Other code is another experiment.
     (folder / "my_rewards.py").write_text(blocks("python", "my_rewards.py")[0] + "\n\n# edited\n")
     code, out, error = start(3)
-    assert code == 1 and "was begun with reward_code.my_rewards:iou" in error
+    assert code == 1 and "was begun with code.my_rewards:iou" in error
     (folder / "my_rewards.py").write_text("def iou(row, example):\n    return float('nan')\n")
     code, out, error = start(3, "--resume_changed")
     assert code == 1 and "iteration 2: the reward term 'my_rewards:iou' of" in error and "nan" in error
