@@ -39,7 +39,7 @@ from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import Shuffled
 from pixel_jax.training.stages import Selected, Stages, Weighed, training_rows
 from pixel_jax.training.steps import ForwardConfig, NonFiniteError
-from pixel_jax.training.terms import of_batch
+from pixel_jax.training.terms import Call, of_batch, rows_of
 
 GROUPS, N = 4, 4
 CONFIG = RLConfig(
@@ -339,6 +339,23 @@ def test_stages_of_ones_own(model, tmp_path):
     assert len(trained) == 2 and all(set(np.abs(x)) == {1.5} for x in trained)
     assert [line["updates"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1]
     assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (changed, model)), strict=True))
+
+
+def test_rewards_see_calls_with_boxes_in_the_original_image():
+    """The rollout has the first image at 56 x 56; its file has it at 112 x 224 (height, width)."""
+    t = make_trajectories(0, [[0], [1], [2, -1]] + [[]] * 13)
+    t.calls.box[0, 0], t.calls.frames[1, 0] = [7, 14, 28, 56], [3, 1] + [-1] * 6
+    prompts, words = next(Questions())[0], lambda ids: " ".join(map(str, ids)) + "<|im_end|>"
+    rows = rows_of(t, prompts, words, [[(112, 224)]] * GROUPS)
+    assert [len(row.calls) for row in rows] == [1, 1, 2] + [0] * 13 and {row.stop for row in rows} == {"answer"}
+    crop, frames, (error, spent) = rows[0].calls[0], rows[1].calls[0], rows[2].calls
+    assert crop == Call("crop_image_normalized", "crop", 0, (28.0, 28.0, 112.0, 112.0)) and crop.shown and crop.executed
+    assert frames == Call("select_frames", "frames", frames=(3, 1)) and frames.shown
+    assert error == Call("", "select_on_image") and error.executed and not error.shown and rows[2].failed_last
+    assert not spent.executed and not spent.shown
+    assert rows_of(t, prompts, words)[0].calls[0].box == (7.0, 14.0, 28.0, 56.0)  # it was not made smaller
+    assert rows[0].turns == tuple(" ".join(map(str, x)) for x in (t.tokens[0, 10:14], t.tokens[0, 17:20]))
+    np.testing.assert_array_equal(rows[0].tokens, np.concatenate([t.tokens[0, 10:14], t.tokens[0, 17:20]]))
 
 
 @pytest.mark.parametrize(
