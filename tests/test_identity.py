@@ -103,7 +103,7 @@ def test_kinds_are_declared_for_settings_that_there_are():
     from pixel_jax.train import LoRAConfig, TrainConfig
 
     values = {"model": "m", "data": "d", "out": "o", "mesh": {"data": 1}, "rollout_mesh": {"data": 1}}
-    values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}, "rl": {"iterations": 1}}
+    values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}, "rl": {"iterations": 1}, "columns": {"id": "x"}}
     names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "tokenizer"}
     for pattern in KINDS:
         assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
