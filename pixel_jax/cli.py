@@ -52,6 +52,7 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
         "lower config.rollout.max_pixels, config.rollout.crop_max_pixels and config.rollout.video_max_pixels, or give less room "
         "by hand: config.trace_tokens, config.trace_frames and config.trace_patches",
         "lower config.sft.batch_size",
+        "lower config.watch.batch, or set config.watch.answers to False",
         "split the weights over more devices with config.mesh",
     ),
     "pixel-jax rl": (
@@ -61,6 +62,7 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
         "lower config.rl.rollout.max_response and config.rl.rollout.max_pixels, or give less room by hand: config.canvas and "
         "config.prompt_width",
         "lower config.rl.prompts and config.rl.train_batch",
+        "lower config.watch.batch",
         "split the weights over more devices with config.mesh",
     ),
     "pixel-jax export": ("set JAX_PLATFORMS=cpu, for the memory of the host",),

@@ -1,7 +1,7 @@
 """What a stranger does on a first day: 20 questions of their own, three commands, a reward curve in ten minutes on two cores."""
 
 import json
-import time
+import resource
 
 import numpy as np
 import pytest
@@ -19,7 +19,13 @@ from tests.rollout import talker
 from tests.test_cli import command
 
 CALL = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
-MINUTES = 10
+MINUTES, CORES = 10, 2
+
+
+def processor_seconds():
+    """What the processes that this one has started and waited for have taken."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def draw_cards(folder):
@@ -44,7 +50,7 @@ def test_from_questions_to_a_reward_curve_in_three_commands(tmp_path):
     draw_cards(tmp_path)
     own = ("--config=pixel/own_data", "--config.data=cards.jsonl", "--config.watch.share=0.2")
     small = "--config.{0}.optimizer.learning_rate=2e-3"
-    began = time.monotonic()
+    began = processor_seconds()
 
     def start(*arguments):
         code, out, error = command(*arguments, cwd=tmp_path)
@@ -60,7 +66,8 @@ def test_from_questions_to_a_reward_curve_in_three_commands(tmp_path):
     assert "rl 6/6" in error and "before the first step, on what is held out: accuracy" in out
     out, _ = start("view", "rl")
     assert "The run rl is drawn in rl/report.html." in out
-    assert time.monotonic() - began < 60 * MINUTES
+    # Of processors, not of the clock, which says how busy the machine is.
+    assert processor_seconds() - began < MINUTES * 60 * CORES
 
     rl = tmp_path / "rl/rl"
     lines = read_metrics(rl / "metrics.jsonl")
