@@ -11,9 +11,10 @@ from pixel_jax import chat
 from pixel_jax.config import load
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
+from pixel_jax.phases import other_limits
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, judged, read_limits, write_limits
-from pixel_jax.train import TrainConfig, other_limits
+from pixel_jax.train import TrainConfig
 from tests.rollout import talker
 
 EXPLORING = RolloutConfig(group_size=4, temperature=1.7, later_temperature=2.0, max_calls=2, crop_max_pixels=50 * 784)

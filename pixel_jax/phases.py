@@ -1,0 +1,313 @@
+"""What `pixel-jax sft` and `pixel-jax rl` do: read data and a model, tune or learn, and leave a model."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from pixel_jax import from_pretrained
+from pixel_jax.cli import UserError
+from pixel_jax.data.digests import Digests
+from pixel_jax.data.example import Example, Report
+from pixel_jax.data.limits import use_limits
+from pixel_jax.data.packed import Packing
+from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
+from pixel_jax.data.read import read_examples
+from pixel_jax.data.shapes import BatchShape, Measured, training_work
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.export import write_model
+from pixel_jax.models.io import dtype_of
+from pixel_jax.models.lora import add_lora
+from pixel_jax.models.released import check_architecture
+from pixel_jax.parallel import make_mesh, share
+from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.processes import first, meet, say
+from pixel_jax.parallel.sharding import row_parts, sequence_parts
+from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
+from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.rollout import HostRollouts, host_rollouts, rollout
+from pixel_jax.rollout.trajectory import Tables
+from pixel_jax.run_page import draw_run
+from pixel_jax.state_files import write_json
+from pixel_jax.tools.named import find_format, find_tools
+from pixel_jax.train import CONFIG, DATA, TrainConfig, facts_of
+from pixel_jax.training.footprint import row_bytes
+from pixel_jax.training.loop import Identity
+from pixel_jax.training.preemption import NOTICE, Preempted
+from pixel_jax.training.progress import announce_compiles, use_compilation_cache
+from pixel_jax.training.rewards import Rewards
+from pixel_jax.training.rl import RLConfig, rl
+from pixel_jax.training.sft import SFTConfig, sft
+from pixel_jax.training.stages import Stages, collect_on_host
+from pixel_jax.training.watch import Look, Watch
+from pixel_jax.watching import Setting, hold_out
+
+
+class Given(NamedTuple):
+    """The examples of a phase."""
+
+    examples: Sequence[Example]  # to learn from
+    judging: Sequence[Example]  # held out
+    held_out: str  # which those are, in words
+    report: Report
+    identity: Identity  # of the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase that is about to begin: what was asked for, and what was read for it."""
+
+    command: Literal["sft", "rl"]
+    config: TrainConfig
+    given: Given
+    model: Any
+    processor: Any
+    mesh: Mesh | None
+    tables: Tables  # of the tokenizer and the tools
+    rollouts: HostRollouts | None  # where tools run on the host
+
+    @property
+    def limits(self) -> RolloutConfig:
+        return limits_of(self.command, self.config)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.of(self.processor.tokenizer)
+
+    @property
+    def rollout_mesh(self) -> Mesh | None:
+        return make_mesh(self.config.rollout_mesh) if self.config.rollout_mesh else None
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """Where checkpoints and metrics go, and what they are held to."""
+        directory = pathlib.Path(self.config.out) / self.command
+        return {"directory": directory, "identity": self.given.identity, "mesh": self.mesh}
+
+    @property
+    def reading(self) -> dict[str, int]:
+        """How batches are read, by this process."""
+        part = share(self.mesh)
+        ahead = {"threads": self.config.read_threads, "ahead": self.config.read_ahead}
+        return {"process_index": part.index, "process_count": part.count, **ahead}
+
+    @property
+    def looks(self) -> Setting:
+        rolls = (self.mesh, self.rollout_mesh, self.rollouts or rollout)
+        return Setting(self.config, self.vocabulary, self.tables, self.measured(self.config.watch.batch), *rolls)
+
+    def measured(self, rows: int) -> Measured:
+        """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
+        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_parts(self.mesh))
+        return Measured(training_work(self.model.config), rows, memory // rows)
+
+    def watch(self, steps: int, look: Look | None) -> Watch:
+        config, out = self.config, pathlib.Path(self.config.out)
+        return Watch(
+            config.watch,
+            out / self.command,
+            steps,
+            self.vocabulary,
+            look=look,
+            save=lambda state, where: self.write(state.model, where),
+            save_every=config.save_model_every,
+            best=config.keep_best,
+            draw=lambda: draw_run(out),
+        )
+
+    def write(self, model: Any, where: pathlib.Path) -> None:
+        """`model` as a directory."""
+        dtype = self.config.dtype or dtype_of(self.model)
+        write_model(model, self.processor, where, dtype, adapters=self.config.lora is not None, limits=self.limits)
+
+
+def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
+    """One phase, in as many processes as have joined."""
+    out = pathlib.Path(config.out)
+    (out / command).mkdir(parents=True, exist_ok=True)
+    if first():
+        write_json(out / CONFIG, dataclasses.asdict(config))
+        announce_compiles()
+    use_limits(config.limits)
+    # Code of one's own is imported first: a mistake in it shows at once.
+    tools, calls = find_tools(config.tools), find_format(limits_of(command, config).call_format)
+    given = read_data(command, config, resume_changed)
+    use_compilation_cache(out / "compiled")
+    model, processor, mesh = read_model(config)
+    vocabulary = Vocabulary.of(processor.tokenizer)
+    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+        token_tables = tables(vocabulary, tools, calls)
+        phase = Phase(command, config, given, model, processor, mesh, token_tables, rollouts)
+        phase.write(tune(phase) if command == "sft" else learn(phase), out / "model")
+    if first():
+        draw_run(out)
+    say(f"The model is in {out / 'model'}.")
+
+
+def limits_of(command: str, config: TrainConfig) -> RolloutConfig:
+    """Of a phase: tuning writes traces out as a rollout would, within `config.rollout`."""
+    return config.rollout if command == "sft" else config.rl.rollout
+
+
+def read_data(command: str, config: TrainConfig, resume_changed: bool) -> Given:
+    """The examples, those that are held out apart, and what the run is by them."""
+    out, turns = pathlib.Path(config.out), command == "sft"
+    examples, report = read_examples(
+        config.data,
+        turns=turns,
+        drop=config.bad_rows == "drop",
+        image_folders=config.image_folders,
+        columns=config.columns,
+    )
+    facts: dict[str, Any] = {}
+    with Digests(out / "digests.json") if first() else contextlib.nullcontext() as digests:
+        if first():
+            facts = facts_of(command, config, examples, digests)
+        examples, judging, places = held = hold_out(
+            examples,
+            config.data_eval,
+            config.watch,
+            out / command,
+            digests,
+            seed=config.seed,
+            turns=turns,
+            image_folders=config.image_folders,
+        )
+    if turns and not config.corrections:
+        without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]
+        examples, judging = without(examples), without(judging)
+    facts |= {"data.held_out": places} if places else {}
+    pause("the data is read")
+    return Given(examples, judging, str(held), report, Identity(facts, resume_changed))
+
+
+def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
+    """The model that the phase starts from, with adapters where it trains such; its processor; the mesh that it lies on."""
+    mesh = make_mesh(config.mesh) if config.mesh else None
+    if mesh is None and jax.process_count() > 1:
+        raise UserError(f"{jax.process_count()} processes have joined, but config.mesh is empty: one device")
+    model, processor = from_pretrained(config.model, mesh=mesh)
+    if processor is None:
+        raise UserError(f"{config.model} has no tokenizer")
+    pause("the model is read")
+    if config.architecture is not None:
+        check_architecture(model, config.architecture, config.model)
+    if config.lora is not None:
+        model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.lora))
+    return model, processor, mesh
+
+
+def tune(phase: Phase) -> Any:
+    """The model after instruction tuning."""
+    config, given = phase.config, phase.given
+    packing = Packing(
+        given.examples,
+        phase.vocabulary,
+        phase.tables,
+        phase.limits,
+        config.trace_shapes or tuned_by(config.sft, phase.model.config, phase.mesh),
+        size=config.sft.batch_size,
+        seed=config.seed,
+        report=given.report,
+    )
+    epoch = packing.epoch
+    steps = config.sft.updates(epoch)
+    course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+    if epoch < 1:
+        course += f", each trace {1 / epoch:.3g} times a step: fewer config.sft.batch_size teach as much in less time"
+    announce(pathlib.Path(config.out), given, f"{len(packing.examples)} traces; {packing}; {course}")
+    data = packing.batches(**phase.reading)
+    look = phase.looks.of_tuning(given.judging, packing) if given.judging else None
+    pause("the data is written out")
+    return sft(phase.model, data, config.sft, epoch=epoch, watch=phase.watch(steps, look), **phase.kept)
+
+
+def learn(phase: Phase) -> Any:
+    """The model after reinforcement learning."""
+    config, given, vocabulary = phase.config, phase.given, phase.vocabulary
+    for line in other_limits(config):
+        say(line)
+    by = config.prompt_shapes or phase.measured(config.rl.prompts)
+    asked = find_rooms(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
+    course = course_of(config.rl, collections.Counter(x.room for x in asked))
+    announce(pathlib.Path(config.out), given, f"{course}; {rooms_of(asked)}")
+    data = question_batches(
+        asked,
+        vocabulary,
+        phase.tables,
+        phase.limits,
+        size=config.rl.prompts,
+        seed=config.seed,
+        **phase.reading,
+    )
+    rooms = list(dict.fromkeys(x.room for x in asked))
+    watch = phase.watch(config.rl.iterations, phase.looks.of_learning(given.judging, rooms) if given.judging else None)
+    decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
+    stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watch.advantages)
+    if phase.rollouts is not None:
+        stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, phase.rollouts))
+    pause("the data is written out")
+    return rl(phase.model, data, stages, config.rl, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.kept)
+
+
+def tuned_by(config: SFTConfig, network, mesh) -> Measured:
+    """By what the shapes of rows to tune on are worked out."""
+    parts, width = sequence_parts(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
+
+    def takes(shape: BatchShape) -> int:
+        shown = (shape.slices, shape.patches)
+        return row_bytes(network, shape.tokens // parts, shown, width=width, remat=bool(config.forward.remat))
+
+    return Measured(training_work(network), config.batch_size, device_memory(), takes)
+
+
+def pause(place: str) -> None:
+    """Between two things that take long: processes wait for one another, and a run that is told to go does."""
+    meet(place)
+    if NOTICE.reached():
+        say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
+        raise Preempted
+
+
+def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
+    """How often the questions are asked; `rooms` has their number by room, of which an iteration takes one."""
+    count, iterations = sum(rooms.values()), config.iterations
+    epochs = iterations * config.prompts / count
+    said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
+    if (times := config.prompts / min(rooms.values())) > 1:
+        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+        said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
+    return said
+
+
+def other_limits(config: TrainConfig) -> list[str]:
+    """Which limits `rl` goes by where others are given: those beside the model, or `config.rollout`, which is tuning's."""
+    used, usual = config.rl.rollout, RolloutConfig()
+    asked = [field.name for field in dataclasses.fields(usual)]
+    asked = [name for name in asked if getattr(config.rollout, name) != getattr(usual, name)]
+    kept = read_limits(config.model) or used
+    others = {
+        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, SHOWN),
+        "config.rollout, which is of tuning": differences(used, config.rollout, asked),
+    }
+    return [
+        f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"
+        for where, found in others.items()
+        for name, (mine, other) in found.items()
+    ]
+
+
+def announce(out: pathlib.Path, given: Given, data: str) -> None:
+    """Says what was read and what was not, and notes it in `data.json`."""
+    report = given.report
+    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {given.held_out}"])))
+    if first():
+        left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
+        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": given.held_out, **left_out})
