@@ -147,7 +147,9 @@ def hostile(kind, text):
     made = {}
     for name, hint in typing.get_type_hints(kind).items():
         (part, *_) = typing.get_args(hint) or (hint,)
-        if hint is tuple or typing.get_origin(hint) is tuple:
+        if typing.get_origin(hint) is dict:
+            made[name] = {text: 20.0}
+        elif hint is tuple or typing.get_origin(hint) is tuple:
             made[name] = (hostile(part, text),) if dataclasses.is_dataclass(part) else ((1, 2, 3, 4, 5),)
         else:
             made[name] = {str: text, bool: True, int: 20, float: 20.0}.get(part, text)

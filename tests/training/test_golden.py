@@ -27,7 +27,7 @@ CASES = {
 }
 
 NAMES = {"reward_answer": "reward_correct", "reward_budget": "reward_penalty"}  # of metrics, as they were
-LATER = {"unboxed", "all_right", "all_wrong"}  # metrics that there were not yet
+LATER = {"unboxed", "all_right", "all_wrong", "unrecognised_calls"}  # metrics that there were not yet
 PHASES = ("sft", "rows", "rl")
 
 

@@ -16,6 +16,7 @@ from tiny_model import make_batch
 from pixel_jax import state_files
 from pixel_jax.data.buckets import check_position
 from pixel_jax.dialog import reader_of
+from pixel_jax.dialog.observations import kinds_of
 from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
@@ -343,15 +344,28 @@ def test_stages_of_ones_own(model, tmp_path):
 
 def test_rewards_see_calls_with_boxes_in_the_original_image():
     """The rollout has the first image at 56 x 56; its file has it at 112 x 224 (height, width)."""
-    t = make_trajectories(0, [[0], [1], [2, -1]] + [[]] * 13)
-    t.calls.box[0, 0], t.calls.frames[1, 0] = [7, 14, 28, 56], [3, 1] + [-1] * 6
-    prompts, words = next(Questions())[0], lambda ids: " ".join(map(str, ids)) + "<|im_end|>"
+    done, failed, spent = CallStatus.DONE, CallStatus.FAILED, CallStatus.SPENT
+    crop_name, select_name = (tool.name for tool in RELEASED)
+    t, kinds = make_trajectories(0, [[done], [done], [failed, spent]] + [[]] * 13), kinds_of(RELEASED)
+    calls = no_calls(len(t.stop), 5, 2, RELEASED)._replace(status=t.calls.status)
+    named = [(None if kind.tool is None else kind.tool.name, kind.outcome.name) for kind in kinds]
+    calls.tool[[0, 1], 0], calls.source.canvas[0, 0, 0], calls.source.canvas[1, 0] = [0, 1], 0, [3, 1]
+    calls.source.region[0, 0, 0], calls.values.units[1, 0, :2], calls.values.lengths[1, 0, 0] = (
+        [7, 14, 28, 56],
+        [4, 2],
+        2,
+    )
+    calls.outcome[:3, 0] = [named.index(x) for x in ((crop_name, "shown"), (select_name, "shown"), (None, "malformed"))]
+    t = t._replace(calls=calls)
+    tables = types.SimpleNamespace(tools=RELEASED, observations=types.SimpleNamespace(kinds=kinds))
+    prompts, words = next(Questions())[0]._replace(tables=tables), lambda ids: " ".join(map(str, ids)) + "<|im_end|>"
     rows = rows_of(t, prompts, words, [[(112, 224)]] * GROUPS)
     assert [len(row.calls) for row in rows] == [1, 1, 2] + [0] * 13 and {row.stop for row in rows} == {"answer"}
     crop, frames, (error, spent) = rows[0].calls[0], rows[1].calls[0], rows[2].calls
-    assert crop == Call("crop_image_normalized", "crop", 0, (28.0, 28.0, 112.0, 112.0)) and crop.shown and crop.executed
-    assert frames == Call("select_frames", "frames", frames=(3, 1)) and frames.shown
-    assert error == Call("", "select_on_image") and error.executed and not error.shown and rows[2].failed_last
+    zeros = {"bbox_2d": (0.0, 0.0, 0.0, 0.0), "target_image": 0.0}
+    assert crop == Call(crop_name, zeros, done, "shown", 0, (28.0, 28.0, 112.0, 112.0)) and crop.shown and crop.executed
+    assert frames == Call(select_name, {"target_frames": (4, 2)}, done, "shown", frames=(3, 1)) and frames.shown
+    assert error == Call("", {}, failed, "malformed") and error.executed and not error.shown and rows[2].failed_last
     assert not spent.executed and not spent.shown
     assert rows_of(t, prompts, words)[0].calls[0].box == (7.0, 14.0, 28.0, 56.0)  # it was not made smaller
     assert rows[0].turns == tuple(" ".join(map(str, x)) for x in (t.tokens[0, 10:14], t.tokens[0, 17:20]))
