@@ -22,13 +22,12 @@ def error_kinds() -> tuple[type[Exception], ...]:
 def open_parquet(path: pathlib.Path, opened: BinaryIO, error: Callable[[str], Exception]):
     """The file as pyarrow's. `error`: it is none, or pyarrow is missing."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise error(f"{path} is a Parquet file: `pip install pyarrow` to read it") from None
     try:
         return parquet.ParquetFile(opened)
-    except (pyarrow.ArrowException, OSError) as reason:
+    except error_kinds() as reason:
         raise error(f"{path} cannot be read: {reason}") from None
 
 
@@ -37,7 +36,7 @@ def column_names(path: pathlib.Path, error: Callable[[str], Exception]) -> list[
     with open_regular(path, error) as opened, open_parquet(path, opened, error) as file:
         try:
             return file.schema_arrow.names
-        except UnicodeDecodeError as reason:
+        except error_kinds() as reason:
             raise error(f"{path} cannot be read: {reason}") from None
 
 

@@ -244,7 +244,20 @@ def test_other_bytes_in_parquet(folder, noise, place, over):
     write_parquet(path, [QUESTION] * 2)
     whole = path.read_bytes()
     place %= len(whole) + 1
-    path.write_bytes(whole[:place] + noise + whole[place + len(noise) * over :])
+    check_parquet(path, whole[:place] + noise + whole[place + len(noise) * over :])
+
+
+def test_a_name_in_parquet_that_is_no_text(folder):
+    path = folder / "name.parquet"
+    write_parquet(path, [QUESTION] * 2)
+    whole = path.read_bytes()
+    for name in (b"question", b"element"):
+        check_parquet(path, whole.replace(name, b"\x80" + name[1:]))
+
+
+def check_parquet(path, content):
+    """It is read, or refused in words."""
+    path.write_bytes(content)
     for take, errors in (
         (lambda: read_examples(path, turns=False), (ExampleError, SourceError)),
         (lambda: read("prepared", path), (BenchmarkError,)),
