@@ -77,7 +77,7 @@ class Phase:
     def limits(self) -> RolloutConfig:
         return limits_of(self.command, self.config)
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.of(self.processor.tokenizer)
 
@@ -179,6 +179,7 @@ def read_data(command: str, config: TrainConfig, resume_changed: bool) -> Given:
             seed=config.seed,
             turns=turns,
             image_folders=config.image_folders,
+            columns=config.columns,
         )
     if turns and not config.corrections:
         without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]

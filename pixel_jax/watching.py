@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ def hold_out(
     seed: int,
     turns: bool,
     image_folders: Sequence[str] = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
 ) -> HeldOut:
     """The examples to train on, and those that the run is judged by. With several processes, all call it.
 
@@ -62,9 +63,10 @@ def hold_out(
         directory: of the phase, where it is noted what is held out.
         digests: of pictures; in the first process, which alone decides.
         turns: the examples are traces.
+        columns: what `source` calls our fields, as the data does.
     """
     if source is not None:
-        others, report = read_examples(source, turns=turns, image_folders=image_folders)
+        others, report = read_examples(source, turns=turns, image_folders=image_folders, columns=columns)
         say(str(report)) if str(report) else None
         if digests is not None and set(keys_of(examples, digests)) & set(keys_of(others, digests)):
             warn(f"{source} has pictures that are in the data, too: they are trained on, so they judge too kindly")

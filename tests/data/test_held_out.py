@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example
 from pixel_jax.data.held_out import FILE, choose, keys_of, settled
+from pixel_jax.training.watch import WatchConfig
+from pixel_jax.watching import hold_out
 from tests.rollout import talker
 
 KEYS = st.lists(st.sampled_from([f"k{i}" for i in range(12)]), max_size=40)
@@ -56,3 +58,15 @@ def test_what_a_run_noted_it_holds_out_again(tmp_path):
     assert len(other) == 30 and settled(place, keys, 3, 0, begun=True) == other
     (place / FILE).write_text('{"keys": [1]}')
     assert settled(place, keys, 3, 0, begun=True) == set()  # the run's own settings then say that others are trained on
+
+
+def test_a_file_to_judge_by_has_the_names_of_the_data(tmp_path):
+    """`columns` are of both files: the format of `data_eval` is that of `data`."""
+    from PIL import Image
+
+    Image.fromarray(talker.image(0, 30, 40)).save(tmp_path / "a.png")
+    path = tmp_path / "judging.jsonl"
+    path.write_text('{"prompt": "Which digit?", "images": ["a.png"], "answer": "7"}\n')
+    given = {"seed": 0, "turns": False, "columns": {"question": "prompt"}}
+    held = hold_out([], str(path), WatchConfig(), tmp_path, None, **given)
+    assert [x.question for x in held.judging] == ["Which digit?"] and not held.places
