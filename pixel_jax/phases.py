@@ -22,6 +22,7 @@ from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import BatchShape, Measured, training_work
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
+from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
@@ -67,7 +68,8 @@ class Phase:
     command: Literal["sft", "rl"]
     config: TrainConfig
     given: Given
-    model: Any
+    network: Qwen2_5_VLConfig
+    dtype: str  # of the weights that are saved
     processor: Any
     mesh: Mesh | None
     tables: Tables  # of the tokenizer and the tools
@@ -106,7 +108,7 @@ class Phase:
     def measured(self, rows: int) -> Measured:
         """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
         memory = device_memory() // PICTURES * (1 if self.mesh is None else row_parts(self.mesh))
-        return Measured(training_work(self.model.config), rows, memory // rows)
+        return Measured(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
         config, out = self.config, pathlib.Path(self.config.out)
@@ -124,8 +126,7 @@ class Phase:
 
     def write(self, model: Any, where: pathlib.Path) -> None:
         """`model` as a directory."""
-        dtype = self.config.dtype or dtype_of(self.model)
-        write_model(model, self.processor, where, dtype, adapters=self.config.lora is not None, limits=self.limits)
+        write_model(model, self.processor, where, self.dtype, adapters=self.config.lora is not None, limits=self.limits)
 
 
 def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
@@ -144,8 +145,10 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
-        phase = Phase(command, config, given, model, processor, mesh, token_tables, rollouts)
-        phase.write(tune(phase) if command == "sft" else learn(phase), out / "model")
+        dtype = config.dtype or dtype_of(model)
+        phase = Phase(command, config, given, model.config, dtype, processor, mesh, token_tables, rollouts)
+        model = tune(phase, model) if command == "sft" else learn(phase, model)
+        phase.write(model, out / "model")
     if first():
         draw_run(out)
     say(f"The model is in {out / 'model'}.")
@@ -205,15 +208,15 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
     return model, processor, mesh
 
 
-def tune(phase: Phase) -> Any:
-    """The model after instruction tuning."""
+def tune(phase: Phase, model: Any) -> Any:
+    """`model` after instruction tuning."""
     config, given = phase.config, phase.given
     packing = Packing(
         given.examples,
         phase.vocabulary,
         phase.tables,
         phase.limits,
-        config.trace_shapes or tuned_by(config.sft, phase.model.config, phase.mesh),
+        config.trace_shapes or tuned_by(config.sft, phase.network, phase.mesh),
         size=config.sft.batch_size,
         seed=config.seed,
         report=given.report,
@@ -227,11 +230,11 @@ def tune(phase: Phase) -> Any:
     data = packing.batches(**phase.reading)
     look = phase.looks.of_tuning(given.judging, packing) if given.judging else None
     pause("the data is written out")
-    return sft(phase.model, data, config.sft, epoch=epoch, watch=phase.watch(steps, look), **phase.kept)
+    return sft(model, data, config.sft, epoch=epoch, watch=phase.watch(steps, look), **phase.kept)
 
 
-def learn(phase: Phase) -> Any:
-    """The model after reinforcement learning."""
+def learn(phase: Phase, model: Any) -> Any:
+    """`model` after reinforcement learning."""
     config, given, vocabulary = phase.config, phase.given, phase.vocabulary
     for line in other_limits(config):
         say(line)
@@ -255,7 +258,7 @@ def learn(phase: Phase) -> Any:
     if phase.rollouts is not None:
         stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, phase.rollouts))
     pause("the data is written out")
-    return rl(phase.model, data, stages, config.rl, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.kept)
+    return rl(model, data, stages, config.rl, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.kept)
 
 
 def tuned_by(config: SFTConfig, network, mesh) -> Measured:
