@@ -115,8 +115,9 @@ class Loop:
     With several processes, all take the same steps; the first one writes the metrics.
     """
 
-    def __init__(self, work: Work, state: TrainState, keeping: Keeping = Keeping(), watch: Watch | None = None):
-        self.work, self.state, self.keeping, self.watch = work, state, keeping, watch
+    def __init__(self, work: Work, state: TrainState, keeping: Keeping | None = None, watch: Watch | None = None):
+        self.work, self.state, self.watch = work, state, watch
+        self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
         self.done = 0
         self.told = False  # to go, in the step that was under way
