@@ -40,6 +40,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.evaluation.trace import make_trace
     from pixel_jax.rollout.config import RolloutConfig
     from pixel_jax.rollout.limits import judged, read_limits
+    from pixel_jax.rollout.materialize import materialize_on_host
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
     from pixel_jax.rollout.rollout import host_rollouts, rollout
     from pixel_jax.rollout.trajectory import to_host
@@ -71,7 +72,8 @@ def main(command: str, arguments: list[str]) -> None:
     with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary) as rollouts:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")
-    trace = make_trace(trajectories, 0, query, vocabulary, answer=last_boxed(written))
+    seen = materialize_on_host(trajectories, [query.images], tools, config)
+    trace = make_trace(seen, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
     if said := format_warning([written], token_tables.reader.language):
         warn(said)

@@ -19,7 +19,7 @@ from pixel_jax.data.limits import use_limits
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import BatchShape, Measured, training_work
+from pixel_jax.data.shapes import Measured, training_work
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
 from pixel_jax.models.config import Qwen2_5_VLConfig
@@ -34,6 +34,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.rollout import HostRollouts, host_rollouts, rollout
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import Tables
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json

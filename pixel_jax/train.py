@@ -9,11 +9,11 @@ from absl import flags
 from pixel_jax.config import define_flag, load, positive
 from pixel_jax.data.digests import Digests, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
-from pixel_jax.data.rooms import prompt_shape
-from pixel_jax.data.shapes import BatchShape, bucket_shapes
+from pixel_jax.data.shapes import bucket_shapes
 from pixel_jax.identity import nest
 from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.run_lock import hold
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.rl import RLConfig

@@ -14,12 +14,13 @@ from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import BatchShape, Measured
+from pixel_jax.data.shapes import Measured
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.parallel.processes import everywhere, say
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import Tables
 from pixel_jax.terminal import warn
 from pixel_jax.train import TrainConfig

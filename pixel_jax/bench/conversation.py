@@ -20,7 +20,7 @@ from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.rollout import compiled_rollout, rollout
-from pixel_jax.rollout.trajectory import CallStatus, Trajectories, executed_calls, to_host
+from pixel_jax.rollout.trajectory import CallStatus, Trajectories, executed_calls, take_prompts, to_host
 
 
 class Turn(NamedTuple):
@@ -211,12 +211,10 @@ def build_queue(quick: bool) -> Work:
     batch, calls = len(asked.length), 2 if quick else 4
     config = dataclasses.replace(rollout_config(quick), max_calls=4, max_response=128 if quick else 512)
     queued = dataclasses.replace(config, in_flight=batch // calls)
-    arrays = asked._replace(tables=())
 
     def one_after_the_other():
         size = batch // calls
-        parts = [jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], arrays) for i in range(calls)]
-        parts = [part._replace(tables=asked.tables) for part in parts]
+        parts = [take_prompts(asked, slice(i * size, (i + 1) * size)) for i in range(calls)]
         return lambda: jnp.concatenate([rollout(model, part, key, config).logprobs for part in parts])
 
     alternatives = {

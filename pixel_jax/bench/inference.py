@@ -26,8 +26,8 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
 from pixel_jax.rollout import machine, queue
-from pixel_jax.rollout.machine import Shape
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.shapes import BatchShape, Shape
 from pixel_jax.rollout.trajectory import Prompts
 
 
@@ -148,7 +148,7 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
     words = tables(vocabulary())
-    shape = Shape(words.tools, videos=False, shards=1, patches=16)
+    shape = Shape(BatchShape(length, 1, 1, 16, 28, 28), words.tools, shards=1)
     words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: every row writes on
     prompts = Prompts(
         tokens=tokens,

@@ -20,6 +20,7 @@ from pixel_jax.bench.network import QUESTION, images, random_model, rollout_conf
 from pixel_jax.bench.timing import Case, Work
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.shapes import prompt_shape
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "pixel" / "quickstart.py"
 COLD_START_AIM = 10.0  # seconds
@@ -54,14 +55,14 @@ def build_image_sizes(quick: bool) -> Work:
     """One prompt after the other, each with an image of another size, through one program."""
     config, model = rollout_config(True), random_model(True)
     sizes = list(itertools.product((60, 97, 112), (56, 80, 101, 112)))
-    token_tables = tables(vocabulary())
+    token_tables, shape = tables(vocabulary()), prompt_shape(1, 128, 128, 288, config, video=False)
 
     def ours():
         places = itertools.cycle(range(len(sizes)))
 
         def run():
             query = Query(QUESTION, list(images(1, *sizes[next(places)])))
-            prompts = build_prompts([query], vocabulary(), token_tables, config, width=288, canvas=(1, 128, 128))
+            prompts = build_prompts([query], vocabulary(), token_tables, config, shape=shape)
             return rollout(model, prompts, jax.random.key(0), config).tokens
 
         return run

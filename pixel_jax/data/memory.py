@@ -15,6 +15,7 @@ import resource
 import tempfile
 import time
 
+import jax
 import numpy as np
 from absl import app, flags
 from PIL import Image, ImageFilter
@@ -23,20 +24,18 @@ from pixel_jax.data.batches import Batches
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import prompt_shape
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.models.inputs import Visual
-from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.images import pad
+from pixel_jax.rollout.materialize import VisualRecord, patch_source
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.rollout import static_shape
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, Trajectories, Views, no_calls
+from pixel_jax.rollout.shapes import BatchShape, Shape, prompt_shape
+from pixel_jax.rollout.trajectory import CallStatus, HostPrompts, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
-from pixel_jax.training.batch import from_trajectories, with_patches
-from pixel_jax.training.origins import origins, room_of
+from pixel_jax.training.batch import Rows, from_trajectories
 from pixel_jax.training.replay import Replay, ReplayConfig
 
 FLAGS = flags.FLAGS
@@ -84,27 +83,24 @@ class Learning:
         self.config, self.train_batch, self.devices = config, train_batch, devices
         self.replay, self.random = Replay(ReplayConfig(), 0), np.random.default_rng(0)
 
-    def iteration(self, prompts: Prompts) -> None:
+    def iteration(self, prompts: HostPrompts) -> None:
         config, count = self.config, len(prompts.length)
-        for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
-            assert prompts.canvases[part].shape[0] == len(part)
-        rows = self.made_up(prompts)
         shape = static_shape(prompts, config, None)
+        for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
+            assert len(pad(prompts.images[part], shape.prompts)) == len(part)
+        made = self.made_up(prompts, shape)
         advantage = self.random.normal(size=count * config.group_size).astype(np.float32)
-        batch = from_trajectories(rows, advantage, np.array(rows.logprobs))
-        found = origins(prompts, rows.calls, config, shape)
-        batch = with_patches(batch, found)
-        canvas, room = prompts.canvases.room, room_of(batch.tokens.shape[1], prompts, shape)
+        batch = from_trajectories(made, advantage, np.array(made.logprobs))
+        rows = Rows(batch, np.repeat(prompts.images, config.group_size))
         del prompts
         teaching = np.repeat(self.random.random(count) < 0.5, config.group_size)
-        selected = self.replay.select(batch, teaching, room)
+        selected = self.replay.select(rows, teaching, shape.prompts._replace(tokens=batch.tokens.shape[1]))
         for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
-            trained = self.replay.batch(selected[first : first + self.train_batch])
-            canvases = Canvases(trained.visual.patches.images, canvas)
+            images = self.replay.batch(selected[first : first + self.train_batch]).images
             for part in np.array_split(np.arange(self.train_batch), self.devices):
-                assert canvases[part].any(axis=(1, 2, 3, 4)).all()
+                assert pad(images[part], shape.prompts).any(axis=(1, 2, 3, 4)).all()
 
-    def made_up(self, prompts: Prompts) -> Trajectories:
+    def made_up(self, prompts: HostPrompts, shape: Shape) -> Trajectories[VisualRecord]:
         """Rows as long as they may be, with one or two crops each."""
         config, rows = self.config, len(prompts.length) * self.config.group_size
         length, numbers, frames = (
@@ -122,14 +118,15 @@ class Learning:
             outcome=crops,
             source=Views(crops[..., None], box[..., None, :], size[..., None, :]),
         )
+        source = jax.tree.map(np.asarray, patch_source(prompts, calls, config, shape))
         full = lambda dtype: np.ones((rows, length), dtype)  # zeros would not be in memory
         return Trajectories(
             tokens=full(np.int32),
             valid=full(bool),
             chosen=full(bool),
             logprobs=full(np.float32),
-            visual=Visual(
-                None, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)
+            visual=VisualRecord(
+                source, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)
             ),
             prompt=np.repeat(np.arange(len(prompts.length)), config.group_size),
             calls=calls,

@@ -9,13 +9,13 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, Report
-from pixel_jax.data.rooms import Fit, Place, places
-from pixel_jax.data.shapes import BatchShape, Measured
+from pixel_jax.data.rooms import Fit, Fitter, Place
+from pixel_jax.data.shapes import Measured
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError, build_prompts
-from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollout.trajectory import HostPrompts, Tables
 from pixel_jax.tools import RELEASED, Tool
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it
@@ -50,7 +50,7 @@ def find_rooms(
     or is dropped and counted.
     """
     asked = []
-    found = places([example.outline for example in examples], shapes, vocabulary, config, tools=tools)
+    found = Fitter(vocabulary, config, tools=tools).places([example.outline for example in examples], shapes)
     for example, place in zip(examples, found, strict=True):
         if isinstance(place, Place):
             asked.append(Asked(example, *place))
@@ -97,33 +97,23 @@ def question_batches(
     process_count: int = 1,
     **reading: int,
 ) -> Batches:
-    """Endless (Prompts, examples, sizes of their images): `size` questions in all processes together, this one's part of
+    """Endless (prompts, examples, sizes of their images): `size` questions in all processes together, this one's part of
     them. The questions of a batch are of one room.
 
     reading: `threads` and `ahead` of `Batches`.
     """
 
-    def load(i: int) -> tuple[Prompts, Example, Sizes]:
-        example, room = asked[i].example, asked[i].room
-        whole, canvas = example.query(), (room.images, room.height, room.width)
-        query = asked[i].fit.apply(whole)
-        prompt = build_prompts([query], vocabulary, tables, config, width=room.tokens, canvas=canvas)
-        return prompt._replace(tables=None), example, [image.shape[:2] for image in whole.images]
+    def load(i: int) -> tuple[HostPrompts, Example, Sizes]:
+        whole = asked[i].example.query()
+        prompt = build_prompts([asked[i].fit.apply(whole)], vocabulary, tables, config, shape=asked[i].room)
+        return prompt._replace(tables=()), asked[i].example, [image.shape[:2] for image in whole.images]
 
     def collate(
-        rows: Iterator[tuple[Prompts, Example, Sizes]], count: int
-    ) -> tuple[Prompts, list[Example], list[Sizes]]:
-        examples, sizes, canvases = [], [], []
-
-        def prompts() -> Iterator[Prompts]:
-            for prompt, example, whole in rows:
-                examples.append(example)
-                sizes.append(whole)
-                canvases.append(prompt.canvases)
-                yield prompt._replace(canvases=None)
-
-        stacked = stack(prompts(), count)._replace(uid=np.arange(count, dtype=np.int32), tables=tables)
-        return stacked._replace(canvases=Canvases.concatenate(canvases)), examples, sizes
+        rows: Iterator[tuple[HostPrompts, Example, Sizes]], count: int
+    ) -> tuple[HostPrompts, list[Example], list[Sizes]]:
+        prompts, examples, sizes = map(list, zip(*rows, strict=True))
+        stacked = stack(iter(prompts), count)._replace(uid=np.arange(count, dtype=np.int32), tables=tables)
+        return stacked, examples, sizes
 
     rooms = dict.fromkeys(x.room for x in asked)
     return Batches(

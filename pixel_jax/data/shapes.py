@@ -1,4 +1,4 @@
-"""How large a batch is. A step is compiled for every shape that its batches have, so there are few, worked out from what the
+"""How large batches are. A step is compiled for every shape that its batches have, so there are few, worked out from what the
 examples take: from the headers of their pictures and the words of their texts, before anything is trained.
 """
 
@@ -11,33 +11,12 @@ import numpy as np
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import padded_work, training_flops
+from pixel_jax.rollout.shapes import BatchShape
 
 GAIN = 0.03  # share of all the work that one more compilation has to save
 MOST_SHAPES = 4  # compilations of a step
 PATCHES_PER_TOKEN = 8  # at most: four, and a video's token covers two frames
 MOST_KINDS = 96  # different needs that are compared with one another: their pairs are many
-
-
-class BatchShape(NamedTuple):
-    """Room that every row of a batch has; or, of one example, what it takes."""
-
-    tokens: (
-        int  # of a prompt; of a trace, or the traces that are packed in a row; of a rollout's row, prompt and response
-    )
-    images: int  # pictures of a row: a prompt's images or frames, or all that is looked at in a row that is tuned on
-    slices: int  # of them that the vision tower is given, two frames of a video together
-    patches: int  # of one picture, as it is shown
-    height: int = 0  # of the largest picture, in pixels. 0: the row holds patches, which were cut on the host
-    width: int = 0
-    video: bool = False  # of prompts that are a video each
-
-    def holds(self, need: "BatchShape") -> bool:
-        return self.video == need.video and all(a >= b for a, b in zip(self[:6], need[:6], strict=True))
-
-    def __str__(self) -> str:
-        size = f" of {self.height} x {self.width} pixels" if self.height else ""
-        picture = "picture" if self.images == 1 else "pictures"
-        return f"{self.tokens} tokens and {self.images} {picture}{size}, {self.patches} patches each"
 
 
 PACKED = 3  # the sides of a row that traces share add up: tokens, images, slices

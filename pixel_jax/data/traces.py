@@ -6,32 +6,32 @@ written those turns itself; only pixels are resized by the host here, with the s
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
-from pixel_jax.ops import host_crop_resize, smart_resize
+from pixel_jax.ops import smart_resize
 from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import draw_on_host
+from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.drawings import with_drawings
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
+from pixel_jax.rollout.shapes import BatchShape, Shape
 from pixel_jax.rollout.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
     Calls,
     Tables,
     Trajectories,
-    made_by,
     no_calls,
     shown_by,
 )
+from pixel_jax.rollout.views import frame_patches
 from pixel_jax.tools import Tool
 from pixel_jax.tools.looking import Gallery, Seen
 
@@ -63,14 +63,6 @@ def wrong(text: str) -> Turn:
 
 def right(text: str) -> Turn:
     return Turn(((text, True),))
-
-
-def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """`region` (x1 y1 x2 y2) of uint8 [h, w, 3] at `size` (height, width), as patches uint8 [h w / 196, 588] (merge order)."""
-    height, width = (int(side) for side in size)
-    view = host_crop_resize(image, region, (height, width))
-    grid = view.reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
-    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
 
 
 class View(NamedTuple):
@@ -158,18 +150,8 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [frame_patches(canvases[view.canvas], view.region, view.size) for view in row.views]
 
 
-def with_drawings(images: Sequence[np.ndarray], calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
-    """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
-    canvases = dict(enumerate(images))
-    for number, call in enumerate(calls):
-        if call.drawn.any():
-            source = canvases[int(call.source.canvas[0])]
-            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, source)
-    return canvases
-
-
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
-def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: machine.Shape):
+def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: Shape):
     """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
     the call, its result, observation ids and lengths, and the gallery after it."""
     state, _ = jax.lax.scan(
@@ -202,7 +184,7 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
         num_canvases=fill([len(row.trace.query.images) for row in rows], np.int32),
     )
     number = fill([len(row.calls) for row in rows], np.int32)
-    shape = machine.Shape(tables.tools, videos, shards=1, patches=0)
+    shape = Shape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
     answer = jax.tree.map(np.asarray, _respond(tables, padded, seen, number, config, shape))
     required, calls, shown, ids, lengths, gallery = answer
     for i, row in enumerate(rows):
@@ -257,7 +239,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
 
 def to_trajectories(
     traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, shape: BatchShape
-) -> Trajectories:
+) -> Trajectories[Visual]:
     """One row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
     with ThreadPoolExecutor() as pool:  # most of the time goes into products, which hold no lock
@@ -267,7 +249,7 @@ def to_trajectories(
 
 def assemble(
     rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
-) -> Trajectories:
+) -> Trajectories[Visual]:
     """Rows and their rendered frames as arrays; a row that does not fit `shape` is a `TraceError`."""
     count, numbers = len(rows), config.max_calls + 1
     tokens = np.zeros((count, shape.tokens), np.int32)

@@ -12,8 +12,8 @@ import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Place, places, prompt_shape
-from pixel_jax.data.shapes import BatchShape, Measured, training_work
+from pixel_jax.data.rooms import Fitter, Place
+from pixel_jax.data.shapes import Measured, training_work
 from pixel_jax.evaluation.config import Bucket
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
@@ -23,6 +23,7 @@ from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.training.progress import Progress
 
 LOADERS = 8  # threads that decode images
@@ -142,13 +143,8 @@ def find_places(
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
     wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
     outlines = [functools.partial(outline, questions[i]) for i in wanted]
-    found = dict(
-        zip(
-            wanted,
-            places(outlines, shapes, policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools),
-            strict=True,
-        )
-    )
+    fitter = Fitter(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
+    found = dict(zip(wanted, fitter.places(outlines, shapes), strict=True))
     return {i: found[i] for i in todo}
 
 

@@ -22,6 +22,7 @@ from pixel_jax.evaluation.config import BenchmarkConfig, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import (
@@ -107,7 +108,7 @@ class Answered(NamedTuple):
     """What the model did with them: `group_size` rows a question, on the host."""
 
     asked: Asked
-    trajectories: Trajectories
+    trajectories: Trajectories[VisualRecord]
     texts: Sequence[str]  # all that the model wrote in each row
 
 
@@ -132,8 +133,7 @@ def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] 
         vocabulary,
         tables,
         session.limits,
-        width=shape.tokens,
-        canvas=(shape.images, shape.height, shape.width),
+        shape=shape,
         uids=padded(asked.numbers),
         guidelines=guidelines(exam.mode),
     )
@@ -214,10 +214,12 @@ def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
     """Keeps the first answer to the question at place `at` of its batch as a trace."""
     asked = judged.answered.asked
     question = asked.questions[at]
+    first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
+    tools, query = session.policy.tables.tools, asked.queries[at]
     made = traces.make_trace(
-        judged.answered.trajectories,
-        at * session.limits.group_size,
-        asked.queries[at],
+        materialize_on_host(first, [query.images], tools, session.limits),
+        0,
+        query,
         session.policy.vocabulary,
         answer=found["given"][0],
         reference=" / ".join(question.answers),

@@ -21,6 +21,7 @@ from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
+from pixel_jax.models.inputs import Visual
 from pixel_jax.rollout.config import PATCH
 from pixel_jax.rollout.prompts import Query
 from pixel_jax.rollout.trajectory import STOP_REASONS, CallStatus, Trajectories
@@ -96,7 +97,7 @@ def unpatchify(patches: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def make_trace(
-    trajectories: Trajectories,
+    trajectories: Trajectories[Visual],
     row: int,
     query: Query,
     vocabulary: Vocabulary,

@@ -13,13 +13,12 @@ class Visual(NamedTuple):
     one twice. Every slice goes through the vision tower on its own: attention never crosses slices.
 
     patches:  uint8 [B, F, P, 588]  frame patches in merge order (`pixel_jax.ops.patchify`); F frames a row at most
-                                    (None where they are cut out later, `pixel_jax.rollout.sight`)
     slices:   int32 [B, S, 2]       the two frames of each slice, in order of appearance; -1 = absent, at the end
     grids:    int32 [B, K, 3]       items in order of appearance: slices, height and width in patches; zeros = absent
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
     """
 
-    patches: jax.Array | None
+    patches: jax.Array
     slices: jax.Array
     grids: jax.Array
     seconds: jax.Array

@@ -20,8 +20,10 @@ from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.materialize import cut_patches
 from pixel_jax.rollout.queue import read_together
 from pixel_jax.rollout.rollout import compiled_rollout, traced
+from pixel_jax.rollout.shapes import Shape, prompt_shape
 from pixel_jax.rollout.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
@@ -174,11 +176,11 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
     )
 
 
-def rollout_shape(recipe: Recipe, shards: int) -> machine.Shape:
+def rollout_shape(recipe: Recipe, shards: int) -> Shape:
     """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
-    images, *canvas = recipe.config.canvas
-    limits, tools = recipe.config.rl.rollout, recipe.tables.tools
-    return machine.Shape.of(tuple(canvas), limits, tools, shards, still=images == 1, video=images > 1)
+    config, limits = recipe.config, recipe.config.rl.rollout
+    prompts = prompt_shape(*config.canvas, config.prompt_width, limits, video=config.canvas[0] > 1)
+    return Shape.of(prompts, limits, recipe.tables.tools, shards)
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
@@ -195,19 +197,22 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
     opening, temperature, config = traced(recipe.config.rl.rollout, ())
     traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), opening, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
-    options = {"shape": rollout_shape(recipe, shards)._replace(pixels=False), "mesh": mesh}
+    options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
     return (model, prompts, *traced_arguments, config), options
 
 
 def rl_batch(recipe: Recipe) -> Batch:
     """The rows of one update, cut from what a rollout returns."""
     opening, temperature, config = traced(recipe.config.rl.rollout, ())
-    run = functools.partial(compiled_rollout, config=config, shape=rollout_shape(recipe, 1), mesh=None)
+    shape, rows = rollout_shape(recipe, 1), recipe.config.rl.train_batch
+    run = functools.partial(compiled_rollout, config=config, shape=shape, mesh=None)
     model, prompts = abstract_model(recipe), prompt_arrays(recipe)
     trajectories = jax.eval_shape(run, model, prompts, jax.random.key(0), opening, temperature)
     batch = jax.eval_shape(lambda t: from_trajectories(t), trajectories)
-    rows = recipe.config.rl.train_batch
-    return jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
+    batch = jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
+    canvases, visual = array(jnp.uint8, rows, *prompts.canvases.shape[1:]), batch.visual
+    patches = jax.eval_shape(functools.partial(cut_patches, config=config, shape=shape), canvases, visual.source)
+    return batch._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
 
 
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import make_trace
@@ -19,11 +18,13 @@ from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import FACTOR
 from pixel_jax.rollout.limits import judged
+from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.rollout.trajectory import (
     CallStatus,
-    Prompts,
+    HostPrompts,
     Trajectories,
     concatenate,
     executed_calls,
@@ -92,15 +93,14 @@ class Task:
 
     # ---- scenes to ask about
 
-    def prompts(self, scenes: Sequence[miniature.Scene], uids: Sequence[int]) -> Prompts:
+    def prompts(self, scenes: Sequence[miniature.Scene], uids: Sequence[int]) -> HostPrompts:
         queries = [rows.scene_query(scene) for scene in scenes]
         return build_prompts(
             queries,
             self.vocabulary,
             self.tables,
             self.config.rl.rollout,
-            width=self.config.width,
-            canvas=CANVAS,
+            shape=prompt_shape(*CANVAS, self.config.width, self.config.rl.rollout, video=False),
             uids=uids,
         )
 
@@ -130,7 +130,7 @@ class TrainingScenes:
     def __iter__(self):
         return self
 
-    def __next__(self) -> tuple[Prompts, list[str]]:
+    def __next__(self) -> tuple[HostPrompts, list[str]]:
         config = self.task.config
         rng = np.random.default_rng([config.seed, 3, self.batch])
         scenes = [miniature.draw_scene(rng, "train", config.scenes) for _ in range(config.rl.prompts)]
@@ -151,7 +151,7 @@ class TrainingScenes:
 class Answers:
     """What a policy did with the held-out scenes, a row each."""
 
-    trajectories: Trajectories
+    trajectories: Trajectories[VisualRecord]
     texts: list[str]
     right: np.ndarray  # bool [scenes]
     looked: np.ndarray  # bool [scenes], at least one operation returned pixels
@@ -235,11 +235,13 @@ def pick_traces(task: Task, answers: Answers, label: str) -> list:
     made = []
     for row in picked[: task.config.evaluation.traces]:
         scene = task.held_out[row]
+        query = rows.scene_query(scene)
+        seen = take_rows(answers.trajectories, [row])
         made.append(
             make_trace(
-                answers.trajectories,
-                row,
-                rows.scene_query(scene),
+                materialize_on_host(seen, [query.images], task.tables.tools, task.config.rl.rollout),
+                0,
+                query,
                 task.vocabulary,
                 answer=last_boxed(answers.texts[row]),
                 reference=str(scene.label),

@@ -5,6 +5,7 @@ looks at, so they are made in order, as far as they are wanted.
 """
 
 import functools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,6 +75,16 @@ def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
     """uint8 [S, S, 3] with zeros beyond (height, width)."""
     index = jnp.arange(pixels.shape[0])
     return jnp.where(((index < size[0])[:, None] & (index < size[1]))[..., None], pixels, 0).astype(jnp.uint8)
+
+
+def with_drawings(images: Sequence[np.ndarray], calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
+    """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
+    canvases = dict(enumerate(images))
+    for number, call in enumerate(calls):
+        if call.drawn.any():
+            source = canvases[int(call.source.canvas[0])]
+            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, source)
+    return canvases
 
 
 def draw_on_host(tool: Tool, call: Calls, source: np.ndarray) -> np.ndarray:

@@ -9,14 +9,15 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import draw_on_host
-from pixel_jax.rollout.machine import WAITING, Shape, State
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, made_by
+from pixel_jax.rollout.drawings import with_drawings
+from pixel_jax.rollout.machine import WAITING, State
+from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.trajectory import Calls, CallStatus, Prompts
 from pixel_jax.rollout.views import GREY
 from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.tool import ANSWERED
+from pixel_jax.tools.looking import Gallery
+from pixel_jax.tools.tool import ANSWERED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
 WIDTH = 64  # answers are padded to a multiple, to share programs
@@ -29,8 +30,10 @@ class HostCall(NamedTuple):
     request: Request
 
 
-def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, shape: Shape) -> list[HostCall]:
-    """The calls of tools of the host that rows wait for; `images` are the prompts' canvases on the host."""
+def host_calls(
+    state: State, prompts: Prompts, images: np.ndarray, config: RolloutConfig, shape: Shape
+) -> list[HostCall]:
+    """The calls of tools of the host that rows wait for; `images` are the prompts' `Images` [B]."""
     if not any(tool.host for tool in shape.tools):
         return []
     language, words = prompts.tables.reader.language, prompts.tables.bytes
@@ -47,7 +50,8 @@ def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, sh
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
-        pictures = images_of(images, int(prompt), prompts, mine(at["gallery"]), mine(at["calls"]), shape)
+        video, given = bool(np.asarray(prompts.is_video)[prompt]), images[prompt].arrays
+        pictures = images_of(given, video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
@@ -58,18 +62,13 @@ def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, sh
     return found
 
 
-def images_of(images, prompt: int, prompts: Prompts, gallery, calls, shape: Shape) -> list[np.ndarray]:
+def images_of(
+    images: Sequence[np.ndarray], video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]
+) -> list[np.ndarray]:
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
-    sizes = np.asarray(prompts.canvas_size)[prompt]
-    count = int(np.asarray(prompts.num_canvases)[prompt])
-    given = images.images[prompt].arrays if isinstance(images, Canvases) else np.asarray(images[prompt])
-    canvases = {i: given[i][: sizes[i, 0], : sizes[i, 1]] for i in range(count)}
-    for number in np.flatnonzero(calls.drawn.any(axis=1)):
-        call = jax.tree.map(lambda x: x[number], calls)  # noqa: B023
-        source = canvases[int(call.source.canvas[0])]
-        canvases[made_by(int(number))] = draw_on_host(shape.tools[call.tool], call, source)
-    video = bool(np.asarray(prompts.is_video)[prompt])
-    found = [canvases[i] for i in range(count)] if video else []
+    made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
+    canvases = with_drawings(images, made, tools)
+    found = list(images) if video else []
     for i in range(1 if video else 0, int(gallery.count)):
         x1, y1, x2, y2 = gallery.region[i]
         found.append(canvases[int(gallery.canvas[i])][y1:y2, x1:x2])

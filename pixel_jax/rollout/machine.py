@@ -17,12 +17,12 @@ from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.ops import most_pixels
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import drawings
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
+from pixel_jax.rollout.shapes import Shape
 from pixel_jax.rollout.trajectory import (
     STOP_ANSWER,
     STOP_CALLS,
@@ -40,58 +40,6 @@ from pixel_jax.tools.looking import Gallery, Seen
 from pixel_jax.tools.tool import Tool
 
 WRITING, WAITING, DONE = 0, 1, 2
-
-
-class Shape(NamedTuple):
-    """What is static about a rollout besides its config."""
-
-    tools: tuple[Tool, ...]
-    videos: bool  # whether any prompt is one
-    shards: int  # parts of the mesh that rows are split over
-    patches: int  # room for the patches of one image of a prompt, or frame
-    pixels: bool = True  # whether patches are kept: else the trajectories tell where they were cut from (`sight.py`)
-    observed: int | None = None  # room for the patches of one image of an observation; None: the most the config allows
-
-    @classmethod
-    def of(
-        cls,
-        canvas: tuple[int, int],
-        config: RolloutConfig,
-        tools: tuple[Tool, ...],
-        shards: int,
-        *,
-        still: bool,
-        video: bool,
-    ) -> "Shape":
-        """Of prompts whose images, or frames, lie in a canvas (height, width): with no room for what cannot be cut out of it."""
-        shape = cls(tools, video, shards, overview_patches(canvas, config, still=still, video=video))
-        if any(tool.draw is not None for tool in shape.showing):
-            canvas = (max(canvas), max(canvas))  # what a tool has drawn may be as long either way
-        return shape._replace(
-            observed=max((most_patches(canvas, tool.budget, config) for tool in shape.showing), default=4)
-        )
-
-    @property
-    def showing(self) -> tuple[Tool, ...]:
-        """The tools that can show something here."""
-        shows = lambda tool: any(outcome.images for outcome in tool.outcomes) and (self.videos or not tool.of_videos)
-        return tuple(filter(shows, self.tools))
-
-    @property
-    def views(self) -> int:
-        """V, most images of one observation."""
-        return max((outcome.images for tool in self.showing for outcome in tool.outcomes), default=1)
-
-
-def most_patches(canvas: tuple[int, int], budget: str, config: RolloutConfig) -> int:
-    """Of what is cut out of a canvas (height, width), within a budget: "crop", "select", "video"; "" of an image."""
-    low, high = (getattr(config, f"{budget}{'_' if budget else ''}{bound}_pixels") for bound in ("min", "max"))
-    return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
-
-
-def overview_patches(canvas: tuple[int, int], config: RolloutConfig, *, still: bool, video: bool) -> int:
-    """Room for the patches of one image, or frame of a video, of a prompt."""
-    return max([most_patches(canvas, "", config)] * still + [most_patches(canvas, "video", config)] * video)
 
 
 class Shared(NamedTuple):
@@ -121,7 +69,6 @@ class State(NamedTuple):
     reader: automaton.State
     gallery: Gallery
     num_images: jax.Array  # int32 [R], a video counts as one
-    patches: jax.Array | None  # uint8 [R, N - 1, V, P, 588], what the observations showed; P of an observation's budget
     grids: jax.Array  # int32 [R, N - 1, V, 3]
     calls: Calls
     num_calls: jax.Array  # int32 [R]
@@ -134,7 +81,7 @@ def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
     if observed is None:
         observed = 4 * (max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2) // FACTOR**2)
     # Room of their own: a crop may show a quarter of what an overview does.
-    return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.patches, observed))
+    return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.prompts.patches, observed))
 
 
 def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
@@ -285,7 +232,7 @@ def decode_tail(model: Qwen2_5_VL, layers, shared: Shared, state: State, config:
     busy = (state.status == WRITING).reshape(shape.shards, -1)
     tail = Chunk(jnp.argsort(~busy, axis=1)[:, : config.tail_rows], rows)
     # Decoding leaves alone what operations do.
-    others = {"patches": None, "grids": None, "calls": None, "gallery": None, "num_images": None}
+    others = {"grids": None, "calls": None, "gallery": None, "num_images": None}
     mine = state._replace(**others, keys=jax.random.key_data(state.keys))
     few, prefix = jax.tree.map(tail.take, (mine, shared.prefix))
     keys = jax.random.wrap_key_data(few.keys, impl=jax.random.key_impl(state.keys))
@@ -321,7 +268,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     at = (row, jnp.where(asks, number, config.max_calls + 1))
     calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
     view, showing = shown_by(done, number), run & (result.count > 0)
-    patches, features = show_waiting(
+    _, features = show_waiting(
         model,
         seen_canvases(prompts.canvases, config),
         mine.at.reshape(-1),
@@ -342,7 +289,6 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         num_calls=number + asks,
         gallery=add_to_gallery(state.gallery, done, number),
         num_images=state.num_images + jnp.where(run, result.count, 0),
-        patches=state.patches.at[row, shown].set(patches, mode="drop") if shape.pixels else None,
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}

@@ -12,10 +12,11 @@ from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.checks import check_device_tool
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.rollout.images import ragged
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollout.trajectory import HostPrompts, Tables
 from pixel_jax.tools import RELEASED, Tool, ToolError
 
 
@@ -100,49 +101,61 @@ def build_prompts(
     token_tables: Tables,
     config: RolloutConfig,
     *,
-    width: int | None = None,
-    canvas: tuple[int, int, int] | None = None,
+    shape: BatchShape | None = None,
     uids: Sequence[int] | None = None,
     guidelines: str = "vcot",
-) -> Prompts:
+) -> HostPrompts:
     """B queries as one batch of static shape.
 
     Args:
-      width: tokens of the longest prompt; canvas: (images, height, width) of the largest. By default the next multiples of
-        32 and of 64: give them to share one compilation among batches.
+      shape: the room that they have (`prompt_shape`); all processes give the same. By default tokens in the next multiple
+        of 32, pictures in that of 64: give it to share one compilation among batches.
       uids: what the rows' random keys are derived from, by default 0, 1, ...
     """
     check_format(token_tables, config)
     ids = [prompt_tokens(query, vocabulary, config, guidelines, token_tables.tools) for query in queries]
-    longest = max(map(len, ids))
-    most = max(len(query.images) for query in queries)
-    height, wide = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))
-    width = width or _up(longest, 32)
-    canvas = canvas or (most, _up(height, 64), _up(wide, 64))
-    if longest > width:
-        raise PromptError(f"a prompt of {longest} tokens does not fit the width of {width}")
-    if longest >= config.max_tokens:
-        raise PromptError(f"a prompt of {longest} tokens leaves nothing of the {config.max_tokens} a row may have")
-    if most > canvas[0] or height > canvas[1] or wide > canvas[2]:
-        raise PromptError(f"{most} images of up to {wide}x{height} pixels do not fit the canvas {canvas}")
+    shape = room_for(queries, ids, config, shape)
     batch = len(queries)
-    tokens = np.zeros((batch, width), np.int32)
-    sizes = np.zeros((batch, canvas[0], 2), np.int32)
+    tokens = np.zeros((batch, shape.tokens), np.int32)
+    sizes = np.zeros((batch, shape.images, 2), np.int32)
     for b, (query, row) in enumerate(zip(queries, ids, strict=True)):
         tokens[b, : len(row)] = row
         for i, image in enumerate(query.images):
             sizes[b, i] = image.shape[:2]
-    return Prompts(
+    return HostPrompts(
         tokens=tokens,
         length=np.array([len(row) for row in ids], np.int32),
-        canvases=Canvases([Images(tuple(query.images)) for query in queries], canvas),
+        images=ragged(query.images for query in queries),
         canvas_size=sizes,
         num_canvases=np.array([len(query.images) for query in queries], np.int32),
         is_video=np.array([query.is_video for query in queries]),
         seconds=np.array([query.seconds if query.is_video else 0.0 for query in queries], np.float32),
         uid=np.arange(batch, dtype=np.int32) if uids is None else np.asarray(uids, np.int32),
         tables=token_tables,
+        shape=shape,
     )
+
+
+def room_for(
+    queries: Sequence[Query], ids: Sequence[list[int]], config: RolloutConfig, shape: BatchShape | None
+) -> BatchShape:
+    """`shape`, or else one for `queries` with the token ids `ids`. PromptError: they do not fit."""
+    up = lambda value, step: -(-value // step) * step
+    longest, images = max(map(len, ids)), max(len(query.images) for query in queries)
+    height, width = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))
+    kinds = {"video": any(query.is_video for query in queries), "still": not all(query.is_video for query in queries)}
+    shape = shape or prompt_shape(images, up(height, 64), up(width, 64), up(longest, 32), config, **kinds)
+    if longest > shape.tokens:
+        raise PromptError(f"a prompt of {longest} tokens does not fit the width of {shape.tokens}")
+    if longest >= config.max_tokens:
+        raise PromptError(f"a prompt of {longest} tokens leaves nothing of the {config.max_tokens} a row may have")
+    if images > shape.images or height > shape.height or width > shape.width:
+        raise PromptError(f"{images} images of up to {width}x{height} pixels do not fit {shape}")
+    need = prompt_shape(shape.images, shape.height, shape.width, shape.tokens, config, **kinds)
+    if need.video > shape.video or need.patches > shape.patches:
+        what = " and ".join(["a video"] * kinds["video"] + ["pictures"] * kinds["still"])
+        raise PromptError(f"{what} shown with up to {need.patches} patches do not fit {shape}, videos {shape.video}")
+    return shape
 
 
 def check_format(token_tables: Tables, config: RolloutConfig) -> None:
@@ -153,7 +166,3 @@ def check_format(token_tables: Tables, config: RolloutConfig) -> None:
             f"the config's call format is {config.call_format!r}, the tables were built for {read.name!r}: give "
             "`tables` the config's"
         )
-
-
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step

@@ -19,10 +19,11 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.machine import DONE, WRITING, Shape, State, budgets, rows_prompts
+from pixel_jax.rollout.machine import DONE, WRITING, State, budgets, rows_prompts
+from pixel_jax.rollout.materialize import VisualRecord, overviews, patch_source
 from pixel_jax.rollout.operations import first_gallery
 from pixel_jax.rollout.rows import Chunk, for_chunks
-from pixel_jax.rollout.sight import overviews
+from pixel_jax.rollout.shapes import Shape
 from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
 from pixel_jax.rollout.views import each, render
 from pixel_jax.tools.looking import Gallery
@@ -40,7 +41,6 @@ class Record(NamedTuple):
     chosen: jax.Array
     logprobs: jax.Array
     length: jax.Array
-    patches: jax.Array | None
     grids: jax.Array
     calls: Calls
     num_calls: jax.Array
@@ -67,7 +67,6 @@ class Queue(NamedTuple):
     entry: jax.Array  # int32 [G], which of the E was read last
     left: jax.Array  # int32 [G], rows of that one that have not begun
     read: jax.Array  # int32 [S], prompts that have been read
-    visual: Visual  # the overview of all B prompts that have been read
     records: Record | None  # of all rows; None where every row has a slot of its own
 
 
@@ -86,7 +85,6 @@ def start(
     slots, dim = count * group, model.config.text.hidden_size
     cache = model.empty_cache(count, entries * (width + opening.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
-    visual = kept(jax.eval_shape(lambda prompts: prompt_visual(prompts, config, shape), prompts), shape)
     state = _empty(model, slots, prompts, key, config, shape)
     blank = lambda tree, rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), tree)
     queue = Queue(
@@ -97,7 +95,6 @@ def start(
         entry=jnp.full(count, entries - 1, jnp.int32),
         left=jnp.zeros(count, jnp.int32),
         read=jnp.zeros(shape.shards, jnp.int32),
-        visual=blank(visual, batch),
         records=None if entries == 1 else blank(Record.of(state), batch * group),
     )
     return queue, state
@@ -125,9 +122,6 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         reader=prompts.tables.reader.init(slots),
         gallery=Gallery(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),
-        patches=zeros(config.max_calls, shape.views, budgets(config, shape)[1].patches, 588, dtype=jnp.uint8)
-        if shape.pixels
-        else None,
         grids=zeros(config.max_calls, shape.views, 3),
         calls=no_calls(slots, numbers, shape.views, shape.tools, jnp),
         num_calls=zeros(),
@@ -152,7 +146,8 @@ def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) ->
     wants = (jnp.sum(idle, axis=1) > queue.left) & ~in_use
     by_shard = wants.reshape(shape.shards, -1)
     place = (queue.read[:, None] + _rank(by_shard)).reshape(-1)
-    opens = wants & (place < queue.visual.grids.shape[0] // shape.shards)
+    rows = state.status if queue.records is None else queue.records.length
+    opens = wants & (place < rows.shape[0] // config.group_size // shape.shards)
     takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
     return Openings(takes.reshape(-1), opens, place)
 
@@ -228,7 +223,6 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
             return jnp.moveaxis(put(apart, new), 1, 2).reshape(old.shape)
 
         prefix = carry.prefix
-        into = Chunk(jnp.where(reads.reshape(at.shape), at, batch), batch)
         return carry._replace(
             prefix=prefix._replace(
                 k=tuple(map(put_layer, prefix.k, cache.k)),
@@ -238,7 +232,6 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
             hidden=put(carry.hidden, hidden),
             next_pos=put(carry.next_pos, next_pos),
             prompt=put(carry.prompt, at.reshape(-1)),
-            visual=jax.tree.map(into.put, carry.visual, kept(visual, shape)),
         )
 
     records = queue.records
@@ -250,32 +243,33 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
     return queue._replace(entry=entry, left=left, read=read, records=records)
 
 
-def kept(visual: Visual, shape: Shape) -> Visual:
-    """What trajectories have of it."""
-    return visual if shape.pixels else visual._replace(patches=None)
-
-
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
     """The overview of every prompt: its images, or its video two frames a slice."""
     seen = overviews(prompts, config)
-    index, video, size = jnp.arange(seen.canvas.shape[1]), prompts.is_video[:, None, None], seen.size
-    present = seen.canvas >= 0
     budget, _ = budgets(config, shape)
     view = jax.vmap(each(each(functools.partial(render, budget=budget), budget), budget))  # of each part of the mesh
     by_shard = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
-    views = view(*map(by_shard, (prompts.canvases, seen.region, size)))
+    views = view(*map(by_shard, (prompts.canvases, seen.region, seen.size)))
+    return Visual(views.reshape(-1, *views.shape[2:]), *prompt_items(prompts, config))
+
+
+def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `slices`, `grids` and `seconds` of every prompt's overview (`Visual`)."""
+    seen = overviews(prompts, config)
+    index, video = jnp.arange(seen.canvas.shape[1]), prompts.is_video[:, None, None]
+    present = seen.canvas >= 0
     pairs = -(-prompts.num_canvases // 2)
     pair = 2 * index[None, :, None] + jnp.arange(2)
     pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
     slices = jnp.where(video, pair, index[None, :, None])
     slices = jnp.where(jnp.where(video[..., 0], index < pairs[:, None], present)[..., None], slices, -1)
-    grid = size // PATCH
+    grid = seen.size // PATCH
     one = jnp.where(present, 1, 0)
     first = index == 0
     frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
     grids = jnp.where(frames[..., None] > 0, jnp.concatenate([frames[..., None], grid], axis=-1), 0)
     seconds = jnp.where(first, prompts.seconds[:, None], 0.0)
-    return Visual(views.reshape(-1, *views.shape[2:]), slices.astype(jnp.int32), grids, seconds)
+    return slices.astype(jnp.int32), grids, seconds
 
 
 def read_prompt(
@@ -343,26 +337,23 @@ def put_on_record(records: Record | None, state: State, which: jax.Array, shape:
     return jax.tree.map(places.put, records, Record.of(state))
 
 
-def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Trajectories:
+def finish(
+    prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape
+) -> Trajectories[VisualRecord]:
     """The trajectories of all rows: prompt and response side by side, everything they saw in order."""
     rows = put_on_record(queue.records, state, state.status == DONE, shape)
     rows = Record.of(state) if rows is None else rows
     count, group = rows.length.shape[0], config.group_size
     spread = lambda x: jnp.repeat(x, group, axis=0)
-    visual = jax.tree.map(spread, queue.visual)
     beside = lambda x, y: jnp.concatenate([x, y], axis=1)
-    patches = None
-    if shape.pixels:
-        most = max(visual.patches.shape[2], rows.patches.shape[3])
-        wide = lambda patches: jnp.pad(patches, ((0, 0), (0, 0), (0, most - patches.shape[2]), (0, 0)))
-        patches = beside(wide(visual.patches), wide(rows.patches.reshape(count, -1, *rows.patches.shape[3:])))
     prompt_tokens = spread(prompts.tokens)
     blank = jnp.zeros(prompt_tokens.shape, bool)
+    prompt_slices, prompt_grids, prompt_seconds = map(spread, prompt_items(prompts, config))
     grids = rows.grids.reshape(count, -1, 3)
     first = prompts.canvas_size.shape[1]
     frame = first + jnp.arange(grids.shape[1])
     still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
-    slices = beside(visual.slices, still)
+    slices = beside(prompt_slices, still)
     present_first = jnp.argsort(slices[..., :1] < 0, axis=1, stable=True)
     return Trajectories(
         tokens=beside(prompt_tokens, rows.tokens),
@@ -372,11 +363,11 @@ def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, 
         ),
         chosen=beside(blank, rows.chosen),
         logprobs=beside(blank.astype(jnp.float32), jnp.where(rows.chosen, rows.logprobs, 0.0)),
-        visual=Visual(
-            patches=patches,
+        visual=VisualRecord(
+            source=patch_source(prompts, rows.calls, config, shape),
             slices=jnp.take_along_axis(slices, present_first, axis=1),
-            grids=beside(visual.grids, grids),
-            seconds=beside(visual.seconds, jnp.zeros(grids.shape[:2], jnp.float32)),
+            grids=beside(prompt_grids, grids),
+            seconds=beside(prompt_seconds, jnp.zeros(grids.shape[:2], jnp.float32)),
         ),
         prompt=jnp.repeat(jnp.arange(prompts.tokens.shape[0]), group),
         calls=rows.calls,

@@ -17,14 +17,16 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
-from pixel_jax.parallel.processes import everywhere
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.host import host_calls, tell
-from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State, budgets
+from pixel_jax.rollout.images import place_images
+from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shared, State
+from pixel_jax.rollout.materialize import VisualRecord
 from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
-from pixel_jax.rollout.trajectory import Prompts, Trajectories
+from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
 from pixel_jax.tools.host import HostTools
 from pixel_jax.tools.tool import Tool, ToolError
@@ -32,13 +34,12 @@ from pixel_jax.tools.tool import Tool, ToolError
 
 def rollout(
     model: Qwen2_5_VL,
-    prompts: Prompts,
+    prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
     *,
     opening: Sequence[int] = (),
-    pixels: bool = True,
-) -> Trajectories:
+) -> Trajectories[VisualRecord]:
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
     The rows of `config.in_flight` prompts decode together; whenever enough of them have ended a turn, those that asked for
@@ -50,12 +51,12 @@ def rollout(
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
-      pixels: False leaves out `visual.patches` (None), most of what trajectories weigh; `sight.materialize` cuts them anew.
+    Returns:
+      the rows without pixels, which are most of what they would weigh: `materialize` cuts them anew.
     """
     if any(tool.host for tool in prompts.tables.tools):
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: `host_rollout` carries their calls out")
     mesh, shape = layout(model, prompts, config)
-    shape = shape._replace(pixels=pixels)
     config = fitting(config, model, prompts, shape, mesh)
     opening, temperature, config = traced(config, opening)
     if mesh is not None:
@@ -69,7 +70,7 @@ CACHES = 3  # one part in so many of a device's memory is for what rows in fligh
 
 
 def fitting(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: Prompts, shape: Shape, mesh: Mesh | None
+    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: Shape, mesh: Mesh | None
 ) -> RolloutConfig:
     """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
     batch, width = prompts.tokens.shape
@@ -78,8 +79,7 @@ def fitting(
     text = model.config.text
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     token *= model.language_model.embed_tokens.weight.dtype.itemsize
-    seen = config.max_calls * shape.views * budgets(config, shape)[1].patches * 588 if shape.pixels else 0
-    group = config.group_size * (config.max_response * token + seen) + 2 * (width + OPENING_STEP) * token
+    group = config.group_size * config.max_response * token + 2 * (width + OPENING_STEP) * token
     most = max(1, device_memory() // CACHES // group) * shape.shards
     return config if most >= batch * share(mesh).count else dataclasses.replace(config, in_flight=most)
 
@@ -100,7 +100,7 @@ def traced(config: RolloutConfig, opening: Sequence[int]) -> tuple[jax.Array, ja
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def compiled_rollout(
     model, prompts, key, opening, temperature, config: RolloutConfig, *, shape: Shape, mesh: Mesh | None
-) -> Trajectories:
+) -> Trajectories[VisualRecord]:
     """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
     layers = model.unstack()
     queue, state = constrain_rows(start(model, prompts, key, opening, config, shape), mesh)
@@ -147,16 +147,15 @@ def compiled_rollout(
 
 def host_rollout(
     model: Qwen2_5_VL,
-    prompts: Prompts,
+    prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
     *,
     opening: Sequence[int] = (),
-    pixels: bool = True,
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
     on_token: Callable[[State], None] | None = None,
-) -> Trajectories:
+) -> Trajectories[VisualRecord]:
     """`rollout`, driven from the host: the same steps, compiled one by one, so that every state can be looked at.
 
     Args:
@@ -171,8 +170,7 @@ def host_rollout(
         tool.host for tool in prompts.tables.tools
     ):  # which may show more than can be cut out of the prompt's images
         shape = shape._replace(observed=None)
-    shape, images = shape._replace(pixels=pixels), prompts.canvases
-    prompts = place(prompts, mesh)
+    images, prompts = prompts.images, place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         layers = _unstack(model)
         opening, temperature, config = traced(config, opening)
@@ -207,8 +205,8 @@ class HostRollouts:
         self.host, self.vocabulary = host, vocabulary
 
     def __call__(
-        self, model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, config: RolloutConfig, **options
-    ) -> Trajectories:
+        self, model: Qwen2_5_VL, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
+    ) -> Trajectories[VisualRecord]:
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
 
     def facts(self) -> dict[str, float]:
@@ -250,7 +248,7 @@ _tell = jax.jit(machine.tell, static_argnames=("config", "shape"))
 _finish = jax.jit(finish, static_argnames=("config", "shape"))
 
 
-def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
+def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
     """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
@@ -263,22 +261,18 @@ def layout(model: Qwen2_5_VL, prompts: Prompts, config: RolloutConfig) -> tuple[
     return mesh, static_shape(prompts, config, mesh)
 
 
-def static_shape(prompts: Prompts, config: RolloutConfig, mesh: Mesh | None) -> Shape:
-    """What is static about prompts on a mesh; all processes call it, each with its own."""
-    is_video = np.asarray(prompts.is_video)
-    video, still = bool(np.any(is_video)), not bool(np.all(is_video))
-    if mesh is not None:
-        video, still = everywhere([video, still]).any(axis=0).tolist()  # of all processes
-    shards = 1 if mesh is None else row_parts(mesh)
-    size, tools = prompts.canvases.shape[2:4], prompts.tables.tools
-    return Shape.of(size, config, tools, shards, still=still, video=video)
+def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None) -> Shape:
+    """What is static about a rollout of prompts on a mesh."""
+    return Shape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_parts(mesh))
 
 
-def place(prompts: Prompts, mesh: Mesh | None) -> Prompts:
-    """The prompts on the mesh: rows split, tables everywhere."""
+def place(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
+    """The prompts on the devices, their images padded; on the mesh: rows split, tables everywhere."""
+    alike = {name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"}
+    found = Prompts(canvases=place_images(prompts.images, prompts.shape, mesh), **alike)
     if mesh is None:
-        return prompts._replace(canvases=jnp.asarray(prompts.canvases))
-    rows = shard_batch(prompts._replace(tables=()), mesh)
+        return found
+    rows = shard_batch(found._replace(tables=()), mesh)
     return rows._replace(tables=replicate(prompts.tables, mesh))
 
 

@@ -14,15 +14,16 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import shard_batch
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.drawings import drawings
-from pixel_jax.rollout.machine import Shape, budgets
+from pixel_jax.rollout.machine import budgets
+from pixel_jax.rollout.materialize import called
 from pixel_jax.rollout.rollout import layout, place
-from pixel_jax.rollout.sight import called
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
+from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.trajectory import Calls, HostPrompts, Prompts, Trajectories, no_calls
 from pixel_jax.rollout.views import seen_canvases, show_waiting
 
 
 def seconds_of_operations(
-    model: Qwen2_5_VL, prompts: Prompts, trajectories: Trajectories, config: RolloutConfig
+    model: Qwen2_5_VL, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
 ) -> float:
     """Seconds that the crops and frame selections in `trajectories` take: cut out, resized and encoded, the first calls of
     all rows together, then all second calls, and so on. Compiling and moving canvases to the devices are not counted.
@@ -43,7 +44,7 @@ def seconds_of_operations(
 
 
 def operations_again(
-    model: Qwen2_5_VL, prompts: Prompts, calls: Calls, config: RolloutConfig
+    model: Qwen2_5_VL, prompts: HostPrompts, calls: Calls, config: RolloutConfig
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)

@@ -1,4 +1,4 @@
-"""The two types that meet at the rollout: what goes in (`Prompts`) and what comes out (`Trajectories`).
+"""The types that meet at the rollout: what goes in (`HostPrompts`, on the devices `Prompts`) and what comes out (`Trajectories`).
 
 A synthesized trace, a sampled rollout and an example to unlearn are all `Trajectories`; they differ only in who wrote the tokens.
 """
@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,7 @@ import numpy as np
 
 from pixel_jax.dialog.automaton import Reader, TokenTable
 from pixel_jax.dialog.observations import Observations
-from pixel_jax.models.inputs import Visual
-from pixel_jax.rollout.canvases import Canvases
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.tools.calls import Values, no_values
 from pixel_jax.tools.tool import Tool
 
@@ -49,18 +48,37 @@ class Tables:
         return self.reader.language.tools
 
 
-class Prompts(NamedTuple):
-    """B prompts, each with the pixels it may zoom into. Built by `pixel_jax.rollout.prompts.build_prompts`."""
+class HostPrompts(NamedTuple):
+    """B prompts on the host, each with the images it may zoom into. Built by `pixel_jax.rollout.prompts.build_prompts`."""
 
-    tokens: Array  # int32 [B, Lp], left-aligned, padded with zeros
-    length: Array  # int32 [B]
-    # uint8 [B, C, H, W, 3], full resolution, zero beyond `canvas_size`; frames when `is_video`. On the host `Canvases`.
-    canvases: Array | Canvases
-    canvas_size: Array  # int32 [B, C, 2], (height, width); (0, 0) is absent
-    num_canvases: Array  # int32 [B]
-    is_video: Array  # bool [B], the canvases are one video
-    seconds: Array  # float32 [B], seconds a temporal patch covers; 0 for images
-    uid: Array  # int32 [B], what the rows' keys are derived from: a prompt's rows do not depend on its neighbours
+    tokens: np.ndarray  # int32 [B, Lp], left-aligned, padded with zeros
+    length: np.ndarray  # int32 [B]
+    images: np.ndarray  # `Images` [B], full resolution; the frames of a video where `is_video`
+    canvas_size: np.ndarray  # int32 [B, C, 2], (height, width) of each image; (0, 0) is absent
+    num_canvases: np.ndarray  # int32 [B], images of each
+    is_video: np.ndarray  # bool [B], the images are one video
+    seconds: np.ndarray  # float32 [B], seconds a temporal patch covers; 0 for images
+    uid: np.ndarray  # int32 [B], what the rows' keys are derived from: a prompt's rows do not depend on its neighbours
+    tables: Tables
+    shape: BatchShape  # room that they have on the devices
+
+
+def take_prompts(prompts: HostPrompts, rows) -> HostPrompts:
+    """The prompts `rows` (an index array or a slice)."""
+    return jax.tree.map(lambda x: x[rows], prompts._replace(tables=()))._replace(tables=prompts.tables)
+
+
+class Prompts(NamedTuple):
+    """`HostPrompts` as compiled programs read them."""
+
+    tokens: Array
+    length: Array
+    canvases: Array  # uint8 [B, C, H, W, 3], the images, zero beyond `canvas_size`
+    canvas_size: Array
+    num_canvases: Array
+    is_video: Array
+    seconds: Array
+    uid: Array
     tables: Tables
 
 
@@ -93,7 +111,7 @@ def made_by(call):
 class Calls(NamedTuple):
     """The operations of R rows, in order; N is the limit of calls plus one (a call past the limit is seen, not executed).
 
-    All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollout.sight`).
+    All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollout.materialize`).
     """
 
     status: Array  # int32 [R, N], a `CallStatus`
@@ -129,8 +147,16 @@ def shown_by(calls: Calls, number: Array) -> Views:
     )
 
 
-class Trajectories(NamedTuple):
-    """R rows of a conversation as the model saw it. Positions with `valid` false are padding and may lie anywhere."""
+Shown = TypeVar(
+    "Shown"
+)  # `Visual`: pixels; or `VisualRecord` (`pixel_jax.rollout.materialize`): where they were cut from
+
+
+class Trajectories(NamedTuple, Generic[Shown]):
+    """R rows of a conversation as the model saw it. Positions with `valid` false are padding and may lie anywhere.
+
+    A rollout returns `Trajectories[VisualRecord]`, of which `materialize` makes `Trajectories[Visual]`.
+    """
 
     tokens: Array  # int32 [R, L]
     valid: Array  # bool [R, L]
@@ -138,7 +164,7 @@ class Trajectories(NamedTuple):
         Array  # bool [R, L], the policy chose (or, in a trace, should learn) this token: the only ones that carry loss
     )
     logprobs: Array  # float32 [R, L], of the full temperature-scaled distribution, zero where not chosen
-    visual: Visual
+    visual: Shown  # what the rows saw
     prompt: Array  # int32 [R], index of the prompt
     calls: Calls
     num_calls: Array  # int32 [R], calls asked for, executed or not

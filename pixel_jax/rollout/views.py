@@ -1,15 +1,16 @@
 """From canvases to what the vision tower sees, inside the compiled program."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.ops import crop_resize, patchify, pixel_values
+from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import Drawings, draw, places, reach
 from pixel_jax.rollout.rows import Chunk, for_chunks
@@ -40,6 +41,14 @@ def render(canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget
     """
     view = crop_resize(canvas, region, size, canvas=budget.canvas)
     return patchify(view, size, max_patches=budget.patches)
+
+
+def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    """`render` on the host: `region` of uint8 [h, w, 3] at `size`, as patches uint8 [h w / 196, 588], no more than there are."""
+    height, width = (int(side) for side in size)
+    view = host_crop_resize(image, region, (height, width))
+    grid = view.reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
+    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
 
 
 AT_ONCE = 2**20  # pixels of a view's canvas

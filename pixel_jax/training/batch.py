@@ -1,33 +1,34 @@
 """What a training step reads: trajectories without their bookkeeping, plus one advantage and one weight a row."""
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
-from pixel_jax.models.inputs import Visual
-from pixel_jax.rollout.trajectory import Trajectories
+from pixel_jax.rollout.materialize import VisualRecord
+from pixel_jax.rollout.trajectory import Shown, Trajectories
 
 Array = jax.Array | np.ndarray
+T = TypeVar("T")
 
 
-class Batch(NamedTuple):
-    """R rows; on the host NumPy, in a step traced."""
+class Batch(NamedTuple, Generic[Shown]):
+    """R rows; on the host NumPy, in a step traced, and then a `Batch[Visual]`."""
 
     tokens: Array  # int32 [R, L]
     valid: Array  # bool [R, L]
     chosen: Array  # bool [R, L], the tokens that carry loss
     logprobs: Array  # float32 [R, L], the sampler's
     old_logprobs: Array  # float32 [R, L], the denominator of the policy ratio
-    visual: Visual | None  # None: text only
+    visual: Shown | None  # None: text only
     advantage: Array  # float32 [R]; in packed rows [R, L], of each token's trace
     weight: Array  # float32 [R]; 0 marks a row of padding
     segments: Array | None = None  # int32 [R, L], which of a packed row's traces a token belongs to; None: one a row
 
 
 def from_trajectories(
-    trajectories: Trajectories, advantage: Array | None = None, old_logprobs: Array | None = None
-) -> Batch:
+    trajectories: Trajectories[Shown], advantage: Array | None = None, old_logprobs: Array | None = None
+) -> Batch[Shown]:
     """The training view of `trajectories`; without `advantage` zeros, without `old_logprobs` the sampler's own."""
     rows = trajectories.tokens.shape[0]
     return Batch(
@@ -42,14 +43,16 @@ def from_trajectories(
     )
 
 
-def take(batch: Batch, rows) -> Batch:
-    """The rows `rows` (indices or a slice) of every field."""
-    return jax.tree.map(lambda x: x[rows], batch)
+class Rows(NamedTuple):
+    """R rows on the host that can be trained on, without their pixels: they are cut from the images when they are."""
+
+    batch: Batch[VisualRecord]
+    images: np.ndarray  # `Images` [R], those of each row's prompt
 
 
-def with_patches(batch: Batch, patches) -> Batch:
-    """The batch with other `visual.patches`: an array, or what stands for one."""
-    return batch._replace(visual=batch.visual._replace(patches=patches))
+def take(rows: T, which) -> T:
+    """The rows `which` (indices or a slice) of a `Batch` or of `Rows`."""
+    return jax.tree.map(lambda x: x[which], rows)
 
 
 def pad_rows(batch: Batch, rows: int) -> Batch:

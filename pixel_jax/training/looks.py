@@ -10,19 +10,17 @@ from jax.sharding import Mesh
 
 from pixel_jax.data.packed import Packing, Place
 from pixel_jax.data.questions import Asked
-from pixel_jax.data.traces import frame_patches, with_drawings
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import first
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
-from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import judged
+from pixel_jax.rollout.materialize import materialize_on_host
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import (
-    NO_CANVAS,
     STOP_ANSWER,
-    Calls,
     Tables,
     Trajectories,
     answered_calls,
@@ -30,13 +28,10 @@ from pixel_jax.rollout.trajectory import (
     failed_calls,
     take_rows,
 )
-from pixel_jax.rollout.views import GREY
-from pixel_jax.tools import Tool
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.losses import sft_loss
-from pixel_jax.training.origins import Origins, origins
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Weighed
 from pixel_jax.training.state import TrainState
@@ -113,8 +108,7 @@ class Asker:
             self.vocabulary,
             self.tables,
             self.limits,
-            width=room.tokens,
-            canvas=(room.images, room.height, room.width),
+            shape=room,
             uids=mine,
         )
         t = jax.tree.map(local_rows, self.roll(actor, prompts, self.key, self.limits))
@@ -136,7 +130,8 @@ class Asker:
                     "correct": (scores[row] or 0.0) > RIGHT,
                 }
             query = self.asked[i].fit.apply(example.query())
-            made.append(make_trace(t, row, query, self.vocabulary, side=SIDE, **known))
+            seen = materialize_on_host(take_rows(t, [row]), [query.images], self.tables.tools, self.limits)
+            made.append(make_trace(seen, 0, query, self.vocabulary, side=SIDE, **known))
         return made
 
 
@@ -246,20 +241,12 @@ def draw_rollouts(
     scored, collected = weighed.scored, weighed.scored.collected
     questions, every = collected.questions, collected.trajectories
     n, first_row = config.group_size, part.index * len(every.stop)
-    seen = origins(questions.prompts, every.calls, config, collected.shape)
-    shown_first, tools = questions.prompts.canvases.shape[1], questions.prompts.tables.tools
-    patches = [_patches(seen, every.calls, tools, row, shown_first, config) for row in rows]
-    most = max(len(x) for of_row in patches for x in of_row)
-    room = np.zeros((len(rows), len(patches[0]), most, 3 * PATCH**2), np.uint8)
-    for of_row, found in zip(room, patches, strict=True):
-        for frame, pixels in zip(of_row, found, strict=True):
-            frame[: len(pixels)] = pixels
-    t = take_rows(every, np.asarray(rows))
-    t = t._replace(visual=t.visual._replace(patches=room))
+    images = [questions.prompts.images[row // n].arrays for row in rows]
+    t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
     made = []
     for place, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
         example, at = questions.examples[row // n], divmod(first_row + row, n)
-        images, is_video = seen.images[row].arrays, bool(questions.prompts.is_video[row // n])
+        is_video = bool(questions.prompts.is_video[row // n])
         known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
         known |= {"reward": float(scored.reward[at]), "advantage": float(weighed.advantage[at])}
         known["terms"] = {name: float(values[at]) for name, values in scored.terms.items()}
@@ -268,26 +255,6 @@ def draw_rollouts(
                 "correct": bool(scored.correct[at] > RIGHT),
                 "reference": " / ".join(Reference.of(example).answers),
             }
-        query = Query(getattr(example, "question", ""), images, is_video)
+        query = Query(getattr(example, "question", ""), images[place], is_video)
         made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
     return made
-
-
-def _patches(
-    seen: Origins, calls: Calls, tools: tuple[Tool, ...], row: int, shown_first: int, config: RolloutConfig
-) -> list[np.ndarray]:
-    """Of every picture that a row may have seen, in the order of `Visual.patches`; empty of one that it did not.
-
-    Args:
-        shown_first: pictures that a prompt has room for; the others were asked for.
-    """
-    calls = [jax.tree.map(lambda x: x[row, number], calls) for number in range(config.max_calls)]  # noqa: B023
-    canvases, found = with_drawings(seen.images[row].arrays, calls, tools), []
-    for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in seen.sight.views), strict=True)):
-        if canvas == NO_CANVAS or not size.all():
-            found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
-            continue
-        image = canvases[int(canvas)]
-        image = np.full_like(image, GREY) if config.blank and place >= shown_first else image
-        found.append(frame_patches(image, region.tolist(), size))
-    return found

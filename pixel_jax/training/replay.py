@@ -11,18 +11,16 @@ import numpy as np
 import safetensors.numpy
 
 from pixel_jax.config import positive
-from pixel_jax.data.shapes import BatchShape
-from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
-from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.drawings import Drawings
-from pixel_jax.rollout.sight import Sight
+from pixel_jax.rollout.images import ragged
+from pixel_jax.rollout.materialize import PatchSource, VisualRecord
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import Views
 from pixel_jax.tools.calls import Values
-from pixel_jax.training.batch import Batch, take, with_patches
+from pixel_jax.training.batch import Batch, Rows, take
 from pixel_jax.training.checkpoint import rejoin, separate
-from pixel_jax.training.origins import Origins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +51,13 @@ class Entry(NamedTuple):
     advantage: float
     owner: int  # which share of the processes has it
     room: BatchShape
-    row: Batch | None  # with `Origins`; None: it lies with others
+    row: Rows | None  # a single one; None: it lies with others
 
 
 class Replay:
     """Rows with their advantages and the log-probabilities they were sampled with, on the host, and what to draw from them.
 
-    Rows have `Origins` for pixels, so those of one prompt share its images. Everything is drawn from one NumPy generator,
+    Rows have no pixels, and those of one prompt share its images. Everything is drawn from one NumPy generator,
     whose state is part of `get_state`. With several processes (`part` is what each has of a batch) every process
     draws the same, each keeps the rows that it rolled out, and those that another is to train on are sent there.
     """
@@ -77,7 +75,7 @@ class Replay:
         weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Batch, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
+    def select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
         """As many rows as were rolled out (so that the number of steps is constant), in random order.
 
         `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
@@ -90,18 +88,18 @@ class Replay:
             self.rows.clear()  # at once: the next rollout needs the memory
         return chosen
 
-    def entries(self, rows: Batch, which: Iterable[int], room: BatchShape) -> list[Entry]:
+    def entries(self, rows: Rows, which: Iterable[int], room: BatchShape) -> list[Entry]:
         """The rows `which` (numbers among those of all processes) of `rows`, this process's share, to be trained on."""
-        advantage = all_rows(np.asarray(rows.advantage), self.part)
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
         return [self._entry(rows, i, advantage, room) for i in which]
 
-    def _entry(self, rows: Batch, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
-        owner, at = divmod(int(i), rows.tokens.shape[0])
+    def _entry(self, rows: Rows, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
+        owner, at = divmod(int(i), len(rows.images))
         return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
 
-    def _select(self, rows: Batch, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
+    def _select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
         wanted = len(informative)
-        advantage = all_rows(np.asarray(rows.advantage), self.part)
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
 
         def entry(i: int, **options) -> Entry:
             return self._entry(rows, i, advantage, room, **options)
@@ -130,7 +128,7 @@ class Replay:
         chosen = [entry(i) for i in current] + drawn
         return [chosen[i] for i in np.resize(self.random.permutation(len(chosen)), wanted)]
 
-    def batch(self, entries: Sequence[Entry]) -> Batch:
+    def batch(self, entries: Sequence[Entry]) -> Rows:
         """The rows themselves; of several processes, each gets its share of them."""
         size, part = len(entries) // self.part.count, self.part
         wanted = range(part.index * size, (part.index + 1) * size)
@@ -171,29 +169,27 @@ class Replay:
             self.rows.append(Entry(advantage, now, BatchShape(*room), row if now == self.part.index else None))
 
 
-def side_by_side(rows: Sequence[Batch]) -> Batch:
+def side_by_side(rows: Sequence[Rows]) -> Rows:
     return jax.tree.map(lambda *xs: np.stack(xs), *rows)
 
 
-def copied(row: Batch) -> Batch:
+def copied(row: Rows) -> Rows:
     """One row with copies of its arrays, so that the rows around it can go; its images are shared."""
-    return jax.tree.map(lambda x: x if isinstance(x, Images) else np.array(x), row)
+    return row._replace(batch=jax.tree.map(np.array, row.batch))
 
 
-def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
+def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
     """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes."""
-    owners = [row.visual.patches.images for row in rows]
-    prompts = list({id(images): images for images in owners}.values())
+    together = side_by_side(rows)
+    prompts = list({id(images): images for images in together.images}.values())
     number = {id(images): i for i, images in enumerate(prompts)}
     arrays = [x for images in prompts for x in images.arrays]
-    whole = side_by_side([with_patches(row, row.visual.patches.sight) for row in rows])
-    visual = whole.visual._replace(patches=as_dicts(whole.visual.patches))._asdict()
     return {
         "pixels": np.concatenate([x.ravel() for x in arrays]),
         "shapes": np.array([x.shape for x in arrays], np.int32),
         "images": np.array([len(images.arrays) for images in prompts], np.int32),  # of each prompt
-        "prompt": np.array([number[id(images)] for images in owners], np.int32),  # of each row
-        "rows": whole._replace(visual=visual)._asdict(),
+        "prompt": np.array([number[id(images)] for images in together.images], np.int32),  # of each row
+        "rows": as_dicts(together.batch),
     }
 
 
@@ -202,26 +198,24 @@ def as_dicts(tree: Any) -> Any:
     return {name: as_dicts(x) for name, x in tree._asdict().items()} if hasattr(tree, "_asdict") else tree
 
 
-def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
+def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
     """The inverse of `stacked`, one row after the other."""
-    rows = Batch(**state["rows"])
-    visual = Visual(**rows.visual)
-    views, drawings = Views(**visual.patches["views"]), visual.patches["drawings"]
+    visual = state["rows"]["visual"]
+    views, drawings = Views(**visual["source"]["views"]), visual["source"]["drawings"]
     if drawings is not None:
         drawings = Drawings(**drawings | {"values": Values(**drawings["values"])})
-    rows = rows._replace(visual=visual._replace(patches=Sight(views, drawings)))
+    record = VisualRecord(**visual | {"source": PatchSource(views, drawings)})
     ends = np.cumsum(np.prod(state["shapes"].astype(np.int64), axis=1))
     arrays = (
         state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)
         for shape, end in zip(state["shapes"], ends, strict=True)
     )
-    prompts = [Images(tuple(next(arrays) for _ in range(count))) for count in state["images"]]
-    for i, prompt in enumerate(state["prompt"]):
-        row = take(rows, i)
-        yield with_patches(row, Origins(prompts[prompt], row.visual.patches))
+    prompts = ragged([next(arrays) for _ in range(count)] for count in state["images"])
+    rows = Rows(Batch(**state["rows"] | {"visual": record}), prompts[state["prompt"]])
+    yield from (take(rows, i) for i in range(len(rows.images)))
 
 
-def pack(rows: dict[int, Batch]) -> bytes:
+def pack(rows: dict[int, Rows]) -> bytes:
     """Rows by number, as safetensors."""
     if not rows:
         return b""
@@ -230,7 +224,7 @@ def pack(rows: dict[int, Batch]) -> bytes:
     return safetensors.numpy.save(arrays | {"document": np.frombuffer(json.dumps(document).encode(), np.uint8)})
 
 
-def unpack(parcel: bytes) -> dict[int, Batch]:
+def unpack(parcel: bytes) -> dict[int, Rows]:
     """The inverse of `pack`."""
     if not parcel:
         return {}

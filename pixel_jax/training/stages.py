@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.shapes import BatchShape
+from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import all_rows, local_rows
-from pixel_jax.rollout.machine import Shape
+from pixel_jax.rollout.materialize import VisualRecord, materialize
 from pixel_jax.rollout.rollout import HostRollouts, rollout, static_shape
+from pixel_jax.rollout.shapes import BatchShape, Shape
 from pixel_jax.rollout.timing import seconds_of_operations
-from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, Trajectories
+from pixel_jax.rollout.trajectory import STOP_ANSWER, HostPrompts, Trajectories
 from pixel_jax.training.advantages import group_advantage, informative
-from pixel_jax.training.batch import Batch, from_trajectories, take, with_patches
-from pixel_jax.training.origins import origins, room_of, see
+from pixel_jax.training.batch import Batch, Rows, from_trajectories, take
 from pixel_jax.training.packing import pack_rows
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Entry
@@ -41,7 +41,7 @@ class Questions(NamedTuple):
     """What an iteration asks: this process's share of it."""
 
     iteration: int
-    prompts: Prompts  # their images on the host
+    prompts: HostPrompts
     examples: Sequence[Any]  # what each prompt was made of, whatever the reward reads of it
     sizes: Sequence[Sequence[tuple[int, int]]] | None = None  # (height, width) of its images in their files, if others
 
@@ -50,15 +50,15 @@ class Collected(NamedTuple):
     """The rows that came of it, `group_size` of each prompt, on the host and without pixels."""
 
     questions: Questions
-    trajectories: Trajectories  # this process's rows
-    records: Trajectories  # of all processes, without `visual`
+    trajectories: Trajectories[VisualRecord]  # this process's rows
+    records: Trajectories[VisualRecord]  # of all processes
     shape: Shape  # what is static about the rollout
     facts: Mapping[str, float] = {}  # for the metrics
 
     @property
     def room(self) -> BatchShape:
         """Of the rows: those of one update are of one room."""
-        return room_of(self.trajectories.tokens.shape[1], self.questions.prompts, self.shape)
+        return self.shape.prompts._replace(tokens=self.trajectories.tokens.shape[1])
 
 
 class Scored(NamedTuple):
@@ -105,7 +105,7 @@ def collect(
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
     prompts = questions.prompts._replace(uid=part.index * count + np.arange(count, dtype=np.int32))
     actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
-    trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout, pixels=False))
+    trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout))
     learner.laps.lap("rollout")
     NOTICE.obey()
     facts = {}
@@ -115,7 +115,7 @@ def collect(
     return Collected(
         questions._replace(prompts=prompts),
         trajectories,
-        all_rows(trajectories._replace(visual=None), part),
+        all_rows(trajectories, part),
         static_shape(prompts, config.rollout, learner.mesh),
         facts,
     )
@@ -178,8 +178,8 @@ class Stages:
 # ---- what stages are made of
 
 
-def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Batch:
-    """This process's rows as training reads them, with their advantages and with where their pixels come from.
+def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Rows:
+    """This process's rows as they are trained on, with their advantages.
 
     The trainer's own log-probabilities are worked out, unless the sampler's are to serve or no row will be trained on.
 
@@ -189,34 +189,33 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ba
     config, collected = learner.config, weighed.scored.collected
     trajectories, prompts = collected.trajectories, collected.questions.prompts
     own = slice(learner.part.index * len(trajectories.stop), (learner.part.index + 1) * len(trajectories.stop))
+    images = np.repeat(prompts.images, config.rollout.group_size)
     batch = from_trajectories(trajectories, weighed.advantage.reshape(-1)[own])
-    batch = with_patches(batch, origins(prompts, trajectories.calls, config.rollout, collected.shape))
     if config.mask_unfinished:
         batch = mask_unfinished(batch, trajectories.stop)
     learner.laps.lap("scoring")
     if config.old_logprobs == "recomputed" and (weighed.teaching.any() or config.replay.kind == "none"):
-        batch = batch._replace(old_logprobs=old_logprobs(learner, state, batch, collected))
+        batch = batch._replace(old_logprobs=old_logprobs(learner, state, Rows(batch, images), collected))
         check_rows(batch.old_logprobs, f"iteration {collected.questions.iteration}: the log-probabilities")
     NOTICE.obey()
     learner.laps.lap("old_logprobs")
-    return batch
+    return Rows(batch, images)
 
 
-def old_logprobs(learner: "Learner", state: TrainState, batch: Batch, collected: Collected) -> np.ndarray:
+def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: Collected) -> np.ndarray:
     """Log-probabilities of the rows under the policy that is about to be trained, float32 [R, L]."""
     model, found = state.model, []
     size = learner.config.train_batch // learner.part.count
-    for start in range(0, len(batch.tokens), size):
+    for start in range(0, len(rows.images), size):
         NOTICE.obey()
-        part = with_pixels(learner, take(batch, slice(start, start + size)), collected)
+        part = with_pixels(learner, take(rows, slice(start, start + size)), collected)
         found.append(local_rows(learner.logprobs(model, learner.place(part))[0]))
     return np.concatenate(found)
 
 
-def with_pixels(learner: "Learner", rows: Batch, collected: Collected) -> Batch:
-    """Rows with `Origins` with what they saw: pixels are not kept, they are cut again from the prompts' images."""
-    config, mesh = learner.config.rollout, learner.mesh
-    return with_patches(rows, see(rows, collected.room, config, collected.shape, mesh))
+def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:
+    """The rows with what they saw, cut again from the images of their prompts."""
+    return materialize(*rows, collected.shape, learner.config.rollout, learner.mesh)
 
 
 def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:

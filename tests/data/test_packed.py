@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from pixel_jax.data.example import Report
 from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import BatchShape, Measured, bucket_shapes, training_work
+from pixel_jax.data.shapes import Measured, bucket_shapes, training_work
 from pixel_jax.data.traces import TraceError, to_trajectories
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from tests.data import released_files as files
 from tests.rollout import talker

@@ -12,9 +12,11 @@ from PIL import Image
 from pixel_jax.data.example import Example, Report
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import fit, prompt_shape
+from pixel_jax.data.rooms import Fitter
 from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.images import pad
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts, prompt_tokens
+from pixel_jax.rollout.shapes import prompt_shape
 from tests.data import released_files as files
 from tests.rollout import talker
 
@@ -59,11 +61,12 @@ def test_a_batch_is_what_build_prompts_makes_of_its_questions(examples):
             talker.vocabulary(),
             talker.token_tables(),
             talker.CONFIG,
-            width=WIDTH,
-            canvas=CANVAS,
+            shape=prompts.shape,
         )
-        jax.tree.map(np.testing.assert_array_equal, prompts, expected)
+        padded = lambda prompts: prompts._replace(images=pad(prompts.images, prompts.shape))
+        jax.tree.map(np.testing.assert_array_equal, padded(prompts), padded(expected))
         (video,) = {x.video for x in asked}  # kinds are asked apart, each as often as it comes up
+        assert prompts.shape == both(*CANVAS, WIDTH)[video]
         alike = [x.id for x in examples if x.video == video]
         assert sorted(x.id for x in asked) == sorted(alike * (4 // len(alike)))
         seen.append(video)
@@ -74,9 +77,11 @@ def test_processes_build_the_parts(examples):
     parts = [first(examples, index, 4) for index in range(4)]
     for i, (prompts, asked, sizes) in enumerate(first(examples)):
         assert [x for part in parts for x in part[i][1]] == asked and [x for part in parts for x in part[i][2]] == sizes
-        for name in set(prompts._fields) - {"tables", "uid"}:  # keys are told apart where the parts meet, in `rl`
-            joined = np.concatenate([getattr(part[i][0], name) for part in parts])
-            np.testing.assert_array_equal(joined, getattr(prompts, name))
+        arrays = lambda prompts: prompts._replace(tables=(), uid=(), images=pad(prompts.images, prompts.shape))
+        joined = jax.tree.map(lambda *xs: np.concatenate(xs), *(arrays(part[i][0]) for part in parts))
+        jax.tree.map(
+            np.testing.assert_array_equal, joined, arrays(prompts)
+        )  # `uid` is told apart where they meet, in `rl`
 
 
 LARGE = dataclasses.replace(talker.CONFIG, max_pixels=24 * 28**2, max_side=224)
@@ -100,10 +105,10 @@ def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
     query = outline((height, width), question="?" * words)
     if text >= room.tokens:
         with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {room.tokens}"):
-            fit(query, room, talker.vocabulary(), LARGE)
+            Fitter(talker.vocabulary(), LARGE).fit(query, room)
         return
     try:
-        found = fit(query, room, talker.vocabulary(), LARGE)
+        found = Fitter(talker.vocabulary(), LARGE).fit(query, room)
     except PromptError:
         assert room.tokens - text < 8 * max(height / width, width / height)  # a thin picture has many tokens
         return
@@ -161,10 +166,7 @@ def test_a_batch_is_of_one_room(tmp_path):
     for prompts, asked, _ in (next(data) for _ in range(8)):
         assert len(set(prompts.is_video.tolist())) == 1 and len(asked) == 2
         room = rooms[int(prompts.is_video[0])]
-        assert prompts.canvases.shape == (2, room.images, room.height, room.width, 3) and prompts.tokens.shape == (
-            2,
-            room.tokens,
-        )
+        assert prompts.shape == room and prompts.tokens.shape == (2, room.tokens)
         kinds.add(bool(prompts.is_video[0]))
     data.close()
     assert kinds == {False, True}

@@ -14,9 +14,10 @@ from pixel_jax.config import ConfigError, load
 from pixel_jax.data.example import Report
 from pixel_jax.data.packed import PackedOrder
 from pixel_jax.data.questions import find_rooms, padding, rooms_of
-from pixel_jax.data.shapes import BatchShape, Measured, cover, training_work
+from pixel_jax.data.shapes import Measured, cover, training_work
 from pixel_jax.ops import most_pixels
 from pixel_jax.rollout.prompts import PromptError
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.train import TrainConfig
 from tests.data.test_questions import some_examples
 from tests.rollout import talker

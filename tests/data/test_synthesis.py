@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import Query, tables
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import take_rows
 from tests.rollout import talker
 

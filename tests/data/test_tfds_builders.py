@@ -13,8 +13,7 @@ from pixel_jax.data.example import ExampleError
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import prompt_shape
-from pixel_jax.data.shapes import BatchShape
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from tests.data import released_files as files
 from tests.rollout import talker
 

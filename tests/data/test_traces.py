@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from pixel_jax.data import traces as module
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, TraceError, Turn, right, to_trajectories, wrong
 from pixel_jax.dialog.template import SPECIAL_TOKENS
-from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus, take_rows
 from tests.rollout import talker
 
@@ -23,7 +22,8 @@ ROOM = BatchShape(tokens=1200, images=12, slices=12, patches=16)
 @pytest.fixture(scope="module")
 def rolled():
     """Rows that answered or ran out of calls, images and videos among them, as the talker chose them."""
-    t = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG))
+    prompts = talker.prompts(4, video=True)
+    t = talker.with_pixels(rollout(talker.model(), prompts, jax.random.key(7), talker.CONFIG), prompts)
     return take_rows(t, np.isin(t.stop, (STOP_ANSWER, STOP_CALLS)))
 
 

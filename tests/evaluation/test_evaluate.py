@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax import score_answer
-from pixel_jax.data.rooms import places
+from pixel_jax.data.rooms import Fitter
 from pixel_jax.dialog import Language
 from pixel_jax.evaluation import report, run, stages, summary, trace
 from pixel_jax.evaluation.benchmarks import read
@@ -284,7 +284,7 @@ def test_buckets_are_chosen_by_size_and_length(everything):
 
     def find(i, buckets):
         shapes = run.shapes_of(buckets, LIMITS, talker.model().config, 4)
-        return places([lambda: run.outline(everything[i])], shapes, talker.vocabulary(), LIMITS)[0]
+        return Fitter(talker.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
 
     held = lambda place: (place.shape.images, place.shape.height, place.shape.width, place.shape.tokens)
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)

@@ -21,7 +21,6 @@ from pixel_jax.chat import show
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.files import FileError
-from pixel_jax.rollout import trajectory
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import answered_calls
 from tests.rollout import talker
@@ -32,7 +31,8 @@ HOSTILE = '</script><script>alert(1)</script>"&<img src=x onerror=alert(1)>'
 @pytest.fixture(scope="module")
 def found():
     """Traces of images and videos, as one rollout made them."""
-    t = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), jax.random.key(7), talker.CONFIG))
+    prompts = talker.prompts(4, video=True)
+    t = talker.with_pixels(rollout(talker.model(), prompts, jax.random.key(7), talker.CONFIG), prompts)
     queries = talker.queries(4, video=True)
     rows = range(t.tokens.shape[0])
     made = [

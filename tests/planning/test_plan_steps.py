@@ -29,13 +29,16 @@ from pixel_jax.planning.programs import (
     bytes_per_device,
     prompt_arrays,
     resident,
+    rollout_shape,
     sft_batch,
 )
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, held, plan, search, times
 from pixel_jax.planning.weak_scaling import Point, with_rows
+from pixel_jax.rollout.images import ragged
 from pixel_jax.rollout.machine import READ_CHUNK, budgets
+from pixel_jax.rollout.materialize import materialize
 from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import to_host
+from pixel_jax.rollout.trajectory import HostPrompts, take_rows, to_host
 from pixel_jax.train import LoRAConfig, TrainConfig
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
@@ -62,16 +65,16 @@ def add(a: Work, b: Work) -> Work:
 
 def rolled_out(small):
     """The rows of one rollout, of questions about nothing."""
-    prompts = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(small)._replace(tables=()))
-    prompts = prompts._replace(
-        tables=small.tables,
-        length=np.full_like(prompts.length, 8),
-        canvas_size=np.full_like(prompts.canvas_size, 56),
-        num_canvases=np.ones_like(prompts.num_canvases),
-    )
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(small)._replace(tables=(), canvases=()))
+    count, shape = len(zeros.length), rollout_shape(small, 1)
+    alike = zeros._asdict() | {"tables": small.tables, "length": np.full(count, 8, np.int32)}
+    alike |= {"canvas_size": np.full_like(zeros.canvas_size, 56), "num_canvases": np.ones(count, np.int32)}
+    alike.pop("canvases")
+    images = ragged([[np.zeros((56, 56, 3), np.uint8)]] * count)
+    prompts, limits = HostPrompts(images=images, shape=shape.prompts, **alike), small.config.rl.rollout
     model = Qwen2_5_VL(small.network, jax.random.key(0))
-    found = to_host(rollout(model, prompts, jax.random.key(0), small.config.rl.rollout))
-    return jax.tree.map(lambda x: x[: small.config.rl.train_batch], found)
+    found = take_rows(rollout(model, prompts, jax.random.key(0), limits), slice(small.config.rl.train_batch))
+    return materialize(to_host(found), images[found.prompt], shape, limits)
 
 
 def packed_rows(small):

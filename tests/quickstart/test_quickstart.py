@@ -13,7 +13,6 @@ from pixel_jax import read_image
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.evaluation import trace as saved_traces
 from pixel_jax.evaluation.stats import proportion
@@ -30,6 +29,7 @@ from pixel_jax.quickstart.summary import summarise
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import CallStatus
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig

@@ -16,7 +16,11 @@ from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.materialize import materialize
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
+from pixel_jax.rollout.rollout import static_shape
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollout.trajectory import to_host
 from pixel_jax.tools import RELEASED
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
@@ -189,7 +193,17 @@ def prompts(count: int, *, config: RolloutConfig = CONFIG, video: bool = False, 
         vocabulary(),
         token_tables(),
         config,
-        width=96,
-        canvas=(3 if video else 2, 192, 192),
+        shape=shape(config, video=video),
         uids=uids,
     )
+
+
+def shape(config: RolloutConfig = CONFIG, *, video: bool = False, tokens: int = 96) -> BatchShape:
+    """Room for `queries`: for images, or for these and videos."""
+    return prompt_shape(3 if video else 2, 192, 192, tokens, config, video=video, still=True)
+
+
+def with_pixels(t, prompts, config: RolloutConfig = CONFIG, mesh=None):
+    """What a rollout of `prompts` has returned, with what its rows saw; on the host."""
+    images = np.repeat(prompts.images, len(t.stop) // len(prompts.length))
+    return to_host(materialize(t, images, static_shape(prompts, config, mesh), config, mesh))

@@ -18,6 +18,7 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import read_limits, write_limits
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
+from pixel_jax.rollout.shapes import prompt_shape
 from pixel_jax.rollout.trajectory import to_host
 from pixel_jax.tools import CROP_IMAGE, RELEASED, ToolError
 from pixel_jax.tools.named import find_format
@@ -183,7 +184,9 @@ def test_a_rollout_in_another_format():
     )
     token_tables = tables(words, tools, known)
     queries = [query for query in talker.queries(3) if len(query.images) == 1 and not query.is_video]
-    prompts = build_prompts(queries, words, token_tables, config, width=96, canvas=(1, 192, 192))
+    prompts = build_prompts(
+        queries, words, token_tables, config, shape=prompt_shape(1, 192, 192, 96, config, video=False)
+    )
     t = to_host(rollout(talker.network(words, chain), prompts, jax.random.key(1), config))
     names = np.array([*map(str, token_tables.observations.kinds), ""])[t.calls.outcome]
     seen = set()

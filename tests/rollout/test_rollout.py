@@ -14,11 +14,11 @@ from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.parallel.sharding import batch_sharding
 from pixel_jax.rollout import machine, timing, trajectory, views
 from pixel_jax.rollout import rollout as module
+from pixel_jax.rollout.materialize import materialize, materialize_on_host
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import compiled_rollout, host_rollout, layout, rollout, static_shape, traced
-from pixel_jax.rollout.trajectory import CallStatus
-from pixel_jax.training.batch import from_trajectories, with_patches
-from pixel_jax.training.origins import origins, room_of, see
+from pixel_jax.rollout.rollout import compiled_rollout, host_rollout, layout, place, rollout, static_shape, traced
+from pixel_jax.rollout.trajectory import CallStatus, take_prompts
+from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
 
@@ -94,9 +94,9 @@ def test_the_conversation_is_what_the_host_would_have_said(which, request):
 def test_crops_are_pillows(trajectories):
     """What the model saw of a box is what Pillow makes of it."""
     prompts, checked = talker.prompts(4), 0
-    queries = talker.queries(4)
+    queries, trajectories = talker.queries(4), talker.with_pixels(trajectories, prompts)
     for row in range(trajectories.tokens.shape[0]):
-        first = prompts.canvases.shape[1]
+        first = prompts.shape.images
         query = queries[trajectories.prompt[row]]
         source = trajectories.calls.source
         for i in np.flatnonzero(talker.outcomes(trajectories)[row] == talker.CROPPED):
@@ -118,7 +118,8 @@ def test_crops_are_pillows(trajectories):
 
 def test_sampler_and_trainer_agree(mixed):
     """Log-probabilities recorded while sampling with caches are those of one full forward over the trajectory."""
-    scored, _ = make_score_step(ForwardConfig(remat=False))(talker.model(), from_trajectories(mixed))
+    rows = from_trajectories(talker.with_pixels(mixed, talker.prompts(4, video=True)))
+    scored, _ = make_score_step(ForwardConfig(remat=False))(talker.model(), rows)
     np.testing.assert_allclose(np.asarray(scored)[mixed.chosen], mixed.logprobs[mixed.chosen], atol=2e-5)
     assert mixed.chosen.sum() > 40
 
@@ -126,11 +127,9 @@ def test_sampler_and_trainer_agree(mixed):
 def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
     for name in ("tokens", "valid", "chosen", "num_calls", "stop"):
         np.testing.assert_array_equal(np.asarray(getattr(a, name))[rows_a], np.asarray(getattr(b, name))[rows_b], name)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_array_equal(np.asarray(x)[rows_a], np.asarray(y)[rows_b]), a.calls, b.calls
-    )
+    same = lambda x, y: np.testing.assert_array_equal(np.asarray(x)[rows_a], np.asarray(y)[rows_b])
+    jax.tree.map(same, (a.calls, a.visual), (b.calls, b.visual))
     np.testing.assert_allclose(np.asarray(a.logprobs)[rows_a], np.asarray(b.logprobs)[rows_b], atol=2e-5)
-    np.testing.assert_array_equal(np.asarray(a.visual.patches)[rows_a], np.asarray(b.visual.patches)[rows_b])
 
 
 @pytest.mark.parametrize("in_flight, tail_rows", [(1, None), (3, None), (None, 3), (3, 5)])
@@ -141,7 +140,6 @@ def test_how_rows_are_scheduled_does_not_matter(mixed, in_flight, tail_rows):
     refilled = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, config))
     same_tokens(refilled, mixed)
     np.testing.assert_array_equal(refilled.prompt, mixed.prompt)
-    jax.tree.map(np.testing.assert_array_equal, refilled.visual, mixed.visual)
 
 
 def test_the_host_driven_twin_gives_the_same(mixed):
@@ -159,12 +157,7 @@ def test_the_host_driven_twin_gives_the_same(mixed):
 
 def test_a_row_does_not_depend_on_its_neighbours(trajectories):
     """Prompts 2 and 0 alone, in the other order, under their own keys."""
-    prompts = talker.prompts(4)
-    picked = prompts._replace(tables=())
-    picked = type(prompts)(*jax.tree.map(lambda x: np.asarray(x)[[2, 0]], tuple(picked)))._replace(
-        tables=prompts.tables
-    )
-    alone = rollout(talker.model(), picked, KEY, talker.CONFIG)
+    alone = rollout(talker.model(), take_prompts(talker.prompts(4), [2, 0]), KEY, talker.CONFIG)
     same_tokens(alone, trajectories, slice(0, 4), slice(8, 12))
     same_tokens(alone, trajectories, slice(4, 8), slice(0, 4))
 
@@ -173,9 +166,10 @@ def test_a_row_does_not_depend_on_its_neighbours(trajectories):
 def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
     """Four shards of rows with different numbers of turns, each with a queue; weights split over fsdp and tensor."""
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    prompts = talker.prompts(4)
-    arrays = jax.tree.map(lambda x: np.concatenate([x, x]), prompts._replace(tables=()))
-    twice, config = arrays._replace(tables=prompts.tables), replace(talker.CONFIG, in_flight=4, tail_rows=tail_rows)
+    twice, config = (
+        take_prompts(talker.prompts(4), [*range(4)] * 2),
+        replace(talker.CONFIG, in_flight=4, tail_rows=tail_rows),
+    )
     sharded = rollout(shard(talker.model(), mesh), twice, KEY, config)
     assert len(sharded.tokens.sharding.device_set) == 8
     turns = trajectories.num_calls.reshape(4, -1).max(axis=1)
@@ -188,7 +182,7 @@ def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
 
 def lowered(model, prompts, config, key=KEY):
     mesh, shape = layout(model, prompts, config)
-    return compiled_rollout.lower(model, prompts, key, *traced(config, ()), shape=shape, mesh=mesh)
+    return compiled_rollout.lower(model, place(prompts, mesh), key, *traced(config, ()), shape=shape, mesh=mesh)
 
 
 def test_a_tail_of_rows_keeps_the_kind_of_its_keys():
@@ -232,9 +226,7 @@ def test_one_compilation_for_all_image_sizes(trajectories):
     rollout(model, prompts, KEY, talker.CONFIG)
     size = compiled_rollout._cache_size()
     queries = [Query("Which digit?", [talker.image(i, 60 + 31 * i, 190 - 17 * i)]) for i in range(4)]
-    other = build_prompts(
-        queries, talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=96, canvas=(2, 192, 192)
-    )
+    other = build_prompts(queries, talker.vocabulary(), talker.token_tables(), talker.CONFIG, shape=talker.shape())
     rollout(model, other, jax.random.key(8), talker.CONFIG)
     assert compiled_rollout._cache_size() == size <= before + 1
 
@@ -295,7 +287,8 @@ def test_bad_queries_are_named(query, message):
 
 def test_a_prompt_that_does_not_fit_is_named():
     with pytest.raises(PromptError, match="width of 4"):
-        build_prompts(talker.queries(1), talker.vocabulary(), talker.token_tables(), talker.CONFIG, width=4)
+        room = talker.shape(tokens=4)
+        build_prompts(talker.queries(1), talker.vocabulary(), talker.token_tables(), talker.CONFIG, shape=room)
 
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -311,9 +304,9 @@ def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once,
         monkeypatch.setattr(views, "AT_ONCE", 0)
         timing._show.clear_cache()
         request.addfinalizer(timing._show.clear_cache)
-    made = request.getfixturevalue(which)
     model = shard(talker.model(), make_mesh(mesh)) if mesh else talker.model()
     prompts = talker.prompts(4, video=which == "mixed")
+    made = talker.with_pixels(request.getfixturevalue(which), prompts)
     none, *again = timing.operations_again(model, prompts, made.calls, talker.CONFIG)
     assert not np.asarray(none[0]).any() and len(again) == talker.CONFIG.max_calls
     rows, count, room = again[0][0].shape[:3]
@@ -326,35 +319,22 @@ def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once,
         assert np.asarray(features)[executed[:, number]].any(axis=(1, 2, 3)).all()
 
 
-@pytest.mark.parametrize(
-    "which, mesh, blank", [("trajectories", None, False), ("mixed", None, True), ("mixed", MESH, False)]
-)
-def test_what_rows_saw_is_cut_again_bit_for_bit(which, mesh, blank, request):
-    """A rollout that keeps no patches tells where they were: overviews, crops, frames, blanked ones."""
-    prompts = talker.prompts(4, video=which == "mixed")
-    config = replace(talker.CONFIG, blank=blank)
-    made = request.getfixturevalue(which)
-    if blank:  # observations are other pixels, so the rows go on in another way
-        made = trajectory.to_host(rollout(talker.model(), prompts, KEY, config))
-    mesh = mesh and make_mesh(mesh)
-    model = shard(talker.model(), mesh) if mesh else talker.model()
-    light = trajectory.to_host(rollout(model, prompts, KEY, config, pixels=False))
-    assert light.visual.patches is None
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        made._replace(visual=made.visual._replace(patches=None), logprobs=None),
-        light._replace(logprobs=None),
-    )
-    shape = static_shape(prompts, config, mesh)
-    rows = from_trajectories(light)
-    found = origins(prompts, light.calls, config, shape)
-    assert found.images[0] is found.images[3] and found.images[0] is not found.images[4]  # four rows of a prompt
-    room = room_of(rows.tokens.shape[1], prompts, shape)
-    rows = with_patches(rows, found)
-    seen = see(rows, room, config, shape, mesh)
-    np.testing.assert_array_equal(seen, made.visual.patches)
-    if mesh:
-        assert seen.sharding.is_equivalent_to(batch_sharding(mesh), seen.ndim)
+@pytest.mark.parametrize("blank", [False, True])
+def test_devices_and_the_host_cut_the_same_pixels(blank, mixed):
+    """Overviews, crops, frames, blanked ones: on one device, on several, where they are split as the rows, and on none."""
+    prompts, config = talker.prompts(4, video=True), replace(talker.CONFIG, blank=blank)
+    made = trajectory.to_host(rollout(talker.model(), prompts, KEY, config)) if blank else mixed
+    found = talker.with_pixels(made, prompts, config).visual
+    images = np.repeat(prompts.images, config.group_size)
+    on_host = materialize_on_host(made, [x.arrays for x in images], prompts.tables.tools, config).visual
+    room = on_host.patches.shape[2]
+    np.testing.assert_array_equal(on_host.patches, found.patches[:, :, :room])
+    assert not found.patches[:, :, room:].any()
+    jax.tree.map(np.testing.assert_array_equal, on_host._replace(patches=()), found._replace(patches=()))
+    mesh = make_mesh(MESH)
+    split = materialize(made, images, static_shape(prompts, config, mesh), config, mesh).visual.patches
+    np.testing.assert_array_equal(split, found.patches)
+    assert split.sharding.is_equivalent_to(batch_sharding(mesh), split.ndim)
 
 
 def test_the_compiler_is_not_timed(monkeypatch):

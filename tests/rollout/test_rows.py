@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.rows import for_chunks, fullest
+from pixel_jax.rollout.shapes import BatchShape, Shape
 
 LOCAL, ROWS = 5, 10
 
@@ -44,7 +45,7 @@ def test_rows_are_answered_while_others_write(waiting, free, writes):
     takes = (place >= waiting) & (place < waiting + free)
     status = jnp.where(takes, machine.DONE, status)
     state = machine.State(**{name: None for name in machine.State._fields})._replace(status=jnp.tile(status, 2))
-    config, shape = RolloutConfig(observe_chunk=2), machine.Shape((), False, 2, 4)
+    config, shape = RolloutConfig(observe_chunk=2), Shape(BatchShape(8, 1, 1, 4), (), 2)
     assert bool(machine.writes_on(state, jnp.tile(takes, 2), config, shape)) == writes
 
 
@@ -53,5 +54,5 @@ def test_all_end_their_turns_where_a_tail_costs_little(writing, writes):
     """Of two shards of 16 rows, those of the one that has more writing are decoded together until they are a tail of two."""
     status = jnp.concatenate([jnp.where(jnp.arange(16) < n, machine.WRITING, machine.WAITING) for n in writing])
     state = machine.State(**{name: None for name in machine.State._fields})._replace(status=status)
-    config, shape = RolloutConfig(observe_chunk=2, tail_rows=2), machine.Shape((), False, 2, 4)
+    config, shape = RolloutConfig(observe_chunk=2, tail_rows=2), Shape(BatchShape(8, 1, 1, 4), (), 2)
     assert bool(machine.writes_on(state, jnp.zeros(32, bool), config, shape)) == writes

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from pixel_jax.data.own import read_own
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.synthesis.run import SynthConfig, plan, synthesize
 from pixel_jax.synthesis.seeds import read_seeds
 from pixel_jax.synthesis.traces import assign_kinds, possible_kinds

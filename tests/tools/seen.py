@@ -2,10 +2,7 @@
 
 import numpy as np
 
-from pixel_jax.rollout.rollout import static_shape
 from pixel_jax.rollout.trajectory import CallStatus
-from pixel_jax.training.batch import from_trajectories, with_patches
-from pixel_jax.training.origins import origins, room_of, see
 
 # What the golden file calls the outcomes of the tools of the paper.
 NAMES = {
@@ -45,11 +42,3 @@ def views(t) -> list[list[list[int]]]:
                     shown.append([int(call), canvas, *(region if t.calls.tool[row, call] == 0 else [])])
         found.append(shown)
     return found
-
-
-def again(prompts, t, config, mesh=None) -> np.ndarray:
-    """The patches of a rollout's rows, from its record and its prompts' images."""
-    shape = static_shape(prompts, config, mesh)
-    rows = with_patches(from_trajectories(t), origins(prompts, t.calls, config, shape))
-    room = room_of(rows.tokens.shape[1], prompts, shape)
-    return np.asarray(see(rows, room, config, shape, mesh))

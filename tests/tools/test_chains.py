@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout.canvases import Canvases
+from pixel_jax.rollout.materialize import materialize_on_host
 from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import host_rollout, rollout
-from pixel_jax.rollout.trajectory import CallStatus, to_host
+from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollout.trajectory import CallStatus, take_prompts, to_host
 from pixel_jax.tools import CROP_IMAGE, ENHANCE, ROTATE
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
-from tests.tools import seen
 
 TOOLS = (CROP_IMAGE, ROTATE, ENHANCE)
 CONFIG = dataclasses.replace(talker.CONFIG, max_new_tokens=4, max_calls=4, max_response=400, group_size=6)
@@ -46,8 +45,15 @@ def words() -> Vocabulary:
 @pytest.fixture(scope="module")
 def made():
     model, token_tables = talker.network(words(), CHAIN), tables(words(), TOOLS)
-    prompts = build_prompts(talker.queries(3), words(), token_tables, CONFIG, width=96, canvas=(2, 192, 192))
+    prompts = build_prompts(talker.queries(3), words(), token_tables, CONFIG, shape=talker.shape(CONFIG))
     return model, token_tables, prompts, to_host(rollout(model, prompts, jax.random.key(1), CONFIG))
+
+
+@pytest.fixture(scope="module")
+def pixels(made):
+    """The rows with what they saw."""
+    *_, prompts, t = made
+    return talker.with_pixels(t, prompts, CONFIG)
 
 
 def expected(query, t, row) -> list[np.ndarray]:
@@ -78,10 +84,10 @@ def patches(image: np.ndarray) -> np.ndarray:
     return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 588)
 
 
-def test_what_is_shown_is_pillows(made):
+def test_what_is_shown_is_pillows(made, pixels):
     *_, prompts, t = made
     queries, seen_tools, longest = talker.queries(3), set(), 0
-    first = prompts.canvases.shape[1]
+    first = prompts.shape.images
     for row in range(len(t.stop)):
         query = queries[t.prompt[row]]
         if len(query.images) > 1:
@@ -89,20 +95,25 @@ def test_what_is_shown_is_pillows(made):
         done = np.flatnonzero(t.calls.status[row] == CallStatus.DONE)
         for call, image in zip(done, expected(query, t, row), strict=True):
             shown = patches(image)
-            np.testing.assert_array_equal(t.visual.patches[row, first + call][: len(shown)], shown)
+            np.testing.assert_array_equal(pixels.visual.patches[row, first + call][: len(shown)], shown)
             seen_tools.add(int(t.calls.tool[row, call]))
         longest = max(longest, len(done))
     assert seen_tools == {0, 1, 2} and longest >= 3, (seen_tools, longest)
 
 
-def test_what_was_shown_is_made_again_bit_for_bit(made):
+def test_the_host_makes_the_same_pixels(made, pixels):
     *_, prompts, t = made
-    np.testing.assert_array_equal(seen.again(prompts, t, CONFIG), t.visual.patches)
+    images = [images.arrays for images in np.repeat(prompts.images, CONFIG.group_size)]
+    found = materialize_on_host(t, images, TOOLS, CONFIG).visual.patches
+    room = found.shape[2]
+    np.testing.assert_array_equal(found, pixels.visual.patches[:, :, :room])
+    assert not pixels.visual.patches[:, :, room:].any()
 
 
-def test_sampler_and_trainer_agree(made):
+def test_sampler_and_trainer_agree(made, pixels):
+    """What is made again is what the sampler saw: its log-probabilities are those that the pixels lead to."""
     model, *_, t = made
-    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(t))
+    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(pixels))
     np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
 
 
@@ -111,7 +122,7 @@ def test_calls_that_cannot_be_carried_out_are_answered(made):
     assert {"malformed", "rotate: no such image", "rotate: shown", "enhance: shown"} <= outcomes
 
 
-def test_written_traces_are_the_rollouts(made):
+def test_written_traces_are_the_rollouts(made, pixels):
     """The same turns, written: the same tokens, records and pixels."""
     _, token_tables, prompts, t = made
     rows = [row for row in range(len(t.stop)) if t.num_calls[row]][:6]
@@ -128,7 +139,7 @@ def test_written_traces_are_the_rollouts(made):
         here, there = (jax.tree.map(lambda x, at=at: x[at, :count], t.calls) for t, at in ((written, mine), (t, row)))  # noqa: B023
         jax.tree.map(np.testing.assert_array_equal, here, there)
         frames = lambda t, row: [t.visual.patches[row, i] for i in t.visual.slices[row, :, 0] if i >= 0]
-        for x, y in zip(frames(written, mine), frames(t, row), strict=True):
+        for x, y in zip(frames(written, mine), frames(pixels, row), strict=True):
             np.testing.assert_array_equal(x[:16], y[:16])
 
 
@@ -142,15 +153,13 @@ def test_however_it_is_run(made):
 
 
 @pytest.mark.slow
-def test_on_eight_devices(made):
+def test_on_eight_devices(made, pixels):
     """Rows of several shards, each with its own calls; and what they saw made again there."""
     model, _, prompts, t = made
     mesh, order = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), np.array([2, 0, 1, 0])
-    four = jax.tree.map(lambda x: x[order], prompts._replace(tables=(), canvases=np.asarray(prompts.canvases)))
-    canvases = Canvases(prompts.canvases.images[order], prompts.canvases.room)
-    four = four._replace(tables=prompts.tables, canvases=canvases)
+    four = take_prompts(prompts, order)
     found = to_host(rollout(shard(model, mesh), four, jax.random.key(1), CONFIG))
     rows = (order[:, None] * CONFIG.group_size + np.arange(CONFIG.group_size)).reshape(-1)
     same = lambda x, y: np.testing.assert_array_equal(x, y[rows])
     jax.tree.map(same, found._replace(logprobs=None, prompt=None), t._replace(logprobs=None, prompt=None))
-    np.testing.assert_array_equal(seen.again(four, found, CONFIG, mesh), found.visual.patches)
+    same(talker.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)

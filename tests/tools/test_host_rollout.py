@@ -16,7 +16,6 @@ from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollout import talker
-from tests.tools import seen
 
 READ = Tool(
     "read_text",
@@ -61,7 +60,7 @@ class Answers:
 def made():
     words = talker.vocabulary_of(CHAIN, TOOLS)
     model, token_tables, host = talker.network(words, CHAIN), tables(words, TOOLS), Answers()
-    prompts = build_prompts(talker.queries(2), words, token_tables, CONFIG, width=96, canvas=(2, 192, 192))
+    prompts = build_prompts(talker.queries(2), words, token_tables, CONFIG, shape=talker.shape(CONFIG))
     t = to_host(HostRollouts(host, words)(model, prompts, jax.random.key(3), CONFIG))
     return words, model, prompts, host, t
 
@@ -97,21 +96,21 @@ def test_the_host_is_given_what_the_row_was_shown(made):
 
 
 def test_rows_read_the_answer_as_text(made):
-    words, _, _, _, t = made
+    words, _, prompts, _, t = made
     at = np.argwhere(talker.outcomes(t, TOOLS) == "read_text: answered")
     for row, _ in at:
         text = words.to_bytes(t.tokens[row][t.valid[row]]).decode()
         assert f"\n<|im_start|>user\n\nIt says 7{SPELLED}.<|im_end|>\n<|im_start|>assistant\n" in text
     row = int(at[0, 0])
-    drawn = make_trace(t, row, talker.queries(2)[t.prompt[row]], words)
+    drawn = make_trace(talker.with_pixels(t, prompts, CONFIG), row, talker.queries(2)[t.prompt[row]], words)
     assert any(turn.text.startswith("It says 7") and not turn.failed for turn in drawn.turns if turn.role == "tool")
 
 
 def test_sampler_trainer_and_pixels_agree(made):
     _, model, prompts, _, t = made
-    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(t))
+    rows = from_trajectories(talker.with_pixels(t, prompts, CONFIG))
+    scored, _ = make_score_step(ForwardConfig(remat=False))(model, rows)
     np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
-    np.testing.assert_array_equal(seen.again(prompts, t, CONFIG), t.visual.patches)
 
 
 def test_who_carries_calls_out_must_be_there(made):

@@ -61,9 +61,7 @@ class Questions:
         size = PROMPTS // self.part.count
         mine = slice(self.part.index * size, (self.part.index + 1) * size)
         words, tables = talker.vocabulary(), talker.token_tables()
-        prompts = build_prompts(
-            talker.queries(PROMPTS)[mine], words, tables, talker.CONFIG, width=96, canvas=(2, 192, 192)
-        )
+        prompts = build_prompts(talker.queries(PROMPTS)[mine], words, tables, talker.CONFIG, shape=talker.shape())
         return prompts, ["7", "3", "7", "3"][mine]
 
     def get_state(self):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pixel_jax.parallel import memory
 from pixel_jax.rollout import rollout as rollouts
 from pixel_jax.rollout.queue import start
-from pixel_jax.rollout.rollout import fitting, static_shape, traced
+from pixel_jax.rollout.rollout import fitting, place, static_shape, traced
 from pixel_jax.training import footprint
 from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, row_bytes
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -70,17 +70,15 @@ def test_a_step_takes_turns_where_memory_is_short(monkeypatch):
         assert float(reports[0].metrics[name]) == pytest.approx(float(reports[1].metrics[name]), rel=1e-5)
 
 
-@pytest.mark.parametrize("pixels", [False, True])
-def test_as_many_prompts_are_in_flight_as_fit(pixels, monkeypatch):
+def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
     """Against the arrays that a rollout begins with: one more prompt in flight would have been one too many."""
     prompts, model = talker.prompts(6), talker.model()
     config = dataclasses.replace(talker.CONFIG, max_response=4096)
-    shape = static_shape(prompts, config, None)._replace(pixels=pixels)
+    shape, placed = static_shape(prompts, config, None), place(prompts, None)
     assert fitting(config, model, prompts, shape, None) is config  # all fit
 
     def begins(count: int) -> int:
         opening, _, alone = traced(dataclasses.replace(config, in_flight=count), ())
-        placed = prompts._replace(canvases=np.asarray(prompts.canvases))
         arrays = jax.eval_shape(
             lambda: start(model, placed, jax.random.key(0), opening, alone, shape)  # noqa: B023
         )

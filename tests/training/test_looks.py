@@ -12,12 +12,11 @@ from pixel_jax.data.example import Example, Report
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import prompt_shape
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.rollout import rollout, static_shape
+from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.rollout.trajectory import STOP_ANSWER, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.looks import Asker, HeldOutLoss, Together, draw_rollouts, written
@@ -119,7 +118,7 @@ def test_looks_add_up():
 
 
 def drawable(config):
-    """(rollout with its pixels, queries, prompts) of images and videos."""
+    """(rollout, queries, prompts) of images and videos."""
     prompts = talker.prompts(4, video=True)
     return to_host(rollout(talker.model(), prompts, jax.random.key(7), config)), talker.queries(4, video=True), prompts
 
@@ -132,9 +131,8 @@ def kept():
 def check_drawn(kept, queries, prompts, config):
     """What is cut out on the host from what training keeps, against a rollout that kept its pixels."""
     shape = static_shape(prompts, config, None)
-    without = kept._replace(visual=kept.visual._replace(patches=None))
     examples = [Example(f"q{i}", query.question, (), (str(i),)) for i, query in enumerate(queries)]
-    collected = Collected(Questions(0, prompts, examples), without, without, shape)
+    collected = Collected(Questions(0, prompts, examples), kept, kept, shape)
     correct = np.array([[0, 1, 0, 1]] * 4, np.float32)
     reward = np.arange(16, dtype=np.float32).reshape(4, 4) / 4
     weighed = Weighed(
@@ -143,12 +141,12 @@ def check_drawn(kept, queries, prompts, config):
         np.ones(4, bool),
     )
     rows = [0, 3, 5, 14]
-    texts = written(kept, talker.vocabulary())
+    texts, pixels = written(kept, talker.vocabulary()), talker.with_pixels(kept, prompts, config)
     for row, item in zip(rows, draw_rollouts(weighed, rows, talker.vocabulary(), config), strict=True):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
-        assert item == make_trace(kept, row, queries[row // 4], talker.vocabulary(), **known)
+        assert item == make_trace(pixels, row, queries[row // 4], talker.vocabulary(), **known)
     drawn = draw_rollouts(weighed, range(16), talker.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
@@ -164,7 +162,8 @@ def test_drawn_rollouts_show_grey_where_their_rows_saw_it():
 
 
 def test_pictures_are_kept_smaller_with_boxes_in_their_place(kept):
-    t, (query, *_), _ = kept
+    t, (query, *_), prompts = kept
+    t = talker.with_pixels(t, prompts)
     large, small = (
         [make_trace(t, row, query, talker.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
     )

@@ -5,33 +5,30 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
-from pixel_jax.data.shapes import BatchShape
-from pixel_jax.rollout.canvases import Images
-from pixel_jax.rollout.sight import Sight
+from pixel_jax.rollout.images import ragged
+from pixel_jax.rollout.materialize import PatchSource, VisualRecord
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import Views
-from pixel_jax.training.batch import from_trajectories, pad_rows, take, with_patches
-from pixel_jax.training.origins import Origins
+from pixel_jax.training.batch import Rows, from_trajectories, pad_rows, take
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 
 ROOM = BatchShape(24, 1, 1, 16, 64, 64)
 
 
 def marked(rows, seed=0, advantage=None):
-    """A batch whose first token says which row it is; two neighbours are of one prompt."""
+    """Rows whose first token says which they are; two neighbours are of one prompt."""
     batch = make_batch(rows, seed)
     random = np.random.default_rng(seed)
-    images = np.empty(rows, object)
-    for row in range(rows):
-        pixels = random.integers(0, 256, (28 + row, 40, 3)).astype(np.uint8)
-        images[row] = Images((pixels,) * (1 + row % 4 // 2)) if row % 2 == 0 else images[row - 1]
+    pixels = [random.integers(0, 256, (28 + row, 40, 3)).astype(np.uint8) for row in range(0, rows, 2)]
+    images = np.repeat(ragged([x] * (1 + i % 2) for i, x in enumerate(pixels)), 2)[:rows]
     views = Views(
         np.zeros((rows, 1), np.int32), random.integers(0, 28, (rows, 1, 4)), np.full((rows, 1, 2), 28, np.int32)
     )
-    batch = with_patches(batch, Origins(images, Sight(views, None)))
+    batch = batch._replace(visual=VisualRecord(PatchSource(views, None), *batch.visual[1:]))
     batch.tokens[:, 0] = 1000 * seed + np.arange(rows)
     if advantage is not None:
         batch = batch._replace(advantage=np.array(advantage, np.float32))
-    return batch
+    return Rows(batch, images)
 
 
 def draw(replay, rows, informative, room=ROOM):
@@ -50,17 +47,17 @@ def pixels(images):
     return [x.arrays for x in np.atleast_1d(images)]
 
 
-def names(batch):
-    return sorted(batch.tokens[:, 0].tolist())
+def names(rows):
+    return sorted(rows.batch.tokens[:, 0].tolist())
 
 
 def test_informative_rows_are_all_in_and_the_rest_is_drawn():
     replay = Replay(ReplayConfig(), 0)
     rows = marked(8, advantage=[1, -1, 0.5, -0.5, 0, 0, 0, 0])
     chosen = draw(replay, rows, np.arange(8) < 4)
-    assert chosen.tokens.shape[0] == 8
+    assert len(chosen.images) == 8
     assert set(names(chosen)) == {0, 1, 2, 3}  # all of them, and replayed ones only from among them
-    for name, row in zip(chosen.tokens[:, 0], range(8), strict=True):
+    for name, row in zip(chosen.batch.tokens[:, 0], range(8), strict=True):
         assert_equal(take(chosen, row), take(rows, int(name)))
 
 
@@ -74,7 +71,7 @@ def test_probabilities_follow_the_advantage(exponent):
     drawn = np.zeros(4)
     for _ in range(50):
         chosen = draw(replay, marked(100, seed=1), np.zeros(100, bool))
-        drawn += np.bincount(chosen.tokens[:, 0], minlength=4)
+        drawn += np.bincount(chosen.batch.tokens[:, 0], minlength=4)
     np.testing.assert_allclose(drawn / drawn.sum(), expected, atol=0.03)  # s.e. .007
 
 
@@ -97,7 +94,7 @@ def test_an_episode_ends_and_a_run_does_not():
 def test_the_oldest_leave_first():
     replay = Replay(ReplayConfig(capacity=3), 0)
     draw(replay, marked(5), np.ones(5, bool))
-    assert [int(entry.row.tokens[0]) for entry in replay.rows] == [2, 3, 4]
+    assert [int(entry.row.batch.tokens[0]) for entry in replay.rows] == [2, 3, 4]
 
 
 def test_repeat_and_none():
@@ -145,13 +142,15 @@ def test_images_are_kept_and_sent_once_however_many_rows_have_them():
     replay, rows = Replay(ReplayConfig(), 0), marked(4)
     draw(replay, rows, np.ones(4, bool))
     kept = [entry.row for entry in replay.rows]
-    images = [row.visual.patches.images for row in kept]
-    assert images[0] is images[1] and images[2] is images[3] and images[0] is rows.visual.patches.images[0]
-    assert not any(np.shares_memory(kept[0].tokens, x) for x in (rows.tokens, kept[1].tokens))  # the batch can go
+    images = [row.images for row in kept]
+    assert images[0] is images[1] and images[2] is images[3] and images[0] is rows.images[0]
+    assert not any(
+        np.shares_memory(kept[0].batch.tokens, x) for x in (rows.batch.tokens, kept[1].batch.tokens)
+    )  # the batch can go
     assert stacked(kept)["pixels"].size == 28 * 40 * 3 + 2 * 30 * 40 * 3
     sent = unpack(pack(dict(zip("abcd", kept, strict=True))))
     assert_equal([sent[name] for name in "abcd"], kept)
-    assert sent["a"].visual.patches.images is sent["b"].visual.patches.images
+    assert sent["a"].images is sent["b"].images
     assert pack({}) == b"" and unpack(b"") == {}
 
 

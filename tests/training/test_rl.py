@@ -21,9 +21,11 @@ from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
 from pixel_jax.parallel.sharding import WHOLE
-from pixel_jax.rollout.canvases import Canvases, Images
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, Tables, Trajectories, no_calls
+from pixel_jax.rollout.images import ragged
+from pixel_jax.rollout.materialize import PatchSource, VisualRecord
+from pixel_jax.rollout.shapes import prompt_shape
+from pixel_jax.rollout.trajectory import NO_CANVAS, CallStatus, HostPrompts, Tables, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
@@ -62,6 +64,9 @@ def make_trajectories(seed, calls=None):
     rows = GROUPS * N
     batch = make_batch(rows, seed)
     record = no_calls(rows, 5, 1, RELEASED)
+    first = (np.arange(5) == 0) & np.ones((rows, 1), bool)  # all see the image of their prompt, and nothing else
+    side = np.where(first, 56, 0)[..., None]
+    views = Views(np.where(first, 0, NO_CANVAS), side * np.array([0, 0, 1, 1]), side * np.array([1, 1]))
     drawn = np.random.default_rng(seed).integers(0, 2, (rows, 1))
     for row, found in enumerate(calls or np.where(drawn, CallStatus.DONE, CallStatus.NONE)):
         record.status[row, : len(found)] = found
@@ -70,7 +75,7 @@ def make_trajectories(seed, calls=None):
         valid=batch.valid,
         chosen=batch.chosen,
         logprobs=batch.logprobs,
-        visual=batch.visual._replace(patches=None),
+        visual=VisualRecord(PatchSource(views, None), *batch.visual[1:]),
         prompt=np.repeat(np.arange(GROUPS, dtype=np.int32), N),
         calls=record,
         num_calls=(record.status != CallStatus.NONE).sum(1).astype(np.int32),
@@ -88,16 +93,17 @@ class Questions:
         self.asked += 1
         ones = np.ones(GROUPS, np.int32)
         images = np.random.default_rng(self.asked).integers(0, 256, (GROUPS, 56, 56, 3)).astype(np.uint8)
-        prompts = Prompts(
+        prompts = HostPrompts(
             tokens=ones[:, None],
             length=ones,
-            canvases=Canvases([Images((image,)) for image in images], (1, 64, 64)),
+            images=ragged([image] for image in images),
             canvas_size=np.full((GROUPS, 1, 2), 56, np.int32),
             num_canvases=ones,
             is_video=np.zeros(GROUPS, bool),
             seconds=np.zeros(GROUPS, np.float32),
             uid=ones,
             tables=Tables((), None, (), reader_of()),
+            shape=prompt_shape(1, 64, 64, 1, CONFIG.rollout, video=False),
         )
         return prompts, list(range(self.asked, self.asked + GROUPS))
 
@@ -108,7 +114,7 @@ class Questions:
         self.asked = state["asked"]
 
 
-def rollout(model, prompts, key, config, *, pixels):
+def rollout(model, prompts, key, config):
     """Rows that depend on the key and on the weights."""
     norm = sum(float(abs(x).sum()) for x in jax.tree.leaves(jax.device_get(model.lm_head)))
     return make_trajectories(int(jax.random.randint(key, (), 0, 10**6)) + int(norm * 1e3) % 7)
@@ -290,7 +296,7 @@ def scored(calls, *, correct=None, decode=lambda ids: "", examples=(0, 0, 0, 0),
     given = {} if correct is None else {"answer": of_batch(lambda rows, examples: np.asarray(correct, np.float32))}
     learner = types.SimpleNamespace(config=CONFIG, part=WHOLE)
     questions = stages_module.Questions(0, next(Questions())[0], examples)
-    collected = stages_module.Collected(questions, trajectories, trajectories._replace(visual=None), None)
+    collected = stages_module.Collected(questions, trajectories, trajectories, None)
     return Rewards.of(config, decode, given)(learner, None, collected)
 
 

@@ -9,12 +9,13 @@ import pytest
 from test_rl import CONFIG, N, Questions, make_trajectories, score, scored, stages
 from tiny_model import make_batch, tiny_config
 
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.models import flops
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, linears, without_lora
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
 from pixel_jax.training import stages as stages_module
+from pixel_jax.training.batch import Rows
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.packing import pack
@@ -95,7 +96,7 @@ def rollouts(monkeypatch):
     """Rows that depend on the key; every fourth runs out of calls. Returns how often it was asked."""
     asked = []
 
-    def rollout(model, prompts, key, config, *, pixels):
+    def rollout(model, prompts, key, config):
         asked.append(key)
         found = make_trajectories(int(jax.random.randint(key, (), 0, 10**6)))
         return found._replace(stop=np.where(np.arange(16) % N == 0, STOP_CALLS, STOP_ANSWER).astype(np.int32))
@@ -137,9 +138,9 @@ def test_a_dynamic_buffer_holds_each_row_once_and_is_emptied():
     for i in range(4):
         batch = make_batch(4, seed=i)
         batch.tokens[:, 0] = 10 * i + np.arange(4)
-        rows.append(replay.select(batch, np.arange(4) < 3, BatchShape(24, 1, 1, 16, 64, 64)))
+        rows.append(replay.select(Rows(batch, np.empty(4, object)), np.arange(4) < 3, BatchShape(24, 1, 1, 16, 64, 64)))
     assert rows[0] is None and rows[2] is None
-    names = [sorted(replay.batch(rows[i]).tokens[:, 0].tolist()) for i in (1, 3)]
+    names = [sorted(replay.batch(rows[i]).batch.tokens[:, 0].tolist()) for i in (1, 3)]
     assert names == [[0, 1, 2, 10], [20, 21, 22, 30]]  # 11 and 12 were sampled by a policy that is gone
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from pixel_jax.config import load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json
@@ -19,6 +18,7 @@ from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.vocabulary import CUE
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import CorrectResponse, Edit, ModifyQuery, Remove

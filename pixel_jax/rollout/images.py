@@ -1,0 +1,43 @@
+"""The images of prompts as the host keeps them, each at its own size, and their way to the devices.
+
+Compiled programs read them out of arrays with room for the largest. The host never has those but for the rows of one device.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.parallel.sharding import place_rows
+from pixel_jax.rollout.shapes import BatchShape
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """Those of one prompt; its rows, and what is replayed of them, share the object."""
+
+    arrays: tuple[np.ndarray, ...]  # uint8 [h, w, 3] each
+
+
+def ragged(prompts: Iterable[Sequence[np.ndarray]]) -> np.ndarray:
+    """The images of B prompts as an array of objects, `Images` [B], of which rows are taken as of any other array."""
+    images = [Images(tuple(x)) for x in prompts]
+    found = np.empty(len(images), object)
+    found[:] = images
+    return found
+
+
+def pad(images: np.ndarray, shape: BatchShape) -> np.ndarray:
+    """`Images` [B] -> uint8 [B, images, height, width, 3] of `shape`, zero beyond each."""
+    padded = np.zeros((len(images), shape.images, shape.height, shape.width, 3), np.uint8)
+    for row, of_row in zip(padded, images, strict=True):
+        for canvas, image in zip(row, of_row.arrays, strict=False):
+            canvas[: image.shape[0], : image.shape[1]] = image
+    return padded
+
+
+def place_images(images: np.ndarray, shape: BatchShape, mesh: Mesh | None) -> jax.Array:
+    """`pad` on the devices, split by rows; each device's rows are padded when their turn comes."""
+    return place_rows(lambda rows: pad(images[rows], shape), len(images), mesh)

@@ -1,0 +1,161 @@
+"""What rows have looked at, as numbers; and the pixels, cut out again.
+
+Patches have room for the largest pictures that could be shown, 23.5 MB a row in the 7B recipe. Where they were cut from is a
+few numbers: these, and the images of its prompt, are all that has to be kept of what a row saw.
+"""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.models.inputs import Visual
+from pixel_jax.parallel.sharding import ROWS, constrain, shard_batch
+from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.drawings import Drawings, drawings, with_drawings
+from pixel_jax.rollout.images import place_images
+from pixel_jax.rollout.machine import budgets
+from pixel_jax.rollout.operations import overview_size
+from pixel_jax.rollout.rows import Chunk, for_chunks
+from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
+from pixel_jax.rollout.views import GREY, Budget, cut, frame_patches, seen_canvases
+from pixel_jax.tools.looking import whole
+from pixel_jax.tools.tool import Tool
+
+
+class PatchSource(NamedTuple):
+    """Where the patches of R rows were cut from: K pictures each, in the order of their `Visual.patches`."""
+
+    views: Views  # [R, K]
+    drawings: Drawings | None  # [R, N], what tools made for them; None: no tool of theirs makes pictures
+
+
+class VisualRecord(NamedTuple):
+    """A `Visual` without a pixel."""
+
+    source: PatchSource
+    slices: Array
+    grids: Array
+    seconds: Array
+
+
+def overviews(prompts: Prompts | HostPrompts, config: RolloutConfig) -> Views:
+    """What B prompts show before anything is asked for, [B, C]: their images, or the frames of their videos."""
+    index = jnp.arange(prompts.canvas_size.shape[1])
+    present = index < prompts.num_canvases[:, None]
+    is_video = jnp.broadcast_to(prompts.is_video[:, None], present.shape)
+    size = overview_size(prompts.canvas_size, is_video, config)
+    return Views(
+        jnp.where(present, index, NO_CANVAS), whole(prompts.canvas_size), jnp.where(present[..., None], size, 0)
+    )
+
+
+def called(calls: Calls, config: RolloutConfig) -> Views:
+    """What the first `max_calls` calls of each row showed, [R, max_calls, V]."""
+    calls = jax.tree.map(lambda x: jnp.asarray(x)[:, : config.max_calls], calls)
+    return shown_by(calls, jnp.arange(config.max_calls, dtype=jnp.int32))
+
+
+def patch_source(prompts: Prompts | HostPrompts, calls: Calls, config: RolloutConfig, shape: Shape) -> PatchSource:
+    """Of everything that the rows of B prompts saw."""
+    rows = calls.status.shape[0]
+    spread = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
+    before = jax.tree.map(spread, overviews(prompts, config))
+    flat = lambda x: x.reshape(rows, -1, *x.shape[3:])
+    views = jax.tree.map(lambda x, y: jnp.concatenate([x, flat(y)], axis=1), before, called(calls, config))
+    return PatchSource(views, drawings(calls, shape.tools, config))
+
+
+def materialize(rows: Any, images: np.ndarray, shape: Shape, config: RolloutConfig, mesh: Mesh | None = None) -> Any:
+    """`rows` with what they saw as pixels, bit for bit those that the rollout encoded, cut on the devices and split by rows.
+
+    Args:
+      rows: `Trajectories` or a `Batch`, their `visual` a `VisualRecord`, on the host or the devices.
+      images: `Images` [R], those of each row's prompt, on the host.
+      shape: of the rollout that the rows are of.
+    """
+    visual = rows.visual
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        canvases = place_images(images, shape.prompts, mesh)
+        source = visual.source if mesh is None else shard_batch(visual.source, mesh)
+        patches = _cut_patches(canvases, source, config, shape, mesh)
+    return rows._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
+def _cut_patches(canvases, source: PatchSource, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
+    return constrain(cut_patches(canvases, jax.tree.map(jnp.asarray, source), config, shape), mesh, ROWS)
+
+
+def cut_patches(canvases: jax.Array, source: PatchSource, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """The patches of what rows saw, uint8 [R, K, P, 588].
+
+    Args:
+      canvases: uint8 [R, C, H, W, 3], those of each row's prompt.
+    """
+    most = canvases.shape[1]
+    overview, observed = budgets(config, shape)
+    before, after = (jax.tree.map(lambda x: x[:, part], source.views) for part in (slice(most), slice(most, None)))  # noqa: B023
+    shown = [_patches(canvases, PatchSource(before, None), overview, config, shape)]
+    if after.canvas.shape[1]:
+        after = PatchSource(after, source.drawings)
+        shown.append(_patches(seen_canvases(canvases, config), after, observed, config, shape))
+    room = max(x.shape[2] for x in shown)
+    return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))) for x in shown], axis=1)
+
+
+def _patches(canvases, source: PatchSource, budget: Budget, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """Of one budget; only what was shown is worked on."""
+    rows, count = source.views.canvas.shape
+    flat = jax.tree.map(lambda x: x.reshape(rows * count, *x.shape[2:]), source.views)
+    by_shard = canvases.reshape(shape.shards, -1, *canvases.shape[1:])
+
+    def body(chunk: Chunk, shown: jax.Array) -> jax.Array:
+        take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
+        row = jnp.minimum(chunk.at // count, by_shard.shape[1] - 1)
+        mine, drawn = jax.tree.map(take, (flat, source.drawings))
+        pixels = cut(by_shard, row, mine, budget, drawn, shape.tools)
+        return chunk.put(shown, pixels.reshape(-1, *pixels.shape[2:]))
+
+    shown = jnp.zeros((rows * count, budget.patches, 588), jnp.uint8)
+    with jax.named_scope("views"):
+        shown = for_chunks(flat.size[:, 0] > 0, shape.shards, config.observe_chunk, body, shown)
+    return shown.reshape(rows, count, *shown.shape[1:])
+
+
+def materialize_on_host(
+    rows: Trajectories[VisualRecord],
+    images: Sequence[Sequence[np.ndarray]],
+    tools: tuple[Tool, ...],
+    config: RolloutConfig,
+) -> Trajectories[Visual]:
+    """`materialize` of a few host rows that are to be looked at: on the host, with nothing compiled and no more room than needed.
+
+    Args:
+      images: those of each row's prompt.
+      tools: of the rollout.
+    """
+    visual, found = rows.visual, []
+    count = visual.source.views.canvas.shape[1]
+    first = count - config.max_calls * rows.calls.source.canvas.shape[2]  # pictures before these were not asked for
+    for row, given in enumerate(images):
+        calls = [jax.tree.map(lambda x: x[row, number], rows.calls) for number in range(config.max_calls)]  # noqa: B023
+        canvases = with_drawings(given, calls, tools)
+        for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in visual.source.views), strict=True)):
+            if canvas == NO_CANVAS or not size.all():
+                found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
+                continue
+            image = canvases[int(canvas)]
+            image = np.full_like(image, GREY) if config.blank and place >= first else image
+            found.append(frame_patches(image, region.tolist(), size))
+    patches = np.zeros((len(found), max(map(len, found)), 3 * PATCH**2), np.uint8)
+    for room, pixels in zip(patches, found, strict=True):
+        room[: len(pixels)] = pixels
+    patches = patches.reshape(len(images), count, *patches.shape[1:])
+    return rows._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
