@@ -41,6 +41,7 @@ from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.train import CONFIG, DATA, TrainConfig, facts_of
 from pixel_jax.training.footprint import row_bytes
+from pixel_jax.training.looks import Sampling
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.progress import announce_compiles, use_compilation_cache
@@ -103,8 +104,8 @@ class Phase:
 
     @property
     def looks(self) -> Setting:
-        rolls = (self.mesh, self.rollout_mesh, self.rollouts or rollout)
-        return Setting(self.config, self.vocabulary, self.tables, self.measured(self.config.watch.batch), *rolls)
+        by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
+        return Setting(self.config, self.measured(self.config.watch.batch), by)
 
     def measured(self, rows: int) -> Measured:
         """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""

@@ -2,11 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, Report
@@ -16,15 +15,13 @@ from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured
 from pixel_jax.data.traces import TraceError
-from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.parallel.processes import everywhere, say
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError
 from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import Tables
 from pixel_jax.terminal import warn
 from pixel_jax.train import TrainConfig
-from pixel_jax.training.looks import Asker, HeldOutLoss, Together
+from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.watch import Look, WatchConfig
 
@@ -89,12 +86,8 @@ class Setting(NamedTuple):
     """What looks need to know of a run."""
 
     config: TrainConfig
-    vocabulary: Vocabulary
-    tables: Tables
     measured: Measured  # by what shapes of questions are worked out
-    mesh: Mesh | None
-    rollout_mesh: Mesh | None
-    roll: Callable  # `rollout`, or where tools run on the host `HostRollouts`
+    by: Sampling
 
     def ask(
         self,
@@ -109,24 +102,21 @@ class Setting(NamedTuple):
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
-            asked = find_rooms(scored, shapes, self.vocabulary, limits, report, self.tables.tools) if scored else []
+            given = (self.by.vocabulary, limits, report, self.by.tables.tools)
+            asked = find_rooms(scored, shapes, *given) if scored else []
         except PromptError:  # none is left
             asked = []
         say(str(report)) if str(report) else None
         return [
             Asker(
                 asked,
-                self.vocabulary,
-                self.tables,
+                self.by,
                 limits,
                 scorer,
                 batch=watch.batch,
                 drawn=watch.drawn,
                 seed=self.config.seed,
                 dtype=dtype,
-                mesh=self.mesh,
-                rollout_mesh=self.rollout_mesh,
-                roll=self.roll,
             )
         ][: len(asked)]
 
@@ -140,8 +130,8 @@ class Setting(NamedTuple):
         try:
             held = Packing(
                 judging,
-                self.vocabulary,
-                self.tables,
+                self.by.vocabulary,
+                self.by.tables,
                 config.rollout,
                 packing.buckets,
                 size=phase.batch_size,
@@ -152,7 +142,7 @@ class Setting(NamedTuple):
             say(str(report))
             return None
         say(str(report)) if str(report) else None
-        looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.mesh)]
+        looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
             longest = 2 * max(len(row.ids) - row.chosen.argmax() for row in (*packing.rows, *held.rows))
             limits = dataclasses.replace(

@@ -268,10 +268,27 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
     from pixel_jax.evaluation.results import read_records
     from pixel_jax.identity import read_settings
 
+    mode, chosen = comparable(directories)
+    records = {run: {name: read_records(path) for name, path in parts.items()} for run, parts in chosen.items()}
+    scores: dict[str, dict[str, Any]] = {}
+    for run, found in records.items():
+        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in found.items()}
+        # Every benchmark counts alike, however many questions it has.
+        scores[run] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
+    best = max(scores, key=lambda run: scores[run]["mean"])  # the first of equals
+    against = lambda run: {name: summary.compare(x, records[best][name]) for name, x in records[run].items()}
+    tests = {run: against(run) for run in directories if run != best}
+    choice_table(directories, best, mode, scores, tests)
+    model = read_settings(next(iter(chosen[best].values())))["model"]
+    return {"best": best, "model": model, "mode": mode, "scores": scores, "tests": tests}
+
+
+def comparable(directories: Sequence[str]) -> tuple[str, dict[str, dict[str, pathlib.Path]]]:
+    """The mode in which runs are compared, and where each run has each benchmark in it. UserError: they cannot be compared."""
+    from pixel_jax.identity import read_settings
+
     # A benchmark's name has no space in it.
-    runs = {
-        directory: [(*name.split(" "), path) for name, path in runs_in(directory).items()] for directory in directories
-    }
+    runs = {run: [(*name.split(" "), path) for name, path in runs_in(run).items()] for run in directories}
     modes = set.intersection(*({mode for _, mode, _ in parts} for parts in runs.values()))
     if MODE not in modes and len(modes) != 1:
         raise UserError(
@@ -280,13 +297,12 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
     mode = MODE if MODE in modes else modes.pop()
     if mode != MODE:
         say(f"The runs have no answers in the mode {MODE!r} in common: those in the mode {mode!r} decide.")
-    chosen = {directory: {name: path for name, m, path in parts if m == mode} for directory, parts in runs.items()}
+    chosen = {run: {name: path for name, m, path in parts if m == mode} for run, parts in runs.items()}
     names = list(chosen[directories[0]])
-    records: dict[str, dict[str, list]] = {}
-    for directory, parts in chosen.items():
+    for run, parts in chosen.items():
         if list(parts) != names:
             raise UserError(
-                f"in the mode {mode!r} {directory} has {', '.join(parts)}, {directories[0]} has {', '.join(names)}"
+                f"in the mode {mode!r} {run} has {', '.join(parts)}, {directories[0]} has {', '.join(names)}"
             )
         for path in parts.values():
             split = read_settings(path).get("split")
@@ -295,33 +311,23 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
                     f"{path} answered the split {split!r}: checkpoints are chosen on a held-out split ('val'), never on "
                     "a test set"
                 )
-        records[directory] = {name: read_records(path) for name, path in parts.items()}
-    scores: dict[str, dict[str, Any]] = {}
-    for directory, found in records.items():
-        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in found.items()}
-        # Every benchmark counts alike, however many questions it has.
-        scores[directory] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
-    best = max(scores, key=lambda directory: scores[directory]["mean"])  # the first of equals
-    tests = {
-        d: {name: summary.compare(records[d][name], records[best][name]) for name in names}
-        for d in directories
-        if d != best
-    }
-    cell = lambda d, name: (
-        summary.percent(scores[d]["benchmarks"][name]) + (f", p = {tests[d][name]['p']:.2g}" if d in tests else "")
-    )
-    summary.print_table(
-        ("run", "", "mode", "mean score %", *(f"{name} %" for name in names)),
-        [
-            [
-                d,
-                "best" if d == best else "",
-                mode,
-                f"{100 * scores[d]['mean']:.1f}",
-                *(cell(d, name) for name in names),
-            ]
-            for d in directories
-        ],
-    )
-    model = read_settings(chosen[best][names[0]])["model"]
-    return {"best": best, "model": model, "mode": mode, "scores": scores, "tests": tests}
+    return mode, chosen
+
+
+def choice_table(
+    directories: Sequence[str], best: str, mode: str, scores: Mapping[str, Any], tests: Mapping[str, Any]
+) -> None:
+    """Prints the scores of runs, each compared with the best."""
+    from pixel_jax.evaluation import summary
+
+    names = list(scores[best]["benchmarks"])
+
+    def cell(run: str, name: str) -> str:
+        score = summary.percent(scores[run]["benchmarks"][name])
+        return score + (f", p = {tests[run][name]['p']:.2g}" if run in tests else "")
+
+    def row(run: str) -> list[str]:
+        mean = f"{100 * scores[run]['mean']:.1f}"
+        return [run, "best" if run == best else "", mode, mean, *(cell(run, name) for name in names)]
+
+    summary.print_table(("run", "", "mode", "mean score %", *(f"{name} %" for name in names)), [*map(row, directories)])

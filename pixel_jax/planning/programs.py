@@ -23,7 +23,7 @@ from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.materialize import cut_patches
 from pixel_jax.rollout.queue import read_together
 from pixel_jax.rollout.rollout import compiled_rollout, traced
-from pixel_jax.rollout.shapes import Shape, prompt_shape
+from pixel_jax.rollout.shapes import Shape, budgets, prompt_shape
 from pixel_jax.rollout.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
@@ -287,7 +287,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     shape = rollout_shape(recipe, shards)
     side = max(recipe.config.canvas[1:])
-    shown = max(max(budget.canvas) for budget in machine.budgets(config, shape))
+    shown = max(max(budget.canvas) for budget in budgets(config, shape))
     width = machine.observation_width(recipe.tables.observations, config, shape)
     width = min(width, config.max_response)
     turns = config.max_calls + 1

@@ -22,7 +22,7 @@ from pixel_jax.rollout.drawings import drawings
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
-from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.shapes import Shape, budget_of
 from pixel_jax.rollout.trajectory import (
     STOP_ANSWER,
     STOP_CALLS,
@@ -35,9 +35,8 @@ from pixel_jax.rollout.trajectory import (
     no_calls,
     shown_by,
 )
-from pixel_jax.rollout.views import Budget, seen_canvases, show_waiting
+from pixel_jax.rollout.views import seen_canvases, show_waiting
 from pixel_jax.tools.looking import Gallery, Seen
-from pixel_jax.tools.tool import Tool
 
 WRITING, WAITING, DONE = 0, 1, 2
 
@@ -73,15 +72,6 @@ class State(NamedTuple):
     calls: Calls
     num_calls: jax.Array  # int32 [R]
     keys: jax.Array  # keys [R]
-
-
-def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
-    """The budgets of what prompts show, images or frames of videos, and of observations."""
-    observed = shape.observed
-    if observed is None:
-        observed = 4 * (max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2) // FACTOR**2)
-    # Room of their own: a crop may show a quarter of what an overview does.
-    return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.prompts.patches, observed))
 
 
 def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
@@ -268,19 +258,9 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     at = (row, jnp.where(asks, number, config.max_calls + 1))
     calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
     view, showing = shown_by(done, number), run & (result.count > 0)
-    _, features = show_waiting(
-        model,
-        seen_canvases(prompts.canvases, config),
-        mine.at.reshape(-1),
-        view,
-        showing,
-        budget=budgets(config, shape)[1],
-        shards=shape.shards,
-        chunk=config.observe_chunk,
-        implementation=config.implementation,
-        drawings=drawings(calls, shape.tools, config),
-        tools=shape.tools,
-    )
+    canvases = seen_canvases(prompts.canvases, config)
+    drawn = drawings(calls, shape.tools, config)
+    _, features = show_waiting(model, canvases, mine.at.reshape(-1), view, showing, drawn, config, shape)
     grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
 
     shown = jnp.where(showing, number, config.max_calls)
@@ -369,8 +349,3 @@ def observation_width(observations: Observations, config: RolloutConfig, shape: 
         budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
     ]
     return observations.bound(pads, shape.views)
-
-
-def budget_of(tool: Tool, config: RolloutConfig) -> int:
-    """The largest area, in pixels, of a picture that `tool` shows."""
-    return getattr(config, f"{tool.budget}_max_pixels")

@@ -19,12 +19,11 @@ from pixel_jax.parallel.sharding import ROWS, constrain, shard_batch
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import Drawings, drawings, with_drawings
 from pixel_jax.rollout.images import place_images
-from pixel_jax.rollout.machine import budgets
 from pixel_jax.rollout.operations import overview_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
-from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.shapes import Budget, Shape, budgets
 from pixel_jax.rollout.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
-from pixel_jax.rollout.views import GREY, Budget, cut, frame_patches, seen_canvases
+from pixel_jax.rollout.views import GREY, cut, frame_patches, seen_canvases
 from pixel_jax.tools.looking import whole
 from pixel_jax.tools.tool import Tool
 

@@ -268,12 +268,12 @@ def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None)
 
 def place(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
     """The prompts on the devices, their images padded; on the mesh: rows split, tables everywhere."""
-    alike = {name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"}
-    found = Prompts(canvases=place_images(prompts.images, prompts.shape, mesh), **alike)
-    if mesh is None:
-        return found
-    rows = shard_batch(found._replace(tables=()), mesh)
-    return rows._replace(tables=replicate(prompts.tables, mesh))
+    canvases = place_images(prompts.images, prompts.shape, mesh)
+    found = Prompts(canvases=(), **{name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"})
+    if mesh is not None:
+        rows = shard_batch(found._replace(tables=()), mesh)
+        found = rows._replace(tables=replicate(prompts.tables, mesh))
+    return found._replace(canvases=canvases)
 
 
 def constrain_rows(tree, mesh: Mesh | None):

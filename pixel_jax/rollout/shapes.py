@@ -86,3 +86,31 @@ class Shape(NamedTuple):
     def views(self) -> int:
         """V, most images of one observation."""
         return max((outcome.images for tool in self.showing for outcome in tool.outcomes), default=1)
+
+
+class Budget(NamedTuple):
+    """Static bounds of what is shown: its area, its longest side, and the patches room is kept for."""
+
+    max_pixels: int
+    max_side: int
+    patches: int
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """The smallest static canvas that holds every size within the budget, both sides multiples of `FACTOR`."""
+        side = min(self.max_pixels // FACTOR, self.max_side)
+        return side, side
+
+
+def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
+    """The budgets of what prompts show, images or frames of videos, and of observations."""
+    observed = shape.observed
+    if observed is None:
+        observed = 4 * (max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2) // FACTOR**2)
+    # Room of their own: a crop may show a quarter of what an overview does.
+    return tuple(Budget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.prompts.patches, observed))
+
+
+def budget_of(tool: Tool, config: RolloutConfig) -> int:
+    """The largest area, in pixels, of a picture that `tool` shows."""
+    return getattr(config, f"{tool.budget}_max_pixels")

@@ -14,7 +14,6 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import shard_batch
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.drawings import drawings
-from pixel_jax.rollout.machine import budgets
 from pixel_jax.rollout.materialize import called
 from pixel_jax.rollout.rollout import layout, place
 from pixel_jax.rollout.shapes import Shape
@@ -73,10 +72,7 @@ def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, 
         jnp.arange(len(seen.canvas)) // group % (len(prompts.canvas_size) // shape.shards),
         seen,
         jnp.any(seen.canvas >= 0, axis=1),
-        budget=budgets(config, shape)[1],
-        shards=shape.shards,
-        chunk=config.observe_chunk,
-        implementation=config.implementation,
-        drawings=drawings(calls, shape.tools, config),
-        tools=shape.tools,
+        drawings(calls, shape.tools, config),
+        config,
+        shape,
     )

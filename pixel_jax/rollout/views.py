@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +13,11 @@ from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollout.drawings import Drawings, draw, places, reach
 from pixel_jax.rollout.rows import Chunk, for_chunks
+from pixel_jax.rollout.shapes import Budget, Shape, budgets
 from pixel_jax.rollout.trajectory import Views
 from pixel_jax.tools.tool import Tool
 
 GREY = 127  # of blanked observations
-
-
-class Budget(NamedTuple):
-    """Static bounds of what is shown: its area, its longest side, and the patches room is kept for."""
-
-    max_pixels: int
-    max_side: int
-    patches: int
-
-    @property
-    def canvas(self) -> tuple[int, int]:
-        """The smallest static canvas that holds every size within the budget, both sides multiples of `FACTOR`."""
-        side = min(self.max_pixels // FACTOR, self.max_side)
-        return side, side
 
 
 def render(canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget) -> jax.Array:
@@ -131,41 +117,38 @@ def show_waiting(
     prompt: jax.Array,
     view: Views,
     waiting: jax.Array,
-    *,
-    budget: Budget,
-    shards: int,
-    chunk: int,
-    implementation: str | None = None,
-    drawings: Drawings | None = None,
-    tools: tuple[Tool, ...] = (),
+    drawings: Drawings | None,
+    config: RolloutConfig,
+    shape: Shape,
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
 
-    The rows that wait are taken `chunk` at a time in each of the `shards` that rows are split over.
+    The rows that wait are taken `config.observe_chunk` at a time in each of the parts of the mesh that rows are split over.
 
     Args:
-      canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its shard.
+      canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its part of the mesh.
       view: [R, V]; waiting: bool [R].
-      drawings: [R, ...], what `tools` have made for the rows; None: nothing.
+      drawings: [R, ...], what tools have made for the rows; None: nothing.
     """
+    _, budget = budgets(config, shape)
     rows, views = view.canvas.shape
-    by_shard = canvases.reshape(shards, -1, *canvases.shape[1:])
+    by_shard = canvases.reshape(shape.shards, -1, *canvases.shape[1:])
 
     def body(chunk: Chunk, shown_so_far):
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         mine = jax.tree.map(take, view)
-        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), tools)
-        encoded = encode_still(model, pixels, mine.size, implementation)
+        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools)
+        encoded = encode_still(model, pixels, mine.size, config.implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))
 
-    shape = jax.eval_shape(
+    encoded = jax.eval_shape(
         lambda p, s: encode_still(model, p, s),
         jax.ShapeDtypeStruct((1, budget.patches, 588), jnp.uint8),
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     )
     shown = jnp.zeros((rows, views, budget.patches, 588), jnp.uint8)
-    features = jnp.zeros((rows, views, *shape.shape[1:]), shape.dtype)
+    features = jnp.zeros((rows, views, *encoded.shape[1:]), encoded.dtype)
     with jax.named_scope("views"):
-        return for_chunks(waiting, shards, chunk, body, (shown, features))
+        return for_chunks(waiting, shape.shards, config.observe_chunk, body, (shown, features))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,14 +41,23 @@ SIDE = 640  # pixels, the longest side of a picture that is kept
 RIGHT = 0.5  # a score above it is right
 
 
+class Sampling(NamedTuple):
+    """By what the models of a run are made to answer."""
+
+    vocabulary: Vocabulary
+    tables: Tables
+    mesh: Mesh | None = None  # that they are trained on
+    rollout_mesh: Mesh | None = None  # that they answer on; None: the same
+    roll: Callable = rollout  # where tools run on the host, `HostRollouts`
+
+
 class Asker:
     """Held-out questions, each answered once within `limits`, at the temperature at which a model is judged."""
 
     def __init__(
         self,
         asked: Sequence[Asked],
-        vocabulary: Vocabulary,
-        tables: Tables,
+        by: Sampling,
         limits: RolloutConfig,
         scorer: ScorerConfig,
         *,
@@ -56,9 +65,6 @@ class Asker:
         drawn: int,
         seed: int,
         dtype: str | None,
-        mesh: Mesh | None = None,
-        rollout_mesh: Mesh | None = None,
-        roll: Callable = rollout,
     ):
         """
         Args:
@@ -66,20 +72,17 @@ class Asker:
             batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
             drawn: so many conversations are returned, about the same questions each time.
             dtype: of the weights while answering.
-            roll: rolls out; where tools run on the host, `HostRollouts`.
         """
-        self.roll = roll
-        self.asked, self.vocabulary, self.tables = list(asked), vocabulary, tables
+        self.asked, self.by = list(asked), by
         self.limits, self.scorer = judged(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
-        self.mesh, self.rollout_mesh = mesh, rollout_mesh
-        self.part = share(mesh)
-        parts = max(self.part.count, *(row_parts(x) for x in (mesh, rollout_mesh) if x is not None), 1)
+        self.part = share(by.mesh)
+        parts = max(self.part.count, *(row_parts(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // parts) * parts
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
         # Made anew each time: what it keeps of frozen weights on another mesh is not kept between looks.
-        actor = Resharder(self.mesh, self.rollout_mesh, self.dtype)(state)
+        actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, found = [], []
         for some in self._batches():
             own = len(some) // self.part.count
@@ -105,14 +108,14 @@ class Asker:
         queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
         prompts = build_prompts(
             queries,
-            self.vocabulary,
-            self.tables,
+            self.by.vocabulary,
+            self.by.tables,
             self.limits,
             shape=room,
             uids=mine,
         )
-        t = jax.tree.map(local_rows, self.roll(actor, prompts, self.key, self.limits))
-        texts = written(t, self.vocabulary)
+        t = jax.tree.map(local_rows, self.by.roll(actor, prompts, self.key, self.limits))
+        texts = written(t, self.by.vocabulary)
         examples = [self.asked[i].example for i in mine]
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
         return t, texts, self.scorer(texts, references)
@@ -130,8 +133,8 @@ class Asker:
                     "correct": (scores[row] or 0.0) > RIGHT,
                 }
             query = self.asked[i].fit.apply(example.query())
-            seen = materialize_on_host(take_rows(t, [row]), [query.images], self.tables.tools, self.limits)
-            made.append(make_trace(seen, 0, query, self.vocabulary, side=SIDE, **known))
+            seen = materialize_on_host(take_rows(t, [row]), [query.images], self.by.tables.tools, self.limits)
+            made.append(make_trace(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
         return made
 
 

@@ -218,6 +218,40 @@ def sft_loss(
     return Loss(total, denominator, rows, jax.lax.stop_gradient(sums))
 
 
+def bounded_ratio(
+    log_ratio: jax.Array, count: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+) -> jax.Array:
+    """exp(`log_ratio`) [R, L] of each token or of its trace, which has `count` tokens that are chosen."""
+    bounds = LARGEST_LOG_RATIO[config.ratio]
+    if config.ratio == "token":
+        return jnp.exp(jnp.clip(log_ratio, *bounds))
+    whole = trace_sums(log_ratio, segments)
+    whole = jnp.clip(whole / count if config.ratio == "sequence" else whole, *bounds)
+    return jnp.broadcast_to(jnp.exp(whole), log_ratio.shape)
+
+
+def capped_importance(
+    mismatch: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """exp(`mismatch`) [R, L] of each token or of its trace, up to the cap; and where it was above."""
+    shape = mismatch.shape
+    if config.importance_level == "sequence":
+        mismatch = trace_sums(mismatch, segments)
+    importance = jnp.broadcast_to(jnp.exp(jnp.clip(mismatch, *LARGEST_LOG_RATIO["token"])), shape)
+    above = importance > config.importance_cap
+    return jnp.where(above, config.importance_cap if config.importance_above == "truncated" else 0.0, importance), above
+
+
+def policy_denominator(
+    counted: jax.Array, weight: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+) -> jax.Array:
+    """By what the sum over rows is divided."""
+    if config.normalizer == "token":
+        return jnp.sum(weight * jnp.sum(counted, axis=1))
+    traces = jnp.sum(weight * trace_number(counted, segments, silent=config.masked_traces == "counted"))
+    return config.constant * traces if config.normalizer == "constant" else traces
+
+
 def policy_loss(
     logprobs: jax.Array,
     entropy: jax.Array,
@@ -246,13 +280,7 @@ def policy_loss(
     counted = chosen & (weight > 0)[:, None]
     count = jnp.maximum(trace_sums(counted.astype(jnp.float32), segments), 1.0)
     log_ratio = masked(logprobs - old_logprobs, counted)
-    bounds = LARGEST_LOG_RATIO[config.ratio]
-    if config.ratio == "token":
-        ratio = jnp.exp(jnp.clip(log_ratio, *bounds))
-    else:
-        whole = trace_sums(log_ratio, segments)
-        whole = jnp.clip(whole / count if config.ratio == "sequence" else whole, *bounds)
-        ratio = jnp.broadcast_to(jnp.exp(whole), log_ratio.shape)
+    ratio = bounded_ratio(log_ratio, count, config, segments)
     clipped = jnp.clip(ratio, 1.0 - config.clip_low, 1.0 + config.clip_high)
     advantage = advantage.reshape(len(weight), -1)
     tokens = jnp.maximum(-ratio * advantage, -clipped * advantage)
@@ -271,12 +299,8 @@ def policy_loss(
         tokens = jnp.where(above, bound, tokens)
         sums["dual_clip_fraction"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.importance_cap is not None:
-        if config.importance_level == "sequence":
-            mismatch = trace_sums(mismatch, segments)
-        importance = jnp.broadcast_to(jnp.exp(jnp.clip(mismatch, *LARGEST_LOG_RATIO["token"])), tokens.shape)
-        above = importance > config.importance_cap
-        most = config.importance_cap if config.importance_above == "truncated" else 0.0
-        tokens = tokens * jnp.where(above, most, importance)
+        importance, above = capped_importance(mismatch, config, segments)
+        tokens = tokens * importance
         sums["importance_capped"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.kl:
         apart = divergence(masked(reference_logprobs - logprobs, counted))
@@ -286,10 +310,4 @@ def policy_loss(
         tokens = tokens / count
     rows = jnp.sum(masked(tokens, counted), axis=1)
     total = jnp.sum(masked(rows * weight, weight > 0))
-    if config.normalizer == "token":
-        denominator = jnp.sum(weight * jnp.sum(counted, axis=1))
-    else:
-        denominator = jnp.sum(weight * trace_number(counted, segments, silent=config.masked_traces == "counted"))
-        if config.normalizer == "constant":
-            denominator = config.constant * denominator
-    return Loss(total, denominator, rows, jax.lax.stop_gradient(sums))
+    return Loss(total, policy_denominator(counted, weight, config, segments), rows, jax.lax.stop_gradient(sums))

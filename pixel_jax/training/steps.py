@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +195,43 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None) -> tuple[Loss, Any]:
+    """`loss(model, batch)` and the gradient of its total by what is trained."""
+
+    def total(trainable):
+        value = loss(state._replace(trainable=trainable).model, batch)
+        return value.total, value
+
+    with on_mesh(mesh):
+        (_, value), grads = jax.value_and_grad(total, has_aux=True)(state.trainable)
+    if mesh is not None:  # each device keeps its part of the sum, and never has the whole
+        grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
+    return value, grads
+
+
+def summed_gradient(
+    loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None, turns: int
+) -> tuple[Loss, Any]:
+    """`loss_gradient`, of so many micro-batches one after the other, their totals summed."""
+    if turns == 1:
+        return loss_gradient(loss, state, batch, mesh)
+    gradient = lambda part: loss_gradient(loss, state, part, mesh)
+    parts = split_rows(batch, turns, mesh)
+
+    def accumulate(carry, part):
+        value, grads = gradient(part)
+        sums = (value.total, value.denominator, value.sums, grads)
+        return jax.tree.map(jnp.add, carry, sums), value.rows
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        (shapes[0].total, shapes[0].denominator, shapes[0].sums, shapes[1]),
+    )
+    (total, denominator, sums, grads), rows = jax.lax.scan(accumulate, zeros, parts)
+    return Loss(total, denominator, join_rows(rows), sums), grads
+
+
 def make_step(
     loss: Callable[..., Loss],
     optimizer: optax.GradientTransformation,
@@ -207,17 +244,6 @@ def make_step(
     The state is donated.
     """
 
-    def gradient(state: TrainState, batch: Batch):
-        def total(trainable):
-            value = loss(state._replace(trainable=trainable).model, batch)
-            return value.total, value
-
-        with on_mesh(mesh):
-            (_, value), grads = jax.value_and_grad(total, has_aux=True)(state.trainable)
-        if mesh is not None:  # each device keeps its part of the sum, and never has the whole
-            grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
-        return value, grads
-
     def step(state: TrainState, batch: Batch):
         rows = batch.tokens.shape[0]
         # Besides the state there are gradients, their sum over the turns, and the weights in the type that is computed in.
@@ -225,24 +251,7 @@ def make_step(
         if rows % turns:
             raise ValueError(f"{rows} rows cannot be split into {turns} micro-batches")
         batch = constrain(batch, mesh, ROWS)
-        if turns == 1:
-            value, grads = gradient(state, batch)
-        else:
-            parts = split_rows(batch, turns, mesh)
-
-            def accumulate(carry, part):
-                value, grads = gradient(state, part)
-                sums = (value.total, value.denominator, value.sums, grads)
-                return jax.tree.map(jnp.add, carry, sums), value.rows
-
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state, first)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                (shapes[0].total, shapes[0].denominator, shapes[0].sums, shapes[1]),
-            )
-            (total, denominator, sums, grads), row_losses = jax.lax.scan(accumulate, zeros, parts)
-            value = Loss(total, denominator, join_rows(row_losses), sums)
+        value, grads = summed_gradient(loss, state, batch, mesh, turns)
         # A batch of nothing but padding has gradient zero, not NaN.
         scale = 1.0 / jnp.where(value.denominator > 0, value.denominator, 1.0)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -21,7 +21,6 @@ from pixel_jax.models.released import released
 from pixel_jax.planning.programs import Recipe, abstract_model, array, prompt_arrays, rollout_shape
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.machine import budgets
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.queue import prompt_visual, read_prompt, read_together
 from pixel_jax.rollout.rollout import traced
@@ -86,17 +85,12 @@ def fewer(prompts, count: int):
 def looking(recipe: Recipe, implementation):
     """A chunk of rows is shown what it asked for."""
     config, shape = recipe.config.rl.rollout, rollout_shape(recipe, 1)
+    config = dataclasses.replace(config, implementation=implementation)
     prompts = prompt_arrays(recipe)
     rows = min(config.observe_chunk, recipe.config.rl.prompts * config.group_size)
     canvases = fewer(prompts, min(rows, recipe.config.rl.prompts)).canvases
     views = lambda *more: array(jnp.int32, rows, shape.views, *more)
-    show = functools.partial(
-        show_waiting,
-        budget=budgets(config, shape)[1],
-        shards=1,
-        chunk=config.observe_chunk,
-        implementation=implementation,
-    )
+    show = functools.partial(show_waiting, drawings=None, config=config, shape=shape)
     asked = (array(jnp.int32, rows), Views(views(), views(4), views(2)), array(jnp.bool_, rows))
     return jax.jit(show), (abstract_model(recipe), canvases, *asked)
 

@@ -19,7 +19,7 @@ from pixel_jax.rollout.rollout import rollout, static_shape
 from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.rollout.trajectory import STOP_ANSWER, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
-from pixel_jax.training.looks import Asker, HeldOutLoss, Together, draw_rollouts, written
+from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together, draw_rollouts, written
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.stages import Collected, Questions, Scored, Weighed
@@ -78,9 +78,9 @@ def asked(examples):
 
 
 def ask(asked, model, **more):
-    settings = {"batch": 3, "drawn": 2, "seed": 0, "dtype": None} | more
+    by = Sampling(talker.vocabulary(), talker.token_tables(), **more)
     limits = dataclasses.replace(talker.CONFIG, temperature=1.7, later_temperature=2.0)  # as training explores
-    look = Asker(asked, talker.vocabulary(), talker.token_tables(), limits, ScorerConfig(), **settings)
+    look = Asker(asked, by, limits, ScorerConfig(), batch=3, drawn=2, seed=0, dtype=None)
     assert look.limits.temperature == 1 and look.limits.group_size == 1 and look.limits.later_temperature is None
     return look(state_of(model))
 
