@@ -18,7 +18,8 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import with_drawings
+from pixel_jax.rollout.drawings import canvases_of
+from pixel_jax.rollout.images import Images
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollout.shapes import BatchShape, Shape
@@ -146,7 +147,7 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
         raise TraceError(f"a trace about {row.trace.query.question!r} has images {have}, it was planned for {planned}")
-    canvases = with_drawings(images, row.calls, row.tools)
+    canvases = canvases_of(Images(tuple(images)), row.calls, row.tools)
     return [frame_patches(canvases[view.canvas], view.region, view.size) for view in row.views]
 
 

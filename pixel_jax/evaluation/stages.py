@@ -109,6 +109,7 @@ class Answered(NamedTuple):
 
     asked: Asked
     trajectories: Trajectories[VisualRecord]
+    images: np.ndarray  # `Images` of each question
     texts: Sequence[str]  # all that the model wrote in each row
 
 
@@ -142,7 +143,7 @@ def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] 
     texts = [
         vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace") for ids, mask in zip(t.tokens, t.chosen, strict=True)
     ]
-    return Answered(asked, t, texts)
+    return Answered(asked, t, prompts.images, texts)
 
 
 def judge(session: Session, answered: Answered) -> Judged:
@@ -217,7 +218,7 @@ def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
     first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
     tools, query = session.policy.tables.tools, asked.queries[at]
     made = traces.make_trace(
-        materialize_on_host(first, [query.images], tools, session.limits),
+        materialize_on_host(first, judged.answered.images[[at]], tools, session.limits),
         0,
         query,
         session.policy.vocabulary,

@@ -17,6 +17,7 @@ from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
 from pixel_jax.rollout.config import FACTOR
+from pixel_jax.rollout.images import ragged
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollout.prompts import build_prompts, tables
@@ -239,7 +240,7 @@ def pick_traces(task: Task, answers: Answers, label: str) -> list:
         seen = take_rows(answers.trajectories, [row])
         made.append(
             make_trace(
-                materialize_on_host(seen, [query.images], task.tables.tools, task.config.rl.rollout),
+                materialize_on_host(seen, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
                 0,
                 query,
                 task.vocabulary,

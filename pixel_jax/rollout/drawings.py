@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.images import Images
 from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, made_by
 from pixel_jax.tools.calls import Values, read
 from pixel_jax.tools.looking import region_size
@@ -77,9 +78,9 @@ def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(((index < size[0])[:, None] & (index < size[1]))[..., None], pixels, 0).astype(jnp.uint8)
 
 
-def with_drawings(images: Sequence[np.ndarray], calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
+def canvases_of(images: Images, calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
     """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
-    canvases = dict(enumerate(images))
+    canvases = dict(enumerate(images.arrays))
     for number, call in enumerate(calls):
         if call.drawn.any():
             source = canvases[int(call.source.canvas[0])]

@@ -10,7 +10,8 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import with_drawings
+from pixel_jax.rollout.drawings import canvases_of
+from pixel_jax.rollout.images import Images
 from pixel_jax.rollout.machine import WAITING, State
 from pixel_jax.rollout.shapes import Shape
 from pixel_jax.rollout.trajectory import Calls, CallStatus, Prompts
@@ -50,8 +51,8 @@ def host_calls(
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
-        video, given = bool(np.asarray(prompts.is_video)[prompt]), images[prompt].arrays
-        pictures = images_of(given, video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
+        video = bool(np.asarray(prompts.is_video)[prompt])
+        pictures = images_of(images[prompt], video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
@@ -62,13 +63,11 @@ def host_calls(
     return found
 
 
-def images_of(
-    images: Sequence[np.ndarray], video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]
-) -> list[np.ndarray]:
+def images_of(images: Images, video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]) -> list[np.ndarray]:
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
     made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
-    canvases = with_drawings(images, made, tools)
-    found = list(images) if video else []
+    canvases = canvases_of(images, made, tools)
+    found = list(images.arrays) if video else []
     for i in range(1 if video else 0, int(gallery.count)):
         x1, y1, x2, y2 = gallery.region[i]
         found.append(canvases[int(gallery.canvas[i])][y1:y2, x1:x2])

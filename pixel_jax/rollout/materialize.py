@@ -6,7 +6,6 @@ few numbers: these, and the images of its prompt, are all that has to be kept of
 
 import contextlib
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import ROWS, constrain, shard_batch
 from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, drawings, with_drawings
+from pixel_jax.rollout.drawings import Drawings, canvases_of, drawings
 from pixel_jax.rollout.images import place_images
 from pixel_jax.rollout.operations import overview_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
@@ -130,22 +129,22 @@ def _patches(canvases, source: PatchSource, budget: Budget, config: RolloutConfi
 
 def materialize_on_host(
     rows: Trajectories[VisualRecord],
-    images: Sequence[Sequence[np.ndarray]],
+    images: np.ndarray,
     tools: tuple[Tool, ...],
     config: RolloutConfig,
 ) -> Trajectories[Visual]:
     """`materialize` of a few host rows that are to be looked at: on the host, with nothing compiled and no more room than needed.
 
     Args:
-      images: those of each row's prompt.
+      images: `Images` [R], those of each row's prompt.
       tools: of the rollout.
     """
     visual, found = rows.visual, []
     count = visual.source.views.canvas.shape[1]
     first = count - config.max_calls * rows.calls.source.canvas.shape[2]  # pictures before these were not asked for
-    for row, given in enumerate(images):
+    for row, of_row in enumerate(images):
         calls = [jax.tree.map(lambda x: x[row, number], rows.calls) for number in range(config.max_calls)]  # noqa: B023
-        canvases = with_drawings(given, calls, tools)
+        canvases = canvases_of(of_row, calls, tools)
         for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in visual.source.views), strict=True)):
             if canvas == NO_CANVAS or not size.all():
                 found.append(np.zeros((0, 3 * PATCH**2), np.uint8))

@@ -21,7 +21,7 @@ class BatchShape(NamedTuple):
     patches: int  # of one picture, as it is shown
     height: int = 0  # of the largest picture, in pixels. 0: the row holds patches, which were cut on the host
     width: int = 0
-    video: bool = False  # of prompts that are a video each
+    video: bool = False  # whether prompts may be videos
 
     def holds(self, need: "BatchShape") -> bool:
         return self.video == need.video and all(a >= b for a, b in zip(self[:6], need[:6], strict=True))

@@ -16,7 +16,7 @@ from pixel_jax.parallel.processes import first
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.materialize import materialize_on_host
+from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.trajectory import (
@@ -49,6 +49,15 @@ class Sampling(NamedTuple):
     mesh: Mesh | None = None  # that they are trained on
     rollout_mesh: Mesh | None = None  # that they answer on; None: the same
     roll: Callable = rollout  # where tools run on the host, `HostRollouts`
+
+
+class Answers(NamedTuple):
+    """What was answered to some questions, a row each."""
+
+    trajectories: Trajectories[VisualRecord]
+    images: np.ndarray  # `Images` [R]
+    texts: list[str]
+    scores: list[float | None]
 
 
 class Asker:
@@ -87,10 +96,10 @@ class Asker:
         for some in self._batches():
             own = len(some) // self.part.count
             mine = some[self.part.index * own : (self.part.index + 1) * own]
-            t, texts, scores = self._answer(actor, mine)
-            rows.append(all_rows(_numbers(mine, t, texts, scores), self.part))
+            answers = self._answer(actor, mine)
+            rows.append(all_rows(_numbers(mine, answers), self.part))
             if first():
-                found += self._draw(mine, t, texts, scores, self.drawn - len(found))
+                found += self._draw(mine, answers, self.drawn - len(found))
         return _facts(np.concatenate(rows)), found
 
     def _batches(self) -> list[list[int]]:
@@ -103,7 +112,7 @@ class Asker:
                 found.append(some + some[-1:] * (self.batch - len(some)))
         return found
 
-    def _answer(self, actor, mine: Sequence[int]) -> tuple[Trajectories, list[str], list[float | None]]:
+    def _answer(self, actor, mine: Sequence[int]) -> Answers:
         room = self.asked[mine[0]].room
         queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
         prompts = build_prompts(
@@ -118,9 +127,10 @@ class Asker:
         texts = written(t, self.by.vocabulary)
         examples = [self.asked[i].example for i in mine]
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
-        return t, texts, self.scorer(texts, references)
+        return Answers(t, prompts.images, texts, self.scorer(texts, references))
 
-    def _draw(self, mine, t: Trajectories, texts: list[str], scores: list[float | None], most: int) -> list[Trace]:
+    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Trace]:
+        t, images, texts, scores = answers
         made = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
             example = self.asked[i].example
@@ -132,8 +142,8 @@ class Asker:
                     "reference": " / ".join(references_of(example.answer)),
                     "correct": (scores[row] or 0.0) > RIGHT,
                 }
-            query = self.asked[i].fit.apply(example.query())
-            seen = materialize_on_host(take_rows(t, [row]), [query.images], self.by.tables.tools, self.limits)
+            seen = materialize_on_host(take_rows(t, [row]), images[[row]], self.by.tables.tools, self.limits)
+            query = Query(example.question, images[row].arrays, example.video)
             made.append(make_trace(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
         return made
 
@@ -147,8 +157,9 @@ def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
 NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "tokens", "finished")
 
 
-def _numbers(mine: Sequence[int], t: Trajectories, texts: Sequence[str], scores: Sequence[float | None]) -> np.ndarray:
+def _numbers(mine: Sequence[int], answers: Answers) -> np.ndarray:
     """float64 [rows, NUMBERS]."""
+    t, _, texts, scores = answers
     columns = {
         "index": mine,
         "score": [score or 0.0 for score in scores],
@@ -244,7 +255,7 @@ def draw_rollouts(
     scored, collected = weighed.scored, weighed.scored.collected
     questions, every = collected.questions, collected.trajectories
     n, first_row = config.group_size, part.index * len(every.stop)
-    images = [questions.prompts.images[row // n].arrays for row in rows]
+    images = questions.prompts.images[np.asarray(rows) // n]
     t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
     made = []
     for place, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
@@ -258,6 +269,6 @@ def draw_rollouts(
                 "correct": bool(scored.correct[at] > RIGHT),
                 "reference": " / ".join(Reference.of(example).answers),
             }
-        query = Query(getattr(example, "question", ""), images[place], is_video)
+        query = Query(getattr(example, "question", ""), images[place].arrays, is_video)
         made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
     return made

@@ -326,11 +326,13 @@ def test_devices_and_the_host_cut_the_same_pixels(blank, mixed):
     made = trajectory.to_host(rollout(talker.model(), prompts, KEY, config)) if blank else mixed
     found = talker.with_pixels(made, prompts, config).visual
     images = np.repeat(prompts.images, config.group_size)
-    on_host = materialize_on_host(made, [x.arrays for x in images], prompts.tables.tools, config).visual
+    on_host = materialize_on_host(made, images, prompts.tables.tools, config).visual
     room = on_host.patches.shape[2]
     np.testing.assert_array_equal(on_host.patches, found.patches[:, :, :room])
     assert not found.patches[:, :, room:].any()
     jax.tree.map(np.testing.assert_array_equal, on_host._replace(patches=()), found._replace(patches=()))
+    observed = np.unique(on_host.patches[:, prompts.shape.images :])
+    assert set(observed) == {0, views.GREY} if blank else len(observed) > 200
     mesh = make_mesh(MESH)
     split = materialize(made, images, static_shape(prompts, config, mesh), config, mesh).visual.patches
     np.testing.assert_array_equal(split, found.patches)

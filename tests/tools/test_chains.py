@@ -103,8 +103,7 @@ def test_what_is_shown_is_pillows(made, pixels):
 
 def test_the_host_makes_the_same_pixels(made, pixels):
     *_, prompts, t = made
-    images = [images.arrays for images in np.repeat(prompts.images, CONFIG.group_size)]
-    found = materialize_on_host(t, images, TOOLS, CONFIG).visual.patches
+    found = materialize_on_host(t, np.repeat(prompts.images, CONFIG.group_size), TOOLS, CONFIG).visual.patches
     room = found.shape[2]
     np.testing.assert_array_equal(found, pixels.visual.patches[:, :, :room])
     assert not pixels.visual.patches[:, :, room:].any()
