@@ -6,7 +6,7 @@ few numbers: these, and the images of its prompt, are all that has to be kept of
 
 import contextlib
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,20 +70,21 @@ def patch_source(prompts: Prompts | HostPrompts, calls: Calls, config: RolloutCo
     return PatchSource(views, drawings(calls, shape.tools, config))
 
 
-def materialize(rows: Any, images: np.ndarray, shape: Shape, config: RolloutConfig, mesh: Mesh | None = None) -> Any:
-    """`rows` with what they saw as pixels, bit for bit those that the rollout encoded, cut on the devices and split by rows.
+def materialize(
+    record: VisualRecord, images: np.ndarray, shape: Shape, config: RolloutConfig, mesh: Mesh | None = None
+) -> Visual:
+    """What R rows saw as pixels, bit for bit those that the rollout encoded; patches are cut on the devices and split by rows.
 
     Args:
-      rows: `Trajectories` or a `Batch`, their `visual` a `VisualRecord`, on the host or the devices.
+      record: on the host or the devices.
       images: `Images` [R], those of each row's prompt, on the host.
       shape: of the rollout that the rows are of.
     """
-    visual = rows.visual
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         canvases = place_images(images, shape.prompts, mesh)
-        source = visual.source if mesh is None else shard_batch(visual.source, mesh)
+        source = record.source if mesh is None else shard_batch(record.source, mesh)
         patches = _cut_patches(canvases, source, config, shape, mesh)
-    return rows._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
+    return Visual(patches, record.slices, record.grids, record.seconds)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))

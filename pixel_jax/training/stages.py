@@ -215,7 +215,9 @@ def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: C
 
 def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:
     """The rows with what they saw, cut again from the images of their prompts."""
-    return materialize(*rows, collected.shape, learner.config.rollout, learner.mesh)
+    batch, images = rows
+    visual = materialize(batch.visual, images, collected.shape, learner.config.rollout, learner.mesh)
+    return batch._replace(visual=visual)
 
 
 def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:

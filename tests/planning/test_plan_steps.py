@@ -75,7 +75,8 @@ def rolled_out(small):
     prompts, limits = HostPrompts(images=images, shape=shape.prompts, **alike), small.config.rl.rollout
     model = Qwen2_5_VL(small.network, jax.random.key(0))
     found = take_rows(rollout(model, prompts, jax.random.key(0), limits), slice(small.config.rl.train_batch))
-    return materialize(to_host(found), images[found.prompt], shape, limits)
+    found = to_host(found)
+    return found._replace(visual=materialize(found.visual, images[found.prompt], shape, limits))
 
 
 def packed_rows(small):

@@ -206,4 +206,5 @@ def shape(config: RolloutConfig = CONFIG, *, video: bool = False, tokens: int = 
 def with_pixels(t, prompts, config: RolloutConfig = CONFIG, mesh=None):
     """What a rollout of `prompts` has returned, with what its rows saw; on the host."""
     images = np.repeat(prompts.images, len(t.stop) // len(prompts.length))
-    return to_host(materialize(t, images, static_shape(prompts, config, mesh), config, mesh))
+    visual = materialize(t.visual, images, static_shape(prompts, config, mesh), config, mesh)
+    return to_host(t._replace(visual=visual))

@@ -334,7 +334,7 @@ def test_devices_and_the_host_cut_the_same_pixels(blank, mixed):
     observed = np.unique(on_host.patches[:, prompts.shape.images :])
     assert set(observed) == {0, views.GREY} if blank else len(observed) > 200
     mesh = make_mesh(MESH)
-    split = materialize(made, images, static_shape(prompts, config, mesh), config, mesh).visual.patches
+    split = materialize(made.visual, images, static_shape(prompts, config, mesh), config, mesh).patches
     np.testing.assert_array_equal(split, found.patches)
     assert split.sharding.is_equivalent_to(batch_sharding(mesh), split.ndim)
 
