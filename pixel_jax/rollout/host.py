@@ -9,10 +9,9 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.canvases import Canvases
-from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.drawings import draw_on_host
-from pixel_jax.rollout.machine import WAITING, Shape, State
+from pixel_jax.rollout.loop import RolloutState
+from pixel_jax.rollout.machine import ASKING, Shape
 from pixel_jax.rollout.trajectory import CallStatus, Prompts, made_by
 from pixel_jax.rollout.views import GREY
 from pixel_jax.tools.host import Reply, Request
@@ -29,25 +28,24 @@ class HostCall(NamedTuple):
     request: Request
 
 
-def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, shape: Shape) -> list[HostCall]:
-    """The calls of tools of the host that rows wait for; `images` are the prompts' canvases on the host."""
+def host_calls(state: RolloutState) -> list[HostCall]:
+    """The calls of tools of the host that rows wait for."""
+    prompts, config, shape = state.prompts, state.config, state.shape
     if not any(tool.host for tool in shape.tools):
         return []
     language, words = prompts.tables.reader.language, prompts.tables.bytes
-    few = ("row", "status", "tokens", "length", "turn_start", "num_calls", "gallery", "calls")
-    at = {name: jax.tree.map(np.asarray, getattr(state, name)) for name in few}
+    few = ("row", "status", "tokens", "length", "turn_start", "gallery", "calls")
+    at = {name: jax.tree.map(np.asarray, getattr(state.rows, name)) for name in few}
     bytes_of = jax.tree.map(np.asarray, words)
     found = []
-    for row in np.flatnonzero((at["status"] == WAITING) & (at["num_calls"] < config.max_calls)):
+    for row in np.flatnonzero(at["status"] == ASKING):
         ids = at["tokens"][row, at["turn_start"][row] : at["length"][row]]
         starts, ends = bytes_of.start[ids], bytes_of.start[ids] + bytes_of.length[ids]
         turn = parse_turn(b"".join(bytes_of.data[x:y].tobytes() for x, y in zip(starts, ends, strict=True)), language)
-        if turn.call is None or not shape.tools[turn.call.tool].host:
-            continue
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
-        pictures = images_of(images, int(prompt), prompts, mine(at["gallery"]), mine(at["calls"]), shape)
+        pictures = images_of(prompts, int(prompt), mine(at["gallery"]), mine(at["calls"]), shape)
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
@@ -58,11 +56,11 @@ def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, sh
     return found
 
 
-def images_of(images, prompt: int, prompts: Prompts, gallery, calls, shape: Shape) -> list[np.ndarray]:
+def images_of(prompts: Prompts, prompt: int, gallery, calls, shape: Shape) -> list[np.ndarray]:
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
     sizes = np.asarray(prompts.canvas_size)[prompt]
     count = int(np.asarray(prompts.num_canvases)[prompt])
-    given = images.images[prompt].arrays if isinstance(images, Canvases) else np.asarray(images[prompt])
+    given = np.asarray(prompts.canvases[prompt])
     canvases = {i: given[i][: sizes[i, 0], : sizes[i, 1]] for i in range(count)}
     for number in np.flatnonzero(calls.drawn.any(axis=1)):
         call = jax.tree.map(lambda x: x[number], calls)  # noqa: B023
@@ -87,10 +85,10 @@ def plain(value: Any, options: Sequence[str] = ()) -> Any:
 
 
 def tell(
-    replies: Sequence[Reply], calls: Sequence[HostCall], state: State, vocabulary: Vocabulary, shape: Shape
+    replies: Sequence[Reply], calls: Sequence[HostCall], state: RolloutState, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `machine.tell` reads: ids int32 [R, T], lengths, places of the outcomes, statuses int32 [R]."""
-    rows = state.status.shape[0]
+    rows, shape = state.rows.status.shape[0], state.shape
     ids = [[] for _ in range(rows)]
     outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
     kinds = [(tool, x) for tool in shape.tools for x in tool.outcomes]
