@@ -99,7 +99,6 @@ def start(
     visual = kept(jax.eval_shape(lambda prompts: prompt_visual(prompts, config, shape), prompts), shape)
     state = _empty(model, slots, prompts, config, shape)
     line = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), READ)
-    blank = lambda tree, rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), tree)
     queue = Queue(
         prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
         hidden=jnp.zeros((count, entries, dim), model.language_model.embed_tokens.weight.dtype),
@@ -109,7 +108,7 @@ def start(
         left=jnp.zeros(count, jnp.int32),
         line=line,
         unread=_unread(line, shape),
-        visual=blank(visual, batch),
+        visual=_unseen(visual),
         records=None if entries == 1 else Record.of(_empty(model, batch * group, prompts, config, shape)),
     )
     return queue, state
@@ -387,7 +386,7 @@ def admit(queue: Queue, state: State, places: jax.Array, config: RolloutConfig, 
     queue = queue._replace(
         line=line,
         unread=_unread(line, shape),
-        visual=_select(new, jax.tree.map(jnp.zeros_like, queue.visual), queue.visual),
+        visual=_select(new, _unseen(queue.visual), queue.visual),
         records=None if queue.records is None else _select(of_rows, _blank(queue.records, shape), queue.records),
     )
     # Slots let go of the rows before: those would be put on record where the new prompt's rows belong.
@@ -407,6 +406,12 @@ def _blank(rows: Rows, shape: Shape) -> Rows:
     return jax.tree.map(jnp.zeros_like, rows)._replace(
         stop=jnp.full(count, -1, jnp.int32), calls=no_calls(count, numbers, shape.views, shape.tools, jnp)
     )
+
+
+def _unseen(visual: Visual) -> Visual:
+    """Of as many prompts that have not been read."""
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), visual)
+    return zeros._replace(slices=zeros.slices - 1)
 
 
 def finished(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> jax.Array:

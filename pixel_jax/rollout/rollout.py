@@ -175,7 +175,7 @@ def admit(state: RolloutState, places: Sequence[int], prompts: Prompts) -> Rollo
       prompts: with the widths, canvases and tables of those that the state began with. With several processes the same in all.
 
     Raises:
-      ValueError: a place that does not exist, is named twice or is being worked on; prompts of other shapes or tables.
+      ValueError: a place that does not exist, is named twice or is not done; prompts of other shapes or tables.
     """
     places = np.asarray(places, np.int32).reshape(-1)
     count, have = prompts.tokens.shape[0], state.prompts.tokens.shape[0]
@@ -185,11 +185,13 @@ def admit(state: RolloutState, places: Sequence[int], prompts: Prompts) -> Rollo
         raise ValueError(
             f"places {outside} do not exist: the state has 0 to {have - 1}; begin with a larger `capacity`"
         )
+    if not count:
+        return state
     _same_shapes(state, prompts)
     with on_mesh(state.mesh):
         free = np.asarray(_free(state))
         if busy := [place for place in places.tolist() if not free[place]]:
-            raise ValueError(f"places {busy} are being worked on: `advance` until `finished`; free are {_list(free)}")
+            raise ValueError(f"places {busy} are not done: `advance` until `finished`; free are {_list(free)}")
         arrays = jax.tree.map(np.asarray, prompts._replace(tables=()))
         if state.mesh is not None:
             places, arrays = replicate((places, arrays), state.mesh)
