@@ -373,8 +373,8 @@ def put_on_record(records: Record | None, state: State, which: jax.Array, shape:
     if records is None:
         return None
     rows = records.length.shape[0]
-    places = Chunk(jnp.where(which, state.row, rows).reshape(shape.shards, -1), rows)
-    return jax.tree.map(places.put, records, Record.of(state))
+    held = _held(state._replace(row=jnp.where(which, state.row, rows)), rows, shape)
+    return jax.tree.map(held.put, records, Record.of(state))
 
 
 def admit(queue: Queue, state: State, places: jax.Array, config: RolloutConfig, shape: Shape) -> tuple[Queue, State]:
@@ -416,10 +416,22 @@ def _unseen(visual: Visual) -> Visual:
 
 def finished(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> jax.Array:
     """Prompts whose rows are all done: bool [B]."""
-    stop = state.stop
-    if queue.records is not None:
-        stop = _held(state, queue.records.stop.shape[0], shape).put(queue.records.stop, stop)
-    return jnp.all(stop.reshape(-1, config.group_size) >= 0, axis=1)
+    return jnp.all(_all_rows(queue, state, shape).stop.reshape(-1, config.group_size) >= 0, axis=1)
+
+
+def _all_rows(queue: Queue, state: State, shape: Shape) -> Record:
+    """Of rows that are in slots what those hold, of the others what is on record.
+
+    Fetched, not put: of what a row leaves behind each part is one instruction then, where to put it is a loop to compile.
+    """
+    here = Record.of(state)
+    if queue.records is None:
+        return here
+    count, slots = queue.records.stop.shape[0], state.row.shape[0]
+    local = jnp.arange(slots, dtype=jnp.int32) % (slots // shape.shards)
+    slot = _held(state, count, shape).put(jnp.full(count, slots), local)
+    fetched = jax.tree.map(Chunk(slot.reshape(shape.shards, -1), slots).take, here)
+    return _select(slot < slots, fetched, queue.records)
 
 
 def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Trajectories:
@@ -427,8 +439,7 @@ def finish(prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, 
 
     Of a row that is not done (`stop` -1) they are what it has so far.
     """
-    rows = put_on_record(queue.records, state, jnp.ones(state.row.shape, bool), shape)
-    rows = Record.of(state) if rows is None else rows
+    rows = _all_rows(queue, state, shape)
     count, group = rows.length.shape[0], config.group_size
     spread = lambda x: jnp.repeat(x, group, axis=0)
     visual = jax.tree.map(spread, queue.visual)
