@@ -171,10 +171,11 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
 
     @jax.jit
     def start(model, prompts):
-        nothing = jax.random.key(0), jnp.full(8, -1)
-        started = queue.start(model, prompts, *nothing, config, shape)
-        waiting, state = queue.fill(model, prompts, *nothing, *started, config, shape)
-        return machine.Shared(prompts, waiting.prefix, jnp.zeros(2)), state
+        nothing = jnp.full(8, -1)
+        started = queue.start(model, prompts, nothing, config, shape)
+        waiting, state = queue.fill(model, prompts, nothing, *started, config, shape)
+        keys = machine.row_keys(jax.random.key(0), state, prompts, config, shape)
+        return machine.Shared(prompts, waiting.prefix, jnp.zeros(2), keys), state
 
     text, head = model.config.text, model.lm_head.weight[...]
     cached = 2 * rows * (length + steps // 2) * text.num_key_value_heads * text.head_dim * head.dtype.itemsize

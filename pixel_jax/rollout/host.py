@@ -9,11 +9,10 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.drawings import canvases_of
 from pixel_jax.rollout.images import Images
-from pixel_jax.rollout.machine import WAITING, State
-from pixel_jax.rollout.shapes import Shape
+from pixel_jax.rollout.loop import RolloutState
+from pixel_jax.rollout.machine import ASKING
 from pixel_jax.rollout.trajectory import Calls, CallStatus, Prompts
 from pixel_jax.rollout.views import GREY
 from pixel_jax.tools.host import Reply, Request
@@ -31,28 +30,27 @@ class HostCall(NamedTuple):
     request: Request
 
 
-def host_calls(
-    state: State, prompts: Prompts, images: np.ndarray, config: RolloutConfig, shape: Shape
-) -> list[HostCall]:
-    """The calls of tools of the host that rows wait for; `images` are the prompts' `Images` [B]."""
+def host_calls(state: RolloutState) -> list[HostCall]:
+    """The calls of tools of the host that rows wait for."""
+    prompts, config, shape = state.prompts, state.config, state.shape
     if not any(tool.host for tool in shape.tools):
         return []
     language, words = prompts.tables.reader.language, prompts.tables.bytes
-    few = ("row", "status", "tokens", "length", "turn_start", "num_calls", "gallery", "calls")
-    at = {name: jax.tree.map(np.asarray, getattr(state, name)) for name in few}
+    few = ("row", "status", "tokens", "length", "turn_start", "gallery", "calls")
+    at = {name: jax.tree.map(np.asarray, getattr(state.rows, name)) for name in few}
     bytes_of = jax.tree.map(np.asarray, words)
     found = []
-    for row in np.flatnonzero((at["status"] == WAITING) & (at["num_calls"] < config.max_calls)):
+    for row in np.flatnonzero(at["status"] == ASKING):
         ids = at["tokens"][row, at["turn_start"][row] : at["length"][row]]
         starts, ends = bytes_of.start[ids], bytes_of.start[ids] + bytes_of.length[ids]
         turn = parse_turn(b"".join(bytes_of.data[x:y].tobytes() for x, y in zip(starts, ends, strict=True)), language)
-        if turn.call is None or not shape.tools[turn.call.tool].host:
-            continue
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
         video = bool(np.asarray(prompts.is_video)[prompt])
-        pictures = images_of(images[prompt], video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
+        pictures = images_of(
+            images_at(prompts, int(prompt)), video, mine(at["gallery"]), mine(at["calls"]), shape.tools
+        )
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
@@ -61,6 +59,13 @@ def host_calls(
         }
         found.append(HostCall(int(row), Request(turn.call.tool, arguments, pictures)))
     return found
+
+
+def images_at(prompts: Prompts, place: int) -> Images:
+    """The images of the prompt at a place, fetched from the devices."""
+    sizes, count = np.asarray(prompts.canvas_size)[place], int(np.asarray(prompts.num_canvases)[place])
+    given = np.asarray(prompts.canvases[place])
+    return Images(tuple(given[i, : sizes[i, 0], : sizes[i, 1]] for i in range(count)))
 
 
 def images_of(images: Images, video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]) -> list[np.ndarray]:
@@ -85,10 +90,10 @@ def plain(value: Any, options: Sequence[str] = ()) -> Any:
 
 
 def tell(
-    replies: Sequence[Reply], calls: Sequence[HostCall], state: State, vocabulary: Vocabulary, shape: Shape
+    replies: Sequence[Reply], calls: Sequence[HostCall], state: RolloutState, vocabulary: Vocabulary
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """What `machine.tell` reads: ids int32 [R, T], lengths, places of the outcomes, statuses int32 [R]."""
-    rows = state.status.shape[0]
+    rows, shape = state.rows.status.shape[0], state.shape
     ids = [[] for _ in range(rows)]
     outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
     kinds = [(tool, x) for tool in shape.tools for x in tool.outcomes]

@@ -3,10 +3,11 @@
 `decode` adds one token to every row that is writing, `observe` answers every row that waits for pixels, `queue.py` reads
 prompts and begins rows. `rollout.py` strings them together, in one compiled program or one by one from the host.
 
-A row is *writing*, *waiting* (its turn has ended) or *done*. It shares the cache of its prompt; what follows lies in the cache
-of the slot it is written in.
+A row is *writing*, *waiting* (its turn has ended), *asking* (for a tool that runs on the host) or *done*. It shares the cache of
+its prompt; what follows lies in the cache of the slot it is written in.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -38,15 +39,16 @@ from pixel_jax.rollout.trajectory import (
 from pixel_jax.rollout.views import seen_canvases, show_waiting
 from pixel_jax.tools.looking import Gallery, Seen
 
-WRITING, WAITING, DONE = 0, 1, 2
+WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
 
 
 class Shared(NamedTuple):
-    """What rows have in common."""
+    """What rows read and do not change while they write and are answered."""
 
     prompts: Prompts
     prefix: Prefix  # prompts and the opening
     temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
+    keys: jax.Array  # keys [R], see `row_keys`
 
 
 class State(NamedTuple):
@@ -71,7 +73,6 @@ class State(NamedTuple):
     grids: jax.Array  # int32 [R, N - 1, V, 3]
     calls: Calls
     num_calls: jax.Array  # int32 [R]
-    keys: jax.Array  # keys [R]
 
 
 def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
@@ -79,6 +80,13 @@ def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: S
     places = (state.row // config.group_size).reshape(shape.shards, -1)
     last = prompts.length.shape[0] // shape.shards - 1
     return Chunk(jnp.minimum(places, last), prompts.length.shape[0])
+
+
+def row_keys(key: jax.Array, state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """The randomness of the rows in the slots, keys [R]: it follows from their prompts' `uid` and their number among its rows."""
+    uid = rows_prompts(state, prompts, config, shape).take(prompts.uid)
+    of_row = lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member)
+    return jax.vmap(of_row)(uid, state.row % config.group_size)
 
 
 def append(
@@ -179,7 +187,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     rows = state.status.shape[0]
     writing = state.status == WRITING
     temperature = jnp.where(state.num_calls > 0, shared.temperature[1], shared.temperature[0])
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.length)
+    keys = jax.vmap(jax.random.fold_in)(shared.keys, state.length)
     logits = model.logits(state.hidden)
     these = lambda ids: jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
     early = state.length - state.turn_start < config.min_tokens
@@ -212,8 +220,56 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     return state._replace(status=status, stop=stop)
 
 
-def decode_tail(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
-    """The rows that are writing, `config.tail_rows` of each shard at most, end their turns.
+def decode_while(condition: Callable[[State], jax.Array], state: State, decode_one, left: jax.Array | None):
+    """Tokens are decoded while the condition holds and some are `left` (int32 []; None: as many as it takes)."""
+    if left is None:
+        return jax.lax.while_loop(condition, decode_one, state), None
+    return jax.lax.while_loop(
+        lambda carry: condition(carry[0]) & (carry[1] > 0),
+        lambda carry: (decode_one(carry[0]), carry[1] - 1),
+        (state, left),
+    )
+
+
+def decode_turns(
+    model: Qwen2_5_VL,
+    layers,
+    shared: Shared,
+    state: State,
+    takes: Callable[[State], jax.Array],
+    left: jax.Array | None,
+    config: RolloutConfig,
+    shape: Shape,
+) -> tuple[State, jax.Array | None, jax.Array]:
+    """Rows write until enough of them have ended their turns.
+
+    Args:
+      takes: of a state the slots that could be given rows, bool [R].
+      left: int32 [], tokens that may be decoded at most; None: as many as it takes.
+
+    Returns:
+      The state, how many tokens are left, and bool []: there were too few, it is to be called again before anything else.
+    """
+    condition = lambda state: writes_on(state, takes(state), config, shape)
+    with jax.named_scope("tokens"):
+        decode_one = lambda state: decode(model, layers, shared, state, config)
+        state, left = decode_while(condition, state, decode_one, left)
+    if config.tail_rows is not None:
+        state, left = decode_tail(model, layers, shared, state, left, config, shape)
+        condition = lambda state: jnp.any(state.status == WRITING)
+    return state, left, jnp.bool_(False) if left is None else condition(state)
+
+
+def decode_tail(
+    model: Qwen2_5_VL,
+    layers,
+    shared: Shared,
+    state: State,
+    left: jax.Array | None,
+    config: RolloutConfig,
+    shape: Shape,
+) -> tuple[State, jax.Array | None]:
+    """The rows that are writing, `config.tail_rows` of each shard at most, end their turns, `left` as in `decode_turns`.
 
     They are copied together, caches and prompts too, and put back at the end: turns differ in length, and where products bind
     decoding, a token of few rows takes little (a CPU with 8 layers: 14 ms for 16 rows, 38 for 64).
@@ -223,25 +279,28 @@ def decode_tail(model: Qwen2_5_VL, layers, shared: Shared, state: State, config:
     tail = Chunk(jnp.argsort(~busy, axis=1)[:, : config.tail_rows], rows)
     # Decoding leaves alone what operations do.
     others = {"grids": None, "calls": None, "gallery": None, "num_images": None}
-    mine = state._replace(**others, keys=jax.random.key_data(state.keys))
-    few, prefix = jax.tree.map(tail.take, (mine, shared.prefix))
-    keys = jax.random.wrap_key_data(few.keys, impl=jax.random.key_impl(state.keys))
-    few, shared = few._replace(keys=keys), shared._replace(prefix=prefix)
+    mine = state._replace(**others)
+    few, prefix, keys = jax.tree.map(tail.take, (mine, shared.prefix, jax.random.key_data(shared.keys)))
+    keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(shared.keys))
+    shared = shared._replace(prefix=prefix, keys=keys)
+    writing = lambda few: jnp.any(few.status == WRITING)
     with jax.named_scope("tail"):
-        few = jax.lax.while_loop(
-            lambda few: jnp.any(few.status == WRITING), lambda few: decode(model, layers, shared, few, config), few
-        )
-    done = jax.tree.map(tail.put, mine._replace(keys=None), few._replace(keys=None))
-    return done._replace(**{name: getattr(state, name) for name in others}, keys=state.keys)
+        few, left = decode_while(writing, few, lambda few: decode(model, layers, shared, few, config), left)
+    done = jax.tree.map(tail.put, mine, few)
+    return done._replace(**{name: getattr(state, name) for name in others}), left
 
 
 def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
-    """Every row that waits gets what it asked for, a message that says why not, or its end."""
+    """Every row that waits gets what it asked for, a message that says why not, or its end; or the host is to answer it."""
     rows = state.status.shape[0]
     prompts, row = shared.prompts, jnp.arange(rows)
     mine = rows_prompts(state, prompts, config, shape)
     call = prompts.tables.reader.finish(state.reader)
     waiting = state.status == WAITING
+    if hosts := [place for place, tool in enumerate(shape.tools) if tool.host]:
+        asking = waiting & call.required & jnp.isin(call.tool, jnp.array(hosts)) & (state.num_calls < config.max_calls)
+        waiting &= ~asking
+        state = state._replace(status=jnp.where(asking, ASKING, state.status))
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
     seen = Seen(state.gallery, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))

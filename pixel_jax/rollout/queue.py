@@ -5,14 +5,18 @@ more prompts than groups, a slot whose row is done gets the next row of its grou
 reads the next prompt of the queue. A group keeps two prompts, so that a row which takes long holds up nobody: the others
 of its group are at the prompt after. What a row has written is put on record before its slot is given away.
 
+A prompt has a *place*, its index in the batch, and so have its rows. A place whose prompt has no tokens is empty. `admit` gives
+places that are empty or done to other prompts, which are read in the order in which they came.
+
 Each part of the mesh has a queue of its own, and rows never leave it. A row's tokens follow from its key, not from its slot.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
@@ -28,6 +32,8 @@ from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
 from pixel_jax.rollout.views import each, render
 from pixel_jax.tools.looking import Gallery
 
+T = TypeVar("T")
+Rows = TypeVar("Rows", State, "Record")
 PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together at most, where all are read at the start
 PROMPT_TOKENS = (
     2**15
@@ -57,6 +63,9 @@ def read_together(width: int, *, from_queue: bool) -> int:
     return 1 if from_queue else max(1, min(PROMPT_CHUNK, PROMPT_TOKENS // width))
 
 
+READ = np.iinfo(np.int32).max  # in `Queue.line`: a prompt that has been read, or a place that is empty
+
+
 class Queue(NamedTuple):
     """B prompts, S parts of the mesh that they are split over, G groups of slots with E prompts each."""
 
@@ -66,7 +75,8 @@ class Queue(NamedTuple):
     prompt: jax.Array  # int32 [G, E], place in the part of the mesh
     entry: jax.Array  # int32 [G], which of the E was read last
     left: jax.Array  # int32 [G], rows of that one that have not begun
-    read: jax.Array  # int32 [S], prompts that have been read
+    line: jax.Array  # int32 [B], of prompts that have not been read the lowest of a part is the next; else READ
+    unread: jax.Array  # int32 [S], how many those are
     records: Record | None  # of all rows; None where every row has a slot of its own
 
 
@@ -76,7 +86,7 @@ def groups(prompts: Prompts, config: RolloutConfig) -> int:
 
 
 def start(
-    model: Qwen2_5_VL, prompts: Prompts, key: jax.Array, opening: jax.Array, config: RolloutConfig, shape: Shape
+    model: Qwen2_5_VL, prompts: Prompts, opening: jax.Array, config: RolloutConfig, shape: Shape
 ) -> tuple[Queue, State]:
     """Nothing is read and all slots are free."""
     batch, width = prompts.tokens.shape
@@ -85,8 +95,7 @@ def start(
     slots, dim = count * group, model.config.text.hidden_size
     cache = model.empty_cache(count, entries * (width + opening.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
-    state = _empty(model, slots, prompts, key, config, shape)
-    blank = lambda tree, rows: jax.tree.map(lambda x: jnp.zeros((rows, *x.shape[1:]), x.dtype), tree)
+    line = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), READ)
     queue = Queue(
         prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
         hidden=jnp.zeros((count, entries, dim), model.language_model.embed_tokens.weight.dtype),
@@ -94,13 +103,18 @@ def start(
         prompt=pairs,
         entry=jnp.full(count, entries - 1, jnp.int32),
         left=jnp.zeros(count, jnp.int32),
-        read=jnp.zeros(shape.shards, jnp.int32),
-        records=None if entries == 1 else blank(Record.of(state), batch * group),
+        line=line,
+        unread=_unread(line, shape),
+        records=None if entries == 1 else Record.of(_empty(model, batch * group, prompts, config, shape)),
     )
-    return queue, state
+    return queue, _empty(model, slots, prompts, config, shape)
 
 
-def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: RolloutConfig, shape: Shape) -> State:
+def _unread(line: jax.Array, shape: Shape) -> jax.Array:
+    return jnp.sum(line.reshape(shape.shards, -1) < READ, axis=1, dtype=jnp.int32)
+
+
+def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: Shape) -> State:
     """Rows that have written nothing, in slots that are free."""
     numbers, most = config.max_calls + 1, prompts.canvas_size.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
@@ -125,7 +139,6 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, key, config: Rollout
         grids=zeros(config.max_calls, shape.views, 3),
         calls=no_calls(slots, numbers, shape.views, shape.tools, jnp),
         num_calls=zeros(),
-        keys=jax.vmap(lambda i: jax.random.fold_in(key, i))(zeros()),
     )
 
 
@@ -134,22 +147,26 @@ class Openings(NamedTuple):
 
     takes: jax.Array  # bool [R]
     opens: jax.Array  # bool [G], groups that read another prompt
-    place: jax.Array  # int32 [G], which one, in their part of the mesh
+    rank: jax.Array  # int32 [G], how many groups of their part of the mesh read one that comes before
 
 
 def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Openings:
-    """What `fill` would do now. A group reads on only if no row is left that looks at the prompt it would write over."""
+    """What `fill` would do now. A group reads on only if no row is left that looks at the prompt it would write over.
+
+    It is asked at every token: the queue is not sorted here.
+    """
     count, entries = queue.prompt.shape
     idle = (state.status == DONE).reshape(count, -1)
     other = (queue.entry + 1) % entries
     in_use = jnp.any(~idle & (queue.prefix.entry.reshape(count, -1) == other[:, None]), axis=1)
     wants = (jnp.sum(idle, axis=1) > queue.left) & ~in_use
-    by_shard = wants.reshape(shape.shards, -1)
-    place = (queue.read[:, None] + _rank(by_shard)).reshape(-1)
-    rows = state.status if queue.records is None else queue.records.length
-    opens = wants & (place < rows.shape[0] // config.group_size // shape.shards)
+    rank = _rank(wants.reshape(shape.shards, -1))
+    if entries == 1:  # every place has a group of its own
+        opens = wants & (queue.line < READ)
+    else:
+        opens = wants & (rank < queue.unread[:, None]).reshape(-1)
     takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
-    return Openings(takes.reshape(-1), opens, place)
+    return Openings(takes.reshape(-1), opens, rank.reshape(-1))
 
 
 def _rank(x: jax.Array) -> jax.Array:
@@ -157,10 +174,18 @@ def _rank(x: jax.Array) -> jax.Array:
     return jnp.cumsum(x, axis=1) - x
 
 
+def _next_places(queue: Queue, rank: jax.Array, shape: Shape) -> jax.Array:
+    """Of each group the place, in its part of the mesh, that comes after `rank` (int32 [G]) others: int32 [G]."""
+    line = queue.line.reshape(shape.shards, -1)
+    if queue.prompt.shape[1] == 1:
+        return jnp.tile(jnp.arange(line.shape[1], dtype=jnp.int32), shape.shards)
+    ranks = jnp.minimum(rank.reshape(shape.shards, -1), line.shape[1] - 1)
+    return jnp.take_along_axis(jnp.argsort(line, axis=1), ranks, axis=1).reshape(-1)
+
+
 def fill(
     model: Qwen2_5_VL,
     prompts: Prompts,
-    key: jax.Array,
     opening: jax.Array,
     queue: Queue,
     state: State,
@@ -169,9 +194,10 @@ def fill(
 ) -> tuple[Queue, State]:
     """Every slot that can be given a row is: it has written `opening` and nothing else.
 
-    `opening` int32 [O] ends with -1 where it is shorter. The rows' keys follow from `key` and their prompts' `uid`.
+    `opening` int32 [O] ends with -1 where it is shorter.
     """
-    takes, opens, place = openings(queue, state, config, shape)
+    takes, opens, rank = openings(queue, state, config, shape)
+    place = _next_places(queue, rank, shape)
     count, entries = queue.prompt.shape
     group = config.group_size
     queue = queue._replace(records=put_on_record(queue.records, state, takes, shape))
@@ -190,12 +216,18 @@ def fill(
         prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
     )
 
-    begun = _begin(model, prompts, key, opening, queue, row.reshape(-1), config, shape)
-    select = lambda new, old: jnp.where(takes.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-    # Keys and values of the row before stay in the cache, beyond its length.
-    cache = state.cache._replace(length=select(begun.cache.length, state.cache.length))
-    state = jax.tree.map(select, begun._replace(cache=None), state._replace(cache=None))
-    return queue, state._replace(cache=cache)
+    return queue, _given(takes, _begin(model, prompts, opening, queue, row.reshape(-1), config, shape), state)
+
+
+def _select(which: jax.Array, new: T, old: T) -> T:
+    """Of two trees of arrays [N, ...], `new` where `which` (bool [N]), else `old`."""
+    return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (y.ndim - 1)), x, y), new, old)
+
+
+def _given(which: jax.Array, new: State, old: State) -> State:
+    """The slots `which` (bool [R]) hold what `new` says. Keys and values of the row before stay, beyond the cache's length."""
+    cache = old.cache._replace(length=jnp.where(which, new.cache.length, old.cache.length))
+    return _select(which, new._replace(cache=None), old._replace(cache=None))._replace(cache=cache)
 
 
 def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: RolloutConfig, shape: Shape) -> Queue:
@@ -238,9 +270,11 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
     size = read_together(prompts.tokens.shape[1], from_queue=entries > 1)
     with jax.named_scope("prompts"):
         queue = for_chunks(opens, shape.shards, size, body, queue._replace(records=None))
-    read = queue.read + jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
+    unread = queue.unread - jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
+    now = Chunk(jnp.where(opens, place, batch).reshape(shape.shards, -1), batch)
+    line = now.put(queue.line, jnp.full(count, READ))
     left = queue.left + jnp.where(opens, config.group_size, 0)
-    return queue._replace(entry=entry, left=left, read=read, records=records)
+    return queue._replace(entry=entry, left=left, line=line, unread=unread, records=records)
 
 
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
@@ -293,15 +327,14 @@ def read_prompt(
     return last, cache, next_pos
 
 
-def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, shape: Shape) -> State:
+def _begin(model, prompts: Prompts, opening, queue: Queue, row, config, shape: Shape) -> State:
     """The state of slots that begin the rows `row` (int32 [R]); their caches are not to be looked at."""
     slots = row.shape[0]
-    fresh = _empty(model, slots, prompts, key, config, shape)._replace(row=row)
+    fresh = _empty(model, slots, prompts, config, shape)._replace(row=row)
     mine = rows_prompts(fresh, prompts, config, shape)
-    sizes, is_video, canvases, uid, length = (
-        mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.uid, prompts.length)
+    sizes, is_video, canvases, length = (
+        mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.length)
     )
-    keys = jax.vmap(lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member))
     written = jnp.sum(opening >= 0)
     gallery = first_gallery(sizes, canvases, is_video, config)
     of_prompt = lambda x: jnp.take_along_axis(
@@ -324,7 +357,6 @@ def _begin(model, prompts: Prompts, key, opening, queue: Queue, row, config, sha
         reader=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), reader),
         gallery=gallery,
         num_images=gallery.count,
-        keys=keys(uid, row % config.group_size),
     )
 
 
@@ -333,16 +365,68 @@ def put_on_record(records: Record | None, state: State, which: jax.Array, shape:
     if records is None:
         return None
     rows = records.length.shape[0]
-    places = Chunk(jnp.where(which, state.row, rows).reshape(shape.shards, -1), rows)
-    return jax.tree.map(places.put, records, Record.of(state))
+    held = _held(state._replace(row=jnp.where(which, state.row, rows)), rows, shape)
+    return jax.tree.map(held.put, records, Record.of(state))
+
+
+def admit(queue: Queue, state: State, places: jax.Array, config: RolloutConfig, shape: Shape) -> tuple[Queue, State]:
+    """The prompts at `places` (int32 [K], of the whole batch) are new, last in the line; nothing of those before is left."""
+    new = jnp.zeros(queue.line.shape[0], bool).at[places].set(True)
+    of_rows = jnp.repeat(new, config.group_size)
+    last = jnp.max(jnp.where(queue.line < READ, queue.line, -1))
+    line = queue.line.at[places].set(1 + last + jnp.arange(places.shape[0], dtype=jnp.int32))
+    queue = queue._replace(
+        line=line,
+        unread=_unread(line, shape),
+        records=None if queue.records is None else _select(of_rows, _blank(queue.records, shape), queue.records),
+    )
+    # Slots let go of the rows before: those would be put on record where the new prompt's rows belong.
+    nothing = jnp.full_like(state.row, of_rows.shape[0] // shape.shards)
+    free = _blank(state, shape)._replace(row=nothing, status=jnp.full_like(state.status, DONE))
+    return queue, _given(_held(state, of_rows.shape[0], shape).take(of_rows), free, state)
+
+
+def _held(state: State, rows: int, shape: Shape) -> Chunk:
+    """The places of the rows in the slots, among all `rows`."""
+    return Chunk(state.row.reshape(shape.shards, -1), rows)
+
+
+def _blank(rows: Rows, shape: Shape) -> Rows:
+    """As many rows that have written nothing."""
+    count, numbers = rows.calls.status.shape
+    return jax.tree.map(jnp.zeros_like, rows)._replace(
+        stop=jnp.full(count, -1, jnp.int32), calls=no_calls(count, numbers, shape.views, shape.tools, jnp)
+    )
+
+
+def finished(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> jax.Array:
+    """Prompts whose rows are all done: bool [B]."""
+    return jnp.all(_all_rows(queue, state, shape).stop.reshape(-1, config.group_size) >= 0, axis=1)
+
+
+def _all_rows(queue: Queue, state: State, shape: Shape) -> Record:
+    """Of rows that are in slots what those hold, of the others what is on record.
+
+    Fetched, not put: of what a row leaves behind each part is one instruction then, where to put it is a loop to compile.
+    """
+    here = Record.of(state)
+    if queue.records is None:
+        return here
+    count, slots = queue.records.stop.shape[0], state.row.shape[0]
+    local = jnp.arange(slots, dtype=jnp.int32) % (slots // shape.shards)
+    slot = _held(state, count, shape).put(jnp.full(count, slots), local)
+    fetched = jax.tree.map(Chunk(slot.reshape(shape.shards, -1), slots).take, here)
+    return _select(slot < slots, fetched, queue.records)
 
 
 def finish(
     prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape
 ) -> Trajectories[VisualRecord]:
-    """The trajectories of all rows: prompt and response side by side, everything they saw in order."""
-    rows = put_on_record(queue.records, state, state.status == DONE, shape)
-    rows = Record.of(state) if rows is None else rows
+    """The trajectories of all rows: prompt and response side by side, everything they saw in order.
+
+    Of a row that is not done (`stop` -1) they are what it has so far.
+    """
+    rows = _all_rows(queue, state, shape)
     count, group = rows.length.shape[0], config.group_size
     spread = lambda x: jnp.repeat(x, group, axis=0)
     beside = lambda x, y: jnp.concatenate([x, y], axis=1)

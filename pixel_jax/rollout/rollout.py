@@ -1,12 +1,26 @@
-"""The multi-turn rollout: as one compiled program, and driven step by step from the host.
+"""The multi-turn rollout: as one compiled program, or step by step with its state in between.
 
-Both are made of the same functions (`machine.py`, `queue.py`) and give the same tokens.
+The walk of a prompt, and who is in charge of each station:
+
+    begin      a place in the line                            `queue.start`, or `queue.admit` where the rollout is under way
+    advance    in a loop, until every row is done:                                                         `loop.advance`
+      fill       free slots are given rows: a group of slots reads the prompt, once for all its rows,
+                 and each row has written the opening and nothing else                                       `queue.fill`
+      decode     rows write, a token each at a time, until enough of them have ended a turn          `machine.decode_turns`
+      observe    a turn that ends in a call: the tool's pictures are cut out, encoded and read, or a message that says
+                 why not, and the row writes on; any other turn: the row is done                         `machine.observe`
+      (record)   what a row has written is put on record when its slot is given to another, in `fill`
+    finish     the rows of each prompt side by side, as trajectories                                       `queue.finish`
+
+`rollout` is all of it in one XLA program. `begin`, `advance` and `finish` are the same functions compiled one by one, and a
+`RolloutState` is what lies between them: `advance` goes on for as many tokens as it is told, other prompts are `admit`ted where
+some are done, and calls of tools that run on the host are answered (`host_rollout`). The tokens are the same, to the bit.
 """
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +28,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
-from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
-from pixel_jax.rollout import machine
+from pixel_jax.parallel.sharding import replicate, row_parts, shard_batch, share
+from pixel_jax.rollout import loop
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.host import host_calls, tell
-from pixel_jax.rollout.images import place_images
-from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shared, State
+from pixel_jax.rollout.images import pad, place_images, ragged
+from pixel_jax.rollout.loop import RolloutState
 from pixel_jax.rollout.materialize import VisualRecord
-from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
 from pixel_jax.rollout.shapes import Shape
 from pixel_jax.rollout.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
@@ -51,98 +63,205 @@ def rollout(
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
       opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
+
     Returns:
-      the rows without pixels, which are most of what they would weigh: `materialize` cuts them anew.
+      R rows, the `group_size` of each prompt side by side, without pixels: `materialize` cuts them anew.
+
+    Raises:
+      ValueError: a tool runs on the host, or the prompts cannot be split over the mesh.
     """
     if any(tool.host for tool in prompts.tables.tools):
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: `host_rollout` carries their calls out")
     mesh, shape = layout(model, prompts, config)
-    config = fitting(config, model, prompts, shape, mesh)
-    opening, temperature, config = traced(config, opening)
-    if mesh is not None:
-        key, opening, temperature = replicate((key, opening, temperature), mesh)
-    prompts = place(prompts, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        return compiled_rollout(model, prompts, key, opening, temperature, config, shape=shape, mesh=mesh)
-
-
-CACHES = 3  # one part in so many of a device's memory is for what rows in flight keep
-
-
-def fitting(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: Shape, mesh: Mesh | None
-) -> RolloutConfig:
-    """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
-    batch, width = prompts.tokens.shape
-    if config.in_flight is not None:
-        return config
-    text = model.config.text
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    token *= model.language_model.embed_tokens.weight.dtype.itemsize
-    group = config.group_size * config.max_response * token + 2 * (width + OPENING_STEP) * token
-    most = max(1, device_memory() // CACHES // group) * shape.shards
-    return config if most >= batch * share(mesh).count else dataclasses.replace(config, in_flight=most)
-
-
-OPENING_STEP = 8  # openings are padded to a multiple, to share a program
-
-
-def traced(config: RolloutConfig, opening: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
-    """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
-    padded = np.full(OPENING_STEP * max(1, -(-len(opening) // OPENING_STEP)), -1, np.int32)
-    padded[: len(opening)] = opening
-    later = config.temperature if config.later_temperature is None else config.later_temperature
-    temperature = np.array([config.temperature, later], np.float32)
-    same = dataclasses.replace(config, temperature=1.0, later_temperature=None)
-    return jnp.asarray(padded), jnp.asarray(temperature), same
+    given = _given(model, prompts, key, config, opening, shape, mesh)
+    with on_mesh(mesh):
+        return compiled_rollout(model, *given, shape=shape, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def compiled_rollout(
     model, prompts, key, opening, temperature, config: RolloutConfig, *, shape: Shape, mesh: Mesh | None
 ) -> Trajectories[VisualRecord]:
-    """The whole rollout: no host in the loop. Every predicate is global, so all shards turn equally often."""
-    layers = model.unstack()
-    queue, state = constrain_rows(start(model, prompts, key, opening, config, shape), mesh)
+    """The whole rollout: no host in the loop."""
+    state = loop.start(model, prompts, key, opening, temperature, config, shape, mesh)
+    return loop.finish(loop.advance(model, state, None))
 
-    def turn(carry: tuple[Queue, State]) -> tuple[Queue, State]:
-        queue, state = carry
-        # Outside the token loop: in it, the caches would be copied at every token.
-        with jax.named_scope("fill"):
-            queue, state = jax.lax.cond(
-                jnp.any(openings(queue, state, config, shape).takes),
-                lambda carry: fill(model, prompts, key, opening, *carry, config, shape),
-                lambda carry: carry,
-                (queue, state),
-            )
-        queue, state = constrain_rows((queue, state), mesh)
-        shared = Shared(prompts, queue.prefix, temperature)
 
-        def writes_on(state: State) -> jax.Array:
-            return machine.writes_on(state, openings(queue, state, config, shape).takes, config, shape)
+def begin(
+    model: Qwen2_5_VL,
+    prompts: HostPrompts,
+    key: jax.Array,
+    config: RolloutConfig,
+    *,
+    opening: Sequence[int] = (),
+    capacity: int | None = None,
+) -> RolloutState:
+    """The state of a rollout of which nothing is read and nothing written.
 
-        with jax.named_scope("tokens"):
-            state = jax.lax.while_loop(
-                writes_on, lambda state: machine.decode(model, layers, shared, state, config), state
-            )
-            if config.tail_rows is not None:
-                state = machine.decode_tail(model, layers, shared, state, config, shape)
-        with jax.named_scope("observe"):
-            state = jax.lax.cond(
-                jnp.any(state.status == WAITING),
-                lambda state: machine.observe(model, layers, shared, state, config, shape),
-                lambda state: state,
-                state,
-            )
-        return queue, constrain_rows(state, mesh)
+    Args:
+      capacity: places for prompts, with several processes of each; those behind `prompts` are empty, for `admit` to fill. None:
+        as many as there are prompts. All others as for `rollout`; tools may run on the host.
 
-    def going(carry: tuple[Queue, State]) -> jax.Array:
-        queue, state = carry
-        return jnp.any(state.status != DONE) | jnp.any(openings(queue, state, config, shape).takes)
+    Raises:
+      ValueError: fewer places than prompts, or the places cannot be split over the mesh.
+    """
+    count = prompts.tokens.shape[0]
+    if capacity is not None and capacity < count:
+        raise ValueError(
+            f"capacity {capacity} is less than the {count} prompts: give it {count} or more, or fewer prompts"
+        )
+    if capacity not in (None, count) and jax.process_count() > 1:
+        raise ValueError(f"capacity {capacity} with several processes: begin with {capacity} prompts in each, no fewer")
+    if capacity is None or capacity == count:
+        places = prompts
+    else:
+        arrays = prompts._replace(tables=(), images=())
+        empty = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), arrays)
+        places = empty._replace(tables=prompts.tables, images=ragged([()] * capacity))
+    mesh, shape = layout(model, places, config)
+    if any(tool.host for tool in shape.tools):  # which may show more than can be cut out of the prompt's images
+        shape = shape._replace(observed=None)
+    given = _given(model, places, key, config, opening, shape, mesh)
+    with on_mesh(mesh):
+        state = _start(model, *given, shape=shape, mesh=mesh)
+    if places is prompts:
+        return state
+    return admit(state, range(count), prompts)
 
-    with jax.named_scope("turns"):
-        queue, state = jax.lax.while_loop(going, turn, (queue, state))
-    return constrain_rows(finish(prompts, queue, state, config, shape), mesh)
+
+def advance(
+    model: Qwen2_5_VL, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
+) -> RolloutState:
+    """Goes on with a rollout until every row is done, waits for a tool of the host, or the budget is spent.
+
+    In pieces of any budgets it comes to what it does in one: tokens, log-probabilities, calls and pixels are the same bit for
+    bit. All budgets share one compiled program; no budget is another. A call takes as long as about three tokens besides (the
+    layers' weights are laid out for decoding), so give budgets of dozens where that counts.
+
+    Args:
+      model: the one that the state began with, or one of its shapes: rows go on with its weights, on the caches they have.
+      budget: tokens that a slot writes in this call at most; a call that was read, an observation or a prompt costs nothing.
+        None: no limit; 0 does nothing. May be traced.
+      donate: whether the memory of `state`'s caches goes to the result: there is room for one state then, and `state` cannot be
+        used any more.
+
+    Returns:
+      The state. `finished` says which prompts are done, `finish` what all rows have come to so far.
+
+    Raises:
+      ValueError: a negative budget.
+    """
+    if budget is not None and not isinstance(budget, jax.Array):
+        if budget < 0:
+            raise ValueError(f"budget {budget} is negative: give tokens to decode, or None for all there are")
+        budget = np.int32(budget)
+    moving = {name: getattr(state, name) for name in MOVING}
+    still = dataclasses.replace(state, **dict.fromkeys(MOVING))
+    with on_mesh(state.mesh):
+        moving = (_advance_in_place if donate else _advance)(model, still, moving, budget)
+    return dataclasses.replace(state, **moving)
+
+
+def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> RolloutState:
+    """Puts prompts in places of a rollout that are empty or whose prompts are finished; what those came to is forgotten.
+
+    A row's tokens follow from the key and from its prompt's `uid`, not from when or where the prompt was admitted. Of those that
+    wait, `advance` reads first who came first, in each part of the mesh. There is a compiled program for each number of prompts.
+
+    Args:
+      places: of each of the prompts; whole numbers below the state's number of places.
+      prompts: of the shape and with the tables of those that the state began with. With several processes the same in all.
+
+    Raises:
+      ValueError: a place that does not exist, is named twice or is not done; prompts of other shapes or tables.
+    """
+    places = np.asarray(places, np.int32).reshape(-1)
+    count, have = prompts.tokens.shape[0], state.prompts.tokens.shape[0]
+    if len(places) != count or len(set(places.tolist())) != count:
+        raise ValueError(f"places {places.tolist()} for {count} prompts: name one place for each, none twice")
+    if outside := [place for place in places.tolist() if not 0 <= place < have]:
+        raise ValueError(
+            f"places {outside} do not exist: the state has 0 to {have - 1}; begin with a larger `capacity`"
+        )
+    if not count:
+        return state
+    _same_shapes(state, prompts)
+    with on_mesh(state.mesh):
+        free = np.asarray(_free(state))
+        if busy := [place for place in places.tolist() if not free[place]]:
+            raise ValueError(f"places {busy} are not done: `advance` until `finished`; free are {_list(free)}")
+        arrays = on_devices(prompts, pad(prompts.images, prompts.shape))._replace(tables=())
+        if state.mesh is not None:
+            places, arrays = replicate((places, arrays), state.mesh)
+        return _admit(state, places, arrays._replace(tables=state.prompts.tables))
+
+
+def finished(state: RolloutState) -> np.ndarray:
+    """Prompts whose rows are all done: bool [B], on the host. An empty place is not among them."""
+    with on_mesh(state.mesh):
+        return np.asarray(_finished(state))
+
+
+def finish(state: RolloutState) -> Trajectories[VisualRecord]:
+    """What all rows have come to, as `rollout` returns it.
+
+    It can be asked at any time: a row that is not done has what it has written so far and `stop` -1. Of the prompts that are
+    done alone, `take_rows(finish(state), finished(state).repeat(group_size))` are the rows.
+    """
+    with on_mesh(state.mesh):
+        return _finish(state)
+
+
+MOVING = ("queue", "rows", "decoding")  # what `advance` changes in a `RolloutState`
+
+
+def _advanced(model: Qwen2_5_VL, still: RolloutState, moving, budget):
+    state = loop.advance(model, dataclasses.replace(still, **moving), budget)
+    return {name: getattr(state, name) for name in MOVING}
+
+
+# The steps, compiled one by one.
+_start = jax.jit(loop.start, static_argnames=("config", "shape", "mesh"))
+_advance = jax.jit(_advanced)
+_advance_in_place = jax.jit(_advanced, donate_argnames="moving")
+_answer = jax.jit(loop.answer)
+_admit = jax.jit(loop.admit)
+_free = jax.jit(lambda state: loop.finished(state) | (state.prompts.length == 0))
+_finished = jax.jit(loop.finished)
+_finish = jax.jit(loop.finish)
+
+
+def _list(which: np.ndarray) -> list[int]:
+    return np.flatnonzero(which).tolist()
+
+
+def _same_shapes(state: RolloutState, prompts: HostPrompts) -> None:
+    """Raises ValueError where the prompts do not fit what the state's programs were made for."""
+    if prompts.shape != state.shape.prompts:
+        raise ValueError(
+            f"prompts of {prompts.shape} in a rollout of {state.shape.prompts}: build them with its shape, "
+            f"{state.shape.prompts!r}"
+        )
+    if not np.all(np.asarray(prompts.length) > 0):
+        raise ValueError(f"prompts {_list(np.asarray(prompts.length) <= 0)} have no tokens: leave them out")
+    if prompts.tables.tools != state.shape.tools or prompts.tables.reader is not state.prompts.tables.reader:
+        names = [[tool.name for tool in tools] for tools in (prompts.tables.tools, state.shape.tools)]
+        raise ValueError(f"prompts for the tools {names[0]} in a rollout with {names[1]}: build them with its `tables`")
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Work laid out on the mesh; inside a `jax.jit` of the caller's, who has set it there."""
+    if mesh is None or jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+TOKENS = (
+    64  # between two looks at which rows wait for tools of the host: the more, the more calls are carried out at once
+)
 
 
 def host_rollout(
@@ -154,44 +273,29 @@ def host_rollout(
     opening: Sequence[int] = (),
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
-    on_token: Callable[[State], None] | None = None,
 ) -> Trajectories[VisualRecord]:
-    """`rollout`, driven from the host: the same steps, compiled one by one, so that every state can be looked at.
+    """`rollout` where tools run on the host: the same steps, driven from there.
 
     Args:
       host: carries out the calls of the tools that run on the host, those of a batch beside one another. Needs `vocabulary`.
-        What a row reads then depends on them too: the same key need not give the same tokens.
-      on_token: called with the state after every token.
+        What a row reads then depends on them too: the same key need not give the same tokens. All others as for `rollout`.
+
+    Raises:
+      ValueError: there are such tools, and `host` or `vocabulary` is missing.
     """
-    if any(tool.host for tool in prompts.tables.tools) and (host is None or vocabulary is None):
-        raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
-    mesh, shape = layout(model, prompts, config)
-    if any(
-        tool.host for tool in prompts.tables.tools
-    ):  # which may show more than can be cut out of the prompt's images
-        shape = shape._replace(observed=None)
-    images, prompts = prompts.images, place(prompts, mesh)
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        layers = _unstack(model)
-        opening, temperature, config = traced(config, opening)
-        queue, state = _start(model, prompts, key, opening, config, shape)
-        while True:
-            if np.any(np.asarray(_openings(queue, state, config, shape).takes)):
-                queue, state = _fill(model, prompts, key, opening, queue, state, config, shape)
-            if np.all(np.asarray(state.status) == DONE):
-                return _finish(prompts, queue, state, config, shape)
-            shared = Shared(prompts, queue.prefix, temperature)
-            while np.any(np.asarray(state.status) == WRITING):
-                state = _decode(model, layers, shared, state, config)
-                if on_token is not None:
-                    on_token(state)
-            if host is not None:
-                asked = host_calls(state, prompts, images, config, shape)
-                if asked:
-                    told = tell(host.call([call.request for call in asked]), asked, state, vocabulary, shape)
-                    state = _tell(model, layers, shared, state, *told, config, shape)
-            if np.any(np.asarray(state.status) == WAITING):
-                state = _observe(model, layers, shared, state, config, shape)
+    budget = None
+    if any(tool.host for tool in prompts.tables.tools):
+        if host is None or vocabulary is None:
+            raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
+        budget = TOKENS
+    state = begin(model, prompts, key, config, opening=opening)
+    while not np.all(finished(state)):
+        state = advance(model, state, budget, donate=True)
+        if asked := host_calls(state):
+            replies = host.call([call.request for call in asked])
+            with on_mesh(state.mesh):
+                state = _answer(model, state, *tell(replies, asked, state, vocabulary))
+    return finish(state)
 
 
 class HostRollouts:
@@ -237,15 +341,52 @@ def _of_host(tools: Sequence[Tool]) -> str:
     return ", ".join(f"{tool.name!r}" for tool in tools if tool.host)
 
 
-# The steps, compiled one by one.
-_unstack = jax.jit(lambda model: model.unstack())
-_start = jax.jit(start, static_argnames=("config", "shape"))
-_openings = jax.jit(openings, static_argnames=("config", "shape"))
-_fill = jax.jit(fill, static_argnames=("config", "shape"))
-_decode = jax.jit(machine.decode, static_argnames=("config",))
-_observe = jax.jit(machine.observe, static_argnames=("config", "shape"))
-_tell = jax.jit(machine.tell, static_argnames=("config", "shape"))
-_finish = jax.jit(finish, static_argnames=("config", "shape"))
+CACHES = 3  # one part in so many of a device's memory is for what rows in flight keep
+
+
+def fitting(
+    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: Shape, mesh: Mesh | None
+) -> RolloutConfig:
+    """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
+    batch, width = prompts.tokens.shape
+    if config.in_flight is not None:
+        return config
+    text = model.config.text
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    token *= model.language_model.embed_tokens.weight.dtype.itemsize
+    group = config.group_size * config.max_response * token + 2 * (width + OPENING_STEP) * token
+    most = max(1, device_memory() // CACHES // group) * shape.shards
+    return config if most >= batch * share(mesh).count else dataclasses.replace(config, in_flight=most)
+
+
+OPENING_STEP = 8  # openings are padded to a multiple, to share a program
+
+
+def traced(config: RolloutConfig, opening: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
+    """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
+    padded = np.full(OPENING_STEP * max(1, -(-len(opening) // OPENING_STEP)), -1, np.int32)
+    padded[: len(opening)] = opening
+    later = config.temperature if config.later_temperature is None else config.later_temperature
+    temperature = np.array([config.temperature, later], np.float32)
+    same = dataclasses.replace(config, temperature=1.0, later_temperature=None)
+    return jnp.asarray(padded), jnp.asarray(temperature), same
+
+
+def _given(
+    model: Qwen2_5_VL,
+    prompts: HostPrompts,
+    key: jax.Array,
+    config: RolloutConfig,
+    opening: Sequence[int],
+    shape: Shape,
+    mesh: Mesh | None,
+) -> tuple:
+    """What the programs take after the model: prompts, key, opening and temperatures on the devices, and the config."""
+    config = fitting(config, model, prompts, shape, mesh)
+    opening, temperature, config = traced(config, opening)
+    if mesh is not None:
+        key, opening, temperature = replicate((key, opening, temperature), mesh)
+    return place(prompts, mesh), key, opening, temperature, config
 
 
 def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
@@ -269,25 +410,15 @@ def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None)
 def place(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
     """The prompts on the devices, their images padded; on the mesh: rows split, tables everywhere."""
     canvases = place_images(prompts.images, prompts.shape, mesh)
-    found = Prompts(canvases=(), **{name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"})
+    found = on_devices(prompts, ())
     if mesh is not None:
         rows = shard_batch(found._replace(tables=()), mesh)
         found = rows._replace(tables=replicate(prompts.tables, mesh))
     return found._replace(canvases=canvases)
 
 
-def constrain_rows(tree, mesh: Mesh | None):
-    """Every array of a row-wise state split by rows, keys and values by their heads too, as the layers that write them are."""
-    if mesh is None:
-        return tree
-    is_cache = lambda x: isinstance(x, KVCache | Prefix)
-
-    def split(x):
-        if not is_cache(x):
-            return constrain(x, mesh, ROWS)
-        heads = partition_spec((None, "kv"), x.k[0].shape[:2], mesh)
-        by_head = constrain((x.k, x.v), mesh, ROWS, *heads[1:])
-        rest = constrain(x._replace(k=(), v=()), mesh, ROWS)
-        return rest._replace(k=by_head[0], v=by_head[1])
-
-    return jax.tree.map(split, tree, is_leaf=is_cache)
+def on_devices(prompts: HostPrompts, canvases) -> Prompts:
+    """The prompts with their images in arrays."""
+    return Prompts(
+        canvases=canvases, **{name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"}
+    )

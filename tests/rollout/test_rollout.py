@@ -16,7 +16,7 @@ from pixel_jax.rollout import machine, timing, trajectory, views
 from pixel_jax.rollout import rollout as module
 from pixel_jax.rollout.materialize import materialize, materialize_on_host
 from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import compiled_rollout, host_rollout, layout, place, rollout, static_shape, traced
+from pixel_jax.rollout.rollout import compiled_rollout, layout, place, rollout, static_shape, traced
 from pixel_jax.rollout.trajectory import CallStatus, take_prompts
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -140,19 +140,6 @@ def test_how_rows_are_scheduled_does_not_matter(mixed, in_flight, tail_rows):
     refilled = trajectory.to_host(rollout(talker.model(), talker.prompts(4, video=True), KEY, config))
     same_tokens(refilled, mixed)
     np.testing.assert_array_equal(refilled.prompt, mixed.prompt)
-
-
-def test_the_host_driven_twin_gives_the_same(mixed):
-    lengths = []
-    twin = host_rollout(
-        talker.model(),
-        talker.prompts(4, video=True),
-        KEY,
-        talker.CONFIG,
-        on_token=lambda state: lengths.append(np.asarray(state.length).sum()),
-    )
-    same_tokens(twin, mixed)
-    assert len(lengths) > 5 and np.all(np.diff(lengths) > 0)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(trajectories):
