@@ -143,7 +143,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+    with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
         dtype = config.dtype or dtype_of(model)
         phase = Phase(command, config, given, model.config, dtype, processor, mesh, token_tables, rollouts)

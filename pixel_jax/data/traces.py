@@ -6,7 +6,7 @@ written those turns itself; only pixels are resized by the host here, with the s
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollout import machine
+from pixel_jax.rollout.canvases import Images
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import draw_on_host
+from pixel_jax.rollout.drawings import canvases_of
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollout.trajectory import (
@@ -28,7 +29,6 @@ from pixel_jax.rollout.trajectory import (
     Calls,
     Tables,
     Trajectories,
-    made_by,
     no_calls,
     shown_by,
 )
@@ -154,18 +154,8 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
         raise TraceError(f"a trace about {row.trace.query.question!r} has images {have}, it was planned for {planned}")
-    canvases = with_drawings(images, row.calls, row.tools)
+    canvases = canvases_of(Images(tuple(images)), row.calls, row.tools)
     return [frame_patches(canvases[view.canvas], view.region, view.size) for view in row.views]
-
-
-def with_drawings(images: Sequence[np.ndarray], calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
-    """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
-    canvases = dict(enumerate(images))
-    for number, call in enumerate(calls):
-        if call.drawn.any():
-            source = canvases[int(call.source.canvas[0])]
-            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, source)
-    return canvases
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
@@ -179,7 +169,7 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = machine.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = called(call, result, call.required)
+    done = called(call, result, call.required, tables.tools)
     return call.required, done, shown_by(done, number), ids, lengths, add_to_gallery(seen.gallery, done, number)
 
 

@@ -161,7 +161,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
-    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+    with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
         stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
         for (name, mode), directory in directories.items():

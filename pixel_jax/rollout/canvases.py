@@ -1,6 +1,7 @@
 """Prompts' images as the host keeps them: without the room around them that compiled programs need."""
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,19 @@ class Images:
     """Those of one prompt; its rows, and what is replayed of them, share the object."""
 
     arrays: tuple[np.ndarray, ...]  # uint8 [h, w, 3] each
+    returned: dict[bytes, np.ndarray] = dataclasses.field(
+        default_factory=dict
+    )  # by tools of the host, by digest (`keep`)
+
+    def keep(self, picture: np.ndarray) -> np.ndarray:
+        """Keeps what a call of a row returned, uint8 [h, w, 3], once; its SHA-256 (of shape and pixels) as uint32 [8]."""
+        digest = hashlib.sha256(np.array(picture.shape, "<i4").tobytes() + picture.tobytes()).digest()
+        self.returned.setdefault(digest, picture)
+        return np.frombuffer(digest, "<u4").astype(np.uint32)
+
+    def find(self, digest: np.ndarray) -> np.ndarray:
+        """The picture of a digest uint32 [8]. KeyError: it is not kept here."""
+        return self.returned[np.asarray(digest).astype("<u4").tobytes()]
 
 
 class Canvases:

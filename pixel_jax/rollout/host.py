@@ -9,23 +9,26 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.canvases import Canvases
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import draw_on_host
-from pixel_jax.rollout.machine import WAITING, Shape, State
-from pixel_jax.rollout.trajectory import CallStatus, Prompts, made_by
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.canvases import Canvases, Images
+from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.rollout.drawings import canvases_of
+from pixel_jax.rollout.machine import WAITING, Shape, State, Told
+from pixel_jax.rollout.trajectory import CallStatus, Prompts, no_pictures
 from pixel_jax.rollout.views import GREY
 from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.tool import ANSWERED
+from pixel_jax.tools.looking import MAX_RATIO
+from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
 WIDTH = 64  # answers are padded to a multiple, to share programs
 
 
 class HostCall(NamedTuple):
-    """A call that the row `row` waits for."""
+    """A call that a row waits for."""
 
     row: int
+    prompt: int  # the row's
     request: Request
 
 
@@ -54,7 +57,7 @@ def host_calls(state: State, prompts: Prompts, images, config: RolloutConfig, sh
             argument.name: plain(turn.call.arguments[argument.name], getattr(argument, "options", ()))
             for argument in shape.tools[turn.call.tool].arguments
         }
-        found.append(HostCall(int(row), Request(turn.call.tool, arguments, pictures)))
+        found.append(HostCall(int(row), int(prompt), Request(turn.call.tool, arguments, pictures)))
     return found
 
 
@@ -62,12 +65,10 @@ def images_of(images, prompt: int, prompts: Prompts, gallery, calls, shape: Shap
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
     sizes = np.asarray(prompts.canvas_size)[prompt]
     count = int(np.asarray(prompts.num_canvases)[prompt])
-    given = images.images[prompt].arrays if isinstance(images, Canvases) else np.asarray(images[prompt])
-    canvases = {i: given[i][: sizes[i, 0], : sizes[i, 1]] for i in range(count)}
-    for number in np.flatnonzero(calls.drawn.any(axis=1)):
-        call = jax.tree.map(lambda x: x[number], calls)  # noqa: B023
-        source = canvases[int(call.source.canvas[0])]
-        canvases[made_by(int(number))] = draw_on_host(shape.tools[call.tool], call, source)
+    given = images.images[prompt] if isinstance(images, Canvases) else Images(tuple(np.asarray(images[prompt])))
+    own = tuple(given.arrays[i][: sizes[i, 0], : sizes[i, 1]] for i in range(count))
+    each = [jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.drawn))]  # noqa: B023
+    canvases = canvases_of(Images(own, given.returned), each, shape.tools)
     video = bool(np.asarray(prompts.is_video)[prompt])
     found = [canvases[i] for i in range(count)] if video else []
     for i in range(1 if video else 0, int(gallery.count)):
@@ -87,22 +88,57 @@ def plain(value: Any, options: Sequence[str] = ()) -> Any:
 
 
 def tell(
-    replies: Sequence[Reply], calls: Sequence[HostCall], state: State, vocabulary: Vocabulary, shape: Shape
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `machine.tell` reads: ids int32 [R, T], lengths, places of the outcomes, statuses int32 [R]."""
+    replies: Sequence[Reply],
+    calls: Sequence[HostCall],
+    images,
+    state: State,
+    vocabulary: Vocabulary,
+    config: RolloutConfig,
+    shape: Shape,
+) -> Told:
+    """What `machine.tell` reads. Pictures are kept by their prompts' `images` (`Canvases`)."""
     rows = state.status.shape[0]
     ids = [[] for _ in range(rows)]
-    outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
-    kinds = [(tool, x) for tool in shape.tools for x in tool.outcomes]
-    for reply, (row, request) in zip(replies, calls, strict=True):
-        tool, right = shape.tools[request.tool], reply.outcome == ANSWERED
-        text = f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)
-        pieces = ["\n", *template.message_pieces("user", text), *template.PROMPT]
-        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, ())
-        outcome[row] = kinds.index((tool, reply.outcome))
-        status[row] = CallStatus.DONE if right else CallStatus.FAILED
-    lengths = np.array([len(x) for x in ids], np.int32)
-    padded = np.zeros((rows, WIDTH * -(-int(lengths.max()) // WIDTH)), np.int32)
+    zeros = lambda: np.zeros((rows, 2), np.int32)
+    told = Told(
+        ids=(),
+        lengths=np.zeros(rows, np.int32),
+        outcome=np.full(rows, -1, np.int32),
+        status=np.full(rows, CallStatus.NONE, np.int32),
+        drawn=zeros(),
+        size=zeros(),
+        picture=no_pictures((rows,), shape.tools),
+    )
+    kinds = [(tool.name, outcome.name) for tool in shape.tools for outcome in tool.outcomes]
+    for reply, (row, prompt, request) in zip(replies, calls, strict=True):
+        tool, pads = shape.tools[request.tool], ()
+        if reply.picture is not None:
+            size = size_shown(reply.picture, tool, config)
+            if size is None:
+                height, width, _ = reply.picture.shape
+                reply = Reply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
+            else:
+                told.drawn[row], told.size[row] = reply.picture.shape[:2], size
+                told.picture[row] = images.images[prompt].keep(reply.picture)
+                pads = (size[0] * size[1] // FACTOR**2,)
+        right = reply.outcome == ANSWERED
+        said = [{"type": "text", "text": f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)}]
+        shown = [{"type": "image"} for _ in pads]
+        pieces = ["\n", *template.message_pieces("user", said + shown), *template.PROMPT]
+        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
+        told.outcome[row] = kinds.index((tool.name, reply.outcome.name))
+        told.status[row] = CallStatus.DONE if right else CallStatus.FAILED
+        told.lengths[row] = len(ids[row])
+    padded = np.zeros((rows, WIDTH * -(-int(told.lengths.max()) // WIDTH)), np.int32)
     for row, x in enumerate(ids):
         padded[row, : len(x)] = x
-    return padded, lengths, outcome, status
+    return told._replace(ids=padded)
+
+
+def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:
+    """(height, width) at which a picture is shown; None: it has no size within the budgets of the `tool`."""
+    low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
+    if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
+        return None
+    height, width = smart_resize(*picture.shape[:2], min_pixels=low, max_pixels=high)
+    return (height, width) if height * width <= high and max(height, width) <= config.max_side else None

@@ -3,6 +3,7 @@
 Each tool decides for one row (`pixel_jax.tools.looking`); here it is asked about all of them.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, shown_by
+from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read
 from pixel_jax.tools.looking import Answer, Gallery, Seen, region_size, shown_size, size_of_drawing, whole
@@ -92,8 +93,9 @@ def _result(
     drawn, cases = jnp.zeros(2, jnp.int32), list(answer.outcomes)
     if tool.draw is not None:
         drawn = size_of_drawing(tool, arguments, region_size(answer.region[0]))
-        # There is room for pictures as long as the longest of the prompt's.
-        cases.append((jnp.max(drawn) > jnp.max(seen.canvas_size), None, ()))
+        # There is room for pictures as long as the longest of the prompt's, or what a tool of the host returned.
+        room = jnp.maximum(jnp.max(seen.canvas_size), jnp.max(region_size(answer.region[0])))
+        cases.append((jnp.max(drawn) > room, None, ()))
     cases.append((True, *answer.last))
     name = lambda outcome: observations.malformed if outcome is None else observations.find(tool, outcome.name)
     conditions = [jnp.asarray(condition) for condition, *_ in cases]
@@ -123,8 +125,8 @@ def _result(
     )
 
 
-def called(call: Asked, result: Result, run: jax.Array) -> Calls:
-    """The record of R calls, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
+def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
+    """The record of R calls of `tools` of the device, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
     showing = run & (result.count > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)
     where = lambda x, blank: jnp.where(showing.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
@@ -135,6 +137,7 @@ def called(call: Asked, result: Result, run: jax.Array) -> Calls:
         values=call.values,
         source=Views(*map(where, result.source, (NO_CANVAS, 0, 0))),
         drawn=where(result.drawn, 0),
+        picture=no_pictures(run.shape, tools, jnp),
     )
 
 

@@ -20,13 +20,15 @@ from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.processes import everywhere
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec, replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import machine
+from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.drawings import Pictures, pictures_of
 from pixel_jax.rollout.host import host_calls, tell
 from pixel_jax.rollout.machine import DONE, WAITING, WRITING, Shape, Shared, State, budgets
 from pixel_jax.rollout.queue import Queue, fill, finish, openings, start
 from pixel_jax.rollout.trajectory import Prompts, Trajectories
 from pixel_jax.terminal import say
-from pixel_jax.tools.host import HostTools
+from pixel_jax.tools.host import HostTools, HostToolsConfig
 from pixel_jax.tools.tool import Tool, ToolError
 
 
@@ -167,11 +169,12 @@ def host_rollout(
     if any(tool.host for tool in prompts.tables.tools) and (host is None or vocabulary is None):
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
     mesh, shape = layout(model, prompts, config)
-    if any(
-        tool.host for tool in prompts.tables.tools
-    ):  # which may show more than can be cut out of the prompt's images
-        shape = shape._replace(observed=None)
     shape, images = shape._replace(pixels=pixels), prompts.canvases
+    pictures = None
+    if any(tool.picture for tool in shape.tools):
+        if not isinstance(images, Canvases):
+            raise TypeError(f"what tools return is kept by Canvases (see build_prompts), not by {type(images)}")
+        pictures = _pictures(images, mesh)
     prompts = place(prompts, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         layers = _unstack(model)
@@ -182,7 +185,7 @@ def host_rollout(
                 queue, state = _fill(model, prompts, key, opening, queue, state, config, shape)
             if np.all(np.asarray(state.status) == DONE):
                 return _finish(prompts, queue, state, config, shape)
-            shared = Shared(prompts, queue.prefix, temperature)
+            shared = Shared(prompts, queue.prefix, temperature, pictures)
             while np.any(np.asarray(state.status) == WRITING):
                 state = _decode(model, layers, shared, state, config)
                 if on_token is not None:
@@ -190,10 +193,20 @@ def host_rollout(
             if host is not None:
                 asked = host_calls(state, prompts, images, config, shape)
                 if asked:
-                    told = tell(host.call([call.request for call in asked]), asked, state, vocabulary, shape)
-                    state = _tell(model, layers, shared, state, *told, config, shape)
+                    replies = host.call([call.request for call in asked])
+                    told = tell(replies, asked, images, state, vocabulary, config, shape)
+                    if any(reply.picture is not None for reply in replies):
+                        pictures = _pictures(images, mesh)
+                        shared = shared._replace(pictures=pictures)
+                    state = _tell(model, layers, shared, state, told, config, shape)
             if np.any(np.asarray(state.status) == WAITING):
                 state = _observe(model, layers, shared, state, config, shape)
+
+
+def _pictures(images: Canvases, mesh: Mesh | None) -> Pictures:
+    """What tools of the host have returned to rows of these prompts, on the devices."""
+    pictures = pictures_of(images.images)
+    return jax.tree.map(jnp.asarray, pictures) if mesh is None else replicate(pictures, mesh)
 
 
 class HostRollouts:
@@ -217,7 +230,9 @@ class HostRollouts:
 
 
 @contextlib.contextmanager
-def host_rollouts(names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary) -> Iterator[HostRollouts | None]:
+def host_rollouts(
+    names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary, config: HostToolsConfig
+) -> Iterator[HostRollouts | None]:
     """Rollouts with the `tools` of these names, their workers about them; None where no tool runs on the host.
 
     ToolError: several processes, which would have to wait for one another's tools.
@@ -230,7 +245,7 @@ def host_rollouts(names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocab
     say(
         f"{_of_host(tools)} run on the host: this run is driven from there, and started again it need not give the same bits"
     )
-    with HostTools(names) as host:
+    with HostTools(names, config) as host:
         yield HostRollouts(host, vocabulary)
 
 

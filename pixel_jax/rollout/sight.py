@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, drawings
+from pixel_jax.rollout.drawings import Drawings, Pictures, drawings
 from pixel_jax.rollout.machine import Shape, budgets
 from pixel_jax.rollout.operations import overview_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
@@ -54,11 +54,14 @@ def sight(prompts: Prompts, calls: Calls, config: RolloutConfig, shape: Shape) -
     return Sight(views, drawings(calls, shape.tools, config))
 
 
-def materialize(canvases: jax.Array, sight: Sight, config: RolloutConfig, shape: Shape) -> jax.Array:
+def materialize(
+    canvases: jax.Array, sight: Sight, config: RolloutConfig, shape: Shape, pictures: Pictures | None = None
+) -> jax.Array:
     """The patches of what rows saw, uint8 [R, K, P, 588]: bit for bit those of the rollout's trajectories.
 
     Args:
       canvases: uint8 [R, C, H, W, 3], those of each row's prompt.
+      pictures: what tools of the host returned to them.
     """
     most = canvases.shape[1]
     overview, observed = budgets(config, shape)
@@ -66,12 +69,14 @@ def materialize(canvases: jax.Array, sight: Sight, config: RolloutConfig, shape:
     shown = [_patches(canvases, Sight(before, None), overview, config, shape)]
     if after.canvas.shape[1]:
         after = Sight(after, sight.drawings)
-        shown.append(_patches(seen_canvases(canvases, config), after, observed, config, shape))
+        shown.append(_patches(seen_canvases(canvases, config, pictures), after, observed, config, shape, pictures))
     room = max(x.shape[2] for x in shown)
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))) for x in shown], axis=1)
 
 
-def _patches(canvases, sight: Sight, budget: Budget, config: RolloutConfig, shape: Shape) -> jax.Array:
+def _patches(
+    canvases, sight: Sight, budget: Budget, config: RolloutConfig, shape: Shape, pictures: Pictures | None = None
+) -> jax.Array:
     """Of one budget; only what was shown is worked on."""
     rows, count = sight.views.canvas.shape
     flat = jax.tree.map(lambda x: x.reshape(rows * count, *x.shape[2:]), sight.views)
@@ -81,7 +86,7 @@ def _patches(canvases, sight: Sight, budget: Budget, config: RolloutConfig, shap
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         row = jnp.minimum(chunk.at // count, by_shard.shape[1] - 1)
         mine, drawn = jax.tree.map(take, (flat, sight.drawings))
-        pixels = cut(by_shard, row, mine, budget, drawn, shape.tools)
+        pixels = cut(by_shard, row, mine, budget, drawn, shape.tools, pictures)
         return chunk.put(shown, pixels.reshape(-1, *pixels.shape[2:]))
 
     shown = jnp.zeros((rows * count, budget.patches, 588), jnp.uint8)

@@ -245,6 +245,7 @@ class Tool:
       host: `execute` is any Python callable, (images, **arguments) -> text, and runs on the host
         (`pixel_jax.tools.host`), whose outcomes the tool has. Otherwise it is a pure function inside the compiled rollout,
         as is `draw`.
+      picture: of a tool of the host: a call may return a picture, too.
       draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
         what `execute` looks at; pixels are zero beyond size (height, width). None: it shows that as it is.
       drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
@@ -259,6 +260,7 @@ class Tool:
     outcomes: tuple[Outcome, ...] = ()
     execute: Callable[..., Any] | None = None
     host: bool = False
+    picture: bool = False
     draw: Callable[..., Any] | None = None
     drawn_size: Callable[..., Any] | None = None
     budget: Literal["crop", "select"] = "crop"
@@ -284,7 +286,12 @@ class Tool:
         if self.host:
             if self.execute is None:
                 raise ToolError(f"tool {self.name!r} has no `execute`: it is declared, and does nothing")
-            object.__setattr__(self, "outcomes", (ANSWERED, FAILED, TIMED_OUT))
+            answered = ANSWERED._replace(images=int(self.picture))
+            object.__setattr__(self, "outcomes", (answered, FAILED, TIMED_OUT))
+        elif self.picture:
+            raise ToolError(
+                f"tool {self.name!r} runs on the device: `picture` is of tools of the host; its pictures are what `draw` makes"
+            )
         if not self.usage:
             said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
             object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")

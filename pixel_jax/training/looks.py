@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 
 from pixel_jax.data.packed import Packing, Place
 from pixel_jax.data.questions import Asked
-from pixel_jax.data.traces import frame_patches, with_drawings
+from pixel_jax.data.traces import frame_patches
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import first
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
 from pixel_jax.rollout.config import PATCH, RolloutConfig
+from pixel_jax.rollout.drawings import canvases_of
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import Query, build_prompts
 from pixel_jax.rollout.rollout import rollout
@@ -282,7 +283,7 @@ def _patches(
         shown_first: pictures that a prompt has room for; the others were asked for.
     """
     calls = [jax.tree.map(lambda x: x[row, number], calls) for number in range(config.max_calls)]  # noqa: B023
-    canvases, found = with_drawings(seen.images[row].arrays, calls, tools), []
+    canvases, found = canvases_of(seen.images[row], calls, tools), []
     for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in seen.sight.views), strict=True)):
         if canvas == NO_CANVAS or not size.all():
             found.append(np.zeros((0, 3 * PATCH**2), np.uint8))

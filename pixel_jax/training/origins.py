@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.data.shapes import BatchShape
-from pixel_jax.parallel.sharding import ROWS, constrain, place_rows, shard_batch
+from pixel_jax.parallel.sharding import ROWS, constrain, place_rows, replicate, shard_batch
 from pixel_jax.rollout.canvases import Canvases
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.drawings import Pictures, pictures_of
 from pixel_jax.rollout.machine import Shape
 from pixel_jax.rollout.sight import Sight, materialize, sight
 from pixel_jax.rollout.trajectory import Calls, Prompts
@@ -46,11 +47,15 @@ def room_of(tokens: int, prompts: Prompts, shape: Shape) -> BatchShape:
 def see(rows: Batch, room: BatchShape, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
     """The patches uint8 [R, K, P, 588] of host rows with `Origins`, on the devices, split as the rows will be."""
     images, sight = rows.visual.patches
-    canvases = Canvases(images, (room.images, room.height, room.width))
+    canvases, pictures = Canvases(images, (room.images, room.height, room.width)), None
+    if any(tool.picture for tool in shape.tools):
+        drawn = sight.drawings  # None: all is grey
+        pictures = pictures_of(images, None if drawn is None else drawn.picture)
+        pictures = pictures if mesh is None else replicate(pictures, mesh)
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         placed = place_rows(canvases.__getitem__, len(images), mesh)
         sight = sight if mesh is None else shard_batch(sight, mesh)
-        return _materialize(placed, sight, config, shape, mesh)
+        return _materialize(placed, sight, pictures, config, shape, mesh)
 
 
 _sight = jax.jit(sight, static_argnames=("config", "shape"))
@@ -58,6 +63,12 @@ _sight = jax.jit(sight, static_argnames=("config", "shape"))
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def _materialize(
-    canvases: jax.Array, sight: Sight, config: RolloutConfig, shape: Shape, mesh: Mesh | None
+    canvases: jax.Array,
+    sight: Sight,
+    pictures: Pictures | None,
+    config: RolloutConfig,
+    shape: Shape,
+    mesh: Mesh | None,
 ) -> jax.Array:
-    return constrain(materialize(canvases, jax.tree.map(jnp.asarray, sight), config, shape), mesh, ROWS)
+    sight, pictures = jax.tree.map(jnp.asarray, (sight, pictures))
+    return constrain(materialize(canvases, sight, config, shape, pictures), mesh, ROWS)

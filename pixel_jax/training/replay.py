@@ -181,17 +181,19 @@ def copied(row: Batch) -> Batch:
 
 
 def stacked(rows: Sequence[Batch]) -> dict[str, Any]:
-    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes."""
+    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
+    prompt its own come first, then those that tools of the host returned."""
     owners = [row.visual.patches.images for row in rows]
     prompts = list({id(images): images for images in owners}.values())
     number = {id(images): i for i, images in enumerate(prompts)}
-    arrays = [x for images in prompts for x in images.arrays]
+    arrays = [x for images in prompts for x in (*images.arrays, *images.returned.values())]
     whole = side_by_side([with_patches(row, row.visual.patches.sight) for row in rows])
     visual = whole.visual._replace(patches=as_dicts(whole.visual.patches))._asdict()
     return {
         "pixels": np.concatenate([x.ravel() for x in arrays]),
         "shapes": np.array([x.shape for x in arrays], np.int32),
         "images": np.array([len(images.arrays) for images in prompts], np.int32),  # of each prompt
+        "returned": np.array([len(images.returned) for images in prompts], np.int32),
         "prompt": np.array([number[id(images)] for images in owners], np.int32),  # of each row
         "rows": whole._replace(visual=visual)._asdict(),
     }
@@ -215,7 +217,11 @@ def unstacked(state: dict[str, Any]) -> Iterator[Batch]:
         state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)
         for shape, end in zip(state["shapes"], ends, strict=True)
     )
-    prompts = [Images(tuple(next(arrays) for _ in range(count))) for count in state["images"]]
+    prompts = []
+    for own, returned in zip(state["images"], state["returned"], strict=True):
+        prompts.append(Images(tuple(next(arrays) for _ in range(own))))
+        for _ in range(returned):
+            prompts[-1].keep(next(arrays))
     for i, prompt in enumerate(state["prompt"]):
         row = take(rows, i)
         yield with_patches(row, Origins(prompts[prompt], row.visual.patches))
