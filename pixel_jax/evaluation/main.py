@@ -103,10 +103,13 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
 def answer(config: EvalConfig) -> None:
     """All questions, in as many processes as have joined; the first one reports."""
     from pixel_jax.data.limits import use_limits
+    from pixel_jax.dialog import Language
     from pixel_jax.evaluation.benchmarks import read
     from pixel_jax.parallel.processes import first, meet
+    from pixel_jax.tools.named import find_format, find_tools
 
     use_limits(config.limits)
+    language = Language(find_tools(config.tools), find_format(config.rollout.call_format))
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     data = {
         name: read(
@@ -118,6 +121,7 @@ def answer(config: EvalConfig) -> None:
             split=x.split,
             sample=x.sample,
             seed=config.seed,
+            language=language,
         )
         for name, x in config.benchmarks.items()
         if x.data is not None
