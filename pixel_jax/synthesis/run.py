@@ -23,14 +23,18 @@ from pixel_jax.config import positive
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.endpoint import Endpoint, EndpointError, is_text
 from pixel_jax.files import write_file
+from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
-from pixel_jax.terminal import printable
+from pixel_jax.terminal import printable, say
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.progress import Progress
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
@@ -62,6 +66,10 @@ class SynthConfig:
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
+    # Whose calls are written: the crop and the frame selection of the paper, as far as they are among them. Of other tools,
+    # which may run on the host, traces are written by hand (docs/your-own-tool.md).
+    tools: tuple[str, ...] = DEFAULT
+    call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
     image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images. The paper's.
@@ -91,11 +99,19 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
       LockError: another run is writing there.
     """
+    language = language_of(config)
+    if others := [tool.name for tool in language.tools if tool not in RELEASED]:
+        say(f"No traces are synthesized that call {', '.join(others)}: those are written by hand.")
     seeds = read_seeds(config.seeds, config.image_folders)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         return _synthesize(seeds, config, out)
+
+
+def language_of(config: SynthConfig) -> Language:
+    """Of the calls. ToolError: the tools cannot be used together, or with the format."""
+    return Language(find_tools(config.tools), find_format(config.call_format))
 
 
 def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
@@ -119,7 +135,8 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
 
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
     """The kind of trace each seed will be, and for the others why there can be none; both by the seeds' places."""
-    possible = {i: possible_kinds(seed, config.pad, config.min_crop) for i, seed in enumerate(seeds)}
+    language = language_of(config)
+    possible = {i: possible_kinds(seed, config.pad, config.min_crop, language) for i, seed in enumerate(seeds)}
     impossible = {i: found for i, found in possible.items() if isinstance(found, str)}
     kinds = {i: DIRECT for i, found in possible.items() if found == (DIRECT,)}
     for video, names, of_mix in ((False, IMAGE_KINDS, config.image), (True, VIDEO_KINDS, config.video)):
@@ -144,6 +161,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         "key",
     ):  # how answers are got, not which
         (settings["endpoint"] or {}).pop(name, None)
+    settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
@@ -152,9 +170,11 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
+    language = language_of(config)
+
     def one(i: int) -> Outcome:
         rng = np.random.default_rng([config.seed, i])
-        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad)
+        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad, language=language)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 

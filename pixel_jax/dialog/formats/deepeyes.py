@@ -50,6 +50,7 @@ DEEPEYES = CallFormat(
             "image_zoom_in_tool",
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", value=1)),
             schema=SCHEMA,
+            label="label",
             told=(
                 ("shown", f"<tool_response>{{images}}{THINK_FIRST}</tool_response>"),
                 ("too small", INVALID),

@@ -51,6 +51,7 @@ class Spelling:
       name: what a call names it by; None where calls have no name.
       arguments: all of the tool's.
       schema: its line in the system prompt; None: its own.
+      label: the key under which a call may say what it is about; nobody reads it.
       told: (name of an outcome, text) where it is told otherwise than by the tool; `{images}` is where its images are.
     """
 
@@ -58,6 +59,7 @@ class Spelling:
     name: str | None
     arguments: tuple[Spelled, ...]
     schema: str | None = None
+    label: str | None = None
     told: tuple[tuple[str, str], ...] = ()
 
 

@@ -28,6 +28,7 @@ QWEN3_VL = CallFormat(
             "image_zoom_in_tool",
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", Integer("img_idx"), add=1)),
             schema=SCHEMA,
+            label="label",
             told=(
                 ("shown", RESPONSE % "{images}"),
                 ("no such image", RESPONSE % "Error: Invalid input image"),
