@@ -17,7 +17,7 @@ SIDE, SLOTS = 64, 3  # of the pictures, and pictures of the row, that a tool is 
 HOST = ("callback", "infeed", "outfeed", "debug_print")  # in the names of what talks to the host
 
 
-def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig()) -> None:  # noqa: B008, never changed
+def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig(pad=0.0)) -> None:  # noqa: B008, never changed
     """Raises `ToolError` where `tool` is no pure function of what it is given, or gives back what there is no room for.
 
     It is traced, not run: what it computes with pixels and numbers stays unknown.

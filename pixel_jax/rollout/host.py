@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from pixel_jax.dialog import template
+from pixel_jax.dialog.formats import CallFormat
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
@@ -93,10 +94,11 @@ def tell(
     images,
     state: State,
     vocabulary: Vocabulary,
+    call_format: CallFormat,
     config: RolloutConfig,
     shape: Shape,
 ) -> Told:
-    """What `machine.tell` reads. Pictures are kept by their prompts' `images` (`Canvases`)."""
+    """What `machine.tell` reads, put as the `call_format` has it. Pictures are kept by their prompts' `images` (`Canvases`)."""
     rows = state.status.shape[0]
     ids = [[] for _ in range(rows)]
     zeros = lambda: np.zeros((rows, 2), np.int32)
@@ -122,9 +124,10 @@ def tell(
                 told.picture[row] = images.images[prompt].keep(reply.picture)
                 pads = (size[0] * size[1] // FACTOR**2,)
         right = reply.outcome == ANSWERED
-        said = [{"type": "text", "text": f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)}]
-        shown = [{"type": "image"} for _ in pads]
-        pieces = ["\n", *template.message_pieces("user", said + shown), *template.PROMPT]
+        text = f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)
+        before, behind = call_format.answer(tool, reply.outcome, text)
+        parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
+        pieces = ["\n", *template.message_pieces("user", parts), *template.PROMPT]
         ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
         told.outcome[row] = kinds.index((tool.name, reply.outcome.name))
         told.status[row] = CallStatus.DONE if right else CallStatus.FAILED
@@ -133,6 +136,10 @@ def tell(
     for row, x in enumerate(ids):
         padded[row, : len(x)] = x
     return told._replace(ids=padded)
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:

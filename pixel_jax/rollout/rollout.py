@@ -170,7 +170,7 @@ def host_rollout(
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
     mesh, shape = layout(model, prompts, config)
     shape, images = shape._replace(pixels=pixels), prompts.canvases
-    pictures = None
+    call_format, pictures = prompts.tables.reader.language.format, None
     if any(tool.picture for tool in shape.tools):
         if not isinstance(images, Canvases):
             raise TypeError(f"what tools return is kept by Canvases (see build_prompts), not by {type(images)}")
@@ -194,7 +194,7 @@ def host_rollout(
                 asked = host_calls(state, prompts, images, config, shape)
                 if asked:
                     replies = host.call([call.request for call in asked])
-                    told = tell(replies, asked, images, state, vocabulary, config, shape)
+                    told = tell(replies, asked, images, state, vocabulary, call_format, config, shape)
                     if any(reply.picture is not None for reply in replies):
                         pictures = _pictures(images, mesh)
                         shared = shared._replace(pictures=pictures)

@@ -76,7 +76,7 @@ class SynthConfig:
     image: tuple[float, float, float, float] = Mix.image
     video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among those about videos. The paper's.
     attempts: int = 3  # at each analysis
-    pad: float = 0.1  # of `RolloutConfig`: what the crop tool adds on each side of a box
+    pad: float | None = None  # of `RolloutConfig`: what the crop tool adds on each side of a box; None: the format's
     min_crop: int = 28  # of `RolloutConfig`
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes
     seed: int = 0  # of the kinds of traces, and of the wrong places in them
@@ -88,7 +88,7 @@ class SynthConfig:
                 raise ValueError(f"{name} must be shares, none negative and not all 0: {shares}")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1: {self.attempts}")
-        if not 0 <= self.pad < 0.5:
+        if self.pad is not None and not 0 <= self.pad < 0.5:
             raise ValueError(f"pad is a share of the image, in [0, 0.5): {self.pad}")
 
 
@@ -114,6 +114,10 @@ def language_of(config: SynthConfig) -> Language:
     return Language(find_tools(config.tools), find_format(config.call_format))
 
 
+def pad_of(config: SynthConfig, language: Language) -> float:
+    return language.format.pad if config.pad is None else config.pad
+
+
 def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
     kinds, impossible = plan(seeds, config)
     if config.endpoint is None:
@@ -136,7 +140,8 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
     """The kind of trace each seed will be, and for the others why there can be none; both by the seeds' places."""
     language = language_of(config)
-    possible = {i: possible_kinds(seed, config.pad, config.min_crop, language) for i, seed in enumerate(seeds)}
+    pad = pad_of(config, language)
+    possible = {i: possible_kinds(seed, pad, config.min_crop, language) for i, seed in enumerate(seeds)}
     impossible = {i: found for i, found in possible.items() if isinstance(found, str)}
     kinds = {i: DIRECT for i, found in possible.items() if found == (DIRECT,)}
     for video, names, of_mix in ((False, IMAGE_KINDS, config.image), (True, VIDEO_KINDS, config.video)):
@@ -150,7 +155,9 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    apart = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
+    language = language_of(config)
+    pad = pad_of(config, language)
+    apart = {"pad": pad, "seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
     settings = dataclasses.asdict(dataclasses.replace(config, **apart))
     for name in (
         "url",
@@ -170,11 +177,9 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
-    language = language_of(config)
-
     def one(i: int) -> Outcome:
         rng = np.random.default_rng([config.seed, i])
-        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad, language=language)
+        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=pad, language=language)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 

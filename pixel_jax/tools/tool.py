@@ -21,6 +21,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 BOX_NUMBERS = 4
 MAX_INTEGERS = 64  # the longest list that is read
 MAX_OPTIONS = 64
+IN_SHARES = (
+    "Values should be within [0.0,1.0]."  # of boxes; a call format that measures otherwise says that in its place
+)
 
 
 class Coordinates(enum.IntEnum):
@@ -247,7 +250,8 @@ class Tool:
         as is `draw`.
       picture: of a tool of the host: a call may return a picture, too.
       draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
-        what `execute` looks at; pixels are zero beyond size (height, width). None: it shows that as it is.
+        what `execute` looks at; pixels are zero beyond size (height, width), boxes are in shares of that (`Answer.shown`). None:
+        it shows that as it is.
       drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
       budget: whose pixel budgets of the rollout's config its pictures have: those of crops or of selected frames.
       of_videos: it shows frames of videos, and nothing where there is none.
