@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from pixel_jax.config import positive
+from pixel_jax.config import PACKAGE, positive
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT, Outcome, ToolError
 
 START = 300.0  # seconds in which a worker must have imported its tools
@@ -78,8 +78,12 @@ class Worker:
     """A process that has imported the tools. Its standard output is that of this process's standard error."""
 
     def __init__(self, names: Sequence[str]):
-        command = [sys.executable, "-m", "pixel_jax.tools.worker", *names]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # The current directory is searched last there, too (`pixel_jax.named.find`): -P keeps it from being the first. Where
+        # this package itself lies in it, it stays where it is, lest another installation of the package is found.
+        command = [sys.executable, "-P", "-m", "pixel_jax.tools.worker", *names]
+        here = {os.path.realpath(os.getcwd())} - {str(PACKAGE.parent.resolve())}
+        path = [path for path in sys.path if path and os.path.realpath(path) not in here]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.ready = False
 

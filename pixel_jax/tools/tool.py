@@ -277,6 +277,11 @@ class Tool:
         for argument in self.arguments:
             if not isinstance(argument, Argument):
                 raise ToolError(f"tool {self.name!r}: {argument!r} is no argument: Number, Integer, Box, ... are")
+            if not isinstance(argument, Number | Box | Integers | Choice | Text):
+                raise ToolError(
+                    f"tool {self.name!r}: no parser can read the argument {argument.name!r}, a {type(argument).__name__}: "
+                    "there are Number, Integer, Box, Integers, Choice and, on the host, Text"
+                )
         if twice := _twice([argument.name for argument in self.arguments]):
             raise ToolError(f"tool {self.name!r} has two arguments called {twice!r}")
         if twice := _twice([outcome.name for outcome in self.outcomes]):
@@ -340,6 +345,11 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
     """
     if not isinstance(tools, tuple) or not all(isinstance(tool, Tool) for tool in tools):
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")
+    for tool in tools:
+        try:
+            hash(tool)
+        except TypeError as error:
+            raise ToolError(f"the parts of tool {tool.name!r} are tuples and no lists: {error}") from None
     if twice := _twice([tool.name for tool in tools]):
         raise ToolError(f"two tools are called {twice!r}")
     check_arguments([(tool.name, argument) for tool in tools for argument in tool.arguments])

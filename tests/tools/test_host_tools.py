@@ -154,3 +154,15 @@ def test_what_is_no_picture_is_an_answer(tools):
 def test_settings_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be positive: 0"):
         HostToolsConfig(**{name: 0})
+
+
+def test_the_current_directory_is_searched_last(tmp_path, monkeypatch):
+    """By workers, too: a file there takes the place of no package, and a tool there is found."""
+    for name in ("queue", "numpy", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "here_tools.py").write_text(
+        "from pixel_jax.tools import Tool\nHERE = Tool('here', 'Is.', execute=lambda images: 'here', host=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with HostTools(("here_tools:HERE",), HostToolsConfig(workers=1)) as tools:
+        assert tools.call([Request(0, {}, ())]) == [Reply(ANSWERED, "here")]
