@@ -101,11 +101,11 @@ def read_dialogue(
         if asked.required != (i < len(said)):
             what = "ends with a call" if asked.required else "is followed by another and has no call"
             raise ExampleError(f"{where}: turn {i} of the assistant {what}{other_format(text, language)}")
-        if asked.required and asked.call is None and returned[i - 1].images:
-            raise ExampleError(
-                f"{where}: the call of turn {i} cannot be read, but images came back{other_format(text, language)}: "
-                f"{text[-200:]!r}"
-            )
+        if asked.required and asked.call is None:
+            other = other_format(text, language)
+            if returned[i - 1].images or other:
+                back = ", but images came back" if returned[i - 1].images else ""
+                raise ExampleError(f"{where}: the call of turn {i} cannot be read{back}{other}: {text[-200:]!r}")
     return Dialogue(system, first, [message._replace(text=tidy(message.text, language)) for message in said])
 
 

@@ -147,6 +147,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.evaluation.stages import Exam, Policy, Stages
     from pixel_jax.evaluation.stages import answer as answer_questions
+    from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.rollout.rollout import host_rollouts
@@ -168,6 +169,10 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
         stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
+        if code := {x: digest(x) for x in (*config.tools, config.rollout.call_format) if is_name(x)}:
+            held["code"] = code  # other code is another evaluation
+        if rollouts is not None:
+            held["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
             exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
@@ -182,6 +187,9 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 stages=stages,
                 label=f"{name} {mode}",
             )
+            if rollouts is not None:
+                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.facts().items())
+                say(f"{name} {mode}: calls of tools that run on the host: {counts}")
 
 
 def report(config: EvalConfig, data: Data, directories: Directories) -> None:
