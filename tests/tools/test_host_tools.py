@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixel_jax.config import ConfigError, load
+from pixel_jax.evaluation.config import EvalConfig
+from pixel_jax.settings import listing
 from pixel_jax.tools import ToolError
 from pixel_jax.tools.host import HostTools, HostToolsConfig, Reply, Request
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
+from pixel_jax.train import TrainConfig
 
 TOOLS = """
 import os, time
@@ -166,3 +170,19 @@ def test_the_current_directory_is_searched_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with HostTools(("here_tools:HERE",), HostToolsConfig(workers=1)) as tools:
         assert tools.call([Request(0, {}, ())]) == [Reply(ANSWERED, "here")]
+
+
+def test_settings_of_commands():
+    """`rl`, `sft` and `eval` have them, and `--help` lists them."""
+    rl = {"model": "m", "data": "d", "out": "o", "rl": {"iterations": 1}}
+    judged = {"model": "m", "out": "o", "benchmarks": {"x": {"format": "jsonl", "data": "d"}}}
+    for cls, values in ((TrainConfig, rl), (EvalConfig, judged)):
+        assert load(cls, values).host_tools == HostToolsConfig(workers=4, seconds=30.0, picture_side=1024)
+        given = load(cls, values | {"host_tools": {"workers": 2, "seconds": 1}}).host_tools
+        assert given == HostToolsConfig(workers=2, seconds=1.0)
+        with pytest.raises(ConfigError, match="config.host_tools: seconds must be positive: 0"):
+            load(cls, values | {"host_tools": {"seconds": 0}})
+        with pytest.raises(ConfigError, match="unknown key config.host_tools.second; the nearest known one is"):
+            load(cls, values | {"host_tools": {"second": 1}})
+        said = listing(cls, values)
+        assert all(f"host_tools.{name}" in said for name in ("workers", "seconds", "picture_side")), said
