@@ -23,6 +23,8 @@ def define_flags(command: str) -> None:
     flags.DEFINE_string(
         "call_format", None, "How calls are written, or module:name. By default what the model was trained in."
     )
+    flags.DEFINE_integer("tool_workers", 4, "Processes for tools that run on the host.", lower_bound=1)
+    flags.DEFINE_float("tool_seconds", 30.0, "Seconds that a call of such a tool may take.", lower_bound=1e-3)
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
 
 
@@ -44,6 +46,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.rollout.prompts import Query, build_prompts, tables
     from pixel_jax.rollout.rollout import host_rollouts, rollout
     from pixel_jax.rollout.trajectory import to_host
+    from pixel_jax.tools.host import HostToolsConfig
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
     from pixel_jax.training.answers import last_boxed
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
@@ -69,7 +72,8 @@ def main(command: str, arguments: list[str]) -> None:
     vocabulary = Vocabulary.of(processor.tokenizer)
     token_tables = tables(vocabulary, tools, call_format(config.call_format))
     prompts = build_prompts([query], vocabulary, token_tables, config)
-    with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary) as rollouts:
+    workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
+    with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary, workers) as rollouts:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.chosen[0]]).decode("utf-8", "replace")
     seen = materialize_on_host(trajectories, prompts.images, tools, config)

@@ -41,6 +41,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), Kind.FREE),
     # Machines, memory and speed: the same numbers, but for rounding.
     **dict.fromkeys(("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), Kind.FREE),
+    "host_tools.workers": Kind.FREE,
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), Kind.FREE),
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), Kind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), Kind.FREE),

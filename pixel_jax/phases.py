@@ -20,6 +20,7 @@ from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
 from pixel_jax.models.config import Qwen2_5_VLConfig
@@ -141,11 +142,11 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     use_limits(config.limits)
     # Code of one's own is imported first: a mistake in it shows at once.
     tools, calls = find_tools(config.tools), find_format(limits_of(command, config).call_format)
-    given = read_data(command, config, resume_changed)
+    given = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+    with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
         dtype = config.dtype or dtype_of(model)
         phase = Phase(command, config, given, model.config, dtype, processor, mesh, token_tables, rollouts)
@@ -161,8 +162,8 @@ def limits_of(command: str, config: TrainConfig) -> RolloutConfig:
     return config.rollout if command == "sft" else config.rl.rollout
 
 
-def read_data(command: str, config: TrainConfig, resume_changed: bool) -> Given:
-    """The examples, those that are held out apart, and what the run is by them."""
+def read_data(command: str, config: TrainConfig, language: Language, resume_changed: bool) -> Given:
+    """The examples, whose calls are in the `language`, those that are held out apart, and what the run is by them."""
     out, turns = pathlib.Path(config.out), command == "sft"
     examples, report = read_examples(
         config.data,
@@ -170,6 +171,7 @@ def read_data(command: str, config: TrainConfig, resume_changed: bool) -> Given:
         drop=config.bad_rows == "drop",
         image_folders=config.image_folders,
         columns=config.columns,
+        language=language,
     )
     facts: dict[str, Any] = {}
     with Digests(out / "digests.json") if first() else contextlib.nullcontext() as digests:
@@ -185,6 +187,7 @@ def read_data(command: str, config: TrainConfig, resume_changed: bool) -> Given:
             turns=turns,
             image_folders=config.image_folders,
             columns=config.columns,
+            language=language,
         )
     if turns and not config.corrections:
         without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]

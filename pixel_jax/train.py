@@ -15,6 +15,7 @@ from pixel_jax.named import digest, is_name
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.run_lock import hold
+from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
@@ -65,6 +66,7 @@ class TrainConfig:
     tools: tuple[str, ...] = (
         DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
     )
+    host_tools: HostToolsConfig = HostToolsConfig()  # those of them that run on the host
     corrections: bool = True  # tune on traces that show a mistake, too
     rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
     # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.

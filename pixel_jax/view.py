@@ -7,10 +7,14 @@ or an evaluation is written into its directory unless --out says otherwise.
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+
+if TYPE_CHECKING:
+    from pixel_jax.dialog import Language
 
 FLAGS = flags.FLAGS
 PAGE = "traces.html"
@@ -22,21 +26,38 @@ def define_flags(command: str) -> None:
     flags.DEFINE_string("out", None, f"The page to write; of a file of traces {PAGE}, unless it is given.")
     flags.DEFINE_integer("most", 100, "Traces of a file that are drawn.", lower_bound=1)
     flags.DEFINE_list("image_folders", [], "Where else than beside traces.jsonl its images may lie, as in a config.")
+    flags.DEFINE_list("tools", None, "That traces.jsonl calls: shipped tools, or module:name. By default the paper's.")
+    flags.DEFINE_string("call_format", "pixel_reasoner", "How calls are written in it, or module:name.")
 
 
 def main(command: str, arguments: list[str]) -> None:
+    from pixel_jax.dialog import Language
     from pixel_jax.terminal import say
+    from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
     if len(arguments) != 1:
         raise UserError(
             "give one directory of a run, an evaluation or synth, or one file of traces: pixel-jax view WHAT"
         )
-    say(view(pathlib.Path(arguments[0]), FLAGS.out, most=FLAGS.most, image_folders=FLAGS.image_folders))
+    language = Language(find_tools(FLAGS.tools or DEFAULT), find_format(FLAGS.call_format))
+    found = view(
+        pathlib.Path(arguments[0]), FLAGS.out, most=FLAGS.most, image_folders=FLAGS.image_folders, language=language
+    )
+    say(found)
 
 
-def view(what: pathlib.Path, out: str | None, *, most: int, image_folders: Sequence[str] = ()) -> str:
+def view(
+    what: pathlib.Path,
+    out: str | None,
+    *,
+    most: int,
+    image_folders: Sequence[str] = (),
+    language: "Language | None" = None,
+) -> str:
     """Draws it, and says what is drawn where.
 
+    Args:
+        language: of the calls in traces for tuning; None: the released one.
     Raises:
         UserError: there is nothing there to draw.
     """
@@ -54,7 +75,7 @@ def view(what: pathlib.Path, out: str | None, *, most: int, image_folders: Seque
         what = what / "traces.jsonl"
     page = out or PAGE
     if what.suffix in (".jsonl", ".parquet"):
-        drawn, count = written_traces(what, most, image_folders)
+        drawn, count = written_traces(what, most, image_folders, language)
     elif what.is_dir():
         files = sorted((x for x in what.rglob("*.json") if x.parent.name in KINDS_OF_TRACES), key=lambda x: str(x))
         if not files:
@@ -75,23 +96,32 @@ def view(what: pathlib.Path, out: str | None, *, most: int, image_folders: Seque
 KINDS_OF_TRACES = ("traces", "held_out", "rollouts")  # folders in which files of traces lie
 
 
-def written_traces(path: pathlib.Path, most: int, image_folders: Sequence[str]) -> tuple[list, int]:
+def written_traces(
+    path: pathlib.Path, most: int, image_folders: Sequence[str], language: "Language | None" = None
+) -> tuple[list, int]:
     """Traces that were written for tuning, with what their calls show, and how many the file has.
 
     They are written out as tuning writes them, but with a tokenizer of bytes, as none is known: words are the same.
     """
     from pixel_jax.data.read import read_examples
     from pixel_jax.data.traces import assemble, render, write_rows
+    from pixel_jax.dialog import Language
+    from pixel_jax.dialog.formats import FORMATS
     from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
     from pixel_jax.evaluation.trace import make_trace
     from pixel_jax.rollout.config import RolloutConfig
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.terminal import warn
 
-    examples, _ = read_examples(path, turns=True, image_folders=image_folders)
+    language = language or Language()
+    examples, _ = read_examples(path, turns=True, image_folders=image_folders, language=language)
     vocabulary = Vocabulary.of(build_tokenizer([]))
-    token_tables, drawn = tables(vocabulary), []
-    limits = RolloutConfig(max_calls=max((len(x.turns) for x in examples), default=1), max_images=MOST_IMAGES)
+    token_tables, drawn = tables(vocabulary, language.tools, language.format), []
+    limits = RolloutConfig(
+        max_calls=max((len(x.turns) for x in examples), default=1),
+        max_images=MOST_IMAGES,
+        call_format=next(name for name, known in FORMATS.items() if known is language.format),
+    )
     for example in examples[:most]:
         try:
             query = example.query()

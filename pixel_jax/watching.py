@@ -15,6 +15,7 @@ from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured
 from pixel_jax.data.traces import TraceError
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.parallel.processes import everywhere, say
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import PromptError
@@ -53,6 +54,7 @@ def hold_out(
     turns: bool,
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    language: Language = RELEASED_LANGUAGE,
 ) -> HeldOut:
     """The examples to train on, and those that the run is judged by. With several processes, all call it.
 
@@ -61,10 +63,12 @@ def hold_out(
         directory: of the phase, where it is noted what is held out.
         digests: of pictures; in the first process, which alone decides.
         turns: the examples are traces.
-        columns: what `source` calls our fields, as the data does.
+        columns: what `source` calls our fields, as the data does; language: of the calls in it.
     """
     if source is not None:
-        others, report = read_examples(source, turns=turns, image_folders=image_folders, columns=columns)
+        others, report = read_examples(
+            source, turns=turns, image_folders=image_folders, columns=columns, language=language
+        )
         say(str(report)) if str(report) else None
         if digests is not None and set(keys_of(examples, digests)) & set(keys_of(others, digests)):
             warn(f"{source} has pictures that are in the data, too: they are trained on, so they judge too kindly")

@@ -8,14 +8,18 @@ from PIL import Image
 
 from pixel_jax.cli import UserError
 from pixel_jax.data import synthesis
+from pixel_jax.data.example import ExampleError
+from pixel_jax.dialog import Language
+from pixel_jax.dialog.formats import FORMATS
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import Picture, Trace, Turn
 from pixel_jax.identity import settle
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
+from pixel_jax.tools import CROP_IMAGE, ROTATE
 from pixel_jax.training.progress import MetricsLog
-from pixel_jax.view import view
+from pixel_jax.view import view, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollout import talker
@@ -49,8 +53,6 @@ def written(tmp_path_factory):
 
 
 def test_traces_for_tuning_show_what_their_calls_show(written, tmp_path, capsys):
-    from pixel_jax.view import written_traces
-
     drawn, count = written_traces(written / "traces.jsonl", 100, [])
     assert count == 3 and len(drawn) == 2
     assert "traces.jsonl:3 is not drawn: turn 1 of a trace about 'Which?' is no call" in capsys.readouterr().err
@@ -69,6 +71,27 @@ def test_traces_for_tuning_show_what_their_calls_show(written, tmp_path, capsys)
         assert "2 traces of 3" not in said and "traces are drawn in" in said
     said, page = look(written, tmp_path, most=1)
     assert "1 traces of 3, as --most says, are drawn" in said and Reader(page).tags.count("article") == 1
+
+
+def test_traces_in_another_format_and_with_other_tools(written, tmp_path):
+    """As `synth` writes them for a config's tools and format; without its format the error names it."""
+    call = '<tool_call>\n{"name": "%s", "arguments": {%s}}\n</tool_call>'
+    zoom = call % ("image_zoom_in_tool", '"bbox_2d": [100, 200, 500, 900], "img_idx": 0')
+    turned = call % ("rotate", '"by": "90", "target_image": 1')
+    messages = [{"role": "user", "content": "<image>Which?"}]
+    for turn in (zoom, turned):
+        messages += [{"role": "assistant", "content": turn}, {"role": "user", "content": "Here."}]
+    row = {"messages": [*messages, {"role": "assistant", "content": "\\boxed{7}"}], "images": ["0.png"], "answer": "7"}
+    path = written / "other" / "traces.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(row))
+    (path.parent / "0.png").write_bytes((written / "0.png").read_bytes())
+    language = Language((CROP_IMAGE, ROTATE), FORMATS["qwen3_vl"])
+    (drawn,), _ = written_traces(path, 1, [], language)
+    _, *box = drawn.pictures[0].boxes[0]
+    assert box == [30, 40, 150, 180] and [len(turn.pictures) for turn in drawn.turns] == [0, 1, 0, 1, 0]
+    with pytest.raises(ExampleError, match="it is one in 'qwen3_vl'"):
+        look(path, tmp_path)
 
 
 def a_trace(title):

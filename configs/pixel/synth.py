@@ -19,7 +19,7 @@ def get_config(writer: str = "templates") -> ConfigDict:
     config.image = (0.3, 0.2, 0.2, 0.3)
     config.video = (0.9, 0.1)
     config.attempts = 3
-    config.pad = 0.1  # that of the tool in training and evaluation
+    config.pad = config_dict.placeholder(float)  # that of the tool in training and evaluation; None: the format's
     if writer == "endpoint":
         config.endpoint = ConfigDict()
         config.endpoint.url = config_dict.placeholder(str)

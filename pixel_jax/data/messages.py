@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from pixel_jax.data.example import ExampleError
 from pixel_jax.data.sources import Embedded
 from pixel_jax.dialog import grammar
-from pixel_jax.dialog.formats import PIXEL_REASONER
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
+from pixel_jax.dialog.unrecognised import fitting_formats
 from pixel_jax.terminal import brief
 
 KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
@@ -54,19 +55,30 @@ def fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
     return value
 
 
-def read_dialogue(messages: Any, where: str, pictures: Sequence[Any] | None = None, *, video: bool = False) -> Dialogue:
+def read_dialogue(
+    messages: Any,
+    where: str,
+    pictures: Sequence[Any] | None = None,
+    *,
+    video: bool = False,
+    language: Language = RELEASED_LANGUAGE,
+) -> Dialogue:
     """The conversation of a row.
 
     Args:
         pictures: those of a field beside the messages, for which parts without a value or `<image>` in a text stand.
         video: they are the frames of one video, or its file.
+        language: of its calls.
     Raises:
         ExampleError: it is none that a trace can be made of. The message has `where` and the message's number.
     """
     if not isinstance(messages, list):
         raise ExampleError(f"{where} must be a list, not {type(messages).__name__}")
     waiting = None if pictures is None else list(pictures)
-    found = [read_message(message, f"{where}, message {i}", waiting, video) for i, message in enumerate(messages, 1)]
+    found = [
+        read_message(message, f"{where}, message {i}", waiting, video, language)
+        for i, message in enumerate(messages, 1)
+    ]
     system = found.pop(0).text if found and found[0].role == "system" else None
     if waiting and found and not any(message.images for message in found):  # no part stands for them: they come first
         kind = {"images": waiting, "video": video, "text_after": bool(found[0].text)}
@@ -84,23 +96,40 @@ def read_dialogue(messages: Any, where: str, pictures: Sequence[Any] | None = No
     for i, message in enumerate(said, 1):
         if message.images or not message.text:
             raise ExampleError(f"{where}: turn {i} of the assistant must be a text and nothing else")
-        text = tidy(message.text)
-        asked = grammar.parse_turn(text)
+        text = tidy(message.text, language)
+        asked = grammar.parse_turn(text, language)
         if asked.required != (i < len(said)):
             what = "ends with a call" if asked.required else "is followed by another and has no call"
-            raise ExampleError(f"{where}: turn {i} of the assistant {what}")
-        if asked.required and asked.call is None and returned[i - 1].images:
-            raise ExampleError(f"{where}: the call of turn {i} cannot be read, but images came back: {text[-200:]!r}")
-    return Dialogue(system, first, [message._replace(text=tidy(message.text)) for message in said])
+            raise ExampleError(f"{where}: turn {i} of the assistant {what}{other_format(text, language)}")
+        if asked.required and asked.call is None:
+            other = other_format(text, language)
+            if returned[i - 1].images or other:
+                back = ", but images came back" if returned[i - 1].images else ""
+                raise ExampleError(f"{where}: the call of turn {i} cannot be read{back}{other}: {text[-200:]!r}")
+    return Dialogue(system, first, [message._replace(text=tidy(message.text, language)) for message in said])
 
 
-def tidy(text: str) -> str:
+def other_format(text: str, language: Language) -> str:
+    """To be added to what is wrong with a turn that is no call in this language and is one in another format."""
+    fits = [name for name in fitting_formats([text]) if name != language.format.name]
+    if not fits or grammar.parse_turn(text, language).call is not None:
+        return ""
+    return f" in the format {language.format.name!r}, which the config names; it is one in {fits[0]!r} (rollout.call_format)"
+
+
+def tidy(text: str, language: Language) -> str:
     """A turn as the policy would write it: no end marker, and nothing after a call."""
     bare = text.replace(grammar.END.decode(), "")
-    return bare.rstrip() if bare.rstrip().endswith(PIXEL_REASONER.closing) else bare
+    return bare.rstrip() if bare.rstrip().endswith(language.format.closing) else bare
 
 
-def read_message(message: Any, where: str, waiting: list[Any] | None = None, video: bool = False) -> Message:
+def read_message(
+    message: Any,
+    where: str,
+    waiting: list[Any] | None = None,
+    video: bool = False,
+    language: Language = RELEASED_LANGUAGE,
+) -> Message:
     """One message; parts that stand for a picture take theirs from `waiting`, frames of one `video` all at once."""
     message = fields(message, ("role",), where)
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
@@ -132,7 +161,7 @@ def read_message(message: Any, where: str, waiting: list[Any] | None = None, vid
                 videos.append(value if isinstance(value, list) else [value])
     if len(videos) > 1 or (videos and images):
         raise ExampleError(f"{where} shows {len(videos)} videos and {len(images)} images: one video or images")
-    text = "".join(texts) + written_calls(calls, where)
+    text = "".join(texts) + written_calls(calls, where, language)
     shown = (videos[0], True) if videos else (images, False)
     return Message(role, text, *shown, text_before, text_after, None if weight is None else bool(weight))
 
@@ -191,7 +220,7 @@ def from_data_url(url: str, where: str) -> Embedded:
     return Embedded(data, f"{where}, {brief(head, 60)}")
 
 
-def written_calls(calls: Any, where: str) -> str:
+def written_calls(calls: Any, where: str, language: Language = RELEASED_LANGUAGE) -> str:
     """`tool_calls` of an assistant's message as the text that the model writes; one call a turn."""
     if not calls:
         return ""
@@ -203,6 +232,14 @@ def written_calls(calls: Any, where: str) -> str:
     arguments = call["arguments"]
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
+    written = language.format
+    if not language.named:  # of the one tool that such a format can write
+        (tool,) = language.tools
+        if call["name"] != tool.name:
+            raise ExampleError(
+                f"{where}: calls of the format {written.name!r} have no name and are all of {tool.name!r}, not of "
+                f"{brief(call['name'])}"
+            )
+        return f"\n{written.opening}{arguments}{written.closing}"
     name = json.dumps(call["name"], ensure_ascii=False)
-    opening, closing = PIXEL_REASONER.opening, PIXEL_REASONER.closing
-    return f'\n{opening}\n{{"name": {name}, "arguments": {arguments}}}\n{closing}'
+    return f'\n{written.opening}\n{{"name": {name}, "arguments": {arguments}}}\n{written.closing}'

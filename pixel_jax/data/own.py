@@ -31,6 +31,7 @@ from typing import Any
 from pixel_jax.data.example import Example, ExampleError, Report
 from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.rows import check_columns, read_row
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.files import parse_json, read_lines
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]  # where each stands, and how it is read
@@ -43,11 +44,13 @@ def read_own(
     report: Report | None = None,
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    language: Language = RELEASED_LANGUAGE,
 ) -> list[Example]:
     """The examples of a file or folder, checked: every field, every image's path. With `turns` they are required.
 
     Images lie in the folder or in one of `image_folders` (`pixel_jax.data.sources.locate`); `columns` has the data's names for
-    our fields. A `report` that drops takes note of what is no example; otherwise the first such row is an `ExampleError`.
+    our fields; calls in `messages` are in the `language`. A `report` that drops takes note of what is no example; otherwise the
+    first such row is an `ExampleError`.
     """
     path = pathlib.Path(path)
     report = report or Report(str(path))
@@ -57,11 +60,11 @@ def read_own(
         raise ExampleError(
             f"{path} holds no *.jsonl or *.parquet files and no prepared TFDS data, whose folder has a dataset_info.json"
         )
-    options = {"image_folders": image_folders, "columns": columns, "turns": turns, "report": report}
+    options = {"image_folders": image_folders, "columns": columns, "turns": turns, "language": language}
     examples: list[Example] = []
     for file in files:
         for where, row in READERS[file.suffix](file):
-            report.take(examples, lambda: read_row(row(), where, file.parent, **options))  # noqa: B023
+            report.take(examples, lambda: read_row(row(), where, file.parent, report=report, **options))  # noqa: B023
     return examples
 
 

@@ -9,6 +9,7 @@ from pixel_jax.data.images import ImageError
 from pixel_jax.data.own import READERS, read_own
 from pixel_jax.data.parquet import column_names
 from pixel_jax.data.released import QUESTION_COLUMNS, read_questions, read_traces
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 
 
 def read_examples(
@@ -18,6 +19,7 @@ def read_examples(
     drop: bool = False,
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    language: Language = RELEASED_LANGUAGE,
 ) -> tuple[list[Example], Report]:
     """The examples of a file, their pixels left where they are, and what became of its rows.
 
@@ -29,6 +31,7 @@ def read_examples(
         broken image is an error when its turn comes. The first bad row is an error then, too.
       image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
       columns: what data of one's own calls our fields: ours -> theirs.
+      language: of the calls in conversations: the tools and the call format of the config.
     """
     path = pathlib.Path(path)
     report = Report(str(path), drop)
@@ -43,11 +46,12 @@ def read_examples(
     elif not (path.is_file() or path.is_dir()):
         raise ExampleError(f"{path} is not a file or directory")
     elif path.suffix == ".json":
-        examples = read_traces(path, report, image_folders)
+        examples = read_traces(path, report, image_folders, language)
     elif path.suffix == ".parquet" and not columns and set(QUESTION_COLUMNS) <= set(column_names(path, ExampleError)):
         examples = read_questions(path, report, image_folders)
     elif path.is_dir() or path.suffix in READERS:
-        examples = read_own(path, turns=turns, report=report, image_folders=image_folders, columns=columns)
+        options = {"image_folders": image_folders, "columns": columns, "language": language}
+        examples = read_own(path, turns=turns, report=report, **options)
     else:
         raise ExampleError(
             f"{path} must be a .jsonl, .json or .parquet file, or a directory of .jsonl and .parquet files or prepared by TFDS"

@@ -21,6 +21,7 @@ from pixel_jax.data.messages import fields, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.sources import Embedded, Folder
 from pixel_jax.data.traces import Turn
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.files import open_regular, parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
@@ -30,8 +31,13 @@ LEARNED = 2  # last turns of the assistant (`create_assistant_response_mask` of 
 QUESTION_COLUMNS = ("question", "answer", "image", "is_video", "qid")
 
 
-def read_traces(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
-    """The examples of a `release.json`: an array of rows, or a row a line.
+def read_traces(
+    path: str | pathlib.Path,
+    report: Report,
+    image_folders: Sequence[str] = (),
+    language: Language = RELEASED_LANGUAGE,
+) -> list[Example]:
+    """The examples of a `release.json`: an array of rows, or a row a line. Their calls are in the `language`.
 
     Images lie in its folder or in one of `image_folders` (`pixel_jax.data.sources.locate`).
     """
@@ -39,7 +45,7 @@ def read_traces(path: str | pathlib.Path, report: Report, image_folders: Sequenc
     folder = Folder(path.parent, image_folders)
     examples: list[Example] = []
     for where, row in _json_rows(path):
-        report.take(examples, lambda: trace_example(row(), where, folder, report))  # noqa: B023
+        report.take(examples, lambda: trace_example(row(), where, folder, report, language))  # noqa: B023
     return examples
 
 
@@ -58,21 +64,23 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"{path}, row {number}", lambda row=row: row
 
 
-def trace_example(row: Any, where: str, folder: Folder, report: Report) -> Example:
+def trace_example(
+    row: Any, where: str, folder: Folder, report: Report, language: Language = RELEASED_LANGUAGE
+) -> Example:
     """One row of the traces. ExampleError: it is none; `report` counts what had to be mended."""
     row = fields(row, ("qid", "message_list"), where)
     name = row["qid"]
     if not isinstance(name, str | int) or name == "":
         raise ExampleError(f"{where}: 'qid' must be a text or a number, not {brief(name)}")
     where = f"{where} ({name})"
-    system, first, said = read_dialogue(row["message_list"], f"{where}: 'message_list'")
+    system, first, said = read_dialogue(row["message_list"], f"{where}: 'message_list'", language=language)
     if not said:
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end")
     turns = [Turn(((message.text, i >= len(said) - LEARNED),)) for i, message in enumerate(said)]
     answer = last_boxed(turns[-1].parts[0][0])
     if answer is None:
         report.mended["an answer without \\boxed{} was kept"] += 1
-    if system != system_prompt():
+    if system != system_prompt(language.tools, language.format):
         report.mended["a system message other than ours, or none, was replaced by ours"] += 1
     if first.text_before and first.text_after:
         report.mended["text of a question on both sides of its images was put before them"] += 1

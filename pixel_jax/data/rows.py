@@ -12,6 +12,7 @@ from pixel_jax.data.example import Example, ExampleError, Report, is_seconds
 from pixel_jax.data.messages import Dialogue, picture, read_dialogue
 from pixel_jax.data.sources import Embedded, Source, locate
 from pixel_jax.data.traces import Turn
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.template import system_prompt
 from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
@@ -48,6 +49,7 @@ def read_row(
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     turns: bool = False,
+    language: Language = RELEASED_LANGUAGE,
     report: Report,
 ) -> Example:
     """One row, checked: every field, every picture's path.
@@ -57,6 +59,7 @@ def read_row(
         folder, image_folders: where pictures may lie (`pixel_jax.data.sources.locate`).
         columns: what the data calls our fields.
         turns: they are required.
+        language: of the calls in `messages`.
     Raises:
         ExampleError: it is no example; the message has `where` and the field.
     """
@@ -81,8 +84,8 @@ def read_row(
     if row.get("messages") is not None:
         if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
             raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
-        said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video)
-        question, given = said.first.text.strip(), turns_of(said, report)
+        said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video, language=language)
+        question, given = said.first.text.strip(), turns_of(said, language, report)
         pictures, video, text_first = said.first.images, said.first.video, said.first.text_before
         if answer is None and given and (boxed := last_boxed(said.said[-1].text)) is not None:
             answer = boxed
@@ -139,8 +142,8 @@ def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Call
     return locate(value, folder, others, error=refuse)
 
 
-def turns_of(said: Dialogue, report: Report) -> tuple[Turn, ...]:
-    if said.system is not None and said.system != system_prompt():
+def turns_of(said: Dialogue, language: Language, report: Report) -> tuple[Turn, ...]:
+    if said.system is not None and said.system != system_prompt(language.tools, language.format):
         report.mended["a system message other than ours was replaced by ours"] += 1
     if said.first.text_before and said.first.text_after:
         report.mended["text of a question on both sides of its images was put before them"] += 1

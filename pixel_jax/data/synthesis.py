@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pixel_jax.data.traces import Trace, Turn, right, wrong
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
+from pixel_jax.dialog.writing import as_written, write_call
 from pixel_jax.rollout.prompts import Query
+from pixel_jax.tools import CROP_IMAGE, SELECT_FRAMES
 
 CALL_BOX = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 CALL_FRAMES = '<tool_call>\n{"name": "select_frames", "arguments": {"target_frames": ['
@@ -60,13 +63,22 @@ def opening_select(cue: str) -> str:
     return SENTENCES.select.format(cue) + CALL_FRAMES
 
 
-def crop_call(cue: str, box: Sequence[float], target: int = 1) -> str:
-    return opening_zoom(cue) + written_box(box) + END_TARGET % target
+def crop_call(
+    cue: str,
+    box: Sequence[float],
+    target: int = 1,
+    size: tuple[int, int] = (1, 1),
+    language: Language = RELEASED_LANGUAGE,
+) -> str:
+    """The sentence and the call that zoom in; `size` is the (height, width) of image number `target`."""
+    values = {"bbox_2d": box, "target_image": target}
+    return SENTENCES.zoom.format(cue) + write_call(language, CROP_IMAGE.name, values, size=size, label=cue)
 
 
-def select_call(cue: str, frames: Sequence[int]) -> str:
+def select_call(cue: str, frames: Sequence[int], language: Language = RELEASED_LANGUAGE) -> str:
     """`frames` count from 1."""
-    return opening_select(cue) + ", ".join(map(str, frames)) + END_FRAMES
+    values = {"target_frames": frames}
+    return SENTENCES.select.format(cue) + write_call(language, SELECT_FRAMES.name, values, label=cue)
 
 
 def final_answer(answer: str) -> str:
@@ -83,7 +95,12 @@ def outward(box: Sequence[float], width: int, height: int) -> Box:
 
 def in_pixels(box: Sequence[float], width: int, height: int, pad: float = 0.0) -> tuple[int, int, int, int]:
     """What the crop tool cuts out for a box in hundredths, `pad` being added on each side as a share of the image."""
-    edges = (round(x, 2) + sign * pad for x, sign in zip(box, (-1, -1, 1, 1), strict=True))
+    return cut_out([round(x, 2) for x in box], width, height, pad)
+
+
+def cut_out(shares: Sequence[float], width: int, height: int, pad: float) -> tuple[int, int, int, int]:
+    """The same of any shares."""
+    edges = (x + sign * pad for x, sign in zip(shares, (-1, -1, 1, 1), strict=True))
     sides = (width, height) * 2
     return tuple(round(min(max(edge, 0.0), 1.0) * side) for edge, side in zip(edges, sides, strict=True))
 
@@ -133,41 +150,49 @@ def image_turns(
     pad: float = 0.0,
     target: int = 1,
     images: int = 1,
+    language: Language = RELEASED_LANGUAGE,
 ) -> tuple[Turn, ...]:
     """The turns that look at `reference` of image number `target` of `images`, after the mistake of the `kind`.
 
     `size` is the image's (height, width), `pad` what the crop tool will add on each side: a crop that misses the
     reference misses it with its padding, and a box within a crop is a box within what was shown of it. `shown` is cut out
     instead of the reference, which is written all the same: so a model can be shown crops as imprecise as its own boxes
-    will be and still learn exact ones.
+    will be and still learn exact ones. Calls are written in the `language`, which has the crop among its tools.
+
+    Raises:
+        UnwritableError: its format cannot name an image of that number.
     """
     carried_out = reference if shown is None else shown
     end = right(final_answer(answer))
 
     def look(before: str = "") -> Turn:
-        written, executed = (crop_call(cue, box, target) for box in (reference, carried_out))
+        written, executed = (crop_call(cue, box, target, size, language) for box in (reference, carried_out))
         return Turn(((before + written, True),), executed=executed)
 
     if kind == "single":
         return (look(), end)
     if kind in ("recrop", "recrop_twice"):
         misses = [missing_box(rng, grown(reference, pad)) for _ in range(1 if kind == "recrop" else 2)]
-        turns = [wrong((SENTENCES.missed if i else "") + crop_call(cue, box, target)) for i, box in enumerate(misses)]
+        turns = [
+            wrong((SENTENCES.missed if i else "") + crop_call(cue, box, target, size, language))
+            for i, box in enumerate(misses)
+        ]
         return (*turns, look(SENTENCES.missed), end)
     if kind == "further":
         height, width = size
         loose = loose_box(rng, reference, (3.0, 6.0))
-        x1, y1, x2, y2 = in_pixels(loose, width, height, pad)
+        x1, y1, x2, y2 = cut_out(as_written(language, [round(x, 2) for x in loose], size), width, height, pad)
+        shown_first = (y2 - y1, x2 - x1)
         within = lambda box: outward(
             np.clip(np.array(in_pixels(box, width, height)) - (x1, y1, x1, y1), 0, (x2 - x1, y2 - y1) * 2),
             x2 - x1,
             y2 - y1,
         )
         closer = Turn(
-            ((SENTENCES.too_large + crop_call(cue, within(reference), target=images + 1), True),),
-            executed=crop_call(cue, within(carried_out), target=images + 1),
+            ((SENTENCES.too_large + crop_call(cue, within(reference), images + 1, shown_first, language), True),),
+            executed=crop_call(cue, within(carried_out), images + 1, shown_first, language),
         )
-        return (wrong(crop_call(cue, loose, target)), closer, end)
+        return (wrong(crop_call(cue, loose, target, size, language)), closer, end)
     raise ValueError(f"kind must be one of {IMAGE_KINDS}, not {kind!r}")
 
 
@@ -187,20 +212,26 @@ def image_trace(
 
 
 def video_turns(
-    rng: np.random.Generator, length: int, cue: str, frames: Sequence[int], answer: str, kind: str
+    rng: np.random.Generator,
+    length: int,
+    cue: str,
+    frames: Sequence[int],
+    answer: str,
+    kind: str,
+    language: Language = RELEASED_LANGUAGE,
 ) -> tuple[Turn, ...]:
     """The turns that select `frames` (from 1, of `length`), after as many wrong ones if the `kind` is "reselect"."""
     end = right(final_answer(answer))
     if kind == "single":
-        return (right(select_call(cue, frames)), end)
+        return (right(select_call(cue, frames, language)), end)
     if kind == "reselect":
         others = [i for i in range(1, length + 1) if i not in frames]
         if not others:
             raise ValueError(f"all {length} frames are the reference: none is wrong")
         picked = sorted(int(i) for i in rng.choice(others, min(len(frames), len(others)), replace=False))
         return (
-            wrong(select_call(cue, picked)),
-            right(SENTENCES.wrong_frames + select_call(cue, frames)),
+            wrong(select_call(cue, picked, language)),
+            right(SENTENCES.wrong_frames + select_call(cue, frames, language)),
             end,
         )
     raise ValueError(f"kind must be one of {VIDEO_KINDS}, not {kind!r}")

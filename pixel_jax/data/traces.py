@@ -162,7 +162,7 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = machine.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = called(call, result, call.required)
+    done = called(call, result, call.required, tables.tools)
     return call.required, done, shown_by(done, number), ids, lengths, add_to_gallery(seen.gallery, done, number)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
 from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
@@ -33,7 +33,6 @@ from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 MAX_LIST = 16
 MAX_DIGITS = 6
 NUM_INTEGERS = 4
-IMAGES = "{images}"  # where an outcome's text has its images; else they follow it
 NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # what may stand in the braces of a text
 HEAD = ("\n", IM_START, "user\n")  # before the text
 TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
@@ -65,7 +64,9 @@ class Kind(NamedTuple):
 def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[Kind, ...]:
     """All kinds of observation that calls of `tools` can have, as a format tells them, in the order in which records count
     them."""
-    told = (Kind(tool, x._replace(text=call_format.text(tool, x))) for tool in tools for x in tool.outcomes)
+    # What a tool of the host says is put around its answer there (`rollout.host`).
+    text = lambda tool, outcome: outcome.text if tool.host else call_format.text(tool, outcome)
+    told = (Kind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)
     return (*told, Kind(None, malformed(tools, call_format)))
 
 

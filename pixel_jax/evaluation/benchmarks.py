@@ -17,6 +17,7 @@ from pixel_jax.data import own
 from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.released import QUESTION_COLUMNS
 from pixel_jax.data.sources import Folder, SourceError, locate
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.files import parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
@@ -201,6 +202,7 @@ def read_own(
     images: pathlib.Path | None = None,
     others: Folders = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    language: Language = RELEASED_LANGUAGE,
 ) -> tuple[list[Question], None]:
     """A folder of one's own (`pixel_jax.data.own`), its videos shown as in training."""
     if images is not None:
@@ -214,8 +216,9 @@ def read_own(
             category=x.category,
             is_video=x.video,
             seconds=x.seconds,
+            fields=x.fields,
         )
-        for x in own.read_own(data, image_folders=others, columns=columns)
+        for x in own.read_own(data, image_folders=others, columns=columns, language=language)
     ]
     return found, None
 
@@ -240,6 +243,7 @@ def read(
     split: str | None = None,
     sample: int | None = None,
     seed: int = 0,
+    language: Language = RELEASED_LANGUAGE,
 ) -> tuple[list[Question], str]:
     """The questions of a benchmark, in their order, and their split.
 
@@ -249,13 +253,16 @@ def read(
       columns: what data of one's own calls our fields.
       split: what the split is, where the files do not say; by default a test set.
       sample: so many questions, drawn by `seed` (the authors' TallyQA is 3,200 of 15,598).
+      language: of the calls in conversations of data of one's own.
     """
     data, images = pathlib.Path(data), None if images is None else pathlib.Path(images)
     if not data.exists():
         raise BenchmarkError(f"there is no {data}")
     if columns and kind != "jsonl":
         raise BenchmarkError(f"columns are of data of one's own (the format 'jsonl'); {kind!r} has fields of its own")
-    reader = functools.partial(read_own, columns=columns) if columns else READERS[kind]
+    reader = READERS[kind]
+    if kind == "jsonl":
+        reader = functools.partial(read_own, columns=columns, language=language)
     questions, said = reader(data, images, image_folders)
     if said is not None and split is not None and said != split:
         raise BenchmarkError(f"{data} is the split {said!r}, the config says {split!r}")

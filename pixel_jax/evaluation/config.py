@@ -6,6 +6,7 @@ from typing import Literal
 from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
 
@@ -71,6 +72,7 @@ class EvalConfig:
     tools: tuple[str, ...] = (
         DEFAULT  # what the model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
     )
+    host_tools: HostToolsConfig = HostToolsConfig()  # those of them that run on the host
     batch: int = 64  # questions a step and process; a multiple of data x fsdp of the mesh
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)  # of each process's own devices; none: one device
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process

@@ -103,10 +103,13 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
 def answer(config: EvalConfig) -> None:
     """All questions, in as many processes as have joined; the first one reports."""
     from pixel_jax.data.limits import use_limits
+    from pixel_jax.dialog import Language
     from pixel_jax.evaluation.benchmarks import read
     from pixel_jax.parallel.processes import first, meet
+    from pixel_jax.tools.named import find_format, find_tools
 
     use_limits(config.limits)
+    language = Language(find_tools(config.tools), find_format(config.rollout.call_format))
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     data = {
         name: read(
@@ -118,6 +121,7 @@ def answer(config: EvalConfig) -> None:
             split=x.split,
             sample=x.sample,
             seed=config.seed,
+            language=language,
         )
         for name, x in config.benchmarks.items()
         if x.data is not None
@@ -143,6 +147,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.evaluation.stages import Exam, Policy, Stages
     from pixel_jax.evaluation.stages import answer as answer_questions
+    from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
     from pixel_jax.rollout.prompts import tables
     from pixel_jax.rollout.rollout import host_rollouts
@@ -161,9 +166,13 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
-    with host_rollouts(config.tools, tools, vocabulary) as rollouts:
+    with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
         stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
+        if code := {x: digest(x) for x in (*config.tools, config.rollout.call_format) if is_name(x)}:
+            held["code"] = code  # other code is another evaluation
+        if rollouts is not None:
+            held["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
             exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
@@ -178,6 +187,9 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 stages=stages,
                 label=f"{name} {mode}",
             )
+            if rollouts is not None:
+                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.facts().items())
+                say(f"{name} {mode}: calls of tools that run on the host: {counts}")
 
 
 def report(config: EvalConfig, data: Data, directories: Directories) -> None:

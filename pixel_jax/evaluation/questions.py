@@ -1,6 +1,7 @@
 """A question of a benchmark, its pixels still on disk."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from pixel_jax.data.sources import Source, frame_sizes, load_frames
 from pixel_jax.evaluation.clips import load_clip, size_of
@@ -24,6 +25,7 @@ class Question(NamedTuple):
     video_file: bool = False
     bound: tuple[float, float] | None = None  # seconds of the video file to look between
     frames: int = 16
+    fields: Mapping[str, Any] = {}  # what else its row has, as JSON values
 
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every picture or frame, from the files' headers."""

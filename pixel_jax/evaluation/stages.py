@@ -181,7 +181,8 @@ USUAL = Stages()
 
 
 def about(index: int, question: Question) -> Record:
-    return {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+    return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
 def unanswered(index: int, question: Question, why: str, answers: int) -> Record:

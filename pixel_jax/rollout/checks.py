@@ -17,7 +17,7 @@ SIDE, SLOTS = 64, 3  # of the pictures, and pictures of the row, that a tool is 
 HOST = ("callback", "infeed", "outfeed", "debug_print")  # in the names of what talks to the host
 
 
-def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig()) -> None:  # noqa: B008, never changed
+def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig(pad=0.0)) -> None:  # noqa: B008, never changed
     """Raises `ToolError` where `tool` is no pure function of what it is given, or gives back what there is no room for.
 
     It is traced, not run: what it computes with pixels and numbers stays unknown.
@@ -37,8 +37,8 @@ def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig()) -> No
         new = _traced(
             tool, "drawn_size", lambda values, size: size_of_drawing(tool, read(tool, values), size), values, size
         )
-        if getattr(new, "shape", None) != (2,):
-            raise ToolError(f"`drawn_size` of tool {tool.name!r} is {_said(new)}, not (height, width)")
+        if getattr(new, "shape", None) != (2,) or not jnp.issubdtype(new.dtype, jnp.integer):
+            raise ToolError(f"`drawn_size` of tool {tool.name!r} is {_said(new)}, not int32 [2], (height, width)")
     answer = _traced(
         tool, "execute", lambda values, seen: _checked(tool, read(tool, values), seen, limits), values, pictures
     )
@@ -79,11 +79,16 @@ def _traced(tool: Tool, part: str, function, *given):
     """The abstract result of a part of a tool that is pure."""
     try:
         program, result = jax.make_jaxpr(function, return_shape=True)(*given)
-    except jax.errors.ConcretizationTypeError as error:
+    except ToolError:
+        raise
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ToolError(
             f"`{part}` of tool {tool.name!r} asks for the value of something that only the running program knows: "
             f"{str(error).splitlines()[0]} (jnp.where and jax.lax.cond choose inside a program)"
         ) from None
+    except Exception as error:
+        said = (str(error).splitlines() or [""])[0]
+        raise ToolError(f"`{part}` of tool {tool.name!r} raises {type(error).__name__}: {said}") from error
     if found := next((name for name in _primitives(program) if any(word in name for word in HOST)), None):
         raise ToolError(
             f"`{part}` of tool {tool.name!r} is not pure: it talks to the host ({found}). A tool that must is one of the "

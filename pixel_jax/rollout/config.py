@@ -33,7 +33,7 @@ class RolloutConfig:
     video_min_pixels: int = 4 * FACTOR**2  # of a frame of a video in the prompt, at least
     video_max_pixels: int = 512 * FACTOR**2  # of a frame of a video in the prompt, at most
     max_side: int = 3584  # longest side of anything shown, in pixels; the static canvas of a resize
-    pad: float = 0.1  # added on each side of a box, as a share of the image
+    pad: float | None = None  # added on each side of a box, as a share of the image; None: what the call format says
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
     call_format: str = "pixel_reasoner"  # how calls are written: a name of `pixel_jax.dialog.formats`, or module:name
     one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
@@ -49,7 +49,7 @@ class RolloutConfig:
     implementation: Literal["dense", "chunked", "kernel"] | None = None
 
     def __post_init__(self):
-        if not 0 <= self.pad <= 1:
+        if self.pad is not None and not 0 <= self.pad <= 1:
             raise ValueError(f"pad is a share of the image, in [0, 1]: {self.pad}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")

@@ -1,7 +1,8 @@
 """Pictures that tools make of what a row has seen. They are never kept: whoever looks at one has it made again, bit for bit.
 
 A row has the canvases of its prompt and, behind them, one for each of its calls. What call n made may be what call n + 1
-looks at, so they are made in order, as far as they are wanted.
+looks at, so they are made in order, as far as they are wanted. What a tool of the host returns cannot be made again: it is
+kept, once (`Images.keep`), and given to programs beside the canvases (`Pictures`).
 """
 
 import functools
@@ -28,14 +29,43 @@ class Drawings(NamedTuple):
     canvas: jax.Array  # int32 [..., N], as in `Views`
     region: jax.Array  # int32 [..., N, 4]
     size: jax.Array  # int32 [..., N, 2], (height, width) of what was made; zeros: nothing was
+    picture: jax.Array | None = None  # uint32 [..., N, 8], digest of what a tool of the host returned; zeros: nothing
+
+
+class Pictures(NamedTuple):
+    """P pictures that tools of the host returned, for rows to look at."""
+
+    digest: jax.Array  # uint32 [P, 8]; zeros: no picture
+    pixels: jax.Array  # uint8 [P, S, S, 3], zero beyond the size of each
+
+
+FEWEST, SMALLEST = 8, 64  # P and S at least: few sizes, few compilations
+
+
+def pictures_of(images: Iterable[Images], wanted: np.ndarray | None = None) -> Pictures:
+    """What tools of the host returned to rows of these prompts, each once; those `wanted` (digests uint32 [..., 8]) alone.
+
+    P and S are powers of two: each is a compilation.
+    """
+    found = {digest: picture for of_prompt in images for digest, picture in of_prompt.returned.items()}
+    if wanted is not None:
+        digests = {x.astype("<u4").tobytes() for x in np.unique(wanted.reshape(-1, 8), axis=0) if x.any()}
+        found = {digest: found[digest] for digest in sorted(digests)}
+    side = max([SMALLEST, *(max(picture.shape) for picture in found.values())])
+    room, side = (1 << (n - 1).bit_length() for n in (max(len(found), FEWEST), side))
+    pictures = Pictures(np.zeros((room, 8), np.uint32), np.zeros((room, side, side, 3), np.uint8))
+    for place, (digest, picture) in enumerate(found.items()):
+        pictures.digest[place] = np.frombuffer(digest, "<u4")
+        pictures.pixels[place, : picture.shape[0], : picture.shape[1]] = picture
+    return pictures
 
 
 def drawings(calls: Calls, tools: tuple[Tool, ...], config: RolloutConfig) -> Drawings | None:
     """Those of the calls [..., N] that can be looked at; None where no tool makes pictures, or all are blanked."""
-    if config.blank or all(tool.draw is None for tool in tools):
+    if config.blank or not any(tool.draw is not None or tool.picture for tool in tools):
         return None
     first, most = calls.source.canvas[..., 0], config.max_calls
-    found = Drawings(calls.tool, calls.values, first, calls.source.region[..., 0, :], calls.drawn)
+    found = Drawings(calls.tool, calls.values, first, calls.source.region[..., 0, :], calls.drawn, calls.picture)
     axis = first.ndim - 1
     return jax.tree.map(lambda x: x[(slice(None),) * axis + (slice(most),)], found)
 
@@ -50,26 +80,43 @@ def reach(canvas: jax.Array) -> jax.Array:
     return jnp.max(jnp.where(canvas < NO_CANVAS, made_by(0) - canvas + 1, 0))
 
 
-def draw(canvases: jax.Array, drawings: Drawings, calls: jax.Array, tools: tuple[Tool, ...]) -> jax.Array:
-    """The canvases of one row uint8 [C, H, W, 3], and behind them what its first `calls` made: [C + N, S, S, 3], S the longer of
-    H and W. Zero beyond the size of each."""
+def draw(
+    canvases: jax.Array,
+    drawings: Drawings,
+    calls: jax.Array,
+    tools: tuple[Tool, ...],
+    pictures: Pictures | None = None,
+) -> jax.Array:
+    """The canvases of one row uint8 [C, H, W, 3], and behind them what its first `calls` made: [C + N, S, S, 3], S the longest
+    of H, W and the sides of `pictures`. Zero beyond the size of each."""
     count, height, width, _ = canvases.shape
-    side, calls_most = max(height, width), drawings.tool.shape[0]
+    side, calls_most = longest(height, width, pictures), drawings.tool.shape[0]
     room = jnp.pad(canvases, ((0, calls_most), (0, side - height), (0, side - width), (0, 0)))
     making = [i for i, tool in enumerate(tools) if tool.draw is not None]
     index = jnp.arange(side)
 
     def step(number: jax.Array, room: jax.Array) -> jax.Array:
-        tool, values, canvas, region, size = jax.tree.map(lambda x: x[number], drawings)
+        tool, values, canvas, region, size, picture = jax.tree.map(lambda x: x[number], drawings)
         down, across = jnp.minimum(region[1] + index, side - 1), jnp.minimum(region[0] + index, side - 1)
         of = region_size(region)
         source = inside(room[places(canvas, count)][down][:, across], of)
         branches = [lambda i=i: tools[i].draw(read(tools[i], values), source, of) for i in making]
         which = sum(jnp.where(tool == i, place, 0) for place, i in enumerate(making))
-        return room.at[count + number].set(inside(jax.lax.switch(which, branches), size))
+        made = jax.lax.switch(which, branches) if making else source
+        if pictures is not None:
+            spare = side - pictures.pixels.shape[1]
+            place = jnp.argmax(jnp.all(pictures.digest == picture, axis=1))
+            given = jnp.pad(pictures.pixels[place], ((0, spare), (0, spare), (0, 0)))
+            made = jnp.where(jnp.any(picture != 0), given, made)
+        return room.at[count + number].set(inside(made, size))
 
     with jax.named_scope("drawings"):
         return jax.lax.fori_loop(0, calls, step, room)
+
+
+def longest(height: int, width: int, pictures: Pictures | None) -> int:
+    """The side of what holds any picture that a row can look at, in pixels; its canvases are [height, width]."""
+    return max(height, width, 0 if pictures is None else pictures.pixels.shape[1])
 
 
 def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
@@ -79,12 +126,14 @@ def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
 
 
 def canvases_of(images: Images, calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
-    """The canvases of a row, as `Views.canvas` names them: the images of its prompt, and what its calls made, in order."""
+    """The canvases of a row on the host, as `Views.canvas` names them: the images of its prompt, and what its calls made or
+    returned, in order."""
     canvases = dict(enumerate(images.arrays))
     for number, call in enumerate(calls):
-        if call.drawn.any():
-            source = canvases[int(call.source.canvas[0])]
-            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, source)
+        if call.picture is not None and call.picture.any():
+            canvases[made_by(number)] = images.find(call.picture)
+        elif call.drawn.any():
+            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, canvases[int(call.source.canvas[0])])
     return canvases
 
 

@@ -9,29 +9,32 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.ops import smart_resize
+from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.drawings import canvases_of
 from pixel_jax.rollout.images import Images
 from pixel_jax.rollout.loop import RolloutState
-from pixel_jax.rollout.machine import ASKING
-from pixel_jax.rollout.trajectory import Calls, CallStatus, Prompts
+from pixel_jax.rollout.machine import ASKING, Told
+from pixel_jax.rollout.trajectory import Calls, CallStatus, no_pictures
 from pixel_jax.rollout.views import GREY
 from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.looking import Gallery
-from pixel_jax.tools.tool import ANSWERED, Tool
+from pixel_jax.tools.looking import MAX_RATIO, Gallery
+from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
 WIDTH = 64  # answers are padded to a multiple, to share programs
 
 
 class HostCall(NamedTuple):
-    """A call that the row `row` waits for."""
+    """A call that a row waits for."""
 
     row: int
+    prompt: int  # the row's
     request: Request
 
 
-def host_calls(state: RolloutState) -> list[HostCall]:
-    """The calls of tools of the host that rows wait for."""
+def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
+    """The calls of tools of the host that rows wait for; `images` are the prompts' `Images` [B]."""
     prompts, config, shape = state.prompts, state.config, state.shape
     if not any(tool.host for tool in shape.tools):
         return []
@@ -48,24 +51,15 @@ def host_calls(state: RolloutState) -> list[HostCall]:
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
         video = bool(np.asarray(prompts.is_video)[prompt])
-        pictures = images_of(
-            images_at(prompts, int(prompt)), video, mine(at["gallery"]), mine(at["calls"]), shape.tools
-        )
+        pictures = images_of(images[prompt], video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
             argument.name: plain(turn.call.arguments[argument.name], getattr(argument, "options", ()))
             for argument in shape.tools[turn.call.tool].arguments
         }
-        found.append(HostCall(int(row), Request(turn.call.tool, arguments, pictures)))
+        found.append(HostCall(int(row), int(prompt), Request(turn.call.tool, arguments, pictures)))
     return found
-
-
-def images_at(prompts: Prompts, place: int) -> Images:
-    """The images of the prompt at a place, fetched from the devices."""
-    sizes, count = np.asarray(prompts.canvas_size)[place], int(np.asarray(prompts.num_canvases)[place])
-    given = np.asarray(prompts.canvases[place])
-    return Images(tuple(given[i, : sizes[i, 0], : sizes[i, 1]] for i in range(count)))
 
 
 def images_of(images: Images, video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]) -> list[np.ndarray]:
@@ -90,22 +84,61 @@ def plain(value: Any, options: Sequence[str] = ()) -> Any:
 
 
 def tell(
-    replies: Sequence[Reply], calls: Sequence[HostCall], state: RolloutState, vocabulary: Vocabulary
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What `machine.tell` reads: ids int32 [R, T], lengths, places of the outcomes, statuses int32 [R]."""
-    rows, shape = state.rows.status.shape[0], state.shape
+    replies: Sequence[Reply],
+    calls: Sequence[HostCall],
+    images: np.ndarray,
+    state: RolloutState,
+    vocabulary: Vocabulary,
+) -> Told:
+    """What `machine.tell` reads, put as the call format has it. Pictures are kept by their prompts' `images` (`Images` [B])."""
+    rows, config, shape = state.rows.status.shape[0], state.config, state.shape
+    call_format = state.prompts.tables.reader.language.format
     ids = [[] for _ in range(rows)]
-    outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
-    kinds = [(tool, x) for tool in shape.tools for x in tool.outcomes]
-    for reply, (row, request) in zip(replies, calls, strict=True):
-        tool, right = shape.tools[request.tool], reply.outcome == ANSWERED
+    zeros = lambda: np.zeros((rows, 2), np.int32)
+    told = Told(
+        ids=(),
+        lengths=np.zeros(rows, np.int32),
+        outcome=np.full(rows, -1, np.int32),
+        status=np.full(rows, CallStatus.NONE, np.int32),
+        drawn=zeros(),
+        size=zeros(),
+        picture=no_pictures((rows,), shape.tools),
+    )
+    kinds = [(tool.name, outcome.name) for tool in shape.tools for outcome in tool.outcomes]
+    for reply, (row, prompt, request) in zip(replies, calls, strict=True):
+        tool, pads = shape.tools[request.tool], ()
+        if reply.picture is not None:
+            size = size_shown(reply.picture, tool, config)
+            if size is None:
+                height, width, _ = reply.picture.shape
+                reply = Reply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
+            else:
+                told.drawn[row], told.size[row] = reply.picture.shape[:2], size
+                told.picture[row] = images[prompt].keep(reply.picture)
+                pads = (size[0] * size[1] // FACTOR**2,)
+        right = reply.outcome == ANSWERED
         text = f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)
-        pieces = ["\n", *template.message_pieces("user", text), *template.PROMPT]
-        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, ())
-        outcome[row] = kinds.index((tool, reply.outcome))
-        status[row] = CallStatus.DONE if right else CallStatus.FAILED
-    lengths = np.array([len(x) for x in ids], np.int32)
-    padded = np.zeros((rows, WIDTH * -(-int(lengths.max()) // WIDTH)), np.int32)
+        before, behind = call_format.answer(tool, reply.outcome, text)
+        parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
+        pieces = ["\n", *template.message_pieces("user", parts), *template.PROMPT]
+        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
+        told.outcome[row] = kinds.index((tool.name, reply.outcome.name))
+        told.status[row] = CallStatus.DONE if right else CallStatus.FAILED
+        told.lengths[row] = len(ids[row])
+    padded = np.zeros((rows, WIDTH * -(-int(told.lengths.max()) // WIDTH)), np.int32)
     for row, x in enumerate(ids):
         padded[row, : len(x)] = x
-    return padded, lengths, outcome, status
+    return told._replace(ids=padded)
+
+
+def text_part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:
+    """(height, width) at which a picture is shown; None: it has no size within the budgets of the `tool`."""
+    low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
+    if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
+        return None
+    height, width = smart_resize(*picture.shape[:2], min_pixels=low, max_pixels=high)
+    return (height, width) if height * width <= high and max(height, width) <= config.max_side else None

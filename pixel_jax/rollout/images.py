@@ -4,6 +4,7 @@ Compiled programs read them out of arrays with room for the largest. The host ne
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -19,6 +20,18 @@ class Images:
     """Those of one prompt; its rows, and what is replayed of them, share the object."""
 
     arrays: tuple[np.ndarray, ...]  # uint8 [h, w, 3] each
+    # By tools of the host, by digest (`keep`).
+    returned: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def keep(self, picture: np.ndarray) -> np.ndarray:
+        """Keeps what a call of a row returned, uint8 [h, w, 3], once; its SHA-256 (of shape and pixels) as uint32 [8]."""
+        digest = hashlib.sha256(np.array(picture.shape, "<i4").tobytes() + picture.tobytes()).digest()
+        self.returned.setdefault(digest, picture)
+        return np.frombuffer(digest, "<u4").astype(np.uint32)
+
+    def find(self, digest: np.ndarray) -> np.ndarray:
+        """The picture of a digest uint32 [8]. KeyError: it is not kept here."""
+        return self.returned[np.asarray(digest).astype("<u4").tobytes()]
 
 
 def ragged(prompts: Iterable[Sequence[np.ndarray]]) -> np.ndarray:

@@ -7,8 +7,10 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
 
 from pixel_jax.config import load
+from pixel_jax.dialog.formats import FORMATS
 from pixel_jax.files import read_json
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.state_files import write_json
@@ -43,5 +45,13 @@ def read_limits(directory: str | os.PathLike) -> RolloutConfig | None:
 
 def differences(used: RolloutConfig, other: RolloutConfig, fields: Iterable[str]) -> dict[str, tuple]:
     """Of these fields: name -> (value in `used`, value in `other`), where they differ."""
-    pairs = {name: (getattr(used, name), getattr(other, name)) for name in fields}
+    pairs = {name: (value(used, name), value(other, name)) for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def value(config: RolloutConfig, name: str) -> Any:
+    """A field of `config`; `pad` is the call format's where that is left to it."""
+    found = getattr(config, name)
+    return (
+        FORMATS[config.call_format].pad if name == "pad" and found is None and config.call_format in FORMATS else found
+    )

@@ -12,6 +12,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
 from pixel_jax.rollout import machine, queue
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.drawings import Pictures
 from pixel_jax.rollout.machine import ASKING, WAITING, Shared, State
 from pixel_jax.rollout.materialize import VisualRecord
 from pixel_jax.rollout.queue import Queue
@@ -21,7 +22,7 @@ from pixel_jax.rollout.trajectory import Prompts, Trajectories
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prompts", "key", "opening", "temperature", "queue", "rows", "decoding"],
+    data_fields=["prompts", "key", "opening", "temperature", "queue", "rows", "decoding", "pictures"],
     meta_fields=["key_impl", "config", "shape", "mesh"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RolloutState:
     queue: Queue  # the prompts that have been read and those that wait, and what rows that are done have left
     rows: State  # those that are in slots, with their caches
     decoding: jax.Array  # bool [], the budget ended while rows were writing: that is gone on with before anything else
+    pictures: Pictures | None  # that tools of the host have returned; None: none of them returns any
     key_impl: str
     config: RolloutConfig
     shape: Shape
@@ -64,6 +66,7 @@ def start(
         waiting,
         rows,
         jnp.bool_(False),
+        None,
         jax.random.key_impl(key),
         config,
         shape,
@@ -95,7 +98,7 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
             )
         waiting, rows = constrain_rows((waiting, rows), mesh)
         keys = machine.row_keys(key, rows, prompts, config, shape)
-        shared = Shared(prompts, waiting.prefix, state.temperature, keys)
+        shared = Shared(prompts, waiting.prefix, state.temperature, keys, state.pictures)
         rows, left, decoding = machine.decode_turns(
             model, layers, shared, rows, functools.partial(takes, waiting), left, config, shape
         )
@@ -119,13 +122,13 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
 
 
-def answer(model: Qwen2_5_VL, state: RolloutState, ids, lengths, outcome, status) -> RolloutState:
+def answer(model: Qwen2_5_VL, state: RolloutState, replies: machine.Told) -> RolloutState:
     """Rows that ask for tools of the host are answered, see `machine.tell`."""
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
     keys = machine.row_keys(key, state.rows, state.prompts, config, shape)
-    shared = Shared(state.prompts, state.queue.prefix, state.temperature, keys)
-    told = machine.tell(model, model.unstack(), shared, state.rows, ids, lengths, outcome, status, config, shape)
+    shared = Shared(state.prompts, state.queue.prefix, state.temperature, keys, state.pictures)
+    told = machine.tell(model, model.unstack(), shared, state.rows, replies, config, shape)
     return dataclasses.replace(state, rows=constrain_rows(told, state.mesh))
 
 

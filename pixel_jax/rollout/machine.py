@@ -19,12 +19,13 @@ from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import drawings
+from pixel_jax.rollout.drawings import Pictures, drawings
 from pixel_jax.rollout.operations import add_to_gallery, called, execute
 from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollout.sampling import sample
 from pixel_jax.rollout.shapes import Shape, budget_of
 from pixel_jax.rollout.trajectory import (
+    NO_CANVAS,
     STOP_ANSWER,
     STOP_CALLS,
     STOP_IMAGES,
@@ -33,11 +34,12 @@ from pixel_jax.rollout.trajectory import (
     Calls,
     CallStatus,
     Prompts,
-    no_calls,
+    Views,
+    made_by,
     shown_by,
 )
 from pixel_jax.rollout.views import seen_canvases, show_waiting
-from pixel_jax.tools.looking import Gallery, Seen
+from pixel_jax.tools.looking import Gallery, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
 
@@ -49,6 +51,7 @@ class Shared(NamedTuple):
     prefix: Prefix  # prompts and the opening
     temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
     keys: jax.Array  # keys [R], see `row_keys`
+    pictures: Pictures | None = None  # that tools of the host have returned
 
 
 class State(NamedTuple):
@@ -292,8 +295,7 @@ def decode_tail(
 
 def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
     """Every row that waits gets what it asked for, a message that says why not, or its end; or the host is to answer it."""
-    rows = state.status.shape[0]
-    prompts, row = shared.prompts, jnp.arange(rows)
+    prompts = shared.prompts
     mine = rows_prompts(state, prompts, config, shape)
     call = prompts.tables.reader.finish(state.reader)
     waiting = state.status == WAITING
@@ -312,32 +314,11 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
-    # What the row did, on record. A call past the limit is counted and not executed.
-    done, number = called(call, result, run), state.num_calls
-    at = (row, jnp.where(asks, number, config.max_calls + 1))
-    calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
-    view, showing = shown_by(done, number), run & (result.count > 0)
-    canvases = seen_canvases(prompts.canvases, config)
-    drawn = drawings(calls, shape.tools, config)
-    _, features = show_waiting(model, canvases, mine.at.reshape(-1), view, showing, drawn, config, shape)
-    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
-
-    shown = jnp.where(showing, number, config.max_calls)
-    state = state._replace(
-        calls=calls,
-        num_calls=number + asks,
-        gallery=add_to_gallery(state.gallery, done, number),
-        num_images=state.num_images + jnp.where(run, result.count, 0),
-        grids=state.grids.at[row, shown].set(grids, mode="drop"),
+    done = called(call, result, run, shape.tools)
+    state = answer(
+        model, layers, shared, state, asks, run, done, result.count, jnp.where(run, lengths, 0), ids, config, shape
     )
-    chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    state = append(model, layers, shared, state, ids, jnp.where(run, lengths, 0), features, grids, **chunks)
-
-    # An over-full gallery ends the row and takes its last message back, as the released code does.
-    state = state._replace(
-        length=jnp.where(crowded, state.turn_start, state.length),
-        chosen=state.chosen & ~(crowded[:, None] & (jnp.arange(config.max_response) >= state.turn_start[:, None])),
-    )
+    state = take_back(state, crowded, config)
     stop = jnp.select(
         [waiting & ~call.required, spent, crowded, long],
         [STOP_ANSWER, STOP_CALLS, STOP_IMAGES, STOP_TOKENS],
@@ -347,31 +328,111 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
     return resume(state, run, shared.prompts.tables.reader)
 
 
-def tell(
-    model: Qwen2_5_VL, layers, shared: Shared, state: State, ids, lengths, outcome, status, config, shape: Shape
+def answer(
+    model: Qwen2_5_VL,
+    layers,
+    shared: Shared,
+    state: State,
+    asks: jax.Array,
+    run: jax.Array,
+    done: Calls,
+    count: jax.Array,
+    lengths: jax.Array,
+    ids: jax.Array,
+    config: RolloutConfig,
+    shape: Shape,
 ) -> State:
-    """The rows whose calls tools of the host have answered, those with `lengths` int32 [R] above zero, read `ids` int32 [R, T]
-    and go on writing; `outcome` and `status` int32 [R] go on record. An answer that has no room ends its row."""
-    answered = lengths > 0
-    long = answered & (state.length + lengths >= state.room)
-    run = answered & ~long
-    call = shared.prompts.tables.reader.finish(state.reader)
-    record = no_calls(lengths.shape[0], 1, shape.views, shape.tools, jnp)
-    record = jax.tree.map(lambda x: x[:, 0], record)._replace(
-        status=jnp.where(run, status, CallStatus.SPENT),
-        tool=call.tool,
-        outcome=jnp.where(run, outcome, -1),
-        values=call.values,
+    """What the calls of the rows `asks` came to goes on record, and the rows read it: ids, and the pictures among them.
+
+    A call past the limit is counted and not executed.
+
+    Args:
+      run: bool [R], the calls that are carried out; done: [R, ...], all of them; count: int32 [R], pictures they show.
+      lengths: int32 [R], of `ids` int32 [R, T]; zero where nothing is read.
+    """
+    row, number = jnp.arange(state.status.shape[0]), state.num_calls
+    at = (row, jnp.where(asks, number, config.max_calls + 1))
+    calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
+    view, showing = shown_by(done, number), run & (count > 0)
+    _, features = show_waiting(
+        model,
+        seen_canvases(shared.prompts.canvases, config, shared.pictures),
+        rows_prompts(state, shared.prompts, config, shape).at.reshape(-1),
+        view,
+        showing,
+        drawings(calls, shape.tools, config),
+        config,
+        shape,
+        shared.pictures,
     )
-    at = (jnp.arange(lengths.shape[0]), jnp.where(answered, state.num_calls, config.max_calls + 1))
+    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
+
+    shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
-        calls=jax.tree.map(lambda old, new: old.at[at].set(new.astype(old.dtype), mode="drop"), state.calls, record),
-        num_calls=state.num_calls + answered,
-        status=jnp.where(long, DONE, state.status),
-        stop=jnp.where(long, STOP_TOKENS, state.stop),
+        calls=calls,
+        num_calls=number + asks,
+        gallery=add_to_gallery(state.gallery, done, number),
+        num_images=state.num_images + jnp.where(run, count, 0),
+        grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    state = append(model, layers, shared, state, ids, jnp.where(run, lengths, 0), **chunks)
+    return append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
+
+
+def take_back(state: State, crowded: jax.Array, config: RolloutConfig) -> State:
+    """The rows `crowded` (bool [R]) without their last message: an over-full gallery ends a row, as in the released code."""
+    return state._replace(
+        length=jnp.where(crowded, state.turn_start, state.length),
+        chosen=state.chosen & ~(crowded[:, None] & (jnp.arange(config.max_response) >= state.turn_start[:, None])),
+    )
+
+
+class Told(NamedTuple):
+    """What tools of the host have answered to R rows; a length of zero: nothing."""
+
+    ids: jax.Array  # int32 [R, T]
+    lengths: jax.Array  # int32 [R]
+    outcome: jax.Array  # int32 [R], its place among the kinds of observation
+    status: jax.Array  # int32 [R], a `CallStatus`
+    drawn: jax.Array  # int32 [R, 2], (height, width) of the picture that was returned; zeros: none was
+    size: jax.Array  # int32 [R, 2], (height, width) at which it is shown
+    picture: jax.Array | None  # uint32 [R, 8], its digest; None: no tool returns any
+
+
+def tell(
+    model: Qwen2_5_VL, layers, shared: Shared, state: State, told: Told, config: RolloutConfig, shape: Shape
+) -> State:
+    """The rows whose calls tools of the host have answered read that and go on writing. An answer that has no room ends its
+    row, and so does a picture too many."""
+    answered, count = told.lengths > 0, (told.drawn[:, 0] > 0).astype(jnp.int32)
+    crowded = answered & (state.num_images + count > config.max_images)
+    long = answered & ~crowded & (state.length + told.lengths >= state.room)
+    run = answered & ~crowded & ~long
+    showing = run & (count > 0)
+    call = shared.prompts.tables.reader.finish(state.reader)
+    where = lambda which, x, blank: jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
+    first = showing[:, None] & (jnp.arange(shape.views) == 0)  # a call returns one picture at most
+    spread = lambda x: jnp.where(first[..., None], x[:, None], 0)
+    done = Calls(
+        status=where(run, told.status, CallStatus.SPENT).astype(jnp.int32),
+        tool=call.tool,
+        outcome=where(run, told.outcome, -1),
+        values=call.values,
+        source=Views(
+            jnp.where(first, made_by(state.num_calls)[:, None], NO_CANVAS),
+            spread(whole(told.drawn)),
+            spread(told.size),
+        ),
+        drawn=where(showing, told.drawn, 0),
+        picture=None if told.picture is None else where(showing, told.picture, 0),
+    )
+    lengths = jnp.where(run, told.lengths, 0)
+    state = answer(model, layers, shared, state, answered, run, done, count, lengths, told.ids, config, shape)
+    state = take_back(state, crowded, config)
+    state = state._replace(
+        status=jnp.where(crowded | long, DONE, state.status),
+        stop=jnp.select([crowded, long], [STOP_IMAGES, STOP_TOKENS], state.stop),
+    )
     return resume(state, run, shared.prompts.tables.reader)
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.models.inputs import Visual
-from pixel_jax.parallel.sharding import ROWS, constrain, shard_batch
+from pixel_jax.parallel.sharding import ROWS, constrain, replicate, shard_batch
 from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, canvases_of, drawings
+from pixel_jax.rollout.drawings import Drawings, Pictures, canvases_of, drawings, pictures_of
 from pixel_jax.rollout.images import place_images
 from pixel_jax.rollout.operations import overview_size
 from pixel_jax.rollout.rows import Chunk, for_chunks
@@ -83,20 +83,40 @@ def materialize(
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         canvases = place_images(images, shape.prompts, mesh)
         source = record.source if mesh is None else shard_batch(record.source, mesh)
-        patches = _cut_patches(canvases, source, config, shape, mesh)
+        patches = _cut_patches(canvases, source, returned_to(images, record, shape, mesh), config, shape, mesh)
     return Visual(patches, record.slices, record.grids, record.seconds)
 
 
+def returned_to(images: np.ndarray, record: VisualRecord, shape: Shape, mesh: Mesh | None) -> Pictures | None:
+    """What tools of the host returned to rows, as far as these rows saw it; None: no tool returns pictures."""
+    if not any(tool.picture for tool in shape.tools):
+        return None
+    drawn = record.source.drawings  # None: all is grey
+    pictures = pictures_of(images, None if drawn is None else np.asarray(drawn.picture))
+    return pictures if mesh is None else replicate(pictures, mesh)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
-def _cut_patches(canvases, source: PatchSource, config: RolloutConfig, shape: Shape, mesh: Mesh | None) -> jax.Array:
-    return constrain(cut_patches(canvases, jax.tree.map(jnp.asarray, source), config, shape), mesh, ROWS)
+def _cut_patches(
+    canvases,
+    source: PatchSource,
+    pictures: Pictures | None,
+    config: RolloutConfig,
+    shape: Shape,
+    mesh: Mesh | None,
+) -> jax.Array:
+    source, pictures = jax.tree.map(jnp.asarray, (source, pictures))
+    return constrain(cut_patches(canvases, source, config, shape, pictures), mesh, ROWS)
 
 
-def cut_patches(canvases: jax.Array, source: PatchSource, config: RolloutConfig, shape: Shape) -> jax.Array:
+def cut_patches(
+    canvases: jax.Array, source: PatchSource, config: RolloutConfig, shape: Shape, pictures: Pictures | None = None
+) -> jax.Array:
     """The patches of what rows saw, uint8 [R, K, P, 588].
 
     Args:
       canvases: uint8 [R, C, H, W, 3], those of each row's prompt.
+      pictures: what tools of the host returned to them.
     """
     most = canvases.shape[1]
     overview, observed = budgets(config, shape)
@@ -104,12 +124,19 @@ def cut_patches(canvases: jax.Array, source: PatchSource, config: RolloutConfig,
     shown = [_patches(canvases, PatchSource(before, None), overview, config, shape)]
     if after.canvas.shape[1]:
         after = PatchSource(after, source.drawings)
-        shown.append(_patches(seen_canvases(canvases, config), after, observed, config, shape))
+        shown.append(_patches(seen_canvases(canvases, config, pictures), after, observed, config, shape, pictures))
     room = max(x.shape[2] for x in shown)
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))) for x in shown], axis=1)
 
 
-def _patches(canvases, source: PatchSource, budget: Budget, config: RolloutConfig, shape: Shape) -> jax.Array:
+def _patches(
+    canvases,
+    source: PatchSource,
+    budget: Budget,
+    config: RolloutConfig,
+    shape: Shape,
+    pictures: Pictures | None = None,
+) -> jax.Array:
     """Of one budget; only what was shown is worked on."""
     rows, count = source.views.canvas.shape
     flat = jax.tree.map(lambda x: x.reshape(rows * count, *x.shape[2:]), source.views)
@@ -119,7 +146,7 @@ def _patches(canvases, source: PatchSource, budget: Budget, config: RolloutConfi
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         row = jnp.minimum(chunk.at // count, by_shard.shape[1] - 1)
         mine, drawn = jax.tree.map(take, (flat, source.drawings))
-        pixels = cut(by_shard, row, mine, budget, drawn, shape.tools)
+        pixels = cut(by_shard, row, mine, budget, drawn, shape.tools, pictures)
         return chunk.put(shown, pixels.reshape(-1, *pixels.shape[2:]))
 
     shown = jnp.zeros((rows * count, budget.patches, 588), jnp.uint8)

@@ -3,6 +3,8 @@
 Each tool decides for one row (`pixel_jax.tools.looking`); here it is asked about all of them.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +12,8 @@ import jax.numpy as jnp
 
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, shown_by
+from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, no_pictures, shown_by
+from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read
 from pixel_jax.tools.looking import Answer, Gallery, Seen, region_size, shown_size, size_of_drawing, whole
@@ -25,6 +28,7 @@ class Result(NamedTuple):
     drawn: jax.Array  # int32 [R, 2], (height, width) of what a tool makes of it; zeros: nothing
     done: jax.Array  # bool [R], it is what was asked for
     count: jax.Array  # int32 [R], images shown
+    values: Values  # [R, ...], the arguments as they go on record: as written, but for boxes of tools that draw (`with_shares`)
 
 
 def overview_size(canvas_size: jax.Array, is_video: jax.Array, config: RolloutConfig) -> jax.Array:
@@ -56,11 +60,11 @@ def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: Rollout
       call: what the automaton read, R rows; seen: of R rows.
       views: V, most images one observation can show.
     """
-    tools, observations = tables.tools, tables.observations
+    tools, observations, known = tables.tools, tables.observations, tables.reader.language.format
+    config = config if config.pad is not None else dataclasses.replace(config, pad=known.pad)
     kind = jnp.full(call.tool.shape, observations.malformed, jnp.int32)
-    result = _message(kind, views)
-    coordinates = tables.reader.language.format.coordinates
-    seen = seen._replace(coordinates=jnp.full(call.tool.shape, coordinates, jnp.int32))
+    result = _message(kind, views, call.values)
+    seen = seen._replace(coordinates=jnp.full(call.tool.shape, known.coordinates, jnp.int32))
     for place, tool in enumerate(tools):
         if tool.host:  # `rollout.host` answers before anybody asks here
             continue
@@ -71,7 +75,7 @@ def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: Rollout
     return result
 
 
-def _message(kind: jax.Array, views: int) -> Result:
+def _message(kind: jax.Array, views: int, values: Values) -> Result:
     """Observations of these kinds [R] that show and say nothing besides."""
     zeros = lambda *tail: jnp.zeros((*kind.shape, *tail), jnp.int32)
     return Result(
@@ -80,6 +84,7 @@ def _message(kind: jax.Array, views: int) -> Result:
         drawn=zeros(2),
         done=zeros() > 0,
         count=zeros(),
+        values=values,
     )
 
 
@@ -89,11 +94,14 @@ def _result(
     """What one row's call of `tool` comes to."""
     arguments = read(tool, values)
     answer: Answer = tool.execute(arguments, seen, config)
-    drawn, cases = jnp.zeros(2, jnp.int32), list(answer.outcomes)
+    drawn, cases, given = jnp.zeros(2, jnp.int32), list(answer.outcomes), values
     if tool.draw is not None:
-        drawn = size_of_drawing(tool, arguments, region_size(answer.region[0]))
-        # There is room for pictures as long as the longest of the prompt's.
-        cases.append((jnp.max(drawn) > jnp.max(seen.canvas_size), None, ()))
+        size = region_size(answer.region[0])
+        given = with_shares(tool, values, size, size if answer.shown is None else answer.shown, seen.coordinates)
+        drawn = size_of_drawing(tool, read(tool, given), size)
+        # There is room for pictures as long as the longest of the prompt's, or what a tool of the host returned.
+        room = jnp.maximum(jnp.max(seen.canvas_size), jnp.max(region_size(answer.region[0])))
+        cases.append((jnp.max(drawn) > room, None, ()))
     cases.append((True, *answer.last))
     name = lambda outcome: observations.malformed if outcome is None else observations.find(tool, outcome.name)
     conditions = [jnp.asarray(condition) for condition, *_ in cases]
@@ -120,11 +128,12 @@ def _result(
         jnp.where(count > 0, drawn, 0),
         done | (count > 0),
         count,
+        jax.tree.map(lambda x, y: jnp.where(count > 0, x, y), given, values),
     )
 
 
-def called(call: Asked, result: Result, run: jax.Array) -> Calls:
-    """The record of R calls, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
+def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
+    """The record of R calls of `tools` of the device, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
     showing = run & (result.count > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)
     where = lambda x, blank: jnp.where(showing.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
@@ -132,9 +141,10 @@ def called(call: Asked, result: Result, run: jax.Array) -> Calls:
         status=status.astype(jnp.int32),
         tool=call.tool,
         outcome=jnp.where(run, result.message.kind, -1),
-        values=call.values,
+        values=result.values,
         source=Views(*map(where, result.source, (NO_CANVAS, 0, 0))),
         drawn=where(result.drawn, 0),
+        picture=no_pictures(run.shape, tools, jnp),
     )
 
 

@@ -33,6 +33,7 @@ from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import replicate, row_parts, shard_batch, share
 from pixel_jax.rollout import loop
 from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollout.drawings import Pictures, pictures_of
 from pixel_jax.rollout.host import host_calls, tell
 from pixel_jax.rollout.images import pad, place_images, ragged
 from pixel_jax.rollout.loop import RolloutState
@@ -40,7 +41,7 @@ from pixel_jax.rollout.materialize import VisualRecord
 from pixel_jax.rollout.shapes import Shape
 from pixel_jax.rollout.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
-from pixel_jax.tools.host import HostTools
+from pixel_jax.tools.host import HostTools, HostToolsConfig
 from pixel_jax.tools.tool import Tool, ToolError
 
 
@@ -119,11 +120,11 @@ def begin(
         empty = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), arrays)
         places = empty._replace(tables=prompts.tables, images=ragged([()] * capacity))
     mesh, shape = layout(model, places, config)
-    if any(tool.host for tool in shape.tools):  # which may show more than can be cut out of the prompt's images
-        shape = shape._replace(observed=None)
     given = _given(model, places, key, config, opening, shape, mesh)
     with on_mesh(mesh):
         state = _start(model, *given, shape=shape, mesh=mesh)
+    if any(tool.picture for tool in shape.tools):
+        state = dataclasses.replace(state, pictures=_pictures(prompts.images, mesh))
     if places is prompts:
         return state
     return admit(state, range(count), prompts)
@@ -283,7 +284,7 @@ def host_rollout(
     Raises:
       ValueError: there are such tools, and `host` or `vocabulary` is missing.
     """
-    budget = None
+    budget, images = None, prompts.images
     if any(tool.host for tool in prompts.tables.tools):
         if host is None or vocabulary is None:
             raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
@@ -291,11 +292,20 @@ def host_rollout(
     state = begin(model, prompts, key, config, opening=opening)
     while not np.all(finished(state)):
         state = advance(model, state, budget, donate=True)
-        if asked := host_calls(state):
+        if asked := host_calls(state, images):
             replies = host.call([call.request for call in asked])
+            told = tell(replies, asked, images, state, vocabulary)
+            if any(reply.picture is not None for reply in replies):
+                state = dataclasses.replace(state, pictures=_pictures(images, state.mesh))
             with on_mesh(state.mesh):
-                state = _answer(model, state, *tell(replies, asked, state, vocabulary))
+                state = _answer(model, state, told)
     return finish(state)
+
+
+def _pictures(images: np.ndarray, mesh: Mesh | None) -> Pictures:
+    """What tools of the host have returned to rows of these prompts (`Images` [B]), on the devices."""
+    pictures = pictures_of(images)
+    return jax.tree.map(jnp.asarray, pictures) if mesh is None else replicate(pictures, mesh)
 
 
 class HostRollouts:
@@ -319,7 +329,9 @@ class HostRollouts:
 
 
 @contextlib.contextmanager
-def host_rollouts(names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary) -> Iterator[HostRollouts | None]:
+def host_rollouts(
+    names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary, config: HostToolsConfig
+) -> Iterator[HostRollouts | None]:
     """Rollouts with the `tools` of these names, their workers about them; None where no tool runs on the host.
 
     ToolError: several processes, which would have to wait for one another's tools.
@@ -332,7 +344,7 @@ def host_rollouts(names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocab
     say(
         f"{_of_host(tools)} run on the host: this run is driven from there, and started again it need not give the same bits"
     )
-    with HostTools(names) as host:
+    with HostTools(names, config) as host:
         yield HostRollouts(host, vocabulary)
 
 

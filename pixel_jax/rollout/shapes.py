@@ -70,6 +70,8 @@ class Shape(NamedTuple):
     def of(cls, prompts: BatchShape, config: RolloutConfig, tools: tuple[Tool, ...], shards: int) -> "Shape":
         """With no room in observations for what cannot be cut out of the prompts' images."""
         shape, canvas = cls(prompts, tools, shards), (prompts.height, prompts.width)
+        if any(tool.picture for tool in shape.showing):
+            return shape  # what the host returns may be larger than anything that can be cut out of the canvas
         if any(tool.draw is not None for tool in shape.showing):
             canvas = (max(canvas), max(canvas))  # what a tool has drawn may be as long either way
         return shape._replace(

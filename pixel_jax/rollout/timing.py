@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.parallel.sharding import shard_batch
+from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import drawings
+from pixel_jax.rollout.drawings import Pictures, drawings, pictures_of
 from pixel_jax.rollout.materialize import called
 from pixel_jax.rollout.rollout import layout, place
 from pixel_jax.rollout.shapes import Shape
-from pixel_jax.rollout.trajectory import Calls, HostPrompts, Prompts, Trajectories, no_calls
+from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, HostPrompts, Prompts, Trajectories, no_calls
 from pixel_jax.rollout.views import seen_canvases, show_waiting
 
 
@@ -48,12 +48,14 @@ def operations_again(
     """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)
     nothing = no_calls(*calls.status.shape, shape.views, shape.tools)
+    pictures = pictures_of(prompts.images) if any(tool.picture for tool in shape.tools) else None
+    pictures = pictures if mesh is None else replicate(pictures, mesh)
     prompts, calls, nothing = place(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
     jax.block_until_ready((prompts, calls, nothing))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        yield _show(model, prompts, nothing, 0, config, shape)
+        yield _show(model, prompts, nothing, 0, pictures, config, shape)
         for number in range(config.max_calls):
-            yield _show(model, prompts, calls, number, config, shape)
+            yield _show(model, prompts, calls, number, pictures, config, shape)
 
 
 def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
@@ -61,18 +63,21 @@ def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
-def _show(model, prompts: Prompts, calls: Calls, number, config: RolloutConfig, shape: Shape):
+def _show(
+    model, prompts: Prompts, calls: Calls, number, pictures: Pictures | None, config: RolloutConfig, shape: Shape
+):
     """What the calls of that number showed, of every row."""
     group = calls.status.shape[0] // len(prompts.canvas_size)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
     seen = jax.tree.map(take, called(calls, config))
     return show_waiting(
         model,
-        seen_canvases(prompts.canvases, config),
+        seen_canvases(prompts.canvases, config, pictures),
         jnp.arange(len(seen.canvas)) // group % (len(prompts.canvas_size) // shape.shards),
         seen,
-        jnp.any(seen.canvas >= 0, axis=1),
+        jnp.any(seen.canvas != NO_CANVAS, axis=1),
         drawings(calls, shape.tools, config),
         config,
         shape,
+        pictures,
     )

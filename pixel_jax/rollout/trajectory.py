@@ -120,6 +120,14 @@ class Calls(NamedTuple):
     values: Values  # [R, N, ...], the arguments
     source: Views  # [R, N, V], what was looked at: before a tool made something of it
     drawn: Array  # int32 [R, N, 2], (height, width) of the picture that a tool made of the source; zeros: it made none
+    # uint32 [R, N, 8], SHA-256 of the picture that a tool of the host returned (`Images.keep`), which is drawn, and its own
+    # source; zeros: none. None: no tool of the host returns any.
+    picture: Array | None = None
+
+
+def no_pictures(lead: tuple[int, ...], tools: Sequence[Tool], xp=np) -> Array | None:
+    """`Calls.picture` of calls [*lead] that have none."""
+    return xp.zeros((*lead, 8), np.uint32) if any(tool.picture for tool in tools) else None
 
 
 def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) -> Calls:
@@ -133,6 +141,7 @@ def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) 
         values=no_values((rows, numbers), tools, xp),
         source=Views(xp.full((rows, numbers, views), NO_CANVAS, np.int32), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),
+        picture=no_pictures((rows, numbers), tools, xp),
     )
 
 

@@ -11,7 +11,7 @@ from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, draw, places, reach
+from pixel_jax.rollout.drawings import Drawings, Pictures, draw, longest, places, reach
 from pixel_jax.rollout.rows import Chunk, for_chunks
 from pixel_jax.rollout.shapes import Budget, Shape, budgets
 from pixel_jax.rollout.trajectory import Views
@@ -58,12 +58,14 @@ def cut(
     budget: Budget,
     drawings: Drawings | None,
     tools: tuple[Tool, ...],
+    pictures: Pictures | None = None,
 ) -> jax.Array:
     """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
 
     Args:
       canvases: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose canvases are looked at.
       views: [S, N, *views]; drawings: [S, N, ...], what `tools` made for the rows; None: nothing.
+      pictures: what tools of the host returned.
     """
 
     @jax.vmap
@@ -72,7 +74,7 @@ def cut(
             if drawings is None:
                 of = lambda canvas: canvases[prompt, jnp.maximum(canvas, 0)]
             else:  # one row after the other: whose picture is made of whose is no matter of several
-                made = draw(canvases[prompt], drawings, reach(views.canvas), tools)
+                made = draw(canvases[prompt], drawings, reach(views.canvas), tools, pictures)
                 of = lambda canvas: made[places(canvas, canvases.shape[1])]
             one = lambda canvas, region, size: render(of(canvas), region, size, budget)
             return (each(one, budget) if views.canvas.ndim else one)(*views)
@@ -83,12 +85,12 @@ def cut(
     return of_part(canvases, prompt, views, drawings)
 
 
-def seen_canvases(canvases: jax.Array, config: RolloutConfig) -> jax.Array:
+def seen_canvases(canvases: jax.Array, config: RolloutConfig, pictures: Pictures | None = None) -> jax.Array:
     """What operations look at: the canvases uint8 [..., H, W, 3], or, where these are blanked, as many large grey ones."""
     if not config.blank:
         return canvases
     *lead, height, width, channels = canvases.shape
-    side = max(height, width)  # of whatever a tool would have made of them
+    side = longest(height, width, pictures)  # of whatever a tool would have made of them, or returned
     return jnp.full((*lead, side, side, channels), GREY, jnp.uint8)
 
 
@@ -120,6 +122,7 @@ def show_waiting(
     drawings: Drawings | None,
     config: RolloutConfig,
     shape: Shape,
+    pictures: Pictures | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
 
@@ -129,6 +132,7 @@ def show_waiting(
       canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its part of the mesh.
       view: [R, V]; waiting: bool [R].
       drawings: [R, ...], what tools have made for the rows; None: nothing.
+      pictures: what tools of the host returned.
     """
     _, budget = budgets(config, shape)
     rows, views = view.canvas.shape
@@ -138,7 +142,7 @@ def show_waiting(
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         mine = jax.tree.map(take, view)
-        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools)
+        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools, pictures)
         encoded = encode_still(model, pixels, mine.size, config.implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))

@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 
 from pixel_jax.data.synthesis import final_answer
+from pixel_jax.dialog.formats import FORMATS
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.tools.named import SHIPPED
 from pixel_jax.training.answers import equal, last_boxed, normalise
 
@@ -44,11 +46,13 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 YES_OR_NO = ("yes", "no", "true", "false")
 
 
-def unfit(text: str) -> str | None:
-    """What makes `text` unfit for any place in a trace."""
+def unfit(text: str, language: Language = RELEASED_LANGUAGE) -> str | None:
+    """What makes `text` unfit for any place in a trace whose calls are in the `language`."""
     if not text.strip():
         return "empty"
-    if MARKUP.search(text):
+    names = [tool.name for tool in language.tools if "_" in tool.name]
+    marks = [mark for known in (*FORMATS.values(), language.format) for mark in (known.opening, known.closing)]
+    if MARKUP.search(text) or any(word in text for word in (*names, *marks)):
         return "markup in the text"
     if INSTRUCTED.search(text):
         return "talks about its instructions"
@@ -72,18 +76,20 @@ def reveals(text: str, question: str, answers: Sequence[str]) -> bool:
     return any(_names(text, normalise(question), normalise(answer)) for answer in answers)
 
 
-def whole_problem(text: str, question: str, answers: Sequence[str]) -> str | None:
+def whole_problem(
+    text: str, question: str, answers: Sequence[str], language: Language = RELEASED_LANGUAGE
+) -> str | None:
     """What is wrong with an analysis of the whole image, or video."""
-    if problem := unfit(text):
+    if problem := unfit(text, language):
         return problem
     if len(text.strip()) < SHORTEST:
         return "too short"
     return "reveals the answer" if reveals(text, question, answers) else None
 
 
-def local_problem(text: str, answers: Sequence[str]) -> str | None:
+def local_problem(text: str, answers: Sequence[str], language: Language = RELEASED_LANGUAGE) -> str | None:
     """What is wrong with an analysis of what was looked at, which ends with its answer in a box."""
-    if problem := unfit(text):
+    if problem := unfit(text, language):
         return problem
     found = last_boxed(text)
     if found is None:

@@ -23,14 +23,18 @@ from pixel_jax.config import positive
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
+from pixel_jax.dialog.grammar import Language
 from pixel_jax.endpoint import Endpoint, EndpointError, is_text
 from pixel_jax.files import write_file
+from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
-from pixel_jax.terminal import printable
+from pixel_jax.terminal import printable, say
+from pixel_jax.tools import RELEASED
+from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.progress import Progress
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
@@ -62,13 +66,17 @@ class SynthConfig:
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
+    # Whose calls are written: the crop and the frame selection of the paper, as far as they are among them. Of other tools,
+    # which may run on the host, traces are written by hand (docs/your-own-tool.md).
+    tools: tuple[str, ...] = DEFAULT
+    call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
     image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images. The paper's.
     image: tuple[float, float, float, float] = Mix.image
     video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among those about videos. The paper's.
     attempts: int = 3  # at each analysis
-    pad: float = 0.1  # of `RolloutConfig`: what the crop tool adds on each side of a box
+    pad: float | None = None  # of `RolloutConfig`: what the crop tool adds on each side of a box; None: the format's
     min_crop: int = 28  # of `RolloutConfig`
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes
     seed: int = 0  # of the kinds of traces, and of the wrong places in them
@@ -80,7 +88,7 @@ class SynthConfig:
                 raise ValueError(f"{name} must be shares, none negative and not all 0: {shares}")
         if self.attempts < 1:
             raise ValueError(f"attempts must be at least 1: {self.attempts}")
-        if not 0 <= self.pad < 0.5:
+        if self.pad is not None and not 0 <= self.pad < 0.5:
             raise ValueError(f"pad is a share of the image, in [0, 0.5): {self.pad}")
 
 
@@ -91,11 +99,23 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
       LockError: another run is writing there.
     """
+    language = language_of(config)
+    if others := [tool.name for tool in language.tools if tool not in RELEASED]:
+        say(f"No traces are synthesized that call {', '.join(others)}: those are written by hand.")
     seeds = read_seeds(config.seeds, config.image_folders)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         return _synthesize(seeds, config, out)
+
+
+def language_of(config: SynthConfig) -> Language:
+    """Of the calls. ToolError: the tools cannot be used together, or with the format."""
+    return Language(find_tools(config.tools), find_format(config.call_format))
+
+
+def pad_of(config: SynthConfig, language: Language) -> float:
+    return language.format.pad if config.pad is None else config.pad
 
 
 def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
@@ -119,7 +139,9 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
 
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
     """The kind of trace each seed will be, and for the others why there can be none; both by the seeds' places."""
-    possible = {i: possible_kinds(seed, config.pad, config.min_crop) for i, seed in enumerate(seeds)}
+    language = language_of(config)
+    pad = pad_of(config, language)
+    possible = {i: possible_kinds(seed, pad, config.min_crop, language) for i, seed in enumerate(seeds)}
     impossible = {i: found for i, found in possible.items() if isinstance(found, str)}
     kinds = {i: DIRECT for i, found in possible.items() if found == (DIRECT,)}
     for video, names, of_mix in ((False, IMAGE_KINDS, config.image), (True, VIDEO_KINDS, config.video)):
@@ -133,7 +155,9 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 
 
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
-    apart = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
+    language = language_of(config)
+    pad = pad_of(config, language)
+    apart = {"pad": pad, "seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
     settings = dataclasses.asdict(dataclasses.replace(config, **apart))
     for name in (
         "url",
@@ -144,6 +168,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
         "key",
     ):  # how answers are got, not which
         (settings["endpoint"] or {}).pop(name, None)
+    settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
@@ -154,7 +179,7 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
 
     def one(i: int) -> Outcome:
         rng = np.random.default_rng([config.seed, i])
-        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=config.pad)
+        return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=pad, language=language)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 

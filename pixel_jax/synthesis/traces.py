@@ -11,11 +11,13 @@ import numpy as np
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.images import ImageError, image_size, read_image
 from pixel_jax.data.synthesis import VIDEO_KINDS, grown, image_turns, in_pixels, outward, video_turns
-from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language, parse_turn
+from pixel_jax.dialog.writing import UnwritableError, write_call
 from pixel_jax.endpoint import NoAnswerError
 from pixel_jax.synthesis import checks
 from pixel_jax.synthesis.seeds import Seed
 from pixel_jax.synthesis.writers import Writer
+from pixel_jax.tools import CROP_IMAGE, SELECT_FRAMES
 from pixel_jax.training.answers import last_boxed
 
 DIRECT = "direct"
@@ -32,14 +34,19 @@ class Outcome(NamedTuple):
     rejected: dict[str, int]  # texts that were tried and refused, counted by "which text: what was wrong"
 
 
-def possible_kinds(seed: Seed, pad: float, min_crop: int) -> tuple[str, ...] | str:
-    """The kinds of traces that can be made of a seed, or why there is none."""
+def possible_kinds(
+    seed: Seed, pad: float, min_crop: int, language: Language = RELEASED_LANGUAGE
+) -> tuple[str, ...] | str:
+    """The kinds of traces that can be made of a seed with calls in the `language`, or why there is none."""
     if not seed.looks:
         return (DIRECT,)
     if checks.reveals(seed.cue, seed.question, seed.answers):
         return "the cue reveals the answer"
-    if checks.unfit(seed.cue):
+    if checks.unfit(seed.cue, language):
         return "the cue has markup"
+    looking = SELECT_FRAMES if seed.video else CROP_IMAGE
+    if looking not in language.tools:
+        return f"the tools have no {looking.name}"
     if seed.video:
         return VIDEO_KINDS if len(seed.frames) < len(seed.images) else VIDEO_KINDS[:1]
     try:
@@ -53,6 +60,8 @@ def possible_kinds(seed: Seed, pad: float, min_crop: int) -> tuple[str, ...] | s
         return "the reference is too small to crop"
     if (x2 - x1, y2 - y1) == (width, height):
         return "the reference is the whole image"
+    if not _can_name(language, seed.image):
+        return f"the format {language.format.name} cannot name image {seed.image}"
     found = ["single"]
     shares = [(reference[2] - reference[0], width), (reference[3] - reference[1], height)]
     padded = grown(reference, pad)
@@ -61,9 +70,19 @@ def possible_kinds(seed: Seed, pad: float, min_crop: int) -> tuple[str, ...] | s
     # The least that the second crop of a trace can show: its padding is a share of the first, loose crop, and both are
     # cut off on one side where the reference lies in a corner.
     least = min(side * (share + pad * min(3 * share + pad, 1)) for share, side in shares)
-    if shares[0][0] * shares[1][0] <= MOST_LOOSE and least > min_crop + 1:
+    nameable = _can_name(language, len(seed.images) + 1)
+    if nameable and shares[0][0] * shares[1][0] <= MOST_LOOSE and least > min_crop + 1:
         found += ["further"]
     return tuple(found)
+
+
+def _can_name(language: Language, image: int) -> bool:
+    """Whether calls can be about the image of that number."""
+    try:
+        write_call(language, CROP_IMAGE.name, {"bbox_2d": (0.0, 0.0, 1.0, 1.0), "target_image": image})
+    except UnwritableError:
+        return False
+    return True
 
 
 def assign_kinds(possible: Sequence[Sequence[str]], shares: Mapping[str, float], seed: int) -> list[str]:
@@ -88,8 +107,10 @@ def make(
     *,
     attempts: int,
     pad: float,
+    language: Language = RELEASED_LANGUAGE,
 ) -> Outcome:
-    """The trace of `kind` about a seed. Its row has no images yet: where they lie is known when it is written."""
+    """The trace of `kind` about a seed, its calls in the `language`. Its row has no images yet: where they lie is known when it
+    is written."""
     rejected: Counter[str] = Counter()
 
     def written(which: str, write: Callable[[int], str], problem_of: Callable[[str], str | None]) -> str | None:
@@ -108,13 +129,13 @@ def make(
 
     last: list[str] = []
     answer = seed.answers[0]
-    if last_boxed(f"\\boxed{{{answer}}}") != answer or checks.unfit(answer):
+    if last_boxed(f"\\boxed{{{answer}}}") != answer or checks.unfit(answer, language):
         return Outcome(None, "the answer does not fit a box", {})
     try:
         images = [read_image(path) for path in seed.images]  # also for a writer that looks at none: who tunes will
     except ImageError as error:
         return Outcome(None, f"{UNREADABLE}: {error}", {})
-    final = lambda text: checks.local_problem(text, seed.answers)
+    final = lambda text: checks.local_problem(text, seed.answers, language)
     if kind == DIRECT:
         text = written("direct answer", lambda n: writer.direct(seed, images, n), final)
         turns = None if text is None else [{"text": checks.with_answer(text, answer)}]
@@ -122,10 +143,10 @@ def make(
         whole = written(
             "whole analysis",
             lambda n: writer.whole(seed, images, n),
-            lambda text: checks.whole_problem(text, seed.question, seed.answers),
+            lambda text: checks.whole_problem(text, seed.question, seed.answers, language),
         )
         local = whole and written("local analysis", lambda n: writer.local(seed, views_of(seed, images, pad), n), final)
-        turns = local and _turns(seed, kind, rng, pad, whole, checks.with_answer(local, answer))
+        turns = local and _turns(seed, kind, rng, pad, whole, checks.with_answer(local, answer), language)
     if not turns:
         return Outcome(None, last[-1], dict(rejected))
     row: dict[str, Any] = {"id": seed.id, "question": seed.question}
@@ -146,14 +167,16 @@ def views_of(seed: Seed, images: Sequence[np.ndarray], pad: float) -> list[np.nd
     return [image[y1:y2, x1:x2]]
 
 
-def _turns(seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: str, end: str) -> list[dict[str, Any]]:
+def _turns(
+    seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: str, end: str, language: Language
+) -> list[dict[str, Any]]:
     """The turns of a trace that looks, as JSON lines have them; what is a mistake is not learned."""
     if seed.video:
-        turns = video_turns(rng, len(seed.images), seed.cue, seed.frames, seed.answers[0], kind)
+        turns = video_turns(rng, len(seed.images), seed.cue, seed.frames, seed.answers[0], kind, language)
     else:
         size = image_size(seed.images[seed.image - 1])
         reference = outward(seed.box, size[1], size[0])
-        place = {"pad": pad, "target": seed.image, "images": len(seed.images)}
+        place = {"pad": pad, "target": seed.image, "images": len(seed.images), "language": language}
         turns = image_turns(rng, size, seed.cue, reference, seed.answers[0], kind, **place)
     found = []
     for turn in turns[:-1]:
@@ -161,7 +184,7 @@ def _turns(seed: Seed, kind: str, rng: np.random.Generator, pad: float, whole: s
         found.append({"text": text} if learned else {"text": text, "learn": False})
     found[0]["text"] = f"{whole}\n{found[0]['text']}"
     found.append({"text": end})
-    calls = [parse_turn(turn["text"]) for turn in found]
+    calls = [parse_turn(turn["text"], language) for turn in found]
     if any(turn.call is None for turn in calls[:-1]) or calls[-1].required:
         raise ValueError(f"the trace of seed {seed.id} does not read as calls and an answer: {found}")
     return found

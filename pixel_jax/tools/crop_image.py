@@ -3,7 +3,7 @@ a coordinate of exactly 1 is relative, indices below 1 are out of range, and cro
 
 from pixel_jax.tools.boxes import box_in_region
 from pixel_jax.tools.looking import Answer, Seen, find_target, no_such_image, region_size, shown_size
-from pixel_jax.tools.tool import Box, Number, Outcome, Tool
+from pixel_jax.tools.tool import IN_SHARES, Box, Number, Outcome, Tool
 
 NAME = "crop_image_normalized"
 SHOWN = Outcome("shown", "\nHere is the cropped image (Image Size: {0}x{1}):", images=1)
@@ -45,7 +45,7 @@ CROP_IMAGE = Tool(
     (
         Box(
             "bbox_2d",
-            "coordinates for bounding box of the area you want to zoom in. Values should be within [0.0,1.0].",
+            "coordinates for bounding box of the area you want to zoom in. " + IN_SHARES,
         ),
         Number(
             "target_image",

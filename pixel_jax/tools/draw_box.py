@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pixel_jax.tools.boxes import box_in_region
 from pixel_jax.tools.drawing import drawing
 from pixel_jax.tools.looking import whole
-from pixel_jax.tools.tool import Box, Choice
+from pixel_jax.tools.tool import IN_SHARES, Box, Choice, Coordinates
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "white": (255,) * 3}
 THINNEST, PART = 2, 200  # pixels of a line, of which there is one more for so many of the image's longest side
@@ -14,11 +14,11 @@ THINNEST, PART = 2, 200  # pixels of a line, of which there is one more for so m
 
 def edges(arguments, size: jax.Array) -> jax.Array:
     """x1 y1 x2 y2, of which the last are the first pixels outside: int32 [4]."""
-    return box_in_region(arguments["bbox_2d"], whole(size), size)
+    return box_in_region(arguments["bbox_2d"], whole(size), size, coordinates=Coordinates.SHARES)
 
 
 def accepts(arguments, size: jax.Array) -> jax.Array:
-    """A box in shares with room for its lines. (One in pixels would be of the image as it was shown, which this is not.)"""
+    """A box inside the image, with room for its lines."""
     box = arguments["bbox_2d"]
     beyond = (box.units > 1) | ((box.units == 1) & (box.micros > 0)) | (box.negative & (box.units + box.micros > 0))
     x1, y1, x2, y2 = edges(arguments, size)
@@ -42,7 +42,7 @@ DRAW_BOX = drawing(
     "draw_box",
     "Draw the outline of a box on the image. It is useful to keep track of a place, or to compare places.",
     (
-        Box("bbox_2d", "coordinates for bounding box to draw. Values should be within [0.0,1.0]."),
+        Box("bbox_2d", "coordinates for bounding box to draw. " + IN_SHARES),
         Choice("colour", "Of the line.", options=tuple(COLOURS)),
     ),
     draw,

@@ -1,12 +1,14 @@
 """Tools that run on the host: Python functions in worker processes, many at once, each within a time limit.
 
 A tool of the host (`Tool(..., host=True)`) has an `execute(images, **arguments)`: uint8 [h, w, 3] arrays, what the row has been
-shown so far at full resolution, and the arguments by name, as Python's numbers, lists and texts. It returns a text. An
-exception or a timeout becomes a message that the model can read.
+shown so far at full resolution, and the arguments by name, as Python's numbers, lists and texts. It returns a text; with
+`picture=True` also a picture, or a pair (text, picture): uint8 [h, w, 3], or one of Pillow's. An exception or a timeout
+becomes a message that the model can read.
 
 Workers import the tools by their names, as the config has them. Messages are JSON and raw pixels.
 """
 
+import dataclasses
 import json
 import os
 import queue
@@ -15,20 +17,34 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from pixel_jax.config import PACKAGE, positive
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT, Outcome, ToolError
 
-LIMIT = 30.0  # seconds of a call
-WORKERS = 4
 START = 300.0  # seconds in which a worker must have imported its tools
 MOST_BYTES = 2**31
 MOST_TEXT = 2**20  # characters of an answer
 HEADER = struct.Struct(">QQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostToolsConfig:
+    """How calls of tools that run on the host are carried out."""
+
+    workers: int = 4  # processes, as many calls at once
+    seconds: float = 30.0  # that a call may take
+    picture_side: int = (
+        1024  # pixels of the longest side of a picture that a call returns; a larger one is made smaller
+    )
+
+    def __post_init__(self):
+        positive(self, "workers", "seconds", "picture_side")
 
 
 class Request(NamedTuple):
@@ -40,6 +56,7 @@ class Request(NamedTuple):
 class Reply(NamedTuple):
     outcome: Outcome  # one of those of a tool of the host
     text: str  # what the tool said, or what is wrong
+    picture: np.ndarray | None = None  # uint8 [h, w, 3], what it returned besides
 
 
 def send(stream: IO[bytes], document: Any, images: Sequence[np.ndarray] = ()) -> None:
@@ -61,25 +78,30 @@ class Worker:
     """A process that has imported the tools. Its standard output is that of this process's standard error."""
 
     def __init__(self, names: Sequence[str]):
-        command = [sys.executable, "-m", "pixel_jax.tools.worker", *names]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # The current directory is searched last there, too (`pixel_jax.named.find`): -P keeps it from being the first. Where
+        # this package itself lies in it, it stays where it is, lest another installation of the package is found.
+        command = [sys.executable, "-P", "-m", "pixel_jax.tools.worker", *names]
+        here = {os.path.realpath(os.getcwd())} - {str(PACKAGE.parent.resolve())}
+        path = [path for path in sys.path if path and os.path.realpath(path) not in here]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.ready = False
 
-    def ask(self, request: Request, limit: float) -> Any:
-        """The answer. TimeoutError: it took longer than `limit` seconds; EOFError: the process has ended."""
+    def ask(self, request: Request, limit: float, side: int) -> tuple[Any, bytes]:
+        """The answer, a document and pixels. TimeoutError: it took longer than `limit` seconds; EOFError: the process has
+        ended."""
         if not self.ready:  # importing is not what a call takes
             self._receive(START)
             self.ready = True
         shapes = [image.shape for image in request.images]
-        document = {"tool": request.tool, "arguments": dict(request.arguments), "shapes": shapes}
+        document = {"tool": request.tool, "arguments": dict(request.arguments), "shapes": shapes, "side": side}
         try:
             send(self.process.stdin, document, request.images)
         except BrokenPipeError:
             raise EOFError("the process has ended") from None
         return self._receive(limit)
 
-    def _receive(self, limit: float) -> Any:
+    def _receive(self, limit: float) -> tuple[Any, bytes]:
         deadline, stream = time.monotonic() + limit, self.process.stdout.fileno()
 
         def read(count: int) -> bytes:
@@ -94,7 +116,7 @@ class Worker:
                 missing -= len(part)
             return b"".join(parts)
 
-        return receive(read)[0]
+        return receive(read)
 
     def close(self) -> None:
         self.process.kill()
@@ -108,17 +130,16 @@ class HostTools:
 
     Args:
       names: of all tools of the run, in order, as the config has them.
-      workers: processes, as many calls at once; limit: seconds of a call.
     """
 
-    def __init__(self, names: Sequence[str], *, workers: int = WORKERS, limit: float = LIMIT):
-        self.names, self.limit = tuple(names), limit
+    def __init__(self, names: Sequence[str], config: HostToolsConfig = HostToolsConfig()):  # noqa: B008, never changed
+        self.names, self.config = tuple(names), config
         self.free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-        self.pool = ThreadPoolExecutor(workers)
+        self.pool = ThreadPoolExecutor(config.workers)
         self.workers: list[Worker] = []
-        for _ in range(workers):
+        for _ in range(config.workers):
             self.free.put(None)  # begun when it is needed
-        self.counts = dict.fromkeys((ANSWERED, FAILED, TIMED_OUT), 0)
+        self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> "HostTools":
         return self
@@ -132,14 +153,15 @@ class HostTools:
         """The replies, in order; the calls are carried out beside one another."""
         replies = list(self.pool.map(self._call, requests))
         for reply in replies:
-            self.counts[reply.outcome] += 1
+            self.counts[reply.outcome.name] += 1
+            self.counts["pictures"] += reply.picture is not None
         return replies
 
     def facts(self) -> dict[str, float]:
-        """For metrics: how many calls failed since the last time, and how many took too long."""
-        found = {"host_tool_errors": self.counts[FAILED], "host_tool_timeouts": self.counts[TIMED_OUT]}
-        self.counts = dict.fromkeys(self.counts, 0)
-        return {name: float(count) for name, count in found.items()}
+        """For metrics: how many calls failed since the last time, how many took too long, and how many returned a picture."""
+        counts, self.counts = self.counts, Counter()
+        names = {"errors": FAILED.name, "timeouts": TIMED_OUT.name, "pictures": "pictures", "shrunk": "shrunk"}
+        return {f"host_tool_{name}": float(counts[counted]) for name, counted in names.items()}
 
     def _call(self, request: Request) -> Reply:
         worker = self.free.get()
@@ -147,7 +169,7 @@ class HostTools:
             if worker is None:
                 worker = Worker(self.names)
                 self.workers.append(worker)
-            answer = worker.ask(request, self.limit)
+            answer, pixels = worker.ask(request, self.config.seconds, self.config.picture_side)
         except (TimeoutError, EOFError) as error:
             started = worker.ready
             worker.close()
@@ -159,9 +181,12 @@ class HostTools:
                 ) from None
             if isinstance(error, EOFError):
                 return Reply(FAILED, "the process ended")
-            return Reply(TIMED_OUT, f"no answer within {self.limit:g} seconds")
+            return Reply(TIMED_OUT, f"no answer within {self.config.seconds:g} seconds")
         finally:
             self.free.put(worker)
         if "error" in answer:
             return Reply(FAILED, answer["error"])
-        return Reply(ANSWERED, answer["text"])
+        self.counts["shrunk"] += answer["shrunk"]
+        shape = answer["shape"]
+        picture = None if shape is None else np.frombuffer(pixels, np.uint8).reshape(shape)
+        return Reply(ANSWERED, answer["text"], picture)

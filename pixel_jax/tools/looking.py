@@ -54,6 +54,8 @@ class Answer(NamedTuple):
     region: jax.Array  # int32 [V, 4]
     size: jax.Array  # int32 [V, 2], (height, width) at which it is shown
     count: jax.Array | int = 1  # pictures shown
+    # int32 [2], (height, width) at which the model was shown the picture that its boxes are of; None: its own size
+    shown: jax.Array | None = None
     listed: Lists | None = None  # what stands for {list}
 
 

@@ -21,6 +21,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 BOX_NUMBERS = 4
 MAX_INTEGERS = 64  # the longest list that is read
 MAX_OPTIONS = 64
+IN_SHARES = (
+    "Values should be within [0.0,1.0]."  # of boxes; a call format that measures otherwise says that in its place
+)
 
 
 class Coordinates(enum.IntEnum):
@@ -245,8 +248,10 @@ class Tool:
       host: `execute` is any Python callable, (images, **arguments) -> text, and runs on the host
         (`pixel_jax.tools.host`), whose outcomes the tool has. Otherwise it is a pure function inside the compiled rollout,
         as is `draw`.
+      picture: of a tool of the host: a call may return a picture, too.
       draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
-        what `execute` looks at; pixels are zero beyond size (height, width). None: it shows that as it is.
+        what `execute` looks at; pixels are zero beyond size (height, width), boxes are in shares of that (`Answer.shown`). None:
+        it shows that as it is.
       drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
       budget: whose pixel budgets of the rollout's config its pictures have: those of crops or of selected frames.
       of_videos: it shows frames of videos, and nothing where there is none.
@@ -259,6 +264,7 @@ class Tool:
     outcomes: tuple[Outcome, ...] = ()
     execute: Callable[..., Any] | None = None
     host: bool = False
+    picture: bool = False
     draw: Callable[..., Any] | None = None
     drawn_size: Callable[..., Any] | None = None
     budget: Literal["crop", "select"] = "crop"
@@ -271,6 +277,11 @@ class Tool:
         for argument in self.arguments:
             if not isinstance(argument, Argument):
                 raise ToolError(f"tool {self.name!r}: {argument!r} is no argument: Number, Integer, Box, ... are")
+            if not isinstance(argument, Number | Box | Integers | Choice | Text):
+                raise ToolError(
+                    f"tool {self.name!r}: no parser can read the argument {argument.name!r}, a {type(argument).__name__}: "
+                    "there are Number, Integer, Box, Integers, Choice and, on the host, Text"
+                )
         if twice := _twice([argument.name for argument in self.arguments]):
             raise ToolError(f"tool {self.name!r} has two arguments called {twice!r}")
         if twice := _twice([outcome.name for outcome in self.outcomes]):
@@ -284,7 +295,12 @@ class Tool:
         if self.host:
             if self.execute is None:
                 raise ToolError(f"tool {self.name!r} has no `execute`: it is declared, and does nothing")
-            object.__setattr__(self, "outcomes", (ANSWERED, FAILED, TIMED_OUT))
+            answered = ANSWERED._replace(images=int(self.picture))
+            object.__setattr__(self, "outcomes", (answered, FAILED, TIMED_OUT))
+        elif self.picture:
+            raise ToolError(
+                f"tool {self.name!r} runs on the device: `picture` is of tools of the host; its pictures are what `draw` makes"
+            )
         if not self.usage:
             said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
             object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")
@@ -329,6 +345,11 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
     """
     if not isinstance(tools, tuple) or not all(isinstance(tool, Tool) for tool in tools):
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")
+    for tool in tools:
+        try:
+            hash(tool)
+        except TypeError as error:
+            raise ToolError(f"the parts of tool {tool.name!r} are tuples and no lists: {error}") from None
     if twice := _twice([tool.name for tool in tools]):
         raise ToolError(f"two tools are called {twice!r}")
     check_arguments([(tool.name, argument) for tool in tools for argument in tool.arguments])

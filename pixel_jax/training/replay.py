@@ -14,7 +14,7 @@ from pixel_jax.config import positive
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
 from pixel_jax.rollout.drawings import Drawings
-from pixel_jax.rollout.images import ragged
+from pixel_jax.rollout.images import Images
 from pixel_jax.rollout.materialize import PatchSource, VisualRecord
 from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import Views
@@ -179,15 +179,17 @@ def copied(row: Rows) -> Rows:
 
 
 def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
-    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes."""
+    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
+    prompt its own come first, then those that tools of the host returned."""
     together = side_by_side(rows)
     prompts = list({id(images): images for images in together.images}.values())
     number = {id(images): i for i, images in enumerate(prompts)}
-    arrays = [x for images in prompts for x in images.arrays]
+    arrays = [x for images in prompts for x in (*images.arrays, *images.returned.values())]
     return {
         "pixels": np.concatenate([x.ravel() for x in arrays]),
         "shapes": np.array([x.shape for x in arrays], np.int32),
         "images": np.array([len(images.arrays) for images in prompts], np.int32),  # of each prompt
+        "returned": np.array([len(images.returned) for images in prompts], np.int32),
         "prompt": np.array([number[id(images)] for images in together.images], np.int32),  # of each row
         "rows": as_dicts(together.batch),
     }
@@ -210,7 +212,11 @@ def unstacked(state: dict[str, Any]) -> Iterator[Rows]:
         state["pixels"][end - int(np.prod(shape, dtype=np.int64)) : end].reshape(shape)
         for shape, end in zip(state["shapes"], ends, strict=True)
     )
-    prompts = ragged([next(arrays) for _ in range(count)] for count in state["images"])
+    prompts = np.empty(len(state["images"]), object)
+    for i, (own, returned) in enumerate(zip(state["images"], state["returned"], strict=True)):
+        prompts[i] = Images(tuple(next(arrays) for _ in range(own)))
+        for _ in range(returned):
+            prompts[i].keep(next(arrays))
     rows = Rows(Batch(**state["rows"] | {"visual": record}), prompts[state["prompt"]])
     yield from (take(rows, i) for i in range(len(rows.images)))
 

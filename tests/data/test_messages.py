@@ -19,8 +19,12 @@ from pixel_jax.data.messages import read_dialogue
 from pixel_jax.data.own import read_own
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.rows import read_row
-from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.dialog.formats import call_format
+from pixel_jax.dialog.grammar import Language, parse_turn
+from pixel_jax.dialog.template import system_prompt
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
+from pixel_jax.evaluation.stages import about
+from pixel_jax.tools import CROP_IMAGE, RELEASED
 
 ARGUMENTS = {"bbox_2d": [0.1, 0.2, 0.5, 0.6], "target_image": 1}
 CALL = f'I look.\n<tool_call>\n{{"name": "crop_image_normalized", "arguments": {json.dumps(ARGUMENTS)}}}\n</tool_call>'
@@ -230,3 +234,91 @@ def test_a_damaged_or_strange_parquet_is_named(folder):
     with pytest.raises(ExampleError, match="the further field 'mask' holds bytes, which nothing can be done with"):
         read_own(folder / "strange.parquet")
     (folder / "broken.parquet").unlink()
+
+
+# Calls in each format, typed by hand: as a turn has it, and as OpenAI's `tool_calls`.
+IN_FORMAT = {
+    "deepeyes": (
+        '<think>Closer.</think>\n<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [10, 20, 35, 28], '
+        '"label": "the sign"}}\n</tool_call>',
+        {"name": "image_zoom_in_tool", "arguments": '{"bbox_2d": [10, 20, 35, 28], "label": "the sign"}'},
+        [10, 20, 35, 28],
+    ),
+    "mini_o3": (
+        '<think>Closer.</think>\n<grounding>{"bbox_2d": [0.25, 0.5, 0.75, 1.0], "source": "original_image"}</grounding>',
+        {"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.25, 0.5, 0.75, 1.0], "source": "original_image"}},
+        [0.25, 0.5, 0.75, 1.0],
+    ),
+    "qwen3_vl": (
+        '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [250, 500, 750, 1000], "label": "sign", '
+        '"img_idx": 0}}\n</tool_call>\n',
+        {
+            "name": "image_zoom_in_tool",
+            "arguments": '{"bbox_2d": [250, 500, 750, 1000], "label": "sign", "img_idx": 0}',
+        },
+        [0.25, 0.5, 0.75, 1.0],
+    ),
+    "crop_image": (
+        '<tool_call>\n{"name": "crop_image", "arguments": {"bbox_2d": [4, 5, 30, 20.5], "target_image": 1}}\n</tool_call>',
+        {"name": "crop_image", "arguments": '{"bbox_2d": [4, 5, 30, 20.5], "target_image": 1}'},
+        [4, 5, 30, 20.5],
+    ),
+}
+LANGUAGES = {name: Language((CROP_IMAGE,) if name == "mini_o3" else RELEASED, call_format(name)) for name in IN_FORMAT}
+
+
+@pytest.mark.parametrize("name", IN_FORMAT)
+def test_conversations_are_read_in_the_format_of_the_config(folder, name):
+    """In `messages` and as `tool_calls`, and in the released traces' file; in another format the error names the right one."""
+    written, function, box = IN_FORMAT[name]
+    language, found = LANGUAGES[name], []
+    called = [
+        {"role": "assistant", "content": written},
+        {"role": "assistant", "content": "Closer.", "tool_calls": [{"type": "function", "function": function}]},
+    ]
+    system = {"role": "system", "content": system_prompt(language.tools, language.format)}
+    for number, call in enumerate(called):
+        messages = [system, USER, call, {"role": "user", "content": [{"type": "image", "image": "b.png"}]}, TURN]
+        (folder / f"{name}.jsonl").write_text(json.dumps({"messages": messages, "answer": "7"}) + "\n")
+        (example,), report = read_examples(folder / f"{name}.jsonl", turns=True, language=language)
+        assert not report.mended
+        found.append(example)
+        if number == 0:
+            assert example.turns[0].parts[0][0] == written.rstrip()
+            with pytest.raises(ExampleError, match=f"it is one in '{name}' \\(rollout.call_format\\)|has no call"):
+                read_examples(folder / f"{name}.jsonl", turns=True)
+            parts = [{"text": "What?"}, {"image": "a.png"}]
+            rows = [{"role": "system", "content": [{"text": system["content"]}]}, {"role": "user", "content": parts}]
+            rows += [{"role": "assistant", "content": [{"text": written}]}]
+            rows += [
+                {"role": "user", "content": [{"text": "Here."}]},
+                {"role": "assistant", "content": [{"text": END}]},
+            ]
+            (folder / f"{name}.json").write_text(json.dumps([{"qid": "1", "message_list": rows}]))
+            found += read_examples(folder / f"{name}.json", turns=True, language=language)[0]
+    for example in found:
+        call = parse_turn(example.turns[0].parts[0][0], language).call
+        numbers = [x.units + x.micros / 10**6 for x in call.arguments["bbox_2d"]]
+        assert call.tool == 0 and numbers == box and language.tools[0] == CROP_IMAGE
+
+
+def test_a_format_without_names_writes_one_tool(folder):
+    call = {"type": "function", "function": {"name": "rotate", "arguments": {}}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER, TURN]
+    with pytest.raises(
+        ExampleError, match="'mini_o3' have no name and are all of 'crop_image_normalized', not of 'rotate'"
+    ):
+        read_row({"messages": messages}, "here:1", folder, language=LANGUAGES["mini_o3"], report=Report("here"))
+
+
+def test_an_evaluation_keeps_further_fields_and_reads_the_format(folder):
+    written, *_ = IN_FORMAT["deepeyes"]
+    messages = [USER, {"role": "assistant", "content": written}, USER, TURN]
+    (folder / "eval.jsonl").write_text(json.dumps({"messages": messages, "answer": "7", "box": [1, 2, 3, 4]}) + "\n")
+    (question,), _ = read("jsonl", folder / "eval.jsonl", language=LANGUAGES["deepeyes"])
+    assert question.fields == {"box": [1, 2, 3, 4]}
+    assert about(0, question)["fields"] == {"box": [1, 2, 3, 4]} and "fields" not in about(
+        0, question._replace(fields={})
+    )
+    with pytest.raises(ExampleError, match="it is one in 'deepeyes'"):
+        read("jsonl", folder / "eval.jsonl")

@@ -1,14 +1,16 @@
 """What a call comes to in every call format: the part of the picture that its released code would cut, and what is told."""
 
 import dataclasses
+import json
 import pathlib
 import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw
 
-from pixel_jax.data.traces import Trace, TraceError, right, write_rows
+from pixel_jax.data.traces import Trace, TraceError, frame_patches, render, right, write_rows
 from pixel_jax.dialog import Language, observations, parse_turn, template
 from pixel_jax.dialog.formats import FORMATS, CallFormat, call_format
 from pixel_jax.dialog.template import system_prompt
@@ -19,9 +21,11 @@ from pixel_jax.rollout.limits import read_limits, write_limits
 from pixel_jax.rollout.prompts import Query, build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.shapes import prompt_shape
-from pixel_jax.rollout.trajectory import to_host
-from pixel_jax.tools import CROP_IMAGE, RELEASED, ToolError
-from pixel_jax.tools.named import find_format
+from pixel_jax.rollout.trajectory import CallStatus, to_host
+from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, ToolError
+from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST
+from pixel_jax.tools.named import find_format, find_tools
+from pixel_jax.tools.tool import ANSWERED, FAILED
 from tests.rollout import talker
 
 HEIGHT, WIDTH = 300, 410  # shown at 308 x 420
@@ -209,3 +213,141 @@ def test_a_rollout_in_another_format():
             seen.add(turn)
     assert seen == {FIRST, SECOND}
     assert "crop_image_normalized: no such image" in names
+
+
+# The same box, x from .1 to .5 and y from 0 to .5, as each format measures it; and what it lies on in pixels of the image.
+BOXES = {
+    "pixel_reasoner": "[0.1, 0, 0.5, 0.5]",
+    "pixel_reasoner, as shown": "[42, 0, 210, 154]",
+    "crop_image": "[42, 0, 210, 154]",
+    "deepeyes": "[41, 0, 205, 150]",
+    "qwen3_vl": "[100, 0, 500, 500]",
+}
+
+
+@pytest.mark.parametrize("case", BOXES)
+def test_a_box_to_draw_is_measured_as_the_format_says(case):
+    """As Pillow draws it; and once more on the crop that was shown before, which has pixels of its own."""
+    name, tools = case.split(",")[0], (CROP_IMAGE, DRAW_BOX)
+    config = RolloutConfig(call_format=name, pad=0.0)
+    draw = tool_call("draw_box", f'"bbox_2d": {BOXES[case]}, "colour": "blue", "target_image": 1')
+    outside = tool_call("draw_box", '"bbox_2d": [0, 0, 5000, 5000], "colour": "blue", "target_image": 1')
+    trace = Trace(Query("What is it?", [IMAGE]), (*map(right, (draw, outside)), right("a dog")), "a dog")
+    language = Language(tools, call_format(name))
+    (row,) = write_rows([trace], WORDS, tables(WORDS, tools, language.format), config)
+    pillow = Image.fromarray(IMAGE)
+    ImageDraw.Draw(pillow).rectangle((41, 0, 204, 149), outline=COLOURS["blue"], width=THINNEST + WIDTH // PART)
+    first, drawn = render(row, [IMAGE])
+    size = row.views[1].size
+    np.testing.assert_array_equal(drawn, frame_patches(np.asarray(pillow), (0, 0, WIDTH, HEIGHT), size))
+    assert len(row.views) == 2 and row.calls[1].status == CallStatus.FAILED  # nothing is drawn beyond the image
+    call = parse_turn(draw, language).call
+    written = [x.units + x.micros / 10**6 for x in call.arguments["bbox_2d"]]
+    scale = 1000 if name == "qwen3_vl" else 1
+    assert [x * scale for x in written] == pytest.approx(json.loads(BOXES[case]))
+    assert "draw_box" in WORDS.to_bytes(row.ids).decode()
+
+
+def test_the_prompt_says_what_boxes_are_measured_in():
+    said = {}
+    for name in ("pixel_reasoner", "deepeyes", "qwen3_vl"):
+        parameters = json.loads(FORMATS[name].schema(DRAW_BOX))["function"]["parameters"]
+        said[name] = parameters["properties"]["bbox_2d"]["description"]
+    assert said["pixel_reasoner"] == "coordinates for bounding box to draw. Values should be within [0.0,1.0]."
+    assert said["deepeyes"] == "coordinates for bounding box to draw. Values are in pixels of the image."
+    assert (
+        said["qwen3_vl"] == "coordinates for bounding box to draw. Values are from 0 to 1000, which is the whole side."
+    )
+
+
+OWN = """
+from pixel_jax.dialog.formats import CallFormat, Coordinates, Spelled, Spelling
+from pixel_jax.tools import Box, Integer, Text, Tool
+
+READ = Tool("read_text", "Reads.", (Text("language"),), execute=lambda images, language: language, host=True)
+ZOOM = CallFormat(
+    "zoom",
+    opening="<zoom>",
+    closing="</zoom>",
+    spellings=(
+        Spelling(
+            "crop_image_normalized",
+            "zoom",
+            (Spelled("bbox_2d", Box("box")), Spelled("target_image", Integer("picture"), add=1)),
+            told=(("shown", "Part {3}:{images}!"), ("too small", "{0} by {1} is too little.")),
+        ),
+        Spelling("read_text", "ocr", (Spelled("language", Text("in")),), told=(("failed", "No text{images}."),)),
+    ),
+    coordinates=Coordinates.SHARES,
+    places=-2,
+    pad=0.05,
+    response="<seen>{text}|{images}</seen>",
+    malformed="What?",
+)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "formats_of_mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "formats_of_mine:ZOOM", find_format("formats_of_mine:ZOOM"), find_tools(("formats_of_mine:READ",))
+    del FORMATS["formats_of_mine:ZOOM"]
+
+
+def zoom(name: str, arguments: str) -> str:
+    return f'<zoom>\n{{"name": "{name}", "arguments": {{{arguments}}}}}\n</zoom>'
+
+
+def test_observations_of_a_format_of_ones_own(own):
+    """All that rows are told is as it says: tools that it spells, others, errors; and so are the padding and the prompt."""
+    name, known, _ = own
+    tools, config = (CROP_IMAGE, ROTATE), RolloutConfig(call_format=name, min_crop=50)
+    turns = [
+        zoom("zoom", '"box": [10, 20, 90, 70], "picture": 0'),
+        zoom("zoom", '"box": [10, 20, 10, 20], "picture": 0'),
+        zoom("rotate", '"by": "90", "target_image": 1'),
+        zoom("rotate", '"by": "90", "target_image": 7'),
+        zoom("zoom", '"box": [10, 20], "picture": 0'),
+    ]
+    trace = Trace(Query("What is it?", [IMAGE]), (*map(right, turns), right("a dog")), "a dog")
+    (row,) = write_rows([trace], WORDS, tables(WORDS, tools, known), config)
+    text = WORDS.to_bytes(row.ids).decode()
+    first, *told = [x.partition("<|im_end|>")[0] for x in text.split("<|im_start|>user\n")[1:]]
+    told = [re.sub(r"(<\|image_pad\|>)+", "#", x) for x in told]
+    assert row.views[1].region == (20, 45, 390, 225)  # 5 % more on each side
+    shown, small, turned, missing, none = told
+    assert shown == "Part 1:<|vision_start|>#<|vision_end|>!"
+    assert small == "42 by 30 is too little."
+    assert re.fullmatch(
+        r"<seen>Here is the rotated image \(Image Size: \d+x\d+\):\|<\|vision_start\|>#<\|vision_end\|></seen>", turned
+    )
+    assert missing.startswith("<seen>Execution error:\n") and missing.endswith("|</seen>")
+    assert none == "What?"
+    schema = json.loads(text.partition("<tools>\n")[2].split("\n")[0])["function"]
+    assert schema["name"] == "zoom" and list(schema["parameters"]["properties"]) == ["box", "picture"]
+    assert schema["parameters"]["properties"]["box"]["description"].endswith(
+        "Values are from 0 to 100, which is the whole side."
+    )
+
+
+def test_answers_of_the_host_in_a_format_of_ones_own(own):
+    _, known, (read,) = own
+    assert known.answer(read, ANSWERED, "\nIt says {images} 7.\n") == ("<seen>It says {images} 7.|", "</seen>")
+    assert known.answer(read, FAILED, "\nExecution error:") == ("No text", ".")
+    assert FORMATS["pixel_reasoner"].answer(read, ANSWERED, "\nIt says 7.") == ("\nIt says 7.", "")
+    language = Language((CROP_IMAGE, read), known)
+    call = parse_turn(zoom("ocr", '"in": "German"'), language).call
+    assert call.tool == 1 and call.arguments == {"language": "German"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response": "<seen>{text}</seen>"}, "the response has {text} and {images}, each once"),
+        ({"pad": 2.0}, "pad is a share of the image"),
+    ],
+)
+def test_a_format_that_cannot_be_one(change, message):
+    with pytest.raises(ToolError, match=re.escape(message)):
+        CallFormat("mine", **change)

@@ -219,7 +219,7 @@ def test_pixels_are_those_of_the_picture_that_is_shown():
     result = run(calls, gallery, sizes, config)
     assert result.source.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
     assert result.message.integers[0, :2].tolist() == [1064, 700]
-    gallery = add_to_gallery(gallery, called(calls, result, one == 1), jnp.zeros(2, jnp.int32))
+    gallery = add_to_gallery(gallery, called(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
     result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), gallery, sizes, config)
     assert result.source.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
 

@@ -1,5 +1,6 @@
 """Traces are carried out by the rollout's own tools: what they learn shows the cue, what they call a mistake does not."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,9 +11,12 @@ from pixel_jax.data.traces import to_trajectories
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.synthesis.run import SynthConfig, plan, synthesize
+from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.synthesis import checks
+from pixel_jax.synthesis.run import SynthConfig, language_of, plan, synthesize
 from pixel_jax.synthesis.seeds import read_seeds
 from pixel_jax.synthesis.traces import assign_kinds, possible_kinds
+from pixel_jax.tools import ToolError
 from tests.dialog.qwen import qwen_vocabulary
 from tests.rollout import talker
 from tests.synthesis import seed_files
@@ -182,3 +186,63 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
         x1, y1, x2, y2 = done.calls.source.region[row, calls - 1, 0]
         box = rows[i]["box"]
         assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3], (rows[i], kinds[i])
+
+
+FORMATS = ("crop_image", "deepeyes", "mini_o3", "qwen3_vl")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_traces_in_other_formats(name, tmp_path):
+    """Carried out by the rollout's tools in that format: what is learned shows the cue."""
+    path = seed_files.write_seeds(tmp_path, images=8, videos=2, direct=1)
+    tools = ("crop_image_normalized",) if name == "mini_o3" else ("crop_image_normalized", "select_frames", "rotate")
+    config = SynthConfig(str(path), str(tmp_path / "out"), tools=tools, call_format=name)
+    report, seeds, language = synthesize(config), {x.id: x for x in read_seeds(path)}, language_of(config)
+    made = {kind: x["made"] for kind, x in report["kinds"]["image"].items()}
+    # DeepEyes looks at the first image only.
+    assert sum(made.values()) == 8 and (made["further"] == 0) == (name == "deepeyes")
+    assert report["dropped"] == ({"the tools have no select_frames": 2} if name == "mini_o3" else {})
+    examples = read_own(tmp_path / "out" / "traces.jsonl", turns=True, language=language)
+    vocabulary = qwen_vocabulary()
+    limits = dataclasses.replace(CONFIG, call_format=name)
+    token_tables = tables(vocabulary, language.tools, language.format)
+    done = to_trajectories(
+        [x.trace(x.query()) for x in examples], vocabulary, token_tables, limits, ROOM._replace(tokens=2000)
+    )
+    names = [*map(str, token_tables.observations.kinds)]
+    looked = 0
+    for row, example in enumerate(examples):
+        seed = seeds[example.id]
+        for call, turn in enumerate(example.turns[:-1]):
+            assert done.calls.status[row, call] == CallStatus.DONE and names[done.calls.outcome[row, call]].endswith(
+                ": shown"
+            )
+            if not seed.video and turn.parts[0][1]:
+                x1, y1, x2, y2 = done.calls.source.region[row, call, 0]
+                # A share in hundredths is rounded to a pixel.
+                near = np.array([x1 - seed.box[0], y1 - seed.box[1], seed.box[2] - x2, seed.box[3] - y2]) <= 1
+                assert near.all()
+                looked += 1
+    assert looked == 8
+
+
+def test_tools_of_ones_own_are_named_and_not_synthesized(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_search.py").write_text(
+        "from pixel_jax.tools import Text, Tool\n"
+        "SEARCH = Tool('search_web', 'Searches.', (Text('for_what'),), execute=lambda images, for_what: '', host=True)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = seed_files.write_seeds(tmp_path, images=2, videos=0, direct=1)
+    config = SynthConfig(str(path), str(tmp_path / "out"), tools=("my_search:SEARCH", "enhance"))
+    report = synthesize(config)
+    assert "No traces are synthesized that call search_web, enhance" in "".join(capsys.readouterr())
+    assert report["made"] == 1 and report["dropped"] == {"the tools have no crop_image_normalized": 2}
+    assert checks.unfit("I would search_web for it.", language_of(config)) == "markup in the text"
+    assert checks.unfit("I would search_web for it.") is None
+    for wrong, message in (
+        ({"tools": ("zoom",)}, "no tool is called 'zoom'"),
+        ({"call_format": "x"}, "no call format 'x'"),
+        ({"call_format": "mini_o3"}, "can only write"),
+    ):
+        with pytest.raises(ToolError, match=message):
+            synthesize(SynthConfig(str(path), str(tmp_path / "out"), **wrong))

@@ -4,14 +4,20 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from pixel_jax.config import ConfigError, load
+from pixel_jax.evaluation.config import EvalConfig
+from pixel_jax.settings import listing
 from pixel_jax.tools import ToolError
-from pixel_jax.tools.host import HostTools, Reply, Request
+from pixel_jax.tools.host import HostTools, HostToolsConfig, Reply, Request
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
+from pixel_jax.train import TrainConfig
 
 TOOLS = """
 import os, time
 import numpy as np
+from PIL import Image
 from pixel_jax.tools import Integer, Number, Text, Tool
 
 
@@ -33,12 +39,35 @@ def broken(images, how):
     raise ValueError(f"no {how} here")
 
 
+def paint(images, how):
+    made = 255 - images[0]
+    return {
+        "array": made,
+        "both": ("Here it is.", made),
+        "pillow": ("", Image.fromarray(made).convert("RGBA")),
+        "large": np.repeat(np.repeat(made, 50, 0), 50, 1),
+        "floats": made / 255,
+        "grey": made[..., 0],
+        "two": [made, made],
+        "empty": made[:0],
+    }[how]
+
+
 MEASURE = Tool("measure", "Adds up.", (Text("word"), Integer("times", default=1)), execute=measure, host=True)
 SLEEP = Tool("sleep", "Waits.", (Number("seconds"),), execute=sleep, host=True)
 BROKEN = Tool("broken", "Fails.", (Text("how"),), execute=broken, host=True)
+PAINT = Tool("paint", "Paints.", (Text("how"),), execute=paint, host=True, picture=True)
+SECRET = Tool("secret", "Paints.", (Text("how"),), execute=paint, host=True)
 """
-NAMES = ("rotate", "slow_tools:MEASURE", "slow_tools:SLEEP", "slow_tools:BROKEN")
-MEASURE, SLEEP, BROKEN = 1, 2, 3
+NAMES = (
+    "rotate",
+    "slow_tools:MEASURE",
+    "slow_tools:SLEEP",
+    "slow_tools:BROKEN",
+    "slow_tools:PAINT",
+    "slow_tools:SECRET",
+)
+MEASURE, SLEEP, BROKEN, PAINT, SECRET = 1, 2, 3, 4, 5
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +76,7 @@ def tools(tmp_path_factory):
     (folder / "slow_tools.py").write_text(TOOLS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        with HostTools(NAMES, workers=2, limit=3.0) as found:
+        with HostTools(NAMES, HostToolsConfig(workers=2, seconds=3.0, picture_side=100)) as found:
             yield found
 
 
@@ -57,7 +86,7 @@ def test_answers_come_in_order_with_what_was_asked(tools):
     assert tools.call(requests) == [
         Reply(ANSWERED, f"{'ä' * i}: {[int(image.sum()) for image in images[:i]]}") for i in range(4)
     ]
-    assert tools.facts() == {"host_tool_errors": 0.0, "host_tool_timeouts": 0.0}
+    assert set(tools.facts().values()) == {0.0}
 
 
 def test_what_goes_wrong_is_an_answer_and_counted(tools):
@@ -70,7 +99,8 @@ def test_what_goes_wrong_is_an_answer_and_counted(tools):
     assert exit == Reply(FAILED, "the process ended")
     assert fine == Reply(ANSWERED, "a: []")
     assert unknown.outcome == FAILED and "TypeError" in unknown.text
-    assert tools.facts() == {"host_tool_errors": 4.0, "host_tool_timeouts": 0.0}
+    facts = tools.facts()
+    assert (facts["host_tool_errors"], facts["host_tool_timeouts"]) == (4.0, 0.0)
 
 
 def test_calls_run_beside_each_other_and_end_in_time(tools):
@@ -85,7 +115,74 @@ def test_calls_run_beside_each_other_and_end_in_time(tools):
 
 def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
     with (
-        HostTools(("not_there:TOOL",), workers=1) as tools,
+        HostTools(("not_there:TOOL",), HostToolsConfig(workers=1)) as tools,
         pytest.raises(ToolError, match="not_there:TOOL did not start"),
     ):
         tools.call([Request(0, {}, ())])
+
+
+def test_pictures_come_back(tools):
+    """NumPy's and Pillow's, with and without a text; one longer than `picture_side` is Pillow's thumbnail of it."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
+    tools.facts()
+    array, both, pillow, large = tools.call(
+        [Request(PAINT, {"how": how}, [image]) for how in ("array", "both", "pillow", "large")]
+    )
+    assert [x.text for x in (array, both, pillow, large)] == ["", "Here it is.", "", ""]
+    for reply in (array, both, pillow):
+        assert reply.outcome == ANSWERED and reply.picture.dtype == np.uint8
+        np.testing.assert_array_equal(reply.picture, 255 - image)
+    thumbnail = Image.fromarray(np.repeat(np.repeat(255 - image, 50, 0), 50, 1))
+    thumbnail.thumbnail((100, 100), reducing_gap=None)
+    np.testing.assert_array_equal(large.picture, thumbnail)
+    facts = tools.facts()
+    assert (facts["host_tool_pictures"], facts["host_tool_shrunk"], facts["host_tool_errors"]) == (4.0, 1.0, 0.0)
+
+
+def test_what_is_no_picture_is_an_answer(tools):
+    image = np.zeros((3, 5, 3), np.uint8)
+    how = {
+        "floats": "not float64",
+        "grey": "not uint8 (3, 5)",
+        "two": "not list",
+        "empty": "uint8 [h, w, 3], not (0, 5, 3)",
+    }
+    for name, said in how.items():
+        (reply,) = tools.call([Request(PAINT, {"how": name}, [image])])
+        assert reply.outcome == FAILED and reply.picture is None and said in reply.text, reply.text
+    (reply,) = tools.call([Request(SECRET, {"how": "array"}, [image])])
+    assert reply.outcome == FAILED and "'secret' returns a picture: it needs Tool(..., picture=True)" in reply.text
+
+
+@pytest.mark.parametrize("name", ["workers", "seconds", "picture_side"])
+def test_settings_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be positive: 0"):
+        HostToolsConfig(**{name: 0})
+
+
+def test_the_current_directory_is_searched_last(tmp_path, monkeypatch):
+    """By workers, too: a file there takes the place of no package, and a tool there is found."""
+    for name in ("queue", "numpy", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "here_tools.py").write_text(
+        "from pixel_jax.tools import Tool\nHERE = Tool('here', 'Is.', execute=lambda images: 'here', host=True)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with HostTools(("here_tools:HERE",), HostToolsConfig(workers=1)) as tools:
+        assert tools.call([Request(0, {}, ())]) == [Reply(ANSWERED, "here")]
+
+
+def test_settings_of_commands():
+    """`rl`, `sft` and `eval` have them, and `--help` lists them."""
+    rl = {"model": "m", "data": "d", "out": "o", "rl": {"iterations": 1}}
+    judged = {"model": "m", "out": "o", "benchmarks": {"x": {"format": "jsonl", "data": "d"}}}
+    for cls, values in ((TrainConfig, rl), (EvalConfig, judged)):
+        assert load(cls, values).host_tools == HostToolsConfig(workers=4, seconds=30.0, picture_side=1024)
+        given = load(cls, values | {"host_tools": {"workers": 2, "seconds": 1}}).host_tools
+        assert given == HostToolsConfig(workers=2, seconds=1.0)
+        with pytest.raises(ConfigError, match="config.host_tools: seconds must be positive: 0"):
+            load(cls, values | {"host_tools": {"seconds": 0}})
+        with pytest.raises(ConfigError, match="unknown key config.host_tools.second; the nearest known one is"):
+            load(cls, values | {"host_tools": {"second": 1}})
+        said = listing(cls, values)
+        assert all(f"host_tools.{name}" in said for name in ("workers", "seconds", "picture_side")), said

@@ -56,6 +56,9 @@ def test_the_code_of_the_page_runs(written):
     (brightest,) = find_tools(("my_host_tools:BRIGHTEST",))
     image = np.zeros((10, 20, 3), np.uint8)
     image[5, 15] = 255
+    (edges,) = find_tools(("my_host_tools:EDGES",))
+    text, picture = edges.execute([image], 1)
+    assert edges.picture and text == "Here are the edges:" and picture.size == (20, 10)
     assert brightest.host and brightest.execute([image], 1, "percent") == "The brightest pixel is at 75, 50."
 
 
@@ -63,8 +66,50 @@ def test_the_code_of_the_page_runs(written):
 def test_trained_and_evaluated_from_the_command_line(written):
     """Two iterations of `rl`, then `eval` of what they made."""
     tools = (CROP_IMAGE, find_tools(("my_tools:INVERT",))[0])
-    invert = '<tool_call>\n{"name": "invert", "arguments": {"channel": "red", "target_image": 1}}\n</tool_call>'
-    after = {invert: 0.6, "\\boxed{7}": 0.2, "\\boxed{3}": 0.2}
+    invert = tool_call("invert", '"channel": "red", "target_image": 1')
+    metrics, records = run_both(written, tools, TOOLS, {invert: 0.6, "\\boxed{7}": 0.2, "\\boxed{3}": 0.2})
+    assert sum(line["operations"] for line in metrics) > 0
+    assert len(records) == 4 and sum(sum(record["operations"]) for record in records) > 0
+    # The tool is part of what the run is: without it, it is another.
+    code, _, error = command("eval", "--config=my_eval.py", cwd=written)
+    assert code == 1 and "tools" in error, error
+    (written / "my_tools.py").write_text((written / "my_tools.py").read_text() + "# changed\n")
+    code, _, error = command("eval", "--config=my_eval.py", f"--config.tools={TOOLS}", cwd=written)
+    assert code == 1 and "code.my_tools:INVERT" in error, error
+
+
+@pytest.mark.slow
+def test_pictures_of_the_host_from_the_command_line(written):
+    """A tool of the host that returns pictures, and the crop of one: trained with, replayed, gone on with and evaluated."""
+    names = '("crop_image_normalized", "my_host_tools:EDGES", "my_host_tools:BRIGHTEST")'
+    tools = (CROP_IMAGE, *find_tools(("my_host_tools:EDGES", "my_host_tools:BRIGHTEST")))
+    edges, wrong = tool_call("find_edges", '"image": 1'), tool_call("find_edges", '"image": 9')
+    crop = tool_call("crop_image_normalized", '"bbox_2d": [0, 0, 0.9, 0.9], "target_image": 2')
+    after = {edges: 0.3, crop: 0.2, wrong: 0.1, "\\boxed{7}": 0.2, "\\boxed{3}": 0.2}
+    options = ("--config.host_tools.workers=2", "--config.host_tools.seconds=60.0")
+    metrics, records = run_both(written, tools, names, after, {"kind": "ssr", "life": "run"}, options)
+    assert sum(line["host_tool_pictures"] for line in metrics) > 0 and sum(line["operations"] for line in metrics) > 0
+    assert sum(line["host_tool_errors"] for line in metrics) > 0
+    assert len(records) == 4
+    code, _, error = command(
+        "rl",
+        "--config=my_rl.py",
+        f"--config.tools={names}",
+        "--config.rl.iterations=3",
+        *options,
+        "--resume_changed",
+        cwd=written,
+    )
+    assert code == 0, error  # with the replay of what was saved
+    assert len(read_metrics(written / "run" / "rl" / "metrics.jsonl")) == 3
+
+
+def tool_call(name: str, arguments: str) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{{arguments}}}}}\n</tool_call>'
+
+
+def run_both(written, tools, names, after, replay=None, options=()):
+    """`rl` and `eval` with a talker that says what is in `after`: the metrics and the records."""
     chain = {talker.START: after, **{text: {talker.END: 1.0} for text in after}}
     words = talker.vocabulary_of(chain, tools)
     processor = Processor(words.tokenizer, min_pixels=784, max_pixels=4 * 784)
@@ -75,7 +120,14 @@ def test_trained_and_evaluated_from_the_command_line(written):
         lines.append(json.dumps({"question": "Which digit?", "images": [f"{i}.png"], "answer": "7"}))
     (written / "own.jsonl").write_text("\n".join(lines))
     step = {"forward": {"remat": False}, "optimizer": {"learning_rate": 1e-6}}
-    rl = {"iterations": 2, "prompts": 2, "train_batch": 4, "rollout": LIMITS, "replay": {"kind": "none"}, **step}
+    rl = {
+        "iterations": 2,
+        "prompts": 2,
+        "train_batch": 4,
+        "rollout": LIMITS,
+        "replay": replay or {"kind": "none"},
+        **step,
+    }
     training = {
         "model": "model",
         "data": "own.jsonl",
@@ -96,14 +148,10 @@ def test_trained_and_evaluated_from_the_command_line(written):
     for name, values in (("my_rl.py", training), ("my_eval.py", judging)):
         (written / name).write_text(CONFIG.format(values=values))
 
-    code, _, error = command("rl", "--config=my_rl.py", f"--config.tools={TOOLS}", cwd=written)
+    code, _, error = command("rl", "--config=my_rl.py", f"--config.tools={names}", *options, cwd=written)
     assert code == 0, error
     metrics = read_metrics(written / "run" / "rl" / "metrics.jsonl")
-    assert len(metrics) == 2 and sum(line["operations"] for line in metrics) > 0
-    code, _, error = command("eval", "--config=my_eval.py", f"--config.tools={TOOLS}", cwd=written)
+    assert len(metrics) == 2
+    code, _, error = command("eval", "--config=my_eval.py", f"--config.tools={names}", *options, cwd=written)
     assert code == 0, error
-    records = read_records(written / "eval" / "own" / "operations")
-    assert len(records) == 4 and sum(sum(record["operations"]) for record in records) > 0
-    # The tool is part of what the run is: without it, it is another.
-    code, _, error = command("eval", "--config=my_eval.py", cwd=written)
-    assert code == 1 and "tools" in error, error
+    return metrics, read_records(written / "eval" / "own" / "operations")

@@ -1,14 +1,16 @@
 """Tools that cannot be used are refused by name, before anything is compiled."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pixel_jax.rollout.checks import check_device_tool
 from pixel_jax.rollout.prompts import tables
-from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Outcome, Text, Tool, ToolError
+from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Argument, Outcome, Text, Tool, ToolError
 from pixel_jax.tools.drawing import drawing
 from pixel_jax.tools.named import SHIPPED, find_tools
 from tests.rollout import talker
@@ -55,7 +57,17 @@ def test_what_is_shipped_is_pure(tool):
         (made(larger), r"`draw` of tool 'paint' makes uint8 \[128, 128, 3\] of uint8 \[64, 64, 3\]"),
         (made(lambda arguments, pixels, size: pixels / 2), "makes float32"),
         (made(looks), "`draw` of tool 'paint' asks for the value"),
+        (made(lambda arguments, pixels, size: np.asarray(pixels)), "`draw` of tool 'paint' asks for the value"),
+        (made(lambda arguments, pixels, size: arguments["colour"]), "`draw` of tool 'paint' raises KeyError: 'colour'"),
+        (made(3), "`draw` of tool 'paint' raises TypeError: 'int' object is not callable"),
+        (made(lambda arguments, pixels, size: (pixels, size)), "`draw` of tool 'paint' makes tuple"),
         (made(grey, drawn_size=lambda arguments, size: size[0]), "`drawn_size` of tool 'paint'"),
+        (made(grey, drawn_size=lambda arguments, size: size / 2), r"`drawn_size` of tool 'paint' is float32 \[2\]"),
+        (
+            made(grey, accepts=lambda arguments, size: arguments["x"] > 1),
+            "`execute` of tool 'paint' raises KeyError: 'x'",
+        ),
+        (dataclasses.replace(CROP_IMAGE, arguments=list(CROP_IMAGE.arguments)), "'crop_image_normalized' are tuples"),
         (dataclasses.replace(CROP_IMAGE, execute=None), "'crop_image_normalized' has no `execute`"),
         (dataclasses.replace(CROP_IMAGE, outcomes=(Outcome("other", "Other."),)), "none of its outcomes"),
         (dataclasses.replace(CROP_IMAGE, execute=lambda *given: None), "gives a NoneType"),
@@ -70,6 +82,20 @@ def test_a_text_with_other_braces():
     text = dataclasses.replace(CROP_IMAGE, outcomes=(*CROP_IMAGE.outcomes, Outcome("json", 'Write {"a": 1}.')))
     with pytest.raises(ToolError, match="crop_image_normalized: json has"):
         tables(talker.vocabulary(), (text,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Date(Argument):
+    """An argument of a kind that nobody knows."""
+
+    kind: ClassVar[str] = "date"
+
+
+def test_an_argument_that_no_parser_can_read():
+    with pytest.raises(
+        ToolError, match="tool 'paint': no parser can read the argument 'when', a Date: there are Number"
+    ):
+        drawing("paint", "Paints.", (Date("when"),), grey, shows="Here it is")
 
 
 def test_two_tools_of_one_name():

@@ -2,7 +2,7 @@
 
 from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
 from pixel_jax.dialog.formats.deepeyes import DEEPEYES
-from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
+from pixel_jax.dialog.formats.format import IMAGES, CallFormat, Spelled, Spelling
 from pixel_jax.dialog.formats.mini_o3 import MINI_O3
 from pixel_jax.dialog.formats.pixel_reasoner import PIXEL_REASONER
 from pixel_jax.dialog.formats.qwen3_vl import QWEN3_VL
@@ -30,6 +30,7 @@ __all__ = [
     "CROP_IMAGE_PIXELS",
     "DEEPEYES",
     "FORMATS",
+    "IMAGES",
     "MARKS",
     "MINI_O3",
     "PIXEL_REASONER",

@@ -2,7 +2,7 @@
 
 Source: TIGER-AI-Lab/Pixel-Reasoner before commit 555a984 (2025-06-08), `experience_maker.py`, class `CropImage`: its schema
 says that a coordinate's "maximum value is the width/height of the image"; four numbers below 1 are read as shares all the
-same. There the padding was at most 600 pixels (`min(0.1, 600 / side)`), here it is `pad` of the config.
+same. There the padding was at most 600 pixels (`min(0.1, 600 / side)`), here it is a share alone (`pad`).
 """
 
 from pixel_jax.dialog.formats.format import CallFormat, Spelled, Spelling
@@ -26,4 +26,5 @@ CROP_IMAGE_PIXELS = CallFormat(
             schema=SCHEMA,
         ),
     ),
+    pad=0.1,
 )

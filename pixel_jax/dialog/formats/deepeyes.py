@@ -3,7 +3,7 @@
 Source: `verl/workers/agent/envs/mm_process_engine/prompt.py` (SYSTEM_PROMPT_V2, USER_PROMPT_V2) and `visual_toolbox_v2.py`:
 boxes are in pixels of the original image, every call is about the first image and the label is not looked at; a picture comes
 back as `<tool_response><image>...</tool_response>`, an error as `Error: ...`, with the text of a Python exception, for which
-there are two fixed ones here. There a box is not padded (`pad` 0) and needs more than 30 pixels a side (`min_crop` 30), and
+there are two fixed ones here. There a box is not padded (no `pad`) and needs more than 30 pixels a side (`min_crop` 30), and
 one answers in `<answer>...</answer>`.
 """
 
@@ -50,6 +50,7 @@ DEEPEYES = CallFormat(
             "image_zoom_in_tool",
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", value=1)),
             schema=SCHEMA,
+            label="label",
             told=(
                 ("shown", f"<tool_response>{{images}}{THINK_FIRST}</tool_response>"),
                 ("too small", INVALID),

@@ -5,4 +5,4 @@ Source: TIGER-AI-Lab/Pixel-Reasoner, `experience_maker.py` and `data_processor.p
 
 from pixel_jax.dialog.formats.format import CallFormat
 
-PIXEL_REASONER = CallFormat("pixel_reasoner")
+PIXEL_REASONER = CallFormat("pixel_reasoner", pad=0.1)

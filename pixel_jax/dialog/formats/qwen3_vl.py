@@ -4,7 +4,7 @@ Source: QwenLM/Qwen-Agent, `qwen_agent/tools/image_zoom_in_qwen3vl.py` (schema; 
 are counted from 0) and `nous_fncall_prompt.py` (the system message, without a word before it); QwenLM/Qwen3-VL,
 `cookbooks/think_with_images.ipynb` ("relative coords with ranging [0, 1000]"); the model's chat template puts what a tool
 returns between `<tool_response>` and `</tool_response>`, each with a line of its own, into a user message. There a box is
-not padded (`pad` 0). The label is not looked at.
+not padded (no `pad`). The label is not looked at.
 """
 
 from pixel_jax.dialog.formats.format import TOOLS_PROMPT, CallFormat, Spelled, Spelling
@@ -28,6 +28,7 @@ QWEN3_VL = CallFormat(
             "image_zoom_in_tool",
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", Integer("img_idx"), add=1)),
             schema=SCHEMA,
+            label="label",
             told=(
                 ("shown", RESPONSE % "{images}"),
                 ("no such image", RESPONSE % "Error: Invalid input image"),
@@ -37,6 +38,7 @@ QWEN3_VL = CallFormat(
     ),
     coordinates=Coordinates.SHARES,
     places=-3,
+    response=RESPONSE % "{text}{images}",
     system=TOOLS_PROMPT,
     malformed=RESPONSE % "Tool Execution Error: the call cannot be read",
 )
