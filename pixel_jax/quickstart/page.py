@@ -65,7 +65,7 @@ def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
     first, second = (arm.label for arm in config.taught.arms.values())
     return (
         f"Brackets are 95 % intervals ({kind}). Sampled at temperature 1 unless said otherwise. "
-        f"Accuracy {first} minus {second}: {gap}."
+        f"{first[0].upper()}{first[1:]} minus {second}, accuracy: {gap}."
     )
 
 
