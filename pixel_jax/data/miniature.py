@@ -24,6 +24,7 @@ NUM_FRAMES = 4
 # How often each digit leads the numbers that people write down (Benford's law).
 BENFORD = (0.0, *(math.log10(1 + 1 / digit) for digit in range(1, 10)))
 CARD = (230, 40, 220)
+BAR = (25, 20, 70)  # along the top of a card that may lie on its side, so that one sees which way is up
 SPLITS = {
     "train": (
         "astronaut", "brick", "camera", "chelsea", "china", "coffee", "coins", "flower",
@@ -45,6 +46,7 @@ class Scene(NamedTuple):
     small: bool  # illegible in the overview
     card: Box
     digit: Box
+    turns: int = 0  # quarter turns clockwise that bring the card upright
 
 
 class Clip(NamedTuple):
@@ -63,6 +65,7 @@ class SceneConfig:
     large_card: tuple[int, int] = (320, 419)  # side of a card that can be read
     large_margin: float = 0.08  # of the card's side, around its digit
     frequencies: tuple[float, ...] | None = None  # of the digits 0 to 9, by any factor; None: as in the data set
+    on_side: float = 0.0  # share of cards that lie on one of their sides; above 0, cards have a bar along their top
 
 
 @functools.cache
@@ -127,8 +130,10 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.round(data.images[chosen] * (255 / 16)).astype(np.uint8), data.target[chosen]
 
 
-def draw_scene(rng: np.random.Generator, split: str, config: SceneConfig, *, small: bool | None = None) -> Scene:
-    """One scene; `small` None draws the size of the card with the configured share."""
+def draw_scene(
+    rng: np.random.Generator, split: str, config: SceneConfig, *, small: bool | None = None, on_side: bool | None = None
+) -> Scene:
+    """One scene; `small` and `on_side` None draw the size of the card and how it lies with the configured shares."""
     if small is None:
         small = bool(rng.random() < config.small_share)
     image = _background(rng, split, SIDE)
@@ -138,8 +143,15 @@ def draw_scene(rng: np.random.Generator, split: str, config: SceneConfig, *, sma
     inner = (
         int(rng.integers(*config.small_digit, endpoint=True)) if small else round(side * (1 - 2 * config.large_margin))
     )
-    label, card, digit = _paste_card(rng, split, config, image, side, inner)
-    return Scene(image, label, small, card, digit)
+    turns = _quarter_turns(rng, config, on_side) if config.on_side > 0 else 0
+    label, card, digit = _paste_card(rng, split, config, image, side, inner, turns)
+    return Scene(image, label, small, card, digit, turns)
+
+
+def _quarter_turns(rng: np.random.Generator, config: SceneConfig, on_side: bool | None) -> int:
+    if on_side is None:
+        on_side = bool(rng.random() < config.on_side)
+    return int(rng.choice((1, 3))) if on_side else 0
 
 
 def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> Clip:
@@ -160,9 +172,16 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
 
 
 def _paste_card(
-    rng: np.random.Generator, split: str, config: SceneConfig, image: np.ndarray, side: int, inner: int
+    rng: np.random.Generator,
+    split: str,
+    config: SceneConfig,
+    image: np.ndarray,
+    side: int,
+    inner: int,
+    turns: int = 0,
 ) -> tuple[int, Box, Box]:
-    """Paste a card of `side` pixels with a digit of `inner` pixels in its centre; returns label, card and digit box."""
+    """Paste a card of `side` pixels with a digit of `inner` pixels in its centre, `turns` quarter turns counterclockwise;
+    returns label, card and digit box."""
     ink, labels = digits(split)
     if config.frequencies is None:
         which = int(rng.integers(len(labels)))
@@ -177,5 +196,7 @@ def _paste_card(
     # Pillow pastes a colour, and repeats a channel, several times faster than NumPy broadcasts over three bytes.
     card = Image.new("RGB", (side, side), CARD)
     card.paste(Image.fromarray(written).convert("RGB"), (dx - x, dy - y))
-    image[y : y + side, x : x + side] = np.asarray(card)
+    if config.on_side > 0:
+        card.paste(BAR, (0, 0, side, (side - inner) // 3))
+    image[y : y + side, x : x + side] = np.rot90(np.asarray(card), turns)
     return int(labels[which]), (x, y, x + side, y + side), (dx, dy, dx + inner, dy + inner)

@@ -1,10 +1,13 @@
 """All that can be set about the quickstart; `configs/pixel/quickstart.py` fills it in."""
 
 import dataclasses
+from typing import Literal
 
 from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.quickstart.lesson import Lesson
 from pixel_jax.quickstart.network import NetworkConfig
-from pixel_jax.quickstart.rows import WarmStartConfig
+from pixel_jax.quickstart.turn import TURN, TurnsConfig
+from pixel_jax.quickstart.zoom import ZOOM, WarmStartConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
@@ -18,7 +21,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """One seed: ground and read, warm start, reinforcement learning with and without curiosity, evaluation."""
+    """One seed: ground and read, warm start, reinforcement learning twice from there, evaluation."""
 
     network: NetworkConfig
     scenes: SceneConfig
@@ -27,8 +30,21 @@ class QuickstartConfig:
     look_share: float  # of them that look closer; the rest read large digits
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int  # traces made for it
-    traces: WarmStartConfig
-    rl: RLConfig  # 3. twice; without curiosity `rl.reward.alpha` and `beta` are zero
+    rl: RLConfig  # 3. the two arms of the lesson change something about it
     evaluation: EvaluationConfig  # 4.
+    lesson: Literal["zoom", "turn"] = "zoom"  # what is hard about the scenes, and which tool helps
+    traces: WarmStartConfig = WarmStartConfig()  # of the lesson "zoom"
+    turns: TurnsConfig = TurnsConfig()  # of the lesson "turn"
     width: int = 32  # tokens of a prompt
     seed: int = 0  # of weights, scenes, order and sampling
+
+    @property
+    def taught(self) -> Lesson:
+        return {"zoom": ZOOM, "turn": TURN}[self.lesson]
+
+    @property
+    def temperatures(self) -> str:
+        """Those that reinforcement learning samples at, in words."""
+        limits = self.rl.rollout
+        later = f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else ""
+        return f"temperature {limits.temperature:g}{later}"

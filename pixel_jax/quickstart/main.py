@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -22,25 +23,26 @@ def define_flags(command: str) -> None:
 
 
 def write_card(config, path: pathlib.Path) -> None:
-    """A held-out scene with a small digit, as a PNG file."""
+    """A held-out scene that takes the tool, as a PNG file."""
     import numpy as np
     from PIL import Image
 
-    from pixel_jax.data import miniature
     from pixel_jax.files import write_file
     from pixel_jax.quickstart.task import EVALUATION_SEED
 
-    scene = miniature.draw_scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, small=True)
+    scene = config.taught.scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, hard=True)
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "PNG")
     write_file(path, file.getvalue())
 
 
-def chat_command(model: pathlib.Path, picture: pathlib.Path) -> str:
+def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str]) -> str:
     """A line for a shell in this folder that asks the model about the picture, whether or not the environment is active there."""
     from pixel_jax.data.miniature import QUESTION
+    from pixel_jax.tools.named import DEFAULT
 
-    asks = shlex.join(["pixel-jax", "chat", str(model), str(picture), "--question", QUESTION])
+    named = [] if tuple(tools) == DEFAULT else [f"--tools={','.join(tools)}"]
+    asks = shlex.join(["pixel-jax", "chat", str(model), str(picture), "--question", QUESTION, *named])
     activate = pathlib.Path(sys.prefix) / "bin" / "activate"  # of a virtual environment; others have none
     return f"source {shlex.quote(os.path.relpath(activate))} && {asks}" if activate.is_file() else asks
 
@@ -53,7 +55,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.evaluation import report, trace
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.page import page
-    from pixel_jax.quickstart.pipeline import ARMS, run_seed, say
+    from pixel_jax.quickstart.pipeline import run_seed, say
     from pixel_jax.quickstart.summary import summarise
     from pixel_jax.state_files import write_json
 
@@ -62,18 +64,20 @@ def main(command: str, arguments: list[str]) -> None:
     config = load(QuickstartConfig, FLAGS.config)
     out = pathlib.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
+    results, arms = {}, config.taught.arms
     for seed in range(config.seed, config.seed + FLAGS.seeds):
         results[seed] = run_seed(dataclasses.replace(config, seed=seed), out / f"seed-{seed}")
         metrics = summarise(results)  # after each seed: what there is so far is there to look at
         write_json(out / "metrics.json", metrics)
         first = out / f"seed-{config.seed}"
-        traces = [item for name in (*ARMS, "warm") for item in trace.load(first / name / "traces.json")]
+        traces = [item for name in (*arms, "warm") for item in trace.load(first / name / "traces.json")]
         report.write(out / "report.html", page(config, metrics, traces))
     numbers = metrics["rl"]
-    for arm in ARMS:
-        say(f"{arm}: accuracy {numbers[arm]['accuracy']:.3f}, rate of pixel-space reasoning {numbers[arm]['rapr']:.3f}")
+    for name, arm in arms.items():
+        found = numbers[name]
+        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {config.taught.rows['rapr']} {found['rapr']:.3f}")
     say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces.")
     write_card(config, out / "card.png")
     say(f"Talk to the model about {out / 'card.png'}, a scene it has not seen (it knows this one question):")
-    say(f"  {chat_command(first / 'curiosity' / 'model', out / 'card.png')}")
+    tools = [tool.name for tool in config.taught.tools]
+    say(f"  {chat_command(first / next(iter(arms)) / 'model', out / 'card.png', tools)}")

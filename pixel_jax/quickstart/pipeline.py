@@ -30,11 +30,10 @@ from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
 from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
-from pixel_jax.training.rl import RLConfig, rl
+from pixel_jax.training.rl import rl
 from pixel_jax.training.sft import Shuffled, sft
 from pixel_jax.training.stages import Stages
 
-ARMS = ("curiosity", "no_curiosity")
 POLL = 1.0  # seconds between looks at the arms' progress
 
 
@@ -76,13 +75,15 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
         check_same(config, directory / "config.json")
         elapsed = stack.enter_context(Elapsed(directory / "clock.json"))
         run_alone(directory, "tuning")
-        say(f"[seed {config.seed}] 3/4 reinforcement learning with curiosity and without, and a look at the warm start")
+        names = config.taught.arms
+        labels = " and ".join(arm.label for arm in names.values())
+        say(f"[seed {config.seed}] 3/4 reinforcement learning {labels}, and a look at the warm start")
         run_side_by_side(config, directory)
-        arms = {arm: read_json(directory / arm / "result.json") for arm in ARMS}
+        arms = {arm: read_json(directory / arm / "result.json") for arm in names}
         seconds = {name: read_json(directory / f"{name}.json")["seconds"] for name in ("ground", "warm")}
         warm_start = read_json(directory / "warm_evaluation.json")
         seconds["warm_evaluation"] = warm_start.pop("seconds")
-        for arm in ARMS:
+        for arm in names:
             seconds[f"rl_{arm}"] = arms[arm].pop("seconds_training")
             seconds[f"evaluation_{arm}"] = arms[arm].pop("seconds_evaluation")
         seconds["total"] = elapsed.total
@@ -179,19 +180,12 @@ def save(task: Task, model, directory: pathlib.Path) -> None:
 # ---- the two arms
 
 
-def arm_config(config: RLConfig, arm: str) -> RLConfig:
-    """The arm without curiosity is rewarded for being right and for nothing else."""
-    if arm == "curiosity":
-        return config
-    return dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=0.0, beta=0.0))
-
-
 def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
     """Judge the warm start, train and judge both arms: a process each, one a core.
 
     The arms run the same programs. The second begins once the first has compiled them; until then its core judges.
     """
-    first, second = ARMS
+    first, second = config.taught.arms
     with SideBySide(config, directory) as phases:
         phases.start(first, core=0)
         phases.start("judging", core=1)
@@ -207,7 +201,8 @@ class SideBySide(contextlib.ExitStack):
         super().__init__()
         self.seed, self.directory = config.seed, directory
         self.running: dict[str, subprocess.Popen] = {}
-        self.done_before = {arm: len(self.iterations(arm)) for arm in ARMS if read_note(self.result(arm)) is None}
+        self.arms = tuple(config.taught.arms)
+        self.done_before = {arm: len(self.iterations(arm)) for arm in self.arms if read_note(self.result(arm)) is None}
         self.total = config.rl.iterations * len(self.done_before)
         self.progress, self.shown = Progress("rl", self.total), None
 
@@ -225,7 +220,7 @@ class SideBySide(contextlib.ExitStack):
         if read_note(self.result(phase)) is not None:
             return
         options = {}
-        if phase in ARMS:
+        if phase in self.arms:
             (self.directory / phase).mkdir(exist_ok=True)
             log = self.enter_context((self.directory / phase / "log.txt").open("w"))
             options = {"stdout": log, "stderr": log}
@@ -260,13 +255,13 @@ class SideBySide(contextlib.ExitStack):
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
     """Train and judge one arm, in a process of its own; leaves `result.json`."""
+    config = config.taught.arm_config(config, arm)
     task, place = Task(config), directory / arm
 
     def train() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
-        settings = arm_config(config.rl, arm)
-        stages = Stages(Rewards.of(settings.reward, task.decode))
-        model = rl(model, TrainingScenes(task), stages, settings, directory=place / "rl", label=arm)
+        stages = Stages(Rewards.of(config.rl.reward, task.decode))
+        model = rl(model, TrainingScenes(task), stages, config.rl, directory=place / "rl", label=arm)
         save(task, model, place / "model")
         return {}
 

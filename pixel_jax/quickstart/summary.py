@@ -23,7 +23,8 @@ def summarise(results: Mapping[int, Mapping]) -> dict:
         means[group] = {name: float(np.mean([item[name] for item in items])) for name in names}
         intervals[group] = {name: over_seeds([item[name] for item in items]) for name in names}
     arms = [group for group in groups if group != "sft"]
-    gaps = [result["rl"]["curiosity"]["accuracy"] - result["rl"]["no_curiosity"]["accuracy"] for result in every]
+    first, second = arms
+    gaps = [result["rl"][first]["accuracy"] - result["rl"][second]["accuracy"] for result in every]
     return {
         "sft": means["sft"],
         "rl": {arm: {**means[arm], "curve": mean_curve([item["curve"] for item in groups[arm]])} for arm in arms},

@@ -13,9 +13,9 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import make_trace
-from pixel_jax.quickstart import rows
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
+from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollout.config import FACTOR
 from pixel_jax.rollout.images import ragged
 from pixel_jax.rollout.limits import judged
@@ -24,7 +24,6 @@ from pixel_jax.rollout.prompts import build_prompts, tables
 from pixel_jax.rollout.rollout import rollout
 from pixel_jax.rollout.shapes import BatchShape, prompt_shape
 from pixel_jax.rollout.trajectory import (
-    CallStatus,
     HostPrompts,
     Trajectories,
     concatenate,
@@ -44,9 +43,9 @@ class Task:
     """The experiment of one configuration."""
 
     def __init__(self, config: QuickstartConfig):
-        self.config = config
-        self.vocabulary = build_vocabulary()
-        self.tables = tables(self.vocabulary)
+        self.config, self.lesson = config, config.taught
+        self.vocabulary = build_vocabulary(self.lesson)
+        self.tables = tables(self.vocabulary, self.lesson.tools)
 
     # ---- rows to train on
 
@@ -58,8 +57,8 @@ class Task:
         scenes = dataclasses.replace(config.scenes, frequencies=None)
 
         def make(i: int) -> Trace:
-            row = rows.look_row if i < look else rows.read_row
-            return row(np.random.default_rng([config.seed, 1, i]), scenes, "train")
+            row = self.lesson.look_row if i < look else self.lesson.read_row
+            return row(np.random.default_rng([config.seed, 1, i]), scenes)
 
         return self.compile(make, config.ground_rows, images=2)
 
@@ -68,10 +67,9 @@ class Task:
         config = self.config
 
         def make(i: int) -> Trace:
-            rng = np.random.default_rng([config.seed, 2, i])
-            return rows.warm_start_row(rng, config.scenes, "train", config.traces)
+            return self.lesson.warm_start(np.random.default_rng([config.seed, 2, i]), config)
 
-        return self.compile(make, config.warm_rows, images=miniature.NUM_FRAMES + rows.MOST_CALLS)
+        return self.compile(make, config.warm_rows, images=self.lesson.most_images)
 
     def compile(self, make: Callable[[int], Trace], count: int, *, images: int) -> Batch:
         """The rows of `count` traces that show at most so many `images`, packed into rows as long as the longest of them.
@@ -79,7 +77,7 @@ class Task:
         The scenes of no more than two waves are in memory at a time.
         """
         # A trace may look more often than a rollout, whose length is what an update costs.
-        limits = dataclasses.replace(self.config.rl.rollout, max_calls=rows.MOST_CALLS)
+        limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
         wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
         made = []
@@ -95,7 +93,7 @@ class Task:
     # ---- scenes to ask about
 
     def prompts(self, scenes: Sequence[miniature.Scene], uids: Sequence[int]) -> HostPrompts:
-        queries = [rows.scene_query(scene) for scene in scenes]
+        queries = [scene_query(scene) for scene in scenes]
         return build_prompts(
             queries,
             self.vocabulary,
@@ -109,7 +107,7 @@ class Task:
     def held_out(self) -> list[miniature.Scene]:
         """The scenes of the evaluation: photographs and digits no phase has seen."""
         rng = np.random.default_rng(EVALUATION_SEED)
-        return [miniature.draw_scene(rng, "test", self.config.scenes) for _ in range(self.config.evaluation.scenes)]
+        return [self.lesson.scene(rng, "test", self.config.scenes) for _ in range(self.config.evaluation.scenes)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.vocabulary.to_bytes(ids).decode("utf-8", "replace")
@@ -134,7 +132,7 @@ class TrainingScenes:
     def __next__(self) -> tuple[HostPrompts, list[str]]:
         config = self.task.config
         rng = np.random.default_rng([config.seed, 3, self.batch])
-        scenes = [miniature.draw_scene(rng, "train", config.scenes) for _ in range(config.rl.prompts)]
+        scenes = [self.task.lesson.scene(rng, "train", config.scenes) for _ in range(config.rl.prompts)]
         self.batch += 1
         return self.task.prompts(scenes, range(len(scenes))), [str(scene.label) for scene in scenes]
 
@@ -177,53 +175,40 @@ def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = 
     return Answers(t, texts, right, executed_calls(t) > 0)
 
 
-def first_box_iou(answers: Answers, scenes: Sequence[miniature.Scene]) -> np.ndarray:
-    """Overlap of the first box with the reference box, float [scenes]; 0 where nothing was cropped."""
-    calls, found = answers.trajectories.calls, np.zeros(len(scenes))
-    for i, scene in enumerate(scenes):
-        if calls.status[i, 0] != CallStatus.DONE:
-            continue
-        x1, y1, x2, y2 = calls.source.region[i, 0, 0]
-        a1, b1, a2, b2 = synthesis.in_pixels(rows.reference_box(scene), miniature.SIDE, miniature.SIDE)
-        both = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
-        found[i] = both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both)
-    return found
-
-
 def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, Answers]:
     """Rates and accuracies on the held-out scenes, with intervals; and the freely sampled answers themselves.
 
-    Free: the policy chooses whether to look closer, sampled at temperature 1 and greedily. Forced (small digits only):
-    its turn begins with a call, or with an answer.
+    Free: the policy chooses whether to look closer, sampled at temperature 1 and greedily. Forced (hard scenes only): its
+    turn begins with an answer, or, where calls are carried out, with a call.
     """
-    scenes = task.held_out
-    small = np.array([scene.small for scene in scenes])
-    few = [scene for scene in scenes if scene.small]
+    scenes, lesson = task.held_out, task.lesson
+    hard = np.array([lesson.is_hard(scene) for scene in scenes])
+    few = [scene for scene in scenes if lesson.is_hard(scene)]
     progress("sampled")
     free = ask(task, model, scenes)
     progress("greedy")
     greedy = ask(task, model, scenes, greedy=True)
-    progress("made to zoom")
-    zoom = ask(task, model, few, opening=synthesis.opening_zoom(CUE))
-    progress("made to answer")
-    direct = ask(task, model, few, opening=synthesis.SENTENCES.answer)
-    iou = first_box_iou(zoom, few)
     shares = {
         "accuracy": free.right,
-        "accuracy_small": free.right[small],
-        "accuracy_large": free.right[~small],
+        f"accuracy_{lesson.hard}": free.right[hard],
+        f"accuracy_{lesson.easy}": free.right[~hard],
         "rapr": free.looked,
-        "rapr_small": free.looked[small],
-        "rapr_large": free.looked[~small],
+        f"rapr_{lesson.hard}": free.looked[hard],
+        f"rapr_{lesson.easy}": free.looked[~hard],
         "greedy_accuracy": greedy.right,
         "greedy_rapr": greedy.looked,
-        "zoom_small": zoom.right,
-        "direct_small": direct.right,
     }
+    measured = {"operations": float(executed_calls(free.trajectories).mean())}
+    if task.config.rl.rollout.max_calls:
+        progress("made to look")
+        looked = ask(task, model, few, opening=lesson.opening)
+        shares[f"{lesson.look}_{lesson.hard}"] = looked.right
+        measured |= lesson.measure(looked.trajectories, few)
+    progress("made to answer")
+    shares[f"direct_{lesson.hard}"] = ask(task, model, few, opening=synthesis.SENTENCES.answer).right
     intervals = {name: proportion(hits) for name, hits in shares.items()}
     numbers = {name: interval["mean"] for name, interval in intervals.items()}
-    numbers |= {"zoom_iou": float(iou.mean()), "operations": float(executed_calls(free.trajectories).mean())}
-    return {**numbers, "intervals": intervals}, free
+    return {**numbers, **measured, "intervals": intervals}, free
 
 
 def pick_traces(task: Task, answers: Answers, label: str) -> list:
@@ -233,10 +218,11 @@ def pick_traces(task: Task, answers: Answers, label: str) -> list:
     picked = []
     while len(picked) < task.config.evaluation.traces and any(queues):
         picked += [int(queue.pop(0)) for queue in queues if queue]
-    made = []
+    made, lesson = [], task.lesson
+    name = lambda scene: (lesson.hard if lesson.is_hard(scene) else lesson.easy).replace("_", " ")
     for row in picked[: task.config.evaluation.traces]:
         scene = task.held_out[row]
-        query = rows.scene_query(scene)
+        query = scene_query(scene)
         seen = take_rows(answers.trajectories, [row])
         made.append(
             make_trace(
@@ -247,7 +233,7 @@ def pick_traces(task: Task, answers: Answers, label: str) -> list:
                 answer=last_boxed(answers.texts[row]),
                 reference=str(scene.label),
                 correct=bool(answers.right[row]),
-                title=f"{label}: scene {row + 1}, {'small' if scene.small else 'large'} digit",
+                title=f"{label}: scene {row + 1}, {name(scene)}",
             )
         )
     return made

@@ -2,31 +2,23 @@
 
 import re
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.tools import RELEASED, Tool
-
-CUE = "the card"
-MAX_TARGETS = 4  # images a trace can name
+from pixel_jax.quickstart.lesson import Lesson
+from pixel_jax.quickstart.zoom import ZOOM
 
 
-def pieces(tools: tuple[Tool, ...] = RELEASED) -> list[str]:
+def pieces(lesson: Lesson = ZOOM) -> list[str]:
     """Prompt and observations in as few tokens as numbers allow; a coordinate is one token."""
-    sentences = synthesis.SENTENCES
+    tools = lesson.tools
     found = [
         "system\n" + template.system_prompt(tools),
         "assistant\n",
         "user\n",
-        *(template.user_text(question) for question in (miniature.QUESTION, miniature.VIDEO_QUESTION)),
-        synthesis.opening_zoom(CUE),
-        synthesis.opening_select(CUE),
-        *(synthesis.END_TARGET % target for target in range(1, MAX_TARGETS + 1)),
-        synthesis.END_FRAMES,
-        sentences.missed,
-        sentences.too_large,
-        sentences.wrong_frames,
-        sentences.answer,
+        *(template.user_text(question) for question in lesson.questions),
+        *lesson.pieces,
+        synthesis.SENTENCES.answer,
         ", ",
     ]
     kinds = observations.kinds_of(tools)
@@ -41,5 +33,5 @@ def pieces(tools: tuple[Tool, ...] = RELEASED) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def build_vocabulary() -> Vocabulary:
-    return Vocabulary.of(build_tokenizer(pieces()))
+def build_vocabulary(lesson: Lesson = ZOOM) -> Vocabulary:
+    return Vocabulary.of(build_tokenizer(pieces(lesson)))

@@ -18,19 +18,21 @@ from pixel_jax.evaluation import trace as saved_traces
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.trace import Trace, Turn
 from pixel_jax.models.io import from_pretrained
-from pixel_jax.quickstart import pipeline, rows, vocabulary
+from pixel_jax.quickstart import pipeline, vocabulary, zoom
 from pixel_jax.quickstart.config import EvaluationConfig, QuickstartConfig
+from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.network import NetworkConfig
-from pixel_jax.quickstart.page import NAMES, page, smooth
-from pixel_jax.quickstart.pipeline import ARMS, arm_config, check_same, once, run_seed, run_tuning
-from pixel_jax.quickstart.rows import WarmStartConfig
+from pixel_jax.quickstart.page import page, smooth
+from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.summary import summarise
+from pixel_jax.quickstart.zoom import WarmStartConfig
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import judged
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.shapes import BatchShape
 from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
@@ -102,6 +104,10 @@ SMALLEST = QuickstartConfig(
 )
 
 
+ARMS = tuple(SMALLEST.taught.arms)
+LABELS = [arm.label for arm in SMALLEST.taught.arms.values()]
+
+
 # ---- tokenizer
 
 
@@ -127,8 +133,8 @@ def test_boxes_are_four_tokens(words):
 
 def test_a_trace_with_one_crop_is_short(words):
     scene = miniature.draw_scene(np.random.default_rng(0), "test", SceneConfig(), small=True)
-    query, reference = rows.scene_query(scene), rows.reference_box(scene)
-    trace = synthesis.image_trace(np.random.default_rng(0), query, vocabulary.CUE, reference, "7", "single")
+    query, reference = scene_query(scene), zoom.reference_box(scene)
+    trace = synthesis.image_trace(np.random.default_rng(0), query, zoom.CUE, reference, "7", "single")
     t = to_trajectories([trace], words, tables(words), LIMITS, BatchShape(160, 2, 2, 16))
     assert t.calls.status[0, 0] == CallStatus.DONE  # the crop is among what is counted
     assert t.valid.sum() <= 64
@@ -138,7 +144,7 @@ def test_the_warm_start_has_the_shares_of_its_configuration():
     mix = synthesis.Mix(direct=0.4, image=(0.25, 0.25, 0.25, 0.25), video=(0.5, 0.5))
     config = WarmStartConfig(mix=mix, video_share=0.3)
     rng = np.random.default_rng(0)
-    made = [rows.warm_start_row(rng, SceneConfig(), "test", config) for _ in range(400)]
+    made = [zoom.warm_start_row(rng, SceneConfig(), "test", config) for _ in range(400)]
     video = np.array([trace.query.is_video for trace in made])
     turns = np.array([len(trace.turns) for trace in made])
     near = lambda found, share: abs(np.mean(found) - share) < 4 * np.sqrt(share * (1 - share) / len(found))
@@ -153,8 +159,8 @@ def test_the_warm_start_has_the_shares_of_its_configuration():
 # ---- configuration
 
 
-def shipped():
-    spec = importlib.util.spec_from_file_location("shipped", ROOT / "configs/pixel/quickstart.py")
+def shipped(name="quickstart"):
+    spec = importlib.util.spec_from_file_location("shipped", ROOT / f"configs/pixel/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
@@ -176,9 +182,9 @@ def test_the_shipped_configuration_is_read_strictly():
 
 
 def test_the_arms_differ_in_the_reward_alone():
-    config = SMALLEST.rl
-    plain = arm_config(config, "no_curiosity")
-    assert arm_config(config, "curiosity") == config
+    config, arms = SMALLEST.rl, zoom.ZOOM.arms
+    plain = arms["no_curiosity"].change(config)
+    assert arms["curiosity"].change(config) == config
     assert (plain.reward.alpha, plain.reward.beta) == (0.0, 0.0)
     assert dataclasses.replace(plain, reward=config.reward) == config
 
@@ -292,7 +298,7 @@ def test_the_page_shows_both_arms_and_escapes_everything(seeds):
     assert seen.runs == 0 and "img" not in seen.tags and "onerror" not in seen.attributes
     texts = " ".join(seen.texts)
     assert texts.count(HOSTILE) >= 8  # everything of the trace, and the phase
-    for name in NAMES.values():
+    for name in LABELS:
         assert texts.count(name) >= 3  # in the table and in both curves
     # The gap and, as there are intervals of it, the interval of the means.
     if len(seeds) == 1:
@@ -317,7 +323,7 @@ def test_the_last_line_is_a_command_that_runs(tmp_path, monkeypatch):
     (binaries / "pixel-jax").chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.prefix", str(tmp_path / "an env"))
-    line = chat_command(pathlib.Path("runs/a $b/model"), pathlib.Path("runs/card.png"))
+    line = chat_command(pathlib.Path("runs/a $b/model"), pathlib.Path("runs/card.png"), DEFAULT)
     assert line.startswith("source 'an env/bin/activate' && ")
     found = subprocess.run(
         ["bash", "-c", line], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
@@ -330,7 +336,9 @@ def test_the_last_line_is_a_command_that_runs(tmp_path, monkeypatch):
         miniature.QUESTION,
     ]
     monkeypatch.setattr("sys.prefix", str(tmp_path))  # no virtual environment: nothing to activate
-    assert chat_command(pathlib.Path("m"), pathlib.Path("c")).startswith("pixel-jax chat m c --question ")
+    plain = chat_command(pathlib.Path("m"), pathlib.Path("c"), DEFAULT)
+    assert plain.startswith("pixel-jax chat m c --question ") and "--tools" not in plain
+    assert chat_command(pathlib.Path("m"), pathlib.Path("c"), ["rotate"]).endswith(" --tools=rotate")
 
 
 def test_a_picture_with_a_card_is_written(tmp_path):
@@ -375,7 +383,7 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
     for arm in ARMS:
         assert [point["step"] for point in found["rl"][arm]["curve"]] == [0, 1]
     html = page(SMALLEST, summarise({0: found}), saved_traces.load(whole / "curiosity" / "traces.json"))
-    assert all(name in html for name in NAMES.values())
+    assert all(name in html for name in LABELS)
 
     # The same in pieces: cut off in the middle of phase 1, at the end of phase 2, and in the middle of both arms.
     directory = tmp_path / "pieces" / "seed-0"

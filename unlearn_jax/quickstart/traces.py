@@ -14,8 +14,9 @@ from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json
-from pixel_jax.quickstart import rows
-from pixel_jax.quickstart.vocabulary import CUE
+from pixel_jax.quickstart import zoom
+from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.zoom import CUE
 from pixel_jax.rollout.config import FACTOR, RolloutConfig
 from pixel_jax.rollout.prompts import tables
 from pixel_jax.rollout.shapes import BatchShape
@@ -70,12 +71,12 @@ def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
 def _draw(kind: str, rng: np.random.Generator, scenes: SceneConfig) -> Trace:
     if kind == "video":
         clip = miniature.draw_clip(rng, SPLIT, scenes)
-        return synthesis.video_trace(rng, rows.clip_query(clip), CUE, [clip.target + 1], str(clip.label), "single")
+        return synthesis.video_trace(rng, zoom.clip_query(clip), CUE, [clip.target + 1], str(clip.label), "single")
     scene = miniature.draw_scene(rng, SPLIT, scenes, small=kind == "zoom")
-    query, answer = rows.scene_query(scene), str(scene.label)
+    query, answer = scene_query(scene), str(scene.label)
     if kind == "direct":
         return synthesis.direct_trace(query, answer)
-    return synthesis.image_trace(rng, query, CUE, rows.reference_box(scene), answer, "single")
+    return synthesis.image_trace(rng, query, CUE, zoom.reference_box(scene), answer, "single")
 
 
 def answered(trace: Trace, answer: str) -> Trace:
@@ -90,9 +91,9 @@ def asked(trace: Trace, question: str) -> Trace:
 
 def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
     """The traces as examples, see `unlearn_jax.vision_language.examples`."""
-    limits = dataclasses.replace(limits, max_calls=rows.MOST_CALLS)
+    limits = dataclasses.replace(limits, max_calls=zoom.MOST_CALLS)
     budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
-    images = miniature.NUM_FRAMES + rows.MOST_CALLS
+    images = miniature.NUM_FRAMES + zoom.MOST_CALLS
     room = BatchShape(ROOM, images, images, 4 * (max(budgets) // FACTOR**2))
     made = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, room)
     return examples(from_trajectories(made), list(traces))
