@@ -23,7 +23,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
@@ -93,15 +92,13 @@ def micro_batch_product(
     steps = objective.coefficients.shape[0]
     arrays = jax.tree.map(lambda x: x[index % steps], (objective.examples, objective.coefficients * steps))
     Av = _PRODUCTS[curvature](objective.part(arrays), params, tangent(v, params))
-    return optax.tree.cast_like(Av, zeros(params))
+    return tree.cast_like(Av, zeros(params))
 
 
 @functools.partial(jax.jit, static_argnames="curvature")
 def linearized(objective: Objective, params: Params, curvature: Curvature) -> Product:
     """`product` as a callable pytree that keeps everything but v; v is float32 or wider, whatever the parameters are."""
-    narrow = lambda wide: optax.tree.cast_like(
-        wide, params
-    )  # inside the loop over micro-batches, so that sums are wide
+    narrow = lambda wide: tree.cast_like(wide, params)  # inside the loop over micro-batches, so that sums are wide
     if curvature == "hessian":
         data = dataclasses.replace(objective, weight_decay=jnp.zeros_like(objective.weight_decay))
         return jax.linearize(lambda wide: data.gradient(narrow(wide)), widen(params))[1]

@@ -78,11 +78,11 @@ class Dataset:
         places = [(place, self.replaced[row]) for place, row in enumerate(rows.tolist()) if row in self.replaced]
         if not places:
             return batch
-        leaves, tree = jax.tree.flatten(batch)
+        leaves, structure = jax.tree.flatten(batch)
         for place, example in places:
-            for leaf, new in zip(leaves, tree.flatten_up_to(example), strict=True):
+            for leaf, new in zip(leaves, structure.flatten_up_to(example), strict=True):
                 leaf[place] = new
-        return tree.unflatten(leaves)
+        return structure.unflatten(leaves)
 
     def select(self, positions: Sequence[int] | np.ndarray) -> "Dataset":
         """The dataset of the examples at `positions` alone."""

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
+from unlearn_jax import tree
 from unlearn_jax.checks import check_differentiable, check_loss, check_params, check_widened
-from unlearn_jax.config import ErasureConfig, resolve
+from unlearn_jax.config import ErasureConfig, resolve, to_mapping
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, Params, require_parts
@@ -22,6 +22,7 @@ from unlearn_jax.newton import UNFINISHED, Descent, Finish, NewtonStep, add, new
 from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
+from unlearn_jax.solvers import Solver
 
 Verdict = Literal["edited", "nothing_to_do", "not_improved"]
 ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change without a word
@@ -66,7 +67,8 @@ class Report:
     memory: int  # bytes: the most the device held, or where it does not tell, the process
 
     def to_json(self, **options: Any) -> str:
-        return json.dumps(dataclasses.asdict(self), **options)
+        """The report as JSON, its config in the form that `erase` reads."""
+        return json.dumps({**dataclasses.asdict(self), "config": to_mapping(self.config)}, **options)
 
 
 class Erasure(NamedTuple):
@@ -84,6 +86,7 @@ def erase(
     edits: Sequence[Edit],
     config: ErasureConfig | Mapping[str, Any] | None = None,
     *,
+    solver: Solver | None = None,
     mesh: Mesh | None = None,
     weights: np.ndarray | None = None,
     held_out: Any = None,
@@ -100,6 +103,7 @@ def erase(
     dataset:  a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`
     edits:    a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them
     config:   an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo"
+    solver:   in the place of the config's, as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`
     mesh:     spreads the examples over its axes `data` and `fsdp`
     weights:  [n], how much each example counted in training
     held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out
@@ -113,7 +117,7 @@ def erase(
         second = erase(loss, first.adapter, apply(Dataset.of(data), [Remove([3])]), [Remove([5])])
     """
     start = time.perf_counter()
-    config = resolve(config)
+    config = resolve(config, solver)
     curvature = config.curvature or ("ggn" if isinstance(loss, Loss) else "hessian")
     config = dataclasses.replace(config, curvature=curvature)
     if curvature in ("ggn", "fisher"):
@@ -141,19 +145,19 @@ def erase(
     delta, J, work = descent.delta, descent.J, descent.work
     steps, finish = descent.steps, descent.finish
     edited = jax.block_until_ready(jax.tree.map(lambda x, p: x.astype(p.dtype), add(wide, delta), adapter))
-    moved = optax.tree.sub(widen(edited), wide)
+    moved = tree.sub(widen(edited), wide)
     predicted = sum(step.predicted for step in steps) + (finish.predicted if finish else 0.0)
     actual = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
     size, rounding, fallen = float(norm(delta)), 0.0, 0.0
     if any(p.dtype != w.dtype for p, w in zip(jax.tree.leaves(adapter), jax.tree.leaves(wide), strict=True)) and size:
-        rounding = float(norm(optax.tree.sub(moved, delta))) / size
+        rounding = float(norm(tree.sub(moved, delta))) / size
         fallen = J.change(moved) - actual
         work.forwards(problem.edited, 1)
     actual += fallen
     verdict, reason = _verdict(descent, size, float(norm(moved)), predicted, actual)
     limits = descent.limits + _limits(descent, config, rounding, actual, work.spent / len(before))
     if verdict != "edited":
-        edited, delta, size, rounding, predicted, actual = adapter, optax.tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
+        edited, delta, size, rounding, predicted, actual = adapter, tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
     for limit in limits if verdict != "not_improved" else [f"not improved: {reason}", *limits]:
         warnings.warn(limit, stacklevel=2)
     last = steps[-1] if steps else None

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import CONSTANT, Example, Loss, Params, has_field, sum_and_weight
 
@@ -183,24 +183,29 @@ class Objective:
 
     def _regulariser(self, params: Params) -> jax.Array:
         wide = widen(params)
-        square = optax.tree.vdot(wide, wide)
+        square = tree.vdot(wide, wide)
         return 0.5 * self.weight_decay.astype(square.dtype) * square
 
     def _regularised(self, params: Params, gradient: Params) -> Params:
         return jax.tree.map(lambda g, p: g + self.weight_decay.astype(g.dtype) * p.astype(g.dtype), gradient, params)
 
     def tree_flatten(self):
-        leaves, tree = jax.tree.flatten(self.loss)
+        leaves, structure = jax.tree.flatten(self.loss)
         arrays = [None if callable(x) else x for x in leaves]
         functions = tuple(x if callable(x) else None for x in leaves)
-        return (arrays, self.examples, self.coefficients, self.weight_decay), (functions, tree, self.count, self.mesh)
+        return (arrays, self.examples, self.coefficients, self.weight_decay), (
+            functions,
+            structure,
+            self.count,
+            self.mesh,
+        )
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        functions, tree, count, mesh = static
+        functions, structure, count, mesh = static
         arrays, examples, coefficients, weight_decay = children
         leaves = [x if function is None else function for x, function in zip(arrays, functions, strict=True)]
-        return cls(tree.unflatten(leaves), examples, coefficients, weight_decay, count, mesh)
+        return cls(structure.unflatten(leaves), examples, coefficients, weight_decay, count, mesh)
 
 
 def element_counts(loss: Callable, params: Params, dataset: Dataset) -> np.ndarray:
@@ -277,10 +282,10 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
+def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
     """A pytree whose arrays all lie on the mesh; those that did not are copied to every device of it."""
     if mesh is None:
-        return tree
+        return arrays
     everywhere = NamedSharding(automatic(mesh), PartitionSpec())
 
     def place(x):
@@ -291,7 +296,7 @@ def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
             return jax.device_put(x, everywhere)
         return jax.device_put(x, NamedSharding(automatic(x.sharding.mesh), x.sharding.spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(place, arrays)
 
 
 def widest(params: Params) -> jnp.dtype:
@@ -306,7 +311,7 @@ def widen(params: Params) -> Params:
 
 def zeros(params: Params) -> Params:
     """Zeros like params, each leaf float32 or wider."""
-    return optax.tree.zeros_like(widen(params))
+    return tree.zeros_like(widen(params))
 
 
 def _axes(mesh: Mesh) -> tuple[str, ...]:

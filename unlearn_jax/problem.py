@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
+from unlearn_jax import tree
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
@@ -49,7 +49,7 @@ class Problem:
     def change(self, params: Params, gradient: Params) -> Params:
         """grad R - grad R', given grad R' = `gradient`."""
         if self.leaving is None:
-            return optax.tree.zeros_like(gradient)
+            return tree.zeros_like(gradient)
         # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
         change = jax.block_until_ready(self.leaving.gradient(params))
         if self.shrink == 1:
@@ -57,7 +57,7 @@ class Problem:
         decay = float(self.edited.weight_decay)
         kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
         rest = jax.tree.map(kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
-        return optax.tree.add_scale(change, self.shrink - 1, rest)
+        return tree.add_scale(change, self.shrink - 1, rest)
 
 
 def make_problem(

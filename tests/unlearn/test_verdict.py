@@ -151,7 +151,7 @@ def test_solvers_that_cannot_solve_come_back_unchanged_or_better(solver):
     rng = np.random.default_rng(1)
     data = {"x": rng.normal(size=(12, 60)).astype(np.float32), "labels": rng.integers(0, 10, (12, 1))}
     params = jnp.asarray(rng.normal(size=(60, 10)), jnp.float32)
-    config = {"solver": solver, "curvature": "empirical_fisher", "newton_steps": 1, "weight_decay": 1e-3}
+    config = {"solver": {"name": solver}, "curvature": "empirical_fisher", "newton_steps": 1, "weight_decay": 1e-3}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = erase(LINEAR, params, data, [Remove([0, 1])], config)
@@ -267,7 +267,7 @@ def test_an_array_that_the_data_says_nothing_of_does_not_stop_the_edit(x64):
     data = {"x": rng.normal(size=(60, 5)), "y": rng.normal(size=60)}
     loss = lambda params, example: 0.5 * (example["x"] @ params["w"] - example["y"]) ** 2
     w = toys.minimise(toys.ridge_loss, jnp.zeros(5), data, 0.1)
-    config = {"weight_decay": 0.1, "epochs": "unlimited", "rtol": 1e-5}
+    config = {"weight_decay": 0.1, "epochs": "unlimited", "solver": {"rtol": 1e-5}}
     alone = erase(loss, {"w": w}, data, [Remove([3])], config)
     beside = erase(loss, {"w": w, "idle": jnp.ones(4)}, data, [Remove([3])], config)
     assert beside.report.unfinished < 1e-6

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import optax
 from jax.tree_util import Partial
 
+from unlearn_jax import tree
 from unlearn_jax.baselines.training import Trained, Training, descend, retained
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, apply
@@ -36,5 +36,5 @@ def converge(
     """(minimiser from `start`, norm of the gradient there), by `lbfgs` within a budget of example-gradients."""
     value, evaluations = Partial(Objective.value, objective), budget / objective.count
     found = lbfgs(value, start, tolerance=tolerance, max_evaluations=evaluations, max_steps=max_steps, log=log)
-    norm = float(optax.tree.norm(objective.gradient(found.params)))
+    norm = float(tree.norm(objective.gradient(found.params)))
     return Trained(found.params, float(found.evaluations * objective.count), found.values), norm

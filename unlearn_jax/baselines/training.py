@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, Params, has_field
@@ -102,7 +103,7 @@ def descend(terms: Sequence[Term], start: Params, training: Training, *, proxima
 def _combined(objectives, scales, proximal, start, params):
     total = 0.0
     gradient = jax.tree.map(lambda p, s: proximal * (p - s), params, start)
-    value = 0.5 * proximal * optax.tree.norm(jax.tree.map(jnp.subtract, params, start), squared=True)
+    value = 0.5 * proximal * tree.squared_norm(jax.tree.map(jnp.subtract, params, start))
     for objective, scale in zip(objectives, scales, strict=True):
         part, slope = objective.value_and_gradient(params)
         total += scale * part

@@ -175,7 +175,8 @@ def _gradient(problem: Problem) -> Run:
 
 def _cg(problem: Problem, make: Callable, damping: float) -> Run:
     product = make(problem.loss, problem.adapter, problem.batch)
-    run = jax.jit(lambda b: cg(product, b, damping=damping, rtol=RTOL, max_steps=MOST_STEPS)[0])
+    solver = cg(rtol=RTOL, max_steps=MOST_STEPS)
+    run = jax.jit(lambda b: solver.solve(product, b, damping=damping)[0])
     return lambda: run(problem.vector)
 
 
@@ -187,7 +188,7 @@ def _ekfac(problem: Problem, damping: float) -> Run:
     def run(objective, b):
         drawn = sample_labels(objective, problem.adapter, jax.random.key(0))
         weights = drawn.whole(drawn.coefficients)
-        return ekfac(per_example_gradients(drawn, problem.adapter), damping=damping, weights=weights)(b)
+        return ekfac().build(per_example_gradients(drawn, problem.adapter), damping=damping, weights=weights)(b)
 
     return lambda: run(objective, problem.vector)
 

@@ -25,7 +25,7 @@ SMALL = Setting(
     batch=8,
     max_steps=80,
     tolerance=0.05,
-    erasure={"newton_steps": 1, "max_steps": 6},
+    erasure={"newton_steps": 1, "solver": {"max_steps": 6}},
     methods=("L-BFGS", "NPO", "SISA"),
 )
 
