@@ -307,7 +307,7 @@ def test_a_krylov_space_holds_the_iterates_of_conjugate_gradients(x64):
         space.extend(matvec)
         for damping in (0.1, 1.0, 10.0):
             x, info = space.solve(damping)
-            expected, cg_info = cg(matvec, b, damping=damping, rtol=0.0, max_steps=steps)
+            expected, cg_info = cg(rtol=0.0, max_steps=steps).solve(matvec, b, damping=damping)
             np.testing.assert_allclose(toys.flatten(x), toys.flatten(expected), rtol=1e-8)
             np.testing.assert_allclose(info.residual, cg_info.residual, rtol=1e-5)
             np.testing.assert_allclose(space.bend(damping), toys.flatten(x) @ A @ toys.flatten(x), rtol=1e-9)
