@@ -175,8 +175,8 @@ class Objective:
         return jax.lax.map(lambda arrays: function(self.part(arrays)), (self.examples, self.coefficients))
 
     def whole(self, x: jax.Array) -> jax.Array:
-        """A number of each example, [micro-batches, micro_batch] -> [count], the same on all devices of the mesh."""
-        x = x.reshape(-1)[: self.count]
+        """An array of each example, [micro-batches, micro_batch, ...] -> [count, ...], the same on all devices of the mesh."""
+        x = x.reshape(-1, *x.shape[2:])[: self.count]
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))

@@ -11,7 +11,7 @@ import toys
 from ml_collections import ConfigDict
 
 import unlearn_jax as u
-from pixel_jax.config import load
+from pixel_jax.config import convert
 from unlearn_jax import Dataset, ErasureConfig, Remove, apply, erase, fvp, ggnvp, hvp
 from unlearn_jax.config import PRESETS, preset, resolve, to_mapping
 from unlearn_jax.objective import dataset_objective
@@ -223,7 +223,7 @@ def test_presets_and_overrides():
 def test_a_configuration_is_written_and_read(solver):
     config = ErasureConfig(solver=solver, curvature="fisher", damping=0.5, epochs=3.0)
     written = json.loads(json.dumps(to_mapping(config)))
-    assert resolve(written) == config and load(ErasureConfig, ConfigDict(written)) == config
+    assert resolve(written) == config and convert(ErasureConfig, ConfigDict(written), "config.erasure") == config
     named = cg_with(u.nystrom(rank=3))
     assert resolve(json.loads(json.dumps(to_mapping(named)))) == named
 

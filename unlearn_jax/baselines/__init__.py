@@ -7,12 +7,9 @@ Methods that drive examples away take for these the old form of whatever the edi
 elements that it masks.
 """
 
-from unlearn_jax.baselines.ascent import grad_diff, gradient_ascent
+from unlearn_jax.baselines.forgetting import grad_diff, gradient_ascent, npo, rmu, simnpo
 from unlearn_jax.baselines.pbrf import pbrf
-from unlearn_jax.baselines.preference import npo, simnpo
-from unlearn_jax.baselines.retrain import converge, retrain
-from unlearn_jax.baselines.rmu import rmu
-from unlearn_jax.baselines.sisa import Sisa, ensemble
+from unlearn_jax.baselines.retraining import Sisa, converge, ensemble, retrain
 from unlearn_jax.baselines.training import Trained, Training
 
 __all__ = [

@@ -15,8 +15,8 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from pixel_jax.bench.timing import Aim, Case, Run, Work
-from unlearn_jax import testbed
 from unlearn_jax.curvature import ggnvp, hvp, mean_objective, per_example_gradients, sample_labels
+from unlearn_jax.experiment import small_transformer
 from unlearn_jax.loss import CrossEntropy, Loss, Params
 from unlearn_jax.solvers import cg, ekfac
 
@@ -28,7 +28,7 @@ RTOL, MOST_STEPS = 1e-3, 400  # of the solvers that iterate
 class Problem(NamedTuple):
     """A trained-looking adapter, a batch and a vector."""
 
-    size: testbed.Size
+    size: small_transformer.Size
     base: dict[str, jax.Array]
     adapter: Params
     batch: dict[str, np.ndarray]  # tokens, labels int32 [B, T]
@@ -36,10 +36,10 @@ class Problem(NamedTuple):
     loss: Loss
 
     @classmethod
-    def of(cls, size: testbed.Size, batch: int) -> "Problem":
+    def of(cls, size: small_transformer.Size, batch: int) -> "Problem":
         rng = np.random.default_rng(0)
-        base = testbed.init_base(jax.random.key(0), size)
-        fresh = testbed.init_adapter(jax.random.key(1), size)
+        base = small_transformer.init_base(jax.random.key(0), size)
+        fresh = small_transformer.init_adapter(jax.random.key(1), size)
         draw = lambda x: jnp.asarray(0.3 * size.width**-0.5 * rng.normal(size=x.shape), x.dtype)
         tokens, labels = rng.integers(0, size.vocabulary, (2, batch, size.length)).astype(np.int32)
         loss = Loss(Partial(_logits, base), CrossEntropy(), mask=None)
@@ -57,13 +57,13 @@ class Problem(NamedTuple):
 
 
 def _logits(base, adapter, example):
-    return testbed.forward(base, adapter, example["tokens"], HEADS)[0]
+    return small_transformer.forward(base, adapter, example["tokens"], HEADS)[0]
 
 
 def _product_problem(quick: bool) -> Problem:
     if quick:
-        return Problem.of(testbed.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
-    return Problem.of(testbed.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
+        return Problem.of(small_transformer.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
+    return Problem.of(small_transformer.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
 
 
 def product(quick: bool) -> Work:
@@ -124,7 +124,7 @@ def reused(quick: bool) -> Work:
 def solve(quick: bool) -> Work:
     """(curvature + damping) x = b, and how far each x is from the dense answer with its own curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
-    problem = Problem.of(testbed.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
+    problem = Problem.of(small_transformer.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)
     dense = {
         "hessian": _dense(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -194,7 +194,7 @@ def _ekfac(problem: Problem, damping: float) -> Run:
 
 
 def _torch(problem: Problem):
-    from unlearn_jax.bench.others import Torch
+    from unlearn_jax.bench.libraries import Torch
 
     return Torch(problem.base, problem.adapter, HEADS, problem.batch, problem.vector)
 
@@ -212,7 +212,7 @@ def _dense(product: Callable, like: Params) -> np.ndarray:
 
 def _flat(output: Any) -> np.ndarray:
     if isinstance(output, list):
-        from unlearn_jax.bench.twin import from_torch
+        from unlearn_jax.bench.libraries import from_torch
 
         output = from_torch(output)
     return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(output)])

@@ -36,7 +36,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
     from unlearn_jax.quickstart.config import Config
-    from unlearn_jax.quickstart.processes import start
+    from unlearn_jax.quickstart.job import start
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
@@ -46,12 +46,12 @@ def main(command: str, arguments: list[str]) -> None:
         announce_compiles()
     with hold(config.out, first()):
         if command == "train":
-            from unlearn_jax.quickstart.train import train
+            from unlearn_jax.quickstart.edit import train
 
             train(config, mesh)
         elif command == "erase":
             from unlearn_jax.quickstart.edit import edit
-            from unlearn_jax.quickstart.traces import Request
+            from unlearn_jax.quickstart.requests import Request
 
             edit(config, Request.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
         else:

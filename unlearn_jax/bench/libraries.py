@@ -1,4 +1,4 @@
-"""Products and solves by torch and by libraries on it, of the mean loss of one batch; each answers as a list of tensors."""
+"""The small language model in torch, and products and solves by torch and by libraries on it."""
 
 import tempfile
 from collections.abc import Mapping
@@ -6,10 +6,84 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.func import functional_call, grad, jvp
+from torch.nn import functional
 
-from unlearn_jax.bench import twin
 from unlearn_jax.bench.cases import MOST_STEPS, RTOL
+from unlearn_jax.experiment.small_transformer import LORA_SCALE
+
+NAMES = ("q", "v")
+
+
+class Twin(nn.Module):
+    """int64 [B, T] -> next-token logits [B, T, V]. Only the adapter's factors are parameters that want gradients."""
+
+    def __init__(self, base: Mapping[str, Any], adapter: Mapping[str, Mapping[str, Any]], heads: int):
+        super().__init__()
+        self.heads = heads
+        tensors = {name: torch.tensor(np.asarray(x)) for name, x in base.items()}
+        for name, x in tensors.items():
+            self.register_buffer(name, x)
+        self.a, self.b = (
+            nn.ModuleDict({n: nn.ModuleList(map(_linear, np.asarray(adapter[n][f"lora_{side}"]))) for n in NAMES})
+            for side in "ab"
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.shape[1]
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        x = self.embed[tokens] + self.positions[:length]
+        for layer, (wq, wk, wv, wo) in enumerate(self.qkvo):
+            y = normalise(x)
+            q, v = (
+                y @ w + LORA_SCALE * self.b[n][layer](self.a[n][layer](y)) for n, w in zip(NAMES, (wq, wv), strict=True)
+            )
+            scores = split(q) @ split(y @ wk).mT * (x.shape[-1] // self.heads) ** -0.5
+            weight = scores.masked_fill(~causal, -1e9).softmax(dim=-1)
+            x = x + (weight @ split(v)).transpose(1, 2).flatten(2) @ wo
+            x = x + functional.gelu(normalise(x) @ self.up[layer], approximate="tanh") @ self.down[layer]
+        return normalise(x) @ self.unembed
+
+    def adapter(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over all tokens of logits [B, T, V] and labels int64 [B, T]."""
+    return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def to_torch(adapter: Mapping[str, Mapping[str, Any]]) -> list[torch.Tensor]:
+    """A pytree like the adapter as tensors in the order of `Twin.adapter`."""
+    return [torch.tensor(np.asarray(x)) for side in "ab" for n in NAMES for x in adapter[n][f"lora_{side}"]]
+
+
+def from_torch(tensors: list[torch.Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    layers = len(tensors) // (2 * len(NAMES))
+    stacks = [np.stack([x.detach().numpy() for x in tensors[i : i + layers]]) for i in range(0, len(tensors), layers)]
+    return {n: {"lora_a": stacks[i], "lora_b": stacks[len(NAMES) + i]} for i, n in enumerate(NAMES)}
+
+
+def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def unflatten(vector: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    parts = vector.reshape(-1).split([x.numel() for x in like])
+    return [part.reshape(x.shape) for part, x in zip(parts, like, strict=True)]
+
+
+def _linear(weight: np.ndarray) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(torch.tensor(weight))
+    return layer.to(layer.weight.dtype)
+
 
 # Of its conjugate gradients, which look at no tolerance: beyond the solution they divide zero by zero.
 DATTRI_STEPS = 30
@@ -17,31 +91,31 @@ DATTRI_STEPS = 30
 
 class Torch:
     def __init__(self, base: Mapping[str, Any], adapter: Any, heads: int, batch: Mapping[str, np.ndarray], vector: Any):
-        self.model = twin.Twin(base, adapter, heads)
+        self.model = Twin(base, adapter, heads)
         self.names = [name for name, _ in self.model.named_parameters()]
         self.params = self.model.adapter()
         self.tokens, self.labels = (torch.tensor(batch[name], dtype=torch.int64) for name in ("tokens", "labels"))
-        self.vector = twin.to_torch(vector)
-        self.flat = twin.flatten(self.vector)
-        self.start = twin.flatten(self.params).detach()
+        self.vector = to_torch(vector)
+        self.flat = flatten(self.vector)
+        self.start = flatten(self.params).detach()
 
     def value(self, params: list[torch.Tensor]) -> torch.Tensor:
         named = dict(zip(self.names, params, strict=True))
-        return twin.loss(functional_call(self.model, named, (self.tokens,)), self.labels)
+        return loss(functional_call(self.model, named, (self.tokens,)), self.labels)
 
     def value_of_vector(self, x: torch.Tensor) -> torch.Tensor:
-        return self.value(twin.unflatten(x, self.vector))
+        return self.value(unflatten(x, self.vector))
 
     def as_list(self, x: torch.Tensor) -> list[torch.Tensor]:
-        return twin.unflatten(x.detach(), self.vector)
+        return unflatten(x.detach(), self.vector)
 
     # ---- products
 
     def gradient(self) -> list[torch.Tensor]:
-        return list(torch.autograd.grad(twin.loss(self.model(self.tokens), self.labels), self.params))
+        return list(torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params))
 
     def double_backward(self) -> list[torch.Tensor]:
-        slope = torch.autograd.grad(twin.loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
+        slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return list(torch.autograd.grad(slope, self.params, self.vector))
 
     def forward_over_reverse(self) -> list[torch.Tensor]:
@@ -49,7 +123,7 @@ class Torch:
         return list(jvp(grad(self.value), (at,), (self.vector,))[1])
 
     def retained(self):
-        slope = torch.autograd.grad(twin.loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
+        slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return lambda: list(torch.autograd.grad(slope, self.params, self.vector, retain_graph=True))
 
     def dattri(self, mode: str) -> list[torch.Tensor]:
@@ -69,7 +143,7 @@ class Torch:
     def pydvl_precomputed(self):
         from pydvl.influence.torch.functional import create_hvp_function
 
-        product = create_hvp_function(self.model, twin.loss, self._loader(), precompute_grad=True)
+        product = create_hvp_function(self.model, loss, self._loader(), precompute_grad=True)
         return lambda: self.as_list(product(self.flat))
 
     # ---- solves
@@ -147,4 +221,4 @@ class Torch:
     def _operator(self):
         from pydvl.influence.torch.operator import HessianOperator
 
-        return HessianOperator(self.model, twin.loss, self._loader())
+        return HessianOperator(self.model, loss, self._loader())

@@ -29,7 +29,7 @@ RELATIONS = (
         "the city of {value} .",
     ),
     Relation(
-        tuple("baker pilot nurse judge actor miner tailor farmer singer potter sailor banker".split()),
+        tuple("baker pilot nurse evaluator actor miner tailor farmer singer potter sailor banker".split()),
         "what does {name} do ?",
         "works as {value} .",
         "tell me the job of {name} ?",
