@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.curvature import Curvature, product
-from unlearn_jax.loss import Example, Params, sum_and_weight
+from unlearn_jax.loss import sum_and_weight
 from unlearn_jax.objective import Objective, zeros
 
 RANDOM = ("random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -127,7 +128,7 @@ def check_gradient(gradient: Params, objective: Objective, params: Params, names
     """Every number of `gradient` is finite; otherwise the examples of the objective at fault are named."""
     if bool(all_finite(gradient)):
         return
-    bad = [names[i] for i in np.flatnonzero(_not_finite(objective, params))]
+    bad = [names[i] for i in np.flatnonzero(_not_finite(objective, params)).tolist()]
     shown = ", ".join(map(repr, bad[:8])) + (", ..." if len(bad) > 8 else "")
     raise FloatingPointError(
         f"the gradient of {len(bad)} of {objective.count} examples is not finite: {shown}"
@@ -173,9 +174,7 @@ def _inexact(x: Any) -> bool:
 
 def _contents(jaxpr: Jaxpr, constants: Sequence[Any]) -> Iterator[Any]:
     """The names of the operations and the numbers that are written into the program."""
-    yield from (
-        x for x in constants if not hasattr(x, "dtype") or not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-    )
+    yield from (x for x in constants if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jax.dtypes.extended))
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         yield from (x.val for x in equation.invars if isinstance(x, Literal))

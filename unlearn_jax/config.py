@@ -6,13 +6,12 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from unlearn_jax.curvature import Curvature
 from unlearn_jax.objective import Reduction
 from unlearn_jax.solvers import PRECONDITIONERS, SOLVERS, Preconditioner, Solver, adam_qp, cg, ekfac, sgd_qp
 
-T = TypeVar("T")
 QUARTER = 0.25  # of the training's epochs may be spent on an edit
 SHORT = 7.0  # epochs: of less than 28 epochs of training a quarter would be too few products to tell
 TWICE = 2.0  # the training's epochs is the most that an edit of a short one may cost
@@ -100,8 +99,8 @@ class ErasureConfig:
         if self.formula != "newton" and self.newton_steps != 1:
             raise ValueError(f"formula {self.formula!r} is one step from the trained adapter: newton_steps=1")
         solver = self.solver
-        if getattr(solver, "max_steps", 1) < 1:
-            raise ValueError(f"max_steps of solver {solver.name!r} must be positive, not {solver.max_steps}")
+        if (most := getattr(solver, "max_steps", 1)) < 1:
+            raise ValueError(f"max_steps of solver {solver.name!r} must be positive, not {most}")
         if solver.takes == "gradients" and self.curvature not in ("fisher", "empirical_fisher"):
             raise ValueError(
                 f"solver {solver.name!r} works on per-example gradients: curvature must be 'fisher' or "
@@ -208,7 +207,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return named | {name: to_mapping(x) if dataclasses.is_dataclass(x) else x for name, x in fields.items()}
 
 
-def _replaced(value: T, changes: Mapping[str, Any], where: str) -> T:
+def _replaced(value: Any, changes: Mapping[str, Any], where: str) -> Any:
     """A dataclass with some fields changed, each of the declared type."""
     hints = typing.get_type_hints(type(value))
     fields = [field.name for field in dataclasses.fields(value)]
@@ -234,7 +233,9 @@ def _converted(hint: Any, value: Any, where: str, default: Any) -> Any:
         if typing.get_origin(option) is Literal:
             if any(value == choice and type(value) is type(choice) for choice in typing.get_args(option)):
                 return value
-        elif option is float and type(value) in (int, float) and math.isfinite(value):
+        elif (
+            option is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
             return float(value)
         elif option in (int, bool, types.NoneType) and type(value) is option:
             return value

@@ -26,7 +26,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
-from unlearn_jax.loss import Example, Loss, Params, require_parts, sum_and_weight
+from unlearn_jax.arrays import Example, LossFunction, Params
+from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import Objective, widen, zeros
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -116,12 +117,13 @@ def linearized(objective: Objective, params: Params, curvature: Curvature) -> Pr
 def sample_labels(objective: Objective, params: Params, key: jax.Array) -> Objective:
     """The objective with labels drawn from the model: its empirical Fisher matrix is a sample of the Fisher matrix."""
     loss = require_parts(objective.loss, "the sampled Fisher product")
-    if not hasattr(loss.criterion, "sample"):
+    draw_labels = getattr(loss.criterion, "sample", None)
+    if draw_labels is None:
         raise ValueError(f"the sampled Fisher product draws labels: give {loss.criterion!r} `sample(key, z, example)`")
 
     def sample(index, example):
         z = loss.z(params, example)
-        example = loss.criterion.sample(jax.random.fold_in(key, index), z, example)
+        example = draw_labels(jax.random.fold_in(key, index), z, example)
         mask = loss.element_mask(example)
         # g = sum_t sqrt(m_t) g_t has the expectation sum_t m_t g_t g_t' of its square, whatever the weights m_t.
         return example if mask is None else {**example, loss.mask: jnp.sqrt(mask)}
@@ -177,7 +179,9 @@ def _gauss_newton(part: Objective, params: Params, v: Params) -> Params:
     # gradient only (`jax.custom_vjp`, as in memory-linear attention) has no other forward mode, and nothing is done twice.
     pullback = lambda params: jax.vjp(functools.partial(_outputs, part), params)
     z, dz, pull = jax.jvp(pullback, (params,), (v,), has_aux=True)
-    criterion = lambda z: _criterion(part.loss)(z, part.examples, part.coefficients)
+    criterion = lambda z: _criterion(require_parts(part.loss, "the Gauss-Newton product"))(
+        z, part.examples, part.coefficients
+    )
     return pull(jax.jvp(jax.grad(criterion), (z,), (dz,))[1])[0]
 
 
@@ -211,11 +215,14 @@ def _outputs(part: Objective, params: Params) -> Params:
     return jax.vmap(lambda example: loss.z(params, example))(part.examples)
 
 
-def _criterion(loss: Loss) -> Callable:
-    """(z, examples, coefficients) of a micro-batch -> its share of the objective, []"""
-    return lambda z, examples, coefficients: jnp.sum(
-        coefficients * jax.vmap(lambda z, example: loss.reduce(z, example)[0])(z, examples)
-    )
+def _criterion(loss: LossFunction) -> Callable:
+    """(z, examples, coefficients) of a micro-batch -> its share of the objective, []."""
+    parts = require_parts(loss, "the Gauss-Newton product")
+
+    def criterion(z, examples, coefficients):
+        return jnp.sum(coefficients * jax.vmap(lambda z, example: parts.reduce(z, example)[0])(z, examples))
+
+    return criterion
 
 
 def _gradients(part: Objective, params: Params) -> Params:

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unlearn_jax.loss import Example, has_field
+from unlearn_jax.arrays import Example
+from unlearn_jax.loss import has_field
 
 ID = "id"
 MOST = 2**40  # examples; what says it has more repeats without an end
@@ -107,15 +108,16 @@ class _Arrays:
         leaves = jax.tree_util.tree_leaves_with_path(self.data)
         if not leaves:
             raise ValueError("a dataset needs at least one array besides the ids")
-        self.count = None
+        counts = []
         for path, leaf in leaves:
             name = jax.tree_util.keystr(path)
             if leaf.ndim == 0:
                 raise ValueError(f"the field {name} has no leading axis of examples; it is {leaf!r}")
-            if self.count is not None and len(leaf) != self.count:
+            counts.append(len(leaf))
+            if counts[-1] != counts[0]:
                 first = jax.tree_util.keystr(leaves[0][0])
-                raise ValueError(f"the field {name} has {len(leaf)} examples, the field {first} has {self.count}")
-            self.count = len(leaf)
+                raise ValueError(f"the field {name} has {len(leaf)} examples, the field {first} has {counts[0]}")
+        self.count = counts[0]
 
     def __len__(self) -> int:
         return self.count

@@ -71,14 +71,15 @@ def gauss_newton(
     Returns:
         (`unlearn_jax.curvature.product`, objective, adapter, vector).
     """
+    assert batch.visual is not None
     rows, length = batch.tokens.shape
     learned = min(LEARNED, length)
     spread = NamedSharding(mesh, PartitionSpec(None, ROWS))
 
-    def stacked(dtype, *shape):
+    def stacked(dtype, *shape) -> Any:
         return jax.ShapeDtypeStruct((micro_batches, rows // micro_batches, *shape), dtype, sharding=spread)
 
-    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     examples = {
         "tokens": stacked(jnp.int32, length),
         "valid": stacked(jnp.bool_, length),

@@ -17,15 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID, Dataset
-from unlearn_jax.loss import MASK, Example, Loss, has_field
+from unlearn_jax.loss import MASK, Loss, has_field
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edit(abc.ABC):
     """ids: of the examples it is about"""
 
-    ids: Sequence[Any]
+    ids: Sequence[Any] | np.ndarray
 
     def __post_init__(self):
         if isinstance(self.ids, str | bytes) or np.ndim(self.ids) != 1:
@@ -82,7 +83,7 @@ class ModifyQuery(CorrectResponse):
         merged = super().replacements(dataset, positions, loss)
         field = getattr(loss.criterion, "labels", None) if isinstance(loss, Loss) else None
         for position, example in zip(positions, merged, strict=True):
-            if not has_field(example, field):
+            if field is None or not has_field(example, field):
                 continue
             before, after = (_counted_labels(loss, field, x) for x in (dataset.example(position), example))
             if not np.array_equal(before, after):

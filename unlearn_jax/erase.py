@@ -13,11 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.checks import check_differentiable, check_loss, check_params, check_widened
 from unlearn_jax.config import ErasureConfig, resolve, to_mapping
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
-from unlearn_jax.loss import Loss, Params, require_parts
+from unlearn_jax.loss import Loss, require_parts
 from unlearn_jax.newton import UNFINISHED, Descent, Finish, NewtonStep, add, newton, norm
 from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from unlearn_jax import tree
-from unlearn_jax.loss import Params
+from unlearn_jax.arrays import Params
 
 PATIENCE = 10  # steps
 
@@ -77,6 +77,7 @@ def lbfgs(
         norms.append(float(norm))
         if norm <= tolerance or _stands_still(values, norms, resolution):
             break
+    assert ends is not None and value_there is not None  # there was a step
     return Minimum(params, np.array(values), float(value_there), float(norm), evaluations, ends)
 
 

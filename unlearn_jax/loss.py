@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-Params = Any  # a pytree of floating point arrays
-Example = Any  # a pytree of arrays; usually a dictionary
+from unlearn_jax.arrays import Example, Params
+
 MASK = "loss_mask"
 CONSTANT = "constant"  # the field with what `Loss.constant` returns, where it has been computed already
 
@@ -82,7 +83,7 @@ class Loss:
         Loss(lambda params, example, hidden: upper(params, hidden), CrossEntropy(), constant=lower)
     """
 
-    outputs: Callable[[Params, Example], Any]
+    outputs: Callable[..., Any]
     criterion: Callable[[Any, Example], jax.Array]
     mask: str | None = MASK
     constant: Callable[[Example], Any] | None = None
@@ -127,7 +128,7 @@ class Loss:
         solved the number of elements of every example is asked for on the host."""
         field = getattr(self.criterion, "labels", None)
         labels = example[field] if has_field(example, field) else 0
-        if any(isinstance(x, jax.core.Tracer) for x in (labels, mask)):
+        if any(isinstance(x, Tracer) for x in (labels, mask)):
             return
         if mask is not None and np.shape(mask) != np.shape(labels):
             return  # `reduce` says so
@@ -147,7 +148,8 @@ class Loss:
         return cls(outputs, criterion, mask, constant)
 
 
-def has_field(example: Example, name: str) -> bool:
+def has_field(example: Example, name: str | None) -> bool:
+    """Whether the example is a dictionary with a field of that name."""
     return isinstance(example, Mapping) and name in example
 
 

@@ -29,11 +29,11 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.checks import all_finite, check_finite, check_gradient
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.curvature import linearized, product
 from unlearn_jax.lbfgs import Known, lbfgs
-from unlearn_jax.loss import Params
 from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
@@ -97,7 +97,7 @@ class Descent(NamedTuple):
 class Work:
     """Counts example-gradients: one is an example forward and backward. Products count as measured."""
 
-    PRODUCT = {"hessian": 2.1, "ggn": 1.6, "fisher": 1.0, "empirical_fisher": 1.0}
+    PRODUCT = {"hessian": 2.1, "ggn": 1.6, "empirical_fisher": 1.0}
 
     def __init__(self, problem: Problem, config: ErasureConfig):
         self.config, self.spent, self.epoch = config, 0.0, problem.examples
@@ -126,20 +126,21 @@ class Work:
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
         preconditioner = getattr(config.solver, "preconditioner", None)
         if isinstance(preconditioner, nystrom):
-            self.spent += objective.count * preconditioner.rank * self.PRODUCT[config.curvature]
+            self.spent += objective.count * preconditioner.rank * self.PRODUCT[product_kind(config)]
         elif preconditioner is not None:
             drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
             self.spent += objective.count * (1 + drawn)
 
     def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
-        self.spent += times * objective.count * self.PRODUCT[config.curvature]
+        self.spent += times * objective.count * self.PRODUCT[product_kind(config)]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
         """Products that a share of what is left pays for, when every retry of the step has been judged; at least one."""
+        assert isinstance(config.solver, cg | minres)
         if not self.limited:
             return config.solver.max_steps
         judging = (1 + config.retries) * FORWARD * self.epoch
-        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[config.curvature])
+        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[product_kind(config)])
         return max(1, min(config.solver.max_steps, int(paid)))
 
 
@@ -293,7 +294,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             break
     limits += _of_steps(steps, J, config, follows)
     finish = None
-    if steps and follows:
+    if steps and follows and best is not None:
         tolerance = max(config.solver.rtol**2 * first, tilted)
         evaluations = min(config.finish_evaluations, int(work.left / work.epoch) if work.limited else math.inf)
         if evaluations > 1:

@@ -18,11 +18,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import CONSTANT, Example, Loss, Params, has_field, sum_and_weight
+from unlearn_jax.loss import CONSTANT, Loss, has_field, require_parts, sum_and_weight
 
 Reduction = Literal["per_example", "per_token"]
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
@@ -78,8 +80,9 @@ class Objective:
         # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
         stack = lambda x: _place(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
-        shape = np.zeros((len(index) // micro_batch, micro_batch), dtype)
-        empty = cls(loss, jax.tree.map(stack, examples), shape, np.zeros((), dtype), count, mesh)
+        # On the host, as the examples are.
+        nothing: Any = np.zeros((len(index) // micro_batch, micro_batch), dtype)
+        empty = cls(loss, jax.tree.map(stack, examples), nothing, nothing[0, 0], count, mesh)
         return empty.weighted(coefficients, weight_decay)
 
     def weighted(self, coefficients: np.ndarray | jax.Array, weight_decay: float = 0.0) -> "Objective":
@@ -103,7 +106,9 @@ class Objective:
 
     @jax.jit
     def _constants(self) -> Any:
-        return self.each(lambda part: jax.vmap(self.loss.constant)(part.examples))
+        constant = require_parts(self.loss, "a constant part").constant
+        assert constant is not None  # `with_constants` has looked
+        return self.each(lambda part: jax.vmap(constant)(part.examples))
 
     @jax.jit
     def value(self, params: Params) -> jax.Array:
@@ -291,10 +296,11 @@ def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
     def place(x):
         if callable(x):
             return x
-        named = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
-        if not named or x.sharding.device_set != everywhere.device_set:
+        place = x.sharding if isinstance(x, jax.Array) else None
+        if not isinstance(place, NamedSharding) or place.device_set != everywhere.device_set:
             return jax.device_put(x, everywhere)
-        return jax.device_put(x, NamedSharding(automatic(x.sharding.mesh), x.sharding.spec))
+        assert isinstance(place.mesh, Mesh)  # an array's is not abstract
+        return jax.device_put(x, NamedSharding(automatic(place.mesh), place.spec))
 
     return jax.tree.map(place, arrays)
 
@@ -326,7 +332,7 @@ def _shards(mesh: Mesh) -> int:
 
 def _place(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
     """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
-    if isinstance(x, jax.core.Tracer) or (mesh is None and isinstance(x, jax.Array)):
+    if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     if mesh is None:

@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
-from unlearn_jax.loss import Params
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
 QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples stands for all, where it is so many at least
@@ -48,7 +48,7 @@ class Problem:
 
     def change(self, params: Params, gradient: Params) -> Params:
         """grad R - grad R', given grad R' = `gradient`."""
-        if self.leaving is None:
+        if self.leaving is None or self.entering is None:
             return tree.zeros_like(gradient)
         # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
         change = jax.block_until_ready(self.leaving.gradient(params))
@@ -86,7 +86,7 @@ def make_problem(
     build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
     join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
     edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
-    leaving = entering = first_order = None
+    both = leaving = entering = first_order = None
     if len(old) + len(new):
         both = build(join([old.take(), new.take()]), np.zeros(len(old) + len(new)))
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
@@ -101,7 +101,7 @@ def make_problem(
     if config.formula != "newton":
         parts = np.concatenate([c_old, scaled(sampled, total_before)])
         curved = build(join([old.take(), sampled.take()]), parts)
-        if leaving is not None:
+        if both is not None:
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)
     elif len(sampled) < len(kept):

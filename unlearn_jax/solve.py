@@ -53,7 +53,7 @@ def solve(
     if isinstance(solver, solvers.lanczos):
         return solver.solve(matvec, b, damping=shift, key=key)
     if isinstance(solver, solvers.cg) and solver.preconditioner is not None:
-        preconditioner = _preconditioner(objective, params, matvec, shift, key, config)
+        preconditioner = _preconditioner(solver.preconditioner, objective, params, matvec, shift, key, config)
         return solver.solve(matvec, b, damping=shift, preconditioner=preconditioner)
     return solver.solve(matvec, b, damping=shift)
 
@@ -92,13 +92,18 @@ def _with_rate(solver: solvers.Solver, matvec: Product, b: Params, shift: Scalar
 
 
 def _preconditioner(
-    objective: Objective, params: Params, matvec: Product, shift: Scalar, key: Key, config: ErasureConfig
+    kind: solvers.nystrom | solvers.diagonal | solvers.ekfac,
+    objective: Objective,
+    params: Params,
+    matvec: Product,
+    shift: Scalar,
+    key: Key,
+    config: ErasureConfig,
 ) -> Product:
-    kind = config.solver.preconditioner
     if isinstance(kind, solvers.nystrom):
         return kind.build(matvec, zeros(params), key=key, damping=shift)
-    sampled = isinstance(objective.loss, Loss) and hasattr(objective.loss.criterion, "sample")
-    if sampled and config.curvature != "empirical_fisher":
+    can_draw = isinstance(objective.loss, Loss) and hasattr(objective.loss.criterion, "sample")
+    if can_draw and config.curvature != "empirical_fisher":
         objective = sample_labels(objective, params, key)
     if isinstance(kind, solvers.ekfac):
         weights = objective.whole(objective.coefficients)

@@ -155,4 +155,5 @@ def read_recipe(config, console):
     if vocabulary is None:
         console.print("No tokenizer there: the text of observations is counted in that of the quickstart.", style="dim")
         vocabulary = build_vocabulary()
-    return Recipe(config, network, tables(vocabulary, calls=find_format(config.rl.rollout.call_format)))
+    limits = config.rollout if config.rl is None else config.rl.rollout
+    return Recipe(config, network, tables(vocabulary, calls=find_format(limits.call_format)))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.training import Term, Trained, Training, descend, split
 from unlearn_jax.edits import Edit, affected
-from unlearn_jax.loss import Example, Loss, Params, require_parts, sum_and_weight
+from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import FORWARD, coefficients
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.training import Trained, Training, descend, retained
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.lbfgs import lbfgs
-from unlearn_jax.loss import Example, Loss, Params, require_parts
+from unlearn_jax.loss import Loss, require_parts
 from unlearn_jax.objective import Objective
 
 

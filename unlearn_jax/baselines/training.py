@@ -14,9 +14,10 @@ import numpy as np
 import optax
 
 from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
-from unlearn_jax.loss import Loss, Params, has_field
+from unlearn_jax.loss import Loss, has_field
 from unlearn_jax.objective import Objective, Reduction, coefficients
 
 
@@ -140,7 +141,7 @@ def split(loss: Callable, dataset: Any, edits: Sequence[Edit]) -> Split:
         row = int(before.rows[position])
         if row in place and isinstance(loss, Loss):
             old, now = before.example(position), after.example(place[row])
-            if has_field(old, loss.mask) and _differ(old, now) == [loss.mask]:
+            if loss.mask is not None and has_field(old, loss.mask) and _differ(old, now) == [loss.mask]:
                 masked[row] = {
                     **old,
                     loss.mask: np.where(now[loss.mask] != 0, np.zeros_like(old[loss.mask]), old[loss.mask]),

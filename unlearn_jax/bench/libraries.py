@@ -1,7 +1,9 @@
 """The small language model in torch, and products and solves by torch and by libraries on it."""
+# pyright: reportMissingImports=false
+# torch and the libraries are installed only where they are compared with.
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,15 @@ NAMES = ("q", "v")
 
 class Twin(nn.Module):
     """int64 [B, T] -> next-token logits [B, T, V]. Only the adapter's factors are parameters that want gradients."""
+
+    embed: torch.Tensor
+    positions: torch.Tensor
+    unembed: torch.Tensor
+    qkvo: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    a: Any
+    b: Any
 
     def __init__(self, base: Mapping[str, Any], adapter: Mapping[str, Mapping[str, Any]], heads: int):
         super().__init__()
@@ -70,7 +81,7 @@ def from_torch(tensors: list[torch.Tensor]) -> dict[str, dict[str, np.ndarray]]:
     return {n: {"lora_a": stacks[i], "lora_b": stacks[len(NAMES) + i]} for i, n in enumerate(NAMES)}
 
 
-def flatten(tensors: list[torch.Tensor]) -> torch.Tensor:
+def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([x.reshape(-1) for x in tensors])
 
 

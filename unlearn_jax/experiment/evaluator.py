@@ -9,12 +9,13 @@ import numpy as np
 import optax
 
 from unlearn_jax import baselines
+from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Sisa, Training, ensemble
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, Remove, apply
 from unlearn_jax.erase import erase
 from unlearn_jax.experiment.setup import UNTUNED, Run, Setup
-from unlearn_jax.loss import Loss, Params
+from unlearn_jax.loss import Loss
 from unlearn_jax.metrics import answers, distance, membership, tokens
 from unlearn_jax.objective import Objective
 
@@ -24,7 +25,7 @@ class Evaluator(NamedTuple):
 
     setup: Setup
     run: Run
-    count: int  # how many facts are to be forgotten: the first ones
+    forgotten: int  # how many facts are to be forgotten: the first ones
     retain: dict[str, np.ndarray]
     edited: Objective
     warm: Params
@@ -45,7 +46,7 @@ class Evaluator(NamedTuple):
 
     @property
     def edits(self) -> list[Edit]:
-        return [Remove(np.arange(self.count))]
+        return [Remove(np.arange(self.forgotten))]
 
     def __call__(self, adapter: Params) -> dict[str, float]:
         """ "objective" is what the edited one is above that of the warm restart; distances are those of weights."""
@@ -65,7 +66,7 @@ class Evaluator(NamedTuple):
         return {**self._divergences(loss, sisa.stacked(), alone), **self._answers(loss, sisa.stacked())}
 
     def _sets(self) -> dict[str, dict[str, np.ndarray]]:
-        forget = _first(self.run.facts.examples, self.count)
+        forget = _first(self.run.facts.examples, self.forgotten)
         return {"forget": forget, "retain": self.retain, "holdout": self.run.holdout.examples}
 
     def _divergences(self, loss: Loss, params: Any, warm: Any) -> dict[str, float]:
@@ -75,7 +76,7 @@ class Evaluator(NamedTuple):
     def _answers(self, loss: Loss, params: Any) -> dict[str, float]:
         found = {name: tokens.score(loss, params, x, micro_batch=None) for name, x in self._sets().items()}
         lowest = {name: membership.min_k(x.logprob, tokens.without_last(x.mask)) for name, x in found.items()}
-        ratio = truth_ratio(loss, params, self.run, self.count)
+        ratio = truth_ratio(loss, params, self.run, self.forgotten)
         nll = {f"nll_{name}": float(answers.mean_nll(x.logprob, x.mask).mean()) for name, x in found.items()}
         return {
             **nll,
@@ -126,7 +127,7 @@ def compare(setup: Setup, run: Run, share: float, rates: Rates) -> dict[str, Any
     return {
         "seed": run.seed,
         "share": share,
-        "count": evaluator.count,
+        "count": evaluator.forgotten,
         "norms": evaluator.norms,
         "report": json.loads(report.to_json()),
         "rows": rows,

@@ -12,10 +12,11 @@ from jax.tree_util import Partial
 from scipy.optimize import minimize
 from scipy.sparse.linalg import LinearOperator, cg
 
+from unlearn_jax.arrays import Params
 from unlearn_jax.curvature import product
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.experiment import invented_people, small_transformer
-from unlearn_jax.loss import CrossEntropy, Loss, Params
+from unlearn_jax.loss import CrossEntropy, Loss
 from unlearn_jax.objective import Objective, dataset_objective
 
 MEMORY = 30  # pairs of L-BFGS
@@ -60,13 +61,18 @@ def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps
     x, gradient = found.x, found.jac
     # The trust region compares values, and their rounding ends it early: the gradient's norm still tells steps apart.
     while np.linalg.norm(gradient) > tolerance:
-        hessian = LinearOperator((x.size, x.size), functools.partial(hessian_product, x), dtype=np.float64)
+        hessian = _operator(x.size, functools.partial(hessian_product, x))
         step, _ = cg(hessian, -gradient, rtol=1e-6)
         there = value_and_gradient(x + step)[1]
         if not np.linalg.norm(there) < 0.5 * np.linalg.norm(gradient):
             break
         x, gradient = x + step, there
     return Minimum(unravel(x), float(np.linalg.norm(gradient)), begun)
+
+
+def _operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
+    options: Any = {"matvec": product, "dtype": np.float64}  # which the class hands on to the one it makes
+    return LinearOperator((size, size), **options)
 
 
 @jax.jit

@@ -1,5 +1,7 @@
 """How likely an answer is, and how much of it a model still writes by itself, from the log-probabilities of its tokens."""
 
+from typing import Any
+
 import numpy as np
 
 from unlearn_jax.arrays import HostArray
@@ -51,7 +53,8 @@ def forget_quality(unlearned: HostArray, retrained: HostArray) -> float:
     """
     from scipy.stats import ks_2samp
 
-    return float(ks_2samp(1 / (np.asarray(unlearned, float) + TINY), 1 / (np.asarray(retrained, float) + TINY)).pvalue)
+    found: Any = ks_2samp(1 / (np.asarray(unlearned, float) + TINY), 1 / (np.asarray(retrained, float) + TINY))
+    return float(found.pvalue)
 
 
 def exact_memorization(correct: HostArray, mask: HostArray) -> HostArray:

@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import say
 from unlearn_jax import baselines
+from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
-from unlearn_jax.loss import Params
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.quickstart.job import WARM, Job, place, to_host
 from unlearn_jax.quickstart.measure import Measure, Memory, table

@@ -23,8 +23,9 @@ from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import read_limits
 from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import use_compilation_cache
+from unlearn_jax.arrays import Params
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import Loss, Params
+from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective, dataset_objective
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.vision_language import adapter_loss

@@ -25,6 +25,7 @@ class Solver(abc.ABC):
 
     takes: ClassVar[Literal["products", "micro_batches", "gradients"]]
     divides: ClassVar[bool] = False
+    solve: ClassVar[Callable[..., "Solution"]]
 
     rtol: float = 0.1  # |(A + damping) x - b| / |b| that is wanted: iterations stop there, a larger one is reported
 

@@ -157,7 +157,7 @@ class ekfac(Solver):
         """
         x = self.build(gradients, damping=damping, weights=weights)(tree.cast(b, working_dtype(b)))
         n = tree.length(gradients)
-        weights = jnp.full(n, 1 / n) if weights is None else weights
+        weights = jnp.full(n, 1 / n) if weights is None else jnp.asarray(weights)
         Fx = tree.combine(weights * tree.inner(gradients, x), gradients)
         error = jax.tree.map(lambda h, x, b: h + damping * x - b, Fx, x, b)
         return x, direct(relative_norm(error, b))

@@ -6,15 +6,18 @@ import functools
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pixel_jax.cli import UserError
+from pixel_jax.config import ConfigFileParser, load
 from pixel_jax.models.flops import forward_flops, padded_work
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.sharding import shardings
 from pixel_jax.planning.machines import machine
+from pixel_jax.planning.main import read_recipe
 from pixel_jax.planning.programs import abstract_model, sft_batch
 from pixel_jax.planning.search import plan
-from pixel_jax.train import LoRAConfig
+from pixel_jax.train import LoRAConfig, TrainConfig
 from tests.planning.small_recipe import recipe
 from unlearn_jax.edit_recipe import EditRecipe
 from unlearn_jax.objective import Objective
@@ -69,3 +72,10 @@ def test_the_micro_batches_of_the_training_are_not_those_of_an_edit():
 def test_without_an_adapter_there_is_nothing_to_edit():
     with pytest.raises(UserError, match="the config has no lora"):
         EditRecipe.of(recipe())
+
+
+def test_the_shipped_tuning_of_an_adapter_can_be_edited():
+    config = ConfigFileParser("config", lock_config=False).parse("pixel/qwen2_5_vl_7b_sft:lora")
+    made = EditRecipe.of(read_recipe(load(TrainConfig, config), Console(quiet=True)))
+    assert made.steps == ("unlearn",) and made.rows("unlearn") == made.config.sft.batch_size
+    assert made.length("unlearn") == made.config.trace_tokens
