@@ -37,14 +37,39 @@ Product = Callable[[Params], Params]
 def hvp(
     loss: Callable, params: Params, batch: Example, micro_batch: int | None = None, *, linearize: bool = False
 ) -> Product:
-    """v -> (Hessian of the mean loss over the batch) v, float32 or wider."""
+    """The exact Hessian of the mean loss over a batch, as a product.
+
+    Args:
+        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`.
+        params: where the Hessian is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        linearize: keep what does not depend on v: faster, in the memory of all activations.
+
+    Returns:
+        v -> H v, for pytrees like the parameters, float32 or wider; a callable pytree.
+    """
     return _product(mean_objective(loss, params, batch, micro_batch), params, "hessian", linearize)
 
 
 def ggnvp(
     loss: Loss, params: Params, batch: Example, micro_batch: int | None = None, *, linearize: bool = False
 ) -> Product:
-    """v -> (generalised Gauss-Newton matrix of the mean loss over the batch) v (Schraudolph 2002)."""
+    """The generalised Gauss-Newton matrix of the mean loss over a batch, as a product (Schraudolph 2002).
+
+    Args:
+        loss: a `Loss`, which has the outputs and the criterion apart.
+        params: where the matrix is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        linearize: keep what does not depend on v: faster, in the memory of all activations.
+
+    Returns:
+        v -> G v, for pytrees like the parameters, float32 or wider; a callable pytree.
+
+    Raises:
+        ValueError: the loss is a plain callable.
+    """
     require_parts(loss, "the Gauss-Newton product")
     return _product(mean_objective(loss, params, batch, micro_batch), params, "ggn", linearize)
 
@@ -59,7 +84,23 @@ def fvp(
     key: jax.Array | None = None,
     linearize: bool = False,
 ) -> Product:
-    """v -> (Fisher matrix) v. 'sampled' draws one label per element with `key`, the same for every v; it needs a `Loss`."""
+    """The Fisher matrix over a batch, as a product.
+
+    Args:
+        loss: a `Loss`, or for the empirical matrix any callable.
+        params: where the matrix is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        kind: "sampled" draws one label per element, the same for every v; "empirical" takes the data's own.
+        key: that the labels are drawn with; None: that of 0.
+        linearize: keep the gradients of all examples.
+
+    Returns:
+        v -> F v, for pytrees like the parameters, float32 or wider; a callable pytree.
+
+    Raises:
+        ValueError: the loss is a plain callable, or its criterion cannot draw labels.
+    """
     objective = mean_objective(loss, params, batch, micro_batch)
     if kind == "sampled":
         objective = sample_labels(objective, params, jax.random.key(0) if key is None else key)
@@ -232,5 +273,5 @@ def _gradients(part: Objective, params: Params) -> Params:
 
 
 def _outer_products(gradients: Params, coefficients: jax.Array, v: Params) -> Params:
-    """sum_i c_i g_i (g_i . v)"""
+    """sum_i c_i g_i (g_i . v)."""
     return tree.combine(coefficients * tree.inner(gradients, v), gradients)

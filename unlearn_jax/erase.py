@@ -31,15 +31,13 @@ ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`.
+    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`."""
 
-    verdict: "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets
-             J of all examples fall. Of the last two the adapter comes back as it was given
-    limits:  every limit that was met and every step that did not do what it promised, in words; each is a warning, too
-    """
-
+    # "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets J of all
+    # examples fall. Of the last two the adapter comes back as it was given.
     verdict: Verdict
     reason: str
+    # Every limit that was met and every step that did not do what it promised, in words; each is a warning, too.
     limits: list[str]
     edits: dict[str, int]  # how many examples each kind of edit names
     examples: int  # in the dataset before the edit
@@ -92,25 +90,31 @@ def erase(
     weights: np.ndarray | None = None,
     held_out: Any = None,
 ) -> Erasure:
-    """Changes `adapter` so that it is as if it had been trained on the edited data.
+    """Changes an adapter so that it is as if it had been trained on the edited data.
 
     What it aims at is a retrain by the same recipe: training that has converged is taken to the new minimum, training that was
     stopped early (of AdamW the normal case) keeps what it left undone and responds to the edit alone. An edit that lets the
     edited objective of all examples not fall is none: the adapter comes back as it was, and `report.verdict` says so.
 
-    loss:     `loss(params, example)` -> scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
-              float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end
-    adapter:  a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`
-    dataset:  a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`
-    edits:    a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them
-    config:   an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo"
-    solver:   in the place of the config's, as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`
-    mesh:     spreads the examples over its axes `data` and `fsdp`
-    weights:  [n], how much each example counted in training
-    held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out
+    Args:
+        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
+            float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end.
+        adapter: a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`.
+        dataset: a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`.
+        edits: a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them.
+        config: an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo".
+        solver: in the place of the config's, as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`.
+        mesh: spreads the examples over its axes `data` and `fsdp`.
+        weights: [n], how much each example counted in training.
+        held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out.
 
-    Raises ValueError or FloatingPointError where nothing sensible can be done: losses or gradients that are not finite (the
-    examples are named), a loss that is not differentiable, not deterministic, or does not depend on the adapter.
+    Returns:
+        The adapter in its dtypes, the delta in float32 or wider, and a report.
+
+    Raises:
+        ValueError: nothing sensible can be done: a loss that is not differentiable, not deterministic, or does not depend on
+            the adapter; edits or a configuration that are malformed.
+        FloatingPointError: losses or gradients that are not finite; the examples are named.
 
     A later request starts from the edited adapter and the edited data:
 

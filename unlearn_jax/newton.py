@@ -14,7 +14,7 @@ the right side, which holds the solutions for all dampings: a step that does not
 but a pass forward. On a budget of few epochs the space is small, and its solutions are conjugate gradients stopped early:
 they grow in length from zero, descend on the quadratic model of all examples and leave flat directions alone.
 
-Where the number of steps is left to us there is one of them, and L-BFGS, which is told the products that the step has
+Where the number of steps is left to us there is one of them, and L-BFGS, which is given the products that the step has
 made, goes on from there towards the minimum of J at the price of a gradient an iteration.
 """
 
@@ -91,10 +91,10 @@ class Descent(NamedTuple):
     limits: list[str]  # that were met, in words
     rounding: float  # what a change of J is lost in
     J: "Tilted"  # around params_0
-    work: "Work"
+    work: "Cost"
 
 
-class Work:
+class Cost:
     """Counts example-gradients: one is an example forward and backward. Products count as measured."""
 
     PRODUCT = {"hessian": 2.1, "ggn": 1.6, "empirical_fisher": 1.0}
@@ -105,16 +105,20 @@ class Work:
 
     @property
     def left(self) -> float:
+        """Example-gradients that may still be spent."""
         return self.limit - self.spent
 
     @property
     def limited(self) -> bool:
+        """Whether there is a budget."""
         return self.limit < math.inf
 
     def gradients(self, objective: Objective | None, times: int = 1) -> None:
+        """Counts so many passes forward and backward over an objective."""
         self.spent += times * (objective.count if objective is not None else 0)
 
     def forwards(self, objective: Objective, times: int) -> None:
+        """Counts so many passes forward."""
         self.spent += times * objective.count * FORWARD
 
     def constants(self, *objectives: Objective | None) -> None:
@@ -124,6 +128,7 @@ class Work:
                 self.forwards(objective, 1)
 
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
+        """Counts what building the solver's preconditioner costs."""
         preconditioner = getattr(config.solver, "preconditioner", None)
         if isinstance(preconditioner, nystrom):
             self.spent += objective.count * preconditioner.rank * self.PRODUCT[product_kind(config)]
@@ -132,6 +137,7 @@ class Work:
             self.spent += objective.count * (1 + drawn)
 
     def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
+        """Counts so many curvature products."""
         self.spent += times * objective.count * self.PRODUCT[product_kind(config)]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
@@ -163,7 +169,7 @@ class Tilted:
         return float(finished(_change(self.objective, self.tilt, self.params, self.sums, step)))
 
     def value(self) -> float:
-        """R' at params"""
+        """The edited objective R' at params."""
         return float(_value(self.objective, self.params, self.sums))
 
     def rounding(self) -> float:
@@ -173,7 +179,7 @@ class Tilted:
 
 
 class Solution(NamedTuple):
-    """Of (A + damping) x = b"""
+    """What solves (A + damping) x = b."""
 
     damping: float
     x: Params
@@ -195,6 +201,7 @@ class Attempt(NamedTuple):
 
     @property
     def damping(self) -> float:
+        """That of the solution."""
         return self.solution.damping
 
     @property
@@ -210,11 +217,21 @@ class Attempt(NamedTuple):
 
 
 def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Problem | None = None) -> Descent:
-    """The delta that `config.newton_steps` steps make, or one and L-BFGS. `config.curvature` must be set.
+    """Descends from the trained parameters: `config.newton_steps` steps, or one and L-BFGS.
 
-    params are float32 or wider. held_out: the problem on other examples; the one that chooses among dampings
+    Args:
+        problem: the objectives before and after the edit.
+        params: the trained parameters, float32 or wider.
+        config: with `curvature` set.
+        held_out: the problem on other examples, which then choose among dampings.
+
+    Returns:
+        The delta, and how it came about.
+
+    Raises:
+        FloatingPointError: a loss, a gradient or a solution is not finite.
     """
-    began, steps, limits, work = time.perf_counter(), [], [], Work(problem, config)
+    began, steps, limits, work = time.perf_counter(), [], [], Cost(problem, config)
     work.constants(problem.edited, problem.leaving, problem.curved if problem.curved is not problem.edited else None)
     if held_out is not None:
         work.constants(held_out.edited)
@@ -324,7 +341,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     )
 
 
-def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array, Params, Params]:
+def _first_pass(problem: Problem, params: Params, work: Cost) -> tuple[jax.Array, Params, Params]:
     """(sums of the edited data's examples, grad R', grad R - grad R') at params."""
     sums, gradient = finished(problem.edited.sums_and_gradient(params))
     work.gradients(problem.edited)
@@ -363,7 +380,7 @@ def _krylov(
     b: Params,
     damping: float | None,
     config: ErasureConfig,
-    work: Work,
+    work: Cost,
     products: int,
 ) -> tuple[Krylov, float]:
     """The space of b, until its solution for the damping is good to `rtol` or of so many products; and that damping."""
@@ -399,7 +416,7 @@ def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
 
 
 def _middle(
-    objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Work
+    objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> float:
     """The damping to begin with, of a solver that works with one at a time."""
     if damping is not None:
@@ -411,7 +428,7 @@ def _middle(
 
 
 def _directly(
-    objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Work
+    objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> Solve:
     if work.limited and isinstance(config.solver, cg | minres):
         solver = dataclasses.replace(config.solver, max_steps=work.affordable(objective, config, 1.0))
@@ -438,7 +455,7 @@ def _directly(
     return solution
 
 
-def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Work) -> tuple[Attempt, int]:
+def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Cost) -> tuple[Attempt, int]:
     """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again.
 
     Where the tilt is steep only a fall as foretold is one: none of it is taken if there is no such attempt.
@@ -463,12 +480,12 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
 
 
 def _below(attempt: Attempt, J: Tilted) -> bool:
-    """Neither what a step promises nor what became of it can be told from rounding."""
+    """Neither what a step promises nor what became of it can be distinguished from rounding."""
     promise = attempt.solution.slope + 0.5 * attempt.solution.bend
     return max(abs(promise), abs(attempt.actual)) <= J.rounding()
 
 
-def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Work) -> Attempt:
+def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -> Attempt:
     slope, bend = solution.slope, solution.bend
     most = 0 if isinstance(config.damping, str) else config.halvings  # more damping is better than a share of a step
     enough = lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
@@ -491,15 +508,15 @@ def _adapted(attempt: Attempt) -> float:
 
 
 def _choose(
-    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Work
+    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Cost
 ) -> Attempt:
     """The attempt that lets J of the held-out examples fall the most; none of it where it falls with none."""
     sums, gradient = finished(held_out.edited.sums_and_gradient(params))
     change = finished(held_out.change(params, gradient))
     tilt = tree.add(gradient, change) if config.residual == "drop" else tree.zeros_like(gradient)
-    judge = Tilted(held_out.edited, tilt, params, sums, J.steep)
+    unseen = Tilted(held_out.edited, tilt, params, sums, J.steep)
     attempts = [_attempt(solution(middle * factor), J, config, work) for factor in GRID]
-    scores = [judge.change(tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
+    scores = [unseen.change(tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
     work.gradients(held_out.edited)
     work.forwards(held_out.edited, len(attempts))
     rank = lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
@@ -510,13 +527,13 @@ def _choose(
 
 
 def _regularised(pairs, problem: Problem) -> list[tuple[Params, Params]]:
-    """(v, A v) as (v, J'' v)"""
+    """The pairs (v, A v) as (v, J'' v)."""
     decay = float(problem.edited.weight_decay)
     return [(v, tree.add_scale(Av, decay, v)) for v, Av in pairs]
 
 
 def _finish(
-    J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Work
+    J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Cost
 ) -> tuple[Params, Finish]:
     """From params + delta to where |grad J| is the tolerance."""
     began = time.perf_counter()

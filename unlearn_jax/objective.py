@@ -59,9 +59,19 @@ class Objective:
         micro_batch: int | None = None,
         mesh: Mesh | None = None,
     ) -> "Objective":
-        """From examples [n, ...] (host arrays, or traced ones); without `micro_batch` they are taken all at once.
+        """The objective of examples and their coefficients.
 
-        Without a mesh they stay on the host: whoever uses them again and again takes them `on_device`.
+        Args:
+            loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`.
+            examples: fields [n, ...], on the host or traced. Without a mesh they stay on the host: whoever uses them again
+                and again takes them `on_device`.
+            coefficients: [n].
+            weight_decay: of the quadratic regulariser.
+            micro_batch: examples that are computed at a time; None: all.
+            mesh: spreads the examples over its axes `data` and `fsdp`.
+
+        Raises:
+            ValueError: fields of different lengths, no example, or a mesh without those axes.
         """
         count = len(coefficients)
         for path, x in jax.tree_util.tree_leaves_with_path(examples):
@@ -102,6 +112,7 @@ class Objective:
 
     @property
     def has_constants(self) -> bool:
+        """Whether the examples carry what is the same for all parameters."""
         return has_field(self.examples, CONSTANT)
 
     @jax.jit
@@ -112,25 +123,26 @@ class Objective:
 
     @jax.jit
     def value(self, params: Params) -> jax.Array:
-        """float []"""
+        """The objective [] at params."""
         data = self.accumulate(lambda part: part.data_value(params), jnp.zeros((), widest(params)))
         return data + self._regulariser(params)
 
     @jax.jit
     def gradient(self, params: Params) -> Params:
-        """A pytree like params, float32 or wider."""
+        """The gradient of the objective, a pytree like params, float32 or wider."""
         data = self.accumulate(lambda part: jax.grad(part.data_value)(params), zeros(params))
         return self._regularised(params, data)
 
     @jax.jit
     def value_and_gradient(self, params: Params) -> tuple[jax.Array, Params]:
+        """(`value`, `gradient`) in one pass."""
         start = (jnp.zeros((), widest(params)), zeros(params))
         value, gradient = self.accumulate(lambda part: jax.value_and_grad(part.data_value)(params), start)
         return value + self._regulariser(params), self._regularised(params, gradient)
 
     @jax.jit
     def per_example(self, params: Params) -> jax.Array:
-        """sum_i of every example, float [count]"""
+        """sum_i of every example, float [count]."""
         return self.whole(self.each(lambda part: part.sums(params)))
 
     @jax.jit
@@ -148,12 +160,12 @@ class Objective:
 
     @jax.jit
     def weights(self, params: Params) -> jax.Array:
-        """T_i of every example, padding included, [micro-batches, micro_batch]"""
+        """T_i of every example, padding included, [micro-batches, micro_batch]."""
         weight = lambda example: sum_and_weight(self.loss, params, example)[1]
         return self.each(lambda part: jax.vmap(weight)(part.examples))
 
     def sums(self, params: Params) -> jax.Array:
-        """sum_i of the examples of one micro-batch, [micro_batch]"""
+        """sum_i of the examples of one micro-batch, [micro_batch]."""
         return jax.vmap(lambda example: sum_and_weight(self.loss, params, example)[0])(self.examples)
 
     def data_value(self, params: Params) -> jax.Array:
@@ -176,7 +188,7 @@ class Objective:
         return jax.lax.scan(add, start, (self.examples, self.coefficients))[0]
 
     def each(self, function: Callable[["Objective"], Any]) -> Any:
-        """What `function` returns for every micro-batch, stacked: [micro-batches, ...]"""
+        """What `function` returns for every micro-batch, stacked: [micro-batches, ...]."""
         return jax.lax.map(lambda arrays: function(self.part(arrays)), (self.examples, self.coefficients))
 
     def whole(self, x: jax.Array) -> jax.Array:
@@ -195,6 +207,7 @@ class Objective:
         return jax.tree.map(lambda g, p: g + self.weight_decay.astype(g.dtype) * p.astype(g.dtype), gradient, params)
 
     def tree_flatten(self):
+        """For JAX: functions in the loss are static, its arrays are not."""
         leaves, structure = jax.tree.flatten(self.loss)
         arrays = [None if callable(x) else x for x in leaves]
         functions = tuple(x if callable(x) else None for x in leaves)
@@ -207,6 +220,7 @@ class Objective:
 
     @classmethod
     def tree_unflatten(cls, static, children):
+        """For JAX."""
         functions, structure, count, mesh = static
         arrays, examples, coefficients, weight_decay = children
         leaves = [x if function is None else function for x, function in zip(arrays, functions, strict=True)]
@@ -268,7 +282,7 @@ def on_device(objective: Objective) -> Objective:
 
 
 def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:
-    """The weights of examples [k, ...], [k]"""
+    """The weights [k] of examples [k, ...]."""
     count = len(jax.tree.leaves(examples)[0])
     example = jax.tree.map(lambda x: x[0], examples)
     if isinstance(loss, Loss):

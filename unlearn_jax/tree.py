@@ -95,12 +95,12 @@ def random_like(key: Key, x: Params, dtype: jax.typing.DTypeLike | None = None) 
 
 
 def cast(x: Params, dtype: jax.typing.DTypeLike) -> Params:
-    """X with every leaf in `dtype`."""
+    """x with every leaf in `dtype`."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), x)
 
 
 def cast_like(x: Params, other: Params) -> Params:
-    """X with every leaf in the dtype of the same leaf of `other`."""
+    """x with every leaf in the dtype of the same leaf of `other`."""
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), x, other)
 
 

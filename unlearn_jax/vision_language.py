@@ -71,6 +71,7 @@ class Logits:
     implementation: Literal["dense", "chunked"] = "chunked"
 
     def __call__(self, base: Qwen2_5_VL, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
+        """Logits [T, vocabulary] of the example's learned tokens, float32."""
         model = cast(Qwen2_5_VL, combine(adapter, base))
         row = jax.tree.map(lambda x: x[None], {k: example[k] for k in ("tokens", "valid", "visual") if k in example})
         visual = Visual(**row["visual"]) if "visual" in row else None

@@ -13,7 +13,7 @@ from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, ModifyQuer
 from unlearn_jax.checks import primitives
 from unlearn_jax.config import resolve
 from unlearn_jax.lbfgs import Known, lbfgs
-from unlearn_jax.newton import Work
+from unlearn_jax.newton import Cost
 from unlearn_jax.objective import FORWARD
 from unlearn_jax.problem import make_problem
 from unlearn_jax.solvers import Krylov, cg
@@ -291,7 +291,7 @@ def test_what_is_constant_is_computed_once(small):
         problem = make_problem(loss, params, before, apply(before, edits, loss), resolve(config))
         jaxpr = jax.make_jaxpr(lambda objective, params: objective.gradient(params))(problem.edited, params)
         assert ("erf" in set(primitives(jaxpr.jaxpr))) == found
-        work = Work(problem, resolve(config))
+        work = Cost(problem, resolve(config))
         work.constants(problem.edited, problem.leaving)
         assert work.spent == (0 if found else FORWARD * (problem.edited.count + problem.leaving.count))
 

@@ -47,6 +47,7 @@ def grad_diff(
 
 
 def retain_term(loss, adapter, after, training, alpha, retain) -> Term:
+    """The term that keeps the rest as it is: the training's loss, or the divergence from the trained model."""
     term = retained(loss, adapter, after, training, scale=alpha)
     if retain == "loss":
         return term
@@ -96,12 +97,14 @@ def simnpo(
 
 
 def npo_loss(loss: Callable, reference: Params, beta: jax.Array, params: Params, example: Example) -> jax.Array:
+    """The loss of one example under NPO, []."""
     total, _ = sum_and_weight(loss, params, example)
     before, _ = sum_and_weight(loss, reference, example)
     return -2 / beta * jax.nn.log_sigmoid(beta * (total - jax.lax.stop_gradient(before)))
 
 
 def simnpo_loss(loss: Callable, beta: jax.Array, delta: jax.Array, params: Params, example: Example) -> jax.Array:
+    """The loss of one example under SimNPO, []."""
     total, weight = sum_and_weight(loss, params, example)
     return -2 / beta * jax.nn.log_sigmoid(beta * (total / weight - delta))
 
@@ -157,10 +160,12 @@ def rmu(
 def misdirected(
     loss: Callable, activations: Callable, target: jax.Array, params: Params, example: Example
 ) -> jax.Array:
+    """Squared distance [] of an example's activations from the target."""
     return _mean_square(loss, example, activations(params, example) - target)
 
 
 def kept(loss: Callable, activations: Callable, reference: Params, params: Params, example: Example) -> jax.Array:
+    """Squared distance [] of an example's activations from those of the reference."""
     fixed = jax.lax.stop_gradient(activations(reference, example))
     return _mean_square(loss, example, activations(params, example) - fixed)
 

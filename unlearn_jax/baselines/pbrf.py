@@ -58,6 +58,7 @@ def pbrf(
 
 
 def nearby(loss: Loss, reference: Params, params: Params, pair: tuple[Example, jax.Array]) -> jax.Array:
+    """The divergence of one example and its share of R' - R, []."""
     example, change = pair
     moved, _ = divergence(loss, reference, params, example)
     total, _ = sum_and_weight(loss, params, example)

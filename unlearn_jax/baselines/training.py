@@ -6,12 +6,11 @@ reference model, is a third of one.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from unlearn_jax import tree
 from unlearn_jax.arrays import Params
@@ -20,12 +19,15 @@ from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, has_field
 from unlearn_jax.objective import Objective, Reduction, coefficients
 
+if TYPE_CHECKING:
+    import optax
+
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """How a baseline descends, and how the adapter was trained (`reduction`, `weight_decay`: see `Objective`)."""
 
-    optimizer: optax.GradientTransformation
+    optimizer: "optax.GradientTransformation"
     budget: float  # example-gradients
     batch: int = 32  # examples of each term and step; a term with fewer takes all of them
     micro_batch: int | None = None  # how many of them at once
@@ -39,6 +41,8 @@ class Training:
 
 
 class Trained(NamedTuple):
+    """What a descent arrives at."""
+
     adapter: Params
     gradients: float  # example-gradients spent
     values: np.ndarray  # float [steps], what was descended, each step on its own batch
@@ -84,7 +88,7 @@ def descend(terms: Sequence[Term], start: Params, training: Training, *, proxima
     @jax.jit
     def update(params, state, gradient):
         updates, state = training.optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        return tree.cast_like(tree.add(params, updates), params), state
 
     params, state, values = start, training.optimizer.init(start), []
     for _ in range(steps):

@@ -26,7 +26,7 @@ TOLERANCE = 2e-3  # float32 products of another order of sums, relative
 RTOL, MOST_STEPS = 1e-3, 400  # of the solvers that iterate
 
 
-class Problem(NamedTuple):
+class Inputs(NamedTuple):
     """A trained-looking adapter, a batch and a vector."""
 
     size: small_transformer.Size
@@ -37,7 +37,8 @@ class Problem(NamedTuple):
     loss: Loss
 
     @classmethod
-    def of(cls, size: small_transformer.Size, batch: int) -> "Problem":
+    def of(cls, size: small_transformer.Size, batch: int) -> "Inputs":
+        """The same numbers for the same size."""
         rng = np.random.default_rng(0)
         base = small_transformer.init_base(jax.random.key(0), size)
         fresh = small_transformer.init_adapter(jax.random.key(1), size)
@@ -50,6 +51,7 @@ class Problem(NamedTuple):
         )
 
     def describe(self) -> str:
+        """The size in words."""
         count = sum(x.size for x in jax.tree.leaves(self.adapter))
         return (
             f"{self.size.layers} layers of width {self.size.width}, vocabulary {self.size.vocabulary}, "
@@ -61,10 +63,10 @@ def _logits(base, adapter, example):
     return small_transformer.forward(base, adapter, example["tokens"], HEADS)[0]
 
 
-def _product_problem(quick: bool) -> Problem:
+def _product_problem(quick: bool) -> Inputs:
     if quick:
-        return Problem.of(small_transformer.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
-    return Problem.of(small_transformer.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
+        return Inputs.of(small_transformer.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
+    return Inputs.of(small_transformer.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
 
 
 def product(quick: bool) -> Work:
@@ -125,7 +127,7 @@ def reused(quick: bool) -> Work:
 def solve(quick: bool) -> Work:
     """(curvature + damping) x = b, and how far each x is from the dense answer with its own curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
-    problem = Problem.of(small_transformer.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
+    problem = Inputs.of(small_transformer.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)
     dense = {
         "hessian": _dense(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -169,19 +171,19 @@ def solve(quick: bool) -> Work:
 CASES = (Case("product", product), Case("reused", reused), Case("solve", solve))
 
 
-def _gradient(problem: Problem) -> Run:
+def _gradient(problem: Inputs) -> Run:
     objective = mean_objective(problem.loss, problem.adapter, problem.batch)
     return lambda: objective.gradient(problem.adapter)
 
 
-def _cg(problem: Problem, make: Callable, damping: float) -> Run:
+def _cg(problem: Inputs, make: Callable, damping: float) -> Run:
     product = make(problem.loss, problem.adapter, problem.batch)
     solver = cg(rtol=RTOL, max_steps=MOST_STEPS)
     run = jax.jit(lambda b: solver.solve(product, b, damping=damping)[0])
     return lambda: run(problem.vector)
 
 
-def _ekfac(problem: Problem, damping: float) -> Run:
+def _ekfac(problem: Inputs, damping: float) -> Run:
     """From labels drawn at the parameters; the factors are made anew every time."""
     objective = mean_objective(problem.loss, problem.adapter, problem.batch)
 
@@ -194,13 +196,13 @@ def _ekfac(problem: Problem, damping: float) -> Run:
     return lambda: run(objective, problem.vector)
 
 
-def _torch(problem: Problem):
+def _torch(problem: Inputs):
     from unlearn_jax.bench.libraries import Torch
 
     return Torch(problem.base, problem.adapter, HEADS, problem.batch, problem.vector)
 
 
-def _torch_run(problem: Problem, name: str, *arguments) -> Run:
+def _torch_run(problem: Inputs, name: str, *arguments) -> Run:
     return functools.partial(getattr(_torch(problem), name), *arguments)
 
 

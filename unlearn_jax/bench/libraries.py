@@ -42,6 +42,7 @@ class Twin(nn.Module):
         )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of tokens int64 [B, T]."""
         length = tokens.shape[1]
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         causal = torch.ones(length, length, dtype=torch.bool).tril()
@@ -58,10 +59,12 @@ class Twin(nn.Module):
         return normalise(x) @ self.unembed
 
     def adapter(self) -> list[nn.Parameter]:
+        """The adapter's factors."""
         return list(self.parameters())
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square normalisation over the last axis."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
@@ -76,16 +79,19 @@ def to_torch(adapter: Mapping[str, Mapping[str, Any]]) -> list[torch.Tensor]:
 
 
 def from_torch(tensors: list[torch.Tensor]) -> dict[str, dict[str, np.ndarray]]:
+    """Tensors in the order of `Twin.adapter` as a pytree like the adapter."""
     layers = len(tensors) // (2 * len(NAMES))
     stacks = [np.stack([x.detach().numpy() for x in tensors[i : i + layers]]) for i in range(0, len(tensors), layers)]
     return {n: {"lora_a": stacks[i], "lora_b": stacks[len(NAMES) + i]} for i, n in enumerate(NAMES)}
 
 
 def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All numbers of some tensors, one after the other."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def unflatten(vector: torch.Tensor, like: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The inverse of `flatten`, for tensors like `like`."""
     parts = vector.reshape(-1).split([x.numel() for x in like])
     return [part.reshape(x.shape) for part, x in zip(parts, like, strict=True)]
 
@@ -101,6 +107,8 @@ DATTRI_STEPS = 30
 
 
 class Torch:
+    """One batch and one vector, and what torch and the libraries make of them."""
+
     def __init__(self, base: Mapping[str, Any], adapter: Any, heads: int, batch: Mapping[str, np.ndarray], vector: Any):
         self.model = Twin(base, adapter, heads)
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -111,47 +119,58 @@ class Torch:
         self.start = flatten(self.params).detach()
 
     def value(self, params: list[torch.Tensor]) -> torch.Tensor:
+        """The mean loss [] of the batch."""
         named = dict(zip(self.names, params, strict=True))
         return loss(functional_call(self.model, named, (self.tokens,)), self.labels)
 
     def value_of_vector(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of the flattened adapter."""
         return self.value(unflatten(x, self.vector))
 
     def as_list(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """A flat vector as tensors like the adapter's."""
         return unflatten(x.detach(), self.vector)
 
     # ---- products
 
     def gradient(self) -> list[torch.Tensor]:
+        """By reverse mode."""
         return list(torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params))
 
     def double_backward(self) -> list[torch.Tensor]:
+        """By reverse mode through reverse mode."""
         slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return list(torch.autograd.grad(slope, self.params, self.vector))
 
     def forward_over_reverse(self) -> list[torch.Tensor]:
+        """By forward mode through reverse mode."""
         at = [x.detach() for x in self.params]
         return list(jvp(grad(self.value), (at,), (self.vector,))[1])
 
     def retained(self):
+        """Reverse mode through a graph that is kept."""
         slope = torch.autograd.grad(loss(self.model(self.tokens), self.labels), self.params, create_graph=True)
         return lambda: list(torch.autograd.grad(slope, self.params, self.vector, retain_graph=True))
 
     def dattri(self, mode: str) -> list[torch.Tensor]:
+        """By dattri's `hvp`."""
         from dattri.func.hessian import hvp
 
         return self.as_list(hvp(self.value_of_vector, mode=mode)((self.start,), self.flat))
 
     def dattri_at_x(self):
+        """By dattri's `hvp_at_x`, which keeps what it can."""
         from dattri.func.hessian import hvp_at_x
 
         product = hvp_at_x(self.value_of_vector, (self.start,))
         return lambda: self.as_list(product(self.flat))
 
     def pydvl(self) -> list[torch.Tensor]:
+        """By pyDVL's operator."""
         return self.as_list(self._operator().apply(self.flat))
 
     def pydvl_precomputed(self):
+        """By pyDVL with the gradient's graph kept."""
         from pydvl.influence.torch.functional import create_hvp_function
 
         product = create_hvp_function(self.model, loss, self._loader(), precompute_grad=True)
@@ -160,6 +179,7 @@ class Torch:
     # ---- solves
 
     def dattri_cg(self, damping: float):
+        """By dattri's conjugate gradients."""
         from dattri.func.hessian import ihvp_at_x_cg
 
         def run():
@@ -169,6 +189,7 @@ class Torch:
         return run
 
     def dattri_explicit(self, damping: float):
+        """By dattri's dense inverse."""
         from dattri.func.hessian import ihvp_at_x_explicit
 
         def run():
@@ -177,6 +198,7 @@ class Torch:
         return run
 
     def pydvl_cg(self, damping: float):
+        """By pyDVL's conjugate gradients."""
         from pydvl.influence.torch.operator import CgOperator
 
         def run():

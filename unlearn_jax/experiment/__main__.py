@@ -1,4 +1,4 @@
-"""python -m unlearn_jax.experiment results.json [--seeds N]"""
+"""Runs the experiment: python -m unlearn_jax.experiment results.json [--seeds N]."""
 
 import argparse
 import pathlib

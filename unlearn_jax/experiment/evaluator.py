@@ -35,6 +35,7 @@ class Evaluator(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup, run: Run, share: float) -> "Evaluator":
+        """Retrains on what is left when `share` of the facts is removed."""
         data = Dataset.of(run.facts.examples)
         count = max(1, round(share * len(data)))
         after = apply(data, [Remove(np.arange(count))])
@@ -46,10 +47,14 @@ class Evaluator(NamedTuple):
 
     @property
     def edits(self) -> list[Edit]:
+        """The removal of the forgotten facts."""
         return [Remove(np.arange(self.forgotten))]
 
     def __call__(self, adapter: Params) -> dict[str, float]:
-        """ "objective" is what the edited one is above that of the warm restart; distances are those of weights."""
+        """All numbers of an adapter; its distances are those of the weights that it changes.
+
+        "objective" is what the edited objective is above that of the warm retrain.
+        """
         loss = self.setup.loss
         found = {
             **self._divergences(loss, adapter, self.warm),
@@ -86,7 +91,7 @@ class Evaluator(NamedTuple):
 
 
 def truth_ratio(loss: Loss, params: Any, run: Run, count: int) -> np.ndarray:
-    """Of the first facts, asked and answered in other words, [count]"""
+    """Truth ratios [count] of the first facts, asked and answered in other words."""
 
     def nll(examples):
         found = tokens.score(loss, params, examples, micro_batch=None)
@@ -135,6 +140,7 @@ def compare(setup: Setup, run: Run, share: float, rates: Rates) -> dict[str, Any
 
 
 def baseline_rows(evaluator: Evaluator, budget: float, damping: float, rates: Rates) -> Iterator[Row]:
+    """A row for every baseline and learning rate."""
     methods = _methods(evaluator, damping)
     for name in evaluator.setup.setting.methods:
         for rate in (0.0,) if name in UNTUNED else rates[name]:

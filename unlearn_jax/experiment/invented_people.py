@@ -13,6 +13,8 @@ LAST = [f"{a}{b}" for a in ("hart", "lin", "mor", "oak", "pell", "quin") for b i
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
+    """Something that is true of a person, and how it is asked and answered in two wordings."""
+
     values: tuple[str, ...]
     question: str
     answer: str
@@ -115,6 +117,7 @@ def encode(question: str, answer: str) -> dict[str, np.ndarray]:
 
 
 def decode(ids: np.ndarray) -> str:
+    """The words of token ids."""
     words = list(VOCABULARY)
     return " ".join(words[i] for i in ids if i not in (PAD, END))
 

@@ -23,13 +23,13 @@ MEMORY = 30  # pairs of L-BFGS
 NEWTON_STEPS = 60
 
 
-class Minimum(NamedTuple):
+class Converged(NamedTuple):
     params: Params
     norm: float  # of the gradient there
     start: float  # of the gradient at the start
 
 
-def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int) -> Minimum:
+def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int) -> Converged:
     """A minimum tight enough to be held against: an edit's distance from it must not be the reference's own error.
 
     SciPy's L-BFGS-B goes most of the way, and its trust-region Newton method, on exact Hessian products, the rest, past what
@@ -67,7 +67,7 @@ def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps
         if not np.linalg.norm(there) < 0.5 * np.linalg.norm(gradient):
             break
         x, gradient = x + step, there
-    return Minimum(unravel(x), float(np.linalg.norm(gradient)), begun)
+    return Converged(unravel(x), float(np.linalg.norm(gradient)), begun)
 
 
 def _operator(size: int, product: Callable[[np.ndarray], np.ndarray]) -> LinearOperator:
@@ -150,7 +150,7 @@ class Setup(NamedTuple):
         options = {"weight_decay": self.setting.weight_decay, "micro_batch": self.setting.micro_batch}
         return dataset_objective(self.loss, like, dataset, **options)
 
-    def converge(self, start: Params, dataset: Dataset) -> Minimum:
+    def converge(self, start: Params, dataset: Dataset) -> Converged:
         limits = {"tolerance": self.setting.tolerance, "max_steps": self.setting.max_steps}
         return minimise(self.objective(start, dataset), start, **limits)
 

@@ -11,6 +11,8 @@ LORA_SCALE = 4.0  # alpha / rank
 
 
 class Size(NamedTuple):
+    """The shapes of the network."""
+
     vocabulary: int
     length: int
     width: int = 32
@@ -65,10 +67,12 @@ def forward(base: dict, adapter: dict, tokens: jax.Array, heads: int = 2) -> tup
 
 
 def low_rank(pair: dict, x: jax.Array) -> jax.Array:
+    """The product of a pair of factors with x [..., width]."""
     return LORA_SCALE * (x @ pair["lora_a"].T) @ pair["lora_b"].T
 
 
 def normalise(x: jax.Array) -> jax.Array:
+    """Root mean square normalisation over the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 

@@ -21,6 +21,7 @@ CONFIG = "unlearn/quickstart"
 
 
 def define_flags(command: str) -> None:
+    """The flags of the three commands."""
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer(
         "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
@@ -30,6 +31,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs one of the three commands."""
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
     from pixel_jax.parallel.processes import first

@@ -81,10 +81,18 @@ STEP_COLUMNS = (
 
 
 def edit(config: Config, request: Request | None = None, mesh: Mesh | None = None) -> dict | None:
-    """Carries out a request on what the earlier ones have left, and keeps it, the edited adapter and the report in a directory of
-    its own in `config.out`; returns the report. None for `request`: the example request.
+    """Carries out a request on what the earlier ones have left.
 
-    What earlier requests have done already is said and not done again: nothing is left to do, None is returned.
+    Keeps it, the edited adapter and the report in a directory of its own in `config.out`. What earlier requests have done
+    already is said and not done again.
+
+    Args:
+        config: the experiment.
+        request: None: one edit of each kind, on the first traces.
+        mesh: spreads the examples.
+
+    Returns:
+        The report; None where nothing is left to do.
     """
     config.check_trained()
     first = draw_traces(config.traces, config.seed)
@@ -122,6 +130,7 @@ def edit(config: Config, request: Request | None = None, mesh: Mesh | None = Non
 
 
 def steps_table(steps: list[dict]) -> str:
+    """The steps of a report as text."""
     rows = {str(number): {name: step[name] for name in STEP_COLUMNS} for number, step in enumerate(steps, 1)}
     return table(rows, "step")
 

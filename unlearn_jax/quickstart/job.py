@@ -54,6 +54,8 @@ ADAPTER, EDITED, WARM = "adapter.safetensors", "edited.safetensors", "warm.safet
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
+    """The base model with a fresh adapter, and the directory of a run."""
+
     config: Config
     mesh: Mesh | None
     vocabulary: Vocabulary
@@ -63,6 +65,7 @@ class Job:
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh | None = None) -> "Job":
+        """Reads the base model and puts the adapter on it."""
         directory = pathlib.Path(config.model)
         if not (directory / "config.json").is_file():
             raise UserError(
@@ -105,6 +108,7 @@ class Job:
         return place(found, self.mesh)
 
     def save(self, name: str, adapter: Params) -> None:
+        """Writes an adapter, whole or not at all."""
         values = to_host(adapter)
         if first():
             path = self.config.directory / name
@@ -119,6 +123,7 @@ class Job:
             write_json(path, values)
 
     def read(self, name: str, made_by: str) -> Any:
+        """Reads a JSON file that another command has left."""
         path = self.config.directory / name
         if not path.exists():
             raise UserError(f"there is no {path}: run `unlearn-jax {made_by}` with the same --config.out first")

@@ -31,6 +31,7 @@ class Measure:
 
     @classmethod
     def of(cls, job: Job, edited: Edited) -> "Measure":
+        """Of the traces in their old and new forms."""
         examples = edited.everything()
         tokens = element_counts(job.loss, job.fresh, Dataset.of(examples))
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
@@ -52,6 +53,7 @@ class Measure:
         return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
+        """Of the ways from `origin` to the two adapters, in the weights that they change."""
         return delta_w_cosine(*map(to_host, (adapter, reference, origin)))
 
     def _means(self, sums: np.ndarray) -> dict[str, float]:

@@ -41,6 +41,7 @@ class Request:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Request":
+        """Reads a request from a JSON file."""
         return load(cls, read_json(path), str(path))
 
     @classmethod
@@ -54,6 +55,7 @@ class Request:
         return cls(("zoom-0",), {"direct-0": str(answer)}, {"video-0": miniature.QUESTION})
 
     def names(self) -> list[str]:
+        """The ids of all traces that it is about."""
         return [*self.remove, *self.correct, *self.ask]
 
 
@@ -86,6 +88,7 @@ def answered(trace: Trace, answer: str) -> Trace:
 
 
 def asked(trace: Trace, question: str) -> Trace:
+    """The trace with another question."""
     return trace._replace(query=trace.query._replace(question=question))
 
 
@@ -112,6 +115,7 @@ class Edited:
     def of(
         cls, traces: Mapping[str, Trace], request: Request, vocabulary: Vocabulary, limits: RolloutConfig
     ) -> "Edited":
+        """The traces and the new forms, made together so that they have one shape."""
         for name in request.names():
             if name not in traces:
                 raise ValueError(f"no trace has the id {name!r}; there are {describe_ids(traces)}")

@@ -74,7 +74,7 @@ class datainf(Solver):
     def solve(
         self, gradients: Stack, b: Params, *, damping: Scalar | None = None, weights: AnyArray | None = None
     ) -> Solution:
-        """X = mean_i (g_i g_i' + damping)^-1 b, leaf by leaf, by Sherman and Morrison's formula. A leaf is a layer, as published.
+        """x = mean_i (g_i g_i' + damping)^-1 b, leaf by leaf, by Sherman and Morrison's formula. A leaf is a layer, as published.
 
         Args:
             gradients: per-example gradients, a pytree like b with leaves [n, ...].

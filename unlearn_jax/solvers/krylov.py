@@ -147,7 +147,7 @@ class identity(Solver):
     takes = "products"
 
     def solve(self, matvec: Product, b: Params, *, damping: Scalar = 0.0) -> Solution:
-        """X = b / c, with c the damped curvature along b.
+        """x = b / c, with c the damped curvature along b.
 
         One product gives c, so that the comparison is of directions, not of a learning rate left to the caller.
 
@@ -314,20 +314,22 @@ class Krylov:
 
     @classmethod
     def of(cls, b) -> "Krylov":
+        """The space of b, without a product yet."""
         unit, size = _unit(b)
         return cls(float(size), [unit], np.zeros((1, 0)))
 
     @property
     def steps(self) -> int:
+        """Products that it holds."""
         return self.T.shape[1]
 
     @property
     def exhausted(self) -> bool:
-        """Nothing is left of the space: the solutions are exact."""
+        """Whether nothing is left of the space, so that the solutions are exact."""
         return self.steps > 0 and self.T[-1, -1] <= self._rounding()
 
     def extend(self, matvec) -> None:
-        """matvec: v -> A v, in the dtypes of b"""
+        """Takes one product more, of matvec: v -> A v, in the dtypes of b."""
         w, column = matvec(self.basis[-1]), np.zeros(self.steps + 2)
         for _ in range(2):
             for i, v in enumerate(self.basis):
@@ -343,25 +345,25 @@ class Krylov:
         self.basis.append(unit)
 
     def values(self) -> np.ndarray:
-        """Ritz values of A, ascending, [products]"""
+        """Ritz values of A, ascending, [products]."""
         return np.linalg.eigvalsh(self._projected())
 
     def coefficients(self, damping: float) -> np.ndarray:
-        """Of the solution in the basis, [products]"""
+        """Coefficients [products] of the solution in the basis."""
         right = np.zeros(self.steps)
         right[0] = self.size
         return np.linalg.solve(self._projected() + damping * np.eye(self.steps), right)
 
     def residual(self, damping: float) -> float:
-        """|(A + damping) x - b| / |b| of the solution"""
+        """|(A + damping) x - b| / |b| of the solution."""
         y = self.coefficients(damping)
         error = self.T @ y
         error[:-1] += damping * y
         error[0] -= self.size
         return float(np.linalg.norm(error) / self.size)
 
-    def solve(self, damping: float):
-        """(x, Info)"""
+    def solve(self, damping: float) -> Solution:
+        """The solution for a damping, and how good it is."""
         y = self.coefficients(damping)
         x = tree.zeros_like(self.basis[0])
         for c, v in zip(y, self.basis, strict=False):
@@ -371,12 +373,12 @@ class Krylov:
         return x, Info(residual, jnp.asarray(self.steps), negative, jnp.stack([jnp.ones_like(residual), residual]))
 
     def bend(self, damping: float) -> float:
-        """x . A x of the solution"""
+        """x . A x of the solution."""
         y = self.coefficients(damping)
         return float(y @ self._projected() @ y)
 
     def pairs(self):
-        """(v, A v) of every vector that was multiplied"""
+        """(v, A v) of every vector that was multiplied."""
         for i, v in enumerate(self.basis[:-1]):
             image = tree.zeros_like(v)
             for c, u in zip(self.T[:, i], self.basis, strict=True):

@@ -25,7 +25,7 @@ class lanczos(Solver):
     rank: int | None = None  # eigenpairs of largest magnitude that are kept; None: all
 
     def solve(self, matvec: Product, b: Params, *, damping: Scalar, key: Key) -> Solution:
-        """X = V (values + damping)^-1 V'b + (b - V V'b) / damping.
+        """x = V (values + damping)^-1 V'b + (b - V V'b) / damping.
 
         What lies beyond the pairs has to lie below the damping: along an eigenvalue above it x is too long by their ratio,
         which the residual shows.
@@ -123,7 +123,7 @@ def tridiagonalise(matvec: Product, start: Params, steps: int) -> tuple[Stack, A
 
 
 def project_out(basis: Stack, v: Params) -> Params:
-    """V without its part in the span of an orthonormal basis."""
+    """v without its part in the span of an orthonormal basis."""
     for _ in range(2):  # the first subtraction leaves what it rounds; twice is enough (Parlett)
         v = tree.sub(v, tree.combine(tree.inner(basis, v), basis))
     return v
