@@ -3,7 +3,7 @@
 That is the Gauss-Newton matrix of a tuned adapter times a vector, compiled for imagined TPUs as `pixel-jax plan` compiles the
 steps of training:
 
-    unlearn-jax plan --config=pixel/qwen2_5_vl_7b_sft:lora --topology=v5p:4x4x4,v5e:16x16,v6e:16x16 --json=plan.json
+    unlearn-jax plan --config=pixel/qwen2_5_vl_7b_sft:lora --topology=v5p:4x4x4,v5e:16x16 --json=plan.json
 """
 
 from pixel_jax.planning import main as planning
