@@ -220,9 +220,7 @@ def _gauss_newton(part: Objective, params: Params, v: Params) -> Params:
     # gradient only (`jax.custom_vjp`, as in memory-linear attention) has no other forward mode, and nothing is done twice.
     pullback = lambda params: jax.vjp(functools.partial(_outputs, part), params)
     z, dz, pull = jax.jvp(pullback, (params,), (v,), has_aux=True)
-    criterion = lambda z: _criterion(require_parts(part.loss, "the Gauss-Newton product"))(
-        z, part.examples, part.coefficients
-    )
+    criterion = lambda z: _criterion(part.loss)(z, part.examples, part.coefficients)
     return pull(jax.jvp(jax.grad(criterion), (z,), (dz,))[1])[0]
 
 

@@ -33,7 +33,15 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any, weights: np.ndarray | None = None) -> "Dataset":
-        """`data` as a dataset, every example weighing 1 or as `weights` [n] says."""
+        """Makes a dataset of what `erase` takes for one.
+
+        Args:
+            data: a pytree of arrays with a leading example axis, a sequence of examples, or a `Dataset`.
+            weights: [n], how much each example counts; None: all the same.
+
+        Raises:
+            ValueError: no examples, fields of different lengths, two examples of one id, weights that are none.
+        """
         if isinstance(data, Dataset):
             if weights is not None:
                 raise ValueError("the dataset has weights already")
@@ -201,7 +209,10 @@ def _check_fields(data: Any, where: str) -> None:
 
 def _alike(a: Example, b: Example) -> bool:
     one, two = jax.tree.leaves(a), jax.tree.leaves(b)
-    same = lambda x, y: np.array_equal(x, y) or np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind in "fc")
+
+    def same(x, y):
+        return np.array_equal(x, y) or np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind in "fc")
+
     return len(one) == len(two) and all(map(same, one, two))
 
 

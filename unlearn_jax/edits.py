@@ -183,8 +183,11 @@ def affected(before: Dataset, after: Dataset) -> tuple[np.ndarray, np.ndarray, n
     """Positions (in `before`, in `after`) of what differs, and positions in `before` of what both have alike."""
     if before.source is not after.source:
         raise ValueError("the two datasets do not come from the same source")
-    state = lambda data, row: (data.replaced.get(row), data.normalizers.get(row))
-    alike = lambda row: state(before, row)[0] is state(after, row)[0] and state(before, row)[1] == state(after, row)[1]
+
+    def alike(row):
+        same_example = before.replaced.get(row) is after.replaced.get(row)
+        return same_example and before.normalizers.get(row) == after.normalizers.get(row)
+
     shared = np.intersect1d(before.rows, after.rows)
     touched = before.replaced.keys() | after.replaced.keys() | before.normalizers.keys() | after.normalizers.keys()
     kept = np.setdiff1d(shared, [row for row in shared.tolist() if row in touched and not alike(row)])

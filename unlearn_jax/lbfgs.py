@@ -47,13 +47,19 @@ def lbfgs(
 ) -> Minimum:
     """Descends `value` from `start` (Liu and Nocedal 1989).
 
-    value:  params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays
-    log:    `log(step, value, norm of the gradient)`, called in every step
-
-    resolution: differences of the value below it are rounding
-
     Stops at the tolerance on the gradient's norm, where the line search finds no way down any more, or before a step that
     would exceed a limit. With `known` the first step has the length of a Newton step, not of the gradient.
+
+    Args:
+        value: params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays.
+        start: a pytree of parameters.
+        tolerance: of the gradient's norm.
+        max_evaluations: of the value and its gradient, at most.
+        max_steps: at most so many.
+        memory: pairs of steps and changes of the gradient that are kept.
+        known: what is known of the curvature already.
+        resolution: differences of the value below it are rounding.
+        log: `log(step, value, norm of the gradient)`, called in every step.
     """
     params, state, values, evaluations, norm = start, _start(memory, start), [], 1, jnp.inf
     if known is not None:
@@ -96,7 +102,10 @@ def _seeded(state: Any, known: Known, memory: int) -> Any:
     bends = [float(tree.vdot(s, y)) for s, y in known.pairs]
     kept = [(s, y, 1 / bend) for (s, y), bend in zip(known.pairs, bends, strict=True) if bend > 0][: memory - 1]
     steps, changes, weights = state.diff_params_memory, state.diff_updates_memory, state.weights_memory
-    put = lambda stack, i, x: jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
+
+    def put(stack, i, x):
+        return jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
+
     for i, (s, y, weight) in enumerate(kept):
         steps, changes, weights = put(steps, i, s), put(changes, i, y), weights.at[i].set(weight)
     return state._replace(

@@ -20,6 +20,7 @@ made, goes on from there towards the minimum of J at the price of a gradient an 
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -358,7 +359,10 @@ def _first_pass(problem: Problem, params: Params, work: Cost) -> tuple[jax.Array
 def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
     """Whether the data says nothing of an array: weight decay makes all of its gradient."""
     decay = float(objective.weight_decay)
-    idle = lambda g, p: bool(jnp.abs(g - decay * p.astype(g.dtype)).max() <= 1e-6 * decay * jnp.abs(p).max())
+
+    def idle(g, p):
+        return bool(jnp.abs(g - decay * p.astype(g.dtype)).max() <= 1e-6 * decay * jnp.abs(p).max())
+
     return jax.tree.map(idle, gradient, params)
 
 
@@ -519,8 +523,8 @@ def _choose(
     scores = [unseen.change(tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
     work.gradients(held_out.edited)
     work.forwards(held_out.edited, len(attempts))
-    rank = lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
-    score, best = min(zip(scores, attempts, strict=True), key=rank)
+    finite = [score if math.isfinite(score) else math.inf for score in scores]
+    score, best = min(zip(finite, attempts, strict=True), key=operator.itemgetter(0))
     if score < 0:
         return best
     return best._replace(step_size=0.0, predicted=0.0, actual=0.0)

@@ -69,7 +69,17 @@ def make_problem(
     mesh: Mesh | None = None,
     stand_in: Dataset | None = None,
 ) -> Problem:
-    """`stand_in`: examples that take the place of those that the edit does not touch."""
+    """Builds the objectives before and after an edit.
+
+    Args:
+        loss: as of `erase`.
+        params: tell the loss their shapes.
+        before: the data as it was.
+        after: the data as it should have been, of the same source.
+        config: reduction, weight decay, micro-batches, and what the curvature is taken of.
+        mesh: spreads the examples.
+        stand_in: examples that take the place of those that the edit does not touch.
+    """
     old, new, others = affected(before, after)
     old, new = before.select(old), after.select(new)
     order = np.random.default_rng(config.seed).permutation(others)
@@ -80,7 +90,9 @@ def make_problem(
     rest = mass(before) - mass(old) if len(others) else 0.0
     total_before, total_after = rest + mass(old), rest + mass(new)
     c_old, c_new = (weigh(data, total) for data, total in ((old, total_before), (new, total_after)))
-    scaled = lambda dataset, total: weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
+
+    def scaled(dataset, total):
+        return weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
     build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
@@ -92,9 +104,11 @@ def make_problem(
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
         entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
 
-    stand_for_all = lambda sampled: build(
-        join([new.take(), sampled.take()]), np.concatenate([c_new, scaled(sampled, total_after)])
-    )
+    def stand_for_all(sampled):
+        """R' with some of the kept examples in the place of all of them."""
+        shares = np.concatenate([c_new, scaled(sampled, total_after)])
+        return build(join([new.take(), sampled.take()]), shares)
+
     curved, sampled, shrink = edited, kept, total_after / total_before
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))

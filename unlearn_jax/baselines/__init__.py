@@ -3,6 +3,14 @@
     training = Training(optax.adam(1e-4), budget=20_000, weight_decay=1e-3)
     npo(loss, adapter, dataset, [Remove([3, 7])], training).adapter
 
+All of them take the same arguments first, and return a `Trained`:
+
+    loss      as of `unlearn_jax.erase`
+    adapter   where they start: the trained adapter, of `retrain` any
+    dataset   what it was trained on
+    edits     as of `erase`
+    training  how they descend, and for how many example-gradients
+
 Methods that drive examples away take for these the old form of whatever the edits remove or replace, and of `MaskTokens` the
 elements that it masks.
 """

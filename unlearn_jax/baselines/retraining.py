@@ -38,7 +38,19 @@ def converge(
     budget: float = float("inf"),
     log: Callable[[int, float, float], None] = lambda step, value, norm: None,
 ) -> tuple[Trained, float]:
-    """(minimiser from `start`, norm of the gradient there), by `lbfgs` within a budget of example-gradients."""
+    """Minimises an objective by L-BFGS.
+
+    Args:
+        objective: what is minimised.
+        start: a pytree of parameters.
+        tolerance: of the gradient's norm.
+        max_steps: at most so many.
+        budget: example-gradients, at most.
+        log: called in every step with its number, the value and the gradient's norm.
+
+    Returns:
+        What the descent arrives at, and the norm of the gradient there.
+    """
     value, evaluations = Partial(Objective.value, objective), budget / objective.count
     found = lbfgs(value, start, tolerance=tolerance, max_evaluations=evaluations, max_steps=max_steps, log=log)
     norm = float(tree.norm(objective.gradient(found.params)))

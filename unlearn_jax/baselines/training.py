@@ -73,7 +73,21 @@ class Term:
 
 
 def descend(terms: Sequence[Term], start: Params, training: Training, *, proximal: float = 0.0) -> Trained:
-    """Minimises the sum of the terms and proximal / 2 |params - start|^2 from `start`, as far as the budget goes."""
+    """Minimises the sum of the terms and proximal / 2 |params - start|^2 in mini-batches, as far as the budget goes.
+
+    Args:
+        terms: what is summed.
+        start: a pytree of parameters.
+        training: the optimizer, the budget and the sizes of batches.
+        proximal: weight of the distance from `start`.
+
+    Returns:
+        What the descent arrives at.
+
+    Raises:
+        ValueError: the budget is less than a step costs.
+        FloatingPointError: a value or a parameter is not finite.
+    """
     sizes = [min(training.batch, len(term.dataset)) for term in terms]
     cost = sum(size * term.cost for size, term in zip(sizes, terms, strict=True))
     steps = int(training.budget / cost + 1e-6)

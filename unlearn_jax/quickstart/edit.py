@@ -46,7 +46,11 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     objective = job.objective(dataset)
     limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
     progress = Progress("L-BFGS", config.training.max_steps)
-    show = lambda step, value, norm: progress.update(step, {"objective": value, "gradient": norm}) if first() else None
+
+    def show(step, value, norm):
+        if first():
+            progress.update(step, {"objective": value, "gradient": norm})
+
     trained, norm = converge(objective, job.fresh, **limits, log=show)
     if not norm < float("inf"):
         raise UserError(f"training diverged: the gradient's norm is {norm}; set a larger --config.erasure.weight_decay")
