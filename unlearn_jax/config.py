@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from unlearn_jax.curvature import Curvature
 from unlearn_jax.objective import Reduction
-from unlearn_jax.solvers import PRECONDITIONERS, SOLVERS, Preconditioner, Solver, adam_qp, cg, ekfac, sgd_qp
+from unlearn_jax.solvers import PRECONDITIONERS, SOLVERS, Preconditioner, Solver, adam_qp, cg, sgd_qp
 
 QUARTER = 0.25  # of the training's epochs may be spent on an edit
 SHORT = 7.0  # epochs: of less than 28 epochs of training a quarter would be too few products to tell
@@ -99,6 +99,8 @@ class ErasureConfig:
         if self.formula != "newton" and self.newton_steps != 1:
             raise ValueError(f"formula {self.formula!r} is one step from the trained adapter: newton_steps=1")
         solver = self.solver
+        if not isinstance(solver, Solver):
+            raise ValueError(f"solver is a value, as unlearn_jax.cg(rtol=.1), not {solver!r}")
         if (most := getattr(solver, "max_steps", 1)) < 1:
             raise ValueError(f"max_steps of solver {solver.name!r} must be positive, not {most}")
         if solver.takes == "gradients" and self.curvature not in ("fisher", "empirical_fisher"):
@@ -189,8 +191,6 @@ def resolve(config: ErasureConfig | Mapping[str, Any] | None, solver: Solver | N
     Raises:
         ValueError: a mapping that is malformed, or that names a solver as well.
     """
-    if solver is not None and not isinstance(solver, Solver):
-        raise ValueError(f"solver is a value, as unlearn_jax.cg(rtol=.1), not {solver!r}")
     if solver is not None and isinstance(config, Mapping) and "solver" in config:
         raise ValueError(
             f"the config names the solver {config['solver']!r}, and solver= is {solver!r}: give one of them"
@@ -224,11 +224,11 @@ def _replaced(value: Any, changes: Mapping[str, Any], where: str) -> Any:
 def _converted(hint: Any, value: Any, where: str, default: Any) -> Any:
     """`value` as the field at `where`: a solver or a preconditioner from its mapping, an int where a float is declared."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if hint is Solver or ekfac in options:
-        if hasattr(value, "items"):
-            return _named(SOLVERS if hint is Solver else PRECONDITIONERS, dict(value.items()), where, default)
-        if value is None and type(None) in options or isinstance(value, Solver | Preconditioner):
-            return value
+    sections = tuple(option for option in options if dataclasses.is_dataclass(option))
+    if sections and hasattr(value, "items"):
+        return _named(SOLVERS if hint is Solver else PRECONDITIONERS, dict(value.items()), where, default)
+    if isinstance(value, sections):
+        return value
     for option in options:
         if typing.get_origin(option) is Literal:
             if any(value == choice and type(value) is type(choice) for choice in typing.get_args(option)):

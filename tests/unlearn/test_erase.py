@@ -240,6 +240,12 @@ def test_the_solver_stands_beside_the_configuration_or_in_it():
         resolve({"solver": u.minres()}, solver)
     with pytest.raises(ValueError, match="solver is a value, as unlearn_jax.cg"):
         resolve({}, "cg")
+    with pytest.raises(ValueError, match=r"config.solver must be Solver, not nystrom\(rank=3\)"):
+        resolve({"solver": u.nystrom(rank=3)})
+    with pytest.raises(
+        ValueError, match=r"preconditioner is nystrom\(rank=...\), diagonal\(\) or ekfac\(\), not minres"
+    ):
+        u.cg(preconditioner=u.minres())
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ class cg(Solver):
     # An approximate inverse that makes steps fewer: `nystrom(rank=50)`, `diagonal()`, `ekfac()`.
     preconditioner: nystrom | diagonal | ekfac | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a preconditioner that is none."""
+        super().__post_init__()
+        if not isinstance(self.preconditioner, nystrom | diagonal | ekfac | None):
+            raise ValueError(f"preconditioner is nystrom(rank=...), diagonal() or ekfac(), not {self.preconditioner!r}")
+
     def solve(
         self,
         matvec: Product,
