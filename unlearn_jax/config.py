@@ -224,7 +224,7 @@ def _replaced(value: Any, changes: Mapping[str, Any], where: str) -> Any:
 def _converted(hint: Any, value: Any, where: str, default: Any) -> Any:
     """`value` as the field at `where`: a solver or a preconditioner from its mapping, an int where a float is declared."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    sections = tuple(option for option in options if dataclasses.is_dataclass(option))
+    sections = tuple(x for x in options if isinstance(x, type) and dataclasses.is_dataclass(x))
     if sections and hasattr(value, "items"):
         return _named(SOLVERS if hint is Solver else PRECONDITIONERS, dict(value.items()), where, default)
     if isinstance(value, sections):
