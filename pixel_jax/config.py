@@ -146,6 +146,11 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     elif dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
+        if hasattr(hint, "from_mapping"):  # a configuration with a form of its own
+            try:
+                return hint.from_mapping(value, where)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         return load(hint, value, where, default if isinstance(default, hint) else None)
     elif hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)

@@ -35,6 +35,8 @@ def settings(
         usual = _default(field) if default is None else getattr(default, field.name)
         value = usual if values is None else values.get(field.name, usual)
         section, many = _section(hints[field.name])
+        if section is not None and isinstance(usual, section):
+            section = type(usual)  # which may have more fields than the declared one
         unset = values is not None and value is None
         if section is None or unset or (many and not (hasattr(value, "items") and value)):
             yield Setting(key, value, usual, about.get(field.name, ""))
@@ -63,7 +65,7 @@ def listing(cls: type, values: Mapping[str, Any] | None) -> str:
 def comments(cls: type) -> dict[str, str]:
     """field -> the comment behind it, or the one above it, in the source of the dataclass `cls`."""
     names = {field.name for field in dataclasses.fields(cls)}
-    found: dict[str, str] = {}
+    found = dict(comments(cls.__base__)) if dataclasses.is_dataclass(cls.__base__) else {}
     above: list[str] = []  # the lines of comment since the last line of code
     current = ""  # the field whose declaration is being read
     starts = True  # whether the next token begins a line of code

@@ -11,7 +11,20 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import CorrectResponse, MaskTokens, ModifyQuery, Remove, apply
 from unlearn_jax.erase import Erasure, erase
 from unlearn_jax.loss import CrossEntropy, Loss, SquaredError
-from unlearn_jax.solvers import cg
+from unlearn_jax.solvers import (
+    adam_qp,
+    cg,
+    datainf,
+    diagonal,
+    dual,
+    ekfac,
+    identity,
+    lanczos,
+    lissa,
+    minres,
+    nystrom,
+    sgd_qp,
+)
 
 __all__ = [
     "CorrectResponse",
@@ -24,10 +37,21 @@ __all__ = [
     "ModifyQuery",
     "Remove",
     "SquaredError",
+    "adam_qp",
     "apply",
     "cg",
+    "datainf",
+    "diagonal",
+    "dual",
+    "ekfac",
     "erase",
     "fvp",
     "ggnvp",
     "hvp",
+    "identity",
+    "lanczos",
+    "lissa",
+    "minres",
+    "nystrom",
+    "sgd_qp",
 ]

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.curvature import Curvature, product
-from unlearn_jax.loss import Example, Params, sum_and_weight
+from unlearn_jax.loss import sum_and_weight
 from unlearn_jax.objective import Objective, zeros
 
 RANDOM = ("random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform")
@@ -20,9 +21,12 @@ KERNELS = ("pallas_call", "dot_product_attention", "cudnn", "custom_call", "ffi_
 
 
 def check_params(params: Params) -> None:
-    """The parameters are finite floating point arrays."""
+    """Raises ValueError or FloatingPointError unless the parameters are finite floating point arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    name_of = lambda path: jax.tree_util.keystr(path) or "the array"
+
+    def name_of(path):
+        return jax.tree_util.keystr(path) or "the array"
+
     if not leaves:
         raise ValueError("the adapter has no arrays")
     for path, leaf in leaves:
@@ -36,7 +40,7 @@ def check_params(params: Params) -> None:
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """bool []: every number of a pytree is finite"""
+    """Whether every number of a pytree is finite, bool []."""
     return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
@@ -55,7 +59,7 @@ def _flax_errors() -> Iterator[None]:
 
 
 def check_widened(loss: Callable, params: Params, wide: Params, example: Example) -> None:
-    """A loss that takes the adapter's own 16 bits takes float32, too."""
+    """Raises ValueError unless a loss that takes the adapter's own 16 bits takes float32, too."""
     with _flax_errors():  # the loss's own errors first
         jax.eval_shape(functools.partial(sum_and_weight, loss), params, example)
     try:
@@ -69,7 +73,7 @@ def check_widened(loss: Callable, params: Params, wide: Params, example: Example
 
 
 def check_loss(loss: Callable, params: Params, example: Example) -> None:
-    """A floating point loss that is the same each time, of parameters widened to float32.
+    """Raises ValueError unless the loss is a floating point number that is the same each time.
 
     Random numbers, as of dropout, would make a gradient before and one after the edit differ by noise. Those of Python and
     NumPy are drawn when the loss is traced: two traces are compared, operation by operation and number by number.
@@ -95,7 +99,10 @@ def check_loss(loss: Callable, params: Params, example: Example) -> None:
 
 
 def check_differentiable(objective: Objective, params: Params, curvature: Curvature) -> None:
-    """The product with `curvature` can be formed. It is only traced, without its mesh; nothing is computed."""
+    """Raises ValueError unless the product with `curvature` can be formed.
+
+    It is only traced, without its mesh; nothing is computed.
+    """
     alone = dataclasses.replace(objective, mesh=None)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), alone)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), objective.examples)
@@ -124,10 +131,10 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
 
 
 def check_gradient(gradient: Params, objective: Objective, params: Params, names: Sequence[Any]) -> None:
-    """Every number of `gradient` is finite; otherwise the examples of the objective at fault are named."""
+    """Raises FloatingPointError, which names the examples at fault, unless every number of `gradient` is finite."""
     if bool(all_finite(gradient)):
         return
-    bad = [names[i] for i in np.flatnonzero(_not_finite(objective, params))]
+    bad = [names[i] for i in np.flatnonzero(_not_finite(objective, params)).tolist()]
     shown = ", ".join(map(repr, bad[:8])) + (", ..." if len(bad) > 8 else "")
     raise FloatingPointError(
         f"the gradient of {len(bad)} of {objective.count} examples is not finite: {shown}"
@@ -137,7 +144,7 @@ def check_gradient(gradient: Params, objective: Objective, params: Params, names
 
 
 def check_finite(sums: jax.Array, names: Sequence[Any]) -> None:
-    """The losses of the examples are finite; otherwise they are named."""
+    """Raises FloatingPointError, which names the examples at fault, unless their losses [n] are finite."""
     bad = np.flatnonzero(~np.isfinite(np.asarray(sums)))
     if bad.size:
         shown = ", ".join(repr(names[i]) for i in bad[:8]) + (", ..." if bad.size > 8 else "")
@@ -150,7 +157,7 @@ def check_finite(sums: jax.Array, names: Sequence[Any]) -> None:
 
 @jax.jit
 def _not_finite(objective: Objective, params: Params) -> jax.Array:
-    """bool [count]: the loss or the gradient of the example is not finite"""
+    """Whether the loss or the gradient of each example is not finite, bool [count]."""
 
     def finite(example):
         return all_finite(jax.value_and_grad(lambda params: sum_and_weight(objective.loss, params, example)[0])(params))
@@ -161,9 +168,12 @@ def _not_finite(objective: Objective, params: Params) -> jax.Array:
 def _same_program(one: ClosedJaxpr, two: ClosedJaxpr) -> bool:
     """The same operations with the same constants."""
     first, second = list(_contents(one.jaxpr, one.consts)), list(_contents(two.jaxpr, two.consts))
-    same = lambda x, y: (
-        x is y or (x == y if isinstance(x, str) or isinstance(y, str) else np.array_equal(x, y, equal_nan=_inexact(x)))
-    )
+
+    def same(x, y):
+        if x is y or isinstance(x, str) or isinstance(y, str):
+            return x is y or x == y
+        return np.array_equal(x, y, equal_nan=_inexact(x))
+
     return len(first) == len(second) and all(map(same, first, second))
 
 
@@ -173,9 +183,7 @@ def _inexact(x: Any) -> bool:
 
 def _contents(jaxpr: Jaxpr, constants: Sequence[Any]) -> Iterator[Any]:
     """The names of the operations and the numbers that are written into the program."""
-    yield from (
-        x for x in constants if not hasattr(x, "dtype") or not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-    )
+    yield from (x for x in constants if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jax.dtypes.extended))
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         yield from (x.val for x in equation.invars if isinstance(x, Literal))

@@ -23,11 +23,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
-from unlearn_jax.loss import Example, Loss, Params, require_parts, sum_and_weight
+from unlearn_jax.arrays import Example, LossFunction, Params
+from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import Objective, widen, zeros
 
 Curvature = Literal["hessian", "ggn", "fisher", "empirical_fisher"]
@@ -37,14 +37,39 @@ Product = Callable[[Params], Params]
 def hvp(
     loss: Callable, params: Params, batch: Example, micro_batch: int | None = None, *, linearize: bool = False
 ) -> Product:
-    """v -> (Hessian of the mean loss over the batch) v, float32 or wider."""
+    """The exact Hessian of the mean loss over a batch, as a product.
+
+    Args:
+        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`.
+        params: where the Hessian is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        linearize: keep what does not depend on v: faster, in the memory of all activations.
+
+    Returns:
+        v -> H v, for pytrees like the parameters, float32 or wider; a callable pytree.
+    """
     return _product(mean_objective(loss, params, batch, micro_batch), params, "hessian", linearize)
 
 
 def ggnvp(
     loss: Loss, params: Params, batch: Example, micro_batch: int | None = None, *, linearize: bool = False
 ) -> Product:
-    """v -> (generalised Gauss-Newton matrix of the mean loss over the batch) v (Schraudolph 2002)."""
+    """The generalised Gauss-Newton matrix of the mean loss over a batch, as a product (Schraudolph 2002).
+
+    Args:
+        loss: a `Loss`, which has the outputs and the criterion apart.
+        params: where the matrix is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        linearize: keep what does not depend on v: faster, in the memory of all activations.
+
+    Returns:
+        v -> G v, for pytrees like the parameters, float32 or wider; a callable pytree.
+
+    Raises:
+        ValueError: the loss is a plain callable.
+    """
     require_parts(loss, "the Gauss-Newton product")
     return _product(mean_objective(loss, params, batch, micro_batch), params, "ggn", linearize)
 
@@ -59,7 +84,23 @@ def fvp(
     key: jax.Array | None = None,
     linearize: bool = False,
 ) -> Product:
-    """v -> (Fisher matrix) v. 'sampled' draws one label per element with `key`, the same for every v; it needs a `Loss`."""
+    """The Fisher matrix over a batch, as a product.
+
+    Args:
+        loss: a `Loss`, or for the empirical matrix any callable.
+        params: where the matrix is taken.
+        batch: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        kind: "sampled" draws one label per element, the same for every v; "empirical" takes the data's own.
+        key: that the labels are drawn with; None: that of 0.
+        linearize: keep the gradients of all examples.
+
+    Returns:
+        v -> F v, for pytrees like the parameters, float32 or wider; a callable pytree.
+
+    Raises:
+        ValueError: the loss is a plain callable, or its criterion cannot draw labels.
+    """
     objective = mean_objective(loss, params, batch, micro_batch)
     if kind == "sampled":
         objective = sample_labels(objective, params, jax.random.key(0) if key is None else key)
@@ -93,15 +134,13 @@ def micro_batch_product(
     steps = objective.coefficients.shape[0]
     arrays = jax.tree.map(lambda x: x[index % steps], (objective.examples, objective.coefficients * steps))
     Av = _PRODUCTS[curvature](objective.part(arrays), params, tangent(v, params))
-    return optax.tree.cast_like(Av, zeros(params))
+    return tree.cast_like(Av, zeros(params))
 
 
 @functools.partial(jax.jit, static_argnames="curvature")
 def linearized(objective: Objective, params: Params, curvature: Curvature) -> Product:
     """`product` as a callable pytree that keeps everything but v; v is float32 or wider, whatever the parameters are."""
-    narrow = lambda wide: optax.tree.cast_like(
-        wide, params
-    )  # inside the loop over micro-batches, so that sums are wide
+    narrow = lambda wide: tree.cast_like(wide, params)  # inside the loop over micro-batches, so that sums are wide
     if curvature == "hessian":
         data = dataclasses.replace(objective, weight_decay=jnp.zeros_like(objective.weight_decay))
         return jax.linearize(lambda wide: data.gradient(narrow(wide)), widen(params))[1]
@@ -119,12 +158,13 @@ def linearized(objective: Objective, params: Params, curvature: Curvature) -> Pr
 def sample_labels(objective: Objective, params: Params, key: jax.Array) -> Objective:
     """The objective with labels drawn from the model: its empirical Fisher matrix is a sample of the Fisher matrix."""
     loss = require_parts(objective.loss, "the sampled Fisher product")
-    if not hasattr(loss.criterion, "sample"):
+    draw_labels = getattr(loss.criterion, "sample", None)
+    if draw_labels is None:
         raise ValueError(f"the sampled Fisher product draws labels: give {loss.criterion!r} `sample(key, z, example)`")
 
     def sample(index, example):
         z = loss.z(params, example)
-        example = loss.criterion.sample(jax.random.fold_in(key, index), z, example)
+        example = draw_labels(jax.random.fold_in(key, index), z, example)
         mask = loss.element_mask(example)
         # g = sum_t sqrt(m_t) g_t has the expectation sum_t m_t g_t g_t' of its square, whatever the weights m_t.
         return example if mask is None else {**example, loss.mask: jnp.sqrt(mask)}
@@ -214,11 +254,14 @@ def _outputs(part: Objective, params: Params) -> Params:
     return jax.vmap(lambda example: loss.z(params, example))(part.examples)
 
 
-def _criterion(loss: Loss) -> Callable:
-    """(z, examples, coefficients) of a micro-batch -> its share of the objective, []"""
-    return lambda z, examples, coefficients: jnp.sum(
-        coefficients * jax.vmap(lambda z, example: loss.reduce(z, example)[0])(z, examples)
-    )
+def _criterion(loss: LossFunction) -> Callable:
+    """(z, examples, coefficients) of a micro-batch -> its share of the objective, []."""
+    parts = require_parts(loss, "the Gauss-Newton product")
+
+    def criterion(z, examples, coefficients):
+        return jnp.sum(coefficients * jax.vmap(lambda z, example: parts.reduce(z, example)[0])(z, examples))
+
+    return criterion
 
 
 def _gradients(part: Objective, params: Params) -> Params:
@@ -228,5 +271,5 @@ def _gradients(part: Objective, params: Params) -> Params:
 
 
 def _outer_products(gradients: Params, coefficients: jax.Array, v: Params) -> Params:
-    """sum_i c_i g_i (g_i . v)"""
+    """sum_i c_i g_i (g_i . v)."""
     return tree.combine(coefficients * tree.inner(gradients, v), gradients)

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from unlearn_jax.loss import Example, has_field
+from unlearn_jax.arrays import Example
+from unlearn_jax.loss import has_field
 
 ID = "id"
 MOST = 2**40  # examples; what says it has more repeats without an end
@@ -32,7 +33,15 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any, weights: np.ndarray | None = None) -> "Dataset":
-        """`data` as a dataset, every example weighing 1 or as `weights` [n] says."""
+        """Makes a dataset of what `erase` takes for one.
+
+        Args:
+            data: a pytree of arrays with a leading example axis, a sequence of examples, or a `Dataset`.
+            weights: [n], how much each example counts; None: all the same.
+
+        Raises:
+            ValueError: no examples, fields of different lengths, two examples of one id, weights that are none.
+        """
         if isinstance(data, Dataset):
             if weights is not None:
                 raise ValueError("the dataset has weights already")
@@ -78,11 +87,11 @@ class Dataset:
         places = [(place, self.replaced[row]) for place, row in enumerate(rows.tolist()) if row in self.replaced]
         if not places:
             return batch
-        leaves, tree = jax.tree.flatten(batch)
+        leaves, structure = jax.tree.flatten(batch)
         for place, example in places:
-            for leaf, new in zip(leaves, tree.flatten_up_to(example), strict=True):
+            for leaf, new in zip(leaves, structure.flatten_up_to(example), strict=True):
                 leaf[place] = new
-        return tree.unflatten(leaves)
+        return structure.unflatten(leaves)
 
     def select(self, positions: Sequence[int] | np.ndarray) -> "Dataset":
         """The dataset of the examples at `positions` alone."""
@@ -107,15 +116,16 @@ class _Arrays:
         leaves = jax.tree_util.tree_leaves_with_path(self.data)
         if not leaves:
             raise ValueError("a dataset needs at least one array besides the ids")
-        self.count = None
+        counts = []
         for path, leaf in leaves:
             name = jax.tree_util.keystr(path)
             if leaf.ndim == 0:
                 raise ValueError(f"the field {name} has no leading axis of examples; it is {leaf!r}")
-            if self.count is not None and len(leaf) != self.count:
+            counts.append(len(leaf))
+            if counts[-1] != counts[0]:
                 first = jax.tree_util.keystr(leaves[0][0])
-                raise ValueError(f"the field {name} has {len(leaf)} examples, the field {first} has {self.count}")
-            self.count = len(leaf)
+                raise ValueError(f"the field {name} has {len(leaf)} examples, the field {first} has {counts[0]}")
+        self.count = counts[0]
 
     def __len__(self) -> int:
         return self.count
@@ -199,7 +209,10 @@ def _check_fields(data: Any, where: str) -> None:
 
 def _alike(a: Example, b: Example) -> bool:
     one, two = jax.tree.leaves(a), jax.tree.leaves(b)
-    same = lambda x, y: np.array_equal(x, y) or np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind in "fc")
+
+    def same(x, y):
+        return np.array_equal(x, y) or np.array_equal(x, y, equal_nan=np.asarray(x).dtype.kind in "fc")
+
     return len(one) == len(two) and all(map(same, one, two))
 
 

@@ -17,15 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID, Dataset
-from unlearn_jax.loss import MASK, Example, Loss, has_field
+from unlearn_jax.loss import MASK, Loss, has_field
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Edit(abc.ABC):
-    """ids: of the examples it is about"""
+    """An edit of the examples with certain ids."""
 
-    ids: Sequence[Any]
+    ids: Sequence[Any] | np.ndarray
 
     def __post_init__(self):
         if isinstance(self.ids, str | bytes) or np.ndim(self.ids) != 1:
@@ -46,6 +47,7 @@ class Remove(Edit):
     """The examples were never there."""
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> None:
+        """None: the examples go."""
         return None
 
 
@@ -56,6 +58,7 @@ class CorrectResponse(Edit):
     examples: Example | list[Example]
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
+        """See `Edit.replacements`."""
         name = type(self).__name__
         if not len(positions):
             return []
@@ -79,10 +82,11 @@ class ModifyQuery(CorrectResponse):
     """The questions were others. The labels that carry loss must stay: in the same order, wherever they now stand."""
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
+        """See `Edit.replacements`."""
         merged = super().replacements(dataset, positions, loss)
         field = getattr(loss.criterion, "labels", None) if isinstance(loss, Loss) else None
         for position, example in zip(positions, merged, strict=True):
-            if not has_field(example, field):
+            if field is None or not has_field(example, field):
                 continue
             before, after = (_counted_labels(loss, field, x) for x in (dataset.example(position), example))
             if not np.array_equal(before, after):
@@ -95,16 +99,13 @@ class ModifyQuery(CorrectResponse):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskTokens(Edit):
-    """Single elements carried no loss; they stay in the context of the others.
+    """Single elements carried no loss; they stay in the context of the others. The loss must be a `Loss` with a mask."""
 
-    masks:       bool [k, elements], true where an element shall not have counted; the loss must be a `Loss` with a mask
-    renormalize: the rest is divided by the number of elements that are left; without, by what it was divided by before
-    """
-
-    masks: Any
-    renormalize: bool = True
+    masks: Any  # bool [k, elements], true where an element shall not have counted
+    renormalize: bool = True  # divide the rest by the number of elements that are left; without, by what it was before
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
+        """See `Edit.replacements`."""
         masks = [np.asarray(mask) for mask in self.masks]
         if len(masks) != len(positions):
             raise ValueError(f"MaskTokens has {len(positions)} ids and {len(masks)} masks")
@@ -130,9 +131,19 @@ class MaskTokens(Edit):
 
 
 def apply(dataset: Any, edits: Sequence[Edit], loss: Any = None) -> Dataset:
-    """The dataset as it should have been: of a `Dataset` or of what `Dataset.of` takes, such as a dictionary of arrays.
+    """The dataset as it should have been.
 
-    loss: tells which elements carry loss; only a `Loss` can.
+    Args:
+        dataset: a `Dataset`, or what `Dataset.of` takes, such as a dictionary of arrays.
+        edits: a list, each example in at most one of them.
+        loss: tells which elements carry loss; only a `Loss` can.
+
+    Returns:
+        A dataset of the same source; `dataset` is not changed.
+
+    Raises:
+        ValueError: an unknown id, an example that is edited twice, a replacement that does not fit, nothing left.
+        TypeError: something that is no edit.
     """
     dataset = Dataset.of(dataset)
     for edit in [edits] if isinstance(edits, Edit) else edits:
@@ -172,8 +183,11 @@ def affected(before: Dataset, after: Dataset) -> tuple[np.ndarray, np.ndarray, n
     """Positions (in `before`, in `after`) of what differs, and positions in `before` of what both have alike."""
     if before.source is not after.source:
         raise ValueError("the two datasets do not come from the same source")
-    state = lambda data, row: (data.replaced.get(row), data.normalizers.get(row))
-    alike = lambda row: state(before, row)[0] is state(after, row)[0] and state(before, row)[1] == state(after, row)[1]
+
+    def alike(row):
+        same_example = before.replaced.get(row) is after.replaced.get(row)
+        return same_example and before.normalizers.get(row) == after.normalizers.get(row)
+
     shared = np.intersect1d(before.rows, after.rows)
     touched = before.replaced.keys() | after.replaced.keys() | before.normalizers.keys() | after.normalizers.keys()
     kept = np.setdiff1d(shared, [row for row in shared.tolist() if row in touched and not alike(row)])

@@ -10,18 +10,20 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
+from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.checks import check_differentiable, check_loss, check_params, check_widened
-from unlearn_jax.config import ErasureConfig, resolve
+from unlearn_jax.config import ErasureConfig, resolve, to_mapping
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
-from unlearn_jax.loss import Loss, Params, require_parts
+from unlearn_jax.loss import Loss, require_parts
 from unlearn_jax.newton import UNFINISHED, Descent, Finish, NewtonStep, add, newton, norm
 from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
+from unlearn_jax.solvers import Solver
 
 Verdict = Literal["edited", "nothing_to_do", "not_improved"]
 ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change without a word
@@ -29,15 +31,13 @@ ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`.
+    """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`."""
 
-    verdict: "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets
-             J of all examples fall. Of the last two the adapter comes back as it was given
-    limits:  every limit that was met and every step that did not do what it promised, in words; each is a warning, too
-    """
-
+    # "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets J of all
+    # examples fall. Of the last two the adapter comes back as it was given.
     verdict: Verdict
     reason: str
+    # Every limit that was met and every step that did not do what it promised, in words; each is a warning, too.
     limits: list[str]
     edits: dict[str, int]  # how many examples each kind of edit names
     examples: int  # in the dataset before the edit
@@ -66,7 +66,8 @@ class Report:
     memory: int  # bytes: the most the device held, or where it does not tell, the process
 
     def to_json(self, **options: Any) -> str:
-        return json.dumps(dataclasses.asdict(self), **options)
+        """The report as JSON, its config in the form that `erase` reads."""
+        return json.dumps({**dataclasses.asdict(self), "config": to_mapping(self.config)}, **options)
 
 
 class Erasure(NamedTuple):
@@ -84,28 +85,36 @@ def erase(
     edits: Sequence[Edit],
     config: ErasureConfig | Mapping[str, Any] | None = None,
     *,
+    solver: Solver | None = None,
     mesh: Mesh | None = None,
     weights: np.ndarray | None = None,
     held_out: Any = None,
 ) -> Erasure:
-    """Changes `adapter` so that it is as if it had been trained on the edited data.
+    """Changes an adapter so that it is as if it had been trained on the edited data.
 
     What it aims at is a retrain by the same recipe: training that has converged is taken to the new minimum, training that was
     stopped early (of AdamW the normal case) keeps what it left undone and responds to the edit alone. An edit that lets the
     edited objective of all examples not fall is none: the adapter comes back as it was, and `report.verdict` says so.
 
-    loss:     `loss(params, example)` -> scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
-              float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end
-    adapter:  a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`
-    dataset:  a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`
-    edits:    a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them
-    config:   an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo"
-    mesh:     spreads the examples over its axes `data` and `fsdp`
-    weights:  [n], how much each example counted in training
-    held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out
+    Args:
+        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
+            float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end.
+        adapter: a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`.
+        dataset: a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`.
+        edits: a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them.
+        config: an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo".
+        solver: in the place of the config's, as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`.
+        mesh: spreads the examples over its axes `data` and `fsdp`.
+        weights: [n], how much each example counted in training.
+        held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out.
 
-    Raises ValueError or FloatingPointError where nothing sensible can be done: losses or gradients that are not finite (the
-    examples are named), a loss that is not differentiable, not deterministic, or does not depend on the adapter.
+    Returns:
+        The adapter in its dtypes, the delta in float32 or wider, and a report.
+
+    Raises:
+        ValueError: nothing sensible can be done: a loss that is not differentiable, not deterministic, or does not depend on
+            the adapter; edits or a configuration that are malformed.
+        FloatingPointError: losses or gradients that are not finite; the examples are named.
 
     A later request starts from the edited adapter and the edited data:
 
@@ -113,7 +122,7 @@ def erase(
         second = erase(loss, first.adapter, apply(Dataset.of(data), [Remove([3])]), [Remove([5])])
     """
     start = time.perf_counter()
-    config = resolve(config)
+    config = resolve(config, solver)
     curvature = config.curvature or ("ggn" if isinstance(loss, Loss) else "hessian")
     config = dataclasses.replace(config, curvature=curvature)
     if curvature in ("ggn", "fisher"):
@@ -141,19 +150,19 @@ def erase(
     delta, J, work = descent.delta, descent.J, descent.work
     steps, finish = descent.steps, descent.finish
     edited = jax.block_until_ready(jax.tree.map(lambda x, p: x.astype(p.dtype), add(wide, delta), adapter))
-    moved = optax.tree.sub(widen(edited), wide)
+    moved = tree.sub(widen(edited), wide)
     predicted = sum(step.predicted for step in steps) + (finish.predicted if finish else 0.0)
     actual = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
     size, rounding, fallen = float(norm(delta)), 0.0, 0.0
     if any(p.dtype != w.dtype for p, w in zip(jax.tree.leaves(adapter), jax.tree.leaves(wide), strict=True)) and size:
-        rounding = float(norm(optax.tree.sub(moved, delta))) / size
+        rounding = float(norm(tree.sub(moved, delta))) / size
         fallen = J.change(moved) - actual
         work.forwards(problem.edited, 1)
     actual += fallen
     verdict, reason = _verdict(descent, size, float(norm(moved)), predicted, actual)
     limits = descent.limits + _limits(descent, config, rounding, actual, work.spent / len(before))
     if verdict != "edited":
-        edited, delta, size, rounding, predicted, actual = adapter, optax.tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
+        edited, delta, size, rounding, predicted, actual = adapter, tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
     for limit in limits if verdict != "not_improved" else [f"not improved: {reason}", *limits]:
         warnings.warn(limit, stacklevel=2)
     last = steps[-1] if steps else None

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from unlearn_jax.loss import Params
+from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 
 PATIENCE = 10  # steps
 
@@ -47,13 +47,19 @@ def lbfgs(
 ) -> Minimum:
     """Descends `value` from `start` (Liu and Nocedal 1989).
 
-    value:  params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays
-    log:    `log(step, value, norm of the gradient)`, called in every step
-
-    resolution: differences of the value below it are rounding
-
     Stops at the tolerance on the gradient's norm, where the line search finds no way down any more, or before a step that
     would exceed a limit. With `known` the first step has the length of a Newton step, not of the gradient.
+
+    Args:
+        value: params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays.
+        start: a pytree of parameters.
+        tolerance: of the gradient's norm.
+        max_evaluations: of the value and its gradient, at most.
+        max_steps: at most so many.
+        memory: pairs of steps and changes of the gradient that are kept.
+        known: what is known of the curvature already.
+        resolution: differences of the value below it are rounding.
+        log: `log(step, value, norm of the gradient)`, called in every step.
     """
     params, state, values, evaluations, norm = start, _start(memory, start), [], 1, jnp.inf
     if known is not None:
@@ -77,10 +83,11 @@ def lbfgs(
         norms.append(float(norm))
         if norm <= tolerance or _stands_still(values, norms, resolution):
             break
+    assert ends is not None and value_there is not None  # there was a step
     return Minimum(params, np.array(values), float(value_there), float(norm), evaluations, ends)
 
 
-_norm = jax.jit(optax.tree.norm)
+_norm = jax.jit(tree.norm)
 
 
 def _stands_still(values: list[float], norms: list[float], resolution: float) -> bool:
@@ -92,16 +99,19 @@ def _stands_still(values: list[float], norms: list[float], resolution: float) ->
 
 def _seeded(state: Any, known: Known, memory: int) -> Any:
     """The state of optax's L-BFGS after steps along the known pairs; its next pair is that from the origin to the start."""
-    bends = [float(optax.tree.vdot(s, y)) for s, y in known.pairs]
+    bends = [float(tree.vdot(s, y)) for s, y in known.pairs]
     kept = [(s, y, 1 / bend) for (s, y), bend in zip(known.pairs, bends, strict=True) if bend > 0][: memory - 1]
     steps, changes, weights = state.diff_params_memory, state.diff_updates_memory, state.weights_memory
-    put = lambda stack, i, x: jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
+
+    def put(stack, i, x):
+        return jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
+
     for i, (s, y, weight) in enumerate(kept):
         steps, changes, weights = put(steps, i, s), put(changes, i, y), weights.at[i].set(weight)
     return state._replace(
         count=jnp.asarray(len(kept) + 1, state.count.dtype),
-        params=optax.tree.cast_like(known.origin, state.params),
-        updates=optax.tree.cast_like(known.gradient, state.updates),
+        params=tree.cast_like(known.origin, state.params),
+        updates=tree.cast_like(known.gradient, state.updates),
         diff_params_memory=steps,
         diff_updates_memory=changes,
         weights_memory=weights,
@@ -111,16 +121,20 @@ def _seeded(state: Any, known: Known, memory: int) -> Any:
 @functools.partial(jax.jit, static_argnums=0, keep_unused=True)
 def _start(memory, params):
     """Bound to a device or a mesh where `params` are (hence `keep_unused`); otherwise a step would be compiled twice."""
+    import optax  # here, so that `import unlearn_jax` needs jax and numpy only
+
     return _strong(optax.lbfgs(memory_size=memory).init(params))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _step(memory, value_of, params, state):
+    import optax
+
     value, gradient = optax.value_and_grad_from_state(value_of)(params, state=state)
     updates, state = optax.lbfgs(memory_size=memory).update(
         gradient, state, params, value=value, grad=gradient, value_fn=value_of
     )
-    norm, moved = optax.tree.norm(gradient), optax.tree.norm(updates)
+    norm, moved = tree.norm(gradient), tree.norm(updates)
     return value, norm, moved, optax.apply_updates(params, updates), _strong(state)
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-Params = Any  # a pytree of floating point arrays
-Example = Any  # a pytree of arrays; usually a dictionary
+from unlearn_jax.arrays import Example, Params
+
 MASK = "loss_mask"
 CONSTANT = "constant"  # the field with what `Loss.constant` returns, where it has been computed already
 
@@ -31,12 +32,12 @@ CONSTANT = "constant"  # the field with what `Loss.constant` returns, where it h
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """-log softmax(logits)[label] in float32 or wider. A label below zero must be masked out."""
+    """The criterion -log softmax(logits)[label], in float32 or wider. A label below zero must be masked out."""
 
     labels: str = "labels"  # the field with the integer labels, [...]
 
     def __call__(self, logits: jax.Array, example: Example) -> jax.Array:
-        """logits [..., classes] -> [...]"""
+        """The loss [...] of logits [..., classes]."""
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         labels = jnp.maximum(example[self.labels], 0)[..., None]
         return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels, axis=-1)[..., 0]
@@ -50,12 +51,12 @@ class CrossEntropy:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class SquaredError:
-    """Half the squared error, summed over the last axis of vector-valued targets: -log of a unit Gaussian."""
+    """The criterion of half the squared error, summed over the last axis of vector-valued targets: -log of a unit Gaussian."""
 
     targets: str = "targets"  # the field with the targets, [elements] or [elements, dim]; a scalar is one element
 
     def __call__(self, outputs: jax.Array, example: Example) -> jax.Array:
-        """outputs like the targets -> [elements]"""
+        """The loss [elements] of outputs like the targets."""
         error = outputs - example[self.targets]
         half = 0.5 * jnp.square(error.astype(jnp.promote_types(error.dtype, jnp.float32)))
         return half if half.ndim < 2 else half.reshape(half.shape[0], -1).sum(axis=-1)
@@ -82,12 +83,13 @@ class Loss:
         Loss(lambda params, example, hidden: upper(params, hidden), CrossEntropy(), constant=lower)
     """
 
-    outputs: Callable[[Params, Example], Any]
+    outputs: Callable[..., Any]
     criterion: Callable[[Any, Example], jax.Array]
     mask: str | None = MASK
     constant: Callable[[Example], Any] | None = None
 
     def __call__(self, params: Params, example: Example) -> tuple[jax.Array, jax.Array]:
+        """(sum, weight) of an example, both []."""
         return self.reduce(self.z(params, example), example)
 
     def z(self, params: Params, example: Example) -> Any:
@@ -102,7 +104,7 @@ class Loss:
         return self.criterion(self.z(params, example), example)
 
     def reduce(self, z: Any, example: Example) -> tuple[jax.Array, jax.Array]:
-        """(sum, weight) from the outputs"""
+        """(sum, weight) of an example from its outputs."""
         losses = self.criterion(z, example)
         mask = self.element_mask(example)
         if mask is None:
@@ -123,11 +125,14 @@ class Loss:
         return jnp.asarray(example[self.mask]).astype(jnp.result_type(float))
 
     def _check_labels(self, example: Example, mask: Any = None) -> None:
-        """A negative label that counts would be taken for class 0. Traced values are not known and pass: before anything is
-        solved the number of elements of every example is asked for on the host."""
+        """Raises ValueError for a negative label that counts, which would be taken for class 0.
+
+        Traced values are not known and pass: before anything is solved the number of elements of every example is asked for
+        on the host.
+        """
         field = getattr(self.criterion, "labels", None)
         labels = example[field] if has_field(example, field) else 0
-        if any(isinstance(x, jax.core.Tracer) for x in (labels, mask)):
+        if any(isinstance(x, Tracer) for x in (labels, mask)):
             return
         if mask is not None and np.shape(mask) != np.shape(labels):
             return  # `reduce` says so
@@ -139,15 +144,18 @@ class Loss:
             )
 
     def tree_flatten(self):
+        """For JAX: the mask's name is static."""
         return (self.outputs, self.criterion, self.constant), self.mask
 
     @classmethod
     def tree_unflatten(cls, mask, children):
+        """For JAX."""
         outputs, criterion, constant = children
         return cls(outputs, criterion, mask, constant)
 
 
-def has_field(example: Example, name: str) -> bool:
+def has_field(example: Example, name: str | None) -> bool:
+    """Whether the example is a dictionary with a field of that name."""
     return isinstance(example, Mapping) and name in example
 
 

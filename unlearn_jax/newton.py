@@ -14,30 +14,31 @@ the right side, which holds the solutions for all dampings: a step that does not
 but a pass forward. On a budget of few epochs the space is small, and its solutions are conjugate gradients stopped early:
 they grow in length from zero, descend on the quadratic model of all examples and leave flat directions alone.
 
-Where the number of steps is left to us there is one of them, and L-BFGS, which is told the products that the step has
+Where the number of steps is left to us there is one of them, and L-BFGS, which is given the products that the step has
 made, goes on from there towards the minimum of J at the price of a gradient an iteration.
 """
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import Partial
 
+from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.checks import all_finite, check_finite, check_gradient
-from unlearn_jax.config import ROWS, ErasureConfig
+from unlearn_jax.config import ErasureConfig
 from unlearn_jax.curvature import linearized, product
 from unlearn_jax.lbfgs import Known, lbfgs
-from unlearn_jax.loss import Params
 from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
-from unlearn_jax.solvers import Info, Krylov
+from unlearn_jax.solvers import Info, Krylov, cg, minres, nystrom
 
 ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between a damping and the next
@@ -91,13 +92,13 @@ class Descent(NamedTuple):
     limits: list[str]  # that were met, in words
     rounding: float  # what a change of J is lost in
     J: "Tilted"  # around params_0
-    work: "Work"
+    work: "Cost"
 
 
-class Work:
+class Cost:
     """Counts example-gradients: one is an example forward and backward. Products count as measured."""
 
-    PRODUCT = {"hessian": 2.1, "ggn": 1.6, "fisher": 1.0, "empirical_fisher": 1.0}
+    PRODUCT = {"hessian": 2.1, "ggn": 1.6, "empirical_fisher": 1.0}
 
     def __init__(self, problem: Problem, config: ErasureConfig):
         self.config, self.spent, self.epoch = config, 0.0, problem.examples
@@ -105,16 +106,20 @@ class Work:
 
     @property
     def left(self) -> float:
+        """Example-gradients that may still be spent."""
         return self.limit - self.spent
 
     @property
     def limited(self) -> bool:
+        """Whether there is a budget."""
         return self.limit < math.inf
 
     def gradients(self, objective: Objective | None, times: int = 1) -> None:
+        """Counts so many passes forward and backward over an objective."""
         self.spent += times * (objective.count if objective is not None else 0)
 
     def forwards(self, objective: Objective, times: int) -> None:
+        """Counts so many passes forward."""
         self.spent += times * objective.count * FORWARD
 
     def constants(self, *objectives: Objective | None) -> None:
@@ -124,22 +129,26 @@ class Work:
                 self.forwards(objective, 1)
 
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
-        drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
-        rows = 1 + drawn
-        probes = (config.rank or 0) * self.PRODUCT[config.curvature]
-        kinds = {None: 0, "diagonal": rows, "ekfac": rows, "nystrom": probes}
-        self.spent += objective.count * kinds[config.preconditioner]
+        """Counts what building the solver's preconditioner costs."""
+        preconditioner = getattr(config.solver, "preconditioner", None)
+        if isinstance(preconditioner, nystrom):
+            self.spent += objective.count * preconditioner.rank * self.PRODUCT[product_kind(config)]
+        elif preconditioner is not None:
+            drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
+            self.spent += objective.count * (1 + drawn)
 
     def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
-        self.spent += times * objective.count * self.PRODUCT[config.curvature]
+        """Counts so many curvature products."""
+        self.spent += times * objective.count * self.PRODUCT[product_kind(config)]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
         """Products that a share of what is left pays for, when every retry of the step has been judged; at least one."""
+        assert isinstance(config.solver, cg | minres)
         if not self.limited:
-            return config.max_steps
+            return config.solver.max_steps
         judging = (1 + config.retries) * FORWARD * self.epoch
-        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[config.curvature])
-        return max(1, min(config.max_steps, int(paid)))
+        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[product_kind(config)])
+        return max(1, min(config.solver.max_steps, int(paid)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -161,7 +170,7 @@ class Tilted:
         return float(finished(_change(self.objective, self.tilt, self.params, self.sums, step)))
 
     def value(self) -> float:
-        """R' at params"""
+        """The edited objective R' at params."""
         return float(_value(self.objective, self.params, self.sums))
 
     def rounding(self) -> float:
@@ -171,7 +180,7 @@ class Tilted:
 
 
 class Solution(NamedTuple):
-    """Of (A + damping) x = b"""
+    """What solves (A + damping) x = b."""
 
     damping: float
     x: Params
@@ -193,6 +202,7 @@ class Attempt(NamedTuple):
 
     @property
     def damping(self) -> float:
+        """That of the solution."""
         return self.solution.damping
 
     @property
@@ -208,21 +218,31 @@ class Attempt(NamedTuple):
 
 
 def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Problem | None = None) -> Descent:
-    """The delta that `config.newton_steps` steps make, or one and L-BFGS. `config.curvature` must be set.
+    """Descends from the trained parameters: `config.newton_steps` steps, or one and L-BFGS.
 
-    params are float32 or wider. held_out: the problem on other examples; the one that chooses among dampings
+    Args:
+        problem: the objectives before and after the edit.
+        params: the trained parameters, float32 or wider.
+        config: with `curvature` set.
+        held_out: the problem on other examples, which then choose among dampings.
+
+    Returns:
+        The delta, and how it came about.
+
+    Raises:
+        FloatingPointError: a loss, a gradient or a solution is not finite.
     """
-    began, steps, limits, work = time.perf_counter(), [], [], Work(problem, config)
+    began, steps, limits, work = time.perf_counter(), [], [], Cost(problem, config)
     work.constants(problem.edited, problem.leaving, problem.curved if problem.curved is not problem.edited else None)
     if held_out is not None:
         work.constants(held_out.edited)
     sums, gradient, change = _first_pass(problem, params, work)
-    residual = optax.tree.add(gradient, change)
+    residual = tree.add(gradient, change)
     undone = _undone(problem.edited, params, gradient, residual)
     if config.residual == "drop":
         tilt, b = residual, change
     else:
-        tilt, b = optax.tree.zeros_like(gradient), optax.tree.scale(-1, gradient)
+        tilt, b = tree.zeros_like(gradient), tree.scale(-1, gradient)
     if problem.first_order is not None:
         b = finished(problem.first_order.gradient(params))
         work.gradients(problem.first_order)
@@ -232,21 +252,21 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     # A gradient smaller than the tilt would tell of the tilt: where J is flat that leads far away.
     follows = config.newton_steps is None and not steep and held_out is None
     start = J = Tilted(problem.edited, tilt, params, sums, steep)
-    delta, damping, best, pairs = optax.tree.zeros_like(b), None, None, []
+    delta, damping, best, pairs = tree.zeros_like(b), None, None, []
     while size and len(steps) < (config.newton_steps or 1):
         now, key = add(params, delta), jax.random.fold_in(jax.random.key(config.seed), len(steps))
         if steps:
             sums, gradient = finished(problem.edited.sums_and_gradient(now))
             check_gradient(gradient, problem.edited, now, problem.ids)
             work.gradients(problem.edited)
-            J, b = Tilted(problem.edited, tilt, now, sums, steep), optax.tree.sub(tilt, gradient)
+            J, b = Tilted(problem.edited, tilt, now, sums, steep), tree.sub(tilt, gradient)
             size = float(norm(b))
             if not size:
                 break
         objective = finished(curved(problem.curved, now, key, config))
         if _by_krylov(config):
             # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
-            shared = follows and work.limited and tilted <= config.rtol * first
+            shared = follows and work.limited and tilted <= config.solver.rtol * first
             products = work.affordable(objective, config, SHARE if shared else 1.0)
             whole = problem.curved is problem.edited
             if shared and products == 1 and problem.quarter is not None:
@@ -265,7 +285,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             best, tried = _descend(solution, middle, J, config, work)
         info = best.solution.info
         damping = best.damping if isinstance(config.damping, float | int) else _adapted(best)
-        delta = optax.tree.add_scale(delta, best.step_size, best.solution.x)
+        delta = tree.add_scale(delta, best.step_size, best.solution.x)
         ended = time.perf_counter()
         steps.append(
             NewtonStep(
@@ -286,19 +306,19 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         began = ended
         # Nothing left to gain, or no way down with any damping; J is quadratic in the error that `rtol` is of. Training
         # that is finished here as well has no such scale.
-        enough = config.rtol**2 * abs(sum(step.actual for step in steps)) if config.residual == "drop" else 0.0
+        enough = config.solver.rtol**2 * abs(sum(step.actual for step in steps)) if config.residual == "drop" else 0.0
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
     limits += _of_steps(steps, J, config, follows)
     finish = None
-    if steps and follows:
-        tolerance = max(config.rtol**2 * first, tilted)
+    if steps and follows and best is not None:
+        tolerance = max(config.solver.rtol**2 * first, tilted)
         evaluations = min(config.finish_evaluations, int(work.left / work.epoch) if work.limited else math.inf)
         if evaluations > 1:
             known = None
             if best.step_size:
-                known = Known(optax.tree.zeros_like(b), optax.tree.scale(-1, b), _regularised(pairs, problem))
+                known = Known(tree.zeros_like(b), tree.scale(-1, b), _regularised(pairs, problem))
             delta, finish = _finish(start, delta, tolerance, evaluations, known, work)
             limits += _of_finish(finish, tolerance, first, evaluations, config)
         else:
@@ -322,7 +342,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     )
 
 
-def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array, Params, Params]:
+def _first_pass(problem: Problem, params: Params, work: Cost) -> tuple[jax.Array, Params, Params]:
     """(sums of the edited data's examples, grad R', grad R - grad R') at params."""
     sums, gradient = finished(problem.edited.sums_and_gradient(params))
     work.gradients(problem.edited)
@@ -339,7 +359,10 @@ def _first_pass(problem: Problem, params: Params, work: Work) -> tuple[jax.Array
 def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
     """Whether the data says nothing of an array: weight decay makes all of its gradient."""
     decay = float(objective.weight_decay)
-    idle = lambda g, p: bool(jnp.abs(g - decay * p.astype(g.dtype)).max() <= 1e-6 * decay * jnp.abs(p).max())
+
+    def idle(g, p):
+        return bool(jnp.abs(g - decay * p.astype(g.dtype)).max() <= 1e-6 * decay * jnp.abs(p).max())
+
     return jax.tree.map(idle, gradient, params)
 
 
@@ -351,7 +374,8 @@ def _undone(objective: Objective, params: Params, gradient: Params, residual: Pa
 
 def _by_krylov(config: ErasureConfig) -> bool:
     """Conjugate gradients whose damping is found on the way."""
-    return config.solver == "cg" and config.preconditioner is None and isinstance(config.damping, str)
+    solver = config.solver
+    return isinstance(solver, cg) and solver.preconditioner is None and isinstance(config.damping, str)
 
 
 def _krylov(
@@ -360,7 +384,7 @@ def _krylov(
     b: Params,
     damping: float | None,
     config: ErasureConfig,
-    work: Work,
+    work: Cost,
     products: int,
 ) -> tuple[Krylov, float]:
     """The space of b, until its solution for the damping is good to `rtol` or of so many products; and that damping."""
@@ -380,7 +404,7 @@ def _krylov(
             mu = max(damping, -2 * (values[0] + decay))
         if not mu + decay > 0:
             mu = float(jnp.finfo(jnp.float32).eps) * max(*map(abs, values), space.size)
-        if space.residual(mu + decay) <= config.rtol or space.exhausted or space.steps >= products:
+        if space.residual(mu + decay) <= config.solver.rtol or space.exhausted or space.steps >= products:
             return space, mu
 
 
@@ -389,14 +413,14 @@ def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
 
     def solution(damping):
         x, info = space.solve(damping + decay)
-        x = optax.tree.cast_like(x, b)
+        x = tree.cast_like(x, b)
         return Solution(damping, x, info, -float(inner(b, x)), space.bend(damping + decay) + decay * float(inner(x, x)))
 
     return solution
 
 
 def _middle(
-    objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Work
+    objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> float:
     """The damping to begin with, of a solver that works with one at a time."""
     if damping is not None:
@@ -408,22 +432,23 @@ def _middle(
 
 
 def _directly(
-    objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Work
+    objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> Solve:
-    if work.limited and config.solver in ("cg", "minres"):
-        config = dataclasses.replace(config, max_steps=work.affordable(objective, config, 1.0))
+    if work.limited and isinstance(config.solver, cg | minres):
+        solver = dataclasses.replace(config.solver, max_steps=work.affordable(objective, config, 1.0))
+        config = dataclasses.replace(config, solver=solver)
 
     def solution(damping):
         x, info = finished(solve(objective, params, b, jnp.asarray(damping), key, config))
         if not bool(all_finite(x)):
             raise FloatingPointError(
-                f"solver {config.solver!r} diverged with damping {damping:g}: raise the damping, or lower the "
+                f"solver {config.solver.name!r} diverged with damping {damping:g}: raise the damping, or lower the "
                 f"learning_rate of a stochastic solver"
             )
         work.preconditioner(objective, config)
-        work.products(objective, 1 + (1 if config.solver in ROWS else int(info.steps)), config)
+        work.products(objective, 1 + (1 if config.solver.takes == "gradients" else int(info.steps)), config)
         slope = -float(inner(b, x))
-        if config.solver == "cg" and int(info.steps):
+        if isinstance(config.solver, cg) and int(info.steps):
             # Its residual is orthogonal to its solution, so the curvature along that needs no product of its own.
             return Solution(damping, x, info, slope, -slope - damping * float(inner(x, x)))
         Ax = finished(product(objective, params, x, product_kind(config)))
@@ -434,7 +459,7 @@ def _directly(
     return solution
 
 
-def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Work) -> tuple[Attempt, int]:
+def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Cost) -> tuple[Attempt, int]:
     """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again.
 
     Where the tilt is steep only a fall as foretold is one: none of it is taken if there is no such attempt.
@@ -459,12 +484,12 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
 
 
 def _below(attempt: Attempt, J: Tilted) -> bool:
-    """Neither what a step promises nor what became of it can be told from rounding."""
+    """Neither what a step promises nor what became of it can be distinguished from rounding."""
     promise = attempt.solution.slope + 0.5 * attempt.solution.bend
     return max(abs(promise), abs(attempt.actual)) <= J.rounding()
 
 
-def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Work) -> Attempt:
+def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -> Attempt:
     slope, bend = solution.slope, solution.bend
     most = 0 if isinstance(config.damping, str) else config.halvings  # more damping is better than a share of a step
     enough = lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
@@ -474,7 +499,7 @@ def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Work) -
         if halvings > most:
             share, actual = 0.0, 0.0
             break
-        actual = J.change(optax.tree.scale(share, solution.x))
+        actual = J.change(tree.scale(share, solution.x))
     work.forwards(J.objective, 1 + halvings)
     return Attempt(solution, share, share * slope + 0.5 * share**2 * bend, actual)
 
@@ -487,32 +512,32 @@ def _adapted(attempt: Attempt) -> float:
 
 
 def _choose(
-    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Work
+    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Cost
 ) -> Attempt:
     """The attempt that lets J of the held-out examples fall the most; none of it where it falls with none."""
     sums, gradient = finished(held_out.edited.sums_and_gradient(params))
     change = finished(held_out.change(params, gradient))
-    tilt = optax.tree.add(gradient, change) if config.residual == "drop" else optax.tree.zeros_like(gradient)
-    judge = Tilted(held_out.edited, tilt, params, sums, J.steep)
+    tilt = tree.add(gradient, change) if config.residual == "drop" else tree.zeros_like(gradient)
+    unseen = Tilted(held_out.edited, tilt, params, sums, J.steep)
     attempts = [_attempt(solution(middle * factor), J, config, work) for factor in GRID]
-    scores = [judge.change(optax.tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
+    scores = [unseen.change(tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
     work.gradients(held_out.edited)
     work.forwards(held_out.edited, len(attempts))
-    rank = lambda pair: pair[0] if math.isfinite(pair[0]) else math.inf
-    score, best = min(zip(scores, attempts, strict=True), key=rank)
+    finite = [score if math.isfinite(score) else math.inf for score in scores]
+    score, best = min(zip(finite, attempts, strict=True), key=operator.itemgetter(0))
     if score < 0:
         return best
     return best._replace(step_size=0.0, predicted=0.0, actual=0.0)
 
 
 def _regularised(pairs, problem: Problem) -> list[tuple[Params, Params]]:
-    """(v, A v) as (v, J'' v)"""
+    """The pairs (v, A v) as (v, J'' v)."""
     decay = float(problem.edited.weight_decay)
-    return [(v, optax.tree.add_scale(Av, decay, v)) for v, Av in pairs]
+    return [(v, tree.add_scale(Av, decay, v)) for v, Av in pairs]
 
 
 def _finish(
-    J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Work
+    J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Cost
 ) -> tuple[Params, Finish]:
     """From params + delta to where |grad J| is the tolerance."""
     began = time.perf_counter()
@@ -523,8 +548,8 @@ def _finish(
     actual = found.value - float(found.values[0])
     if not actual <= 0:
         return delta, Finish(found.evaluations, found.gradient, 0.0, 0.0, time.perf_counter() - began)
-    way = optax.tree.sub(found.params, delta)
-    predicted = 0.5 * float(inner(optax.tree.add(*found.ends), way))
+    way = tree.sub(found.params, delta)
+    predicted = 0.5 * float(inner(tree.add(*found.ends), way))
     return found.params, Finish(found.evaluations, found.gradient, predicted, actual, time.perf_counter() - began)
 
 
@@ -532,11 +557,12 @@ def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows
     limits = []
     for number, step in enumerate(steps, 1):
         which = f"step {number}: " if len(steps) > 1 else ""
-        if not follows and step.residual > config.rtol:
+        if not follows and step.residual > config.solver.rtol:
             limits.append(
-                f"{which}solver {config.solver!r} stopped after {step.solver_steps} steps at the residual "
-                f"{step.residual:.2g} (rtol {config.rtol:g}): max_steps is {config.max_steps}, the budget "
-                f"{config.budget:g} epochs"
+                f"{which}solver {config.solver.name!r} stopped after {step.solver_steps} steps at the residual "
+                f"{step.residual:.2g} (rtol {config.solver.rtol:g}): "
+                + (f"max_steps is {most}, " if (most := getattr(config.solver, "max_steps", None)) else "")
+                + f"the budget {config.budget:g} epochs"
             )
         if step.negative_curvature:
             limits.append(f"{which}negative curvature was met")
@@ -558,7 +584,7 @@ def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows
 
 def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig) -> list[str]:
     # On a budget, what is left undone is worth a word where it is more than the solver of a step may leave.
-    wanted = max(tolerance, config.rtol * first) if config.budget < math.inf else tolerance
+    wanted = max(tolerance, config.solver.rtol * first) if config.budget < math.inf else tolerance
     if finish.gradient <= wanted:
         return []
     which = "the budget of epochs" if evaluations < config.finish_evaluations else "finish_evaluations"
@@ -579,15 +605,15 @@ def _scale(objective: Objective, sums: jax.Array) -> jax.Array:
 @jax.jit
 def _value(objective: Objective, params: Params, sums: jax.Array) -> jax.Array:
     wide = widen(params)
-    return objective.whole(objective.coefficients) @ sums + 0.5 * objective.weight_decay * optax.tree.vdot(wide, wide)
+    return objective.whole(objective.coefficients) @ sums + 0.5 * objective.weight_decay * tree.vdot(wide, wide)
 
 
 @jax.jit
 def _change(objective: Objective, tilt: Params, params: Params, sums: jax.Array, step: Params) -> jax.Array:
     moved = objective.per_example(add(params, step))
     data = objective.whole(objective.coefficients) @ (moved - sums)
-    along = optax.tree.vdot(widen(params), step) + 0.5 * optax.tree.vdot(step, step)
-    return data + objective.weight_decay * along - optax.tree.vdot(tilt, step)
+    along = tree.vdot(widen(params), step) + 0.5 * tree.vdot(step, step)
+    return data + objective.weight_decay * along - tree.vdot(tilt, step)
 
 
 @jax.jit
@@ -598,5 +624,5 @@ def add(params: Params, step: Params) -> Params:
 
 # On CPUs, two programs with collectives under way at once can wait for each other's threads for ever.
 finished = jax.block_until_ready
-norm = jax.jit(optax.tree.norm)
-inner = jax.jit(optax.tree.vdot)
+norm = jax.jit(tree.norm)
+inner = jax.jit(tree.vdot)

@@ -18,11 +18,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from unlearn_jax import tree
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import CONSTANT, Example, Loss, Params, has_field, sum_and_weight
+from unlearn_jax.loss import CONSTANT, Loss, has_field, require_parts, sum_and_weight
 
 Reduction = Literal["per_example", "per_token"]
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
@@ -57,9 +59,19 @@ class Objective:
         micro_batch: int | None = None,
         mesh: Mesh | None = None,
     ) -> "Objective":
-        """From examples [n, ...] (host arrays, or traced ones); without `micro_batch` they are taken all at once.
+        """The objective of examples and their coefficients.
 
-        Without a mesh they stay on the host: whoever uses them again and again takes them `on_device`.
+        Args:
+            loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`.
+            examples: fields [n, ...], on the host or traced. Without a mesh they stay on the host: whoever uses them again
+                and again takes them `on_device`.
+            coefficients: [n].
+            weight_decay: of the quadratic regulariser.
+            micro_batch: examples that are computed at a time; None: all.
+            mesh: spreads the examples over its axes `data` and `fsdp`.
+
+        Raises:
+            ValueError: fields of different lengths, no example, or a mesh without those axes.
         """
         count = len(coefficients)
         for path, x in jax.tree_util.tree_leaves_with_path(examples):
@@ -78,8 +90,9 @@ class Objective:
         # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
         stack = lambda x: _place(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
-        shape = np.zeros((len(index) // micro_batch, micro_batch), dtype)
-        empty = cls(loss, jax.tree.map(stack, examples), shape, np.zeros((), dtype), count, mesh)
+        # On the host, as the examples are.
+        nothing: Any = np.zeros((len(index) // micro_batch, micro_batch), dtype)
+        empty = cls(loss, jax.tree.map(stack, examples), nothing, nothing[0, 0], count, mesh)
         return empty.weighted(coefficients, weight_decay)
 
     def weighted(self, coefficients: np.ndarray | jax.Array, weight_decay: float = 0.0) -> "Objective":
@@ -99,33 +112,37 @@ class Objective:
 
     @property
     def has_constants(self) -> bool:
+        """Whether the examples carry what is the same for all parameters."""
         return has_field(self.examples, CONSTANT)
 
     @jax.jit
     def _constants(self) -> Any:
-        return self.each(lambda part: jax.vmap(self.loss.constant)(part.examples))
+        constant = require_parts(self.loss, "a constant part").constant
+        assert constant is not None  # `with_constants` has looked
+        return self.each(lambda part: jax.vmap(constant)(part.examples))
 
     @jax.jit
     def value(self, params: Params) -> jax.Array:
-        """float []"""
+        """The objective [] at params."""
         data = self.accumulate(lambda part: part.data_value(params), jnp.zeros((), widest(params)))
         return data + self._regulariser(params)
 
     @jax.jit
     def gradient(self, params: Params) -> Params:
-        """A pytree like params, float32 or wider."""
+        """The gradient of the objective, a pytree like params, float32 or wider."""
         data = self.accumulate(lambda part: jax.grad(part.data_value)(params), zeros(params))
         return self._regularised(params, data)
 
     @jax.jit
     def value_and_gradient(self, params: Params) -> tuple[jax.Array, Params]:
+        """(`value`, `gradient`) in one pass."""
         start = (jnp.zeros((), widest(params)), zeros(params))
         value, gradient = self.accumulate(lambda part: jax.value_and_grad(part.data_value)(params), start)
         return value + self._regulariser(params), self._regularised(params, gradient)
 
     @jax.jit
     def per_example(self, params: Params) -> jax.Array:
-        """sum_i of every example, float [count]"""
+        """sum_i of every example, float [count]."""
         return self.whole(self.each(lambda part: part.sums(params)))
 
     @jax.jit
@@ -143,12 +160,12 @@ class Objective:
 
     @jax.jit
     def weights(self, params: Params) -> jax.Array:
-        """T_i of every example, padding included, [micro-batches, micro_batch]"""
+        """T_i of every example, padding included, [micro-batches, micro_batch]."""
         weight = lambda example: sum_and_weight(self.loss, params, example)[1]
         return self.each(lambda part: jax.vmap(weight)(part.examples))
 
     def sums(self, params: Params) -> jax.Array:
-        """sum_i of the examples of one micro-batch, [micro_batch]"""
+        """sum_i of the examples of one micro-batch, [micro_batch]."""
         return jax.vmap(lambda example: sum_and_weight(self.loss, params, example)[0])(self.examples)
 
     def data_value(self, params: Params) -> jax.Array:
@@ -171,36 +188,43 @@ class Objective:
         return jax.lax.scan(add, start, (self.examples, self.coefficients))[0]
 
     def each(self, function: Callable[["Objective"], Any]) -> Any:
-        """What `function` returns for every micro-batch, stacked: [micro-batches, ...]"""
+        """What `function` returns for every micro-batch, stacked: [micro-batches, ...]."""
         return jax.lax.map(lambda arrays: function(self.part(arrays)), (self.examples, self.coefficients))
 
     def whole(self, x: jax.Array) -> jax.Array:
-        """A number of each example, [micro-batches, micro_batch] -> [count], the same on all devices of the mesh."""
-        x = x.reshape(-1)[: self.count]
+        """An array of each example, [micro-batches, micro_batch, ...] -> [count, ...], the same on all devices of the mesh."""
+        x = x.reshape(-1, *x.shape[2:])[: self.count]
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))
 
     def _regulariser(self, params: Params) -> jax.Array:
         wide = widen(params)
-        square = optax.tree.vdot(wide, wide)
+        square = tree.vdot(wide, wide)
         return 0.5 * self.weight_decay.astype(square.dtype) * square
 
     def _regularised(self, params: Params, gradient: Params) -> Params:
         return jax.tree.map(lambda g, p: g + self.weight_decay.astype(g.dtype) * p.astype(g.dtype), gradient, params)
 
     def tree_flatten(self):
-        leaves, tree = jax.tree.flatten(self.loss)
+        """For JAX: functions in the loss are static, its arrays are not."""
+        leaves, structure = jax.tree.flatten(self.loss)
         arrays = [None if callable(x) else x for x in leaves]
         functions = tuple(x if callable(x) else None for x in leaves)
-        return (arrays, self.examples, self.coefficients, self.weight_decay), (functions, tree, self.count, self.mesh)
+        return (arrays, self.examples, self.coefficients, self.weight_decay), (
+            functions,
+            structure,
+            self.count,
+            self.mesh,
+        )
 
     @classmethod
     def tree_unflatten(cls, static, children):
-        functions, tree, count, mesh = static
+        """For JAX."""
+        functions, structure, count, mesh = static
         arrays, examples, coefficients, weight_decay = children
         leaves = [x if function is None else function for x, function in zip(arrays, functions, strict=True)]
-        return cls(tree.unflatten(leaves), examples, coefficients, weight_decay, count, mesh)
+        return cls(structure.unflatten(leaves), examples, coefficients, weight_decay, count, mesh)
 
 
 def element_counts(loss: Callable, params: Params, dataset: Dataset) -> np.ndarray:
@@ -258,7 +282,7 @@ def on_device(objective: Objective) -> Objective:
 
 
 def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:
-    """The weights of examples [k, ...], [k]"""
+    """The weights [k] of examples [k, ...]."""
     count = len(jax.tree.leaves(examples)[0])
     example = jax.tree.map(lambda x: x[0], examples)
     if isinstance(loss, Loss):
@@ -277,21 +301,22 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
+def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
     """A pytree whose arrays all lie on the mesh; those that did not are copied to every device of it."""
     if mesh is None:
-        return tree
+        return arrays
     everywhere = NamedSharding(automatic(mesh), PartitionSpec())
 
     def place(x):
         if callable(x):
             return x
-        named = isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding)
-        if not named or x.sharding.device_set != everywhere.device_set:
+        place = x.sharding if isinstance(x, jax.Array) else None
+        if not isinstance(place, NamedSharding) or place.device_set != everywhere.device_set:
             return jax.device_put(x, everywhere)
-        return jax.device_put(x, NamedSharding(automatic(x.sharding.mesh), x.sharding.spec))
+        assert isinstance(place.mesh, Mesh)  # an array's is not abstract
+        return jax.device_put(x, NamedSharding(automatic(place.mesh), place.spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(place, arrays)
 
 
 def widest(params: Params) -> jnp.dtype:
@@ -306,7 +331,7 @@ def widen(params: Params) -> Params:
 
 def zeros(params: Params) -> Params:
     """Zeros like params, each leaf float32 or wider."""
-    return optax.tree.zeros_like(widen(params))
+    return tree.zeros_like(widen(params))
 
 
 def _axes(mesh: Mesh) -> tuple[str, ...]:
@@ -321,7 +346,7 @@ def _shards(mesh: Mesh) -> int:
 
 def _place(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
     """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
-    if isinstance(x, jax.core.Tracer) or (mesh is None and isinstance(x, jax.Array)):
+    if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     if mesh is None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
+from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
-from unlearn_jax.loss import Params
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
 QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples stands for all, where it is so many at least
@@ -48,8 +48,8 @@ class Problem:
 
     def change(self, params: Params, gradient: Params) -> Params:
         """grad R - grad R', given grad R' = `gradient`."""
-        if self.leaving is None:
-            return optax.tree.zeros_like(gradient)
+        if self.leaving is None or self.entering is None:
+            return tree.zeros_like(gradient)
         # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
         change = jax.block_until_ready(self.leaving.gradient(params))
         if self.shrink == 1:
@@ -57,7 +57,7 @@ class Problem:
         decay = float(self.edited.weight_decay)
         kept = lambda g, new, p: g - new - decay * p.astype(g.dtype)
         rest = jax.tree.map(kept, gradient, jax.block_until_ready(self.entering.gradient(params)), params)
-        return optax.tree.add_scale(change, self.shrink - 1, rest)
+        return tree.add_scale(change, self.shrink - 1, rest)
 
 
 def make_problem(
@@ -69,7 +69,17 @@ def make_problem(
     mesh: Mesh | None = None,
     stand_in: Dataset | None = None,
 ) -> Problem:
-    """`stand_in`: examples that take the place of those that the edit does not touch."""
+    """Builds the objectives before and after an edit.
+
+    Args:
+        loss: as of `erase`.
+        params: tell the loss their shapes.
+        before: the data as it was.
+        after: the data as it should have been, of the same source.
+        config: reduction, weight decay, micro-batches, and what the curvature is taken of.
+        mesh: spreads the examples.
+        stand_in: examples that take the place of those that the edit does not touch.
+    """
     old, new, others = affected(before, after)
     old, new = before.select(old), after.select(new)
     order = np.random.default_rng(config.seed).permutation(others)
@@ -80,28 +90,32 @@ def make_problem(
     rest = mass(before) - mass(old) if len(others) else 0.0
     total_before, total_after = rest + mass(old), rest + mass(new)
     c_old, c_new = (weigh(data, total) for data, total in ((old, total_before), (new, total_after)))
-    scaled = lambda dataset, total: weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
+
+    def scaled(dataset, total):
+        return weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
     build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
     join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
     edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
-    leaving = entering = first_order = None
+    both = leaving = entering = first_order = None
     if len(old) + len(new):
         both = build(join([old.take(), new.take()]), np.zeros(len(old) + len(new)))
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
         entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
 
-    stand_for_all = lambda sampled: build(
-        join([new.take(), sampled.take()]), np.concatenate([c_new, scaled(sampled, total_after)])
-    )
+    def stand_for_all(sampled):
+        """R' with some of the kept examples in the place of all of them."""
+        shares = np.concatenate([c_new, scaled(sampled, total_after)])
+        return build(join([new.take(), sampled.take()]), shares)
+
     curved, sampled, shrink = edited, kept, total_after / total_before
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
     if config.formula != "newton":
         parts = np.concatenate([c_old, scaled(sampled, total_before)])
         curved = build(join([old.take(), sampled.take()]), parts)
-        if leaving is not None:
+        if both is not None:
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)
     elif len(sampled) < len(kept):

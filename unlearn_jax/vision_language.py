@@ -9,19 +9,19 @@ The elements of an example are its learned tokens: logits exist at the positions
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.tree_util import Partial
 
 from pixel_jax.models import Qwen2_5_VL, Visual, forward_hidden
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
 from pixel_jax.training.batch import Batch
+from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID
-from unlearn_jax.loss import MASK, CrossEntropy, Example, Loss
+from unlearn_jax.loss import MASK, CrossEntropy, Loss
 
 STEP = 16  # lengths are multiples of it, so that edits seldom change a compiled program
 
@@ -70,8 +70,9 @@ class Logits:
     remat: bool = True
     implementation: Literal["dense", "chunked"] = "chunked"
 
-    def __call__(self, base: nnx.Module, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
-        model = combine(adapter, base)
+    def __call__(self, base: Qwen2_5_VL, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
+        """Logits [T, vocabulary] of the example's learned tokens, float32."""
+        model = cast(Qwen2_5_VL, combine(adapter, base))
         row = jax.tree.map(lambda x: x[None], {k: example[k] for k in ("tokens", "valid", "visual") if k in example})
         visual = Visual(**row["visual"]) if "visual" in row else None
         options = {"remat": self.remat, "implementation": self.implementation}
@@ -94,20 +95,23 @@ def _predictions(tokens: np.ndarray, valid: np.ndarray, chosen: np.ndarray) -> t
     return at[:-1][learned], tokens[at[1:]][learned]
 
 
-def _trim(visual: Visual) -> Visual | None:
+def _trim(visual: Visual | None) -> Visual | None:
     """Without the frames, slices, items and patches that no row has."""
+    if visual is None:
+        return None
     slices, grids = np.asarray(visual.slices), np.asarray(visual.grids)
     used = lambda x: int(np.flatnonzero(x.any(axis=0))[-1]) + 1 if x.any() else 0
     frames, shown, items = int(slices.max(initial=-1)) + 1, used(slices[..., 0] >= 0), used(grids.any(axis=-1))
     if not shown:
         return None
     patches = int(grids[..., 1:].prod(axis=-1).max())
-    return Visual(
+    host: dict[str, Any] = dict(
         patches=np.asarray(visual.patches)[:, :frames, :patches],
         slices=slices[:, :shown],
         grids=grids[:, :items],
         seconds=np.asarray(visual.seconds)[:, :items],
     )
+    return Visual(**host)
 
 
 def _up(length: int) -> int:

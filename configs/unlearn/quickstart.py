@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 1e-3,
         "micro_batch": 16,
         "training_epochs": 500.0,  # a step of L-BFGS is one: the edit may cost a quarter of them
+        "solver": {"name": "cg", "rtol": 0.1},  # of the Newton step; L-BFGS goes on from there
     }
     config.evaluation = {"baselines": ("L-BFGS", "fine-tune", "NPO"), "learning_rates": (1e-3, 3e-3, 1e-2), "batch": 8}
     return config

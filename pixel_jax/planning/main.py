@@ -8,11 +8,16 @@ prediction only as far as the hardware reaches its peaks.
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.config import define_flag
 from pixel_jax.state_files import write_json
+
+if TYPE_CHECKING:
+    from pixel_jax.planning.programs import Recipe
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
@@ -23,7 +28,7 @@ def define_flags(command: str) -> None:
     flags.mark_flag_as_required("config")
     flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
     flags.DEFINE_list(
-        "steps", [], "Of sft, unlearn, rollout, score, update: those to plan. Default: all that the config has."
+        "steps", [], "Those to plan, of the steps that the config has: sft, rollout, score, update. Default: all."
     )
     flags.DEFINE_string("json", None, "File for the plans.")
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
@@ -33,7 +38,8 @@ def define_flags(command: str) -> None:
     flags.DEFINE_string("scaling", None, "A kind of chip: also predict weak scaling from 8 to 1024 of them.")
 
 
-def main(command: str, arguments: list[str]) -> None:
+def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Recipe"] = lambda recipe: recipe) -> None:
+    """Plans what the flags ask for; `of_recipe` turns the config's recipe into one of other steps."""
     import jax
     from rich.console import Console
 
@@ -41,7 +47,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.config import load
     from pixel_jax.planning import report
     from pixel_jax.planning.machines import machine, slices
-    from pixel_jax.planning.programs import TUNING
+    from pixel_jax.planning.programs import RUN
     from pixel_jax.planning.search import search
     from pixel_jax.planning.weak_scaling import weak_scaling
     from pixel_jax.train import TrainConfig
@@ -64,7 +70,7 @@ def main(command: str, arguments: list[str]) -> None:
     if FLAGS.video:
         config = of_videos(config)
     check_shapes(config)
-    recipe = dataclasses.replace(read_recipe(config, console), configured=FLAGS.configured)
+    recipe = of_recipe(dataclasses.replace(read_recipe(config, console), configured=FLAGS.configured))
     if unknown := set(FLAGS.steps) - set(recipe.steps):
         raise UserError(f"this config has no step {sorted(unknown)[0]!r}; it has {', '.join(recipe.steps)}")
     if FLAGS.scaling:
@@ -73,7 +79,7 @@ def main(command: str, arguments: list[str]) -> None:
     wanted = [step for step in recipe.steps if not FLAGS.steps or step in FLAGS.steps]
     if "rollout" in wanted and not {"update", "score"} & set(wanted):
         console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
-    learning = [step for step in wanted if step not in TUNING]  # steps of one run
+    learning = [step for step in wanted if step in RUN]
     made, best, points = [], {}, []
 
     def keep() -> None:
@@ -87,13 +93,13 @@ def main(command: str, arguments: list[str]) -> None:
 
     for target in machines:
         best[target.name] = {}
-        for steps in [[step] for step in wanted if step in TUNING] + [learning] * bool(learning):
+        for steps in [[step] for step in wanted if step not in RUN] + [learning] * bool(learning):
             best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, note=note)
             keep()
     if made:
         console.print(report.table(made, best))
     if FLAGS.scaling:
-        step = "update" if "update" in recipe.steps else "sft"
+        step = "update" if "update" in recipe.steps else recipe.steps[0]
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):
             console.print(report.line(point.compiled))
             points.append(point)
@@ -149,4 +155,5 @@ def read_recipe(config, console):
     if vocabulary is None:
         console.print("No tokenizer there: the text of observations is counted in that of the quickstart.", style="dim")
         vocabulary = build_vocabulary()
-    return Recipe(config, network, tables(vocabulary, calls=find_format(config.rl.rollout.call_format)))
+    limits = config.rollout if config.rl is None else config.rl.rollout
+    return Recipe(config, network, tables(vocabulary, calls=find_format(limits.call_format)))

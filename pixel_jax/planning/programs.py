@@ -17,7 +17,6 @@ from pixel_jax.models.lora import add_lora
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
-from pixel_jax.planning.unlearning import gauss_newton
 from pixel_jax.rollout import machine
 from pixel_jax.rollout.config import PATCH, RolloutConfig
 from pixel_jax.rollout.materialize import cut_patches
@@ -31,7 +30,7 @@ from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
 
-TUNING = ("sft", "unlearn")
+RUN = ("update", "score", "rollout")  # steps of a run of reinforcement learning; others are planned by themselves
 ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate
 PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
@@ -50,22 +49,22 @@ class Recipe:
     def steps(self) -> tuple[str, ...]:
         """The steps of this recipe, in the order in which they are planned."""
         config = self.config
-        tuning = ("sft", *["unlearn"] * (config.lora is not None)) if config.sft is not None else ()
+        tuning = ("sft",) if config.sft is not None else ()
         if config.rl is None:
             return tuning
         return (*tuning, "update", *["score"] * (config.rl.old_logprobs == "recomputed"), "rollout")
 
     def rows(self, step: str) -> int:
         """Rows that one call of the step's program works on."""
-        if step in TUNING:
+        if step not in RUN:
             return self.config.sft.batch_size
         return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
         """Unless the config's are wanted as many as leave every part of the mesh one row at a time: rows are long, and a
         micro-batch is what memory goes into."""
-        given = (self.config.sft if step in TUNING else self.config.rl).forward.micro_batches
-        if self.configured and step != "unlearn" and given is not None:  # whose micro-batches are not of this config
+        given = (self.config.rl if step in RUN else self.config.sft).forward.micro_batches
+        if self.configured and given is not None:
             return given
         rows, shards = self.rows(step), mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
         if rows % shards:
@@ -75,7 +74,15 @@ class Recipe:
     def length(self, step: str) -> int:
         """Tokens of a row."""
         config = self.config
-        return config.trace_tokens if step in TUNING else config.prompt_width + config.rl.rollout.max_response
+        return config.prompt_width + config.rl.rollout.max_response if step in RUN else config.trace_tokens
+
+    def sequences(self, step: str) -> tuple[int, ...]:
+        """Into how many parts a mesh may split the positions of a row."""
+        return (1,) if step == "rollout" else (1, 2, 4, 8)
+
+    def build(self, step: str, mesh: Mesh) -> "Program":
+        """The program of one of the steps on a mesh."""
+        return build(self, step, mesh)
 
 
 class Program(NamedTuple):
@@ -216,19 +223,14 @@ def rl_batch(recipe: Recipe) -> Batch:
 
 
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
-    """The program of one step ("sft", "unlearn", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
+    """The program of one step ("sft", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
     config = recipe.config
     turns = vision_turns(recipe.network)
     if step == "rollout":
         arguments, options = rollout_arguments(recipe, mesh)
         return Program(compiled_rollout, arguments, options, turns | rollout_turns(recipe, mesh), mesh)
-    phase = config.sft if step in TUNING else config.rl
+    phase = config.rl if step in RUN else config.sft
     micro_batches = recipe.micro_batches(step, mesh)
-    if step == "unlearn":
-        model = abstract_model(recipe)
-        model = placed(model, shardings(model, mesh))
-        function, *arguments = gauss_newton(model, sft_batch(recipe, packed=False), mesh, micro_batches)
-        return Program(function, tuple(arguments), {"curvature": "ggn"}, turns, mesh)
     forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
     if step == "sft":
         steps = phase.steps or ANY_STEPS

@@ -18,7 +18,7 @@ from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import Machine
-from pixel_jax.planning.programs import TUNING, Program, Recipe, abstract_model, build, resident
+from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
 
 TENSOR = (1, 2, 4, 8)
 
@@ -76,7 +76,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
             continue
         rest = devices // tensor
-        for sequence in (1,) if step in ("rollout", "unlearn") else (1, 2, 4, 8):
+        for sequence in recipe.sequences(step):
             if rest % sequence or recipe.length(step) % sequence:
                 continue
             row_parts = rest // sequence
@@ -200,7 +200,7 @@ def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[
 
 def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
     """`resident` bytes beside a step of a layout. A mesh that it does not have is that of the config."""
-    if step in TUNING:
+    if step not in RUN:
         return 0
     config = recipe.config
     trained = make_mesh(meshes.get("update") or meshes.get("score") or config.mesh or None, machine.devices)
@@ -231,7 +231,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     sharding = dict(mesh_shape)
     if step != "rollout":
         sharding["micro_batches"] = recipe.micro_batches(step, mesh)
-    program = build(recipe, step, mesh)
+    program = recipe.build(step, mesh)
     began = time.monotonic()
     known = {"topology": machine.name, "step": step, "sharding": sharding}
     try:

@@ -17,13 +17,11 @@ from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.flops import Work, forward_flops, padded_work, training_flops
 from pixel_jax.models.released import released
 from pixel_jax.parallel import make_mesh, shard_batch
-from pixel_jax.parallel.sharding import shardings
 from pixel_jax.planning import report
 from pixel_jax.planning import search as search_module
 from pixel_jax.planning.hlo import Counter
 from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import (
-    abstract_model,
     abstract_state,
     build,
     bytes_per_device,
@@ -46,8 +44,6 @@ from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.packing import pack
 from pixel_jax.training.state import init_state
 from tests.planning.small_recipe import recipe
-from unlearn_jax.objective import Objective
-from unlearn_jax.vision_language import adapter_loss, examples
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "pixel"
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -108,43 +104,6 @@ def test_abstract_arguments_are_those_of_a_run(step):
         assert real.sharding.is_equivalent_to(imagined.sharding, real.ndim)
 
 
-@functools.cache
-def adapted():
-    lora = LoRAConfig(rank=4, alpha=8.0, targets=r"model\.layers\..*")
-    return dataclasses.replace(recipe(), config=dataclasses.replace(recipe().config, lora=lora))
-
-
-def test_an_unlearning_step_is_that_of_an_edit():
-    mesh, small = make_mesh(MESH), adapted()
-    assert small.steps == ("sft", "unlearn", "update", "score", "rollout")
-    zeros = lambda x: np.zeros(x.shape, x.dtype)
-    batch = jax.tree.map(zeros, sft_batch(small, packed=False))
-    batch.tokens[:, :] = batch.valid[:, :] = batch.chosen[:, 1:] = True
-    batch.visual.slices[:] = np.arange(2)[None, :, None]
-    batch.visual.grids[:] = (1, 4, 8)
-    model = abstract_model(small)
-    model = jax.tree.map(lambda x, place: jax.device_put(zeros(x), place), model, shardings(model, mesh))
-    loss, adapter = adapter_loss(model)
-    rows = examples(batch)
-    rows.pop("id")
-    real = (Objective.of(loss, rows, np.ones(8, np.float32), micro_batch=4, mesh=mesh), adapter, adapter)
-    expected = build(small, "unlearn", mesh).arguments
-    assert jax.tree.structure(expected) == jax.tree.structure(real)
-    paths = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, imagined), found in zip(paths, jax.tree.leaves(real), strict=True):
-        name = jax.tree_util.keystr(path)
-        if "places" not in name and "labels" not in name and "loss_mask" not in name:  # as wide as the rows need
-            assert (imagined.shape, imagined.dtype) == (found.shape, found.dtype), name
-
-
-def test_flops_of_an_unlearning_step():
-    """Rows forward with a tangent, backward once; with blocks computed again on the way back."""
-    small = adapted()
-    found = plan(small, "unlearn", machine("cpu:8"), MESH).plan
-    forward = sum(forward_flops(small.network, padded_work(8, small.length("sft"), 2, 32, small.network)))
-    assert 4 * forward < 8 * found.flops_per_chip < 7 * forward
-
-
 @pytest.mark.parametrize("step", ["sft", "update", "score"])
 def test_flops_are_those_of_the_formula(step):
     small, found = recipe(), compiled(step).plan
@@ -201,7 +160,8 @@ def test_a_rollout_reads_weights_of_the_type_that_training_computes_in():
 
 def adapters_alone():
     rl = dataclasses.replace(recipe().config.rl, trainable=".*lora_")
-    return dataclasses.replace(recipe(), config=dataclasses.replace(adapted().config, rl=rl))
+    lora = LoRAConfig(rank=4, alpha=8.0, targets=r"model\.layers\..*")
+    return dataclasses.replace(recipe(), config=dataclasses.replace(recipe().config, rl=rl, lora=lora))
 
 
 def test_memory_is_the_programs_and_what_stays_beside_it():

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import toys
 
-from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, MaskTokens, ModifyQuery, Remove, apply, erase
+from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, MaskTokens, ModifyQuery, Remove, apply, cg, erase
 
 EXACT = {
     "damping": 0.0,
-    "rtol": 1e-13,
-    "max_steps": 60,
+    "solver": cg(rtol=1e-13, max_steps=60),
     "newton_steps": 1,
     "line_search": False,
     "curvature_examples": None,

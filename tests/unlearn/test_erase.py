@@ -8,14 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toys
+from ml_collections import ConfigDict
 
-from pixel_jax.config import ConfigError
+import unlearn_jax as u
+from pixel_jax.config import convert
 from unlearn_jax import Dataset, ErasureConfig, Remove, apply, erase, fvp, ggnvp, hvp
-from unlearn_jax.config import PRESETS, preset, resolve
+from unlearn_jax.config import PRESETS, preset, resolve, to_mapping
 from unlearn_jax.objective import dataset_objective
+from unlearn_jax.solvers import SOLVERS
 
 DECAY, DAMPING = 1e-2, 3e-2
 EDITS = [Remove([0, 5, 9])]
+EXACT = u.cg(rtol=1e-13, max_steps=200)
 
 
 @pytest.fixture
@@ -35,40 +39,40 @@ def dense_step(params, data, make, edits=EDITS, decay=DECAY, damping=DAMPING):
 
 
 def one_step(params, data, **config):
-    exact = {"newton_steps": 1, "line_search": False, "rtol": 1e-13, "max_steps": 200, "damping": DAMPING}
+    exact = {"newton_steps": 1, "line_search": False, "solver": EXACT, "damping": DAMPING}
     return erase(toys.LOSS, params, data, EDITS, {"weight_decay": DECAY, **exact, **config})
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {"solver": "cg"},
-        {"solver": "cg", "linearize": True, "micro_batch": 7},
-        {"solver": "cg", "preconditioner": "diagonal"},
-        {"solver": "cg", "preconditioner": "nystrom", "rank": 10},
-        {"solver": "cg", "preconditioner": "ekfac", "micro_batch": 5},
-        {"solver": "minres"},
-        {"solver": "lanczos", "max_steps": 32},
-        {"solver": "sgd_qp", "max_steps": 4000},
-        {"solver": "lissa", "max_steps": 4000},
-        {"solver": "adam_qp", "max_steps": 6000, "learning_rate": 1e-2},
+        {},
+        {"linearize": True, "micro_batch": 7},
+        {"solver": dataclasses.replace(EXACT, preconditioner=u.diagonal())},
+        {"solver": dataclasses.replace(EXACT, preconditioner=u.nystrom(rank=10))},
+        {"solver": dataclasses.replace(EXACT, preconditioner=u.ekfac()), "micro_batch": 5},
+        {"solver": u.minres(rtol=1e-13, max_steps=200)},
+        {"solver": u.lanczos(max_steps=32)},
+        {"solver": u.sgd_qp(max_steps=4000)},
+        {"solver": u.lissa(max_steps=4000)},
+        {"solver": u.adam_qp(max_steps=6000, learning_rate=1e-2)},
     ],
-    ids=lambda config: "-".join(map(str, config.values())),
+    ids=lambda config: "-".join(map(str, config.values())) or "cg",
 )
 def test_solvers_of_gauss_newton(network, config):
     data, params = network
     erasure = one_step(params, data, **config)
-    rough = {"sgd_qp": 1e-4, "lissa": 1e-4, "adam_qp": 1e-3}.get(config["solver"], 1e-9)
+    rough = {"sgd_qp": 1e-4, "lissa": 1e-4, "adam_qp": 1e-3}.get(config.get("solver", EXACT).name, 1e-9)
     expected = dense_step(params, data, ggnvp)
     np.testing.assert_allclose(toys.flatten(erasure.delta), expected, atol=rough * float(np.linalg.norm(expected)))
     assert erasure.report.residual < rough * 10
 
 
-@pytest.mark.parametrize("config", [{"solver": "cg"}, {"solver": "dual"}, {"solver": "cg", "preconditioner": "ekfac"}])
-def test_solvers_of_the_empirical_fisher(network, config):
+@pytest.mark.parametrize("solver", [EXACT, u.dual(), dataclasses.replace(EXACT, preconditioner=u.ekfac())], ids=str)
+def test_solvers_of_the_empirical_fisher(network, solver):
     data, params = network
     empirical = lambda *args: fvp(*args, kind="empirical")
-    erasure = one_step(params, data, curvature="empirical_fisher", micro_batch=5, **config)
+    erasure = one_step(params, data, curvature="empirical_fisher", micro_batch=5, solver=solver)
     expected = dense_step(params, data, empirical)
     np.testing.assert_allclose(toys.flatten(erasure.delta), expected, atol=1e-9 * float(np.linalg.norm(expected)))
 
@@ -77,9 +81,9 @@ def test_solvers_for_comparison(network):
     """They solve another system, and the residual says so."""
     data, params = network
     for config in (
-        {"solver": "identity"},
-        {"solver": "datainf", "curvature": "fisher"},
-        {"solver": "ekfac", "curvature": "fisher"},
+        {"solver": u.identity()},
+        {"solver": u.datainf(), "curvature": "fisher"},
+        {"solver": u.ekfac(), "curvature": "fisher"},
     ):
         report = one_step(params, data, **config).report
         assert 1e-3 < report.residual and np.isfinite(report.delta_norm)
@@ -161,8 +165,7 @@ def test_line_search(network):
         "damping": 0.0,
         "weight_decay": 1e-6,
         "newton_steps": 3,
-        "rtol": 1e-8,
-        "max_steps": 100,
+        "solver": u.cg(rtol=1e-8, max_steps=100),
     }
     edits = [Remove(range(12))]
     report = erase(toys.LOSS, params, data, edits, config).report
@@ -183,7 +186,7 @@ def test_predicted_and_actual_change(network):
 def test_a_solve_that_diverges_is_refused(network):
     data, params = network
     with pytest.raises(FloatingPointError, match="solver 'sgd_qp' diverged with damping 0.03.*learning_rate"):
-        one_step(params, data, solver="sgd_qp", learning_rate=1e6, max_steps=400)
+        one_step(params, data, solver=u.sgd_qp(learning_rate=1e6, max_steps=400))
 
 
 def test_repo_solves_half_of_the_hessian(x64):
@@ -193,15 +196,15 @@ def test_repo_solves_half_of_the_hessian(x64):
     start = toys.minimise(toys.ridge_loss, jnp.zeros(5), data, 0.0)
     edits = [Remove(range(7))]
     run = lambda config: erase(toys.ridge_loss, start, data, edits, config).delta
-    paper = run(preset("paper", solver="cg", rtol=1e-13))
+    paper = run(preset("paper", solver=u.cg(rtol=1e-13)))
     exact = dataset_objective(toys.ridge_loss, start, Dataset.of(data))
     g = dataset_objective(toys.ridge_loss, start, Dataset.of(data).select(range(7))).gradient(start) * 7 / 50
     np.testing.assert_allclose(paper, jnp.linalg.solve(jax.hessian(exact.value)(start), g), rtol=1e-9)
-    long = {"max_steps": 4000, "learning_rate": 1e-3, "micro_batch": 50, "damping": 0.0}
-    np.testing.assert_allclose(run(preset("repo", **long)), 2 * paper, rtol=1e-3)
-    mended = run(preset("repo", **long, half_hessian=False))
+    long, options = {"max_steps": 4000, "learning_rate": 1e-3}, {"micro_batch": 50, "damping": 0.0}
+    np.testing.assert_allclose(run(preset("repo", solver=long, **options)), 2 * paper, rtol=1e-3)
+    mended = run(preset("repo", solver={**long, "half_hessian": False}, **options))
     np.testing.assert_allclose(mended, paper, rtol=1e-3)
-    by_sgd = run(preset("paper", max_steps=3000, micro_batch=50))
+    by_sgd = run(preset("paper", solver={"max_steps": 3000}, micro_batch=50))
     np.testing.assert_allclose(by_sgd, paper, rtol=1e-3)
     as_released = run(preset("repo"))
     assert np.abs(as_released).max() < 1e-5 + 20 * 1e-5 + 1e-6  # whatever the edit: 20 steps of the learning rate
@@ -211,9 +214,38 @@ def test_presets_and_overrides():
     assert set(PRESETS) == {"best", "paper", "repo"}
     assert resolve(None) == ErasureConfig() == preset("best")
     assert resolve({"preset": "paper", "weight_decay": 0.5}) == dataclasses.replace(preset("paper"), weight_decay=0.5)
-    config = ErasureConfig(rtol=0.5)
+    config = ErasureConfig(solver=u.minres(rtol=0.5))
     assert resolve(config) is config
     assert resolve({"damping": 0}).damping == 0.0
+
+
+@pytest.mark.parametrize("solver", [kind() for kind in SOLVERS.values()], ids=str)
+def test_a_configuration_is_written_and_read(solver):
+    config = ErasureConfig(solver=solver, curvature="fisher", damping=0.5, epochs=3.0)
+    written = json.loads(json.dumps(to_mapping(config)))
+    assert resolve(written) == config and convert(ErasureConfig, ConfigDict(written), "config.erasure") == config
+    named = cg_with(u.nystrom(rank=3))
+    assert resolve(json.loads(json.dumps(to_mapping(named)))) == named
+
+
+def cg_with(preconditioner):
+    return ErasureConfig(solver=u.cg(rtol=0.2, preconditioner=preconditioner))
+
+
+def test_the_solver_stands_beside_the_configuration_or_in_it():
+    solver = u.cg(preconditioner=u.diagonal())
+    assert resolve({"weight_decay": 0.5}, solver) == ErasureConfig(weight_decay=0.5, solver=solver)
+    assert resolve(ErasureConfig(seed=3), solver) == ErasureConfig(seed=3, solver=solver)
+    with pytest.raises(ValueError, match="give one of them"):
+        resolve({"solver": u.minres()}, solver)
+    with pytest.raises(ValueError, match="solver is a value, as unlearn_jax.cg"):
+        resolve({}, "cg")
+    with pytest.raises(ValueError, match=r"config.solver must be Solver, not nystrom\(rank=3\)"):
+        resolve({"solver": u.nystrom(rank=3)})
+    with pytest.raises(
+        ValueError, match=r"preconditioner is nystrom\(rank=...\), diagonal\(\) or ekfac\(\), not minres"
+    ):
+        u.cg(preconditioner=u.minres())
 
 
 @pytest.mark.parametrize(
@@ -224,21 +256,31 @@ def test_presets_and_overrides():
         ({"damping": -1.0}, "damping must be finite and not negative: -1.0"),
         ({"preset": "fast"}, "preset 'fast' is not one of 'best', 'paper', 'repo'"),
         (
-            {"solver": "dual"},
+            {"solver": {"name": "dual"}},
             "solver 'dual' works on per-example gradients: curvature must be 'fisher' or 'empirical_fisher'",
         ),
-        ({"solver": "lanczos", "damping": 0.0}, "solver 'lanczos' divides by the damping, which is zero"),
+        ({"solver": {"name": "lanczos"}, "damping": 0.0}, "solver 'lanczos' divides by the damping, which is zero"),
         ({"formula": "paper"}, "formula 'paper' is one step from the trained adapter: newton_steps=1"),
-        ({"solver": "minres", "preconditioner": "diagonal"}, "only solver 'cg' takes a preconditioner, not 'minres'"),
-        ({"preconditioner": "nystrom"}, "preconditioner 'nystrom' needs a rank"),
-        ({"half_hessian": True}, "init and half_hessian are of 'sgd_qp' and 'adam_qp', not of 'cg'"),
-        ({"solver": "lissa", "linearize": True}, "solver 'lissa' takes no product twice"),
+        ({"solver": "cg"}, "config.solver must be Solver, not 'cg'"),
+        ({"solver": {"name": "gauss"}}, "config.solver.name must be one of 'cg', .*, not 'gauss'"),
+        (
+            {"solver": {"name": "minres", "preconditioner": {"name": "diagonal"}}},
+            "unknown key config.solver.preconditioner; config.solver has rtol, max_steps",
+        ),
+        ({"solver": {"preconditioner": {"name": "nystrom"}}}, "config.solver.preconditioner lacks rank"),
+        (
+            {"solver": {"preconditioner": {"name": "nystrom", "rank": 3.5}}},
+            "config.solver.preconditioner.rank must be int",
+        ),
+        ({"solver": {"half_hessian": True}}, "unknown key config.solver.half_hessian"),
+        ({"solver": {"max_steps": 0}}, "max_steps of solver 'cg' must be positive, not 0"),
+        ({"solver": {"name": "lissa"}, "linearize": True}, "solver 'lissa' takes no product twice"),
         ({"newton_steps": 0}, "newton_steps must be positive, not 0"),
-        ({"rtol": -1.0}, "rtol must not be negative: -1.0"),
+        ({"solver": {"rtol": -1.0}}, "rtol must not be negative: -1.0"),
     ],
 )
 def test_malformed_configurations(config, message):
-    with pytest.raises((ConfigError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         resolve(config)
 
 
@@ -248,7 +290,11 @@ def test_report(network):
     report = erasure.report
     read = json.loads(report.to_json(indent=1))
     assert read["edits"] == {"Remove": 3} and (read["examples"], read["edited"], read["sampled"]) == (24, 3, 21)
-    assert read["config"]["solver"] == "cg" and len(read["steps"]) == 2
+    assert (
+        resolve(read["config"]) == report.config
+        and read["config"]["solver"]["name"] == "cg"
+        and len(read["steps"]) == 2
+    )
     assert {
         "residual",
         "negative_curvature",
@@ -275,6 +321,6 @@ def test_requests_of_a_size_share_their_programs(rng, caplog):
     for ids in ([0, 5], [1, 2]):
         caplog.clear()
         with jax.log_compiles():
-            erase(toys.LOSS, params, data, [Remove(ids)], {"weight_decay": DECAY, "rtol": 0.02})
+            erase(toys.LOSS, params, data, [Remove(ids)], {"weight_decay": DECAY}, solver=u.cg(rtol=0.02))
         compilations.append(sum("Compiling" in record.getMessage() for record in caplog.records))
     assert compilations[0] > 0 == compilations[1]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import toys
 
-from unlearn_jax import CrossEntropy, Dataset, Loss, Remove, erase, fvp, ggnvp, hvp
+from unlearn_jax import CrossEntropy, Dataset, Loss, Remove, adam_qp, cg, erase, fvp, ggnvp, hvp
 from unlearn_jax.edits import apply
 from unlearn_jax.objective import dataset_objective
 
@@ -60,9 +60,9 @@ def test_conjugate_gradients_never_enter_the_gauge(adapted):
     """From zero; a constant start, as in the released code, stays there."""
     data, adapter, loss = adapted
     flat = gauge(adapter)
-    exact = {"newton_steps": 1, "line_search": False, "damping": 1e-3, "rtol": 1e-10, "max_steps": 200}
+    exact = {"newton_steps": 1, "line_search": False, "damping": 1e-3, "solver": cg(rtol=1e-10, max_steps=200)}
     delta = toys.flatten(erase(loss, adapter, data, [Remove([1, 2])], exact).delta)
     assert np.abs(flat @ delta).max() < 1e-11 * np.linalg.norm(delta) * np.linalg.norm(flat, axis=1).max()
-    junk = {**exact, "damping": 0.0, "solver": "adam_qp", "init": 1e-2, "learning_rate": 1e-3}
+    junk = {**exact, "damping": 0.0, "solver": adam_qp(max_steps=200, init=1e-2, learning_rate=1e-3)}
     started = toys.flatten(erase(loss, adapter, data, [Remove([1, 2])], junk).delta)
     assert np.abs(flat @ started).max() > 1e-3

@@ -36,7 +36,13 @@ def test_objective_and_products(rng, x64, mesh):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_an_edit(rng, x64, mesh):
     params, data = toys.params(rng), toys.sequences(rng, 21)
-    config = {"weight_decay": 1e-2, "micro_batch": 8, "rtol": 1e-10, "newton_steps": 2, "curvature_examples": 15}
+    config = {
+        "weight_decay": 1e-2,
+        "micro_batch": 8,
+        "solver": {"rtol": 1e-10},
+        "newton_steps": 2,
+        "curvature_examples": 15,
+    }
     one, many = (erase(toys.LOSS, params, data, [Remove([1, 2])], config, mesh=m) for m in (None, mesh()))
     np.testing.assert_allclose(toys.flatten(many.delta), toys.flatten(one.delta), atol=1e-9)
     assert np.linalg.norm(toys.flatten(one.delta)) > 1e-2

@@ -36,7 +36,7 @@ def test_lbfgs_goes_on_to_the_warm_retrain(trained):
     objective = dataset_objective(toys.LOSS, params, after, weight_decay=DECAY)
     warm, _ = converge(objective, params, tolerance=1e-10)
     distance = lambda x: np.linalg.norm(toys.flatten(x) - toys.flatten(warm.adapter))
-    config = {"weight_decay": DECAY, "rtol": 1e-3, "max_steps": 200, "epochs": "unlimited"}
+    config = {"weight_decay": DECAY, "solver": {"rtol": 1e-3, "max_steps": 200}, "epochs": "unlimited"}
     free = erase(toys.LOSS, params, data, EDITS, config)
     step = erase(toys.LOSS, params, data, EDITS, {**config, "newton_steps": 1})
     assert step.report.finish is None and free.report.steps[0].actual == step.report.steps[0].actual
@@ -53,7 +53,7 @@ def test_what_training_left_undone_is_kept_or_finished(rng, x64):
     data, params = toys.sequences(rng, 24), toys.params(rng)
     objective = dataset_objective(toys.LOSS, params, Dataset.of(data), weight_decay=DECAY)
     early = converge(objective, params, tolerance=1e-4)[0].adapter
-    config = {"weight_decay": DECAY, "rtol": 1e-3, "epochs": "unlimited"}
+    config = {"weight_decay": DECAY, "solver": {"rtol": 1e-3}, "epochs": "unlimited"}
     report = erase(toys.LOSS, early, data, [Remove([3])], config).report
     # Finer than training was done, the gradient tells of the tilt alone.
     assert 1e-6 < report.unfinished < 1 and report.finish.gradient <= report.residual_gradient
@@ -72,7 +72,13 @@ def test_curvature_is_gauss_newton_of_a_loss_and_the_hessian_of_a_callable(train
 
 def test_the_damping_follows_how_well_a_step_was_foretold(trained):
     data, params = trained
-    config = {"weight_decay": DECAY, "newton_steps": 4, "rtol": 1e-3, "curvature": "hessian", "damping_fraction": 1e-2}
+    config = {
+        "weight_decay": DECAY,
+        "newton_steps": 4,
+        "solver": {"rtol": 1e-3},
+        "curvature": "hessian",
+        "damping_fraction": 1e-2,
+    }
     steps = erase(toys.LOSS, params, data, EDITS, config).report.steps
     for one, two in zip(steps, steps[1:], strict=False):
         share = one.actual / one.predicted
@@ -136,7 +142,7 @@ def test_a_sample_is_judged_and_followed_by_all_examples(trained):
     config = {"weight_decay": DECAY, "curvature_examples": 10}
     after = dataset_objective(toys.LOSS, params, apply(Dataset.of(data), EDITS), weight_decay=DECAY)
     J = lambda x: float(after.value(x))
-    for more in ({"newton_steps": 1}, {}, {"newton_steps": 2, "rtol": 1e-6}):
+    for more in ({"newton_steps": 1}, {}, {"newton_steps": 2, "solver": {"rtol": 1e-6}}):
         erasure = erase(toys.LOSS, params, data, EDITS, {**config, **more})
         np.testing.assert_allclose(erasure.report.actual, J(erasure.adapter) - J(params), rtol=1e-3)
         assert erasure.report.sampled == 10 and (erasure.report.finish is None) == bool(more)

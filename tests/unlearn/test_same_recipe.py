@@ -11,7 +11,8 @@ import optax
 import pytest
 from jax.tree_util import Partial
 
-from unlearn_jax import CrossEntropy, Loss, Remove, erase, facts, testbed
+from unlearn_jax import CrossEntropy, Loss, Remove, erase
+from unlearn_jax.experiment import invented_people, small_transformer
 
 SEEDS = 5
 STRANGERS = 100  # people whose facts the base model knows
@@ -31,8 +32,10 @@ class Recipe:
     batch: int = 20
 
     @property
-    def size(self) -> testbed.Size:
-        return testbed.Size(len(facts.VOCABULARY), facts.LENGTH, width=self.width, rank=self.rank)
+    def size(self) -> small_transformer.Size:
+        return small_transformer.Size(
+            len(invented_people.VOCABULARY), invented_people.LENGTH, width=self.width, rank=self.rank
+        )
 
 
 FIFTY_EPOCHS = Recipe(people=50, width=32, rank=4, epochs=50, removed=2, learning_rate=3e-3)
@@ -42,7 +45,7 @@ MANY_PARAMETERS = Recipe(
 
 
 def logits(base, adapter, example):
-    return testbed.forward(base, adapter, example["tokens"])[0]
+    return small_transformer.forward(base, adapter, example["tokens"])[0]
 
 
 def batches(recipe: Recipe, facts: int, seed: int) -> np.ndarray:
@@ -85,17 +88,17 @@ def compare(recipe: Recipe) -> dict[str, np.ndarray]:
 
     Prints the means: `pytest -s --all tests/unlearn/test_same_recipe.py`.
     """
-    names = facts.people(STRANGERS + recipe.people, seed=0)
-    known = facts.facts(names[:STRANGERS], seed=0)
+    names = invented_people.people(STRANGERS + recipe.people, seed=0)
+    known = invented_people.facts(names[:STRANGERS], seed=0)
     both = {name: np.concatenate([x, known.paraphrased[name]]) for name, x in known.examples.items()}
-    base = testbed.pretrain(jax.random.key(0), recipe.size, both, steps=500)
+    base = small_transformer.pretrain(jax.random.key(0), recipe.size, both, steps=500)
     loss = Loss(Partial(logits, base), CrossEntropy())
     found: dict[str, list] = {}
     for seed in range(SEEDS):
-        data = facts.facts(names[STRANGERS:], seed=1 + seed).examples
+        data = invented_people.facts(names[STRANGERS:], seed=1 + seed).examples
         n = len(data["tokens"])
         removed = np.sort(np.random.default_rng(seed).permutation(n)[: recipe.removed])
-        start, kept = testbed.init_adapter(jax.random.key(1 + seed), recipe.size), np.ones(n)
+        start, kept = small_transformer.init_adapter(jax.random.key(1 + seed), recipe.size), np.ones(n)
         kept[removed] = 0
         learn = functools.partial(train, recipe, base, start, data)
         order, other = batches(recipe, n, seed), batches(recipe, n, 100 + seed)

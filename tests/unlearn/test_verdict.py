@@ -13,7 +13,7 @@ from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, ModifyQuer
 from unlearn_jax.checks import primitives
 from unlearn_jax.config import resolve
 from unlearn_jax.lbfgs import Known, lbfgs
-from unlearn_jax.newton import Work
+from unlearn_jax.newton import Cost
 from unlearn_jax.objective import FORWARD
 from unlearn_jax.problem import make_problem
 from unlearn_jax.solvers import Krylov, cg
@@ -151,7 +151,7 @@ def test_solvers_that_cannot_solve_come_back_unchanged_or_better(solver):
     rng = np.random.default_rng(1)
     data = {"x": rng.normal(size=(12, 60)).astype(np.float32), "labels": rng.integers(0, 10, (12, 1))}
     params = jnp.asarray(rng.normal(size=(60, 10)), jnp.float32)
-    config = {"solver": solver, "curvature": "empirical_fisher", "newton_steps": 1, "weight_decay": 1e-3}
+    config = {"solver": {"name": solver}, "curvature": "empirical_fisher", "newton_steps": 1, "weight_decay": 1e-3}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = erase(LINEAR, params, data, [Remove([0, 1])], config)
@@ -267,7 +267,7 @@ def test_an_array_that_the_data_says_nothing_of_does_not_stop_the_edit(x64):
     data = {"x": rng.normal(size=(60, 5)), "y": rng.normal(size=60)}
     loss = lambda params, example: 0.5 * (example["x"] @ params["w"] - example["y"]) ** 2
     w = toys.minimise(toys.ridge_loss, jnp.zeros(5), data, 0.1)
-    config = {"weight_decay": 0.1, "epochs": "unlimited", "rtol": 1e-5}
+    config = {"weight_decay": 0.1, "epochs": "unlimited", "solver": {"rtol": 1e-5}}
     alone = erase(loss, {"w": w}, data, [Remove([3])], config)
     beside = erase(loss, {"w": w, "idle": jnp.ones(4)}, data, [Remove([3])], config)
     assert beside.report.unfinished < 1e-6
@@ -291,7 +291,7 @@ def test_what_is_constant_is_computed_once(small):
         problem = make_problem(loss, params, before, apply(before, edits, loss), resolve(config))
         jaxpr = jax.make_jaxpr(lambda objective, params: objective.gradient(params))(problem.edited, params)
         assert ("erf" in set(primitives(jaxpr.jaxpr))) == found
-        work = Work(problem, resolve(config))
+        work = Cost(problem, resolve(config))
         work.constants(problem.edited, problem.leaving)
         assert work.spent == (0 if found else FORWARD * (problem.edited.count + problem.leaving.count))
 
@@ -307,7 +307,7 @@ def test_a_krylov_space_holds_the_iterates_of_conjugate_gradients(x64):
         space.extend(matvec)
         for damping in (0.1, 1.0, 10.0):
             x, info = space.solve(damping)
-            expected, cg_info = cg(matvec, b, damping=damping, rtol=0.0, max_steps=steps)
+            expected, cg_info = cg(rtol=0.0, max_steps=steps).solve(matvec, b, damping=damping)
             np.testing.assert_allclose(toys.flatten(x), toys.flatten(expected), rtol=1e-8)
             np.testing.assert_allclose(info.residual, cg_info.residual, rtol=1e-5)
             np.testing.assert_allclose(space.bend(damping), toys.flatten(x) @ A @ toys.flatten(x), rtol=1e-9)

@@ -1,17 +1,33 @@
 """The proximal Bregman response (Bae et al. 2022, arXiv:2209.05364): what an influence function is an approximation of."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from unlearn_jax.baselines.divergence import divergence
+from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.training import Term, Trained, Training, descend, split
 from unlearn_jax.edits import Edit, affected
-from unlearn_jax.loss import Example, Loss, Params, require_parts, sum_and_weight
+from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import FORWARD, coefficients
+
+
+def divergence(loss: Loss, reference: Params, params: Params, example: Example) -> tuple[jax.Array, jax.Array]:
+    """(sum, weight) over the elements of D(z, z_ref) = l(z) - l(z_ref) - <dl/dz (z_ref), z - z_ref>.
+
+    The Bregman divergence of the criterion. For cross-entropy it is KL(p_ref || p), for half the squared error half the
+    squared distance; its Hessian in z at z_ref is that of the criterion, so its Hessian in the parameters is Gauss-Newton's.
+    """
+    z = loss.z(params, example)
+    fixed = jax.lax.stop_gradient(loss.z(reference, example))
+    moved = jax.tree.map(jnp.subtract, z, fixed)
+    value, slope = jax.jvp(lambda z: loss.criterion(z, example), (fixed,), (moved,))
+    bregman = lambda z, example: loss.criterion(z, example) - value - slope
+    return dataclasses.replace(loss, criterion=bregman).reduce(z, example)
 
 
 def pbrf(
@@ -42,6 +58,7 @@ def pbrf(
 
 
 def nearby(loss: Loss, reference: Params, params: Params, pair: tuple[Example, jax.Array]) -> jax.Array:
+    """The divergence of one example and its share of R' - R, []."""
     example, change = pair
     moved, _ = divergence(loss, reference, params, example)
     total, _ = sum_and_weight(loss, params, example)

@@ -6,24 +6,28 @@ reference model, is a third of one.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from unlearn_jax import tree
+from unlearn_jax.arrays import Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
-from unlearn_jax.loss import Loss, Params, has_field
+from unlearn_jax.loss import Loss, has_field
 from unlearn_jax.objective import Objective, Reduction, coefficients
+
+if TYPE_CHECKING:
+    import optax
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
     """How a baseline descends, and how the adapter was trained (`reduction`, `weight_decay`: see `Objective`)."""
 
-    optimizer: optax.GradientTransformation
+    optimizer: "optax.GradientTransformation"
     budget: float  # example-gradients
     batch: int = 32  # examples of each term and step; a term with fewer takes all of them
     micro_batch: int | None = None  # how many of them at once
@@ -37,6 +41,8 @@ class Training:
 
 
 class Trained(NamedTuple):
+    """What a descent arrives at."""
+
     adapter: Params
     gradients: float  # example-gradients spent
     values: np.ndarray  # float [steps], what was descended, each step on its own batch
@@ -67,7 +73,21 @@ class Term:
 
 
 def descend(terms: Sequence[Term], start: Params, training: Training, *, proximal: float = 0.0) -> Trained:
-    """Minimises the sum of the terms and proximal / 2 |params - start|^2 from `start`, as far as the budget goes."""
+    """Minimises the sum of the terms and proximal / 2 |params - start|^2 in mini-batches, as far as the budget goes.
+
+    Args:
+        terms: what is summed.
+        start: a pytree of parameters.
+        training: the optimizer, the budget and the sizes of batches.
+        proximal: weight of the distance from `start`.
+
+    Returns:
+        What the descent arrives at.
+
+    Raises:
+        ValueError: the budget is less than a step costs.
+        FloatingPointError: a value or a parameter is not finite.
+    """
     sizes = [min(training.batch, len(term.dataset)) for term in terms]
     cost = sum(size * term.cost for size, term in zip(sizes, terms, strict=True))
     steps = int(training.budget / cost + 1e-6)
@@ -82,7 +102,7 @@ def descend(terms: Sequence[Term], start: Params, training: Training, *, proxima
     @jax.jit
     def update(params, state, gradient):
         updates, state = training.optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state
+        return tree.cast_like(tree.add(params, updates), params), state
 
     params, state, values = start, training.optimizer.init(start), []
     for _ in range(steps):
@@ -102,7 +122,7 @@ def descend(terms: Sequence[Term], start: Params, training: Training, *, proxima
 def _combined(objectives, scales, proximal, start, params):
     total = 0.0
     gradient = jax.tree.map(lambda p, s: proximal * (p - s), params, start)
-    value = 0.5 * proximal * optax.tree.norm(jax.tree.map(jnp.subtract, params, start), squared=True)
+    value = 0.5 * proximal * tree.squared_norm(jax.tree.map(jnp.subtract, params, start))
     for objective, scale in zip(objectives, scales, strict=True):
         part, slope = objective.value_and_gradient(params)
         total += scale * part
@@ -139,7 +159,7 @@ def split(loss: Callable, dataset: Any, edits: Sequence[Edit]) -> Split:
         row = int(before.rows[position])
         if row in place and isinstance(loss, Loss):
             old, now = before.example(position), after.example(place[row])
-            if has_field(old, loss.mask) and _differ(old, now) == [loss.mask]:
+            if loss.mask is not None and has_field(old, loss.mask) and _differ(old, now) == [loss.mask]:
                 masked[row] = {
                     **old,
                     loss.mask: np.where(now[loss.mask] != 0, np.zeros_like(old[loss.mask]), old[loss.mask]),

@@ -15,9 +15,10 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
 from pixel_jax.bench.timing import Aim, Case, Run, Work
-from unlearn_jax import testbed
+from unlearn_jax.arrays import Params
 from unlearn_jax.curvature import ggnvp, hvp, mean_objective, per_example_gradients, sample_labels
-from unlearn_jax.loss import CrossEntropy, Loss, Params
+from unlearn_jax.experiment import small_transformer
+from unlearn_jax.loss import CrossEntropy, Loss
 from unlearn_jax.solvers import cg, ekfac
 
 HEADS = 4
@@ -25,10 +26,10 @@ TOLERANCE = 2e-3  # float32 products of another order of sums, relative
 RTOL, MOST_STEPS = 1e-3, 400  # of the solvers that iterate
 
 
-class Problem(NamedTuple):
+class Inputs(NamedTuple):
     """A trained-looking adapter, a batch and a vector."""
 
-    size: testbed.Size
+    size: small_transformer.Size
     base: dict[str, jax.Array]
     adapter: Params
     batch: dict[str, np.ndarray]  # tokens, labels int32 [B, T]
@@ -36,10 +37,11 @@ class Problem(NamedTuple):
     loss: Loss
 
     @classmethod
-    def of(cls, size: testbed.Size, batch: int) -> "Problem":
+    def of(cls, size: small_transformer.Size, batch: int) -> "Inputs":
+        """The same numbers for the same size."""
         rng = np.random.default_rng(0)
-        base = testbed.init_base(jax.random.key(0), size)
-        fresh = testbed.init_adapter(jax.random.key(1), size)
+        base = small_transformer.init_base(jax.random.key(0), size)
+        fresh = small_transformer.init_adapter(jax.random.key(1), size)
         draw = lambda x: jnp.asarray(0.3 * size.width**-0.5 * rng.normal(size=x.shape), x.dtype)
         tokens, labels = rng.integers(0, size.vocabulary, (2, batch, size.length)).astype(np.int32)
         loss = Loss(Partial(_logits, base), CrossEntropy(), mask=None)
@@ -49,6 +51,7 @@ class Problem(NamedTuple):
         )
 
     def describe(self) -> str:
+        """The size in words."""
         count = sum(x.size for x in jax.tree.leaves(self.adapter))
         return (
             f"{self.size.layers} layers of width {self.size.width}, vocabulary {self.size.vocabulary}, "
@@ -57,13 +60,13 @@ class Problem(NamedTuple):
 
 
 def _logits(base, adapter, example):
-    return testbed.forward(base, adapter, example["tokens"], HEADS)[0]
+    return small_transformer.forward(base, adapter, example["tokens"], HEADS)[0]
 
 
-def _product_problem(quick: bool) -> Problem:
+def _product_problem(quick: bool) -> Inputs:
     if quick:
-        return Problem.of(testbed.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
-    return Problem.of(testbed.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
+        return Inputs.of(small_transformer.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
+    return Inputs.of(small_transformer.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
 
 
 def product(quick: bool) -> Work:
@@ -124,7 +127,7 @@ def reused(quick: bool) -> Work:
 def solve(quick: bool) -> Work:
     """(curvature + damping) x = b, and how far each x is from the dense answer with its own curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
-    problem = Problem.of(testbed.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
+    problem = Inputs.of(small_transformer.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)
     dense = {
         "hessian": _dense(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -168,18 +171,19 @@ def solve(quick: bool) -> Work:
 CASES = (Case("product", product), Case("reused", reused), Case("solve", solve))
 
 
-def _gradient(problem: Problem) -> Run:
+def _gradient(problem: Inputs) -> Run:
     objective = mean_objective(problem.loss, problem.adapter, problem.batch)
     return lambda: objective.gradient(problem.adapter)
 
 
-def _cg(problem: Problem, make: Callable, damping: float) -> Run:
+def _cg(problem: Inputs, make: Callable, damping: float) -> Run:
     product = make(problem.loss, problem.adapter, problem.batch)
-    run = jax.jit(lambda b: cg(product, b, damping=damping, rtol=RTOL, max_steps=MOST_STEPS)[0])
+    solver = cg(rtol=RTOL, max_steps=MOST_STEPS)
+    run = jax.jit(lambda b: solver.solve(product, b, damping=damping)[0])
     return lambda: run(problem.vector)
 
 
-def _ekfac(problem: Problem, damping: float) -> Run:
+def _ekfac(problem: Inputs, damping: float) -> Run:
     """From labels drawn at the parameters; the factors are made anew every time."""
     objective = mean_objective(problem.loss, problem.adapter, problem.batch)
 
@@ -187,18 +191,18 @@ def _ekfac(problem: Problem, damping: float) -> Run:
     def run(objective, b):
         drawn = sample_labels(objective, problem.adapter, jax.random.key(0))
         weights = drawn.whole(drawn.coefficients)
-        return ekfac(per_example_gradients(drawn, problem.adapter), damping=damping, weights=weights)(b)
+        return ekfac().build(per_example_gradients(drawn, problem.adapter), damping=damping, weights=weights)(b)
 
     return lambda: run(objective, problem.vector)
 
 
-def _torch(problem: Problem):
-    from unlearn_jax.bench.others import Torch
+def _torch(problem: Inputs):
+    from unlearn_jax.bench.libraries import Torch
 
     return Torch(problem.base, problem.adapter, HEADS, problem.batch, problem.vector)
 
 
-def _torch_run(problem: Problem, name: str, *arguments) -> Run:
+def _torch_run(problem: Inputs, name: str, *arguments) -> Run:
     return functools.partial(getattr(_torch(problem), name), *arguments)
 
 
@@ -211,7 +215,7 @@ def _dense(product: Callable, like: Params) -> np.ndarray:
 
 def _flat(output: Any) -> np.ndarray:
     if isinstance(output, list):
-        from unlearn_jax.bench.twin import from_torch
+        from unlearn_jax.bench.libraries import from_torch
 
         output = from_torch(output)
     return np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in jax.tree.leaves(output)])

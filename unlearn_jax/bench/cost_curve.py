@@ -11,11 +11,11 @@ import numpy as np
 from jax.tree_util import Partial
 
 from pixel_jax.state_files import write_json
-from unlearn_jax import testbed
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Remove, apply
 from unlearn_jax.erase import erase
+from unlearn_jax.experiment import small_transformer
 from unlearn_jax.loss import CrossEntropy, Loss
 from unlearn_jax.metrics import tokens
 from unlearn_jax.objective import dataset_objective
@@ -29,11 +29,11 @@ STEPS = 100  # of L-BFGS, at most
 def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     """{"training_epochs", "rows", ...}: for each budget of epochs what was spent of it, and the KL to the warm retrain."""
     count, budgets = (200, (4.0, 7.0)) if quick else (20_000, (3.0, 5.0, 7.0, 10.0, 15.0, 25.0))
-    size = testbed.Size(32, 8, width=16, heads=HEADS, layers=1, rank=2)
-    base = testbed.init_base(jax.random.key(0), size)
+    size = small_transformer.Size(32, 8, width=16, heads=HEADS, layers=1, rank=2)
+    base = small_transformer.init_base(jax.random.key(0), size)
     loss = Loss(Partial(_logits, base), CrossEntropy(), mask=None)
     data = Dataset.of(_written(base, size, count))
-    fresh = testbed.init_adapter(jax.random.key(2), size)
+    fresh = small_transformer.init_adapter(jax.random.key(2), size)
     objective = lambda data: dataset_objective(loss, fresh, data, weight_decay=WEIGHT_DECAY, micro_batch=500)
     trained, norm = converge(objective(data), fresh, tolerance=1e-5, max_steps=STEPS)
     removed = np.arange(round(SHARE * count))
@@ -67,19 +67,21 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
 
 
 def _logits(base, adapter, example):
-    return testbed.forward(base, adapter, example["tokens"], HEADS)[0]
+    return small_transformer.forward(base, adapter, example["tokens"], HEADS)[0]
 
 
 def _written(base, size, count):
     """Sequences drawn from the network with an adapter that training has to find again."""
     key, first = jax.random.split(jax.random.key(1))
-    teacher = jax.tree.map(lambda x: x + 0.5 * jax.random.normal(key, x.shape), testbed.init_adapter(key, size))
+    teacher = jax.tree.map(
+        lambda x: x + 0.5 * jax.random.normal(key, x.shape), small_transformer.init_adapter(key, size)
+    )
 
     def write(key):
         start, *keys = jax.random.split(key, size.length + 1)
         text = jax.numpy.zeros(size.length + 1, int).at[0].set(jax.random.randint(start, (), 0, size.vocabulary))
         for place, key in enumerate(keys):
-            logits = testbed.forward(base, teacher, text[:-1], HEADS)[0][place]
+            logits = small_transformer.forward(base, teacher, text[:-1], HEADS)[0][place]
             text = text.at[place + 1].set(jax.random.categorical(key, logits))
         return text
 

@@ -11,6 +11,7 @@ CASES = "unlearn_jax.bench.cases"
 
 
 def define_flags(command: str) -> None:
+    """The flags of `unlearn-jax bench`."""
     flags.DEFINE_bool("quick", False, "Tiny shapes and two rounds: whether it works, not how fast.")
     flags.DEFINE_list("only", [], "The cases to measure, separated by commas; all if empty.")
     flags.DEFINE_string("out", "runs/unlearn-bench.json", "Where the figures are written.")
@@ -18,6 +19,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the cases, or the curve of cost."""
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
     from unlearn_jax.bench.cost_curve import cost_curve

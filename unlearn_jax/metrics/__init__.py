@@ -1,38 +1,8 @@
-"""How well something was unlearned: against retraining, against an attacker, and at what price for the rest.
+"""How well something was unlearned: against retraining, and against an attacker.
 
-    tokens          logits -> log-probability and vocabulary statistics of target tokens; KL to another model
-    probability     of answers, truth ratio
-    text            ROUGE
-    memorization    extraction strength, exact memorisation
-    membership      attacks (loss, min-k, min-k++, zlib, reference), AUC, PrivLeak
-    quality         forget quality, model utility, gap to retraining
-    distance        of two adapters in the weights they change
-    relearning      how soon it comes back
-    recommendation  two-token AUC, hit ratio, valid ratio
-
-`tokens` runs on the accelerator; the rest are functions of the NumPy arrays that come out of it.
+tokens: logits -> log-probability of target tokens; KL to another model. It runs on the accelerator; the rest are functions of
+    the NumPy arrays that come out of it
+answers: how likely an answer is (truth ratio, forget quality), and how much of it the model still writes by itself
+membership: whether a stranger can tell what was unlearned from what was never seen (AUC, PrivLeak)
+distance: of two adapters in the weights they change
 """
-
-from unlearn_jax.metrics import (
-    distance,
-    membership,
-    memorization,
-    probability,
-    quality,
-    recommendation,
-    relearning,
-    text,
-    tokens,
-)
-
-__all__ = [
-    "distance",
-    "membership",
-    "memorization",
-    "probability",
-    "quality",
-    "recommendation",
-    "relearning",
-    "text",
-    "tokens",
-]

@@ -34,7 +34,8 @@ def compress(
         B A: A [..., r, in] and B [..., out, r], or transposed, [..., in, r] and [..., r, out] (leading axes: stacked layers;
         the smaller of the sizes that could be r is). So are pixel_jax's own names, PEFT's (`...q_proj.lora_A.weight`,
         `...lora_A.default.weight`) and those of a state of flax NNX. Every other leaf counts as it is.
-      a, b: None for adapters that are not factored: then every leaf counts as it is.
+      a: name of the first factor; None for adapters that are not factored: then every leaf counts as it is.
+      b: name of the second one, or None.
       scales: what a module's change is multiplied by, alpha / r: one number, or by the path of the module ("...q_proj"), if
         ranks or scales differ.
 

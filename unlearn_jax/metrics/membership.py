@@ -1,37 +1,28 @@
 """Membership inference: can a stranger tell what was unlearned from what was never seen?
 
-Scores of one example each, **higher = less like a member**. `auc` takes forgotten examples as class 0 and holdout ones as
-class 1: one means that the forgotten ones all look like members (nothing was unlearned), one half that nobody can tell.
+`auc` takes forgotten examples as class 0 and holdout ones as class 1, of scores that are higher the less an example looks like
+a member: one means that the forgotten ones all look like members (nothing was unlearned), one half that nobody can tell.
 """
-
-import zlib as _zlib
-from collections.abc import Sequence
 
 import numpy as np
 
-from unlearn_jax.metrics.probability import TINY, mean_nll
+from unlearn_jax.arrays import HostArray
+from unlearn_jax.metrics.answers import TINY
 
 
-def loss(logprob: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean negative log-likelihood (Yeom et al. 2018), [n, T] -> [n]."""
-    return mean_nll(logprob, mask)
-
-
-def reference(logprob: np.ndarray, other: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Loss less the loss of a model that never saw the examples (Carlini et al. 2021)."""
-    return mean_nll(logprob, mask) - mean_nll(other, mask)
-
-
-def zlib(logprob: np.ndarray, mask: np.ndarray, targets: Sequence[str]) -> np.ndarray:
-    """Loss by the compressed length in bytes of the target text (Carlini et al. 2021)."""
-    sizes = np.array([len(_zlib.compress(text.encode("utf-8"))) for text in targets])
-    return mean_nll(logprob, mask) / sizes
-
-
-def min_k(logprob: np.ndarray, mask: np.ndarray, *, k: float = 0.4) -> np.ndarray:
+def min_k(logprob: HostArray, mask: HostArray, *, k: float = 0.4) -> HostArray:
     """Minus the mean of the lowest share k of the tokens' log-probabilities, at least one (Shi et al. 2024).
 
-    mask: without the end token (`tokens.without_last`).
+    Args:
+        logprob: [n, T], of the target tokens.
+        mask: [n, T], without the end token (`tokens.without_last`).
+        k: share, in (0, 1].
+
+    Returns:
+        [n], higher for an example that looks less like a member.
+
+    Raises:
+        ValueError: k is no share, or a row has no tokens.
     """
     if not 0 < k <= 1:
         raise ValueError(f"k is a share of the tokens, in (0, 1], got {k}")
@@ -44,16 +35,16 @@ def min_k(logprob: np.ndarray, mask: np.ndarray, *, k: float = 0.4) -> np.ndarra
     return np.array(found)
 
 
-def min_k_plus_plus(
-    logprob: np.ndarray, mean: np.ndarray, variance: np.ndarray, mask: np.ndarray, *, k: float = 0.4
-) -> np.ndarray:
-    """Min-k of log-probabilities standardised over the vocabulary (Zhang et al. 2024, arXiv:2404.02936)."""
-    standardised = (np.asarray(logprob) - mean) / np.sqrt(np.maximum(variance, 1e-6))
-    return min_k(standardised, mask, k=k)
+def auc(forget: HostArray, holdout: HostArray) -> float:
+    """P(holdout score > forget score), ties counting half: the area under the curve with holdout as the positive class.
 
+    Args:
+        forget: scores of any shape.
+        holdout: scores of any shape.
 
-def auc(forget: np.ndarray, holdout: np.ndarray) -> float:
-    """P(holdout score > forget score), ties counting half: the area under the curve with holdout as the positive class."""
+    Raises:
+        ValueError: a class is empty, or a score is not a number.
+    """
     from scipy.stats import rankdata
 
     forget, holdout = np.ravel(forget), np.ravel(holdout)

@@ -4,13 +4,16 @@ The element axis T follows `unlearn_jax.Loss`: `logits[t]` predicts `labels[t]` 
 nothing is shifted here. Everything downstream is NumPy on arrays [n, T].
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from unlearn_jax.loss import Example, Loss, Params, require_parts
+from unlearn_jax.arrays import AnyArray, Array, Example, HostArray, LossFunction, Params
+from unlearn_jax.loss import Loss, require_parts
 from unlearn_jax.objective import Objective
 
 
@@ -18,33 +21,30 @@ class TokenStatistics(NamedTuple):
     """Of each target token under softmax(logits); zero and False where `mask` is zero. All [..., T]."""
 
     logprob: Any  # log-probability of the label
-    mean: Any  # expected log-probability over the vocabulary (minus the entropy)
-    variance: Any  # its variance over the vocabulary
     correct: Any  # bool, the label is the most likely token
     mask: Any  # bool, the token counts
 
 
-def token_statistics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> TokenStatistics:
-    """logits [..., T, V], labels int [..., T], mask [..., T]; computed in float32 or the logits' dtype, the wider one.
+def token_statistics(logits: AnyArray, labels: AnyArray, mask: AnyArray) -> TokenStatistics:
+    """Statistics of target tokens, in float32 or the logits' dtype, the wider one.
 
-    Labels where the mask is zero may be anything (-100 for example). Ties of the most likely token go to the lowest id.
+    Args:
+        logits: [..., T, V].
+        labels: int [..., T]; where the mask is zero they may be anything (-100 for example).
+        mask: [..., T].
+
+    Returns:
+        Arrays [..., T]. Ties of the most likely token go to the lowest id.
     """
     mask = mask != 0
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    p = jnp.exp(logp)
-    finite = jnp.where(p > 0, logp, 0.0)  # a token of probability zero adds nothing, though its logarithm is infinite
-    mean = jnp.sum(p * finite, axis=-1)
-    # Centred: E[x^2] - E[x]^2 loses everything to cancellation where the distribution is flat.
-    variance = jnp.sum(p * jnp.square(finite - mean[..., None]), axis=-1)
     safe = jnp.where(mask, labels, 0)
-    logprob = jnp.take_along_axis(logp, safe[..., None], axis=-1)[..., 0]
+    logprob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), safe[..., None], axis=-1)[..., 0]
     correct = jnp.argmax(logits, axis=-1) == safe
-    keep = lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype))
-    return TokenStatistics(keep(logprob), keep(mean), keep(variance), keep(correct), mask)
+    return TokenStatistics(jnp.where(mask, logprob, 0), correct & mask, mask)
 
 
-def token_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
+def token_kl(logits: AnyArray, other: AnyArray) -> Array:
     """KL(softmax(logits) || softmax(other)) of each position: [..., T, V] twice -> [..., T]."""
     dtype = jnp.promote_types(jnp.promote_types(logits.dtype, other.dtype), jnp.float32)
     logp, logq = (jax.nn.log_softmax(x.astype(dtype), axis=-1) for x in (logits, other))
@@ -52,59 +52,82 @@ def token_kl(logits: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(p > 0, p * (logp - logq), 0.0), axis=-1)
 
 
-def score(loss: Loss, params: Params, examples: Example, *, micro_batch: int | None = 8) -> TokenStatistics:
-    """Statistics [n, T] on the host of examples [n, ...].
+def score(
+    loss: LossFunction, params: Params, examples: Example, *, micro_batch: int | None = 8, mesh: Mesh | None = None
+) -> TokenStatistics:
+    """Statistics of all examples.
 
-    The outputs of `loss` are logits [T, V], its criterion knows the labels' field (`CrossEntropy`).
+    Args:
+        loss: a `Loss` whose outputs are logits [T, V], and whose criterion knows the labels' field (`CrossEntropy`).
+        params: the adapter.
+        examples: fields [n, ...].
+        micro_batch: examples that are computed at a time; None: all.
+        mesh: spreads the examples, as in `erase`.
+
+    Returns:
+        Arrays [n, T] on the host.
     """
-    return TokenStatistics(*_over(_statistics, loss, examples, micro_batch, params))
+    return TokenStatistics(*_over(_statistics, loss, examples, micro_batch, mesh, params))
 
 
-def kl_to(loss: Loss, params: Params, other: Params, examples: Example, *, micro_batch: int | None = 8) -> np.ndarray:
-    """Each example's mean over its target tokens of KL(p_params || p_other), [n] on the host.
+def kl_to(
+    loss: LossFunction, params: Params, other: Params, examples: Example, *, micro_batch: int | None = 8
+) -> HostArray:
+    """Each example's mean over its target tokens of KL(p_params || p_other).
 
     With `params` the edited adapter and `other` the retrained one this is the distance that unlearning should close.
+
+    Returns:
+        [n] on the host.
     """
-    return _over(_divergence, loss, examples, micro_batch, params, other)
+    return _over(_divergence, loss, examples, micro_batch, None, params, other)
 
 
-def _over(function, loss, examples, micro_batch, *params):
-    require_parts(loss, "scoring tokens").element_mask(examples)  # refuses what does not count and is not masked
+def _over(
+    function: Callable[..., Any],
+    loss: LossFunction,
+    examples: Example,
+    micro_batch: int | None,
+    mesh: Mesh | None,
+    *params: Params,
+) -> Any:
+    parts = require_parts(loss, "scoring tokens")
+    parts.element_mask(examples)  # refuses what does not count and is not masked
     count = len(jax.tree.leaves(examples)[0])
-    objective = Objective.of(require_parts(loss, "scoring tokens"), examples, np.ones(count), micro_batch=micro_batch)
-    join = lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count]  # what is beyond is padding
-    return jax.tree.map(join, function(objective, *params))
+    objective = Objective.of(parts, examples, np.ones(count), micro_batch=micro_batch, mesh=mesh)
+    return jax.tree.map(np.asarray, function(objective, *params))
 
 
 @jax.jit
-def _statistics(objective, params):
+def _statistics(objective: Objective, params: Params) -> TokenStatistics:
     def one(loss, example):
         logits = loss.z(params, example)
         return token_statistics(logits, example[loss.criterion.labels], _mask(loss, example, logits))
 
-    return objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
+    found = objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
+    return jax.tree.map(objective.whole, found)
 
 
 @jax.jit
-def _divergence(objective, params, other):
+def _divergence(objective: Objective, params: Params, other: Params) -> Array:
     def one(loss, example):
         logits = loss.z(params, example)
         mask = _mask(loss, example, logits)
         kl = jnp.where(mask != 0, token_kl(logits, loss.z(other, example)), 0.0)
         return jnp.sum(kl * mask) / jnp.sum(mask)
 
-    return objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
+    return objective.whole(objective.each(lambda part: jax.vmap(lambda e: one(part.loss, e))(part.examples)))
 
 
-def _mask(loss, example, logits):
+def _mask(loss: Loss, example: Example, logits: Array) -> Array:
     mask = loss.element_mask(example)
     return jnp.ones(logits.shape[:-1], jnp.float32) if mask is None else mask
 
 
-def without_last(mask: np.ndarray) -> np.ndarray:
-    """bool [..., T]: the mask less its last token of each row, which is the end of the answer and easy to predict.
+def without_last(mask: HostArray) -> HostArray:
+    """The mask bool [..., T] less its last token of each row, which is the end of the answer and easy to predict.
 
-    The scores of single tokens (extraction strength, exact memorisation, min-k, min-k++) leave it out; sums keep it.
+    The scores of single tokens (extraction strength, exact memorisation, min-k) leave it out; sums keep it.
     """
     mask = np.asarray(mask) != 0
     after = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]

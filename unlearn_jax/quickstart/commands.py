@@ -21,6 +21,7 @@ CONFIG = "unlearn/quickstart"
 
 
 def define_flags(command: str) -> None:
+    """The flags of the three commands."""
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer(
         "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
@@ -30,13 +31,14 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs one of the three commands."""
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
     from pixel_jax.parallel.processes import first
     from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
     from unlearn_jax.quickstart.config import Config
-    from unlearn_jax.quickstart.processes import start
+    from unlearn_jax.quickstart.job import start
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
@@ -46,12 +48,12 @@ def main(command: str, arguments: list[str]) -> None:
         announce_compiles()
     with hold(config.out, first()):
         if command == "train":
-            from unlearn_jax.quickstart.train import train
+            from unlearn_jax.quickstart.edit import train
 
             train(config, mesh)
         elif command == "erase":
             from unlearn_jax.quickstart.edit import edit
-            from unlearn_jax.quickstart.traces import Request
+            from unlearn_jax.quickstart.requests import Request
 
             edit(config, Request.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
         else:

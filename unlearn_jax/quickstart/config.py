@@ -33,6 +33,8 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
+    """How the network computes."""
+
     remat: bool = True  # compute activations again in the backward pass
     implementation: Literal["dense", "chunked"] = "dense"  # attention
 
@@ -57,6 +59,8 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """The whole experiment."""
+
     model: str  # directory of the base model, one that the quickstart left
     out: str  # run directory
     traces: TracesConfig = TracesConfig()
@@ -69,6 +73,7 @@ class Config:
 
     @property
     def directory(self) -> pathlib.Path:
+        """Where the files of the run are."""
         return pathlib.Path(self.out)
 
     def trained(self) -> dict[str, Any]:

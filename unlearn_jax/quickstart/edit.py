@@ -1,19 +1,75 @@
-"""`unlearn-jax erase`: the adapter as if the request had been known before training."""
+"""`unlearn-jax train` and `unlearn-jax erase`: an adapter that learns the traces, and edits of it."""
 
 import dataclasses
 import functools
 import json
+import time
 
 from jax.sharding import Mesh
 
-from pixel_jax.parallel.processes import say
+from pixel_jax.cli import UserError
+from pixel_jax.parallel.processes import first, say
+from pixel_jax.state_files import read_note
+from pixel_jax.training.progress import Progress
+from unlearn_jax.baselines import converge
+from unlearn_jax.dataset import Dataset
 from unlearn_jax.erase import erase
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.history import REPORT, REQUEST, adapter_after, carried_out, folder, left_by, still_to_do
-from unlearn_jax.quickstart.job import Job
-from unlearn_jax.quickstart.measure import Measure
-from unlearn_jax.quickstart.table import table
-from unlearn_jax.quickstart.traces import Edited, Request, describe, draw_traces
+from unlearn_jax.quickstart.job import ADAPTER, Job
+from unlearn_jax.quickstart.measure import Measure, table
+from unlearn_jax.quickstart.requests import (
+    REPORT,
+    REQUEST,
+    Edited,
+    Request,
+    adapter_after,
+    carried_out,
+    describe,
+    draw_traces,
+    folder,
+    left_by,
+    still_to_do,
+    to_examples,
+)
+
+
+def train(config: Config, mesh: Mesh | None = None) -> dict:
+    """Leaves the adapter, the configuration and the loss of every step in `config.out`; returns what it says at the end."""
+    if read_note(config.directory / "config.json") is not None:
+        config.check_trained()  # an adapter is there: it is made again, not replaced by another
+    job = Job.of(config, mesh)
+    traces = draw_traces(config.traces, config.seed)
+    dataset = Dataset.of(to_examples(traces, job.vocabulary, job.limits))
+    size = sum(x.size for x in job.fresh.values())
+    say(f"{len(dataset)} traces, an adapter of {size} numbers; at most {config.training.max_steps} steps of L-BFGS")
+    begun = time.perf_counter()
+    objective = job.objective(dataset)
+    limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
+    progress = Progress("L-BFGS", config.training.max_steps)
+
+    def show(step, value, norm):
+        if first():
+            progress.update(step, {"objective": value, "gradient": norm})
+
+    trained, norm = converge(objective, job.fresh, **limits, log=show)
+    if not norm < float("inf"):
+        raise UserError(f"training diverged: the gradient's norm is {norm}; set a larger --config.erasure.weight_decay")
+    numbers = {
+        "steps": len(trained.values),
+        "objective": float(trained.values[-1]),
+        "gradient_norm": norm,
+        "example_gradients": trained.gradients,
+        "seconds": time.perf_counter() - begun,
+    }
+    job.save(ADAPTER, trained.adapter)
+    job.write("curve.json", {**numbers, "values": trained.values.tolist()})
+    job.write("config.json", config.trained())
+    say(
+        f"{numbers['steps']} steps in {numbers['seconds']:.0f} s: objective {trained.values[0]:.4f} -> "
+        f"{numbers['objective']:.4f}, gradient {norm:.1e}\nThe adapter is in {config.directory / ADAPTER}."
+    )
+    return numbers
+
 
 STEP_COLUMNS = (
     "gradient",
@@ -29,10 +85,18 @@ STEP_COLUMNS = (
 
 
 def edit(config: Config, request: Request | None = None, mesh: Mesh | None = None) -> dict | None:
-    """Carries out a request on what the earlier ones have left, and keeps it, the edited adapter and the report in a directory of
-    its own in `config.out`; returns the report. None for `request`: the example request.
+    """Carries out a request on what the earlier ones have left.
 
-    What earlier requests have done already is said and not done again: nothing is left to do, None is returned.
+    Keeps it, the edited adapter and the report in a directory of its own in `config.out`. What earlier requests have done
+    already is said and not done again.
+
+    Args:
+        config: the experiment.
+        request: None: one edit of each kind, on the first traces.
+        mesh: spreads the examples.
+
+    Returns:
+        The report; None where nothing is left to do.
     """
     config.check_trained()
     first = draw_traces(config.traces, config.seed)
@@ -70,6 +134,7 @@ def edit(config: Config, request: Request | None = None, mesh: Mesh | None = Non
 
 
 def steps_table(steps: list[dict]) -> str:
+    """The steps of a report as text."""
     rows = {str(number): {name: step[name] for name in STEP_COLUMNS} for number, step in enumerate(steps, 1)}
     return table(rows, "step")
 

@@ -11,15 +11,13 @@ from jax.sharding import Mesh
 from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import say
 from unlearn_jax import baselines
+from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
-from unlearn_jax.loss import Params
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.history import REPORT, adapter_after, carried_out, folder, left_by
 from unlearn_jax.quickstart.job import WARM, Job, place, to_host
-from unlearn_jax.quickstart.measure import Measure
-from unlearn_jax.quickstart.table import table
-from unlearn_jax.quickstart.traces import Edited, draw_traces
+from unlearn_jax.quickstart.measure import Measure, Memory, table
+from unlearn_jax.quickstart.requests import REPORT, Edited, adapter_after, carried_out, draw_traces, folder, left_by
 
 DESCENTS: dict[str, Callable[..., Trained]] = {
     "fine-tune": baselines.retrain,
@@ -47,7 +45,9 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     seconds = time.perf_counter() - begun
     job.save(f"{folder(number)}/{WARM}", warm.adapter)
     say(f"warm retrain: {len(warm.values)} steps, gradient {norm:.1e}, {seconds:.0f} s")
-    measure = Measure.of(job, edited)
+    measure, forgotten = Measure.of(job, edited), requests[-1].names()
+    memory = Memory.of(job, traces, forgotten) if forgotten else None
+    remembered = memory.auc(warm.adapter) if memory else 0.0
     lowest = float(objective.value(warm.adapter))
 
     def numbers(adapter: Params, gradients: float, seconds: float) -> dict:
@@ -58,6 +58,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
             "objective": float(objective.value(adapter)) - lowest,
             **measure.from_reference(adapter, warm.adapter),
             **({} if np.isnan(cosine) else {"cosine": cosine}),  # none of an adapter that has not moved
+            **(memory.of_adapter(adapter, remembered) if memory else {}),
             "losses": measure.losses(adapter),
         }
 

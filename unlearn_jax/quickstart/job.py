@@ -1,6 +1,7 @@
-"""What the three commands share: the base model with its adapter, on the devices there are, and the files of a run."""
+"""What the commands share: processes and devices, the base model with its adapter, and the files of a run."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -15,22 +16,46 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json, write_file
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
-from pixel_jax.parallel.processes import first
+from pixel_jax.parallel import make_mesh
+from pixel_jax.parallel.mesh import use_cores
+from pixel_jax.parallel.processes import COUNT, first, join
 from pixel_jax.rollout.config import RolloutConfig
 from pixel_jax.rollout.limits import read_limits
 from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import use_compilation_cache
+from unlearn_jax.arrays import Params
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import Loss, Params
+from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective, dataset_objective
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.vision_language import adapter_loss
+
+
+def start(devices: int | None = None) -> Mesh | None:
+    """Joins the processes there are and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
+
+    Called before JAX has started. On a CPU the devices are made for the purpose; None takes those that there are.
+    """
+    if devices is not None:
+        processes = int(os.environ.get(COUNT, 1))
+        if devices % processes:
+            raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
+        use_cores(devices // processes)
+    join()
+    found = jax.devices()
+    count = devices or len(found)
+    if count > len(found):
+        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
+    return make_mesh({"data": count}, found[:count]) if count > 1 else None
+
 
 ADAPTER, EDITED, WARM = "adapter.safetensors", "edited.safetensors", "warm.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
+    """The base model with a fresh adapter, and the directory of a run."""
+
     config: Config
     mesh: Mesh | None
     vocabulary: Vocabulary
@@ -40,6 +65,7 @@ class Job:
 
     @classmethod
     def of(cls, config: Config, mesh: Mesh | None = None) -> "Job":
+        """Reads the base model and puts the adapter on it."""
         directory = pathlib.Path(config.model)
         if not (directory / "config.json").is_file():
             raise UserError(
@@ -82,6 +108,7 @@ class Job:
         return place(found, self.mesh)
 
     def save(self, name: str, adapter: Params) -> None:
+        """Writes an adapter, whole or not at all."""
         values = to_host(adapter)
         if first():
             path = self.config.directory / name
@@ -96,6 +123,7 @@ class Job:
             write_json(path, values)
 
     def read(self, name: str, made_by: str) -> Any:
+        """Reads a JSON file that another command has left."""
         path = self.config.directory / name
         if not path.exists():
             raise UserError(f"there is no {path}: run `unlearn-jax {made_by}` with the same --config.out first")

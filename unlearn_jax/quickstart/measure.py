@@ -1,21 +1,29 @@
-"""What an adapter says about the traces, in their old and new forms: one compiled program for all adapters."""
+"""What an adapter says about the traces: losses and distances, what it still knows by heart; and numbers as text."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jax.tree_util import Partial
 
-from unlearn_jax.baselines.divergence import divergence
+from pixel_jax.data.traces import Trace
+from unlearn_jax.arrays import Example, Params
+from unlearn_jax.baselines.pbrf import divergence
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.loss import Params
+from unlearn_jax.metrics.answers import exact_memorization, extraction_strength
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
+from unlearn_jax.metrics.membership import auc, min_k, privleak
+from unlearn_jax.metrics.tokens import TokenStatistics, score, without_last
 from unlearn_jax.objective import Objective, element_counts, on_device
 from unlearn_jax.quickstart.job import Job, to_host
-from unlearn_jax.quickstart.traces import Edited
+from unlearn_jax.quickstart.requests import Edited, draw_traces, to_examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measure:
+    """Losses and distances of adapters on the traces, in their old and new forms: one compiled program for all of them."""
+
     job: Job
     edited: Edited
     objective: Objective
@@ -23,6 +31,7 @@ class Measure:
 
     @classmethod
     def of(cls, job: Job, edited: Edited) -> "Measure":
+        """Of the traces in their old and new forms."""
         examples = edited.everything()
         tokens = element_counts(job.loss, job.fresh, Dataset.of(examples))
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
@@ -44,7 +53,85 @@ class Measure:
         return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
+        """Of the ways from `origin` to the two adapters, in the weights that they change."""
         return delta_w_cosine(*map(to_host, (adapter, reference, origin)))
 
     def _means(self, sums: np.ndarray) -> dict[str, float]:
         return {name: float((sums / self.tokens)[index].mean()) for name, index in self.edited.groups().items()}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Memory:
+    """What adapters know by heart of the forgotten traces, beside traces of the same kinds that none of them has seen."""
+
+    job: Job
+    examples: Example  # the forgotten traces as they were, then the unseen ones
+    forgotten: int  # how many of them come first
+
+    @classmethod
+    def of(cls, job: Job, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
+        """The unseen traces are drawn as the learned ones were, with another seed."""
+        kinds = {name.split("-")[0] for name in forgotten}
+        unseen = {
+            f"unseen {name}": trace
+            for name, trace in draw_traces(job.config.traces, job.config.seed + 1).items()
+            if name.split("-")[0] in kinds
+        }
+        both = to_examples({**{name: traces[name] for name in forgotten}, **unseen}, job.vocabulary, job.limits)
+        return cls(job, {name: x for name, x in both.items() if name != "id"}, len(forgotten))
+
+    def of_adapter(self, adapter: Params, reference: float) -> dict[str, float]:
+        """Shares of the forgotten traces that the adapter still writes by itself, and whether they look like members.
+
+        Args:
+            adapter: whose memory it is.
+            reference: `auc` of the retrained adapter.
+
+        Returns:
+            memorized: mean of `exact_memorization`; extraction: mean of `extraction_strength`; auc, privleak: see
+            `metrics.membership`.
+        """
+        found = self._statistics(adapter)
+        mask, correct = without_last(found.mask)[: self.forgotten], found.correct[: self.forgotten]
+        area = self._auc(found)
+        return {
+            "memorized": float(np.nanmean(exact_memorization(correct, mask))),
+            "extraction": float(extraction_strength(correct, mask).mean()),
+            "auc": area,
+            "privleak": privleak(area, reference),
+        }
+
+    def auc(self, adapter: Params) -> float:
+        """Membership of the forgotten traces beside the unseen ones, by min-40 %."""
+        return self._auc(self._statistics(adapter))
+
+    def _auc(self, found: TokenStatistics) -> float:
+        lowest = min_k(found.logprob, without_last(found.mask))
+        return auc(lowest[: self.forgotten], lowest[self.forgotten :])
+
+    def _statistics(self, adapter: Params) -> TokenStatistics:
+        job = self.job
+        return score(job.loss, adapter, self.examples, micro_batch=job.config.erasure.micro_batch, mesh=job.mesh)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
+    """{row: {column: value}} as lines; columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[corner, *columns]] + [
+        [name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    return "\n".join(_line(line, widths) for line in cells)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *rest = cells
+    return "  ".join(
+        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,28 +1,29 @@
-"""Solvers of (A + damping) x = b on pytrees: curvature comes in as products or as per-example gradients.
+"""Solvers of (A + damping) x = b on pytrees, as values: `cg(rtol=.1, preconditioner=nystrom(rank=50))`.
 
-All of them return (x, Info) and can be jitted. `matvec(v) -> A v` (for `lissa`, `sgd_qp`, `adam_qp`
-`matvec(v, k) -> A_k v`) is without the damping. Preconditioners are callable pytrees, so they can pass through `jax.jit`
-as arguments.
+A solver's name is in lower case, as it is written like a function; its fields say how it solves, and its method `solve` does,
+inside `jax.jit` or out of it. What A comes as stands in `Solver.takes`; it is without the damping.
 """
 
-from unlearn_jax.solvers.cg import cg
-from unlearn_jax.solvers.damping import fraction_of_largest
-from unlearn_jax.solvers.datainf import datainf
-from unlearn_jax.solvers.diagonal import diagonal
-from unlearn_jax.solvers.ekfac import ekfac
-from unlearn_jax.solvers.identity import identity
-from unlearn_jax.solvers.krylov import Krylov
-from unlearn_jax.solvers.lanczos import eigenpairs, extremes, lanczos, low_rank_solve
-from unlearn_jax.solvers.lissa import lissa
-from unlearn_jax.solvers.minres import minres
-from unlearn_jax.solvers.nystrom import nystrom
-from unlearn_jax.solvers.qp import adam_qp, quadratic_program, sgd_qp
-from unlearn_jax.solvers.system import Info, relative_residual
-from unlearn_jax.solvers.woodbury import dual
+from unlearn_jax.solvers.base import Info, Solution, Solver, relative_residual
+from unlearn_jax.solvers.gradients import datainf, dual
+from unlearn_jax.solvers.krylov import Krylov, cg, identity, minres
+from unlearn_jax.solvers.preconditioners import Preconditioner, diagonal, ekfac, nystrom
+from unlearn_jax.solvers.spectrum import eigenpairs, extremes, fraction_of_largest, lanczos, low_rank_solve
+from unlearn_jax.solvers.stochastic import adam_qp, lissa, sgd_qp
+
+SOLVERS: dict[str, type[Solver]] = {
+    kind.__name__: kind for kind in (cg, minres, lanczos, lissa, sgd_qp, adam_qp, dual, ekfac, datainf, identity)
+}
+PRECONDITIONERS: dict[str, type] = {kind.__name__: kind for kind in (nystrom, diagonal, ekfac)}
 
 __all__ = [
+    "PRECONDITIONERS",
+    "SOLVERS",
     "Info",
     "Krylov",
+    "Preconditioner",
+    "Solution",
+    "Solver",
     "adam_qp",
     "cg",
     "datainf",
@@ -38,7 +39,6 @@ __all__ = [
     "low_rank_solve",
     "minres",
     "nystrom",
-    "quadratic_program",
     "relative_residual",
     "sgd_qp",
 ]

@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from tests.unlearn.baselines.small_problem import LOSS, T, V, dataset, nll, outputs, params
 from unlearn_jax.baselines import Training, pbrf
-from unlearn_jax.baselines.divergence import divergence
+from unlearn_jax.baselines.pbrf import divergence
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import CorrectResponse, Remove
 from unlearn_jax.loss import Loss, SquaredError

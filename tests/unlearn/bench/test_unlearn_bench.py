@@ -7,31 +7,33 @@ import numpy as np
 import pytest
 
 from pixel_jax.bench.report import run_cases
-from unlearn_jax import testbed
-from unlearn_jax.bench.cases import CASES, Problem, _dense, _flat, product
+from unlearn_jax.bench.cases import CASES, Inputs, _dense, _flat, product
 from unlearn_jax.bench.cost_curve import cost_curve
 from unlearn_jax.curvature import hvp
+from unlearn_jax.experiment import small_transformer
 
 
 @pytest.mark.torch
 def test_the_twin_is_the_same_model():
     import torch
 
-    from unlearn_jax.bench import twin
+    from unlearn_jax.bench import libraries
 
-    problem = Problem.of(testbed.Size(11, 6, width=8, heads=4, rank=2), batch=3)
-    model = twin.Twin(problem.base, problem.adapter, heads=4)
-    ours = jax.vmap(lambda tokens: testbed.forward(problem.base, problem.adapter, tokens, 4)[0])
+    problem = Inputs.of(small_transformer.Size(11, 6, width=8, heads=4, rank=2), batch=3)
+    model = libraries.Twin(problem.base, problem.adapter, heads=4)
+    ours = jax.vmap(lambda tokens: small_transformer.forward(problem.base, problem.adapter, tokens, 4)[0])
     logits = model(torch.tensor(problem.batch["tokens"], dtype=torch.int64))
     np.testing.assert_allclose(logits.detach(), ours(problem.batch["tokens"]), rtol=2e-4, atol=2e-5)
-    back = twin.from_torch(twin.to_torch(problem.vector))
+    back = libraries.from_torch(libraries.to_torch(problem.vector))
     jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.asarray, problem.vector))
     parameters = [tuple(x.shape) for x in model.adapter()]
-    assert parameters == [tuple(x.shape) for x in twin.to_torch(problem.adapter)]
-    flat = twin.flatten(twin.to_torch(problem.vector))
+    assert parameters == [tuple(x.shape) for x in libraries.to_torch(problem.adapter)]
+    flat = libraries.flatten(libraries.to_torch(problem.vector))
     assert all(
         torch.equal(x, y)
-        for x, y in zip(twin.unflatten(flat, parameters_of(model)), twin.to_torch(problem.vector), strict=True)
+        for x, y in zip(
+            libraries.unflatten(flat, parameters_of(model)), libraries.to_torch(problem.vector), strict=True
+        )
     )
 
 
@@ -62,7 +64,7 @@ def test_solves_are_held_against_the_dense_answer(tmp_path):
 
 
 def test_dense_matrices_are_symmetric():
-    problem = Problem.of(testbed.Size(7, 4, width=8, heads=4, layers=1, rank=1), batch=2)
+    problem = Inputs.of(small_transformer.Size(7, 4, width=8, heads=4, layers=1, rank=1), batch=2)
     make = hvp(problem.loss, problem.adapter, problem.batch)
     A = _dense(make, problem.vector)
     np.testing.assert_allclose(A @ _flat(problem.vector), _flat(make(problem.vector)), rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The experiment in small: everybody gets the same budget, and the judge is fair."""
+"""The experiment in small: everybody gets the same budget, and the evaluator is fair."""
 
 import dataclasses
 import json
@@ -6,11 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from unlearn_jax.experiment.compare import UNLIMITED, best_rates
-from unlearn_jax.experiment.judge import Judge
-from unlearn_jax.experiment.run import run
-from unlearn_jax.experiment.table import beaten, loose, table
-from unlearn_jax.experiment.world import METHODS, Setting, Trial, World
+from unlearn_jax.experiment.evaluator import UNLIMITED, Evaluator, best_rates
+from unlearn_jax.experiment.results import beaten, loose, run_experiment, table
+from unlearn_jax.experiment.setup import METHODS, Run, Setting, Setup
 
 SMALL = Setting(
     people=5,
@@ -25,7 +23,7 @@ SMALL = Setting(
     batch=8,
     max_steps=80,
     tolerance=0.05,
-    erasure={"newton_steps": 1, "max_steps": 6},
+    erasure={"newton_steps": 1, "solver": {"max_steps": 6}},
     methods=("L-BFGS", "NPO", "SISA"),
 )
 
@@ -33,12 +31,12 @@ SMALL = Setting(
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("results") / "small.json"
-    return run(SMALL, path, log=lambda line: None), path
+    return run_experiment(SMALL, path, log=lambda line: None), path
 
 
 def check(found, methods):
-    (trial,) = found["trials"]
-    rows = {row["method"]: row for row in trial["rows"]}
+    (run,) = found["runs"]
+    rows = {row["method"]: row for row in run["rows"]}
     assert list(rows) == ["before", "cold retrain", "erase", *methods, *UNLIMITED]
     assert rows["L-BFGS, unlimited"]["gradients"] <= rows["erase, unlimited"]["gradients"]
     budget = rows["erase"]["gradients"]
@@ -48,7 +46,7 @@ def check(found, methods):
     numbers = [x for row in rows.values() for name, x in row.items() if name != "method"]
     assert np.isfinite(numbers).all() and "cosine" not in rows["before"]
     # 4 of 20 facts: the edit drives them away and comes nearer to the warm retrain than doing nothing.
-    assert trial["count"] == 4 and rows["erase"]["nll_forget"] > rows["before"]["nll_forget"] + 0.02
+    assert run["count"] == 4 and rows["erase"]["nll_forget"] > rows["before"]["nll_forget"] + 0.02
     assert rows["erase"]["kl_forget"] < rows["before"]["kl_forget"]
     assert rows["erase"]["objective"] < rows["before"]["objective"]
 
@@ -61,19 +59,22 @@ def test_the_experiment_in_small(result):
 
 @pytest.mark.slow
 def test_all_methods_in_small(tmp_path):
-    check(run(dataclasses.replace(SMALL, methods=METHODS), tmp_path / "all.json", log=lambda line: None), METHODS)
+    check(
+        run_experiment(dataclasses.replace(SMALL, methods=METHODS), tmp_path / "all.json", log=lambda line: None),
+        METHODS,
+    )
 
 
 def test_a_run_goes_on_where_it_stopped(result):
     found, path = result
     lines = []
-    assert run(SMALL, path, log=lines.append) == json.loads(json.dumps(found)) and not lines
+    assert run_experiment(SMALL, path, log=lines.append) == json.loads(json.dumps(found)) and not lines
     with pytest.raises(ValueError, match="not of"):
-        run(dataclasses.replace(SMALL, people=6), path)
+        run_experiment(dataclasses.replace(SMALL, people=6), path)
 
 
 def test_the_table_and_its_exceptions(result):
-    text = table(result[0]["trials"])
+    text = table(result[0]["runs"])
     assert "20.0% removed, 1 seed" in text and all(name in text for name in SMALL.methods)
 
 
@@ -82,20 +83,20 @@ def rows(**divergence):
 
 
 def test_who_is_nearer():
-    trials = [
+    runs = [
         {"share": 0.1, "seed": 0, "rows": rows(erase=1.0, NPO=2.0, RMU=0.5)},
         {"share": 0.1, "seed": 1, "rows": rows(erase=1.0, NPO=3.0, RMU=0.7)},
         {"share": 0.4, "seed": 0, "rows": rows(erase=1.0, NPO=3.0, RMU=None)},
     ]
-    (sentence,) = beaten(trials, "kl_forget")
+    (sentence,) = beaten(runs, "kl_forget")
     assert sentence.startswith("10.0% removed: RMU is nearer in kl_forget, by 0.4 [")
-    text = table(trials, columns=("kl_forget", "auc"))
+    text = table(runs, columns=("kl_forget", "auc"))
     assert "2.5 ± 6" in text and "diverged" in text and "10.0% removed, 2 seeds" in text
 
 
-def test_references_that_are_no_minima_are_told():
-    trial = {"seed": 3, "share": 0.05, "norms": {"trained": 1e-9, "warm": 2e-4, "cold": float("nan")}}
-    assert loose([trial]) == [
+def test_references_that_are_no_minima_are_named():
+    run = {"seed": 3, "share": 0.05, "norms": {"trained": 1e-9, "warm": 2e-4, "cold": float("nan")}}
+    assert loose([run]) == [
         f"seed 3, 5.0% removed: {name} stopped at a gradient of {norm} of a fresh adapter's"
         for name, norm in (("warm", "2.0e-04"), ("cold", "nan"))
     ]
@@ -110,12 +111,12 @@ def test_the_best_learning_rate_of_each_method():
 
 
 @pytest.mark.slow
-def test_the_judge_finds_the_reference_without_fault():
-    world = World.of(SMALL)
-    trial = Trial.of(world, 3)
-    judge = Judge.of(world, trial, 0.2)
-    own = judge(judge.warm)
+def test_the_evaluator_finds_the_reference_without_fault():
+    setup = Setup.of(SMALL)
+    run = Run.of(setup, 3)
+    evaluator = Evaluator.of(setup, run, 0.2)
+    own = evaluator(evaluator.warm)
     assert max(own[name] for name in ("kl_forget", "kl_retain", "kl_holdout", "distance")) < 1e-6
     assert own["objective"] == 0 and own["cosine"] == pytest.approx(1)
-    assert judge(judge.cold)["forget_quality"] == 1
-    assert judge(trial.adapter)["nll_forget"] < own["nll_forget"]
+    assert evaluator(evaluator.cold)["forget_quality"] == 1
+    assert evaluator(run.adapter)["nll_forget"] < own["nll_forget"]

@@ -7,7 +7,7 @@ import toys
 
 from unlearn_jax.baselines import converge
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.experiment.minimise import minimise
+from unlearn_jax.experiment.setup import minimise
 from unlearn_jax.objective import dataset_objective
 
 

@@ -1,5 +1,6 @@
 """Dense symmetric systems dressed as products on a nested pytree of mixed shapes, and solvers under jit."""
 
+import dataclasses
 import inspect
 
 import jax
@@ -7,18 +8,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from unlearn_jax.solvers import Solver
+
 SHAPES = {"attention": {"a": (3, 2), "b": (2, 3)}, "layers": [(4,), ()]}
 SIZE = 17
 
 
-STATIC = {"max_steps", "half_hessian", "steps", "rank", "probes", "max_side"}
+STATIC = {"steps", "rank"}
 
 
 def jitted(solver):
-    """The solver under jit. Products of dense matrices are arguments like any other, so tests share programs."""
+    """A function under jit, or the `solve` of a solver (of a preconditioner `build`), which is then called with its fields, too.
+
+    Products of dense matrices are arguments like any other, so tests share programs.
+    """
+    if isinstance(solver, type):
+        return lambda *arguments, **options: run(
+            solver, "solve" if issubclass(solver, Solver) else "build", arguments, options
+        )
     parameters = inspect.signature(solver).parameters
-    takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return jax.jit(solver, static_argnames=[name for name in STATIC if takes_more or name in parameters])
+    return jax.jit(solver, static_argnames=[name for name in STATIC if name in parameters])
+
+
+def run(kind, method, arguments, options):
+    """`method` of a solver with those of the options that are its fields, called with the others."""
+    fields = {field.name for field in dataclasses.fields(kind)} - {"preconditioner"}
+    made = kind(**{name: options[name] for name in fields & options.keys()})
+    return _call(made, method, *arguments, **{name: x for name, x in options.items() if name not in fields})
+
+
+_call = jax.jit(
+    lambda made, method, *arguments, **options: getattr(made, method)(*arguments, **options), static_argnums=(0, 1)
+)
 
 
 def pack(vector, dtype=None):

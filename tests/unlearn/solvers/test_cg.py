@@ -39,7 +39,7 @@ def test_preconditioned_iterate_is_scipys(x64):
     A = SPD + np.diag(np.geomspace(1, 1e4, SIZE))
     M = np.diag(1 / (np.diag(A) + 0.3))
     iterate, _ = scipy.sparse.linalg.cg(A + 0.3 * np.eye(SIZE), B, rtol=0, maxiter=5, M=M)
-    preconditioner = solvers.diagonal(pack(np.diag(A)), damping=0.3)
+    preconditioner = solvers.diagonal().build(pack(np.diag(A)), damping=0.3)
     x, _ = cg(products(A), pack(B), damping=0.3, rtol=0.0, max_steps=5, preconditioner=preconditioner)
     assert error(x, iterate) < 1e-11
 
@@ -165,7 +165,7 @@ def test_bfloat16_products_float32_algebra():
         seen.append({leaf.dtype for leaf in jax.tree.leaves(v)})
         return jax.tree.map(lambda leaf: 2 * leaf, v)
 
-    x, info = jax.jit(lambda b: solvers.cg(matvec, b, damping=1.0))(pack(B, jnp.bfloat16))
+    x, info = jax.jit(lambda b: solvers.cg().solve(matvec, b, damping=1.0))(pack(B, jnp.bfloat16))
     assert all(dtypes == {jnp.dtype(jnp.bfloat16)} for dtypes in seen)
     assert {leaf.dtype for leaf in jax.tree.leaves(x)} == {jnp.dtype(jnp.bfloat16)}
     assert info.residual.dtype == jnp.float32
@@ -184,7 +184,7 @@ def test_nan_is_not_taken_for_an_answer(where):
 def test_the_program_holds_one_copy_of_the_product():
     matvec = lambda v: jax.tree.map(jnp.arctan, v)
     program = str(
-        jax.make_jaxpr(lambda b, x0: solvers.cg(matvec, b, x0=x0))(pack(jnp.ones(SIZE)), pack(jnp.ones(SIZE)))
+        jax.make_jaxpr(lambda b, x0: solvers.cg().solve(matvec, b, x0=x0))(pack(jnp.ones(SIZE)), pack(jnp.ones(SIZE)))
     )
     assert program.count(" atan ") == 4  # one a leaf
 
@@ -199,14 +199,14 @@ def test_identity_is_the_best_multiple_of_b(x64):
 def test_products_of_another_shape_are_refused():
     b = pack(B, jnp.float32)
     with pytest.raises(ValueError, match=r"shape \(1,\) at \['layers'\]\[0\] for a vector of shape \(4,\)"):
-        solvers.cg(lambda v: {**v, "layers": [v["layers"][0][:1], v["layers"][1]]}, b)
+        solvers.cg().solve(lambda v: {**v, "layers": [v["layers"][0][:1], v["layers"][1]]}, b)
     with pytest.raises(ValueError, match="matvec returned PyTreeDef"):
-        solvers.cg(lambda v: v["layers"], b)
+        solvers.cg().solve(lambda v: v["layers"], b)
 
 
 @jax.jit
 def solve_dense(A, b, damping):
-    return solvers.cg(lambda x: A @ x, b, damping=damping, rtol=1e-11, max_steps=100)
+    return solvers.cg(rtol=1e-11, max_steps=100).solve(lambda x: A @ x, b, damping=damping)
 
 
 @settings(max_examples=40, deadline=None)

@@ -64,7 +64,7 @@ def test_zero_right_side_gives_exactly_zero():
 
 def test_no_damping_is_refused():
     with pytest.raises(ValueError, match="DataInf divides by the damping, which has to be positive: 0.0"):
-        solvers.datainf(pack(G), pack(B), damping=0.0)
+        solvers.datainf().solve(pack(G), pack(B), damping=0.0)
 
 
 def test_one_damping_for_all_layers_tends_to_the_dual(x64):

@@ -5,7 +5,7 @@ import pytest
 from systems import SIZE, error, flat, jitted, pack, products, symmetric, vector
 
 from unlearn_jax import solvers, tree
-from unlearn_jax.solvers.lanczos import eigenpairs, tridiagonalise
+from unlearn_jax.solvers.spectrum import eigenpairs, tridiagonalise
 
 cg, lanczos = map(jitted, (solvers.cg, solvers.lanczos))
 extremes = jitted(solvers.extremes)
@@ -84,7 +84,7 @@ def test_zero_right_side_gives_exactly_zero():
 
 def test_no_damping_is_refused():
     with pytest.raises(ValueError, match="which has to be positive: 0.0"):
-        solvers.lanczos(products(A, jnp.float32), pack(B, jnp.float32), key=KEY, damping=0.0, max_steps=2)
+        solvers.lanczos(max_steps=2).solve(products(A, jnp.float32), pack(B, jnp.float32), key=KEY, damping=0.0)
 
 
 def test_float32_solve():
@@ -101,7 +101,7 @@ def test_products_see_the_parameters_dtype():
     @jax.jit
     def solve(b):
         _, largest = solvers.extremes(matvec, b, key=KEY, steps=2)
-        return largest, solvers.lanczos(matvec, b, key=KEY, damping=1.0, max_steps=2)[0]
+        return largest, solvers.lanczos(max_steps=2).solve(matvec, b, key=KEY, damping=1.0)[0]
 
     largest, x = solve(pack(B, jnp.bfloat16))
     assert largest.dtype == jnp.float32

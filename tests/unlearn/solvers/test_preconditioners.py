@@ -3,12 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from systems import SIZE, error, flat, jitted, pack, products, symmetric, vector
+from systems import SIZE, error, flat, jitted, pack, products, run, symmetric, vector
 
 from unlearn_jax import solvers
 
-cg, diagonal, ekfac = map(jitted, (solvers.cg, solvers.diagonal, solvers.ekfac))
-nystrom = jitted(solvers.nystrom)
+cg, diagonal, nystrom = map(jitted, (solvers.cg, solvers.diagonal, solvers.nystrom))
+
+
+def ekfac(gradients, **options):
+    """Its inverse: it is a solver, too."""
+    return run(solvers.ekfac, "build", (gradients,), options)
+
 
 B = vector()
 KEY = jax.random.key(0)
@@ -142,8 +147,8 @@ def test_ekfac_preconditions_conjugate_gradients(x64):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: solvers.nystrom(products(np.eye(SIZE)), pack(B), key=KEY, rank=2, damping=0.0),
-        lambda: solvers.ekfac(pack(B[None]), damping=0.0),
+        lambda: solvers.nystrom(rank=2).build(products(np.eye(SIZE)), pack(B), key=KEY, damping=0.0),
+        lambda: solvers.ekfac().build(pack(B[None]), damping=0.0),
     ],
 )
 def test_no_damping_is_refused(build):
@@ -153,7 +158,8 @@ def test_no_damping_is_refused(build):
 
 def test_preconditioners_pass_through_jit_as_arguments():
     A = symmetric(np.geomspace(1e-3, 1, SIZE)).astype(np.float32)
-    solve = jax.jit(lambda M, b: solvers.cg(products(A), b, damping=1e-2, preconditioner=M))
+    solver = solvers.cg(rtol=1e-3, max_steps=100)
+    solve = jax.jit(lambda M, b: solver.solve(products(A), b, damping=1e-2, preconditioner=M))
     b = pack(B, jnp.float32)
     exact = np.linalg.solve(A + 1e-2 * np.eye(SIZE), B)
     gradients = pack(np.random.default_rng(0).normal(size=(4, SIZE)), jnp.float32)
@@ -164,3 +170,26 @@ def test_preconditioners_pass_through_jit_as_arguments():
     ):
         x, _ = solve(preconditioner, b)
         assert error(x, exact) < 1e-2
+
+
+def test_a_value_builds_its_preconditioner_where_products_are_enough(x64):
+    A, damping = symmetric(np.geomspace(1e-6, 1, SIZE)), 1e-4
+    solver = solvers.cg(rtol=1e-8, max_steps=60, preconditioner=solvers.nystrom(rank=9))
+    x, info = solver.solve(products(A), pack(B), damping=damping, key=KEY)
+    assert error(x, np.linalg.solve(A + damping * np.eye(SIZE), B)) < 1e-4
+    assert 2 * info.steps < steps(A, damping=damping)
+    with pytest.raises(
+        ValueError, match=r"'ekfac' is built from per-example gradients: .*preconditioner=ekfac\(\).build"
+    ):
+        solvers.cg(preconditioner=solvers.ekfac()).solve(products(A), pack(B), damping=damping)
+
+
+def test_ekfac_solves_and_says_how_well(x64):
+    """A Kronecker Fisher exactly, any other roughly: the residual is that of the Fisher itself."""
+    v = vector(1, 12)
+    for gradients, exact in ((kronecker_gradients(), True), (np.random.default_rng(0).normal(size=(5, 3, 4)), False)):
+        x, info = solvers.ekfac().solve({"w": jnp.asarray(gradients)}, {"w": jnp.asarray(v.reshape(3, 4))}, damping=0.1)
+        rows = gradients.reshape(len(gradients), -1)
+        left = (rows.T @ rows / len(rows) + 0.1 * np.eye(12)) @ np.asarray(x["w"]).ravel() - v
+        np.testing.assert_allclose(info.residual, np.linalg.norm(left) / np.linalg.norm(v), rtol=1e-6, atol=1e-12)
+        assert (info.residual < 1e-10) == exact

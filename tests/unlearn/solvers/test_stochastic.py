@@ -72,7 +72,7 @@ def test_a_decaying_rate_lowers_the_noise_floor(x64):
     steps = 600
     decayed = optax.cosine_decay_schedule(0.4, steps, alpha=0.01)
     constant, _ = sgd_qp(sampled(), pack(B), learning_rate=0.4, max_steps=steps)
-    x, _ = solvers.sgd_qp(sampled(), pack(B), learning_rate=decayed, max_steps=steps)
+    x, _ = solvers.sgd_qp(learning_rate=decayed, max_steps=steps).solve(sampled(), pack(B))
     assert error(x, SOLUTION) < 0.02 < 5 * error(x, SOLUTION) < error(constant, SOLUTION)
 
 

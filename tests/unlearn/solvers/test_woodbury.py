@@ -69,4 +69,4 @@ def test_zero_right_side_gives_exactly_zero():
 
 def test_no_damping_is_refused():
     with pytest.raises(ValueError, match="dual divides by the damping, which has to be positive: 0.0"):
-        solvers.dual(pack(gradients(4)), pack(B), damping=0.0)
+        solvers.dual().solve(pack(gradients(4)), pack(B), damping=0.0)

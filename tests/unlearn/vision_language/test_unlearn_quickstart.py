@@ -20,12 +20,10 @@ from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax import Remove, erase
 from unlearn_jax.cli import COMMANDS
 from unlearn_jax.quickstart.config import Config, ConvergeConfig
-from unlearn_jax.quickstart.edit import edit, outcome
+from unlearn_jax.quickstart.edit import edit, outcome, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.history import carried_out, left_by, still_to_do
-from unlearn_jax.quickstart.table import table
-from unlearn_jax.quickstart.traces import Edited, Request, draw_traces
-from unlearn_jax.quickstart.train import train
+from unlearn_jax.quickstart.measure import table
+from unlearn_jax.quickstart.requests import Edited, Request, carried_out, draw_traces, left_by, still_to_do
 
 ROOT = pathlib.Path(__file__).parent.parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
@@ -163,6 +161,9 @@ def test_an_edit_moves_toward_the_warm_retrain(run):
     for name in ("kl_forget", "kl_new", "objective"):
         assert edited[name] < 0.5 * before[name]
     assert edited["distance"] < before["distance"] and edited["cosine"] > 0.5
+    for row in rows.values():
+        assert 0 <= row["memorized"] <= 1 and 0 < row["extraction"] <= 1 and 0 <= row["auc"] <= 1
+    assert before["memorized"] > 0.5 and rows["warm retrain"]["privleak"] == 0
     losses = report["losses"]
     assert losses["edited"]["removed"] > losses["before"]["removed"]
     assert losses["edited"]["corrected, new answer"] < losses["before"]["corrected, new answer"]
@@ -180,9 +181,9 @@ def test_two_processes_train_the_same_adapter(model, tmp_path):
     for name, start in (("one", []), ("two", ["bash", "launch/processes.sh", "2"])):
         code = (
             f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(pathlib.Path(__file__).parent)!r}]; "
-            "from small import make_config; from unlearn_jax.quickstart import processes; "
+            "from small import make_config; from unlearn_jax.quickstart import job; "
             "from unlearn_jax.quickstart.config import ConvergeConfig; "
-            "from unlearn_jax.quickstart.train import train; "
+            "from unlearn_jax.quickstart.edit import train; "
             "mesh = processes.start(); "
             f"config = make_config({str(model)!r}, {str(tmp_path / name)!r}, training=ConvergeConfig(max_steps=3)); "
             "train(config, mesh)"

@@ -118,7 +118,7 @@ def edits(dataset):
 def test_an_edit_on_one_device_and_on_eight(model, batch):
     loss, adapter = adapter_loss(model, remat=False, implementation="dense")
     dataset = Dataset.of(examples(batch))
-    config = {"weight_decay": 1e-2, "newton_steps": 1, "damping": 0.1, "micro_batch": 16, "rtol": 1e-4}
+    config = {"weight_decay": 1e-2, "newton_steps": 1, "damping": 0.1, "micro_batch": 16, "solver": {"rtol": 1e-4}}
     meshes = (None, make_mesh({"data": 8}))
     one, eight = (erase(loss, adapter, dataset, edits(dataset), config, mesh=mesh) for mesh in meshes)
     apart = toys.relative_error(eight.delta, one.delta)

@@ -1,0 +1,108 @@
+"""The whole experiment, written down as it goes, and its results as text."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pixel_jax.evaluation.stats import over_seeds
+from pixel_jax.files import read_json
+from pixel_jax.state_files import write_json
+from unlearn_jax.experiment.evaluator import UNLIMITED, best_rates, compare
+from unlearn_jax.experiment.setup import Run, Setting, Setup
+
+CONVERGED = 1e-6  # the gradient's norm, relative to that of a fresh adapter
+COLUMNS = ("kl_forget", "kl_retain", "objective", "nll_forget", "nll_retain", "auc", "gradients")
+
+
+def table(runs: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
+    """Means over seeds with the half width of their 95 % interval, for every share and method."""
+    lines = []
+    for share in sorted({run["share"] for run in runs}):
+        mine = [run for run in runs if run["share"] == share]
+        seeds = len({run["seed"] for run in mine})
+        lines.append(f"{share:.1%} removed, {seeds} seed{'s' if seeds > 1 else ''}")
+        lines.append(f"{'':20}" + "".join(f"{name:>18}" for name in columns))
+        rows = [row for run in mine for row in run["rows"]]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            diverged = any(row.get("diverged") for row in own)
+            cells = ["diverged" if diverged else _cell([row[x] for row in own if x in row]) for x in columns]
+            lines.append(f"{method:20}" + "".join(f"{cell:>18}" for cell in cells))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """Where erasing is not the nearest to the warm retrain in `name` (a divergence), as sentences.
+
+    By the mean over seeds of the paired difference to each baseline, with its 95 % interval.
+    """
+    sentences = []
+    for share in sorted({run["share"] for run in runs}):
+        mine = [{row["method"]: row for row in run["rows"]} for run in runs if run["share"] == share]
+        for method in mine[0]:
+            if method in ("erase", "cold retrain", *UNLIMITED) or not all(
+                name in rows.get(method, {}) for rows in mine
+            ):
+                continue  # a method that diverged on one seed is not the nearest
+            gap = over_seeds([rows[method][name] - rows["erase"][name] for rows in mine])
+            if not gap["mean"] > 0:
+                sentences.append(
+                    f"{share:.1%} removed: {method} is nearer in {name}, by {-gap['mean']:.3g} "
+                    f"[{-gap['high']:.3g}, {-gap['low']:.3g}]"
+                )
+    return sentences
+
+
+def loose(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Where training or a reference stopped before it had converged, as sentences: distances from there mean little."""
+    return [
+        f"seed {run['seed']}, {run['share']:.1%} removed: {name} stopped at a gradient of {norm:.1e} of a fresh adapter's"
+        for run in runs
+        for name, norm in run["norms"].items()
+        if not norm <= CONVERGED
+    ]
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    found = over_seeds(values)
+    return f"{found['mean']:.3g}" + (f" ± {found['high'] - found['mean']:.1g}" if found["n"] > 1 else "")
+
+
+TUNING = 1_000_000  # the seed on which learning rates are chosen, and which does not count
+
+
+def run_experiment(setting: Setting, path: pathlib.Path, log: Callable[[str], None] = print) -> dict:
+    """{"setting", "tuning", "runs", "exceptions"}, also in the JSON file `path`.
+
+    What that holds already is kept, and seeds that it lacks are added.
+    """
+    asked = json.loads(json.dumps(dataclasses.asdict(setting)))
+    result = {"setting": asked, "tuning": [], "runs": []}
+    if path.exists():
+        result = read_json(path)
+        if {**result["setting"], "seeds": setting.seeds} != asked:
+            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
+        result["setting"] = asked
+    setup = Setup.of(setting)
+    for seed in (TUNING, *range(setting.seeds)):
+        kept = result["tuning" if seed == TUNING else "runs"]
+        missing = [share for share in setting.shares if (seed, share) not in {(x["seed"], x["share"]) for x in kept}]
+        if not missing:
+            continue
+        run = Run.of(setup, seed)
+        log(f"seed {seed}: trained until the gradient was {run.norm:.1e}")
+        for share in missing:
+            rates = dict.fromkeys(setting.methods, setting.rates)
+            if seed != TUNING:
+                rates = best_rates(next(x["rows"] for x in result["tuning"] if x["share"] == share))
+            kept.append(compare(setup, run, share, rates))
+            log(table(kept[-1:]) if seed != TUNING else f"{share:.1%}: {best_rates(kept[-1]['rows'])}")
+            runs = result["runs"]
+            result["exceptions"] = [*loose(runs), *beaten(runs, "kl_forget"), *beaten(runs, "kl_retain")]
+            write_json(path, result)
+    return result
