@@ -1,7 +1,7 @@
 """The turn machine: the pure functions a rollout is made of.
 
 `decode` adds one token to every row that is writing, `observe` answers every row that waits for pixels, `queue.py` reads
-prompts and begins rows. `rollout.py` strings them together, in one compiled program or one by one from the host.
+prompts and begins rows. `loop.py` strings them together, `rollout.py` shows the whole.
 
 A row is *writing*, *waiting* (its turn has ended), *asking* (for a tool that runs on the host) or *done*. It shares the cache of
 its prompt; what follows lies in the cache of the slot it is written in.

@@ -1,20 +1,20 @@
 """The multi-turn rollout: as one compiled program, or step by step with its state in between.
 
-The walk of a prompt, and who is in charge of each station:
+The walk of a prompt through it, with the function of each station:
 
-    begin      a place in the line                            `queue.start`, or `queue.admit` where the rollout is under way
-    advance    in a loop, until every row is done:                                                         `loop.advance`
-      fill       free slots are given rows: a group of slots reads the prompt, once for all its rows,
-                 and each row has written the opening and nothing else                                       `queue.fill`
-      decode     rows write, a token each at a time, until enough of them have ended a turn          `machine.decode_turns`
-      observe    a turn that ends in a call: the tool's pictures are cut out, encoded and read, or a message that says
-                 why not, and the row writes on; any other turn: the row is done                         `machine.observe`
-      (record)   what a row has written is put on record when its slot is given to another, in `fill`
-    finish     the rows of each prompt side by side, as trajectories                                       `queue.finish`
+    begin      it has a place and waits in line                                                  queue.start
+    advance    until no row can go on:                                                           loop.advance
+      fill       its turn has come: a group of free slots reads it, once for all its rows,         queue.fill
+                 and each row begins with the opening
+      decode     rows write, a token each at a time, until enough of them have ended a turn        machine.decode_turns
+      observe    a row that has called a tool reads what that shows, or why it shows nothing,      machine.observe
+                 and writes on; a row that has called nothing, or has no room left, is done
+      fill       the slot of a row that is done goes to another; the row is on record              queue.put_on_record
+    finish     its rows side by side: what they wrote, called and were shown                     queue.finish
 
-`rollout` is all of it in one XLA program. `begin`, `advance` and `finish` are the same functions compiled one by one, and a
-`RolloutState` is what lies between them: `advance` goes on for as many tokens as it is told, other prompts are `admit`ted where
-some are done, and calls of tools that run on the host are answered (`host_rollout`). The tokens are the same, to the bit.
+`rollout` is all of it in one XLA program. `begin`, `advance` and `finish` are the same functions compiled one by one, with a
+`RolloutState` between them: `advance` goes on for as many tokens as it is told, `admit` gives the places of prompts that are
+done to others, and `host_rollout` answers calls of tools that run on the host. What rows write is the same, to the bit.
 """
 
 import contextlib
@@ -100,11 +100,12 @@ def begin(
     """The state of a rollout of which nothing is read and nothing written.
 
     Args:
-      capacity: places for prompts, with several processes of each; those behind `prompts` are empty, for `admit` to fill. None:
-        as many as there are prompts. All others as for `rollout`; tools may run on the host.
+      model, prompts, key, config, opening, pixels: as for `rollout`; tools may run on the host. What kinds of prompts there are
+        (images, videos) is settled here.
+      capacity: places for prompts; those behind `prompts` are empty, for `admit` to fill. None: as many as there are prompts.
 
     Raises:
-      ValueError: fewer places than prompts, or the places cannot be split over the mesh.
+      ValueError: fewer places than prompts, places that cannot be split over the mesh, or empty ones with several processes.
     """
     count = prompts.tokens.shape[0]
     if capacity is not None and capacity < count:
@@ -136,8 +137,8 @@ def advance(
     """Goes on with a rollout until every row is done, waits for a tool of the host, or the budget is spent.
 
     In pieces of any budgets it comes to what it does in one: tokens, log-probabilities, calls and pixels are the same bit for
-    bit. All budgets share one compiled program; no budget is another. A call takes as long as about three tokens besides (the
-    layers' weights are laid out for decoding), so give budgets of dozens where that counts.
+    bit. All budgets share one compiled program; no budget is another. Each call lays the layers' weights out for decoding once,
+    so give budgets of dozens where speed counts. In a `jax.jit` of the caller's on a mesh, set that (`jax.set_mesh`).
 
     Args:
       model: the one that the state began with, or one of its shapes: rows go on with its weights, on the caches they have.

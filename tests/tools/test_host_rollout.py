@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.rollout.host import host_calls
+from pixel_jax.rollout.machine import ASKING, DONE
 from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import HostRollouts, host_rollout, rollout
+from pixel_jax.rollout.rollout import TOKENS, HostRollouts, advance, begin, host_rollout, rollout
 from pixel_jax.rollout.trajectory import CallStatus, to_host
 from pixel_jax.tools import ROTATE, Integer, Text, Tool
 from pixel_jax.tools.host import Reply
@@ -111,6 +113,20 @@ def test_sampler_trainer_and_pixels_agree(made):
     rows = from_trajectories(talker.with_pixels(t, prompts, CONFIG))
     scored, _ = make_score_step(ForwardConfig(remat=False))(model, rows)
     np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+
+
+def test_rows_that_ask_the_host_hold_up_no_other(made):
+    """The device goes on until every row is done or asks; then it has nothing to do before it is told the answers."""
+    _, model, prompts, *_ = made
+    state = begin(model, prompts, jax.random.key(3), CONFIG)
+    while True:
+        before = np.array(state.rows.length)
+        state = advance(model, state, TOKENS, donate=True)
+        if np.array_equal(before, state.rows.length):
+            break
+    status = np.asarray(state.rows.status)
+    assert set(status.tolist()) == {ASKING, DONE}
+    assert [call.row for call in host_calls(state)] == np.flatnonzero(status == ASKING).tolist()
 
 
 def test_who_carries_calls_out_must_be_there(made):
