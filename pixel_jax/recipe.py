@@ -44,6 +44,7 @@ def base(size: str, weights: str) -> ConfigDict:
         raise ValueError(f"the weights to train are 'full' or 'lora', not {weights!r}")
     config = ConfigDict()
     config.watch = ConfigDict()
+    config.host_tools = ConfigDict()
     config.architecture = f"qwen2.5-vl-{size}"
     config.lora = ADAPTERS if weights == "lora" else None
     config.mesh = {"data": 1, "fsdp": -1, "tensor": SIZES[size].tensor}

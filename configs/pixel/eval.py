@@ -47,4 +47,5 @@ def get_config() -> ConfigDict:
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     # The released evaluation's settings, of which any can be set (`pixel_jax/evaluation/config.py`).
     config.rollout = ConfigDict()
+    config.host_tools = ConfigDict()  # of tools that run on the host (`pixel_jax.tools.host.HostToolsConfig`)
     return config

@@ -30,6 +30,7 @@ def get_config(words: str = "full") -> ConfigDict:
     # Axis sizes; -1 takes the devices that are left. An empty mesh runs on one device.
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     config.rollout = ConfigDict()
+    config.host_tools = ConfigDict()  # of tools that run on the host (`pixel_jax.tools.host.HostToolsConfig`)
     config.watch = ConfigDict()  # what is held out and looked at meanwhile (`pixel_jax.training.watch.WatchConfig`)
 
     config.sft = ConfigDict()

@@ -135,6 +135,7 @@ def run_both(written, tools, names, after, replay=None, options=()):
         "canvas": (1, 64, 128),
         "prompt_width": 192,
         "rl": rl,
+        "host_tools": {},
     }
     own = {"format": "jsonl", "data": "own.jsonl", "split": "val", "buckets": ((1, 64, 128, 192),)}
     judging = {
@@ -144,6 +145,7 @@ def run_both(written, tools, names, after, replay=None, options=()):
         "rollout": LIMITS | {"temperature": 1.0},
         "batch": 4,
         "traces": 1,
+        "host_tools": {},
     }
     for name, values in (("my_rl.py", training), ("my_eval.py", judging)):
         (written / name).write_text(CONFIG.format(values=values))
