@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # pyright: ignore[reportPrivateImportUsage]
 
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.curvature import Curvature, product
@@ -80,7 +80,7 @@ def check_loss(loss: Callable, params: Params, example: Example) -> None:
     """
     with _flax_errors():
         jaxpr = jax.make_jaxpr(functools.partial(sum_and_weight, loss))(params, example)
-    total = jaxpr.out_avals[0]
+    total: Any = jaxpr.out_avals[0]
     if not jnp.issubdtype(total.dtype, jnp.floating):
         raise ValueError(f"the loss returns {total.dtype}, which has no gradient; it must be a floating point number")
     # A function of its own, or JAX would return the first trace again.

@@ -95,10 +95,10 @@ def test_near_the_retrain_of_more_examples():
 
 def test_without_a_limit_the_default_goes_on_to_the_retrain(as_many_parameters):
     # How far float32 tells J from rounding differs by the release of JAX; a limit for another reason is none here.
-    error, _, report = as_many_parameters.erase(epochs="unlimited", rtol=0.03)
+    error, _, report = as_many_parameters.erase(epochs="unlimited", solver={"rtol": 0.03})
     assert error < 1e-2 and all("where rounding hides" in limit for limit in report.limits)
     # What float32 cannot resolve ends it, and not a thousand evaluations.
-    error, _, report = as_many_parameters.erase(epochs="unlimited", rtol=1e-3)
+    error, _, report = as_many_parameters.erase(epochs="unlimited", solver={"rtol": 1e-3})
     assert error < 2e-3 and report.finish.evaluations < 400
     assert any("where rounding hides" in limit for limit in report.limits)
 
