@@ -1,55 +1,98 @@
 """Vision-language models that reason in pixel space, trained and run with JAX.
 
-`import pixel_jax` is fast: everything below loads when it is first used.
+`import pixel_jax` is fast: a name loads the module that defines it when it is first used.
 """
 
 import importlib
-import sys
-import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pixel_jax.data.clips import read_video
+    from pixel_jax.data.images import read_image
+    from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.evaluation.run import evaluate
+    from pixel_jax.models.io import forward, from_pretrained, save_pretrained
+    from pixel_jax.ops import crop_resize, gather_frames, patchify, smart_resize
+    from pixel_jax.rollouts.config import RolloutConfig
+    from pixel_jax.rollouts.materialize import materialize
+    from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+    from pixel_jax.rollouts.rollout import admit, advance, begin, finish, finished, host_rollout, rollout
+    from pixel_jax.tools import Tool
+    from pixel_jax.training.rewards import curiosity_reward
+    from pixel_jax.training.rl import rl
+    from pixel_jax.training.scorers import score_answer
+    from pixel_jax.training.sft import sft
 
 _WHERE = {
-    "from_pretrained": "pixel_jax.models.io",
-    "save_pretrained": "pixel_jax.models.io",
-    "forward": "pixel_jax.models.io",
-    "read_image": "pixel_jax.data.images",
-    "read_video": "pixel_jax.data.clips",
-    "crop_resize": "pixel_jax.ops",
-    "gather_frames": "pixel_jax.ops",
-    "smart_resize": "pixel_jax.ops",
-    "Tool": "pixel_jax.tools",
-    "curiosity_reward": "pixel_jax.training.rewards",
-    "score_answer": "pixel_jax.training.scorers",
-    "sft": "pixel_jax.training.sft",
-    "rl": "pixel_jax.training.rl",
-    "evaluate": "pixel_jax.evaluation.run",
+    "Query": "rollouts.prompts",
+    "RolloutConfig": "rollouts.config",
+    "Tool": "tools",
+    "Vocabulary": "dialog.tokenizer",
+    "admit": "rollouts.rollout",
+    "advance": "rollouts.rollout",
+    "begin": "rollouts.rollout",
+    "build_prompts": "rollouts.prompts",
+    "crop_resize": "ops",
+    "curiosity_reward": "training.rewards",
+    "evaluate": "evaluation.run",
+    "finish": "rollouts.rollout",
+    "finished": "rollouts.rollout",
+    "forward": "models.io",
+    "from_pretrained": "models.io",
+    "gather_frames": "ops",
+    "host_rollout": "rollouts.rollout",
+    "materialize": "rollouts.materialize",
+    "patchify": "ops",
+    "read_image": "data.images",
+    "read_video": "data.clips",
+    "rl": "training.rl",
+    "rollout": "rollouts.rollout",
+    "save_pretrained": "models.io",
+    "score_answer": "training.scorers",
+    "sft": "training.sft",
+    "smart_resize": "ops",
+    "tables": "rollouts.prompts",
 }
 
-__all__ = sorted([*_WHERE, "rollout"])
+__all__ = [
+    "Query",
+    "RolloutConfig",
+    "Tool",
+    "Vocabulary",
+    "admit",
+    "advance",
+    "begin",
+    "build_prompts",
+    "crop_resize",
+    "curiosity_reward",
+    "evaluate",
+    "finish",
+    "finished",
+    "forward",
+    "from_pretrained",
+    "gather_frames",
+    "host_rollout",
+    "materialize",
+    "patchify",
+    "read_image",
+    "read_video",
+    "rl",
+    "rollout",
+    "save_pretrained",
+    "score_answer",
+    "sft",
+    "smart_resize",
+    "tables",
+]
 
 
-class _Rollout(types.ModuleType):
-    """The subpackage `pixel_jax.rollout`, which is also the public function: calling it runs a rollout."""
-
-    def __call__(self, *args, **kwargs):
-        return importlib.import_module("pixel_jax.rollout.rollout").rollout(*args, **kwargs)
-
-
-class _Package(types.ModuleType):
-    def __getattr__(self, name: str):
-        if name == "rollout":
-            return importlib.import_module("pixel_jax.rollout")
-        if name not in _WHERE:
-            raise AttributeError(f"module 'pixel_jax' has no attribute {name!r}")
-        return getattr(importlib.import_module(_WHERE[name]), name)
-
-    def __setattr__(self, name: str, value):
-        # The import system binds a subpackage here, whoever imports it first.
-        if name == "rollout" and isinstance(value, types.ModuleType):
-            value.__class__ = _Rollout
-        super().__setattr__(name, value)
-
-    def __dir__(self):
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'pixel_jax' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"pixel_jax.{_WHERE[name]}"), name)
+    globals()[name] = found
+    return found
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,12 +40,12 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.dialog.unrecognised import format_warning
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
-    from pixel_jax.rollout.config import RolloutConfig
-    from pixel_jax.rollout.limits import judged, read_limits
-    from pixel_jax.rollout.materialize import materialize_on_host
-    from pixel_jax.rollout.prompts import Query, build_prompts, tables
-    from pixel_jax.rollout.rollout import host_rollouts, rollout
-    from pixel_jax.rollout.trajectory import to_host
+    from pixel_jax.rollouts.config import RolloutConfig
+    from pixel_jax.rollouts.limits import judged, read_limits
+    from pixel_jax.rollouts.materialize import materialize_on_host
+    from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+    from pixel_jax.rollouts.rollout import host_rollouts, rollout
+    from pixel_jax.rollouts.trajectory import to_host
     from pixel_jax.tools.host import HostToolsConfig
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
     from pixel_jax.training.answers import last_boxed

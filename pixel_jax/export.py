@@ -103,7 +103,7 @@ def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) ->
     from pixel_jax import save_pretrained
     from pixel_jax.models.lora import merge_lora
     from pixel_jax.parallel.processes import first
-    from pixel_jax.rollout.limits import write_limits
+    from pixel_jax.rollouts.limits import write_limits
 
     save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
     if first():

@@ -31,12 +31,12 @@ from pixel_jax.parallel import make_mesh, share
 from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.parallel.processes import first, meet, say
 from pixel_jax.parallel.sharding import row_parts, sequence_parts
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import FILE, SHOWN, differences, read_limits
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.rollout import HostRollouts, host_rollouts, rollout
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import Tables
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import Tables
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools

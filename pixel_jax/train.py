@@ -12,8 +12,8 @@ from pixel_jax.data.limits import Limits
 from pixel_jax.data.shapes import bucket_shapes
 from pixel_jax.identity import nest
 from pixel_jax.named import digest, is_name
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.run_lock import hold
 from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT

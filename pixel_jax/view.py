@@ -109,8 +109,8 @@ def written_traces(
     from pixel_jax.dialog.formats import FORMATS
     from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
     from pixel_jax.evaluation.trace import make_trace
-    from pixel_jax.rollout.config import RolloutConfig
-    from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollouts.config import RolloutConfig
+    from pixel_jax.rollouts.prompts import tables
     from pixel_jax.terminal import warn
 
     language = language or Language()

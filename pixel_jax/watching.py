@@ -17,9 +17,9 @@ from pixel_jax.data.shapes import Measured
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.parallel.processes import everywhere, say
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import PromptError
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import PromptError
+from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.terminal import warn
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together

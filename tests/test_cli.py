@@ -27,11 +27,11 @@ from pixel_jax.evaluation.trace import Picture, Trace, Turn
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.progress import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollout import talker
+from tests.rollouts import talker
 from unlearn_jax.quickstart.config import Config as UnlearnConfig
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -17,14 +17,14 @@ from pixel_jax.identity import flatten
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora, merge_lora
 from pixel_jax.models.processor import Processor
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.train import LoRAConfig, TrainConfig, facts_of, recorded
 from pixel_jax.training.checkpoint import CheckpointError
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.steps import ForwardConfig
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.training.tiny_model import make_batch
 
 LORA = LoRAConfig(rank=2, alpha=4.0, targets=r"model\.layers\.\{\}\.self_attn\.q_proj")

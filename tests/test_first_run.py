@@ -15,7 +15,7 @@ from pixel_jax.state_files import read_note
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import numbered, read_looks
 from tests.evaluation.test_report import Reader
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.test_cli import command
 
 CALL = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixel_jax.signals import INTERRUPTED
 from pixel_jax.training.preemption import CODE
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.test_cli import CONFIG, ENVIRONMENT, ROOT, model  # noqa: F401
 
 INTERRUPTS = 20

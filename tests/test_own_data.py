@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax.training.progress import read_metrics
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.synthesis import seed_files
 from tests.test_cli import command, model  # noqa: F401
 

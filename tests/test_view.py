@@ -22,7 +22,7 @@ from pixel_jax.training.progress import MetricsLog
 from pixel_jax.view import view, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollout import talker
+from tests.rollouts import talker
 
 
 def look(what, tmp_path, **more):

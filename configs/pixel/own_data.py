@@ -17,7 +17,7 @@ the paper's values; any can be set as `--config.FIELD=VALUE` (`--config.rl.rewar
 from ml_collections import ConfigDict, config_dict
 
 from pixel_jax.recipe import ADAPTERS, LEARNING_RATES, read_words
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.algorithms import algorithm
 
 

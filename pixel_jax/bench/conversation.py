@@ -19,8 +19,8 @@ from pixel_jax.bench.timing import Aim, Case, Work
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollout.rollout import compiled_rollout, rollout
-from pixel_jax.rollout.trajectory import CallStatus, Trajectories, executed_calls, take_prompts, to_host
+from pixel_jax.rollouts.rollout import compiled_rollout, rollout
+from pixel_jax.rollouts.trajectory import CallStatus, Trajectories, executed_calls, take_prompts, to_host
 
 
 class Turn(NamedTuple):

@@ -25,10 +25,10 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
-from pixel_jax.rollout import machine, queue
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.shapes import BatchShape, Shape
-from pixel_jax.rollout.trajectory import Prompts
+from pixel_jax.rollouts import machine, queue
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.trajectory import Prompts
 
 
 def _patches(count: int, side: int) -> jax.Array:

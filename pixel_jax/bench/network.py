@@ -13,9 +13,9 @@ import pixel_jax
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import Query, build_prompts, tables
-from pixel_jax.rollout.trajectory import Prompts
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+from pixel_jax.rollouts.trajectory import Prompts
 from pixel_jax.tools import RELEASED
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it

@@ -18,9 +18,9 @@ import numpy as np
 
 from pixel_jax.bench.network import QUESTION, images, random_model, rollout_config, vocabulary
 from pixel_jax.bench.timing import Case, Work
-from pixel_jax.rollout.prompts import Query, build_prompts, tables
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import prompt_shape
+from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import prompt_shape
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "pixel" / "quickstart.py"
 COLD_START_AIM = 10.0  # seconds

@@ -10,7 +10,7 @@ import numpy as np
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Source, SourceError, frame_sizes, load_frames
 from pixel_jax.data.traces import Trace, Turn
-from pixel_jax.rollout.prompts import Query
+from pixel_jax.rollouts.prompts import Query
 
 
 class ExampleError(ValueError):

@@ -27,13 +27,13 @@ from pixel_jax.data.read import read_examples
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.images import pad
-from pixel_jax.rollout.materialize import VisualRecord, patch_source
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.rollout import static_shape
-from pixel_jax.rollout.shapes import BatchShape, Shape, prompt_shape
-from pixel_jax.rollout.trajectory import CallStatus, HostPrompts, Trajectories, Views, no_calls
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.images import pad
+from pixel_jax.rollouts.materialize import VisualRecord, patch_source
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.rollout import static_shape
+from pixel_jax.rollouts.shapes import BatchShape, Shape, prompt_shape
+from pixel_jax.rollouts.trajectory import CallStatus, HostPrompts, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training.batch import Rows, from_trajectories
 from pixel_jax.training.replay import Replay, ReplayConfig

@@ -19,10 +19,10 @@ from pixel_jax.data.example import Example, Report
 from pixel_jax.data.shapes import PACKED, Measured, cover
 from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import Tables
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import Tables
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.packing import first_fit, pack
 

@@ -12,10 +12,10 @@ from pixel_jax.data.example import Example, Report
 from pixel_jax.data.rooms import Fit, Fitter, Place
 from pixel_jax.data.shapes import Measured
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import PromptError, build_prompts
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import HostPrompts, Tables
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import PromptError, build_prompts
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 from pixel_jax.tools import RELEASED, Tool
 
 Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it

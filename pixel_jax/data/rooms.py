@@ -15,9 +15,9 @@ import numpy as np
 from pixel_jax.data.shapes import Measured, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.prompts import PromptError, Query, prompt_tokens
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.tools import RELEASED, Tool
 
 TRIES = 8  # to leave room for a long question: a picture's tokens fall in steps

@@ -11,7 +11,7 @@ import numpy as np
 
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import padded_work, training_flops
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.shapes import BatchShape
 
 GAIN = 0.03  # share of all the work that one more compilation has to save
 MOST_SHAPES = 4  # compilations of a step

@@ -13,7 +13,7 @@ import numpy as np
 from pixel_jax.data.traces import Trace, Turn, right, wrong
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.writing import as_written, write_call
-from pixel_jax.rollout.prompts import Query
+from pixel_jax.rollouts.prompts import Query
 from pixel_jax.tools import CROP_IMAGE, SELECT_FRAMES
 
 CALL_BOX = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['

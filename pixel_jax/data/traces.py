@@ -16,14 +16,14 @@ import numpy as np
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import canvases_of
-from pixel_jax.rollout.images import Images
-from pixel_jax.rollout.operations import add_to_gallery, called, execute
-from pixel_jax.rollout.prompts import Query, check_format, prompt_tokens
-from pixel_jax.rollout.shapes import BatchShape, Shape
-from pixel_jax.rollout.trajectory import (
+from pixel_jax.rollouts import machine
+from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.drawings import canvases_of
+from pixel_jax.rollouts.images import Images
+from pixel_jax.rollouts.operations import add_to_gallery, called, execute
+from pixel_jax.rollouts.prompts import Query, check_format, prompt_tokens
+from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
     Calls,
@@ -32,7 +32,7 @@ from pixel_jax.rollout.trajectory import (
     no_calls,
     shown_by,
 )
-from pixel_jax.rollout.views import frame_patches
+from pixel_jax.rollouts.views import frame_patches
 from pixel_jax.tools import Tool
 from pixel_jax.tools.looking import Gallery, Seen
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
 from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig

@@ -149,8 +149,8 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.evaluation.stages import answer as answer_questions
     from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
-    from pixel_jax.rollout.prompts import tables
-    from pixel_jax.rollout.rollout import host_rollouts
+    from pixel_jax.rollouts.prompts import tables
+    from pixel_jax.rollouts.rollout import host_rollouts
     from pixel_jax.tools.named import find_format, find_tools
     from pixel_jax.training.progress import use_compilation_cache
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from pixel_jax.data.sources import Source, frame_sizes, load_frames
 from pixel_jax.evaluation.clips import load_clip, size_of
-from pixel_jax.rollout.prompts import Query
+from pixel_jax.rollouts.prompts import Query
 
 
 class Question(NamedTuple):

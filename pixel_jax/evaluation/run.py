@@ -21,9 +21,9 @@ from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Sess
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.parallel.memory import PICTURES, device_memory
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.training.progress import Progress
 
 LOADERS = 8  # threads that decode images

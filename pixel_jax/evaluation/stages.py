@@ -21,11 +21,11 @@ from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
-from pixel_jax.rollout.prompts import Query, build_prompts
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import (
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
+from pixel_jax.rollouts.prompts import Query, build_prompts
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.trajectory import (
     STOP_REASONS,
     Tables,
     Trajectories,

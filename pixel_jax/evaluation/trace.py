@@ -22,9 +22,9 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.models.inputs import Visual
-from pixel_jax.rollout.config import PATCH
-from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.trajectory import STOP_REASONS, CallStatus, Trajectories
+from pixel_jax.rollouts.config import PATCH
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.rollouts.trajectory import STOP_REASONS, CallStatus, Trajectories
 from pixel_jax.terminal import brief
 
 END = SPECIAL_TOKENS["im_end"]

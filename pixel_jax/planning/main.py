@@ -140,7 +140,7 @@ def read_recipe(config, console):
     from pixel_jax.models.released import released
     from pixel_jax.planning.programs import Recipe
     from pixel_jax.quickstart.vocabulary import build_vocabulary
-    from pixel_jax.rollout.prompts import tables
+    from pixel_jax.rollouts.prompts import tables
     from pixel_jax.tools.named import find_format
 
     directory, vocabulary = pathlib.Path(config.model), None

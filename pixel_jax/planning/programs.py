@@ -17,13 +17,13 @@ from pixel_jax.models.lora import add_lora
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
-from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.materialize import cut_patches
-from pixel_jax.rollout.queue import read_together
-from pixel_jax.rollout.rollout import compiled_rollout, traced
-from pixel_jax.rollout.shapes import Shape, budgets, prompt_shape
-from pixel_jax.rollout.trajectory import Prompts, Tables
+from pixel_jax.rollouts import machine
+from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.materialize import cut_patches
+from pixel_jax.rollouts.queue import read_together
+from pixel_jax.rollouts.rollout import compiled_rollout, traced
+from pixel_jax.rollouts.shapes import Shape, budgets, prompt_shape
+from pixel_jax.rollouts.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
@@ -184,7 +184,7 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 
 
 def rollout_shape(recipe: Recipe, shards: int) -> Shape:
-    """As `pixel_jax.rollout.rollout.layout`; a prompt of several canvases is a video."""
+    """As `pixel_jax.rollouts.rollout.layout`; a prompt of several canvases is a video."""
     config, limits = recipe.config, recipe.config.rl.rollout
     prompts = prompt_shape(*config.canvas, config.prompt_width, limits, video=config.canvas[0] > 1)
     return Shape.of(prompts, limits, recipe.tables.tools, shards)

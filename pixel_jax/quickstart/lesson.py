@@ -8,8 +8,8 @@ import numpy as np
 
 from pixel_jax.data.miniature import QUESTION, Scene, SceneConfig
 from pixel_jax.data.traces import Trace
-from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.trajectory import Trajectories
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.tools import Tool
 from pixel_jax.training.rl import RLConfig
 

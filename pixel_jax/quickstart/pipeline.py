@@ -24,7 +24,7 @@ from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.network import model_config, new_model
 from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
-from pixel_jax.rollout.limits import write_limits
+from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json

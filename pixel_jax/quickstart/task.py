@@ -16,14 +16,14 @@ from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from pixel_jax.rollout.config import FACTOR
-from pixel_jax.rollout.images import ragged
-from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
-from pixel_jax.rollout.trajectory import (
+from pixel_jax.rollouts.config import FACTOR
+from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.trajectory import (
     HostPrompts,
     Trajectories,
     concatenate,

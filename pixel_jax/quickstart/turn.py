@@ -11,7 +11,7 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import Scene, SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right, wrong
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
-from pixel_jax.rollout.trajectory import CallStatus, Trajectories
+from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import ROTATE
 from pixel_jax.tools.calls import read
 from pixel_jax.training.rl import RLConfig

@@ -10,8 +10,8 @@ from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
-from pixel_jax.rollout.prompts import Query
-from pixel_jax.rollout.trajectory import CallStatus, Trajectories
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import RELEASED
 from pixel_jax.training.rl import RLConfig
 

@@ -5,8 +5,8 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from pixel_jax.rollout.materialize import VisualRecord
-from pixel_jax.rollout.trajectory import Shown, Trajectories
+from pixel_jax.rollouts.materialize import VisualRecord
+from pixel_jax.rollouts.trajectory import Shown, Trajectories
 
 Array = jax.Array | np.ndarray
 T = TypeVar("T")

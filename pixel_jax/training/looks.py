@@ -14,12 +14,12 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import first
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.materialize import VisualRecord, materialize_on_host
-from pixel_jax.rollout.prompts import Query, build_prompts
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import (
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
+from pixel_jax.rollouts.prompts import Query, build_prompts
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.trajectory import (
     STOP_ANSWER,
     Tables,
     Trajectories,

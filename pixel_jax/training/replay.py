@@ -13,11 +13,11 @@ import safetensors.numpy
 from pixel_jax.config import positive
 from pixel_jax.parallel.processes import exchange
 from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
-from pixel_jax.rollout.drawings import Drawings
-from pixel_jax.rollout.images import Images
-from pixel_jax.rollout.materialize import PatchSource, VisualRecord
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import Views
+from pixel_jax.rollouts.drawings import Drawings
+from pixel_jax.rollouts.images import Images
+from pixel_jax.rollouts.materialize import PatchSource, VisualRecord
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.calls import Values
 from pixel_jax.training.batch import Batch, Rows, take
 from pixel_jax.training.checkpoint import rejoin, separate

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.parallel.sharding import shard_batch, share
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.lessons import Lessons, lesson_facts

@@ -19,11 +19,11 @@ import numpy as np
 
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import all_rows, local_rows
-from pixel_jax.rollout.materialize import VisualRecord, materialize
-from pixel_jax.rollout.rollout import HostRollouts, rollout, static_shape
-from pixel_jax.rollout.shapes import BatchShape, Shape
-from pixel_jax.rollout.timing import seconds_of_operations
-from pixel_jax.rollout.trajectory import STOP_ANSWER, HostPrompts, Trajectories
+from pixel_jax.rollouts.materialize import VisualRecord, materialize
+from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
+from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.timing import seconds_of_operations
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, Trajectories
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.batch import Batch, Rows, from_trajectories, take
 from pixel_jax.training.packing import pack_rows

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from pixel_jax.dialog.template import SPECIAL_TOKENS
-from pixel_jax.rollout.trajectory import STOP_REASONS, UNREADABLE, CallStatus, Prompts, Tables, Trajectories
+from pixel_jax.rollouts.trajectory import STOP_REASONS, UNREADABLE, CallStatus, Prompts, Tables, Trajectories
 from pixel_jax.terminal import brief
 from pixel_jax.tools.calls import plain
 
@@ -56,7 +56,7 @@ class Row(NamedTuple):
     response: str  # all that the policy wrote, what it was shown left out
     turns: tuple[str, ...]  # the same, turn by turn, without the token that ends a turn
     calls: tuple[Call, ...]  # in order, carried out or not
-    stop: str  # why it ended: one of `pixel_jax.rollout.trajectory.STOP_REASONS`
+    stop: str  # why it ended: one of `pixel_jax.rollouts.trajectory.STOP_REASONS`
     tokens: np.ndarray  # int32 [T], the ids that the policy chose
     is_video: bool = False  # the images of the example are the frames of one video
 

@@ -8,7 +8,7 @@ from pixel_jax.data.example import Example
 from pixel_jax.data.held_out import FILE, choose, keys_of, settled
 from pixel_jax.training.watch import WatchConfig
 from pixel_jax.watching import hold_out
-from tests.rollout import talker
+from tests.rollouts import talker
 
 KEYS = st.lists(st.sampled_from([f"k{i}" for i in range(12)]), max_size=40)
 

@@ -14,10 +14,10 @@ from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured, bucket_shapes, training_work
 from pixel_jax.data.traces import TraceError, to_trajectories
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from tests.data import released_files as files
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.training.tiny_model import tiny_config
 
 LARGEST = BatchShape(tokens=1024, images=6, slices=6, patches=16)

@@ -14,11 +14,11 @@ from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.rooms import Fitter
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.images import pad
-from pixel_jax.rollout.prompts import PromptError, Query, build_prompts, prompt_tokens
-from pixel_jax.rollout.shapes import prompt_shape
+from pixel_jax.rollouts.images import pad
+from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts, prompt_tokens
+from pixel_jax.rollouts.shapes import prompt_shape
 from tests.data import released_files as files
-from tests.rollout import talker
+from tests.rollouts import talker
 
 WIDTH, CANVAS = 96, (4, 192, 192)
 

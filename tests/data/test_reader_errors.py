@@ -18,8 +18,8 @@ from pixel_jax.data.read import read_examples
 from pixel_jax.data.sources import SourceError
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
 from pixel_jax.files import FileError
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import read_limits
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import read_limits
 from pixel_jax.synthesis.seeds import SeedError, read_seeds
 from tests.data import released_files as files
 

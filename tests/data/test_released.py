@@ -18,8 +18,8 @@ from pixel_jax.data.images import ImageError
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.sources import Folder, Member, SourceError, read_bytes
 from pixel_jax.dialog import Vocabulary, build_tokenizer, grammar
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import prompt_tokens
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import prompt_tokens
 from tests.data import released_files as files
 
 

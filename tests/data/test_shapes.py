@@ -16,11 +16,11 @@ from pixel_jax.data.packed import PackedOrder
 from pixel_jax.data.questions import find_rooms, padding, rooms_of
 from pixel_jax.data.shapes import Measured, cover, training_work
 from pixel_jax.ops import most_pixels
-from pixel_jax.rollout.prompts import PromptError
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.prompts import PromptError
+from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.train import TrainConfig
 from tests.data.test_questions import some_examples
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.training.tiny_model import tiny_config
 
 NEEDS = st.builds(

@@ -8,11 +8,11 @@ from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.quickstart.vocabulary import CUE, build_vocabulary
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import Query, tables
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import take_rows
-from tests.rollout import talker
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import Query, tables
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import take_rows
+from tests.rollouts import talker
 
 WIDTH, HEIGHT = 400, 300
 REFERENCE = (0.5, 0.4, 0.62, 0.56)

@@ -13,9 +13,9 @@ from pixel_jax.data.example import ExampleError
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from tests.data import released_files as files
-from tests.rollout import talker
+from tests.rollouts import talker
 
 ROOT = pathlib.Path(__file__).parents[2]
 

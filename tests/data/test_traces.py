@@ -10,10 +10,10 @@ import pytest
 from pixel_jax.data import traces as module
 from pixel_jax.data.traces import Trace, TraceError, Turn, right, to_trajectories, wrong
 from pixel_jax.dialog.template import SPECIAL_TOKENS
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus, take_rows
-from tests.rollout import talker
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus, take_rows
+from tests.rollouts import talker
 
 QUERIES = talker.queries(4, video=True)
 ROOM = BatchShape(tokens=1200, images=12, slices=12, patches=16)

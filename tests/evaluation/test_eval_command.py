@@ -24,7 +24,7 @@ from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.test_cli import ENVIRONMENT, ROOT, command
 
 CONFIG = """

@@ -20,13 +20,13 @@ from pixel_jax.evaluation.results import read_records
 from pixel_jax.evaluation.stages import Exam, Policy, Stages
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout.prompts import prompt_tokens
-from pixel_jax.rollout.rollout import compiled_rollout
-from pixel_jax.rollout.trajectory import to_host
-from pixel_jax.rollout.views import GREY
+from pixel_jax.rollouts.prompts import prompt_tokens
+from pixel_jax.rollouts.rollout import compiled_rollout
+from pixel_jax.rollouts.trajectory import to_host
+from pixel_jax.rollouts.views import GREY
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
-from tests.rollout import talker
+from tests.rollouts import talker
 
 COUNT = 4  # questions about one picture; one more is about two
 LIMITS = dataclasses.replace(talker.CONFIG, group_size=2, max_calls=2, max_response=192, observe_chunk=2)

@@ -21,9 +21,9 @@ from pixel_jax.chat import show
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.files import FileError
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.trajectory import answered_calls
-from tests.rollout import talker
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.trajectory import answered_calls
+from tests.rollouts import talker
 
 HOSTILE = '</script><script>alert(1)</script>"&<img src=x onerror=alert(1)>'
 

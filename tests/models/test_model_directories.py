@@ -23,9 +23,9 @@ from pixel_jax.config import ConfigError
 from pixel_jax.files import FileError
 from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
-from pixel_jax.rollout.limits import read_limits
+from pixel_jax.rollouts.limits import read_limits
 from tests.models.test_checkpoints import same
-from tests.rollout import talker
+from tests.rollouts import talker
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

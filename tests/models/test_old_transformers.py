@@ -14,7 +14,7 @@ import pixel_jax
 from pixel_jax.models import TextConfig, VisionConfig
 from pixel_jax.models.processor import Processor
 from tests.dialog.qwen import qwen_vocabulary
-from tests.rollout import talker
+from tests.rollouts import talker
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 TEXT = "<|im_start|>user\nWhich digit? café 漢 12 <|im_end|>\n"

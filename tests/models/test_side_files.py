@@ -8,7 +8,7 @@ import pytest
 import pixel_jax
 from pixel_jax.files import FileError
 from pixel_jax.models.processor import Processor
-from tests.rollout import talker
+from tests.rollouts import talker
 
 # What a directory of transformers 4.57 may hold; contents that only other programs read are free.
 CAME = {

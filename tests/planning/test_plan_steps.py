@@ -32,12 +32,12 @@ from pixel_jax.planning.programs import (
 )
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, held, plan, search, times
 from pixel_jax.planning.weak_scaling import Point, with_rows
-from pixel_jax.rollout.images import ragged
-from pixel_jax.rollout.machine import READ_CHUNK
-from pixel_jax.rollout.materialize import materialize
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import budgets
-from pixel_jax.rollout.trajectory import HostPrompts, take_rows, to_host
+from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.machine import READ_CHUNK
+from pixel_jax.rollouts.materialize import materialize
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import budgets
+from pixel_jax.rollouts.trajectory import HostPrompts, take_rows, to_host
 from pixel_jax.train import LoRAConfig, TrainConfig
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.optimizer import make_optimizer

@@ -20,12 +20,12 @@ from pixel_jax.evaluation.stages import rollout_config
 from pixel_jax.models.released import released
 from pixel_jax.planning.programs import Recipe, abstract_model, array, prompt_arrays, rollout_shape
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.queue import prompt_visual, read_prompt, read_together
-from pixel_jax.rollout.rollout import traced
-from pixel_jax.rollout.trajectory import Views
-from pixel_jax.rollout.views import show_waiting
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.queue import prompt_visual, read_prompt, read_together
+from pixel_jax.rollouts.rollout import traced
+from pixel_jax.rollouts.trajectory import Views
+from pixel_jax.rollouts.views import show_waiting
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.rl import RLConfig
 

@@ -27,11 +27,11 @@ from pixel_jax.quickstart.page import page, smooth
 from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.quickstart.zoom import WarmStartConfig
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import CallStatus
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig

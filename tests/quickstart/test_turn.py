@@ -20,8 +20,8 @@ from pixel_jax.quickstart.page import page
 from pixel_jax.quickstart.pipeline import run_seed
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.quickstart.vocabulary import build_vocabulary, pieces
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.trajectory import CallStatus
 from pixel_jax.tools import ROTATE
 from tests.evaluation.test_report import Reader
 from tests.quickstart.test_quickstart import LIMITS, ROOT, SMALLEST, numbers, result, shipped

@@ -8,17 +8,17 @@ import pytest
 
 from pixel_jax.data.own import read_own
 from pixel_jax.data.traces import to_trajectories
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import CallStatus
 from pixel_jax.synthesis import checks
 from pixel_jax.synthesis.run import SynthConfig, language_of, plan, synthesize
 from pixel_jax.synthesis.seeds import read_seeds
 from pixel_jax.synthesis.traces import assign_kinds, possible_kinds
 from pixel_jax.tools import ToolError
 from tests.dialog.qwen import qwen_vocabulary
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.synthesis import seed_files
 
 CONFIG = RolloutConfig(  # the padding of the released recipe; few pixels, so that rows are short

@@ -19,10 +19,10 @@ import numpy as np
 import tests.conftest  # noqa: F401, the flags of the compiler: log-probabilities are equal to the bit under the same alone
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import BatchShape
-from tests.rollout import talker
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import BatchShape
+from tests.rollouts import talker
 from tests.tools import seen
 
 FILE = pathlib.Path(__file__).parent / "golden.npz"

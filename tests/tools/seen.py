@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.trajectory import CallStatus
 
 # What the golden file calls the outcomes of the tools of the paper.
 NAMES = {

@@ -12,15 +12,15 @@ from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout.materialize import materialize_on_host
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import host_rollout, rollout
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import CallStatus, take_prompts, to_host
+from pixel_jax.rollouts.materialize import materialize_on_host
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import host_rollout, rollout
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import CallStatus, take_prompts, to_host
 from pixel_jax.tools import CROP_IMAGE, ENHANCE, ROTATE
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollout import talker
+from tests.rollouts import talker
 
 TOOLS = (CROP_IMAGE, ROTATE, ENHANCE)
 CONFIG = dataclasses.replace(talker.CONFIG, max_new_tokens=4, max_calls=4, max_response=400, group_size=6)

@@ -6,24 +6,24 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-from pixel_jax.rollout.canvases import Canvases
+from pixel_jax.rollouts.canvases import Canvases
 from pixel_jax.training.origins import origins, room_of, see
 
 from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import HostRollouts, host_rollout, static_shape
-from pixel_jax.rollout.timing import operations_again
-from pixel_jax.rollout.trajectory import STOP_IMAGES, STOP_REASONS, CallStatus, made_by, to_host
-from pixel_jax.rollout.views import GREY
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import HostRollouts, host_rollout, static_shape
+from pixel_jax.rollouts.timing import operations_again
+from pixel_jax.rollouts.trajectory import STOP_IMAGES, STOP_REASONS, CallStatus, made_by, to_host
+from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools import CROP_IMAGE, ROTATE, Integer, Text, Tool, ToolError
 from pixel_jax.tools.host import Reply
 from pixel_jax.tools.tool import ANSWERED
 from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.replay import pack, unpack
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.tools import seen
 from tests.tools.test_chains import patches
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from pixel_jax.evaluation.trace import make_trace
-from pixel_jax.rollout.host import host_calls
-from pixel_jax.rollout.machine import ASKING, DONE
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.rollout import TOKENS, HostRollouts, advance, begin, host_rollout, rollout
-from pixel_jax.rollout.trajectory import CallStatus, to_host
+from pixel_jax.rollouts.host import host_calls
+from pixel_jax.rollouts.machine import ASKING, DONE
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import TOKENS, HostRollouts, advance, begin, host_rollout, rollout
+from pixel_jax.rollouts.trajectory import CallStatus, to_host
 from pixel_jax.tools import ROTATE, Integer, Text, Tool
 from pixel_jax.tools.host import Reply
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollout import talker
+from tests.rollouts import talker
 
 READ = Tool(
     "read_text",

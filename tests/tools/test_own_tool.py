@@ -13,11 +13,11 @@ from PIL import Image
 from pixel_jax.evaluation.results import read_records
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
-from pixel_jax.rollout.checks import check_device_tool
+from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.tools import CROP_IMAGE
 from pixel_jax.tools.named import find_tools
 from pixel_jax.training.progress import read_metrics
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.test_cli import ENVIRONMENT, ROOT, command
 
 PAGE = pathlib.Path(ROOT) / "docs" / "your-own-tool.md"

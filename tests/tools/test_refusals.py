@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.rollout.checks import check_device_tool
-from pixel_jax.rollout.prompts import tables
+from pixel_jax.rollouts.checks import check_device_tool
+from pixel_jax.rollouts.prompts import tables
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Argument, Outcome, Text, Tool, ToolError
 from pixel_jax.tools.drawing import drawing
 from pixel_jax.tools.named import SHIPPED, find_tools
-from tests.rollout import talker
+from tests.rollouts import talker
 
 
 def grey(arguments, pixels, size):

@@ -22,7 +22,7 @@ def start(count: int, script: pathlib.Path, *arguments, devices: int = 1) -> lis
     """`count` processes of `python SCRIPT ARGUMENTS...`, each with `devices` CPU devices."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_NUM")}
     environment |= {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/rollout", ROOT / "tests/training"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests/rollouts", ROOT / "tests/training"))),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",

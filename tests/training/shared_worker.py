@@ -19,7 +19,7 @@ from tiny_model import make_batch, make_model
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh, replicate, share
 from pixel_jax.parallel.processes import first, join, together
-from pixel_jax.rollout.prompts import build_prompts
+from pixel_jax.rollouts.prompts import build_prompts
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import ReplayConfig

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.config import load
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.algorithms import algorithm
 from pixel_jax.training.losses import PolicyLossConfig, policy_loss
 from pixel_jax.training.replay import ReplayConfig

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pixel_jax.phases import course_of
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.rl import RLConfig

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixel_jax.parallel import memory
-from pixel_jax.rollout import rollout as rollouts
-from pixel_jax.rollout.queue import start
-from pixel_jax.rollout.rollout import fitting, place, static_shape, traced
+from pixel_jax.rollouts import rollout as rollouts
+from pixel_jax.rollouts.queue import start
+from pixel_jax.rollouts.rollout import fitting, place, static_shape, traced
 from pixel_jax.training import footprint
 from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, row_bytes
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.training.tiny_model import make_batch, make_model, tiny_config
 
 NETWORK = tiny_config()

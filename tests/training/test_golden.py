@@ -13,7 +13,7 @@ import test_rl
 from make_golden_runs import GOLDEN
 from tiny_model import make_model
 
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.trajectory import CallStatus
 from pixel_jax.training.advantages import group_advantage
 from pixel_jax.training.checkpoint import fingerprint
 from pixel_jax.training.progress import read_metrics

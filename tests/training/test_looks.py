@@ -14,10 +14,10 @@ from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import make_trace
-from pixel_jax.rollout.limits import judged
-from pixel_jax.rollout.rollout import rollout, static_shape
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
-from pixel_jax.rollout.trajectory import STOP_ANSWER, executed_calls, to_host
+from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.rollout import rollout, static_shape
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, executed_calls, to_host
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together, draw_rollouts, written
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -25,7 +25,7 @@ from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.stages import Collected, Questions, Scored, Weighed
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
-from tests.rollout import talker
+from tests.rollouts import talker
 
 COUNT = 5
 CALL = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE

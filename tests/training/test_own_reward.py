@@ -15,7 +15,7 @@ from pixel_jax.state_files import read_lines
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.rewards import RewardConfig
-from tests.rollout import talker
+from tests.rollouts import talker
 from tests.test_cli import CONFIG, ROOT, command, model  # noqa: F401, a fixture
 
 PAGE = pathlib.Path(ROOT, "docs", "your-own-reward.md").read_text()

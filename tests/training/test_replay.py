@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
-from pixel_jax.rollout.images import ragged
-from pixel_jax.rollout.materialize import PatchSource, VisualRecord
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import Views
+from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.materialize import PatchSource, VisualRecord
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.training.batch import Rows, from_trajectories, pad_rows, take
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.config import load
-from pixel_jax.rollout.trajectory import CallStatus
+from pixel_jax.rollouts.trajectory import CallStatus
 from pixel_jax.training.advantages import group_advantage, informative
 from pixel_jax.training.rewards import RewardConfig, Rewards, curiosity_reward, total
 from pixel_jax.training.rl import RLConfig

@@ -21,11 +21,11 @@ from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
 from pixel_jax.models import flops
 from pixel_jax.parallel.sharding import WHOLE
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.images import ragged
-from pixel_jax.rollout.materialize import PatchSource, VisualRecord
-from pixel_jax.rollout.shapes import prompt_shape
-from pixel_jax.rollout.trajectory import NO_CANVAS, CallStatus, HostPrompts, Tables, Trajectories, Views, no_calls
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.materialize import PatchSource, VisualRecord
+from pixel_jax.rollouts.shapes import prompt_shape
+from pixel_jax.rollouts.trajectory import NO_CANVAS, CallStatus, HostPrompts, Tables, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module

@@ -12,8 +12,8 @@ from tiny_model import make_batch, tiny_config
 from pixel_jax.models import flops
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, linears, without_lora
-from pixel_jax.rollout.shapes import BatchShape
-from pixel_jax.rollout.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
 from pixel_jax.training import stages as stages_module
 from pixel_jax.training.batch import Rows
 from pixel_jax.training.losses import PolicyLossConfig

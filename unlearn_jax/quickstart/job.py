@@ -19,8 +19,8 @@ from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.mesh import use_cores
 from pixel_jax.parallel.processes import COUNT, first, join
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import read_limits
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import read_limits
 from pixel_jax.state_files import write_json
 from pixel_jax.training.progress import use_compilation_cache
 from unlearn_jax.arrays import Params

@@ -17,9 +17,9 @@ from pixel_jax.files import read_json
 from pixel_jax.quickstart import zoom
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.zoom import CUE
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.prompts import tables
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import CorrectResponse, Edit, ModifyQuery, Remove

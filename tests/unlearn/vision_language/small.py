@@ -8,8 +8,8 @@ from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.network import NetworkConfig, model_config, new_model
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import write_limits
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import write_limits
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.quickstart.config import (
     AdapterConfig,

@@ -12,10 +12,10 @@ from pixel_jax.config import load
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.phases import other_limits
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import FILE, judged, read_limits, write_limits
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import FILE, judged, read_limits, write_limits
 from pixel_jax.train import TrainConfig
-from tests.rollout import talker
+from tests.rollouts import talker
 
 EXPLORING = RolloutConfig(group_size=4, temperature=1.7, later_temperature=2.0, max_calls=2, crop_max_pixels=50 * 784)
 
@@ -64,7 +64,7 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
         html=None,
     )
     monkeypatch.setattr(chat, "FLAGS", given)
-    monkeypatch.setattr("pixel_jax.rollout.rollout.rollout", asked)
+    monkeypatch.setattr("pixel_jax.rollouts.rollout.rollout", asked)
     monkeypatch.setattr("pixel_jax.training.progress.use_compilation_cache", lambda path: None)
     with pytest.raises(Asked) as found:
         chat.main("chat", [str(directory), str(directory / "a.png")])

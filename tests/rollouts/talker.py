@@ -15,12 +15,12 @@ from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.materialize import materialize
-from pixel_jax.rollout.prompts import Query, build_prompts, tables
-from pixel_jax.rollout.rollout import static_shape
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
-from pixel_jax.rollout.trajectory import to_host
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.materialize import materialize
+from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+from pixel_jax.rollouts.rollout import static_shape
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.tools import RELEASED
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['

@@ -15,7 +15,7 @@ import numpy as np
 
 from pixel_jax.dialog.automaton import Reader, TokenTable
 from pixel_jax.dialog.observations import Observations
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.tools.calls import Values, no_values
 from pixel_jax.tools.tool import Tool
 
@@ -36,7 +36,7 @@ STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", 
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """What the device has to know of the tokenizer and the tools, the same for all rows. Built by
-    `pixel_jax.rollout.prompts.tables`."""
+    `pixel_jax.rollouts.prompts.tables`."""
 
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
@@ -49,7 +49,7 @@ class Tables:
 
 
 class HostPrompts(NamedTuple):
-    """B prompts on the host, each with the images it may zoom into. Built by `pixel_jax.rollout.prompts.build_prompts`."""
+    """B prompts on the host, each with the images it may zoom into. Built by `pixel_jax.rollouts.prompts.build_prompts`."""
 
     tokens: np.ndarray  # int32 [B, Lp], left-aligned, padded with zeros
     length: np.ndarray  # int32 [B]
@@ -111,7 +111,7 @@ def made_by(call):
 class Calls(NamedTuple):
     """The operations of R rows, in order; N is the limit of calls plus one (a call past the limit is seen, not executed).
 
-    All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollout.materialize`).
+    All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollouts.materialize`).
     """
 
     status: Array  # int32 [R, N], a `CallStatus`
@@ -158,7 +158,7 @@ def shown_by(calls: Calls, number: Array) -> Views:
 
 Shown = TypeVar(
     "Shown"
-)  # `Visual`: pixels; or `VisualRecord` (`pixel_jax.rollout.materialize`): where they were cut from
+)  # `Visual`: pixels; or `VisualRecord` (`pixel_jax.rollouts.materialize`): where they were cut from
 
 
 class Trajectories(NamedTuple, Generic[Shown]):

@@ -12,15 +12,14 @@ from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.parallel.sharding import batch_sharding
-from pixel_jax.rollout import machine, timing, trajectory, views
-from pixel_jax.rollout import rollout as module
-from pixel_jax.rollout.materialize import materialize, materialize_on_host
-from pixel_jax.rollout.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollout.rollout import compiled_rollout, layout, place, rollout, static_shape, traced
-from pixel_jax.rollout.trajectory import CallStatus, take_prompts
+from pixel_jax.rollouts import machine, timing, trajectory, views
+from pixel_jax.rollouts.materialize import materialize, materialize_on_host
+from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
+from pixel_jax.rollouts.rollout import compiled_rollout, layout, place, rollout, static_shape, traced
+from pixel_jax.rollouts.trajectory import CallStatus, take_prompts
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollout import talker
+from tests.rollouts import talker
 
 KEY = jax.random.key(7)
 FORBIDDEN = re.compile(r"callback|infeed|outfeed|\bsend\b|\brecv\b|host_compute|custom-call.*(python|Callback)", re.I)
@@ -248,13 +247,6 @@ def test_an_opening_is_written_for_the_model_and_not_learned():
     assert not t.chosen[:, : width + len(opening)].any() and t.chosen[:, width + len(opening)].all()
     assert (t.calls.status[:, 0] != CallStatus.NONE).all()
     assert (talker.outcomes(t)[:, 0] == talker.CROPPED).any()
-
-
-def test_calling_the_subpackage_runs_a_rollout(trajectories):
-    import pixel_jax
-
-    same_tokens(pixel_jax.rollout(talker.model(), talker.prompts(4), KEY, talker.CONFIG), trajectories)
-    assert pixel_jax.rollout.rollout is module
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import replicate, shard_batch
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import Pictures, drawings, pictures_of
-from pixel_jax.rollout.materialize import called
-from pixel_jax.rollout.rollout import layout, place
-from pixel_jax.rollout.shapes import Shape
-from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, HostPrompts, Prompts, Trajectories, no_calls
-from pixel_jax.rollout.views import seen_canvases, show_waiting
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
+from pixel_jax.rollouts.materialize import called
+from pixel_jax.rollouts.rollout import layout, place
+from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, HostPrompts, Prompts, Trajectories, no_calls
+from pixel_jax.rollouts.views import seen_canvases, show_waiting
 
 
 def seconds_of_operations(

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
-from pixel_jax.rollout import machine, queue
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import Pictures
-from pixel_jax.rollout.machine import ASKING, WAITING, Shared, State
-from pixel_jax.rollout.materialize import VisualRecord
-from pixel_jax.rollout.queue import Queue
-from pixel_jax.rollout.shapes import Shape
-from pixel_jax.rollout.trajectory import Prompts, Trajectories
+from pixel_jax.rollouts import machine, queue
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.drawings import Pictures
+from pixel_jax.rollouts.machine import ASKING, WAITING, Shared, State
+from pixel_jax.rollouts.materialize import VisualRecord
+from pixel_jax.rollouts.queue import Queue
+from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.trajectory import Prompts, Trajectories
 
 
 @functools.partial(

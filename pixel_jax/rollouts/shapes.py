@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from pixel_jax.ops import most_pixels
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
 from pixel_jax.tools.tool import Tool
 
 

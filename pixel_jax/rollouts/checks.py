@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.dialog.observations import NUM_INTEGERS
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.calls import no_values, read
 from pixel_jax.tools.looking import Answer, Gallery, Seen, size_of_drawing
 from pixel_jax.tools.tool import Outcome, Tool, ToolError

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, no_pictures, shown_by
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read

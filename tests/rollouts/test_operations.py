@@ -9,12 +9,12 @@ import pytest
 
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.operations import add_to_gallery, called, execute, first_gallery
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.operations import add_to_gallery, called, execute, first_gallery
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.calls import Calls, Values
 from pixel_jax.tools.looking import Gallery, Seen, shown_size
-from tests.rollout import talker
+from tests.rollouts import talker
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollout import machine
-from pixel_jax.rollout.prompts import build_prompts, tables
-from pixel_jax.rollout.queue import READ
-from pixel_jax.rollout.rollout import _advance, admit, advance, begin, finish, finished, rollout
-from pixel_jax.rollout.trajectory import NO_CANVAS, CallStatus, take_prompts, take_rows, to_host
+from pixel_jax.rollouts import machine
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.queue import READ
+from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, finish, finished, rollout
+from pixel_jax.rollouts.trajectory import NO_CANVAS, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
-from tests.rollout import talker
+from tests.rollouts import talker
 
 KEY = jax.random.key(7)
 SMALL = dataclasses.replace(talker.CONFIG, group_size=2, max_response=256, max_calls=2, observe_chunk=1)

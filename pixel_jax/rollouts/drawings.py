@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.images import Images
-from pixel_jax.rollout.trajectory import NO_CANVAS, Calls, made_by
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.images import Images
+from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, made_by
 from pixel_jax.tools.calls import Values, read
 from pixel_jax.tools.looking import region_size
 from pixel_jax.tools.tool import Tool

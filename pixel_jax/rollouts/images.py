@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.parallel.sharding import place_rows
-from pixel_jax.rollout.shapes import BatchShape
+from pixel_jax.rollouts.shapes import BatchShape
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

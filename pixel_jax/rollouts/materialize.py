@@ -15,14 +15,14 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import ROWS, constrain, replicate, shard_batch
-from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, Pictures, canvases_of, drawings, pictures_of
-from pixel_jax.rollout.images import place_images
-from pixel_jax.rollout.operations import overview_size
-from pixel_jax.rollout.rows import Chunk, for_chunks
-from pixel_jax.rollout.shapes import Budget, Shape, budgets
-from pixel_jax.rollout.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
-from pixel_jax.rollout.views import GREY, cut, frame_patches, seen_canvases
+from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.drawings import Drawings, Pictures, canvases_of, drawings, pictures_of
+from pixel_jax.rollouts.images import place_images
+from pixel_jax.rollouts.operations import overview_size
+from pixel_jax.rollouts.rows import Chunk, for_chunks
+from pixel_jax.rollouts.shapes import Budget, Shape, budgets
+from pixel_jax.rollouts.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
+from pixel_jax.rollouts.views import GREY, cut, frame_patches, seen_canvases
 from pixel_jax.tools.looking import whole
 from pixel_jax.tools.tool import Tool
 

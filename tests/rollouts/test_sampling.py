@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.rollout.sampling import first_largest, sample, truncate
+from pixel_jax.rollouts.sampling import first_largest, sample, truncate
 
 
 def allowed(logits, top_k, top_p):

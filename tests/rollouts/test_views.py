@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.rollout.views import encode_still
-from tests.rollout import talker
+from pixel_jax.rollouts.views import encode_still
+from tests.rollouts import talker
 
 
 def test_large_views_one_after_the_other():

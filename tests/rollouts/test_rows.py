@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixel_jax.rollout import machine
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.rows import for_chunks, fullest
-from pixel_jax.rollout.shapes import BatchShape, Shape
+from pixel_jax.rollouts import machine
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.rows import for_chunks, fullest
+from pixel_jax.rollouts.shapes import BatchShape, Shape
 
 LOCAL, ROWS = 5, 10
 

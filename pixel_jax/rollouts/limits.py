@@ -12,7 +12,7 @@ from typing import Any
 from pixel_jax.config import load
 from pixel_jax.dialog.formats import FORMATS
 from pixel_jax.files import read_json
-from pixel_jax.rollout.config import RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.state_files import write_json
 
 FILE = "rollout.json"

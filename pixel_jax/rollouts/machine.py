@@ -18,13 +18,13 @@ from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Pictures, drawings
-from pixel_jax.rollout.operations import add_to_gallery, called, execute
-from pixel_jax.rollout.rows import Chunk, for_chunks, fullest
-from pixel_jax.rollout.sampling import sample
-from pixel_jax.rollout.shapes import Shape, budget_of
-from pixel_jax.rollout.trajectory import (
+from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollouts.drawings import Pictures, drawings
+from pixel_jax.rollouts.operations import add_to_gallery, called, execute
+from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
+from pixel_jax.rollouts.sampling import sample
+from pixel_jax.rollouts.shapes import Shape, budget_of
+from pixel_jax.rollouts.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
     STOP_CALLS,
@@ -38,7 +38,7 @@ from pixel_jax.rollout.trajectory import (
     made_by,
     shown_by,
 )
-from pixel_jax.rollout.views import seen_canvases, show_waiting
+from pixel_jax.rollouts.views import seen_canvases, show_waiting
 from pixel_jax.tools.looking import Gallery, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself

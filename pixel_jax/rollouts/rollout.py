@@ -31,15 +31,15 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import replicate, row_parts, shard_batch, share
-from pixel_jax.rollout import loop
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.drawings import Pictures, pictures_of
-from pixel_jax.rollout.host import host_calls, tell
-from pixel_jax.rollout.images import pad, place_images, ragged
-from pixel_jax.rollout.loop import RolloutState
-from pixel_jax.rollout.materialize import VisualRecord
-from pixel_jax.rollout.shapes import Shape
-from pixel_jax.rollout.trajectory import HostPrompts, Prompts, Trajectories
+from pixel_jax.rollouts import loop
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.drawings import Pictures, pictures_of
+from pixel_jax.rollouts.host import host_calls, tell
+from pixel_jax.rollouts.images import pad, place_images, ragged
+from pixel_jax.rollouts.loop import RolloutState
+from pixel_jax.rollouts.materialize import VisualRecord
+from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
 from pixel_jax.tools.host import HostTools, HostToolsConfig
 from pixel_jax.tools.tool import Tool, ToolError

@@ -10,11 +10,11 @@ import numpy as np
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
-from pixel_jax.rollout.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollout.drawings import Drawings, Pictures, draw, longest, places, reach
-from pixel_jax.rollout.rows import Chunk, for_chunks
-from pixel_jax.rollout.shapes import Budget, Shape, budgets
-from pixel_jax.rollout.trajectory import Views
+from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollouts.drawings import Drawings, Pictures, draw, longest, places, reach
+from pixel_jax.rollouts.rows import Chunk, for_chunks
+from pixel_jax.rollouts.shapes import Budget, Shape, budgets
+from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.tool import Tool
 
 GREY = 127  # of blanked observations

@@ -12,11 +12,11 @@ from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.checks import check_device_tool
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.images import ragged
-from pixel_jax.rollout.shapes import BatchShape, prompt_shape
-from pixel_jax.rollout.trajectory import HostPrompts, Tables
+from pixel_jax.rollouts.checks import check_device_tool
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
+from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 from pixel_jax.tools import RELEASED, Tool, ToolError
 
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from pixel_jax.parallel import make_mesh
-from pixel_jax.rollout import images as module
-from pixel_jax.rollout.images import pad, place_images, ragged
-from pixel_jax.rollout.prompts import PromptError, build_prompts
-from pixel_jax.rollout.shapes import BatchShape
-from tests.rollout import talker
+from pixel_jax.rollouts import images as module
+from pixel_jax.rollouts.images import pad, place_images, ragged
+from pixel_jax.rollouts.prompts import PromptError, build_prompts
+from pixel_jax.rollouts.shapes import BatchShape
+from tests.rollouts import talker
 
 SIZES = [[(5, 7)], [(8, 8), (3, 2)], [(1, 6)], [(4, 4), (4, 4), (2, 8)]]
 SHAPE = BatchShape(96, 3, 3, 16, 8, 9)

@@ -16,17 +16,17 @@ from pixel_jax.dialog.formats import FORMATS, CallFormat, call_format
 from pixel_jax.dialog.template import system_prompt
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.dialog.unrecognised import unrecognised_turns
-from pixel_jax.rollout.config import RolloutConfig
-from pixel_jax.rollout.limits import read_limits, write_limits
-from pixel_jax.rollout.prompts import Query, build_prompts, tables
-from pixel_jax.rollout.rollout import rollout
-from pixel_jax.rollout.shapes import prompt_shape
-from pixel_jax.rollout.trajectory import CallStatus, to_host
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.limits import read_limits, write_limits
+from pixel_jax.rollouts.prompts import Query, build_prompts, tables
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.shapes import prompt_shape
+from pixel_jax.rollouts.trajectory import CallStatus, to_host
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, ToolError
 from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.tools.tool import ANSWERED, FAILED
-from tests.rollout import talker
+from tests.rollouts import talker
 
 HEIGHT, WIDTH = 300, 410  # shown at 308 x 420
 IMAGE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)

@@ -10,13 +10,13 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollout.config import FACTOR, RolloutConfig
-from pixel_jax.rollout.drawings import canvases_of
-from pixel_jax.rollout.images import Images
-from pixel_jax.rollout.loop import RolloutState
-from pixel_jax.rollout.machine import ASKING, Told
-from pixel_jax.rollout.trajectory import Calls, CallStatus, no_pictures
-from pixel_jax.rollout.views import GREY
+from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.drawings import canvases_of
+from pixel_jax.rollouts.images import Images
+from pixel_jax.rollouts.loop import RolloutState
+from pixel_jax.rollouts.machine import ASKING, Told
+from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
+from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools.host import Reply, Request
 from pixel_jax.tools.looking import MAX_RATIO, Gallery
 from pixel_jax.tools.tool import ANSWERED, FAILED, Tool

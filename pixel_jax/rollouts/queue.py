@@ -22,14 +22,14 @@ from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollout.config import PATCH, RolloutConfig
-from pixel_jax.rollout.machine import DONE, WRITING, State, rows_prompts
-from pixel_jax.rollout.materialize import VisualRecord, overviews, patch_source
-from pixel_jax.rollout.operations import first_gallery
-from pixel_jax.rollout.rows import Chunk, for_chunks
-from pixel_jax.rollout.shapes import Shape, budgets
-from pixel_jax.rollout.trajectory import Calls, Prompts, Trajectories, no_calls
-from pixel_jax.rollout.views import each, render
+from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.machine import DONE, WRITING, State, rows_prompts
+from pixel_jax.rollouts.materialize import VisualRecord, overviews, patch_source
+from pixel_jax.rollouts.operations import first_gallery
+from pixel_jax.rollouts.rows import Chunk, for_chunks
+from pixel_jax.rollouts.shapes import Shape, budgets
+from pixel_jax.rollouts.trajectory import Calls, Prompts, Trajectories, no_calls
+from pixel_jax.rollouts.views import each, render
 from pixel_jax.tools.looking import Gallery
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""Policy meets pixels: prompts, the decode loop, what calls come to, and the records of it all."""
