@@ -37,10 +37,10 @@ def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
     """
     if batch.segments is not None:
         raise ValueError("packed rows hold several examples each: make examples of rows before they are packed")
-    valid, chosen = np.asarray(batch.valid), np.asarray(batch.chosen)
+    valid, loss_mask = np.asarray(batch.valid), np.asarray(batch.loss_mask)
     count, room = valid.shape
     length = min(room, _up(int(np.flatnonzero(valid.any(axis=0))[-1]) + 1))
-    rows = [_predictions(*row) for row in zip(np.asarray(batch.tokens), valid, chosen, strict=True)]
+    rows = [_predictions(*row) for row in zip(np.asarray(batch.tokens), valid, loss_mask, strict=True)]
     width = _up(max(len(places) for places, _ in rows))
     places, labels = np.zeros((2, count, width), np.int32)
     mask = np.zeros((count, width), bool)
@@ -88,10 +88,10 @@ def adapter_loss(
     return Loss(Partial(Logits(remat, implementation), base), CrossEntropy()), adapter
 
 
-def _predictions(tokens: np.ndarray, valid: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(tokens: np.ndarray, valid: np.ndarray, loss_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of one row: where its learned tokens are predicted, which is the valid position before each, and those tokens."""
     at = np.flatnonzero(valid)
-    learned = chosen[at[1:]]
+    learned = loss_mask[at[1:]]
     return at[:-1][learned], tokens[at[1:]][learned]
 
 

@@ -51,8 +51,8 @@ def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
     positions, rows = np.asarray(positions), []
     for r in range(len(t.tokens)):
         places = np.flatnonzero(t.valid[r])
-        chosen = np.concatenate([[False], t.chosen[r][places], [False]])
-        starts, ends = np.flatnonzero(chosen[1:] & ~chosen[:-1]), np.flatnonzero(~chosen[1:] & chosen[:-1])
+        loss_mask = np.concatenate([[False], t.loss_mask[r][places], [False]])
+        starts, ends = np.flatnonzero(loss_mask[1:] & ~loss_mask[:-1]), np.flatnonzero(~loss_mask[1:] & loss_mask[:-1])
         canvas = canvases[t.prompt[r]]
         boxes = [(0, 0, canvas.shape[1], canvas.shape[0])]
         cropped = t.calls.status[r] == CallStatus.DONE
@@ -153,7 +153,7 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLCo
     work = work._replace(
         tokens=work.tokens + (length - rows).sum(),
         pairs=work.pairs + (length**2 - rows**2).sum() / 2,
-        predictions=sampled.chosen.sum(),
+        predictions=sampled.loss_mask.sum(),
     )
     return float(sum(forward_flops(config, work)))
 
@@ -182,14 +182,14 @@ def build_rollout(quick: bool) -> Work:
         alternatives["transformers, every turn prefilled again"] = lambda: loop(False)
         alternatives["transformers, cache kept"] = lambda: loop(True)
         aims = tuple(Aim(name, ratio) for name, ratio in zip(list(alternatives)[1:], (6.0, 3.0), strict=True))
-    tokens, read = int(sampled.chosen.sum()), int(sampled.valid.sum())
+    tokens, read = int(sampled.loss_mask.sum()), int(sampled.valid.sum())
 
     def check(outputs) -> None:
         first, *others = (np.asarray(output) for output in outputs.values())
         for other in others:
             np.testing.assert_allclose(first, other, atol=2e-3)
 
-    length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.chosen, axis=1).max())
+    length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.loss_mask, axis=1).max())
     return Work(
         f"{len(asked.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
         f"rows of {length.min()} to {length.max()}",
@@ -228,7 +228,7 @@ def build_queue(quick: bool) -> Work:
         alternatives,
         close(1e-4),
         rounds=2,
-        facts={"tokens written": int(sampled.chosen.sum())},
+        facts={"tokens written": int(sampled.loss_mask.sum())},
     )
 
 

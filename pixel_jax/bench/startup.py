@@ -87,7 +87,7 @@ def main(cache: str) -> None:
     task = Task(config)
     model = new_model(model_config(config.network, task.vocabulary), jax.random.key(0))
     prompts, _ = next(TrainingScenes(task))
-    print(int(np.sum(rollout(model, prompts, jax.random.key(0), config.rl.rollout).chosen)))
+    print(int(np.sum(rollout(model, prompts, jax.random.key(0), config.rl.rollout).loss_mask)))
 
 
 CASES = (Case("cold-start", build_cold_start), Case("image-sizes", build_image_sizes))

@@ -42,14 +42,14 @@ def make_batch(rows: int, length: int, side: int) -> Batch:
     pads = patches // 4
     tokens = text_tokens(rows, length)
     tokens[:, 0], tokens[:, 1 : pads + 1], tokens[:, pads + 1] = words.vision_start, words.image_pad, words.vision_end
-    chosen = np.zeros((rows, length), bool)
-    chosen[:, pads + 2 + (length - pads) // 2 :] = True
+    loss_mask = np.zeros((rows, length), bool)
+    loss_mask[:, pads + 2 + (length - pads) // 2 :] = True
     cut = lambda image: patchify(image, jnp.array([side, side]), max_patches=patches)
-    logprobs = np.where(chosen, -9.0, 0).astype(np.float32)
+    logprobs = np.where(loss_mask, -9.0, 0).astype(np.float32)
     return Batch(
         tokens=tokens,
         valid=np.ones((rows, length), bool),
-        chosen=chosen,
+        loss_mask=loss_mask,
         logprobs=logprobs,
         old_logprobs=logprobs,
         visual=Visual(
@@ -88,7 +88,7 @@ class TorchStep:
             "image_grid_thw": torch.from_numpy(np.array(batch.visual.grids[:, 0])).long(),
             "use_cache": False,
         }
-        self.ids, self.chosen = ids, torch.from_numpy(batch.chosen)
+        self.ids, self.loss_mask = ids, torch.from_numpy(batch.loss_mask)
         self.advantage = torch.from_numpy(batch.advantage)
         self.optimizer = torch.optim.AdamW(self.twin.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
@@ -102,7 +102,7 @@ class TorchStep:
 
     def scores(self) -> np.ndarray:
         with self.torch.no_grad():
-            return self.torch.where(self.chosen, self.logprobs(), 0.0).numpy()
+            return self.torch.where(self.loss_mask, self.logprobs(), 0.0).numpy()
 
     def update(self, loss) -> np.ndarray:
         """One step; the loss and the norm of the gradient."""
@@ -113,16 +113,16 @@ class TorchStep:
         return np.array([loss.item(), norm.item()])
 
     def sft(self) -> np.ndarray:
-        return self.update(-self.logprobs()[self.chosen].mean())
+        return self.update(-self.logprobs()[self.loss_mask].mean())
 
     def rl(self) -> np.ndarray:
         old = self.torch.from_numpy(self.scores())
         config = PolicyLossConfig()
-        ratio = self.torch.where(self.chosen, self.logprobs() - old, 0.0).exp()
+        ratio = self.torch.where(self.loss_mask, self.logprobs() - old, 0.0).exp()
         clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
         advantage = self.advantage[:, None]
         tokens = self.torch.maximum(-ratio * advantage, -clipped * advantage)
-        return self.update(tokens[self.chosen].sum() / (config.constant * len(self.ids)))
+        return self.update(tokens[self.loss_mask].sum() / (config.constant * len(self.ids)))
 
 
 def _trl_settings() -> dict:
@@ -138,8 +138,8 @@ def trl_sft(model, batch: Batch) -> Run:
     rows = Dataset.from_dict({"input_ids": batch.tokens.tolist()})  # the trainer wants some; it is not run
     settings = SFTConfig(max_length=None, **_trl_settings())
     trainer = SFTTrainer(step.twin, settings, train_dataset=rows, processing_class=vocabulary().tokenizer)
-    inputs = step.inputs | {"labels": step.torch.where(step.chosen, step.ids, -100)}
-    return lambda: step.update(trainer.compute_loss(step.twin, dict(inputs), num_items_in_batch=step.chosen.sum()))
+    inputs = step.inputs | {"labels": step.torch.where(step.loss_mask, step.ids, -100)}
+    return lambda: step.update(trainer.compute_loss(step.twin, dict(inputs), num_items_in_batch=step.loss_mask.sum()))
 
 
 def trl_rl(model, batch: Batch) -> Run:
@@ -164,7 +164,7 @@ def trl_rl(model, batch: Batch) -> Run:
         train_dataset=Dataset.from_dict({"prompt": [""] * rows}),
         processing_class=vocabulary().tokenizer,
     )
-    prompt = int(batch.chosen[0].argmax())  # the chosen tokens of every row are its last
+    prompt = int(batch.loss_mask[0].argmax())  # the chosen tokens of every row are its last
     ids, mask = step.ids, step.inputs["attention_mask"]
     seen = {name: step.inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
     seen["num_images"] = [1] * rows

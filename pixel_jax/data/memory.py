@@ -123,7 +123,7 @@ class Learning:
         return Trajectories(
             tokens=full(np.int32),
             valid=full(bool),
-            chosen=full(bool),
+            loss_mask=full(bool),
             logprobs=full(np.float32),
             visual=VisualRecord(
                 source, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)

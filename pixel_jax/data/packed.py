@@ -118,9 +118,9 @@ class Packing:
                     raise TraceError(why)
                 report.dropped.append(why)
                 continue
-            row.ids, row.chosen = (
+            row.ids, row.loss_mask = (
                 np.array(row.ids, np.int32),
-                np.array(row.chosen, bool),
+                np.array(row.loss_mask, bool),
             )  # a tenth of the lists' memory
             self.examples.append(example)
             self.rows.append(row)

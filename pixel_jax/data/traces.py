@@ -87,7 +87,7 @@ class Row:
         self.trace, self.index, self.tools = trace, index, tools
         query = trace.query
         self.ids = prompt_tokens(query, vocabulary, config, tools=tools)
-        self.chosen = [False] * len(self.ids)
+        self.loss_mask = [False] * len(self.ids)
         self.views: list[View] = []
         self.slices: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int, int]] = []
@@ -118,16 +118,16 @@ class Row:
 
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
         """Append a turn; returns the ids of what is carried out."""
-        ids, chosen = [], []
+        ids, loss_mask = [], []
         for text, learned in turn.parts:
             part = vocabulary.encode(text)
             ids += part
-            chosen += [learned] * len(part)
+            loss_mask += [learned] * len(part)
         if turn.ends:
             ids.append(vocabulary.im_end)
-            chosen.append(chosen[-1])
+            loss_mask.append(loss_mask[-1])
         self.ids += ids
-        self.chosen += chosen
+        self.loss_mask += loss_mask
         return ids if turn.executed is None else vocabulary.encode(turn.executed)
 
     @property
@@ -197,7 +197,7 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
                 "it answered is not written"
             )
         row.ids += ids[i, : lengths[i]].tolist()
-        row.chosen += [False] * int(lengths[i])
+        row.loss_mask += [False] * int(lengths[i])
         for canvas, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
             if canvas != NO_CANVAS:
                 row.show(View(canvas, tuple(region), tuple(size)))
@@ -254,7 +254,7 @@ def assemble(
     """Rows and their rendered frames as arrays; a row that does not fit `shape` is a `TraceError`."""
     count, numbers = len(rows), config.max_calls + 1
     tokens = np.zeros((count, shape.tokens), np.int32)
-    valid, chosen = np.zeros((2, count, shape.tokens), bool)
+    valid, loss_mask = np.zeros((2, count, shape.tokens), bool)
     visual = Visual(
         patches=np.zeros((count, shape.images, shape.patches, 3 * PATCH**2), np.uint8),
         slices=np.full((count, shape.slices, 2), -1, np.int32),
@@ -276,7 +276,7 @@ def assemble(
                 raise TraceError(f"trace {i} has {have} {name}, there is room for {room}")
         tokens[i, : len(row.ids)] = row.ids
         valid[i, : len(row.ids)] = True
-        chosen[i, : len(row.ids)] = row.chosen
+        loss_mask[i, : len(row.ids)] = row.loss_mask
         for j, patches in enumerate(frames[i]):
             visual.patches[i, j, : len(patches)] = patches
         visual.slices[i, : len(row.slices)] = row.slices
@@ -288,7 +288,7 @@ def assemble(
     return Trajectories(
         tokens=tokens,
         valid=valid,
-        chosen=chosen,
+        loss_mask=loss_mask,
         logprobs=np.zeros(tokens.shape, np.float32),
         visual=visual,
         prompt=np.arange(count, dtype=np.int32),

@@ -141,7 +141,8 @@ def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] 
     made = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), session.limits))
     t = take_rows(made, slice(len(asked.numbers) * session.limits.group_size))
     texts = [
-        vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace") for ids, mask in zip(t.tokens, t.chosen, strict=True)
+        vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace")
+        for ids, mask in zip(t.tokens, t.loss_mask, strict=True)
     ]
     return Answered(asked, t, prompts.images, texts)
 
@@ -206,7 +207,7 @@ def record_of(index: int, question: Question, judged: Judged, rows: slice, langu
         "failed": failed_calls(t).tolist(),
         "calls": t.num_calls.tolist(),
         "unrecognised": [len(unrecognised_turns(text, language)) for text in texts],
-        "tokens": np.sum(t.chosen, axis=1).tolist(),
+        "tokens": np.sum(t.loss_mask, axis=1).tolist(),
         "stop": [STOP_REASONS[int(x)] for x in t.stop],
         "responses": texts,
     }

@@ -166,8 +166,8 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     Where one ends and the next begins follows from who wrote which token (`chosen`), not from what the tokens are: the
     policy may write anything. In what it did not write, special tokens are the template's: texts have none.
     """
-    ids, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
-    runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)
+    ids, loss_mask = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
+    runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
     if len(runs) % 2:  # it ends with an answer to which the policy wrote nothing
         runs.append(ids[:0])
     # The prompt ends where the assistant begins; how its first turn was made to begin follows, if it was.

@@ -151,7 +151,7 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
     return Batch(
         tokens=array(jnp.int32, rows, length),
         valid=array(jnp.bool_, rows, length),
-        chosen=array(jnp.bool_, rows, length),
+        loss_mask=array(jnp.bool_, rows, length),
         logprobs=array(jnp.float32, rows, length),
         old_logprobs=array(jnp.float32, rows, length),
         visual=Visual(

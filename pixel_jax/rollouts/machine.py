@@ -61,7 +61,7 @@ class State(NamedTuple):
     row: jax.Array  # int32 [R], which of the rows of its part of the mesh a slot holds; one past the last: none
     room: jax.Array  # int32 [R], tokens that may follow the prompt
     tokens: jax.Array  # int32 [R, Lr], everything after the prompt
-    chosen: jax.Array  # bool [R, Lr]
+    loss_mask: jax.Array  # bool [R, Lr]
     logprobs: jax.Array  # float32 [R, Lr]
     length: jax.Array  # int32 [R]
     turn_start: jax.Array  # int32 [R], where the present turn's own tokens begin
@@ -209,7 +209,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     tables = shared.prompts.tables
     reader = tables.reader.step(tables.bytes, state.reader, jnp.where(writing, token, -1))
     state = state._replace(
-        chosen=state.chosen.at[at].set(True, mode="drop"),
+        loss_mask=state.loss_mask.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
         reader=reader,
     )
@@ -383,7 +383,8 @@ def take_back(state: State, crowded: jax.Array, config: RolloutConfig) -> State:
     """The rows `crowded` (bool [R]) without their last message: an over-full gallery ends a row, as in the released code."""
     return state._replace(
         length=jnp.where(crowded, state.turn_start, state.length),
-        chosen=state.chosen & ~(crowded[:, None] & (jnp.arange(config.max_response) >= state.turn_start[:, None])),
+        loss_mask=state.loss_mask
+        & ~(crowded[:, None] & (jnp.arange(config.max_response) >= state.turn_start[:, None])),
     )
 
 

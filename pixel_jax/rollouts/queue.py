@@ -44,7 +44,7 @@ class Record(NamedTuple):
     """What rows leave behind; the fields are those of `State`."""
 
     tokens: jax.Array
-    chosen: jax.Array
+    loss_mask: jax.Array
     logprobs: jax.Array
     length: jax.Array
     grids: jax.Array
@@ -124,7 +124,7 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfi
         row=jnp.full(slots, rows, jnp.int32),
         room=zeros(),
         tokens=zeros(config.max_response),
-        chosen=zeros(config.max_response, dtype=bool),
+        loss_mask=zeros(config.max_response, dtype=bool),
         logprobs=zeros(config.max_response, dtype=jnp.float32),
         length=zeros(),
         turn_start=zeros(),
@@ -445,8 +445,8 @@ def finish(
             jnp.arange(prompt_tokens.shape[1]) < spread(prompts.length)[:, None],
             jnp.arange(config.max_response) < rows.length[:, None],
         ),
-        chosen=beside(blank, rows.chosen),
-        logprobs=beside(blank.astype(jnp.float32), jnp.where(rows.chosen, rows.logprobs, 0.0)),
+        loss_mask=beside(blank, rows.loss_mask),
+        logprobs=beside(blank.astype(jnp.float32), jnp.where(rows.loss_mask, rows.logprobs, 0.0)),
         visual=VisualRecord(
             source=patch_source(prompts, rows.calls, config, shape),
             slices=jnp.take_along_axis(slices, present_first, axis=1),

@@ -169,7 +169,7 @@ class Trajectories(NamedTuple, Generic[Shown]):
 
     tokens: Array  # int32 [R, L]
     valid: Array  # bool [R, L]
-    chosen: (
+    loss_mask: (
         Array  # bool [R, L], the policy chose (or, in a trace, should learn) this token: the only ones that carry loss
     )
     logprobs: Array  # float32 [R, L], of the full temperature-scaled distribution, zero where not chosen

@@ -17,7 +17,7 @@ class Batch(NamedTuple, Generic[Shown]):
 
     tokens: Array  # int32 [R, L]
     valid: Array  # bool [R, L]
-    chosen: Array  # bool [R, L], the tokens that carry loss
+    loss_mask: Array  # bool [R, L], the tokens that carry loss
     logprobs: Array  # float32 [R, L], the sampler's
     old_logprobs: Array  # float32 [R, L], the denominator of the policy ratio
     visual: Shown | None  # None: text only
@@ -34,7 +34,7 @@ def from_trajectories(
     return Batch(
         tokens=trajectories.tokens,
         valid=trajectories.valid,
-        chosen=trajectories.chosen,
+        loss_mask=trajectories.loss_mask,
         logprobs=trajectories.logprobs,
         old_logprobs=trajectories.logprobs if old_logprobs is None else old_logprobs,
         visual=trajectories.visual,

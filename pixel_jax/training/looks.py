@@ -150,8 +150,8 @@ class Asker:
 
 def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
     """What the policy wrote in each row, as text."""
-    rows = zip(t.tokens, t.chosen, strict=True)
-    return [vocabulary.to_bytes(tokens[chosen]).decode("utf-8", "replace") for tokens, chosen in rows]
+    rows = zip(t.tokens, t.loss_mask, strict=True)
+    return [vocabulary.to_bytes(tokens[loss_mask]).decode("utf-8", "replace") for tokens, loss_mask in rows]
 
 
 NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "tokens", "finished")
@@ -167,7 +167,7 @@ def _numbers(mine: Sequence[int], answers: Answers) -> np.ndarray:
         "operations": executed_calls(t),
         "executed": answered_calls(t),
         "failed": failed_calls(t),
-        "tokens": np.sum(t.chosen, axis=1),
+        "tokens": np.sum(t.loss_mask, axis=1),
         "finished": t.stop == STOP_ANSWER,
     }
     return np.stack([np.asarray(columns[name], np.float64) for name in NUMBERS], axis=1)
@@ -224,7 +224,7 @@ class HeldOutLoss:
         placed = batch if self.mesh is None else shard_batch(batch, self.mesh)
         logprobs, entropy = (local_rows(x) for x in self.score(state.model, placed))
         loss = sft_loss(
-            logprobs, entropy, batch.chosen, batch.weight, normalizer=self.normalizer, segments=batch.segments
+            logprobs, entropy, batch.loss_mask, batch.weight, normalizer=self.normalizer, segments=batch.segments
         )
         found = np.array([[float(loss.total), float(loss.denominator)]])
         return all_rows(found, self.part).sum(axis=0)

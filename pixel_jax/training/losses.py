@@ -44,15 +44,15 @@ def predictions(tokens: jax.Array, valid: jax.Array) -> Predictions:
 
 
 def turn_temperature(
-    chosen: jax.Array, first: float, later: float | None, segments: jax.Array | None = None
+    loss_mask: jax.Array, first: float, later: float | None, segments: jax.Array | None = None
 ) -> jax.Array:
     """The temperature each token was sampled at, float32 [R, L]: `first` in a trace's first run of chosen tokens, then `later`.
 
     (Turns are runs: what lies between two of them, an observation, is never chosen.)
     """
     if later is None or later == first:
-        return jnp.full(chosen.shape, first, jnp.float32)
-    starts = chosen & ~jnp.pad(chosen[:, :-1], ((0, 0), (1, 0)))
+        return jnp.full(loss_mask.shape, first, jnp.float32)
+    starts = loss_mask & ~jnp.pad(loss_mask[:, :-1], ((0, 0), (1, 0)))
     turn = jnp.cumsum(starts, axis=1)
     if segments is not None:  # counted from where a trace begins, which is never chosen
         begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -190,7 +190,7 @@ def divergence(apart: jax.Array) -> jax.Array:
 def sft_loss(
     logprobs: jax.Array,
     entropy: jax.Array,
-    chosen: jax.Array,
+    loss_mask: jax.Array,
     weight: jax.Array,
     *,
     normalizer: Literal["row", "token"],
@@ -202,14 +202,14 @@ def sft_loss(
     mean over all chosen tokens of the batch. A row holds one trace, or those that `segments` int32 [R, L] tells apart.
     A row of weight 0 is padding.
     """
-    rows = -jnp.sum(masked(logprobs, chosen), axis=1)
+    rows = -jnp.sum(masked(logprobs, loss_mask), axis=1)
     if normalizer == "row":
-        share = masked(1.0 / jnp.maximum(trace_sums(chosen.astype(jnp.float32), segments), 1.0), chosen)
+        share = masked(1.0 / jnp.maximum(trace_sums(loss_mask.astype(jnp.float32), segments), 1.0), loss_mask)
     else:
-        share = chosen.astype(jnp.float32)
-    total = -jnp.sum(masked(jnp.sum(masked(logprobs * share, chosen), axis=1) * weight, weight > 0))
+        share = loss_mask.astype(jnp.float32)
+    total = -jnp.sum(masked(jnp.sum(masked(logprobs * share, loss_mask), axis=1) * weight, weight > 0))
     denominator = jnp.sum(jnp.sum(share, axis=1) * weight)
-    counted = chosen & (weight > 0)[:, None]
+    counted = loss_mask & (weight > 0)[:, None]
     sums = {
         "tokens": jnp.sum(counted).astype(jnp.float32),
         "nll": -jnp.sum(masked(logprobs, counted)),
@@ -258,7 +258,7 @@ def policy_loss(
     old_logprobs: jax.Array,
     sampler_logprobs: jax.Array,
     advantage: jax.Array,
-    chosen: jax.Array,
+    loss_mask: jax.Array,
     weight: jax.Array,
     config: PolicyLossConfig,
     *,
@@ -277,7 +277,7 @@ def policy_loss(
     You Off-Policy RL Training. `gap` in the metrics is the mean |log p(trainer, before the update) - log p(sampler)|.
     Every exponent is bounded (`LARGEST_LOG_RATIO`): one token that is 100 nats off does not make the loss infinite.
     """
-    counted = chosen & (weight > 0)[:, None]
+    counted = loss_mask & (weight > 0)[:, None]
     count = jnp.maximum(trace_sums(counted.astype(jnp.float32), segments), 1.0)
     log_ratio = masked(logprobs - old_logprobs, counted)
     ratio = bounded_ratio(log_ratio, count, config, segments)

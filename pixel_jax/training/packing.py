@@ -76,7 +76,7 @@ def pack(batch: Batch, *, length: int | None = None, slices: int | None = None, 
     packed = Batch(
         tokens=np.zeros(shape, np.int32),
         valid=np.zeros(shape, bool),
-        chosen=np.zeros(shape, bool),
+        loss_mask=np.zeros(shape, bool),
         logprobs=np.zeros(shape, np.float32),
         old_logprobs=np.zeros(shape, np.float32),
         visual=Visual(
@@ -94,7 +94,7 @@ def pack(batch: Batch, *, length: int | None = None, slices: int | None = None, 
         for segment, row in enumerate(rows):
             kept = batch.valid[row]
             to = slice(at, at + int(kept.sum()))
-            for name in ("tokens", "chosen", "logprobs", "old_logprobs"):
+            for name in ("tokens", "loss_mask", "logprobs", "old_logprobs"):
                 getattr(packed, name)[i, to] = getattr(batch, name)[row, kept]
             packed.valid[i, to], packed.segments[i, to], packed.advantage[i, to] = True, segment, batch.advantage[row]
             own = visual.slices[row, shown[row]]

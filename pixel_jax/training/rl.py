@@ -158,7 +158,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
     """What the rows of an iteration did, as plain numbers."""
     scored, t = weighed.scored, weighed.scored.collected.records
     ops = executed_calls(t)
-    lengths = np.sum(t.chosen, axis=1)
+    lengths = np.sum(t.loss_mask, axis=1)
     facts = {
         "accuracy": None if scored.correct is None else np.mean(scored.correct > 0.5),
         "rapr": np.mean(ops > 0),  # rate of pixel-space reasoning

@@ -224,5 +224,6 @@ def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:
     """The rows that did not end in an answer (`stop` int32 [R]) without tokens that carry loss, and never replayed."""
     finished = stop == STOP_ANSWER
     return batch._replace(
-        chosen=batch.chosen & finished[:, None], advantage=np.where(finished, batch.advantage, 0).astype(np.float32)
+        loss_mask=batch.loss_mask & finished[:, None],
+        advantage=np.where(finished, batch.advantage, 0).astype(np.float32),
     )

@@ -143,8 +143,8 @@ def trajectory_logprobs(
     scale: jax.Array | float = temperature
     if later_temperature is not None:
         # A turn's first token is predicted at the last position of the observation before it: temperatures move with targets.
-        chosen = turn_temperature(batch.chosen, temperature, later_temperature, batch.segments)
-        scale = predictions(chosen, batch.valid).target
+        loss_mask = turn_temperature(batch.loss_mask, temperature, later_temperature, batch.segments)
+        scale = predictions(loss_mask, batch.valid).target
     logprobs, entropy = head_logprobs(model, hidden, predicted.target, scale, config.logit_chunk, mesh)
     return tuple(jnp.take_along_axis(x, predicted.source, axis=1) for x in (logprobs, entropy))
 
@@ -284,7 +284,9 @@ def make_sft_step(
 
     def loss(model, batch: Batch) -> Loss:
         logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh)
-        return sft_loss(logprobs, entropy, batch.chosen, batch.weight, normalizer=normalizer, segments=batch.segments)
+        return sft_loss(
+            logprobs, entropy, batch.loss_mask, batch.weight, normalizer=normalizer, segments=batch.segments
+        )
 
     return make_step(loss, optimizer, config, mesh, "sft_step")
 
@@ -318,7 +320,7 @@ def make_rl_step(
             batch.old_logprobs,
             batch.logprobs,
             batch.advantage,
-            batch.chosen,
+            batch.loss_mask,
             batch.weight,
             loss_config,
             reference_logprobs=reference,
@@ -339,7 +341,7 @@ def make_score_step(
                 both = trajectory_logprobs(
                     model, part, config, temperature=temperature, later_temperature=later_temperature, mesh=mesh
                 )
-            return tuple(jnp.where(part.chosen, x, 0.0) for x in both)
+            return tuple(jnp.where(part.loss_mask, x, 0.0) for x in both)
 
         batch = constrain(batch, mesh, ROWS)
         turns = config.turns(model.config, batch, mesh, held=bytes_of(model))

@@ -164,16 +164,16 @@ def rows_of(
     for i in range(len(t.stop)):
         shown = [tuple(size) for size in np.asarray(prompts.canvas_size[i // n]).tolist()]
         whole = shown if sizes is None else sizes[i // n]
-        ids, chosen = t.tokens[i][t.valid[i]], t.chosen[i][t.valid[i]]
-        runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)
-        turns = [decode(run).removesuffix(SPECIAL_TOKENS["im_end"]) for run in runs[not chosen[0] :: 2]]
+        ids, loss_mask = t.tokens[i][t.valid[i]], t.loss_mask[i][t.valid[i]]
+        runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
+        turns = [decode(run).removesuffix(SPECIAL_TOKENS["im_end"]) for run in runs[not loss_mask[0] :: 2]]
         rows.append(
             Row(
-                response=decode(ids[chosen]),
+                response=decode(ids[loss_mask]),
                 turns=tuple(turns),
                 calls=tuple(_call(t, prompts.tables, i, k, shown, whole) for k in range(int(t.num_calls[i]))),
                 stop=STOP_REASONS[int(t.stop[i])],
-                tokens=ids[chosen],
+                tokens=ids[loss_mask],
                 is_video=bool(prompts.is_video[i // n]),
             )
         )

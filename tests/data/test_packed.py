@@ -109,7 +109,7 @@ def chosen_and_seen(batch):
     for r in range(len(batch.tokens)):
         for segment in np.unique(segments[r][batch.valid[r]]):
             mine = batch.valid[r] & (segments[r] == segment)
-            found.append((batch.tokens[r][mine].tolist(), batch.chosen[r][mine].tolist()))
+            found.append((batch.tokens[r][mine].tolist(), batch.loss_mask[r][mine].tolist()))
     patches = sorted(x.tobytes() for x in batch.visual.patches.reshape(-1, batch.visual.patches.shape[-1]) if x.any())
     return sorted(found), patches
 

@@ -156,7 +156,7 @@ def test_mistakes_are_read_and_not_learned(carried_out, vocabulary):
     expected = [0] + [wrong[kind] for kind in IMAGE_KINDS for _ in range(2)] + [0, 1]
     for row, (trace, mistakes) in enumerate(zip(traces, expected, strict=True)):
         spans, inside = [], False
-        for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
+        for token, chosen in zip(t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]], strict=True):
             if chosen:
                 spans = spans if inside else [*spans, []]
                 spans[-1].append(int(token))

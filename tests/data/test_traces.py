@@ -30,7 +30,7 @@ def rolled():
 def turns_of(t, row):
     """The assistant's turns as text."""
     words, turns, open_turn = talker.vocabulary(), [], False
-    for token, chosen in zip(t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]], strict=True):
+    for token, chosen in zip(t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]], strict=True):
         if chosen:
             turns = turns if open_turn else [*turns, []]
             turns[-1].append(int(token))
@@ -82,8 +82,8 @@ def test_tokens_are_those_of_the_rollout(rolled, written):
         mine, theirs = t.valid[row], rolled.valid[row]
         assert mine[: mine.sum()].all()  # left-aligned
         np.testing.assert_array_equal(t.tokens[row][mine], rolled.tokens[row][theirs])
-        np.testing.assert_array_equal(t.chosen[row][mine], rolled.chosen[row][theirs])
-        assert not t.chosen[row][~mine].any() and t.prompt[row] == row
+        np.testing.assert_array_equal(t.loss_mask[row][mine], rolled.loss_mask[row][theirs])
+        assert not t.loss_mask[row][~mine].any() and t.prompt[row] == row
 
 
 def test_pixels_are_those_of_the_rollout(rolled, written):
@@ -123,7 +123,7 @@ CROP = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.
 
 def spans(t, row=0):
     """Text of the response, cut where `chosen` changes."""
-    tokens, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+    tokens, chosen = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
     cuts = np.flatnonzero(np.diff(chosen)) + 1
     return [
         (bool(flag[0]), talker.vocabulary().to_bytes(ids).decode())

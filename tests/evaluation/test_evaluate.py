@@ -214,8 +214,8 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
     sharp, grey = found["operations"], found["blank"]
     looked = 0
     for row in range(4):
-        first = np.argmax(np.flatnonzero(sharp.chosen[row])[:-1] + 1 != np.flatnonzero(sharp.chosen[row])[1:])
-        turn = np.flatnonzero(sharp.chosen[row])[: first + 1]  # the tokens before anything is shown
+        first = np.argmax(np.flatnonzero(sharp.loss_mask[row])[:-1] + 1 != np.flatnonzero(sharp.loss_mask[row])[1:])
+        turn = np.flatnonzero(sharp.loss_mask[row])[: first + 1]  # the tokens before anything is shown
         np.testing.assert_array_equal(grey.tokens[row, turn], sharp.tokens[row, turn])
         np.testing.assert_array_equal(grey.logprobs[row, turn], sharp.logprobs[row, turn])
         if talker.outcomes(sharp)[row, 0] != talker.CROPPED:

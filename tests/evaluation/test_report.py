@@ -80,14 +80,14 @@ def test_messages_follow_from_who_wrote_them(found):
     t, made = found
     words = talker.vocabulary()
     row = next(i for i, item in enumerate(made) if len(item.turns) > 2)
-    at = np.flatnonzero(t.chosen[row])
+    at = np.flatnonzero(t.loss_mask[row])
     tokens = t.tokens.copy()
     tokens[row, at[:2]] = words.im_start, words.im_start
     item = traces.make_trace(t._replace(tokens=tokens), row, talker.queries(4, video=True)[t.prompt[row]], words)
     assert item.turns[0].text.startswith("<|im_start|><|im_start|>") and item.turns[1:] == made[row].turns[1:]
-    chosen = t.chosen.copy()
+    chosen = t.loss_mask.copy()
     chosen[row, at[:2]] = False  # an opening
-    item = traces.make_trace(t._replace(chosen=chosen), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    item = traces.make_trace(t._replace(loss_mask=chosen), row, talker.queries(4, video=True)[t.prompt[row]], words)
     assert dataclasses.replace(item, correct=made[row].correct) == made[row]
 
 

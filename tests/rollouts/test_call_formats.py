@@ -196,7 +196,7 @@ def test_a_rollout_in_another_format():
     seen = set()
     for row in range(len(t.stop)):
         height, width = queries[t.prompt[row]].images[0].shape[:2]
-        text = words.to_bytes(t.tokens[row][t.chosen[row]]).decode()
+        text = words.to_bytes(t.tokens[row][t.loss_mask[row]]).decode()
         assert unrecognised_turns(text, token_tables.reader.language) == []
         pictures = []
         for call, turn in enumerate(text.split("<|im_end|>")[: int(t.num_calls[row])]):

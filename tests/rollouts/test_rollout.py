@@ -46,10 +46,10 @@ def response(t, row):
     """Text after the prompt, and each of its turns by who wrote it: [(chosen, text), ...]."""
     words = talker.vocabulary()
     spans, chosen = [], None
-    for token, mine, valid in zip(t.tokens[row], t.chosen[row], t.valid[row], strict=True):
+    for token, mine, valid in zip(t.tokens[row], t.loss_mask[row], t.valid[row], strict=True):
         if not valid:
             continue
-        if mine != chosen:
+        if mine != loss_mask:
             spans.append((bool(mine), []))
             chosen = mine
         spans[-1][1].append(int(token))
@@ -119,12 +119,12 @@ def test_sampler_and_trainer_agree(mixed):
     """Log-probabilities recorded while sampling with caches are those of one full forward over the trajectory."""
     rows = from_trajectories(talker.with_pixels(mixed, talker.prompts(4, video=True)))
     scored, _ = make_score_step(ForwardConfig(remat=False))(talker.model(), rows)
-    np.testing.assert_allclose(np.asarray(scored)[mixed.chosen], mixed.logprobs[mixed.chosen], atol=2e-5)
-    assert mixed.chosen.sum() > 40
+    np.testing.assert_allclose(np.asarray(scored)[mixed.loss_mask], mixed.logprobs[mixed.loss_mask], atol=2e-5)
+    assert mixed.loss_mask.sum() > 40
 
 
 def same_tokens(a, b, rows_a=slice(None), rows_b=slice(None)):
-    for name in ("tokens", "valid", "chosen", "num_calls", "stop"):
+    for name in ("tokens", "valid", "loss_mask", "num_calls", "stop"):
         np.testing.assert_array_equal(np.asarray(getattr(a, name))[rows_a], np.asarray(getattr(b, name))[rows_b], name)
     same = lambda x, y: np.testing.assert_array_equal(np.asarray(x)[rows_a], np.asarray(y)[rows_b])
     jax.tree.map(same, (a.calls, a.visual), (b.calls, b.visual))
@@ -231,10 +231,10 @@ def test_limits_end_rows():
     config = replace(talker.CONFIG, min_tokens=3, max_new_tokens=8, max_response=20)
     short = trajectory.to_host(rollout(model, prompts, KEY, config))
     long = short.stop == trajectory.STOP_TURN_LENGTH
-    assert long.any() and (short.chosen.sum(axis=1)[long] >= 8).all()
+    assert long.any() and (short.loss_mask.sum(axis=1)[long] >= 8).all()
     assert trajectory.STOP_TOKENS in short.stop
     answered = short.stop == trajectory.STOP_ANSWER
-    assert answered.any() and (short.chosen.sum(axis=1)[answered] >= 4).all()
+    assert answered.any() and (short.loss_mask.sum(axis=1)[answered] >= 4).all()
     assert (short.valid[:, prompts.tokens.shape[1] :].sum(axis=1) <= 20).all()
 
 
@@ -244,7 +244,7 @@ def test_an_opening_is_written_for_the_model_and_not_learned():
     t = trajectory.to_host(rollout(talker.model(), talker.prompts(2), KEY, talker.CONFIG, opening=opening))
     width = talker.prompts(2).tokens.shape[1]
     assert (t.tokens[:, width : width + len(opening)] == opening).all()
-    assert not t.chosen[:, : width + len(opening)].any() and t.chosen[:, width + len(opening)].all()
+    assert not t.loss_mask[:, : width + len(opening)].any() and t.loss_mask[:, width + len(opening)].all()
     assert (t.calls.status[:, 0] != CallStatus.NONE).all()
     assert (talker.outcomes(t)[:, 0] == talker.CROPPED).any()
 

@@ -91,7 +91,7 @@ def test_what_was_cut_short_goes_on_without_a_budget(config):
 def test_a_budget_counts_tokens():
     state = begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
     same(advance(talker.model(), state, 0), state)
-    written = [np.asarray(advance(talker.model(), state, budget).rows.chosen).sum(axis=1) for budget in (1, 4)]
+    written = [np.asarray(advance(talker.model(), state, budget).rows.loss_mask).sum(axis=1) for budget in (1, 4)]
     assert (written[0] == 1).all() and written[1].max() == 4 and written[1].min() >= 1
     some = advance(talker.model(), state, 4)
     same(advance(talker.model(), some, 0), some)

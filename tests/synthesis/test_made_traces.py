@@ -89,7 +89,7 @@ def test_only_the_right_turns_carry_loss(made):
     _, _, examples, done = made
     vocabulary = qwen_vocabulary()
     for row, example in enumerate(examples):
-        chosen = done.tokens[row][done.chosen[row]]
+        chosen = done.tokens[row][done.loss_mask[row]]
         learned = [turn.parts[0][0] + "<|im_end|>" for turn in example.turns if turn.parts[0][1]]
         assert vocabulary.to_bytes(chosen).decode() == "".join(learned)
         assert example.turns[-1].parts[0][0].endswith(f"\\boxed{{{example.answer[0]}}}")

@@ -111,8 +111,8 @@ def facts(t, token_tables) -> dict[str, np.ndarray]:
     return {
         "tokens": t.tokens.astype(np.int16),
         "valid": np.packbits(t.valid),
-        "chosen": np.packbits(t.chosen),
-        "logprobs": t.logprobs[t.chosen],
+        "loss_mask": np.packbits(t.loss_mask),
+        "logprobs": t.logprobs[t.loss_mask],
         "grids": t.visual.grids.astype(np.int16),
         "slices": t.visual.slices.astype(np.int16),
         "num_calls": t.num_calls,

@@ -113,7 +113,7 @@ def test_sampler_and_trainer_agree(made, pixels):
     """What is made again is what the sampler saw: its log-probabilities are those that the pixels lead to."""
     model, *_, t = made
     scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(pixels))
-    np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(scored)[t.loss_mask], t.logprobs[t.loss_mask], atol=2e-5)
 
 
 def test_calls_that_cannot_be_carried_out_are_answered(made):
@@ -127,7 +127,7 @@ def test_written_traces_are_the_rollouts(made, pixels):
     rows = [row for row in range(len(t.stop)) if t.num_calls[row]][:6]
     queries, traces = talker.queries(3), []
     for row in rows:
-        ids, chosen = t.tokens[row][t.valid[row]], t.chosen[row][t.valid[row]]
+        ids, chosen = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
         runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)[1::2]
         turns = [words().to_bytes(run).decode().removesuffix(talker.END) for run in runs]
         traces.append(Trace(queries[t.prompt[row]], tuple(map(right, turns)), "7"))

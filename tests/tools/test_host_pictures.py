@@ -167,7 +167,7 @@ def test_trained_on_bit_for_bit(made):
     _, model, _, prompts, _, t = made
     np.testing.assert_array_equal(seen.again(prompts, t, CONFIG), t.visual.patches)
     scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(t))
-    np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(scored)[t.loss_mask], t.logprobs[t.loss_mask], atol=2e-5)
     shape = static_shape(prompts, CONFIG, None)
     rows = with_patches(from_trajectories(t), origins(prompts, t.calls, CONFIG, shape))
     room = room_of(rows.tokens.shape[1], prompts, shape)

@@ -112,7 +112,7 @@ def test_sampler_trainer_and_pixels_agree(made):
     _, model, prompts, _, t = made
     rows = from_trajectories(talker.with_pixels(t, prompts, CONFIG))
     scored, _ = make_score_step(ForwardConfig(remat=False))(model, rows)
-    np.testing.assert_allclose(np.asarray(scored)[t.chosen], t.logprobs[t.chosen], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(scored)[t.loss_mask], t.logprobs[t.loss_mask], atol=2e-5)
 
 
 def test_rows_that_ask_the_host_hold_up_no_other(made):

@@ -24,7 +24,7 @@ def test_everything_is_compared(kept, made):
 
 @pytest.mark.parametrize("name", ["image", "video", "trace"])
 def test_tokens_outcomes_and_pixels(name, kept, made):
-    for key in ("tokens", "valid", "chosen", "grids", "slices", "num_calls", "stop"):
+    for key in ("tokens", "valid", "loss_mask", "grids", "slices", "num_calls", "stop"):
         np.testing.assert_array_equal(made[f"{name}.{key}"], kept[f"{name}.{key}"], err_msg=key)
     assert golden.unpacked(made[f"{name}.text"]) == golden.unpacked(kept[f"{name}.text"])
 

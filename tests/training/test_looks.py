@@ -97,13 +97,13 @@ def test_numbers_are_of_every_question_once(asked):
     words = talker.vocabulary()
     rows = [(t, row) for t in seen for row in range(3)][:COUNT]
     assert len(seen) == 2
-    texts = [words.to_bytes(t.tokens[row][t.chosen[row]]).decode() for t, row in rows]
+    texts = [words.to_bytes(t.tokens[row][t.loss_mask[row]]).decode() for t, row in rows]
     right = [given_answer(text) == x.example.answer[0] for text, x in zip(texts, asked, strict=True)]
     mean = lambda of: float(np.mean([of(t)[row] for t, row in rows]))
     assert facts["questions"] == COUNT and facts["accuracy"] == pytest.approx(np.mean(right))
     assert facts["rapr"] == pytest.approx(mean(lambda t: executed_calls(t) > 0))
     assert facts["finished"] == pytest.approx(mean(lambda t: t.stop == STOP_ANSWER))
-    assert facts["response_tokens"] == pytest.approx(mean(lambda t: t.chosen.sum(axis=1)))
+    assert facts["response_tokens"] == pytest.approx(mean(lambda t: t.loss_mask.sum(axis=1)))
     assert facts["unboxed"] == pytest.approx(np.mean([given_answer(text) is None for text in texts]))
     # The handful that is drawn: the first questions, what was written, whether it is right.
     assert [x.title for x in found] == [x.example.id for x in asked[:2]]

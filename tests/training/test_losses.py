@@ -45,10 +45,10 @@ def test_predictions_cross_gaps():
 
 
 def test_temperature_of_each_turn():
-    chosen = jnp.array([[0, 1, 1, 0, 0, 1, 0, 1], [1, 1, 0, 0, 1, 1, 1, 1]], bool)
-    found = np.asarray(turn_temperature(chosen, 1.0, 0.5))[np.asarray(chosen)]
+    loss_mask = jnp.array([[0, 1, 1, 0, 0, 1, 0, 1], [1, 1, 0, 0, 1, 1, 1, 1]], bool)
+    found = np.asarray(turn_temperature(loss_mask, 1.0, 0.5))[np.asarray(loss_mask)]
     assert found.tolist() == [1, 1, 0.5, 0.5] + [1, 1, 0.5, 0.5, 0.5, 0.5]
-    assert (np.asarray(turn_temperature(chosen, 0.7, None)) == np.float32(0.7)).all()
+    assert (np.asarray(turn_temperature(loss_mask, 0.7, None)) == np.float32(0.7)).all()
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 20, 21, 64])
@@ -111,21 +111,21 @@ def test_no_array_of_batch_length_vocabulary(arrays, chunk, exists):
 def test_sft_loss_by_hand():
     logprobs = jnp.array([[-1.0, -2.0, -9.0], [-4.0, jnp.nan, jnp.nan], [-jnp.inf, -1.0, -1.0]])
     entropy = jnp.ones((3, 3))
-    chosen = jnp.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
+    loss_mask = jnp.array([[1, 1, 0], [1, 0, 0], [1, 1, 1]], bool)
     weight = jnp.array([1.0, 1.0, 0.0])
-    by_row = sft_loss(logprobs, entropy, chosen, weight, normalizer="row")
+    by_row = sft_loss(logprobs, entropy, loss_mask, weight, normalizer="row")
     assert (by_row.total.item(), by_row.denominator.item()) == (1.5 + 4.0, 2.0)
-    by_token = sft_loss(logprobs, entropy, chosen, weight, normalizer="token")
+    by_token = sft_loss(logprobs, entropy, loss_mask, weight, normalizer="token")
     assert (by_token.total.item(), by_token.denominator.item()) == (7.0, 3.0)
     assert by_token.sums["nll"].item() == 7.0 and by_token.sums["tokens"].item() == 3
     assert by_token.rows.tolist() == [3.0, 4.0, np.inf]
 
 
-def oracle(logprobs, old, advantage, chosen, weight, low, high):
+def oracle(logprobs, old, advantage, loss_mask, weight, low, high):
     total, tokens, clipped = 0.0, 0, 0
     for row in range(len(logprobs)):
         for t in range(logprobs.shape[1]):
-            if chosen[row, t] and weight[row]:
+            if loss_mask[row, t] and weight[row]:
                 ratio, a = np.exp(logprobs[row, t] - old[row, t]), advantage[row]
                 bound = min(max(ratio, 1 - low), 1 + high)
                 total += weight[row] * max(-ratio * a, -bound * a)
@@ -138,11 +138,11 @@ def test_policy_loss_against_loops():
     random = np.random.default_rng(2)
     logprobs, old, sampler = (random.normal(size=(6, 9)).astype(np.float32) for _ in range(3))
     advantage = random.normal(size=6).astype(np.float32)
-    chosen = random.random((6, 9)) < 0.6
+    loss_mask = random.random((6, 9)) < 0.6
     weight = np.array([1, 1, 1, 1, 0, 1], np.float32)
-    old[~chosen] = -np.inf  # what a padded position holds must not matter
-    total, tokens, clipped = oracle(logprobs, old, advantage, chosen, weight, 0.2, 0.35)
-    args = (logprobs, np.ones_like(logprobs), old, sampler, advantage, chosen, weight)
+    old[~loss_mask] = -np.inf  # what a padded position holds must not matter
+    total, tokens, clipped = oracle(logprobs, old, advantage, loss_mask, weight, 0.2, 0.35)
+    args = (logprobs, np.ones_like(logprobs), old, sampler, advantage, loss_mask, weight)
     loss = policy_loss(*map(jnp.asarray, args), PolicyLossConfig())
     np.testing.assert_allclose(loss.total, total, rtol=1e-5)
     assert loss.denominator.item() == 200 * 5
@@ -150,7 +150,7 @@ def test_policy_loss_against_loops():
     per_token = policy_loss(*map(jnp.asarray, args), PolicyLossConfig(normalizer="token"))
     assert per_token.denominator.item() == tokens
     gradient = jax.grad(lambda x: policy_loss(x, *map(jnp.asarray, args[1:]), PolicyLossConfig()).total)(logprobs)
-    assert np.isfinite(gradient).all() and (np.asarray(gradient)[~chosen] == 0).all()
+    assert np.isfinite(gradient).all() and (np.asarray(gradient)[~loss_mask] == 0).all()
 
 
 def test_clip_higher_lets_good_tokens_grow_further():
@@ -171,14 +171,14 @@ def test_policy_loss_is_the_released_one():
 
     random = np.random.default_rng(3)
     logprobs, old = (random.normal(size=(4, 7)).astype(np.float32) for _ in range(2))
-    advantage, chosen = random.normal(size=4).astype(np.float32), random.random((4, 7)) < 0.7
+    advantage, loss_mask = random.normal(size=4).astype(np.float32), random.random((4, 7)) < 0.7
     x = torch.tensor(logprobs, requires_grad=True)
-    mask, a = torch.tensor(chosen).float(), torch.tensor(advantage)[:, None]
+    mask, a = torch.tensor(loss_mask).float(), torch.tensor(advantage)[:, None]
     ratio = torch.exp((x - torch.tensor(old)) * mask)
     expected = torch.sum(torch.max(-ratio * a, -torch.clamp(ratio, 0.8, 1.35) * a) * mask) / 200.0
     expected.backward()
     # 200 a micro-batch of four rows is 50 a row
-    rest = (np.zeros_like(old), old, old, advantage, chosen, np.ones(4, np.float32))
+    rest = (np.zeros_like(old), old, old, advantage, loss_mask, np.ones(4, np.float32))
 
     def mean(x):
         loss = policy_loss(x, *map(jnp.asarray, rest), PolicyLossConfig(constant=50.0))

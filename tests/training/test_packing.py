@@ -48,19 +48,23 @@ def test_tokens_have_the_log_probabilities_that_they_have_alone(model, traces, s
     alone, together = scored(model, traces), scored(model, packed)
     values = []
     for (logprobs, entropy), rows in ((alone, traces), (together, packed)):
-        chosen = [(np.asarray(x)[rows.chosen], rows.tokens[rows.chosen]) for x in (logprobs, entropy)]
+        chosen = [(np.asarray(x)[rows.loss_mask], rows.tokens[rows.loss_mask]) for x in (logprobs, entropy)]
         order = np.lexsort((chosen[0][0], chosen[0][1]))
         values.append([x[0][order] for x in chosen])
     np.testing.assert_allclose(values[0], values[1], rtol=1e-5, atol=1e-5)
     shuffled = scored(model, packed._replace(segments=np.zeros_like(packed.segments)))
-    assert np.abs(np.asarray(shuffled[0] - together[0])[packed.chosen]).max() > 0.1  # the mask is what keeps them apart
+    assert (
+        np.abs(np.asarray(shuffled[0] - together[0])[packed.loss_mask]).max() > 0.1
+    )  # the mask is what keeps them apart
 
 
 @pytest.mark.parametrize("normalizer", ["row", "token"])
 def test_the_loss_is_that_of_the_rows(model, traces, scored, normalizer):
     losses = []
     for rows in (traces, pack(traces, length=64, slices=5)):
-        loss = sft_loss(*scored(model, rows), rows.chosen, rows.weight, normalizer=normalizer, segments=rows.segments)
+        loss = sft_loss(
+            *scored(model, rows), rows.loss_mask, rows.weight, normalizer=normalizer, segments=rows.segments
+        )
         losses.append((loss.total / loss.denominator, loss.denominator, loss.sums["nll"], loss.sums["tokens"]))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
@@ -77,7 +81,7 @@ def test_the_policy_loss_is_that_of_the_rows(model, traces, scored, normalizer):
             rows.old_logprobs,
             rows.logprobs,
             rows.advantage,
-            rows.chosen,
+            rows.loss_mask,
             rows.weight,
             PolicyLossConfig(normalizer=normalizer),
             segments=rows.segments,
@@ -88,16 +92,16 @@ def test_the_policy_loss_is_that_of_the_rows(model, traces, scored, normalizer):
 
 
 def test_turns_are_counted_in_each_trace(batch):
-    alone = turn_temperature(batch.chosen, 1.5, 2.5)
-    assert {float(alone[batch.chosen].min()), float(alone[batch.chosen].max())} == {1.5, 2.5}
+    alone = turn_temperature(batch.loss_mask, 1.5, 2.5)
+    assert {float(alone[batch.loss_mask].min()), float(alone[batch.loss_mask].max())} == {1.5, 2.5}
     # rows of one length keep their order when packed
     packed = pack(batch._replace(valid=np.ones_like(batch.valid)), length=3 * batch.tokens.shape[1])
-    together = turn_temperature(packed.chosen, 1.5, 2.5, packed.segments)
+    together = turn_temperature(packed.loss_mask, 1.5, 2.5, packed.segments)
     at = [(i, segment) for i in range(len(packed.tokens)) for segment in range(packed.segments[i].max() + 1)]
     for row, (i, segment) in enumerate(at):
         own = packed.segments[i] == segment
-        chosen = packed.chosen[i] & own
-        np.testing.assert_array_equal(np.asarray(together)[i][chosen], np.asarray(alone)[row][batch.chosen[row]])
+        chosen = packed.loss_mask[i] & own
+        np.testing.assert_array_equal(np.asarray(together)[i][chosen], np.asarray(alone)[row][batch.loss_mask[row]])
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 4)), min_size=1, max_size=40))

@@ -73,7 +73,7 @@ def make_trajectories(seed, calls=None):
     return Trajectories(
         tokens=batch.tokens,
         valid=batch.valid,
-        chosen=batch.chosen,
+        loss_mask=batch.loss_mask,
         logprobs=batch.logprobs,
         visual=VisualRecord(PatchSource(views, None), *batch.visual[1:]),
         prompt=np.repeat(np.arange(GROUPS, dtype=np.int32), N),
@@ -320,7 +320,7 @@ def test_texts_are_what_the_policy_chose():
         seen.append(list(ids))
         return r"\boxed{4}" if list(ids) == chosen[0] else "nothing"
 
-    chosen = [row[mask].tolist() for row, mask in zip(trajectories.tokens, trajectories.chosen, strict=True)]
+    chosen = [row[mask].tolist() for row, mask in zip(trajectories.tokens, trajectories.loss_mask, strict=True)]
     found = scored(None, decode=decode, examples=["4"] * GROUPS, unparsable=-1)
     assert found.terms["answer"].ravel().tolist() == [1] + [-1] * 15
     # The response, and its two turns.

@@ -54,7 +54,7 @@ def test_divergence_from_the_reference_and_importance(adapted, model, batch):
     """The step's numbers from the score step's log-probabilities, in NumPy."""
     scorer = make_score_step(ForwardConfig(remat=False), later_temperature=0.9)
     now, reference = (np.asarray(scorer(m, batch)[0], np.float64) for m in (adapted, model))
-    sampler = now + np.random.default_rng(0).normal(size=now.shape) * batch.chosen
+    sampler = now + np.random.default_rng(0).normal(size=now.shape) * batch.loss_mask
     batch = batch._replace(old_logprobs=now.astype(np.float32), logprobs=sampler.astype(np.float32))
     config = PolicyLossConfig(kl=0.5, importance_cap=1.5)
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0.0), 10)
@@ -62,13 +62,13 @@ def test_divergence_from_the_reference_and_importance(adapted, model, batch):
     step = make_rl_step(ForwardConfig(remat=False), config, optimizer, later_temperature=0.9)
     state, report = step(state, batch)
     found = check_report(report, 0)
-    apart = (reference - now)[batch.chosen]
+    apart = (reference - now)[batch.loss_mask]
     k3 = np.exp(apart) - apart - 1
     assert k3.mean() > 0.01
     np.testing.assert_allclose(found["kl_reference"], k3.mean(), rtol=1e-3)
-    weights = np.exp((now - sampler)[batch.chosen])
+    weights = np.exp((now - sampler)[batch.loss_mask])
     np.testing.assert_allclose(found["importance_capped"], np.mean(weights > 1.5), rtol=1e-6)
-    advantage = np.broadcast_to(batch.advantage[:, None], now.shape)[batch.chosen]
+    advantage = np.broadcast_to(batch.advantage[:, None], now.shape)[batch.loss_mask]
     expected = np.sum(-advantage * np.minimum(weights, 1.5) + 0.5 * k3) / (200 * 8)
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-3)
     # Without advantages nothing but the divergence is left, and it falls.
@@ -84,8 +84,8 @@ def test_rows_that_ran_out_of_turns_carry_no_loss():
     batch = make_batch(16)
     found = mask_unfinished(batch, stop)
     over = stop != STOP_ANSWER
-    assert not found.chosen[over].any() and (found.advantage[over] == 0).all()
-    for name in ("chosen", "advantage"):
+    assert not found.loss_mask[over].any() and (found.advantage[over] == 0).all()
+    for name in ("loss_mask", "advantage"):
         np.testing.assert_array_equal(getattr(found, name)[~over], getattr(batch, name)[~over])
     assert pack(found).segments is not None  # and they can still be packed
     assert trajectories.stop.tolist() == [0] * 16
@@ -160,7 +160,7 @@ def test_what_an_iteration_says_about_itself():
     np.testing.assert_allclose(found["reward"], total, rtol=1e-6)
     first = np.array([0.075, 1, 0.075, 1.025])
     np.testing.assert_allclose(found["group_variance"], (np.var(first) + 3 * 0.25) / 4, rtol=1e-5)
-    lengths = trajectories.chosen.sum(1)
+    lengths = trajectories.loss_mask.sum(1)
     assert found["response_tokens"] == lengths.mean() and found["response_tokens_max"] == lengths.max()
     assert found["row_tokens"] == trajectories.valid.sum(1).mean()
 

@@ -179,7 +179,7 @@ def test_tokens_that_were_not_chosen_carry_no_loss(model, batch, kind):
     """What follows the last chosen token, what padding holds, and rows of weight zero change nothing at all."""
     tokens, old = batch.tokens.copy(), batch.old_logprobs.copy()
     tokens[~batch.valid] = 17
-    old[~batch.chosen] = 5.0
+    old[~batch.loss_mask] = 5.0
     changed = batch._replace(tokens=tokens, old_logprobs=old)
     a, b = one_update(kind, model, batch), one_update(kind, model, changed)
     jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
@@ -194,7 +194,7 @@ def test_tokens_that_were_not_chosen_carry_no_loss(model, batch, kind):
         np.testing.assert_allclose(a[2].metrics["loss"], a[2].rows.sum() / (200 * 6), rtol=1e-5)
     # but chosen tokens, images and advantages do matter
     for other in (
-        batch._replace(tokens=np.where(batch.chosen, 3, batch.tokens)),
+        batch._replace(tokens=np.where(batch.loss_mask, 3, batch.tokens)),
         batch._replace(visual=batch.visual._replace(patches=255 - batch.visual.patches)),
     ):
         other = one_update(kind, model, other._replace(weight=weight))
@@ -206,8 +206,8 @@ def test_scores_are_those_of_the_plain_forward_at_each_turns_temperature(model, 
     hidden = forward_hidden(model, batch.tokens, batch.valid, batch.visual)
     logits = model.logits(hidden)
     tables = {t: np.asarray(jax.nn.log_softmax(logits / t)) for t in (1.0, 0.5)}
-    assert not np.asarray(logprobs)[~batch.chosen].any()
-    for row, column in zip(*np.nonzero(batch.chosen), strict=True):
+    assert not np.asarray(logprobs)[~batch.loss_mask].any()
+    for row, column in zip(*np.nonzero(batch.loss_mask), strict=True):
         before = np.flatnonzero(batch.valid[row, :column])[-1]
         table = tables[1.0 if column < 14 else 0.5][row, before]
         np.testing.assert_allclose(logprobs[row, column], table[batch.tokens[row, column]], rtol=1e-4, atol=1e-5)
@@ -225,17 +225,17 @@ def test_on_policy_the_ratio_is_one_and_the_gap_is_measured(model, batch):
     """Twice the same batch: what one update did is what the ratio of the next one sees."""
     scorer = make_score_step(ForwardConfig(remat=False), later_temperature=0.9)
     old = np.asarray(scorer(model, batch)[0])
-    batch = batch._replace(old_logprobs=old, logprobs=np.where(batch.chosen, old - 0.25, 0).astype(np.float32))
+    batch = batch._replace(old_logprobs=old, logprobs=np.where(batch.loss_mask, old - 0.25, 0).astype(np.float32))
     state, report = compiled("rl")(fresh(model), batch)
     metrics = check_report(report, 0)
     np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-5)
     np.testing.assert_allclose(metrics["gap"], 0.25, rtol=1e-5)
     assert metrics["clip_fraction"] == 0 and abs(metrics["kl"]) < 1e-6
-    expected = -np.sum(batch.chosen.sum(1) * batch.advantage) / (200 * 8)
+    expected = -np.sum(batch.loss_mask.sum(1) * batch.advantage) / (200 * 8)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     new = np.asarray(scorer(state.model, batch)[0])
     _, report = compiled("rl")(state, batch)
-    np.testing.assert_allclose(report.metrics["ratio"], np.exp(new - old)[batch.chosen].mean(), rtol=1e-4)
+    np.testing.assert_allclose(report.metrics["ratio"], np.exp(new - old)[batch.loss_mask].mean(), rtol=1e-4)
 
 
 def test_good_rows_become_likelier_and_bad_ones_less_likely(model, batch):

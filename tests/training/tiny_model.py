@@ -64,7 +64,7 @@ def make_batch(rows: int = 8, seed: int = 0) -> Batch:
     return Batch(
         tokens=np.where(valid, tokens, 0).astype(np.int32),
         valid=valid,
-        chosen=chosen,
+        loss_mask=chosen,
         logprobs=logprobs,
         old_logprobs=logprobs,
         visual=visual,

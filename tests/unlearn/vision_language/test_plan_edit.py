@@ -37,7 +37,7 @@ def test_an_unlearning_step_is_that_of_an_edit():
     assert small.steps == ("unlearn",)
     zeros = lambda x: np.zeros(x.shape, x.dtype)
     batch = jax.tree.map(zeros, sft_batch(small, packed=False))
-    batch.tokens[:, :] = batch.valid[:, :] = batch.chosen[:, 1:] = True
+    batch.tokens[:, :] = batch.valid[:, :] = batch.loss_mask[:, 1:] = True
     batch.visual.slices[:] = np.arange(2)[None, :, None]
     batch.visual.grids[:] = (1, 4, 8)
     model = abstract_model(small)

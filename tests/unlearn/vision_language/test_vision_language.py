@@ -42,7 +42,7 @@ def test_examples_hold_what_is_learned(batch):
     found = examples(batch, [f"row-{i}" for i in range(8)])
     assert found["id"].tolist()[:2] == ["row-0", "row-1"] and found["tokens"].shape == (8, 24)
     for i in range(8):
-        (learned,) = np.nonzero(batch.chosen[i])
+        (learned,) = np.nonzero(batch.loss_mask[i])
         mask = found["loss_mask"][i]
         np.testing.assert_array_equal(found["labels"][i, mask], batch.tokens[i, learned])
         before = [max(j for j in np.flatnonzero(batch.valid[i]) if j < t) for t in learned]
@@ -59,7 +59,7 @@ def test_examples_leave_out_what_no_row_uses(batch):
         grids=grow(batch.visual.grids, 1),
         seconds=grow(batch.visual.seconds, 1),
     )
-    roomy = batch._replace(visual=visual, **{k: grow(getattr(batch, k), 1) for k in ("tokens", "valid", "chosen")})
+    roomy = batch._replace(visual=visual, **{k: grow(getattr(batch, k), 1) for k in ("tokens", "valid", "loss_mask")})
     found, exact = examples(roomy), examples(batch)
     assert found["visual"]["patches"].shape == (8, 1, 16, 588) and found["tokens"].shape == (8, 32)
     for name in ("slices", "grids", "seconds"):
@@ -75,7 +75,7 @@ def test_losses_are_those_of_tuning(model, batch, options):
     found.pop("id")
     sums = Objective.of(loss, found, np.ones(8), micro_batch=4).per_example(adapter)
     logprobs, _ = jax.jit(lambda model: trajectory_logprobs(model, batch, ForwardConfig(remat=False)))(model)
-    np.testing.assert_allclose(sums, -np.where(batch.chosen, logprobs, 0).sum(axis=1), rtol=2e-5)
+    np.testing.assert_allclose(sums, -np.where(batch.loss_mask, logprobs, 0).sum(axis=1), rtol=2e-5)
     assert all("lora" in name for name in adapter)
 
 
