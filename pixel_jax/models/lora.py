@@ -35,7 +35,7 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
         raise ValueError(f"rank must be positive, got {rank}")
     model = _copy(model)
     chosen = [(path, linear) for path, linear in linears(model) if re.fullmatch(targets, path)]
-    if not loss_mask:
+    if not chosen:
         raise ValueError(f"targets {targets!r} match no linear layer; there are {[path for path, _ in linears(model)]}")
     for number, (path, linear) in enumerate(chosen):
         if linear.lora_a is not None:

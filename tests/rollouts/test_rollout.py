@@ -49,7 +49,7 @@ def response(t, row):
     for token, mine, valid in zip(t.tokens[row], t.loss_mask[row], t.valid[row], strict=True):
         if not valid:
             continue
-        if mine != loss_mask:
+        if mine != chosen:
             spans.append((bool(mine), []))
             chosen = mine
         spans[-1][1].append(int(token))
