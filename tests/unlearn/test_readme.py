@@ -10,6 +10,7 @@ README = pathlib.Path(__file__).parents[2] / "README.md"
 def test_the_example_of_the_readme(tmp_path, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     (block,) = (block for block in blocks if "import unlearn_jax" in block)
+    assert len(block.splitlines()) <= 15
     script = tmp_path / "example.py"
     script.write_text(block)
     report = runpy.run_path(str(script))["edited"].report

@@ -35,8 +35,8 @@ def like_auc(logits: np.ndarray, liked: np.ndarray, *, no: int, yes: int) -> flo
 def tallrec_probability(logits: np.ndarray, *, no: int, yes: int) -> np.ndarray:
     """TALLRec's score (`evaluate.py`, `finetune_rec.py`): two softmaxes, one upon the other.
 
-    The first is over the vocabulary, the second over the two probabilities of No and Yes that it gives. It is no monotone function
-    of `like_probability`: where the model would say something else, both are near zero and it is .5.
+    The first is over the vocabulary, the second over the two probabilities of No and Yes that it gives. It is no monotone
+    function of `like_probability`: where the model would say something else, both are near zero and it is .5.
 
     Args:
         logits: [n, V], at the answer's position.
