@@ -239,11 +239,13 @@ def _list(which: np.ndarray) -> list[int]:
 
 def _same_shapes(state: RolloutState, prompts: HostPrompts) -> None:
     """Raises ValueError where the prompts do not fit what the state's programs were made for."""
-    if prompts.shape != state.shape.prompts:
-        raise ValueError(
-            f"prompts of {prompts.shape} in a rollout of {state.shape.prompts}: build them with its shape, "
-            f"{state.shape.prompts!r}"
-        )
+    room, shape = state.shape.prompts, prompts.shape
+    sides = lambda x: (x.tokens, x.images, x.height, x.width)
+    if sides(shape) != sides(room):
+        raise ValueError(f"prompts of {shape} in a rollout of {room}: build them with `shape=state.shape.prompts`")
+    if shape.video > room.video or shape.patches > room.patches:
+        kind = "videos" if shape.video else "images"
+        raise ValueError(f"{kind} in a rollout that began without any: have one among the prompts that it begins with")
     if not np.all(np.asarray(prompts.length) > 0):
         raise ValueError(f"prompts {_list(np.asarray(prompts.length) <= 0)} have no tokens: leave them out")
     if prompts.tables.tools != state.shape.tools or prompts.tables.reader is not state.prompts.tables.reader:

@@ -216,7 +216,7 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="capacity 3 is less than the 4 prompts"):
         begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED, capacity=3)
     stills = build_prompts(talker.queries(2), words, known, SMALL, shape=one.shape._replace(video=False))
-    with pytest.raises(ValueError, match="build them with its shape, BatchShape.*video=False"):
+    with pytest.raises(ValueError, match="videos in a rollout that began without any: have one among the prompts"):
         admit(begin(talker.model(), stills, KEY, SMALL), [0], prompts(1))
 
 
