@@ -79,7 +79,7 @@ def main(command: str, arguments: list[str]) -> None:
     seen = materialize_on_host(trajectories, prompts.images, tools, config)
     trace = make_trace(seen, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
-    if said := format_warning([written], token_tables.reader.language):
+    if said := format_warning([written], token_tables.parser.language):
         warn(said)
     if FLAGS.html:
         report.write(FLAGS.html, report.traces_page([trace], query.question))

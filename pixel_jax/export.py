@@ -75,7 +75,7 @@ def model_directory(name: str) -> pathlib.Path:
     Raises:
         UserError: the run has nothing of that step; RunError and others of `export`.
     """
-    from pixel_jax.parallel.processes import first, meet, say
+    from pixel_jax.parallel.processes import barrier, is_main_process, say
 
     run, step = split_step(name)
     if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
@@ -86,9 +86,9 @@ def model_directory(name: str) -> pathlib.Path:
         raise UserError(
             f"{run} has no model or checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}"
         )
-    if first() and not is_model(found[step]):
+    if is_main_process() and not is_model(found[step]):
         export(phase_of(run), str(found[step]), step=step)
-    meet(f"the model of step {step} is there")
+    barrier(f"the model of step {step} is there")
     say(f"{name} is the model of step {step}: {found[step]}")
     return found[step]
 
@@ -102,11 +102,11 @@ def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) ->
     """
     from pixel_jax import save_pretrained
     from pixel_jax.models.lora import merge_lora
-    from pixel_jax.parallel.processes import first
+    from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.rollouts.limits import write_limits
 
     save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
-    if first():
+    if is_main_process():
         write_limits(out, limits)
 
 

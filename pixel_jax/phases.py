@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from pixel_jax import from_pretrained
 from pixel_jax.cli import UserError
 from pixel_jax.data.digests import Digests
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
@@ -27,9 +27,9 @@ from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
-from pixel_jax.parallel import make_mesh, share
+from pixel_jax.parallel import make_mesh, process_shard
 from pixel_jax.parallel.memory import PICTURES, device_memory
-from pixel_jax.parallel.processes import first, meet, say
+from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.parallel.sharding import row_parts, sequence_parts
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
@@ -60,7 +60,7 @@ class Given(NamedTuple):
     examples: Sequence[Example]  # to learn from
     judging: Sequence[Example]  # held out
     held_out: str  # which those are, in words
-    report: Report
+    report: ReadReport
     identity: Identity  # of the run
 
 
@@ -99,7 +99,7 @@ class Phase:
     @property
     def reading(self) -> dict[str, int]:
         """How batches are read, by this process."""
-        part = share(self.mesh)
+        part = process_shard(self.mesh)
         ahead = {"threads": self.config.read_threads, "ahead": self.config.read_ahead}
         return {"process_index": part.index, "process_count": part.count, **ahead}
 
@@ -136,7 +136,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     """One phase, in as many processes as have joined."""
     out = pathlib.Path(config.out)
     (out / command).mkdir(parents=True, exist_ok=True)
-    if first():
+    if is_main_process():
         write_json(out / CONFIG, dataclasses.asdict(config))
         announce_compiles()
     use_limits(config.limits)
@@ -152,7 +152,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
         phase = Phase(command, config, given, model.config, dtype, processor, mesh, token_tables, rollouts)
         model = tune(phase, model) if command == "sft" else learn(phase, model)
         phase.write(model, out / "model")
-    if first():
+    if is_main_process():
         draw_run(out)
     say(f"The model is in {out / 'model'}.")
 
@@ -174,8 +174,8 @@ def read_data(command: str, config: TrainConfig, language: Language, resume_chan
         language=language,
     )
     facts: dict[str, Any] = {}
-    with Digests(out / "digests.json") if first() else contextlib.nullcontext() as digests:
-        if first():
+    with Digests(out / "digests.json") if is_main_process() else contextlib.nullcontext() as digests:
+        if is_main_process():
             facts = facts_of(command, config, examples, digests)
         examples, judging, places = held = hold_out(
             examples,
@@ -279,7 +279,7 @@ def tuned_by(config: SFTConfig, network, mesh) -> Measured:
 
 def pause(place: str) -> None:
     """Between two things that take long: processes wait for one another, and a run that is told to go does."""
-    meet(place)
+    barrier(place)
     if NOTICE.reached():
         say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
         raise Preempted
@@ -317,6 +317,6 @@ def announce(out: pathlib.Path, given: Given, data: str) -> None:
     """Says what was read and what was not, and notes it in `data.json`."""
     report = given.report
     say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {given.held_out}"])))
-    if first():
+    if is_main_process():
         left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
         write_json(out / DATA, {"source": report.source, "data": data, "judged_by": given.held_out, **left_out})

@@ -165,13 +165,13 @@ def main(command: str, arguments: list[str]) -> None:
     if getattr(config, command) is None:
         raise UserError(f"the config has no section {command!r}")
 
-    from pixel_jax.parallel.processes import first, join, together
+    from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
     from pixel_jax.phases import train
     from pixel_jax.training.preemption import NOTICE
 
     NOTICE.listen()
-    join()
-    with together(), hold(config.out, first()):
+    initialize()
+    with fail_together(), hold(config.out, is_main_process()):
         train(command, config, resume_changed=FLAGS.resume_changed)
 
 

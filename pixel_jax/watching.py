@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pixel_jax.data.digests import Digests
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
@@ -16,7 +16,7 @@ from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
-from pixel_jax.parallel.processes import everywhere, say
+from pixel_jax.parallel.processes import all_gather, say
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
@@ -80,7 +80,7 @@ def hold_out(
         begun = any((directory / "checkpoints").glob("[0-9]*"))
         noted = settled(directory, keys, count, seed, begun=begun)
         held = np.array([key in noted for key in keys])
-    held = everywhere(held)[0]
+    held = all_gather(held)[0]
     parts = [[x for x, out in zip(examples, held, strict=True) if out == which] for which in (False, True)]
     places = ",".join(str(i) for i in np.flatnonzero(held))
     return HeldOut(*parts, places)
@@ -102,7 +102,7 @@ class Setting(NamedTuple):
         dtype: str | None,
     ) -> list[Look]:
         """One look, at those of the examples that have an answer and a room, or none. What is left out is said."""
-        watch, report = self.config.watch, Report("held-out questions", drop=True)
+        watch, report = self.config.watch, ReadReport("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
@@ -130,7 +130,7 @@ class Setting(NamedTuple):
         Answers have room for twice the longest trace: a model that does not end its turns yet takes no longer than that.
         """
         config, phase = self.config, self.config.sft
-        report = Report("held-out traces", drop=True)
+        report = ReadReport("held-out traces", drop=True)
         try:
             held = Packing(
                 judging,

@@ -141,7 +141,7 @@ def test_model_configs(tmp_path):
 def test_traces(tmp_path):
     path = tmp_path / "traces.json"
     pictures = (trace.Picture("data:image/png;base64,iVBORw0KGgo=", 4, 4, "a card", ((1, 0, 0, 2, 2),)),)
-    turns = (trace.Turn("assistant", "I look."), trace.Turn("tool", "Here it is.", pictures))
+    turns = (trace.ShownTurn("assistant", "I look."), trace.ShownTurn("tool", "Here it is.", pictures))
     trace.save(path, [trace.Trace("What?", pictures, pictures, turns, "answer", "7", "7", True, "a title")])
 
     def read(data):

@@ -23,7 +23,7 @@ from pixel_jax import cli
 from pixel_jax.cli import COMMANDS
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
-from pixel_jax.evaluation.trace import Picture, Trace, Turn
+from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
@@ -31,7 +31,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.progress import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from unlearn_jax.quickstart.config import Config as UnlearnConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -220,9 +220,9 @@ def test_help(name):
 
 
 def test_view_draws_saved_traces(tmp_path):
-    pixels = talker.image(0, 30, 40)
+    pixels = scripted_model.image(0, 30, 40)
     picture = Picture(traces.data_uri(pixels), 40, 30, "image", ((1, 4, 5, 20, 25),))
-    turns = (Turn("assistant", "I look."), Turn("tool", "Here it is."), Turn("assistant", "\\boxed{7}"))
+    turns = (ShownTurn("assistant", "I look."), ShownTurn("tool", "Here it is."), ShownTurn("assistant", "\\boxed{7}"))
     found = [Trace(question, (picture,), (picture,), turns, "answer", answer="7") for question in ("Which?", HOSTILE)]
     traces.save(tmp_path / "traces.json", found)
     code, out, error = command("view", "traces.json", "--out=page.html", cwd=tmp_path)
@@ -235,11 +235,11 @@ def test_view_draws_saved_traces(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The talker as a directory."""
-    directory = tmp_path_factory.mktemp("talker")
-    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
-    save_pretrained(talker.model(), processor, directory)
-    limits = dataclasses.replace(talker.CONFIG, max_response=256, observe_chunk=2)
+    """The scripted model as a directory."""
+    directory = tmp_path_factory.mktemp("scripted")
+    processor = Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    save_pretrained(scripted_model.model(), processor, directory)
+    limits = dataclasses.replace(scripted_model.CONFIG, max_response=256, observe_chunk=2)
     (directory / "rollout.json").write_text(json.dumps(dataclasses.asdict(limits)))
     return directory
 
@@ -247,7 +247,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("images") / "a.png"
-    Image.fromarray(talker.image(1, 120, 150)).save(path)
+    Image.fromarray(scripted_model.image(1, 120, 150)).save(path)
     return path
 
 
@@ -261,7 +261,7 @@ def test_chat(model, picture, tmp_path):
     lines = [line.strip() for line in out.splitlines()]
     assert lines[0] == r"question  Quelle \u0153uvre?\x1b]0;PWN\x07<|im_end|>" and "\x1b" not in out + error
     assert html.escape(question) in page.read_text("utf-8")
-    # The greedy talker zooms first, and its call is carried out.
+    # The greedy scripted model zooms first, and its call is carried out.
     model_turn = next(i for i, line in enumerate(lines) if line.startswith("model"))
     assert "crop_image_normalized" in "".join(lines[model_turn:])
     assert any(line.startswith("looks at") and "of 150x120 pixels" in line for line in lines)
@@ -302,14 +302,14 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
     limits = {name: value for name, value in limits.items() if value is not None}
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(own_data=str(ROOT / "configs/pixel/own_data.py"), limits=limits))
-    call = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+    call = scripted_model.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + scripted_model.CLOSE
     line = {"question": "Which digit?", "images": [str(picture)], "answer": "7"}
     for name in ("0.png", "1.png"):
-        Image.fromarray(talker.image(int(name[0]), 100, 100)).save(tmp_path / name)
+        Image.fromarray(scripted_model.image(int(name[0]), 100, 100)).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"")
     clip = line | {"images": ["0.png", "1.png"], "video": True}
     turns = [[call, "\\boxed{7}"], [{"text": call, "learn": False}, call, "\\boxed{7}"]]
-    looked = [talker.SELECT + "1, 2]" + talker.CLOSE, "\\boxed{7}"]
+    looked = [scripted_model.SELECT + "1, 2]" + scripted_model.CLOSE, "\\boxed{7}"]
     lines = [line | {"turns": written} for written in turns] + 2 * [clip | {"turns": looked}]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, [*lines, line | {"images": ["broken.png"], "turns": turns[0]}])))

@@ -24,7 +24,7 @@ from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.steps import ForwardConfig
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.training.tiny_model import make_batch
 
 LORA = LoRAConfig(rank=2, alpha=4.0, targets=r"model\.layers\.\{\}\.self_attn\.q_proj")
@@ -32,10 +32,10 @@ LORA = LoRAConfig(rank=2, alpha=4.0, targets=r"model\.layers\.\{\}\.self_attn\.q
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The talker in bfloat16."""
+    """The scripted model in bfloat16."""
     directory = tmp_path_factory.mktemp("base")
-    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
-    pixel_jax.save_pretrained(talker.model(), processor, directory, "bfloat16")
+    processor = Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    pixel_jax.save_pretrained(scripted_model.model(), processor, directory, "bfloat16")
     return directory
 
 
@@ -127,8 +127,8 @@ def test_a_checkpoint_that_is_not_there_or_not_whole(run, tmp_path):
 def test_another_model_than_the_run_began_with(run, tmp_path):
     """Only weights that were not trained can tell."""
     out, *_ = run
-    processor = Processor(talker.vocabulary().tokenizer)
-    other = jax.tree.map(lambda x: x + 1, talker.model())
+    processor = Processor(scripted_model.vocabulary().tokenizer)
+    other = jax.tree.map(lambda x: x + 1, scripted_model.model())
     pixel_jax.save_pretrained(other, processor, tmp_path / "other", "bfloat16")
     with pytest.raises(CheckpointError, match="frozen"):
         export(out / "sft", str(tmp_path / "model"), model=str(tmp_path / "other"))

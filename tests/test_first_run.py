@@ -15,10 +15,10 @@ from pixel_jax.state_files import read_note
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import numbered, read_looks
 from tests.evaluation.test_report import Reader
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.test_cli import command
 
-CALL = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+CALL = scripted_model.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + scripted_model.CLOSE
 MINUTES, CORES = 10, 2
 
 
@@ -45,8 +45,8 @@ def draw_cards(folder):
 
 @pytest.mark.slow
 def test_from_questions_to_a_reward_curve_in_three_commands(tmp_path):
-    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
-    save_pretrained(talker.model(), processor, tmp_path / "model")
+    processor = Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    save_pretrained(scripted_model.model(), processor, tmp_path / "model")
     draw_cards(tmp_path)
     own = ("--config=pixel/own_data", "--config.data=cards.jsonl", "--config.watch.share=0.2")
     small = "--config.{0}.optimizer.learning_rate=2e-3"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixel_jax.signals import INTERRUPTED
 from pixel_jax.training.preemption import CODE
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.test_cli import CONFIG, ENVIRONMENT, ROOT, model  # noqa: F401
 
 INTERRUPTS = 20
@@ -33,10 +33,10 @@ def place(model, tmp_path_factory):  # noqa: F811
     limits = {name: value for name, value in limits.items() if value is not None}
     config = CONFIG.format(own_data=str(ROOT / "configs/pixel/own_data.py"), limits=limits)
     (folder / "config.py").write_text(config.replace("return config", "config.mesh = {}\n    return config"))
-    call = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+    call = scripted_model.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + scripted_model.CLOSE
     lines = []
     for i in range(6):
-        Image.fromarray(talker.image(i, 120, 150)).save(folder / f"{i}.png")
+        Image.fromarray(scripted_model.image(i, 120, 150)).save(folder / f"{i}.png")
         turns = [call, "\\boxed{7}"]
         lines.append({"question": "Which digit?", "images": [f"{i}.png"], "answer": "7", "turns": turns})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from pixel_jax.training.progress import read_metrics
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.synthesis import seed_files
 from tests.test_cli import command, model  # noqa: F401
 
 NAMES = ("min_pixels", "max_pixels", "crop_min_pixels", "crop_max_pixels", "max_new_tokens", "max_response")
-LIMITS = {name: getattr(talker.CONFIG, name) for name in NAMES}
+LIMITS = {name: getattr(scripted_model.CONFIG, name) for name in NAMES}
 SMALL = {"sft.steps": 1, "sft.batch_size": 2, "sft.optimizer.learning_rate": 1e-3}
 SMALL_RL = {"rl.iterations": 1, "rl.prompts": 2, "rl.train_batch": 4, "rl.time_operations": 0, "rl.replay.kind": "none"}
 SMALL_RL |= {"rl.rollout.group_size": 2, **{f"rl.rollout.{name}": value for name, value in LIMITS.items()}}
@@ -38,7 +38,7 @@ def test_sft_and_rl_work_out_how_large_batches_are(model, tmp_path):  # noqa: F8
 
     # Questions as messages, about pictures of very different sizes, with a field for a reward.
     for name, size in {"small": (40, 60), "large": (700, 500)}.items():
-        Image.fromarray(talker.image(1, *size)).save(tmp_path / f"{name}.png")
+        Image.fromarray(scripted_model.image(1, *size)).save(tmp_path / f"{name}.png")
     content = lambda name: [{"type": "image", "image": f"{name}.png"}, {"type": "text", "text": "Which digit?"}]
     lines = [
         {"messages": [{"role": "user", "content": content(x)}], "gold": "7", "box": [1]} for x in ("small", "large")

@@ -12,7 +12,7 @@ from pixel_jax.data.example import ExampleError
 from pixel_jax.dialog import Language
 from pixel_jax.dialog.formats import FORMATS
 from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Picture, Trace, Turn
+from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
 from pixel_jax.identity import settle
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.run_page import draw_run
@@ -22,7 +22,7 @@ from pixel_jax.training.progress import MetricsLog
 from pixel_jax.view import view, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 
 def look(what, tmp_path, **more):
@@ -37,7 +37,7 @@ def written(tmp_path_factory):
     """Traces for tuning: of an image that is looked at twice, of a video, of no look at all, and one that is wrong."""
     folder = tmp_path_factory.mktemp("synth")
     for i in range(3):
-        Image.fromarray(talker.image(i, 200, 300)).save(folder / f"{i}.png")
+        Image.fromarray(scripted_model.image(i, 200, 300)).save(folder / f"{i}.png")
     box, smaller = (0.1, 0.2, 0.5, 0.9), (0.0, 0.0, 0.5, 0.5)
     look = lambda box, target=1: (
         synthesis.opening_zoom("sign")
@@ -61,7 +61,7 @@ def test_traces_for_tuning_show_what_their_calls_show(written, tmp_path, capsys)
     _, *first = item.pictures[0].boxes[0]
     # The crop is the host's own of the box that is drawn, which holds the one that was written.
     crop = traces.drawn(item.turns[1].pictures[0])
-    np.testing.assert_array_equal(crop, host_crop_resize(talker.image(0, 200, 300), first, crop.shape[:2]))
+    np.testing.assert_array_equal(crop, host_crop_resize(scripted_model.image(0, 200, 300), first, crop.shape[:2]))
     assert first[0] <= 30 and first[1] <= 40 and first[2] >= 150 and first[3] >= 180
     assert item.reference == "7" and drawn[1].reference == "3 / three" and drawn[1].title == "direct"
     for what in (written, written / "traces.jsonl"):
@@ -95,12 +95,12 @@ def test_traces_in_another_format_and_with_other_tools(written, tmp_path):
 
 
 def a_trace(title):
-    picture = Picture(traces.data_uri(talker.image(0, 20, 30)), 20, 30, "image")
+    picture = Picture(traces.data_uri(scripted_model.image(0, 20, 30)), 20, 30, "image")
     return Trace(
         HOSTILE,
         (picture,),
         (picture,),
-        (Turn("assistant", HOSTILE),),
+        (ShownTurn("assistant", HOSTILE),),
         "answer",
         title=title,
         reward=0.5,

@@ -23,7 +23,7 @@ from pixel_jax.rollouts.rollout import compiled_rollout, rollout
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories, executed_calls, take_prompts, to_host
 
 
-class Turn(NamedTuple):
+class TimedTurn(NamedTuple):
     start: int  # place of the first token that the policy chose
     end: int
 
@@ -34,7 +34,7 @@ class Row(NamedTuple):
     tokens: np.ndarray  # int64 [L]
     places: np.ndarray  # int [L], where in the trajectory they lie
     positions: np.ndarray  # int64 [3, L]
-    turns: list[Turn]
+    turns: list[TimedTurn]
     canvas: np.ndarray  # uint8 [h, w, 3]
     views: list[
         tuple[tuple[int, int, int, int], tuple[int, int]]
@@ -63,7 +63,7 @@ def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
                 t.tokens[r][places].astype(np.int64),
                 places,
                 positions[:, r, places].astype(np.int64),
-                [Turn(int(a), int(b)) for a, b in zip(starts, ends, strict=True)],
+                [TimedTurn(int(a), int(b)) for a, b in zip(starts, ends, strict=True)],
                 canvas,
                 list(zip(boxes, sizes, strict=True)),
             )

@@ -25,9 +25,9 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
-from pixel_jax.rollouts import machine, queue
+from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.prompts import tables
-from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.trajectory import Prompts
 
 
@@ -148,7 +148,7 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
     words = tables(vocabulary())
-    shape = Shape(BatchShape(length, 1, 1, 16, 28, 28), words.tools, shards=1)
+    shape = RolloutShape(BatchShape(length, 1, 1, 16, 28, 28), words.tools, shards=1)
     words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: every row writes on
     prompts = Prompts(
         tokens=tokens,
@@ -166,16 +166,16 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     )
 
     def decode(model, layers, shared, state):
-        body = lambda _, state: machine.decode(model, layers, shared, state, config)
+        body = lambda _, state: decode_loop.decode(model, layers, shared, state, config)
         return jax.lax.fori_loop(0, steps, body, state)
 
     @jax.jit
     def start(model, prompts):
         nothing = jnp.full(8, -1)
         started = queue.start(model, prompts, nothing, config, shape)
-        waiting, state = queue.fill(model, prompts, nothing, *started, config, shape)
-        keys = machine.row_keys(jax.random.key(0), state, prompts, config, shape)
-        return machine.Shared(prompts, waiting.prefix, jnp.zeros(2), keys), state
+        waiting, state = queue.refill(model, prompts, nothing, *started, config, shape)
+        keys = decode_loop.row_keys(jax.random.key(0), state, prompts, config, shape)
+        return decode_loop.Shared(prompts, waiting.prefix, jnp.zeros(2), keys), state
 
     text, head = model.config.text, model.lm_head.weight[...]
     cached = 2 * rows * (length + steps // 2) * text.num_key_value_heads * text.head_dim * head.dtype.itemsize

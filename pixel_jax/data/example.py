@@ -52,7 +52,7 @@ class Example(NamedTuple):
 
 
 @dataclasses.dataclass
-class Report:
+class ReadReport:
     """What became of the rows of a file. Nothing is left out or changed without being counted here."""
 
     source: str

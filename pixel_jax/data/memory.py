@@ -32,7 +32,7 @@ from pixel_jax.rollouts.images import pad
 from pixel_jax.rollouts.materialize import VisualRecord, patch_source
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.rollout import static_shape
-from pixel_jax.rollouts.shapes import BatchShape, Shape, prompt_shape
+from pixel_jax.rollouts.shapes import BatchShape, RolloutShape, prompt_shape
 from pixel_jax.rollouts.trajectory import CallStatus, HostPrompts, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training.batch import Rows, from_trajectories
@@ -100,7 +100,7 @@ class Learning:
             for part in np.array_split(np.arange(self.train_batch), self.devices):
                 assert pad(images[part], shape.prompts).any(axis=(1, 2, 3, 4)).all()
 
-    def made_up(self, prompts: HostPrompts, shape: Shape) -> Trajectories[VisualRecord]:
+    def made_up(self, prompts: HostPrompts, shape: RolloutShape) -> Trajectories[VisualRecord]:
         """Rows as long as they may be, with one or two crops each."""
         config, rows = self.config, len(prompts.length) * self.config.group_size
         length, numbers, frames = (

@@ -28,7 +28,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, Report
+from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.rows import check_columns, read_row
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
@@ -41,7 +41,7 @@ def read_own(
     path: str | pathlib.Path,
     *,
     turns: bool = False,
-    report: Report | None = None,
+    report: ReadReport | None = None,
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
@@ -53,7 +53,7 @@ def read_own(
     first such row is an `ExampleError`.
     """
     path = pathlib.Path(path)
-    report = report or Report(str(path))
+    report = report or ReadReport(str(path))
     check_columns(columns)
     files = sorted(x for kind in READERS for x in path.glob(f"*{kind}")) if path.is_dir() else [path]
     if not files:

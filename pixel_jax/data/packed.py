@@ -15,7 +15,7 @@ import numpy as np
 
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.shapes import PACKED, Measured, cover
 from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -92,7 +92,7 @@ class Packing:
         *,
         size: int,
         seed: int,
-        report: Report,
+        report: ReadReport,
     ):
         """Every trace is written out once. One that cannot be, or fits no shape, is an error that names its example, or
         is dropped and counted in `report`.
@@ -188,7 +188,7 @@ class Packing:
 
 
 def _written(
-    examples: Sequence[Example], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, report: Report
+    examples: Sequence[Example], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, report: ReadReport
 ) -> list[Row | None]:
     """Every example's row, without pixels; None: it is dropped."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.rooms import Fit, Fitter, Place
 from pixel_jax.data.shapes import Measured
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -41,7 +41,7 @@ def find_rooms(
     shapes: Sequence[BatchShape] | Measured,
     vocabulary: Vocabulary,
     config: RolloutConfig,
-    report: Report,
+    report: ReadReport,
     tools: tuple[Tool, ...] = RELEASED,
 ) -> list[Asked]:
     """Every question in one of the `shapes`, given or worked out, by the sizes of its images.

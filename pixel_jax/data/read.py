@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from pixel_jax.data.example import Example, ExampleError, Report
+from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.own import READERS, read_own
 from pixel_jax.data.parquet import column_names
@@ -20,7 +20,7 @@ def read_examples(
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
-) -> tuple[list[Example], Report]:
+) -> tuple[list[Example], ReadReport]:
     """The examples of a file, their pixels left where they are, and what became of its rows.
 
     Args:
@@ -34,7 +34,7 @@ def read_examples(
       language: of the calls in conversations: the tools and the call format of the config.
     """
     path = pathlib.Path(path)
-    report = Report(str(path), drop)
+    report = ReadReport(str(path), drop)
     if (path / "dataset_info.json").is_file():
         try:
             from pixel_jax.data.tfds_builders import read_prepared
@@ -69,7 +69,7 @@ def read_examples(
     return examples, report
 
 
-def readable(examples: list[Example], report: Report) -> list[Example]:
+def readable(examples: list[Example], report: ReadReport) -> list[Example]:
     """Those of the examples whose pixels can all be read; `report` has the others."""
 
     def problem(example: Example) -> str | None:

@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, Report
+from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.data.messages import fields, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
 from pixel_jax.data.sources import Embedded, Folder
@@ -33,7 +33,7 @@ QUESTION_COLUMNS = ("question", "answer", "image", "is_video", "qid")
 
 def read_traces(
     path: str | pathlib.Path,
-    report: Report,
+    report: ReadReport,
     image_folders: Sequence[str] = (),
     language: Language = RELEASED_LANGUAGE,
 ) -> list[Example]:
@@ -65,7 +65,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def trace_example(
-    row: Any, where: str, folder: Folder, report: Report, language: Language = RELEASED_LANGUAGE
+    row: Any, where: str, folder: Folder, report: ReadReport, language: Language = RELEASED_LANGUAGE
 ) -> Example:
     """One row of the traces. ExampleError: it is none; `report` counts what had to be mended."""
     row = fields(row, ("qid", "message_list"), where)
@@ -95,7 +95,7 @@ def trace_example(
     )
 
 
-def _without_guidelines(text: str, report: Report) -> str:
+def _without_guidelines(text: str, report: ReadReport) -> str:
     """The question alone: the guidelines are added where it becomes a prompt."""
     text = text.rstrip()
     for kind, guidelines in GUIDELINES.items():
@@ -107,7 +107,7 @@ def _without_guidelines(text: str, report: Report) -> str:
     return text
 
 
-def read_questions(path: str | pathlib.Path, report: Report, image_folders: Sequence[str] = ()) -> list[Example]:
+def read_questions(path: str | pathlib.Path, report: ReadReport, image_folders: Sequence[str] = ()) -> list[Example]:
     """The examples of a `release.parquet`; its images lie where those of `read_traces` do."""
     path = pathlib.Path(path)
     folder = Folder(path.parent, image_folders)

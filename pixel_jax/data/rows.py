@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, Report, is_seconds
+from pixel_jax.data.example import Example, ExampleError, ReadReport, is_seconds
 from pixel_jax.data.messages import Dialogue, picture, read_dialogue
 from pixel_jax.data.sources import Embedded, Source, locate
 from pixel_jax.data.traces import Turn
@@ -50,7 +50,7 @@ def read_row(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     turns: bool = False,
     language: Language = RELEASED_LANGUAGE,
-    report: Report,
+    report: ReadReport,
 ) -> Example:
     """One row, checked: every field, every picture's path.
 
@@ -142,7 +142,7 @@ def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Call
     return locate(value, folder, others, error=refuse)
 
 
-def turns_of(said: Dialogue, language: Language, report: Report) -> tuple[Turn, ...]:
+def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Turn, ...]:
     if said.system is not None and said.system != system_prompt(language.tools, language.format):
         report.mended["a system message other than ours was replaced by ours"] += 1
     if said.first.text_before and said.first.text_after:

@@ -16,13 +16,13 @@ import numpy as np
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollouts import machine
+from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import canvases_of
 from pixel_jax.rollouts.images import Images
-from pixel_jax.rollouts.operations import add_to_gallery, called, execute
+from pixel_jax.rollouts.operations import add_to_history, called, execute
 from pixel_jax.rollouts.prompts import Query, check_format, prompt_tokens
-from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
@@ -34,7 +34,7 @@ from pixel_jax.rollouts.trajectory import (
 )
 from pixel_jax.rollouts.views import frame_patches
 from pixel_jax.tools import Tool
-from pixel_jax.tools.looking import Gallery, Seen
+from pixel_jax.tools.looking import ImageHistory, Seen
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
 
@@ -152,21 +152,21 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
-def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: Shape):
+def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: RolloutShape):
     """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
-    the call, its result, observation ids and lengths, and the gallery after it."""
+    the call, its result, observation ids and lengths, and the image history after it."""
     state, _ = jax.lax.scan(
-        lambda state, tokens: (tables.reader.step(tables.bytes, state, tokens), None), tables.reader.init(WAVE), turns.T
+        lambda state, tokens: (tables.parser.step(tables.bytes, state, tokens), None), tables.parser.init(WAVE), turns.T
     )
-    call = tables.reader.finish(state)
+    call = tables.parser.finish(state)
     result = execute(call, seen, tables, shape.views, config)
-    length = machine.observation_width(tables.observations, config, shape)
+    length = decode_loop.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
     done = called(call, result, call.required, tables.tools)
-    return call.required, done, shown_by(done, number), ids, lengths, add_to_gallery(seen.gallery, done, number)
+    return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
 
 
-def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Tables, config: RolloutConfig) -> list:
+def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig) -> list:
     """Every row of one wave reads the observation of the call it just wrote; returns the galleries after it."""
     most = max(len(row.trace.query.images) for row in rows)
     videos = any(row.trace.query.is_video for row in rows)
@@ -179,15 +179,15 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
             canvas_size[i, j] = image.shape[:2]
     fill = lambda values, dtype: np.resize(np.array(values, dtype), WAVE)  # noqa: E731
     seen = Seen(
-        gallery=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *galleries),
+        history=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories),
         is_video=fill([row.trace.query.is_video for row in rows], bool),
         canvas_size=canvas_size,
         num_canvases=fill([len(row.trace.query.images) for row in rows], np.int32),
     )
     number = fill([len(row.calls) for row in rows], np.int32)
-    shape = Shape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
+    shape = RolloutShape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
     answer = jax.tree.map(np.asarray, _respond(tables, padded, seen, number, config, shape))
-    required, calls, shown, ids, lengths, gallery = answer
+    required, calls, shown, ids, lengths, history = answer
     for i, row in enumerate(rows):
         if not required[i]:
             raise TraceError(f"turn {len(row.calls) + 1} of a trace about {row.trace.query.question!r} is no call")
@@ -202,17 +202,17 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], galleries, tables: Ta
             if canvas != NO_CANVAS:
                 row.show(View(canvas, tuple(region), tuple(size)))
         row.calls.append(jax.tree.map(lambda x: x[i], calls))  # noqa: B023
-    return [Gallery(*(x[i] for x in gallery)) for i in range(len(rows))]
+    return [ImageHistory(*(x[i] for x in history)) for i in range(len(rows))]
 
 
-def _first_gallery(row: Row, config: RolloutConfig, most: int) -> Gallery:
-    """What `row` shows before it asks for anything: `first_gallery`, without a compilation for each count of rows."""
+def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
+    """What `row` shows before it asks for anything: `first_history`, without a compilation for each count of rows."""
     slots = config.max_images + most
     region, size = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
     for i, view in enumerate(row.views):
         region[i], size[i] = view.region, view.size
     count = 1 if row.trace.query.is_video else len(row.views)
-    return Gallery(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, size, np.int32(count))
+    return ImageHistory(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, size, np.int32(count))
 
 
 def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:
@@ -223,7 +223,7 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
     check_format(tables, config)
     rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
     most = max(len(trace.query.images) for trace in traces)
-    galleries = {row.index: _first_gallery(row, config, most) for row in rows}
+    histories = {row.index: _first_history(row, config, most) for row in rows}
     turn, active = 0, rows
     while active:
         written = {row.index: row.write(row.trace.turns[turn], vocabulary) for row in active}
@@ -232,9 +232,9 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
         for start in range(0, len(active), WAVE):
             part = active[start : start + WAVE]
             after = _answer_calls(
-                part, [written[row.index] for row in part], [galleries[row.index] for row in part], tables, config
+                part, [written[row.index] for row in part], [histories[row.index] for row in part], tables, config
             )
-            galleries |= {row.index: gallery for row, gallery in zip(part, after, strict=True)}
+            histories |= {row.index: history for row, history in zip(part, after, strict=True)}
     return rows
 
 

@@ -1,8 +1,8 @@
 """Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
 comes back from a tool, and tokenizers."""
 
-from pixel_jax.dialog.automaton import Reader, State, reader_of, token_table
-from pixel_jax.dialog.grammar import Call, Language, MalformedCallError, Number, Turn, parse_call, parse_turn
+from pixel_jax.dialog.automaton import CallParser, ParserState, call_parser, token_table
+from pixel_jax.dialog.grammar import Call, Language, MalformedCallError, Number, ParsedTurn, parse_call, parse_turn
 from pixel_jax.dialog.observations import Arguments, Kind, Observations
 from pixel_jax.dialog.template import (
     CHAT_TEMPLATE,
@@ -29,18 +29,18 @@ __all__ = [
     "Media",
     "Number",
     "Observations",
-    "Reader",
+    "CallParser",
     "Special",
-    "State",
+    "ParserState",
     "TokenBytes",
-    "Turn",
+    "ParsedTurn",
     "Vocabulary",
     "build_tokenizer",
     "first_messages",
     "flatten",
     "parse_call",
     "parse_turn",
-    "reader_of",
+    "call_parser",
     "render",
     "system_prompt",
     "to_ids",

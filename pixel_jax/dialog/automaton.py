@@ -8,10 +8,10 @@ Three marks begin with "<" and contain no other "<", so one state tells how much
 starts a call anew, wherever it appears; the closing mark ends one; `<|im_end|>` is taken out of the text, so the automaton
 goes back to where it was before the mark's "<", which is all that has to be remembered.
 
-    reader = reader_of(language)
-    state = reader.init(rows)
-    state = reader.step(table, state, tokens)   # tokens i32 [R]; ids outside the vocabulary, as -1, are nothing
-    calls = reader.finish(state)                # may be asked at any time
+    parser = call_parser(language)
+    state = parser.init(rows)
+    state = parser.step(table, state, tokens)   # tokens i32 [R]; ids outside the vocabulary, as -1, are nothing
+    calls = parser.finish(state)                # may be asked at any time
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Layout(NamedTuple):
         return cls(registers, at, sum(x.count for x in registers.values() if decimal(x.argument)), tuple(lists))
 
 
-class State(NamedTuple):
+class ParserState(NamedTuple):
     """Automaton and registers of R rows; N numbers, D of them with decimals, L lists (`Layout`)."""
 
     state: jax.Array  # i32 [R]
@@ -445,18 +445,18 @@ def _numbers(argument: Argument, value: Value) -> list[Number]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reader:
-    """Reads the calls of a language on the device. Static; `reader_of` has one for each language."""
+class CallParser:
+    """Reads the calls of a language on the device. Static; `call_parser` has one for each language."""
 
     language: Language
     layout: Layout
     tables: Automaton
     reading: Reading
 
-    def init(self, rows: int) -> State:
+    def init(self, rows: int) -> ParserState:
         """The state of `rows` responses of which nothing has been written."""
         numbers, decimals, lists = self.layout.numbers, self.layout.decimals, len(self.layout.lists)
-        return State(
+        return ParserState(
             state=jnp.full(rows, _Builder.NOTHING, jnp.int32),
             saved=jnp.full(rows, _Builder.NOTHING, jnp.int32),
             tool=jnp.full(rows, -1, jnp.int32),
@@ -469,7 +469,7 @@ class Reader:
             lengths=jnp.zeros((rows, lists), jnp.int32),
         )
 
-    def step(self, table: TokenTable, state: State, tokens: jax.Array) -> State:
+    def step(self, table: TokenTable, state: ParserState, tokens: jax.Array) -> ParserState:
         """Reads one token of every row. tokens i32 [R]; an id outside the table (say -1: the row waits) changes nothing."""
         known = (tokens >= 0) & (tokens < table.length.shape[0])
         index = jnp.where(known, tokens, 0)
@@ -487,7 +487,7 @@ class Reader:
         with jax.named_scope("bytes"):
             return jax.lax.while_loop(lambda carry: carry[0] < longest, read, (jnp.int32(0), state))[1]
 
-    def _read_byte(self, state: State, byte: jax.Array, active: jax.Array) -> State:
+    def _read_byte(self, state: ParserState, byte: jax.Array, active: jax.Array) -> ParserState:
         """byte i32 [R], active bool [R]."""
         tables, layout = self.tables, self.layout
         following = jnp.asarray(tables.next)[state.state * tables.num_classes + jnp.asarray(tables.byte_class)[byte]]
@@ -515,7 +515,7 @@ class Reader:
         power = action.power[:, None]
         exponent = jnp.where(begin, 0, jnp.where(power == 0, state.exponent, state.exponent * 10 + power * digit))
         opens = (action.call | action.arguments) == 1
-        new = State(
+        new = ParserState(
             state=jnp.where(following == tables.restore, state.saved, following),
             saved=jnp.where(byte == ord("<"), jnp.asarray(tables.save)[state.state], state.saved),
             tool=jnp.where(action.call == 1, -1, jnp.where(action.name > 0, action.name - 1, state.tool)),
@@ -532,7 +532,7 @@ class Reader:
             state=jnp.where(active, new.state, state.state), saved=jnp.where(active, new.saved, state.saved)
         )
 
-    def finish(self, state: State) -> Calls:
+    def finish(self, state: ParserState) -> Calls:
         """What the text read so far asks for, if it is the whole response."""
         layout, tables = self.layout, self.tables
         tool = jnp.maximum(state.tool, 0)
@@ -596,10 +596,10 @@ class Reader:
 
 
 @functools.cache
-def reader_of(language: Language = RELEASED_LANGUAGE) -> Reader:
-    """The reader of a language. One for each: it is part of what compiled programs are known by."""
+def call_parser(language: Language = RELEASED_LANGUAGE) -> CallParser:
+    """The parser of a language. One for each: it is part of what compiled programs are known by."""
     layout = Layout.of(language)
-    return Reader(language, layout, build(language), Reading.of(language, layout))
+    return CallParser(language, layout, build(language), Reading.of(language, layout))
 
 
 def _at_least(units: jax.Array, micros: jax.Array, bound: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ class Call(NamedTuple):
     arguments: dict[str, Value]  # by kind: Number, int, four Numbers, ints, a text
 
 
-class Turn(NamedTuple):
+class ParsedTurn(NamedTuple):
     """What a response asks for: nothing, a call, or (required, but call is None) something malformed."""
 
     required: bool
@@ -215,18 +215,18 @@ def value_of(argument: Argument, value: object) -> Value:
 RELEASED_LANGUAGE = Language()
 
 
-def parse_turn(response: str | bytes, language: Language = RELEASED_LANGUAGE) -> Turn:
+def parse_turn(response: str | bytes, language: Language = RELEASED_LANGUAGE) -> ParsedTurn:
     """Whether a response requires a call, and which. Never raises, whatever the text."""
     data = response.encode("utf-8", "surrogatepass") if isinstance(response, str) else bytes(response)
     data = data.replace(END, b"").rstrip(WHITE_SPACE)
     opening, closing = language.format.opening.encode(), language.format.closing.encode()
     if not data.endswith(closing):
-        return Turn(False, None)
+        return ParsedTurn(False, None)
     before, found, body = data.removesuffix(closing).rpartition(opening)
     try:
-        return Turn(True, parse_call(body, language) if found else None)
+        return ParsedTurn(True, parse_call(body, language) if found else None)
     except MalformedCallError:
-        return Turn(True, None)
+        return ParsedTurn(True, None)
 
 
 def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> Call:

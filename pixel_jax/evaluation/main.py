@@ -66,14 +66,14 @@ def run() -> None:
 def evaluating() -> Iterator[EvalConfig]:
     """The config, in as many processes as have joined, as long as its directory is theirs."""
     from pixel_jax.config import load
-    from pixel_jax.parallel.processes import first, join, together
+    from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
     from pixel_jax.training.progress import announce_compiles
 
     if FLAGS.config is None:
         raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
-    join()
-    with together(), hold(config.out, first()):
+    initialize()
+    with fail_together(), hold(config.out, is_main_process()):
         announce_compiles()
         yield config
 
@@ -85,7 +85,7 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
         As `select`, with "step", and where the model of that step is.
     """
     from pixel_jax.export import candidates, model_directory
-    from pixel_jax.parallel.processes import first
+    from pixel_jax.parallel.processes import is_main_process
 
     with evaluating() as config:
         steps = {str(pathlib.Path(config.out) / f"step-{step}"): step for step in candidates(training)}
@@ -93,7 +93,7 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
             raise UserError(f"{training} has {len(steps)} models: there is nothing to choose from")
         for out, step in steps.items():
             answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out))
-        if not first():
+        if not is_main_process():
             return {}
         found = select(list(steps))
         say(f"The best is step {steps[found['best']]}: {found['model']}")
@@ -105,7 +105,7 @@ def answer(config: EvalConfig) -> None:
     from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog import Language
     from pixel_jax.evaluation.benchmarks import read
-    from pixel_jax.parallel.processes import first, meet
+    from pixel_jax.parallel.processes import barrier, is_main_process
     from pixel_jax.tools.named import find_format, find_tools
 
     use_limits(config.limits)
@@ -128,8 +128,8 @@ def answer(config: EvalConfig) -> None:
     }
     directories = {(name, mode): pathlib.Path(config.out) / name / mode for name in data for mode in config.modes}
     ask(config, data, directories)
-    meet("every question is answered")
-    if first():
+    barrier("every question is answered")
+    if is_main_process():
         report(config, data, directories)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from pixel_jax.evaluation.curves import COLORS
-from pixel_jax.evaluation.trace import Picture, Trace, Turn
+from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
 from pixel_jax.files import write_file
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -39,7 +39,7 @@ def figure(picture: Picture, *, width: int) -> str:
     )
 
 
-def turn(item: Turn, number: int) -> str:
+def turn(item: ShownTurn, number: int) -> str:
     """One turn; `number` is that of the last call made."""
     color = COLORS[(number - 1) % len(COLORS)] if number else "#555"  # of calls 1, 2, ...
     name = "model" if item.role == "assistant" else f"operation {number}"

@@ -159,7 +159,7 @@ def record(session: Session, judged: Judged) -> list[Record]:
     asked, n = judged.answered.asked, session.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
-        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.reader.language)
+        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.parser.language)
         records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
         if number in session.drawn:
             draw(session, judged, at, found)

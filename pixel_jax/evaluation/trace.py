@@ -49,7 +49,7 @@ class Picture:
 
 
 @dataclasses.dataclass
-class Turn:
+class ShownTurn:
     """What was said. `role` is "assistant", or "tool" for what came back; `failed` marks an error message."""
 
     role: Literal["assistant", "tool"]
@@ -65,7 +65,7 @@ class Trace:
     question: str
     pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
     overview: tuple[Picture, ...]  # the same as the model saw it first
-    turns: tuple[Turn, ...]
+    turns: tuple[ShownTurn, ...]
     stop: str
     answer: str | None = None
     reference: str | None = None
@@ -129,15 +129,15 @@ def make_trace(
     written, answered = _messages(t, row, vocabulary)
     turns = []
     for call, ids in enumerate(answered):
-        turns.append(Turn("assistant", written[call]))
+        turns.append(ShownTurn("assistant", written[call]))
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start))))
         failed = t.calls.status[row, call] != CallStatus.DONE
-        turns.append(Turn("tool", _text_of(ids, vocabulary), images, failed=bool(failed)))
+        turns.append(ShownTurn("tool", _text_of(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
         for canvas, region in zip(source.canvas, source.region, strict=True):
             if canvas >= 0:  # of what a tool made, the picture shows enough
                 boxes[canvas].append((call + 1, *region))
-    turns.append(Turn("assistant", written[-1]))
+    turns.append(ShownTurn("assistant", written[-1]))
     return Trace(
         question=query.question,
         pictures=tuple(draw(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),

@@ -54,7 +54,7 @@ def is_weight_file(name: str) -> bool:
     return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name))
 
 
-class Reader:
+class WeightReader:
     """The tensors of a directory, by released key; files are mapped, not read."""
 
     def __init__(self, directory: Path, files: contextlib.ExitStack):
@@ -136,7 +136,7 @@ def load_weights(
         FileNotFoundError: the directory has no weights.
     """
     with contextlib.ExitStack() as files:
-        reader = Reader(directory, files)
+        reader = WeightReader(directory, files)
         wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
         for _, key, weight in named_weights(model):
             stacked = weight.axes[0] == "layers"
@@ -162,7 +162,7 @@ def load_weights(
     return jax.tree.unflatten(structure, loaded)
 
 
-def _one_dtype(reader: Reader, wanted: list, shapes: list, config_dtype: str | None) -> str:
+def _one_dtype(reader: WeightReader, wanted: list, shapes: list, config_dtype: str | None) -> str:
     """The dtype that all weights get where nobody asks for one."""
     by_dtype: dict[str, str] = {}  # dtype -> a key that has it
     for keys, shape in zip(wanted, shapes, strict=True):
@@ -182,7 +182,7 @@ def _one_dtype(reader: Reader, wanted: list, shapes: list, config_dtype: str | N
     return config_dtype
 
 
-def _load(reader: Reader, keys: str | list[str], shape: tuple[int, ...], place: jax.sharding.Sharding, dtype):
+def _load(reader: WeightReader, keys: str | list[str], shape: tuple[int, ...], place: jax.sharding.Sharding, dtype):
     def read(key: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         values = reader.tensor(key, shape)[index]
         if not _is_finite(values):
@@ -208,7 +208,7 @@ def _is_finite(values: np.ndarray) -> bool:
     return all((piece & magnitude).max() < infinity for piece in pieces)
 
 
-def _check_tied(reader: Reader, model: Qwen2_5_VL) -> None:
+def _check_tied(reader: WeightReader, model: Qwen2_5_VL) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
     shape = model.language_model.embed_tokens.weight.shape
     head, embedding = (reader.tensor(key, shape)[:] for key in ("lm_head.weight", "model.embed_tokens.weight"))

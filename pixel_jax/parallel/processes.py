@@ -25,7 +25,7 @@ HEARTBEAT = 60  # seconds of silence after which a process counts as dead and th
 LOST = 43  # exit code of a process that ends because a step that all take part in has failed
 
 
-def join(environment: Mapping[str, str] = os.environ, *, heartbeat: int = HEARTBEAT) -> None:
+def initialize(environment: Mapping[str, str] = os.environ, *, heartbeat: int = HEARTBEAT) -> None:
     """Joins the processes that the environment speaks of, if it does. Called before JAX has started."""
     count = environment.get(COUNT, "1")
     if count != "auto" and int(count) < 2:
@@ -53,19 +53,19 @@ def address(environment: Mapping[str, str]) -> dict:
     }
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
     """Prints a line, in the first process alone."""
-    if first():
+    if is_main_process():
         terminal.say(text)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def fail_together() -> Iterator[None]:
     """Around a program of several processes: an error in one ends all of them.
 
     The one that fails says why and leaves at once, without waiting for the others at JAX's shutdown barrier. These find
@@ -97,7 +97,7 @@ def together() -> Iterator[None]:
             os._exit(code)
 
 
-def meet(place: str, seconds: int = 24 * 3600) -> None:
+def barrier(place: str, seconds: int = 24 * 3600) -> None:
     """Waits until every process has come to the `place`, however far apart they are: a collective gives up on one that is
     half a minute behind (gloo). One that died is noticed by its heartbeat, and ends the others."""
     from orbax.checkpoint import multihost  # slow to import
@@ -105,14 +105,14 @@ def meet(place: str, seconds: int = 24 * 3600) -> None:
     multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * seconds)
 
 
-def everywhere(x) -> np.ndarray:
+def all_gather(x) -> np.ndarray:
     """[processes, ...]: the host array (or number) `x` of every process, on every process. Shapes must agree."""
     if jax.process_count() == 1:
         return np.asarray(x)[None]
     return np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=False))
 
 
-def exchange(parcels: Sequence[bytes]) -> list[bytes]:
+def all_to_all(parcels: Sequence[bytes]) -> list[bytes]:
     """`parcels[p]` goes to process p; what process p had for this one comes back in place p. All processes call it.
 
     One all-to-all over one device a process, of parcels padded to a power of two (to share compiled programs).
@@ -122,7 +122,7 @@ def exchange(parcels: Sequence[bytes]) -> list[bytes]:
         raise ValueError(f"{len(parcels)} parcels for {count} processes")
     if count == 1:
         return list(parcels)
-    sizes = everywhere(np.array([len(x) for x in parcels], np.int32))
+    sizes = all_gather(np.array([len(x) for x in parcels], np.int32))
     width = 1 << int(sizes.max()).bit_length()
     padded = np.zeros((1, count, width), np.uint8)
     for p, parcel in enumerate(parcels):

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pixel_jax.parallel.processes import everywhere
+from pixel_jax.parallel.processes import all_gather
 
 T = TypeVar("T")
 
@@ -141,7 +141,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-class Share(NamedTuple):
+class ProcessShard(NamedTuple):
     """Part `index` of `count` equal parts of every batch is this process's.
 
     Processes whose devices only differ along `sequence` or `tensor` have the same part.
@@ -153,10 +153,10 @@ class Share(NamedTuple):
     processes: tuple[tuple[int, ...], ...]  # of each part, the processes that have it
 
 
-WHOLE = Share(0, 1, (0,), ((0,),))  # of a process on its own
+WHOLE = ProcessShard(0, 1, (0,), ((0,),))  # of a process on its own
 
 
-def share(mesh: Mesh | None) -> Share:
+def process_shard(mesh: Mesh | None) -> ProcessShard:
     """The rows of a batch that this process feeds; without a mesh all of them."""
     if mesh is None:
         return WHOLE
@@ -175,7 +175,7 @@ def share(mesh: Mesh | None) -> Share:
         raise ValueError(f"mesh {dict(mesh.shape)} does not give every process the same number of rows: {holders}")
     processes = tuple(tuple(p for p, blocks in sorted(holders.items()) if tuple(blocks) == part) for part in parts)
     mine = tuple(holders[jax.process_index()])
-    return Share(parts.index(mine), len(parts), mine, processes)
+    return ProcessShard(parts.index(mine), len(parts), mine, processes)
 
 
 def row_parts(mesh: Mesh) -> int:
@@ -190,7 +190,7 @@ def place_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None
     """
     if mesh is None:
         return jnp.asarray(read(slice(0, rows)))
-    parts, mine = row_parts(mesh), share(mesh)
+    parts, mine = row_parts(mesh), process_shard(mesh)
     if rows * mine.count % parts:
         raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {parts}; pad the batch")
     size = rows * mine.count // parts
@@ -224,12 +224,12 @@ def local_rows(x: Any) -> np.ndarray:
     return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
 
-def all_rows(tree: T, part: Share) -> T:
+def all_rows(tree: T, part: ProcessShard) -> T:
     """Every process's rows of host arrays, on every process: part 0's, then part 1's, ... All processes call it."""
     if part.count == 1:
         return jax.tree.map(np.asarray, tree)
     leaders = [processes[0] for processes in part.processes]
-    return jax.tree.map(lambda x: np.concatenate(everywhere(x)[leaders]), tree)
+    return jax.tree.map(lambda x: np.concatenate(all_gather(x)[leaders]), tree)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:

@@ -17,12 +17,12 @@ from pixel_jax.models.lora import add_lora
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
-from pixel_jax.rollouts import machine
+from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
 from pixel_jax.rollouts.rollout import compiled_rollout, traced
-from pixel_jax.rollouts.shapes import Shape, budgets, prompt_shape
+from pixel_jax.rollouts.shapes import RolloutShape, budgets, prompt_shape
 from pixel_jax.rollouts.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
@@ -183,11 +183,11 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
     )
 
 
-def rollout_shape(recipe: Recipe, shards: int) -> Shape:
+def rollout_shape(recipe: Recipe, shards: int) -> RolloutShape:
     """As `pixel_jax.rollouts.rollout.layout`; a prompt of several canvases is a video."""
     config, limits = recipe.config, recipe.config.rl.rollout
     prompts = prompt_shape(*config.canvas, config.prompt_width, limits, video=config.canvas[0] > 1)
-    return Shape.of(prompts, limits, recipe.tables.tools, shards)
+    return RolloutShape.of(prompts, limits, recipe.tables.tools, shards)
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
@@ -201,8 +201,8 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
     model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
-    opening, temperature, config = traced(recipe.config.rl.rollout, ())
-    traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), opening, temperature)), mesh)
+    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
+    traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
     return (model, prompts, *traced_arguments, config), options
@@ -210,11 +210,11 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
 
 def rl_batch(recipe: Recipe) -> Batch:
     """The rows of one update, cut from what a rollout returns."""
-    opening, temperature, config = traced(recipe.config.rl.rollout, ())
+    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
     shape, rows = rollout_shape(recipe, 1), recipe.config.rl.train_batch
     run = functools.partial(compiled_rollout, config=config, shape=shape, mesh=None)
     model, prompts = abstract_model(recipe), prompt_arrays(recipe)
-    trajectories = jax.eval_shape(run, model, prompts, jax.random.key(0), opening, temperature)
+    trajectories = jax.eval_shape(run, model, prompts, jax.random.key(0), assistant_prefix, temperature)
     batch = jax.eval_shape(lambda t: from_trajectories(t), trajectories)
     batch = jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
     canvases, visual = array(jnp.uint8, rows, *prompts.canvases.shape[1:]), batch.visual
@@ -290,7 +290,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     shape = rollout_shape(recipe, shards)
     side = max(recipe.config.canvas[1:])
     shown = max(max(budget.canvas) for budget in budgets(config, shape))
-    width = machine.observation_width(recipe.tables.observations, config, shape)
+    width = decode_loop.observation_width(recipe.tables.observations, config, shape)
     width = min(width, config.max_response)
     turns = config.max_calls + 1
     room = max(config.max_response - config.max_calls * width, 0)
@@ -308,7 +308,7 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
         "observe": config.max_calls / turns,
         "views": chunks,
         "readers": chunks,
-        "pieces": -(-width // machine.READ_CHUNK),
+        "pieces": -(-width // decode_loop.READ_CHUNK),
         "bytes": int(np.max(recipe.tables.bytes.length)),
         "tiles": tiles(side, shown),
         "strips": -(-side // ROW_BLOCK),

@@ -166,7 +166,7 @@ def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = 
         part = list(scenes[start : start + size])
         padded = part + part[:1] * (size - len(part))
         prompts = task.prompts(padded, range(start, start + size))
-        made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, opening=ids))
+        made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, assistant_prefix=ids))
         parts.append(take_rows(made, slice(len(part))))
     t = concatenate(parts)
     response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)

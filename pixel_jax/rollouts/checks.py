@@ -10,7 +10,7 @@ import numpy as np
 from pixel_jax.dialog.observations import NUM_INTEGERS
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.calls import no_values, read
-from pixel_jax.tools.looking import Answer, Gallery, Seen, size_of_drawing
+from pixel_jax.tools.looking import Answer, ImageHistory, Seen, size_of_drawing
 from pixel_jax.tools.tool import Outcome, Tool, ToolError
 
 SIDE, SLOTS = 64, 3  # of the pictures, and pictures of the row, that a tool is tried with
@@ -50,8 +50,8 @@ def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig(pad=0.0)
 
 def _seen() -> Seen:
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
-    gallery = Gallery(zeros(SLOTS), zeros(SLOTS, 4), zeros(SLOTS, 2), zeros())
-    return Seen(gallery, jnp.bool_(False), zeros(SLOTS, 2), zeros())
+    history = ImageHistory(zeros(SLOTS), zeros(SLOTS, 4), zeros(SLOTS, 2), zeros())
+    return Seen(history, jnp.bool_(False), zeros(SLOTS, 2), zeros())
 
 
 def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Array:

@@ -43,7 +43,7 @@ class RolloutConfig:
     in_flight: int | None = None
     observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
     # Where products bind decoding (CPUs): all rows end their turns before any is answered, and once no more than this (per data
-    # shard) are writing, they go on alone. None: what a token costs hardly depends on who writes; `machine.writes_on`.
+    # shard) are writing, they go on alone. None: what a token costs hardly depends on who writes; `decode_loop.writes_on`.
     tail_rows: int | None = None
     # Attention of prompts and images. None: by size and platform, in memory linear in the number of patches.
     implementation: Literal["dense", "chunked", "kernel"] | None = None

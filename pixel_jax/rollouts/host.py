@@ -11,14 +11,14 @@ from pixel_jax.dialog.grammar import Number, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.decode_loop import ASKING, Told
 from pixel_jax.rollouts.drawings import canvases_of
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.loop import RolloutState
-from pixel_jax.rollouts.machine import ASKING, Told
 from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
 from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.looking import MAX_RATIO, Gallery
+from pixel_jax.tools.looking import MAX_RATIO, ImageHistory
 from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
@@ -38,8 +38,8 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
     prompts, config, shape = state.prompts, state.config, state.shape
     if not any(tool.host for tool in shape.tools):
         return []
-    language, words = prompts.tables.reader.language, prompts.tables.bytes
-    few = ("row", "status", "tokens", "length", "turn_start", "gallery", "calls")
+    language, words = prompts.tables.parser.language, prompts.tables.bytes
+    few = ("row", "status", "tokens", "length", "turn_start", "history", "calls")
     at = {name: jax.tree.map(np.asarray, getattr(state.rows, name)) for name in few}
     bytes_of = jax.tree.map(np.asarray, words)
     found = []
@@ -51,7 +51,7 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
         video = bool(np.asarray(prompts.is_video)[prompt])
-        pictures = images_of(images[prompt], video, mine(at["gallery"]), mine(at["calls"]), shape.tools)
+        pictures = images_of(images[prompt], video, mine(at["history"]), mine(at["calls"]), shape.tools)
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
@@ -62,14 +62,16 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
     return found
 
 
-def images_of(images: Images, video: bool, gallery: Gallery, calls: Calls, tools: Sequence[Tool]) -> list[np.ndarray]:
+def images_of(
+    images: Images, video: bool, history: ImageHistory, calls: Calls, tools: Sequence[Tool]
+) -> list[np.ndarray]:
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
     made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
     canvases = canvases_of(images, made, tools)
     found = list(images.arrays) if video else []
-    for i in range(1 if video else 0, int(gallery.count)):
-        x1, y1, x2, y2 = gallery.region[i]
-        found.append(canvases[int(gallery.canvas[i])][y1:y2, x1:x2])
+    for i in range(1 if video else 0, int(history.count)):
+        x1, y1, x2, y2 = history.region[i]
+        found.append(canvases[int(history.canvas[i])][y1:y2, x1:x2])
     return found
 
 
@@ -90,9 +92,10 @@ def tell(
     state: RolloutState,
     vocabulary: Vocabulary,
 ) -> Told:
-    """What `machine.tell` reads, put as the call format has it. Pictures are kept by their prompts' `images` (`Images` [B])."""
+    """What `decode_loop.tell` reads, put as the call format has it. Pictures are kept by their prompts' `images`, `Images`
+    [B]."""
     rows, config, shape = state.rows.status.shape[0], state.config, state.shape
-    call_format = state.prompts.tables.reader.language.format
+    call_format = state.prompts.tables.parser.language.format
     ids = [[] for _ in range(rows)]
     zeros = lambda: np.zeros((rows, 2), np.int32)
     told = Told(

@@ -10,39 +10,39 @@ from jax.sharding import Mesh
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
-from pixel_jax.rollouts import machine, queue
+from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.decode_loop import ASKING, WAITING, RowState, Shared
 from pixel_jax.rollouts.drawings import Pictures
-from pixel_jax.rollouts.machine import ASKING, WAITING, Shared, State
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.queue import Queue
-from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import Prompts, Trajectories
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prompts", "key", "opening", "temperature", "queue", "rows", "decoding", "pictures"],
+    data_fields=["prompts", "key", "assistant_prefix", "temperature", "queue", "rows", "decoding", "pictures"],
     meta_fields=["key_impl", "config", "shape", "mesh"],
 )
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
     """A rollout between two calls: a pytree of plain arrays, which may go to the host or a file and come back.
 
-    Leading axes: prompts (B), groups of slots and slots; `queue.py` and `machine.py` say which array has which.
+    Leading axes: prompts (B), groups of slots and slots; `queue.py` and `decode_loop.py` say which array has which.
     """
 
     prompts: Prompts  # in B places; one whose prompt has no tokens is empty
     key: jax.Array  # uint32, the data of the key that was given
-    opening: jax.Array  # int32 [O], what every row's first turn begins with, then -1
+    assistant_prefix: jax.Array  # int32 [O], what every row's first turn begins with, then -1
     temperature: jax.Array  # float32 [2], of the first turn and of later ones
     queue: Queue  # the prompts that have been read and those that wait, and what rows that are done have left
-    rows: State  # those that are in slots, with their caches
+    rows: RowState  # those that are in slots, with their caches
     decoding: jax.Array  # bool [], the budget ended while rows were writing: that is gone on with before anything else
     pictures: Pictures | None  # that tools of the host have returned; None: none of them returns any
     key_impl: str
     config: RolloutConfig
-    shape: Shape
+    shape: RolloutShape
     mesh: Mesh | None
 
 
@@ -50,18 +50,18 @@ def start(
     model: Qwen2_5_VL,
     prompts: Prompts,
     key: jax.Array,
-    opening: jax.Array,
+    assistant_prefix: jax.Array,
     temperature: jax.Array,
     config: RolloutConfig,
-    shape: Shape,
+    shape: RolloutShape,
     mesh: Mesh | None,
 ) -> RolloutState:
     """Nothing is read, nothing is written."""
-    waiting, rows = constrain_rows(queue.start(model, prompts, opening, config, shape), mesh)
+    waiting, rows = constrain_rows(queue.start(model, prompts, assistant_prefix, config, shape), mesh)
     return RolloutState(
         prompts,
         jax.random.key_data(key),
-        opening,
+        assistant_prefix,
         temperature,
         waiting,
         rows,
@@ -83,8 +83,8 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     layers = model.unstack()
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
 
-    def takes(waiting: Queue, rows: State) -> jax.Array:
-        return queue.openings(waiting, rows, config, shape).takes
+    def takes(waiting: Queue, rows: RowState) -> jax.Array:
+        return queue.free_slots(waiting, rows, config, shape).takes
 
     def turn(carry):
         waiting, rows, decoding, left = carry
@@ -92,20 +92,20 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
         with jax.named_scope("fill"):
             waiting, rows = jax.lax.cond(
                 jnp.any(takes(waiting, rows)) & ~decoding,
-                lambda carry: queue.fill(model, prompts, state.opening, *carry, config, shape),
+                lambda carry: queue.refill(model, prompts, state.assistant_prefix, *carry, config, shape),
                 lambda carry: carry,
                 (waiting, rows),
             )
         waiting, rows = constrain_rows((waiting, rows), mesh)
-        keys = machine.row_keys(key, rows, prompts, config, shape)
+        keys = decode_loop.row_keys(key, rows, prompts, config, shape)
         shared = Shared(prompts, waiting.prefix, state.temperature, keys, state.pictures)
-        rows, left, decoding = machine.decode_turns(
+        rows, left, decoding = decode_loop.decode_turns(
             model, layers, shared, rows, functools.partial(takes, waiting), left, config, shape
         )
         with jax.named_scope("observe"):
             rows = jax.lax.cond(
                 jnp.any(rows.status == WAITING) & ~decoding,
-                lambda rows: machine.observe(model, layers, shared, rows, config, shape),
+                lambda rows: decode_loop.observe(model, layers, shared, rows, config, shape),
                 lambda rows: rows,
                 rows,
             )
@@ -122,13 +122,13 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
 
 
-def answer(model: Qwen2_5_VL, state: RolloutState, replies: machine.Told) -> RolloutState:
-    """Rows that ask for tools of the host are answered, see `machine.tell`."""
+def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.Told) -> RolloutState:
+    """Rows that ask for tools of the host are answered, see `decode_loop.tell`."""
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
-    keys = machine.row_keys(key, state.rows, state.prompts, config, shape)
+    keys = decode_loop.row_keys(key, state.rows, state.prompts, config, shape)
     shared = Shared(state.prompts, state.queue.prefix, state.temperature, keys, state.pictures)
-    told = machine.tell(model, model.unstack(), shared, state.rows, replies, config, shape)
+    told = decode_loop.tell(model, model.unstack(), shared, state.rows, replies, config, shape)
     return dataclasses.replace(state, rows=constrain_rows(told, state.mesh))
 
 

@@ -20,7 +20,7 @@ from pixel_jax.rollouts.drawings import Drawings, Pictures, canvases_of, drawing
 from pixel_jax.rollouts.images import place_images
 from pixel_jax.rollouts.operations import overview_size
 from pixel_jax.rollouts.rows import Chunk, for_chunks
-from pixel_jax.rollouts.shapes import Budget, Shape, budgets
+from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
 from pixel_jax.rollouts.views import GREY, cut, frame_patches, seen_canvases
 from pixel_jax.tools.looking import whole
@@ -60,7 +60,9 @@ def called(calls: Calls, config: RolloutConfig) -> Views:
     return shown_by(calls, jnp.arange(config.max_calls, dtype=jnp.int32))
 
 
-def patch_source(prompts: Prompts | HostPrompts, calls: Calls, config: RolloutConfig, shape: Shape) -> PatchSource:
+def patch_source(
+    prompts: Prompts | HostPrompts, calls: Calls, config: RolloutConfig, shape: RolloutShape
+) -> PatchSource:
     """Of everything that the rows of B prompts saw."""
     rows = calls.status.shape[0]
     spread = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
@@ -71,7 +73,7 @@ def patch_source(prompts: Prompts | HostPrompts, calls: Calls, config: RolloutCo
 
 
 def materialize(
-    record: VisualRecord, images: np.ndarray, shape: Shape, config: RolloutConfig, mesh: Mesh | None = None
+    record: VisualRecord, images: np.ndarray, shape: RolloutShape, config: RolloutConfig, mesh: Mesh | None = None
 ) -> Visual:
     """What R rows saw as pixels, bit for bit those that the rollout encoded; patches are cut on the devices and split by rows.
 
@@ -87,7 +89,7 @@ def materialize(
     return Visual(patches, record.slices, record.grids, record.seconds)
 
 
-def returned_to(images: np.ndarray, record: VisualRecord, shape: Shape, mesh: Mesh | None) -> Pictures | None:
+def returned_to(images: np.ndarray, record: VisualRecord, shape: RolloutShape, mesh: Mesh | None) -> Pictures | None:
     """What tools of the host returned to rows, as far as these rows saw it; None: no tool returns pictures."""
     if not any(tool.picture for tool in shape.tools):
         return None
@@ -102,7 +104,7 @@ def _cut_patches(
     source: PatchSource,
     pictures: Pictures | None,
     config: RolloutConfig,
-    shape: Shape,
+    shape: RolloutShape,
     mesh: Mesh | None,
 ) -> jax.Array:
     source, pictures = jax.tree.map(jnp.asarray, (source, pictures))
@@ -110,7 +112,11 @@ def _cut_patches(
 
 
 def cut_patches(
-    canvases: jax.Array, source: PatchSource, config: RolloutConfig, shape: Shape, pictures: Pictures | None = None
+    canvases: jax.Array,
+    source: PatchSource,
+    config: RolloutConfig,
+    shape: RolloutShape,
+    pictures: Pictures | None = None,
 ) -> jax.Array:
     """The patches of what rows saw, uint8 [R, K, P, 588].
 
@@ -134,7 +140,7 @@ def _patches(
     source: PatchSource,
     budget: Budget,
     config: RolloutConfig,
-    shape: Shape,
+    shape: RolloutShape,
     pictures: Pictures | None = None,
 ) -> jax.Array:
     """Of one budget; only what was shown is worked on."""

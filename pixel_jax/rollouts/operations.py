@@ -16,7 +16,7 @@ from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, CallStatus, Tables, 
 from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read
-from pixel_jax.tools.looking import Answer, Gallery, Seen, region_size, shown_size, size_of_drawing, whole
+from pixel_jax.tools.looking import Answer, ImageHistory, Seen, region_size, shown_size, size_of_drawing, whole
 from pixel_jax.tools.tool import Tool
 
 
@@ -38,14 +38,14 @@ def overview_size(canvas_size: jax.Array, is_video: jax.Array, config: RolloutCo
     return jnp.where(is_video[..., None], as_frame, as_image)
 
 
-def first_gallery(
+def first_history(
     canvas_size: jax.Array, num_canvases: jax.Array, is_video: jax.Array, config: RolloutConfig
-) -> Gallery:
-    """The gallery of R rows that have been shown their prompts: canvas_size int32 [R, C, 2], others [R]."""
+) -> ImageHistory:
+    """The image history of R rows that have been shown their prompts: canvas_size int32 [R, C, 2], others [R]."""
     rows, most = canvas_size.shape[:2]
     more = config.max_images
     size = overview_size(canvas_size, jnp.broadcast_to(is_video[:, None], (rows, most)), config)
-    return Gallery(
+    return ImageHistory(
         canvas=jnp.broadcast_to(jnp.minimum(jnp.arange(most + more), most - 1), (rows, most + more)).astype(jnp.int32),
         region=jnp.pad(canvas_size[..., ::-1], ((0, 0), (0, more), (2, 0))),
         size=jnp.pad(size, ((0, 0), (0, more), (0, 0))),
@@ -60,7 +60,7 @@ def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: Rollout
       call: what the automaton read, R rows; seen: of R rows.
       views: V, most images one observation can show.
     """
-    tools, observations, known = tables.tools, tables.observations, tables.reader.language.format
+    tools, observations, known = tables.tools, tables.observations, tables.parser.language.format
     config = config if config.pad is not None else dataclasses.replace(config, pad=known.pad)
     kind = jnp.full(call.tool.shape, observations.malformed, jnp.int32)
     result = _message(kind, views, call.values)
@@ -148,15 +148,15 @@ def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -
     )
 
 
-def add_to_gallery(gallery: Gallery, call: Calls, number: jax.Array) -> Gallery:
-    """The gallery with what the calls [R, ...], each of its row's `number` (int32 [R]), showed appended."""
+def add_to_history(history: ImageHistory, call: Calls, number: jax.Array) -> ImageHistory:
+    """The image history with what the calls [R, ...], each of its row's `number` (int32 [R]), showed appended."""
     shown = shown_by(call, number)
     views, present = shown.canvas.shape[1], shown.canvas != NO_CANVAS
-    slot = jnp.where(present, gallery.count[:, None] + jnp.arange(views), gallery.canvas.shape[1])
+    slot = jnp.where(present, history.count[:, None] + jnp.arange(views), history.canvas.shape[1])
     at = (jnp.arange(slot.shape[0])[:, None], slot)
-    return Gallery(
-        canvas=gallery.canvas.at[at].set(shown.canvas, mode="drop"),
-        region=gallery.region.at[at].set(shown.region, mode="drop"),
-        size=gallery.size.at[at].set(shown.size, mode="drop"),
-        count=gallery.count + jnp.sum(present, axis=1),
+    return ImageHistory(
+        canvas=history.canvas.at[at].set(shown.canvas, mode="drop"),
+        region=history.region.at[at].set(shown.region, mode="drop"),
+        size=history.size.at[at].set(shown.size, mode="drop"),
+        count=history.count + jnp.sum(present, axis=1),
     )

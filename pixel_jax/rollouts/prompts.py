@@ -47,7 +47,7 @@ def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, calls: Ca
         bytes=automaton.token_table(vocabulary),
         observations=Observations.of(vocabulary, tools, calls),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
-        reader=automaton.reader_of(language),
+        parser=automaton.call_parser(language),
     )
 
 
@@ -160,7 +160,7 @@ def room_for(
 
 def check_format(token_tables: Tables, config: RolloutConfig) -> None:
     """Raises `ToolError` where calls would be asked for in one format and read in another."""
-    read = token_tables.reader.language.format
+    read = token_tables.parser.language.format
     if call_format(config.call_format) is not read:
         raise ToolError(
             f"the config's call format is {config.call_format!r}, the tables were built for {read.name!r}: give "

@@ -1,6 +1,6 @@
 """Prompts that wait, and rows that begin: how a rollout of many rows goes through few slots.
 
-A group of `group_size` neighbouring slots works on one prompt: `fill` reads it once, its rows share that cache. Where there are
+A group of `group_size` neighbouring slots works on one prompt: `refill` reads it once, its rows share that cache. Where there are
 more prompts than groups, a slot whose row is done gets the next row of its group's prompt, and if that has none left the group
 reads the next prompt of the queue. A group keeps two prompts, so that a row which takes long holds up nobody: the others
 of its group are at the prompt after. What a row has written is put on record before its slot is given away.
@@ -23,17 +23,17 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
-from pixel_jax.rollouts.machine import DONE, WRITING, State, rows_prompts
+from pixel_jax.rollouts.decode_loop import DONE, WRITING, RowState, rows_prompts
 from pixel_jax.rollouts.materialize import VisualRecord, overviews, patch_source
-from pixel_jax.rollouts.operations import first_gallery
+from pixel_jax.rollouts.operations import first_history
 from pixel_jax.rollouts.rows import Chunk, for_chunks
-from pixel_jax.rollouts.shapes import Shape, budgets
+from pixel_jax.rollouts.shapes import RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import Calls, Prompts, Trajectories, no_calls
 from pixel_jax.rollouts.views import each, render
-from pixel_jax.tools.looking import Gallery
+from pixel_jax.tools.looking import ImageHistory
 
 T = TypeVar("T")
-Rows = TypeVar("Rows", State, "Record")
+Rows = TypeVar("Rows", RowState, "Record")
 PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together at most, where all are read at the start
 PROMPT_TOKENS = (
     2**15
@@ -53,7 +53,7 @@ class Record(NamedTuple):
     stop: jax.Array
 
     @classmethod
-    def of(cls, state: State) -> "Record":
+    def of(cls, state: RowState) -> "Record":
         return cls(**{name: getattr(state, name) for name in cls._fields})
 
 
@@ -86,14 +86,14 @@ def groups(prompts: Prompts, config: RolloutConfig) -> int:
 
 
 def start(
-    model: Qwen2_5_VL, prompts: Prompts, opening: jax.Array, config: RolloutConfig, shape: Shape
-) -> tuple[Queue, State]:
+    model: Qwen2_5_VL, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
+) -> tuple[Queue, RowState]:
     """Nothing is read and all slots are free."""
     batch, width = prompts.tokens.shape
     group, count = config.group_size, groups(prompts, config)
     entries = 1 if count == batch else 2
     slots, dim = count * group, model.config.text.hidden_size
-    cache = model.empty_cache(count, entries * (width + opening.shape[0]))
+    cache = model.empty_cache(count, entries * (width + assistant_prefix.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
     line = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), READ)
     queue = Queue(
@@ -110,17 +110,17 @@ def start(
     return queue, _empty(model, slots, prompts, config, shape)
 
 
-def _unread(line: jax.Array, shape: Shape) -> jax.Array:
+def _unread(line: jax.Array, shape: RolloutShape) -> jax.Array:
     return jnp.sum(line.reshape(shape.shards, -1) < READ, axis=1, dtype=jnp.int32)
 
 
-def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: Shape) -> State:
+def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
     """Rows that have written nothing, in slots that are free."""
     numbers, most = config.max_calls + 1, prompts.canvas_size.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
     images = config.max_images + most
-    return State(
+    return RowState(
         row=jnp.full(slots, rows, jnp.int32),
         room=zeros(),
         tokens=zeros(config.max_response),
@@ -133,8 +133,8 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfi
         hidden=zeros(model.config.text.hidden_size, dtype=model.language_model.embed_tokens.weight.dtype),
         next_pos=zeros(),
         cache=model.empty_cache(slots, config.max_response),
-        reader=prompts.tables.reader.init(slots),
-        gallery=Gallery(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
+        parser=prompts.tables.parser.init(slots),
+        history=ImageHistory(zeros(images), zeros(images, 4), zeros(images, 2), zeros()),
         num_images=zeros(),
         grids=zeros(config.max_calls, shape.views, 3),
         calls=no_calls(slots, numbers, shape.views, shape.tools, jnp),
@@ -142,7 +142,7 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfi
     )
 
 
-class Openings(NamedTuple):
+class FreeSlots(NamedTuple):
     """Which slots can be given a row, and what has to be read for that."""
 
     takes: jax.Array  # bool [R]
@@ -150,8 +150,8 @@ class Openings(NamedTuple):
     rank: jax.Array  # int32 [G], how many groups of their part of the mesh read one that comes before
 
 
-def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> Openings:
-    """What `fill` would do now. A group reads on only if no row is left that looks at the prompt it would write over.
+def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> FreeSlots:
+    """What `refill` would do now. A group reads on only if no row is left that looks at the prompt it would write over.
 
     It is asked at every token: the queue is not sorted here.
     """
@@ -166,7 +166,7 @@ def openings(queue: Queue, state: State, config: RolloutConfig, shape: Shape) ->
     else:
         opens = wants & (rank < queue.unread[:, None]).reshape(-1)
     takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
-    return Openings(takes.reshape(-1), opens, rank.reshape(-1))
+    return FreeSlots(takes.reshape(-1), opens, rank.reshape(-1))
 
 
 def _rank(x: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ def _rank(x: jax.Array) -> jax.Array:
     return jnp.cumsum(x, axis=1) - x
 
 
-def _next_places(queue: Queue, rank: jax.Array, shape: Shape) -> jax.Array:
+def _next_places(queue: Queue, rank: jax.Array, shape: RolloutShape) -> jax.Array:
     """Of each group the place, in its part of the mesh, that comes after `rank` (int32 [G]) others: int32 [G]."""
     line = queue.line.reshape(shape.shards, -1)
     if queue.prompt.shape[1] == 1:
@@ -183,26 +183,26 @@ def _next_places(queue: Queue, rank: jax.Array, shape: Shape) -> jax.Array:
     return jnp.take_along_axis(jnp.argsort(line, axis=1), ranks, axis=1).reshape(-1)
 
 
-def fill(
+def refill(
     model: Qwen2_5_VL,
     prompts: Prompts,
-    opening: jax.Array,
+    assistant_prefix: jax.Array,
     queue: Queue,
-    state: State,
+    state: RowState,
     config: RolloutConfig,
-    shape: Shape,
-) -> tuple[Queue, State]:
-    """Every slot that can be given a row is: it has written `opening` and nothing else.
+    shape: RolloutShape,
+) -> tuple[Queue, RowState]:
+    """Every slot that can be given a row is: it has written `assistant_prefix` and nothing else.
 
-    `opening` int32 [O] ends with -1 where it is shorter.
+    `assistant_prefix` int32 [O] ends with -1 where it is shorter.
     """
-    takes, opens, rank = openings(queue, state, config, shape)
+    takes, opens, rank = free_slots(queue, state, config, shape)
     place = _next_places(queue, rank, shape)
     count, entries = queue.prompt.shape
     group = config.group_size
-    queue = queue._replace(records=put_on_record(queue.records, state, takes, shape))
+    queue = queue._replace(records=write_output(queue.records, state, takes, shape))
     left = queue.left[:, None]
-    queue = _read(model, prompts, opening, queue, opens, place, config, shape)
+    queue = _read(model, prompts, assistant_prefix, queue, opens, place, config, shape)
 
     taken = takes.reshape(count, group)
     rank = _rank(taken)
@@ -216,7 +216,7 @@ def fill(
         prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
     )
 
-    return queue, _given(takes, _begin(model, prompts, opening, queue, row.reshape(-1), config, shape), state)
+    return queue, _given(takes, _begin(model, prompts, assistant_prefix, queue, row.reshape(-1), config, shape), state)
 
 
 def _select(which: jax.Array, new: T, old: T) -> T:
@@ -224,13 +224,15 @@ def _select(which: jax.Array, new: T, old: T) -> T:
     return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (y.ndim - 1)), x, y), new, old)
 
 
-def _given(which: jax.Array, new: State, old: State) -> State:
+def _given(which: jax.Array, new: RowState, old: RowState) -> RowState:
     """The slots `which` (bool [R]) hold what `new` says. Keys and values of the row before stay, beyond the cache's length."""
     cache = old.cache._replace(length=jnp.where(which, new.cache.length, old.cache.length))
     return _select(which, new._replace(cache=None), old._replace(cache=None))._replace(cache=cache)
 
 
-def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: RolloutConfig, shape: Shape) -> Queue:
+def _read(
+    model, prompts: Prompts, assistant_prefix, queue: Queue, opens, place, config: RolloutConfig, shape: RolloutShape
+) -> Queue:
     """The groups that `opens` (bool [G]) have the prompts at `place` (int32 [G]) read."""
     count, entries = queue.prompt.shape
     batch, arrays = prompts.length.shape[0], prompts._replace(tables=(), uid=())
@@ -241,7 +243,7 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
         at = chunk.take(place).reshape(chunk.at.shape)
         chosen = jax.tree.map(Chunk(jnp.minimum(at, batch // shape.shards - 1), batch).take, arrays)
         visual = prompt_visual(chosen, config, shape)
-        hidden, cache, next_pos = read_prompt(model, chosen, visual, opening, config)
+        hidden, cache, next_pos = read_prompt(model, chosen, visual, assistant_prefix, config)
         here = reads[:, None] & (jnp.arange(entries) == chunk.take(entry)[:, None])
 
         def put(old, new):
@@ -277,7 +279,7 @@ def _read(model, prompts: Prompts, opening, queue: Queue, opens, place, config: 
     return queue._replace(entry=entry, left=left, line=line, unread=unread, records=records)
 
 
-def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: Shape) -> Visual:
+def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> Visual:
     """The overview of every prompt: its images, or its video two frames a slice."""
     seen = overviews(prompts, config)
     budget, _ = budgets(config, shape)
@@ -307,14 +309,17 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
 
 
 def read_prompt(
-    model: Qwen2_5_VL, prompts: Prompts, visual: Visual, opening: jax.Array, config: RolloutConfig
+    model: Qwen2_5_VL, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Each prompt and, since all rows begin alike, the opening: the last hidden state [B, D], the cache, the next position."""
+    """Each prompt and, since all rows begin alike, the assistant prefix: the last hidden state [B, D], the cache and the next
+    position."""
     batch, width = prompts.tokens.shape
-    room, written = opening.shape[0], jnp.sum(opening >= 0)
+    room, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
     index = jnp.arange(width + room) - prompts.length[:, None]
     tokens = jnp.where(
-        index < 0, jnp.pad(prompts.tokens, ((0, 0), (0, room))), jnp.maximum(opening, 0)[jnp.clip(index, 0, room - 1)]
+        index < 0,
+        jnp.pad(prompts.tokens, ((0, 0), (0, room))),
+        jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, room - 1)],
     )
     valid = index < written
     features = encode_visual(model, visual, implementation=config.implementation)
@@ -327,7 +332,7 @@ def read_prompt(
     return last, cache, next_pos
 
 
-def _begin(model, prompts: Prompts, opening, queue: Queue, row, config, shape: Shape) -> State:
+def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config, shape: RolloutShape) -> RowState:
     """The state of slots that begin the rows `row` (int32 [R]); their caches are not to be looked at."""
     slots = row.shape[0]
     fresh = _empty(model, slots, prompts, config, shape)._replace(row=row)
@@ -335,32 +340,34 @@ def _begin(model, prompts: Prompts, opening, queue: Queue, row, config, shape: S
     sizes, is_video, canvases, length = (
         mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.length)
     )
-    written = jnp.sum(opening >= 0)
-    gallery = first_gallery(sizes, canvases, is_video, config)
+    written = jnp.sum(assistant_prefix >= 0)
+    history = first_history(sizes, canvases, is_video, config)
     of_prompt = lambda x: jnp.take_along_axis(
         jnp.repeat(x, config.group_size, axis=0),
         queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2)),
         axis=1,
     )[:, 0]
-    reader, _ = jax.lax.scan(
-        lambda reader, token: (prompts.tables.reader.step(prompts.tables.bytes, reader, token[None]), None),
-        prompts.tables.reader.init(1),
-        opening,
+    parser, _ = jax.lax.scan(
+        lambda parser, token: (prompts.tables.parser.step(prompts.tables.bytes, parser, token[None]), None),
+        prompts.tables.parser.init(1),
+        assistant_prefix,
     )
     return fresh._replace(
         room=jnp.minimum(config.max_response, config.max_tokens - length),
-        tokens=fresh.tokens.at[:, : opening.shape[0]].set(jnp.maximum(opening, 0)[: config.max_response]),
+        tokens=fresh.tokens.at[:, : assistant_prefix.shape[0]].set(
+            jnp.maximum(assistant_prefix, 0)[: config.max_response]
+        ),
         length=jnp.full(slots, written, jnp.int32),
         status=jnp.full(slots, WRITING, jnp.int32),
         hidden=of_prompt(queue.hidden),
         next_pos=of_prompt(queue.next_pos),
-        reader=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), reader),
-        gallery=gallery,
-        num_images=gallery.count,
+        parser=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), parser),
+        history=history,
+        num_images=history.count,
     )
 
 
-def put_on_record(records: Record | None, state: State, which: jax.Array, shape: Shape) -> Record | None:
+def write_output(records: Record | None, state: RowState, which: jax.Array, shape: RolloutShape) -> Record | None:
     """What the slots `which` (bool [R]) hold, in the rows' places; of slots that hold none, nothing."""
     if records is None:
         return None
@@ -369,7 +376,9 @@ def put_on_record(records: Record | None, state: State, which: jax.Array, shape:
     return jax.tree.map(held.put, records, Record.of(state))
 
 
-def admit(queue: Queue, state: State, places: jax.Array, config: RolloutConfig, shape: Shape) -> tuple[Queue, State]:
+def admit(
+    queue: Queue, state: RowState, places: jax.Array, config: RolloutConfig, shape: RolloutShape
+) -> tuple[Queue, RowState]:
     """The prompts at `places` (int32 [K], of the whole batch) are new, last in the line; nothing of those before is left."""
     new = jnp.zeros(queue.line.shape[0], bool).at[places].set(True)
     of_rows = jnp.repeat(new, config.group_size)
@@ -386,12 +395,12 @@ def admit(queue: Queue, state: State, places: jax.Array, config: RolloutConfig, 
     return queue, _given(_held(state, of_rows.shape[0], shape).take(of_rows), free, state)
 
 
-def _held(state: State, rows: int, shape: Shape) -> Chunk:
+def _held(state: RowState, rows: int, shape: RolloutShape) -> Chunk:
     """The places of the rows in the slots, among all `rows`."""
     return Chunk(state.row.reshape(shape.shards, -1), rows)
 
 
-def _blank(rows: Rows, shape: Shape) -> Rows:
+def _blank(rows: Rows, shape: RolloutShape) -> Rows:
     """As many rows that have written nothing."""
     count, numbers = rows.calls.status.shape
     return jax.tree.map(jnp.zeros_like, rows)._replace(
@@ -399,12 +408,12 @@ def _blank(rows: Rows, shape: Shape) -> Rows:
     )
 
 
-def finished(queue: Queue, state: State, config: RolloutConfig, shape: Shape) -> jax.Array:
+def finished(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> jax.Array:
     """Prompts whose rows are all done: bool [B]."""
     return jnp.all(_all_rows(queue, state, shape).stop.reshape(-1, config.group_size) >= 0, axis=1)
 
 
-def _all_rows(queue: Queue, state: State, shape: Shape) -> Record:
+def _all_rows(queue: Queue, state: RowState, shape: RolloutShape) -> Record:
     """Of rows that are in slots what those hold, of the others what is on record.
 
     Fetched, not put: of what a row leaves behind each part is one instruction then, where to put it is a loop to compile.
@@ -420,7 +429,7 @@ def _all_rows(queue: Queue, state: State, shape: Shape) -> Record:
 
 
 def finish(
-    prompts: Prompts, queue: Queue, state: State, config: RolloutConfig, shape: Shape
+    prompts: Prompts, queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> Trajectories[VisualRecord]:
     """The trajectories of all rows: prompt and response side by side, everything they saw in order.
 

@@ -4,12 +4,12 @@ The walk of a prompt through it, with the function of each station:
 
     begin      it has a place and waits in line                                                  queue.start
     advance    until no row can go on:                                                           loop.advance
-      fill       its turn has come: a group of free slots reads it, once for all its rows,         queue.fill
-                 and each row begins with the opening
-      decode     rows write, a token each at a time, until enough of them have ended a turn        machine.decode_turns
-      observe    a row that has called a tool reads what that shows, or why it shows nothing,      machine.observe
+      refill     its turn has come: a group of free slots reads it, once for all its rows,         queue.refill
+                 and each row begins with the assistant prefix
+      decode     rows write, a token each at a time, until enough of them have ended a turn        decode_loop.decode_turns
+      observe    a row that has called a tool reads what that shows, or why it shows nothing,      decode_loop.observe
                  and writes on; a row that has called nothing, or has no room left, is done
-      fill       the slot of a row that is done goes to another; the row is on record              queue.put_on_record
+      refill     the slot of a row that is done goes to another; the row is on record              queue.write_output
     finish     its rows side by side: what they wrote, called and were shown                     queue.finish
 
 `rollout` is all of it in one XLA program. `begin`, `advance` and `finish` are the same functions compiled one by one, with a
@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
-from pixel_jax.parallel.sharding import replicate, row_parts, shard_batch, share
+from pixel_jax.parallel.sharding import process_shard, replicate, row_parts, shard_batch
 from pixel_jax.rollouts import loop
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, pictures_of
@@ -38,7 +38,7 @@ from pixel_jax.rollouts.host import host_calls, tell
 from pixel_jax.rollouts.images import pad, place_images, ragged
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.materialize import VisualRecord
-from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Prompts, Trajectories
 from pixel_jax.terminal import say
 from pixel_jax.tools.host import HostTools, HostToolsConfig
@@ -51,7 +51,7 @@ def rollout(
     key: jax.Array,
     config: RolloutConfig,
     *,
-    opening: Sequence[int] = (),
+    assistant_prefix: Sequence[int] = (),
 ) -> Trajectories[VisualRecord]:
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
@@ -63,7 +63,7 @@ def rollout(
 
     Args:
       key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
-      opening: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
+      assistant_prefix: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
 
     Returns:
       R rows, the `group_size` of each prompt side by side, without pixels: `materialize` cuts them anew.
@@ -74,17 +74,17 @@ def rollout(
     if any(tool.host for tool in prompts.tables.tools):
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: `host_rollout` carries their calls out")
     mesh, shape = layout(model, prompts, config)
-    given = _given(model, prompts, key, config, opening, shape, mesh)
+    given = _given(model, prompts, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
         return compiled_rollout(model, *given, shape=shape, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def compiled_rollout(
-    model, prompts, key, opening, temperature, config: RolloutConfig, *, shape: Shape, mesh: Mesh | None
+    model, prompts, key, assistant_prefix, temperature, config: RolloutConfig, *, shape: RolloutShape, mesh: Mesh | None
 ) -> Trajectories[VisualRecord]:
     """The whole rollout: no host in the loop."""
-    state = loop.start(model, prompts, key, opening, temperature, config, shape, mesh)
+    state = loop.start(model, prompts, key, assistant_prefix, temperature, config, shape, mesh)
     return loop.finish(loop.advance(model, state, None))
 
 
@@ -94,13 +94,13 @@ def begin(
     key: jax.Array,
     config: RolloutConfig,
     *,
-    opening: Sequence[int] = (),
+    assistant_prefix: Sequence[int] = (),
     capacity: int | None = None,
 ) -> RolloutState:
     """The state of a rollout of which nothing is read and nothing written.
 
     Args:
-      model, prompts, key, config, opening, pixels: as for `rollout`; tools may run on the host. What kinds of prompts there are
+      model, prompts, key, config, assistant_prefix: as for `rollout`; tools may run on the host. What kinds of prompts there are
         (images, videos) is settled here.
       capacity: places for prompts; those behind `prompts` are empty, for `admit` to fill. None: as many as there are prompts.
 
@@ -121,7 +121,7 @@ def begin(
         empty = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), arrays)
         places = empty._replace(tables=prompts.tables, images=ragged([()] * capacity))
     mesh, shape = layout(model, places, config)
-    given = _given(model, places, key, config, opening, shape, mesh)
+    given = _given(model, places, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
         state = _start(model, *given, shape=shape, mesh=mesh)
     if any(tool.picture for tool in shape.tools):
@@ -248,7 +248,7 @@ def _same_shapes(state: RolloutState, prompts: HostPrompts) -> None:
         raise ValueError(f"{kind} in a rollout that began without any: have one among the prompts that it begins with")
     if not np.all(np.asarray(prompts.length) > 0):
         raise ValueError(f"prompts {_list(np.asarray(prompts.length) <= 0)} have no tokens: leave them out")
-    if prompts.tables.tools != state.shape.tools or prompts.tables.reader is not state.prompts.tables.reader:
+    if prompts.tables.tools != state.shape.tools or prompts.tables.parser is not state.prompts.tables.parser:
         names = [[tool.name for tool in tools] for tools in (prompts.tables.tools, state.shape.tools)]
         raise ValueError(f"prompts for the tools {names[0]} in a rollout with {names[1]}: build them with its `tables`")
 
@@ -274,7 +274,7 @@ def host_rollout(
     key: jax.Array,
     config: RolloutConfig,
     *,
-    opening: Sequence[int] = (),
+    assistant_prefix: Sequence[int] = (),
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Trajectories[VisualRecord]:
@@ -292,7 +292,7 @@ def host_rollout(
         if host is None or vocabulary is None:
             raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
         budget = TOKENS
-    state = begin(model, prompts, key, config, opening=opening)
+    state = begin(model, prompts, key, config, assistant_prefix=assistant_prefix)
     while not np.all(finished(state)):
         state = advance(model, state, budget, donate=True)
         if asked := host_calls(state, images):
@@ -360,7 +360,7 @@ CACHES = 3  # one part in so many of a device's memory is for what rows in fligh
 
 
 def fitting(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: Shape, mesh: Mesh | None
+    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
     """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
     batch, width = prompts.tokens.shape
@@ -369,18 +369,18 @@ def fitting(
     text = model.config.text
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     token *= model.language_model.embed_tokens.weight.dtype.itemsize
-    group = config.group_size * config.max_response * token + 2 * (width + OPENING_STEP) * token
+    group = config.group_size * config.max_response * token + 2 * (width + PREFIX_STEP) * token
     most = max(1, device_memory() // CACHES // group) * shape.shards
-    return config if most >= batch * share(mesh).count else dataclasses.replace(config, in_flight=most)
+    return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)
 
 
-OPENING_STEP = 8  # openings are padded to a multiple, to share a program
+PREFIX_STEP = 8  # prefixes are padded to a multiple, to share a program
 
 
-def traced(config: RolloutConfig, opening: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
+def traced(config: RolloutConfig, assistant_prefix: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
     """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
-    padded = np.full(OPENING_STEP * max(1, -(-len(opening) // OPENING_STEP)), -1, np.int32)
-    padded[: len(opening)] = opening
+    padded = np.full(PREFIX_STEP * max(1, -(-len(assistant_prefix) // PREFIX_STEP)), -1, np.int32)
+    padded[: len(assistant_prefix)] = assistant_prefix
     later = config.temperature if config.later_temperature is None else config.later_temperature
     temperature = np.array([config.temperature, later], np.float32)
     same = dataclasses.replace(config, temperature=1.0, later_temperature=None)
@@ -392,24 +392,24 @@ def _given(
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
-    opening: Sequence[int],
-    shape: Shape,
+    assistant_prefix: Sequence[int],
+    shape: RolloutShape,
     mesh: Mesh | None,
 ) -> tuple:
-    """What the programs take after the model: prompts, key, opening and temperatures on the devices, and the config."""
+    """What the programs take after the model: prompts, key, assistant prefix and temperatures on the devices, and the config."""
     config = fitting(config, model, prompts, shape, mesh)
-    opening, temperature, config = traced(config, opening)
+    assistant_prefix, temperature, config = traced(config, assistant_prefix)
     if mesh is not None:
-        key, opening, temperature = replicate((key, opening, temperature), mesh)
-    return place(prompts, mesh), key, opening, temperature, config
+        key, assistant_prefix, temperature = replicate((key, assistant_prefix, temperature), mesh)
+    return place(prompts, mesh), key, assistant_prefix, temperature, config
 
 
-def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, Shape]:
+def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
     """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     shards = row_parts(mesh) if mesh is not None else 1
-    batch = prompts.tokens.shape[0] * share(mesh).count
+    batch = prompts.tokens.shape[0] * process_shard(mesh).count
     if batch % shards:
         raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
     if config.in_flight is not None and config.in_flight < batch and config.in_flight % shards:
@@ -417,9 +417,9 @@ def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tu
     return mesh, static_shape(prompts, config, mesh)
 
 
-def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None) -> Shape:
+def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None) -> RolloutShape:
     """What is static about a rollout of prompts on a mesh."""
-    return Shape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_parts(mesh))
+    return RolloutShape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_parts(mesh))
 
 
 def place(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:

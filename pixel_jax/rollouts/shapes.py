@@ -58,7 +58,7 @@ def most_patches(canvas: tuple[int, int], budget: str, config: RolloutConfig) ->
     return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
 
 
-class Shape(NamedTuple):
+class RolloutShape(NamedTuple):
     """What is static about a rollout besides its config."""
 
     prompts: BatchShape
@@ -67,7 +67,7 @@ class Shape(NamedTuple):
     observed: int | None = None  # room for the patches of one image of an observation; None: the most the config allows
 
     @classmethod
-    def of(cls, prompts: BatchShape, config: RolloutConfig, tools: tuple[Tool, ...], shards: int) -> "Shape":
+    def of(cls, prompts: BatchShape, config: RolloutConfig, tools: tuple[Tool, ...], shards: int) -> "RolloutShape":
         """With no room in observations for what cannot be cut out of the prompts' images."""
         shape, canvas = cls(prompts, tools, shards), (prompts.height, prompts.width)
         if any(tool.picture for tool in shape.showing):
@@ -104,7 +104,7 @@ class Budget(NamedTuple):
         return side, side
 
 
-def budgets(config: RolloutConfig, shape: Shape) -> tuple[Budget, Budget]:
+def budgets(config: RolloutConfig, shape: RolloutShape) -> tuple[Budget, Budget]:
     """The budgets of what prompts show, images or frames of videos, and of observations."""
     observed = shape.observed
     if observed is None:

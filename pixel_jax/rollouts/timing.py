@@ -16,7 +16,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
 from pixel_jax.rollouts.materialize import called
 from pixel_jax.rollouts.rollout import layout, place
-from pixel_jax.rollouts.shapes import Shape
+from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, HostPrompts, Prompts, Trajectories, no_calls
 from pixel_jax.rollouts.views import seen_canvases, show_waiting
 
@@ -64,7 +64,7 @@ def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _show(
-    model, prompts: Prompts, calls: Calls, number, pictures: Pictures | None, config: RolloutConfig, shape: Shape
+    model, prompts: Prompts, calls: Calls, number, pictures: Pictures | None, config: RolloutConfig, shape: RolloutShape
 ):
     """What the calls of that number showed, of every row."""
     group = calls.status.shape[0] // len(prompts.canvas_size)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.automaton import Reader, TokenTable
+from pixel_jax.dialog.automaton import CallParser, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.tools.calls import Values, no_values
@@ -31,7 +31,7 @@ STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", 
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "reader"]
+    jax.tree_util.register_dataclass, data_fields=["bytes", "stop"], meta_fields=["observations", "parser"]
 )
 @dataclasses.dataclass(frozen=True)
 class Tables:
@@ -41,11 +41,11 @@ class Tables:
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
     stop: Array  # int32 [k], tokens that end a turn
-    reader: Reader  # static: of the calls of the tools, as the format writes them
+    parser: CallParser  # static: of the calls of the tools, as the format writes them
 
     @property
     def tools(self) -> tuple[Tool, ...]:
-        return self.reader.language.tools
+        return self.parser.language.tools
 
 
 class HostPrompts(NamedTuple):

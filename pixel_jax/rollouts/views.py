@@ -13,7 +13,7 @@ from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, Pictures, draw, longest, places, reach
 from pixel_jax.rollouts.rows import Chunk, for_chunks
-from pixel_jax.rollouts.shapes import Budget, Shape, budgets
+from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.tool import Tool
 
@@ -121,7 +121,7 @@ def show_waiting(
     waiting: jax.Array,
     drawings: Drawings | None,
     config: RolloutConfig,
-    shape: Shape,
+    shape: RolloutShape,
     pictures: Pictures | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.

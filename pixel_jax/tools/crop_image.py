@@ -31,7 +31,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
             (small, TOO_SMALL, (width, height)),
             (~fits, None, ()),
         ),
-        last=(SHOWN, (size[1], size[0], seen.gallery.count - 1, seen.gallery.count)),
+        last=(SHOWN, (size[1], size[0], seen.history.count - 1, seen.history.count)),
         canvas=target.canvas[None],
         region=region[None],
         size=size[None],

@@ -22,7 +22,7 @@ from pixel_jax.tools.tool import Coordinates, Outcome, Tool
 MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
 
 
-class Gallery(NamedTuple):
+class ImageHistory(NamedTuple):
     """The pictures that a row may ask for, in the order the model counts them; entry 0 of a video row is the video itself."""
 
     canvas: jax.Array  # int32 [..., M]
@@ -34,7 +34,7 @@ class Gallery(NamedTuple):
 class Seen(NamedTuple):
     """What one row has been shown."""
 
-    gallery: Gallery
+    history: ImageHistory
     is_video: jax.Array  # bool, it began with the frames of a video
     canvas_size: jax.Array  # int32 [C, 2], (height, width) of the prompt's images or frames
     num_canvases: jax.Array  # int32
@@ -102,22 +102,22 @@ def no_such_image(tool: str) -> tuple[Outcome, Outcome, Outcome]:
 
 def find_target(number: Numbers, seen: Seen, missing: tuple[Outcome, Outcome, Outcome]) -> Target:
     """The picture of this number: an image that was shown, or, before any was, a frame of the video."""
-    gallery, video, target = seen.gallery, seen.is_video, number.signed_units
-    fresh_video = video & (gallery.count == 1)
+    history, video, target = seen.history, seen.is_video, number.signed_units
+    fresh_video = video & (history.count == 1)
     low = jnp.where(video & ~fresh_video, 2, 1)
-    high = jnp.where(fresh_video, seen.num_canvases, gallery.count)
+    high = jnp.where(fresh_video, seen.num_canvases, history.count)
     in_range = (target >= low) & (target <= high)
     index = jnp.where(in_range, target, low) - 1
     frame = jnp.minimum(index, seen.canvas_size.shape[0] - 1)
     return Target(
-        canvas=jnp.where(fresh_video, frame, gallery.canvas[index]),
-        region=jnp.where(fresh_video, whole(seen.canvas_size[frame]), gallery.region[index]),
-        size=gallery.size[jnp.where(fresh_video, 0, index)],
+        canvas=jnp.where(fresh_video, frame, history.canvas[index]),
+        region=jnp.where(fresh_video, whole(seen.canvas_size[frame]), history.region[index]),
+        size=history.size[jnp.where(fresh_video, 0, index)],
         outcomes=(
             (~number.integer, None, ()),
-            (~in_range & ~video, missing[0], (gallery.count,)),
+            (~in_range & ~video, missing[0], (history.count,)),
             (~in_range & fresh_video, missing[1], (seen.num_canvases, target)),
-            (~in_range, missing[2], (gallery.count, target)),
+            (~in_range, missing[2], (history.count, target)),
         ),
     )
 

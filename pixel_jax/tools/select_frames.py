@@ -33,7 +33,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
     chosen = jnp.clip(frames[:MOST] - 1, 0, seen.canvas_size.shape[0] - 1)
     region = whole(seen.canvas_size[chosen])
     size, fits = shown_size(region, limits.select_min_pixels, limits.select_max_pixels, limits.max_side)
-    first = seen.gallery.count
+    first = seen.history.count
     return Answer(
         outcomes=(
             (~seen.is_video, NO_VIDEO, ()),

@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pixel_jax.files import read_bytes, write_file
-from pixel_jax.parallel.processes import everywhere, first, meet
+from pixel_jax.parallel.processes import all_gather, barrier, is_main_process
 from pixel_jax.parallel.sharding import is_variable, shardings, value_of
 from pixel_jax.state_files import read_note, write_json
 from pixel_jax.terminal import warn
@@ -194,7 +194,7 @@ class Checkpoints:
             # A snapshot may share memory with the arrays, and the next step is about to donate them.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
-        if first():  # what was noted about an earlier checkpoint of this name says nothing about this one
+        if is_main_process():  # what was noted about an earlier checkpoint of this name says nothing about this one
             for stale in self.seals.glob(f"{step}.*.json"):
                 stale.unlink()
         items = {"state": ocp.args.StandardSave(named), "host": HostSave(document, arrays)}
@@ -218,7 +218,7 @@ class Checkpoints:
             files = {name: checksum(path) for name, path in self._files(step)}
             path = self.seals / f"{step}.{jax.process_index()}.json"
             write_json(path, {"processes": jax.process_count(), "files": files})
-        if first():
+        if is_main_process():
             kept = {str(step) for step in self.manager.all_steps()}
             for old in self.seals.glob("*.json"):
                 if old.name.split(".")[0] not in kept:
@@ -260,8 +260,8 @@ class Checkpoints:
 
     def _stands(self, step: int, reason: str | None) -> bool:
         """Whether no process has a `reason` against a checkpoint; it is set aside where one has. All processes call it."""
-        meet(f"checkpoint {step} is looked at")  # which takes some longer than others
-        whole = everywhere(reason is None)
+        barrier(f"checkpoint {step} is looked at")  # which takes some longer than others
+        whole = all_gather(reason is None)
         if not whole.all():
             self.set_aside(step, reason or f"says process {int(np.argmin(whole))}")
         return bool(whole.all())
@@ -269,7 +269,7 @@ class Checkpoints:
     def set_aside(self, step: int, reason: str) -> None:
         """Moves a damaged checkpoint to a directory beside the others, where it can be looked at."""
         aside = self.directory.with_name(self.directory.name + ".damaged")
-        if first():
+        if is_main_process():
             aside.mkdir(exist_ok=True)
             target = aside / f"{step}-{len(list(aside.iterdir()))}"
             os.replace(self.directory / str(step), target)

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from pixel_jax.models.lora import combine
-from pixel_jax.parallel.sharding import shardings, share, value_of
+from pixel_jax.parallel.sharding import process_shard, shardings, value_of
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.steps import cast
 
@@ -25,9 +25,9 @@ class Resharder:
     def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
         if target is not None and (source is None or source.devices.size != target.devices.size):
             raise ValueError("rollouts can only lie on another mesh of the same devices as the training's")
-        if target is not None and share(source)[:2] != share(target)[:2]:
+        if target is not None and process_shard(source)[:2] != process_shard(target)[:2]:
             raise ValueError(
-                f"a process has part {share(source)[:2]} of a batch in training, {share(target)[:2]} in rollouts"
+                f"a process has part {process_shard(source)[:2]} of a batch in training, {process_shard(target)[:2]} in rollouts"
             )
         self.source, self.target = source, None if target == source else target
         self.dtype = dtype

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pixel_jax.parallel.sharding import Share, all_rows
+from pixel_jax.parallel.sharding import ProcessShard, all_rows
 from pixel_jax.terminal import warn
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.stages import Scored
@@ -18,7 +18,7 @@ FEW_ROWS = 4  # of a group
 COLD = 0.5  # a temperature at which rows of a group are much alike
 
 
-def lesson_facts(scored: Scored, part: Share) -> dict[str, float]:
+def lesson_facts(scored: Scored, part: ProcessShard) -> dict[str, float]:
     """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed", where it is known what they wrote;
     and, where answers are scored, of groups "all_right" and "all_wrong".
 

@@ -12,8 +12,8 @@ from pixel_jax.data.packed import Packing, Place
 from pixel_jax.data.questions import Asked
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
-from pixel_jax.parallel.processes import first
-from pixel_jax.parallel.sharding import WHOLE, Share, all_rows, local_rows, row_parts, shard_batch, share
+from pixel_jax.parallel.processes import is_main_process
+from pixel_jax.parallel.sharding import WHOLE, ProcessShard, all_rows, local_rows, process_shard, row_parts, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import judged
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -85,7 +85,7 @@ class Asker:
         self.asked, self.by = list(asked), by
         self.limits, self.scorer = judged(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
-        self.part = share(by.mesh)
+        self.part = process_shard(by.mesh)
         parts = max(self.part.count, *(row_parts(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // parts) * parts
 
@@ -98,7 +98,7 @@ class Asker:
             mine = some[self.part.index * own : (self.part.index + 1) * own]
             answers = self._answer(actor, mine)
             rows.append(all_rows(_numbers(mine, answers), self.part))
-            if first():
+            if is_main_process():
                 found += self._draw(mine, answers, self.drawn - len(found))
         return _facts(np.concatenate(rows)), found
 
@@ -200,7 +200,7 @@ class HeldOutLoss:
             rows: of a batch of training, of all processes together.
         """
         self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
-        self.part = share(mesh)
+        self.part = process_shard(mesh)
         parts = 1 if mesh is None else row_parts(mesh)
         most = max(map(len, packing.order.packed(0)))
         self.rows = -(-min(rows // (forward.micro_batches or 1), most) // parts) * parts
@@ -246,7 +246,7 @@ class Together:
 
 
 def draw_rollouts(
-    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: Share = WHOLE
+    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: ProcessShard = WHOLE
 ) -> list[Trace]:
     """The conversations of some of this process's rows, with their rewards and advantages.
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 
 from pixel_jax.identity import RunError, settle
-from pixel_jax.parallel.processes import first, say
+from pixel_jax.parallel.processes import is_main_process, say
 from pixel_jax.terminal import warn
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
@@ -44,7 +44,7 @@ class Watch(Protocol):
         """`done` steps are behind `state`; `log` takes facts, and is None where nothing is written."""
 
 
-class Laps:
+class Timer:
     """Where the time of a step goes: `seconds_NAME` for each lap, and `seconds` for all."""
 
     def __init__(self):
@@ -122,7 +122,7 @@ class Loop:
         self.done = 0
         self.told = False  # to go, in the step that was under way
         self.before: dict[str, Any] = {}  # the states of `work.host` before it
-        self.progress = Progress(work.label, work.steps) if first() else None
+        self.progress = Progress(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
         self.checkpoints: Checkpoints | None = None
         self.base: dict[str, str] = {}
@@ -160,7 +160,7 @@ class Loop:
             self._settle(latest)
             if latest is not None:
                 self._go_back()
-            if first():
+            if is_main_process():
                 self.log = open_writers(self.directory, self.done, self.keeping.writers, self.work.label)
                 self._closing.callback(self.log.close)
         if self.watch is not None:
@@ -222,7 +222,7 @@ class Loop:
                 f"{self.directory}: {latest} steps are done, the configuration says {self.work.steps}: a run does not go "
                 "back; choose another directory"
             )
-        if first():
+        if is_main_process():
             identity = self.keeping.identity
             settle(
                 self.directory,

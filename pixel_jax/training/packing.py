@@ -6,7 +6,7 @@ import numpy as np
 
 from pixel_jax.config import positive
 from pixel_jax.models.inputs import Visual
-from pixel_jax.parallel.processes import everywhere
+from pixel_jax.parallel.processes import all_gather
 from pixel_jax.training.batch import Batch, pad_rows
 
 
@@ -42,7 +42,7 @@ class PackingConfig:
 def pack_rows(batch: Batch, config: PackingConfig) -> Batch:
     """`pack` to the shape that `config` declares."""
     packed = pack(batch, length=config.length, slices=config.slices, frames=2 * config.slices)
-    most = int(everywhere(len(packed.tokens)).max())  # processes with different rows share one program
+    most = int(all_gather(len(packed.tokens)).max())  # processes with different rows share one program
     return pad_rows(packed, config.rows * -(-most // config.rows))
 
 

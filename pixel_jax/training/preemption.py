@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 from pixel_jax import signals
-from pixel_jax.parallel.processes import everywhere
+from pixel_jax.parallel.processes import all_gather
 
 T = TypeVar("T")
 CODE = 42  # exit code of a run that was preempted and saved itself: started again, it goes on
@@ -42,7 +42,7 @@ class Notice:
     def reached(self) -> bool:
         """Whether the run is to stop here. All processes ask at the same places, after every step at least, and are told the
         same."""
-        return bool(everywhere(self.given).any())
+        return bool(all_gather(self.given).any())
 
     def obey(self) -> None:
         """`Preempted` if the run is to stop here: asked in a step, as long as it can be given up."""

@@ -11,8 +11,8 @@ import numpy as np
 import safetensors.numpy
 
 from pixel_jax.config import positive
-from pixel_jax.parallel.processes import exchange
-from pixel_jax.parallel.sharding import WHOLE, Share, all_rows
+from pixel_jax.parallel.processes import all_to_all
+from pixel_jax.parallel.sharding import WHOLE, ProcessShard, all_rows
 from pixel_jax.rollouts.drawings import Drawings
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.materialize import PatchSource, VisualRecord
@@ -62,7 +62,7 @@ class Replay:
     draws the same, each keeps the rows that it rolled out, and those that another is to train on are sent there.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int, part: Share = WHOLE):
+    def __init__(self, config: ReplayConfig, seed: int, part: ProcessShard = WHOLE):
         self.config, self.part = config, part
         self.random = np.random.default_rng(seed)
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
@@ -140,7 +140,7 @@ class Replay:
             for to, processes in enumerate(part.processes):
                 theirs = range(to * size, (to + 1) * size) if to != part.index else ()
                 parcels[processes[rank]] = pack({i: entries[i].row for i in theirs if entries[i].owner == part.index})
-            for parcel in exchange(parcels):
+            for parcel in all_to_all(parcels):
                 found |= unpack(parcel)
         return side_by_side([found[i] for i in wanted])
 

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
-from pixel_jax.parallel.sharding import shard_batch, share
+from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.lessons import Lessons, lesson_facts
-from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Laps, Loop, Watch, Work
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.packing import PackingConfig
@@ -108,7 +108,7 @@ class Learner:
         rollout_mesh: Mesh | None = None,
     ):
         self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
-        self.part = share(mesh)
+        self.part = process_shard(mesh)
         self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
         temperatures = {
             "temperature": config.rollout.temperature,
@@ -119,7 +119,7 @@ class Learner:
         self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
         self.replay = Replay(config.replay, config.seed, self.part)
         self.throughput = Throughput(model, config.trainable, mesh)
-        self.laps = Laps()  # of the iteration under way
+        self.laps = Timer()  # of the iteration under way
 
     def begin(self, model) -> TrainState:
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
@@ -137,7 +137,7 @@ class Learner:
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
         """Iteration `i`: every stage in turn. One that is told to go before its updates is given up."""
-        stages, self.laps = self.stages, Laps()
+        stages, self.laps = self.stages, Timer()
         questions = self.ask(i)
         self.laps.lap("input")
         collected = stages.collect(self, state, questions)
@@ -175,7 +175,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
         "finished": np.mean(t.stop == STOP_ANSWER),
         # Share of this process's rows with a turn that looks like a call and is none in the format that is read.
         "unrecognised_calls": unrecognised_rate(
-            [row.response for row in scored.rows], scored.collected.questions.prompts.tables.reader.language
+            [row.response for row in scored.rows], scored.collected.questions.prompts.tables.parser.language
         ),
     }
     return {name: float(x) for name, x in facts.items() if x is not None}

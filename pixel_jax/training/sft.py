@@ -11,9 +11,9 @@ from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
-from pixel_jax.parallel.sharding import WHOLE, Share, shard_batch, share
+from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
-from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Laps, Loop, Watch, Work
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
@@ -58,7 +58,7 @@ class Shuffled:
     """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
     an epoch is completed from the next one. With several processes, each takes its `part` of a batch."""
 
-    def __init__(self, rows: Batch, batch_size: int, seed: int, part: Share = WHOLE):
+    def __init__(self, rows: Batch, batch_size: int, seed: int, part: ProcessShard = WHOLE):
         self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
         self.size = rows.tokens.shape[0]
         self.position = 0
@@ -104,9 +104,9 @@ class Tuning:
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        laps = Laps()
+        laps = Timer()
         batch = NOTICE.next(self.data)
-        rows = batch.tokens.shape[0] * share(self.mesh).count
+        rows = batch.tokens.shape[0] * process_shard(self.mesh).count
         if rows != self.config.batch_size:
             raise ValueError(f"a batch of {rows} rows, the configuration says {self.config.batch_size}")
         laps.lap("input")

@@ -21,7 +21,7 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import all_rows, local_rows
 from pixel_jax.rollouts.materialize import VisualRecord, materialize
 from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
-from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, Trajectories
 from pixel_jax.training.advantages import group_advantage, informative
@@ -52,7 +52,7 @@ class Collected(NamedTuple):
     questions: Questions
     trajectories: Trajectories[VisualRecord]  # this process's rows
     records: Trajectories[VisualRecord]  # of all processes
-    shape: Shape  # what is static about the rollout
+    shape: RolloutShape  # what is static about the rollout
     facts: Mapping[str, float] = {}  # for the metrics
 
     @property

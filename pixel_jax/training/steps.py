@@ -73,7 +73,7 @@ class ForwardConfig:
         )
 
 
-class Report(NamedTuple):
+class StepReport(NamedTuple):
     """What a step says about itself."""
 
     metrics: dict[str, jax.Array]  # float32 []
@@ -93,7 +93,7 @@ def check_rows(values, what: str) -> None:
         raise NonFiniteError(f"{what} of {bad.size} of {len(values)} rows is not finite ({shown})")
 
 
-def check_report(report: Report, step: int) -> dict[str, float]:
+def check_report(report: StepReport, step: int) -> dict[str, float]:
     """The metrics as floats. Waits for the step; a loss or gradient that is not finite stops with the rows at fault."""
     check_rows(report.rows, f"step {step}: the loss")
     metrics = {name: float(x) for name, x in jax.device_get(report.metrics).items()}
@@ -238,7 +238,7 @@ def make_step(
     config: ForwardConfig,
     mesh: Mesh | None,
     name: str,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """One update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
 
     The state is donated.
@@ -267,7 +267,7 @@ def make_step(
             "tokens": value.sums["tokens"],
         }
         rows = jnp.where(batch.weight > 0, value.rows, 0.0)
-        return new, Report(metrics, constrain(rows, mesh))  # whole on every device: any process can look at it
+        return new, StepReport(metrics, constrain(rows, mesh))  # whole on every device: any process can look at it
 
     step.__name__ = name
     return jax.jit(step, donate_argnums=0)
@@ -279,7 +279,7 @@ def make_sft_step(
     *,
     normalizer: Literal["row", "token"] = "row",
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """(state, batch) -> (state, report): one step of supervised tuning on the chosen tokens. `advantage` is not read."""
 
     def loss(model, batch: Batch) -> Loss:
@@ -299,7 +299,7 @@ def make_rl_step(
     temperature: float = 1.0,
     later_temperature: float | None = None,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Report]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """(state, batch) -> (state, report): one clipped policy-gradient step; temperatures are those of the rollout.
 
     With `loss_config.kl` the model has adapters, and the policy stays near what it is without them: the reference's

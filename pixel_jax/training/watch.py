@@ -21,7 +21,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import Trace
 from pixel_jax.files import write_file
-from pixel_jax.parallel.processes import everywhere, first, say
+from pixel_jax.parallel.processes import all_gather, is_main_process, say
 from pixel_jax.state_files import LineLog, read_lines, read_note, to_json, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
@@ -112,13 +112,13 @@ class Watch:
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))
         due = self.interval and (done % self.interval == 0 or done == self.steps)
-        if due and not everywhere(np.array(done in self.seen))[0]:
+        if due and not all_gather(np.array(done in self.seen))[0]:
             self._look(state, done, log)
 
     def _begin(self, start: int) -> None:
         """Forgets looks at steps that are about to be done again."""
         self.begun, self.seen = True, {}
-        if not first():
+        if not is_main_process():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         self.seen = {x["done"]: x for x in read_lines(self.directory / LOOKS, done=int) if x["done"] <= start}
@@ -151,14 +151,14 @@ class Watch:
     def _keep_best(self, state: TrainState, done: int, facts: Mapping[str, float]) -> None:
         """All processes see the same `facts`; what was best before, the first one has noted."""
         value = facts.get(self.best, float("nan"))
-        note = read_note(self.directory / BEST) if first() else None
+        note = read_note(self.directory / BEST) if is_main_process() else None
         before = note["value"] if note is not None and note.get("by") == self.best else float("nan")
-        before = float(everywhere(np.float64(before))[0])
+        before = float(all_gather(np.float64(before))[0])
         sign = BETTER[self.best]
         if np.isnan(value) or sign * value <= sign * before:  # the first of equals
             return
         self.save(state, self.directory.parent / "best")
-        if first():
+        if is_main_process():
             write_json(self.directory / BEST, {"done": done, "by": self.best, "value": value})
             say(f"the model of step {done} is the best so far: {self.best} {value:.4g}")
 
@@ -167,7 +167,7 @@ class Watch:
         weighed = advantages(learner, state, scored)
         questions, limits = scored.collected.questions, learner.config.rollout
         count = min(self.config.drawn, limits.group_size)
-        if first() and count:
+        if is_main_process() and count:
             start = questions.iteration % len(questions.examples) * limits.group_size
             rows = range(start, start + count)
             self._keep(

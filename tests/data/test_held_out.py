@@ -8,7 +8,7 @@ from pixel_jax.data.example import Example
 from pixel_jax.data.held_out import FILE, choose, keys_of, settled
 from pixel_jax.training.watch import WatchConfig
 from pixel_jax.watching import hold_out
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 KEYS = st.lists(st.sampled_from([f"k{i}" for i in range(12)]), max_size=40)
 
@@ -39,7 +39,7 @@ def test_examples_about_the_same_pictures_go_together(tmp_path):
     from PIL import Image
 
     for name, seed in (("a", 0), ("b", 1), ("copy of a", 0)):
-        Image.fromarray(talker.image(seed, 30, 40)).save(tmp_path / f"{name}.png")
+        Image.fromarray(scripted_model.image(seed, 30, 40)).save(tmp_path / f"{name}.png")
     example = lambda question, *names: Example("i", question, tuple(tmp_path / f"{x}.png" for x in names), ("7",))
     rows = [example("one?", "a"), example("two?", "b"), example("three?", "copy of a"), example("four?", "a", "b")]
     with Digests(tmp_path / "digests.json") as digests:
@@ -64,7 +64,7 @@ def test_a_file_to_judge_by_has_the_names_of_the_data(tmp_path):
     """`columns` are of both files: the format of `data_eval` is that of `data`."""
     from PIL import Image
 
-    Image.fromarray(talker.image(0, 30, 40)).save(tmp_path / "a.png")
+    Image.fromarray(scripted_model.image(0, 30, 40)).save(tmp_path / "a.png")
     path = tmp_path / "judging.jsonl"
     path.write_text('{"prompt": "Which digit?", "images": ["a.png"], "answer": "7"}\n')
     given = {"seed": 0, "turns": False, "columns": {"question": "prompt"}}

@@ -14,7 +14,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from pixel_jax.data.digests import Digests, digest_rows
-from pixel_jax.data.example import ExampleError, Report
+from pixel_jax.data.example import ExampleError, ReadReport
 from pixel_jax.data.messages import read_dialogue
 from pixel_jax.data.own import read_own
 from pixel_jax.data.read import read_examples
@@ -82,7 +82,7 @@ def test_a_conversation_means_the_same_in_every_style(folder, question, pictures
     said = [*[f"{x}{CALL}" for x in thoughts], END]
     for style in STYLES:
         row = json.loads(json.dumps(in_style(style, question, pictures, said, first)))
-        example = read_row(row, "here:1", folder, report=Report("here"))
+        example = read_row(row, "here:1", folder, report=ReadReport("here"))
         assert (example.question, example.answer, example.fields) == (question, ("7",), {"box": [1, 2]})
         assert [turn.parts for turn in example.turns] == [((text, True),) for text in said]
         assert example.text_first is (not first) and not example.video
@@ -101,7 +101,7 @@ def test_calls_weights_videos_and_other_system_messages(folder):
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "image_url", "image_url": url(0)}]},
         {"role": "assistant", "content": END, "weight": 0},
     ]
-    report = Report("here")
+    report = ReadReport("here")
     row = {"messages": messages, "images": ["a.png", "b.png", "a.png"], "video": True, "seconds": 2}
     example = read_row(row, "here:1", folder, turns=True, report=report)
     assert example.video and len(example.images) == 3 and example.seconds == 2 and example.answer == ("7",)
@@ -157,7 +157,7 @@ BAD = {
 def test_a_bad_conversation_is_named_in_a_line(folder, case):
     messages, why = BAD[case]
     with pytest.raises(ExampleError, match=why) as caught:
-        read_row({"messages": messages, "answer": "7"}, "here:3", folder, report=Report("here"))
+        read_row({"messages": messages, "answer": "7"}, "here:3", folder, report=ReadReport("here"))
     assert str(caught.value).startswith("here:3") and "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
@@ -308,7 +308,7 @@ def test_a_format_without_names_writes_one_tool(folder):
     with pytest.raises(
         ExampleError, match="'mini_o3' have no name and are all of 'crop_image_normalized', not of 'rotate'"
     ):
-        read_row({"messages": messages}, "here:1", folder, language=LANGUAGES["mini_o3"], report=Report("here"))
+        read_row({"messages": messages}, "here:1", folder, language=LANGUAGES["mini_o3"], report=ReadReport("here"))
 
 
 def test_an_evaluation_keeps_further_fields_and_reads_the_format(folder):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixel_jax.data.example import Report
+from pixel_jax.data.example import ReadReport
 from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import Measured, bucket_shapes, training_work
@@ -17,7 +17,7 @@ from pixel_jax.data.traces import TraceError, to_trajectories
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from tests.data import released_files as files
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.training.tiny_model import tiny_config
 
 LARGEST = BatchShape(tokens=1024, images=6, slices=6, patches=16)
@@ -88,10 +88,12 @@ def examples(tmp_path_factory):
 
 
 def packing(examples, lengths=(384,), size=2, drop=False, largest=LARGEST):
-    report = Report("here", drop)
+    report = ReadReport("here", drop)
     buckets = bucket_shapes(lengths, largest)
-    words = talker.vocabulary()
-    made = Packing(examples, words, talker.token_tables(), talker.CONFIG, buckets, size=size, seed=0, report=report)
+    words = scripted_model.vocabulary()
+    made = Packing(
+        examples, words, scripted_model.token_tables(), scripted_model.CONFIG, buckets, size=size, seed=0, report=report
+    )
     return made, report
 
 
@@ -121,9 +123,9 @@ def test_packed_rows_are_the_traces(packed, examples):
     assert len(rows) < len(examples) and len({place.bucket for place in rows}) == 2
     alone = to_trajectories(
         [x.trace(x.query()) for x in packed.examples],
-        talker.vocabulary(),
-        talker.token_tables(),
-        talker.CONFIG,
+        scripted_model.vocabulary(),
+        scripted_model.token_tables(),
+        scripted_model.CONFIG,
         LARGEST._replace(tokens=2048),
     )
     for place in rows:
@@ -208,8 +210,8 @@ def test_rows_of_shapes_that_are_worked_out(examples):
     """Every trace has a row, and what alone would fill the memory is named or left out."""
     work = training_work(tiny_config())
     takes = lambda shape: shape.tokens
-    report = Report("here", drop=True)
-    given = talker.vocabulary(), talker.token_tables(), talker.CONFIG
+    report = ReadReport("here", drop=True)
+    given = scripted_model.vocabulary(), scripted_model.token_tables(), scripted_model.CONFIG
     longest = max(row.shape.tokens for row in packing(examples, ())[0].rows)
     made = Packing(examples, *given, Measured(work, 2, longest, takes), size=2, seed=0, report=report)
     assert len(made.rows) == len(examples) and not report.dropped
@@ -221,4 +223,4 @@ def test_rows_of_shapes_that_are_worked_out(examples):
     made = Packing(examples, *given, by, size=2, seed=0, report=report)
     assert len(made.rows) + len(report.dropped) == len(examples) and "config.rollout.max_pixels" in report.dropped[0]
     with pytest.raises(TraceError, match=r"takes \d+ tokens and .*; to tune on it would take 0.00 GiB of a device"):
-        Packing(examples, *given, by, size=2, seed=0, report=Report("here"))
+        Packing(examples, *given, by, size=2, seed=0, report=ReadReport("here"))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.rooms import Fitter
@@ -18,7 +18,7 @@ from pixel_jax.rollouts.images import pad
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts, prompt_tokens
 from pixel_jax.rollouts.shapes import prompt_shape
 from tests.data import released_files as files
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 WIDTH, CANVAS = 96, (4, 192, 192)
 
@@ -28,16 +28,18 @@ def examples(tmp_path_factory):
     return read_examples(files.write_questions(tmp_path_factory.mktemp("questions")), turns=False)[0]
 
 
-def both(*room, config=talker.CONFIG):
+def both(*room, config=scripted_model.CONFIG):
     """The same room for pictures and for videos."""
     return [prompt_shape(*room, config, video=video) for video in (False, True)]
 
 
-def first(examples, index=0, processes=1, size=4, config=talker.CONFIG):
+def first(examples, index=0, processes=1, size=4, config=scripted_model.CONFIG):
     data = question_batches(
-        find_rooms(examples, both(*CANVAS, WIDTH, config=config), talker.vocabulary(), config, Report("here")),
-        talker.vocabulary(),
-        talker.token_tables(),
+        find_rooms(
+            examples, both(*CANVAS, WIDTH, config=config), scripted_model.vocabulary(), config, ReadReport("here")
+        ),
+        scripted_model.vocabulary(),
+        scripted_model.token_tables(),
         config,
         size=size,
         seed=0,
@@ -58,9 +60,9 @@ def test_a_batch_is_what_build_prompts_makes_of_its_questions(examples):
         assert sizes == [[image.shape[:2] for image in x.query().images] for x in asked]
         expected = build_prompts(
             [x.query() for x in asked],
-            talker.vocabulary(),
-            talker.token_tables(),
-            talker.CONFIG,
+            scripted_model.vocabulary(),
+            scripted_model.token_tables(),
+            scripted_model.CONFIG,
             shape=prompts.shape,
         )
         padded = lambda prompts: prompts._replace(images=pad(prompts.images, prompts.shape))
@@ -84,7 +86,7 @@ def test_processes_build_the_parts(examples):
         )  # `uid` is told apart where they meet, in `rl`
 
 
-LARGE = dataclasses.replace(talker.CONFIG, max_pixels=24 * 28**2, max_side=224)
+LARGE = dataclasses.replace(scripted_model.CONFIG, max_pixels=24 * 28**2, max_side=224)
 TEXT = 66  # tokens of a prompt without its question and its image
 SIDES = st.integers(28, 400)
 
@@ -94,7 +96,7 @@ def outline(*sizes, question="", video=False):
 
 
 def tokens(query, config=LARGE):
-    return len(prompt_tokens(query, talker.vocabulary(), config))
+    return len(prompt_tokens(query, scripted_model.vocabulary(), config))
 
 
 @given(SIDES, SIDES, st.integers(0, 40))
@@ -105,10 +107,10 @@ def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
     query = outline((height, width), question="?" * words)
     if text >= room.tokens:
         with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {room.tokens}"):
-            Fitter(talker.vocabulary(), LARGE).fit(query, room)
+            Fitter(scripted_model.vocabulary(), LARGE).fit(query, room)
         return
     try:
-        found = Fitter(talker.vocabulary(), LARGE).fit(query, room)
+        found = Fitter(scripted_model.vocabulary(), LARGE).fit(query, room)
     except PromptError:
         assert room.tokens - text < 8 * max(height / width, width / height)  # a thin picture has many tokens
         return
@@ -125,8 +127,8 @@ def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
 
 
 ROOMS = (
-    prompt_shape(1, 192, 192, 96, talker.CONFIG, video=False),
-    prompt_shape(4, 64, 64, 128, talker.CONFIG, video=True),
+    prompt_shape(1, 192, 192, 96, scripted_model.CONFIG, video=False),
+    prompt_shape(4, 64, 64, 128, scripted_model.CONFIG, video=True),
 )
 
 
@@ -134,7 +136,7 @@ def some_examples(tmp_path):
     """Two questions about images, one of them large, one about two frames, and one about nothing that can be read."""
     sizes = {"a": (40, 60), "b": (700, 500), "c": (40, 60), "d": (40, 60)}
     for name, size in sizes.items():
-        Image.fromarray(talker.image(1, *size)).save(tmp_path / f"{name}.png")
+        Image.fromarray(scripted_model.image(1, *size)).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     of = lambda name, *files, **more: Example(name, "?", tuple(tmp_path / f"{x}.png" for x in files), ("7",), **more)
     return [of("one", "a"), of("large", "b"), of("clip", "c", "d", video=True), of("broken", "broken")]
@@ -142,26 +144,36 @@ def some_examples(tmp_path):
 
 def test_every_question_has_a_room_or_is_counted(tmp_path):
     rooms = ROOMS
-    given = some_examples(tmp_path), rooms, talker.vocabulary(), talker.CONFIG
+    given = some_examples(tmp_path), rooms, scripted_model.vocabulary(), scripted_model.CONFIG
     with pytest.raises(PromptError, match=r"broken: .*broken.png cannot be read"):
-        find_rooms(*given, Report("here"))
-    report = Report("here", drop=True)
+        find_rooms(*given, ReadReport("here"))
+    report = ReadReport("here", drop=True)
     asked = find_rooms(*given, report)
     assert [(x.example.id, x.room) for x in asked] == [("one", rooms[0]), ("large", rooms[0]), ("clip", rooms[1])]
     assert asked[1].fit.sizes == [(192, 137)] and report.mended == {"a picture was made smaller to fit its room": 1}
     assert len(report.dropped) == 1 and report.dropped[0].startswith("broken: ")
     with pytest.raises(PromptError, match="no question is left. here: 1 rows dropped"):
-        find_rooms(given[0][3:], *given[1:], Report("here", drop=True))
+        find_rooms(given[0][3:], *given[1:], ReadReport("here", drop=True))
     with pytest.raises(PromptError, match="clip: 2 images are more than the 1 there is room for .config.canvas and"):
-        find_rooms(given[0][2:3], both(1, 192, 192, 96), *given[2:], Report("here"))
+        find_rooms(given[0][2:3], both(1, 192, 192, 96), *given[2:], ReadReport("here"))
     with pytest.raises(PromptError, match="clip: there is no room for videos"):
-        find_rooms(given[0][2:3], rooms[:1], *given[2:], Report("here"))
+        find_rooms(given[0][2:3], rooms[:1], *given[2:], ReadReport("here"))
 
 
 def test_a_batch_is_of_one_room(tmp_path):
     rooms = ROOMS
-    asked = find_rooms(some_examples(tmp_path)[:3], rooms, talker.vocabulary(), talker.CONFIG, Report("here"))
-    data = question_batches(asked, talker.vocabulary(), talker.token_tables(), talker.CONFIG, size=2, seed=0, threads=1)
+    asked = find_rooms(
+        some_examples(tmp_path)[:3], rooms, scripted_model.vocabulary(), scripted_model.CONFIG, ReadReport("here")
+    )
+    data = question_batches(
+        asked,
+        scripted_model.vocabulary(),
+        scripted_model.token_tables(),
+        scripted_model.CONFIG,
+        size=2,
+        seed=0,
+        threads=1,
+    )
     kinds = set()
     for prompts, asked, _ in (next(data) for _ in range(8)):
         assert len(set(prompts.is_video.tolist())) == 1 and len(asked) == 2

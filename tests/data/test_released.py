@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixel_jax.data import released
-from pixel_jax.data.example import ExampleError, Report
+from pixel_jax.data.example import ExampleError, ReadReport
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.sources import Folder, Member, SourceError, read_bytes
@@ -336,7 +336,7 @@ def test_any_json_is_an_example_or_refused_by_name(folder, values, place, which)
     row = copy.deepcopy(files.traces()[which])
     row["message_list"][place : place + 1] = values
     try:
-        example = released.trace_example(row, "here", folder, Report("here"))
+        example = released.trace_example(row, "here", folder, ReadReport("here"))
     except (ExampleError, SourceError) as error:
         assert str(error)
     else:

@@ -12,7 +12,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query, tables
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import take_rows
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 WIDTH, HEIGHT = 400, 300
 REFERENCE = (0.5, 0.4, 0.62, 0.56)
@@ -171,8 +171,8 @@ def test_mistakes_are_read_and_not_learned(carried_out, vocabulary):
 def test_every_kind_is_carried_out_without_error(carried_out):
     traces, t = carried_out
     for row, trace in enumerate(traces):
-        seen = [outcome for outcome in talker.outcomes(t)[row] if outcome]
-        shows = talker.SELECTED if trace.query.is_video else talker.CROPPED
+        seen = [outcome for outcome in scripted_model.outcomes(t)[row] if outcome]
+        shows = scripted_model.SELECTED if trace.query.is_video else scripted_model.CROPPED
         assert seen == [shows] * (len(trace.turns) - 1)
         assert t.num_calls[row] == len(seen)
 

@@ -15,7 +15,7 @@ from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from tests.data import released_files as files
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -141,15 +141,15 @@ def test_without_tfds_the_extra_is_named(tmp_path, monkeypatch):
 
 def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
     """Stored bytes through the packer and the prompt builder, against the released files themselves."""
-    words, tables = talker.vocabulary(), talker.token_tables()
+    words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
     room, reading = BatchShape(tokens=1024, images=12, slices=12, patches=64), {"threads": 2, "ahead": 4}
 
     def traces(path):
         examples, report = read_examples(path, turns=True)
         options = {"size": 2, "seed": 0, "report": report}
-        return Packing(examples, words, tables, talker.CONFIG, (room,), **options).batches(0, 1, **reading)
+        return Packing(examples, words, tables, scripted_model.CONFIG, (room,), **options).batches(0, 1, **reading)
 
-    shapes = [prompt_shape(4, 192, 192, 96, talker.CONFIG, video=video) for video in (False, True)]
+    shapes = [prompt_shape(4, 192, 192, 96, scripted_model.CONFIG, video=video) for video in (False, True)]
 
     def questions(path):
         examples, report = read_examples(path, turns=False)
@@ -157,10 +157,10 @@ def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
             examples,
             shapes,
             words,
-            talker.CONFIG,
+            scripted_model.CONFIG,
             report,
         )
-        return question_batches(asked, words, tables, talker.CONFIG, size=4, seed=0, **reading)
+        return question_batches(asked, words, tables, scripted_model.CONFIG, size=4, seed=0, **reading)
 
     for name, file, batches in (("traces", "release.json", traces), ("questions", "release.parquet", questions)):
         directory = prepare(manual, tmp_path, f"pixel_reasoner_{name}", "strict")

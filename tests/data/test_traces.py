@@ -13,31 +13,33 @@ from pixel_jax.dialog.template import SPECIAL_TOKENS
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus, take_rows
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
-QUERIES = talker.queries(4, video=True)
+QUERIES = scripted_model.queries(4, video=True)
 ROOM = BatchShape(tokens=1200, images=12, slices=12, patches=16)
 
 
 @pytest.fixture(scope="module")
 def rolled():
-    """Rows that answered or ran out of calls, images and videos among them, as the talker chose them."""
-    prompts = talker.prompts(4, video=True)
-    t = talker.with_pixels(rollout(talker.model(), prompts, jax.random.key(7), talker.CONFIG), prompts)
+    """Rows that answered or ran out of calls, images and videos among them, as the scripted model chose them."""
+    prompts = scripted_model.prompts(4, video=True)
+    t = scripted_model.with_pixels(
+        rollout(scripted_model.model(), prompts, jax.random.key(7), scripted_model.CONFIG), prompts
+    )
     return take_rows(t, np.isin(t.stop, (STOP_ANSWER, STOP_CALLS)))
 
 
 def turns_of(t, row):
     """The assistant's turns as text."""
-    words, turns, open_turn = talker.vocabulary(), [], False
+    words, turns, open_turn = scripted_model.vocabulary(), [], False
     for token, chosen in zip(t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]], strict=True):
         if chosen:
             turns = turns if open_turn else [*turns, []]
             turns[-1].append(int(token))
         open_turn = chosen
     texts = [words.to_bytes(ids).decode() for ids in turns]
-    assert all(text.endswith(talker.END) for text in texts)
-    return [text.removesuffix(talker.END) for text in texts]
+    assert all(text.endswith(scripted_model.END) for text in texts)
+    return [text.removesuffix(scripted_model.END) for text in texts]
 
 
 def trace_of(t, row):
@@ -52,12 +54,14 @@ def written(rolled):
 
 
 # A video that is asked about for as long as any trace: all calls of this module are answered by one program.
-COMPANY = Trace(QUERIES[1], (*[right(talker.SELECT + "17]" + talker.CLOSE)] * 3, right("\\boxed{3}")), "3")
+COMPANY = Trace(
+    QUERIES[1], (*[right(scripted_model.SELECT + "17]" + scripted_model.CLOSE)] * 3, right("\\boxed{3}")), "3"
+)
 
 
-def compile_traces(found, room=ROOM, config=talker.CONFIG):
+def compile_traces(found, room=ROOM, config=scripted_model.CONFIG):
     """The rows of the traces, and of one more."""
-    return to_trajectories([*found, COMPANY], talker.vocabulary(), talker.token_tables(), config, room)
+    return to_trajectories([*found, COMPANY], scripted_model.vocabulary(), scripted_model.token_tables(), config, room)
 
 
 def items(t, row):
@@ -71,7 +75,7 @@ def items(t, row):
 def test_the_rollout_did_enough(rolled):
     """Otherwise the comparisons below say little."""
     assert len(rolled.tokens) >= 8 and set(rolled.num_calls.tolist()) >= {0, 1, 2}
-    assert {talker.CROPPED, talker.SELECTED} <= set(talker.outcomes(rolled).ravel())
+    assert {scripted_model.CROPPED, scripted_model.SELECTED} <= set(scripted_model.outcomes(rolled).ravel())
     assert len(set(rolled.calls.outcome[rolled.calls.status == CallStatus.FAILED])) >= 2
     assert (rolled.stop == STOP_CALLS).any() and (rolled.visual.seconds > 0).any()
 
@@ -118,7 +122,7 @@ def test_a_row_does_not_depend_on_its_neighbours(written):
         jax.tree.map(lambda x, y, name=name: np.testing.assert_array_equal(x, y, err_msg=name), a, b)
 
 
-CROP = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+CROP = scripted_model.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + scripted_model.CLOSE
 
 
 def spans(t, row=0):
@@ -126,7 +130,7 @@ def spans(t, row=0):
     tokens, chosen = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
     cuts = np.flatnonzero(np.diff(chosen)) + 1
     return [
-        (bool(flag[0]), talker.vocabulary().to_bytes(ids).decode())
+        (bool(flag[0]), scripted_model.vocabulary().to_bytes(ids).decode())
         for ids, flag in zip(np.split(tokens, cuts), np.split(chosen, cuts), strict=True)
     ]
 
@@ -138,17 +142,17 @@ def test_parts_are_learned_or_only_read():
         Turn((("\\boxed{", False), ("7", True)), ends=False),
     )
     found = spans(compile_traces([Trace(QUERIES[0], turns, "7")]))
-    assert [text for learned, text in found if learned] == [CROP + talker.END, "7"]
+    assert [text for learned, text in found if learned] == [CROP + scripted_model.END, "7"]
     (_, first), *_, (_, last) = [span for span in found if not span[0]]
-    assert first.endswith("assistant\nI see nothing.") and CROP + talker.END in first
+    assert first.endswith("assistant\nI see nothing.") and CROP + scripted_model.END in first
     assert last.endswith("assistant\n\\boxed{")  # nothing ends the last turn: the row stops in it
 
 
 def test_what_is_executed_may_differ_from_what_is_written():
-    other = talker.CROP + "0.10, 0.20, 0.71, 1.0" + '], "target_image": 1' + talker.CLOSE
+    other = scripted_model.CROP + "0.10, 0.20, 0.71, 1.0" + '], "target_image": 1' + scripted_model.CLOSE
     turns = (right(other), right(CROP), Turn(((CROP, True),), executed=other))
     t = compile_traces([Trace(QUERIES[0], (turn, right("x")), "7") for turn in turns])
-    assert spans(t, 2)[1] == (True, CROP + talker.END)
+    assert spans(t, 2)[1] == (True, CROP + scripted_model.END)
     np.testing.assert_array_equal(t.calls.source.region[2], t.calls.source.region[0])
     assert (t.calls.source.region[1] != t.calls.source.region[0]).any()
     np.testing.assert_array_equal(items(t, 2)[1], items(t, 0)[1])
@@ -156,7 +160,7 @@ def test_what_is_executed_may_differ_from_what_is_written():
 
 def test_pixels_of_a_box_are_those_of_the_picture_that_is_shown():
     """The same crops, asked for in shares and in pixels of what the row shows: of its image and of a crop of it."""
-    call = lambda box, target: talker.CROP + f'{box}], "target_image": {target}' + talker.CLOSE
+    call = lambda box, target: scripted_model.CROP + f'{box}], "target_image": {target}' + scripted_model.CLOSE
     shares = call("0.5, 0.25, 1, 1", 1), call("0.25, 0.5, 1, 1", 2)
     (first, *_), t = QUERIES[0].images, compile_traces([Trace(QUERIES[0], (*map(right, shares), right("x")), "7")])
     sizes = (t.visual.grids[0, :2, 1:] * 14).tolist()
@@ -165,7 +169,7 @@ def test_pixels_of_a_box_are_those_of_the_picture_that_is_shown():
         f"{x1 * w}, {y1 * h}, {w}, {h}" for (x1, y1), (h, w) in zip([(0.5, 0.25), (0.25, 0.5)], sizes, strict=True)
     ]
     again = compile_traces([Trace(QUERIES[0], (right(call(boxes[0], 1)), right(call(boxes[1], 2)), right("x")), "7")])
-    assert talker.outcomes(t)[0, :2].tolist() == [talker.CROPPED] * 2
+    assert scripted_model.outcomes(t)[0, :2].tolist() == [scripted_model.CROPPED] * 2
     np.testing.assert_array_equal(again.calls.source.region[0], t.calls.source.region[0])
     for mine, theirs in zip(items(again, 0), items(t, 0), strict=True):
         np.testing.assert_array_equal(mine, theirs)
@@ -182,7 +186,7 @@ def spelled(question=SPELLED, said=SPELLED):
 
 def placeholders(t, row):
     """Pad tokens of images and of videos, and visual tokens of each, of which a grid has a quarter of its patches."""
-    words, ids, grids = talker.vocabulary(), t.tokens[row][t.valid[row]], t.visual.grids[row].prod(axis=1) // 4
+    words, ids, grids = scripted_model.vocabulary(), t.tokens[row][t.valid[row]], t.visual.grids[row].prod(axis=1) // 4
     pads = [int(np.sum(ids == pad)) for pad in (words.image_pad, words.video_pad)]
     video = t.visual.seconds[row] > 0
     return pads, [int(grids[~video].sum()), int(grids[video].sum())]
@@ -196,9 +200,9 @@ def test_placeholders_are_as_many_as_the_features():
         assert pads == features == placeholders(plain, row)[1] and sum(pads) > 0
         count = lambda t, token, row=row: int(np.sum(t.tokens[row][t.valid[row]] == token))
         for name in ("im_start", "im_end", "vision_start", "vision_end"):
-            token = getattr(talker.vocabulary(), name)
+            token = getattr(scripted_model.vocabulary(), name)
             assert count(t, token) == count(plain, token)
-    assert talker.vocabulary().to_bytes(t.tokens[0]).count(SPELLED.encode()) == 3
+    assert scripted_model.vocabulary().to_bytes(t.tokens[0]).count(SPELLED.encode()) == 3
 
 
 @pytest.mark.torch
@@ -206,7 +210,7 @@ def test_transformers_accepts_these_placeholders_and_refuses_obeyed_ones():
     import torch
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
-    words, t = talker.vocabulary(), compile_traces(spelled())
+    words, t = scripted_model.vocabulary(), compile_traces(spelled())
     like = types.SimpleNamespace(
         config=types.SimpleNamespace(image_token_id=words.image_pad, video_token_id=words.video_pad)
     )
@@ -244,4 +248,4 @@ def test_limits_are_named():
         with pytest.raises(TraceError, match=f"trace [012] has {have} {name}, there is room for {have - 1}"):
             compile_traces(traces, need._replace(**{field: have - 1}))
     with pytest.raises(TraceError, match="trace 2 has 3 calls, there is room for 2"):
-        compile_traces(traces, need, dataclasses.replace(talker.CONFIG, max_calls=2))
+        compile_traces(traces, need, dataclasses.replace(scripted_model.CONFIG, max_calls=2))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pixel_jax.dialog.grammar import Language, Number, Turn
+from pixel_jax.dialog.grammar import Language, Number, ParsedTurn
 from pixel_jax.tools.calls import Calls
 from pixel_jax.tools.tool import Choice
 
@@ -19,7 +19,7 @@ def as_numbers(argument, value) -> list[Number]:
     return [number for item in value for number in as_numbers(None, item)][: argument.slots]
 
 
-def device_calls(turns: list[Turn], language: Language) -> Calls:
+def device_calls(turns: list[ParsedTurn], language: Language) -> Calls:
     rows, tools = len(turns), language.tools
     slots, given, lists = (
         max(counts)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from texts import FRAGMENTS, mutate, number, odd_number, space, string
 
-from pixel_jax.dialog import Language, Reader, reader_of
+from pixel_jax.dialog import CallParser, Language, call_parser
 from pixel_jax.dialog.automaton import TokenTable
 from pixel_jax.tools import Box, Choice, Integer, Integers, Text
 from pixel_jax.tools.calls import Calls
@@ -53,12 +53,12 @@ def any_response(rng: random.Random, language: Language) -> bytes:
     return text.encode("utf-8", "surrogatepass")[:600]
 
 
-@functools.partial(jax.jit, static_argnames="reader")
-def read(table: TokenTable, tokens: jax.Array, reader: Reader) -> Calls:
+@functools.partial(jax.jit, static_argnames="parser")
+def read(table: TokenTable, tokens: jax.Array, parser: CallParser) -> Calls:
     state, _ = jax.lax.scan(
-        lambda state, token: (reader.step(table, state, token), None), reader.init(len(tokens)), tokens.T
+        lambda state, token: (parser.step(table, state, token), None), parser.init(len(tokens)), tokens.T
     )
-    return reader.finish(state)
+    return parser.finish(state)
 
 
 def read_texts(texts: list[bytes], rng: random.Random, language: Language) -> Calls:
@@ -70,4 +70,4 @@ def read_texts(texts: list[bytes], rng: random.Random, language: Language) -> Ca
             chunks.append(text[start:end])
     table, fill = TokenTable.of(chunks), ROWS * CHUNKS - len(chunks)
     table = TokenTable(np.pad(table.data, (0, DATA - len(table.data))), *(np.pad(x, (0, fill)) for x in table[1:]))
-    return jax.tree.map(np.asarray, read(table, tokens, reader_of(language)))
+    return jax.tree.map(np.asarray, read(table, tokens, call_parser(language)))

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from qwen import qwen_vocabulary
 from texts import any_response, response
 
-from pixel_jax.dialog import Language, Reader, Vocabulary, build_tokenizer, parse_turn, reader_of, token_table
+from pixel_jax.dialog import CallParser, Language, Vocabulary, build_tokenizer, call_parser, parse_turn, token_table
 from pixel_jax.dialog.automaton import TokenTable, build
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.calls import Calls, arguments
 
-READER = reader_of()
+READER = call_parser()
 ROWS, CHUNKS = 512, 6
 DATA = ROWS * 400
 
@@ -36,16 +36,16 @@ def assert_same(texts: list[bytes], device: Calls, language: Language = RELEASED
         pytest.fail(f"{field}: host {ours}, device {theirs} of {texts[row]!r}")
 
 
-@functools.partial(jax.jit, static_argnames="reader")
-def read(table: TokenTable, tokens: jax.Array, reader: Reader = READER) -> Calls:
+@functools.partial(jax.jit, static_argnames="parser")
+def read(table: TokenTable, tokens: jax.Array, parser: CallParser = READER) -> Calls:
     """tokens [R, T]"""
     state, _ = jax.lax.scan(
-        lambda state, token: (reader.step(table, state, token), None), reader.init(len(tokens)), tokens.T
+        lambda state, token: (parser.step(table, state, token), None), parser.init(len(tokens)), tokens.T
     )
-    return reader.finish(state)
+    return parser.finish(state)
 
 
-def read_chunks(texts: list[bytes], rng: random.Random, reader: Reader = READER) -> Calls:
+def read_chunks(texts: list[bytes], rng: random.Random, parser: CallParser = READER) -> Calls:
     """Reads every text in at most CHUNKS tokens, cut at random, through a table that holds just these tokens."""
     chunks, tokens = [], np.full((ROWS, CHUNKS), -1, np.int32)
     for row, text in enumerate(texts):
@@ -57,7 +57,7 @@ def read_chunks(texts: list[bytes], rng: random.Random, reader: Reader = READER)
     assert len(table.data) <= DATA, len(table.data)
     fill = ROWS * CHUNKS - len(chunks)
     table = TokenTable(np.pad(table.data, (0, DATA - len(table.data))), *(np.pad(x, (0, fill)) for x in table[1:]))
-    return jax.tree.map(np.asarray, read(table, tokens, reader))
+    return jax.tree.map(np.asarray, read(table, tokens, parser))
 
 
 def check_batch(seed: int) -> list[bytes]:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import call, number, response
 
-from pixel_jax.dialog import Call, MalformedCallError, Number, Turn, parse_call, parse_turn
+from pixel_jax.dialog import Call, MalformedCallError, Number, ParsedTurn, parse_call, parse_turn
 
 CROP = '{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.1, 0.25, -3, 12.5], "target_image": 2}}'
 SELECT = '{"name": "select_frames", "arguments": {"target_frames": [1, 16, -0, 999999999999]}}'
@@ -33,10 +33,10 @@ def test_the_calls_of_the_released_data():
         Number(3, 0, True, True),
         Number(12, 500000, False, False),
     )
-    assert turn == Turn(True, Call(0, {"bbox_2d": box, "target_image": Number(2, 0, False, True)}))
+    assert turn == ParsedTurn(True, Call(0, {"bbox_2d": box, "target_image": Number(2, 0, False, True)}))
     # As printed in the instruction-tuning data, without a space before "arguments".
     printed = '<tool_call>\n{"name": "select_frames","arguments": {"target_frames":[1, 2]}}\n</tool_call>'
-    assert parse_turn(printed) == Turn(True, Call(1, {"target_frames": (1, 2)}))
+    assert parse_turn(printed) == ParsedTurn(True, Call(1, {"target_frames": (1, 2)}))
     assert frames(SELECT) == (1, 16, 0, 999_999_999)
 
 
@@ -55,14 +55,14 @@ def test_the_calls_of_the_released_data():
     ],
 )
 def test_a_call_is_required_when_the_response_ends_with_the_tag(response, required):
-    assert parse_turn(response) == Turn(required, None)
+    assert parse_turn(response) == ParsedTurn(required, None)
 
 
 def test_the_last_opening_tag_counts():
     assert parse_turn(f"<tool_call>{CROP}</tool_call> no: <tool_call>{SELECT}</tool_call>").call.tool == 1
     assert parse_turn(f"<tool_call>{CROP}<tool_call>{SELECT}</tool_call>").call.tool == 1
-    assert parse_turn(f"{SELECT}</tool_call>") == Turn(True, None)
-    assert parse_turn(f"<tool_call>{SELECT}</tool_call></tool_call>") == Turn(True, None)
+    assert parse_turn(f"{SELECT}</tool_call>") == ParsedTurn(True, None)
+    assert parse_turn(f"<tool_call>{SELECT}</tool_call></tool_call>") == ParsedTurn(True, None)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_the_last_opening_tag_counts():
 def test_what_is_no_call(body):
     with pytest.raises(MalformedCallError):
         parse_call(body.encode())
-    assert parse_turn(f"<tool_call>{body}</tool_call>") == Turn(True, None)
+    assert parse_turn(f"<tool_call>{body}</tool_call>") == ParsedTurn(True, None)
 
 
 @settings(max_examples=300, deadline=None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_texts import ROWS, any_response, read_texts
 
-from pixel_jax.dialog import Language, Number, parse_turn, reader_of
+from pixel_jax.dialog import Language, Number, call_parser, parse_turn
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelled, Spelling
 from pixel_jax.tools import RELEASED, Box, Choice, Integer, Integers, Text, Tool, ToolError
 from pixel_jax.tools import Number as NumberArgument
@@ -86,7 +86,7 @@ def test_host_and_device_agree(name):
         tools += [turn.call.tool if turn.call else -1 for turn in turns if turn.required]
     counts = [tools.count(tool) for tool in range(-1, len(language.tools))]
     assert min(counts) > 30, counts  # calls of every tool, and calls of none
-    assert len(reader_of(language).tables.save) < 2000
+    assert len(call_parser(language).tables.save) < 2000
 
 
 def one(text: str, name: str) -> tuple[dict, dict]:
@@ -191,7 +191,7 @@ BOX = Spelled("bbox_2d", Box("b"))
         ),
         (lambda: CallFormat("f", closing="<|im_end|>"), "im_end"),
         (
-            lambda: reader_of(Language((Tool("a", "", (Choice("b", options=("x" * 30_000,)),)),))),
+            lambda: call_parser(Language((Tool("a", "", (Choice("b", options=("x" * 30_000,)),)),))),
             "more than 20000: shorten names and options",
         ),
     ],
@@ -202,4 +202,4 @@ def test_what_cannot_be_read_is_refused(make, message):
 
 
 def test_equal_languages_share_a_reader():
-    assert reader_of(Language()) is reader_of(Language(tuple(RELEASED), PIXEL_REASONER))
+    assert call_parser(Language()) is call_parser(Language(tuple(RELEASED), PIXEL_REASONER))

@@ -24,7 +24,7 @@ from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.test_cli import ENVIRONMENT, ROOT, command
 
 CONFIG = """
@@ -44,15 +44,15 @@ def get_config():
 def place(tmp_path_factory):
     """A model directory, five questions, and a config file for them."""
     folder = tmp_path_factory.mktemp("eval")
-    processor = Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
-    save_pretrained(talker.model(), processor, folder / "model")
+    processor = Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    save_pretrained(scripted_model.model(), processor, folder / "model")
     lines = []
     for i in range(5):
-        Image.fromarray(talker.image(i, 120, 150)).save(folder / f"{i}.png")
+        Image.fromarray(scripted_model.image(i, 120, 150)).save(folder / f"{i}.png")
         question = HOSTILE if i == 1 else "Which digit?"
         lines.append(json.dumps({"question": question, "images": [f"{i}.png"], "answer": "7"}))
     (folder / "own.jsonl").write_text("\n".join(lines))
-    limits = dataclasses.asdict(dataclasses.replace(talker.CONFIG, group_size=2, max_calls=2, max_response=192))
+    limits = dataclasses.asdict(dataclasses.replace(scripted_model.CONFIG, group_size=2, max_calls=2, max_response=192))
     limits = {name: value for name, value in limits.items() if value is not None}
     names = {"data": str(folder / "own.jsonl"), "model": str(folder / "model"), "out": str(folder / "run")}
     (folder / "config.py").write_text(CONFIG.format(limits=limits, **names))
@@ -81,7 +81,7 @@ def test_an_evaluation(place, capsys):
 
 
 def test_calls_in_another_format_are_counted_and_named(place, tmp_path):
-    """The talker writes its calls as ever, but is asked for those of the first checkpoints."""
+    """The scripted model writes its calls as ever, but is asked for those of the first checkpoints."""
     flags = ["--config.rollout.call_format=crop_image", "--config.rollout.max_tokens=4096", f"--config.out={tmp_path}"]
     flags += ["--config.benchmarks.own.buckets=((1, 192, 192, 3072),)", "--config.traces=0"]
     code, out, error = command("eval", f"--config={place / 'config.py'}", *flags)

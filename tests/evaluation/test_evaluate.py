@@ -1,4 +1,5 @@
-"""A benchmark answered by the tiny talker: what is counted, what an interruption changes (nothing), what blanking changes."""
+"""A benchmark answered by the tiny scripted model: what is counted, what an interruption changes
+(nothing), what blanking changes."""
 
 import collections
 import dataclasses
@@ -26,10 +27,10 @@ from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.rollouts.views import GREY
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 COUNT = 4  # questions about one picture; one more is about two
-LIMITS = dataclasses.replace(talker.CONFIG, group_size=2, max_calls=2, max_response=192, observe_chunk=2)
+LIMITS = dataclasses.replace(scripted_model.CONFIG, group_size=2, max_calls=2, max_response=192, observe_chunk=2)
 BENCHMARK = BenchmarkConfig("jsonl", buckets=((1, 192, 192, 192), (2, 128, 128, 192)))
 
 
@@ -41,7 +42,7 @@ def everything(tmp_path_factory):
         sizes = {2: [(400, 300)], COUNT: [(90, 100), (100, 110)]}.get(i, [(120 + 4 * i, 150)])
         names = [f"{i}-{j}.png" for j in range(len(sizes))]
         for name, size in zip(names, sizes, strict=True):
-            Image.fromarray(talker.image(i, *size)).save(folder / name)
+            Image.fromarray(scripted_model.image(i, *size)).save(folder / name)
         question = HOSTILE + "<|im_start|><|im_start|>" if i == 3 else "Which digit?"
         lines.append({"question": question, "images": names, "answer": "7" if i % 2 else ["3", "7"]})
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -65,7 +66,7 @@ def answer(
     seed=0,
     **options,
 ):
-    policy = Policy(model or talker.model(), talker.vocabulary(), talker.token_tables())
+    policy = Policy(model or scripted_model.model(), scripted_model.vocabulary(), scripted_model.token_tables())
     run.evaluate(policy, questions, Exam(benchmark, LIMITS, mode, batch, traced, seed), directory, **options)
     return read_records(directory)
 
@@ -179,7 +180,7 @@ def test_on_a_mesh_and_in_two_buckets_the_answers_are_the_same(everything, whole
     assert compiled_rollout._cache_size() - before == 1  # of the second bucket; the first one's is there
     assert alone[:COUNT] == whole[1] and not alone[COUNT]["shrunk"]
     mesh = make_mesh({"data": 2, "fsdp": 2})
-    records = answer(everything, tmp_path / "mesh", model=shard(talker.model(), mesh), traced=0, batch=4)
+    records = answer(everything, tmp_path / "mesh", model=shard(scripted_model.model(), mesh), traced=0, batch=4)
     assert [x["responses"] for x in records] == [x["responses"] for x in alone]
 
 
@@ -188,7 +189,7 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
     records = answer(questions[:2], tmp_path, mode="none")
     assert all(x["operations"] == x["executed"] == [0, 0] for x in records)
     stops = {stop for record in records for stop in record["stop"]}
-    assert "answer" in stops and "too many calls" in stops  # the talker calls out of habit
+    assert "answer" in stops and "too many calls" in stops  # the scripted model calls out of habit
     (made,) = trace.load(tmp_path / "traces" / "1.json")
     assert all(turn.role == "assistant" for turn in made.turns)
     row = summary.summarise(records)["all"]
@@ -198,7 +199,7 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
 def test_without_operations_no_tools_are_offered(questions):
     limits = stages.rollout_config(LIMITS, "none", 3584)
     assert limits.max_calls == 0 and not limits.blank
-    words = talker.vocabulary()
+    words = scripted_model.vocabulary()
     for mode, offered in {"operations": True, "blank": True, "none": False}.items():
         ids = prompt_tokens(questions[1].query(), words, LIMITS, stages.guidelines(mode))
         assert (b"crop_image_normalized" in words.to_bytes(ids)) is offered
@@ -218,11 +219,11 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
         turn = np.flatnonzero(sharp.loss_mask[row])[: first + 1]  # the tokens before anything is shown
         np.testing.assert_array_equal(grey.tokens[row, turn], sharp.tokens[row, turn])
         np.testing.assert_array_equal(grey.logprobs[row, turn], sharp.logprobs[row, turn])
-        if talker.outcomes(sharp)[row, 0] != talker.CROPPED:
+        if scripted_model.outcomes(sharp)[row, 0] != scripted_model.CROPPED:
             continue
         looked += 1
         after = slice(turn[-1] + 1, None)
-        assert (grey.logprobs[row, after] != sharp.logprobs[row, after]).any()  # the talker does look
+        assert (grey.logprobs[row, after] != sharp.logprobs[row, after]).any()  # the scripted model does look
     assert looked > 0
     shown = {mode: [] for mode in found}
     for mode, seen in shown.items():
@@ -283,8 +284,8 @@ def test_buckets_are_chosen_by_size_and_length(everything):
     """Pictures and videos that share a bucket are asked apart."""
 
     def find(i, buckets):
-        shapes = run.shapes_of(buckets, LIMITS, talker.model().config, 4)
-        return Fitter(talker.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
+        shapes = run.shapes_of(buckets, LIMITS, scripted_model.model().config, 4)
+        return Fitter(scripted_model.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
 
     held = lambda place: (place.shape.images, place.shape.height, place.shape.width, place.shape.tokens)
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)
@@ -304,7 +305,7 @@ def test_buckets_are_chosen_by_size_and_length(everything):
 def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, whole, tmp_path):
     """A picture cut off in its pixels, one without a header, one that no bucket holds; and a whole batch of them."""
     broken = {1: "cut.jpg", 2: "none.png"}
-    Image.fromarray(talker.image(1, 124, 150)).save(tmp_path / "cut.jpg")
+    Image.fromarray(scripted_model.image(1, 124, 150)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
     (tmp_path / "none.png").write_bytes(b"no image")
     asked = [x._replace(images=(tmp_path / broken[i],)) if i in broken else x for i, x in enumerate(everything)]
@@ -323,7 +324,7 @@ def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, wh
     assert list(summary.unanswered(records)) == ["own.jsonl:2", "own.jsonl:3", "own.jsonl:5"]
     summary.table_rows({"own": {"modes": {"operations": summary.summarise([records[1]])}}})  # nothing to make rates of
     # Mended, and started again: these are answered, the others are not asked again.
-    Image.fromarray(talker.image(1, 124, 150)).save(tmp_path / "cut.jpg")
+    Image.fromarray(scripted_model.image(1, 124, 150)).save(tmp_path / "cut.jpg")
     again = answer(asked, tmp_path / "run", benchmark=benchmark, batch=1)
     assert "unanswered" not in again[1] and len(again[1]["responses"]) == 2 and again[2:] == records[2:]
 

@@ -23,7 +23,7 @@ from pixel_jax.evaluation import trace as traces
 from pixel_jax.files import FileError
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.trajectory import answered_calls
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 HOSTILE = '</script><script>alert(1)</script>"&<img src=x onerror=alert(1)>'
 
@@ -31,12 +31,15 @@ HOSTILE = '</script><script>alert(1)</script>"&<img src=x onerror=alert(1)>'
 @pytest.fixture(scope="module")
 def found():
     """Traces of images and videos, as one rollout made them."""
-    prompts = talker.prompts(4, video=True)
-    t = talker.with_pixels(rollout(talker.model(), prompts, jax.random.key(7), talker.CONFIG), prompts)
-    queries = talker.queries(4, video=True)
+    prompts = scripted_model.prompts(4, video=True)
+    t = scripted_model.with_pixels(
+        rollout(scripted_model.model(), prompts, jax.random.key(7), scripted_model.CONFIG), prompts
+    )
+    queries = scripted_model.queries(4, video=True)
     rows = range(t.tokens.shape[0])
     made = [
-        traces.make_trace(t, row, queries[t.prompt[row]], talker.vocabulary(), correct=row % 2 == 0) for row in rows
+        traces.make_trace(t, row, queries[t.prompt[row]], scripted_model.vocabulary(), correct=row % 2 == 0)
+        for row in rows
     ]
     return t, made
 
@@ -47,7 +50,7 @@ def pixels(picture):
 
 def test_traces_show_what_happened(found):
     t, made = found
-    queries, crops, frames = talker.queries(4, video=True), 0, 0
+    queries, crops, frames = scripted_model.queries(4, video=True), 0, 0
     for row, item in enumerate(made):
         query = queries[t.prompt[row]]
         assert len(item.overview) == len(item.pictures) == len(query.images)
@@ -56,18 +59,18 @@ def test_traces_show_what_happened(found):
         tools = [turn for turn in item.turns if turn.role == "tool"]
         assert len(tools) == answered_calls(t)[row]
         for call, turn in enumerate(tools):
-            outcome, source = talker.outcomes(t)[row, call], t.calls.source
-            assert turn.failed == (outcome not in (talker.CROPPED, talker.SELECTED))
+            outcome, source = scripted_model.outcomes(t)[row, call], t.calls.source
+            assert turn.failed == (outcome not in (scripted_model.CROPPED, scripted_model.SELECTED))
             assert "<|" not in turn.text
             boxes = [(i, b) for i, p in enumerate(item.pictures) for b in p.boxes if b[0] == call + 1]
-            if outcome == talker.CROPPED:
+            if outcome == scripted_model.CROPPED:
                 crops += 1
                 assert [(i, b[1:]) for i, b in boxes] == [
                     (source.canvas[row, call, 0], tuple(source.region[row, call, 0]))
                 ]
                 size = f"(Image Size: {turn.pictures[0].width}x{turn.pictures[0].height})"
                 assert size in turn.text and len(turn.pictures) == 1
-            elif outcome == talker.SELECTED:
+            elif outcome == scripted_model.SELECTED:
                 frames += 1
                 assert len(turn.pictures) == len(boxes) > 0
             else:
@@ -78,16 +81,20 @@ def test_traces_show_what_happened(found):
 def test_messages_follow_from_who_wrote_them(found):
     """Whatever tokens the policy writes, and whatever its turn was made to begin with."""
     t, made = found
-    words = talker.vocabulary()
+    words = scripted_model.vocabulary()
     row = next(i for i, item in enumerate(made) if len(item.turns) > 2)
     at = np.flatnonzero(t.loss_mask[row])
     tokens = t.tokens.copy()
     tokens[row, at[:2]] = words.im_start, words.im_start
-    item = traces.make_trace(t._replace(tokens=tokens), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    item = traces.make_trace(
+        t._replace(tokens=tokens), row, scripted_model.queries(4, video=True)[t.prompt[row]], words
+    )
     assert item.turns[0].text.startswith("<|im_start|><|im_start|>") and item.turns[1:] == made[row].turns[1:]
     chosen = t.loss_mask.copy()
     chosen[row, at[:2]] = False  # an opening
-    item = traces.make_trace(t._replace(loss_mask=chosen), row, talker.queries(4, video=True)[t.prompt[row]], words)
+    item = traces.make_trace(
+        t._replace(loss_mask=chosen), row, scripted_model.queries(4, video=True)[t.prompt[row]], words
+    )
     assert dataclasses.replace(item, correct=made[row].correct) == made[row]
 
 
@@ -122,7 +129,7 @@ def test_nothing_from_outside_becomes_markup(found):
     item = traces.Trace(
         **{**item.__dict__, "question": HOSTILE, "answer": HOSTILE, "reference": HOSTILE, "title": HOSTILE}
     )
-    item.turns = [traces.Turn("assistant", HOSTILE), traces.Turn("tool", HOSTILE, failed=True)]
+    item.turns = [traces.ShownTurn("assistant", HOSTILE), traces.ShownTurn("tool", HOSTILE, failed=True)]
     page = report.page(
         HOSTILE,
         [(HOSTILE, report.trace(item) + report.table([HOSTILE], [[HOSTILE]]) + report.paragraph(HOSTILE))],
@@ -206,7 +213,7 @@ def test_what_is_no_trace_is_refused(found, what, tmp_path):
 def test_a_damaged_file_of_traces_is_named(tmp_path_factory, noise, place, over):
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     picture = traces.Picture(traces.data_uri(np.zeros((4, 4, 3), np.uint8)), 4, 4, "c", ((1, 0, 0, 2, 2),))
-    traces.save(path, [traces.Trace("q", (picture,), (picture,), (traces.Turn("tool", "t", (picture,)),), "s")])
+    traces.save(path, [traces.Trace("q", (picture,), (picture,), (traces.ShownTurn("tool", "t", (picture,)),), "s")])
     whole = path.read_bytes()
     place %= len(whole)
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) * over :])
@@ -264,7 +271,7 @@ def test_a_page_is_written_whole(tmp_path):
 
 
 def test_large_photographs_are_compressed():
-    photo = np.asarray(Image.fromarray(talker.image(0, 8, 8)).resize((400, 300), Image.Resampling.BICUBIC))
+    photo = np.asarray(Image.fromarray(scripted_model.image(0, 8, 8)).resize((400, 300), Image.Resampling.BICUBIC))
     uri = traces.data_uri(photo)
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < photo.size / 8
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))

@@ -25,7 +25,7 @@ from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
 from pixel_jax.rollouts.limits import read_limits
 from tests.models.test_checkpoints import same
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -279,9 +279,11 @@ def test_a_mutated_config(tmp_path_factory, text):
 
 @pytest.fixture(scope="module")
 def talker_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("talker")
+    directory = tmp_path_factory.mktemp("scripted")
     limits = {"min_pixels": 784, "max_pixels": 4 * 784}
-    pixel_jax.save_pretrained(talker.model(), Processor(talker.vocabulary().tokenizer, **limits), directory)
+    pixel_jax.save_pretrained(
+        scripted_model.model(), Processor(scripted_model.vocabulary().tokenizer, **limits), directory
+    )
     return directory
 
 
@@ -298,7 +300,7 @@ def test_a_mutated_processor(talker_directory, tmp_path_factory, data, name):
     for file, content in files.items():
         (directory / file).write_text(content)
     try:
-        processor = Processor.from_directory(directory, talker.model().config)
+        processor = Processor.from_directory(directory, scripted_model.model().config)
     except FileError as error:
         assert str(directory) in str(error)
     else:

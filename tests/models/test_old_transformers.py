@@ -14,7 +14,7 @@ import pixel_jax
 from pixel_jax.models import TextConfig, VisionConfig
 from pixel_jax.models.processor import Processor
 from tests.dialog.qwen import qwen_vocabulary
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 TEXT = "<|im_start|>user\nWhich digit? café 漢 12 <|im_end|>\n"
@@ -70,13 +70,13 @@ def test_a_model_that_an_older_release_saved(ask, tmp_path, rng, release):
     assert difference < 1e-5
 
 
-@pytest.mark.parametrize("vocabulary", [talker.vocabulary, qwen_vocabulary])
+@pytest.mark.parametrize("vocabulary", [scripted_model.vocabulary, qwen_vocabulary])
 @pytest.mark.parametrize("release", RELEASES)
 def test_what_we_save_is_read(ask, tmp_path, release, vocabulary):
     """A tokenizer of our own making: the same tokens and the same picture in every release."""
     vocabulary = vocabulary()
     pixel_jax.save_pretrained(
-        talker.model(), Processor(vocabulary.tokenizer, min_pixels=784, max_pixels=8 * 784), tmp_path
+        scripted_model.model(), Processor(vocabulary.tokenizer, min_pixels=784, max_pixels=8 * 784), tmp_path
     )
     found = ask(release, "read", tmp_path, TEXT)
     tokenizer = vocabulary.tokenizer
@@ -92,7 +92,7 @@ def test_what_we_save_is_read(ask, tmp_path, release, vocabulary):
 def test_what_came_in_is_read_when_it_went_out(ask, tmp_path, release):
     """Files of a release, through our hands, are the same files, and still say the same there."""
     source, ours = tmp_path / "source", tmp_path / "ours"
-    pixel_jax.save_pretrained(talker.model(), Processor(talker.vocabulary().tokenizer), source)
+    pixel_jax.save_pretrained(scripted_model.model(), Processor(scripted_model.vocabulary().tokenizer), source)
     settings = json.dumps({"do_sample": True, "eos_token_id": [3, 5], "temperature": 0.1})
     (source / "generation_config.json").write_text(settings)
     pixel_jax.save_pretrained(*pixel_jax.from_pretrained(source), ours)

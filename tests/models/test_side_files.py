@@ -8,7 +8,7 @@ import pytest
 import pixel_jax
 from pixel_jax.files import FileError
 from pixel_jax.models.processor import Processor
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 # What a directory of transformers 4.57 may hold; contents that only other programs read are free.
 CAME = {
@@ -22,14 +22,14 @@ CAME = {
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
+    return Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, processor):
     """A directory that came from somewhere: its own spelling of every file."""
     directory = tmp_path_factory.mktemp("source")
-    pixel_jax.save_pretrained(talker.model(), processor, directory)
+    pixel_jax.save_pretrained(scripted_model.model(), processor, directory)
     for name in ("tokenizer_config.json", "preprocessor_config.json"):
         (directory / name).write_text(json.dumps(json.loads((directory / name).read_text()), indent=7) + "\n\n")
     (directory / "additional_chat_templates").mkdir()
@@ -58,7 +58,7 @@ def contents(directory):
 
 
 def read(directory):
-    return Processor.from_directory(directory, talker.model().config)
+    return Processor.from_directory(directory, scripted_model.model().config)
 
 
 def test_byte_for_byte(source, tmp_path, processor):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pixel_jax.parallel import batch_sharding, make_mesh, shard, shard_batch, shardings, share
+from pixel_jax.parallel import batch_sharding, make_mesh, process_shard, shard, shard_batch, shardings
 from pixel_jax.parallel.sharding import RULES, partition_spec, undivided
 
 
@@ -112,4 +112,4 @@ def test_a_process_without_a_device_in_the_mesh_is_named(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with pytest.raises(ValueError, match=r"'data': 2.* has 2 devices of 8, none of them in process 1 of 3"):
-        share(make_mesh({"data": 2}))
+        process_shard(make_mesh({"data": 2}))

@@ -32,8 +32,8 @@ from pixel_jax.planning.programs import (
 )
 from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, held, plan, search, times
 from pixel_jax.planning.weak_scaling import Point, with_rows
+from pixel_jax.rollouts.decode_loop import READ_CHUNK
 from pixel_jax.rollouts.images import ragged
-from pixel_jax.rollouts.machine import READ_CHUNK
 from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import budgets

@@ -103,8 +103,8 @@ def reading(recipe: Recipe, implementation):
     waits = (config.in_flight or total) < total
     count = min(read_together(recipe.config.prompt_width, from_queue=waits), total)
 
-    def read(model, prompts, opening):
-        return read_prompt(model, prompts, prompt_visual(prompts, config, shape), opening, config)
+    def read(model, prompts, assistant_prefix):
+        return read_prompt(model, prompts, prompt_visual(prompts, config, shape), assistant_prefix, config)
 
     return jax.jit(read), (abstract_model(recipe), fewer(prompt_arrays(recipe), count), traced(config, ())[0])
 

@@ -16,7 +16,7 @@ from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.evaluation import trace as saved_traces
 from pixel_jax.evaluation.stats import proportion
-from pixel_jax.evaluation.trace import Trace, Turn
+from pixel_jax.evaluation.trace import ShownTurn, Trace
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.quickstart import pipeline, vocabulary, zoom
 from pixel_jax.quickstart.config import EvaluationConfig, QuickstartConfig
@@ -289,7 +289,7 @@ def test_the_page_shows_both_arms_and_escapes_everything(seeds):
     results = {seed: result(seed / 8) for seed in seeds}
     for each in results.values():
         each["seconds"][HOSTILE] = 31.0
-    turns = [Turn("assistant", HOSTILE), Turn("tool", HOSTILE, failed=True)]
+    turns = [ShownTurn("assistant", HOSTILE), ShownTurn("tool", HOSTILE, failed=True)]
     trace = Trace(HOSTILE, [], [], turns, stop=HOSTILE, answer=HOSTILE, reference=HOSTILE, title=HOSTILE)
     hot = dataclasses.replace(LIMITS, temperature=1.7, later_temperature=2.0)
     hot = dataclasses.replace(SMALLEST, rl=dataclasses.replace(SMALLEST.rl, rollout=hot))

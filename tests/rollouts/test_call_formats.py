@@ -26,7 +26,7 @@ from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, ToolError
 from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.tools.tool import ANSWERED, FAILED
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 HEIGHT, WIDTH = 300, 410  # shown at 308 x 420
 IMAGE = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
@@ -172,32 +172,38 @@ ANSWER = "<answer>7</answer>"
 
 
 def test_a_rollout_in_another_format():
-    """As one compiled program: a talker that writes as Mini-o3 does is shown what it asks for."""
+    """As one compiled program: a scripted model that writes as Mini-o3 does is shown what it asks for."""
     tools, known = (CROP_IMAGE,), FORMATS["mini_o3"]
     chain = {
-        talker.START: {FIRST: 0.5, SECOND: 0.3, ANSWER: 0.2},
-        **{x: {talker.END: 1.0} for x in (FIRST, SECOND, ANSWER)},
+        scripted_model.START: {FIRST: 0.5, SECOND: 0.3, ANSWER: 0.2},
+        **{x: {scripted_model.END: 1.0} for x in (FIRST, SECOND, ANSWER)},
     }
     pieces = {text for text in chain if len(text) > 1} | {"system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= {known.system_prompt(tools)}
     for kind in observations.kinds_of(tools, known):
-        pieces |= {piece for piece in talker.stretches(kind.outcome.text) if len(piece) > 1}
+        pieces |= {piece for piece in scripted_model.stretches(kind.outcome.text) if len(piece) > 1}
     words = Vocabulary.of(build_tokenizer(sorted(pieces)))
     config = dataclasses.replace(
-        talker.CONFIG, max_new_tokens=4, max_calls=2, group_size=6, max_response=400, call_format="mini_o3", pad=0.0
+        scripted_model.CONFIG,
+        max_new_tokens=4,
+        max_calls=2,
+        group_size=6,
+        max_response=400,
+        call_format="mini_o3",
+        pad=0.0,
     )
     token_tables = tables(words, tools, known)
-    queries = [query for query in talker.queries(3) if len(query.images) == 1 and not query.is_video]
+    queries = [query for query in scripted_model.queries(3) if len(query.images) == 1 and not query.is_video]
     prompts = build_prompts(
         queries, words, token_tables, config, shape=prompt_shape(1, 192, 192, 96, config, video=False)
     )
-    t = to_host(rollout(talker.network(words, chain), prompts, jax.random.key(1), config))
+    t = to_host(rollout(scripted_model.network(words, chain), prompts, jax.random.key(1), config))
     names = np.array([*map(str, token_tables.observations.kinds), ""])[t.calls.outcome]
     seen = set()
     for row in range(len(t.stop)):
         height, width = queries[t.prompt[row]].images[0].shape[:2]
         text = words.to_bytes(t.tokens[row][t.loss_mask[row]]).decode()
-        assert unrecognised_turns(text, token_tables.reader.language) == []
+        assert unrecognised_turns(text, token_tables.parser.language) == []
         pictures = []
         for call, turn in enumerate(text.split("<|im_end|>")[: int(t.num_calls[row])]):
             if turn == SECOND and not pictures:

@@ -9,7 +9,7 @@ from pixel_jax.rollouts import images as module
 from pixel_jax.rollouts.images import pad, place_images, ragged
 from pixel_jax.rollouts.prompts import PromptError, build_prompts
 from pixel_jax.rollouts.shapes import BatchShape
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 SIZES = [[(5, 7)], [(8, 8), (3, 2)], [(1, 6)], [(4, 4), (4, 4), (2, 8)]]
 SHAPE = BatchShape(96, 3, 3, 16, 8, 9)
@@ -46,12 +46,22 @@ def test_devices_get_their_rows_and_the_host_never_has_all(both, monkeypatch):
 @pytest.mark.parametrize(
     "video, shape, message",
     [
-        (False, talker.shape()._replace(height=64), "2 images of up to 150x136 pixels do not fit 96 tokens and 2 pic"),
-        (True, talker.shape()._replace(images=3), "a video and pictures shown with up to 16 patches do not fit"),
-        (False, talker.shape()._replace(patches=8), "pictures shown with up to 16 patches do not fit"),
+        (
+            False,
+            scripted_model.shape()._replace(height=64),
+            "2 images of up to 150x136 pixels do not fit 96 tokens and 2 pic",
+        ),
+        (
+            True,
+            scripted_model.shape()._replace(images=3),
+            "a video and pictures shown with up to 16 patches do not fit",
+        ),
+        (False, scripted_model.shape()._replace(patches=8), "pictures shown with up to 16 patches do not fit"),
     ],
 )
 def test_prompts_that_do_not_fit_their_shape_say_so(video, shape, message):
     with pytest.raises(PromptError, match=message):
-        queries = talker.queries(3, video=video)
-        build_prompts(queries, talker.vocabulary(), talker.token_tables(), talker.CONFIG, shape=shape)
+        queries = scripted_model.queries(3, video=video)
+        build_prompts(
+            queries, scripted_model.vocabulary(), scripted_model.token_tables(), scripted_model.CONFIG, shape=shape
+        )

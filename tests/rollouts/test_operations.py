@@ -10,11 +10,11 @@ import pytest
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.operations import add_to_gallery, called, execute, first_gallery
+from pixel_jax.rollouts.operations import add_to_history, called, execute, first_history
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.calls import Calls, Values
-from pixel_jax.tools.looking import Gallery, Seen, shown_size
-from tests.rollouts import talker
+from pixel_jax.tools.looking import ImageHistory, Seen, shown_size
+from tests.rollouts import scripted_model
 
 ROWS, VIEWS, CANVASES = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)
@@ -169,14 +169,14 @@ def test_execute_agrees_with_the_reference(config):
         size[i, : len(sizes)], count[i] = sizes, len(images)
         for j, entry in enumerate(images):
             canvas[i, j], region[i, j], shown[i, j] = entry
-    gallery = Gallery(*(jnp.array(x, jnp.int32) for x in (canvas, region, shown, count)))
+    history = ImageHistory(*(jnp.array(x, jnp.int32) for x in (canvas, region, shown, count)))
     seen_by = Seen(
-        gallery,
+        history,
         jnp.array([case[2] for case in cases]),
         jnp.array(size, jnp.int32),
         jnp.array([len(case[3]) for case in cases], jnp.int32),
     )
-    calls, tables = stack_calls([case[0] for case in cases]), talker.token_tables()
+    calls, tables = stack_calls([case[0] for case in cases]), scripted_model.token_tables()
     result = jax.jit(execute, static_argnums=(3, 4))(calls, seen_by, tables, VIEWS, config)
     kinds = [str(kind) for kind in tables.observations.kinds]
     seen = set()
@@ -202,25 +202,25 @@ def calls_of(*boxes, target=1):
     return stack_calls([parse_turn(call % (box, target)) for box in boxes])
 
 
-def run(calls, gallery, sizes, config):
+def run(calls, history, sizes, config):
     """Rows of one image each, of (height, width) `sizes`."""
     rows = len(sizes)
-    seen = Seen(gallery, jnp.zeros(rows, bool), jnp.array(sizes)[:, None], jnp.ones(rows, jnp.int32))
-    return jax.jit(execute, static_argnums=(3, 4))(calls, seen, talker.token_tables(), 1, config)
+    seen = Seen(history, jnp.zeros(rows, bool), jnp.array(sizes)[:, None], jnp.ones(rows, jnp.int32))
+    return jax.jit(execute, static_argnums=(3, 4))(calls, seen, scripted_model.token_tables(), 1, config)
 
 
 def test_pixels_are_those_of_the_picture_that_is_shown():
     """A picture larger than its budget, then a crop of it, whose size the observation announces."""
     config, sizes = RolloutConfig(pad=0.0), [(2000, 3000)] * 2
     one = jnp.ones(2, jnp.int32)
-    gallery = first_gallery(jnp.array(sizes, jnp.int32)[:, None], one, one == 0, config)
-    assert gallery.size[0, 0].tolist() == [1008, 1512]
+    history = first_history(jnp.array(sizes, jnp.int32)[:, None], one, one == 0, config)
+    assert history.size[0, 0].tolist() == [1008, 1512]
     calls = calls_of("756, 504, 1512, 1008", "0.5, 0.5, 1, 1")
-    result = run(calls, gallery, sizes, config)
+    result = run(calls, history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
     assert result.message.integers[0, :2].tolist() == [1064, 700]
-    gallery = add_to_gallery(gallery, called(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
-    result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), gallery, sizes, config)
+    history = add_to_history(history, called(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
+    result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
 
 
@@ -234,9 +234,9 @@ def test_edges_are_the_released_ones_to_the_pixel(pad):
         corners = np.sort(rng.random((rows, 2, 2)), axis=1).reshape(rows, 4)
         boxes = corners.round(digits).tolist() if digits else (corners * sizes[:, [1, 0, 1, 0]] + 1).round().tolist()
         whole = np.concatenate([np.zeros_like(sizes), sizes[:, ::-1]], axis=1)
-        gallery = Gallery(np.zeros((rows, 1), np.int32), whole[:, None], sizes[:, None], np.ones(rows, np.int32))
-        gallery = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), gallery)
-        result = run(calls_of(*(", ".join(map(repr, box)) for box in boxes)), gallery, sizes.tolist(), config)
+        history = ImageHistory(np.zeros((rows, 1), np.int32), whole[:, None], sizes[:, None], np.ones(rows, np.int32))
+        history = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), history)
+        result = run(calls_of(*(", ".join(map(repr, box)) for box in boxes)), history, sizes.tolist(), config)
         compared = 0
         for i, (box, (height, width)) in enumerate(zip(boxes, sizes.tolist(), strict=True)):
             if result.count[i]:

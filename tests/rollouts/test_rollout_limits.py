@@ -15,7 +15,7 @@ from pixel_jax.phases import other_limits
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import FILE, judged, read_limits, write_limits
 from pixel_jax.train import TrainConfig
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 EXPLORING = RolloutConfig(group_size=4, temperature=1.7, later_temperature=2.0, max_calls=2, crop_max_pixels=50 * 784)
 
@@ -38,11 +38,15 @@ class Asked(Exception):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    place = tmp_path_factory.mktemp("talker")
-    save_pretrained(talker.model(), Processor(talker.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784), place)
-    hot = dataclasses.replace(talker.CONFIG, temperature=1.7, later_temperature=2.0, group_size=4)
+    place = tmp_path_factory.mktemp("scripted")
+    save_pretrained(
+        scripted_model.model(),
+        Processor(scripted_model.vocabulary().tokenizer, min_pixels=784, max_pixels=4 * 784),
+        place,
+    )
+    hot = dataclasses.replace(scripted_model.CONFIG, temperature=1.7, later_temperature=2.0, group_size=4)
     (place / FILE).write_text(json.dumps(dataclasses.asdict(hot)))
-    Image.fromarray(talker.image(1, 120, 150)).save(place / "a.png")
+    Image.fromarray(scripted_model.image(1, 120, 150)).save(place / "a.png")
     return place
 
 
@@ -70,7 +74,10 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
         chat.main("chat", [str(directory), str(directory / "a.png")])
     (config,) = found.value.args
     assert (config.temperature, config.later_temperature, config.group_size) == (wanted, None, 1)
-    assert config.max_calls == talker.CONFIG.max_calls and config.crop_max_pixels == talker.CONFIG.crop_max_pixels
+    assert (
+        config.max_calls == scripted_model.CONFIG.max_calls
+        and config.crop_max_pixels == scripted_model.CONFIG.crop_max_pixels
+    )
 
 
 def own(model, **more):

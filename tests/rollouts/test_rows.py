@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixel_jax.rollouts import machine
+from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.rows import for_chunks, fullest
-from pixel_jax.rollouts.shapes import BatchShape, Shape
+from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 
 LOCAL, ROWS = 5, 10
 
@@ -41,18 +41,20 @@ def test_each_busy_row_is_worked_on_once(busy, shards, size):
 def test_rows_are_answered_while_others_write(waiting, free, writes):
     """Of 16 rows of a shard, four that wait for pixels or leave room for another row are enough."""
     place = jnp.arange(16)
-    status = jnp.where(place < waiting, machine.WAITING, machine.WRITING)
+    status = jnp.where(place < waiting, decode_loop.WAITING, decode_loop.WRITING)
     takes = (place >= waiting) & (place < waiting + free)
-    status = jnp.where(takes, machine.DONE, status)
-    state = machine.State(**{name: None for name in machine.State._fields})._replace(status=jnp.tile(status, 2))
-    config, shape = RolloutConfig(observe_chunk=2), Shape(BatchShape(8, 1, 1, 4), (), 2)
-    assert bool(machine.writes_on(state, jnp.tile(takes, 2), config, shape)) == writes
+    status = jnp.where(takes, decode_loop.DONE, status)
+    state = decode_loop.RowState(**{name: None for name in decode_loop.RowState._fields})._replace(
+        status=jnp.tile(status, 2)
+    )
+    config, shape = RolloutConfig(observe_chunk=2), RolloutShape(BatchShape(8, 1, 1, 4), (), 2)
+    assert bool(decode_loop.writes_on(state, jnp.tile(takes, 2), config, shape)) == writes
 
 
 @pytest.mark.parametrize("writing, writes", [([16, 16], True), ([2, 3], True), ([2, 2], False), ([0, 1], False)])
 def test_all_end_their_turns_where_a_tail_costs_little(writing, writes):
     """Of two shards of 16 rows, those of the one that has more writing are decoded together until they are a tail of two."""
-    status = jnp.concatenate([jnp.where(jnp.arange(16) < n, machine.WRITING, machine.WAITING) for n in writing])
-    state = machine.State(**{name: None for name in machine.State._fields})._replace(status=status)
-    config, shape = RolloutConfig(observe_chunk=2, tail_rows=2), Shape(BatchShape(8, 1, 1, 4), (), 2)
-    assert bool(machine.writes_on(state, jnp.zeros(32, bool), config, shape)) == writes
+    status = jnp.concatenate([jnp.where(jnp.arange(16) < n, decode_loop.WRITING, decode_loop.WAITING) for n in writing])
+    state = decode_loop.RowState(**{name: None for name in decode_loop.RowState._fields})._replace(status=status)
+    config, shape = RolloutConfig(observe_chunk=2, tail_rows=2), RolloutShape(BatchShape(8, 1, 1, 4), (), 2)
+    assert bool(decode_loop.writes_on(state, jnp.zeros(32, bool), config, shape)) == writes

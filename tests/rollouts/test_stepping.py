@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from pixel_jax.parallel import make_mesh, shard
-from pixel_jax.rollouts import machine
+from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.queue import READ
 from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, finish, finished, rollout
 from pixel_jax.rollouts.trajectory import NO_CANVAS, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 KEY = jax.random.key(7)
-SMALL = dataclasses.replace(talker.CONFIG, group_size=2, max_response=256, max_calls=2, observe_chunk=1)
+SMALL = dataclasses.replace(scripted_model.CONFIG, group_size=2, max_response=256, max_calls=2, observe_chunk=1)
 QUEUED = dataclasses.replace(SMALL, in_flight=2)
 TAIL = dataclasses.replace(SMALL, tail_rows=3)
 BUDGETS = (1, 3, 7, 1000)
@@ -31,13 +31,13 @@ def slow(*values):
 
 def prompts(*which):
     """Of the six that there are, images and videos in turn, under their own uids."""
-    return take_prompts(talker.prompts(6, config=SMALL, video=True), list(which))
+    return take_prompts(scripted_model.prompts(6, config=SMALL, video=True), list(which))
 
 
 @functools.cache
 def whole(config, *which):
     """What the single program makes of these prompts."""
-    return to_host(rollout(talker.model(), prompts(*which), KEY, config))
+    return to_host(rollout(scripted_model.model(), prompts(*which), KEY, config))
 
 
 def same(a, b):
@@ -53,7 +53,7 @@ def through_the_host(state):
 def run(state, budget, between=lambda state: state):
     """The state when all rows are done, and after how many calls of `advance` that is."""
     for calls in range(1, 1000):
-        state = advance(talker.model(), state, budget)
+        state = advance(scripted_model.model(), state, budget)
         if finished(state).all():
             return state, calls
         state = between(state)
@@ -64,7 +64,7 @@ def run(state, budget, between=lambda state: state):
 def test_pieces_come_to_the_whole(config):
     expected = whole(config, 0, 1, 2, 3)
     assert (expected.calls.status == CallStatus.DONE).sum() >= 3 and len(set(expected.num_calls.tolist())) >= 3
-    began = begin(talker.model(), prompts(0, 1, 2, 3), KEY, config)
+    began = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, config)
     before, counts = jax.tree.map(np.array, began), []
     for budget in BUDGETS:
         state, count = run(began, budget, through_the_host if budget == 3 else lambda state: state)
@@ -77,37 +77,43 @@ def test_pieces_come_to_the_whole(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [QUEUED, SMALL, TAIL], ids=["queue", "all", "tail"])
 def test_what_was_cut_short_goes_on_without_a_budget(config):
-    began = begin(talker.model(), prompts(0, 1, 2, 3), KEY, config)
+    began = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, config)
     for budget in (0, 1, 5, 20):
-        some = advance(talker.model(), began, budget)
+        some = advance(scripted_model.model(), began, budget)
         if budget == 20:  # in memory that is given away
-            state = advance(talker.model(), some, donate=True)
+            state = advance(scripted_model.model(), some, donate=True)
             assert all(x.is_deleted() for x in some.rows.cache.k) and not some.prompts.canvases.is_deleted()
         else:
-            state = advance(talker.model(), some)
+            state = advance(scripted_model.model(), some)
         same(to_host(finish(state)), whole(config, 0, 1, 2, 3))
 
 
 def test_a_budget_counts_tokens():
-    state = begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
-    same(advance(talker.model(), state, 0), state)
-    written = [np.asarray(advance(talker.model(), state, budget).rows.loss_mask).sum(axis=1) for budget in (1, 4)]
+    state = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
+    same(advance(scripted_model.model(), state, 0), state)
+    written = [
+        np.asarray(advance(scripted_model.model(), state, budget).rows.loss_mask).sum(axis=1) for budget in (1, 4)
+    ]
     assert (written[0] == 1).all() and written[1].max() == 4 and written[1].min() >= 1
-    some = advance(talker.model(), state, 4)
-    same(advance(talker.model(), some, 0), some)
+    some = advance(scripted_model.model(), state, 4)
+    same(advance(scripted_model.model(), some, 0), some)
     done, _ = run(state, 1000)
-    same(advance(talker.model(), done, 7), done)
+    same(advance(scripted_model.model(), done, 7), done)
     with pytest.raises(ValueError, match="budget -1 is negative"):
-        advance(talker.model(), state, -1)
+        advance(scripted_model.model(), state, -1)
 
 
 @pytest.mark.parametrize("config", [QUEUED, slow(SMALL)], ids=["queue", "all"])
 def test_rows_can_be_read_while_they_write(config):
     """What `finish` says on the way is a beginning of what it says in the end."""
-    state, seen, expected = begin(talker.model(), prompts(0, 1, 2, 3), KEY, config), 0, whole(config, 0, 1, 2, 3)
+    state, seen, expected = (
+        begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, config),
+        0,
+        whole(config, 0, 1, 2, 3),
+    )
     width = state.prompts.tokens.shape[1]
     for _ in range(4):
-        state = advance(talker.model(), state, 7)
+        state = advance(scripted_model.model(), state, 7)
         now = to_host(finish(state))
         there = now.valid[:, width:]
         assert there.sum() > seen
@@ -120,18 +126,18 @@ def test_rows_can_be_read_while_they_write(config):
 
 
 def test_one_program_for_all_budgets():
-    state = begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
+    state = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
     before = _advance._cache_size()
     for budget in (1, np.int32(2), jnp.int32(3)):
-        state = advance(talker.model(), state, budget)
+        state = advance(scripted_model.model(), state, budget)
     assert _advance._cache_size() - before <= 1
 
 
 def test_steps_are_traced():
     """`advance`, `admit`'s program and `finish` inside one of the caller's."""
-    state = begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
+    state = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED)
     both = jax.jit(lambda model, state, budget: finish(advance(model, state, budget)))
-    made = jax.eval_shape(both, talker.model(), state, 3)
+    made = jax.eval_shape(both, scripted_model.model(), state, 3)
     assert made.tokens.shape == (8, state.prompts.tokens.shape[1] + QUEUED.max_response)
 
 
@@ -141,7 +147,7 @@ def test_steps_are_traced():
 def test_prompts_are_admitted_on_the_way(in_flight, capacity, mesh):
     """Six prompts go through fewer places, some empty at first; a row is the same whenever and wherever its prompt came."""
     config = dataclasses.replace(QUEUED, in_flight=in_flight)
-    model = shard(talker.model(), make_mesh(mesh)) if mesh else talker.model()
+    model = shard(scripted_model.model(), make_mesh(mesh)) if mesh else scripted_model.model()
     state = begin(model, prompts(5, 1, 0), KEY, config, capacity=capacity)
     at, waits, collected = {0: 5, 1: 1, 2: 0}, [2, 4, 3], {}
     while at:
@@ -171,20 +177,20 @@ def test_prompts_are_admitted_on_the_way(in_flight, capacity, mesh):
 
 def test_who_came_first_is_read_first():
     """The order of places says nothing."""
-    state = begin(talker.model(), prompts(0, 1), KEY, QUEUED, capacity=4)
+    state = begin(scripted_model.model(), prompts(0, 1), KEY, QUEUED, capacity=4)
     for place, prompt in ((3, 2), (2, 3)):
         state = admit(state, [place], prompts(prompt))
     waiting = []
     while not finished(state).all():
-        state = advance(talker.model(), state, 1)
+        state = advance(scripted_model.model(), state, 1)
         now = np.flatnonzero(np.asarray(state.queue.line) != READ).tolist()
         waiting += [now] * (now not in waiting)
     assert waiting in ([[2, 3], [2], []], [[2, 3], []])
 
 
 def test_an_empty_place_has_rows_that_say_nothing():
-    state = begin(talker.model(), prompts(0, 1), KEY, QUEUED, capacity=4)
-    state = advance(talker.model(), state, 1000)
+    state = begin(scripted_model.model(), prompts(0, 1), KEY, QUEUED, capacity=4)
+    state = advance(scripted_model.model(), state, 1000)
     assert finished(state).tolist() == [True, True, False, False]
     made, expected = to_host(finish(state)), whole(QUEUED, 0, 1, 2, 3)
     same(take_rows(made, slice(0, 4)), take_rows(expected, slice(0, 4)))
@@ -196,8 +202,8 @@ def test_an_empty_place_has_rows_that_say_nothing():
 
 
 def test_misuse_is_named():
-    words, known = talker.vocabulary(), talker.token_tables()
-    state, one = begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED), prompts(4)
+    words, known = scripted_model.vocabulary(), scripted_model.token_tables()
+    state, one = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED), prompts(4)
     same(admit(state, [], prompts()), state)
     with pytest.raises(ValueError, match=r"places \[2\] are not done: `advance` until `finished`; free are \[\]"):
         admit(state, [2], one)
@@ -208,27 +214,27 @@ def test_misuse_is_named():
     with pytest.raises(
         ValueError, match=r"prompts of 96 tokens and 2 pictures of 192 x 192 .* in a rollout of 96 tokens and 3"
     ):
-        admit(state, [0], talker.prompts(1, config=SMALL))
+        admit(state, [0], scripted_model.prompts(1, config=SMALL))
     with pytest.raises(ValueError, match=r"for the tools \['crop_image_normalized'\] in a rollout with"):
         admit(state, [0], one._replace(tables=tables(words, (CROP_IMAGE,))))
     with pytest.raises(ValueError, match=r"prompts \[0\] have no tokens"):
         admit(state, [0], one._replace(length=np.zeros(1, np.int32)))
     with pytest.raises(ValueError, match="capacity 3 is less than the 4 prompts"):
-        begin(talker.model(), prompts(0, 1, 2, 3), KEY, QUEUED, capacity=3)
-    stills = build_prompts(talker.queries(2), words, known, SMALL, shape=one.shape._replace(video=False))
+        begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED, capacity=3)
+    stills = build_prompts(scripted_model.queries(2), words, known, SMALL, shape=one.shape._replace(video=False))
     with pytest.raises(ValueError, match="videos in a rollout that began without any: have one among the prompts"):
-        admit(begin(talker.model(), stills, KEY, SMALL), [0], prompts(1))
+        admit(begin(scripted_model.model(), stills, KEY, SMALL), [0], prompts(1))
 
 
 def test_without_a_budget_nothing_is_counted():
     """In the single program the rows' own state, and nothing else, is carried from token to token."""
-    nothing = machine.State(**dict.fromkeys(machine.State._fields))
-    state = nothing._replace(status=jnp.array([machine.WRITING, machine.DONE]))
+    nothing = decode_loop.RowState(**dict.fromkeys(decode_loop.RowState._fields))
+    state = nothing._replace(status=jnp.array([decode_loop.WRITING, decode_loop.DONE]))
 
     def loop(left):
-        writing = lambda state: jnp.any(state.status == machine.WRITING)
-        ends = lambda state: state._replace(status=jnp.full_like(state.status, machine.DONE))
-        made = jax.make_jaxpr(lambda state, left: machine.decode_while(writing, state, ends, left))(state, left)
+        writing = lambda state: jnp.any(state.status == decode_loop.WRITING)
+        ends = lambda state: state._replace(status=jnp.full_like(state.status, decode_loop.DONE))
+        made = jax.make_jaxpr(lambda state, left: decode_loop.decode_while(writing, state, ends, left))(state, left)
         return next(x for x in made.eqns if x.primitive.name == "while")
 
     plain, counted = loop(None), loop(3)

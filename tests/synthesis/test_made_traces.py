@@ -18,7 +18,7 @@ from pixel_jax.synthesis.seeds import read_seeds
 from pixel_jax.synthesis.traces import assign_kinds, possible_kinds
 from pixel_jax.tools import ToolError
 from tests.dialog.qwen import qwen_vocabulary
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.synthesis import seed_files
 
 CONFIG = RolloutConfig(  # the padding of the released recipe; few pixels, so that rows are short
@@ -65,8 +65,10 @@ def test_what_is_learned_shows_the_cue_and_what_is_not_does_not(made):
         kind = kind_of(example)
         kinds.append(kind)
         calls = len(example.turns) - 1
-        shown = talker.outcomes(done)[row, :calls]
-        assert done.num_calls[row] == calls and set(shown) <= {talker.SELECTED if seed.video else talker.CROPPED}
+        shown = scripted_model.outcomes(done)[row, :calls]
+        assert done.num_calls[row] == calls and set(shown) <= {
+            scripted_model.SELECTED if seed.video else scripted_model.CROPPED
+        }
         learned = [turn.parts[0][1] for turn in example.turns]
         assert learned == [False] * (calls - 1) + [True, True][-(calls + 1) :]
         for call in range(calls):
@@ -182,7 +184,7 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
     done = to_trajectories([x.trace(x.query()) for x in examples], vocabulary, tables(vocabulary), CONFIG, ROOM)
     for row, (i, example) in enumerate(zip(sorted(kinds), examples, strict=True)):
         calls = len(example.turns) - 1
-        assert set(talker.outcomes(done)[row, :calls]) == {talker.CROPPED}, (rows[i], kinds[i])
+        assert set(scripted_model.outcomes(done)[row, :calls]) == {scripted_model.CROPPED}, (rows[i], kinds[i])
         x1, y1, x2, y2 = done.calls.source.region[row, calls - 1, 0]
         box = rows[i]["box"]
         assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3], (rows[i], kinds[i])

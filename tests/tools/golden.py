@@ -22,11 +22,11 @@ from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import BatchShape
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.tools import seen
 
 FILE = pathlib.Path(__file__).parent / "golden.npz"
-LIMITS = dataclasses.replace(talker.CONFIG, max_calls=6, max_images=40)
+LIMITS = dataclasses.replace(scripted_model.CONFIG, max_calls=6, max_images=40)
 ROOM = BatchShape(tokens=2600, images=24, slices=24, patches=16)
 
 CROPS = (  # of two images
@@ -67,9 +67,9 @@ OTHERS = (
 
 def conversations() -> list[Trace]:
     """Every call above, five to a trace, about two images and about a video."""
-    stills = talker.queries(3)[2]
-    video = talker.queries(2, video=True)[1]
-    video = video._replace(images=[talker.image(50 + i, 96, 128) for i in range(5)])
+    stills = scripted_model.queries(3)[2]
+    video = scripted_model.queries(2, video=True)[1]
+    video = video._replace(images=[scripted_model.image(50 + i, 96, 128) for i in range(5)])
     of_video = [*(SELECT % x for x in FRAMES), *(CROP % x for x in CROPS), *OTHERS]
     before = [CROP % '[0, 0, 1, 1], "target_image": 7', CROP % '[0, 0, 0.7, 1], "target_image": 5', *of_video]
     of_images = [*(CROP % x for x in CROPS), *(SELECT % x for x in FRAMES), *OTHERS]
@@ -89,17 +89,17 @@ def vocabulary(pieces: tuple[str, ...]) -> Vocabulary:
 def make(pieces: tuple[str, ...]) -> dict[str, np.ndarray]:
     """All of it, as arrays; what is text is JSON in bytes. `pieces`: of the vocabulary."""
     words = vocabulary(pieces)
-    token_tables, model = tables(words), talker.network(words)
+    token_tables, model = tables(words), scripted_model.network(words)
     found = {}
     for name, video in (("image", False), ("video", True)):
         prompts = build_prompts(
-            talker.queries(4, video=video),
+            scripted_model.queries(4, video=video),
             words,
             token_tables,
-            talker.CONFIG,
-            shape=talker.shape(video=video),
+            scripted_model.CONFIG,
+            shape=scripted_model.shape(video=video),
         )
-        t = talker.with_pixels(rollout(model, prompts, jax.random.key(7), talker.CONFIG), prompts)
+        t = scripted_model.with_pixels(rollout(model, prompts, jax.random.key(7), scripted_model.CONFIG), prompts)
         found |= {f"{name}.{key}": x for key, x in facts(t, token_tables).items()}
     t = to_trajectories(conversations(), words, token_tables, LIMITS, ROOM)
     return found | {f"trace.{key}": x for key, x in facts(t, token_tables).items()}
@@ -137,6 +137,6 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    words = tuple(talker.pieces())
+    words = tuple(scripted_model.pieces())
     np.savez_compressed(FILE, about=packed({"machine": machine(), "pieces": words}), **make(words))
     print(FILE, FILE.stat().st_size)

@@ -20,10 +20,10 @@ from pixel_jax.rollouts.trajectory import CallStatus, take_prompts, to_host
 from pixel_jax.tools import CROP_IMAGE, ENHANCE, ROTATE
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 TOOLS = (CROP_IMAGE, ROTATE, ENHANCE)
-CONFIG = dataclasses.replace(talker.CONFIG, max_new_tokens=4, max_calls=4, max_response=400, group_size=6)
+CONFIG = dataclasses.replace(scripted_model.CONFIG, max_new_tokens=4, max_calls=4, max_response=400, group_size=6)
 CALL = '<tool_call>\n{"name": "%s", "arguments": {%s}}\n</tool_call>'
 TURN = CALL % ("rotate", '"by": "90", "target_image": 1')
 CROP = CALL % ("crop_image_normalized", '"bbox_2d": [0.1, 0.2, 0.9, 0.7], "target_image": 2')
@@ -34,18 +34,23 @@ FAR = CALL % ("rotate", '"by": "180", "target_image": 9')
 START, ANSWER = "assistant\n", "\\boxed{7}"
 # Rotate, crop or enhance what came second, flip what came third; or wrong, or out of range.
 AFTER = {TURN: 0.55, NONE: 0.15, FAR: 0.1, CROP: 0.1, ANSWER: 0.1}
-CHAIN = {START: AFTER | {CROP: 0.5, FLIP: 0.5, BRIGHT: 0.7}, **{x: {talker.END: 1.0} for x in (*AFTER, FLIP, BRIGHT)}}
+CHAIN = {
+    START: AFTER | {CROP: 0.5, FLIP: 0.5, BRIGHT: 0.7},
+    **{x: {scripted_model.END: 1.0} for x in (*AFTER, FLIP, BRIGHT)},
+}
 
 
 @functools.cache
 def words() -> Vocabulary:
-    return talker.vocabulary_of(CHAIN, TOOLS)
+    return scripted_model.vocabulary_of(CHAIN, TOOLS)
 
 
 @pytest.fixture(scope="module")
 def made():
-    model, token_tables = talker.network(words(), CHAIN), tables(words(), TOOLS)
-    prompts = build_prompts(talker.queries(3), words(), token_tables, CONFIG, shape=talker.shape(CONFIG))
+    model, token_tables = scripted_model.network(words(), CHAIN), tables(words(), TOOLS)
+    prompts = build_prompts(
+        scripted_model.queries(3), words(), token_tables, CONFIG, shape=scripted_model.shape(CONFIG)
+    )
     return model, token_tables, prompts, to_host(rollout(model, prompts, jax.random.key(1), CONFIG))
 
 
@@ -53,7 +58,7 @@ def made():
 def pixels(made):
     """The rows with what they saw."""
     *_, prompts, t = made
-    return talker.with_pixels(t, prompts, CONFIG)
+    return scripted_model.with_pixels(t, prompts, CONFIG)
 
 
 def expected(query, t, row) -> list[np.ndarray]:
@@ -86,7 +91,7 @@ def patches(image: np.ndarray) -> np.ndarray:
 
 def test_what_is_shown_is_pillows(made, pixels):
     *_, prompts, t = made
-    queries, seen_tools, longest = talker.queries(3), set(), 0
+    queries, seen_tools, longest = scripted_model.queries(3), set(), 0
     first = prompts.shape.images
     for row in range(len(t.stop)):
         query = queries[t.prompt[row]]
@@ -117,7 +122,7 @@ def test_sampler_and_trainer_agree(made, pixels):
 
 
 def test_calls_that_cannot_be_carried_out_are_answered(made):
-    outcomes = set(talker.outcomes(made[-1], TOOLS).ravel())
+    outcomes = set(scripted_model.outcomes(made[-1], TOOLS).ravel())
     assert {"malformed", "rotate: no such image", "rotate: shown", "enhance: shown"} <= outcomes
 
 
@@ -125,11 +130,11 @@ def test_written_traces_are_the_rollouts(made, pixels):
     """The same turns, written: the same tokens, records and pixels."""
     _, token_tables, prompts, t = made
     rows = [row for row in range(len(t.stop)) if t.num_calls[row]][:6]
-    queries, traces = talker.queries(3), []
+    queries, traces = scripted_model.queries(3), []
     for row in rows:
         ids, chosen = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
         runs = np.split(ids, np.flatnonzero(np.diff(chosen)) + 1)[1::2]
-        turns = [words().to_bytes(run).decode().removesuffix(talker.END) for run in runs]
+        turns = [words().to_bytes(run).decode().removesuffix(scripted_model.END) for run in runs]
         traces.append(Trace(queries[t.prompt[row]], tuple(map(right, turns)), "7"))
     written = to_trajectories(traces, words(), token_tables, CONFIG, BatchShape(700, 8, 8, 16))
     for mine, row in enumerate(rows):
@@ -161,4 +166,4 @@ def test_on_eight_devices(made, pixels):
     rows = (order[:, None] * CONFIG.group_size + np.arange(CONFIG.group_size)).reshape(-1)
     same = lambda x, y: np.testing.assert_array_equal(x, y[rows])
     jax.tree.map(same, found._replace(logprobs=None, prompt=None), t._replace(logprobs=None, prompt=None))
-    same(talker.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)
+    same(scripted_model.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)

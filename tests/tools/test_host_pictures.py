@@ -23,7 +23,7 @@ from pixel_jax.tools.tool import ANSWERED
 from pixel_jax.training.batch import from_trajectories, with_patches
 from pixel_jax.training.replay import pack, unpack
 from pixel_jax.training.steps import ForwardConfig, make_score_step
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.tools import seen
 from tests.tools.test_chains import patches
 
@@ -36,7 +36,7 @@ SCAN = Tool(
     picture=True,
 )
 TOOLS = (CROP_IMAGE, ROTATE, SCAN)
-CONFIG = dataclasses.replace(talker.CONFIG, max_new_tokens=4, max_calls=4, max_response=480, group_size=8)
+CONFIG = dataclasses.replace(scripted_model.CONFIG, max_new_tokens=4, max_calls=4, max_response=480, group_size=8)
 CALL = '<tool_call>\n{"name": "%s", "arguments": {%s}}\n</tool_call>'
 NEW, PLAIN, FLAT = (CALL % ("scan", f'"how": "{x}"') for x in ("new", "plain", "flat"))
 AGAIN = CALL % ("scan", '"how": "again", "image": 2')
@@ -45,7 +45,7 @@ CROP = CALL % ("crop_image_normalized", '"bbox_2d": [0.1, 0.2, 0.9, 0.7], "targe
 LAST = CALL % ("rotate", '"by": "flip", "target_image": 3')
 END = "\\boxed{7}"
 AFTER = {NEW: 0.3, PLAIN: 0.1, FLAT: 0.1, TURN: 0.15, CROP: 0.1, LAST: 0.1, AGAIN: 0.1, END: 0.05}
-CHAIN = {talker.START: AFTER, **{text: {talker.END: 1.0} for text in AFTER}}
+CHAIN = {scripted_model.START: AFTER, **{text: {scripted_model.END: 1.0} for text in AFTER}}
 
 
 def painted(image: np.ndarray) -> np.ndarray:
@@ -75,14 +75,14 @@ class Scanner:
 
 
 def asked(words, token_tables, config=CONFIG):
-    queries = [query for query in talker.queries(3) if len(query.images) == 1]
+    queries = [query for query in scripted_model.queries(3) if len(query.images) == 1]
     return queries, build_prompts(queries, words, token_tables, config, width=96, canvas=(1, 192, 192))
 
 
 @pytest.fixture(scope="module")
 def made():
-    words = talker.vocabulary_of(CHAIN, TOOLS)
-    model, token_tables, host = talker.network(words, CHAIN), tables(words, TOOLS), Scanner()
+    words = scripted_model.vocabulary_of(CHAIN, TOOLS)
+    model, token_tables, host = scripted_model.network(words, CHAIN), tables(words, TOOLS), Scanner()
     queries, prompts = asked(words, token_tables)
     t = to_host(HostRollouts(host, words)(model, prompts, jax.random.key(4), CONFIG))
     return words, model, queries, prompts, host, t
@@ -90,21 +90,21 @@ def made():
 
 def pictures_of_row(query, t, row) -> dict[int, np.ndarray]:
     """Of each call that showed something the picture, as NumPy makes it: by what was asked for, from the record."""
-    gallery, found = [query.images[0]], {}
+    history, found = [query.images[0]], {}
     for call in np.flatnonzero(t.calls.source.canvas[row, :, 0] != -1):
         tool, units = TOOLS[t.calls.tool[row, call]], t.calls.values.units[row, call]
         if tool == SCAN:
             # What is written as a text is not on record; the number is.
-            made = gallery[-1][::-1] if units[0] == 2 else painted(gallery[0])
+            made = history[-1][::-1] if units[0] == 2 else painted(history[0])
         elif tool == ROTATE:
-            made = np.rot90(gallery[1], -1) if units[0] == 0 else gallery[2][::-1]
+            made = np.rot90(history[1], -1) if units[0] == 0 else history[2][::-1]
         else:
-            height, width = gallery[1].shape[:2]
+            height, width = history[1].shape[:2]
             x1, y1, x2, y2 = (
                 round(x * side) for x, side in zip((0.1, 0.2, 0.9, 0.7), (width, height) * 2, strict=True)
             )
-            made = gallery[1][y1:y2, x1:x2]
-        gallery.append(made)
+            made = history[1][y1:y2, x1:x2]
+        history.append(made)
         found[int(call)] = made
     return found
 
@@ -120,13 +120,13 @@ def test_what_is_shown_and_made_of_it(made):
             source = int(t.calls.source.canvas[row, call, 0])
             kinds.add((TOOLS[t.calls.tool[row, call]].name, "prompt" if source >= 0 else "made"))
     assert kinds >= {("scan", "made"), ("rotate", "made"), ("crop_image_normalized", "made")}, kinds
-    outcomes = set(talker.outcomes(t, TOOLS).ravel())
+    outcomes = set(scripted_model.outcomes(t, TOOLS).ravel())
     assert {"scan: answered", "rotate: shown", "crop_image_normalized: shown"} <= outcomes, outcomes
 
 
 def test_kept_once_and_on_record_by_its_digest(made):
     *_, queries, prompts, host, t = made
-    scans = talker.outcomes(t, TOOLS) == "scan: answered"
+    scans = scripted_model.outcomes(t, TOOLS) == "scan: answered"
     returned = scans & (t.calls.drawn[..., 0] > 0)
     assert returned.any() and (scans & ~returned).any()
     assert not t.calls.picture[~returned].any()
@@ -151,14 +151,16 @@ def test_the_host_sees_it_in_later_calls(made):
 
 def test_rows_read_text_and_picture(made):
     words, _, queries, _, _, t = made
-    row, call = np.argwhere((talker.outcomes(t, TOOLS) == "scan: answered") & (t.calls.drawn[..., 0] > 0))[0]
+    row, call = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: answered") & (t.calls.drawn[..., 0] > 0))[0]
     text = words.to_bytes(t.tokens[row][t.valid[row]]).decode()
     height, width = t.calls.source.size[row, call, 0]
     shown = "<|vision_start|>" + "<|image_pad|>" * int(height * width // 28**2) + "<|vision_end|>"
     assert f"\n<|im_start|>user\n\nScanned.{shown}<|im_end|>\n<|im_start|>assistant\n" in text
     drawn = make_trace(t, int(row), queries[t.prompt[row]], words)
     assert any(turn.text == "Scanned." and len(turn.pictures) == 1 for turn in drawn.turns)
-    row, _ = np.argwhere((talker.outcomes(t, TOOLS) == "scan: failed") & (t.calls.status == CallStatus.FAILED))[0]
+    row, _ = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: failed") & (t.calls.status == CallStatus.FAILED))[
+        0
+    ]
     assert "its picture of 900x2 pixels cannot be shown" in words.to_bytes(t.tokens[row][t.valid[row]]).decode()
 
 

@@ -17,7 +17,7 @@ from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.tools import CROP_IMAGE
 from pixel_jax.tools.named import find_tools
 from pixel_jax.training.progress import read_metrics
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.test_cli import ENVIRONMENT, ROOT, command
 
 PAGE = pathlib.Path(ROOT) / "docs" / "your-own-tool.md"
@@ -109,14 +109,14 @@ def tool_call(name: str, arguments: str) -> str:
 
 
 def run_both(written, tools, names, after, options=()):
-    """`rl` and `eval` with a talker that says what is in `after`: the metrics and the records."""
-    chain = {talker.START: after, **{text: {talker.END: 1.0} for text in after}}
-    words = talker.vocabulary_of(chain, tools)
+    """`rl` and `eval` with a scripted model that says what is in `after`: the metrics and the records."""
+    chain = {scripted_model.START: after, **{text: {scripted_model.END: 1.0} for text in after}}
+    words = scripted_model.vocabulary_of(chain, tools)
     processor = Processor(words.tokenizer, min_pixels=784, max_pixels=4 * 784)
-    save_pretrained(talker.network(words, chain), processor, written / "model")
+    save_pretrained(scripted_model.network(words, chain), processor, written / "model")
     lines = []
     for i in range(4):
-        Image.fromarray(talker.image(i, 60, 70)).save(written / f"{i}.png")
+        Image.fromarray(scripted_model.image(i, 60, 70)).save(written / f"{i}.png")
         lines.append(json.dumps({"question": "Which digit?", "images": [f"{i}.png"], "answer": "7"}))
     (written / "own.jsonl").write_text("\n".join(lines))
     step = {"forward": {"remat": False}, "optimizer": {"learning_rate": 1e-6}}

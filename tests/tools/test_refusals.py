@@ -13,7 +13,7 @@ from pixel_jax.rollouts.prompts import tables
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Argument, Outcome, Text, Tool, ToolError
 from pixel_jax.tools.drawing import drawing
 from pixel_jax.tools.named import SHIPPED, find_tools
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 
 def grey(arguments, pixels, size):
@@ -75,13 +75,13 @@ def test_what_is_shipped_is_pure(tool):
 )
 def test_a_device_tool_that_cannot_be_one(tool, message):
     with pytest.raises(ToolError, match=message):
-        tables(talker.vocabulary(), (tool,))
+        tables(scripted_model.vocabulary(), (tool,))
 
 
 def test_a_text_with_other_braces():
     text = dataclasses.replace(CROP_IMAGE, outcomes=(*CROP_IMAGE.outcomes, Outcome("json", 'Write {"a": 1}.')))
     with pytest.raises(ToolError, match="crop_image_normalized: json has"):
-        tables(talker.vocabulary(), (text,))
+        tables(scripted_model.vocabulary(), (text,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def test_an_argument_that_no_parser_can_read():
 
 def test_two_tools_of_one_name():
     with pytest.raises(ToolError, match="two tools are called 'rotate'"):
-        tables(talker.vocabulary(), (ROTATE, ROTATE))
+        tables(scripted_model.vocabulary(), (ROTATE, ROTATE))
 
 
 def test_a_text_that_the_device_would_have_to_read():

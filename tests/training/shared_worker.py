@@ -1,4 +1,4 @@
-"""Tunes a tiny model, or lets the talker learn, in one process or several; tests start it, or call it, and watch.
+"""Tunes a tiny model, or lets the scripted model learn, in one process or several; tests start it, or call it, and watch.
 
     python shared_worker.py DIRECTORY SETTINGS
 
@@ -13,12 +13,12 @@ import sys
 
 import jax
 import numpy as np
-import talker
+import scripted_model
 from tiny_model import make_batch, make_model
 
 from pixel_jax.models.lora import add_lora
-from pixel_jax.parallel import make_mesh, replicate, share
-from pixel_jax.parallel.processes import first, join, together
+from pixel_jax.parallel import make_mesh, process_shard, replicate
+from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
 from pixel_jax.rollouts.prompts import build_prompts
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
@@ -60,8 +60,10 @@ class Questions:
         self.asked += 1
         size = PROMPTS // self.part.count
         mine = slice(self.part.index * size, (self.part.index + 1) * size)
-        words, tables = talker.vocabulary(), talker.token_tables()
-        prompts = build_prompts(talker.queries(PROMPTS)[mine], words, tables, talker.CONFIG, shape=talker.shape())
+        words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
+        prompts = build_prompts(
+            scripted_model.queries(PROMPTS)[mine], words, tables, scripted_model.CONFIG, shape=scripted_model.shape()
+        )
         return prompts, ["7", "3", "7", "3"][mine]
 
     def get_state(self):
@@ -77,7 +79,7 @@ def written(row, answer):
 
 
 def decode(ids):
-    return talker.vocabulary().to_bytes(ids).decode()
+    return scripted_model.vocabulary().to_bytes(ids).decode()
 
 
 def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event):
@@ -92,7 +94,7 @@ def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event)
     model = make_model()
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
-    data = Rows(make_batch(20), 8, seed=3, part=share(mesh))
+    data = Rows(make_batch(20), 8, seed=3, part=process_shard(mesh))
     data.event = event
     return sft(model, data, config, directory=directory, mesh=mesh)
 
@@ -103,13 +105,13 @@ def learn(directory, mesh, steps, *, rollout_mesh=None, trainable=".*", lora=Fal
         prompts=PROMPTS,
         train_batch=8,
         trainable=trainable,
-        rollout=talker.CONFIG,
+        rollout=scripted_model.CONFIG,
         replay=ReplayConfig(episode=2),
         optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-2),
         forward=ForwardConfig(remat=False),
         time_operations=1,
     )
-    model, data = talker.model(), Questions(share(mesh), event)
+    model, data = scripted_model.model(), Questions(process_shard(mesh), event)
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
     stages = Stages(Rewards.of(config.reward, decode, {"answer": Term(written)}))
@@ -128,12 +130,12 @@ def work(directory, phase="sft", mesh=None, rollout_mesh=None, steps=3, **settin
 
 
 def main(directory, settings):
-    join()
+    initialize()
     directory = pathlib.Path(directory)
-    with together():
+    with fail_together():
         NOTICE.listen()
         weights = work(directory, **json.loads(settings))
-        if first():
+        if is_main_process():
             np.savez(directory / "weights.npz", *weights)
 
 

@@ -18,7 +18,7 @@ from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, r
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.training.tiny_model import make_batch, make_model, tiny_config
 
 NETWORK = tiny_config()
@@ -72,15 +72,15 @@ def test_a_step_takes_turns_where_memory_is_short(monkeypatch):
 
 def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
     """Against the arrays that a rollout begins with: one more prompt in flight would have been one too many."""
-    prompts, model = talker.prompts(6), talker.model()
-    config = dataclasses.replace(talker.CONFIG, max_response=4096)
+    prompts, model = scripted_model.prompts(6), scripted_model.model()
+    config = dataclasses.replace(scripted_model.CONFIG, max_response=4096)
     shape, placed = static_shape(prompts, config, None), place(prompts, None)
     assert fitting(config, model, prompts, shape, None) is config  # all fit
 
     def begins(count: int) -> int:
-        opening, _, alone = traced(dataclasses.replace(config, in_flight=count), ())
+        assistant_prefix, _, alone = traced(dataclasses.replace(config, in_flight=count), ())
         arrays = jax.eval_shape(
-            lambda: start(model, placed, opening, alone, shape)  # noqa: B023
+            lambda: start(model, placed, assistant_prefix, alone, shape)  # noqa: B023
         )
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.data.example import Example, Report
+from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
@@ -25,10 +25,10 @@ from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.stages import Collected, Questions, Scored, Weighed
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 
 COUNT = 5
-CALL = talker.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + talker.CLOSE
+CALL = scripted_model.CROP + "0.05, 0.11, 0.71, 0.82" + '], "target_image": 1' + scripted_model.CLOSE
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def examples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for i in range(COUNT):
-        Image.fromarray(talker.image(i, 120, 150)).save(folder / f"{i}.png")
+        Image.fromarray(scripted_model.image(i, 120, 150)).save(folder / f"{i}.png")
         answer = "73"[i % 2]
         written = [CALL, f"\\boxed{{{answer}}}"][i % 2 :]
         lines.append({"question": "Which digit?", "images": [f"{i}.png"], "answer": answer, "turns": written})
@@ -52,9 +52,9 @@ def state_of(model, **more):
 @pytest.mark.parametrize("normalizer", ["row", "token"])
 def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normalizer):
     """Rows of two traces or one, of which a step makes one batch and a look three, the last half empty."""
-    shapes, limits = [BatchShape(96, 3, 3, 16)], judged(talker.CONFIG)
-    words, tables = talker.vocabulary(), talker.token_tables()
-    make = lambda size: Packing(examples, words, tables, limits, shapes, size=size, seed=0, report=Report("d"))
+    shapes, limits = [BatchShape(96, 3, 3, 16)], judged(scripted_model.CONFIG)
+    words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
+    make = lambda size: Packing(examples, words, tables, limits, shapes, size=size, seed=0, report=ReadReport("d"))
     packing = make(2)
     rows = len(packing.order.packed(0)[0])
     assert 2 < rows <= COUNT
@@ -63,8 +63,8 @@ def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normaliz
     (places,) = whole.order.packed(0)
     batch = whole.collate(map(whole.load, places), rows)
     step = make_sft_step(forward, make_optimizer(OptimizerConfig(learning_rate=1e-3), 1), normalizer=normalizer)
-    _, report = step(state_of(talker.model()), batch)
-    state = state_of(talker.model())
+    _, report = step(state_of(scripted_model.model()), batch)
+    state = state_of(scripted_model.model())
     facts, found = HeldOutLoss(packing, forward, normalizer, 2 * rows)(state)
     assert found == [] and facts["loss"] == pytest.approx(float(report.metrics["loss"]), rel=1e-5)
     assert facts["loss"] > 0.1
@@ -72,14 +72,14 @@ def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normaliz
 
 @pytest.fixture(scope="module")
 def asked(examples):
-    limits = judged(talker.CONFIG)
+    limits = judged(scripted_model.CONFIG)
     shape = prompt_shape(1, 160, 160, 96, limits, video=False)
-    return find_rooms(examples, [shape], talker.vocabulary(), limits, Report("d"))
+    return find_rooms(examples, [shape], scripted_model.vocabulary(), limits, ReadReport("d"))
 
 
 def ask(asked, model, **more):
-    by = Sampling(talker.vocabulary(), talker.token_tables(), **more)
-    limits = dataclasses.replace(talker.CONFIG, temperature=1.7, later_temperature=2.0)  # as training explores
+    by = Sampling(scripted_model.vocabulary(), scripted_model.token_tables(), **more)
+    limits = dataclasses.replace(scripted_model.CONFIG, temperature=1.7, later_temperature=2.0)  # as training explores
     look = Asker(asked, by, limits, ScorerConfig(), batch=3, drawn=2, seed=0, dtype=None)
     assert look.limits.temperature == 1 and look.limits.group_size == 1 and look.limits.later_temperature is None
     return look(state_of(model))
@@ -93,8 +93,8 @@ def test_numbers_are_of_every_question_once(asked):
         seen.append(to_host(rollout(*arguments)))
         return seen[-1]
 
-    facts, found = ask(asked, talker.model(), roll=watched)
-    words = talker.vocabulary()
+    facts, found = ask(asked, scripted_model.model(), roll=watched)
+    words = scripted_model.vocabulary()
     rows = [(t, row) for t in seen for row in range(3)][:COUNT]
     assert len(seen) == 2
     texts = [words.to_bytes(t.tokens[row][t.loss_mask[row]]).decode() for t, row in rows]
@@ -119,13 +119,17 @@ def test_looks_add_up():
 
 def drawable(config):
     """(rollout, queries, prompts) of images and videos."""
-    prompts = talker.prompts(4, video=True)
-    return to_host(rollout(talker.model(), prompts, jax.random.key(7), config)), talker.queries(4, video=True), prompts
+    prompts = scripted_model.prompts(4, video=True)
+    return (
+        to_host(rollout(scripted_model.model(), prompts, jax.random.key(7), config)),
+        scripted_model.queries(4, video=True),
+        prompts,
+    )
 
 
 @pytest.fixture(scope="module")
 def kept():
-    return drawable(talker.CONFIG)
+    return drawable(scripted_model.CONFIG)
 
 
 def check_drawn(kept, queries, prompts, config):
@@ -141,31 +145,31 @@ def check_drawn(kept, queries, prompts, config):
         np.ones(4, bool),
     )
     rows = [0, 3, 5, 14]
-    texts, pixels = written(kept, talker.vocabulary()), talker.with_pixels(kept, prompts, config)
-    for row, item in zip(rows, draw_rollouts(weighed, rows, talker.vocabulary(), config), strict=True):
+    texts, pixels = written(kept, scripted_model.vocabulary()), scripted_model.with_pixels(kept, prompts, config)
+    for row, item in zip(rows, draw_rollouts(weighed, rows, scripted_model.vocabulary(), config), strict=True):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
-        assert item == make_trace(pixels, row, queries[row // 4], talker.vocabulary(), **known)
-    drawn = draw_rollouts(weighed, range(16), talker.vocabulary(), config)
+        assert item == make_trace(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
+    drawn = draw_rollouts(weighed, range(16), scripted_model.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
 
 def test_drawn_rollouts_show_the_pixels_that_their_rows_saw(kept):
-    check_drawn(*kept, talker.CONFIG)
+    check_drawn(*kept, scripted_model.CONFIG)
 
 
 @pytest.mark.slow
 def test_drawn_rollouts_show_grey_where_their_rows_saw_it():
-    config = dataclasses.replace(talker.CONFIG, blank=True)
+    config = dataclasses.replace(scripted_model.CONFIG, blank=True)
     check_drawn(*drawable(config), config)
 
 
 def test_pictures_are_kept_smaller_with_boxes_in_their_place(kept):
     t, (query, *_), prompts = kept
-    t = talker.with_pixels(t, prompts)
+    t = scripted_model.with_pixels(t, prompts)
     large, small = (
-        [make_trace(t, row, query, talker.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
+        [make_trace(t, row, query, scripted_model.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
     )
     for a, b in zip(large, small, strict=True):
         assert a.pictures[0].boxes == b.pictures[0].boxes

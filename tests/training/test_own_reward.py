@@ -15,7 +15,7 @@ from pixel_jax.state_files import read_lines
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.rewards import RewardConfig
-from tests.rollouts import talker
+from tests.rollouts import scripted_model
 from tests.test_cli import CONFIG, ROOT, command, model  # noqa: F401, a fixture
 
 PAGE = pathlib.Path(ROOT, "docs", "your-own-reward.md").read_text()
@@ -30,7 +30,7 @@ def blocks(kind, name=""):
 def folder(tmp_path):
     """Outside the repository: the page's file, and its example."""
     (tmp_path / "my_rewards.py").write_text(blocks("python", "my_rewards.py")[0])
-    Image.fromarray(talker.image(1, 120, 150)).save(tmp_path / "street.png")
+    Image.fromarray(scripted_model.image(1, 120, 150)).save(tmp_path / "street.png")
     line = json.loads(blocks("json")[0])
     (tmp_path / "questions.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"answer": "3"}))
     return tmp_path

@@ -15,7 +15,7 @@ from tiny_model import make_batch
 
 from pixel_jax import state_files
 from pixel_jax.data.buckets import check_position
-from pixel_jax.dialog import reader_of
+from pixel_jax.dialog import call_parser
 from pixel_jax.dialog.observations import kinds_of
 from pixel_jax.files import write_file
 from pixel_jax.identity import RunError, read_history
@@ -102,7 +102,7 @@ class Questions:
             is_video=np.zeros(GROUPS, bool),
             seconds=np.zeros(GROUPS, np.float32),
             uid=ones,
-            tables=Tables((), None, (), reader_of()),
+            tables=Tables((), None, (), call_parser()),
             shape=prompt_shape(1, 64, 64, 1, CONFIG.rollout, video=False),
         )
         return prompts, list(range(self.asked, self.asked + GROUPS))

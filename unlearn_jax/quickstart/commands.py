@@ -34,7 +34,7 @@ def main(command: str, arguments: list[str]) -> None:
     """Runs one of the three commands."""
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
-    from pixel_jax.parallel.processes import first
+    from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
     from unlearn_jax.quickstart.config import Config
@@ -44,9 +44,9 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(Config, FLAGS.config)
     mesh = start(FLAGS.devices)
-    if first():
+    if is_main_process():
         announce_compiles()
-    with hold(config.out, first()):
+    with hold(config.out, is_main_process()):
         if command == "train":
             from unlearn_jax.quickstart.edit import train
 

@@ -8,7 +8,7 @@ import time
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
-from pixel_jax.parallel.processes import first, say
+from pixel_jax.parallel.processes import is_main_process, say
 from pixel_jax.state_files import read_note
 from pixel_jax.training.progress import Progress
 from unlearn_jax.baselines import converge
@@ -48,7 +48,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     progress = Progress("L-BFGS", config.training.max_steps)
 
     def show(step, value, norm):
-        if first():
+        if is_main_process():
             progress.update(step, {"objective": value, "gradient": norm})
 
     trained, norm = converge(objective, job.fresh, **limits, log=show)

@@ -18,7 +18,7 @@ from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.mesh import use_cores
-from pixel_jax.parallel.processes import COUNT, first, join
+from pixel_jax.parallel.processes import COUNT, initialize, is_main_process
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import read_limits
 from pixel_jax.state_files import write_json
@@ -41,7 +41,7 @@ def start(devices: int | None = None) -> Mesh | None:
         if devices % processes:
             raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
         use_cores(devices // processes)
-    join()
+    initialize()
     found = jax.devices()
     count = devices or len(found)
     if count > len(found):
@@ -110,14 +110,14 @@ class Job:
     def save(self, name: str, adapter: Params) -> None:
         """Writes an adapter, whole or not at all."""
         values = to_host(adapter)
-        if first():
+        if is_main_process():
             path = self.config.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, save(values, metadata={"format": "np"}))
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
-        if first():
+        if is_main_process():
             path = self.config.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, values)

@@ -20,10 +20,10 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings
-from pixel_jax.rollouts.operations import add_to_gallery, called, execute
+from pixel_jax.rollouts.operations import add_to_history, called, execute
 from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollouts.sampling import sample
-from pixel_jax.rollouts.shapes import Shape, budget_of
+from pixel_jax.rollouts.shapes import RolloutShape, budget_of
 from pixel_jax.rollouts.trajectory import (
     NO_CANVAS,
     STOP_ANSWER,
@@ -39,7 +39,7 @@ from pixel_jax.rollouts.trajectory import (
     shown_by,
 )
 from pixel_jax.rollouts.views import seen_canvases, show_waiting
-from pixel_jax.tools.looking import Gallery, Seen, whole
+from pixel_jax.tools.looking import ImageHistory, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
 
@@ -48,15 +48,15 @@ class Shared(NamedTuple):
     """What rows read and do not change while they write and are answered."""
 
     prompts: Prompts
-    prefix: Prefix  # prompts and the opening
+    prefix: Prefix  # prompts and the assistant prefix
     temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
     keys: jax.Array  # keys [R], see `row_keys`
     pictures: Pictures | None = None  # that tools of the host have returned
 
 
-class State(NamedTuple):
+class RowState(NamedTuple):
     """R rows at one moment, each in a slot of its own. `Lr` is `RolloutConfig.max_response`, N one more than `max_calls`, V
-    `Shape.views`."""
+    `RolloutShape.views`."""
 
     row: jax.Array  # int32 [R], which of the rows of its part of the mesh a slot holds; one past the last: none
     room: jax.Array  # int32 [R], tokens that may follow the prompt
@@ -70,22 +70,24 @@ class State(NamedTuple):
     hidden: jax.Array  # [R, D], of the last token
     next_pos: jax.Array  # int32 [R]
     cache: KVCache
-    reader: automaton.State
-    gallery: Gallery
+    parser: automaton.ParserState
+    history: ImageHistory
     num_images: jax.Array  # int32 [R], a video counts as one
     grids: jax.Array  # int32 [R, N - 1, V, 3]
     calls: Calls
     num_calls: jax.Array  # int32 [R]
 
 
-def rows_prompts(state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> Chunk:
+def rows_prompts(state: RowState, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> Chunk:
     """Takes what the prompts have, [B, ...], for the row in every slot, [R, ...]."""
     places = (state.row // config.group_size).reshape(shape.shards, -1)
     last = prompts.length.shape[0] // shape.shards - 1
     return Chunk(jnp.minimum(places, last), prompts.length.shape[0])
 
 
-def row_keys(key: jax.Array, state: State, prompts: Prompts, config: RolloutConfig, shape: Shape) -> jax.Array:
+def row_keys(
+    key: jax.Array, state: RowState, prompts: Prompts, config: RolloutConfig, shape: RolloutShape
+) -> jax.Array:
     """The randomness of the rows in the slots, keys [R]: it follows from their prompts' `uid` and their number among its rows."""
     uid = rows_prompts(state, prompts, config, shape).take(prompts.uid)
     of_row = lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member)
@@ -96,7 +98,7 @@ def append(
     model: Qwen2_5_VL,
     layers,
     shared: Shared,
-    state: State,
+    state: RowState,
     ids: jax.Array,
     lengths: jax.Array,
     features=None,
@@ -104,7 +106,7 @@ def append(
     *,
     shards: int = 1,
     chunk: int | None = None,
-) -> State:
+) -> RowState:
     """Every row reads the first `lengths` (int32 [R], may be 0) of its `ids` (int32 [R, T]).
 
     Images among them are described by `features` [R, V, P//4, D] and `grids` int32 [R, V, 3], in order. With a `chunk`,
@@ -185,7 +187,7 @@ def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCach
     return hidden, cache
 
 
-def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig) -> State:
+def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
     """Every row that is writing chooses one token and reads it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
@@ -207,11 +209,11 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     )
     at = (jnp.arange(rows), jnp.where(writing, state.length, state.tokens.shape[1]))
     tables = shared.prompts.tables
-    reader = tables.reader.step(tables.bytes, state.reader, jnp.where(writing, token, -1))
+    parser = tables.parser.step(tables.bytes, state.parser, jnp.where(writing, token, -1))
     state = state._replace(
         loss_mask=state.loss_mask.at[at].set(True, mode="drop"),
         logprobs=state.logprobs.at[at].set(logprob, mode="drop"),
-        reader=reader,
+        parser=parser,
     )
     state = append(model, layers, shared, state, token[:, None], writing.astype(jnp.int32))
 
@@ -223,7 +225,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Roll
     return state._replace(status=status, stop=stop)
 
 
-def decode_while(condition: Callable[[State], jax.Array], state: State, decode_one, left: jax.Array | None):
+def decode_while(condition: Callable[[RowState], jax.Array], state: RowState, decode_one, left: jax.Array | None):
     """Tokens are decoded while the condition holds and some are `left` (int32 []; None: as many as it takes)."""
     if left is None:
         return jax.lax.while_loop(condition, decode_one, state), None
@@ -238,12 +240,12 @@ def decode_turns(
     model: Qwen2_5_VL,
     layers,
     shared: Shared,
-    state: State,
-    takes: Callable[[State], jax.Array],
+    state: RowState,
+    takes: Callable[[RowState], jax.Array],
     left: jax.Array | None,
     config: RolloutConfig,
-    shape: Shape,
-) -> tuple[State, jax.Array | None, jax.Array]:
+    shape: RolloutShape,
+) -> tuple[RowState, jax.Array | None, jax.Array]:
     """Rows write until enough of them have ended their turns.
 
     Args:
@@ -267,11 +269,11 @@ def decode_tail(
     model: Qwen2_5_VL,
     layers,
     shared: Shared,
-    state: State,
+    state: RowState,
     left: jax.Array | None,
     config: RolloutConfig,
-    shape: Shape,
-) -> tuple[State, jax.Array | None]:
+    shape: RolloutShape,
+) -> tuple[RowState, jax.Array | None]:
     """The rows that are writing, `config.tail_rows` of each shard at most, end their turns, `left` as in `decode_turns`.
 
     They are copied together, caches and prompts too, and put back at the end: turns differ in length, and where products bind
@@ -281,7 +283,7 @@ def decode_tail(
     busy = (state.status == WRITING).reshape(shape.shards, -1)
     tail = Chunk(jnp.argsort(~busy, axis=1)[:, : config.tail_rows], rows)
     # Decoding leaves alone what operations do.
-    others = {"grids": None, "calls": None, "gallery": None, "num_images": None}
+    others = {"grids": None, "calls": None, "history": None, "num_images": None}
     mine = state._replace(**others)
     few, prefix, keys = jax.tree.map(tail.take, (mine, shared.prefix, jax.random.key_data(shared.keys)))
     keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(shared.keys))
@@ -293,11 +295,13 @@ def decode_tail(
     return done._replace(**{name: getattr(state, name) for name in others}), left
 
 
-def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: RolloutConfig, shape: Shape) -> State:
+def observe(
+    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
+) -> RowState:
     """Every row that waits gets what it asked for, a message that says why not, or its end; or the host is to answer it."""
     prompts = shared.prompts
     mine = rows_prompts(state, prompts, config, shape)
-    call = prompts.tables.reader.finish(state.reader)
+    call = prompts.tables.parser.finish(state.parser)
     waiting = state.status == WAITING
     if hosts := [place for place, tool in enumerate(shape.tools) if tool.host]:
         asking = waiting & call.required & jnp.isin(call.tool, jnp.array(hosts)) & (state.num_calls < config.max_calls)
@@ -305,7 +309,7 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         state = state._replace(status=jnp.where(asking, ASKING, state.status))
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
-    seen = Seen(state.gallery, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))
+    seen = Seen(state.history, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))
     result = execute(call, seen, prompts.tables, shape.views, config)
     crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
     ids, lengths = prompts.tables.observations.assemble(
@@ -325,14 +329,14 @@ def observe(model: Qwen2_5_VL, layers, shared: Shared, state: State, config: Rol
         state.stop,
     )
     state = state._replace(stop=stop, status=jnp.where(waiting, DONE, state.status))
-    return resume(state, run, shared.prompts.tables.reader)
+    return resume(state, run, shared.prompts.tables.parser)
 
 
 def answer(
     model: Qwen2_5_VL,
     layers,
     shared: Shared,
-    state: State,
+    state: RowState,
     asks: jax.Array,
     run: jax.Array,
     done: Calls,
@@ -340,8 +344,8 @@ def answer(
     lengths: jax.Array,
     ids: jax.Array,
     config: RolloutConfig,
-    shape: Shape,
-) -> State:
+    shape: RolloutShape,
+) -> RowState:
     """What the calls of the rows `asks` came to goes on record, and the rows read it: ids, and the pictures among them.
 
     A call past the limit is counted and not executed.
@@ -371,7 +375,7 @@ def answer(
     state = state._replace(
         calls=calls,
         num_calls=number + asks,
-        gallery=add_to_gallery(state.gallery, done, number),
+        history=add_to_history(state.history, done, number),
         num_images=state.num_images + jnp.where(run, count, 0),
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
@@ -379,8 +383,9 @@ def answer(
     return append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
 
 
-def take_back(state: State, crowded: jax.Array, config: RolloutConfig) -> State:
-    """The rows `crowded` (bool [R]) without their last message: an over-full gallery ends a row, as in the released code."""
+def take_back(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
+    """The rows `crowded` (bool [R]) without their last message: an image history that is over-full ends a row, as in the
+    released code."""
     return state._replace(
         length=jnp.where(crowded, state.turn_start, state.length),
         loss_mask=state.loss_mask
@@ -401,8 +406,8 @@ class Told(NamedTuple):
 
 
 def tell(
-    model: Qwen2_5_VL, layers, shared: Shared, state: State, told: Told, config: RolloutConfig, shape: Shape
-) -> State:
+    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, told: Told, config: RolloutConfig, shape: RolloutShape
+) -> RowState:
     """The rows whose calls tools of the host have answered read that and go on writing. An answer that has no room ends its
     row, and so does a picture too many."""
     answered, count = told.lengths > 0, (told.drawn[:, 0] > 0).astype(jnp.int32)
@@ -410,7 +415,7 @@ def tell(
     long = answered & ~crowded & (state.length + told.lengths >= state.room)
     run = answered & ~crowded & ~long
     showing = run & (count > 0)
-    call = shared.prompts.tables.reader.finish(state.reader)
+    call = shared.prompts.tables.parser.finish(state.parser)
     where = lambda which, x, blank: jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
     first = showing[:, None] & (jnp.arange(shape.views) == 0)  # a call returns one picture at most
     spread = lambda x: jnp.where(first[..., None], x[:, None], 0)
@@ -434,10 +439,10 @@ def tell(
         status=jnp.where(crowded | long, DONE, state.status),
         stop=jnp.select([crowded, long], [STOP_IMAGES, STOP_TOKENS], state.stop),
     )
-    return resume(state, run, shared.prompts.tables.reader)
+    return resume(state, run, shared.prompts.tables.parser)
 
 
-def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shape) -> jax.Array:
+def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: RolloutShape) -> jax.Array:
     """Whether to decode another token before those that wait are answered and free slots (`takes`, bool [R]) are given rows.
 
     Turns differ in length: as soon as some rows wait (on one shard), they are answered while the others are in the middle
@@ -452,19 +457,19 @@ def writes_on(state: State, takes: jax.Array, config: RolloutConfig, shape: Shap
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: State, run: jax.Array, reader: automaton.Reader) -> State:
+def resume(state: RowState, run: jax.Array, parser: automaton.CallParser) -> RowState:
     """The rows `run` (bool [R]) begin a new turn."""
-    fresh = reader.init(run.shape[0])
+    fresh = parser.init(run.shape[0])
     return state._replace(
         status=jnp.where(run, WRITING, state.status),
         turn_start=jnp.where(run, state.length, state.turn_start),
-        reader=jax.tree.map(
-            lambda new, old: jnp.where(run.reshape(-1, *[1] * (old.ndim - 1)), new, old), fresh, state.reader
+        parser=jax.tree.map(
+            lambda new, old: jnp.where(run.reshape(-1, *[1] * (old.ndim - 1)), new, old), fresh, state.parser
         ),
     )
 
 
-def observation_width(observations: Observations, config: RolloutConfig, shape: Shape) -> int:
+def observation_width(observations: Observations, config: RolloutConfig, shape: RolloutShape) -> int:
     """Room for the longest observation, in tokens."""
     pads = [
         budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
