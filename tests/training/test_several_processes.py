@@ -21,14 +21,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from pixel_jax.parallel import make_mesh
-from pixel_jax.parallel.processes import join, together
+from pixel_jax.parallel.processes import fail_together, initialize
 from pixel_jax.training.checkpoint import Checkpoints
-join()
+initialize()
 place = NamedSharding(make_mesh({"fsdp": 2}), PartitionSpec("fsdp"))
 def state(value):
     array = jax.make_array_from_callback((2000,), place, lambda index: value * np.arange(2000)[index])
     return {"x": nnx.Param(array, axes=("embed",))}
-with together(), Checkpoints(sys.argv[1]) as checkpoints:
+with fail_together(), Checkpoints(sys.argv[1]) as checkpoints:
     if checkpoints.latest is None:
         print("begins")
         for step in (2, 4):
@@ -114,9 +114,12 @@ def test_when_one_dies_the_others_say_so_and_end(tmp_path):
 @pytest.mark.slow
 def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
     script = tmp_path / "apart.py"
-    lines = ["import os, signal, time", "from pixel_jax.parallel.processes import first, join, meet, together"]
-    lines += ["join(heartbeat=10)", "with together():", "    meet('here')"]
-    lines += ["    time.sleep(100) if first() else os.kill(os.getpid(), signal.SIGKILL)"]
+    lines = [
+        "import os, signal, time",
+        "from pixel_jax.parallel.processes import barrier, fail_together, initialize, is_main_process",
+    ]
+    lines += ["initialize(heartbeat=10)", "with fail_together():", "    barrier('here')"]
+    lines += ["    time.sleep(100) if is_main_process() else os.kill(os.getpid(), signal.SIGKILL)"]
     script.write_text("\n".join(lines))
     ended = fleet.wait(fleet.start(2, script), 60)
     assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
@@ -138,7 +141,7 @@ def test_reinforcement_learning_by_four_processes_is_that_by_one(tmp_path):
 def test_on_cpus_several_processes_keep_no_compiled_programs(tmp_path, count):
     """Reinforcement learning by four, with programs read from a cache, ended in collectives that did not match."""
     script = tmp_path / "kept.py"
-    lines = ["import jax", "from pixel_jax.parallel.processes import join", "join()"]
+    lines = ["import jax", "from pixel_jax.parallel.processes import initialize", "initialize()"]
     script.write_text("\n".join([*lines, "print('kept', jax.config.jax_enable_compilation_cache)"]))
     ended = fleet.wait(fleet.start(count, script))
     assert all(code == 0 and f"kept {count == 1}" in said for code, said in ended), ended
@@ -148,8 +151,12 @@ def test_on_cpus_several_processes_keep_no_compiled_programs(tmp_path, count):
 def test_processes_meet_however_far_apart(tmp_path):
     """A collective of gloo's gives up after 30 seconds."""
     script = tmp_path / "late.py"
-    lines = ["import time", "from pixel_jax.parallel.processes import first, join, meet", "join()"]
-    lines += ["time.sleep(0 if first() else 35)", "meet('here')", "print('met')"]
+    lines = [
+        "import time",
+        "from pixel_jax.parallel.processes import barrier, initialize, is_main_process",
+        "initialize()",
+    ]
+    lines += ["time.sleep(0 if is_main_process() else 35)", "barrier('here')", "print('met')"]
     script.write_text("\n".join(lines))
     ended = fleet.wait(fleet.start(2, script))
     assert [code for code, _ in ended] == [0, 0] and all("met" in said for _, said in ended), ended
