@@ -61,8 +61,8 @@ def pictures_of(images: Iterable[Images], wanted: np.ndarray | None = None) -> P
 
 
 def drawings(calls: Calls, tools: tuple[Tool, ...], config: RolloutConfig) -> Drawings | None:
-    """Those of the calls [..., N] that can be looked at; None where no tool makes pictures, or all are blanked."""
-    if config.blank or not any(tool.draw is not None or tool.picture for tool in tools):
+    """Those of the calls [..., N] that can be looked at; None where no tool makes pictures, none is called or all is blanked."""
+    if config.blank or not config.max_calls or not any(tool.draw is not None or tool.picture for tool in tools):
         return None
     first, most = calls.source.canvas[..., 0], config.max_calls
     found = Drawings(calls.tool, calls.values, first, calls.source.region[..., 0, :], calls.drawn, calls.picture)

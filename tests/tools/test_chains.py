@@ -16,7 +16,7 @@ from pixel_jax.rollouts.materialize import materialize_on_host
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import host_rollout, rollout
 from pixel_jax.rollouts.shapes import BatchShape
-from pixel_jax.rollouts.trajectory import CallStatus, take_prompts, to_host
+from pixel_jax.rollouts.trajectory import STOP_CALLS, CallStatus, take_prompts, to_host
 from pixel_jax.tools import CROP_IMAGE, ENHANCE, ROTATE
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -167,3 +167,14 @@ def test_on_eight_devices(made, pixels):
     same = lambda x, y: np.testing.assert_array_equal(x, y[rows])
     jax.tree.map(same, found._replace(logprobs=None, prompt=None), t._replace(logprobs=None, prompt=None))
     same(scripted_model.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)
+
+
+def test_where_no_call_is_left_nothing_is_drawn(made):
+    """As an evaluation without operations asks: whoever calls is at the end of its row, and has seen its prompt alone."""
+    model, _, prompts, _ = made
+    config = dataclasses.replace(CONFIG, max_calls=0)
+    t = to_host(rollout(model, prompts, jax.random.key(1), config))
+    assert (t.calls.status != CallStatus.DONE).all() and (t.num_calls > 0).any()
+    assert (t.stop[t.num_calls > 0] == STOP_CALLS).all()
+    seen = scripted_model.with_pixels(t, prompts, config).visual
+    assert seen.patches.shape[1] == prompts.shape.images and seen.patches.any(axis=(1, 2, 3)).all()

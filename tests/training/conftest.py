@@ -6,7 +6,7 @@ import sys
 import pytest
 from tiny_model import make_batch, make_model
 
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "rollout"))
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "rollouts"))
 
 
 @pytest.fixture(scope="session")

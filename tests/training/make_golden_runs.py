@@ -16,7 +16,7 @@ GOLDEN = HERE / "golden_runs.json"
 
 
 def main():
-    sys.path[:0] = [str(HERE), str(HERE.parent / "rollout"), str(HERE.parents[1])]
+    sys.path[:0] = [str(HERE), str(HERE.parent / "rollouts"), str(HERE.parents[1])]
     importlib.import_module("tests.conftest")  # the compiler's settings, which it reads when it starts
     from test_golden import measure
 
