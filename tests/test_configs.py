@@ -21,6 +21,7 @@ GIVEN |= {
 KINDS = {
     "pixel/eval": EvalConfig,
     "pixel/quickstart": QuickstartConfig,
+    "pixel/quickstart_rotate": QuickstartConfig,
     "pixel/synth": SynthConfig,
     "unlearn/quickstart": UnlearningConfig,
 }

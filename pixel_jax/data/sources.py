@@ -88,7 +88,7 @@ def locate(
     path = folder / name
     try:
         real = os.path.realpath(path, strict=True)
-        mode = os.stat(real).st_mode
+        mode = os.stat(path).st_mode  # as it is written: a file is no folder to come back from
     except FileNotFoundError:
         raise error(f"there is no image {brief(str(path))}") from None
     except (OSError, ValueError) as reason:  # ValueError: a zero byte, half a surrogate pair

@@ -6,25 +6,24 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-from pixel_jax.rollouts.canvases import Canvases
-from pixel_jax.training.origins import origins, room_of, see
 
 from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
+from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.prompts import build_prompts, tables
-from pixel_jax.rollouts.rollout import HostRollouts, host_rollout, static_shape
+from pixel_jax.rollouts.rollout import HostRollouts, static_shape
+from pixel_jax.rollouts.shapes import prompt_shape
 from pixel_jax.rollouts.timing import operations_again
-from pixel_jax.rollouts.trajectory import STOP_IMAGES, STOP_REASONS, CallStatus, made_by, to_host
+from pixel_jax.rollouts.trajectory import STOP_IMAGES, STOP_REASONS, CallStatus, made_by, take_prompts, to_host
 from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools import CROP_IMAGE, ROTATE, Integer, Text, Tool, ToolError
 from pixel_jax.tools.host import Reply
 from pixel_jax.tools.tool import ANSWERED
-from pixel_jax.training.batch import from_trajectories, with_patches
+from pixel_jax.training.batch import Rows, from_trajectories, take
 from pixel_jax.training.replay import pack, unpack
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 from tests.rollouts import scripted_model
-from tests.tools import seen
 from tests.tools.test_chains import patches
 
 SCAN = Tool(
@@ -76,7 +75,9 @@ class Scanner:
 
 def asked(words, token_tables, config=CONFIG):
     queries = [query for query in scripted_model.queries(3) if len(query.images) == 1]
-    return queries, build_prompts(queries, words, token_tables, config, width=96, canvas=(1, 192, 192))
+    return queries, build_prompts(
+        queries, words, token_tables, config, shape=prompt_shape(1, 192, 192, 96, config, video=False)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,13 @@ def made():
     queries, prompts = asked(words, token_tables)
     t = to_host(HostRollouts(host, words)(model, prompts, jax.random.key(4), CONFIG))
     return words, model, queries, prompts, host, t
+
+
+@pytest.fixture(scope="module")
+def pixels(made):
+    """The rows with what they saw."""
+    *_, prompts, _, t = made
+    return scripted_model.with_pixels(t, prompts, CONFIG)
 
 
 def pictures_of_row(query, t, row) -> dict[int, np.ndarray]:
@@ -109,14 +117,14 @@ def pictures_of_row(query, t, row) -> dict[int, np.ndarray]:
     return found
 
 
-def test_what_is_shown_and_made_of_it(made):
+def test_what_is_shown_and_made_of_it(made, pixels):
     *_, queries, prompts, host, t = made
     kinds = set()
     for row in range(len(t.stop)):
         for call, picture in pictures_of_row(queries[t.prompt[row]], t, row).items():
             size = tuple(t.calls.source.size[row, call, 0].tolist())
             shown = patches(host_crop_resize(picture, (0, 0, picture.shape[1], picture.shape[0]), size))
-            np.testing.assert_array_equal(t.visual.patches[row, 1 + call][: len(shown)], shown)
+            np.testing.assert_array_equal(pixels.visual.patches[row, 1 + call][: len(shown)], shown)
             source = int(t.calls.source.canvas[row, call, 0])
             kinds.add((TOOLS[t.calls.tool[row, call]].name, "prompt" if source >= 0 else "made"))
     assert kinds >= {("scan", "made"), ("rotate", "made"), ("crop_image_normalized", "made")}, kinds
@@ -131,15 +139,13 @@ def test_kept_once_and_on_record_by_its_digest(made):
     assert returned.any() and (scans & ~returned).any()
     assert not t.calls.picture[~returned].any()
     for row, call in np.argwhere(returned):
-        kept = prompts.canvases.images[t.prompt[row]].find(t.calls.picture[row, call])
+        kept = prompts.images[t.prompt[row]].find(t.calls.picture[row, call])
         head = np.array(kept.shape, np.int32).tobytes()
         assert t.calls.picture[row, call].tobytes() == hashlib.sha256(head + kept.tobytes()).digest()
         assert t.calls.source.canvas[row, call].tolist() == [made_by(call)]
         assert t.calls.status[row, call] == CallStatus.DONE and t.calls.drawn[row, call].tolist() == [*kept.shape[:2]]
     for prompt, query in enumerate(queries):  # every row of a prompt that asked was given the same
-        same = [
-            x for x in prompts.canvases.images[prompt].returned.values() if np.array_equal(x, painted(query.images[0]))
-        ]
+        same = [x for x in prompts.images[prompt].returned.values() if np.array_equal(x, painted(query.images[0]))]
         assert len(same) == 1
 
 
@@ -149,14 +155,14 @@ def test_the_host_sees_it_in_later_calls(made):
     assert any(np.array_equal(request.images[1], painted(request.images[0])) for request in later)
 
 
-def test_rows_read_text_and_picture(made):
+def test_rows_read_text_and_picture(made, pixels):
     words, _, queries, _, _, t = made
     row, call = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: answered") & (t.calls.drawn[..., 0] > 0))[0]
     text = words.to_bytes(t.tokens[row][t.valid[row]]).decode()
     height, width = t.calls.source.size[row, call, 0]
     shown = "<|vision_start|>" + "<|image_pad|>" * int(height * width // 28**2) + "<|vision_end|>"
     assert f"\n<|im_start|>user\n\nScanned.{shown}<|im_end|>\n<|im_start|>assistant\n" in text
-    drawn = make_trace(t, int(row), queries[t.prompt[row]], words)
+    drawn = make_trace(pixels, int(row), queries[t.prompt[row]], words)
     assert any(turn.text == "Scanned." and len(turn.pictures) == 1 for turn in drawn.turns)
     row, _ = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: failed") & (t.calls.status == CallStatus.FAILED))[
         0
@@ -164,26 +170,25 @@ def test_rows_read_text_and_picture(made):
     assert "its picture of 900x2 pixels cannot be shown" in words.to_bytes(t.tokens[row][t.valid[row]]).decode()
 
 
-def test_trained_on_bit_for_bit(made):
+def test_trained_on_bit_for_bit(made, pixels):
     """From the record and the digests: also after the replay was saved and read again; and the trainer agrees."""
     _, model, _, prompts, _, t = made
-    np.testing.assert_array_equal(seen.again(prompts, t, CONFIG), t.visual.patches)
-    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(t))
+    scored, _ = make_score_step(ForwardConfig(remat=False))(model, from_trajectories(pixels))
     np.testing.assert_allclose(np.asarray(scored)[t.loss_mask], t.logprobs[t.loss_mask], atol=2e-5)
     shape = static_shape(prompts, CONFIG, None)
-    rows = with_patches(from_trajectories(t), origins(prompts, t.calls, CONFIG, shape))
-    room = room_of(rows.tokens.shape[1], prompts, shape)
-    some = {i: jax.tree.map(lambda x: x[i], rows) for i in (1, 4, 9)}  # noqa: B023
+    rows = Rows(from_trajectories(t), np.repeat(prompts.images, CONFIG.group_size))
+    some = {i: take(rows, i) for i in (1, 4, 9)}
     back = [x for _, x in sorted(unpack(pack(some)).items())]
-    again = see(jax.tree.map(lambda *xs: np.stack(xs), *back), room, CONFIG, shape, None)
-    np.testing.assert_array_equal(again, t.visual.patches[[1, 4, 9]])
+    batch, images = jax.tree.map(lambda *xs: np.stack(xs), *back)
+    again = materialize(batch.visual, images, shape, CONFIG)
+    np.testing.assert_array_equal(again.patches, pixels.visual.patches[[1, 4, 9]])
 
 
-def test_operations_are_timed_with_it(made):
+def test_operations_are_timed_with_it(made, pixels):
     _, model, _, prompts, _, t = made
     _, *views = operations_again(model, prompts, t.calls, CONFIG)
     for number, (shown, _) in enumerate(views):
-        np.testing.assert_array_equal(np.asarray(shown)[:, 0], t.visual.patches[:, 1 + number])
+        np.testing.assert_array_equal(np.asarray(shown)[:, 0], pixels.visual.patches[:, 1 + number])
 
 
 @pytest.mark.slow
@@ -205,32 +210,25 @@ def test_blanked_it_is_grey(made):
     config = dataclasses.replace(CONFIG, blank=True)
     _, prompts = asked(words, tables(words, TOOLS), config)
     t = to_host(HostRollouts(Scanner(), words)(model, prompts, jax.random.key(4), config))
-    returned = np.argwhere(t.calls.drawn[..., 0] > 0)
+    returned, found = np.argwhere(t.calls.drawn[..., 0] > 0), scripted_model.with_pixels(t, prompts, config)
     for row, call in returned:
         height, width = t.calls.source.size[row, call, 0]
-        assert (t.visual.patches[row, 1 + call][: height * width // 196] == GREY).all()
+        assert (found.visual.patches[row, 1 + call][: height * width // 196] == GREY).all()
     assert len(returned)
-    np.testing.assert_array_equal(seen.again(prompts, t, config), t.visual.patches)
 
 
-def test_what_keeps_none_is_refused(made):
-    words, model, _, prompts, *_ = made
-    arrays = prompts._replace(canvases=np.asarray(prompts.canvases))
-    with pytest.raises(TypeError, match="Canvases"):
-        host_rollout(model, arrays, jax.random.key(0), CONFIG, host=Scanner(), vocabulary=words)
+def test_a_tool_of_the_device_returns_none():
     with pytest.raises(ToolError, match="'scan' runs on the device: `picture` is of tools of the host"):
         dataclasses.replace(SCAN, host=False, arguments=(), outcomes=())
 
 
 @pytest.mark.slow
-def test_on_eight_devices(made):
+def test_on_eight_devices(made, pixels):
     words, model, _, prompts, _, t = made
     mesh, order = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), np.array([1, 0, 1, 0])
-    four = jax.tree.map(lambda x: x[order], prompts._replace(tables=(), canvases=()))
-    canvases = Canvases(prompts.canvases.images[order], prompts.canvases.room)
-    four = four._replace(tables=prompts.tables, canvases=canvases)
+    four = take_prompts(prompts, order)
     found = to_host(HostRollouts(Scanner(), words)(shard(model, mesh), four, jax.random.key(4), CONFIG))
     rows = (order[:, None] * CONFIG.group_size + np.arange(CONFIG.group_size)).reshape(-1)
     same = lambda x, y: np.testing.assert_array_equal(x, y[rows])
     jax.tree.map(same, found._replace(logprobs=None, prompt=None), t._replace(logprobs=None, prompt=None))
-    np.testing.assert_array_equal(seen.again(four, found, CONFIG, mesh), found.visual.patches)
+    same(scripted_model.with_pixels(found, four, CONFIG, mesh).visual.patches, pixels.visual.patches)

@@ -129,7 +129,7 @@ def test_rows_that_ask_the_host_hold_up_no_other(made):
             break
     status = np.asarray(state.rows.status)
     assert set(status.tolist()) == {ASKING, DONE}
-    assert [call.row for call in host_calls(state)] == np.flatnonzero(status == ASKING).tolist()
+    assert [call.row for call in host_calls(state, prompts.images)] == np.flatnonzero(status == ASKING).tolist()
 
 
 def test_who_carries_calls_out_must_be_there(made):
