@@ -198,7 +198,8 @@ def test_traces_in_other_formats(name, tmp_path):
     """Carried out by the rollout's tools in that format: what is learned shows the cue."""
     path = seed_files.write_seeds(tmp_path, images=8, videos=2, direct=1)
     tools = ("crop_image_normalized",) if name == "mini_o3" else ("crop_image_normalized", "select_frames", "rotate")
-    config = SynthConfig(str(path), str(tmp_path / "out"), tools=tools, call_format=name)
+    # The references are smaller than what may be cropped: as in the released recipe, a tenth of the image is added on each side.
+    config = SynthConfig(str(path), str(tmp_path / "out"), tools=tools, call_format=name, pad=0.1)
     report, seeds, language = synthesize(config), {x.id: x for x in read_seeds(path)}, language_of(config)
     made = {kind: x["made"] for kind, x in report["kinds"]["image"].items()}
     # DeepEyes looks at the first image only.
@@ -206,7 +207,7 @@ def test_traces_in_other_formats(name, tmp_path):
     assert report["dropped"] == ({"the tools have no select_frames": 2} if name == "mini_o3" else {})
     examples = read_own(tmp_path / "out" / "traces.jsonl", turns=True, language=language)
     vocabulary = qwen_vocabulary()
-    limits = dataclasses.replace(CONFIG, call_format=name)
+    limits = dataclasses.replace(CONFIG, call_format=name, pad=0.1)
     token_tables = tables(vocabulary, language.tools, language.format)
     done = to_trajectories(
         [x.trace(x.query()) for x in examples], vocabulary, token_tables, limits, ROOM._replace(tokens=2000)
