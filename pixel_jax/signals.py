@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
-WORDS = 1.0  # seconds that last words may take: a reader of standard output may have stopped reading
+WORDS = 3.0  # seconds that last words may take on a busy machine: a reader of standard output may have stopped reading
 
 
 class Signals:
