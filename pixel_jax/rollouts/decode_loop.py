@@ -319,9 +319,8 @@ def observe(
     run = asks & ~spent & ~crowded & ~long
 
     done = called(call, result, run, shape.tools)
-    state = answer(
-        model, layers, shared, state, asks, run, done, result.count, jnp.where(run, lengths, 0), ids, config, shape
-    )
+    answers = Answers(asks, run, done, result.count, jnp.where(run, lengths, 0), ids)
+    state = answer(model, layers, shared, state, answers, config, shape)
     state = take_back(state, crowded, config)
     stop = jnp.select(
         [waiting & ~call.required, spent, crowded, long],
@@ -332,28 +331,28 @@ def observe(
     return resume(state, run, shared.prompts.tables.parser)
 
 
+class Answers(NamedTuple):
+    """What the calls of R rows came to."""
+
+    asks: jax.Array  # bool [R], rows that called
+    run: jax.Array  # bool [R], of these, whose calls are carried out; one past the limit is counted alone
+    done: Calls  # [R, ...], as they go on record
+    count: jax.Array  # int32 [R], pictures they show
+    lengths: jax.Array  # int32 [R], of `ids`; zero where nothing is read
+    ids: jax.Array  # int32 [R, T], what rows read
+
+
 def answer(
     model: Qwen2_5_VL,
     layers,
     shared: Shared,
     state: RowState,
-    asks: jax.Array,
-    run: jax.Array,
-    done: Calls,
-    count: jax.Array,
-    lengths: jax.Array,
-    ids: jax.Array,
+    answers: Answers,
     config: RolloutConfig,
     shape: RolloutShape,
 ) -> RowState:
-    """What the calls of the rows `asks` came to goes on record, and the rows read it: ids, and the pictures among them.
-
-    A call past the limit is counted and not executed.
-
-    Args:
-      run: bool [R], the calls that are carried out; done: [R, ...], all of them; count: int32 [R], pictures they show.
-      lengths: int32 [R], of `ids` int32 [R, T]; zero where nothing is read.
-    """
+    """The answers go on record, and the rows read them: ids, and the pictures among them."""
+    asks, run, done, count, lengths, ids = answers
     row, number = jnp.arange(state.status.shape[0]), state.num_calls
     at = (row, jnp.where(asks, number, config.max_calls + 1))
     calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
@@ -433,7 +432,8 @@ def tell(
         picture=None if told.picture is None else where(showing, told.picture, 0),
     )
     lengths = jnp.where(run, told.lengths, 0)
-    state = answer(model, layers, shared, state, answered, run, done, count, lengths, told.ids, config, shape)
+    answers = Answers(answered, run, done, count, lengths, told.ids)
+    state = answer(model, layers, shared, state, answers, config, shape)
     state = take_back(state, crowded, config)
     state = state._replace(
         status=jnp.where(crowded | long, DONE, state.status),

@@ -41,7 +41,7 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
     language, words = prompts.tables.parser.language, prompts.tables.bytes
     few = ("row", "status", "tokens", "length", "turn_start", "history", "calls")
     at = {name: jax.tree.map(np.asarray, getattr(state.rows, name)) for name in few}
-    bytes_of = jax.tree.map(np.asarray, words)
+    bytes_of, is_video = jax.tree.map(np.asarray, (words, prompts.is_video))
     found = []
     for row in np.flatnonzero(at["status"] == ASKING):
         ids = at["tokens"][row, at["turn_start"][row] : at["length"][row]]
@@ -50,8 +50,9 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
-        video = bool(np.asarray(prompts.is_video)[prompt])
-        pictures = images_of(images[prompt], video, mine(at["history"]), mine(at["calls"]), shape.tools)
+        pictures = images_of(
+            images[prompt], bool(is_video[prompt]), mine(at["history"]), mine(at["calls"]), shape.tools
+        )
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
