@@ -56,7 +56,8 @@ class ConfigFileParser(config_flags.ConfigFileFlagParser):
 
 def define_flag(default: str | None, what: str) -> None:
     """The flag `--config`: a file with `get_config()`, or the name of a config that comes with the package. `--config.KEY=VALUE`
-    sets any key, also one that the file leaves at its default: what is no key at all is found by `load`."""
+    sets any key, also one that the file leaves at its default: what is no key at all is found by `load`.
+    """
     path = None if default is None else str(find_config(default))
     config_flags.DEFINE_config_file("config", path, what, lock_config=False, accept_new_attributes=True)
     flags.FLAGS["config"].parser = ConfigFileParser("config", lock_config=False)
@@ -72,6 +73,7 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
     Args:
         where: the dotted path of `values`, for messages.
         default: what keys that are left out are taken from; None: the class's defaults.
+
     Raises:
         ConfigError: an unknown key, a missing required key (a placeholder that nobody filled, too) or a value of another type,
             with the dotted path of the key.

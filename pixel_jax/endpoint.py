@@ -47,7 +47,8 @@ class EndpointError(OSError):
 
 class NoAnswerError(EndpointError):
     """The endpoint works and gives this request no usable text: refused, filtered, empty, cut at its token limit, no text at
-    all (half a surrogate pair), or one with the API key in it."""
+    all (half a surrogate pair), or one with the API key in it.
+    """
 
 
 def image_url(image: np.ndarray, max_pixels: int = MAX_IMAGE_PIXELS) -> str:

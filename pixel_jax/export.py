@@ -124,6 +124,7 @@ def export(
         step: of the checkpoint; None: the newest.
         model: directory that the run began with; None: where it says.
         dtype: of the weights; None: what the run saves its model in.
+
     Returns:
         The step, and those of all its checkpoints.
     """

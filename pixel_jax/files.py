@@ -75,6 +75,7 @@ def parse_json(
         where: what messages call it, such as `FILE:LINE`.
         error: the class of the errors.
         largest: the largest absolute value of an integer.
+
     Raises:
         error: it is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
             `largest`; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.

@@ -109,6 +109,7 @@ def settle(
         of: how many steps it has; None: that is not known.
         resume_changed: whether the experiment may change from here on, which the history then says. None: it may not, and
             there is nothing that would allow it.
+
     Raises:
         RunError: it may not go on. Every name is given with its old and its new value.
     """

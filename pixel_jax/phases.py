@@ -30,7 +30,7 @@ from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
 from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.parallel.processes import barrier, is_main_process, say
-from pixel_jax.parallel.sharding import row_parts, sequence_parts
+from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
 from pixel_jax.rollouts.prompts import tables
@@ -110,7 +110,7 @@ class Phase:
 
     def measured(self, rows: int) -> Measured:
         """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
-        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_parts(self.mesh))
+        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_shards(self.mesh))
         return Measured(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
@@ -268,7 +268,7 @@ def learn(phase: Phase, model: Any) -> Any:
 
 def tuned_by(config: SFTConfig, network, mesh) -> Measured:
     """By what the shapes of rows to tune on are worked out."""
-    parts, width = sequence_parts(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
+    parts, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
     def takes(shape: BatchShape) -> int:
         shown = (shape.slices, shape.patches)

@@ -50,9 +50,9 @@ def base(size: str, weights: str) -> ConfigDict:
     config.mesh = {"data": 1, "fsdp": -1, "tensor": SIZES[size].tensor}
     # A batch is about images or about videos of 16 frames, each kind in a shape of its own. Pictures that are larger are
     # made smaller: the original shows, and cuts crops from, `max_pixels` of them.
-    config.canvas = (1, 2048, 2048)
+    config.image_buffer = (1, 2048, 2048)
     config.prompt_width = 2560
-    config.video_canvas = (16, 720, 1280)
+    config.video_buffer = (16, 720, 1280)
     config.video_prompt_width = 5120
     config.bad_rows = "error"
     return config

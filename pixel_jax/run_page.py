@@ -25,7 +25,7 @@ PANELS: Mapping[str, Mapping[str, str]] = {
     "rate of pixel-space reasoning": {"training": "rapr", "held out": "eval_rapr"},
     "reward": {"all": "reward", "answer": "reward_answer", "curiosity": "reward_curiosity"},
     "loss": {"training": "loss", "held out": "eval_loss"},
-    "groups": {"that teach": "informative", "all right": "all_right", "all wrong": "all_wrong"},
+    "groups": {"that teach": "nonzero_variance", "all right": "all_right", "all wrong": "all_wrong"},
     "tokens of an answer": {"training": "response_tokens", "held out": "eval_response_tokens"},
     "calls that failed": {"training": "call_errors", "held out": "eval_call_errors"},
     "rows without a boxed answer": {"training": "unboxed", "held out": "eval_unboxed"},

@@ -45,6 +45,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
 
     Args:
         check: whether a value is what such a file holds; by default, whether it is an object.
+
     Returns:
         None if there is no such file, or, said on standard error, if it is damaged.
     """

@@ -27,7 +27,7 @@ CONFIG, DATA = "settings.json", "data.json"
 # Shapes by hand come together: those of all rows, and those of rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
-    "rl": (("canvas", "prompt_width"), ("video_canvas", "video_prompt_width")),
+    "rl": (("image_buffer", "prompt_width"), ("video_buffer", "video_prompt_width")),
 }
 SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
 
@@ -87,10 +87,10 @@ class TrainConfig:
     )
     video_patches: int | None = None  # of one frame of such a row
     # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.
-    canvas: tuple[int, int, int] | None = None
+    image_buffer: tuple[int, int, int] | None = None
     prompt_width: int | None = None  # tokens of a prompt
     # Of questions about videos, if they have shapes of their own: frames, and their height and width. None: as above.
-    video_canvas: tuple[int, int, int] | None = None
+    video_buffer: tuple[int, int, int] | None = None
     video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
     watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
@@ -107,7 +107,7 @@ class TrainConfig:
         positive(self, "video_prompt_width")
         if self.save_model_every < 0:
             raise ValueError(f"save_model_every must not be negative: {self.save_model_every}")
-        for name in ("canvas", "video_canvas"):
+        for name in ("image_buffer", "video_buffer"):
             if (room := getattr(self, name)) is not None and min(room) < 1:
                 raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
         for together, more in BY_HAND.values():
@@ -139,12 +139,12 @@ class TrainConfig:
     @property
     def prompt_shapes(self) -> tuple[BatchShape, ...] | None:
         """Of prompts for `rl`; None: they are worked out."""
-        if self.canvas is None:
+        if self.image_buffer is None:
             return None
-        limits, video_canvas = self.rl.rollout, self.video_canvas or self.canvas
+        limits, video_buffer = self.rl.rollout, self.video_buffer or self.image_buffer
         return (
-            prompt_shape(*self.canvas, self.prompt_width, limits, video=False),
-            prompt_shape(*video_canvas, self.video_prompt_width or self.prompt_width, limits, video=True),
+            prompt_shape(*self.image_buffer, self.prompt_width, limits, video=False),
+            prompt_shape(*video_buffer, self.video_prompt_width or self.prompt_width, limits, video=True),
         )
 
 

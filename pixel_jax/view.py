@@ -58,6 +58,7 @@ def view(
 
     Args:
         language: of the calls in traces for tuning; None: the released one.
+
     Raises:
         UserError: there is nothing there to draw.
     """

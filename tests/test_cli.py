@@ -108,9 +108,9 @@ MISTAKES = {
         "a plan reads no data, from which shapes are worked out: give config.trace_tokens, config.trace_frames, config.trace",
     ),
     "half a shape by hand": (
-        ["rl", *GIVEN, "--config.out=o", "--config.canvas=(1, 64, 64)"],
+        ["rl", *GIVEN, "--config.out=o", "--config.image_buffer=(1, 64, 64)"],
         1,
-        "config: canvas, prompt_width come together, or none of them: only canvas is given",
+        "config: image_buffer, prompt_width come together, or none of them: only image_buffer is given",
     ),
     "a plan nowhere": (
         ["plan", *GIVEN, "--topology=cpu:1", "--json=no/p.json"],
@@ -280,8 +280,8 @@ def get_config():
     spec.loader.exec_module(module)
     config = module.get_config()
     limits = {limits!r}
-    config.canvas, config.prompt_width = (1, 192, 192), 96
-    config.video_canvas, config.video_prompt_width = (2, 64, 64), 96
+    config.image_buffer, config.prompt_width = (1, 192, 192), 96
+    config.video_buffer, config.video_prompt_width = (2, 64, 64), 96
     config.video_frames, config.video_patches = 6, 8
     config.rollout = ConfigDict(limits)
     config.trace_tokens, config.trace_frames, config.trace_patches, config.buckets = 256, 3, 16, ()

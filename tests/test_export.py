@@ -111,11 +111,11 @@ def test_a_checkpoint_that_is_not_there_or_not_whole(run, tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 7; it has 1, 2, 3"):
         export(out / "sft", str(tmp_path / "model"), step=7)
     shutil.copytree(out, tmp_path / "copy")
-    noted = json.loads((tmp_path / "copy/sft/checkpoints.seals/3.0.json").read_text())["files"]
+    noted = json.loads((tmp_path / "copy/sft/checkpoints.checksums/3.0.json").read_text())["files"]
     (tmp_path / "copy/sft/checkpoints/3" / next(iter(noted))).write_bytes(b"")
     with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
         export(tmp_path / "copy/sft", str(tmp_path / "model"))
-    shutil.rmtree(tmp_path / "copy/sft/checkpoints.seals")  # killed before any file was noted
+    shutil.rmtree(tmp_path / "copy/sft/checkpoints.checksums")  # killed before any file was noted
     for path in (tmp_path / "copy/sft/checkpoints/3/state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")

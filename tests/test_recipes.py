@@ -143,7 +143,7 @@ def test_the_mesh_and_the_micro_batches_divide(size):
             assert config.trace_patches >= 4 * config.rollout.max_pixels // 28**2
             assert config.video_frames == 16 + 2 * 8 and config.video_patches >= 728 * 1288 // 14**2
         else:
-            assert config.rl.rollout.max_pixels <= config.canvas[1] * config.canvas[2]
+            assert config.rl.rollout.max_pixels <= config.image_buffer[1] * config.image_buffer[2]
             assert config.prompt_width > config.rl.rollout.max_pixels // 28**2
             assert config.video_prompt_width > 16 // 2 * config.rl.rollout.video_max_pixels // 28**2
 

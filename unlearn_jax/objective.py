@@ -88,7 +88,7 @@ class Objective:
             micro_batch += -micro_batch % _shards(mesh)
         index = np.arange(count + -count % micro_batch)
         # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
-        stack = lambda x: _place(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
+        stack = lambda x: _device_put(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
         # On the host, as the examples are.
         nothing: Any = np.zeros((len(index) // micro_batch, micro_batch), dtype)
@@ -101,7 +101,7 @@ class Objective:
         pad = np.pad if isinstance(coefficients, np.ndarray) else jnp.pad
         stacked = pad(coefficients.astype(like.dtype), (0, like.size - self.count)).reshape(like.shape)
         return dataclasses.replace(
-            self, coefficients=_place(stacked, self.mesh), weight_decay=np.asarray(weight_decay, like.dtype)
+            self, coefficients=_device_put(stacked, self.mesh), weight_decay=np.asarray(weight_decay, like.dtype)
         )
 
     def with_constants(self) -> "Objective":
@@ -344,7 +344,7 @@ def _shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _axes(mesh))
 
 
-def _place(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
+def _device_put(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
     """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
     if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x

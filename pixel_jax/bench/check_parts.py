@@ -106,12 +106,12 @@ def crops(quick: bool) -> Found:
     corner = random.integers(0, [width // 2, height // 2], (count, 2))
     boxes = np.concatenate([corner, corner + random.integers(8, [width // 2, height // 2], (count, 2))], axis=1)
     sizes = random.integers(1, most // 28 + 1, (count, 2)) * 28
-    canvas = jnp.asarray(image)
+    buffer = jnp.asarray(image)
     cut = jax.jit(lambda image, box, size: crop_resize(image, box, size, (most, most), order=order))
     picture, differ, values = Image.fromarray(image), 0, 0
     for box, (tall, wide) in zip(boxes.astype(np.int32), sizes.astype(np.int32), strict=True):
         shown = picture.crop(tuple(box.tolist())).resize((int(wide), int(tall)), Image.Resampling.BICUBIC)
-        ours = np.asarray(cut(canvas, box, np.array([tall, wide])))[:tall, :wide]
+        ours = np.asarray(cut(buffer, box, np.array([tall, wide])))[:tall, :wide]
         differ, values = differ + int((ours != np.asarray(shown)).sum()), values + ours.size
     figures = {"crops": count, "values": values, "differ": differ, "Pillow": PIL.__version__, "order": order}
     return figures, [f"{differ} of {values} values differ from Pillow {PIL.__version__}"] if differ else []

@@ -35,13 +35,13 @@ class Row(NamedTuple):
     places: np.ndarray  # int [L], where in the trajectory they lie
     positions: np.ndarray  # int64 [3, L]
     turns: list[TimedTurn]
-    canvas: np.ndarray  # uint8 [h, w, 3]
+    buffer: np.ndarray  # uint8 [h, w, 3]
     views: list[
         tuple[tuple[int, int, int, int], tuple[int, int]]
     ]  # box and (height, width) of every image it was shown
 
 
-def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
+def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
     tokens = jnp.asarray(t.tokens)
     positions, _ = jax.jit(
         lambda tokens, valid, grids, seconds: mrope_positions(
@@ -53,8 +53,8 @@ def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
         places = np.flatnonzero(t.valid[r])
         loss_mask = np.concatenate([[False], t.loss_mask[r][places], [False]])
         starts, ends = np.flatnonzero(loss_mask[1:] & ~loss_mask[:-1]), np.flatnonzero(~loss_mask[1:] & loss_mask[:-1])
-        canvas = canvases[t.prompt[r]]
-        boxes = [(0, 0, canvas.shape[1], canvas.shape[0])]
+        buffer = buffers[t.prompt[r]]
+        boxes = [(0, 0, buffer.shape[1], buffer.shape[0])]
         cropped = t.calls.status[r] == CallStatus.DONE
         boxes += map(tuple, t.calls.source.region[r, cropped, 0].tolist())
         sizes = [(14 * int(h), 14 * int(w)) for n, h, w in t.visual.grids[r] if n]
@@ -64,7 +64,7 @@ def replayed(t: Trajectories, canvases: np.ndarray, model) -> list[Row]:
                 places,
                 positions[:, r, places].astype(np.int64),
                 [TimedTurn(int(a), int(b)) for a, b in zip(starts, ends, strict=True)],
-                canvas,
+                buffer,
                 list(zip(boxes, sizes, strict=True)),
             )
         )
@@ -84,7 +84,7 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     logprobs = np.zeros((len(rows), width), np.float32)
 
     def views(row: Row, first: int, last: int) -> list:
-        picture = Image.fromarray(row.canvas)
+        picture = Image.fromarray(row.buffer)
         return [crop(picture, *view) for view in row.views[first:last]]
 
     def forward(ids, positions, mask, cache, pictures=()):
@@ -145,7 +145,8 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
 
 def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLConfig) -> float:
     """Of a rollout that reads every prompt, int [prompts] tokens long, once and every other token of a row once; a token
-    attends to those before it, and only what the policy chose has logits."""
+    attends to those before it, and only what the policy chose has logits.
+    """
     rows, length = prompt[sampled.prompt], np.sum(sampled.valid, axis=1)
     _, first = np.unique(sampled.prompt, return_index=True)
     shown = [sampled.visual.grids[first, 0], sampled.visual.grids[:, 1:]]  # the question's image; what was looked at
@@ -165,7 +166,7 @@ def build_rollout(quick: bool) -> Work:
     if not (executed == 2).all():
         raise ValueError(f"every row was to zoom in twice; rows did so {executed.tolist()} times")
     shape = sampled.tokens.shape
-    canvases = images(2, 112, 112) if quick else images(8, 768, 1024)
+    buffers = images(2, 112, 112) if quick else images(8, 768, 1024)
 
     def ours():
         compiled_rollout.clear_cache()  # so that the first call is seen to compile
@@ -173,7 +174,7 @@ def build_rollout(quick: bool) -> Work:
 
     alternatives, aims = {"pixel_jax": ours}, ()
     if HAS_TORCH:
-        rows = replayed(sampled, canvases, model)
+        rows = replayed(sampled, buffers, model)
 
         def loop(keep_cache: bool):
             twin = transformers_model(model)

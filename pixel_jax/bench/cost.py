@@ -12,7 +12,8 @@ import jax
 
 def count_flops(function: Callable, *args, trips: int = 1, **kwargs) -> int:
     """FLOPs of `function(*args)`. A `while` loop, whose turns nobody knows beforehand, counts `trips` times; of the
-    branches of a `cond` the dearest counts."""
+    branches of a `cond` the dearest counts.
+    """
     return _count(jax.make_jaxpr(lambda *a: function(*a, **kwargs))(*args).jaxpr, trips)
 
 

@@ -153,9 +153,9 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     prompts = Prompts(
         tokens=tokens,
         length=np.full(rows, length, np.int32),
-        canvases=np.zeros((rows, 1, 28, 28, 3), np.uint8),
-        canvas_size=np.full((rows, 1, 2), 28, np.int32),
-        num_canvases=np.ones(rows, np.int32),
+        buffers=np.zeros((rows, 1, 28, 28, 3), np.uint8),
+        image_sizes=np.full((rows, 1, 2), 28, np.int32),
+        image_counts=np.ones(rows, np.int32),
         is_video=np.zeros(rows, bool),
         seconds=np.zeros(rows, np.float32),
         uid=np.arange(rows, dtype=np.int32),

@@ -53,14 +53,14 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
 
     def ours():
         one = lambda image, box: crop_resize(image, box, jnp.array([out, out]), (out, out), exact=exact)
-        crop, canvas = jax.vmap(one, (None, 0)), jnp.asarray(image)
+        crop, buffer = jax.vmap(one, (None, 0)), jnp.asarray(image)
         devices = math.gcd(jax.device_count(), count)
         if jax.default_backend() == "cpu" and devices > 1 and not cores:  # a core is a device: each cuts its share
             mesh, rows = make_mesh({"data": devices}, jax.devices()[:devices]), PartitionSpec("data")
             crop = jax.shard_map(crop, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
-            canvas = replicate(canvas, mesh)
+            buffer = replicate(buffer, mesh)
         crop = jax.jit(crop)
-        return lambda: crop(canvas, boxes)
+        return lambda: crop(buffer, boxes)
 
     def pillow():
         from PIL import Image

@@ -75,7 +75,8 @@ class Budget:
 
 class _Process:
     """The limits of this process, and what it has left. Room for content is asked for before room for decoding, and never
-    twice by one thread: so threads cannot wait for one another in a circle."""
+    twice by one thread: so threads cannot wait for one another in a circle.
+    """
 
     def __init__(self, limits: Limits):
         self.limits = limits

@@ -93,8 +93,8 @@ class Learning:
         batch = from_trajectories(made, advantage, np.array(made.logprobs))
         rows = Rows(batch, np.repeat(prompts.images, config.group_size))
         del prompts
-        teaching = np.repeat(self.random.random(count) < 0.5, config.group_size)
-        selected = self.replay.select(rows, teaching, shape.prompts._replace(tokens=batch.tokens.shape[1]))
+        nonzero_variance = np.repeat(self.random.random(count) < 0.5, config.group_size)
+        selected = self.replay.select(rows, nonzero_variance, shape.prompts._replace(tokens=batch.tokens.shape[1]))
         for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
             images = self.replay.batch(selected[first : first + self.train_batch]).images
             for part in np.array_split(np.arange(self.train_batch), self.devices):

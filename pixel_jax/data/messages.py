@@ -69,6 +69,7 @@ def read_dialogue(
         pictures: those of a field beside the messages, for which parts without a value or `<image>` in a text stand.
         video: they are the frames of one video, or its file.
         language: of its calls.
+
     Raises:
         ExampleError: it is none that a trace can be made of. The message has `where` and the message's number.
     """

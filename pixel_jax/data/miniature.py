@@ -181,7 +181,8 @@ def _paste_card(
     turns: int = 0,
 ) -> tuple[int, Box, Box]:
     """Paste a card of `side` pixels with a digit of `inner` pixels in its centre, `turns` quarter turns counterclockwise;
-    returns label, card and digit box."""
+    returns label, card and digit box.
+    """
     ink, labels = digits(split)
     if config.frequencies is None:
         which = int(rng.integers(len(labels)))

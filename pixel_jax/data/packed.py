@@ -168,7 +168,8 @@ class Packing:
 
     def padding(self) -> dict[str, float]:
         """Shares of padding in an epoch: among the tokens, among the patches that the vision tower is given, and among the
-        tokens if every trace had a row of the largest bucket to itself."""
+        tokens if every trace had a row of the largest bucket to itself.
+        """
         rows = [len(places) for places in self.order.packed(0)]
         room = lambda side: sum(count * side(bucket) for count, bucket in zip(rows, self.buckets, strict=True))
         tokens = self.order.sizes[:, 0]

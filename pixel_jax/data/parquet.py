@@ -44,7 +44,8 @@ def parquet_rows(
     path: pathlib.Path, columns: Sequence[str] | None, error: Callable[[str], Exception]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Where every row of a Parquet file stands, and how its `columns` (None: all) are read. `error`: it cannot be, or has no
-    such, or two of one name."""
+    such, or two of one name.
+    """
 
     def read(batch, index: int, where: str) -> dict[str, Any]:
         row = {}

@@ -21,7 +21,7 @@ from pixel_jax.tools import RELEASED, Tool
 Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it
 
 BY_HAND = (
-    "config.canvas and config.prompt_width (of videos config.video_canvas and config.video_prompt_width) say how much \
+    "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much \
 room there is; without them it is worked out"
 )
 MEASURED = "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures are"

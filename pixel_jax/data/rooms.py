@@ -138,7 +138,7 @@ class Fitter(NamedTuple):
         """Places in shapes of their own, in as few as are worth their compilation."""
         needs = [x.shape for x in found if isinstance(x, Place)]
         shapes = cover(needs, by.cost, least=by.rows, most=FEW, gain=0.1)
-        # A larger canvas may show more patches than any of the pictures that share it.
+        # A larger buffer may show more patches than any of the pictures that share it.
         shapes = [prompt_shape(x.images, x.height, x.width, x.tokens, self.config, video=bool(x.video)) for x in shapes]
         assigned = lambda x: x._replace(shape=next(shape for shape in shapes if shape.holds(x.shape)))
         return [assigned(x) if isinstance(x, Place) else x for x in found]
@@ -149,7 +149,7 @@ def shown(sizes: Sequence[tuple[int, int]], limits: dict[str, int]) -> list[tupl
 
 
 def scale_for(size: tuple[int, int], room: BatchShape, max_side: int, limits: dict[str, int]) -> float:
-    """How much smaller a picture of `size` (height, width) has to be for the room's canvas and for `max_side`."""
+    """How much smaller a picture of `size` (height, width) has to be for the room's buffer and for `max_side`."""
     height, width = size
     scale = min(1.0, room.height / height, room.width / width)
     held = (max(1, int(height * scale)), max(1, int(width * scale)))

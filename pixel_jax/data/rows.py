@@ -60,6 +60,7 @@ def read_row(
         columns: what the data calls our fields.
         turns: they are required.
         language: of the calls in `messages`.
+
     Raises:
         ExampleError: it is no example; the message has `where` and the field.
     """

@@ -78,7 +78,8 @@ class Group(NamedTuple):
     @property
     def shapes(self) -> list[BatchShape]:
         """That the group may have; of packed rows with about as many pictures as go with the tokens, lest a row is full of
-        pictures and short of text, or the other way round."""
+        pictures and short of text, or the other way round.
+        """
         if not self.packed:
             return [self.most]
         tokens, *pictures = self.total

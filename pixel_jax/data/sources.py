@@ -80,6 +80,7 @@ def locate(
 
     Args:
         directory: a folder may be what is meant.
+
     Raises:
         error: it is no name, leads to nothing or to what is no regular file (a device, a named pipe), or elsewhere.
     """

@@ -18,13 +18,13 @@ from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
-from pixel_jax.rollouts.drawings import canvases_of
+from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.operations import add_to_history, called, execute
 from pixel_jax.rollouts.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.trajectory import (
-    NO_CANVAS,
+    NO_IMAGE,
     STOP_ANSWER,
     Calls,
     Tables,
@@ -69,7 +69,7 @@ def right(text: str) -> Turn:
 class View(NamedTuple):
     """A frame that a row shows: a region, at a size, of one of the query's images or of what a tool made (`Views`)."""
 
-    canvas: int
+    image: int
     region: tuple[int, ...]  # x1 y1 x2 y2
     size: tuple[int, int]  # (height, width)
 
@@ -147,14 +147,15 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
         raise TraceError(f"a trace about {row.trace.query.question!r} has images {have}, it was planned for {planned}")
-    canvases = canvases_of(Images(tuple(images)), row.calls, row.tools)
-    return [frame_patches(canvases[view.canvas], view.region, view.size) for view in row.views]
+    buffers = row_images(Images(tuple(images)), row.calls, row.tools)
+    return [frame_patches(buffers[view.image], view.region, view.size) for view in row.views]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: RolloutShape):
     """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
-    the call, its result, observation ids and lengths, and the image history after it."""
+    the call, its result, observation ids and lengths, and the image history after it.
+    """
     state, _ = jax.lax.scan(
         lambda state, tokens: (tables.parser.step(tables.bytes, state, tokens), None), tables.parser.init(WAVE), turns.T
     )
@@ -172,17 +173,17 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
     videos = any(row.trace.query.is_video for row in rows)
     width = 1 << max(4, (max(map(len, turns)) - 1).bit_length())  # few widths: each is a compilation
     padded = np.full((WAVE, width), -1, np.int32)
-    canvas_size = np.ones((WAVE, most, 2), np.int32)
+    image_sizes = np.ones((WAVE, most, 2), np.int32)
     for i, (row, turn) in enumerate(zip(rows, turns, strict=True)):
         padded[i, : len(turn)] = turn
         for j, image in enumerate(row.trace.query.images):
-            canvas_size[i, j] = image.shape[:2]
+            image_sizes[i, j] = image.shape[:2]
     fill = lambda values, dtype: np.resize(np.array(values, dtype), WAVE)  # noqa: E731
     seen = Seen(
         history=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories),
         is_video=fill([row.trace.query.is_video for row in rows], bool),
-        canvas_size=canvas_size,
-        num_canvases=fill([len(row.trace.query.images) for row in rows], np.int32),
+        image_sizes=image_sizes,
+        image_counts=fill([len(row.trace.query.images) for row in rows], np.int32),
     )
     number = fill([len(row.calls) for row in rows], np.int32)
     shape = RolloutShape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
@@ -198,9 +199,9 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
             )
         row.ids += ids[i, : lengths[i]].tolist()
         row.loss_mask += [False] * int(lengths[i])
-        for canvas, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
-            if canvas != NO_CANVAS:
-                row.show(View(canvas, tuple(region), tuple(size)))
+        for image, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
+            if image != NO_IMAGE:
+                row.show(View(image, tuple(region), tuple(size)))
         row.calls.append(jax.tree.map(lambda x: x[i], calls))  # noqa: B023
     return [ImageHistory(*(x[i] for x in history)) for i in range(len(rows))]
 
@@ -261,7 +262,7 @@ def assemble(
         grids=np.zeros((count, shape.slices, 3), np.int32),
         seconds=np.zeros((count, shape.slices), np.float32),
     )
-    views = max((len(call.source.canvas) for row in rows for call in row.calls), default=1)
+    views = max((len(call.source.image) for row in rows for call in row.calls), default=1)
     calls = no_calls(count, numbers, views, rows[0].tools)
     for i, row in enumerate(rows):
         takes = row.shape

@@ -1,5 +1,6 @@
 """Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
-comes back from a tool, and tokenizers."""
+comes back from a tool, and tokenizers.
+"""
 
 from pixel_jax.dialog.automaton import CallParser, ParserState, call_parser, token_table
 from pixel_jax.dialog.grammar import Call, Language, MalformedCallError, Number, ParsedTurn, parse_call, parse_turn

@@ -107,7 +107,8 @@ class _Action(NamedTuple):
 
 class Automaton(NamedTuple):
     """The tables: `next[state * num_classes + byte_class[byte]]`. Two states carry no meaning of their own: 0, where
-    nothing is under way, and `restore`, which stands for the saved one."""
+    nothing is under way, and `restore`, which stands for the saved one.
+    """
 
     next: np.ndarray  # i32 [S * C]
     byte_class: np.ndarray  # i32 [256]
@@ -121,7 +122,8 @@ class Automaton(NamedTuple):
 
 class _Builder:
     """Builds the automaton. A state is a dict from byte to state; a byte without an entry leads to `NOTHING`, and "<"
-    to the beginning of a mark."""
+    to the beginning of a mark.
+    """
 
     NOTHING = 0
 

@@ -41,7 +41,8 @@ BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
     """The one outcome of every call that is no call, or of which the tool cannot say what is wrong. Its text says what a
-    call looks like, so that the next one can be right."""
+    call looks like, so that the next one can be right.
+    """
     said = "; or ".join(f"`{call_format.spelling(tool).name}` with {tool.usage}" for tool in tools)
     said = f"either {said}" if len(tools) > 1 else said
     ours = (
@@ -63,7 +64,8 @@ class Kind(NamedTuple):
 
 def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[Kind, ...]:
     """All kinds of observation that calls of `tools` can have, as a format tells them, in the order in which records count
-    them."""
+    them.
+    """
     # What a tool of the host says is put around its answer there (`rollout.host`).
     text = lambda tool, outcome: outcome.text if tool.host else call_format.text(tool, outcome)
     told = (Kind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)

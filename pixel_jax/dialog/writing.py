@@ -25,6 +25,7 @@ def write_call(
       values: of its arguments, by the tool's names: a box is shares of a picture in whole hundredths, a choice its text.
       size: (height, width) of the picture that boxes are of.
       label: what it is about, where the format has a place for that.
+
     Raises:
       UnwritableError: the format cannot write it.
     """

@@ -82,7 +82,7 @@ def evaluate(
         return
     session = Session(policy, exam, directory, len(questions), scorer)
     keep = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
-    found = find_places(policy, questions, exam, todo)
+    found = find_shapes(policy, questions, exam, todo)
     placed = {i: x for i, x in found.items() if isinstance(x, Place)}
     n = session.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
@@ -134,7 +134,7 @@ def check_pictures(
             )
 
 
-def find_places(
+def find_shapes(
     policy: Policy, questions: Sequence[Question], exam: Exam, todo: Sequence[int]
 ) -> dict[int, Place | ValueError]:
     """Where each of the questions `todo` runs, or why it cannot."""

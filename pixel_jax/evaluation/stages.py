@@ -81,10 +81,9 @@ class Session:
     def __init__(
         self, policy: Policy, exam: Exam, directory: pathlib.Path, count: int, scorer: Callable[..., Any] | None = None
     ):
-        """
-        Args:
-          count: of all questions.
-          scorer: of the `score`, by default that of the benchmark; `accuracy` is the released scorer's in any case.
+        """Args:
+        count: of all questions.
+        scorer: of the `score`, by default that of the benchmark; `accuracy` is the released scorer's in any case.
         """
         self.policy, self.exam, self.directory = policy, exam, directory
         self.limits = exam.limits

@@ -78,7 +78,8 @@ def unanswered(records: Sequence[Record]) -> dict[str, str]:
 
 def format_warnings(name: str, found: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
     """Of a benchmark's runs {mode: records}: those whose calls are often in another format, in words. Without tools nobody is
-    asked to call one."""
+    asked to call one.
+    """
     texts = {mode: [text for record in records for text in record["responses"]] for mode, records in found.items()}
     warnings = {mode: format_warning(some, language) for mode, some in texts.items() if mode != "none"}
     return [f"{name} {mode}: {warning}" for mode, warning in warnings.items() if warning is not None]

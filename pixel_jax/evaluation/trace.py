@@ -134,9 +134,9 @@ def make_trace(
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", _text_of(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
-        for canvas, region in zip(source.canvas, source.region, strict=True):
-            if canvas >= 0:  # of what a tool made, the picture shows enough
-                boxes[canvas].append((call + 1, *region))
+        for image, region in zip(source.image, source.region, strict=True):
+            if image >= 0:  # of what a tool made, the picture shows enough
+                boxes[image].append((call + 1, *region))
     turns.append(ShownTurn("assistant", written[-1]))
     return Trace(
         question=query.question,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.models import kernels
-from pixel_jax.parallel.sharding import sequence_parts
+from pixel_jax.parallel.sharding import sequence_shards
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
 # Queries and keys that a step of the chunked implementation looks at, at most. With 512 keys none of a causal row of 512 could
@@ -198,8 +198,9 @@ def scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
     """einsum, in which the queries that share a head of keys (g, t) are the rows of one matrix; apart where a mesh splits
-    positions. x is [B, KV, G, T, ..]"""
-    if sequence_parts(jax.sharding.get_abstract_mesh()) > 1:
+    positions. x is [B, KV, G, T, ..]
+    """
+    if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
         return jnp.einsum(form, x, y, preferred_element_type=dtype)
     operands, result = form.split("->")
     fold = lambda z, axes: z.reshape(*z.shape[:2], -1, z.shape[-1]) if "gt" in axes else z
@@ -269,7 +270,7 @@ class _Tiles:
     def __init__(self, queries: int, keys: int, mask: Mask):
         self.queries, self.keys = queries, keys
         # Where positions are split over a mesh every block has a part of every device.
-        self.strided = sequence_parts(jax.sharding.get_abstract_mesh()) > 1
+        self.strided = sequence_shards(jax.sharding.get_abstract_mesh()) > 1
         self.q_mask = self.of_queries((mask.q_order, mask.q_segment), 1)
         self.k_mask = self.of_keys((mask.k_order, mask.k_segment), 1)
         (q_order, q_segment), (k_order, k_segment) = self.q_mask, self.k_mask

@@ -131,6 +131,7 @@ def load_weights(
         shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
         dtype: of the weights; None keeps the files', if that is one for all.
         config_dtype: what `config.json` says, which decides where the files mix several.
+
     Raises:
         FileError: the tensors are not those of the model, or hold what is no number. The message names them.
         FileNotFoundError: the directory has no weights.

@@ -181,6 +181,7 @@ class Qwen2_5_VLConfig:
         Args:
             config: the parsed file; fields that the network does not depend on are passed over.
             where: what messages call it.
+
         Raises:
             FileError: a value is not what its field takes, or asks for what is not supported. The message names both.
         """

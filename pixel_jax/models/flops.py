@@ -62,7 +62,8 @@ def window_pairs(height: np.ndarray, width: np.ndarray, config: Qwen2_5_VLConfig
 
 def row_work(lengths: np.ndarray, grids: np.ndarray, config: Qwen2_5_VLConfig) -> Work:
     """The useful work of rows of `lengths` tokens [R] that show items of `grids` [..., 3] (slices, height, width in patches;
-    zeros: nothing): padding does not count, however much of it the program computes."""
+    zeros: nothing): padding does not count, however much of it the program computes.
+    """
     lengths = np.asarray(lengths, np.float64)
     t, h, w = np.moveaxis(np.asarray(grids, np.float64).reshape(-1, 3), -1, 0)
     return Work(

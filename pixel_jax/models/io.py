@@ -28,8 +28,10 @@ def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> 
     Args:
         mesh: where to put the weights, by their logical axes; None: one device.
         dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
+
     Returns:
         The model, and its processor, or None if the directory has neither tokenizer nor preprocessor files.
+
     Raises:
         FileNotFoundError: it is no model directory.
         FileError: a file is not what it should be. The message names it, and the field or tensor at fault.

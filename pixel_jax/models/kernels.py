@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec
 
-from pixel_jax.parallel.sharding import ROWS, row_parts, sequence_parts
+from pixel_jax.parallel.sharding import ROWS, row_shards, sequence_shards
 
 LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
 TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
@@ -105,4 +105,4 @@ def divides(q: jax.Array, k: jax.Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return True
-    return not q.shape[0] % row_parts(mesh) and not k.shape[2] % mesh.shape["tensor"] and sequence_parts(mesh) == 1
+    return not q.shape[0] % row_shards(mesh) and not k.shape[2] % mesh.shape["tensor"] and sequence_shards(mesh) == 1

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixel_jax.parallel.sharding import sequence_parts
+from pixel_jax.parallel.sharding import sequence_shards
 
 INIT_STD = 0.02  # initializer_range of the released configurations
 
@@ -38,7 +38,8 @@ Remat = bool | Literal["dots"]
 
 def rematerialised(block: Callable, remat: Remat) -> Callable:
     """`block`, and what of it is kept for the backward pass: everything (False), nothing but its arguments (True), or the
-    results of its products with weights ("dots"), so that what is computed again is cheap."""
+    results of its products with weights ("dots"), so that what is computed again is cheap.
+    """
     if not remat:
         return block
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -72,7 +73,7 @@ def product(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
         y = jnp.einsum("oi,ti->ot", weight, x.reshape(tokens, -1), preferred_element_type=dtype)
         return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
-    if sequence_parts(jax.sharding.get_abstract_mesh()) > 1:
+    if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
         return plain(x, weight)
     cpu = turned if 1 < tokens <= FEW else matrix
     return jax.lax.platform_dependent(x, weight, cpu=cpu, default=plain)

@@ -72,7 +72,8 @@ class Processor:
 
     def save(self, directory: Path) -> None:
         """Writes the files it was read from as they were; for what has been made or changed since, those that all releases
-        of transformers read."""
+        of transformers read.
+        """
         files = dict(self._files)
         tokenizer, limits = self._as_read or (None, None)
         if _state(self.tokenizer) != tokenizer:

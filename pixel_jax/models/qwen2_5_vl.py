@@ -13,7 +13,7 @@ from pixel_jax.models.layers import Linear, Remat, unstack
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.vision import VisionTower
 from pixel_jax.ops import pixel_values
-from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequence_parts, split_sequence
+from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequence_shards, split_sequence
 
 
 class Qwen2_5_VL(nnx.Module):
@@ -157,13 +157,13 @@ def encode_visual(
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
     linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
-    if linear and num_slices > 1 and sequence_parts(mesh) == 1:
+    if linear and num_slices > 1 and sequence_shards(mesh) == 1:
         encode = lambda x: model.encode(pixel_values(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
         return jnp.swapaxes(features, 0, 1)
     pixels = pixel_values(first, second)
     pixels = pixels.reshape(batch * num_slices, *pixels.shape[2:])
-    if num_slices % sequence_parts(mesh) == 0:
+    if num_slices % sequence_shards(mesh) == 0:
         pixels = split_sequence(pixels, mesh, (*ROWS, SEQUENCE))
     features = model.encode(pixels, hw.reshape(-1, 2), remat=remat, implementation=implementation)
     return features.reshape(batch, num_slices, *features.shape[1:])
@@ -186,8 +186,8 @@ def forward_hidden(
     Packed segments share one run of positions: rotary attention only depends on differences. On a `mesh` with a sequence
     axis the positions of each row are split over it, and hidden states with them.
     """
-    if tokens.shape[1] % sequence_parts(mesh):
-        raise ValueError(f"rows of {tokens.shape[1]} tokens cannot be split over sequence = {sequence_parts(mesh)}")
+    if tokens.shape[1] % sequence_shards(mesh):
+        raise ValueError(f"rows of {tokens.shape[1]} tokens cannot be split over sequence = {sequence_shards(mesh)}")
     tokens = jnp.where(valid, tokens, 0)
     features, grids = None, jnp.zeros((tokens.shape[0], 0, 3), jnp.int32)
     seconds = jnp.zeros(grids.shape[:2], jnp.float32)

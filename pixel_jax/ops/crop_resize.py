@@ -290,7 +290,8 @@ def _banded(image, crop: _Crop, canvas, order, exact):
 
 def _zeros(shape, dtype, image, *scalars):
     """What a loop over `image` begins with. Inside `jax.shard_map` it has to differ over the mesh axes over which the
-    arguments do: hence the sum, of which XLA makes a constant."""
+    arguments do: hence the sum, of which XLA makes a constant.
+    """
     zero = 0 * sum(scalars, image.reshape(-1)[0].astype(jnp.int32))
     return jnp.full(shape, zero.astype(dtype))
 

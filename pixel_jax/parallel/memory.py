@@ -13,7 +13,8 @@ CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 
 def device_memory() -> int:
     """Bytes that a program may take on one device of this process: of what it reports, or of this host's memory, which all
-    CPU devices of the process share. The same at every call, whatever is in use."""
+    CPU devices of the process share. The same at every call, whatever is in use.
+    """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:

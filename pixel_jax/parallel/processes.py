@@ -99,7 +99,8 @@ def fail_together() -> Iterator[None]:
 
 def barrier(place: str, seconds: int = 24 * 3600) -> None:
     """Waits until every process has come to the `place`, however far apart they are: a collective gives up on one that is
-    half a minute behind (gloo). One that died is noticed by its heartbeat, and ends the others."""
+    half a minute behind (gloo). One that died is noticed by its heartbeat, and ends the others.
+    """
     from orbax.checkpoint import multihost  # slow to import
 
     multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * seconds)

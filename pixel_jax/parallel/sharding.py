@@ -160,7 +160,7 @@ def process_shard(mesh: Mesh | None) -> ProcessShard:
     """The rows of a batch that this process feeds; without a mesh all of them."""
     if mesh is None:
         return WHOLE
-    grid = mesh.devices.reshape(row_parts(mesh), -1)
+    grid = mesh.devices.reshape(row_shards(mesh), -1)
     holders: dict[int, list[int]] = {}
     for block, devices in enumerate(grid):
         for process in sorted({device.process_index for device in devices}):
@@ -178,19 +178,19 @@ def process_shard(mesh: Mesh | None) -> ProcessShard:
     return ProcessShard(parts.index(mine), len(parts), mine, processes)
 
 
-def row_parts(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh) -> int:
     """How many parts the rows of a batch are cut into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def place_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None) -> jax.Array:
+def shard_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None) -> jax.Array:
     """An array on the devices of which the host never has more than the rows of one: `read(part)` gives rows of `rows`.
 
     With several processes each reads its `share` of the rows, `rows` being how many that is.
     """
     if mesh is None:
         return jnp.asarray(read(slice(0, rows)))
-    parts, mine = row_parts(mesh), process_shard(mesh)
+    parts, mine = row_shards(mesh), process_shard(mesh)
     if rows * mine.count % parts:
         raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {parts}; pad the batch")
     size = rows * mine.count // parts
@@ -203,12 +203,12 @@ def place_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None
 
 def shard_batch(batch: T, mesh: Mesh) -> T:
     """Host arrays with a leading row axis, on `mesh`. With several processes each brings its `share` of the rows."""
-    sharding, parts = batch_sharding(mesh), row_parts(mesh)
+    sharding, parts = batch_sharding(mesh), row_shards(mesh)
 
     def put(x):
         if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
             x = np.asarray(x) if isinstance(x, jax.Array) else x
-            return place_rows(x.__getitem__, len(x), mesh)
+            return shard_rows(x.__getitem__, len(x), mesh)
         if len(x) % parts:
             raise ValueError(f"{len(x)} rows cannot be split over data x fsdp = {parts}; pad the batch")
         return jax.device_put(x, sharding)
@@ -282,11 +282,11 @@ def constrain(tree: T, mesh: Mesh | None, *spec) -> T:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
 
-def sequence_parts(mesh: Mesh | None) -> int:
+def sequence_shards(mesh: Mesh | None) -> int:
     """How many parts the positions of a row are cut into in training; 1 without a mesh or without the axis."""
     return 1 if mesh is None else mesh.shape.get(SEQUENCE, 1)
 
 
 def split_sequence(tree: T, mesh: Mesh | None, *spec) -> T:
     """`constrain`, where the positions of a row are split; elsewhere unchanged."""
-    return constrain(tree, mesh, *spec) if sequence_parts(mesh) > 1 else tree
+    return constrain(tree, mesh, *spec) if sequence_shards(mesh) > 1 else tree

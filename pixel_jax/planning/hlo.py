@@ -436,7 +436,8 @@ def _convolution(x: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> 
 @functools.cache
 def _taps(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
     """Pairs of an output and a kernel position of one spatial dimension that meet an input element. (A mirrored kernel
-    meets as many.)"""
+    meets as many.)
+    """
     place = np.arange(out, dtype=np.int64) * stride - low
     met = 0
     for k in range(kernel):

@@ -34,7 +34,7 @@ def define_flags(command: str) -> None:
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
     flags.DEFINE_integer("most", 4, "Most shardings to compile for each step.")
     flags.DEFINE_bool("configured", False, "Plan the config's own meshes and micro-batches, and look for no others.")
-    flags.DEFINE_bool("video", False, "Plan the room of videos (config.video_canvas, ...) instead of that of images.")
+    flags.DEFINE_bool("video", False, "Plan the room of videos (config.video_buffer, ...) instead of that of images.")
     flags.DEFINE_string("scaling", None, "A kind of chip: also predict weak scaling from 8 to 1024 of them.")
 
 
@@ -111,7 +111,7 @@ def of_videos(config):
     """The config with the room that it has for videos in the place of that for images."""
     from pixel_jax.cli import UserError
 
-    names = {"canvas": "video_canvas", "prompt_width": "video_prompt_width"}
+    names = {"image_buffer": "video_buffer", "prompt_width": "video_prompt_width"}
     if config.sft is not None:
         names |= {"trace_frames": "video_frames", "trace_patches": "video_patches"}
     room = {name: getattr(config, source) for name, source in names.items()}
@@ -124,7 +124,7 @@ def check_shapes(config) -> None:
     """UserError: the config leaves to the data how large batches are; a plan reads none."""
     from pixel_jax.cli import UserError
 
-    needed = {"sft": ("trace_tokens", "trace_frames", "trace_patches"), "rl": ("canvas", "prompt_width")}
+    needed = {"sft": ("trace_tokens", "trace_frames", "trace_patches"), "rl": ("image_buffer", "prompt_width")}
     for phase, names in needed.items():
         lacking = [f"config.{name}" for name in names if getattr(config, name) is None]
         if getattr(config, phase) is not None and lacking:

@@ -62,7 +62,8 @@ class Recipe:
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
         """Unless the config's are wanted as many as leave every part of the mesh one row at a time: rows are long, and a
-        micro-batch is what memory goes into."""
+        micro-batch is what memory goes into.
+        """
         given = (self.config.rl if step in RUN else self.config.sft).forward.micro_batches
         if self.configured and given is not None:
             return given
@@ -169,13 +170,13 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
 def prompt_arrays(recipe: Recipe) -> Prompts:
     """The prompts of one rollout, as `pixel-jax rl` builds them."""
     config, batch = recipe.config, recipe.config.rl.prompts
-    canvases, height, width = config.canvas
+    buffers, height, width = config.image_buffer
     return Prompts(
         tokens=array(jnp.int32, batch, config.prompt_width),
         length=array(jnp.int32, batch),
-        canvases=array(jnp.uint8, batch, canvases, height, width, 3),
-        canvas_size=array(jnp.int32, batch, canvases, 2),
-        num_canvases=array(jnp.int32, batch),
+        buffers=array(jnp.uint8, batch, buffers, height, width, 3),
+        image_sizes=array(jnp.int32, batch, buffers, 2),
+        image_counts=array(jnp.int32, batch),
         is_video=array(jnp.bool_, batch),
         seconds=array(jnp.float32, batch),
         uid=array(jnp.int32, batch),
@@ -184,9 +185,9 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 
 
 def rollout_shape(recipe: Recipe, shards: int) -> RolloutShape:
-    """As `pixel_jax.rollouts.rollout.layout`; a prompt of several canvases is a video."""
+    """As `pixel_jax.rollouts.rollout.layout`; a prompt of several buffers is a video."""
     config, limits = recipe.config, recipe.config.rl.rollout
-    prompts = prompt_shape(*config.canvas, config.prompt_width, limits, video=config.canvas[0] > 1)
+    prompts = prompt_shape(*config.image_buffer, config.prompt_width, limits, video=config.image_buffer[0] > 1)
     return RolloutShape.of(prompts, limits, recipe.tables.tools, shards)
 
 
@@ -217,8 +218,8 @@ def rl_batch(recipe: Recipe) -> Batch:
     trajectories = jax.eval_shape(run, model, prompts, jax.random.key(0), assistant_prefix, temperature)
     batch = jax.eval_shape(lambda t: from_trajectories(t), trajectories)
     batch = jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
-    canvases, visual = array(jnp.uint8, rows, *prompts.canvases.shape[1:]), batch.visual
-    patches = jax.eval_shape(functools.partial(cut_patches, config=config, shape=shape), canvases, visual.source)
+    buffers, visual = array(jnp.uint8, rows, *prompts.buffers.shape[1:]), batch.visual
+    patches = jax.eval_shape(functools.partial(cut_patches, config=config, shape=shape), buffers, visual.source)
     return batch._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
 
 
@@ -288,8 +289,8 @@ def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
     config: RolloutConfig = recipe.config.rl.rollout
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     shape = rollout_shape(recipe, shards)
-    side = max(recipe.config.canvas[1:])
-    shown = max(max(budget.canvas) for budget in budgets(config, shape))
+    side = max(recipe.config.image_buffer[1:])
+    shown = max(max(budget.buffer) for budget in budgets(config, shape))
     width = decode_loop.observation_width(recipe.tables.observations, config, shape)
     width = min(width, config.max_response)
     turns = config.max_calls + 1

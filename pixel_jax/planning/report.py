@@ -20,7 +20,8 @@ Best = Mapping[str, Mapping[str, Compiled]]  # topology -> step -> its plan
 
 def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
     """What the JSON file holds. `best`: topology -> step -> its index among the plans, and what had to be assumed; `scaling`:
-    the plans of weak scaling, with seconds of each resource and tokens per second and chip."""
+    the plans of weak scaling, with seconds of each resource and tokens per second and chip.
+    """
     scaling = [
         {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
     ]

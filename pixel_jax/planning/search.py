@@ -79,11 +79,11 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
         for sequence in recipe.sequences(step):
             if rest % sequence or recipe.length(step) % sequence:
                 continue
-            row_parts = rest // sequence
-            if rows % row_parts:
+            row_shards = rest // sequence
+            if rows % row_shards:
                 continue
-            for fsdp in (f for f in range(1, row_parts + 1) if row_parts % f == 0):
-                mesh = {"data": row_parts // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+            for fsdp in (f for f in range(1, row_shards + 1) if row_shards % f == 0):
+                mesh = {"data": row_shards // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
                 if not undivided(model, mesh):
                     found.append(mesh)
     found.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
@@ -107,11 +107,11 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     split = mesh["fsdp"] * sequence
     held = weights / (split * mesh["tensor"])
     gathered = weights / mesh["tensor"] * (split - 1) / split  # to read every weight once
-    row_parts = mesh["data"] * mesh["fsdp"]
+    row_shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
         config = recipe.config.rl.rollout
         cached = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.max_response
-        cached *= slots(recipe) / row_parts / mesh["tensor"]
+        cached *= slots(recipe) / row_shards / mesh["tensor"]
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
@@ -121,8 +121,8 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     if state * held > chip.memory:
         return math.inf
     full &= step != "score"
-    tokens = recipe.rows(step) / row_parts * recipe.length(step) / sequence
-    turns = recipe.rows(step) / row_parts
+    tokens = recipe.rows(step) / row_shards * recipe.length(step) / sequence
+    turns = recipe.rows(step) / row_shards
     passes = 1 if step == "score" else 3 + full  # forward, forward again, backward, and gradients the other way
     megatron = 4 * (passes / 2) * 2 * tokens * text.hidden_size * (mesh["tensor"] - 1) / mesh["tensor"]
     keys = 4 * passes * tokens * (sequence - 1) * text.num_key_value_heads * text.head_dim / mesh["tensor"]

@@ -273,7 +273,7 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
 
     seconds = once(place / "trained.json", train)["seconds"]
     judged = once(place / "evaluation.json", judge)
-    names = ("step", "accuracy", "rapr", "reward", "operations", "call_errors", "entropy", "informative")
+    names = ("step", "accuracy", "rapr", "reward", "operations", "call_errors", "entropy", "nonzero_variance")
     curve = [{name: line.get(name) for name in names} for line in read_metrics(place / "rl" / "metrics.jsonl")]
     times = {"seconds_training": seconds, "seconds_evaluation": judged.pop("seconds")}
     write_json(place / "result.json", {**judged, "curve": curve, **times})

@@ -35,7 +35,7 @@ from pixel_jax.training.answers import last_boxed
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.packing import pack
 
-CANVAS = (1, miniature.SIDE, miniature.SIDE)
+BUFFER = (1, miniature.SIDE, miniature.SIDE)
 EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms
 
 
@@ -99,7 +99,7 @@ class Task:
             self.vocabulary,
             self.tables,
             self.config.rl.rollout,
-            shape=prompt_shape(*CANVAS, self.config.width, self.config.rl.rollout, video=False),
+            shape=prompt_shape(*BUFFER, self.config.width, self.config.rl.rollout, video=False),
             uids=uids,
         )
 

@@ -55,7 +55,7 @@ def _seen() -> Seen:
 
 
 def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Array:
-    """The canvases of the tool's answer, whose parts fit together."""
+    """The buffers of the tool's answer, whose parts fit together."""
     answer = tool.execute(arguments, seen, limits)
     if not isinstance(answer, Answer):
         raise ToolError(f"`execute` of tool {tool.name!r} gives a {type(answer).__name__}, not an `Answer`")
@@ -66,13 +66,13 @@ def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Ar
             raise ToolError(
                 f"tool {tool.name!r} says {len(integers)} integers at once; there is room for {NUM_INTEGERS}"
             )
-    count = answer.canvas.shape[0]
-    for name, shape in (("canvas", (count,)), ("region", (count, 4)), ("size", (count, 2))):
+    count = answer.image.shape[0]
+    for name, shape in (("image", (count,)), ("region", (count, 4)), ("size", (count, 2))):
         if jnp.shape(getattr(answer, name)) != shape:
             raise ToolError(
                 f"`{name}` of what tool {tool.name!r} answers is {jnp.shape(getattr(answer, name))}, not {shape}"
             )
-    return answer.canvas
+    return answer.image
 
 
 def _traced(tool: Tool, part: str, function, *given):

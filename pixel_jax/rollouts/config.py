@@ -32,7 +32,7 @@ class RolloutConfig:
     select_max_pixels: int = 400 * FACTOR**2  # of a selected frame, at most
     video_min_pixels: int = 4 * FACTOR**2  # of a frame of a video in the prompt, at least
     video_max_pixels: int = 512 * FACTOR**2  # of a frame of a video in the prompt, at most
-    max_side: int = 3584  # longest side of anything shown, in pixels; the static canvas of a resize
+    max_side: int = 3584  # longest side of anything shown, in pixels; the static buffer of a resize
     pad: float | None = None  # added on each side of a box, as a share of the image; None: what the call format says
     min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
     call_format: str = "pixel_reasoner"  # how calls are written: a name of `pixel_jax.dialog.formats`, or module:name

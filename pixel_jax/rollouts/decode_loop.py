@@ -25,7 +25,7 @@ from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollouts.sampling import sample
 from pixel_jax.rollouts.shapes import RolloutShape, budget_of
 from pixel_jax.rollouts.trajectory import (
-    NO_CANVAS,
+    NO_IMAGE,
     STOP_ANSWER,
     STOP_CALLS,
     STOP_IMAGES,
@@ -38,7 +38,7 @@ from pixel_jax.rollouts.trajectory import (
     made_by,
     shown_by,
 )
-from pixel_jax.rollouts.views import seen_canvases, show_waiting
+from pixel_jax.rollouts.views import show_waiting, visible_buffers
 from pixel_jax.tools.looking import ImageHistory, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
@@ -56,7 +56,8 @@ class Shared(NamedTuple):
 
 class RowState(NamedTuple):
     """R rows at one moment, each in a slot of its own. `Lr` is `RolloutConfig.max_response`, N one more than `max_calls`, V
-    `RolloutShape.views`."""
+    `RolloutShape.views`.
+    """
 
     row: jax.Array  # int32 [R], which of the rows of its part of the mesh a slot holds; one past the last: none
     room: jax.Array  # int32 [R], tokens that may follow the prompt
@@ -309,7 +310,7 @@ def observe(
         state = state._replace(status=jnp.where(asking, ASKING, state.status))
     asks = waiting & call.required
     spent = asks & (state.num_calls >= config.max_calls)
-    seen = Seen(state.history, *(mine.take(x) for x in (prompts.is_video, prompts.canvas_size, prompts.num_canvases)))
+    seen = Seen(state.history, *(mine.take(x) for x in (prompts.is_video, prompts.image_sizes, prompts.image_counts)))
     result = execute(call, seen, prompts.tables, shape.views, config)
     crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
     ids, lengths = prompts.tables.observations.assemble(
@@ -359,7 +360,7 @@ def answer(
     view, showing = shown_by(done, number), run & (count > 0)
     _, features = show_waiting(
         model,
-        seen_canvases(shared.prompts.canvases, config, shared.pictures),
+        visible_buffers(shared.prompts.buffers, config, shared.pictures),
         rows_prompts(state, shared.prompts, config, shape).at.reshape(-1),
         view,
         showing,
@@ -384,7 +385,8 @@ def answer(
 
 def take_back(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
     """The rows `crowded` (bool [R]) without their last message: an image history that is over-full ends a row, as in the
-    released code."""
+    released code.
+    """
     return state._replace(
         length=jnp.where(crowded, state.turn_start, state.length),
         loss_mask=state.loss_mask
@@ -408,7 +410,8 @@ def tell(
     model: Qwen2_5_VL, layers, shared: Shared, state: RowState, told: Told, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
     """The rows whose calls tools of the host have answered read that and go on writing. An answer that has no room ends its
-    row, and so does a picture too many."""
+    row, and so does a picture too many.
+    """
     answered, count = told.lengths > 0, (told.drawn[:, 0] > 0).astype(jnp.int32)
     crowded = answered & (state.num_images + count > config.max_images)
     long = answered & ~crowded & (state.length + told.lengths >= state.room)
@@ -424,7 +427,7 @@ def tell(
         outcome=where(run, told.outcome, -1),
         values=call.values,
         source=Views(
-            jnp.where(first, made_by(state.num_calls)[:, None], NO_CANVAS),
+            jnp.where(first, made_by(state.num_calls)[:, None], NO_IMAGE),
             spread(whole(told.drawn)),
             spread(told.size),
         ),

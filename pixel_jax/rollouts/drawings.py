@@ -1,8 +1,8 @@
 """Pictures that tools make of what a row has seen. They are never kept: whoever looks at one has it made again, bit for bit.
 
-A row has the canvases of its prompt and, behind them, one for each of its calls. What call n made may be what call n + 1
+A row has the buffers of its prompt and, behind them, one for each of its calls. What call n made may be what call n + 1
 looks at, so they are made in order, as far as they are wanted. What a tool of the host returns cannot be made again: it is
-kept, once (`Images.keep`), and given to programs beside the canvases (`Pictures`).
+kept, once (`Images.keep`), and given to programs beside the buffers (`Pictures`).
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import Images
-from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, made_by
+from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, made_by
 from pixel_jax.tools.calls import Values, read
 from pixel_jax.tools.looking import region_size
 from pixel_jax.tools.tool import Tool
@@ -26,7 +26,7 @@ class Drawings(NamedTuple):
 
     tool: jax.Array  # int32 [..., N], index into the tools
     values: Values  # [..., N, ...], the arguments
-    canvas: jax.Array  # int32 [..., N], as in `Views`
+    image: jax.Array  # int32 [..., N], as in `Views`
     region: jax.Array  # int32 [..., N, 4]
     size: jax.Array  # int32 [..., N, 2], (height, width) of what was made; zeros: nothing was
     picture: jax.Array | None = None  # uint32 [..., N, 8], digest of what a tool of the host returned; zeros: nothing
@@ -64,42 +64,43 @@ def drawings(calls: Calls, tools: tuple[Tool, ...], config: RolloutConfig) -> Dr
     """Those of the calls [..., N] that can be looked at; None where no tool makes pictures, none is called or all is blanked."""
     if config.blank or not config.max_calls or not any(tool.draw is not None or tool.picture for tool in tools):
         return None
-    first, most = calls.source.canvas[..., 0], config.max_calls
+    first, most = calls.source.image[..., 0], config.max_calls
     found = Drawings(calls.tool, calls.values, first, calls.source.region[..., 0, :], calls.drawn, calls.picture)
     axis = first.ndim - 1
     return jax.tree.map(lambda x: x[(slice(None),) * axis + (slice(most),)], found)
 
 
-def places(canvas: jax.Array, canvases: int) -> jax.Array:
-    """Where canvases (`Views.canvas`) lie among those of a prompt and what was made of them."""
-    return jnp.where(canvas >= 0, canvas, jnp.where(canvas < NO_CANVAS, canvases + made_by(0) - canvas, 0))
+def buffer_index(image: jax.Array, buffers: int) -> jax.Array:
+    """Where buffers (`Views.image`) lie among those of a prompt and what was made of them."""
+    return jnp.where(image >= 0, image, jnp.where(image < NO_IMAGE, buffers + made_by(0) - image, 0))
 
 
-def reach(canvas: jax.Array) -> jax.Array:
-    """How many calls must be carried out for the canvases [...] to be there: int32."""
-    return jnp.max(jnp.where(canvas < NO_CANVAS, made_by(0) - canvas + 1, 0))
+def reach(image: jax.Array) -> jax.Array:
+    """How many calls must be carried out for the buffers [...] to be there: int32."""
+    return jnp.max(jnp.where(image < NO_IMAGE, made_by(0) - image + 1, 0))
 
 
 def draw(
-    canvases: jax.Array,
+    buffers: jax.Array,
     drawings: Drawings,
     calls: jax.Array,
     tools: tuple[Tool, ...],
     pictures: Pictures | None = None,
 ) -> jax.Array:
-    """The canvases of one row uint8 [C, H, W, 3], and behind them what its first `calls` made: [C + N, S, S, 3], S the longest
-    of H, W and the sides of `pictures`. Zero beyond the size of each."""
-    count, height, width, _ = canvases.shape
+    """The buffers of one row uint8 [C, H, W, 3], and behind them what its first `calls` made: [C + N, S, S, 3], S the longest
+    of H, W and the sides of `pictures`. Zero beyond the size of each.
+    """
+    count, height, width, _ = buffers.shape
     side, calls_most = longest(height, width, pictures), drawings.tool.shape[0]
-    room = jnp.pad(canvases, ((0, calls_most), (0, side - height), (0, side - width), (0, 0)))
+    room = jnp.pad(buffers, ((0, calls_most), (0, side - height), (0, side - width), (0, 0)))
     making = [i for i, tool in enumerate(tools) if tool.draw is not None]
     index = jnp.arange(side)
 
     def step(number: jax.Array, room: jax.Array) -> jax.Array:
-        tool, values, canvas, region, size, picture = jax.tree.map(lambda x: x[number], drawings)
+        tool, values, image, region, size, picture = jax.tree.map(lambda x: x[number], drawings)
         down, across = jnp.minimum(region[1] + index, side - 1), jnp.minimum(region[0] + index, side - 1)
         of = region_size(region)
-        source = inside(room[places(canvas, count)][down][:, across], of)
+        source = inside(room[buffer_index(image, count)][down][:, across], of)
         branches = [lambda i=i: tools[i].draw(read(tools[i], values), source, of) for i in making]
         which = sum(jnp.where(tool == i, place, 0) for place, i in enumerate(making))
         made = jax.lax.switch(which, branches) if making else source
@@ -115,7 +116,7 @@ def draw(
 
 
 def longest(height: int, width: int, pictures: Pictures | None) -> int:
-    """The side of what holds any picture that a row can look at, in pixels; its canvases are [height, width]."""
+    """The side of what holds any picture that a row can look at, in pixels; its buffers are [height, width]."""
     return max(height, width, 0 if pictures is None else pictures.pixels.shape[1])
 
 
@@ -125,16 +126,17 @@ def inside(pixels: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where(((index < size[0])[:, None] & (index < size[1]))[..., None], pixels, 0).astype(jnp.uint8)
 
 
-def canvases_of(images: Images, calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
-    """The canvases of a row on the host, as `Views.canvas` names them: the images of its prompt, and what its calls made or
-    returned, in order."""
-    canvases = dict(enumerate(images.arrays))
+def row_images(images: Images, calls: Iterable[Calls], tools: Sequence[Tool]) -> dict[int, np.ndarray]:
+    """The buffers of a row on the host, as `Views.image` names them: the images of its prompt, and what its calls made or
+    returned, in order.
+    """
+    buffers = dict(enumerate(images.arrays))
     for number, call in enumerate(calls):
         if call.picture is not None and call.picture.any():
-            canvases[made_by(number)] = images.find(call.picture)
+            buffers[made_by(number)] = images.find(call.picture)
         elif call.drawn.any():
-            canvases[made_by(number)] = draw_on_host(tools[call.tool], call, canvases[int(call.source.canvas[0])])
-    return canvases
+            buffers[made_by(number)] = draw_on_host(tools[call.tool], call, buffers[int(call.source.image[0])])
+    return buffers
 
 
 def draw_on_host(tool: Tool, call: Calls, source: np.ndarray) -> np.ndarray:

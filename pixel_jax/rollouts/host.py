@@ -12,7 +12,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, Told
-from pixel_jax.rollouts.drawings import canvases_of
+from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
@@ -68,11 +68,11 @@ def images_of(
 ) -> list[np.ndarray]:
     """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
     made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
-    canvases = canvases_of(images, made, tools)
+    buffers = row_images(images, made, tools)
     found = list(images.arrays) if video else []
     for i in range(1 if video else 0, int(history.count)):
         x1, y1, x2, y2 = history.region[i]
-        found.append(canvases[int(history.canvas[i])][y1:y2, x1:x2])
+        found.append(buffers[int(history.image[i])][y1:y2, x1:x2])
     return found
 
 
@@ -94,7 +94,8 @@ def tell(
     vocabulary: Vocabulary,
 ) -> Told:
     """What `decode_loop.tell` reads, put as the call format has it. Pictures are kept by their prompts' `images`, `Images`
-    [B]."""
+    [B].
+    """
     rows, config, shape = state.rows.status.shape[0], state.config, state.shape
     call_format = state.prompts.tables.parser.language.format
     ids = [[] for _ in range(rows)]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pixel_jax.parallel.sharding import place_rows
+from pixel_jax.parallel.sharding import shard_rows
 from pixel_jax.rollouts.shapes import BatchShape
 
 
@@ -46,11 +46,11 @@ def pad(images: np.ndarray, shape: BatchShape) -> np.ndarray:
     """`Images` [B] -> uint8 [B, images, height, width, 3] of `shape`, zero beyond each."""
     padded = np.zeros((len(images), shape.images, shape.height, shape.width, 3), np.uint8)
     for row, of_row in zip(padded, images, strict=True):
-        for canvas, image in zip(row, of_row.arrays, strict=False):
-            canvas[: image.shape[0], : image.shape[1]] = image
+        for buffer, image in zip(row, of_row.arrays, strict=False):
+            buffer[: image.shape[0], : image.shape[1]] = image
     return padded
 
 
-def place_images(images: np.ndarray, shape: BatchShape, mesh: Mesh | None) -> jax.Array:
+def shard_images(images: np.ndarray, shape: BatchShape, mesh: Mesh | None) -> jax.Array:
     """`pad` on the devices, split by rows; each device's rows are padded when their turn comes."""
-    return place_rows(lambda rows: pad(images[rows], shape), len(images), mesh)
+    return shard_rows(lambda rows: pad(images[rows], shape), len(images), mesh)

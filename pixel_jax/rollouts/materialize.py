@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import ROWS, constrain, replicate, shard_batch
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
-from pixel_jax.rollouts.drawings import Drawings, Pictures, canvases_of, drawings, pictures_of
-from pixel_jax.rollouts.images import place_images
+from pixel_jax.rollouts.drawings import Drawings, Pictures, drawings, pictures_of, row_images
+from pixel_jax.rollouts.images import shard_images
 from pixel_jax.rollouts.operations import overview_size
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
-from pixel_jax.rollouts.trajectory import NO_CANVAS, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
-from pixel_jax.rollouts.views import GREY, cut, frame_patches, seen_canvases
+from pixel_jax.rollouts.trajectory import NO_IMAGE, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
+from pixel_jax.rollouts.views import GREY, cut, frame_patches, visible_buffers
 from pixel_jax.tools.looking import whole
 from pixel_jax.tools.tool import Tool
 
@@ -45,12 +45,12 @@ class VisualRecord(NamedTuple):
 
 def overviews(prompts: Prompts | HostPrompts, config: RolloutConfig) -> Views:
     """What B prompts show before anything is asked for, [B, C]: their images, or the frames of their videos."""
-    index = jnp.arange(prompts.canvas_size.shape[1])
-    present = index < prompts.num_canvases[:, None]
+    index = jnp.arange(prompts.image_sizes.shape[1])
+    present = index < prompts.image_counts[:, None]
     is_video = jnp.broadcast_to(prompts.is_video[:, None], present.shape)
-    size = overview_size(prompts.canvas_size, is_video, config)
+    size = overview_size(prompts.image_sizes, is_video, config)
     return Views(
-        jnp.where(present, index, NO_CANVAS), whole(prompts.canvas_size), jnp.where(present[..., None], size, 0)
+        jnp.where(present, index, NO_IMAGE), whole(prompts.image_sizes), jnp.where(present[..., None], size, 0)
     )
 
 
@@ -83,9 +83,9 @@ def materialize(
       shape: of the rollout that the rows are of.
     """
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        canvases = place_images(images, shape.prompts, mesh)
+        buffers = shard_images(images, shape.prompts, mesh)
         source = record.source if mesh is None else shard_batch(record.source, mesh)
-        patches = _cut_patches(canvases, source, returned_to(images, record, shape, mesh), config, shape, mesh)
+        patches = _cut_patches(buffers, source, returned_to(images, record, shape, mesh), config, shape, mesh)
     return Visual(patches, record.slices, record.grids, record.seconds)
 
 
@@ -100,7 +100,7 @@ def returned_to(images: np.ndarray, record: VisualRecord, shape: RolloutShape, m
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def _cut_patches(
-    canvases,
+    buffers,
     source: PatchSource,
     pictures: Pictures | None,
     config: RolloutConfig,
@@ -108,11 +108,11 @@ def _cut_patches(
     mesh: Mesh | None,
 ) -> jax.Array:
     source, pictures = jax.tree.map(jnp.asarray, (source, pictures))
-    return constrain(cut_patches(canvases, source, config, shape, pictures), mesh, ROWS)
+    return constrain(cut_patches(buffers, source, config, shape, pictures), mesh, ROWS)
 
 
 def cut_patches(
-    canvases: jax.Array,
+    buffers: jax.Array,
     source: PatchSource,
     config: RolloutConfig,
     shape: RolloutShape,
@@ -121,22 +121,22 @@ def cut_patches(
     """The patches of what rows saw, uint8 [R, K, P, 588].
 
     Args:
-      canvases: uint8 [R, C, H, W, 3], those of each row's prompt.
+      buffers: uint8 [R, C, H, W, 3], those of each row's prompt.
       pictures: what tools of the host returned to them.
     """
-    most = canvases.shape[1]
+    most = buffers.shape[1]
     overview, observed = budgets(config, shape)
     before, after = (jax.tree.map(lambda x: x[:, part], source.views) for part in (slice(most), slice(most, None)))  # noqa: B023
-    shown = [_patches(canvases, PatchSource(before, None), overview, config, shape)]
-    if after.canvas.shape[1]:
+    shown = [_patches(buffers, PatchSource(before, None), overview, config, shape)]
+    if after.image.shape[1]:
         after = PatchSource(after, source.drawings)
-        shown.append(_patches(seen_canvases(canvases, config, pictures), after, observed, config, shape, pictures))
+        shown.append(_patches(visible_buffers(buffers, config, pictures), after, observed, config, shape, pictures))
     room = max(x.shape[2] for x in shown)
     return jnp.concatenate([jnp.pad(x, ((0, 0), (0, 0), (0, room - x.shape[2]), (0, 0))) for x in shown], axis=1)
 
 
 def _patches(
-    canvases,
+    buffers,
     source: PatchSource,
     budget: Budget,
     config: RolloutConfig,
@@ -144,9 +144,9 @@ def _patches(
     pictures: Pictures | None = None,
 ) -> jax.Array:
     """Of one budget; only what was shown is worked on."""
-    rows, count = source.views.canvas.shape
+    rows, count = source.views.image.shape
     flat = jax.tree.map(lambda x: x.reshape(rows * count, *x.shape[2:]), source.views)
-    by_shard = canvases.reshape(shape.shards, -1, *canvases.shape[1:])
+    by_shard = buffers.reshape(shape.shards, -1, *buffers.shape[1:])
 
     def body(chunk: Chunk, shown: jax.Array) -> jax.Array:
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
@@ -174,16 +174,16 @@ def materialize_on_host(
       tools: of the rollout.
     """
     visual, found = rows.visual, []
-    count = visual.source.views.canvas.shape[1]
-    first = count - config.max_calls * rows.calls.source.canvas.shape[2]  # pictures before these were not asked for
+    count = visual.source.views.image.shape[1]
+    first = count - config.max_calls * rows.calls.source.image.shape[2]  # pictures before these were not asked for
     for row, of_row in enumerate(images):
         calls = [jax.tree.map(lambda x: x[row, number], rows.calls) for number in range(config.max_calls)]  # noqa: B023
-        canvases = canvases_of(of_row, calls, tools)
-        for place, (canvas, region, size) in enumerate(zip(*(x[row] for x in visual.source.views), strict=True)):
-            if canvas == NO_CANVAS or not size.all():
+        buffers = row_images(of_row, calls, tools)
+        for place, (image, region, size) in enumerate(zip(*(x[row] for x in visual.source.views), strict=True)):
+            if image == NO_IMAGE or not size.all():
                 found.append(np.zeros((0, 3 * PATCH**2), np.uint8))
                 continue
-            image = canvases[int(canvas)]
+            image = buffers[int(image)]
             image = np.full_like(image, GREY) if config.blank and place >= first else image
             found.append(frame_patches(image, region.tolist(), size))
     patches = np.zeros((len(found), max(map(len, found)), 3 * PATCH**2), np.uint8)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
-from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, CallStatus, Tables, Views, no_pictures, shown_by
+from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read
@@ -31,25 +31,25 @@ class Result(NamedTuple):
     values: Values  # [R, ...], the arguments as they go on record: as written, but for boxes of tools that draw (`with_shares`)
 
 
-def overview_size(canvas_size: jax.Array, is_video: jax.Array, config: RolloutConfig) -> jax.Array:
-    """Size int32 [..., 2] at which a prompt first shows a canvas of `canvas_size` [..., 2]; `is_video` bool [...]."""
-    as_image, _ = shown_size(whole(canvas_size), config.min_pixels, config.max_pixels, config.max_side)
-    as_frame, _ = shown_size(whole(canvas_size), config.video_min_pixels, config.video_max_pixels, config.max_side)
+def overview_size(image_sizes: jax.Array, is_video: jax.Array, config: RolloutConfig) -> jax.Array:
+    """Size int32 [..., 2] at which a prompt first shows an image of `image_sizes` [..., 2]; `is_video` bool [...]."""
+    as_image, _ = shown_size(whole(image_sizes), config.min_pixels, config.max_pixels, config.max_side)
+    as_frame, _ = shown_size(whole(image_sizes), config.video_min_pixels, config.video_max_pixels, config.max_side)
     return jnp.where(is_video[..., None], as_frame, as_image)
 
 
 def first_history(
-    canvas_size: jax.Array, num_canvases: jax.Array, is_video: jax.Array, config: RolloutConfig
+    image_sizes: jax.Array, image_counts: jax.Array, is_video: jax.Array, config: RolloutConfig
 ) -> ImageHistory:
-    """The image history of R rows that have been shown their prompts: canvas_size int32 [R, C, 2], others [R]."""
-    rows, most = canvas_size.shape[:2]
+    """The image history of R rows that have been shown their prompts: image_sizes int32 [R, C, 2], others [R]."""
+    rows, most = image_sizes.shape[:2]
     more = config.max_images
-    size = overview_size(canvas_size, jnp.broadcast_to(is_video[:, None], (rows, most)), config)
+    size = overview_size(image_sizes, jnp.broadcast_to(is_video[:, None], (rows, most)), config)
     return ImageHistory(
-        canvas=jnp.broadcast_to(jnp.minimum(jnp.arange(most + more), most - 1), (rows, most + more)).astype(jnp.int32),
-        region=jnp.pad(canvas_size[..., ::-1], ((0, 0), (0, more), (2, 0))),
+        image=jnp.broadcast_to(jnp.minimum(jnp.arange(most + more), most - 1), (rows, most + more)).astype(jnp.int32),
+        region=jnp.pad(image_sizes[..., ::-1], ((0, 0), (0, more), (2, 0))),
         size=jnp.pad(size, ((0, 0), (0, more), (0, 0))),
-        count=jnp.where(is_video, 1, num_canvases),
+        count=jnp.where(is_video, 1, image_counts),
     )
 
 
@@ -80,7 +80,7 @@ def _message(kind: jax.Array, views: int, values: Values) -> Result:
     zeros = lambda *tail: jnp.zeros((*kind.shape, *tail), jnp.int32)
     return Result(
         message=Arguments(kind, zeros(NUM_INTEGERS), zeros(MAX_LIST), zeros(), zeros(views)),
-        source=Views(jnp.full_like(zeros(views), NO_CANVAS), zeros(views, 4), zeros(views, 2)),
+        source=Views(jnp.full_like(zeros(views), NO_IMAGE), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),
         done=zeros() > 0,
         count=zeros(),
@@ -100,7 +100,7 @@ def _result(
         given = with_shares(tool, values, size, size if answer.shown is None else answer.shown, seen.coordinates)
         drawn = size_of_drawing(tool, read(tool, given), size)
         # There is room for pictures as long as the longest of the prompt's, or what a tool of the host returned.
-        room = jnp.maximum(jnp.max(seen.canvas_size), jnp.max(region_size(answer.region[0])))
+        room = jnp.maximum(jnp.max(seen.image_sizes), jnp.max(region_size(answer.region[0])))
         cases.append((jnp.max(drawn) > room, None, ()))
     cases.append((True, *answer.last))
     name = lambda outcome: observations.malformed if outcome is None else observations.find(tool, outcome.name)
@@ -120,7 +120,7 @@ def _result(
 
     listed = answer.listed or Lists(jnp.zeros(MAX_LIST, jnp.int32), jnp.int32(0))
     items = jnp.pad(listed.values[:MAX_LIST], (0, max(0, MAX_LIST - listed.values.shape[0])))
-    source = Views(fit(answer.canvas, NO_CANVAS), fit(answer.region, 0), fit(answer.size, 0))
+    source = Views(fit(answer.image, NO_IMAGE), fit(answer.region, 0), fit(answer.size, 0))
     pads = source.size[:, 0] * source.size[:, 1] // FACTOR**2
     return Result(
         Arguments(kind, integers, items, listed.length, pads),
@@ -142,7 +142,7 @@ def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -
         tool=call.tool,
         outcome=jnp.where(run, result.message.kind, -1),
         values=result.values,
-        source=Views(*map(where, result.source, (NO_CANVAS, 0, 0))),
+        source=Views(*map(where, result.source, (NO_IMAGE, 0, 0))),
         drawn=where(result.drawn, 0),
         picture=no_pictures(run.shape, tools, jnp),
     )
@@ -151,11 +151,11 @@ def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -
 def add_to_history(history: ImageHistory, call: Calls, number: jax.Array) -> ImageHistory:
     """The image history with what the calls [R, ...], each of its row's `number` (int32 [R]), showed appended."""
     shown = shown_by(call, number)
-    views, present = shown.canvas.shape[1], shown.canvas != NO_CANVAS
-    slot = jnp.where(present, history.count[:, None] + jnp.arange(views), history.canvas.shape[1])
+    views, present = shown.image.shape[1], shown.image != NO_IMAGE
+    slot = jnp.where(present, history.count[:, None] + jnp.arange(views), history.image.shape[1])
     at = (jnp.arange(slot.shape[0])[:, None], slot)
     return ImageHistory(
-        canvas=history.canvas.at[at].set(shown.canvas, mode="drop"),
+        image=history.image.at[at].set(shown.image, mode="drop"),
         region=history.region.at[at].set(shown.region, mode="drop"),
         size=history.size.at[at].set(shown.size, mode="drop"),
         count=history.count + jnp.sum(present, axis=1),

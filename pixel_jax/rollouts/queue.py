@@ -59,7 +59,8 @@ class Record(NamedTuple):
 
 def read_together(width: int, *, from_queue: bool) -> int:
     """How many prompts of so many tokens each part of the mesh reads together: from a queue one at a time, for mostly one is
-    wanted, and a chunk takes as long as if it were full."""
+    wanted, and a chunk takes as long as if it were full.
+    """
     return 1 if from_queue else max(1, min(PROMPT_CHUNK, PROMPT_TOKENS // width))
 
 
@@ -116,7 +117,7 @@ def _unread(line: jax.Array, shape: RolloutShape) -> jax.Array:
 
 def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
     """Rows that have written nothing, in slots that are free."""
-    numbers, most = config.max_calls + 1, prompts.canvas_size.shape[1]
+    numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
     images = config.max_images + most
@@ -285,18 +286,18 @@ def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: RolloutShape) 
     budget, _ = budgets(config, shape)
     view = jax.vmap(each(each(functools.partial(render, budget=budget), budget), budget))  # of each part of the mesh
     by_shard = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
-    views = view(*map(by_shard, (prompts.canvases, seen.region, seen.size)))
+    views = view(*map(by_shard, (prompts.buffers, seen.region, seen.size)))
     return Visual(views.reshape(-1, *views.shape[2:]), *prompt_items(prompts, config))
 
 
 def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The `slices`, `grids` and `seconds` of every prompt's overview (`Visual`)."""
     seen = overviews(prompts, config)
-    index, video = jnp.arange(seen.canvas.shape[1]), prompts.is_video[:, None, None]
-    present = seen.canvas >= 0
-    pairs = -(-prompts.num_canvases // 2)
+    index, video = jnp.arange(seen.image.shape[1]), prompts.is_video[:, None, None]
+    present = seen.image >= 0
+    pairs = -(-prompts.image_counts // 2)
     pair = 2 * index[None, :, None] + jnp.arange(2)
-    pair = jnp.minimum(pair, prompts.num_canvases[:, None, None] - 1)
+    pair = jnp.minimum(pair, prompts.image_counts[:, None, None] - 1)
     slices = jnp.where(video, pair, index[None, :, None])
     slices = jnp.where(jnp.where(video[..., 0], index < pairs[:, None], present)[..., None], slices, -1)
     grid = seen.size // PATCH
@@ -312,7 +313,8 @@ def read_prompt(
     model: Qwen2_5_VL, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
 ) -> tuple[jax.Array, KVCache, jax.Array]:
     """Each prompt and, since all rows begin alike, the assistant prefix: the last hidden state [B, D], the cache and the next
-    position."""
+    position.
+    """
     batch, width = prompts.tokens.shape
     room, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
     index = jnp.arange(width + room) - prompts.length[:, None]
@@ -337,11 +339,11 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
     slots = row.shape[0]
     fresh = _empty(model, slots, prompts, config, shape)._replace(row=row)
     mine = rows_prompts(fresh, prompts, config, shape)
-    sizes, is_video, canvases, length = (
-        mine.take(x) for x in (prompts.canvas_size, prompts.is_video, prompts.num_canvases, prompts.length)
+    sizes, is_video, buffers, length = (
+        mine.take(x) for x in (prompts.image_sizes, prompts.is_video, prompts.image_counts, prompts.length)
     )
     written = jnp.sum(assistant_prefix >= 0)
-    history = first_history(sizes, canvases, is_video, config)
+    history = first_history(sizes, buffers, is_video, config)
     of_prompt = lambda x: jnp.take_along_axis(
         jnp.repeat(x, config.group_size, axis=0),
         queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2)),
@@ -443,7 +445,7 @@ def finish(
     blank = jnp.zeros(prompt_tokens.shape, bool)
     prompt_slices, prompt_grids, prompt_seconds = map(spread, prompt_items(prompts, config))
     grids = rows.grids.reshape(count, -1, 3)
-    first = prompts.canvas_size.shape[1]
+    first = prompts.image_sizes.shape[1]
     frame = first + jnp.arange(grids.shape[1])
     still = jnp.where(grids[..., :1] > 0, jnp.stack([frame, frame], axis=-1), -1)
     slices = beside(prompt_slices, still)

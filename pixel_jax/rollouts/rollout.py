@@ -30,12 +30,12 @@ from jax.sharding import Mesh, NamedSharding
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
-from pixel_jax.parallel.sharding import process_shard, replicate, row_parts, shard_batch
+from pixel_jax.parallel.sharding import process_shard, replicate, row_shards, shard_batch
 from pixel_jax.rollouts import loop
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, pictures_of
 from pixel_jax.rollouts.host import host_calls, tell
-from pixel_jax.rollouts.images import pad, place_images, ragged
+from pixel_jax.rollouts.images import pad, ragged, shard_images
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.shapes import RolloutShape
@@ -56,7 +56,7 @@ def rollout(
     """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
     The rows of `config.in_flight` prompts decode together; whenever enough of them have ended a turn, those that asked for
-    pixels get them (cropped and resized from the full-resolution canvas, encoded, appended to their caches) or a message, rows
+    pixels get them (cropped and resized from the full-resolution image, encoded, appended to their caches) or a message, rows
     that wait take the place of those that are done, and all go on. On a mesh, rows are split over `data` and `fsdp`; the mesh
     is the one the model's weights lie on. With several processes each brings its share of the prompts, and all must have the
     same shapes; the rows that come back lie where their prompts do.
@@ -401,14 +401,14 @@ def _given(
     assistant_prefix, temperature, config = traced(config, assistant_prefix)
     if mesh is not None:
         key, assistant_prefix, temperature = replicate((key, assistant_prefix, temperature), mesh)
-    return place(prompts, mesh), key, assistant_prefix, temperature, config
+    return put_prompts(prompts, mesh), key, assistant_prefix, temperature, config
 
 
 def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
     """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
-    shards = row_parts(mesh) if mesh is not None else 1
+    shards = row_shards(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * process_shard(mesh).count
     if batch % shards:
         raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
@@ -419,21 +419,19 @@ def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tu
 
 def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None) -> RolloutShape:
     """What is static about a rollout of prompts on a mesh."""
-    return RolloutShape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_parts(mesh))
+    return RolloutShape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_shards(mesh))
 
 
-def place(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
+def put_prompts(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
     """The prompts on the devices, their images padded; on the mesh: rows split, tables everywhere."""
-    canvases = place_images(prompts.images, prompts.shape, mesh)
+    buffers = shard_images(prompts.images, prompts.shape, mesh)
     found = on_devices(prompts, ())
     if mesh is not None:
         rows = shard_batch(found._replace(tables=()), mesh)
         found = rows._replace(tables=replicate(prompts.tables, mesh))
-    return found._replace(canvases=canvases)
+    return found._replace(buffers=buffers)
 
 
-def on_devices(prompts: HostPrompts, canvases) -> Prompts:
+def on_devices(prompts: HostPrompts, buffers) -> Prompts:
     """The prompts with their images in arrays."""
-    return Prompts(
-        canvases=canvases, **{name: getattr(prompts, name) for name in Prompts._fields if name != "canvases"}
-    )
+    return Prompts(buffers=buffers, **{name: getattr(prompts, name) for name in Prompts._fields if name != "buffers"})

@@ -52,10 +52,10 @@ def prompt_shape(
     return BatchShape(tokens, images, images, patches, height, width, video)
 
 
-def most_patches(canvas: tuple[int, int], budget: str, config: RolloutConfig) -> int:
-    """Of what is cut out of a canvas (height, width), within a budget: "crop", "select", "video"; "" of an image."""
+def most_patches(buffer: tuple[int, int], budget: str, config: RolloutConfig) -> int:
+    """Of what is cut out of a buffer (height, width), within a budget: "crop", "select", "video"; "" of an image."""
     low, high = (getattr(config, f"{budget}{'_' if budget else ''}{bound}_pixels") for bound in ("min", "max"))
-    return 4 * (most_pixels(*canvas, min_pixels=low, max_pixels=high) // FACTOR**2)
+    return 4 * (most_pixels(*buffer, min_pixels=low, max_pixels=high) // FACTOR**2)
 
 
 class RolloutShape(NamedTuple):
@@ -69,13 +69,13 @@ class RolloutShape(NamedTuple):
     @classmethod
     def of(cls, prompts: BatchShape, config: RolloutConfig, tools: tuple[Tool, ...], shards: int) -> "RolloutShape":
         """With no room in observations for what cannot be cut out of the prompts' images."""
-        shape, canvas = cls(prompts, tools, shards), (prompts.height, prompts.width)
+        shape, buffer = cls(prompts, tools, shards), (prompts.height, prompts.width)
         if any(tool.picture for tool in shape.showing):
-            return shape  # what the host returns may be larger than anything that can be cut out of the canvas
+            return shape  # what the host returns may be larger than anything that can be cut out of the buffer
         if any(tool.draw is not None for tool in shape.showing):
-            canvas = (max(canvas), max(canvas))  # what a tool has drawn may be as long either way
+            buffer = (max(buffer), max(buffer))  # what a tool has drawn may be as long either way
         return shape._replace(
-            observed=max((most_patches(canvas, tool.budget, config) for tool in shape.showing), default=4)
+            observed=max((most_patches(buffer, tool.budget, config) for tool in shape.showing), default=4)
         )
 
     @property
@@ -98,8 +98,8 @@ class Budget(NamedTuple):
     patches: int
 
     @property
-    def canvas(self) -> tuple[int, int]:
-        """The smallest static canvas that holds every size within the budget, both sides multiples of `FACTOR`."""
+    def buffer(self) -> tuple[int, int]:
+        """The smallest static buffer that holds every size within the budget, both sides multiples of `FACTOR`."""
         side = min(self.max_pixels // FACTOR, self.max_side)
         return side, side
 

@@ -1,5 +1,6 @@
 """What the operations of a rollout take. A rollout is one program, inside which the host reads no clock: so they are
-carried out again, alone."""
+carried out again, alone.
+"""
 
 import contextlib
 import functools
@@ -15,17 +16,17 @@ from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
 from pixel_jax.rollouts.materialize import called
-from pixel_jax.rollouts.rollout import layout, place
+from pixel_jax.rollouts.rollout import layout, put_prompts
 from pixel_jax.rollouts.shapes import RolloutShape
-from pixel_jax.rollouts.trajectory import NO_CANVAS, Calls, HostPrompts, Prompts, Trajectories, no_calls
-from pixel_jax.rollouts.views import seen_canvases, show_waiting
+from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, no_calls
+from pixel_jax.rollouts.views import show_waiting, visible_buffers
 
 
 def seconds_of_operations(
     model: Qwen2_5_VL, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
 ) -> float:
     """Seconds that the crops and frame selections in `trajectories` take: cut out, resized and encoded, the first calls of
-    all rows together, then all second calls, and so on. Compiling and moving canvases to the devices are not counted.
+    all rows together, then all second calls, and so on. Compiling and moving buffers to the devices are not counted.
 
     It estimates their part of the rollout that made the rows: there the same work is done whenever enough rows wait, in
     chunks that may be less full, and the features are then read into the caches, which is not part of it.
@@ -50,7 +51,7 @@ def operations_again(
     nothing = no_calls(*calls.status.shape, shape.views, shape.tools)
     pictures = pictures_of(prompts.images) if any(tool.picture for tool in shape.tools) else None
     pictures = pictures if mesh is None else replicate(pictures, mesh)
-    prompts, calls, nothing = place(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
+    prompts, calls, nothing = put_prompts(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
     jax.block_until_ready((prompts, calls, nothing))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         yield _show(model, prompts, nothing, 0, pictures, config, shape)
@@ -67,15 +68,15 @@ def _show(
     model, prompts: Prompts, calls: Calls, number, pictures: Pictures | None, config: RolloutConfig, shape: RolloutShape
 ):
     """What the calls of that number showed, of every row."""
-    group = calls.status.shape[0] // len(prompts.canvas_size)
+    group = calls.status.shape[0] // len(prompts.image_sizes)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
     seen = jax.tree.map(take, called(calls, config))
     return show_waiting(
         model,
-        seen_canvases(prompts.canvases, config, pictures),
-        jnp.arange(len(seen.canvas)) // group % (len(prompts.canvas_size) // shape.shards),
+        visible_buffers(prompts.buffers, config, pictures),
+        jnp.arange(len(seen.image)) // group % (len(prompts.image_sizes) // shape.shards),
         seen,
-        jnp.any(seen.canvas != NO_CANVAS, axis=1),
+        jnp.any(seen.image != NO_IMAGE, axis=1),
         drawings(calls, shape.tools, config),
         config,
         shape,

@@ -36,7 +36,8 @@ STOP_REASONS = ("answer", "turn too long", "too many calls", "too many images", 
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """What the device has to know of the tokenizer and the tools, the same for all rows. Built by
-    `pixel_jax.rollouts.prompts.tables`."""
+    `pixel_jax.rollouts.prompts.tables`.
+    """
 
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
@@ -54,8 +55,8 @@ class HostPrompts(NamedTuple):
     tokens: np.ndarray  # int32 [B, Lp], left-aligned, padded with zeros
     length: np.ndarray  # int32 [B]
     images: np.ndarray  # `Images` [B], full resolution; the frames of a video where `is_video`
-    canvas_size: np.ndarray  # int32 [B, C, 2], (height, width) of each image; (0, 0) is absent
-    num_canvases: np.ndarray  # int32 [B], images of each
+    image_sizes: np.ndarray  # int32 [B, C, 2], (height, width) of each image; (0, 0) is absent
+    image_counts: np.ndarray  # int32 [B], images of each
     is_video: np.ndarray  # bool [B], the images are one video
     seconds: np.ndarray  # float32 [B], seconds a temporal patch covers; 0 for images
     uid: np.ndarray  # int32 [B], what the rows' keys are derived from: a prompt's rows do not depend on its neighbours
@@ -73,9 +74,9 @@ class Prompts(NamedTuple):
 
     tokens: Array
     length: Array
-    canvases: Array  # uint8 [B, C, H, W, 3], the images, zero beyond `canvas_size`
-    canvas_size: Array
-    num_canvases: Array
+    buffers: Array  # uint8 [B, C, H, W, 3], the images, zero beyond `image_sizes`
+    image_sizes: Array
+    image_counts: Array
     is_video: Array
     seconds: Array
     uid: Array
@@ -92,20 +93,20 @@ class CallStatus(enum.IntEnum):
 
 
 UNREADABLE = -1  # `Calls.tool` where no tool could be read
-NO_CANVAS = -1  # `Views.canvas` where there is no picture
+NO_IMAGE = -1  # `Views.image` where there is no picture
 
 
 class Views(NamedTuple):
     """Pictures that rows look at, [..., K]."""
 
-    canvas: Array  # int32 [..., K], of the row's prompt; `made_by(n)`: what call n made; NO_CANVAS: none
+    image: Array  # int32 [..., K], of the row's prompt; `made_by(n)`: what call n made; NO_IMAGE: none
     region: Array  # int32 [..., K, 4], x1 y1 x2 y2 in it
     size: Array  # int32 [..., K, 2], (height, width) at which it is shown; zeros: none
 
 
 def made_by(call):
-    """The canvas that call number `call` of a row made. Below every canvas of a prompt, however many those are."""
-    return NO_CANVAS - 1 - call
+    """The image that call number `call` of a row made. Below every image of a prompt, however many those are."""
+    return NO_IMAGE - 1 - call
 
 
 class Calls(NamedTuple):
@@ -139,7 +140,7 @@ def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) 
         tool=none(UNREADABLE),
         outcome=none(-1),
         values=no_values((rows, numbers), tools, xp),
-        source=Views(xp.full((rows, numbers, views), NO_CANVAS, np.int32), zeros(views, 4), zeros(views, 2)),
+        source=Views(xp.full((rows, numbers, views), NO_IMAGE, np.int32), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),
         picture=no_pictures((rows, numbers), tools, xp),
     )
@@ -148,10 +149,10 @@ def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) 
 def shown_by(calls: Calls, number: Array) -> Views:
     """What calls [...] showed, [..., V]: their source, or what they made of it. `number` int32 [...]: places in their rows."""
     xp = jnp if isinstance(calls.drawn, jax.Array) else np
-    made = (calls.drawn[..., :1] > 0) & (calls.source.canvas != NO_CANVAS)
+    made = (calls.drawn[..., :1] > 0) & (calls.source.image != NO_IMAGE)
     whole = xp.concatenate([xp.zeros_like(calls.drawn), calls.drawn[..., ::-1]], axis=-1)
     return calls.source._replace(
-        canvas=xp.where(made, made_by(number)[..., None], calls.source.canvas),
+        image=xp.where(made, made_by(number)[..., None], calls.source.image),
         region=xp.where(made[..., None], whole[..., None, :], calls.source.region),
     )
 

@@ -1,4 +1,4 @@
-"""From canvases to what the vision tower sees, inside the compiled program."""
+"""From buffers to what the vision tower sees, inside the compiled program."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollouts.drawings import Drawings, Pictures, draw, longest, places, reach
+from pixel_jax.rollouts.drawings import Drawings, Pictures, buffer_index, draw, longest, reach
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import Views
@@ -20,12 +20,12 @@ from pixel_jax.tools.tool import Tool
 GREY = 127  # of blanked observations
 
 
-def render(canvas: jax.Array, region: jax.Array, size: jax.Array, budget: Budget) -> jax.Array:
-    """One view: `region` (x1 y1 x2 y2) of `canvas` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
+def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: Budget) -> jax.Array:
+    """One view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
 
     A size of zero gives zeros.
     """
-    view = crop_resize(canvas, region, size, canvas=budget.canvas)
+    view = crop_resize(buffer, region, size, canvas=budget.buffer)
     return patchify(view, size, max_patches=budget.patches)
 
 
@@ -37,22 +37,22 @@ def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int])
     return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
 
 
-AT_ONCE = 2**20  # pixels of a view's canvas
+AT_ONCE = 2**20  # pixels of a view's buffer
 
 
 def each(view: Callable, budget: Budget) -> Callable:
-    """`view` over a leading axis of all its arguments: together, or one after the other where the canvas is large.
+    """`view` over a leading axis of all its arguments: together, or one after the other where the buffer is large.
 
-    What lies between the passes of a crop is as large as its canvas, several times over: .66 GiB for one of 3,584 x 3,584
+    What lies between the passes of a crop is as large as its buffer, several times over: .66 GiB for one of 3,584 x 3,584
     from an image of 2,048 x 2,048, which alone keeps a matrix unit busy.
     """
-    if math.prod(budget.canvas) <= AT_ONCE:
+    if math.prod(budget.buffer) <= AT_ONCE:
         return jax.vmap(view)
     return lambda *arguments: jax.lax.map(lambda x: view(*x), arguments)
 
 
 def cut(
-    canvases: jax.Array,
+    buffers: jax.Array,
     prompt: jax.Array,
     views: Views,
     budget: Budget,
@@ -63,33 +63,33 @@ def cut(
     """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
 
     Args:
-      canvases: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose canvases are looked at.
+      buffers: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose buffers are looked at.
       views: [S, N, *views]; drawings: [S, N, ...], what `tools` made for the rows; None: nothing.
       pictures: what tools of the host returned.
     """
 
     @jax.vmap
-    def of_part(canvases, *rows):
+    def of_part(buffers, *rows):
         def of_row(prompt, views, drawings):
             if drawings is None:
-                of = lambda canvas: canvases[prompt, jnp.maximum(canvas, 0)]
+                of = lambda image: buffers[prompt, jnp.maximum(image, 0)]
             else:  # one row after the other: whose picture is made of whose is no matter of several
-                made = draw(canvases[prompt], drawings, reach(views.canvas), tools, pictures)
-                of = lambda canvas: made[places(canvas, canvases.shape[1])]
-            one = lambda canvas, region, size: render(of(canvas), region, size, budget)
-            return (each(one, budget) if views.canvas.ndim else one)(*views)
+                made = draw(buffers[prompt], drawings, reach(views.image), tools, pictures)
+                of = lambda image: made[buffer_index(image, buffers.shape[1])]
+            one = lambda image, region, size: render(of(image), region, size, budget)
+            return (each(one, budget) if views.image.ndim else one)(*views)
 
         over_rows = each(of_row, budget) if drawings is None else lambda *x: jax.lax.map(lambda x: of_row(*x), x)
         return over_rows(*rows)
 
-    return of_part(canvases, prompt, views, drawings)
+    return of_part(buffers, prompt, views, drawings)
 
 
-def seen_canvases(canvases: jax.Array, config: RolloutConfig, pictures: Pictures | None = None) -> jax.Array:
-    """What operations look at: the canvases uint8 [..., H, W, 3], or, where these are blanked, as many large grey ones."""
+def visible_buffers(buffers: jax.Array, config: RolloutConfig, pictures: Pictures | None = None) -> jax.Array:
+    """What operations look at: the buffers uint8 [..., H, W, 3], or, where these are blanked, as many large grey ones."""
     if not config.blank:
-        return canvases
-    *lead, height, width, channels = canvases.shape
+        return buffers
+    *lead, height, width, channels = buffers.shape
     side = longest(height, width, pictures)  # of whatever a tool would have made of them, or returned
     return jnp.full((*lead, side, side, channels), GREY, jnp.uint8)
 
@@ -115,7 +115,7 @@ def encode_still(
 
 def show_waiting(
     model: Qwen2_5_VL,
-    canvases: jax.Array,
+    buffers: jax.Array,
     prompt: jax.Array,
     view: Views,
     waiting: jax.Array,
@@ -129,14 +129,14 @@ def show_waiting(
     The rows that wait are taken `config.observe_chunk` at a time in each of the parts of the mesh that rows are split over.
 
     Args:
-      canvases: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose canvases a row looks at, of those of its part of the mesh.
+      buffers: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose buffers a row looks at, of those of its part of the mesh.
       view: [R, V]; waiting: bool [R].
       drawings: [R, ...], what tools have made for the rows; None: nothing.
       pictures: what tools of the host returned.
     """
     _, budget = budgets(config, shape)
-    rows, views = view.canvas.shape
-    by_shard = canvases.reshape(shape.shards, -1, *canvases.shape[1:])
+    rows, views = view.image.shape
+    by_shard = buffers.reshape(shape.shards, -1, *buffers.shape[1:])
 
     def body(chunk: Chunk, shown_so_far):
         shown, features = shown_so_far

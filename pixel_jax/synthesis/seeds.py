@@ -58,7 +58,8 @@ class Seed:
 
 def read_seeds(path: str | pathlib.Path, image_folders: Sequence[str] = ()) -> list[Seed]:
     """The seeds of a file, each checked, their ids unique. Images lie beside it or in one of `image_folders`
-    (`pixel_jax.data.sources.locate`)."""
+    (`pixel_jax.data.sources.locate`).
+    """
     path = pathlib.Path(path)
     seeds: list[Seed] = []
     places: dict[str, str] = {}

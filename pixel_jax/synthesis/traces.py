@@ -110,7 +110,8 @@ def make(
     language: Language = RELEASED_LANGUAGE,
 ) -> Outcome:
     """The trace of `kind` about a seed, its calls in the `language`. Its row has no images yet: where they lie is known when it
-    is written."""
+    is written.
+    """
     rejected: Counter[str] = Counter()
 
     def written(which: str, write: Callable[[int], str], problem_of: Callable[[str], str | None]) -> str | None:

@@ -2,7 +2,7 @@
 
 A box is in shares of an image, in pixels of that image *as the model was shown it*, which is the size that observations
 announce and the one in which Qwen2.5-VL was taught to point, or in its own pixels (`Coordinates`). In each case it becomes
-shares, is padded and clipped, and lies in what the image shows of its canvas, at full resolution. A tool that draws is given
+shares, is padded and clipped, and lies in what the image shows of its image, at full resolution. A tool that draws is given
 boxes as shares, to the millionth (`as_shares`), whatever they are measured in. The released code does this
 in Python's floats, whose last bit decides where an edge lies halfway between two pixels (4 % of boxes in pixels); so do we,
 on integers, so that every device and the host agree. A coordinate counts to the millionth.
@@ -27,11 +27,11 @@ def box_in_region(
     pad: float = 0.0,
     one_is_absolute: bool = False,
 ) -> jax.Array:
-    """The box that was written as int32 [..., 4] in canvas pixels, padding applied, clipped to the region that it is a box of.
+    """The box that was written as int32 [..., 4] in image pixels, padding applied, clipped to the region that it is a box of.
 
     Args:
       box: of four numbers, x1, y1, x2, y2, [..., 4].
-      region: int32 [..., 4], x1 y1 x2 y2 in the canvas; size: int32 [..., 2], (height, width) at which it was shown.
+      region: int32 [..., 4], x1 y1 x2 y2 in the image; size: int32 [..., 2], (height, width) at which it was shown.
       coordinates: what the numbers are measured in, a `Coordinates`.
       pad: added on each side, as a share of the region.
       one_is_absolute: the released code reads a box with a coordinate of exactly 1 as pixels.

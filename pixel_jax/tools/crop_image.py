@@ -1,5 +1,6 @@
 """The paper's crop, as the released checkpoints know it (Pixel Reasoner code, `experience_maker.py`), with three faults mended:
-a coordinate of exactly 1 is relative, indices below 1 are out of range, and crops are cut from the full-resolution canvas."""
+a coordinate of exactly 1 is relative, indices below 1 are out of range, and crops are cut from the full-resolution image.
+"""
 
 from pixel_jax.tools.boxes import box_in_region
 from pixel_jax.tools.looking import Answer, Seen, find_target, no_such_image, region_size, shown_size
@@ -32,7 +33,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
             (~fits, None, ()),
         ),
         last=(SHOWN, (size[1], size[0], seen.history.count - 1, seen.history.count)),
-        canvas=target.canvas[None],
+        image=target.image[None],
         region=region[None],
         size=size[None],
     )

@@ -45,7 +45,7 @@ def drawing(
         return Answer(
             outcomes=(*target.outcomes, (~accepted | ~fits, None, ())),
             last=(shown, (view[1], view[0])),
-            canvas=target.canvas[None],
+            image=target.image[None],
             region=target.region[None],
             size=view[None],
             shown=target.size,

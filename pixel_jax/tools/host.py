@@ -89,7 +89,8 @@ class Worker:
 
     def ask(self, request: Request, limit: float, side: int) -> tuple[Any, bytes]:
         """The answer, a document and pixels. TimeoutError: it took longer than `limit` seconds; EOFError: the process has
-        ended."""
+        ended.
+        """
         if not self.ready:  # importing is not what a call takes
             self._receive(START)
             self.ready = True

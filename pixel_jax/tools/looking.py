@@ -25,8 +25,8 @@ MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
 class ImageHistory(NamedTuple):
     """The pictures that a row may ask for, in the order the model counts them; entry 0 of a video row is the video itself."""
 
-    canvas: jax.Array  # int32 [..., M]
-    region: jax.Array  # int32 [..., M, 4], x1 y1 x2 y2 in the canvas
+    image: jax.Array  # int32 [..., M]
+    region: jax.Array  # int32 [..., M, 4], x1 y1 x2 y2 in the image
     size: jax.Array  # int32 [..., M, 2], (height, width) at which the model was shown it; of a video, its frames
     count: jax.Array  # int32 [...]
 
@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 
     history: ImageHistory
     is_video: jax.Array  # bool, it began with the frames of a video
-    canvas_size: jax.Array  # int32 [C, 2], (height, width) of the prompt's images or frames
-    num_canvases: jax.Array  # int32
+    image_sizes: jax.Array  # int32 [C, 2], (height, width) of the prompt's images or frames
+    image_counts: jax.Array  # int32
     coordinates: jax.Array | int = Coordinates.EITHER  # int32, what boxes of calls are measured in
 
 
@@ -50,7 +50,7 @@ class Answer(NamedTuple):
 
     outcomes: Sequence[tuple[jax.Array, Outcome | None, Sequence[Any]]]  # condition, outcome, its integers
     last: tuple[Outcome, Sequence[Any]]
-    canvas: jax.Array  # int32 [V]
+    image: jax.Array  # int32 [V]
     region: jax.Array  # int32 [V, 4]
     size: jax.Array  # int32 [V, 2], (height, width) at which it is shown
     count: jax.Array | int = 1  # pictures shown
@@ -82,7 +82,7 @@ def fitted(size: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> 
 class Target(NamedTuple):
     """The picture that a call names by its number."""
 
-    canvas: jax.Array  # int32
+    image: jax.Array  # int32
     region: jax.Array  # int32 [4]
     size: jax.Array  # int32 [2], (height, width) at which the model was shown it
     outcomes: tuple[tuple[jax.Array, Outcome | None, Sequence[Any]], ...]  # where there is none of that number
@@ -90,7 +90,8 @@ class Target(NamedTuple):
 
 def no_such_image(tool: str) -> tuple[Outcome, Outcome, Outcome]:
     """The outcomes of a `tool` whose `target_image` is out of range, in the words of the released code: an image's row, a
-    video's before it has been shown any image, and after."""
+    video's before it has been shown any image, and after.
+    """
     said = f"\nExecution error:\nExecution Error: Incorrect `target_image` argument in `{tool}` operation. You can only pick "
     written = ", but the current argument `target_image={1}`.\n"
     return (
@@ -105,25 +106,25 @@ def find_target(number: Numbers, seen: Seen, missing: tuple[Outcome, Outcome, Ou
     history, video, target = seen.history, seen.is_video, number.signed_units
     fresh_video = video & (history.count == 1)
     low = jnp.where(video & ~fresh_video, 2, 1)
-    high = jnp.where(fresh_video, seen.num_canvases, history.count)
+    high = jnp.where(fresh_video, seen.image_counts, history.count)
     in_range = (target >= low) & (target <= high)
     index = jnp.where(in_range, target, low) - 1
-    frame = jnp.minimum(index, seen.canvas_size.shape[0] - 1)
+    frame = jnp.minimum(index, seen.image_sizes.shape[0] - 1)
     return Target(
-        canvas=jnp.where(fresh_video, frame, history.canvas[index]),
-        region=jnp.where(fresh_video, whole(seen.canvas_size[frame]), history.region[index]),
+        image=jnp.where(fresh_video, frame, history.image[index]),
+        region=jnp.where(fresh_video, whole(seen.image_sizes[frame]), history.region[index]),
         size=history.size[jnp.where(fresh_video, 0, index)],
         outcomes=(
             (~number.integer, None, ()),
             (~in_range & ~video, missing[0], (history.count,)),
-            (~in_range & fresh_video, missing[1], (seen.num_canvases, target)),
+            (~in_range & fresh_video, missing[1], (seen.image_counts, target)),
             (~in_range, missing[2], (history.count, target)),
         ),
     )
 
 
 def whole(size: jax.Array) -> jax.Array:
-    """The region [..., 4] of all of a canvas of `size` [..., 2]."""
+    """The region [..., 4] of all of an image of `size` [..., 2]."""
     zeros = jnp.zeros_like(size)
     return jnp.concatenate([zeros, size[..., ::-1]], axis=-1)
 

@@ -29,9 +29,9 @@ OUT_OF_RANGE = Outcome(
 def execute(arguments, seen: Seen, limits) -> Answer:
     frames, count = arguments["target_frames"]
     listed = jnp.arange(frames.shape[0]) < count
-    in_range = jnp.all(~listed | ((frames >= 1) & (frames <= seen.num_canvases)))
-    chosen = jnp.clip(frames[:MOST] - 1, 0, seen.canvas_size.shape[0] - 1)
-    region = whole(seen.canvas_size[chosen])
+    in_range = jnp.all(~listed | ((frames >= 1) & (frames <= seen.image_counts)))
+    chosen = jnp.clip(frames[:MOST] - 1, 0, seen.image_sizes.shape[0] - 1)
+    region = whole(seen.image_sizes[chosen])
     size, fits = shown_size(region, limits.select_min_pixels, limits.select_max_pixels, limits.max_side)
     first = seen.history.count
     return Answer(
@@ -39,11 +39,11 @@ def execute(arguments, seen: Seen, limits) -> Answer:
             (~seen.is_video, NO_VIDEO, ()),
             (count == 0, None, ()),
             (count > MOST, TOO_MANY, (count,)),
-            (~in_range, OUT_OF_RANGE, (seen.num_canvases,)),
+            (~in_range, OUT_OF_RANGE, (seen.image_counts,)),
             (~jnp.all(fits | ~listed[:MOST]), None, ()),
         ),
         last=(SHOWN, (size[0, 1], size[0, 0], first, first + count - 1)),
-        canvas=chosen,
+        image=chosen,
         region=region,
         size=size,
         count=count,

@@ -29,7 +29,7 @@ def group_advantage(
     return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
 
 
-def informative(rewards: np.ndarray, *, threshold: float = 0.01) -> np.ndarray:
+def nonzero_variance(rewards: np.ndarray, *, threshold: float = 0.01) -> np.ndarray:
     """Which groups of the shaped rewards [groups, n] teach anything: mean |r - mean r| of at least `threshold`, bool [groups]."""
     rewards = np.asarray(rewards, np.float32)
     return np.abs(rewards - rewards.mean(axis=1, keepdims=True)).mean(axis=1) >= threshold

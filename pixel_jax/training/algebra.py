@@ -43,7 +43,8 @@ EXPONENT = re.compile(
 
 def is_expression(text: str) -> bool:
     """Whether `text` is a number, a product of variables, or a formula: LaTeX and operators with their operands, and no
-    words, codes, ranges, dates or scores."""
+    words, codes, ranges, dates or scores.
+    """
     if len(text) > LONGEST or re.search(r"\d\s+\.?\d", text):
         return False
     if WRITTEN_FORM.fullmatch(text):
@@ -89,7 +90,8 @@ _left: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("seco
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
     """All comparisons inside together take at most about `seconds` of the processor's time (a busy machine changes no
-    verdict); when these are spent, formulas differ, which is logged."""
+    verdict); when these are spent, formulas differ, which is logged.
+    """
     token = _left.set([seconds])
     try:
         yield

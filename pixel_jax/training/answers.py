@@ -153,7 +153,8 @@ def equal(answer: str, reference: str) -> bool:
 
 def same_spans(answer: str, spans: Sequence[str]) -> bool:
     """Whether `answer` lists all `spans`, in any order, and nothing else: a list of all there could be is no answer, and
-    neither is "1/2" to "1, 2". (To the released code, which asks for all of them as substrings, both are.)"""
+    neither is "1/2" to "1, 2". (To the released code, which asks for all of them as substrings, both are.)
+    """
     if bracketed := re.fullmatch(r"\(([^()]*)\)|\\?\{([^{}]*?)\\?\}", answer):
         answer = bracketed[1] or bracketed[2] or ""
     for span in sorted(spans, key=len, reverse=True):

@@ -147,7 +147,7 @@ class Checkpoints:
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         self.directory = pathlib.Path(directory).absolute()
-        self.seals = self.directory.with_name(self.directory.name + ".seals")
+        self.checksums = self.directory.with_name(self.directory.name + ".checksums")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": HostHandler()}
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
@@ -155,7 +155,7 @@ class Checkpoints:
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         self.reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone)
-        self.unsealed: int | None = None  # the step that was saved last, until its files are noted
+        self.unnoted: int | None = None  # the step that was saved last, until its files are noted
 
     @property
     def steps(self) -> list[int]:
@@ -195,32 +195,32 @@ class Checkpoints:
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
         if is_main_process():  # what was noted about an earlier checkpoint of this name says nothing about this one
-            for stale in self.seals.glob(f"{step}.*.json"):
+            for stale in self.checksums.glob(f"{step}.*.json"):
                 stale.unlink()
         items = {"state": ocp.args.StandardSave(named), "host": HostSave(document, arrays)}
         with self._explained(step):
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
-        self.unsealed = step
+        self.unnoted = step
 
     def poll(self) -> None:
         """Notes the files of the last checkpoint as soon as it is written. Costs nothing otherwise; call it often."""
-        if self.unsealed is not None and not self.manager.is_saving_in_progress():
+        if self.unnoted is not None and not self.manager.is_saving_in_progress():
             self.finish()
 
     def finish(self) -> None:
         """Waits until the last checkpoint is written, and notes its files."""
-        if self.unsealed is None:
+        if self.unnoted is None:
             return
-        step, self.unsealed = self.unsealed, None
+        step, self.unnoted = self.unnoted, None
         with self._explained(step):
             self.manager.wait_until_finished()
-            self.seals.mkdir(exist_ok=True)
+            self.checksums.mkdir(exist_ok=True)
             files = {name: checksum(path) for name, path in self._files(step)}
-            path = self.seals / f"{step}.{jax.process_index()}.json"
+            path = self.checksums / f"{step}.{jax.process_index()}.json"
             write_json(path, {"processes": jax.process_count(), "files": files})
         if is_main_process():
             kept = {str(step) for step in self.manager.all_steps()}
-            for old in self.seals.glob("*.json"):
+            for old in self.checksums.glob("*.json"):
                 if old.name.split(".")[0] not in kept:
                     old.unlink()
 
@@ -245,11 +245,11 @@ class Checkpoints:
 
     def _noted(self, step: int) -> list[dict[str, Any]]:
         """What the processes that wrote a checkpoint noted about its files: of all of them, of some, or of none."""
-        return [noted for seal in self.seals.glob(f"{step}.*.json") if (noted := read_note(seal, _is_seal))]
+        return [noted for one in self.checksums.glob(f"{step}.*.json") if (noted := read_note(one, _is_checksum))]
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, if anything; None as well if nothing was noted about them."""
-        noted = {name: facts for seal in self._noted(step) for name, facts in seal["files"].items()}
+        noted = {name: facts for one in self._noted(step) for name, facts in one["files"].items()}
         for name in sorted(noted)[jax.process_index() :: jax.process_count()]:
             path = self.directory / str(step) / name
             if not path.is_file():
@@ -263,10 +263,10 @@ class Checkpoints:
         barrier(f"checkpoint {step} is looked at")  # which takes some longer than others
         whole = all_gather(reason is None)
         if not whole.all():
-            self.set_aside(step, reason or f"says process {int(np.argmin(whole))}")
+            self.quarantine(step, reason or f"says process {int(np.argmin(whole))}")
         return bool(whole.all())
 
-    def set_aside(self, step: int, reason: str) -> None:
+    def quarantine(self, step: int, reason: str) -> None:
         """Moves a damaged checkpoint to a directory beside the others, where it can be looked at."""
         aside = self.directory.with_name(self.directory.name + ".damaged")
         if is_main_process():
@@ -275,7 +275,7 @@ class Checkpoints:
             os.replace(self.directory / str(step), target)
             warn(f"Checkpoint {step} is damaged ({reason}). It is set aside: {target}.")
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("set_aside")
+            multihost_utils.sync_global_devices("quarantine")
         self.manager.reload()
 
     def restore(
@@ -382,7 +382,7 @@ class Checkpoints:
             self.manager.close()  # waits for what is being written; if other processes are gone, that would be for ever
 
 
-def _is_seal(value: Any) -> bool:
+def _is_checksum(value: Any) -> bool:
     match value:
         case {"processes": int(), "files": dict(files)}:
             return all(isinstance(x, list) for x in files.values())

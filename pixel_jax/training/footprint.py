@@ -13,7 +13,7 @@ from pixel_jax.models.attention import TILE
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.memory import device_memory
-from pixel_jax.parallel.sharding import row_parts, sequence_parts
+from pixel_jax.parallel.sharding import row_shards, sequence_shards
 
 LIVE = (12, 6)  # arrays as wide as the model, and as its inner layer, that a layer and its backward pass hold at a time
 SCORES = 2  # arrays of attention's scores, float32
@@ -70,9 +70,9 @@ def micro_batches(
     Args:
         held: bytes of a device that are taken already: the state, gradients, the batch.
     """
-    own = rows // (1 if mesh is None else row_parts(mesh))
+    own = rows // (1 if mesh is None else row_shards(mesh))
     shown = (0, 0) if visual is None else (visual.slices.shape[1], visual.patches.shape[2])
-    parts = 1 if mesh is None else sequence_parts(mesh)
+    parts = 1 if mesh is None else sequence_shards(mesh)
     row = row_bytes(network, tokens // parts, shown, width=width, remat=remat)
     at_once = max(1, (device_memory() - held - fixed_bytes(network, logit_chunk)) // row)
     return next(turns for turns in range(1, own + 1) if own % turns == 0 and own // turns <= at_once)

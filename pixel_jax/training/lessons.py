@@ -22,7 +22,8 @@ def lesson_facts(scored: Scored, part: ProcessShard) -> dict[str, float]:
     """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed", where it is known what they wrote;
     and, where answers are scored, of groups "all_right" and "all_wrong".
 
-    With several processes, all call it; `part` is what each has of the rows."""
+    With several processes, all call it; `part` is what each has of the rows.
+    """
     facts = {}
     if scored.rows:  # a scoring of one's own may go without
         boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), part)
@@ -36,7 +37,7 @@ def lesson_facts(scored: Scored, part: ProcessShard) -> dict[str, float]:
 
 def remark(facts: Mapping[str, float]) -> str:
     """What the line of progress says of an iteration beside its numbers: nothing, if any group taught something."""
-    if facts["informative"] > 0:
+    if facts["nonzero_variance"] > 0:
         return ""
     found = {"all right": facts.get("all_right", 0.0), "all wrong": facts.get("all_wrong", 0.0)}
     found["of equal rewards"] = 1 - sum(found.values())

@@ -13,7 +13,15 @@ from pixel_jax.data.questions import Asked
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.parallel.sharding import WHOLE, ProcessShard, all_rows, local_rows, process_shard, row_parts, shard_batch
+from pixel_jax.parallel.sharding import (
+    WHOLE,
+    ProcessShard,
+    all_rows,
+    local_rows,
+    process_shard,
+    row_shards,
+    shard_batch,
+)
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import judged
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -75,18 +83,17 @@ class Asker:
         seed: int,
         dtype: str | None,
     ):
-        """
-        Args:
-            asked: questions that have an answer.
-            batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
-            drawn: so many conversations are returned, about the same questions each time.
-            dtype: of the weights while answering.
+        """Args:
+        asked: questions that have an answer.
+        batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
+        drawn: so many conversations are returned, about the same questions each time.
+        dtype: of the weights while answering.
         """
         self.asked, self.by = list(asked), by
         self.limits, self.scorer = judged(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
         self.part = process_shard(by.mesh)
-        parts = max(self.part.count, *(row_parts(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
+        parts = max(self.part.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // parts) * parts
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
@@ -195,13 +202,12 @@ class HeldOutLoss:
     """The loss of tuning on the rows of held-out traces, in batches no larger than a micro-batch of training."""
 
     def __init__(self, packing: Packing, forward: ForwardConfig, normalizer: str, rows: int, mesh: Mesh | None = None):
-        """
-        Args:
-            rows: of a batch of training, of all processes together.
+        """Args:
+        rows: of a batch of training, of all processes together.
         """
         self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
         self.part = process_shard(mesh)
-        parts = 1 if mesh is None else row_parts(mesh)
+        parts = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
         self.rows = -(-min(rows // (forward.micro_batches or 1), most) // parts) * parts
         given = forward.micro_batches and 1  # where it is worked out, so it is here

@@ -22,7 +22,8 @@ from pixel_jax.training.writers import Writer, WriterName, open_writers
 
 class Stateful(Protocol):
     """Something on the host that moves on with the run: a data iterator (Grain's fit), a generator. A state that was given
-    is not changed afterwards: it is written while the run goes on."""
+    is not changed afterwards: it is written while the run goes on.
+    """
 
     def get_state(self) -> Any: ...
 
@@ -170,7 +171,7 @@ class Loop:
         """Takes the next step; its metrics.
 
         A step that is told to go, and gives itself up as long as it has changed nothing but what is in `host`
-        (`NOTICE.obey`, `NOTICE.next`), has none: what was before it is to be saved.
+        (`NOTICE.check`, `NOTICE.next`), has none: what was before it is to be saved.
         """
         self.before = _states(self.work.host)
         try:

@@ -1,5 +1,6 @@
 """Notice that the machine is about to be taken away (SIGTERM), or that somebody has had enough (Ctrl-C): finish the step, or
-give it up where it may last longer than there is time; save, and say so with an exit code."""
+give it up where it may last longer than there is time; save, and say so with an exit code.
+"""
 
 import queue
 import threading
@@ -41,10 +42,11 @@ class Notice:
 
     def reached(self) -> bool:
         """Whether the run is to stop here. All processes ask at the same places, after every step at least, and are told the
-        same."""
+        same.
+        """
         return bool(all_gather(self.given).any())
 
-    def obey(self) -> None:
+    def check(self) -> None:
         """`Preempted` if the run is to stop here: asked in a step, as long as it can be given up."""
         if self.reached():
             raise Preempted
@@ -74,7 +76,7 @@ class Notice:
             if not came:
                 raise value  # type: ignore[misc]
             break
-        self.obey()
+        self.check()
         return value  # type: ignore[return-value]
 
 

@@ -27,7 +27,8 @@ from pixel_jax.training.checkpoint import rejoin, separate
 class ReplayConfig:
     """`ssr`: vacant places are filled from the buffer. `repeat`: with the informative rows themselves, again (the released
     code's default). `none`: every row is trained on, informative or not. `dynamic`: rollouts go on, without updates, until
-    informative rows fill all places (DAPO's dynamic sampling, arXiv:2503.14476, §3.2)."""
+    informative rows fill all places (DAPO's dynamic sampling, arXiv:2503.14476, §3.2).
+    """
 
     kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # what fills the places of rows that teach nothing
     exponent: float = 1.0  # a row is drawn with probability proportional to |advantage| ** exponent
@@ -70,7 +71,8 @@ class Replay:
 
     def probabilities(self, room: BatchShape) -> np.ndarray:
         """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
-        All zero if no row has any."""
+        All zero if no row has any.
+        """
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
         weights = weights * np.array([row.room == room for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
@@ -180,7 +182,8 @@ def copied(row: Rows) -> Rows:
 
 def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
     """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
-    prompt its own come first, then those that tools of the host returned."""
+    prompt its own come first, then those that tools of the host returned.
+    """
     together = side_by_side(rows)
     prompts = list({id(images): images for images in together.images}.values())
     number = {id(images): i for i, images in enumerate(prompts)}

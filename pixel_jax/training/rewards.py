@@ -235,10 +235,9 @@ class Rewards:
         return cls(config, terms, decode)
 
     def __call__(self, learner, state, collected: Collected) -> Scored:
-        """
-        Raises:
-          RewardError: a term raises, or gives no number for each row.
-          NonFiniteError: a number is NaN or infinite.
+        """Raises:
+        RewardError: a term raises, or gives no number for each row.
+        NonFiniteError: a number is NaN or infinite.
         """
         questions, n, part = collected.questions, learner.config.rollout.group_size, learner.part
         rows = rows_of(collected.trajectories, questions.prompts, self.decode, questions.sizes)

@@ -168,7 +168,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
         "operations": np.mean(ops),
         "calls": np.mean(t.num_calls),
         "call_errors": np.sum(failed_calls(t)) / max(np.sum(answered_calls(t)), 1),
-        "informative": np.mean(weighed.teaching),  # share of groups
+        "nonzero_variance": np.mean(weighed.nonzero_variance),  # share of groups
         "response_tokens": np.mean(lengths),
         "response_tokens_max": np.max(lengths),
         "row_tokens": np.mean(np.sum(t.valid, axis=1)),  # prompt and what was shown included

@@ -56,7 +56,8 @@ class SFTConfig:
 
 class Shuffled:
     """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
-    an epoch is completed from the next one. With several processes, each takes its `part` of a batch."""
+    an epoch is completed from the next one. With several processes, each takes its `part` of a batch.
+    """
 
     def __init__(self, rows: Batch, batch_size: int, seed: int, part: ProcessShard = WHOLE):
         self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part

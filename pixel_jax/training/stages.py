@@ -24,7 +24,7 @@ from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, Trajectories
-from pixel_jax.training.advantages import group_advantage, informative
+from pixel_jax.training.advantages import group_advantage, nonzero_variance
 from pixel_jax.training.batch import Batch, Rows, from_trajectories, take
 from pixel_jax.training.packing import pack_rows
 from pixel_jax.training.preemption import NOTICE
@@ -76,7 +76,7 @@ class Weighed(NamedTuple):
 
     scored: Scored
     advantage: np.ndarray  # float32 [groups, n]
-    teaching: np.ndarray  # bool [groups], which groups teach anything
+    nonzero_variance: np.ndarray  # bool [groups], which groups teach anything
 
 
 class Selected(NamedTuple):
@@ -98,6 +98,7 @@ def collect(
 
     Args:
       roll: takes the place of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
+
     Raises:
       Preempted: the run is to stop here; a rollout may last longer than there is time.
     """
@@ -107,7 +108,7 @@ def collect(
     actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
     trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout))
     learner.laps.lap("rollout")
-    NOTICE.obey()
+    NOTICE.check()
     facts = {}
     if config.time_operations and questions.iteration % config.time_operations == 0:
         facts["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
@@ -133,15 +134,15 @@ def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed
     return Weighed(
         scored,
         group_advantage(scored.reward, baseline=config.baseline, scale_by_std=config.scale_by_std),
-        informative(scored.reward, threshold=config.replay.threshold),
+        nonzero_variance(scored.reward, threshold=config.replay.threshold),
     )
 
 
 def select(learner: "Learner", state: TrainState, weighed: Weighed) -> Selected:
     """The rows of groups that teach something, and what `config.replay` fills the other places with."""
     rows = training_rows(learner, state, weighed)
-    teaching = np.repeat(weighed.teaching, learner.config.rollout.group_size)
-    return Selected(weighed, learner.replay.select(rows, teaching, weighed.scored.collected.room) or [])
+    keep = np.repeat(weighed.nonzero_variance, learner.config.rollout.group_size)
+    return Selected(weighed, learner.replay.select(rows, keep, weighed.scored.collected.room) or [])
 
 
 def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated:
@@ -166,7 +167,8 @@ Stage = Callable[["Learner", TrainState, Any], Any]
 @dataclasses.dataclass(frozen=True)
 class Stages:
     """Which functions an iteration goes through. A reward needs a tokenizer, so there is no usual one:
-    `Stages(Rewards.of(config.reward, decode))` (`pixel_jax.training.rewards`)."""
+    `Stages(Rewards.of(config.reward, decode))` (`pixel_jax.training.rewards`).
+    """
 
     score: Stage
     collect: Stage = collect
@@ -194,10 +196,10 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ro
     if config.mask_unfinished:
         batch = mask_unfinished(batch, trajectories.stop)
     learner.laps.lap("scoring")
-    if config.old_logprobs == "recomputed" and (weighed.teaching.any() or config.replay.kind == "none"):
+    if config.old_logprobs == "recomputed" and (weighed.nonzero_variance.any() or config.replay.kind == "none"):
         batch = batch._replace(old_logprobs=old_logprobs(learner, state, Rows(batch, images), collected))
         check_rows(batch.old_logprobs, f"iteration {collected.questions.iteration}: the log-probabilities")
-    NOTICE.obey()
+    NOTICE.check()
     learner.laps.lap("old_logprobs")
     return Rows(batch, images)
 
@@ -207,7 +209,7 @@ def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: C
     model, found = state.model, []
     size = learner.config.train_batch // learner.part.count
     for start in range(0, len(rows.images), size):
-        NOTICE.obey()
+        NOTICE.check()
         part = with_pixels(learner, take(rows, slice(start, start + size)), collected)
         found.append(local_rows(learner.logprobs(model, learner.place(part))[0]))
     return np.concatenate(found)

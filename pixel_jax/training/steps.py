@@ -23,8 +23,8 @@ from pixel_jax.parallel.sharding import (
     constrain,
     copies,
     is_variable,
-    row_parts,
-    sequence_parts,
+    row_shards,
+    sequence_shards,
     shardings,
 )
 from pixel_jax.training.batch import Batch
@@ -164,7 +164,7 @@ def head_logprobs(
     if mesh is None:
         return of_target(model.head, hidden, target)
     rows, length = target.shape
-    parts = (row_parts(mesh), sequence_parts(mesh))
+    parts = (row_shards(mesh), sequence_shards(mesh))
 
     def split(x):  # [R, L, ...] -> [row parts, sequence parts, R / row parts, L / sequence parts, ...]
         x = x.reshape(parts[0], rows // parts[0], parts[1], length // parts[1], *x.shape[2:])

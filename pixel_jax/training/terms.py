@@ -100,6 +100,7 @@ def evaluate(name: str, term: Term, rows: Sequence[Row], examples: Sequence[Any]
       name: of the term, for messages.
       examples: one for every `n` rows, which are those of its prompt.
       first: number of the first row, for messages.
+
     Raises:
       RewardError: it raises, or returns something else than a number for each row.
     """
@@ -162,7 +163,7 @@ def rows_of(
     n = len(t.stop) // len(prompts.length)
     rows = []
     for i in range(len(t.stop)):
-        shown = [tuple(size) for size in np.asarray(prompts.canvas_size[i // n]).tolist()]
+        shown = [tuple(size) for size in np.asarray(prompts.image_sizes[i // n]).tolist()]
         whole = shown if sizes is None else sizes[i // n]
         ids, loss_mask = t.tokens[i][t.valid[i]], t.loss_mask[i][t.valid[i]]
         runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
@@ -199,8 +200,8 @@ def _call(
         outcome=outcome,
     )
     if tool is not None and tool.of_videos:
-        return found._replace(frames=tuple(int(canvas) for canvas in call.source.canvas if canvas >= 0))
-    image = int(call.source.canvas[0])
+        return found._replace(frames=tuple(int(image) for image in call.source.image if image >= 0))
+    image = int(call.source.image[0])
     if image < 0:
         return found
     (height, width), (full_height, full_width) = shown[image], whole[image]

@@ -84,14 +84,13 @@ class Watch:
         best: Criterion | None = None,
         draw: Callable[[], None] = lambda: None,
     ):
-        """
-        Args:
-            directory: of the phase; models are kept beside it.
-            look: None: nothing is held out.
-            save: writes the model of a state as a directory of its own.
-            save_every: steps between two models that are kept, each in `models/STEP`. 0: none are.
-            best: by what a look's model is kept in `best`, if it is better than those before.
-            draw: writes the page of the run.
+        """Args:
+        directory: of the phase; models are kept beside it.
+        look: None: nothing is held out.
+        save: writes the model of a state as a directory of its own.
+        save_every: steps between two models that are kept, each in `models/STEP`. 0: none are.
+        best: by what a look's model is kept in `best`, if it is better than those before.
+        draw: writes the page of the run.
         """
         if best is not None and (look is None or not config.interval(steps)):
             raise ValueError(

@@ -20,7 +20,7 @@ from pixel_jax.rollouts.shapes import prompt_shape
 from tests.data import released_files as files
 from tests.rollouts import scripted_model
 
-WIDTH, CANVAS = 96, (4, 192, 192)
+WIDTH, BUFFER = 96, (4, 192, 192)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def both(*room, config=scripted_model.CONFIG):
 def first(examples, index=0, processes=1, size=4, config=scripted_model.CONFIG):
     data = question_batches(
         find_rooms(
-            examples, both(*CANVAS, WIDTH, config=config), scripted_model.vocabulary(), config, ReadReport("here")
+            examples, both(*BUFFER, WIDTH, config=config), scripted_model.vocabulary(), config, ReadReport("here")
         ),
         scripted_model.vocabulary(),
         scripted_model.token_tables(),
@@ -68,7 +68,7 @@ def test_a_batch_is_what_build_prompts_makes_of_its_questions(examples):
         padded = lambda prompts: prompts._replace(images=pad(prompts.images, prompts.shape))
         jax.tree.map(np.testing.assert_array_equal, padded(prompts), padded(expected))
         (video,) = {x.video for x in asked}  # kinds are asked apart, each as often as it comes up
-        assert prompts.shape == both(*CANVAS, WIDTH)[video]
+        assert prompts.shape == both(*BUFFER, WIDTH)[video]
         alike = [x.id for x in examples if x.video == video]
         assert sorted(x.id for x in asked) == sorted(alike * (4 // len(alike)))
         seen.append(video)
@@ -101,7 +101,7 @@ def tokens(query, config=LARGE):
 
 @given(SIDES, SIDES, st.integers(0, 40))
 def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
-    """The canvas, the tokens left by the question and the longest side shown are kept, and the picture's shape."""
+    """The buffer, the tokens left by the question and the longest side shown are kept, and the picture's shape."""
     text = tokens(outline((28, 28), question="?" * words)) - 1
     room = prompt_shape(1, 112, 168, TEXT + 26, LARGE, video=False)
     query = outline((height, width), question="?" * words)
@@ -154,7 +154,9 @@ def test_every_question_has_a_room_or_is_counted(tmp_path):
     assert len(report.dropped) == 1 and report.dropped[0].startswith("broken: ")
     with pytest.raises(PromptError, match="no question is left. here: 1 rows dropped"):
         find_rooms(given[0][3:], *given[1:], ReadReport("here", drop=True))
-    with pytest.raises(PromptError, match="clip: 2 images are more than the 1 there is room for .config.canvas and"):
+    with pytest.raises(
+        PromptError, match="clip: 2 images are more than the 1 there is room for .config.image_buffer and"
+    ):
         find_rooms(given[0][2:3], both(1, 192, 192, 96), *given[2:], ReadReport("here"))
     with pytest.raises(PromptError, match="clip: there is no room for videos"):
         find_rooms(given[0][2:3], rooms[:1], *given[2:], ReadReport("here"))

@@ -112,7 +112,7 @@ def test_pictures_that_fill_the_memory_are_made_smaller_and_counted(tmp_path):
 
 PLACES = {"model": "m", "data": "d", "out": "o"}
 TRACES = {"trace_tokens": 512, "trace_frames": 3, "trace_patches": 64}
-PROMPTS = {"canvas": (1, 64, 64), "prompt_width": 128}
+PROMPTS = {"image_buffer": (1, 64, 64), "prompt_width": 128}
 
 
 def test_shapes_by_hand_are_whole_or_not_there():
@@ -125,7 +125,7 @@ def test_shapes_by_hand_are_whole_or_not_there():
         for names in itertools.combinations(whole, len(whole) - 1):
             with pytest.raises(ConfigError, match=f"{', '.join(whole)} come together"):
                 load(TrainConfig, {**PLACES, **{name: whole[name] for name in names}})
-    for lonely, needed in (("video_patches", "video_frames"), ("video_prompt_width", "video_canvas")):
+    for lonely, needed in (("video_patches", "video_frames"), ("video_prompt_width", "video_buffer")):
         with pytest.raises(ConfigError, match=f"{needed}, {lonely} come together"):
             load(TrainConfig, {**PLACES, lonely: 3})
     with pytest.raises(ConfigError, match="video_frames needs trace_tokens"):

@@ -184,7 +184,7 @@ def test_the_reference_is_written_whatever_is_shown(carried_out):
     seen = set()
     for row, trace in enumerate(traces):
         if trace.query.is_video:
-            assert t.calls.source.canvas[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
+            assert t.calls.source.image[row, len(trace.turns) - 2, :3].tolist() == [1, 2, -1]
             continue
         looks = [i for i, turn in enumerate(trace.turns[:-1]) if turn.parts[-1][1]]
         for i in looks:

@@ -66,7 +66,7 @@ def test_traces_show_what_happened(found):
             if outcome == scripted_model.CROPPED:
                 crops += 1
                 assert [(i, b[1:]) for i, b in boxes] == [
-                    (source.canvas[row, call, 0], tuple(source.region[row, call, 0]))
+                    (source.image[row, call, 0], tuple(source.region[row, call, 0]))
                 ]
                 size = f"(Image Size: {turn.pictures[0].width}x{turn.pictures[0].height})"
                 assert size in turn.text and len(turn.pictures) == 1

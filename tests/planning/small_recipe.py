@@ -44,7 +44,7 @@ def recipe() -> Recipe:
         trace_frames=2,
         trace_patches=32,
         prompt_width=256,
-        canvas=(1, 128, 128),
+        image_buffer=(1, 128, 128),
     )
     network = tiny_config()
     network = dataclasses.replace(network, vision=dataclasses.replace(network.vision, depth=4))

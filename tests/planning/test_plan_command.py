@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 def get_config():
     limits = {"max_response": 128, "max_pixels": 3136, "crop_max_pixels": 3136, "max_side": 112, "max_calls": 1}
     learning = {"iterations": 1, "prompts": 8, "train_batch": 8, "rollout": {**limits, "group_size": 2}}
-    shapes = {"canvas": (1, 128, 128), "prompt_width": 128}
+    shapes = {"image_buffer": (1, 128, 128), "prompt_width": 128}
     return ConfigDict({"model": "model", "data": "none", "out": "none", "rl": learning, **shapes})
 """
 
@@ -52,8 +52,8 @@ def test_the_meshes_of_the_config_and_the_room_of_its_videos(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(tiny_config().to_hf()))
     stopped = plan(tmp_path, "--topology=cpu:8", "--configured", "--video", "--steps=score")
-    assert stopped.returncode == 1 and "--video: config.video_canvas is not set" in stopped.stderr
-    video = ("--config.video_canvas=(4, 64, 64)", "--config.video_prompt_width=256")
+    assert stopped.returncode == 1 and "--video: config.video_buffer is not set" in stopped.stderr
+    video = ("--config.video_buffer=(4, 64, 64)", "--config.video_prompt_width=256")
     run = plan(tmp_path, "--topology=cpu:8", "--configured", "--video", "--steps=score", "--json=plan.json", *video)
     assert run.returncode == 0, run.stderr
     (found,) = json.loads((tmp_path / "plan.json").read_text())["plans"]

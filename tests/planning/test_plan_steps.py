@@ -62,11 +62,11 @@ def add(a: Work, b: Work) -> Work:
 
 def rolled_out(small):
     """The rows of one rollout, of questions about nothing."""
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(small)._replace(tables=(), canvases=()))
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), prompt_arrays(small)._replace(tables=(), buffers=()))
     count, shape = len(zeros.length), rollout_shape(small, 1)
     alike = zeros._asdict() | {"tables": small.tables, "length": np.full(count, 8, np.int32)}
-    alike |= {"canvas_size": np.full_like(zeros.canvas_size, 56), "num_canvases": np.ones(count, np.int32)}
-    alike.pop("canvases")
+    alike |= {"image_sizes": np.full_like(zeros.image_sizes, 56), "image_counts": np.ones(count, np.int32)}
+    alike.pop("buffers")
     images = ragged([[np.zeros((56, 56, 3), np.uint8)]] * count)
     prompts, limits = HostPrompts(images=images, shape=shape.prompts, **alike), small.config.rl.rollout
     model = Qwen2_5_VL(small.network, jax.random.key(0))

@@ -41,10 +41,10 @@ def shipped(name: str):
 
 def asking(rollout: RolloutConfig, prompts: int, room) -> Recipe:
     """Rollouts of so many prompts in a room (images, height, width, tokens) at the largest model."""
-    *canvas, width = room
+    *buffer, width = room
     rollout = dataclasses.replace(rollout, temperature=1.0)  # traced: one program, and RL refuses greedy rollouts
     rl = RLConfig(iterations=1, prompts=prompts, rollout=rollout, train_batch=prompts * rollout.group_size)
-    config = TrainConfig(**PLACES, rl=rl, canvas=tuple(canvas), prompt_width=width)
+    config = TrainConfig(**PLACES, rl=rl, image_buffer=tuple(buffer), prompt_width=width)
     return Recipe(config, released(LARGEST), tables(build_vocabulary()), dtype="float32")
 
 
@@ -58,7 +58,7 @@ def evaluation(benchmark: str) -> Recipe:
 
 
 def own_data() -> Recipe:
-    room = {"canvas": (1, 1536, 1536), "prompt_width": 2560}  # which it works out from the data
+    room = {"image_buffer": (1, 1536, 1536), "prompt_width": 2560}  # which it works out from the data
     config = load(TrainConfig, {**shipped("pixel/own_data").to_dict(), **PLACES, **room})
     return Recipe(config, released(LARGEST), tables(build_vocabulary()), dtype="float32")
 
@@ -88,11 +88,11 @@ def looking(recipe: Recipe, implementation):
     config = dataclasses.replace(config, implementation=implementation)
     prompts = prompt_arrays(recipe)
     rows = min(config.observe_chunk, recipe.config.rl.prompts * config.group_size)
-    canvases = fewer(prompts, min(rows, recipe.config.rl.prompts)).canvases
+    buffers = fewer(prompts, min(rows, recipe.config.rl.prompts)).buffers
     views = lambda *more: array(jnp.int32, rows, shape.views, *more)
     show = functools.partial(show_waiting, drawings=None, config=config, shape=shape)
     asked = (array(jnp.int32, rows), Views(views(), views(4), views(2)), array(jnp.bool_, rows))
-    return jax.jit(show), (abstract_model(recipe), canvases, *asked)
+    return jax.jit(show), (abstract_model(recipe), buffers, *asked)
 
 
 def reading(recipe: Recipe, implementation):

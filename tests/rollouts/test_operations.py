@@ -16,14 +16,14 @@ from pixel_jax.tools.calls import Calls, Values
 from pixel_jax.tools.looking import ImageHistory, Seen, shown_size
 from tests.rollouts import scripted_model
 
-ROWS, VIEWS, CANVASES = 256, 8, 4
+ROWS, VIEWS, BUFFERS = 256, 8, 4
 NARROW = dict(crop_min_pixels=784, crop_max_pixels=8 * 784, select_min_pixels=784, select_max_pixels=4 * 784)
 
 
 def reference(call, written, video, sizes, images, config):
     """What the released code answers: (kind, its integers, regions and sizes shown).
 
-    `sizes` are (height, width) of the canvases, `images` the (canvas, region, size shown) a row has; of a video's first
+    `sizes` are (height, width) of the buffers, `images` the (image, region, size shown) a row has; of a video's first
     entry only the last is looked at.
     """
     if call is None:
@@ -46,12 +46,12 @@ def reference(call, written, video, sizes, images, config):
         if video and len(images) == 1:
             if not 1 <= target <= len(sizes):
                 return "crop_image_normalized: no such frame", [len(sizes), target], []
-            canvas, region, seen = target - 1, (0, 0, sizes[target - 1][1], sizes[target - 1][0]), images[0][2]
+            image, region, seen = target - 1, (0, 0, sizes[target - 1][1], sizes[target - 1][0]), images[0][2]
         else:
             if not (2 if video else 1) <= target <= len(images):
                 bad = [len(images), target] if video else [len(images)]
                 return f"crop_image_normalized: no such {'selection' if video else 'image'}", bad, []
-            canvas, region, seen = images[target - 1]
+            image, region, seen = images[target - 1]
         width, height = region[2] - region[0], region[3] - region[1]
         numbers = [float(n) for n in written]  # as json reads them; from here on the released lines
         absolute = not all(n < 1 if config.one_is_absolute else n <= 1 for n in numbers)
@@ -65,17 +65,17 @@ def reference(call, written, video, sizes, images, config):
             return "malformed", [], []
         if w <= config.min_crop or h <= config.min_crop:
             return "crop_image_normalized: too small", [w, h], []
-        shown = [(canvas, (box[0] + region[0], box[1] + region[1], box[2] + region[0], box[3] + region[1]))]
+        shown = [(image, (box[0] + region[0], box[1] + region[1], box[2] + region[0], box[3] + region[1]))]
         low, high = config.crop_min_pixels, config.crop_max_pixels
     views = []
-    for canvas, region in shown:
+    for image, region in shown:
         h, w = region[3] - region[1], region[2] - region[0]
         if max(h, w) > 200 * min(h, w):
             return "malformed", [], []
         size = smart_resize(h, w, min_pixels=low, max_pixels=high)
         if size[0] * size[1] > high or max(size) > config.max_side:
             return "malformed", [], []
-        views.append((canvas, region, size))
+        views.append((image, region, size))
     size = views[0][2]
     if call.tool == 1:
         return "select_frames: shown", [size[1], size[0], len(images), len(images) + len(views) - 1], views
@@ -121,17 +121,17 @@ def number(rng, side):
 
 def random_case(rng):
     video = bool(rng.integers(2))
-    count = int(rng.integers(1, CANVASES + 1))
+    count = int(rng.integers(1, BUFFERS + 1))
     size = rng.integers(30, 2000, 2)
     sizes = [tuple(map(int, size if video else rng.integers(30, 2000, 2))) for _ in range(count)]
     shown = lambda: tuple(int(side) for side in rng.integers(28, 1200, 2))
     images = [(0, (0, 0, 1, 1), shown())] if video else [(i, (0, 0, w, h), shown()) for i, (h, w) in enumerate(sizes)]
     for _ in range(rng.integers(0, 4)):
-        canvas = int(rng.integers(count))
-        h, w = sizes[canvas]
+        image = int(rng.integers(count))
+        h, w = sizes[image]
         x, y = int(rng.integers(0, w // 2 + 1)), int(rng.integers(0, h // 2 + 1))
         x2, y2 = int(rng.integers(x + 29, x + 30 + w)), int(rng.integers(y + 29, y + 30 + h))
-        images.append((canvas, (x, y, x2, y2), shown()))
+        images.append((image, (x, y, x2, y2), shown()))
     written = ()
     if rng.random() < 0.3:
         frames = ", ".join(
@@ -162,14 +162,14 @@ def test_execute_agrees_with_the_reference(config):
     rng = np.random.default_rng(0)
     cases = [random_case(rng) for _ in range(ROWS)]
     slots = 16
-    canvas, region, count = np.zeros((ROWS, slots), int), np.zeros((ROWS, slots, 4), int), np.zeros(ROWS, int)
+    image, region, count = np.zeros((ROWS, slots), int), np.zeros((ROWS, slots, 4), int), np.zeros(ROWS, int)
     shown = np.zeros((ROWS, slots, 2), int)
-    size = np.zeros((ROWS, CANVASES, 2), int)
+    size = np.zeros((ROWS, BUFFERS, 2), int)
     for i, (*_, sizes, images) in enumerate(cases):
         size[i, : len(sizes)], count[i] = sizes, len(images)
         for j, entry in enumerate(images):
-            canvas[i, j], region[i, j], shown[i, j] = entry
-    history = ImageHistory(*(jnp.array(x, jnp.int32) for x in (canvas, region, shown, count)))
+            image[i, j], region[i, j], shown[i, j] = entry
+    history = ImageHistory(*(jnp.array(x, jnp.int32) for x in (image, region, shown, count)))
     seen_by = Seen(
         history,
         jnp.array([case[2] for case in cases]),
@@ -188,7 +188,7 @@ def test_execute_agrees_with_the_reference(config):
         assert int(result.count[i]) == len(views)
         assert int(np.sum(result.message.pads[i])) == sum(h * w // 784 for _, _, (h, w) in views)
         for j, (where, box, shown) in enumerate(views):
-            assert int(result.source.canvas[i, j]) == where
+            assert int(result.source.image[i, j]) == where
             assert tuple(result.source.region[i, j].tolist()) == tuple(box), turn
             assert tuple(result.source.size[i, j].tolist()) == shown
     assert seen >= set(kinds) - {"select_frames: too many frames"}

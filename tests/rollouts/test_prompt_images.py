@@ -6,7 +6,7 @@ import pytest
 
 from pixel_jax.parallel import make_mesh
 from pixel_jax.rollouts import images as module
-from pixel_jax.rollouts.images import pad, place_images, ragged
+from pixel_jax.rollouts.images import pad, ragged, shard_images
 from pixel_jax.rollouts.prompts import PromptError, build_prompts
 from pixel_jax.rollouts.shapes import BatchShape
 from tests.rollouts import scripted_model
@@ -22,8 +22,8 @@ def both():
     images, padded = [], np.zeros((4, 3, 8, 9, 3), np.uint8)
     for row, sizes in zip(padded, SIZES, strict=True):
         images.append([random.integers(1, 256, (*size, 3)).astype(np.uint8) for size in sizes])
-        for canvas, image in zip(row, images[-1], strict=False):
-            canvas[: image.shape[0], : image.shape[1]] = image
+        for buffer, image in zip(row, images[-1], strict=False):
+            buffer[: image.shape[0], : image.shape[1]] = image
     return ragged(images), padded
 
 
@@ -37,10 +37,10 @@ def test_devices_get_their_rows_and_the_host_never_has_all(both, monkeypatch):
     images, padded = both
     counts = []
     monkeypatch.setattr(module, "pad", lambda images, shape: counts.append(len(images)) or pad(images, shape))
-    placed = place_images(images, SHAPE, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    placed = shard_images(images, SHAPE, make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     np.testing.assert_array_equal(jax.device_get(placed), padded)
     assert counts == [1, 1, 1, 1]  # of eight devices: neighbours share
-    np.testing.assert_array_equal(place_images(images, SHAPE, None), padded)
+    np.testing.assert_array_equal(shard_images(images, SHAPE, None), padded)
 
 
 @pytest.mark.parametrize(

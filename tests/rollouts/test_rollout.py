@@ -15,7 +15,7 @@ from pixel_jax.parallel.sharding import batch_sharding
 from pixel_jax.rollouts import decode_loop, timing, trajectory, views
 from pixel_jax.rollouts.materialize import materialize, materialize_on_host
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollouts.rollout import compiled_rollout, layout, place, rollout, static_shape, traced
+from pixel_jax.rollouts.rollout import compiled_rollout, layout, put_prompts, rollout, static_shape, traced
 from pixel_jax.rollouts.trajectory import CallStatus, take_prompts
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -103,7 +103,7 @@ def test_crops_are_pillows(trajectories):
         for i in np.flatnonzero(scripted_model.outcomes(trajectories)[row] == scripted_model.CROPPED):
             x1, y1, x2, y2 = source.region[row, i, 0].tolist()
             size = smart_resize(y2 - y1, x2 - x1, min_pixels=784, max_pixels=4 * 784)
-            picture = Image.fromarray(query.images[source.canvas[row, i, 0]]).crop((x1, y1, x2, y2))
+            picture = Image.fromarray(query.images[source.image[row, i, 0]]).crop((x1, y1, x2, y2))
             # One pass a call: the order of Pillow 12 under every release.
             across = picture.resize((size[1], picture.height), Image.Resampling.BICUBIC)
             expected = np.asarray(across.resize(size[::-1], Image.Resampling.BICUBIC))
@@ -170,7 +170,7 @@ def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
 
 def lowered(model, prompts, config, key=KEY):
     mesh, shape = layout(model, prompts, config)
-    return compiled_rollout.lower(model, place(prompts, mesh), key, *traced(config, ()), shape=shape, mesh=mesh)
+    return compiled_rollout.lower(model, put_prompts(prompts, mesh), key, *traced(config, ()), shape=shape, mesh=mesh)
 
 
 def test_a_tail_of_rows_keeps_the_kind_of_its_keys():

@@ -13,7 +13,7 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.queue import READ
 from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, finish, finished, rollout
-from pixel_jax.rollouts.trajectory import NO_CANVAS, CallStatus, take_prompts, take_rows, to_host
+from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
 from tests.rollouts import scripted_model
 
@@ -82,7 +82,7 @@ def test_what_was_cut_short_goes_on_without_a_budget(config):
         some = advance(scripted_model.model(), began, budget)
         if budget == 20:  # in memory that is given away
             state = advance(scripted_model.model(), some, donate=True)
-            assert all(x.is_deleted() for x in some.rows.cache.k) and not some.prompts.canvases.is_deleted()
+            assert all(x.is_deleted() for x in some.rows.cache.k) and not some.prompts.buffers.is_deleted()
         else:
             state = advance(scripted_model.model(), some)
         same(to_host(finish(state)), whole(config, 0, 1, 2, 3))
@@ -197,7 +197,7 @@ def test_an_empty_place_has_rows_that_say_nothing():
     nothing = take_rows(made, slice(4, None))
     assert not nothing.valid.any() and (nothing.stop == -1).all() and (nothing.calls.status == CallStatus.NONE).all()
     visual = nothing.visual
-    assert (visual.source.views.canvas == NO_CANVAS).all() and not visual.source.views.size.any()
+    assert (visual.source.views.image == NO_IMAGE).all() and not visual.source.views.size.any()
     assert not visual.grids.any() and (visual.slices == -1).all()
 
 

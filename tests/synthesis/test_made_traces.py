@@ -73,7 +73,7 @@ def test_what_is_learned_shows_the_cue_and_what_is_not_does_not(made):
         assert learned == [False] * (calls - 1) + [True, True][-(calls + 1) :]
         for call in range(calls):
             if seed.video:
-                frames = done.calls.source.canvas[row, call]
+                frames = done.calls.source.image[row, call]
                 assert (set(frames[frames >= 0] + 1) & set(seed.frames) != set()) == learned[call]
                 continue
             x1, y1, x2, y2 = done.calls.source.region[row, call, 0]

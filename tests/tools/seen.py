@@ -29,16 +29,14 @@ def outcomes(t, token_tables) -> list[list[str]]:
 
 
 def views(t) -> list[list[list[int]]]:
-    """Of each row's calls that showed something: the call, the canvas, the region of a crop."""
+    """Of each row's calls that showed something: the call, the image, the region of a crop."""
     found = []
     for row in range(len(t.stop)):
         shown = []
         for call in np.flatnonzero(t.calls.status[row] == CallStatus.DONE):
             source = t.calls.source
-            for canvas, region in zip(
-                source.canvas[row, call].tolist(), source.region[row, call].tolist(), strict=True
-            ):
-                if canvas >= 0:
-                    shown.append([int(call), canvas, *(region if t.calls.tool[row, call] == 0 else [])])
+            for image, region in zip(source.image[row, call].tolist(), source.region[row, call].tolist(), strict=True):
+                if image >= 0:
+                    shown.append([int(call), image, *(region if t.calls.tool[row, call] == 0 else [])])
         found.append(shown)
     return found

@@ -99,7 +99,7 @@ def pixels(made):
 def pictures_of_row(query, t, row) -> dict[int, np.ndarray]:
     """Of each call that showed something the picture, as NumPy makes it: by what was asked for, from the record."""
     history, found = [query.images[0]], {}
-    for call in np.flatnonzero(t.calls.source.canvas[row, :, 0] != -1):
+    for call in np.flatnonzero(t.calls.source.image[row, :, 0] != -1):
         tool, units = TOOLS[t.calls.tool[row, call]], t.calls.values.units[row, call]
         if tool == SCAN:
             # What is written as a text is not on record; the number is.
@@ -125,7 +125,7 @@ def test_what_is_shown_and_made_of_it(made, pixels):
             size = tuple(t.calls.source.size[row, call, 0].tolist())
             shown = patches(host_crop_resize(picture, (0, 0, picture.shape[1], picture.shape[0]), size))
             np.testing.assert_array_equal(pixels.visual.patches[row, 1 + call][: len(shown)], shown)
-            source = int(t.calls.source.canvas[row, call, 0])
+            source = int(t.calls.source.image[row, call, 0])
             kinds.add((TOOLS[t.calls.tool[row, call]].name, "prompt" if source >= 0 else "made"))
     assert kinds >= {("scan", "made"), ("rotate", "made"), ("crop_image_normalized", "made")}, kinds
     outcomes = set(scripted_model.outcomes(t, TOOLS).ravel())
@@ -142,7 +142,7 @@ def test_kept_once_and_on_record_by_its_digest(made):
         kept = prompts.images[t.prompt[row]].find(t.calls.picture[row, call])
         head = np.array(kept.shape, np.int32).tobytes()
         assert t.calls.picture[row, call].tobytes() == hashlib.sha256(head + kept.tobytes()).digest()
-        assert t.calls.source.canvas[row, call].tolist() == [made_by(call)]
+        assert t.calls.source.image[row, call].tolist() == [made_by(call)]
         assert t.calls.status[row, call] == CallStatus.DONE and t.calls.drawn[row, call].tolist() == [*kept.shape[:2]]
     for prompt, query in enumerate(queries):  # every row of a prompt that asked was given the same
         same = [x for x in prompts.images[prompt].returned.values() if np.array_equal(x, painted(query.images[0]))]

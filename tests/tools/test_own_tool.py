@@ -132,7 +132,7 @@ def run_both(written, tools, names, after, options=()):
         "model": "model",
         "data": "own.jsonl",
         "out": "run",
-        "canvas": (1, 64, 128),
+        "image_buffer": (1, 64, 128),
         "prompt_width": 192,
         "rl": rl,
         "host_tools": {},

@@ -100,13 +100,13 @@ def test_what_other_processes_noted_before_the_checkpoints_were_deleted_does_not
     directory = tmp_path / "checkpoints"
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(2, {"x": jnp.full(2, 2)})
-    (noted,) = checkpoints.seals.iterdir()
+    (noted,) = checkpoints.checksums.iterdir()
     noted.with_name("2.1.json").write_text(noted.read_text())
     noted.with_name("3.1.json").write_text(noted.read_text())
     shutil.rmtree(directory)
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(2, {"x": jnp.full(2, 20)})
-    assert restored(directory) == (2, 20) and [path.name for path in checkpoints.seals.iterdir()] == ["2.0.json"]
+    assert restored(directory) == (2, 20) and [path.name for path in checkpoints.checksums.iterdir()] == ["2.0.json"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"processes": 1, "fil', b"[]", b'{"processes": 1, "files": {"a": 3}}'])
@@ -114,7 +114,7 @@ def test_a_damaged_note_beside_a_good_checkpoint_says_nothing_about_it(content, 
     directory = tmp_path / "checkpoints"
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(2, {"x": jnp.full(2, 20)})
-    (noted,) = checkpoints.seals.iterdir()
+    (noted,) = checkpoints.checksums.iterdir()
     noted.write_bytes(content)
     assert restored(directory) == (2, 20)
     assert str(noted) in capsys.readouterr().err

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pixel_jax.parallel import memory
 from pixel_jax.rollouts import rollout as rollouts
 from pixel_jax.rollouts.queue import start
-from pixel_jax.rollouts.rollout import fitting, place, static_shape, traced
+from pixel_jax.rollouts.rollout import fitting, put_prompts, static_shape, traced
 from pixel_jax.training import footprint
 from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, row_bytes
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -74,7 +74,7 @@ def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
     """Against the arrays that a rollout begins with: one more prompt in flight would have been one too many."""
     prompts, model = scripted_model.prompts(6), scripted_model.model()
     config = dataclasses.replace(scripted_model.CONFIG, max_response=4096)
-    shape, placed = static_shape(prompts, config, None), place(prompts, None)
+    shape, placed = static_shape(prompts, config, None), put_prompts(prompts, None)
     assert fitting(config, model, prompts, shape, None) is config  # all fit
 
     def begins(count: int) -> int:

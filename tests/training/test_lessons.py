@@ -8,9 +8,9 @@ from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, 
 from pixel_jax.training.stages import Scored
 from pixel_jax.training.terms import Row
 
-GOOD = {"informative": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
-EASY = GOOD | {"informative": 0.0, "all_right": 0.75, "all_wrong": 0.25}
-HARD = GOOD | {"informative": 0.0, "all_right": 0.0, "all_wrong": 1.0}
+GOOD = {"nonzero_variance": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
+EASY = GOOD | {"nonzero_variance": 0.0, "all_right": 0.75, "all_wrong": 0.25}
+HARD = GOOD | {"nonzero_variance": 0.0, "all_right": 0.0, "all_wrong": 1.0}
 
 
 def test_counts_of_groups_and_rows():
@@ -21,7 +21,7 @@ def test_counts_of_groups_and_rows():
     assert lesson_facts(scored, WHOLE) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 3 / 8}
     alone = lesson_facts(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
     assert alone == {"unboxed": 3 / 8}
-    assert remark(alone | {"informative": 0.0}) == "no group taught anything (100% of equal rewards)"
+    assert remark(alone | {"nonzero_variance": 0.0}) == "no group taught anything (100% of equal rewards)"
     # A scoring of one's own may not say what the rows wrote.
     assert lesson_facts(scored._replace(rows=()), WHOLE) == {"all_right": 0.25, "all_wrong": 0.5}
 
@@ -47,7 +47,7 @@ def test_what_is_said_of_an_iteration():
             ["75% of the rows ran out of room", "75% of the rows give no answer"],
         ),
         (HARD, 2, 0.2, ["too hard", "2 rows a group", "temperature 0.2"]),
-        (GOOD | {"informative": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),
+        (GOOD | {"nonzero_variance": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),
     ],
 )
 def test_causes_follow_from_the_counts(facts, rows, temperature, words):

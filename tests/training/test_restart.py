@@ -68,7 +68,7 @@ def newest(directory):
 
 def spoil(checkpoint, random):
     """One file of a checkpoint, cut, gone or (if its checksum is noted, which happens when it is written) changed."""
-    noted = any(checkpoint.parent.with_name("checkpoints.seals").glob(f"{checkpoint.name}.*.json"))
+    noted = any(checkpoint.parent.with_name("checkpoints.checksums").glob(f"{checkpoint.name}.*.json"))
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
     path = files[random.integers(len(files))]
     content = bytearray(path.read_bytes())

@@ -10,7 +10,7 @@ import pytest
 
 from pixel_jax.config import load
 from pixel_jax.rollouts.trajectory import CallStatus
-from pixel_jax.training.advantages import group_advantage, informative
+from pixel_jax.training.advantages import group_advantage, nonzero_variance
 from pixel_jax.training.rewards import RewardConfig, Rewards, curiosity_reward, total
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.terms import Call, RewardError, Row, Term, evaluate, of_batch, of_group
@@ -235,5 +235,5 @@ def test_scaled_advantages_are_those_of_trl():
 def test_uniform_groups_teach_nothing():
     rewards = np.array([[1.0] * 8, [1.0] * 7 + [0.0], [0.0] * 7 + [0.0875], [0.0] * 7 + [0.025]])
     # the third and fourth deviate on average by 2 x 7/64 of their bonus: .0191 and .0055
-    assert informative(rewards).tolist() == [False, True, True, False]
-    assert informative(rewards, threshold=0.001).tolist() == [False, True, True, True]
+    assert nonzero_variance(rewards).tolist() == [False, True, True, False]
+    assert nonzero_variance(rewards, threshold=0.001).tolist() == [False, True, True, True]

@@ -25,7 +25,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import PatchSource, VisualRecord
 from pixel_jax.rollouts.shapes import prompt_shape
-from pixel_jax.rollouts.trajectory import NO_CANVAS, CallStatus, HostPrompts, Tables, Trajectories, Views, no_calls
+from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, HostPrompts, Tables, Trajectories, Views, no_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.training import checkpoint
 from pixel_jax.training import rl as rl_module
@@ -66,7 +66,7 @@ def make_trajectories(seed, calls=None):
     record = no_calls(rows, 5, 1, RELEASED)
     first = (np.arange(5) == 0) & np.ones((rows, 1), bool)  # all see the image of their prompt, and nothing else
     side = np.where(first, 56, 0)[..., None]
-    views = Views(np.where(first, 0, NO_CANVAS), side * np.array([0, 0, 1, 1]), side * np.array([1, 1]))
+    views = Views(np.where(first, 0, NO_IMAGE), side * np.array([0, 0, 1, 1]), side * np.array([1, 1]))
     drawn = np.random.default_rng(seed).integers(0, 2, (rows, 1))
     for row, found in enumerate(calls or np.where(drawn, CallStatus.DONE, CallStatus.NONE)):
         record.status[row, : len(found)] = found
@@ -97,8 +97,8 @@ class Questions:
             tokens=ones[:, None],
             length=ones,
             images=ragged([image] for image in images),
-            canvas_size=np.full((GROUPS, 1, 2), 56, np.int32),
-            num_canvases=ones,
+            image_sizes=np.full((GROUPS, 1, 2), 56, np.int32),
+            image_counts=ones,
             is_video=np.zeros(GROUPS, bool),
             seconds=np.zeros(GROUPS, np.float32),
             uid=ones,
@@ -176,7 +176,9 @@ def test_a_resumed_run_is_the_same_run(model, whole, rollouts, tmp_path):
     lines = assert_same_run(whole, parts, tmp_path)
     assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (parts, model)), strict=True))
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["updates"] == 2 for line in lines)
-    assert {"accuracy", "rapr", "reward", "informative", "ratio", "clip_fraction", "entropy", "gap"} <= set(lines[0])
+    assert {"accuracy", "rapr", "reward", "nonzero_variance", "ratio", "clip_fraction", "entropy", "gap"} <= set(
+        lines[0]
+    )
 
 
 def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, whole, rollouts, tmp_path, monkeypatch):
@@ -278,7 +280,7 @@ def test_nothing_to_learn_from_is_no_update(model, rollouts, tmp_path):
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
     (line,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert line["updates"] == 0 and line["informative"] == 0 and line["accuracy"] == 1
+    assert line["updates"] == 0 and line["nonzero_variance"] == 0 and line["accuracy"] == 1
 
 
 def test_a_reward_that_is_no_number_stops_the_run(model, rollouts, tmp_path):
@@ -355,7 +357,7 @@ def test_rewards_see_calls_with_boxes_in_the_original_image():
     t, kinds = make_trajectories(0, [[done], [done], [failed, spent]] + [[]] * 13), kinds_of(RELEASED)
     calls = no_calls(len(t.stop), 5, 2, RELEASED)._replace(status=t.calls.status)
     named = [(None if kind.tool is None else kind.tool.name, kind.outcome.name) for kind in kinds]
-    calls.tool[[0, 1], 0], calls.source.canvas[0, 0, 0], calls.source.canvas[1, 0] = [0, 1], 0, [3, 1]
+    calls.tool[[0, 1], 0], calls.source.image[0, 0, 0], calls.source.image[1, 0] = [0, 1], 0, [3, 1]
     calls.source.region[0, 0, 0], calls.values.units[1, 0, :2], calls.values.lengths[1, 0, 0] = (
         [7, 14, 28, 56],
         [4, 2],

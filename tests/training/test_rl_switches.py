@@ -127,7 +127,7 @@ def test_dynamic_sampling_waits_until_informative_rows_fill_the_batch(model, rol
         model, tmp_path, score=right, iterations=8, reward=flat, train_batch=16, replay=ReplayConfig(kind="dynamic")
     )
     assert [line["updates"] for line in lines] == [0, 0, 0, 1] * 2
-    assert len(rollouts) == 8 and {line["informative"] for line in lines} == {0.25}
+    assert len(rollouts) == 8 and {line["nonzero_variance"] for line in lines} == {0.25}
     # Nothing was updated in between: the update after a wait is on-policy.
     assert all(line["kl"] < 1e-6 for line in lines if line["updates"])
 
@@ -150,7 +150,7 @@ def test_what_an_iteration_says_about_itself():
     trajectories, correct = make_trajectories(0, calls), np.arange(16) % 2.0
     weighed = Weighed(scored(calls, correct=correct, threshold=0.9), None, np.array([True, False, False, False]))
     found = rollout_metrics(weighed)
-    assert found["accuracy"] == 0.5 and found["rapr"] == 3 / 16 and found["informative"] == 0.25
+    assert found["accuracy"] == 0.5 and found["rapr"] == 3 / 16 and found["nonzero_variance"] == 0.25
     assert found["operations"] == 4 / 16 and found["calls"] == 7 / 16 and found["call_errors"] == 2 / 6
     # The first group looks 3 times in 4: bonus .5 (.9 - .75) each; its last row pays for a second look.
     np.testing.assert_allclose(found["reward_curiosity"], 3 * 0.075 / 16, rtol=1e-5)

@@ -178,7 +178,7 @@ def test_a_torn_checkpoint_is_got_past_though_one_process_alone_sees_it(tmp_path
     ended = fleet.wait(fleet.start(2, script, directory))
     assert [code for code, _ in ended] == [0, 0] and all("begins" in said for _, said in ended), ended
     for process in {0, 1} - set(noted):
-        (tmp_path / "checkpoints.seals" / f"4.{process}.json").unlink()
+        (tmp_path / "checkpoints.checksums" / f"4.{process}.json").unlink()
     for path in (directory / "4").glob(torn):
         path.write_bytes(path.read_bytes()[:-100])
     ended = fleet.wait(fleet.start(2, script, directory), 60)

@@ -124,7 +124,8 @@ class CallFormat:
 
     def schema(self, tool: Tool) -> str:
         """The line of JSON that describes `tool`, by the names that calls write; what the format's arguments do not describe is
-        described as the tool's are."""
+        described as the tool's are.
+        """
         spelling = self.spelling(tool)
         if spelling.schema is not None:
             return spelling.schema
