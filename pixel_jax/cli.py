@@ -59,7 +59,7 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
         "lower config.rl.rollout.in_flight",
         "raise config.rl.forward.micro_batches",
         "set config.rl.rollout.implementation and config.rl.forward.implementation to kernel, on a CPU to chunked",
-        "lower config.rl.rollout.max_response and config.rl.rollout.max_pixels, or give less room by hand: config.image_buffer and "
+        "lower config.rl.rollout.max_response and config.rl.rollout.max_pixels, or set smaller config.image_buffer and "
         "config.prompt_width",
         "lower config.rl.prompts and config.rl.train_batch",
         "lower config.watch.batch",

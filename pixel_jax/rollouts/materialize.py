@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import ROWS, constrain, replicate, shard_batch
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
@@ -21,7 +22,7 @@ from pixel_jax.rollouts.images import shard_images
 from pixel_jax.rollouts.operations import overview_size
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
-from pixel_jax.rollouts.trajectory import NO_IMAGE, Array, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
+from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
 from pixel_jax.rollouts.views import GREY, cut, frame_patches, visible_buffers
 from pixel_jax.tools.looking import whole
 from pixel_jax.tools.tool import Tool
@@ -38,9 +39,9 @@ class VisualRecord(NamedTuple):
     """A `Visual` without a pixel."""
 
     source: PatchSource
-    slices: Array
-    grids: Array
-    seconds: Array
+    slices: AnyArray
+    grids: AnyArray
+    seconds: AnyArray
 
 
 def overviews(prompts: Prompts | HostPrompts, config: RolloutConfig) -> Views:

@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.automaton import CallParser, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.tools.calls import Values, no_values
 from pixel_jax.tools.tool import Tool
-
-Array = jax.Array | np.ndarray
 
 # Why a row stopped, `Trajectories.stop`.
 STOP_ANSWER = 0  # the turn ended without a call
@@ -41,7 +40,7 @@ class Tables:
 
     bytes: TokenTable  # of every token, for the automaton
     observations: Observations  # static: the constant stretches are few
-    stop: Array  # int32 [k], tokens that end a turn
+    stop: AnyArray  # int32 [k], tokens that end a turn
     parser: CallParser  # static: of the calls of the tools, as the format writes them
 
     @property
@@ -72,14 +71,14 @@ def take_prompts(prompts: HostPrompts, rows) -> HostPrompts:
 class Prompts(NamedTuple):
     """`HostPrompts` as compiled programs read them."""
 
-    tokens: Array
-    length: Array
-    buffers: Array  # uint8 [B, C, H, W, 3], the images, zero beyond `image_sizes`
-    image_sizes: Array
-    image_counts: Array
-    is_video: Array
-    seconds: Array
-    uid: Array
+    tokens: AnyArray
+    length: AnyArray
+    buffers: AnyArray  # uint8 [B, C, H, W, 3], the images, zero beyond `image_sizes`
+    image_sizes: AnyArray
+    image_counts: AnyArray
+    is_video: AnyArray
+    seconds: AnyArray
+    uid: AnyArray
     tables: Tables
 
 
@@ -99,9 +98,9 @@ NO_IMAGE = -1  # `Views.image` where there is no picture
 class Views(NamedTuple):
     """Pictures that rows look at, [..., K]."""
 
-    image: Array  # int32 [..., K], of the row's prompt; `made_by(n)`: what call n made; NO_IMAGE: none
-    region: Array  # int32 [..., K, 4], x1 y1 x2 y2 in it
-    size: Array  # int32 [..., K, 2], (height, width) at which it is shown; zeros: none
+    image: AnyArray  # int32 [..., K], of the row's prompt; `made_by(n)`: what call n made; NO_IMAGE: none
+    region: AnyArray  # int32 [..., K, 4], x1 y1 x2 y2 in it
+    size: AnyArray  # int32 [..., K, 2], (height, width) at which it is shown; zeros: none
 
 
 def made_by(call):
@@ -115,18 +114,20 @@ class Calls(NamedTuple):
     All that a row saw follows from this and from the images of its prompt (`pixel_jax.rollouts.materialize`).
     """
 
-    status: Array  # int32 [R, N], a `CallStatus`
-    tool: Array  # int32 [R, N], index into the tools
-    outcome: Array  # int32 [R, N], kind of observation returned (`Observations.kinds`), -1 where none was
+    status: AnyArray  # int32 [R, N], a `CallStatus`
+    tool: AnyArray  # int32 [R, N], index into the tools
+    outcome: AnyArray  # int32 [R, N], kind of observation returned (`Observations.kinds`), -1 where none was
     values: Values  # [R, N, ...], the arguments
     source: Views  # [R, N, V], what was looked at: before a tool made something of it
-    drawn: Array  # int32 [R, N, 2], (height, width) of the picture that a tool made of the source; zeros: it made none
+    drawn: (
+        AnyArray  # int32 [R, N, 2], (height, width) of the picture that a tool made of the source; zeros: it made none
+    )
     # uint32 [R, N, 8], SHA-256 of the picture that a tool of the host returned (`Images.keep`), which is drawn, and its own
     # source; zeros: none. None: no tool of the host returns any.
-    picture: Array | None = None
+    picture: AnyArray | None = None
 
 
-def no_pictures(lead: tuple[int, ...], tools: Sequence[Tool], xp=np) -> Array | None:
+def no_pictures(lead: tuple[int, ...], tools: Sequence[Tool], xp=np) -> AnyArray | None:
     """`Calls.picture` of calls [*lead] that have none."""
     return xp.zeros((*lead, 8), np.uint32) if any(tool.picture for tool in tools) else None
 
@@ -146,7 +147,7 @@ def no_calls(rows: int, numbers: int, views: int, tools: Sequence[Tool], xp=np) 
     )
 
 
-def shown_by(calls: Calls, number: Array) -> Views:
+def shown_by(calls: Calls, number: AnyArray) -> Views:
     """What calls [...] showed, [..., V]: their source, or what they made of it. `number` int32 [...]: places in their rows."""
     xp = jnp if isinstance(calls.drawn, jax.Array) else np
     made = (calls.drawn[..., :1] > 0) & (calls.source.image != NO_IMAGE)
@@ -168,17 +169,15 @@ class Trajectories(NamedTuple, Generic[Shown]):
     A rollout returns `Trajectories[VisualRecord]`, of which `materialize` makes `Trajectories[Visual]`.
     """
 
-    tokens: Array  # int32 [R, L]
-    valid: Array  # bool [R, L]
-    loss_mask: (
-        Array  # bool [R, L], the policy chose (or, in a trace, should learn) this token: the only ones that carry loss
-    )
-    logprobs: Array  # float32 [R, L], of the full temperature-scaled distribution, zero where not chosen
+    tokens: AnyArray  # int32 [R, L]
+    valid: AnyArray  # bool [R, L]
+    loss_mask: AnyArray  # bool [R, L], the policy chose (or, in a trace, should learn) this token: the only ones that carry loss
+    logprobs: AnyArray  # float32 [R, L], of the full temperature-scaled distribution, zero where not chosen
     visual: Shown  # what the rows saw
-    prompt: Array  # int32 [R], index of the prompt
+    prompt: AnyArray  # int32 [R], index of the prompt
     calls: Calls
-    num_calls: Array  # int32 [R], calls asked for, executed or not
-    stop: Array  # int32 [R], see `STOP_REASONS`
+    num_calls: AnyArray  # int32 [R], calls asked for, executed or not
+    stop: AnyArray  # int32 [R], see `STOP_REASONS`
 
 
 def to_host(trajectories: Trajectories) -> Trajectories:
@@ -196,16 +195,16 @@ def concatenate(parts: list[Trajectories]) -> Trajectories:
     return jax.tree.map(lambda *xs: np.concatenate([np.asarray(x) for x in xs]), *parts)
 
 
-def executed_calls(trajectories: Trajectories) -> Array:
+def executed_calls(trajectories: Trajectories) -> AnyArray:
     """Operations that were carried out (n_vo of the paper, §4.2): int32 [R]."""
     return (trajectories.calls.status == CallStatus.DONE).sum(axis=1)
 
 
-def answered_calls(trajectories: Trajectories) -> Array:
+def answered_calls(trajectories: Trajectories) -> AnyArray:
     """Calls that were answered, with what they asked for or an error: int32 [R]."""
     return (trajectories.calls.status >= CallStatus.FAILED).sum(axis=1)
 
 
-def failed_calls(trajectories: Trajectories) -> Array:
+def failed_calls(trajectories: Trajectories) -> AnyArray:
     """Calls that were answered with an error: int32 [R]."""
     return (trajectories.calls.status == CallStatus.FAILED).sum(axis=1)

@@ -5,29 +5,29 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.trajectory import Shown, Trajectories
 
-Array = jax.Array | np.ndarray
 T = TypeVar("T")
 
 
 class Batch(NamedTuple, Generic[Shown]):
     """R rows; on the host NumPy, in a step traced, and then a `Batch[Visual]`."""
 
-    tokens: Array  # int32 [R, L]
-    valid: Array  # bool [R, L]
-    loss_mask: Array  # bool [R, L], the tokens that carry loss
-    logprobs: Array  # float32 [R, L], the sampler's
-    old_logprobs: Array  # float32 [R, L], the denominator of the policy ratio
+    tokens: AnyArray  # int32 [R, L]
+    valid: AnyArray  # bool [R, L]
+    loss_mask: AnyArray  # bool [R, L], the tokens that carry loss
+    logprobs: AnyArray  # float32 [R, L], the sampler's
+    old_logprobs: AnyArray  # float32 [R, L], the denominator of the policy ratio
     visual: Shown | None  # None: text only
-    advantage: Array  # float32 [R]; in packed rows [R, L], of each token's trace
-    weight: Array  # float32 [R]; 0 marks a row of padding
-    segments: Array | None = None  # int32 [R, L], which of a packed row's traces a token belongs to; None: one a row
+    advantage: AnyArray  # float32 [R]; in packed rows [R, L], of each token's trace
+    weight: AnyArray  # float32 [R]; 0 marks a row of padding
+    segments: AnyArray | None = None  # int32 [R, L], which of a packed row's traces a token belongs to; None: one a row
 
 
 def from_trajectories(
-    trajectories: Trajectories[Shown], advantage: Array | None = None, old_logprobs: Array | None = None
+    trajectories: Trajectories[Shown], advantage: AnyArray | None = None, old_logprobs: AnyArray | None = None
 ) -> Batch[Shown]:
     """The training view of `trajectories`; without `advantage` zeros, without `old_logprobs` the sampler's own."""
     rows = trajectories.tokens.shape[0]

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax import named
+from pixel_jax.arrays import AnyArray
 from pixel_jax.parallel.sharding import all_rows
 from pixel_jax.terminal import brief
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Collected, Scored
 from pixel_jax.training.steps import check_rows
 from pixel_jax.training.terms import RewardError, Row, Term, evaluate, field, of_batch, of_group, rows_of
-
-Array = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +56,16 @@ class RewardConfig:
 
 
 def curiosity_reward(
-    correct: Array,
-    num_ops: Array,
+    correct: AnyArray,
+    num_ops: AnyArray,
     *,
     alpha: float = 0.5,
     beta: float = 0.05,
     threshold: float = 0.3,
     budget: int = 1,
     form: Literal["paper", "released"] = "paper",
-    is_video: Array | None = None,
-) -> Array:
+    is_video: AnyArray | None = None,
+) -> AnyArray:
     """The shaped reward of each rollout, float32 [groups, n], from its correctness and its number of visual operations.
 
         r' = r + alpha max(H - RaPR, 0) 1[n_vo > 0] + beta min(N - n_vo, 0)        RaPR: share of the group with n_vo > 0
@@ -84,7 +83,7 @@ def curiosity_reward(
     return (correct + bonus + _penalty(num_ops, beta, budget)).astype(np.float32)
 
 
-def _bonus(num_ops, alpha, threshold, form, is_video) -> Array:
+def _bonus(num_ops, alpha, threshold, form, is_video) -> AnyArray:
     """Of a group that looks less often than the threshold, to the rows of it [groups, n] that do look."""
     xp = jnp if any(isinstance(x, jax.Array) for x in (num_ops, is_video)) else np
     looked = num_ops > 0
@@ -102,13 +101,13 @@ def _bonus(num_ops, alpha, threshold, form, is_video) -> Array:
     return xp.where(looked, bonus, 0.0)
 
 
-def _penalty(num_ops, beta, budget) -> Array:
+def _penalty(num_ops, beta, budget) -> AnyArray:
     """Of operations beyond the budget, [groups, n]."""
     xp = jnp if isinstance(num_ops, jax.Array) else np
     return beta * xp.minimum(budget - num_ops, 0)
 
 
-def overlong(lengths: Array, *, limit: int, buffer: int) -> Array:
+def overlong(lengths: AnyArray, *, limit: int, buffer: int) -> AnyArray:
     """The soft punishment of responses of `lengths` tokens, in [-1, 0], float32 (DAPO, arXiv:2503.14476, eq. 13)."""
     beyond = np.asarray(lengths, np.float32) - (limit - buffer)
     line = -beyond / max(buffer, 1)
