@@ -175,7 +175,7 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
         started = queue.start(model, prompts, nothing, config, shape)
         waiting, state = queue.refill(model, prompts, nothing, *started, config, shape)
         keys = decode_loop.row_keys(jax.random.key(0), state, prompts, config, shape)
-        return decode_loop.Shared(prompts, waiting.prefix, jnp.zeros(2), keys), state
+        return decode_loop.Shared(prompts, waiting.prefix, jnp.zeros((keys.shape[0], 2)), keys), state
 
     text, head = model.config.text, model.lm_head.weight[...]
     cached = 2 * rows * (length + steps // 2) * text.num_key_value_heads * text.head_dim * head.dtype.itemsize

@@ -49,7 +49,7 @@ class Shared(NamedTuple):
 
     prompts: Prompts
     prefix: Prefix  # prompts and the assistant prefix
-    temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
+    temperature: jax.Array  # float32 [R, 2], of the first turn and of later ones: greedy decoding is the same program
     keys: jax.Array  # keys [R], see `row_keys`
     pictures: Pictures | None = None  # that tools of the host have returned
 
@@ -192,7 +192,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: R
     """Every row that is writing chooses one token and reads it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
-    temperature = jnp.where(state.num_calls > 0, shared.temperature[1], shared.temperature[0])
+    temperature = jnp.where(state.num_calls > 0, shared.temperature[:, 1], shared.temperature[:, 0])
     keys = jax.vmap(jax.random.fold_in)(shared.keys, state.length)
     logits = model.logits(state.hidden)
     these = lambda ids: jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
@@ -286,9 +286,10 @@ def decode_tail(
     # Decoding leaves alone what operations do.
     others = {"grids": None, "calls": None, "history": None, "num_images": None}
     mine = state._replace(**others)
-    few, prefix, keys = jax.tree.map(tail.take, (mine, shared.prefix, jax.random.key_data(shared.keys)))
+    taken = (mine, shared.prefix, shared.temperature, jax.random.key_data(shared.keys))
+    few, prefix, temperature, keys = jax.tree.map(tail.take, taken)
     keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(shared.keys))
-    shared = shared._replace(prefix=prefix, keys=keys)
+    shared = shared._replace(prefix=prefix, temperature=temperature, keys=keys)
     writing = lambda few: jnp.any(few.status == WRITING)
     with jax.named_scope("tail"):
         few, left = decode_while(writing, few, lambda few: decode(model, layers, shared, few, config), left)

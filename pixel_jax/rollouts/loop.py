@@ -22,7 +22,17 @@ from pixel_jax.rollouts.trajectory import Prompts, Trajectories
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["prompts", "key", "assistant_prefix", "temperature", "queue", "rows", "decoding", "pictures"],
+    data_fields=[
+        "prompts",
+        "key",
+        "assistant_prefix",
+        "temperature",
+        "temperatures",
+        "queue",
+        "rows",
+        "decoding",
+        "pictures",
+    ],
     meta_fields=["key_impl", "config", "shape", "mesh"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +45,8 @@ class RolloutState:
     prompts: Prompts  # in B places; one whose prompt has no tokens is empty
     key: jax.Array  # uint32, the data of the key that was given
     assistant_prefix: jax.Array  # int32 [O], what every row's first turn begins with, then -1
-    temperature: jax.Array  # float32 [2], of the first turn and of later ones
+    temperature: jax.Array  # float32 [2], of the first turn and of later ones, where `admit` is told no other
+    temperatures: jax.Array  # float32 [B, 2], the same of each place
     queue: Queue  # the prompts that have been read and those that wait, and what rows that are done have left
     rows: RowState  # those that are in slots, with their caches
     decoding: jax.Array  # bool [], the budget ended while rows were writing: that is gone on with before anything else
@@ -57,12 +68,15 @@ def start(
     mesh: Mesh | None,
 ) -> RolloutState:
     """Nothing is read, nothing is written."""
-    waiting, rows = constrain_rows(queue.start(model, prompts, assistant_prefix, config, shape), mesh)
+    temperatures = jnp.broadcast_to(temperature, (prompts.length.shape[0], 2))
+    waiting, rows = queue.start(model, prompts, assistant_prefix, config, shape)
+    waiting, rows, temperatures = constrain_rows((waiting, rows, temperatures), mesh)
     return RolloutState(
         prompts,
         jax.random.key_data(key),
         assistant_prefix,
         temperature,
+        temperatures,
         waiting,
         rows,
         jnp.bool_(False),
@@ -98,7 +112,8 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
             )
         waiting, rows = constrain_rows((waiting, rows), mesh)
         keys = decode_loop.row_keys(key, rows, prompts, config, shape)
-        shared = Shared(prompts, waiting.prefix, state.temperature, keys, state.pictures)
+        temperature = decode_loop.rows_prompts(rows, prompts, config, shape).take(state.temperatures)
+        shared = Shared(prompts, waiting.prefix, temperature, keys, state.pictures)
         rows, left, decoding = decode_loop.decode_turns(
             model, layers, shared, rows, functools.partial(takes, waiting), left, config, shape
         )
@@ -127,18 +142,38 @@ def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.Told) ->
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
     keys = decode_loop.row_keys(key, state.rows, state.prompts, config, shape)
-    shared = Shared(state.prompts, state.queue.prefix, state.temperature, keys, state.pictures)
+    temperature = decode_loop.rows_prompts(state.rows, state.prompts, config, shape).take(state.temperatures)
+    shared = Shared(state.prompts, state.queue.prefix, temperature, keys, state.pictures)
     told = decode_loop.tell(model, model.unstack(), shared, state.rows, replies, config, shape)
     return dataclasses.replace(state, rows=constrain_rows(told, state.mesh))
 
 
-def admit(state: RolloutState, places: jax.Array, prompts: Prompts) -> RolloutState:
-    """The K `prompts` at `places` (int32 [K]), last in the line, in place of what was there."""
+def admit(state: RolloutState, places: jax.Array, prompts: Prompts, temperatures: jax.Array) -> RolloutState:
+    """The K `prompts` at `places` (int32 [K]), last in the line, in place of what was there.
+
+    Their `temperatures` are float32 [K, 2].
+    """
     put = lambda old, new: old.at[places].set(new.astype(old.dtype))
     held = jax.tree.map(put, state.prompts._replace(tables=()), prompts._replace(tables=()))
     line, rows = queue.admit(state.queue, state.rows, places, state.config, state.shape)
-    held, line, rows = constrain_rows((held, line, rows), state.mesh)
-    return dataclasses.replace(state, prompts=held._replace(tables=state.prompts.tables), queue=line, rows=rows)
+    temperatures = put(state.temperatures, temperatures)
+    held, line, rows, temperatures = constrain_rows((held, line, rows, temperatures), state.mesh)
+    prompts = held._replace(tables=state.prompts.tables)
+    return dataclasses.replace(state, prompts=prompts, temperatures=temperatures, queue=line, rows=rows)
+
+
+def drop(state: RolloutState, places: jax.Array) -> RolloutState:
+    """The places `places` (int32 [K]) are empty, and the slots of their rows free."""
+    empty = lambda x: x.at[places].set(0)
+    prompts = state.prompts
+    prompts = prompts._replace(
+        length=empty(prompts.length), image_counts=empty(prompts.image_counts), image_sizes=empty(prompts.image_sizes)
+    )
+    line, rows = queue.drop(state.queue, state.rows, places, state.config, state.shape)
+    sizes = (prompts.length, prompts.image_counts, prompts.image_sizes)
+    (length, counts, image_sizes), line, rows = constrain_rows((sizes, line, rows), state.mesh)
+    prompts = prompts._replace(length=length, image_counts=counts, image_sizes=image_sizes)
+    return dataclasses.replace(state, prompts=prompts, queue=line, rows=rows)
 
 
 def finished(state: RolloutState) -> jax.Array:

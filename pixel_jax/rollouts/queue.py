@@ -382,13 +382,25 @@ def admit(
     queue: Queue, state: RowState, places: jax.Array, config: RolloutConfig, shape: RolloutShape
 ) -> tuple[Queue, RowState]:
     """The prompts at `places` (int32 [K], of the whole batch) are new, last in the line; nothing of those before is left."""
-    new = jnp.zeros(queue.line.shape[0], bool).at[places].set(True)
-    of_rows = jnp.repeat(new, config.group_size)
+    queue, state = drop(queue, state, places, config, shape)
     last = jnp.max(jnp.where(queue.line < READ, queue.line, -1))
     line = queue.line.at[places].set(1 + last + jnp.arange(places.shape[0], dtype=jnp.int32))
+    return queue._replace(line=line, unread=_unread(line, shape)), state
+
+
+def drop(
+    queue: Queue, state: RowState, places: jax.Array, config: RolloutConfig, shape: RolloutShape
+) -> tuple[Queue, RowState]:
+    """The prompts at `places` (int32 [K], of the whole batch) are gone: none of their rows begins, goes on or is on record."""
+    gone = jnp.zeros(queue.line.shape[0], bool).at[places].set(True)
+    of_rows = jnp.repeat(gone, config.group_size)
+    line = jnp.where(gone, READ, queue.line)
+    current = jnp.take_along_axis(queue.prompt, queue.entry[:, None], axis=1).reshape(shape.shards, -1)
+    unbegun = jnp.take_along_axis(gone.reshape(shape.shards, -1), current, axis=1).reshape(-1)
     queue = queue._replace(
         line=line,
         unread=_unread(line, shape),
+        left=jnp.where(unbegun, 0, queue.left),
         records=None if queue.records is None else _select(of_rows, _blank(queue.records, shape), queue.records),
     )
     # Slots let go of the rows before: those would be put on record where the new prompt's rows belong.

@@ -164,7 +164,9 @@ def advance(
     return dataclasses.replace(state, **moving)
 
 
-def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> RolloutState:
+def admit(
+    state: RolloutState, places: Sequence[int], prompts: HostPrompts, *, temperatures: Sequence[float] | None = None
+) -> RolloutState:
     """Puts prompts in places of a rollout that are empty or whose prompts are finished; what those came to is forgotten.
 
     A row's tokens follow from the key and from its prompt's `uid`, not from when or where the prompt was admitted. Of those that
@@ -173,6 +175,7 @@ def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> R
     Args:
       places: of each of the prompts; whole numbers below the state's number of places.
       prompts: of the shape and with the tables of those that the state began with. With several processes the same in all.
+      temperatures: of the rows of each of the prompts, in all turns. None: as the rollout's config has it.
 
     Raises:
       ValueError: a place that does not exist, is named twice or is not done; prompts of other shapes or tables.
@@ -188,6 +191,8 @@ def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> R
     if not count:
         return state
     _same_shapes(state, prompts)
+    if temperatures is not None and (len(temperatures) != count or not all(x >= 0 for x in temperatures)):
+        raise ValueError(f"temperatures {list(temperatures)} for {count} prompts: give one for each, 0 or more")
     with on_mesh(state.mesh):
         free = np.asarray(_free(state))
         if busy := [place for place in places.tolist() if not free[place]]:
@@ -195,7 +200,29 @@ def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> R
         arrays = on_devices(prompts, pad(prompts.images, prompts.shape))._replace(tables=())
         if state.mesh is not None:
             places, arrays = replicate((places, arrays), state.mesh)
-        return _admit(state, places, arrays._replace(tables=state.prompts.tables))
+        given = [state.temperature] * count if temperatures is None else [(x, x) for x in temperatures]
+        pairs = jnp.asarray(given, jnp.float32)
+        return _admit(state, places, arrays._replace(tables=state.prompts.tables), pairs)
+
+
+def drop(state: RolloutState, places: Sequence[int]) -> RolloutState:
+    """Empties places of a rollout, whether their prompts are done or not: their rows stop, and what they wrote is forgotten.
+
+    Rows of other places write what they would have written. There is a compiled program for each number of places.
+
+    Args:
+      places: whole numbers below the state's number of places. With several processes the same in all.
+
+    Raises:
+      ValueError: a place that does not exist.
+    """
+    places, have = np.asarray(places, np.int32).reshape(-1), state.prompts.tokens.shape[0]
+    if outside := [place for place in places.tolist() if not 0 <= place < have]:
+        raise ValueError(f"places {outside} do not exist: the state has 0 to {have - 1}")
+    if not len(places):
+        return state
+    with on_mesh(state.mesh):
+        return _drop(state, places if state.mesh is None else replicate(places, state.mesh))
 
 
 def finished(state: RolloutState) -> np.ndarray:
@@ -228,6 +255,7 @@ _advance = jax.jit(_advanced)
 _advance_in_place = jax.jit(_advanced, donate_argnames="moving")
 _answer = jax.jit(loop.answer)
 _admit = jax.jit(loop.admit)
+_drop = jax.jit(loop.drop)
 _free = jax.jit(lambda state: loop.finished(state) | (state.prompts.length == 0))
 _finished = jax.jit(loop.finished)
 _finish = jax.jit(loop.finish)

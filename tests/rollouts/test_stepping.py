@@ -12,7 +12,7 @@ from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.queue import READ
-from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, finish, finished, rollout
+from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, drop, finish, finished, rollout
 from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
 from tests.rollouts import scripted_model
@@ -241,3 +241,37 @@ def test_without_a_budget_nothing_is_counted():
     assert len(plain.outvars) == 1 and len(counted.outvars) == 2
     assert [x.primitive.name for x in plain.params["cond_jaxpr"].eqns] == ["eq", "reduce_or"]
     assert [x.primitive.name for x in plain.params["body_jaxpr"].eqns] == ["broadcast_in_dim"]
+
+
+def test_dropped_rows_leave_no_trace():
+    """Their slots go to others, whose tokens are what they would have been; an empty place can be filled again."""
+    state = begin(scripted_model.model(), prompts(0, 1, 2), KEY, QUEUED, capacity=4)
+    state = advance(scripted_model.model(), state, 5)
+    state = drop(state, [0, 2])  # one that writes, one that waits
+    assert not finished(state)[[0, 2]].any() and (to_host(finish(state)).stop[[0, 1, 4, 5]] == -1).all()
+    state = admit(state, [2, 3], prompts(2, 3))
+    while not finished(state)[[1, 2, 3]].all():
+        state = advance(scripted_model.model(), state, 50)
+    assert not finished(state)[0]
+    made, expected = to_host(finish(state)), whole(QUEUED, 0, 1, 2, 3)
+    rows = slice(2, None)
+    without = lambda t: take_rows(t, rows)._replace(logprobs=None)
+    same(without(made), without(expected))
+    assert not made.valid[:2].any()
+    same(drop(state, []), state)
+    with pytest.raises(ValueError, match=r"places \[4\] do not exist: the state has 0 to 3"):
+        drop(state, [4])
+
+
+def test_each_prompt_may_have_a_temperature():
+    greedy = dataclasses.replace(QUEUED, temperature=0.0)
+    state = begin(scripted_model.model(), prompts(), KEY, QUEUED, capacity=4)
+    state = admit(state, [0, 1], prompts(0, 1), temperatures=[0.0, 1.0])
+    state, _ = run(admit(state, [2, 3], prompts(2, 3)), 1000)
+    made = to_host(finish(state))
+    for row, config in zip(range(8), [greedy] * 2 + [QUEUED] * 6, strict=True):
+        expected = take_rows(whole(config, 0, 1, 2, 3), [row])
+        same(take_rows(made, [row]).tokens, expected.tokens)
+    assert (whole(greedy, 0, 1, 2, 3).tokens[:2] != whole(QUEUED, 0, 1, 2, 3).tokens[:2]).any()
+    with pytest.raises(ValueError, match=r"temperatures \[-1\] for 1 prompts: give one for each, 0 or more"):
+        admit(drop(state, [0]), [0], prompts(0), temperatures=[-1])
