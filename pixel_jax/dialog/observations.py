@@ -39,6 +39,13 @@ TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
 BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
+def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
+    """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
+    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
+    text = vocabulary.to_bytes(ids[:end].tolist()).decode("utf-8", "replace")
+    return text.removeprefix(flatten(HEAD)).strip("\n")
+
+
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
     """The one outcome of every call that is no call, or of which the tool cannot say what is wrong. Its text says what a
     call looks like, so that the next one can be right.

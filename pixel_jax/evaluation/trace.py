@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
-from pixel_jax.dialog.observations import HEAD
+from pixel_jax.dialog.observations import observation_text
 from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
@@ -132,7 +132,7 @@ def make_trace(
         turns.append(ShownTurn("assistant", written[call]))
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start))))
         failed = t.calls.status[row, call] != CallStatus.DONE
-        turns.append(ShownTurn("tool", _text_of(ids, vocabulary), images, failed=bool(failed)))
+        turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
         for image, region in zip(source.image, source.region, strict=True):
             if image >= 0:  # of what a tool made, the picture shows enough
@@ -177,13 +177,6 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     return texts, runs[2::2]
 
 
-def _text_of(ids: np.ndarray, vocabulary: Vocabulary) -> str:
-    """The text of an observation: what the template puts around it goes, and its images are drawn beside it."""
-    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
-    text = vocabulary.to_bytes(ids[:end]).decode("utf-8", "replace")
-    return text.removeprefix(flatten(HEAD)).strip("\n")
-
-
 def _name(query: Query, index: int) -> str:
     if query.is_video:
         return f"frame {index + 1}"
@@ -213,9 +206,14 @@ def as_text(trace: Trace) -> str:
     return "\n".join([*lines, f"ended: {trace.stop}"])
 
 
+def as_document(trace: Trace) -> dict[str, Any]:
+    """A trace as JSON has it, for `load` to read."""
+    return dataclasses.asdict(trace)
+
+
 def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
     """Write `traces` as one JSON file, whole or not at all."""
-    write_file(path, json.dumps([dataclasses.asdict(trace) for trace in traces]))
+    write_file(path, json.dumps([*map(as_document, traces)]))
 
 
 def load(path: str | os.PathLike) -> list[Trace]:

@@ -61,6 +61,20 @@ def prompt_tokens(
     """Token ids of system prompt and question, up to where the assistant begins; pads counted from the images' sizes."""
     if not query.images:
         raise PromptError(f"the question {query.question!r} comes without an image or frame")
+    media, pads = shown_media(query, config)
+    messages = template.first_messages(
+        query.question,
+        media,
+        guidelines=guidelines,
+        tools=() if guidelines == "notool" else tools,
+        call_format=call_format(config.call_format),
+        text_first=query.text_first,
+    )
+    return template.to_ids(template.render(messages), vocabulary, pads)
+
+
+def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Media], list[int]]:
+    """The images of a query, or its one video, and how many pad tokens stand for each. PromptError: they cannot be shown."""
     for i, image in enumerate(query.images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise PromptError(
@@ -84,15 +98,7 @@ def prompt_tokens(
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
         media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
-    messages = template.first_messages(
-        query.question,
-        media,
-        guidelines=guidelines,
-        tools=() if guidelines == "notool" else tools,
-        call_format=call_format(config.call_format),
-        text_first=query.text_first,
-    )
-    return template.to_ids(template.render(messages), vocabulary, pads)
+    return media, pads
 
 
 def build_prompts(
@@ -112,8 +118,21 @@ def build_prompts(
         of 32, pictures in that of 64: give it to share one compilation among batches.
       uids: what the rows' random keys are derived from, by default 0, 1, ...
     """
-    check_format(token_tables, config)
     ids = [prompt_tokens(query, vocabulary, config, guidelines, token_tables.tools) for query in queries]
+    return place_prompts(queries, ids, token_tables, config, shape=shape, uids=uids)
+
+
+def place_prompts(
+    queries: Sequence[Query],
+    ids: Sequence[list[int]],
+    token_tables: Tables,
+    config: RolloutConfig,
+    *,
+    shape: BatchShape | None = None,
+    uids: Sequence[int] | None = None,
+) -> HostPrompts:
+    """`build_prompts` of queries whose prompts are written already, as the token ids `ids`; they may come without images."""
+    check_format(token_tables, config)
     shape = room_for(queries, ids, config, shape)
     batch = len(queries)
     tokens = np.zeros((batch, shape.tokens), np.int32)
@@ -142,7 +161,9 @@ def room_for(
     """`shape`, or else one for `queries` with the token ids `ids`. PromptError: they do not fit."""
     up = lambda value, step: -(-value // step) * step
     longest, images = max(map(len, ids)), max(len(query.images) for query in queries)
-    height, width = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))
+    height, width = (
+        max((image.shape[i] for query in queries for image in query.images), default=0) for i in (0, 1)
+    )
     kinds = {"video": any(query.is_video for query in queries), "still": not all(query.is_video for query in queries)}
     shape = shape or prompt_shape(images, up(height, 64), up(width, 64), up(longest, 32), config, **kinds)
     if longest > shape.tokens:

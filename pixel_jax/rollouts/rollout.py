@@ -323,14 +323,29 @@ def host_rollout(
     state = begin(model, prompts, key, config, assistant_prefix=assistant_prefix)
     while not np.all(finished(state)):
         state = advance(model, state, budget, donate=True)
-        if asked := host_calls(state, images):
-            replies = host.call([call.request for call in asked])
-            told = tell(replies, asked, images, state, vocabulary)
-            if any(reply.picture is not None for reply in replies):
-                state = dataclasses.replace(state, pictures=_pictures(images, state.mesh))
-            with on_mesh(state.mesh):
-                state = _answer(model, state, told)
+        if host is not None and vocabulary is not None:
+            state = answer_host_calls(model, state, images, host, vocabulary)
     return finish(state)
+
+
+def answer_host_calls(
+    model: Qwen2_5_VL, state: RolloutState, images: np.ndarray, host: HostTools, vocabulary: Vocabulary
+) -> RolloutState:
+    """The state in which rows that wait for tools of the host have their answers; it waits for all of them.
+
+    Args:
+      images: `Images` [B], those of the prompt in each place. They keep the pictures that tools return.
+      host, vocabulary: as for `host_rollout`.
+    """
+    asked = host_calls(state, images)
+    if not asked:
+        return state
+    replies = host.call([call.request for call in asked])
+    told = tell(replies, asked, images, state, vocabulary)
+    if any(reply.picture is not None for reply in replies):
+        state = dataclasses.replace(state, pictures=_pictures(images, state.mesh))
+    with on_mesh(state.mesh):
+        return _answer(model, state, told)
 
 
 def _pictures(images: np.ndarray, mesh: Mesh | None) -> Pictures:

@@ -1,0 +1,148 @@
+"""A conversation, and the prompt that it is for the model's next answer.
+
+An earlier answer stands in the prompt with the text of its last turn: what was called and looked at on the way is left out, as
+the reasoning of earlier answers is in the chat templates of models that think. So a conversation grows by what was said, and
+the model looks again where it has to. Everything that people wrote is text: no letter of it becomes a structural token.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pixel_jax.dialog import template
+from pixel_jax.dialog.formats import CallFormat
+from pixel_jax.dialog.template import Media
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import PromptError, Query, place_prompts, shown_media
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.rollouts.trajectory import HostPrompts, Tables
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Clip(NamedTuple):
+    """A video that is talked about."""
+
+    frames: Sequence[np.ndarray]  # uint8 [h, w, 3] each
+    seconds: float  # that two frames cover
+
+
+Part = str | np.ndarray | Clip  # of a message: a text, an image uint8 [h, w, 3], or a video
+
+
+class Message(NamedTuple):
+    """What was said by one side."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """Its texts, one after the other."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """A model that answers, and all that its prompts are made with.
+
+    Args:
+      model: the weights.
+      vocabulary: of its tokenizer.
+      tables: of the tools that it may call.
+      config: limits of a row and budgets of what is shown, with one row a prompt.
+      guidelines: what follows each question, a key of `template.GUIDELINES`.
+    """
+
+    model: Qwen2_5_VL
+    vocabulary: Vocabulary
+    tables: Tables
+    config: RolloutConfig
+    guidelines: str = "vcot"
+
+    @property
+    def call_format(self) -> CallFormat:
+        """How the model writes its calls."""
+        return self.tables.parser.language.format
+
+
+class Prompt(NamedTuple):
+    """A conversation as the model reads it."""
+
+    query: Query  # the last question, with the images of all messages
+    ids: list[int]
+
+    def placed(self, speaker: Speaker, shape: BatchShape, uid: int = 0) -> HostPrompts:
+        """The arrays that a rollout of prompts of `shape` admits. PromptError: they do not fit."""
+        return place_prompts([self.query], [self.ids], speaker.tables, speaker.config, shape=shape, uids=[uid])
+
+
+def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
+    """The prompt for the answer to the last message, which is the user's.
+
+    A system message is added to the one that says how tools are called. The first question alone, its images in front, has
+    the ids that evaluation and training give it (`prompt_tokens`).
+
+    Raises:
+      PromptError: nobody asks anything, roles do not take turns, there are several videos or a video beside images, or an
+        image cannot be shown.
+    """
+    system = [message for message in messages if message.role == "system"]
+    spoken = [message for message in messages if message.role != "system"]
+    if list(messages[: len(system)]) != system:
+        raise PromptError("a system message follows another message: put it first")
+    roles = [message.role for message in spoken]
+    if (
+        not roles
+        or any(role != ("assistant" if i % 2 else "user") for i, role in enumerate(roles))
+        or not len(roles) % 2
+    ):
+        raise PromptError(
+            f"the roles are {', '.join(roles) or 'none'}: they must be user and assistant in turn, first and last user"
+        )
+    if wrong := [i for i, message in enumerate(spoken) if message.role == "user" and not message.text.strip()]:
+        raise PromptError(f"question {wrong[0] // 2 + 1} of the conversation has no text: write what you ask")
+    query = _query(spoken)
+    media, pads = shown_media(query, speaker.config) if query.images else ([], [])
+    told = "\n\n".join([template.system_prompt(speaker.tables.tools, speaker.call_format), *(x.text for x in system)])
+    written = [{"role": "system", "content": told}, *(_written(message, speaker) for message in spoken)]
+    pieces = template.render(written)
+    if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
+        raise PromptError("only questions may show images or videos")
+    return Prompt(query, template.to_ids(pieces, speaker.vocabulary, pads))
+
+
+def _query(spoken: Sequence[Message]) -> Query:
+    """The last question, about the images or the one video of all messages."""
+    shown = [part for message in spoken for part in message.parts if not isinstance(part, str)]
+    clips = [part for part in shown if isinstance(part, Clip)]
+    if clips and len(shown) > 1:
+        count = len(shown) - len(clips)
+        raise PromptError(f"{len(clips)} videos and {count} images: a conversation is about images or about one video")
+    if clips:
+        return Query(spoken[-1].text, list(clips[0].frames), True, clips[0].seconds)
+    return Query(spoken[-1].text, [part for part in shown if isinstance(part, np.ndarray)])
+
+
+def _written(message: Message, speaker: Speaker) -> dict[str, Any]:
+    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn."""
+    if message.role == "assistant":
+        return {"role": "assistant", "content": last_turn(message.text, speaker.call_format)}
+    parts: list[dict[str, Any]] = []
+    for part in message.parts:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        else:
+            kind = "video" if isinstance(part, Clip) else "image"
+            parts.append({"type": kind, kind: None})
+    parts.append({"type": "text", "text": template.user_text("", speaker.guidelines)})
+    return {"role": "user", "content": parts}
+
+
+def last_turn(answer: str, call_format: CallFormat) -> str:
+    """What a model wrote after its last call: its answer, without how it got there."""
+    return answer.rpartition(call_format.closing)[2].lstrip("\n")

@@ -1,0 +1,182 @@
+"""`pixel-jax serve DIR ...`: models behind OpenAI's chat completions, tools and pictures included."""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import pathlib
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from pixel_jax.cli import UserError
+from pixel_jax.serving.speakers import define_speaker_flags, load_speaker
+from pixel_jax.signals import SIGNALS
+from pixel_jax.terminal import say
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from pixel_jax.serving.conversation import Speaker
+    from pixel_jax.serving.engine import Engine
+
+FLAGS = flags.FLAGS
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def define_flags(command: str) -> None:
+    """Declares the flags of the command."""
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen at. One that others reach needs an API key.")
+    flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any that is free.", lower_bound=0, upper_bound=65535)
+    flags.DEFINE_string("key", "PIXEL_JAX_API_KEY", "Environment variable with the API key that requests must have.")
+    flags.DEFINE_list("allowed_hosts", [], "Names, without ports, that the server is called by besides localhost.")
+    flags.DEFINE_integer("slots", 8, "Answers of each model that are written at the same time.", lower_bound=1)
+    flags.DEFINE_integer("queue", 64, "Further requests that may wait; to more the server says 429.", lower_bound=0)
+    flags.DEFINE_integer("budget", 16, "Tokens between two looks at what came and what was written.", lower_bound=1)
+    flags.DEFINE_integer(
+        "prompt_tokens", 4096, "Longest prompt: the conversation, its images included.", lower_bound=64
+    )
+    flags.DEFINE_integer("images", 4, "Most images of a conversation.", lower_bound=1)
+    flags.DEFINE_integer("image_side", 1536, "Longest side of an image, in pixels.", lower_bound=28)
+    flags.DEFINE_integer("body_mb", 32, "Longest body of a request, in MiB.", lower_bound=1)
+    flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens of this mass; 1: off. By default the model's.")
+    flags.DEFINE_integer("top_k", None, "Draw from so many of the likeliest tokens; 0: off. By default the model's.")
+    define_speaker_flags()
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Serves the models in the directories of the command line until it is told to end."""
+    if not arguments:
+        raise UserError("give the directory of a model, or several as NAME=DIR: pixel-jax serve DIR")
+    directories = named_directories(arguments)
+    key = os.environ.get(FLAGS.key) or None
+    if key is None and FLAGS.host not in LOOPBACK:
+        raise UserError(
+            f"--host={FLAGS.host} is reached by others and {FLAGS.key} is not set: export {FLAGS.key}=... with a key of "
+            "your choice, or leave --host out"
+        )
+    try:
+        from pixel_jax.serving.app import make_app
+    except ImportError as error:
+        raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]'") from None
+    from pixel_jax.serving.engine import Engine
+    from pixel_jax.serving.metrics import Metrics
+    from pixel_jax.serving.session import Session
+    from pixel_jax.training.progress import announce_compiles, use_compilation_cache
+
+    SIGNALS.save_first()
+    listener = listen(FLAGS.host, FLAGS.port)
+    announce_compiles()
+    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
+    with contextlib.ExitStack() as stack:
+        speakers, sessions = {}, {}
+        for name, directory in directories.items():
+            speaker = with_sampling(load_speaker(directory, tools=FLAGS.tools, call_format=FLAGS.call_format))
+            host = stack.enter_context(host_tools(speaker))
+            speakers[name] = speaker
+            sessions[name] = Session(speaker, shape_of(speaker), slots=FLAGS.slots, host=host)
+            sessions[name].warm_up()
+        limit = FLAGS.slots * len(sessions) + FLAGS.queue
+        engine = Engine(sessions, limit=limit, budget=FLAGS.budget, metrics=Metrics())
+        engine.start()
+        hosts = [FLAGS.host, *FLAGS.allowed_hosts]
+        app = make_app(engine, speakers, hosts=hosts, key=key, body_bytes=FLAGS.body_mb << 20)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        say(f"{', '.join(map(repr, speakers))} at http://{shown}:{port}/v1, {'with' if key else 'without'} an API key")
+        asyncio.run(serve(app, engine, listener))
+        if engine.failed is not None:
+            raise UserError(f"the model has failed: {engine.failed}")
+        say("All requests are answered.")
+
+
+def named_directories(arguments: Sequence[str]) -> Mapping[str, str]:
+    """The directories by the names of their models: NAME=DIR, or the folder's own name. UserError: two have one name."""
+    found: dict[str, str] = {}
+    for argument in arguments:
+        name, sign, directory = argument.partition("=")
+        if not sign:
+            name, directory = pathlib.Path(argument).resolve().name, argument
+        if not name or not directory:
+            raise UserError(f"{argument!r} is no NAME=DIR")
+        if name in found:
+            raise UserError(f"two models are called {name!r}, {found[name]} and {directory}: name one as NAME=DIR")
+        found[name] = directory
+    return found
+
+
+def with_sampling(speaker: "Speaker") -> "Speaker":
+    """The same model, drawn from as --top_p and --top_k say."""
+    given = {name: value for name in ("top_p", "top_k") if (value := getattr(FLAGS, name)) is not None}
+    return dataclasses.replace(speaker, config=dataclasses.replace(speaker.config, **given))
+
+
+def shape_of(speaker: "Speaker"):
+    """What prompts have to fit, from the flags."""
+    from pixel_jax.rollouts.shapes import prompt_shape
+
+    side = FLAGS.image_side
+    return prompt_shape(FLAGS.images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
+
+
+@contextlib.contextmanager
+def host_tools(speaker: "Speaker") -> Iterator:
+    """The workers of tools that run on the host; None where there are none of these."""
+    from pixel_jax.tools.host import HostTools, HostToolsConfig
+    from pixel_jax.tools.named import DEFAULT
+
+    if not any(tool.host for tool in speaker.tables.tools):
+        yield None
+        return
+    with HostTools(FLAGS.tools or DEFAULT, HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)) as host:
+        yield host
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. UserError: the address cannot be had."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port} cannot be listened at: {error.strerror or error}") from None
+    return listener
+
+
+async def serve(app: "ASGIApp", engine: "Engine", listener: socket.socket) -> None:
+    """Answers requests until SIGTERM or Ctrl-C: then new ones get 503, and it ends when all others are answered."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        """Signals are heard by `SIGNALS`, as in all commands."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, date_header=False, timeout_keep_alive=30,
+        h11_max_incomplete_event_size=1 << 16, http="h11", lifespan="off", ws="none",
+    )  # fmt: skip
+    server = Server(config)
+
+    async def watch() -> None:
+        while not (SIGNALS.told or engine.failed is not None):
+            await asyncio.sleep(0.05)
+        engine.close()
+        if engine.failed is None:
+            say("No more requests are taken; those that came are answered.", sys.stderr)
+        while not engine.idle:
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        watching.cancel()
+        engine.close()

@@ -1,0 +1,56 @@
+"""From directories and flags to models that answer."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from pixel_jax.cli import UserError
+
+FLAGS = flags.FLAGS
+
+
+def define_speaker_flags() -> None:
+    """The flags that `pixel-jax chat` and `pixel-jax serve` share."""
+    flags.DEFINE_list("tools", None, "What the model may call: shipped tools, or module:name. By default the paper's.")
+    flags.DEFINE_string(
+        "call_format", None, "How calls are written, or module:name. By default what the model was trained in."
+    )
+    flags.DEFINE_integer("tool_workers", 4, "Processes for tools that run on the host.", lower_bound=1)
+    flags.DEFINE_float("tool_seconds", 30.0, "Seconds that a call of such a tool may take.", lower_bound=1e-3)
+
+
+def load_speaker(
+    directory: str | os.PathLike, *, tools: Sequence[str] | None, call_format: str | None, temperature: float = 1.0
+):
+    """The model in a directory as a `Speaker`, under the limits that lie beside it.
+
+    Args:
+      tools, call_format: names; None: the paper's, and what the model was trained in.
+      temperature: at which it answers where nobody says otherwise.
+
+    Raises:
+      UserError: it has no tokenizer.
+      FileError, ConfigError, ToolError: a file or a name is not what it should be.
+    """
+    from pixel_jax import from_pretrained
+    from pixel_jax.dialog import formats
+    from pixel_jax.dialog.tokenizer import Vocabulary
+    from pixel_jax.rollouts.config import RolloutConfig
+    from pixel_jax.rollouts.limits import judged, read_limits
+    from pixel_jax.rollouts.prompts import tables
+    from pixel_jax.serving.conversation import Speaker
+    from pixel_jax.tools.named import DEFAULT, find_format, find_tools
+
+    known = find_tools(tools or DEFAULT)
+    model, processor = from_pretrained(pathlib.Path(directory))
+    if processor is None:
+        raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
+    config = judged(read_limits(directory) or RolloutConfig(), temperature)
+    if call_format:
+        find_format(call_format)  # imported on the word of the command line, not of the model
+        config = dataclasses.replace(config, call_format=call_format)
+    vocabulary = Vocabulary.of(processor.tokenizer)
+    return Speaker(model, vocabulary, tables(vocabulary, known, formats.call_format(config.call_format)), config)
