@@ -5,7 +5,6 @@ import contextlib
 import hmac
 import json
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.serving.conversation import Speaker
 from pixel_jax.serving.engine import BusyError, ClosedError, Ended, Engine, Event, Job
 from pixel_jax.serving.metrics import CONTENT_TYPE, Metrics
-from pixel_jax.serving.protocol import MAX_SEED, Answer, ChatRequest, RequestError, read_request
+from pixel_jax.serving.protocol import Answer, ChatRequest, RequestError, read_request
 from pixel_jax.serving.session import Saw, Wrote
 
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -144,10 +143,7 @@ class Completions:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         loop = asyncio.get_running_loop()
         body = await read_body(scope, receive, self.body_bytes)
-        draw = lambda: secrets.randbelow(MAX_SEED + 1)
-        understand = lambda: read_request(body, self.speakers, self.shapes, draw)
-        request = await loop.run_in_executor(self.threads, understand)
-        del body
+        request = await loop.run_in_executor(self.threads, read_request, body, self.speakers, self.shapes)
         speaker = self.speakers[request.model]
         reader = request.reader(speaker)
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -272,19 +268,23 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
         status=413,
     )
     announced = headers.get(b"content-length", b"0")
-    if not announced.isdigit() or len(announced) > 18 or int(announced) > limit:
+    if not announced.isdigit() or len(announced) > 18 or int(announced) > 2 * limit:
         raise too_long
-    body = bytearray()
+    body, length = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ConnectionResetError
-                body += message.get("body", b"")
-                if len(body) > limit:
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                length += len(piece)
+                if length <= limit:
+                    body += piece
+                # A little too much is read to its end: who is still sending does not hear what is answered.
+                if length > 2 * limit or (length > limit and not more):
                     raise too_long
-                if not message.get("more_body", False):
+                if not more:
                     return bytes(body)
     except TimeoutError:
         raise RequestError(f"the body did not come within {BODY_SECONDS:g} s: send it faster", status=408) from None

@@ -20,8 +20,10 @@ from pixel_jax.terminal import say
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from pixel_jax.rollouts.shapes import BatchShape
     from pixel_jax.serving.conversation import Speaker
     from pixel_jax.serving.engine import Engine
+    from pixel_jax.tools.host import HostTools
 
 FLAGS = flags.FLAGS
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -114,7 +116,7 @@ def with_sampling(speaker: "Speaker") -> "Speaker":
     return dataclasses.replace(speaker, config=dataclasses.replace(speaker.config, **given))
 
 
-def shape_of(speaker: "Speaker"):
+def shape_of(speaker: "Speaker") -> "BatchShape":
     """What prompts have to fit, from the flags."""
     from pixel_jax.rollouts.shapes import prompt_shape
 
@@ -123,7 +125,7 @@ def shape_of(speaker: "Speaker"):
 
 
 @contextlib.contextmanager
-def host_tools(speaker: "Speaker") -> Iterator:
+def host_tools(speaker: "Speaker") -> Iterator["HostTools | None"]:
     """The workers of tools that run on the host; None where there are none of these."""
     from pixel_jax.tools.host import HostTools, HostToolsConfig
     from pixel_jax.tools.named import DEFAULT

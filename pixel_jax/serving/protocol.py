@@ -8,9 +8,10 @@ import base64
 import binascii
 import math
 import re
+import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,14 +91,13 @@ class ChatRequest(NamedTuple):
         return Reader(speaker.vocabulary, max_tokens=self.max_tokens, stop=self.stop)
 
 
-def read_request(
-    body: bytes, speakers: Mapping[str, Speaker], shapes: Mapping[str, BatchShape], draw_seed: Callable[[], int]
-) -> ChatRequest:
+def read_request(body: bytes, speakers: Mapping[str, Speaker], shapes: Mapping[str, BatchShape]) -> ChatRequest:
     """The request in a body, images decoded. No file is opened and no address asked, whatever it says.
 
     Args:
-      speakers: the models, by the names that requests give them; shapes: what their prompts have to fit.
-      draw_seed: gives the seed of a request that has none.
+      body: JSON, from anybody.
+      speakers: the models, by the names that requests give them.
+      shapes: what prompts of each have to fit.
 
     Raises:
       RequestError: it is refused.
@@ -146,7 +146,7 @@ def read_request(
         model=model,
         prompt=prompt,
         temperature=speaker.config.temperature if temperature is None else temperature,
-        seed=draw_seed() if seed is None else seed,
+        seed=secrets.randbelow(MAX_SEED + 1) if seed is None else seed,
         max_tokens=_max_tokens(values, len(prompt.ids), speaker),
         stop=_stops(values),
         stream=stream,
@@ -198,7 +198,7 @@ def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]
         }  # clients write out what is empty
         if unknown := sorted(message.keys() - {"role", "content"}):
             raise RequestError(f"{where} has the unknown field {brief(unknown[0])}: leave it out", param=where)
-        role = next((role for name, role in ROLES.items() if _same(message.get("role"), name)), None)
+        role = ROLES.get(written) if isinstance(written := message.get("role"), str) else None
         if role is None:
             raise _refusal(f"{where}.role", message.get("role"), f"it can be {', '.join(ROLES)}")
         parts = _read_parts(message.get("content"), f"{where}.content", shape, left, images=role == "user")

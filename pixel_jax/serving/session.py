@@ -17,6 +17,8 @@ import numpy as np
 from pixel_jax.dialog.observations import observation_text
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.images import ragged
+from pixel_jax.rollouts.materialize import VisualRecord
+from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.rollout import admit, advance, answer_host_calls, begin, drop, finish
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import (
@@ -29,8 +31,6 @@ from pixel_jax.rollouts.trajectory import (
     to_host,
 )
 from pixel_jax.serving.conversation import Prompt, Speaker
-from pixel_jax.rollouts.materialize import VisualRecord
-from pixel_jax.rollouts.prompts import Query
 from pixel_jax.tools.host import HostTools
 
 
@@ -174,7 +174,8 @@ class Reader:
             if self.ended is not None:
                 break
             text = observation_text(ids[at:end], self.vocabulary)
-            regions = tuple(tuple(map(int, x)) for x in progress.regions[self.calls] if x[0] >= 0)
+            looked = [x for x in progress.regions[self.calls].tolist() if x[0] >= 0]
+            regions = tuple((image, x1, y1, x2, y2) for image, x1, y1, x2, y2 in looked)
             events.append(Saw(text, bool(progress.failed[self.calls]), regions))
             self.shown += end - at
             self.calls += 1

@@ -4,10 +4,14 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+
+if TYPE_CHECKING:
+    from pixel_jax.serving.conversation import Speaker
 
 FLAGS = flags.FLAGS
 
@@ -24,11 +28,13 @@ def define_speaker_flags() -> None:
 
 def load_speaker(
     directory: str | os.PathLike, *, tools: Sequence[str] | None, call_format: str | None, temperature: float = 1.0
-):
+) -> "Speaker":
     """The model in a directory as a `Speaker`, under the limits that lie beside it.
 
     Args:
-      tools, call_format: names; None: the paper's, and what the model was trained in.
+      directory: of a model, as `save_pretrained` or Hugging Face write it.
+      tools: names of what it may call; None: the paper's.
+      call_format: name of how it writes its calls; None: what it was trained in.
       temperature: at which it answers where nobody says otherwise.
 
     Raises:

@@ -3,17 +3,21 @@
 import dataclasses
 import functools
 
+import jax
+import numpy as np
 import pytest
 
 from pixel_jax.rollouts.limits import judged
-from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.prompts import build_prompts, tables
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.serving.conversation import Speaker
 from pixel_jax.tools import RELEASED
 from tests.rollouts import scripted_model
 from tests.rollouts.scripted_model import CHAIN, CROP, END, START
 
 CONFIG = dataclasses.replace(judged(scripted_model.CONFIG, 0.0), max_response=256, max_calls=2, observe_chunk=1)
-SHAPE = scripted_model.shape(CONFIG, tokens=768)
+SHAPE = scripted_model.shape(CONFIG, tokens=256)
 
 # What the prompt says tips the scales: nothing that may follow is much likelier than the rest. Some answers are long.
 ANSWERS = [f"\\boxed{{{i}}}" for i in range(8)]
@@ -31,3 +35,21 @@ def vocabulary():
 def speaker():
     words = vocabulary()
     return Speaker(scripted_model.network(words, EVEN), words, tables(words), CONFIG, "vcot")
+
+
+def rolled_out(speaker, queries, temperature=0.0, seeds=(0,)):
+    """What `rollout` writes for queries, turn by turn."""
+    config = dataclasses.replace(speaker.config, temperature=temperature)
+    prompts = build_prompts(queries, vocabulary(), speaker.tables, config, shape=SHAPE, uids=list(seeds))
+    rows = to_host(rollout(speaker.model, prompts, jax.random.key(0), config))
+    found = []
+    for tokens, valid, chosen in zip(rows.tokens, rows.valid, rows.loss_mask, strict=True):
+        runs = np.split(tokens[valid], np.flatnonzero(np.diff(chosen[valid])) + 1)
+        turns = [vocabulary().to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
+        found.append("\n".join(turns))
+    return found
+
+
+def alone(speaker, query, temperature=0.0, seed=0):
+    """What `rollout` writes for one query by itself."""
+    return rolled_out(speaker, [query], temperature, [seed])[0]

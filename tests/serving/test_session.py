@@ -1,38 +1,22 @@
 """Conversations as prompts, and rows that are read while they write."""
 
-import dataclasses
-
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts, prompt_tokens
-from pixel_jax.rollouts.rollout import rollout
-from pixel_jax.rollouts.trajectory import to_host
+from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
 from pixel_jax.serving.conversation import Clip, Message, last_turn, prompt_of
 from pixel_jax.serving.session import Progress, Reader, Saw, Session, Wrote
 from tests.rollouts import scripted_model
-from tests.serving.conftest import CONFIG, SHAPE, vocabulary
+from tests.serving.conftest import CONFIG, SHAPE, alone, vocabulary
 
 WORDS = vocabulary()
 QUERIES = scripted_model.queries(6)
-END = "<|im_end|>"
 
 
 def said(role, *parts):
     return Message(role, parts)
-
-
-def alone(speaker, query, temperature=0.0, seed=0):
-    """The turns that `rollout` writes for a query, by itself."""
-    config = dataclasses.replace(speaker.config, temperature=temperature)
-    prompts = build_prompts([query], WORDS, speaker.tables, config, shape=SHAPE, uids=[seed])
-    rows = to_host(rollout(speaker.model, prompts, jax.random.key(0), config))
-    ids, mask = rows.tokens[0][rows.valid[0]], rows.loss_mask[0][rows.valid[0]]
-    runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)
-    return "\n".join(WORDS.to_bytes(run).decode().removesuffix(END) for run in runs[1::2])
 
 
 @pytest.fixture(scope="session")
