@@ -1,113 +1,277 @@
-"""`pixel-jax chat DIR IMAGE --question ...`: one question, one conversation, shown as it went."""
+"""`pixel-jax chat DIR [IMAGE ...]`: a conversation with a model about images or a video, shown as it goes.
 
-import dataclasses
+Each line is a question. Words that begin with `@` name files to look at: `@photo.jpg What does the sign say?`, with quotes
+where a name has spaces (`@"my photo.jpg"`); `@@` is an @ of the text. `/new` begins another conversation, `/quit` ends.
+With `--question` one question is answered, about the images of the command line.
+"""
+
 import os
 import pathlib
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
 from pixel_jax.cli import UserError
+from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.terminal import printable, say, warn
 
+if TYPE_CHECKING:
+    from pixel_jax.evaluation.trace import Trace
+    from pixel_jax.rollouts.prompts import Query
+    from pixel_jax.serving.conversation import Message, Part, Prompt, Speaker
+    from pixel_jax.serving.session import Saw, Session
+    from pixel_jax.tools.host import HostTools
+
 FLAGS = flags.FLAGS
+BUDGET = 8  # tokens between two looks at what was written
+TOKENS = 512  # room for prompts grows in these steps: each is compiled once
+SIDE = 64  # room for images grows in these steps, in pixels
+FILE = re.compile(r"""(?<!\S)@(?!@)(?:"([^"]+)"|'([^']+)'|(\S+))\s*""")
+HELP = "A question; @FILE for an image or a video; /new for another conversation; /quit or Ctrl-D to end."
 
 
 def define_flags(command: str) -> None:
-    flags.DEFINE_string("question", None, "What to ask.", required=True)
-    flags.DEFINE_bool("video", False, "The images are the frames of one video, or a video file.")
+    """Declares the flags of the command."""
+    flags.DEFINE_string("question", None, "What to ask. By default questions are read, a line each.")
+    flags.DEFINE_bool("video", False, "The images are the frames of one video.")
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
-    flags.DEFINE_list("tools", None, "What the model may call: shipped tools, or module:name. By default the paper's.")
-    flags.DEFINE_string(
-        "call_format", None, "How calls are written, or module:name. By default what the model was trained in."
-    )
-    flags.DEFINE_integer("tool_workers", 4, "Processes for tools that run on the host.", lower_bound=1)
-    flags.DEFINE_float("tool_seconds", 30.0, "Seconds that a call of such a tool may take.", lower_bound=1e-3)
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
+    flags.DEFINE_string("json", None, "Also write it as traces to this file, for `pixel-jax view`.")
+    define_speaker_flags()
 
 
 def main(command: str, arguments: list[str]) -> None:
-    if len(arguments) < 2:
-        raise UserError("give the directory of a model and at least one image: pixel-jax chat DIR IMAGE --question ...")
-    import jax
-
-    from pixel_jax import from_pretrained
-    from pixel_jax.data.sources import load_frames
-    from pixel_jax.dialog.formats import call_format
-    from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.dialog.unrecognised import format_warning
-    from pixel_jax.evaluation import report
-    from pixel_jax.evaluation.trace import make_trace
-    from pixel_jax.rollouts.config import RolloutConfig
-    from pixel_jax.rollouts.limits import judged, read_limits
-    from pixel_jax.rollouts.materialize import materialize_on_host
-    from pixel_jax.rollouts.prompts import Query, build_prompts, tables
-    from pixel_jax.rollouts.rollout import host_rollouts, rollout
-    from pixel_jax.rollouts.trajectory import to_host
+    """Answers the question of the command line, or those that are read from standard input."""
+    if not arguments:
+        raise UserError("give the directory of a model: pixel-jax chat DIR [IMAGE ...] [--question=...]")
+    from pixel_jax.evaluation import report, trace
     from pixel_jax.tools.host import HostToolsConfig
-    from pixel_jax.tools.named import DEFAULT, find_format, find_tools
-    from pixel_jax.training.answers import last_boxed
+    from pixel_jax.tools.named import DEFAULT, find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
-    directory, images = pathlib.Path(arguments[0]), arguments[1:]
-    try:  # whatever the locale takes the bytes of the command line for
-        question = os.fsencode(FLAGS.question).decode("utf-8")
-    except UnicodeError as error:
-        raise UserError(f"--question is not UTF-8: {error}") from None
-    pictures, seconds = load_frames([pathlib.Path(path) for path in images], FLAGS.video)
-    query = Query(question, pictures, FLAGS.video, seconds or 1.0)
-    tools = find_tools(FLAGS.tools or DEFAULT)
+    question = None if FLAGS.question is None else as_utf8(FLAGS.question, "--question")
+    parts = load_parts([pathlib.Path(path) for path in arguments[1:]], FLAGS.video)
+    find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
-    model, processor = from_pretrained(directory)
-    if processor is None:
-        raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
-    config = judged(read_limits(directory) or RolloutConfig(), temperature)
-    if FLAGS.call_format:
-        find_format(FLAGS.call_format)  # imported on the word of the command line, not of the model
-        config = dataclasses.replace(config, call_format=FLAGS.call_format)
-    vocabulary = Vocabulary.of(processor.tokenizer)
-    token_tables = tables(vocabulary, tools, call_format(config.call_format))
-    prompts = build_prompts([query], vocabulary, token_tables, config)
+    speaker = load_speaker(arguments[0], tools=FLAGS.tools, call_format=FLAGS.call_format, temperature=temperature)
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
-    with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary, workers) as rollouts:
-        trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
-    written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.loss_mask[0]]).decode("utf-8", "replace")
-    seen = materialize_on_host(trajectories, prompts.images, tools, config)
-    trace = make_trace(seen, 0, query, vocabulary, answer=last_boxed(written))
-    show(trace)
-    if said := format_warning([written], token_tables.parser.language):
-        warn(said)
+    with host_tools(speaker, FLAGS.tools or DEFAULT, workers) as host:
+        chat = Chat(speaker, host=host, seed=FLAGS.seed, screen=Screen())
+        if question is not None:
+            chat.ask(question, parts)
+        else:
+            converse(chat, parts)
+    if FLAGS.json:
+        trace.save(FLAGS.json, chat.traces)
+        say(f"\nThe conversation is written to {FLAGS.json}.")
     if FLAGS.html:
-        report.write(FLAGS.html, report.traces_page([trace], query.question))
+        title = chat.traces[0].question if chat.traces else "Nothing was asked"
+        report.write(FLAGS.html, report.traces_page(chat.traces, title))
         say(f"\nThe conversation is drawn in {FLAGS.html}.")
 
 
-def show(trace, stream=None) -> None:
-    """A trace as text: who said what, which box of which image was cropped, what was seen of it."""
-    from rich.console import Console
-    from rich.text import Text
+def converse(chat: "Chat", parts: list["Part"]) -> None:
+    """Answers line by line; `parts` are shown with the first question. What is wrong with a line is said, and the next read."""
+    if sys.stdin.isatty():
+        say(HELP)
+    for line in read_lines():
+        command = line.strip()
+        if command in ("/quit", "/exit"):
+            return
+        if command == "/help":
+            say(HELP)
+        elif command == "/new":
+            chat.messages, parts = [], []
+        elif command:
+            try:
+                names, question = split_line(line)
+                shown = [*parts, *load_parts([pathlib.Path(name) for name in names], False)]
+                chat.ask(question, shown)
+                parts = []
+            except (ValueError, OSError) as error:
+                warn(f"pixel-jax chat: {error}")
 
-    console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-    print_line = lambda who, text, style: console.print(Text.assemble((f"{who:>9}  ", style), printable(text)))
-    print_line("question", trace.question, "bold")
-    for picture in trace.overview:
-        print_line("sees", f"{picture.caption}, {picture.width}x{picture.height}", "dim")
-    call = 0
-    for turn in trace.turns:
-        if turn.role == "assistant":
-            print_line("model", turn.text, "bold green")
-            continue
-        call += 1
-        for picture in trace.pictures:
-            for number, *box in picture.boxes:
-                if number == call:
-                    where = "({}, {}) to ({}, {})".format(*box)
-                    print_line(
-                        "looks at", f"{picture.caption}, {where} of {picture.width}x{picture.height} pixels", "cyan"
-                    )
-        print_line("tool", turn.text, "red" if turn.failed else "bold blue")
-    print_line("answer", trace.answer if trace.answer is not None else f"none ({trace.stop})", "bold")
+
+def read_lines() -> Iterator[str]:
+    """Lines that are typed, or come from a file or a pipe. UserError: one is not UTF-8."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401, `input` edits lines with it
+
+        while True:
+            try:
+                yield as_utf8(input("\nquestion  "), "the line")
+            except EOFError:
+                return
+    for line in sys.stdin.buffer:
+        yield as_utf8(line, "the line").rstrip("\r\n")
+
+
+def as_utf8(written: str | bytes, name: str) -> str:
+    """Text from outside, whatever the locale has taken its bytes for. UserError: they are not UTF-8."""
+    try:
+        return (os.fsencode(written) if isinstance(written, str) else written).decode("utf-8")
+    except UnicodeError as error:
+        raise UserError(f"{name} is not UTF-8: {error}") from None
+
+
+def split_line(line: str) -> tuple[list[str], str]:
+    """The files that a line names with @, and the rest of it."""
+    names = [next(filter(None, found.groups())) for found in FILE.finditer(line)]
+    return names, re.sub(r"(?<!\S)@@", "@", FILE.sub("", line)).strip()
+
+
+def load_parts(paths: Sequence[pathlib.Path], video: bool) -> list["Part"]:
+    """The images and videos in files; with `video`, all files together are the frames of one. ImageError: one is neither."""
+    from pixel_jax.data.sources import load_frames, shows_clip
+    from pixel_jax.serving.conversation import Clip
+
+    if video:
+        frames, seconds = load_frames(paths, True)
+        return [Clip(frames, seconds or 1.0)]
+    parts: list[Part] = []
+    for path in paths:
+        clip = shows_clip(path)
+        frames, seconds = load_frames([path], clip)
+        parts += [Clip(frames, seconds or 1.0)] if clip else frames
+    return parts
+
+
+class Chat:
+    """A conversation that goes on.
+
+    Args:
+      speaker: the model.
+      host: carries out calls of tools that run on the host; None: there are none.
+      seed: of the sampling.
+      screen: where it is shown.
+    """
+
+    def __init__(self, speaker: "Speaker", *, host: "HostTools | None", seed: int, screen: "Screen"):
+        self.speaker, self.host, self.seed, self.screen = speaker, host, seed, screen
+        self.messages: list[Message] = []
+        self.traces: list[Trace] = []
+        self._session: Session | None = None
+
+    def ask(self, question: str, parts: Sequence["Part"] = ()) -> str:
+        """The answer to a question about `parts` and what was shown before; it is shown as it is written.
+
+        Raises:
+          PromptError: the question has no text, or the conversation cannot be shown; it is as it was before.
+        """
+        from pixel_jax.dialog.unrecognised import format_warning
+        from pixel_jax.evaluation.trace import make_trace
+        from pixel_jax.rollouts.images import ragged
+        from pixel_jax.rollouts.materialize import materialize_on_host
+        from pixel_jax.serving.conversation import Message, prompt_of
+        from pixel_jax.serving.session import Reader, Wrote
+        from pixel_jax.training.answers import last_boxed
+
+        speaker, screen = self.speaker, self.screen
+        asked = [*self.messages, Message("user", (*parts, question))]
+        prompt = prompt_of(asked, speaker)
+        query = prompt.query
+        session = self._session_for(prompt)
+        place = session.admit(prompt.placed(speaker, session.shape, len(self.traces)), speaker.config.temperature)
+        screen.question(question, query, len(parts))
+        reader, answer = Reader(speaker.vocabulary), ""
+        while reader.ended is None:
+            session.advance(BUDGET)
+            for event in reader.read(session.read()[place]):
+                if isinstance(event, Wrote):
+                    answer += event.text
+                    screen.wrote(event.text)
+                else:
+                    screen.saw(event, query)
+        row = session.row(place)
+        session.drop(place)
+        seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
+        boxed = last_boxed(answer)
+        screen.answer(boxed, reader.reason)
+        if said := format_warning([answer], speaker.tables.parser.language):
+            warn(said)
+        self.traces.append(make_trace(seen, 0, query, speaker.vocabulary, answer=boxed))
+        self.messages = [*asked, Message("assistant", (answer,))]
+        return answer
+
+    def _session_for(self, prompt: "Prompt") -> "Session":
+        """A session with room for the prompt: the one there is, or a larger one."""
+        from pixel_jax.rollouts.prompts import PromptError
+        from pixel_jax.rollouts.shapes import prompt_shape
+        from pixel_jax.serving.session import Session
+
+        query, config = prompt.query, self.speaker.config
+        if len(prompt.ids) >= config.max_tokens:
+            raise PromptError(
+                f"the conversation has {len(prompt.ids)} tokens, and a row may have {config.max_tokens}: begin a new one"
+            )
+        up = lambda value, step: max(1, -(-value // step)) * step
+        height, width = (max((up(image.shape[i], SIDE) for image in query.images), default=SIDE) for i in (0, 1))
+        images, tokens = max(1, len(query.images)), up(len(prompt.ids), TOKENS)
+        old = self._session.shape if self._session is not None else None
+        if old is not None and old.video == query.is_video:
+            images, height, width = max(images, old.images), max(height, old.height), max(width, old.width)
+            tokens = max(tokens, old.tokens)
+        shape = prompt_shape(images, height, width, tokens, config, video=query.is_video)
+        if self._session is None or shape != old:
+            self._session = None  # its memory first
+            self._session = Session(self.speaker, shape, slots=1, host=self.host, seed=self.seed)
+        return self._session
+
+
+class Screen:
+    """A conversation as text in a terminal, as it goes."""
+
+    def __init__(self, stream: TextIO | None = None):
+        from rich.console import Console
+
+        self.console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._writing = False
+
+    def question(self, question: str, query: "Query", shown: int) -> None:
+        """What is asked, and the `shown` last images or frames that it is about, all of those of a video."""
+        self._line("question", question, "bold")
+        first = 0 if query.is_video else len(query.images) - shown
+        for i, image in list(enumerate(query.images))[first if shown else len(query.images) :]:
+            name = "frame" if query.is_video else "image"
+            self._line("sees", f"{name} {i + 1}, {image.shape[1]}x{image.shape[0]}", "dim")
+
+    def wrote(self, text: str) -> None:
+        """A piece of what the model writes."""
+        from rich.text import Text
+
+        if not self._writing:
+            self.console.print(Text.assemble((f"{'model':>9}  ", "bold green")), end="")
+            text, self._writing = text.removeprefix("\n"), True
+        self.console.print(Text(printable(text)), end="")
+
+    def saw(self, event: "Saw", query: "Query") -> None:
+        """What a call looked at, and what came back."""
+        self._end()
+        for image, x1, y1, x2, y2 in event.regions:
+            height, width = query.images[image].shape[:2]
+            name = f"{'frame' if query.is_video else 'image'} {image + 1}"
+            where = f"({x1}, {y1}) to ({x2}, {y2}) of {width}x{height} pixels"
+            self._line("looks at", f"{name}, {where}", "cyan")
+        self._line("tool", event.text, "red" if event.failed else "bold blue")
+
+    def answer(self, answer: str | None, reason: str) -> None:
+        """What was answered in the end; None: nothing, for this reason."""
+        self._end()
+        self._line("answer", answer if answer is not None else f"none ({reason})", "bold")
+
+    def _end(self) -> None:
+        if self._writing:
+            self.console.print()
+        self._writing = False
+
+    def _line(self, who: str, text: str, style: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text.assemble((f"{who:>9}  ", style), printable(text)))

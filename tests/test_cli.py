@@ -66,8 +66,13 @@ MISTAKES = {
     "view without a file": (["view"], 1, "give one directory of a run"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),
     "view of something else": (["view", "pyproject.toml"], 1, "pyproject.toml does not hold traces"),
-    "chat without a question": (["chat", "model", "a.png"], 1, "--question"),
-    "chat without an image": (["chat", "model", "--question=?"], 1, "at least one image"),
+    "chat without a model": (["chat"], 1, "give the directory of a model: pixel-jax chat DIR"),
+    "chat with no model": (["chat", "nowhere", "--question=?"], 1, "nowhere is not a model directory"),
+    "serve without a model": (["serve"], 1, "give the directory of a model, or several as NAME=DIR"),
+    "serve with no model": (["serve", "nowhere", "--port=0"], 1, "nowhere is not a model directory"),
+    "serve where others come": (["serve", "a", "--host=0.0.0.0"], 1, "PIXEL_JAX_API_KEY is not set: export PIXEL_JAX"),
+    "serve nowhere": (["serve", "a", "--host=192.0.2.1", "--key=HOME"], 1, "--host=192.0.2.1 --port=8000 cannot be"),
+    "two models of one name": (["serve", "x/a", "y/a"], 1, "two models are called 'a', x/a and y/a: name one as"),
     "chat about no image": (["chat", "model", "nowhere.png", "--question=?"], 1, "'nowhere.png' cannot be opened"),
     "sft without a config": (["sft"], 1, "pixel-jax sft: give --config=...$"),
     "sft with a missing config": (
@@ -200,7 +205,8 @@ def test_the_keys_that_save_memory_are_there(command):
             assert name in kinds, f"{command}: config{key}"
             of = [kinds[name], *typing.get_args(kinds[name])]
             kind = next((x for x in of if dataclasses.is_dataclass(x)), None)
-    if command == "pixel-jax chat":
+    if command in ("pixel-jax chat", "pixel-jax serve"):
+        said = re.sub(r"--\w+", "", said)
         assert all(word in RolloutConfig.__dataclass_fields__ for word in re.findall(r"\w+_\w+|implementation", said))
     elif command != "pixel-jax export":  # which has no config
         assert len(keys) > 3
@@ -213,6 +219,7 @@ def test_help(name):
         "view": "--out:",
         "export": "--out:",
         "chat": "--question:",
+        "serve": "--allowed_hosts:",
         "bench": "--only:",
         "check": "--seconds:",
     }.get(name, "--config:")

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixel_jax import terminal
-from pixel_jax.chat import show
+from pixel_jax.chat import Screen
 from pixel_jax.evaluation.summary import print_table
-from pixel_jax.evaluation.trace import ShownTurn, Trace
 from pixel_jax.parallel import processes
+from pixel_jax.rollouts.prompts import Query
+from pixel_jax.serving.session import Saw
 from pixel_jax.training.progress import Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,10 +46,14 @@ def test_long_values_are_cut():
 
 
 def test_a_conversation_and_a_table_show_escapes():
-    trace = Trace(
-        ESCAPES, (), (), (ShownTurn("assistant", ESCAPES), ShownTurn("tool", ESCAPES)), ESCAPES, answer=ESCAPES
-    )
-    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(["head"], [[ESCAPES]], stream)):
+    def show(stream):
+        screen, query = Screen(stream), Query(ESCAPES, [])
+        screen.question(ESCAPES, query, 0)
+        screen.wrote(ESCAPES)
+        screen.saw(Saw(ESCAPES, False, ()), query)
+        screen.answer(None, ESCAPES)
+
+    for draw in (show, lambda stream: print_table(["head"], [[ESCAPES]], stream)):
         stream = io.StringIO()
         draw(stream)
         assert "\x1b" not in stream.getvalue() and r"\x1b]0;PWN\x07" in stream.getvalue()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from pixel_jax.cli import UserError
-from pixel_jax.serving.speakers import define_speaker_flags, load_speaker
+from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
 from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import say
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pixel_jax.rollouts.shapes import BatchShape
     from pixel_jax.serving.conversation import Speaker
     from pixel_jax.serving.engine import Engine
-    from pixel_jax.tools.host import HostTools
 
 FLAGS = flags.FLAGS
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -67,17 +66,20 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.serving.engine import Engine
     from pixel_jax.serving.metrics import Metrics
     from pixel_jax.serving.session import Session
+    from pixel_jax.tools.host import HostToolsConfig
+    from pixel_jax.tools.named import DEFAULT
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     SIGNALS.save_first()
     listener = listen(FLAGS.host, FLAGS.port)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
+    workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with contextlib.ExitStack() as stack:
         speakers, sessions = {}, {}
         for name, directory in directories.items():
             speaker = with_sampling(load_speaker(directory, tools=FLAGS.tools, call_format=FLAGS.call_format))
-            host = stack.enter_context(host_tools(speaker))
+            host = stack.enter_context(host_tools(speaker, FLAGS.tools or DEFAULT, workers))
             speakers[name] = speaker
             sessions[name] = Session(speaker, shape_of(speaker), slots=FLAGS.slots, host=host)
             sessions[name].warm_up()
@@ -122,19 +124,6 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
 
     side = FLAGS.image_side
     return prompt_shape(FLAGS.images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
-
-
-@contextlib.contextmanager
-def host_tools(speaker: "Speaker") -> Iterator["HostTools | None"]:
-    """The workers of tools that run on the host; None where there are none of these."""
-    from pixel_jax.tools.host import HostTools, HostToolsConfig
-    from pixel_jax.tools.named import DEFAULT
-
-    if not any(tool.host for tool in speaker.tables.tools):
-        yield None
-        return
-    with HostTools(FLAGS.tools or DEFAULT, HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)) as host:
-        yield host
 
 
 def listen(host: str, port: int) -> socket.socket:

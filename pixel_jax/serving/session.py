@@ -53,27 +53,33 @@ class Session:
       slots: rows that are written at the same time. As many prompts again may wait on the device, so that a slot that gets
         free does not stand empty until the host is asked.
       host: carries out calls of tools that run on the host.
+      seed: of what is sampled; rows also draw from their prompts' `uid`.
     """
 
-    def __init__(self, speaker: Speaker, shape: BatchShape, *, slots: int, host: HostTools | None = None):
+    def __init__(
+        self, speaker: Speaker, shape: BatchShape, *, slots: int, host: HostTools | None = None, seed: int = 0
+    ):
         self.speaker, self.shape, self.host = speaker, shape, host
         config = dataclasses.replace(speaker.config, group_size=1, in_flight=slots)
         capacity = slots if slots == 1 else 2 * slots
         self.free = list(reversed(range(capacity)))
         self._images = ragged([()] * capacity)
-        nothing = Prompt(Query("", []), speaker.vocabulary.encode("."))
-        none = take_prompts(nothing.placed(speaker, shape), slice(0, 0))
-        self._state = begin(speaker.model, none, jax.random.key(0), config, capacity=capacity)
+        none = take_prompts(self._nothing(), slice(0, 0))
+        self._state = begin(speaker.model, none, jax.random.key(seed), config, capacity=capacity)
         self.config = config
 
     def warm_up(self) -> None:
         """Compiles all that is called later, with a row of its own that is dropped again."""
-        prompt = Prompt(Query("", []), self.speaker.vocabulary.encode("."))
-        place = self.admit(prompt.placed(self.speaker, self.shape), 1.0)
+        place = self.admit(self._nothing(), 1.0)
         self.advance(1)
         self.read()
         self.row(place)
         self.drop(place)
+
+    def _nothing(self) -> HostPrompts:
+        """A prompt of one letter."""
+        prompt = Prompt(Query("", [], self.shape.video), self.speaker.vocabulary.encode("."))
+        return prompt.placed(self.speaker, self.shape)
 
     def admit(self, prompts: HostPrompts, temperature: float) -> int:
         """The place that the one prompt is given. There must be a free one; its answer follows from its `uid` and no other."""

@@ -1,9 +1,10 @@
 """From directories and flags to models that answer."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -12,8 +13,7 @@ from pixel_jax.cli import UserError
 
 if TYPE_CHECKING:
     from pixel_jax.serving.conversation import Speaker
-
-FLAGS = flags.FLAGS
+    from pixel_jax.tools.host import HostTools, HostToolsConfig
 
 
 def define_speaker_flags() -> None:
@@ -60,3 +60,15 @@ def load_speaker(
         config = dataclasses.replace(config, call_format=call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
     return Speaker(model, vocabulary, tables(vocabulary, known, formats.call_format(config.call_format)), config)
+
+
+@contextlib.contextmanager
+def host_tools(speaker: "Speaker", names: Sequence[str], config: "HostToolsConfig") -> Iterator["HostTools | None"]:
+    """The workers of the tools of these names that run on the host; None where none does."""
+    from pixel_jax.tools.host import HostTools
+
+    if not any(tool.host for tool in speaker.tables.tools):
+        yield None
+        return
+    with HostTools(names, config) as host:
+        yield host

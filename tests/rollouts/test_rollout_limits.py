@@ -52,7 +52,7 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("greedy, temperature, wanted", [(True, None, 0.0), (False, None, 1.0), (True, 0.7, 0.7)])
 def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, temperature, wanted):
-    def asked(model, prompts, key, config):
+    def asked(model, prompts, key, config, **_):
         raise Asked(config)
 
     given = types.SimpleNamespace(
@@ -66,9 +66,10 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
         tool_workers=4,
         tool_seconds=30.0,
         html=None,
+        json=None,
     )
     monkeypatch.setattr(chat, "FLAGS", given)
-    monkeypatch.setattr("pixel_jax.rollouts.rollout.rollout", asked)
+    monkeypatch.setattr("pixel_jax.serving.session.begin", asked)
     monkeypatch.setattr("pixel_jax.training.progress.use_compilation_cache", lambda path: None)
     with pytest.raises(Asked) as found:
         chat.main("chat", [str(directory), str(directory / "a.png")])

@@ -19,10 +19,9 @@ from tests.rollouts.scripted_model import CHAIN, CROP, END, START
 CONFIG = dataclasses.replace(judged(scripted_model.CONFIG, 0.0), max_response=256, max_calls=2, observe_chunk=1)
 SHAPE = scripted_model.shape(CONFIG, tokens=256)
 
-# What the prompt says tips the scales: nothing that may follow is much likelier than the rest. Some answers are long.
+# What the prompt says tips the scales where a turn begins: a call and all answers are equally likely. Some answers are long.
 ANSWERS = [f"\\boxed{{{i}}}" for i in range(8)]
-EVEN = {before: dict.fromkeys(after, 1.0) for before, after in CHAIN.items() if before != START}
-EVEN |= {START: {CROP: 1.2} | dict.fromkeys(ANSWERS, 1.0)}
+EVEN = CHAIN | {START: dict.fromkeys((CROP, *ANSWERS), 1.0)}
 EVEN |= {answer: {END: 1.0, "I see nothing.": 1.0} for answer in ANSWERS}
 
 
@@ -37,19 +36,11 @@ def speaker():
     return Speaker(scripted_model.network(words, EVEN), words, tables(words), CONFIG, "vcot")
 
 
-def rolled_out(speaker, queries, temperature=0.0, seeds=(0,)):
-    """What `rollout` writes for queries, turn by turn."""
-    config = dataclasses.replace(speaker.config, temperature=temperature)
-    prompts = build_prompts(queries, vocabulary(), speaker.tables, config, shape=SHAPE, uids=list(seeds))
-    rows = to_host(rollout(speaker.model, prompts, jax.random.key(0), config))
-    found = []
-    for tokens, valid, chosen in zip(rows.tokens, rows.valid, rows.loss_mask, strict=True):
-        runs = np.split(tokens[valid], np.flatnonzero(np.diff(chosen[valid])) + 1)
-        turns = [vocabulary().to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-        found.append("\n".join(turns))
-    return found
-
-
 def alone(speaker, query, temperature=0.0, seed=0):
-    """What `rollout` writes for one query by itself."""
-    return rolled_out(speaker, [query], temperature, [seed])[0]
+    """What `rollout` writes for one query by itself, turn by turn."""
+    config = dataclasses.replace(speaker.config, temperature=temperature)
+    prompts = build_prompts([query], vocabulary(), speaker.tables, config, shape=SHAPE, uids=[seed])
+    rows = to_host(rollout(speaker.model, prompts, jax.random.key(0), config))
+    tokens, chosen = rows.tokens[0][rows.valid[0]], rows.loss_mask[0][rows.valid[0]]
+    runs = np.split(tokens, np.flatnonzero(np.diff(chosen)) + 1)
+    return "\n".join(vocabulary().to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2])
