@@ -165,6 +165,7 @@ class Chat:
         Raises:
           PromptError: the question has no text, or the conversation cannot be shown; it is as it was before.
         """
+        from pixel_jax.dialog.template import SPECIAL_TOKENS
         from pixel_jax.dialog.unrecognised import format_warning
         from pixel_jax.evaluation.trace import make_trace
         from pixel_jax.rollouts.images import ragged
@@ -180,21 +181,23 @@ class Chat:
         session = self._session_for(prompt)
         place = session.admit(prompt.placed(speaker, session.shape, len(self.traces)), speaker.config.temperature)
         screen.question(question, query, len(parts))
-        reader, answer = Reader(speaker.vocabulary), ""
+        reader, turns = Reader(speaker.vocabulary), [""]
         while reader.ended is None:
             session.advance(BUDGET)
             for event in reader.read(session.read()[place]):
                 if isinstance(event, Wrote):
-                    answer += event.text
+                    turns[-1] += event.text
                     screen.wrote(event.text)
                 else:
+                    turns.append("")
                     screen.saw(event, query)
         row = session.row(place)
         session.drop(place)
         seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
+        answer = "".join(turns)
         boxed = last_boxed(answer)
         screen.answer(boxed, reader.reason)
-        if said := format_warning([answer], speaker.tables.parser.language):
+        if said := format_warning([SPECIAL_TOKENS["im_end"].join(turns)], speaker.tables.parser.language):
             warn(said)
         self.traces.append(make_trace(seen, 0, query, speaker.vocabulary, answer=boxed))
         self.messages = [*asked, Message("assistant", (answer,))]

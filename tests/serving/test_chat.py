@@ -48,7 +48,7 @@ def test_a_conversation(speaker, talk, monkeypatch):
         assert x.turns[0].role == "assistant"
 
 
-def test_calls_are_shown_as_they_happen(speaker):
+def test_calls_are_shown_as_they_happen(speaker, capsys):
     """At temperature 1 some calls are carried out: where they looked, and what came back."""
     for seed in range(6):
         stream = io.StringIO()
@@ -60,6 +60,7 @@ def test_calls_are_shown_as_they_happen(speaker):
         assert len(said_by(stream, "looks at")) == seen
         if seen:
             assert "image 1, (" in said_by(stream, "looks at")[0] and "of 150x120 pixels" in stream.getvalue()
+            assert capsys.readouterr().err == ""  # each turn is read by itself: its calls are understood
             return
     raise AssertionError("nothing was looked at")
 

@@ -125,7 +125,7 @@ def test_two_hundred_at_a_time(server, speaker):
     print(f"200 requests in {time.monotonic() - started:.1f} s")
     expected = [alone(speaker, Query(x, [image]), **y) for (x, image), y in zip(questions, drawn, strict=True)]
     assert [x.choices[0].message.content for x in found] == expected * 5
-    assert len(set(expected)) > 20 and len({x.id for x in found}) == 200
+    assert len(set(expected)) > 12 and len({x.id for x in found}) == 200
     assert {x.model for x in found} == {"tiny"} and {x.choices[0].finish_reason for x in found} <= {"stop", "length"}
     looked = [x for x in found if any(turn["role"] == "tool" for turn in x.model_extra["pixel_jax"]["turns"])]
     assert 10 < len(looked) and server.engine.counts() == {"tiny": (0, 0), "again": (0, 0)}
