@@ -58,9 +58,9 @@ def main(command: str, arguments: list[str]) -> None:
     parts = load_parts([pathlib.Path(path) for path in arguments[1:]], FLAGS.video)
     find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
-    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
     speaker = load_speaker(arguments[0], tools=FLAGS.tools, call_format=FLAGS.call_format, temperature=temperature)
+    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with host_tools(speaker, FLAGS.tools or DEFAULT, workers) as host:
         chat = Chat(speaker, host=host, seed=FLAGS.seed, screen=Screen())

@@ -23,7 +23,10 @@ COMMANDS: Commands = {
     ),
     "check": ("pixel_jax.bench.check", "whether this machine's accelerator computes what it should, in 8 minutes"),
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
-    "serve": ("pixel_jax.serving.main", "answer OpenAI's chat completions with trained models, tools and pictures included"),
+    "serve": (
+        "pixel_jax.serving.main",
+        "answer OpenAI's chat completions with trained models, tools and pictures included",
+    ),
     "sft": ("pixel_jax.train", "instruction tuning on traces, from a config file"),
     "rl": ("pixel_jax.train", "reinforcement learning with the curiosity reward, from a config file"),
     "export": ("pixel_jax.export", "a checkpoint of a run as a model directory, to be evaluated or gone on from"),

@@ -161,9 +161,7 @@ def room_for(
     """`shape`, or else one for `queries` with the token ids `ids`. PromptError: they do not fit."""
     up = lambda value, step: -(-value // step) * step
     longest, images = max(map(len, ids)), max(len(query.images) for query in queries)
-    height, width = (
-        max((image.shape[i] for query in queries for image in query.images), default=0) for i in (0, 1)
-    )
+    height, width = (max((image.shape[i] for query in queries for image in query.images), default=0) for i in (0, 1))
     kinds = {"video": any(query.is_video for query in queries), "still": not all(query.is_video for query in queries)}
     shape = shape or prompt_shape(images, up(height, 64), up(width, 64), up(longest, 32), config, **kinds)
     if longest > shape.tokens:

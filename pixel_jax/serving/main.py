@@ -70,31 +70,36 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.tools.named import DEFAULT
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
-    SIGNALS.save_first()
     listener = listen(FLAGS.host, FLAGS.port)
     announce_compiles()
-    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with contextlib.ExitStack() as stack:
-        speakers, sessions = {}, {}
-        for name, directory in directories.items():
-            speaker = with_sampling(load_speaker(directory, tools=FLAGS.tools, call_format=FLAGS.call_format))
-            host = stack.enter_context(host_tools(speaker, FLAGS.tools or DEFAULT, workers))
-            speakers[name] = speaker
-            sessions[name] = Session(speaker, shape_of(speaker), slots=FLAGS.slots, host=host)
+        load = lambda directory: load_speaker(directory, tools=FLAGS.tools, call_format=FLAGS.call_format)
+        speakers = {name: with_sampling(load(directory)) for name, directory in directories.items()}
+        use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
+        sessions = {}
+        for name, speaker in speakers.items():
+            called = stack.enter_context(host_tools(speaker, FLAGS.tools or DEFAULT, workers))
+            sessions[name] = Session(speaker, shape_of(speaker), slots=FLAGS.slots, host=called)
             sessions[name].warm_up()
         limit = FLAGS.slots * len(sessions) + FLAGS.queue
         engine = Engine(sessions, limit=limit, budget=FLAGS.budget, metrics=Metrics())
         engine.start()
-        hosts = [FLAGS.host, *FLAGS.allowed_hosts]
+        hosts = [bracketed(FLAGS.host), *FLAGS.allowed_hosts]
         app = make_app(engine, speakers, hosts=hosts, key=key, body_bytes=FLAGS.body_mb << 20)
         host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        say(f"{', '.join(map(repr, speakers))} at http://{shown}:{port}/v1, {'with' if key else 'without'} an API key")
+        names = ", ".join(map(repr, speakers))
+        SIGNALS.save_first()
+        say(f"{names} at http://{bracketed(host)}:{port}/v1, {'with' if key else 'without'} an API key")
         asyncio.run(serve(app, engine, listener))
         if engine.failed is not None:
             raise UserError(f"the model has failed: {engine.failed}")
         say("All requests are answered.")
+
+
+def bracketed(host: str) -> str:
+    """An address as URLs have it."""
+    return f"[{host}]" if ":" in host else host
 
 
 def named_directories(arguments: Sequence[str]) -> Mapping[str, str]:

@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixel_jax.chat import show
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.files import FileError
@@ -254,14 +253,6 @@ def test_a_browser_stays_on_the_page(tmp_path):
         look(hostile_page("plain").replace("turn tool failed", f"turn {leave}"))  # a role as it is
         assert "/x" in asked
         server.shutdown()
-
-
-def test_a_conversation_in_the_terminal(found):
-    stream = io.StringIO()
-    with_crop = next(item for item in found[1] if any(picture.boxes for picture in item.pictures))
-    show(with_crop, stream)
-    text = stream.getvalue()
-    assert with_crop.question in text and "looks at" in text and "answer" in text
 
 
 def test_a_page_is_written_whole(tmp_path):

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -15,7 +16,6 @@ from PIL import Image
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from tests.rollouts import scripted_model
-from tests.test_cli import ENVIRONMENT
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ def test_serve(tmp_path):
     small = ("--port=0", "--slots=1", "--prompt_tokens=256", "--images=1", "--image_side=192", "--budget=1")
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", f"again={directory}", *small],
-        env=ENVIRONMENT | {"PIXEL_JAX_API_KEY": "secret"},
+        env=os.environ | {"PIXEL_JAX_API_KEY": "secret"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
