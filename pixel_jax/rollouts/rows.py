@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
         """[R, ...] -> [S * C, ...], zeros for no row. Of an x with fewer entries, neighbouring rows share one."""
         parts, share = self._split(x), self.rows // x.shape[0]
         taken = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(parts, self.at // share)
-        return taken.reshape(-1, *x.shape[1:])
+        return taken.reshape(self.at.size, *x.shape[1:])
 
     def put(self, x: jax.Array, values: jax.Array) -> jax.Array:
         """x [R, ...] with `values` [S * C, ...] in the places of the chunk's rows."""

@@ -13,6 +13,7 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.queue import READ
 from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, drop, finish, finished, rollout
+from pixel_jax.rollouts.rows import Chunk
 from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
 from tests.rollouts import scripted_model
@@ -275,3 +276,8 @@ def test_each_prompt_may_have_a_temperature():
     assert (whole(greedy, 0, 1, 2, 3).tokens[:2] != whole(QUEUED, 0, 1, 2, 3).tokens[:2]).any()
     with pytest.raises(ValueError, match=r"temperatures \[-1\] for 1 prompts: give one for each, 0 or more"):
         admit(drop(state, [0]), [0], prompts(0), temperatures=[-1])
+
+
+def test_rows_of_nothing_are_taken():
+    """What calls leave behind is empty where none are allowed (`max_calls` 0)."""
+    assert Chunk(jnp.zeros((1, 2), jnp.int32), 3).take(jnp.zeros((3, 0, 4))).shape == (2, 0, 4)
