@@ -25,7 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.grammar import END, MAX_SHIFT, MAX_UNITS, RELEASED_LANGUAGE, WHITE_SPACE, Language, Number, Value
+from pixel_jax.dialog.grammar import (
+    END,
+    MAX_SHIFT,
+    MAX_UNITS,
+    RELEASED_LANGUAGE,
+    WHITE_SPACE,
+    DecimalNumber,
+    Language,
+    Value,
+)
 from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary
 from pixel_jax.tools import tool as kinds
 from pixel_jax.tools.calls import Calls
@@ -425,13 +434,13 @@ class Reading(NamedTuple):
         if isinstance(argument, kinds.Number):
             for bounds, value in ((self.low, argument.low), (self.high, argument.high)):
                 if np.isfinite(value):
-                    bounds[t, at], bounded = Number.of(value).signed(), True
+                    bounds[t, at], bounded = DecimalNumber.of(value).signed(), True
         return self._replace(bounded=bounded)
 
 
-def _numbers(argument: Argument, value: Value) -> list[Number]:
+def _numbers(argument: Argument, value: Value) -> list[DecimalNumber]:
     """A default in number slots."""
-    whole = lambda integer: Number(abs(integer), 0, integer < 0, True)
+    whole = lambda integer: DecimalNumber(abs(integer), 0, integer < 0, True)
     match argument:
         case kinds.Text():
             return []

@@ -58,7 +58,7 @@ MAX_KEYS = 31
 WHITE_SPACE = b" \t\n\r"
 
 
-class Number(NamedTuple):
+class DecimalNumber(NamedTuple):
     """A decimal number: (-1)^negative * (units + micros / 10^6)."""
 
     units: int
@@ -67,7 +67,7 @@ class Number(NamedTuple):
     integer: bool  # written without a decimal point or an exponent: what Python's json reads as an int
 
     @classmethod
-    def of(cls, value: float) -> Number:
+    def of(cls, value: float) -> DecimalNumber:
         """`value`, as if it had been written."""
         return read_number(json.dumps(value).encode())
 
@@ -79,21 +79,21 @@ class Number(NamedTuple):
         return (-self.units, -self.micros) if self.negative else (self.units, self.micros)
 
 
-Value = Number | int | str | tuple[Number, ...] | tuple[int, ...]
+Value = DecimalNumber | int | str | tuple[DecimalNumber, ...] | tuple[int, ...]
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A valid call."""
 
     tool: int  # its place among the tools
-    arguments: dict[str, Value]  # by kind: Number, int, four Numbers, ints, a text
+    arguments: dict[str, Value]  # by kind: DecimalNumber, int, four Numbers, ints, a text
 
 
 class ParsedTurn(NamedTuple):
     """What a response asks for: nothing, a call, or (required, but call is None) something malformed."""
 
     required: bool
-    call: Call | None
+    call: ToolCall | None
 
 
 class MalformedCallError(ValueError):
@@ -170,7 +170,7 @@ class Language:
                 f"{[argument.name for argument in tool.arguments]}"
             )
         outcomes = [outcome.name for outcome in tool.outcomes]
-        if unknown := [name for name, _ in spelling.told if name not in outcomes]:
+        if unknown := [name for name, _ in spelling.texts if name not in outcomes]:
             raise ToolError(
                 f"the format {self.format.name!r} tells of the outcome {unknown[0]!r} of the tool {tool.name!r}, which has "
                 f"{outcomes}"
@@ -208,8 +208,8 @@ def value_of(argument: Argument, value: object) -> Value:
         case kinds.Integer() | kinds.Choice() | kinds.Text() | kinds.Integers():
             return value
         case kinds.Box():
-            return tuple(map(Number.of, value))
-    return Number.of(value)
+            return tuple(map(DecimalNumber.of, value))
+    return DecimalNumber.of(value)
 
 
 RELEASED_LANGUAGE = Language()
@@ -229,7 +229,7 @@ def parse_turn(response: str | bytes, language: Language = RELEASED_LANGUAGE) ->
         return ParsedTurn(True, None)
 
 
-def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> Call:
+def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> ToolCall:
     """The call in the text between the marks, or `MalformedCallError`."""
     text = _Text(body)
     if language.named:
@@ -237,7 +237,7 @@ def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> Call:
     else:
         tool, written = 0, dict(_arguments(text, language))
     text.end()
-    return Call(tool, {read.argument.name: _value(read, written, language) for read in language.reads[tool]})
+    return ToolCall(tool, {read.argument.name: _value(read, written, language) for read in language.reads[tool]})
 
 
 def _named(text: _Text, language: Language) -> tuple[int, dict[str, object]]:
@@ -313,11 +313,13 @@ def _value(read: Read, written: Mapping[str, object], language: Language) -> Val
     if not isinstance(argument, kinds.Number):
         return value
     if isinstance(source, kinds.Choice):
-        value = Number(value, 0, False, True)
+        value = DecimalNumber(value, 0, False, True)
     if read.add:
         total = value.signed_units() + read.add
         value = value._replace(units=abs(total), negative=total < 0)
-    low, high = (Number.of(x).signed() if abs(x) != float("inf") else None for x in (argument.low, argument.high))
+    low, high = (
+        DecimalNumber.of(x).signed() if abs(x) != float("inf") else None for x in (argument.low, argument.high)
+    )
     if (low and value.signed() < low) or (high and value.signed() > high):
         raise MalformedCallError(f"{argument.name} lies outside [{argument.low}, {argument.high}]")
     return value.signed_units() if isinstance(argument, kinds.Integer) else value
@@ -377,7 +379,7 @@ class _Text:
             raise MalformedCallError(f"a call ends with its object, not with {self.body[self.at : self.at + 20]!r}")
 
 
-def read_number(text: bytes, places: int = 0) -> Number:
+def read_number(text: bytes, places: int = 0) -> DecimalNumber:
     """A number of the language; `places` are added to its exponent."""
     mantissa, *exponent = re.split(rb"[eE]", text)
     whole, point, decimals = mantissa.removeprefix(b"-").partition(b".")
@@ -388,7 +390,7 @@ def read_number(text: bytes, places: int = 0) -> Number:
             units, micros = min(units * 10 + micros // 100_000, MAX_UNITS), micros % 100_000 * 10
         else:
             units, micros = units // 10, (units % 10 * 10**6 + micros) // 10
-    return Number(units, micros, text.startswith(b"-"), not point and not exponent)
+    return DecimalNumber(units, micros, text.startswith(b"-"), not point and not exponent)
 
 
 def _shift(exponent: bytes = b"0") -> int:

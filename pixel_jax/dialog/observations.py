@@ -52,7 +52,7 @@ def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -
     return Outcome("malformed", ours if call_format.malformed is None else call_format.malformed)
 
 
-class Kind(NamedTuple):
+class ObservationKind(NamedTuple):
     """A kind of observation: an outcome, and the tool that has it."""
 
     tool: Tool | None  # None: all share it
@@ -62,17 +62,17 @@ class Kind(NamedTuple):
         return self.outcome.name if self.tool is None else f"{self.tool.name}: {self.outcome.name}"
 
 
-def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[Kind, ...]:
+def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[ObservationKind, ...]:
     """All kinds of observation that calls of `tools` can have, as a format tells them, in the order in which records count
     them.
     """
     # What a tool of the host says is put around its answer there (`rollout.host`).
     text = lambda tool, outcome: outcome.text if tool.host else call_format.text(tool, outcome)
-    told = (Kind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)
-    return (*told, Kind(None, malformed(tools, call_format)))
+    told = (ObservationKind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)
+    return (*told, ObservationKind(None, malformed(tools, call_format)))
 
 
-class Arguments(NamedTuple):
+class ObservationValues(NamedTuple):
     """What the observations of R rows are made of. What a kind does not use is ignored."""
 
     kind: jax.Array  # i32 [R]          place in `Observations.kinds`; a negative one: no observation, no tokens
@@ -104,7 +104,7 @@ class _Segment(NamedTuple):
 class Observations:
     """The observations of some tools in the ids of one vocabulary. `assemble` is the one source of observation ids."""
 
-    kinds: tuple[Kind, ...]
+    kinds: tuple[ObservationKind, ...]
     segments: np.ndarray  # i32 [kinds, S, 7]   columns of _Segment
     constants: np.ndarray  # i32 [N]            the ids of all constant stretches
     digits: np.ndarray  # i32 [10]
@@ -238,7 +238,7 @@ class Observations:
             values = [min(max(int(value), -limit), limit) for value in values[:width]]
             return np.array([values + [0] * (width - len(values))], np.int32)
 
-        arguments = Arguments(
+        arguments = ObservationValues(
             kind=np.array([kind], np.int32),
             integers=row(integers, NUM_INTEGERS),
             items=row(items, MAX_LIST),
@@ -248,7 +248,7 @@ class Observations:
         ids, total = _assemble(self, arguments, length)
         return np.asarray(ids)[0, : int(total[0])].tolist()
 
-    def assemble(self, arguments: Arguments, length: int) -> tuple[jax.Array, jax.Array]:
+    def assemble(self, arguments: ObservationValues, length: int) -> tuple[jax.Array, jax.Array]:
         """The ids of R observations.
 
         Returns ids i32 [R, length], left-aligned, zeros beyond the row's own length, and the

@@ -7,7 +7,7 @@ import jax
 
 SHARE = 0.9  # of an accelerator: the rest is fragments, and the runtime's
 HOST_SHARE = 0.5  # of a host's: Python, the data that is read ahead, and other programs need some
-PICTURES = 4  # one part in so many of it is for the pictures of a batch of prompts
+PICTURES_DIVISOR = 4  # one part in so many of it is for the pictures of a batch of prompts
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

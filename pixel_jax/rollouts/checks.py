@@ -10,7 +10,7 @@ import numpy as np
 from pixel_jax.dialog.observations import NUM_INTEGERS
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.calls import no_values, read
-from pixel_jax.tools.looking import Answer, ImageHistory, Seen, size_of_drawing
+from pixel_jax.tools.device import Answer, ImageHistory, Seen, size_of_drawing
 from pixel_jax.tools.tool import Outcome, Tool, ToolError
 
 SIDE, SLOTS = 64, 3  # of the pictures, and pictures of the row, that a tool is tried with

@@ -20,7 +20,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings
-from pixel_jax.rollouts.operations import add_to_history, called, execute
+from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
 from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollouts.sampling import sample
 from pixel_jax.rollouts.shapes import RolloutShape, budget_of
@@ -39,7 +39,7 @@ from pixel_jax.rollouts.trajectory import (
     shown_by,
 )
 from pixel_jax.rollouts.views import show_waiting, visible_buffers
-from pixel_jax.tools.looking import ImageHistory, Seen, whole
+from pixel_jax.tools.device import ImageHistory, Seen, whole
 
 WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
 
@@ -319,7 +319,7 @@ def observe(
     long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
     run = asks & ~spent & ~crowded & ~long
 
-    done = called(call, result, run, shape.tools)
+    done = record_calls(call, result, run, shape.tools)
     answers = Answers(asks, run, done, result.count, jnp.where(run, lengths, 0), ids)
     state = answer(model, layers, shared, state, answers, config, shape)
     state = take_back(state, crowded, config)

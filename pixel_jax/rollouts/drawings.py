@@ -17,7 +17,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, made_by
 from pixel_jax.tools.calls import Values, read
-from pixel_jax.tools.looking import region_size
+from pixel_jax.tools.device import region_size
 from pixel_jax.tools.tool import Tool
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from pixel_jax.dialog import template
-from pixel_jax.dialog.grammar import Number, parse_turn
+from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
@@ -17,8 +17,8 @@ from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
 from pixel_jax.rollouts.views import GREY
+from pixel_jax.tools.device import MAX_RATIO, ImageHistory
 from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.looking import MAX_RATIO, ImageHistory
 from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
@@ -78,7 +78,7 @@ def images_of(
 
 def plain(value: Any, options: Sequence[str] = ()) -> Any:
     """An argument as a Python value."""
-    if isinstance(value, Number):
+    if isinstance(value, DecimalNumber):
         size = value.units if value.integer else value.units + value.micros / 10**6
         return -size if value.negative else size
     if isinstance(value, tuple):

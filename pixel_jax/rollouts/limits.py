@@ -1,6 +1,6 @@
 """`rollout.json` beside a model: the limits and pixel budgets that it was trained under, for whoever uses it next.
 
-How training explored is not among them: a model is judged, and talked to, at temperature 1 or greedily.
+How training explored is not among them: a model is evaluated, and talked to, at temperature 1 or greedily.
 """
 
 import dataclasses
@@ -17,20 +17,20 @@ from pixel_jax.state_files import write_json
 
 FILE = "rollout.json"
 # Fields that say what a model is shown, and how much of it.
-SHOWN = (
+VIEW_FIELDS = (
     *(f"{kind}{bound}_pixels" for kind in ("", "crop_", "select_", "video_") for bound in ("min", "max")),
     *("max_side", "pad", "min_crop", "one_is_absolute", "call_format", "max_calls", "max_images"),
 )
 
 
-def judged(config: RolloutConfig, temperature: float = 1.0) -> RolloutConfig:
+def single_answer(config: RolloutConfig, temperature: float = 1.0) -> RolloutConfig:
     """The limits of `config` with one answer a question, all of whose turns are sampled at one temperature; 0 is greedy."""
     return dataclasses.replace(config, group_size=1, temperature=temperature, later_temperature=None)
 
 
 def write_limits(directory: str | os.PathLike, config: RolloutConfig) -> None:
     """`config` beside the model in `directory`, without the sampling that trained it."""
-    write_json(pathlib.Path(directory) / FILE, dataclasses.asdict(judged(config)))
+    write_json(pathlib.Path(directory) / FILE, dataclasses.asdict(single_answer(config)))
 
 
 def read_limits(directory: str | os.PathLike) -> RolloutConfig | None:
@@ -40,7 +40,7 @@ def read_limits(directory: str | os.PathLike) -> RolloutConfig | None:
         ConfigError, FileError: the file is damaged; the message names it and the field.
     """
     path = pathlib.Path(directory) / FILE
-    return judged(load(RolloutConfig, read_json(path), str(path))) if path.exists() else None
+    return single_answer(load(RolloutConfig, read_json(path), str(path))) if path.exists() else None
 
 
 def differences(used: RolloutConfig, other: RolloutConfig, fields: Iterable[str]) -> dict[str, tuple]:

@@ -24,7 +24,7 @@ from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, Views, shown_by
 from pixel_jax.rollouts.views import GREY, cut, frame_patches, visible_buffers
-from pixel_jax.tools.looking import whole
+from pixel_jax.tools.device import whole
 from pixel_jax.tools.tool import Tool
 
 
@@ -55,7 +55,7 @@ def overviews(prompts: Prompts | HostPrompts, config: RolloutConfig) -> Views:
     )
 
 
-def called(calls: Calls, config: RolloutConfig) -> Views:
+def views_of_calls(calls: Calls, config: RolloutConfig) -> Views:
     """What the first `max_calls` calls of each row showed, [R, max_calls, V]."""
     calls = jax.tree.map(lambda x: jnp.asarray(x)[:, : config.max_calls], calls)
     return shown_by(calls, jnp.arange(config.max_calls, dtype=jnp.int32))
@@ -69,7 +69,7 @@ def patch_source(
     spread = lambda x: jnp.repeat(x, rows // x.shape[0], axis=0)
     before = jax.tree.map(spread, overviews(prompts, config))
     flat = lambda x: x.reshape(rows, -1, *x.shape[3:])
-    views = jax.tree.map(lambda x, y: jnp.concatenate([x, flat(y)], axis=1), before, called(calls, config))
+    views = jax.tree.map(lambda x, y: jnp.concatenate([x, flat(y)], axis=1), before, views_of_calls(calls, config))
     return PatchSource(views, drawings(calls, shape.tools, config))
 
 

@@ -1,6 +1,6 @@
 """What tool calls come to: from the numbers that a model wrote to the pictures it is shown, or to the message that says why not.
 
-Each tool decides for one row (`pixel_jax.tools.looking`); here it is asked about all of them.
+Each tool decides for one row (`pixel_jax.tools.device`); here it is asked about all of them.
 """
 
 import dataclasses
@@ -10,20 +10,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Arguments, Observations
+from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Observations, ObservationValues
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Calls as Asked
 from pixel_jax.tools.calls import Lists, Values, read
-from pixel_jax.tools.looking import Answer, ImageHistory, Seen, region_size, shown_size, size_of_drawing, whole
+from pixel_jax.tools.device import Answer, ImageHistory, Seen, region_size, shown_size, size_of_drawing, whole
 from pixel_jax.tools.tool import Tool
 
 
 class Result(NamedTuple):
     """What R calls come to."""
 
-    message: Arguments  # what the observation says, its kind above all
+    message: ObservationValues  # what the observation says, its kind above all
     source: Views  # [R, V], what is looked at; nothing where the observation is a message
     drawn: jax.Array  # int32 [R, 2], (height, width) of what a tool makes of it; zeros: nothing
     done: jax.Array  # bool [R], it is what was asked for
@@ -79,7 +79,7 @@ def _message(kind: jax.Array, views: int, values: Values) -> Result:
     """Observations of these kinds [R] that show and say nothing besides."""
     zeros = lambda *tail: jnp.zeros((*kind.shape, *tail), jnp.int32)
     return Result(
-        message=Arguments(kind, zeros(NUM_INTEGERS), zeros(MAX_LIST), zeros(), zeros(views)),
+        message=ObservationValues(kind, zeros(NUM_INTEGERS), zeros(MAX_LIST), zeros(), zeros(views)),
         source=Views(jnp.full_like(zeros(views), NO_IMAGE), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),
         done=zeros() > 0,
@@ -123,7 +123,7 @@ def _result(
     source = Views(fit(answer.image, NO_IMAGE), fit(answer.region, 0), fit(answer.size, 0))
     pads = source.size[:, 0] * source.size[:, 1] // FACTOR**2
     return Result(
-        Arguments(kind, integers, items, listed.length, pads),
+        ObservationValues(kind, integers, items, listed.length, pads),
         source,
         jnp.where(count > 0, drawn, 0),
         done | (count > 0),
@@ -132,7 +132,7 @@ def _result(
     )
 
 
-def called(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
+def record_calls(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
     """The record of R calls of `tools` of the device, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
     showing = run & (result.count > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)

@@ -30,7 +30,7 @@ from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import Calls, Prompts, Trajectories, no_calls
 from pixel_jax.rollouts.views import each, render
-from pixel_jax.tools.looking import ImageHistory
+from pixel_jax.tools.device import ImageHistory
 
 T = TypeVar("T")
 Rows = TypeVar("Rows", RowState, "Record")

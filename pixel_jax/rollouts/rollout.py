@@ -326,9 +326,9 @@ class HostRollouts:
     ) -> Trajectories[VisualRecord]:
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
 
-    def facts(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For metrics, of what was rolled out since the last time."""
-        return self.host.facts()
+        return self.host.metrics()
 
 
 @contextlib.contextmanager
@@ -359,7 +359,7 @@ def _of_host(tools: Sequence[Tool]) -> str:
 CACHES = 3  # one part in so many of a device's memory is for what rows in flight keep
 
 
-def fitting(
+def limit_in_flight(
     config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
     """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
@@ -377,7 +377,9 @@ def fitting(
 PREFIX_STEP = 8  # prefixes are padded to a multiple, to share a program
 
 
-def traced(config: RolloutConfig, assistant_prefix: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
+def traced_settings(
+    config: RolloutConfig, assistant_prefix: Sequence[int]
+) -> tuple[jax.Array, jax.Array, RolloutConfig]:
     """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
     padded = np.full(PREFIX_STEP * max(1, -(-len(assistant_prefix) // PREFIX_STEP)), -1, np.int32)
     padded[: len(assistant_prefix)] = assistant_prefix
@@ -397,8 +399,8 @@ def _given(
     mesh: Mesh | None,
 ) -> tuple:
     """What the programs take after the model: prompts, key, assistant prefix and temperatures on the devices, and the config."""
-    config = fitting(config, model, prompts, shape, mesh)
-    assistant_prefix, temperature, config = traced(config, assistant_prefix)
+    config = limit_in_flight(config, model, prompts, shape, mesh)
+    assistant_prefix, temperature, config = traced_settings(config, assistant_prefix)
     if mesh is not None:
         key, assistant_prefix, temperature = replicate((key, assistant_prefix, temperature), mesh)
     return put_prompts(prompts, mesh), key, assistant_prefix, temperature, config

@@ -15,7 +15,7 @@ from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
-from pixel_jax.rollouts.materialize import called
+from pixel_jax.rollouts.materialize import views_of_calls
 from pixel_jax.rollouts.rollout import layout, put_prompts
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, no_calls
@@ -70,7 +70,7 @@ def _show(
     """What the calls of that number showed, of every row."""
     group = calls.status.shape[0] // len(prompts.image_sizes)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
-    seen = jax.tree.map(take, called(calls, config))
+    seen = jax.tree.map(take, views_of_calls(calls, config))
     return show_waiting(
         model,
         visible_buffers(prompts.buffers, config, pictures),

@@ -96,7 +96,7 @@ def read(tool: Tool, values: Values) -> dict[str, jax.Array | Numbers | Lists]:
     return found
 
 
-def plain(tool: Tool, values: Values) -> dict[str, Any]:
+def python_values(tool: Tool, values: Values) -> dict[str, Any]:
     """The arguments of one call, as Python values: a box is four floats, a choice its text."""
     written = {argument.name: argument for argument in tool.arguments}
     return {name: _plain(written[name], value) for name, value in read(tool, values).items()}

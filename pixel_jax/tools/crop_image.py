@@ -3,7 +3,7 @@ a coordinate of exactly 1 is relative, indices below 1 are out of range, and cro
 """
 
 from pixel_jax.tools.boxes import box_in_region
-from pixel_jax.tools.looking import Answer, Seen, find_target, no_such_image, region_size, shown_size
+from pixel_jax.tools.device import Answer, Seen, find_target, no_such_image, region_size, shown_size
 from pixel_jax.tools.tool import IN_SHARES, Box, Number, Outcome, Tool
 
 NAME = "crop_image_normalized"

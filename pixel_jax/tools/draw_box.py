@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.tools.boxes import box_in_region
-from pixel_jax.tools.drawing import drawing
-from pixel_jax.tools.looking import whole
+from pixel_jax.tools.device import whole
+from pixel_jax.tools.drawing import drawing_tool
 from pixel_jax.tools.tool import IN_SHARES, Box, Choice, Coordinates
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "white": (255,) * 3}
@@ -38,7 +38,7 @@ def draw(arguments, pixels: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.where((within(0) & ~within(line(size)))[..., None], colour, pixels)
 
 
-DRAW_BOX = drawing(
+DRAW_BOX = drawing_tool(
     "draw_box",
     "Draw the outline of a box on the image. It is useful to keep track of a place, or to compare places.",
     (

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pixel_jax.tools.boxes import as_shares
-from pixel_jax.tools.looking import Answer, Seen, Target, find_target, fitted, no_such_image, region_size
+from pixel_jax.tools.device import Answer, Seen, Target, find_target, fitted, no_such_image, region_size
 from pixel_jax.tools.tool import Argument, Box, Number, Outcome, Tool
 
 TARGET = Number(
@@ -15,7 +15,7 @@ TARGET = Number(
 )
 
 
-def drawing(
+def drawing_tool(
     name: str,
     description: str,
     arguments: tuple[Argument, ...],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pixel_jax.ops import doubles
-from pixel_jax.tools.drawing import drawing
+from pixel_jax.tools.drawing import drawing_tool
 from pixel_jax.tools.tool import Choice, Number
 
 QUALITIES = ("brightness", "contrast")
@@ -43,7 +43,7 @@ def draw(arguments, pixels: jax.Array, size: jax.Array) -> jax.Array:
     return table[pixels.astype(jnp.int32)]
 
 
-ENHANCE = drawing(
+ENHANCE = drawing_tool(
     "enhance",
     "Change the brightness or the contrast of the image. It is useful when the image is too dark, too bright or too flat.",
     (

@@ -158,7 +158,7 @@ class HostTools:
             self.counts["pictures"] += reply.picture is not None
         return replies
 
-    def facts(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """For metrics: how many calls failed since the last time, how many took too long, and how many returned a picture."""
         counts, self.counts = self.counts, Counter()
         names = {"errors": FAILED.name, "timeouts": TIMED_OUT.name, "pictures": "pictures", "shrunk": "shrunk"}

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.tools.drawing import drawing
+from pixel_jax.tools.drawing import drawing_tool
 from pixel_jax.tools.tool import Choice
 
 BY = ("90", "180", "270", "mirror", "flip")
@@ -28,7 +28,7 @@ def draw(arguments, pixels: jax.Array, size: jax.Array) -> jax.Array:
     return pixels[jnp.maximum(place(rows), 0), jnp.maximum(place(columns), 0)]
 
 
-ROTATE = drawing(
+ROTATE = drawing_tool(
     "rotate",
     "Turn the image, or mirror it. It is useful when the image lies on its side, is upside down or is mirrored.",
     (

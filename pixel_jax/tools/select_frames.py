@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pixel_jax.tools.looking import Answer, Seen, shown_size, whole
+from pixel_jax.tools.device import Answer, Seen, shown_size, whole
 from pixel_jax.tools.tool import Integers, Outcome, Tool
 
 NAME = "select_frames"

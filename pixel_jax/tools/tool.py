@@ -244,7 +244,7 @@ class Tool:
       arguments: in the order of the schema.
       outcomes: everything that a call can come to, but for what all tools share (a call that cannot be read).
       execute: what it does; None where it is only declared. (arguments, seen, limits) -> `Answer`, all of
-        `pixel_jax.tools.looking`.
+        `pixel_jax.tools.device`.
       host: `execute` is any Python callable, (images, **arguments) -> text, and runs on the host
         (`pixel_jax.tools.host`), whose outcomes the tool has. Otherwise it is a pure function inside the compiled rollout,
         as is `draw`.

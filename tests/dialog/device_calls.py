@@ -2,20 +2,20 @@
 
 import numpy as np
 
-from pixel_jax.dialog.grammar import Language, Number, ParsedTurn
+from pixel_jax.dialog.grammar import DecimalNumber, Language, ParsedTurn
 from pixel_jax.tools.calls import Calls
 from pixel_jax.tools.tool import Choice
 
 
-def as_numbers(argument, value) -> list[Number]:
-    if isinstance(value, Number):
+def as_numbers(argument, value) -> list[DecimalNumber]:
+    if isinstance(value, DecimalNumber):
         return [value]
     if isinstance(argument, Choice):
         value = argument.options.index(value)
     if isinstance(value, str):
         return []
     if isinstance(value, int):
-        return [Number(abs(value), 0, value < 0, True)]
+        return [DecimalNumber(abs(value), 0, value < 0, True)]
     return [number for item in value for number in as_numbers(None, item)][: argument.slots]
 
 

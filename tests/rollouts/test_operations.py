@@ -10,10 +10,10 @@ import pytest
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.operations import add_to_history, called, execute, first_history
+from pixel_jax.rollouts.operations import add_to_history, execute, first_history, record_calls
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.calls import Calls, Values
-from pixel_jax.tools.looking import ImageHistory, Seen, shown_size
+from pixel_jax.tools.device import ImageHistory, Seen, shown_size
 from tests.rollouts import scripted_model
 
 ROWS, VIEWS, BUFFERS = 256, 8, 4
@@ -219,7 +219,7 @@ def test_pixels_are_those_of_the_picture_that_is_shown():
     result = run(calls, history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
     assert result.message.integers[0, :2].tolist() == [1064, 700]
-    history = add_to_history(history, called(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
+    history = add_to_history(history, record_calls(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
     result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
 

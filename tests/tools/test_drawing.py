@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from pixel_jax.tools import DRAW_BOX, ENHANCE, ROTATE
 from pixel_jax.tools.calls import Numbers
+from pixel_jax.tools.device import size_of_drawing
 from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST, accepts
-from pixel_jax.tools.looking import size_of_drawing
 from pixel_jax.tools.rotate import BY
 
 SIDE = 96

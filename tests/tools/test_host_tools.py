@@ -86,7 +86,7 @@ def test_answers_come_in_order_with_what_was_asked(tools):
     assert tools.call(requests) == [
         Reply(ANSWERED, f"{'ä' * i}: {[int(image.sum()) for image in images[:i]]}") for i in range(4)
     ]
-    assert set(tools.facts().values()) == {0.0}
+    assert set(tools.metrics().values()) == {0.0}
 
 
 def test_what_goes_wrong_is_an_answer_and_counted(tools):
@@ -99,7 +99,7 @@ def test_what_goes_wrong_is_an_answer_and_counted(tools):
     assert exit == Reply(FAILED, "the process ended")
     assert fine == Reply(ANSWERED, "a: []")
     assert unknown.outcome == FAILED and "TypeError" in unknown.text
-    facts = tools.facts()
+    facts = tools.metrics()
     assert (facts["host_tool_errors"], facts["host_tool_timeouts"]) == (4.0, 0.0)
 
 
@@ -110,7 +110,7 @@ def test_calls_run_beside_each_other_and_end_in_time(tools):
     assert slow == Reply(TIMED_OUT, "no answer within 3 seconds") and fast == Reply(ANSWERED, "slept 1")
     assert time.monotonic() - began < 30
     assert tools.call([Request(MEASURE, {"word": "b"}, ())] * 3) == [Reply(ANSWERED, "b: []")] * 3  # it was replaced
-    assert tools.facts()["host_tool_timeouts"] == 1.0
+    assert tools.metrics()["host_tool_timeouts"] == 1.0
 
 
 def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
 def test_pictures_come_back(tools):
     """NumPy's and Pillow's, with and without a text; one longer than `picture_side` is Pillow's thumbnail of it."""
     image = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
-    tools.facts()
+    tools.metrics()
     array, both, pillow, large = tools.call(
         [Request(PAINT, {"how": how}, [image]) for how in ("array", "both", "pillow", "large")]
     )
@@ -135,7 +135,7 @@ def test_pictures_come_back(tools):
     thumbnail = Image.fromarray(np.repeat(np.repeat(255 - image, 50, 0), 50, 1))
     thumbnail.thumbnail((100, 100), reducing_gap=None)
     np.testing.assert_array_equal(large.picture, thumbnail)
-    facts = tools.facts()
+    facts = tools.metrics()
     assert (facts["host_tool_pictures"], facts["host_tool_shrunk"], facts["host_tool_errors"]) == (4.0, 1.0, 0.0)
 
 

@@ -11,7 +11,7 @@ import pytest
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Argument, Outcome, Text, Tool, ToolError
-from pixel_jax.tools.drawing import drawing
+from pixel_jax.tools.drawing import drawing_tool
 from pixel_jax.tools.named import SHIPPED, find_tools
 from tests.rollouts import scripted_model
 
@@ -41,7 +41,7 @@ def looks(arguments, pixels, size):
 
 
 def made(draw, **fields) -> Tool:
-    return drawing("paint", "Paints.", (), draw, shows="Here it is", **fields)
+    return drawing_tool("paint", "Paints.", (), draw, shows="Here it is", **fields)
 
 
 @pytest.mark.parametrize("tool", SHIPPED.values(), ids=SHIPPED)
@@ -95,7 +95,7 @@ def test_an_argument_that_no_parser_can_read():
     with pytest.raises(
         ToolError, match="tool 'paint': no parser can read the argument 'when', a Date: there are Number"
     ):
-        drawing("paint", "Paints.", (Date("when"),), grey, shows="Here it is")
+        drawing_tool("paint", "Paints.", (Date("when"),), grey, shows="Here it is")
 
 
 def test_two_tools_of_one_name():

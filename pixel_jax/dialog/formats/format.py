@@ -53,7 +53,7 @@ class Spelling:
       arguments: all of the tool's.
       schema: its line in the system prompt; None: made of its name and arguments (`CallFormat.schema`).
       label: the key under which a call may say what it is about; nobody reads it.
-      told: (name of an outcome, text) where it is told otherwise than by the tool; `{images}` is where its images are.
+      texts: (name of an outcome, text) where it is told otherwise than by the tool; `{images}` is where its images are.
     """
 
     tool: str
@@ -61,7 +61,7 @@ class Spelling:
     arguments: tuple[Spelled, ...]
     schema: str | None = None
     label: str | None = None
-    told: tuple[tuple[str, str], ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class CallFormat:
 
     def text(self, tool: Tool, outcome: Outcome) -> str:
         """What the model reads of an outcome of `tool`."""
-        told = dict(self.spelling(tool).told)
+        told = dict(self.spelling(tool).texts)
         if outcome.name in told or self.response is None:
             return told.get(outcome.name, outcome.text)
         elsewhere = IMAGES in outcome.text or not outcome.images
@@ -167,7 +167,7 @@ class CallFormat:
 
     def answer(self, tool: Tool, outcome: Outcome, text: str) -> tuple[str, str]:
         """What the model reads of what a `tool` of the host said: before the picture that it returned, and behind it."""
-        told = dict(self.spelling(tool).told).get(outcome.name, self.response)
+        told = dict(self.spelling(tool).texts).get(outcome.name, self.response)
         if told is None:
             return text, ""
         before, _, behind = told.partition(IMAGES)

@@ -41,7 +41,7 @@ MINI_O3 = CallFormat(
                 Spelled("bbox_2d", Box("bbox_2d")),
                 Spelled("target_image", Choice("source", options=SOURCES), add=1),
             ),
-            told=(
+            texts=(
                 ("shown", SHOWN),
                 ("no such image", ERROR % "Error in predicting the source observation"),
                 ("too small", ERROR % "The bounding box is not valid: it is {0}x{1} pixels"),
