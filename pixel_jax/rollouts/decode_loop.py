@@ -312,7 +312,7 @@ def observe(
     spent = asks & (state.num_calls >= config.max_calls)
     seen = Seen(state.history, *(mine.take(x) for x in (prompts.is_video, prompts.image_sizes, prompts.image_counts)))
     result = execute(call, seen, prompts.tables, shape.views, config)
-    crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
+    crowded = asks & ~spent & (state.num_images + result.num_images > config.max_images)
     ids, lengths = prompts.tables.observations.assemble(
         result.message, observation_width(prompts.tables.observations, config, shape)
     )
@@ -320,7 +320,7 @@ def observe(
     run = asks & ~spent & ~crowded & ~long
 
     done = record_calls(call, result, run, shape.tools)
-    answers = Answers(asks, run, done, result.count, jnp.where(run, lengths, 0), ids)
+    answers = Answers(asks, run, done, result.num_images, jnp.where(run, lengths, 0), ids)
     state = answer(model, layers, shared, state, answers, config, shape)
     state = take_back(state, crowded, config)
     stop = jnp.select(

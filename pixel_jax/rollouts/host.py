@@ -18,7 +18,7 @@ from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
 from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools.device import MAX_RATIO, ImageHistory
-from pixel_jax.tools.host import Reply, Request
+from pixel_jax.tools.host import ToolReply, ToolRequest
 from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
@@ -30,7 +30,7 @@ class HostCall(NamedTuple):
 
     row: int
     prompt: int  # the row's
-    request: Request
+    request: ToolRequest
 
 
 def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
@@ -59,7 +59,7 @@ def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
             argument.name: plain(turn.call.arguments[argument.name], getattr(argument, "options", ()))
             for argument in shape.tools[turn.call.tool].arguments
         }
-        found.append(HostCall(int(row), int(prompt), Request(turn.call.tool, arguments, pictures)))
+        found.append(HostCall(int(row), int(prompt), ToolRequest(turn.call.tool, arguments, pictures)))
     return found
 
 
@@ -70,7 +70,7 @@ def images_of(
     made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
     buffers = row_images(images, made, tools)
     found = list(images.arrays) if video else []
-    for i in range(1 if video else 0, int(history.count)):
+    for i in range(1 if video else 0, int(history.length)):
         x1, y1, x2, y2 = history.region[i]
         found.append(buffers[int(history.image[i])][y1:y2, x1:x2])
     return found
@@ -87,7 +87,7 @@ def plain(value: Any, options: Sequence[str] = ()) -> Any:
 
 
 def tell(
-    replies: Sequence[Reply],
+    replies: Sequence[ToolReply],
     calls: Sequence[HostCall],
     images: np.ndarray,
     state: RolloutState,
@@ -116,7 +116,7 @@ def tell(
             size = size_shown(reply.picture, tool, config)
             if size is None:
                 height, width, _ = reply.picture.shape
-                reply = Reply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
+                reply = ToolReply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
             else:
                 told.drawn[row], told.size[row] = reply.picture.shape[:2], size
                 told.picture[row] = images[prompt].keep(reply.picture)

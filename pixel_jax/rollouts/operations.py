@@ -14,8 +14,7 @@ from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Observations, 
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.boxes import with_shares
-from pixel_jax.tools.calls import Calls as Asked
-from pixel_jax.tools.calls import Lists, Values, read
+from pixel_jax.tools.calls import Lists, ParsedCalls, Values, read
 from pixel_jax.tools.device import Answer, ImageHistory, Seen, region_size, shown_size, size_of_drawing, whole
 from pixel_jax.tools.tool import Tool
 
@@ -27,7 +26,7 @@ class Result(NamedTuple):
     source: Views  # [R, V], what is looked at; nothing where the observation is a message
     drawn: jax.Array  # int32 [R, 2], (height, width) of what a tool makes of it; zeros: nothing
     done: jax.Array  # bool [R], it is what was asked for
-    count: jax.Array  # int32 [R], images shown
+    num_images: jax.Array  # int32 [R], images shown
     values: Values  # [R, ...], the arguments as they go on record: as written, but for boxes of tools that draw (`with_shares`)
 
 
@@ -49,11 +48,11 @@ def first_history(
         image=jnp.broadcast_to(jnp.minimum(jnp.arange(most + more), most - 1), (rows, most + more)).astype(jnp.int32),
         region=jnp.pad(image_sizes[..., ::-1], ((0, 0), (0, more), (2, 0))),
         size=jnp.pad(size, ((0, 0), (0, more), (0, 0))),
-        count=jnp.where(is_video, 1, image_counts),
+        length=jnp.where(is_video, 1, image_counts),
     )
 
 
-def execute(call: Asked, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
+def execute(call: ParsedCalls, seen: Seen, tables: Tables, views: int, config: RolloutConfig) -> Result:
     """The result of each row's call.
 
     Args:
@@ -83,7 +82,7 @@ def _message(kind: jax.Array, views: int, values: Values) -> Result:
         source=Views(jnp.full_like(zeros(views), NO_IMAGE), zeros(views, 4), zeros(views, 2)),
         drawn=zeros(2),
         done=zeros() > 0,
-        count=zeros(),
+        num_images=zeros(),
         values=values,
     )
 
@@ -110,7 +109,7 @@ def _result(
     integers = jnp.select(conditions, [filled(x) for *_, x in cases])
     done = jnp.select(conditions, [jnp.bool_(outcome is not None and outcome.done) for _, outcome, _ in cases])
     pictures = jnp.select(conditions, [jnp.int32(0 if outcome is None else outcome.images) for _, outcome, _ in cases])
-    count = jnp.minimum(jnp.asarray(answer.count, jnp.int32), jnp.minimum(pictures, views))
+    count = jnp.minimum(jnp.asarray(answer.num_images, jnp.int32), jnp.minimum(pictures, views))
 
     def fit(x: jax.Array, blank: int) -> jax.Array:
         x = x[:views]
@@ -132,9 +131,9 @@ def _result(
     )
 
 
-def record_calls(call: Asked, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
+def record_calls(call: ParsedCalls, result: Result, run: jax.Array, tools: Sequence[Tool]) -> Calls:
     """The record of R calls of `tools` of the device, [R, ...], of which those of the rows `run` (bool [R]) are carried out."""
-    showing = run & (result.count > 0)
+    showing = run & (result.num_images > 0)
     status = jnp.where(run, jnp.where(result.done, CallStatus.DONE, CallStatus.FAILED), CallStatus.SPENT)
     where = lambda x, blank: jnp.where(showing.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
     return Calls(
@@ -152,11 +151,11 @@ def add_to_history(history: ImageHistory, call: Calls, number: jax.Array) -> Ima
     """The image history with what the calls [R, ...], each of its row's `number` (int32 [R]), showed appended."""
     shown = shown_by(call, number)
     views, present = shown.image.shape[1], shown.image != NO_IMAGE
-    slot = jnp.where(present, history.count[:, None] + jnp.arange(views), history.image.shape[1])
+    slot = jnp.where(present, history.length[:, None] + jnp.arange(views), history.image.shape[1])
     at = (jnp.arange(slot.shape[0])[:, None], slot)
     return ImageHistory(
         image=history.image.at[at].set(shown.image, mode="drop"),
         region=history.region.at[at].set(shown.region, mode="drop"),
         size=history.size.at[at].set(shown.size, mode="drop"),
-        count=history.count + jnp.sum(present, axis=1),
+        length=history.length + jnp.sum(present, axis=1),
     )

@@ -365,7 +365,7 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
         next_pos=of_prompt(queue.next_pos),
         parser=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), parser),
         history=history,
-        num_images=history.count,
+        num_images=history.length,
     )
 
 
