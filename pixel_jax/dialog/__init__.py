@@ -1,8 +1,6 @@
-"""Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
-comes back from a tool, and tokenizers.
-"""
+"""Text: the chat template and schemas of tools, the grammar of tool calls and its two parsers, observations, and tokenizers."""
 
-from pixel_jax.dialog.automaton import CallParser, ParserState, call_parser, token_table
+from pixel_jax.dialog.call_parser import CallParser, ParserState, call_parser, token_table
 from pixel_jax.dialog.grammar import (
     DecimalNumber,
     Language,

@@ -11,32 +11,20 @@ goes back to the state before its "<", which is all that has to be remembered.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog.grammar import (
-    END,
-    MAX_SHIFT,
-    MAX_UNITS,
-    RELEASED_LANGUAGE,
-    WHITE_SPACE,
-    DecimalNumber,
-    Language,
-    Value,
-)
-from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary
+from pixel_jax.dialog.grammar import END, RELEASED_LANGUAGE, WHITE_SPACE, Language
 from pixel_jax.tools import tool as kinds
-from pixel_jax.tools.calls import ParsedCalls
 from pixel_jax.tools.tool import BOX_NUMBERS, Argument, ToolError
 
 MAX_STATES = 20_000
-_NO_SLOT, _UNUSED = -1, 2**30
+NO_SLOT = -1
+NOTHING = 0  # the state outside of any mark or call
 
 DIGITS = b"0123456789"
 # Bytes of strings without escapes: all but the quotation mark, the backslash, control characters, and the beginning of a mark.

@@ -1,9 +1,9 @@
 """The parser of tool calls on the device: it reads the tokens that a policy writes with the automaton of `automaton.py`.
 
-    parser = call_parser(language)
-    state = parser.init(rows)
-    state = parser.step(table, state, tokens)   # tokens int32 [R]; ids outside the vocabulary, such as -1, change nothing
-    calls = parser.finish(state)                # may be asked at any time
+parser = call_parser(language)
+state = parser.init(rows)
+state = parser.step(table, state, tokens)   # tokens int32 [R]; ids outside the vocabulary, such as -1, change nothing
+calls = parser.finish(state)                # may be asked at any time
 """
 
 from __future__ import annotations
@@ -38,137 +38,161 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 class ParserState(NamedTuple):
-    """Automaton and registers of R rows; N numbers, D of them with decimals, L lists (`Layout`)."""
+    """State and registers of R rows; N numbers, D of them with decimals, L lists (`RegisterLayout`)."""
 
-    state: jax.Array  # i32 [R]
-    saved: jax.Array  # i32 [R]          the state to go back to if the "<" just read begins <|im_end|>
-    tool: jax.Array  # i32 [R]           the name that was read, -1: none
-    keys: jax.Array  # i32 [R]           the keys of the arguments that were read
-    units: jax.Array  # i32 [R, N]
-    micros: jax.Array  # i32 [R, D]
-    exponent: jax.Array  # i32 [R, D]
+    state: jax.Array  # int32 [R], of the automaton
+    saved: jax.Array  # int32 [R], the state to go back to if the "<" just read begins <|im_end|>
+    tool: jax.Array  # int32 [R], index of the tool whose name was read, -1: none
+    keys: jax.Array  # int32 [R], bits of the keys that were read
+    units: jax.Array  # int32 [R, N]
+    micros: jax.Array  # int32 [R, D]
+    exponent: jax.Array  # int32 [R, D]
     negative: jax.Array  # bool [R, N]
     integer: jax.Array  # bool [R, D]
-    lengths: jax.Array  # i32 [R, L]     integers of each list
+    lengths: jax.Array  # int32 [R, L], integers read of each list
 
 
 class TokenTable(NamedTuple):
-    """The bytes of every token, as the device needs them."""
+    """The bytes of every token on the device: token v is `data[start[v] : start[v] + length[v]]`."""
 
-    data: jax.Array  # u8 [N]
-    start: jax.Array  # i32 [V]
-    length: jax.Array  # i32 [V]
-    quiet: jax.Array  # i32 [V]          bytes before the first "<": they change nothing where nothing is under way
+    data: AnyArray  # uint8 [N]
+    start: AnyArray  # int32 [V]
+    length: AnyArray  # int32 [V]
+    quiet: AnyArray  # int32 [V], bytes before the first "<", which change nothing in the state NOTHING
 
     @classmethod
     def of(cls, tokens: Sequence[bytes]) -> TokenTable:
+        """Makes the table, on the host."""
         quiet = np.array([len(token.partition(b"<")[0]) for token in tokens], np.int32)
         return cls(*TokenBytes.of(tokens), quiet)
 
 
 def token_table(vocabulary: Vocabulary) -> TokenTable:
-    """The table of a vocabulary."""
+    """Makes the table of a vocabulary, on the device."""
     tokens = [vocabulary.to_bytes([index]) for index in range(len(vocabulary.table.start))]
     return jax.tree.map(jnp.asarray, TokenTable.of(tokens))
 
 
-class Reading(NamedTuple):
-    """Where `Calls` come from, of every tool: T tools, S slots, A arguments, L lists."""
+class ArgumentTables(NamedTuple, Generic[Array]):
+    """How the slots of `ParsedCalls` are filled from the registers, for each of T tools; S slots, A arguments, L lists.
 
-    needs: np.ndarray  # i32 [T]        bits of the keys that it must be given
-    keys: np.ndarray  # i32 [T, A]      the bit of an argument's key, 0: none
-    slot_keys: np.ndarray  # i32 [T, S]  the same, of the argument that a slot is of
-    source: np.ndarray  # i32 [T, S]    the register of a slot
-    add: np.ndarray  # i32 [T, S]
-    default: np.ndarray  # i32 [T, S, 4]  units, micros, negative, integer
-    member: np.ndarray  # i32 [T, S]    which of its list's numbers a slot is; -1: of no list, and _UNUSED: of nothing
-    slot_list: np.ndarray  # i32 [T, S]  which of the tool's lists
-    lists: np.ndarray  # i32 [T, L]     which of the state's lists, -1: none
-    list_keys: np.ndarray  # i32 [T, L]
-    default_length: np.ndarray  # i32 [T, L]
-    low: np.ndarray  # i32 [T, S, 2]    bounds, signed units and millionths
-    high: np.ndarray  # i32 [T, S, 2]
-    bounded: bool  # whether any number has some
+    Indexed by the tools that rows have called, on the device, [T, ...] becomes [R, ...].
+    """
+
+    needs: Array  # int32 [T], bits of the keys that a call must have
+    keys: Array  # int32 [T, A], bit of an argument's key, 0: none
+    slot_keys: Array  # int32 [T, S], bit of the key of a slot's argument
+    source: Array  # int32 [T, S], register of a slot
+    add: Array  # int32 [T, S], is added to the number
+    default: Array  # int32 [T, S, 4], units, micros, negative, integer
+    member: Array  # int32 [T, S], index of a slot in its list; -1: of no list, UNUSED: the tool has no such slot
+    slot_list: Array  # int32 [T, S], index of a slot's list among the tool's
+    lists: Array  # int32 [T, L], index of a list among the parser state's, -1: none
+    list_keys: Array  # int32 [T, L], bit of the key of a list
+    default_length: Array  # int32 [T, L]
+    low: Array  # int32 [T, S, 2], lower bound, signed units and millionths
+    high: Array  # int32 [T, S, 2], upper bound
+    bounded: bool  # whether any number has bounds
 
     @classmethod
-    def of(cls, language: Language, layout: Layout) -> Reading:
+    def of(cls, language: Language, layout: RegisterLayout) -> ArgumentTables[np.ndarray]:
+        """Makes the tables of a language."""
         tools = language.tools
         slots = max(1, *(tool.slots for tool in tools)) if tools else 1
         most, lists = (
             max([1, *(len(x) for x in xs)]) for xs in ([t.arguments for t in tools], [t.lists for t in tools])
         )
-        table = lambda *shape, fill=0: np.full((max(1, len(tools)), *shape), fill, np.int32)
-        reading = cls(
-            table(), table(most), *(table(slots) for _ in range(3)), table(slots, 4), table(slots, fill=_UNUSED), table(slots),
-            table(lists, fill=-1), table(lists), table(lists), table(slots, 2, fill=-(10**9) - 1),
-            table(slots, 2, fill=10**9 + 1), False,
-        )  # fmt: skip
-        for t, (tool, reads) in enumerate(zip(tools, language.reads, strict=True)):
-            for a, read in enumerate(reads):
-                reading = reading._read(t, a, tool, read, layout)
-        return reading
 
-    def _read(self, t: int, a: int, tool, read, layout: Layout) -> Reading:
-        """The same tables, with argument `a` of tool `t` in them."""
-        argument = read.argument
-        register = layout.registers.get(read.key)
-        bit = register.bit if register else 0
-        at = tool.starts[argument.name]
-        mine = slice(at, at + argument.slots)
-        self.keys[t, a] = self.slot_keys[t, mine] = bit
-        self.needs[t] |= bit if read.default is None else 0
-        self.add[t, mine], self.member[t, mine] = read.add, -1
-        if register and argument.slots:
-            # A list of another tool may be longer.
-            self.source[t, mine] = register.start + np.minimum(np.arange(argument.slots), register.count - 1)
-        if read.default is not None:
-            numbers = _numbers(argument, read.default)
-            self.default[t, at : at + len(numbers)] = numbers
-        if isinstance(argument, kinds.Integers):
-            place = tool.lists.index(argument.name)
-            self.member[t, mine], self.slot_list[t, mine] = np.arange(argument.slots), place
-            self.lists[t, place], self.list_keys[t, place] = register.list if register else -1, bit
-            self.default_length[t, place] = 0 if read.default is None else len(read.default)
-        bounded = self.bounded
-        if isinstance(argument, kinds.Number):
-            for bounds, value in ((self.low, argument.low), (self.high, argument.high)):
-                if np.isfinite(value):
-                    bounds[t, at], bounded = DecimalNumber.of(value).signed(), True
-        return self._replace(bounded=bounded)
+        def table(*shape: int, fill: int = 0) -> np.ndarray:
+            return np.full((max(1, len(tools)), *shape), fill, np.int32)
+
+        tables = ArgumentTables(
+            needs=table(),
+            keys=table(most),
+            slot_keys=table(slots),
+            source=table(slots),
+            add=table(slots),
+            default=table(slots, 4),
+            member=table(slots, fill=UNUSED),
+            slot_list=table(slots),
+            lists=table(lists, fill=-1),
+            list_keys=table(lists),
+            default_length=table(lists),
+            low=table(slots, 2, fill=-(10**9) - 1),
+            high=table(slots, 2, fill=10**9 + 1),
+            bounded=any(
+                isinstance(argument, kinds.Number) and (np.isfinite(argument.low) or np.isfinite(argument.high))
+                for tool in tools
+                for argument in tool.arguments
+            ),
+        )
+        for t, (tool, sources) in enumerate(zip(tools, language.sources, strict=True)):
+            for a, source in enumerate(sources):
+                _fill(tables, t, a, tool, source, layout)
+        return tables
+
+
+def _fill(
+    tables: ArgumentTables[np.ndarray], t: int, a: int, tool: Tool, source: ArgumentSource, layout: RegisterLayout
+) -> None:
+    """Fills in argument `a` of tool `t`."""
+    argument = source.argument
+    register = None if source.key is None else layout.registers.get(source.key)
+    bit = register.bit if register else 0
+    start = tool.starts[argument.name]
+    mine = slice(start, start + argument.slots)
+    tables.keys[t, a] = tables.slot_keys[t, mine] = bit
+    tables.needs[t] |= bit if source.default is None else 0
+    tables.add[t, mine], tables.member[t, mine] = source.add, -1
+    if register and argument.slots:
+        # The list of another tool may be longer than the registers of this one's.
+        tables.source[t, mine] = register.start + np.minimum(np.arange(argument.slots), register.size - 1)
+    numbers = [] if source.default is None else _numbers(argument, source.default)
+    if numbers:
+        tables.default[t, start : start + len(numbers)] = numbers
+    if isinstance(argument, kinds.Integers):
+        index = tool.lists.index(argument.name)
+        tables.member[t, mine], tables.slot_list[t, mine] = np.arange(argument.slots), index
+        tables.lists[t, index], tables.list_keys[t, index] = register.list if register else -1, bit
+        tables.default_length[t, index] = len(numbers)
+    if isinstance(argument, kinds.Number):
+        for bounds, value in ((tables.low, argument.low), (tables.high, argument.high)):
+            if np.isfinite(value):
+                bounds[t, start] = DecimalNumber.of(value).signed()
 
 
 def _numbers(argument: Argument, value: Value) -> list[DecimalNumber]:
-    """A default in number slots."""
-    whole = lambda integer: DecimalNumber(abs(integer), 0, integer < 0, True)
-    match argument:
-        case kinds.Text():
-            return []
-        case kinds.Choice():
-            return [whole(argument.options.index(value))]
-        case kinds.Integers():
-            return [whole(integer) for integer in value]
-        case kinds.Integer():
-            return [whole(value)]
-        case kinds.Box():
-            return list(value)
-    return [value]
+    """Converts a default to the numbers of its slots."""
+    match value:
+        case str():
+            index = argument.options.index(value) if isinstance(argument, kinds.Choice) else None
+            return [] if index is None else [_whole(index)]
+        case DecimalNumber():
+            return [value]
+        case int():
+            return [_whole(value)]
+    return [x if isinstance(x, DecimalNumber) else _whole(x) for x in value]
+
+
+def _whole(integer: int) -> DecimalNumber:
+    return DecimalNumber(abs(integer), 0, integer < 0, True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CallParser:
-    """Reads the calls of a language on the device. Static; `call_parser` has one for each language."""
+    """Reads the calls of a language on the device. Static: `call_parser` returns the same one for the same language."""
 
     language: Language
-    layout: Layout
-    tables: Automaton
-    reading: Reading
+    layout: RegisterLayout
+    automaton: Automaton
+    arguments: ArgumentTables[np.ndarray]
 
     def init(self, rows: int) -> ParserState:
-        """The state of `rows` responses of which nothing has been written."""
+        """Returns the state of `rows` empty responses."""
         numbers, decimals, lists = self.layout.numbers, self.layout.decimals, len(self.layout.lists)
         return ParserState(
-            state=jnp.full(rows, _Builder.NOTHING, jnp.int32),
-            saved=jnp.full(rows, _Builder.NOTHING, jnp.int32),
+            state=jnp.full(rows, NOTHING, jnp.int32),
+            saved=jnp.full(rows, NOTHING, jnp.int32),
             tool=jnp.full(rows, -1, jnp.int32),
             keys=jnp.zeros(rows, jnp.int32),
             units=jnp.zeros((rows, numbers), jnp.int32),
@@ -180,29 +204,30 @@ class CallParser:
         )
 
     def step(self, table: TokenTable, state: ParserState, tokens: jax.Array) -> ParserState:
-        """Reads one token of every row. tokens i32 [R]; an id outside the table (say -1: the row waits) changes nothing."""
+        """Reads one token of every row, int32 [R]. An id outside the table changes nothing; -1 stands for no token."""
         known = (tokens >= 0) & (tokens < table.length.shape[0])
         index = jnp.where(known, tokens, 0)
-        quiet = jnp.where(state.state == _Builder.NOTHING, table.quiet[index], 0)
+        quiet = jnp.where(state.state == NOTHING, table.quiet[index], 0)
         length = jnp.where(known, table.length[index] - quiet, 0)
         start = table.start[index] + quiet
-        # A step takes as long as the longest token: most rows think aloud, and are done at once.
-        longest = jnp.max(length)  # over all rows, on whatever device: the trips of the loop are the same everywhere
+        # The loop turns as often as the longest token of any row has bytes, equally often on all devices. Outside of calls and
+        # marks tokens have no bytes to read.
+        longest = jnp.max(length)
 
         def read(carry):
             i, state = carry
-            byte = table.data[jnp.minimum(start + i, table.data.shape[0] - 1)]
+            byte = jnp.asarray(table.data)[jnp.minimum(start + i, table.data.shape[0] - 1)]
             return i + 1, self._read_byte(state, byte.astype(jnp.int32), i < length)
 
         with jax.named_scope("bytes"):
             return jax.lax.while_loop(lambda carry: carry[0] < longest, read, (jnp.int32(0), state))[1]
 
     def _read_byte(self, state: ParserState, byte: jax.Array, active: jax.Array) -> ParserState:
-        """byte i32 [R], active bool [R]."""
-        tables, layout = self.tables, self.layout
+        """Reads one byte (int32 [R]) of the rows `active` (bool [R])."""
+        tables, layout = self.automaton, self.layout
         following = jnp.asarray(tables.next)[state.state * tables.num_classes + jnp.asarray(tables.byte_class)[byte]]
-        following = jnp.where(active, following, _Builder.NOTHING)
-        action = _Action(*jnp.moveaxis(jnp.asarray(tables.action)[following], -1, 0))
+        following = jnp.where(active, following, NOTHING)
+        action: Action[jax.Array] = Action._make(jnp.moveaxis(jnp.asarray(tables.action)[following], -1, 0))
 
         slot, lengths = action.slot, state.lengths
         if layout.lists:
@@ -210,8 +235,8 @@ class CallParser:
             lengths = jnp.where(of & (action.clear == 1)[:, None], 0, lengths) + (of & (action.begin == 1)[:, None])
             member = jnp.sum(jnp.where(of, lengths - 1, 0), axis=1)
             slot = slot + member
-            if len(layout.lists) > 1:  # what is too long for the last list is beyond all registers
-                slot = jnp.where(jnp.any(of & (lengths > jnp.asarray(layout.lists)), axis=1), _NO_SLOT, slot)
+            if len(layout.lists) > 1:  # integers beyond the registers of the last list are beyond all registers
+                slot = jnp.where(jnp.any(of & (lengths > jnp.asarray(layout.lists)), axis=1), NO_SLOT, slot)
         here = slot[:, None] == jnp.arange(layout.numbers)
         decimal = here[:, : layout.decimals]
         begin = action.begin[:, None] == 1
@@ -243,17 +268,19 @@ class CallParser:
         )
 
     def finish(self, state: ParserState) -> ParsedCalls:
-        """What the text read so far asks for, if it is the whole response."""
-        layout, tables = self.layout, self.tables
+        """Returns the calls of the texts read so far, taken as whole responses."""
+        layout, tables = self.layout, self.automaton
         tool = jnp.maximum(state.tool, 0)
-        of = Reading(*(x if isinstance(x, bool) else jnp.asarray(x)[tool] for x in self.reading))
+        of: ArgumentTables[jax.Array] = ArgumentTables._make(
+            x if isinstance(x, bool) else jnp.asarray(x)[tool] for x in self.arguments
+        )
         whole = layout.numbers - layout.decimals
         units, micros = state.units, state.micros
         if layout.decimals:
             places = np.zeros(layout.decimals, np.int32)
             for register in layout.registers.values():
                 if isinstance(register.argument, kinds.Box):
-                    places[register.start : register.start + register.count] = self.language.format.places
+                    places[register.start : register.start + register.size] = self.language.format.places
             moved, micros = _shift(
                 units[:, : layout.decimals],
                 micros,
@@ -261,7 +288,7 @@ class CallParser:
                 MAX_SHIFT + abs(self.language.format.places),
             )
             units = units.at[:, : layout.decimals].set(moved)
-        # One register more, which is zero: that of the slots that have none, where there are no registers at all.
+        # One more register, which is zero, serves the slots without a register where a language has none at all.
         registers = (
             jnp.pad(units, ((0, 0), (0, 1))),
             jnp.pad(micros, ((0, 0), (0, whole + 1))),
@@ -269,7 +296,7 @@ class CallParser:
             jnp.pad(state.integer, ((0, 0), (0, whole + 1)), constant_values=True),
         )
         units, micros, negative, integer = (jnp.take_along_axis(x, of.source, axis=1) for x in registers)
-        if np.any(self.reading.add):
+        if np.any(self.arguments.add):
             signed = jnp.where(negative, -units, units) + of.add
             units, negative = (
                 jnp.where(of.add == 0, x, y) for x, y in ((units, jnp.abs(signed)), (negative, signed < 0))
@@ -286,7 +313,7 @@ class CallParser:
         )
         there = of.member < jnp.take_along_axis(lengths, of.slot_list, axis=1)
         valid = jnp.asarray(tables.complete)[state.state] & (state.tool >= 0) & (state.keys & of.needs == of.needs)
-        if self.reading.bounded:
+        if self.arguments.bounded:
             sign = jnp.where(negative, -1, 1)
             valid &= jnp.all(_at_least(sign * units, sign * micros, of.low), axis=1)
             valid &= jnp.all(_at_least(-sign * units, -sign * micros, -of.high), axis=1)
@@ -307,9 +334,9 @@ class CallParser:
 
 @functools.cache
 def call_parser(language: Language = RELEASED_LANGUAGE) -> CallParser:
-    """The parser of a language. One for each: it is part of what compiled programs are known by."""
-    layout = Layout.of(language)
-    return CallParser(language, layout, build(language), Reading.of(language, layout))
+    """Returns the parser of a language, always the same one, because compiled programs are cached by it."""
+    layout = RegisterLayout.of(language)
+    return CallParser(language, layout, build(language), ArgumentTables.of(language, layout))
 
 
 def _at_least(units: jax.Array, micros: jax.Array, bound: jax.Array) -> jax.Array:
@@ -318,7 +345,7 @@ def _at_least(units: jax.Array, micros: jax.Array, bound: jax.Array) -> jax.Arra
 
 
 def _shift(units: jax.Array, micros: jax.Array, places: jax.Array, steps: int) -> tuple[jax.Array, jax.Array]:
-    """Numbers times ten to the power of `places`, -steps to steps: read as the grammar says."""
+    """Multiplies numbers by ten to the power of `places`, from -steps to steps, with the rounding of the grammar."""
 
     def by_one(i, number):
         units, micros = number

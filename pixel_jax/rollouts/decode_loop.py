@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog import automaton
+from pixel_jax.dialog.call_parser import CallParser, ParserState
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -71,7 +71,7 @@ class RowState(NamedTuple):
     hidden: jax.Array  # [R, D], of the last token
     next_pos: jax.Array  # int32 [R]
     cache: KVCache
-    parser: automaton.ParserState
+    parser: ParserState
     history: ImageHistory
     num_images: jax.Array  # int32 [R], a video counts as one
     grids: jax.Array  # int32 [R, N - 1, V, 3]
@@ -460,7 +460,7 @@ def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: R
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: RowState, run: jax.Array, parser: automaton.CallParser) -> RowState:
+def resume(state: RowState, run: jax.Array, parser: CallParser) -> RowState:
     """The rows `run` (bool [R]) begin a new turn."""
     fresh = parser.init(run.shape[0])
     return state._replace(

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog import automaton, template
+from pixel_jax.dialog import template
+from pixel_jax.dialog.call_parser import call_parser, token_table
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
@@ -44,10 +45,10 @@ def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, calls: Ca
         if not tool.host:
             check_device_tool(tool)
     return Tables(
-        bytes=automaton.token_table(vocabulary),
+        bytes=token_table(vocabulary),
         observations=Observations.of(vocabulary, tools, calls),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
-        parser=automaton.call_parser(language),
+        parser=call_parser(language),
     )
 
 

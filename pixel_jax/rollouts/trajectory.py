@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.arrays import AnyArray
-from pixel_jax.dialog.automaton import CallParser, TokenTable
+from pixel_jax.dialog.call_parser import CallParser, TokenTable
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.tools.calls import Values, no_values

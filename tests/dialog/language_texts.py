@@ -8,7 +8,7 @@ import numpy as np
 from texts import FRAGMENTS, mutate, number, odd_number, space, string
 
 from pixel_jax.dialog import CallParser, Language, call_parser
-from pixel_jax.dialog.automaton import TokenTable
+from pixel_jax.dialog.call_parser import TokenTable
 from pixel_jax.tools import Box, Choice, Integer, Integers, Text
 from pixel_jax.tools.calls import ParsedCalls
 

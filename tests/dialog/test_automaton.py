@@ -18,7 +18,8 @@ from qwen import qwen_vocabulary
 from texts import any_response, response
 
 from pixel_jax.dialog import CallParser, Language, Vocabulary, build_tokenizer, call_parser, parse_turn, token_table
-from pixel_jax.dialog.automaton import TokenTable, build
+from pixel_jax.dialog.automaton import build
+from pixel_jax.dialog.call_parser import TokenTable
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.calls import ParsedCalls, arguments

@@ -201,7 +201,7 @@ def test_the_tokenizer_must_keep_the_texts():
 
     vocabulary, _ = load("pieces")
     lossy = Lossy(**{field: getattr(vocabulary, field) for field in Vocabulary.__dataclass_fields__})
-    with pytest.raises(ValueError, match="must be kept"):
+    with pytest.raises(ValueError, match="must keep every text"):
         Observations.of(lossy)
 
 

@@ -67,7 +67,10 @@ def test_what_is_shipped_is_pure(tool):
             made(grey, accepts=lambda arguments, size: arguments["x"] > 1),
             "`execute` of tool 'paint' raises KeyError: 'x'",
         ),
-        (dataclasses.replace(CROP_IMAGE, arguments=list(CROP_IMAGE.arguments)), "'crop_image_normalized' must be hashable"),
+        (
+            dataclasses.replace(CROP_IMAGE, arguments=list(CROP_IMAGE.arguments)),
+            "'crop_image_normalized' must be hashable",
+        ),
         (dataclasses.replace(CROP_IMAGE, execute=None), "'crop_image_normalized' has no `execute`"),
         (dataclasses.replace(CROP_IMAGE, outcomes=(Outcome("other", "Other."),)), "none of its outcomes"),
         (dataclasses.replace(CROP_IMAGE, execute=lambda *given: None), "gives a NoneType"),
