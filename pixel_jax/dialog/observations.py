@@ -6,10 +6,10 @@ An observation is a user message with the text of an outcome and the images that
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
-out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without the minus
-sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer tokens the
-tokenizer has. An image is `<|vision_start|>`, its pad tokens, `<|vision_end|>`. With Qwen2.5's tokenizer, which splits digits, the
-ids are those of the whole text.
+out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
+the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
+tokens the tokenizer has. An image is `<|vision_start|>`, its pad tokens, `<|vision_end|>`. With Qwen2.5's tokenizer, which splits
+digits, the ids are those of the whole text.
 
 One function, `assemble`, joins them for a batch, under jit or not. Instruction tuning, the device rollout and its host twin all
 take their ids from it. `Observations.text` returns the same observation as text.

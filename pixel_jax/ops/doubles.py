@@ -30,7 +30,7 @@ class Double(NamedTuple):
 def double(value: AnyArray) -> Double:
     """Converts integers from 0 to 2 ** 53 (int64 [...])."""
     shift = lax.clz(value) - (64 - MANTISSA)
-    return Double(value << shift, -shift)
+    return Double(jnp.asarray(value) << shift, -shift)
 
 
 def constant(value: float) -> Double:

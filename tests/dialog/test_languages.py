@@ -85,7 +85,7 @@ def test_host_and_device_agree(name):
         tools += [turn.call.tool if turn.call else -1 for turn in turns if turn.required]
     counts = [tools.count(tool) for tool in range(-1, len(language.tools))]
     assert min(counts) > 30, counts  # calls of every tool, and calls of none
-    assert len(call_parser(language).tables.save) < 2000
+    assert len(call_parser(language).automaton.save) < 2000
 
 
 def one(text: str, name: str) -> tuple[dict, dict]:
@@ -189,7 +189,7 @@ BOX = Spelled("bbox_2d", Box("b"))
                     ),
                 ),
             ),
-            "outcome 'shwon' of the tool 'crop_image_normalized', which has .'shown'",
+            "outcome 'shwon' of the tool 'crop_image_normalized', whose outcomes are .'shown'",
         ),
         (lambda: CallFormat("f", closing="<|im_end|>"), "im_end"),
         (
