@@ -324,7 +324,7 @@ def decode_tail(
 def observe(
     model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
-    """Answers every row that waits, with the result of its call or an error, or ends it; calls of host tools are left to the host."""
+    """Answers every row that waits, with a result or an error, or ends it; calls of host tools are left to the host."""
     prompts = shared.prompts
     mine = rows_prompts(state, prompts, config, shape)
     call = prompts.tables.parser.finish(state.parser)

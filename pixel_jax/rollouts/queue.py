@@ -317,16 +317,15 @@ def read_prompt(
     """Reads each prompt and the assistant prefix.
 
     Returns:
-      The hidden state [B, D] of the last token, the cache and the next
-    position.
+      The hidden state [B, D] of the last token, the cache, and the next position, int32 [B].
     """
     batch, width = prompts.tokens.shape
-    room, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
-    index = jnp.arange(width + room) - prompts.length[:, None]
+    extra, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
+    index = jnp.arange(width + extra) - prompts.length[:, None]
     tokens = jnp.where(
         index < 0,
-        jnp.pad(prompts.tokens, ((0, 0), (0, room))),
-        jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, room - 1)],
+        jnp.pad(prompts.tokens, ((0, 0), (0, extra))),
+        jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, extra - 1)],
     )
     valid = index < written
     features = encode_visual(model, visual, implementation=config.implementation)
