@@ -19,7 +19,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.prompts import Query
-from pixel_jax.rollouts.rollout import admit, advance, answer_host_calls, begin, drop, finish
+from pixel_jax.rollouts.rollout import admit, advance, begin, call_host_tools, drop, finish
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import (
     STOP_ANSWER,
@@ -96,7 +96,7 @@ class Session:
         """All rows go on, by at most `budget` tokens each; calls of tools that run on the host are answered."""
         self._state = advance(self.speaker.model, self._state, budget, donate=True)
         if self.host is not None:
-            self._state = answer_host_calls(
+            self._state = call_host_tools(
                 self.speaker.model, self._state, self._images, self.host, self.speaker.vocabulary
             )
 

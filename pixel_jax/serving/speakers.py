@@ -45,7 +45,7 @@ def load_speaker(
     from pixel_jax.dialog import formats
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.rollouts.config import RolloutConfig
-    from pixel_jax.rollouts.limits import judged, read_limits
+    from pixel_jax.rollouts.limits import read_limits, single_answer
     from pixel_jax.rollouts.prompts import tables
     from pixel_jax.serving.conversation import Speaker
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
@@ -54,7 +54,7 @@ def load_speaker(
     model, processor = from_pretrained(pathlib.Path(directory))
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
-    config = judged(read_limits(directory) or RolloutConfig(), temperature)
+    config = single_answer(read_limits(directory) or RolloutConfig(), temperature)
     if call_format:
         find_format(call_format)  # imported on the word of the command line, not of the model
         config = dataclasses.replace(config, call_format=call_format)

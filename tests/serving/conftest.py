@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.trajectory import to_host
@@ -16,7 +16,7 @@ from pixel_jax.tools import RELEASED
 from tests.rollouts import scripted_model
 from tests.rollouts.scripted_model import CHAIN, CROP, END, START
 
-CONFIG = dataclasses.replace(judged(scripted_model.CONFIG, 0.0), max_response=256, max_calls=2, observe_chunk=1)
+CONFIG = dataclasses.replace(single_answer(scripted_model.CONFIG, 0.0), max_response=256, max_calls=2, observe_chunk=1)
 SHAPE = scripted_model.shape(CONFIG, tokens=256)
 
 # What the prompt says tips the scales where a turn begins: a call and all answers are equally likely. Some answers are long.
