@@ -27,7 +27,7 @@ class RunError(ValueError):
     """A run directory that does not hold what it should; the message names it and the values that clash."""
 
 
-class Kind(enum.Enum):
+class ChangeKind(enum.Enum):
     """What it means that a setting has changed since a run was begun."""
 
     FREE = "the run goes on: how or where it is carried out has changed, not what"
@@ -36,27 +36,29 @@ class Kind(enum.Enum):
 
 
 # Patterns of names, in the order in which they are tried. What matches none of them changes the experiment.
-KINDS: Mapping[str, Kind] = {
+KINDS: Mapping[str, ChangeKind] = {
     # Places; what lies there is known by its content.
-    **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), Kind.FREE),
+    **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), ChangeKind.FREE),
     # Machines, memory and speed: the same numbers, but for rounding.
-    **dict.fromkeys(("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), Kind.FREE),
-    "host_tools.workers": Kind.FREE,
-    **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), Kind.FREE),
-    **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), Kind.FREE),
-    **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), Kind.FREE),
+    **dict.fromkeys(
+        ("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), ChangeKind.FREE
+    ),
+    "host_tools.workers": ChangeKind.FREE,
+    **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), ChangeKind.FREE),
+    **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), ChangeKind.FREE),
+    **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), ChangeKind.FREE),
     # What is saved, said and looked at. Rows that are left out show in the data, and so do those held out.
-    **dict.fromkeys(("data_eval", "watch.*", "save_model_every", "keep_best"), Kind.FREE),
-    **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), Kind.FREE),
+    **dict.fromkeys(("data_eval", "watch.*", "save_model_every", "keep_best"), ChangeKind.FREE),
+    **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), ChangeKind.FREE),
     # What a saved position in the data counts in, and what saved arrays belong to.
-    **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), Kind.FIXED),
-    **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), Kind.FIXED),
+    **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), ChangeKind.FIXED),
+    **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), ChangeKind.FIXED),
 }
 
 
-def kind_of(name: str) -> Kind:
+def kind_of(name: str) -> ChangeKind:
     """What a change of the setting `name` means."""
-    return next((kind for pattern, kind in KINDS.items() if fnmatch.fnmatchcase(name, pattern)), Kind.CHANGES)
+    return next((kind for pattern, kind in KINDS.items() if fnmatch.fnmatchcase(name, pattern)), ChangeKind.CHANGES)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,9 +137,9 @@ def settle(
 
 def _check(directory: pathlib.Path, changed: Mapping[str, tuple[Any, Any]], resume_changed: bool | None) -> None:
     of = lambda *kinds: {name: pair for name, pair in changed.items() if kind_of(name) in kinds}
-    if fixed := of(Kind.FIXED) if resume_changed is not None else of(Kind.FIXED, Kind.CHANGES):
+    if fixed := of(ChangeKind.FIXED) if resume_changed is not None else of(ChangeKind.FIXED, ChangeKind.CHANGES):
         raise RunError(f"{directory} was begun with {describe(fixed)}: choose another directory")
-    if (another := of(Kind.CHANGES)) and not resume_changed:
+    if (another := of(ChangeKind.CHANGES)) and not resume_changed:
         raise RunError(
             f"{directory} was begun with {describe(another)}: choose another directory, or go on with another experiment "
             "by --resume_changed"

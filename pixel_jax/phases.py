@@ -51,7 +51,7 @@ from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.stages import Stages, collect_on_host
 from pixel_jax.training.watch import Look, Watch
-from pixel_jax.watching import Setting, hold_out
+from pixel_jax.watching import HeldOutLooks, hold_out
 
 
 class Given(NamedTuple):
@@ -104,9 +104,9 @@ class Phase:
         return {"process_index": part.index, "process_count": part.count, **ahead}
 
     @property
-    def looks(self) -> Setting:
+    def looks(self) -> HeldOutLooks:
         by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
-        return Setting(self.config, self.measured(self.config.watch.batch), by)
+        return HeldOutLooks(self.config, self.measured(self.config.watch.batch), by)
 
     def measured(self, rows: int) -> Measured:
         """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""

@@ -18,14 +18,14 @@ from pixel_jax.training.algorithms import algorithm
 PIXEL = 28**2  # of one visual token
 
 
-class Size(NamedTuple):
+class SizeSettings(NamedTuple):
     tensor: int  # axis of the mesh: divides the key-value heads
     row_groups: int  # rows of a micro-batch: a multiple of data x fsdp, on the largest mesh that is meant
 
 
 # Not of the paper: adapters on every linear layer of the decoder.
 ADAPTERS = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"}
-SIZES = {"3b": Size(2, 128), "7b": Size(4, 64), "72b": Size(8, 64)}
+SIZES = {"3b": SizeSettings(2, 128), "7b": SizeSettings(4, 64), "72b": SizeSettings(8, 64)}
 LEARNING_RATES = {"full": 1e-6, "lora": 1e-5}  # by the weights that are trained
 EXAMPLES, QUERIES = 7_850, 15_400  # released traces (SFT) and questions (RL)
 

@@ -72,14 +72,14 @@ def _started(pid: int) -> str | None:
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
 
 
-class Seen(NamedTuple):
+class LockContent(NamedTuple):
     """A lock as it lies there: its bytes and its last heartbeat."""
 
     content: bytes
     beat: int
 
     @classmethod
-    def at(cls, path: pathlib.Path) -> "Seen | None":
+    def at(cls, path: pathlib.Path) -> "LockContent | None":
         try:
             with path.open("rb") as file:  # opening it asks a file server anew
                 return cls(file.read(2**16), os.fstat(file.fileno()).st_mtime_ns)
@@ -116,7 +116,7 @@ def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
     me = Holder.me()
     content = json.dumps(me._asdict()).encode()
     while not _create(path, content):
-        seen = Seen.at(path)
+        seen = LockContent.at(path)
         if seen is not None and _given_up(path, seen) and _take_over(path, seen, content):
             break
     done = threading.Event()
@@ -143,7 +143,7 @@ def _create(path: pathlib.Path, content: bytes) -> bool:
     return True
 
 
-def _given_up(path: pathlib.Path, seen: Seen) -> bool:
+def _given_up(path: pathlib.Path, seen: LockContent) -> bool:
     """Whether nobody has the lock any more; False as well if another look is needed.
 
     Raises:
@@ -161,7 +161,7 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     began = time.monotonic()
     while time.monotonic() - began < SILENCE:
         time.sleep(LOOK)
-        now = Seen.at(path)
+        now = LockContent.at(path)
         if now is None or now.content != seen.content:
             return False
         if now.beat != seen.beat:
@@ -170,7 +170,7 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     return True
 
 
-def _take_over(path: pathlib.Path, seen: Seen, content: bytes) -> bool:
+def _take_over(path: pathlib.Path, seen: LockContent, content: bytes) -> bool:
     """Puts this lock in the place of one that was given up; False if somebody else was faster, or is about to be."""
     claim = path.with_name(f".{LOCK}.{zlib.crc32(seen.content):08x}")
     if not _create(claim, b""):
@@ -181,7 +181,7 @@ def _take_over(path: pathlib.Path, seen: Seen, content: bytes) -> bool:
         return False
     try:
         # As long as there is the claim, nobody else puts anything in its place: what is there now stays.
-        now = Seen.at(path)
+        now = LockContent.at(path)
         if now is None or now.content != seen.content:
             return False
         write_file(path, content)
@@ -197,7 +197,7 @@ def _remove(path: pathlib.Path, content: bytes) -> None:
         os.rename(path, aside)  # of several who do this, one succeeds
     except FileNotFoundError:
         return
-    found = Seen.at(aside)
+    found = LockContent.at(aside)
     if found is not None and found.content != content:
         _create(path, found.content)
     aside.unlink(missing_ok=True)
@@ -207,7 +207,7 @@ def _beat(path: pathlib.Path, content: bytes, done: threading.Event) -> None:
     """Shows that the process lives, as long as it has the lock; without it, it must not go on."""
     while not done.wait(BEAT):
         try:
-            found = Seen.at(path)
+            found = LockContent.at(path)
             if found is not None and found.content == content:
                 os.utime(path)
                 continue

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixel_jax.evaluation import report, trace
+from pixel_jax.evaluation import report, transcript
 from pixel_jax.evaluation.curves import Points, curves
 from pixel_jax.files import FileError
 from pixel_jax.identity import read_history
@@ -123,11 +123,11 @@ def _conversations(files: Sequence[pathlib.Path], name) -> str:
     parts = []
     for path in reversed(shown):
         try:
-            items = trace.load(path)
+            items = transcript.load(path)
         except FileError as error:
             warn(f"{error}. It is not drawn")
             continue
-        drawn = "".join(report.trace(item) for item in items)
+        drawn = "".join(report.transcript(item) for item in items)
         parts.append(report.folded(name(int(path.stem)), drawn, unfolded=path == shown[-1]))
     if len(files) > len(shown):
         where = f"pixel-jax view {files[0].parent}/NUMBER.json"

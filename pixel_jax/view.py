@@ -62,7 +62,7 @@ def view(
     Raises:
         UserError: there is nothing there to draw.
     """
-    from pixel_jax.evaluation import report, summary, trace
+    from pixel_jax.evaluation import report, summary, transcript
     from pixel_jax.files import FileError
     from pixel_jax.run_page import PHASES, draw_run, is_run
 
@@ -81,11 +81,11 @@ def view(
         files = sorted((x for x in what.rglob("*.json") if x.parent.name in KINDS_OF_TRACES), key=lambda x: str(x))
         if not files:
             raise UserError(f"{what} holds no run, no evaluation and no traces")
-        drawn = [item for path in files[:most] for item in trace.load(path)]
+        drawn = [item for path in files[:most] for item in transcript.load(path)]
         count = len(drawn) + len(files[most:])
     else:
         try:
-            drawn = trace.load(what)
+            drawn = transcript.load(what)
         except FileError as error:
             raise UserError(f"{what} does not hold traces: {error}") from error
         count = len(drawn)
@@ -109,7 +109,7 @@ def written_traces(
     from pixel_jax.dialog import Language
     from pixel_jax.dialog.formats import FORMATS
     from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-    from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.evaluation.transcript import make_transcript
     from pixel_jax.rollouts.config import RolloutConfig
     from pixel_jax.rollouts.prompts import tables
     from pixel_jax.terminal import warn
@@ -132,5 +132,5 @@ def written_traces(
             warn(f"{example.id} is not drawn: {error}")
             continue
         known = {"title": example.id, "reference": " / ".join(example.answer)}
-        drawn.append(make_trace(t, 0, query, vocabulary, side=SIDE, **known))
+        drawn.append(make_transcript(t, 0, query, vocabulary, side=SIDE, **known))
     return drawn, len(examples)

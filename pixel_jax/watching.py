@@ -86,7 +86,7 @@ def hold_out(
     return HeldOut(*parts, places)
 
 
-class Setting(NamedTuple):
+class HeldOutLooks(NamedTuple):
     """What looks need to know of a run."""
 
     config: TrainConfig

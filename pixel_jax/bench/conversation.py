@@ -15,7 +15,7 @@ import numpy as np
 from pixel_jax.bench.cost import array_bytes
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
 from pixel_jax.bench.operations import close
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
@@ -28,7 +28,7 @@ class TimedTurn(NamedTuple):
     end: int
 
 
-class Row(NamedTuple):
+class PackedConversation(NamedTuple):
     """One conversation without its padding."""
 
     tokens: np.ndarray  # int64 [L]
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     ]  # box and (height, width) of every image it was shown
 
 
-def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
+def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[PackedConversation]:
     tokens = jnp.asarray(t.tokens)
     positions, _ = jax.jit(
         lambda tokens, valid, grids, seconds: mrope_positions(
@@ -59,7 +59,7 @@ def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
         boxes += map(tuple, t.calls.source.region[r, cropped, 0].tolist())
         sizes = [(14 * int(h), 14 * int(w)) for n, h, w in t.visual.grids[r] if n]
         rows.append(
-            Row(
+            PackedConversation(
                 t.tokens[r][places].astype(np.int64),
                 places,
                 positions[:, r, places].astype(np.int64),
@@ -71,7 +71,7 @@ def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
     return rows
 
 
-def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np.ndarray:
+def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cache: bool) -> np.ndarray:
     """Log-probabilities float32 [R, width] of the chosen tokens, turn by turn; the cache is kept or made anew in every turn."""
     import torch
     from PIL import Image
@@ -83,7 +83,7 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     processor = Qwen2VLImageProcessorPil(do_resize=False)
     logprobs = np.zeros((len(rows), width), np.float32)
 
-    def views(row: Row, first: int, last: int) -> list:
+    def views(row: PackedConversation, first: int, last: int) -> list:
         picture = Image.fromarray(row.buffer)
         return [crop(picture, *view) for view in row.views[first:last]]
 
@@ -102,7 +102,7 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
             **inputs,
         ).logits[:, -1]
 
-    def padded(parts: list[tuple[Row, int, int]]):
+    def padded(parts: list[tuple[PackedConversation, int, int]]):
         """Stretches of the rows' tokens, padded on the left."""
         longest = max(last - first for _, first, last in parts)
         ids = np.zeros((len(parts), longest), np.int64)
@@ -159,7 +159,7 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLCo
     return float(sum(forward_flops(config, work)))
 
 
-def build_rollout(quick: bool) -> Work:
+def build_rollout(quick: bool) -> Workload:
     model, asked, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
     sampled = to_host(rollout(model, asked, key, config))
     executed = executed_calls(sampled)
@@ -191,7 +191,7 @@ def build_rollout(quick: bool) -> Work:
             np.testing.assert_allclose(first, other, atol=2e-3)
 
     length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.loss_mask, axis=1).max())
-    return Work(
+    return Workload(
         f"{len(asked.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
         f"rows of {length.min()} to {length.max()}",
         alternatives,
@@ -206,7 +206,7 @@ def build_rollout(quick: bool) -> Work:
     )
 
 
-def build_queue(quick: bool) -> Work:
+def build_queue(quick: bool) -> Workload:
     """Rows that zoom in up to four times, most of them less often: in a queue, and in calls one after the other."""
     model, asked, key = zooming_model(quick, answers=0.4), prompts(quick), jax.random.key(0)
     batch, calls = len(asked.length), 2 if quick else 4
@@ -224,7 +224,7 @@ def build_queue(quick: bool) -> Work:
     }
     sampled = to_host(rollout(model, asked, key, queued))
     spread = np.bincount(executed_calls(sampled)).tolist()
-    return Work(
+    return Workload(
         f"{batch} prompts x {config.group_size} rows, {queued.in_flight} prompts at a time; rows with 0, 1, ... zooms: {spread}",
         alternatives,
         close(1e-4),

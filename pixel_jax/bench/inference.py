@@ -20,7 +20,7 @@ from pixel_jax.bench.network import (
     vocabulary,
 )
 from pixel_jax.bench.operations import close, same
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
@@ -36,7 +36,7 @@ def _patches(count: int, side: int) -> jax.Array:
     return jax.jit(jax.vmap(cut))(images(count, side, side))
 
 
-def build_vision(quick: bool) -> Work:
+def build_vision(quick: bool) -> Workload:
     count, side = (2, 56) if quick else (8, 336)
     grid = side // 14
     pixels = jax.jit(lambda x: pixel_values(x, x))(_patches(count, side))
@@ -65,10 +65,10 @@ def build_vision(quick: bool) -> Work:
     encode = lambda model, pixels, hw: model.encode(pixels, hw)
     flops = count_flops(encode, model, pixels, hw)
     read = array_bytes(model.visual, pixels)
-    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, bytes=read)
+    return Workload(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, bytes=read)
 
 
-def build_prefill(quick: bool) -> Work:
+def build_prefill(quick: bool) -> Workload:
     count, side, text = (2, 56, 12) if quick else (4, 336, 66)
     grid = side // 14
     model, words = random_model(quick), vocabulary()
@@ -126,7 +126,7 @@ def build_prefill(quick: bool) -> Work:
         alternatives["transformers"] = transformers
     flops = count_flops(prefill, model, tokens, visual)
     shapes = f"{count} rows of {length} tokens, {visual_tokens} of an image of {side} x {side}, encoded"
-    return Work(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
+    return Workload(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
 
 
 class Decoding(NamedTuple):
@@ -183,7 +183,7 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     return Decoding(start, decode, prompts, read * steps)
 
 
-def build_decode(rows: int, quick: bool) -> Work:
+def build_decode(rows: int, quick: bool) -> Workload:
     length, steps = (16, 6) if quick else (210, 64)
     model, tokens = random_model(quick), text_tokens(rows, length)
     work = decoding(model, tokens, steps, quick)
@@ -195,7 +195,7 @@ def build_decode(rows: int, quick: bool) -> Work:
             _generate, quick, tokens, steps, True
         )
     shapes = jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(work.start, model, work.prompts)
-    return Work(
+    return Workload(
         f"{rows} rows, {steps} tokens after {length}",
         alternatives,
         same,

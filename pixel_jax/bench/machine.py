@@ -12,7 +12,7 @@ from pixel_jax.bench.timing import finished
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class MachineSpeed:
     device: str
     devices: int
     cores: int
@@ -27,11 +27,11 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_machine(quick: bool) -> Machine:
+def measure_machine(quick: bool) -> MachineSpeed:
     side = 256 if quick else 2048 if jax.default_backend() == "cpu" else 8192
     rows = 1024 if quick else 2**14 if jax.default_backend() == "cpu" else 2**17
     device = jax.devices()[0]
-    return Machine(
+    return MachineSpeed(
         device=device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU, no accelerator",
         devices=jax.device_count(),
         cores=count_cores(),

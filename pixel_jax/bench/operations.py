@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pixel_jax.bench.network import HAS_TORCH, images
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.ops import crop_resize, gather_frames, patchify, pixel_values
 from pixel_jax.parallel import make_mesh, replicate
 
@@ -43,7 +43,7 @@ def close(tolerance: float):
     return check
 
 
-def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
+def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Workload:
     side, out, count = (96, 28, 2) if quick else (1024, 336, 8)
     image = images(1, side, side)[0]
     random = np.random.default_rng(1)
@@ -86,7 +86,7 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
         (same if exact else within(1))({name: outputs[name] for name in ("pixel_jax", "Pillow")})
         within(2)(outputs)  # torch rounds its weights to 16 bits
 
-    return Work(
+    return Workload(
         f"{count} boxes of an image of {side} x {side} pixels to {out} x {out}, "
         + ("bit for bit" if exact else "within one level")
         + (", on one core" if cores else ""),
@@ -98,7 +98,7 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
     )
 
 
-def build_gather(quick: bool) -> Work:
+def build_gather(quick: bool) -> Workload:
     video = images(4 if quick else 64, 28 if quick else 364, 28 if quick else 644)
     index = np.arange(8, dtype=np.int32) % len(video)
 
@@ -113,10 +113,10 @@ def build_gather(quick: bool) -> Work:
 
         alternatives["torch"] = lambda: lambda: torch.from_numpy(video)[torch.from_numpy(index).long()]
     count = 2 * 8 * video[0].nbytes
-    return Work(f"8 of {len(video)} frames of {video.shape[2]} x {video.shape[1]}", alternatives, same, bytes=count)
+    return Workload(f"8 of {len(video)} frames of {video.shape[2]} x {video.shape[1]}", alternatives, same, bytes=count)
 
 
-def build_patchify(quick: bool) -> Work:
+def build_patchify(quick: bool) -> Workload:
     count, side = (2, 56) if quick else (8, 336)
     pictures = images(count, side, side)
     patches = (side // 14) ** 2
@@ -138,7 +138,7 @@ def build_patchify(quick: bool) -> Work:
         alternatives["transformers (PIL processor)"] = lambda: (
             lambda: processor(list(pictures), return_tensors="np")["pixel_values"]
         )
-    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-6), bytes=9 * pictures.nbytes)
+    return Workload(f"{count} images of {side} x {side} pixels", alternatives, close(1e-6), bytes=9 * pictures.nbytes)
 
 
 CASES = (

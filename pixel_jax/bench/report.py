@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pixel_jax.bench.machine import Machine, measure_machine
+from pixel_jax.bench.machine import MachineSpeed, measure_machine
 from pixel_jax.bench.memory import peak_memory
-from pixel_jax.bench.timing import Timing, Work, measure
+from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
 
@@ -47,7 +47,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     return record
 
 
-def case_record(work: Work, timings: dict[str, Timing], machine: Machine) -> dict[str, Any]:
+def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpeed) -> dict[str, Any]:
     """What is written down of a case: plain numbers and strings."""
     ours = next(iter(timings))
     seconds = timings[ours].seconds
@@ -74,7 +74,7 @@ def case_record(work: Work, timings: dict[str, Timing], machine: Machine) -> dic
     }
 
 
-def flops_of(work: Work, names: Iterable[str]) -> dict[str, float]:
+def flops_of(work: Workload, names: Iterable[str]) -> dict[str, float]:
     """FLOPs of a run of each alternative; nothing where they were not counted."""
     if work.flops is None:
         return {}
@@ -116,7 +116,7 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     return remarks + [f"{name} {value}" for name, value in entry["facts"].items()]
 
 
-def describe(machine: Machine) -> str:
+def describe(machine: MachineSpeed) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
         f"{machine.devices} x {machine.device}, {machine.cores} cores; products {machine.matmul / 1e9:.0f} GFLOP/s in float32, "

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from pixel_jax.bench.network import QUESTION, images, random_model, rollout_config, vocabulary
-from pixel_jax.bench.timing import Case, Work
+from pixel_jax.bench.timing import Case, Workload
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import prompt_shape
@@ -26,7 +26,7 @@ QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "pixel" / "quicksta
 COLD_START_AIM = 10.0  # seconds
 
 
-def build_cold_start(quick: bool) -> Work:
+def build_cold_start(quick: bool) -> Workload:
     def ours():
         cache = tempfile.TemporaryDirectory()  # lives as long as `run`
         environment = {**os.environ}
@@ -41,7 +41,7 @@ def build_cold_start(quick: bool) -> Work:
 
         return run
 
-    return Work(
+    return Workload(
         "a new process, from its start to the end of the quickstart's first rollout; the first call compiles",
         {"pixel_jax": ours},
         lambda outputs: None,
@@ -51,7 +51,7 @@ def build_cold_start(quick: bool) -> Work:
     )
 
 
-def build_image_sizes(quick: bool) -> Work:
+def build_image_sizes(quick: bool) -> Workload:
     """One prompt after the other, each with an image of another size, through one program."""
     config, model = rollout_config(True), random_model(True)
     sizes = list(itertools.product((60, 97, 112), (56, 80, 101, 112)))
@@ -67,7 +67,7 @@ def build_image_sizes(quick: bool) -> Work:
 
         return run
 
-    return Work(
+    return Workload(
         f"a rollout of 2 rows for images of {len(sizes)} sizes in turn: compilations after the first call are the point",
         {"pixel_jax": ours},
         lambda outputs: None,

@@ -1,6 +1,6 @@
 """How a bench measures: alternatives take turns, so that what else the machine does falls on all of them alike.
 
-A `Case` is one piece of work; its `Work` holds the alternatives, ours first, each of which says in its output what it
+A `Case` is one piece of work; its `Workload` holds the alternatives, ours first, each of which says in its output what it
 computed. `measure` calls every alternative once (what it compiles is counted), has the outputs compared, then lets them
 take turns. A ratio is the median over rounds of (other's time / ours): above 1, ours is faster.
 """
@@ -37,7 +37,7 @@ class Aim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Workload:
     """The alternatives of a case: name -> a function that prepares and returns the function to be timed.
 
     `run()` returns its output; a JAX array in it is waited for. Preparing is not timed: weights and inputs are made there,
@@ -61,7 +61,7 @@ class Case:
     """`build(quick)` makes the work; quick: tiny, to see that it works. It must be a function at the top of a module."""
 
     name: str
-    build: Callable[[bool], Work]
+    build: Callable[[bool], Workload]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,13 +154,13 @@ def _keep_threads_on(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def measure(work: Work, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
+def measure(work: Workload, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
     """The timing of every alternative of `work`, after their outputs were found equal."""
     with limited_to(work.cores):
         return _measure(work, least or work.rounds, most, seconds)
 
 
-def _measure(work: Work, least: int, most: int, seconds: float) -> dict[str, Timing]:
+def _measure(work: Workload, least: int, most: int, seconds: float) -> dict[str, Timing]:
     runs, outputs, compiled, first = {}, {}, {}, {}
     for name, prepare in work.alternatives.items():
         run = prepare()

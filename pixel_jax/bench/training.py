@@ -21,7 +21,7 @@ from pixel_jax.bench.network import (
     vocabulary,
 )
 from pixel_jax.bench.operations import close
-from pixel_jax.bench.timing import Aim, Case, Run, Work
+from pixel_jax.bench.timing import Aim, Case, Run, Workload
 from pixel_jax.models import Qwen2_5_VL
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import patchify, pixel_values
@@ -185,7 +185,7 @@ def _shapes(batch: Batch) -> str:
     return f"{rows} rows of {length} tokens, {pads} of an image"
 
 
-def build_scoring(quick: bool) -> Work:
+def build_scoring(quick: bool) -> Workload:
     model, batch = random_model(quick), batch_of(quick)
 
     def ours():
@@ -197,10 +197,10 @@ def build_scoring(quick: bool) -> Work:
         alternatives["torch eager"] = lambda: TorchStep(model, batch).scores
     flops = count_flops(make_score_step(SCORING), model, batch)
     read = array_bytes(model, batch)
-    return Work(_shapes(batch), alternatives, close(1e-5), flops=flops, bytes=read, memory=tuple(alternatives))
+    return Workload(_shapes(batch), alternatives, close(1e-5), flops=flops, bytes=read, memory=tuple(alternatives))
 
 
-def _update(name: str, quick: bool) -> Work:
+def _update(name: str, quick: bool) -> Workload:
     model, batch = random_model(quick), batch_of(quick)
     score = make_score_step(SCORING)
     if name == "sft":
@@ -230,7 +230,7 @@ def _update(name: str, quick: bool) -> Work:
     )
     state = jax.eval_shape(lambda: init_state(model, optimizer()))
     flops = count_flops(make, state, batch) + (count_flops(score, model, batch) if scored else 0)
-    return Work(
+    return Workload(
         _shapes(batch) + ", AdamW" + (", scored before" if scored else ""),
         alternatives,
         # The norm that torch clips by is off by 1e-4 at this size; ours equals that of a run in float64 to 1e-7.
@@ -242,7 +242,7 @@ def _update(name: str, quick: bool) -> Work:
     )
 
 
-def build_long(quick: bool) -> Work:
+def build_long(quick: bool) -> Workload:
     """A tuning step on one long row of text: memory is to be linear in its length, time to follow the counted FLOPs."""
     lengths = (32, 64) if quick else (2048, 4096, 8192, 16384)
     config = model_config(True)
@@ -271,7 +271,7 @@ def build_long(quick: bool) -> Work:
 
     state = jax.eval_shape(lambda: init_state(model, optimizer()))
     name = "{} tokens".format
-    return Work(
+    return Workload(
         "a tuning step on one row, 2 layers, attention 'chunked'; ratios are times over that of the shortest row",
         {name(length): functools.partial(ours, length) for length in lengths},
         lambda outputs: None,

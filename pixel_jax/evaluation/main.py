@@ -145,7 +145,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
-    from pixel_jax.evaluation.stages import Exam, Policy, Stages
+    from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
     from pixel_jax.evaluation.stages import answer as answer_questions
     from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
@@ -168,7 +168,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
-        stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
+        stages = EvaluationStages(answer=functools.partial(answer_questions, roll=rollouts))
         if code := {x: digest(x) for x in (*config.tools, config.rollout.call_format) if is_name(x)}:
             held["code"] = code  # other code is another evaluation
         if rollouts is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from pixel_jax.evaluation.curves import COLORS
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.files import write_file
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -51,13 +51,13 @@ def turn(item: ShownTurn, number: int) -> str:
     )
 
 
-def terms(item: Trace) -> str:
+def terms(item: Transcript) -> str:
     """What a reward is the sum of, those that are nothing left out."""
     parts = [f"{name} {value:+.3g}" for name, value in item.terms.items() if value]
     return f" ({text(', '.join(parts))})" if parts else ""
 
 
-def trace(item: Trace) -> str:
+def transcript(item: Transcript) -> str:
     """A conversation: the image with every box, what the model first saw, then turn by turn."""
     known = [
         text(item.question) if item.title else "",
@@ -83,9 +83,9 @@ def trace(item: Trace) -> str:
     )
 
 
-def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
+def traces_page(traces: Sequence[Transcript], title: str = "Traces") -> str:
     """A page of traces alone."""
-    return page(title, [("", "".join(trace(item) for item in traces))])
+    return page(title, [("", "".join(transcript(item) for item in traces))])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:

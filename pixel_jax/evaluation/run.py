@@ -17,7 +17,17 @@ from pixel_jax.data.shapes import Measured, training_work
 from pixel_jax.evaluation.config import Bucket
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
-from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
+from pixel_jax.evaluation.stages import (
+    USUAL,
+    EvaluationStages,
+    Exam,
+    Policy,
+    QuestionBatch,
+    Record,
+    Session,
+    guidelines,
+    unanswered,
+)
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.parallel.memory import PICTURES, device_memory
@@ -54,7 +64,7 @@ def evaluate(
     part: tuple[int, int] = (0, 1),
     digests: Digests | None = None,
     scorer: Callable[..., Any] | None = None,
-    stages: Stages = USUAL,
+    stages: EvaluationStages = USUAL,
     label: str = "eval",
 ) -> None:
     """Answer this process's share of `questions` that is not yet answered in `directory` (`results.py`).
@@ -174,7 +184,7 @@ def load_query(questions: Sequence[Question], placed: Mapping[int, Place], i: in
 
 def answer_batch(
     session: Session,
-    stages: Stages,
+    stages: EvaluationStages,
     questions: Sequence[Question],
     placed: Mapping[int, Place],
     loaded: Mapping[int, Query | ImageError],
@@ -184,7 +194,7 @@ def answer_batch(
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
-        asked = Asked(
+        asked = QuestionBatch(
             list(queries), [questions[i] for i in queries], list(queries.values()), [placed[i] for i in queries]
         )
         records += stages.record(session, stages.judge(session, stages.answer(session, asked)))

@@ -1,8 +1,8 @@
 """The stages that a batch of an evaluation goes through, and the value that each hands to the next.
 
-    Asked -> answer -> Answered -> judge -> Judged -> record -> records
+    QuestionBatch -> answer -> Answered -> judge -> Judged -> record -> records
 
-Each is a function `stage(session, value)`; `Stages` says which, so that one of one's own takes the place of any.
+Each is a function `stage(session, value)`; `EvaluationStages` says which, so that one of one's own takes the place of any.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pixel_jax.data.rooms import Place
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -94,7 +94,7 @@ class Session:
         self.drawn = set(np.random.default_rng(exam.seed).permutation(count)[: exam.traced].tolist())
 
 
-class Asked(NamedTuple):
+class QuestionBatch(NamedTuple):
     """Questions of one shape that are answered together, with their pixels."""
 
     numbers: Sequence[int]  # among all questions
@@ -106,7 +106,7 @@ class Asked(NamedTuple):
 class Answered(NamedTuple):
     """What the model did with them: `group_size` rows a question, on the host."""
 
-    asked: Asked
+    asked: QuestionBatch
     trajectories: Trajectories[VisualRecord]
     images: np.ndarray  # `Images` of each question
     texts: Sequence[str]  # all that the model wrote in each row
@@ -120,7 +120,7 @@ class Judged(NamedTuple):
 Record = dict[str, Any]
 
 
-def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
+def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
     """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours.
 
     roll: takes the place of `rollout`, with its arguments: `functools.partial(answer, roll=...)` is a stage, too.
@@ -166,15 +166,15 @@ def record(session: Session, judged: Judged) -> list[Record]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
+class EvaluationStages:
     """Which functions a batch goes through."""
 
-    answer: Callable[[Session, Asked], Answered] = answer
+    answer: Callable[[Session, QuestionBatch], Answered] = answer
     judge: Callable[[Session, Answered], Judged] = judge
     record: Callable[[Session, Judged], list[Record]] = record
 
 
-USUAL = Stages()
+USUAL = EvaluationStages()
 
 
 # ---- records
@@ -218,7 +218,7 @@ def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
     question = asked.questions[at]
     first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
     tools, query = session.policy.tables.tools, asked.queries[at]
-    made = traces.make_trace(
+    made = traces.make_transcript(
         materialize_on_host(first, judged.answered.images[[at]], tools, session.limits),
         0,
         query,

@@ -7,7 +7,7 @@ from typing import Any
 
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.unrecognised import format_warning
-from pixel_jax.evaluation import report, trace
+from pixel_jax.evaluation import report, transcript
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
 from pixel_jax.state_files import read_note
@@ -165,9 +165,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], stream=None)
     Console(file=stream, highlight=False, width=1000).print(table)
 
 
-def _traces(path: pathlib.Path) -> list[trace.Trace]:
+def _traces(path: pathlib.Path) -> list[transcript.Transcript]:
     try:
-        return trace.load(path)
+        return transcript.load(path)
     except FileError as error:
         warn(f"{error}. It is not drawn")
         return []
@@ -202,7 +202,7 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         sections.append(("Could not be asked, and count as wrong", report.table(head, missing)))
     for (name, mode), directory in directories.items():
         files = sorted((directory / "traces").glob("[0-9]*.json"), key=lambda path: int(path.stem))
-        shown = [report.trace(item) for path in files for item in _traces(path)]
+        shown = [report.transcript(item) for path in files for item in _traces(path)]
         if shown:
             sections.append((f"{name}, {mode}", "".join(shown)))
     return report.page(title, sections, metrics)

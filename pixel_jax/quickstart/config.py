@@ -13,7 +13,7 @@ from pixel_jax.training.sft import SFTConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class HeldOutConfig:
     scenes: int = 400  # held-out scenes: photographs and digits that no phase has seen
     batch: int = 80  # scenes decoded together
     traces: int = 16  # conversations kept to look at
@@ -31,7 +31,7 @@ class QuickstartConfig:
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int  # traces made for it
     rl: RLConfig  # 3. the two arms of the lesson change something about it
-    evaluation: EvaluationConfig  # 4.
+    evaluation: HeldOutConfig  # 4.
     lesson: Literal["zoom", "turn"] = "zoom"  # what is hard about the scenes, and which tool helps
     traces: WarmStartConfig = WarmStartConfig()  # of the lesson "zoom"
     turns: TurnsConfig = TurnsConfig()  # of the lesson "turn"

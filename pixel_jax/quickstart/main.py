@@ -52,7 +52,7 @@ def main(command: str, arguments: list[str]) -> None:
 
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
-    from pixel_jax.evaluation import report, trace
+    from pixel_jax.evaluation import report, transcript
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.page import page
     from pixel_jax.quickstart.pipeline import run_seed, say
@@ -70,7 +70,7 @@ def main(command: str, arguments: list[str]) -> None:
         metrics = summarise(results)  # after each seed: what there is so far is there to look at
         write_json(out / "metrics.json", metrics)
         first = out / f"seed-{config.seed}"
-        traces = [item for name in (*arms, "warm") for item in trace.load(first / name / "traces.json")]
+        traces = [item for name in (*arms, "warm") for item in transcript.load(first / name / "traces.json")]
         report.write(out / "report.html", page(config, metrics, traces))
     numbers = metrics["rl"]
     for name, arm in arms.items():

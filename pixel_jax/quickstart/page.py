@@ -6,13 +6,13 @@ import numpy as np
 
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation.curves import curves as curves_of
-from pixel_jax.evaluation.trace import Trace
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.quickstart.config import QuickstartConfig
 
 SMOOTH = 9  # iterations averaged in a curve
 
 
-def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Trace]) -> str:
+def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript]) -> str:
     """The whole report: numbers, curves, what was arranged, traces of the first seed."""
     seeds, lesson = metrics["seeds"], config.taught
     sections = [
@@ -21,7 +21,7 @@ def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Trace]) ->
         ("Learning curves", curves(config, metrics)),
         ("What was arranged", "".join(report.paragraph(text) for text in lesson.arrangement(config))),
         ("Time", times(metrics)),
-        (f"Traces (seed {seeds[0]}, held-out scenes, sampled)", "".join(report.trace(item) for item in traces)),
+        (f"Traces (seed {seeds[0]}, held-out scenes, sampled)", "".join(report.transcript(item) for item in traces)),
     ]
     data = {name: value for name, value in metrics.items() if name != "per_seed"}
     return report.page(lesson.title, sections, data)

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from pixel_jax import terminal
-from pixel_jax.evaluation import trace
+from pixel_jax.evaluation import transcript
 from pixel_jax.files import read_json
 from pixel_jax.identity import RunError, changes, describe, flatten
 from pixel_jax.models.io import from_pretrained, save_pretrained
@@ -140,7 +140,7 @@ def run_judging(config: QuickstartConfig, directory: pathlib.Path) -> None:
     def judge() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
         numbers, answers = evaluate(task, model, lambda what: say(f"    judging the warm start: {what}"))
-        trace.save(directory / "warm" / "traces.json", pick_traces(task, answers, "warm start"))
+        transcript.save(directory / "warm" / "traces.json", pick_traces(task, answers, "warm start"))
         return numbers
 
     once(directory / "warm_evaluation.json", judge)
@@ -268,7 +268,7 @@ def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None
     def judge() -> dict:
         model, _ = from_pretrained(place / "model")
         numbers, answers = evaluate(task, model)
-        trace.save(place / "traces.json", pick_traces(task, answers, arm.replace("_", " ")))
+        transcript.save(place / "traces.json", pick_traces(task, answers, arm.replace("_", " ")))
         return numbers
 
     seconds = once(place / "trained.json", train)["seconds"]

@@ -12,7 +12,7 @@ import numpy as np
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.vocabulary import build_vocabulary
@@ -147,7 +147,7 @@ class TrainingScenes:
 
 
 @dataclasses.dataclass
-class Answers:
+class ScoredScenes:
     """What a policy did with the held-out scenes, a row each."""
 
     trajectories: Trajectories[VisualRecord]
@@ -156,7 +156,9 @@ class Answers:
     looked: np.ndarray  # bool [scenes], at least one operation returned pixels
 
 
-def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
+def ask(
+    task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = ""
+) -> ScoredScenes:
     """Put every scene to `model` once; the assistant's turn begins with `opening`."""
     size = task.config.evaluation.batch
     limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
@@ -172,10 +174,10 @@ def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = 
     response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)
     texts = [task.decode(row[mask]) for row, mask in zip(t.tokens, response, strict=True)]
     right = np.array([last_boxed(text) == str(scene.label) for text, scene in zip(texts, scenes, strict=True)])
-    return Answers(t, texts, right, executed_calls(t) > 0)
+    return ScoredScenes(t, texts, right, executed_calls(t) > 0)
 
 
-def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, Answers]:
+def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, ScoredScenes]:
     """Rates and accuracies on the held-out scenes, with intervals; and the freely sampled answers themselves.
 
     Free: the policy chooses whether to look closer, sampled at temperature 1 and greedily. Forced (hard scenes only): its
@@ -211,7 +213,7 @@ def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: N
     return {**numbers, **measured, "intervals": intervals}, free
 
 
-def pick_traces(task: Task, answers: Answers, label: str) -> list:
+def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
     """Conversations to look at: of each kind (looked or not, right or wrong) in turn, as many as configured."""
     kinds = answers.looked * 2 + answers.right
     queues = [list(np.flatnonzero(kinds == kind)) for kind in (3, 2, 1, 0)]
@@ -225,7 +227,7 @@ def pick_traces(task: Task, answers: Answers, label: str) -> list:
         query = scene_query(scene)
         seen = take_rows(answers.trajectories, [row])
         made.append(
-            make_trace(
+            make_transcript(
                 materialize_on_host(seen, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
                 0,
                 query,

@@ -30,7 +30,7 @@ from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
-from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
+from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
 from pixel_jax.terminal import printable, say
 from pixel_jax.tools import RELEASED
@@ -171,24 +171,24 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
-    outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
+    outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
     kept = _read_outcomes(out / "outcomes.jsonl")
     # What cannot be written is made again: a run before may have kept half a surrogate pair.
     sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
-    def one(i: int) -> Outcome:
+    def one(i: int) -> SeedOutcome:
         rng = np.random.default_rng([config.seed, i])
         return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=pad, language=language)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 
-        def keep(i: int, outcome: Outcome) -> None:
+        def keep(i: int, outcome: SeedOutcome) -> None:
             outcomes[i] = outcome
             log.append([{"print": prints[i], **outcome._asdict()}])
 
         failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
-    outcomes |= {i: Outcome(None, why, {}) for i, why in failed.items()}  # not kept: another run tries again
+    outcomes |= {i: SeedOutcome(None, why, {}) for i, why in failed.items()}  # not kept: another run tries again
     with Digests(out / "digests.json") as digests:
         rows = [
             outcomes[i].row | {"images": [put_beside(path, out, digests) for path in seeds[i].images]}
@@ -222,8 +222,8 @@ def put_beside(picture: pathlib.Path, out: pathlib.Path, digests: Digests) -> st
 def _work(
     todo: list[int],
     seeds: Sequence[Seed],
-    one: Callable[[int], Outcome],
-    keep: Callable[[int, Outcome], None],
+    one: Callable[[int], SeedOutcome],
+    keep: Callable[[int, SeedOutcome], None],
     workers: int,
 ) -> dict[int, str]:
     """Every seed of `todo` goes through `one` and, as it finishes, `keep`; returns why it failed for those that it did.
@@ -266,14 +266,14 @@ def _work(
                 progress.update(done, {"dropped": dropped})
 
 
-def _read_outcomes(path: pathlib.Path) -> dict[str, Outcome]:
+def _read_outcomes(path: pathlib.Path) -> dict[str, SeedOutcome]:
     """Fingerprint -> outcome of what earlier runs finished; the seed of a damaged line is done again."""
     lines = read_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
-    return {line["print"]: Outcome(line["row"], line["reason"], line["rejected"]) for line in lines}
+    return {line["print"]: SeedOutcome(line["row"], line["reason"], line["rejected"]) for line in lines}
 
 
 def report_of(
-    seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, Outcome], config: SynthConfig
+    seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, SeedOutcome], config: SynthConfig
 ) -> dict[str, Any]:
     """What was made, in which shares, and why the rest was dropped."""
     made: dict[str, dict[str, Any]] = {}

@@ -16,7 +16,7 @@ from pixel_jax.dialog.writing import UnwritableError, write_call
 from pixel_jax.endpoint import NoAnswerError
 from pixel_jax.synthesis import checks
 from pixel_jax.synthesis.seeds import Seed
-from pixel_jax.synthesis.writers import Writer
+from pixel_jax.synthesis.writers import TraceWriter
 from pixel_jax.tools import CROP_IMAGE, SELECT_FRAMES
 from pixel_jax.training.answers import last_boxed
 
@@ -26,7 +26,7 @@ MOST_MISSED = 0.3  # share of the image that a padded reference may fill where a
 MOST_LOOSE = 1 / 9  # share of the image that a reference may fill where a crop shall be far too large
 
 
-class Outcome(NamedTuple):
+class SeedOutcome(NamedTuple):
     """What became of a seed: a row of JSON lines (`pixel_jax.data.own`), or the reason why it was dropped."""
 
     row: dict[str, Any] | None
@@ -102,13 +102,13 @@ def assign_kinds(possible: Sequence[Sequence[str]], shares: Mapping[str, float],
 def make(
     seed: Seed,
     kind: str,
-    writer: Writer,
+    writer: TraceWriter,
     rng: np.random.Generator,
     *,
     attempts: int,
     pad: float,
     language: Language = RELEASED_LANGUAGE,
-) -> Outcome:
+) -> SeedOutcome:
     """The trace of `kind` about a seed, its calls in the `language`. Its row has no images yet: where they lie is known when it
     is written.
     """
@@ -131,11 +131,11 @@ def make(
     last: list[str] = []
     answer = seed.answers[0]
     if last_boxed(f"\\boxed{{{answer}}}") != answer or checks.unfit(answer, language):
-        return Outcome(None, "the answer does not fit a box", {})
+        return SeedOutcome(None, "the answer does not fit a box", {})
     try:
         images = [read_image(path) for path in seed.images]  # also for a writer that looks at none: who tunes will
     except ImageError as error:
-        return Outcome(None, f"{UNREADABLE}: {error}", {})
+        return SeedOutcome(None, f"{UNREADABLE}: {error}", {})
     final = lambda text: checks.local_problem(text, seed.answers, language)
     if kind == DIRECT:
         text = written("direct answer", lambda n: writer.direct(seed, images, n), final)
@@ -149,13 +149,13 @@ def make(
         local = whole and written("local analysis", lambda n: writer.local(seed, views_of(seed, images, pad), n), final)
         turns = local and _turns(seed, kind, rng, pad, whole, checks.with_answer(local, answer), language)
     if not turns:
-        return Outcome(None, last[-1], dict(rejected))
+        return SeedOutcome(None, last[-1], dict(rejected))
     row: dict[str, Any] = {"id": seed.id, "question": seed.question}
     row["answer"] = list(seed.answers) if len(seed.answers) > 1 else answer
     if seed.video:
         row["video"] = True
         row |= {} if seed.seconds is None else {"seconds": seed.seconds}
-    return Outcome(row | {"turns": turns}, None, dict(rejected))
+    return SeedOutcome(row | {"turns": turns}, None, dict(rejected))
 
 
 def views_of(seed: Seed, images: Sequence[np.ndarray], pad: float) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from pixel_jax.synthesis.seeds import Seed
 Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
 
 
-class Writer(Protocol):
+class TraceWriter(Protocol):
     """`attempt` counts from 0; another attempt is another text, as far as the writer has any."""
 
     def whole(self, seed: Seed, images: Images, attempt: int) -> str:

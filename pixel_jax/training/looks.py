@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from pixel_jax.data.packed import Packing, Place
 from pixel_jax.data.questions import Asked
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation.trace import Trace, make_trace
+from pixel_jax.evaluation.transcript import Transcript, make_transcript
 from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.parallel.sharding import (
     WHOLE,
@@ -96,7 +96,7 @@ class Asker:
         parts = max(self.part.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // parts) * parts
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         # Made anew each time: what it keeps of frozen weights on another mesh is not kept between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, found = [], []
@@ -136,7 +136,7 @@ class Asker:
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
         return Answers(t, prompts.images, texts, self.scorer(texts, references))
 
-    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Trace]:
+    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Transcript]:
         t, images, texts, scores = answers
         made = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
@@ -151,7 +151,7 @@ class Asker:
                 }
             seen = materialize_on_host(take_rows(t, [row]), images[[row]], self.by.tables.tools, self.limits)
             query = Query(example.question, images[row].arrays, example.video)
-            made.append(make_trace(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
+            made.append(make_transcript(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
         return made
 
 
@@ -213,7 +213,7 @@ class HeldOutLoss:
         given = forward.micro_batches and 1  # where it is worked out, so it is here
         self.score = make_score_step(dataclasses.replace(forward, micro_batches=given), mesh=mesh)
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         sums = np.zeros(2)
         for places in self.packing.order.packed(0):
             for start in range(0, len(places), self.rows):
@@ -242,7 +242,7 @@ class Together:
     def __init__(self, *looks):
         self.looks = looks
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         facts, found = {}, []
         for look in self.looks:
             numbers, traces = look(state)
@@ -253,7 +253,7 @@ class Together:
 
 def draw_rollouts(
     weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: ProcessShard = WHOLE
-) -> list[Trace]:
+) -> list[Transcript]:
     """The conversations of some of this process's rows, with their rewards and advantages.
 
     What they saw, which training does not keep, is cut out of the prompts' images again, on the host.
@@ -276,5 +276,5 @@ def draw_rollouts(
                 "reference": " / ".join(Reference.of(example).answers),
             }
         query = Query(getattr(example, "question", ""), images[place].arrays, is_video)
-        made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
+        made.append(make_transcript(t, place, query, vocabulary, side=SIDE, **known))
     return made

@@ -4,7 +4,7 @@ Nothing here changes what is learned: looks draw from keys of their own, and the
 In the directory of a phase lie
 
     looks.jsonl           a line for every look at the held-out examples: steps done, and what was found
-    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.trace`)
+    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
     traces/rollouts/      of every iteration of reinforcement learning some of its rows
     best.json             which look the model in `best` beside the phase is of
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.files import write_file
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
 from pixel_jax.state_files import LineLog, read_lines, read_note, to_json, write_json
@@ -65,7 +65,7 @@ class WatchConfig:
 class Look(Protocol):
     """Held-out examples and the model of a state: numbers, and conversations about a fixed handful of them."""
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]: ...
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]: ...
 
 
 class Watch:
@@ -174,7 +174,7 @@ class Watch:
             )
         return weighed
 
-    def _keep(self, name: str, number: int, found: Sequence[Trace]) -> None:
+    def _keep(self, name: str, number: int, found: Sequence[Transcript]) -> None:
         folder = self.directory / "traces" / name
         folder.mkdir(parents=True, exist_ok=True)
         traces.save(folder / f"{number:06}.json", found)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pixel_jax.evaluation import report
-from pixel_jax.evaluation.trace import Trace, as_text, drawn
+from pixel_jax.evaluation.transcript import Transcript, as_text, drawn
 from pixel_jax.files import write_file
 from pixel_jax.training.progress import MetricsLog
 
@@ -22,7 +22,7 @@ WriterName = Literal["tensorboard", "wandb"]
 class Writer(Protocol):
     def write(self, step: int, facts: Mapping[str, Any]) -> None: ...
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Conversations as they were after `step`; `name` is what they are of."""
 
     def close(self) -> None: ...
@@ -39,7 +39,7 @@ def installed(module: str, wanted: str) -> Any:
 class Lines(MetricsLog):
     """JSON lines have the numbers alone: conversations lie in files of their own (`pixel_jax.training.watch`)."""
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         pass
 
 
@@ -56,7 +56,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         for i, trace in enumerate(traces, 1):
             # Its text is read as Markdown: every line is indented, which makes it code, whatever it holds.
             code = "".join(f"    {line}\n" for line in as_text(trace).splitlines())
@@ -96,7 +96,7 @@ class WeightsAndBiases:
     def write(self, step: int, facts: Mapping[str, Any]) -> None:
         self.run.log({"step": step, **facts})
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         page = self.html(report.traces_page(traces, f"{name}, step {step}"), inject=False)
         self.run.log({"step": step, name: page})
 
@@ -114,7 +114,7 @@ class Writers:
         for part in self.parts:
             part.write(step, facts)
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         for part in self.parts:
             part.show(step, name, traces)
 

@@ -12,7 +12,7 @@ import pytest
 from pixel_jax.bench import timing
 from pixel_jax.bench.cost import array_bytes, count_flops
 from pixel_jax.bench.memory import peak_memory
-from pixel_jax.bench.timing import Case, CompileLog, Work, limited_to, measure, quartiles, take_turns
+from pixel_jax.bench.timing import Case, CompileLog, Workload, limited_to, measure, quartiles, take_turns
 
 MEGABYTES = 64
 ROOT = pathlib.Path(__file__).parents[2]
@@ -22,8 +22,8 @@ def _fill() -> np.ndarray:
     return np.ones(MEGABYTES * 1_000_000, np.uint8)
 
 
-def _build(quick: bool) -> Work:
-    return Work("memory", {"filled": lambda: _fill, "empty": lambda: lambda: None}, check=lambda outputs: None)
+def _build(quick: bool) -> Workload:
+    return Workload("memory", {"filled": lambda: _fill, "empty": lambda: lambda: None}, check=lambda outputs: None)
 
 
 CASES = (Case("memory", _build),)
@@ -44,7 +44,7 @@ def test_alternatives_take_turns_and_change_places(monkeypatch, warm, expected):
 
 
 def test_unequal_outputs_are_no_comparison():
-    work = Work("", {"ours": lambda: lambda: jnp.zeros(2), "theirs": lambda: lambda: np.ones(2)}, check=_count)
+    work = Workload("", {"ours": lambda: lambda: jnp.zeros(2), "theirs": lambda: lambda: np.ones(2)}, check=_count)
     with pytest.raises(AssertionError):
         measure(work, least=1, most=1)
 
@@ -60,7 +60,7 @@ def test_compilations_are_counted_first_and_later():
         double = jax.jit(lambda x: x * 3)
         return lambda: double(np.zeros(5))
 
-    work = Work("", {"grows": prepare, "steady": steady}, check=lambda outputs: None)
+    work = Workload("", {"grows": prepare, "steady": steady}, check=lambda outputs: None)
     timings = measure(work, least=4, most=4)
     assert (timings["grows"].compilations, timings["grows"].recompilations) == (1, 8)
     assert (timings["steady"].compilations, timings["steady"].recompilations) == (1, 0)

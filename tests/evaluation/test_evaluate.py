@@ -14,11 +14,11 @@ from PIL import Image
 from pixel_jax import score_answer
 from pixel_jax.data.rooms import Fitter
 from pixel_jax.dialog import Language
-from pixel_jax.evaluation import report, run, stages, summary, trace
+from pixel_jax.evaluation import report, run, stages, summary, transcript
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import read_records
-from pixel_jax.evaluation.stages import Exam, Policy, Stages
+from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts.prompts import prompt_tokens
@@ -190,7 +190,7 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
     assert all(x["operations"] == x["executed"] == [0, 0] for x in records)
     stops = {stop for record in records for stop in record["stop"]}
     assert "answer" in stops and "too many calls" in stops  # the scripted model calls out of habit
-    (made,) = trace.load(tmp_path / "traces" / "1.json")
+    (made,) = transcript.load(tmp_path / "traces" / "1.json")
     assert all(turn.role == "assistant" for turn in made.turns)
     row = summary.summarise(records)["all"]
     assert row["rapr"]["mean"] == 0 and row["operation_errors"]["mean"] is None
@@ -228,7 +228,7 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
     shown = {mode: [] for mode in found}
     for mode, seen in shown.items():
         for index in range(2):
-            (made,) = trace.load(tmp_path / mode / "traces" / f"{index}.json")
+            (made,) = transcript.load(tmp_path / mode / "traces" / f"{index}.json")
             seen += [pixels(picture) for turn in made.turns for picture in turn.pictures]
             assert (pixels(made.overview[0]) != GREY).any()
     assert shown["blank"] and all((image == GREY).all() for image in shown["blank"])
@@ -268,7 +268,7 @@ def test_a_stage_of_ones_own(questions, tmp_path, whole):
             answered, {name: [float(len(x)) for x in answered.texts] for name in ("score", "accuracy")}
         )
 
-    records = answer(questions[:2], tmp_path, stages=Stages(judge=longest), traced=0)
+    records = answer(questions[:2], tmp_path, stages=EvaluationStages(judge=longest), traced=0)
     assert [x["responses"] for x in records] == [x["responses"] for x in whole[1][:2]]
     assert all(x["score"] == [len(text) for text in x["responses"]] for x in records)
 

@@ -12,7 +12,7 @@ from pixel_jax.data import miniature
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
-from pixel_jax.evaluation import trace as saved_traces
+from pixel_jax.evaluation import transcript as saved_traces
 from pixel_jax.quickstart import turn
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query

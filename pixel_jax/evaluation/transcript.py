@@ -59,7 +59,7 @@ class ShownTurn:
 
 
 @dataclasses.dataclass
-class Trace:
+class Transcript:
     """One conversation, ready to be drawn. `answer` and what follows it are None where nothing is known."""
 
     question: str
@@ -96,7 +96,7 @@ def unpatchify(patches: np.ndarray, height: int, width: int) -> np.ndarray:
     return used.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * PATCH, width * PATCH, 3)
 
 
-def make_trace(
+def make_transcript(
     trajectories: Trajectories[Visual],
     row: int,
     query: Query,
@@ -104,13 +104,13 @@ def make_trace(
     *,
     side: int | None = None,
     **known: Any,
-) -> Trace:
-    """Row `row` of host `trajectories` as a `Trace`.
+) -> Transcript:
+    """Row `row` of host `trajectories` as a `Transcript`.
 
     Args:
         query: what it was asked.
         side: pixels of the longest side of a picture in it; larger ones are kept smaller. None: all are kept as they are.
-        known: further fields of the `Trace`, `answer` and those that follow it.
+        known: further fields of the `Transcript`, `answer` and those that follow it.
     """
     t = trajectories
     boxes: list[list[tuple[int, int, int, int, int]]] = [[] for _ in query.images]
@@ -138,7 +138,7 @@ def make_trace(
             if image >= 0:  # of what a tool made, the picture shows enough
                 boxes[image].append((call + 1, *region))
     turns.append(ShownTurn("assistant", written[-1]))
-    return Trace(
+    return Transcript(
         question=query.question,
         pictures=tuple(draw(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
         overview=tuple(overview),
@@ -201,29 +201,29 @@ def drawn(picture: Picture) -> np.ndarray:
     return np.asarray(image)
 
 
-def as_text(trace: Trace) -> str:
+def as_text(transcript: Transcript) -> str:
     """A conversation without its pictures, line by line: who said what, and what came of it."""
-    lines = [f"question: {trace.question}"]
-    for turn in trace.turns:
+    lines = [f"question: {transcript.question}"]
+    for turn in transcript.turns:
         lines.append(f"{'model' if turn.role == 'assistant' else 'tool'}: {turn.text}")
         lines += [f"      ({picture.caption}, {picture.width}x{picture.height})" for picture in turn.pictures]
-    known = {name: getattr(trace, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
+    known = {name: getattr(transcript, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
     lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
-    lines += [f"reward {name}: {value}" for name, value in trace.terms.items()]
-    return "\n".join([*lines, f"ended: {trace.stop}"])
+    lines += [f"reward {name}: {value}" for name, value in transcript.terms.items()]
+    return "\n".join([*lines, f"ended: {transcript.stop}"])
 
 
-def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
-    """Write `traces` as one JSON file, whole or not at all."""
-    write_file(path, json.dumps([dataclasses.asdict(trace) for trace in traces]))
+def save(path: str | os.PathLike, transcripts: Sequence[Transcript]) -> None:
+    """Write `transcripts` as one JSON file, whole or not at all."""
+    write_file(path, json.dumps([dataclasses.asdict(transcript) for transcript in transcripts]))
 
 
-def load(path: str | os.PathLike) -> list[Trace]:
+def load(path: str | os.PathLike) -> list[Transcript]:
     """Read what `save` wrote. FileError: the file holds something else, in the smallest part; it may come from anywhere."""
     rows = read_json(path)
     if not isinstance(rows, list):
         raise FileError(f"{os.fspath(path)!r} holds {type(rows).__name__}, not a list of traces")
     try:
-        return [load_config(Trace, row, f"trace {i}") for i, row in enumerate(rows, 1)]
+        return [load_config(Transcript, row, f"trace {i}") for i, row in enumerate(rows, 1)]
     except ConfigError as error:
         raise FileError(f"{os.fspath(path)!r} holds no traces: {str(error)[:300]}") from None
