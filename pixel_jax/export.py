@@ -138,7 +138,7 @@ def export(
     from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, combine, split
     from pixel_jax.run_lock import hold
-    from pixel_jax.train import recorded
+    from pixel_jax.train_config import recorded
     from pixel_jax.training.checkpoint import Checkpoints, fingerprint
 
     command, config = recorded(read_settings(phase))

@@ -12,7 +12,7 @@ from pixel_jax.identity import read_history
 from pixel_jax.settings import settings
 from pixel_jax.state_files import read_note
 from pixel_jax.terminal import warn
-from pixel_jax.train import CONFIG, DATA, TrainConfig
+from pixel_jax.train_config import CONFIG, DATA, TrainConfig
 from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import BEST, HELD_OUT, ROLLOUTS, numbered
 

@@ -21,7 +21,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.terminal import warn
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.watch import Look, WatchConfig

@@ -105,7 +105,7 @@ def test_kinds_are_declared_for_settings_that_there_are():
 
     from pixel_jax.config import load
     from pixel_jax.identity import flatten
-    from pixel_jax.train import LoRAConfig, TrainConfig
+    from pixel_jax.train_config import LoRAConfig, TrainConfig
 
     values = {
         "model": "m",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pixel_jax.planning.programs import Recipe
 
 FLAGS = flags.FLAGS
-SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
+SETTINGS = "pixel_jax.train_config:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
@@ -50,7 +50,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     from pixel_jax.planning.programs import RUN
     from pixel_jax.planning.search import search
     from pixel_jax.planning.weak_scaling import weak_scaling
-    from pixel_jax.train import TrainConfig
+    from pixel_jax.train_config import TrainConfig
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")

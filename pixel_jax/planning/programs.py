@@ -24,7 +24,7 @@ from pixel_jax.rollouts.queue import read_together
 from pixel_jax.rollouts.rollout import compiled_rollout, traced
 from pixel_jax.rollouts.shapes import RolloutShape, budgets, prompt_shape
 from pixel_jax.rollouts.trajectory import Prompts, Tables
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import TrainState, init_state

@@ -2,19 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pixel_jax.data.miniature import QUESTION, Scene, SceneConfig
 from pixel_jax.data.traces import Trace
+from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.tools import Tool
 from pixel_jax.training.rl import RLConfig
-
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
 
 
 def scene_query(scene: Scene) -> Query:
@@ -42,7 +39,7 @@ class Lesson:
     is_hard: Callable[[Scene], bool]  # whether it takes the tool
     look_row: Callable[[np.random.Generator, SceneConfig], Trace]  # phase 1: uses the tool and reads
     read_row: Callable[[np.random.Generator, SceneConfig], Trace]  # phase 1: reads what can be read at a glance
-    warm_start: Callable[[np.random.Generator, "QuickstartConfig"], Trace]  # a trace of phase 2
+    warm_start: Callable[[np.random.Generator, QuickstartConfig], Trace]  # a trace of phase 2
     most_calls: int  # of a trace
     most_images: int  # that a trace shows
     hard: str  # what hard scenes are called in metrics, as in `accuracy_small`
@@ -53,8 +50,8 @@ class Lesson:
     measure: Callable[[Trajectories, Sequence[Scene]], dict[str, float]]
     arms: Mapping[str, Arm]  # two; the first is expected to win
     rows: Mapping[str, str]  # the rows of the report's table: metric -> words
-    arrangement: Callable[["QuickstartConfig"], list[str]]  # what was arranged, in words
+    arrangement: Callable[[QuickstartConfig], list[str]]  # what was arranged, in words
 
-    def arm_config(self, config: Any, arm: str) -> Any:
-        """The configuration `config` (a `QuickstartConfig`) of an arm."""
+    def arm_config(self, config: QuickstartConfig, arm: str) -> QuickstartConfig:
+        """The configuration of an arm."""
         return dataclasses.replace(config, rl=self.arms[arm].change(config.rl))

@@ -28,9 +28,9 @@ def write_card(config, path: pathlib.Path) -> None:
     from PIL import Image
 
     from pixel_jax.files import write_file
-    from pixel_jax.quickstart.task import EVALUATION_SEED
+    from pixel_jax.quickstart.task import EVALUATION_SEED, lesson_of
 
-    scene = config.taught.scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, hard=True)
+    scene = lesson_of(config).scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, hard=True)
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "PNG")
     write_file(path, file.getvalue())
@@ -57,6 +57,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.quickstart.page import page
     from pixel_jax.quickstart.pipeline import run_seed, say
     from pixel_jax.quickstart.summary import summarise
+    from pixel_jax.quickstart.task import lesson_of
     from pixel_jax.state_files import write_json
 
     if arguments:
@@ -64,7 +65,7 @@ def main(command: str, arguments: list[str]) -> None:
     config = load(QuickstartConfig, FLAGS.config)
     out = pathlib.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, arms = {}, config.taught.arms
+    results, arms = {}, lesson_of(config).arms
     for seed in range(config.seed, config.seed + FLAGS.seeds):
         results[seed] = run_seed(dataclasses.replace(config, seed=seed), out / f"seed-{seed}")
         metrics = summarise(results)  # after each seed: what there is so far is there to look at
@@ -75,9 +76,9 @@ def main(command: str, arguments: list[str]) -> None:
     numbers = metrics["rl"]
     for name, arm in arms.items():
         found = numbers[name]
-        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {config.taught.rows['rapr']} {found['rapr']:.3f}")
+        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {lesson_of(config).rows['rapr']} {found['rapr']:.3f}")
     say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces.")
     write_card(config, out / "card.png")
     say(f"Talk to the model about {out / 'card.png'}, a scene it has not seen (it knows this one question):")
-    tools = [tool.name for tool in config.taught.tools]
+    tools = [tool.name for tool in lesson_of(config).tools]
     say(f"  {chat_command(first / next(iter(arms)) / 'model', out / 'card.png', tools)}")

@@ -8,13 +8,14 @@ from pixel_jax.evaluation import report
 from pixel_jax.evaluation.curves import curves as curves_of
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.task import lesson_of
 
 SMOOTH = 9  # iterations averaged in a curve
 
 
 def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript]) -> str:
     """The whole report: numbers, curves, what was arranged, traces of the first seed."""
-    seeds, lesson = metrics["seeds"], config.taught
+    seeds, lesson = metrics["seeds"], lesson_of(config)
     sections = [
         ("", introduction(config, seeds)),
         ("Results", results_table(config, metrics) + report.paragraph(verdict(config, metrics))),
@@ -29,16 +30,16 @@ def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript
 
 def introduction(config: QuickstartConfig, seeds: Sequence[int]) -> str:
     return report.paragraph(
-        f"{config.taught.introduction} {config.evaluation.scenes} held-out scenes (photographs and digits no phase has seen) "
+        f"{lesson_of(config).introduction} {config.evaluation.scenes} held-out scenes (photographs and digits no phase has seen) "
         f"judge the result; seeds: {', '.join(map(str, seeds))}."
     )
 
 
 def results_table(config: QuickstartConfig, metrics: Mapping) -> str:
-    columns = {"warm start": "sft", **{arm.label: name for name, arm in config.taught.arms.items()}}
+    columns = {"warm start": "sft", **{arm.label: name for name, arm in lesson_of(config).arms.items()}}
     numbers = {"sft": metrics["sft"], **metrics["rl"]}
     rows = []
-    for name, words in config.taught.rows.items():
+    for name, words in lesson_of(config).rows.items():
         cells = [interval(metrics, group, name, numbers[group].get(name)) for group in columns.values()]
         rows.append([words, *cells])
     return report.table(["", *columns], rows)
@@ -62,7 +63,7 @@ def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
     gap = f"{metrics['accuracy_gap']:.3f}"
     if over:
         gap += f" [{over['accuracy_gap']['low']:.3f}, {over['accuracy_gap']['high']:.3f}]"
-    first, second = (arm.label for arm in config.taught.arms.values())
+    first, second = (arm.label for arm in lesson_of(config).arms.values())
     return (
         f"Brackets are 95 % intervals ({kind}). Sampled at temperature 1 unless said otherwise. "
         f"{first[0].upper()}{first[1:]} minus {second}, accuracy: {gap}."
@@ -71,7 +72,7 @@ def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
 
 def curves(config: QuickstartConfig, metrics: Mapping) -> str:
     panels = {}
-    lesson = config.taught
+    lesson = lesson_of(config)
     for title, name in (("accuracy in training", "accuracy"), (lesson.rows["rapr"], "rapr")):
         panels[title] = {
             arm.label: smooth([(point["step"], point[name]) for point in metrics["rl"][key]["curve"]])

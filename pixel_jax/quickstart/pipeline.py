@@ -23,7 +23,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.network import model_config, new_model
-from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
+from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, lesson_of, pick_traces
 from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
@@ -75,7 +75,7 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
         check_same(config, directory / "config.json")
         elapsed = stack.enter_context(Elapsed(directory / "clock.json"))
         run_alone(directory, "tuning")
-        names = config.taught.arms
+        names = lesson_of(config).arms
         labels = " and ".join(arm.label for arm in names.values())
         say(f"[seed {config.seed}] 3/4 reinforcement learning {labels}, and a look at the warm start")
         run_side_by_side(config, directory)
@@ -185,7 +185,7 @@ def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
 
     The arms run the same programs. The second begins once the first has compiled them; until then its core judges.
     """
-    first, second = config.taught.arms
+    first, second = lesson_of(config).arms
     with SideBySide(config, directory) as phases:
         phases.start(first, core=0)
         phases.start("judging", core=1)
@@ -201,7 +201,7 @@ class SideBySide(contextlib.ExitStack):
         super().__init__()
         self.seed, self.directory = config.seed, directory
         self.running: dict[str, subprocess.Popen] = {}
-        self.arms = tuple(config.taught.arms)
+        self.arms = tuple(lesson_of(config).arms)
         self.done_before = {arm: len(self.iterations(arm)) for arm in self.arms if read_note(self.result(arm)) is None}
         self.total = config.rl.iterations * len(self.done_before)
         self.progress, self.shown = Progress("rl", self.total), None
@@ -255,7 +255,7 @@ class SideBySide(contextlib.ExitStack):
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
     """Train and judge one arm, in a process of its own; leaves `result.json`."""
-    config = config.taught.arm_config(config, arm)
+    config = lesson_of(config).arm_config(config, arm)
     task, place = Task(config), directory / arm
 
     def train() -> dict:

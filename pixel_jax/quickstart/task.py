@@ -14,8 +14,10 @@ from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.lesson import Lesson, scene_query
+from pixel_jax.quickstart.turn import TURN
 from pixel_jax.quickstart.vocabulary import build_vocabulary
+from pixel_jax.quickstart.zoom import ZOOM
 from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.limits import judged
@@ -39,11 +41,16 @@ BUFFER = (1, miniature.SIDE, miniature.SIDE)
 EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms
 
 
+def lesson_of(config: QuickstartConfig) -> Lesson:
+    """The lesson that `config.lesson` names."""
+    return {"zoom": ZOOM, "turn": TURN}[config.lesson]
+
+
 class Task:
     """The experiment of one configuration."""
 
     def __init__(self, config: QuickstartConfig):
-        self.config, self.lesson = config, config.taught
+        self.config, self.lesson = config, lesson_of(config)
         self.vocabulary = build_vocabulary(self.lesson)
         self.tables = tables(self.vocabulary, self.lesson.tools)
 

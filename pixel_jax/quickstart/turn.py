@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -10,28 +9,18 @@ import numpy as np
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import Scene, SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right, wrong
+from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import ROTATE
 from pixel_jax.tools.calls import read
 from pixel_jax.training.rl import RLConfig
 
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
-
 OPENING = 'The card lies on its side. I will turn the image.\n<tool_call>\n{"name": "rotate", "arguments": {"by": "'
 BY = {1: "90", 2: "180", 3: "270"}  # quarter turns clockwise -> the tool's argument
 END = '", "target_image": 1}}\n</tool_call>'
 NOT_UPRIGHT = "The card is not upright. "
 MOST_CALLS = 2  # of a trace: a wrong turn, then the right one
-
-
-@dataclasses.dataclass(frozen=True)
-class TurnsConfig:
-    """What the warm start is shown."""
-
-    direct: float = 0.4  # of the traces about cards on their side: answered without turning them
-    corrected: float = 0.2  # of the others: a wrong turn first
 
 
 def call(turns: int) -> str:
@@ -53,7 +42,7 @@ def read_row(rng: np.random.Generator, scenes: SceneConfig) -> Trace:
     return Trace(scene_query(scene), (turn,), str(scene.label))
 
 
-def warm_start_row(rng: np.random.Generator, config: "QuickstartConfig") -> Trace:
+def warm_start_row(rng: np.random.Generator, config: QuickstartConfig) -> Trace:
     """A trace of phase 2: upright cards are read at once, the others in the shares of `config.turns`."""
     scene = miniature.draw_scene(rng, "train", config.scenes)
     answer = str(scene.label)
@@ -83,7 +72,7 @@ def right_turns(trajectories: Trajectories, scenes: Sequence[Scene]) -> dict[str
     return {"right_turn": float(np.mean(done & (by == wanted)))}
 
 
-def arrangement(config: "QuickstartConfig") -> list[str]:
+def arrangement(config: QuickstartConfig) -> list[str]:
     """What is given and what has to be found out, in words."""
     return [
         f"{config.scenes.on_side:.0%} of the cards lie on their left or right side. A bar along their top says which way is "

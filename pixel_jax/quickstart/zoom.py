@@ -2,21 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right
+from pixel_jax.quickstart.config import QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import RELEASED
 from pixel_jax.training.rl import RLConfig
-
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
 
 CUE = "the card"
 MAX_TARGETS = 4  # images a trace can name
@@ -24,14 +21,6 @@ MAX_TARGETS = 4  # images a trace can name
 MARGIN = 20  # pixels of the scene around a digit that a reference box leaves: what a box may miss by
 HAND = 7.0  # pixels of the scene, standard deviation of the edges of the boxes that are carried out in training
 MOST_CALLS = 3  # of a trace: two misses, then the reference
-
-
-@dataclasses.dataclass(frozen=True)
-class WarmStartConfig:
-    """What the warm start is shown."""
-
-    mix: synthesis.Mix = synthesis.Mix()
-    video_share: float = 0.15  # of the traces
 
 
 def reference_box(scene: miniature.Scene) -> synthesis.Box:
@@ -117,7 +106,7 @@ def first_box_iou(trajectories: Trajectories, scenes: Sequence[miniature.Scene])
     return {"zoom_iou": float(found.mean())}
 
 
-def arrangement(config: "QuickstartConfig") -> list[str]:
+def arrangement(config: QuickstartConfig) -> list[str]:
     """What was done so that the learning trap shows, in words."""
     weights = np.array(config.scenes.frequencies or (1.0,) * 10)
     shares = ", ".join(f"{100 * x:.0f}" for x in weights / weights.sum())

@@ -19,14 +19,14 @@ from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.quickstart import pipeline, vocabulary, zoom
-from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig
+from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import page, smooth
 from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.summary import summarise
-from pixel_jax.quickstart.zoom import WarmStartConfig
+from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import judged
 from pixel_jax.rollouts.prompts import tables
@@ -104,8 +104,8 @@ SMALLEST = QuickstartConfig(
 )
 
 
-ARMS = tuple(SMALLEST.taught.arms)
-LABELS = [arm.label for arm in SMALLEST.taught.arms.values()]
+ARMS = tuple(lesson_of(SMALLEST).arms)
+LABELS = [arm.label for arm in lesson_of(SMALLEST).arms.values()]
 
 
 # ---- tokenizer
