@@ -1,5 +1,7 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
+from typing import Literal
+
 from absl import flags
 
 from pixel_jax.config import define_flag, load
@@ -11,6 +13,7 @@ SETTINGS = "pixel_jax.train_config:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `sft` and `rl`."""
     define_flag(None, "The experiment: a file, or a name as pixel/own_data.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_bool(
@@ -19,12 +22,14 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the phase that the command names."""
     from pixel_jax.cli import UserError
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
+    phase: Literal["sft", "rl"] = "sft" if command == "sft" else "rl"
     config = load(TrainConfig, FLAGS.config)
-    if getattr(config, command) is None:
+    if getattr(config, phase) is None:
         raise UserError(f"the config has no section {command!r}")
 
     from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
@@ -34,4 +39,4 @@ def main(command: str, arguments: list[str]) -> None:
     NOTICE.listen()
     initialize()
     with fail_together(), hold(config.out, is_main_process()):
-        train(command, config, resume_changed=FLAGS.resume_changed)
+        train(phase, config, resume_changed=FLAGS.resume_changed)

@@ -98,13 +98,14 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     def __post_init__(self):
+        """Refuses sizes that are not positive, half of a shape by hand, and addresses where files are meant."""
         positive(self, "read_threads", "read_ahead", *BY_HAND["sft"][0], *BY_HAND["sft"][1], "prompt_width")
         positive(self, "video_prompt_width")
         if self.save_model_every < 0:
             raise ValueError(f"save_model_every must not be negative: {self.save_model_every}")
         for name in ("image_buffer", "video_buffer"):
-            if (room := getattr(self, name)) is not None and min(room) < 1:
-                raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
+            if (shape := getattr(self, name)) is not None and min(shape) < 1:
+                raise ValueError(f"{name} is (pictures, height, width), all positive: {shape}")
         for together, more in BY_HAND.values():
             for names in (together, more):
                 given = [name for name in names if getattr(self, name) is not None]
@@ -123,40 +124,65 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
 
     @property
+    def tuning(self) -> SFTConfig:
+        """The section `sft` of a config that has one."""
+        assert self.sft is not None
+        return self.sft
+
+    @property
+    def learning(self) -> RLConfig:
+        """The section `rl` of a config that has one."""
+        assert self.rl is not None
+        return self.rl
+
+    @property
     def trace_shapes(self) -> tuple[BatchShape, ...] | None:
-        """Of rows to tune on; None: they are worked out."""
+        """Shapes of rows to tune on. None: they are worked out from the data."""
         if self.trace_tokens is None:
             return None
-        shape = lambda frames, patches: BatchShape(self.trace_tokens, frames, frames, patches)
-        shapes = bucket_shapes(self.buckets, shape(self.trace_frames, self.trace_patches))
-        return shapes if self.video_frames is None else (*shapes, shape(self.video_frames, self.video_patches))
+        assert self.trace_frames is not None and self.trace_patches is not None  # the three come together
+        shapes = bucket_shapes(
+            self.buckets, BatchShape(self.trace_tokens, self.trace_frames, self.trace_frames, self.trace_patches)
+        )
+        if self.video_frames is None:
+            return shapes
+        assert self.video_patches is not None
+        return (*shapes, BatchShape(self.trace_tokens, self.video_frames, self.video_frames, self.video_patches))
 
     @property
     def prompt_shapes(self) -> tuple[BatchShape, ...] | None:
-        """Of prompts for `rl`; None: they are worked out."""
+        """Shapes of prompts for `rl`. None: they are worked out from the data."""
         if self.image_buffer is None:
             return None
-        limits, video_buffer = self.rl.rollout, self.video_buffer or self.image_buffer
+        assert self.prompt_width is not None  # the two come together
+        limits, video_buffer = self.learning.rollout, self.video_buffer or self.image_buffer
         return (
             prompt_shape(*self.image_buffer, self.prompt_width, limits, video=False),
             prompt_shape(*video_buffer, self.video_prompt_width or self.prompt_width, limits, video=True),
         )
 
 
-def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
-    """What a run is besides its phase's section, which the phase itself adds."""
+def run_settings(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
+    """What a run is known by: its settings, and digests of its data, its model and the user's own code.
+
+    The settings of the phase's section are left out: the phase adds them.
+    """
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    limits, terms = config.rollout, ()
+    limits, terms = config.rollout, []
     if command == "rl":
-        limits, terms = config.rl.rollout, [name for name, _ in config.rl.reward.terms]
-    # Other code of one's own is another experiment.
+        limits, terms = config.learning.rollout, [name for name, _ in config.learning.reward.terms]
+    # A change of the user's own code makes another experiment.
     code = {name: digest(name) for name in (*config.tools, limits.call_format, *terms) if is_name(name)}
     return {"command": command, **settings, **digest_model(config.model, digests), **rows, "code": code}
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
-    """The command and the config of a run, from what it noted of itself (`facts_of`, by dotted names)."""
+    """The command and the config of a run, from what it recorded of itself (`run_settings`, by dotted names).
+
+    Raises:
+        ValueError: the run is of another command.
+    """
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     own = {name: x for name, x in settings.items() if name in names or name.split(".")[0] in names - {"data"}}
     if settings.get("command") not in ("sft", "rl"):

@@ -16,8 +16,8 @@ from jax.tree_util import Partial
 
 from pixel_jax.bench.timing import Aim, Case, Run, Workload
 from unlearn_jax.arrays import Params
-from unlearn_jax.curvature import ggnvp, hvp, mean_objective, per_example_gradients, sample_labels
 from unlearn_jax.bench import MOST_STEPS, RTOL
+from unlearn_jax.curvature import ggnvp, hvp, mean_objective, per_example_gradients, sample_labels
 from unlearn_jax.experiment import small_transformer
 from unlearn_jax.loss import CrossEntropy, Loss
 from unlearn_jax.solvers import cg, ekfac
