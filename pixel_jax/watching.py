@@ -153,7 +153,7 @@ class HeldOutLooks(NamedTuple):
         _say_report(report)
         looks: list[Look] = [HeldOutLoss(packed, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
-            longest = 2 * max(len(row.ids) - row.loss_mask.index(True) for row in (*packing.rows, *packed.rows))
+            longest = 2 * max(len(row.ids) - int(np.argmax(row.loss_mask)) for row in (*packing.rows, *packed.rows))
             limits = dataclasses.replace(
                 config.rollout,
                 max_response=min(config.rollout.max_response, longest),

@@ -18,7 +18,7 @@ from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora, merge_lora
 from pixel_jax.models.processor import Processor
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.train_config import LoRAConfig, TrainConfig, run_settings, recorded
+from pixel_jax.train_config import LoRAConfig, TrainConfig, recorded, run_settings
 from pixel_jax.training.checkpoint import CheckpointError
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from pixel_jax import terminal
 from pixel_jax.chat import show
-from pixel_jax.evaluation.summary import print_table
 from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.parallel import processes
 from pixel_jax.training.progress import Progress
@@ -48,7 +47,7 @@ def test_a_conversation_and_a_table_show_escapes():
     trace = Transcript(
         ESCAPES, (), (), (ShownTurn("assistant", ESCAPES), ShownTurn("tool", ESCAPES)), ESCAPES, answer=ESCAPES
     )
-    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(["head"], [[ESCAPES]], stream)):
+    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(table(["head"], [[ESCAPES]]), stream)):
         stream = io.StringIO()
         draw(stream)
         assert "\x1b" not in stream.getvalue() and r"\x1b]0;PWN\x07" in stream.getvalue()
@@ -74,7 +73,7 @@ def test_nobody_listening_is_no_reason_to_end(monkeypatch):
 
 PROGRAM = """
 import pathlib, sys
-from pixel_jax.terminal import keep_streams
+from pixel_jax.terminal import print_table, table, keep_streams
 keep_streams()
 opened = open(sys.argv[1] + ".other", "w")
 print("\\u2013\\x1b" * 100_000)

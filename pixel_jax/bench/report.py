@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from pixel_jax.bench.machine import MachineSpeed, measure_machine
@@ -14,6 +13,7 @@ from pixel_jax.bench.memory import peak_memory
 from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import print_table, say, table
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
@@ -26,14 +26,13 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
     unknown = sorted(set(only) - set(cases))
     if unknown:
         raise ValueError(f"there is no case {', '.join(unknown)}; the cases are {', '.join(cases)}")
-    out, console = pathlib.Path(out), Console()
-    console.width = max(console.width, 120)
+    out = pathlib.Path(out)
     machine = measure_machine(quick)
-    console.print(describe(machine))
-    record = read_json(out) if only and out.exists() else {"cases": {}}
+    say(describe(machine))
+    record: dict[str, Any] = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
     for number, name in enumerate(only or cases, 1):
-        console.print(f"case {number} of {len(only or cases)}: {name}", markup=False)
+        say(f"case {number} of {len(only or cases)}: {name}")
         work = cases[name].build(quick)
         timings = measure(work, least=2, most=2) if quick else measure(work)
         ours = () if quick else tuple(timings)[:1]
@@ -43,7 +42,7 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
         record["cases"][name] = entry = case_record(work, timings, machine)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
-        console.print(case_table(name, entry, quick))
+        print_table(case_table(name, entry, quick))
     return record
 
 
@@ -82,25 +81,25 @@ def flops_of(work: Workload, names: Iterable[str]) -> dict[str, float]:
 
 
 def case_table(name: str, entry: dict[str, Any], quick: bool = False) -> Table:
-    """What was found of a case. Of tiny shapes no aim is shown: it is of the shapes that the case is about."""
-    table = Table(title=f"{name}: {entry['shapes']}", title_justify="left", title_style="bold")
-    columns = ("", "seconds (quartiles)", "ours is faster", "of matmul", "first call", "programs", "compiled", "memory")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
+    """The table of a case. With `quick` no aim is shown: aims are for the case's own shapes, not for tiny ones."""
+    head = ("", "seconds (quartiles)", "ours is faster", "of matmul", "first call", "programs", "compiled", "memory")
+    rows = []
     for index, (alternative, timing) in enumerate(entry["alternatives"].items()):
-        table.add_row(
-            alternative,
-            f"{timing['seconds']:.3g} ({timing['low']:.3g}-{timing['high']:.3g})",
-            f"{timing['ratio']:.2f}x ({timing['ratio_low']:.2f}-{timing['ratio_high']:.2f})" if index else "",
-            f"{100 * entry['share_of_matmul'][alternative]:.0f} %" if alternative in entry["share_of_matmul"] else "",
-            f"{timing['first_call']:.1f} s",
-            f"{timing['compilations']}+{timing['recompilations']}" if timing["compilations"] else "",
-            f"{timing['compile']:.1f} s" if timing["compilations"] else "",
-            "" if timing["peak_bytes"] is None else f"{timing['peak_bytes'] / 1e6:.0f} MB",
+        share, peak = entry["share_of_matmul"].get(alternative), timing["peak_bytes"]
+        rows.append(
+            (
+                alternative,
+                f"{timing['seconds']:.3g} ({timing['low']:.3g}-{timing['high']:.3g})",
+                f"{timing['ratio']:.2f}x ({timing['ratio_low']:.2f}-{timing['ratio_high']:.2f})" if index else "",
+                "" if share is None else f"{100 * share:.0f} %",
+                f"{timing['first_call']:.1f} s",
+                f"{timing['compilations']}+{timing['recompilations']}" if timing["compilations"] else "",
+                f"{timing['compile']:.1f} s" if timing["compilations"] else "",
+                "" if peak is None else f"{peak / 1e6:.0f} MB",
+            )
         )
-    table.caption = "; ".join(_remarks(entry | {"aims": []} if quick else entry))
-    table.caption_justify = "left"
-    return table
+    caption = "; ".join(_remarks(entry | {"aims": []} if quick else entry))
+    return table(head, rows, title=f"{name}: {entry['shapes']}", caption=caption)
 
 
 def _remarks(entry: dict[str, Any]) -> list[str]:

@@ -12,9 +12,14 @@ from pixel_jax.files import open_regular
 
 
 def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
-    """The middles of `count` equal stretches of a video of frames `first` to `last` at `rate` a second.
+    """The middle frames of `count` equal stretches of a video, by the arithmetic of MVBench's released code.
 
-    `bound` are the seconds to look between. The arithmetic, rounding included, is that of MVBench's released code.
+    Args:
+        bound: seconds between which frames are chosen; None: the whole video.
+        rate: frames a second.
+        last: index of the last frame.
+        count: of frames.
+        first: index of the first frame.
     """
     start, end = bound or (-1e5, 1e5)
     begin, finish = max(first, round(start * rate)), min(round(end * rate), last)
@@ -35,9 +40,16 @@ def size_of(path: str | os.PathLike) -> tuple[int, int]:
 def load_clip(
     path: str | os.PathLike, bound: tuple[float, float] | None = None, *, count: int = 16, folder_rate: float = 3.0
 ) -> list[np.ndarray]:
-    """`count` frames, uint8 [h, w, 3] each, of a video file or of a folder of frames (TVQA's, `folder_rate` a second).
+    """Frames, uint8 [h, w, 3] each, of a video file or of a folder of frames (TVQA's).
 
-    ImageError: no video or no frames there, or a broken one.
+    Args:
+        path: of the file or folder.
+        bound: seconds between which frames are chosen; None: the whole video.
+        count: of frames.
+        folder_rate: frames a second in a folder.
+
+    Raises:
+        ImageError: there is no video, or it is broken.
     """
     path = pathlib.Path(path)
     if path.is_dir():

@@ -1,5 +1,6 @@
-"""A question of a benchmark, its pixels still on disk."""
+"""A question of a benchmark, before its pixels are read."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,9 +10,9 @@ from pixel_jax.rollouts.prompts import Query
 
 
 class Question(NamedTuple):
-    """`images` are pictures, or the frames of one video, or one video file.
+    """A question. Its `images` are pictures, or the frames of one video, or one video file.
 
-    Of a video file frames are taken as in training, or (`video_file`) as MVBench does: `frames` of them, of a part of it.
+    Frames of a video file are chosen as in training, or with `video_file` as MVBench does: `frames` of them within `bound`.
     """
 
     id: str
@@ -27,16 +28,23 @@ class Question(NamedTuple):
     frames: int = 16
     fields: Mapping[str, Any] = {}  # what else its row has, as JSON values
 
+    @property
+    def video_path(self) -> pathlib.Path:
+        """The file of a question with `video_file`: MVBench lies in folders."""
+        path = self.images[0]
+        assert isinstance(path, pathlib.Path)
+        return path
+
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of every picture or frame, from the files' headers."""
         if self.video_file:
-            return [size_of(self.images[0])] * self.frames
+            return [size_of(self.video_path)] * self.frames
         return frame_sizes(self.images, self.is_video)
 
     def query(self) -> Query:
         """The question with its pixels."""
         if self.video_file:
-            pixels, seconds = load_clip(self.images[0], self.bound, count=self.frames), None
+            pixels, seconds = load_clip(self.video_path, self.bound, count=self.frames), None
         else:
             pixels, seconds = load_frames(self.images, self.is_video)
         return Query(self.question, pixels, self.is_video, self.seconds or seconds or 1.0)

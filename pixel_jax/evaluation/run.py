@@ -1,10 +1,10 @@
-"""A model answers a benchmark: batches of static shape, answers scored, a record a question."""
+"""Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,7 +40,7 @@ LOADERS = 8  # threads that decode images
 
 
 def outline(question: Question) -> Query:
-    """`question` with pictures of the right sizes and no pixels."""
+    """The query of a question, with blank images of the right sizes that take no memory."""
     pictures = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
     return Query(question.question, pictures, question.is_video, question.seconds or 1.0)
 
@@ -48,7 +48,7 @@ def outline(question: Question) -> Query:
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
 ) -> Sequence[BatchShape] | Measured:
-    """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
+    """The shapes of prompts in the buckets, for images and for videos; without buckets, the budget to work them out from."""
     if buckets is None:
         return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
@@ -60,29 +60,33 @@ def evaluate(
     exam: Exam,
     directory: str | os.PathLike,
     *,
-    facts: Mapping[str, Any] | None = None,
-    part: tuple[int, int] = (0, 1),
+    settings: Mapping[str, Any] | None = None,
+    shard: tuple[int, int] = (0, 1),
     digests: Digests | None = None,
     scorer: Callable[..., Any] | None = None,
     stages: EvaluationStages = USUAL,
     label: str = "eval",
 ) -> None:
-    """Answer this process's share of `questions` that is not yet answered in `directory` (`results.py`).
+    """Answers this process's share of the questions that are not yet answered in `directory` (`results.py`).
 
-    An answer depends on the question's number, the seed and the config, not on which process or batch it came in. A
-    question whose pictures cannot be read, or that no bucket holds, ends nothing: it is recorded as wrong, with the reason,
-    and is tried again when the run is started again.
+    An answer depends on the question's number, the seed and the config, not on the process or the batch. A question whose
+    images cannot be read, or that no bucket holds, is recorded as wrong with the reason; the next start tries it again.
 
     Args:
-      facts: further settings that a run in this directory is held to: the model, the split.
-      part: (process, processes): the share is every `processes`-th question from `process` on.
-      digests: of the pictures, by which they are known; by default kept in `directory`.
+      policy: the model, its vocabulary and tables.
+      questions: of the benchmark.
+      exam: the settings of the benchmark and of the rollout.
+      directory: of the results; an interrupted run goes on there.
+      settings: further settings that identify the run: the model, the split.
+      shard: (process, processes): the share is every `processes`-th question from `process` on.
+      digests: of the images, which identify them; by default kept in `directory`.
       scorer: by default that of `exam.benchmark.scorer`.
+      stages: the functions that a batch goes through.
+      label: of the progress line.
     """
-    directory, (process, processes) = pathlib.Path(directory), part
+    directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)
-    settings = settings_of(policy, questions, exam, facts)
-    kept = restore(directory, settings, process, len(questions))
+    kept = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
     mine = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
@@ -91,7 +95,10 @@ def evaluate(
     if not todo:
         return
     session = Session(policy, exam, directory, len(questions), scorer)
-    keep = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
+
+    def keep(records: Iterable[Record]) -> None:
+        results.append({**x, "pictures": pictures[x["index"]]} for x in records)
+
     found = find_shapes(policy, questions, exam, todo)
     placed = {i: x for i, x in found.items() if isinstance(x, Place)}
     n = session.limits.group_size
@@ -108,11 +115,11 @@ def evaluate(
 
 
 def settings_of(
-    policy: Policy, questions: Sequence[Question], exam: Exam, facts: Mapping[str, Any] | None
+    policy: Policy, questions: Sequence[Question], exam: Exam, more: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a run is."""
+    """The settings that identify a run, with `more` of the caller."""
     return {
-        **(facts or {}),
+        **(more or {}),
         "mode": exam.mode,
         "seed": exam.seed,
         "format": exam.benchmark.format,
@@ -125,7 +132,11 @@ def settings_of(
 
 
 def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, count: int) -> dict[int, Record]:
-    """The records that are there of `count` questions, by their numbers. RunError: the directory holds another run."""
+    """The records of an earlier start, by the numbers of the questions, of which there are `count`.
+
+    Raises:
+        RunError: the directory holds another run.
+    """
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
     if process == 0:
         settle(directory, settings, done=len(kept) or None, of=count)
@@ -135,7 +146,11 @@ def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, 
 def check_pictures(
     directory: pathlib.Path, questions: Sequence[Question], kept: Mapping[int, Record], pictures: Mapping[int, Any]
 ) -> None:
-    """RunError: a question was answered about other pictures than it has now."""
+    """Checks that questions were answered about the images that they have now.
+
+    Raises:
+        RunError: an image has changed.
+    """
     for i, found in pictures.items():
         if i in kept and kept[i].get("pictures", found) != found:
             raise RunError(
@@ -147,10 +162,10 @@ def check_pictures(
 def find_shapes(
     policy: Policy, questions: Sequence[Question], exam: Exam, todo: Sequence[int]
 ) -> dict[int, Place | ValueError]:
-    """Where each of the questions `todo` runs, or why it cannot."""
+    """The batch shape in which each of the questions `todo` runs, or the reason why there is none."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
-    # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
+    # Shapes are worked out from all questions, so that a run that goes on has the same shapes again.
     wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
     outlines = [functools.partial(outline, questions[i]) for i in wanted]
     fitter = Fitter(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
@@ -161,7 +176,7 @@ def find_shapes(
 def load_batches(
     questions: Sequence[Question], placed: Mapping[int, Place], batch: int
 ) -> Iterator[dict[int, Query | ImageError]]:
-    """Batches of one shape with their pixels, or why these cannot be read; the next is read while one is worked on."""
+    """Batches of one shape with their pixels, or the reason why they cannot be read; the next batch is read ahead."""
     by_shape: dict[BatchShape, list[int]] = {}
     for i, place in placed.items():
         by_shape.setdefault(place.shape, []).append(i)
@@ -176,6 +191,7 @@ def load_batches(
 
 
 def load_query(questions: Sequence[Question], placed: Mapping[int, Place], i: int) -> Query | ImageError:
+    """The query of question `i` with its pixels, or the reason why they cannot be read."""
     try:
         return placed[i].fit.apply(questions[i].query())
     except ImageError as error:
@@ -189,7 +205,7 @@ def answer_batch(
     placed: Mapping[int, Place],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
-    """A batch through all stages; what could not be read is recorded as wrong."""
+    """The records of a batch after all stages; a question that could not be read is recorded as wrong."""
     n = session.limits.group_size
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]

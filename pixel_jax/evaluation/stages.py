@@ -2,7 +2,7 @@
 
     QuestionBatch -> answer -> Answered -> judge -> Judged -> record -> records
 
-Each is a function `stage(session, value)`; `EvaluationStages` says which, so that one of one's own takes the place of any.
+Each stage is a function `stage(session, value)`; `EvaluationStages` names them, so that any can be replaced.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pixel_jax.data.rooms import Place
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
-from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation import transcript
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
 from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -40,7 +40,7 @@ from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 
 
 class Policy(NamedTuple):
-    """Who is asked."""
+    """The model that is asked, with its vocabulary."""
 
     model: Qwen2_5_VL
     vocabulary: Vocabulary
@@ -49,7 +49,7 @@ class Policy(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """How the questions of a benchmark are put, and what is kept of the answers."""
+    """How the questions of a benchmark are asked, and how many answers are kept as transcripts."""
 
     benchmark: BenchmarkConfig
     rollout: RolloutConfig
@@ -60,6 +60,7 @@ class Exam:
 
     @property
     def limits(self) -> RolloutConfig:
+        """The rollout's limits in this mode."""
         return rollout_config(self.rollout, self.mode, self.benchmark.max_side)
 
 
@@ -72,18 +73,24 @@ def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutC
 
 
 def guidelines(mode: Mode) -> str:
+    """The guidelines of the prompt in a mode: released `notool` or `vcot`."""
     return "notool" if mode == "none" else "vcot"
 
 
 class Session:
-    """What the stages work with."""
+    """The context in which the stages work."""
 
     def __init__(
         self, policy: Policy, exam: Exam, directory: pathlib.Path, count: int, scorer: Callable[..., Any] | None = None
     ):
-        """Args:
-        count: of all questions.
-        scorer: of the `score`, by default that of the benchmark; `accuracy` is the released scorer's in any case.
+        """Prepares the scorers and draws the questions whose transcripts are kept.
+
+        Args:
+            policy: that answers.
+            exam: the settings.
+            directory: of the results.
+            count: of all questions.
+            scorer: of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
         """
         self.policy, self.exam, self.directory = policy, exam, directory
         self.limits = exam.limits
@@ -104,7 +111,7 @@ class QuestionBatch(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What the model did with them: `group_size` rows a question, on the host."""
+    """The answers to a batch: `group_size` rows for each question, on the host."""
 
     asked: QuestionBatch
     trajectories: Trajectories[VisualRecord]
@@ -113,6 +120,8 @@ class Answered(NamedTuple):
 
 
 class Judged(NamedTuple):
+    """Answers with their scores."""
+
     answered: Answered
     scores: Mapping[str, Sequence[float | None]]  # "score" and "accuracy" of each row; None: it holds no answer
 
@@ -121,13 +130,19 @@ Record = dict[str, Any]
 
 
 def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
-    """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours.
+    """Asks the questions. An answer depends on the question's number, the seed and the limits, not on other questions.
 
-    roll: takes the place of `rollout`, with its arguments: `functools.partial(answer, roll=...)` is a stage, too.
+    Args:
+        session: with the policy.
+        asked: the questions.
+        roll: a function in place of `rollout`; `functools.partial(answer, roll=...)` is a stage, too.
     """
     exam, (model, vocabulary, tables) = session.exam, session.policy
     shape, spare = asked.places[0].shape, exam.batch - len(asked.numbers)  # repeats of the last keep the shape
-    padded = lambda items: [*items, *[items[-1]] * spare]
+
+    def padded(items: Sequence[Any]) -> list[Any]:
+        return [*items, *[items[-1]] * spare]
+
     prompts = build_prompts(
         padded(asked.queries),
         vocabulary,
@@ -147,14 +162,14 @@ def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajec
 
 
 def judge(session: Session, answered: Answered) -> Judged:
-    """How right each answer is."""
+    """Scores each answer."""
     n = session.limits.group_size
     references = [Reference(x.answers, x.question) for x in answered.asked.questions for _ in range(n)]
     return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
 
 
 def record(session: Session, judged: Judged) -> list[Record]:
-    """What is kept of each question; of some a trace is drawn."""
+    """The record of each question; some transcripts are saved, too."""
     asked, n = judged.answered.asked, session.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
@@ -167,7 +182,7 @@ def record(session: Session, judged: Judged) -> list[Record]:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationStages:
-    """Which functions a batch goes through."""
+    """The functions that a batch goes through."""
 
     answer: Callable[[Session, QuestionBatch], Answered] = answer
     judge: Callable[[Session, Answered], Judged] = judge
@@ -181,12 +196,13 @@ USUAL = EvaluationStages()
 
 
 def about(index: int, question: Question) -> Record:
+    """The part of a record that does not depend on the answers."""
     known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
     return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
 def unanswered(index: int, question: Question, why: str, answers: int) -> Record:
-    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
+    """The record of a question that could not be asked: it is wrong, and counts in no other rate."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
     )
@@ -195,7 +211,7 @@ def unanswered(index: int, question: Question, why: str, answers: int) -> Record
 
 
 def record_of(index: int, question: Question, judged: Judged, rows: slice, language: Language) -> Record:
-    """What is kept of a question: lists have an entry an answer."""
+    """The record of a question; its lists have an entry for each answer."""
     t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
     return {
         **about(index, question),
@@ -213,12 +229,12 @@ def record_of(index: int, question: Question, judged: Judged, rows: slice, langu
 
 
 def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
-    """Keeps the first answer to the question at place `at` of its batch as a trace."""
+    """Saves the transcript of the first answer to the question at index `at` of its batch."""
     asked = judged.answered.asked
     question = asked.questions[at]
     first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
     tools, query = session.policy.tables.tools, asked.queries[at]
-    made = traces.make_transcript(
+    made = transcript.make_transcript(
         materialize_on_host(first, judged.answered.images[[at]], tools, session.limits),
         0,
         query,
@@ -228,4 +244,4 @@ def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
         correct=found["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )
-    traces.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])
+    transcript.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])

@@ -15,6 +15,7 @@ from absl import flags
 
 from pixel_jax.config import define_flag
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import print_table
 
 if TYPE_CHECKING:
     from pixel_jax.planning.programs import Recipe
@@ -102,14 +103,14 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
             best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, note=note)
             keep()
     if made:
-        console.print(report.table(made, best))
+        print_table(report.table(made, best))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else recipe.steps[0]
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):
             console.print(report.line(point.compiled))
             points.append(point)
             keep()
-        console.print(report.scaling_table(points, step))
+        print_table(report.scaling_table(points, step))
 
 
 def of_videos(config):

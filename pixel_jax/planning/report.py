@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pixel_jax import terminal
 from pixel_jax.planning.machines import GIB
 from pixel_jax.planning.search import Compiled, Plan
 from pixel_jax.planning.weak_scaling import Point
@@ -62,49 +63,34 @@ def line(compiled: Compiled) -> str:
 
 def table(made: Sequence[Compiled], best: Best) -> Table:
     """The best plan of each step on each machine."""
-    found, caption = Table(title="Plans, of one chip and one call"), [LOWER_BOUND]
-    columns = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
-    for i, name in enumerate(columns):
-        found.add_column(name, justify="right" if 3 <= i < 8 else "left")
+    head = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
+    rows, caption = [], [LOWER_BOUND]
     for topology, steps in best.items():
         for step in dict.fromkeys(c.plan.step for c in made if c.plan.topology == topology):
             if step not in steps:
-                found.add_row(topology, step, "none of those compiled fits, with the run's other steps")
+                rows.append((topology, step, "none of those compiled fits, with the run's other steps"))
                 continue
             compiled, plan = steps[step], steps[step].plan
             flops, moved, sent = plan.counted
-            numbers = (flops / 1e12, moved / 1e9, sent / 1e9, plan.predicted_seconds)
-            found.add_row(
-                topology, step, mesh(plan), gib(plan.bytes_per_chip), *(f"{x:.4g}" for x in numbers), plan.bound
-            )
+            numbers = (f"{x:.4g}" for x in (flops / 1e12, moved / 1e9, sent / 1e9, plan.predicted_seconds))
+            rows.append((topology, step, mesh(plan), gib(plan.bytes_per_chip), *numbers, str(plan.bound)))
             if compiled.assumed:
                 turns = ", ".join(f"{scope} {times:.4g}" for scope, times in compiled.assumed.items())
                 caption.append(f"{topology} {step} assumes of what the data decides: {turns}.")
-    found.caption = "\n".join(caption)
-    return found
+    return terminal.table(head, rows, words=3, title="Plans, of one chip and one call", caption="\n".join(caption))
 
 
 def scaling_table(points: Iterable[Point], step: str) -> Table:
     """A table of weak scaling; the efficiency is relative to the rate of the first slice that fits."""
-    found = Table(title=f"Predicted weak scaling of {step}, one row a chip", caption=LOWER_BOUND)
-    for name in (
-        "topology",
-        "sharding",
-        "memory",
-        "compute s",
-        "memory s",
-        "links s",
-        "tokens / s / chip",
-        "efficiency",
-    ):
-        found.add_column(name, justify="left" if name in ("topology", "sharding") else "right")
-    first = None
+    head = ("topology", "sharding", "memory", "compute s", "memory s", "links s", "tokens / s / chip", "efficiency")
+    rows, first = [], None
     for point in points:
         plan, times, rate = point.compiled.plan, point.times, point.rate
         if times is None or rate is None:
-            found.add_row(plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})")
+            rows.append((plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})"))
             continue
         first = first or rate
         numbers = (f"{x:.3g}" for x in (*times, rate))
-        found.add_row(plan.topology, mesh(plan), gib(plan.bytes_per_chip), *numbers, f"{rate / first:.1%}")
-    return found
+        rows.append((plan.topology, mesh(plan), gib(plan.bytes_per_chip), *numbers, f"{rate / first:.1%}"))
+    title = f"Predicted weak scaling of {step}, one row a chip"
+    return terminal.table(head, rows, words=2, title=title, caption=LOWER_BOUND)

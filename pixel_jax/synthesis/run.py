@@ -10,11 +10,10 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
@@ -32,7 +31,7 @@ from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
-from pixel_jax.terminal import printable, say
+from pixel_jax.terminal import print_table, say, table
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.progress import Progress
@@ -314,29 +313,17 @@ def report_of(
     }
 
 
-def show(report: Mapping[str, Any], stream=None) -> None:
-    """The report on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=stream or sys.stdout, highlight=False)
-    table = Table(
-        title=Text(f"{report['made']} traces of {report['seeds']} seeds, analyses by {printable(report['writer'])}")
-    )
-    for name in ("", "kind", "made", "share", "wanted"):
-        table.add_column(name, justify="right" if name in ("made", "share", "wanted") else "left")
-    for group, found in report["kinds"].items():
-        if any(kind["made"] for kind in found.values()):
-            for name, kind in found.items():
-                table.add_row(group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
-            table.add_section()
-    console.print(table)
+def show(report: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Prints the report: the traces of each kind, and the reasons for what was dropped."""
+    title = f"{report['made']} traces of {report['seeds']} seeds, analyses by {report['writer']}"
+    rows = [
+        (group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
+        for group, found in report["kinds"].items()
+        if any(kind["made"] for kind in found.values())
+        for name, kind in found.items()
+    ]
+    print_table(table(("", "kind", "made", "share", "wanted"), rows, words=2, title=title), stream)
     for title, counts in (("dropped seeds", report["dropped"]), ("rejected texts", report["rejected_texts"])):
         if counts:
-            table = Table(title=f"{sum(counts.values())} {title}")
-            table.add_column("why")
-            table.add_column("count", justify="right")
-            for reason, count in counts.items():
-                table.add_row(Text(printable(reason)), str(count))
-            console.print(table)
+            rows = [(reason, str(count)) for reason, count in counts.items()]
+            print_table(table(("why", "count"), rows, title=f"{sum(counts.values())} {title}"), stream)

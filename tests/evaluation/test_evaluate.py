@@ -25,6 +25,7 @@ from pixel_jax.rollouts.prompts import prompt_tokens
 from pixel_jax.rollouts.rollout import compiled_rollout
 from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.rollouts.views import GREY
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
 from tests.rollouts import scripted_model
@@ -164,7 +165,7 @@ def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, caps
 
 def test_processes_share_the_questions(questions, whole, tmp_path):
     for process in (1, 0):
-        answer(questions, tmp_path, part=(process, 2))
+        answer(questions, tmp_path, shard=(process, 2))
     shares = [
         {json.loads(line)["index"] for line in (tmp_path / f"results-{i}.jsonl").read_text().splitlines()}
         for i in (0, 1)
@@ -244,7 +245,7 @@ def test_another_configuration_does_not_continue_a_run(questions, whole):
     with pytest.raises(RunError, match="questions"):
         answer(questions[:-1], directory)
     with pytest.raises(RunError, match="weights = 'not set', now it is 'another'"):
-        answer(questions, directory, facts={"weights": "another"})
+        answer(questions, directory, settings={"weights": "another"})
     assert read_settings(directory)["seed"] == 0
     with pytest.raises(RunError, match="is no run"):
         read_settings(directory.parent / "nowhere")
@@ -432,7 +433,7 @@ def test_the_page_shows_numbers_and_traces_and_runs_nothing(questions, whole):
 def test_the_table_shows_what_it_is_given(capsys):
     rows = summary.table_rows({"own": {"modes": {"operations": summary.summarise(records_of([[1.0, 0.0]] * 5))}}})
     rows.append(["[red]x[/red]", "\x1b[31mx", *rows[0][2:]])
-    summary.print_table(summary.HEAD, rows)
+    print_table(table(summary.HEAD, rows, words=3))
     out = capsys.readouterr().out
     assert "5 × 2" in out and "50.0 [28.3, 71.7]" in out and "[red]x[/red]" in out and "\x1b" not in out
     assert len(out.splitlines()) == 3
