@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured by the same run: the ceilings that every figure is a fraction of."""
+"""The peak speed of the machine, measured in the same run: figures are given as shares of it."""
 
 import dataclasses
 import os
@@ -13,6 +13,8 @@ from pixel_jax.bench.timing import finished
 
 @dataclasses.dataclass(frozen=True)
 class MachineSpeed:
+    """The peak rates of a machine."""
+
     device: str
     devices: int
     cores: int
@@ -23,11 +25,12 @@ class MachineSpeed:
 
 
 def count_cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_machine(quick: bool) -> MachineSpeed:
+    """Measures this machine."""
     side = 256 if quick else 2048 if jax.default_backend() == "cpu" else 8192
     rows = 1024 if quick else 2**14 if jax.default_backend() == "cpu" else 2**17
     device = jax.devices()[0]
@@ -43,7 +46,7 @@ def measure_machine(quick: bool) -> MachineSpeed:
 
 
 def best_seconds(run, times: int = 7) -> float:
-    """The shortest of `times` runs, after one that is not counted."""
+    """The shortest time of several runs, after one that is not counted."""
     finished(run())
     seconds = []
     for _ in range(times):

@@ -1,4 +1,4 @@
-"""Runs the cases of a module, prints their table and writes it down as JSON."""
+"""Runs the cases of a module, prints their tables and writes a record as JSON."""
 
 import dataclasses
 import importlib
@@ -17,10 +17,16 @@ from pixel_jax.terminal import print_table, say, table
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
-    """Measures the cases of `module.CASES` (those named in `only`, or all), each after the other, and returns the record.
+    """Measures the cases of `module.CASES`, one after the other, and returns the record.
 
-    The table grows on the terminal and `out` is written after every case, so that a run cut short leaves what it has. Cases
-    that `out` already holds and that are not measured now stay in it.
+    Args:
+        module: dotted name of the module.
+        only: names of the cases; all if empty.
+        quick: tiny shapes and two rounds.
+        out: the record, written after every case. Cases that it already holds and that are not measured now stay in it.
+
+    Raises:
+        ValueError: there is no case of a name.
     """
     cases = {case.name: case for case in importlib.import_module(module).CASES}
     unknown = sorted(set(only) - set(cases))
@@ -47,13 +53,13 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
 
 
 def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpeed) -> dict[str, Any]:
-    """What is written down of a case: plain numbers and strings."""
+    """The record of a case: plain numbers and strings."""
     ours = next(iter(timings))
     seconds = timings[ours].seconds
     aims = []
     for aim in work.aims:
         if aim.memory:
-            # Beyond what the process had before: on small work noise, of either sign.
+            # For small work the growth of the process's memory is noise of either sign.
             theirs, mine = (timings[name].peak_bytes or 0 for name in (aim.against, ours))
             reached = theirs / mine if min(theirs, mine) > 0 else None
         else:
@@ -74,7 +80,7 @@ def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpee
 
 
 def flops_of(work: Workload, names: Iterable[str]) -> dict[str, float]:
-    """FLOPs of a run of each alternative; nothing where they were not counted."""
+    """The FLOPs of a run by alternative; empty where they are not known."""
     if work.flops is None:
         return {}
     return dict(work.flops) if isinstance(work.flops, Mapping) else dict.fromkeys(names, work.flops)
@@ -116,6 +122,7 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
 
 
 def describe(machine: MachineSpeed) -> str:
+    """A line about the machine."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
         f"{machine.devices} x {machine.device}, {machine.cores} cores; products {machine.matmul / 1e9:.0f} GFLOP/s in float32, "

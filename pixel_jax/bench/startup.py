@@ -1,8 +1,8 @@
-"""The cases of compiling: a cold start with programs on disk, and images of many sizes.
+"""The cases of compilation: a cold start with programs on disk, and images of many sizes.
 
     python -m pixel_jax.bench.startup CACHE
 
-starts a process as a user's: reads the quickstart's config, builds its model and prompts, and samples one rollout.
+reads the quickstart's config, builds its model and prompts, and samples one rollout, as a user's process does.
 """
 
 import itertools
@@ -27,6 +27,8 @@ COLD_START_AIM = 10.0  # seconds
 
 
 def build_cold_start(quick: bool) -> Workload:
+    """A new process up to its first rollout."""
+
     def ours():
         cache = tempfile.TemporaryDirectory()  # lives as long as `run`
         environment = {**os.environ}
@@ -52,16 +54,16 @@ def build_cold_start(quick: bool) -> Workload:
 
 
 def build_image_sizes(quick: bool) -> Workload:
-    """One prompt after the other, each with an image of another size, through one program."""
+    """Prompts with images of different sizes, one after the other, through one program."""
     config, model = rollout_config(True), random_model(True)
     sizes = list(itertools.product((60, 97, 112), (56, 80, 101, 112)))
     token_tables, shape = tables(vocabulary()), prompt_shape(1, 128, 128, 288, config, video=False)
 
     def ours():
-        places = itertools.cycle(range(len(sizes)))
+        cycle = itertools.cycle(sizes)
 
         def run():
-            query = Query(QUESTION, list(images(1, *sizes[next(places)])))
+            query = Query(QUESTION, list(images(1, *next(cycle))))
             prompts = build_prompts([query], vocabulary(), token_tables, config, shape=shape)
             return rollout(model, prompts, jax.random.key(0), config).tokens
 
@@ -76,6 +78,7 @@ def build_image_sizes(quick: bool) -> Workload:
 
 
 def main(cache: str) -> None:
+    """Samples one rollout, with compiled programs in the directory `cache`."""
     from pixel_jax.config import load
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.network import model_config, new_model
