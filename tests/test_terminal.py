@@ -15,6 +15,7 @@ from pixel_jax import terminal
 from pixel_jax.chat import show
 from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.parallel import processes
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.progress import Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -73,7 +74,7 @@ def test_nobody_listening_is_no_reason_to_end(monkeypatch):
 
 PROGRAM = """
 import pathlib, sys
-from pixel_jax.terminal import print_table, table, keep_streams
+from pixel_jax.terminal import keep_streams
 keep_streams()
 opened = open(sys.argv[1] + ".other", "w")
 print("\\u2013\\x1b" * 100_000)

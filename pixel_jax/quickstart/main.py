@@ -1,4 +1,4 @@
-"""`pixel-jax quickstart`: every phase for every seed, then `metrics.json` and `report.html`."""
+"""`pixel-jax quickstart`: runs every phase for every seed, then writes `metrics.json` and `report.html`."""
 
 import io
 import os
@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -17,13 +18,14 @@ CONFIG = "pixel/quickstart"
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `quickstart`."""
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer("seeds", 1, "How many times to repeat it, with seeds 0, 1, ...", lower_bound=1)
     flags.DEFINE_string("out", "runs/quickstart", "Where checkpoints, metrics and the report go.")
 
 
 def write_card(config, path: pathlib.Path) -> None:
-    """A held-out scene that takes the tool, as a PNG file."""
+    """Writes a held-out scene that needs the tool, as a PNG file."""
     import numpy as np
     from PIL import Image
 
@@ -37,7 +39,7 @@ def write_card(config, path: pathlib.Path) -> None:
 
 
 def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str]) -> str:
-    """A line for a shell in this folder that asks the model about the picture, whether or not the environment is active there."""
+    """A command for a shell in this folder that asks the model about the picture; it activates the virtual environment."""
     from pixel_jax.data.miniature import QUESTION
     from pixel_jax.tools.named import DEFAULT
 
@@ -48,6 +50,7 @@ def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the quickstart."""
     import dataclasses
 
     from pixel_jax.cli import UserError
@@ -65,12 +68,12 @@ def main(command: str, arguments: list[str]) -> None:
     config = load(QuickstartConfig, FLAGS.config)
     out = pathlib.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, arms = {}, lesson_of(config).arms
+    results, arms, first = {}, lesson_of(config).arms, out / f"seed-{config.seed}"
+    metrics: dict[str, Any] = {}
     for seed in range(config.seed, config.seed + FLAGS.seeds):
         results[seed] = run_seed(dataclasses.replace(config, seed=seed), out / f"seed-{seed}")
-        metrics = summarise(results)  # after each seed: what there is so far is there to look at
+        metrics = summarise(results)  # after each seed, so that first results can be read early
         write_json(out / "metrics.json", metrics)
-        first = out / f"seed-{config.seed}"
         traces = [item for name in (*arms, "warm") for item in transcript.load(first / name / "traces.json")]
         report.write(out / "report.html", page(config, metrics, traces))
     numbers = metrics["rl"]

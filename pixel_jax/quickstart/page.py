@@ -1,4 +1,4 @@
-"""`report.html` of the quickstart."""
+"""The page `report.html` of the quickstart."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ SMOOTH = 9  # iterations averaged in a curve
 
 
 def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript]) -> str:
-    """The whole report: numbers, curves, what was arranged, traces of the first seed."""
+    """The whole report: numbers, curves, settings, transcripts of the first seed."""
     seeds, lesson = metrics["seeds"], lesson_of(config)
     sections = [
         ("", introduction(config, seeds)),
@@ -29,6 +29,7 @@ def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript
 
 
 def introduction(config: QuickstartConfig, seeds: Sequence[int]) -> str:
+    """The first paragraph."""
     return report.paragraph(
         f"{lesson_of(config).introduction} {config.evaluation.scenes} held-out scenes (photographs and digits no phase has seen) "
         f"judge the result; seeds: {', '.join(map(str, seeds))}."
@@ -36,6 +37,7 @@ def introduction(config: QuickstartConfig, seeds: Sequence[int]) -> str:
 
 
 def results_table(config: QuickstartConfig, metrics: Mapping) -> str:
+    """The table of the warm start and both arms."""
     columns = {"warm start": "sft", **{arm.label: name for name, arm in lesson_of(config).arms.items()}}
     numbers = {"sft": metrics["sft"], **metrics["rl"]}
     rows = []
@@ -46,7 +48,7 @@ def results_table(config: QuickstartConfig, metrics: Mapping) -> str:
 
 
 def interval(metrics: Mapping, group: str, name: str, mean: float | None) -> str:
-    """The mean, with its interval over seeds, or over scenes where there is one seed; a dash for what was not measured."""
+    """A mean with its interval over seeds, or over scenes where there is one seed; a dash where it was not measured."""
     if mean is None:
         return "–"
     if metrics["intervals_over_seeds"]:
@@ -58,6 +60,7 @@ def interval(metrics: Mapping, group: str, name: str, mean: float | None) -> str
 
 
 def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
+    """The difference between the arms, in words."""
     over = metrics["intervals_over_seeds"]
     kind = "Student's t over seeds" if over else "Wilson's over scenes"
     gap = f"{metrics['accuracy_gap']:.3f}"
@@ -71,6 +74,7 @@ def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
 
 
 def curves(config: QuickstartConfig, metrics: Mapping) -> str:
+    """The learning curves of both arms."""
     panels = {}
     lesson = lesson_of(config)
     for title, name in (("accuracy in training", "accuracy"), (lesson.rows["rapr"], "rapr")):
@@ -93,7 +97,7 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def times(metrics: Mapping) -> str:
-    """A row a phase, and why they do not add up to the total."""
+    """The table of the phases' seconds, with the reason why they do not add up to the total."""
     seconds = dict(metrics["seconds"])
     total = seconds.pop("total")
     rows = [[name, f"{value:.0f}"] for name, value in {**seconds, "total, by the clock": total}.items()]

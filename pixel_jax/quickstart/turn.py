@@ -1,4 +1,4 @@
-"""The lesson of a tool that is not the paper's: digits on cards that lie on their side, and `rotate`."""
+"""The lesson "turn": digits on cards that lie on their side, and the tool `rotate`, which is not the paper's."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import ROTATE
 from pixel_jax.tools.calls import read
+from pixel_jax.tools.tool import Choice
 from pixel_jax.training.rl import RLConfig
 
 OPENING = 'The card lies on its side. I will turn the image.\n<tool_call>\n{"name": "rotate", "arguments": {"by": "'
@@ -29,21 +30,21 @@ def call(turns: int) -> str:
 
 
 def look_row(rng: np.random.Generator, scenes: SceneConfig) -> Trace:
-    """Which way is up, and which digit is it? A call is given up to its angle; the angle and the answer are learned."""
+    """A row of phase 1 with a call: the text up to the angle is given, and the angle and the answer are learned."""
     scene = miniature.draw_scene(rng, "train", scenes, on_side=True)
     look = Turn(((OPENING, False), (BY[scene.turns] + END, True)))
     return Trace(scene_query(scene), (look, right(synthesis.final_answer(str(scene.label)))), str(scene.label))
 
 
 def read_row(rng: np.random.Generator, scenes: SceneConfig) -> Trace:
-    """Which digit is on an upright card? The answer is given up to the digit."""
+    """A row of phase 1 about an upright card: the text up to the digit is given, and the digit is learned."""
     scene = miniature.draw_scene(rng, "train", scenes, on_side=False)
     turn = Turn(((synthesis.SENTENCES.answer, False), (str(scene.label), True)), ends=False)
     return Trace(scene_query(scene), (turn,), str(scene.label))
 
 
 def warm_start_row(rng: np.random.Generator, config: QuickstartConfig) -> Trace:
-    """A trace of phase 2: upright cards are read at once, the others in the shares of `config.turns`."""
+    """A trace of phase 2: upright cards are read at once; for the others `config.turns` has the shares."""
     scene = miniature.draw_scene(rng, "train", config.scenes)
     answer = str(scene.label)
     if not scene.turns or rng.random() < config.turns.direct:
@@ -59,21 +60,23 @@ def warm_start_row(rng: np.random.Generator, config: QuickstartConfig) -> Trace:
 
 
 def without_the_tool(config: RLConfig) -> RLConfig:
-    """No call is carried out: who asks for one gets a message, and the answer has to be read as the card lies."""
+    """The configuration of the arm without calls: a call gets an error message, and the card must be read as it lies."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_calls=0))
 
 
 def right_turns(trajectories: Trajectories, scenes: Sequence[Scene]) -> dict[str, float]:
     """The share of first calls that bring the card upright."""
     calls = trajectories.calls
-    wanted = np.array([ROTATE.arguments[0].options.index(BY[scene.turns]) for scene in scenes])
+    by_argument = ROTATE.arguments[0]
+    assert isinstance(by_argument, Choice)
+    wanted = np.array([by_argument.options.index(BY[scene.turns]) for scene in scenes])
     done = calls.status[:, 0] == CallStatus.DONE
     by = read(ROTATE, jax.tree.map(lambda x: x[:, 0], calls.values))["by"]
     return {"right_turn": float(np.mean(done & (by == wanted)))}
 
 
 def arrangement(config: QuickstartConfig) -> list[str]:
-    """What is given and what has to be found out, in words."""
+    """What the traces show and what the model must learn, in words."""
     return [
         f"{config.scenes.on_side:.0%} of the cards lie on their left or right side. A bar along their top says which way is "
         "up. In the first phase the network reads upright cards only, and learns which way to turn the others: as one that "

@@ -100,8 +100,9 @@ def assign_kinds(possible: Sequence[Sequence[str]], shares: Mapping[str, float],
     total = sum(shares.values())
     lacking = {kind: share / total * len(possible) for kind, share in shares.items()}
     assigned = [""] * len(possible)
-    for i in sorted(np.random.default_rng(seed).permutation(len(possible)).tolist(), key=lambda i: len(possible[i])):
-        assigned[i] = max(possible[i], key=lacking.__getitem__)
+    order: list[int] = np.random.default_rng(seed).permutation(len(possible)).tolist()
+    for i in sorted(order, key=lambda i: len(possible[i])):
+        assigned[i] = max(possible[i], key=lambda kind: lacking[kind])
         lacking[assigned[i]] -= 1
     return assigned
 
