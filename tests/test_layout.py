@@ -82,4 +82,6 @@ def test_nothing_of_the_library_imports_the_laboratory(part):
 
 
 def test_pixel_jax_does_not_know_unlearn_jax():
-    assert {(name, x) for name, used in GRAPH.items() if name.startswith("pixel_jax") for x in used if "unlearn" in x} == set()
+    assert {
+        (name, x) for name, used in GRAPH.items() if name.startswith("pixel_jax") for x in used if "unlearn" in x
+    } == set()
