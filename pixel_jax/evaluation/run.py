@@ -30,7 +30,7 @@ from pixel_jax.evaluation.stages import (
 )
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -50,7 +50,7 @@ def shapes_of(
 ) -> Sequence[BatchShape] | Measured:
     """The shapes of prompts in the buckets, for images and for videos; without buckets, the budget to work them out from."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
+        return Measured(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 

@@ -20,7 +20,7 @@ from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.quickstart.zoom import ZOOM
 from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
@@ -177,7 +177,7 @@ def ask(
 ) -> ScoredScenes:
     """Asks the model about every scene once; its first turn begins with `opening`."""
     size = task.config.evaluation.batch
-    limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
+    limits = single_answer(task.config.rl.rollout, 0.0 if greedy else 1.0)
     ids = task.vocabulary.encode(opening) if opening else []
     batches = []
     for start in range(0, len(scenes), size):
