@@ -41,7 +41,7 @@ from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.train import CONFIG, DATA, TrainConfig, facts_of
-from pixel_jax.training.footprint import row_bytes
+from pixel_jax.training.cost import row_bytes
 from pixel_jax.training.looks import Sampling
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted

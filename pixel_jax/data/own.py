@@ -24,15 +24,187 @@ Data with other names is read by `columns`, as in `{"question": "prompt", "image
 are in `Example.fields`.
 """
 
+import datetime
+import decimal
+import difflib
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, ReadReport
+from pixel_jax.data.example import Example, ExampleError, ReadReport, is_seconds
+from pixel_jax.data.messages import Dialogue, picture, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
-from pixel_jax.data.rows import check_columns, read_row
+from pixel_jax.data.sources import Embedded, Source, locate
+from pixel_jax.data.traces import Turn
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
+from pixel_jax.dialog.template import system_prompt
 from pixel_jax.files import parse_json, read_lines
+from pixel_jax.terminal import brief
+from pixel_jax.training.answers import last_boxed
+
+FIELDS = ("question", "images", "answer", "turns", "messages", "video", "seconds", "id", "category")
+ALIKE = 0.8  # how alike two names are if one is the other misspelt
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """ExampleError unless these are names of fields, each with the name that data has for it."""
+    for name, theirs in columns.items():
+        if name not in FIELDS:
+            raise ExampleError(f"columns: there is no field {brief(name)}; the fields are {', '.join(FIELDS)}")
+        if not theirs:
+            raise ExampleError(f"columns: {name!r} has no name in the data")
+    if twice := [theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1]:
+        raise ExampleError(f"columns: {brief(twice[0])} cannot be two fields")
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """`row` with our names for its fields, as `columns` (ours -> theirs) says; a field of our name whose place is taken goes."""
+    for name, theirs in columns.items():
+        if theirs not in row:
+            raise ExampleError(f"{where} has no {theirs!r} to be the {name} (columns), only {brief(sorted(row))}")
+    back = {theirs: name for name, theirs in columns.items()}
+    return {back.get(name, name): value for name, value in row.items() if name in back or name not in columns}
+
+
+def read_row(
+    row: Mapping[str, Any],
+    where: str,
+    folder: pathlib.Path,
+    *,
+    image_folders: Sequence[str] = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    turns: bool = False,
+    language: Language = RELEASED_LANGUAGE,
+    report: ReadReport,
+) -> Example:
+    """One row, checked: every field, every picture's path.
+
+    Args:
+        where: file and number, which also is its name if it has no `id`.
+        folder, image_folders: where pictures may lie (`pixel_jax.data.sources.locate`).
+        columns: what the data calls our fields.
+        turns: they are required.
+        language: of the calls in `messages`.
+
+    Raises:
+        ExampleError: it is no example; the message has `where` and the field.
+    """
+    row = renamed(row, columns, where)
+    refuse = lambda why: ExampleError(f"{where}: {why}")
+    further = {name: as_json(value, name, refuse) for name, value in row.items() if name not in FIELDS}
+    absent = [name for name in FIELDS if name not in row and not (name == "question" and "messages" in row)]
+    for name in further:
+        if near := difflib.get_close_matches(name, absent, n=1, cutoff=ALIKE):
+            raise refuse(
+                f"unknown field {brief(name)}; the nearest known one is {near[0]!r} (columns says what data calls it)"
+            )
+        report.mended[f"the further field {brief(name)} was kept, for rewards"] += 1
+    field = functools.partial(take, row, refuse)
+    texts = lambda x: isinstance(x, list) and bool(x) and all(type(item) in (str, int) for item in x)
+    answer = field("answer", lambda x: x is None or type(x) in (str, int) or texts(x), "a text or a list of texts")
+    video = field("video", lambda x: isinstance(x, bool), "true or false", False)
+    seconds = field("seconds", lambda x: x is None or is_seconds(x), "a positive number, at most a million")
+    name = field("id", lambda x: x is None or type(x) in (str, int), "a text or a number")
+    category = field("category", lambda x: isinstance(x, str), "a text", "")
+    pictures = [picture(x, where) for x in listed(row.get("images"))]
+    if row.get("messages") is not None:
+        if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
+            raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
+        said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video, language=language)
+        question, given = said.first.text.strip(), turns_of(said, language, report)
+        pictures, video, text_first = said.first.images, said.first.video, said.first.text_before
+        if answer is None and given and (boxed := last_boxed(said.said[-1].text)) is not None:
+            answer = boxed
+    else:
+        question = field("question", lambda x: isinstance(x, str) and bool(x), "a text")
+        given, text_first = (
+            written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse),
+            False,
+        )
+        if not pictures:
+            raise refuse(f"'images' must be a path or a list of at least one, not {brief(row.get('images'))}")
+    if turns and not given:
+        raise refuse("'turns' must be a list of turns, or 'messages' end with the assistant's, to learn from")
+    if answer is None and not turns:
+        raise refuse("'answer' must be a text or a list of texts, not None")
+    return Example(
+        id=pathlib.PurePath(where).name if name is None else str(name),
+        question=question,
+        images=tuple(source(x, folder, image_folders, refuse) for x in pictures),
+        answer=tuple(map(str, () if answer is None else listed(answer))),
+        turns=given,
+        video=video,
+        seconds=None if seconds is None else float(seconds),
+        category=category,
+        text_first=text_first,
+        fields=further,
+    )
+
+
+def take(
+    row: Mapping[str, Any], refuse: Callable[[str], Exception], name: str, check, wanted: str, default=None
+) -> Any:
+    """The field `name`, if `check` lets it pass."""
+    value = row.get(name, default)
+    if not check(value):
+        raise refuse(f"{name!r} must be {wanted}, not {brief(value)}")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Callable[[str], Exception]) -> Source:
+    """Where a picture is: a file, or the bytes that the row holds, as Parquet files of the Hugging Face hub do."""
+    if isinstance(value, Embedded):
+        return value
+    if isinstance(value, bytes):
+        value = {"bytes": value}
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"} and isinstance(value.get("bytes"), bytes):
+        return Embedded(value["bytes"], str(value.get("path") or refuse("a picture")))
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+        value = value["path"]
+    return locate(value, folder, others, error=refuse)
+
+
+def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Turn, ...]:
+    if said.system is not None and said.system != system_prompt(language.tools, language.format):
+        report.mended["a system message other than ours was replaced by ours"] += 1
+    if said.first.text_before and said.first.text_after:
+        report.mended["text of a question on both sides of its images was put before them"] += 1
+    return tuple(Turn(((message.text, message.learned is not False),)) for message in said.said)
+
+
+def written_turns(items: list[Any], refuse: Callable[[str], Exception]) -> tuple[Turn, ...]:
+    turns = []
+    for item in items:
+        match {"text": item} if isinstance(item, str) else item:
+            case {"text": str(text), **rest} if (
+                text and rest.keys() <= {"learn"} and type(rest.get("learn", True)) is bool
+            ):
+                turns.append(Turn(((text, rest.get("learn", True)),)))
+            case _:
+                raise refuse(f'a turn is a text or {{"text": ..., "learn": true or false}}, not {brief(item)}')
+    return tuple(turns)
+
+
+def as_json(value: Any, name: str, refuse: Callable[[str], Exception]) -> Any:
+    """A further field as JSON has it: dates and decimals of Parquet as texts. ExampleError: it is bytes."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case datetime.date() | datetime.time() | datetime.timedelta() | decimal.Decimal():
+            return str(value)
+        case list():
+            return [as_json(x, name, refuse) for x in value]
+        case Mapping():
+            return {str(key): as_json(x, name, refuse) for key, x in value.items()}
+    raise refuse(
+        f"the further field {brief(name)} holds {type(value).__name__}, which nothing can be done with: leave it out"
+    )
+
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]  # where each stands, and how it is read
 

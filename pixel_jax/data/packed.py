@@ -23,8 +23,7 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import Tables
-from pixel_jax.training.batch import Batch, from_trajectories
-from pixel_jax.training.packing import first_fit, pack
+from pixel_jax.training.batch import Batch, first_fit, from_trajectories, pack
 
 WINDOW = 4096  # traces that first fit looks at together: its work is quadratic
 BY_HAND = "config.trace_tokens, config.trace_frames and config.trace_patches (of videos config.video_frames and \

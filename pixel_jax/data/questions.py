@@ -9,7 +9,7 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, ReadReport
-from pixel_jax.data.rooms import Fit, Fitter, Place
+from pixel_jax.data.prompt_shapes import Fit, Fitter, Place
 from pixel_jax.data.shapes import Measured
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.config import RolloutConfig

@@ -12,7 +12,7 @@ import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Fitter, Place
+from pixel_jax.data.prompt_shapes import Fitter, Place
 from pixel_jax.data.shapes import Measured, training_work
 from pixel_jax.evaluation.config import Bucket
 from pixel_jax.evaluation.questions import Question

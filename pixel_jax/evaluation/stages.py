@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.rooms import Place
+from pixel_jax.data.prompt_shapes import Place
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns

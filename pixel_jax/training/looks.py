@@ -38,11 +38,10 @@ from pixel_jax.rollouts.trajectory import (
 )
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.batch import Batch
-from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.losses import sft_loss
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Weighed
-from pixel_jax.training.state import TrainState
+from pixel_jax.training.state import Resharder, TrainState
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 
 SIDE = 640  # pixels, the longest side of a picture that is kept

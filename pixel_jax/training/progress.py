@@ -5,12 +5,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
-from pixel_jax.files import write_file
-from pixel_jax.state_files import LineLog, read_lines, to_json
 from pixel_jax.terminal import printable, put, say
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -84,23 +81,3 @@ class Progress:
             put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)
         else:
             put(line + "\n", self.stream)
-
-
-class MetricsLog:
-    """One JSON object a line. Lines of steps that a restart is about to repeat are dropped when it opens."""
-
-    def __init__(self, path: str | os.PathLike, start: int):
-        kept = [line for line in read_metrics(path) if line["step"] < start]
-        write_file(path, "".join(to_json(line) + "\n" for line in kept))
-        self.log = LineLog(path, durable=False)
-
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.log.append([{"step": step, **facts}])
-
-    def close(self) -> None:
-        self.log.close()
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
-    return read_lines(path, step=int)

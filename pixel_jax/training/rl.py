@@ -13,20 +13,18 @@ from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
-from pixel_jax.training.batch import Batch
-from pixel_jax.training.layouts import Resharder
-from pixel_jax.training.lessons import Lessons, lesson_facts
+from pixel_jax.training.batch import Batch, PackingConfig
+from pixel_jax.training.cost import Throughput
+from pixel_jax.training.diagnosis import Lessons, lesson_facts
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.packing import PackingConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import TrainState, init_state
+from pixel_jax.training.state import Resharder, TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")

@@ -13,12 +13,12 @@ from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")

@@ -24,16 +24,15 @@ from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, Trajectories
-from pixel_jax.training.advantages import group_advantage, nonzero_variance
-from pixel_jax.training.batch import Batch, Rows, from_trajectories, take
-from pixel_jax.training.packing import pack_rows
+from pixel_jax.training.algorithms import group_advantage, nonzero_variance
+from pixel_jax.training.batch import Batch, Rows, from_trajectories, pack_rows, take
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Entry
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.steps import check_report, check_rows
-from pixel_jax.training.terms import Row
 
 if TYPE_CHECKING:
+    from pixel_jax.training.rewards import Row
     from pixel_jax.training.rl import Learner
 
 
@@ -68,7 +67,7 @@ class Scored(NamedTuple):
     reward: np.ndarray  # float32, what the policy is trained on
     terms: Mapping[str, np.ndarray]  # what it is the sum of, weighted, by the names of the terms
     correct: np.ndarray | None = None  # float32, the score of each answer; None: the reward does not ask for it
-    rows: Sequence[Row] = ()  # what each of this process's rows did, as the terms saw it
+    rows: Sequence["Row"] = ()  # what each of this process's rows did, as the terms saw it
 
 
 class Weighed(NamedTuple):

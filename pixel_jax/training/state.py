@@ -1,5 +1,6 @@
-"""What a step carries from one call to the next."""
+"""The training state, and the policy in it as a rollout reads it: on another mesh, or in a narrower type."""
 
+import functools
 import re
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,8 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from pixel_jax.models.checkpoint import named_weights
+from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
-from pixel_jax.parallel.sharding import shard, shardings, value_of
+from pixel_jax.parallel.sharding import is_variable, process_shard, shard, shardings, value_of
 
 T = TypeVar("T")
 
@@ -57,3 +59,60 @@ def init_state(
     else:
         state = jax.jit(build, out_shardings=shardings(jax.eval_shape(build, selected, rest), mesh))(selected, rest)
     return jax.tree.map(jnp.copy, state)
+
+
+def cast(model, dtype: str | None):
+    """`model` with its base weights in `dtype`; adapters stay as they are."""
+    if dtype is None:
+        return model
+    return jax.tree.map(
+        lambda w: w if isinstance(w, LoRAWeight) else jax.tree.map(lambda x: x.astype(dtype), w),
+        model,
+        is_leaf=is_variable,
+    )
+
+
+class Resharder:
+    """Called with a state, gives its model on the mesh `target`, moved there from `source` on the devices.
+
+    Base weights are in `dtype` (None: as the state has them), the type in which training steps compute: a rollout reads
+    them for every token, and its caches are of the same type. They are cast before they move.
+
+    Frozen weights are moved once and kept: after that, what is trained (all weights, or adapters only) is all that moves.
+    Both meshes have the same devices, and every process has the same share of a batch's rows on both.
+    """
+
+    def __init__(self, source: Mesh | None, target: Mesh | None, dtype: str | None = None):
+        if target is not None and (source is None or source.devices.size != target.devices.size):
+            raise ValueError("rollouts can only lie on another mesh of the same devices as the training's")
+        if target is not None and process_shard(source)[:2] != process_shard(target)[:2]:
+            raise ValueError(
+                f"a process has part {process_shard(source)[:2]} of a batch in training, {process_shard(target)[:2]} in rollouts"
+            )
+        self.source, self.target = source, None if target == source else target
+        self.dtype = dtype
+        self.frozen: Any = None
+
+    def __call__(self, state: TrainState):
+        if self.target is None:
+            return self._cast(state.model)
+        if self.frozen is None:
+            # A copy even of what lies right already: the next update takes the state's buffers away.
+            copied = self._cast(jax.tree.map(jax.numpy.copy, state.rest))
+            self.frozen = jax.device_put(copied, shardings(copied, self.target))
+        trainable = self._cast(state.trainable)
+        trainable = jax.device_put(trainable, shardings(trainable, self.target))
+        return combine({path: value_of(weight) for path, weight in trainable.items()}, self.frozen)
+
+    def _cast(self, tree):
+        return tree if self.dtype is None else _cast(tree, self.dtype, self.source)
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
+def _cast(tree, dtype: str, mesh: Mesh | None):
+    """Each device casts its part. What is of that type already is handed on, not copied."""
+    narrow = cast(tree, dtype)
+    if mesh is None:
+        return narrow
+    keep = lambda x, y, place: y if x.dtype == y.dtype else jax.lax.with_sharding_constraint(y, place)
+    return jax.tree.map(keep, tree, narrow, shardings(tree, mesh))

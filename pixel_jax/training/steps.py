@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from pixel_jax.config import positive
 from pixel_jax.models import forward_hidden
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.models.layers import LoRAWeight, Remat
+from pixel_jax.models.layers import Remat
 from pixel_jax.models.lora import without_lora
 from pixel_jax.models.qwen2_5_vl import logits
 from pixel_jax.parallel.sharding import (
@@ -22,13 +22,12 @@ from pixel_jax.parallel.sharding import (
     SEQUENCE,
     constrain,
     copies,
-    is_variable,
     row_shards,
     sequence_shards,
     shardings,
 )
 from pixel_jax.training.batch import Batch
-from pixel_jax.training.footprint import bytes_of, micro_batches
+from pixel_jax.training.cost import bytes_of, micro_batches
 from pixel_jax.training.losses import (
     Loss,
     PolicyLossConfig,
@@ -38,7 +37,7 @@ from pixel_jax.training.losses import (
     token_logprobs,
     turn_temperature,
 )
-from pixel_jax.training.state import TrainState
+from pixel_jax.training.state import TrainState, cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +100,6 @@ def check_report(report: StepReport, step: int) -> dict[str, float]:
         if not np.isfinite(metrics[name]):
             raise NonFiniteError(f"step {step}: {name} is {metrics[name]} although every row's loss is finite")
     return metrics
-
-
-def cast(model, dtype: str | None):
-    """`model` with its base weights in `dtype`; adapters stay as they are."""
-    if dtype is None:
-        return model
-    return jax.tree.map(
-        lambda w: w if isinstance(w, LoRAWeight) else jax.tree.map(lambda x: x.astype(dtype), w),
-        model,
-        is_leaf=is_variable,
-    )
 
 
 def trajectory_logprobs(

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation.trace import Trace, as_text, drawn
 from pixel_jax.files import write_file
-from pixel_jax.training.progress import MetricsLog
+from pixel_jax.state_files import LineLog, read_lines, to_json
 
 WriterName = Literal["tensorboard", "wandb"]
 
@@ -36,11 +36,27 @@ def installed(module: str, wanted: str) -> Any:
         raise ValueError(f"metrics are to go to {wanted!r}, which needs {module}: pip install {module}") from None
 
 
-class Lines(MetricsLog):
-    """JSON lines have the numbers alone: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+class MetricsLog:
+    """One JSON object a line. Lines of steps that a restart is about to repeat are dropped when it opens."""
+
+    def __init__(self, path: str | os.PathLike, start: int):
+        kept = [line for line in read_metrics(path) if line["step"] < start]
+        write_file(path, "".join(to_json(line) + "\n" for line in kept))
+        self.log = LineLog(path, durable=False)
+
+    def write(self, step: int, facts: Mapping[str, Any]) -> None:
+        self.log.append([{"step": step, **facts}])
 
     def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
-        pass
+        """Nothing: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+
+    def close(self) -> None:
+        self.log.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
+    return read_lines(path, step=int)
 
 
 class TensorBoard:
@@ -125,7 +141,7 @@ class Writers:
 
 def open_writers(directory: pathlib.Path, start: int, names: Sequence[WriterName], label: str) -> Writers:
     """`directory/metrics.jsonl`, and what `names` asks for, of a run that goes on at step `start`."""
-    parts: list[Writer] = [Lines(directory / "metrics.jsonl", start)]
+    parts: list[Writer] = [MetricsLog(directory / "metrics.jsonl", start)]
     if "tensorboard" in names:
         parts.append(TensorBoard(directory / "tensorboard", start))
     if "wandb" in names:

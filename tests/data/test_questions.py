@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixel_jax.data.example import Example, ReadReport
+from pixel_jax.data.prompt_shapes import Fitter
 from pixel_jax.data.questions import find_rooms, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Fitter
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.images import pad
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts, prompt_tokens

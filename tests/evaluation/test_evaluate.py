@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax import score_answer
-from pixel_jax.data.rooms import Fitter
+from pixel_jax.data.prompt_shapes import Fitter
 from pixel_jax.dialog import Language
 from pixel_jax.evaluation import report, run, stages, summary, trace
 from pixel_jax.evaluation.benchmarks import read

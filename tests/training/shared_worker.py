@@ -23,12 +23,11 @@ from pixel_jax.rollouts.prompts import build_prompts
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import ReplayConfig
-from pixel_jax.training.rewards import Rewards
+from pixel_jax.training.rewards import Rewards, Term
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.stages import Stages
 from pixel_jax.training.steps import ForwardConfig
-from pixel_jax.training.terms import Term
 
 PROMPTS = 4
 

@@ -8,10 +8,10 @@ import pytest
 from pixel_jax.phases import course_of
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.optimizer import OptimizerConfig
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.steps import ForwardConfig
+from pixel_jax.training.writers import read_metrics
 from tests.training.tiny_model import make_batch, make_model
 
 

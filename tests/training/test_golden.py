@@ -14,11 +14,10 @@ from make_golden_runs import GOLDEN
 from tiny_model import make_model
 
 from pixel_jax.rollouts.trajectory import CallStatus
-from pixel_jax.training.advantages import group_advantage
+from pixel_jax.training.algorithms import group_advantage
 from pixel_jax.training.checkpoint import fingerprint
-from pixel_jax.training.progress import read_metrics
-from pixel_jax.training.rewards import RewardConfig, Rewards, total
-from pixel_jax.training.terms import Call, Row, Term
+from pixel_jax.training.rewards import Call, RewardConfig, Rewards, Row, Term, total
+from pixel_jax.training.writers import read_metrics
 
 CASES = {
     "paper": {},

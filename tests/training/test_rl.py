@@ -35,14 +35,13 @@ from pixel_jax.training.loop import Identity
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE, Preempted
-from pixel_jax.training.progress import MetricsLog, read_metrics
 from pixel_jax.training.replay import ReplayConfig
-from pixel_jax.training.rewards import RewardConfig, Rewards
+from pixel_jax.training.rewards import Call, RewardConfig, Rewards, of_batch, rows_of
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import Shuffled
 from pixel_jax.training.stages import Selected, Stages, Weighed, training_rows
 from pixel_jax.training.steps import ForwardConfig, NonFiniteError
-from pixel_jax.training.terms import Call, of_batch, rows_of
+from pixel_jax.training.writers import MetricsLog, read_metrics
 
 GROUPS, N = 4, 4
 CONFIG = RLConfig(

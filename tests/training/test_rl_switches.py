@@ -15,18 +15,17 @@ from pixel_jax.models.lora import add_lora, linears, without_lora
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
 from pixel_jax.training import stages as stages_module
-from pixel_jax.training.batch import Rows
+from pixel_jax.training.batch import Rows, pack
+from pixel_jax.training.cost import Throughput
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.packing import pack
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.rl import rl, rollout_metrics
 from pixel_jax.training.stages import Weighed, mask_unfinished
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_score_step
-from pixel_jax.training.throughput import Throughput
+from pixel_jax.training.writers import read_metrics
 
 TARGETS = r"model\.layers\..*"
 

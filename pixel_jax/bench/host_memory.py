@@ -1,4 +1,4 @@
-"""How much memory does a host need? `python -m pixel_jax.data.memory --rows 10000`
+"""How much memory does a host need? `python -m pixel_jax.bench.host_memory --rows 10000`
 
 Goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
 would, batch by batch, and prints the most memory that the process had. The JPEGs are few and have many names (hard links),

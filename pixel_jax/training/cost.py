@@ -1,19 +1,27 @@
-"""How much memory a training step takes beside its arguments, by formula from its shapes: how many rows it can take at a time.
+"""What a training step costs: the memory that it takes, by formula from its shapes, and how fast it goes.
 
-Counted is what grows with the rows: the inputs of the layers, which are kept for the backward pass; what a layer holds while
+Memory counts what grows with the rows: the inputs of the layers, which are kept for the backward pass; what a layer holds while
 its backward pass runs; and a chunk of logits. Attention counts as linear in the length, as it is wherever it is long
 (`pixel_jax.models.attention.chosen`).
 """
+
+import re
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.models.attention import TILE
+from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.flops import PEAK_FLOPS, row_work, training_flops
 from pixel_jax.models.inputs import Visual
+from pixel_jax.models.layers import LoRAWeight
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
+from pixel_jax.training.batch import Batch
 
 LIVE = (12, 6)  # arrays as wide as the model, and as its inner layer, that a layer and its backward pass hold at a time
 SCORES = 2  # arrays of attention's scores, float32
@@ -83,3 +91,52 @@ def bytes_of(tree) -> int:
     return sum(
         int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype")
     )
+
+
+class Throughput:
+    """Counts the rows that steps are given; `facts` says what that came to.
+
+    Useful is one forward and one backward pass over valid tokens and patches: padding, rows of weight 0, recomputation and
+    the forward passes that score are not. With several processes, each one's rows stand for all.
+    """
+
+    def __init__(self, model: Qwen2_5_VL, trainable: str, mesh: Mesh | None):
+        pattern = re.compile(trainable)
+        trained = {key: weight for _, key, weight in named_weights(model) if pattern.match(key)}
+        decoder = {key: weight for key, weight in trained.items() if not key.startswith("visual.")}
+        adapters = {key for key, weight in decoder.items() if isinstance(weight, LoRAWeight)}
+        self.config = model.config
+        self.options: dict[str, Any] = {
+            "vision": len(decoder) < len(trained),
+            "base": len(adapters) < len(decoder),
+            "adapter_weights": sum(decoder[key].size for key in adapters),
+        }
+        devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+        self.peak = sum(PEAK_FLOPS.get(device.device_kind, np.nan) for device in devices)
+        self.tokens = self.flops = 0.0
+
+    def count(self, batch: Batch) -> None:
+        """Rows of a host batch are about to be trained on."""
+        real = np.asarray(batch.weight) > 0
+        valid = np.asarray(batch.valid) & real[:, None]
+        grids = np.zeros((len(real), 0, 3), int) if batch.visual is None else np.asarray(batch.visual.grids)
+        grids = grids * real[:, None, None]
+        if batch.segments is None:
+            lengths = valid.sum(axis=1)
+        else:  # traces of a packed row do not see each other
+            rows = np.arange(len(valid))[:, None] * valid.shape[1]
+            lengths = np.bincount((rows + batch.segments)[valid])
+        self.tokens += float(valid.sum())
+        self.flops += float(sum(training_flops(self.config, row_work(lengths, grids, self.config), **self.options)))
+
+    def facts(self, seconds: float) -> dict[str, float]:
+        """Of what was counted, if it took `seconds`; counting begins anew. No `mfu` where the peak is not known (CPU)."""
+        processes = jax.process_count()
+        facts = {
+            "tokens_per_second": self.tokens / seconds * processes,
+            "flops_per_second": self.flops / seconds * processes,
+        }
+        if np.isfinite(self.peak):
+            facts["mfu"] = self.flops / seconds / self.peak
+        self.tokens = self.flops = 0.0
+        return facts

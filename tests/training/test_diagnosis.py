@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pixel_jax.parallel.sharding import WHOLE
-from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, remark
+from pixel_jax.training.diagnosis import PATIENCE, Lessons, causes, lesson_facts, remark
+from pixel_jax.training.rewards import Row
 from pixel_jax.training.stages import Scored
-from pixel_jax.training.terms import Row
 
 GOOD = {"nonzero_variance": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
 EASY = GOOD | {"nonzero_variance": 0.0, "all_right": 0.75, "all_wrong": 0.25}
