@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 
 from pixel_jax.data.batches import Batches
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches
+from pixel_jax.data.questions import assign_shapes, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
@@ -141,20 +141,22 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tu
     vocabulary = Vocabulary.of(build_tokenizer([system_prompt(), GUIDELINES["vcot"]]))
     token_tables, config = tables(vocabulary), RolloutConfig()
     if phase == "sft":
-        rooms = [BatchShape(tokens, 6, 6, 8000) for tokens in (3072, 4096, 5120)]
+        shapes = [BatchShape(tokens, 6, 6, 8000) for tokens in (3072, 4096, 5120)]
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             config,
-            rooms,
+            shapes,
             size=batch,
             seed=0,
             report=report,
         )
         print(packing, flush=True)
         return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
-    asked = find_rooms(examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report)
+    asked = assign_shapes(
+        examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report
+    )
     data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 

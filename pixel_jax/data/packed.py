@@ -16,7 +16,7 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, ReadReport
-from pixel_jax.data.shapes import PACKED, Measured, cover
+from pixel_jax.data.shapes import PACKED, AutoShapes, cover
 from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.config import RolloutConfig
@@ -30,14 +30,14 @@ BY_HAND = "config.trace_tokens, config.trace_frames and config.trace_patches (of
 config.video_patches) say how much room there is; without them it is worked out"
 
 
-class Place(NamedTuple):
+class PackedRow(NamedTuple):
     """One packed row: its bucket, and the traces in it."""
 
     bucket: int
     traces: tuple[int, ...]
 
 
-class PackedOrder(BucketOrder[Place]):
+class PackedOrder(BucketOrder[PackedRow]):
     """The endless order of packed rows. Epoch e draws the order of traces, of packed rows and of batches from (seed, e)."""
 
     def __init__(self, sizes: Sequence[BatchShape], buckets: Sequence[BatchShape], size: int, seed: int):
@@ -50,7 +50,7 @@ class PackedOrder(BucketOrder[Place]):
         self.bucket = fits.argmax(axis=1)
         super().__init__(self.packed, size, seed)
 
-    def packed(self, epoch: int) -> list[list[Place]]:
+    def packed(self, epoch: int) -> list[list[PackedRow]]:
         """The packed rows of an epoch's traces, by bucket."""
         random = np.random.default_rng([self.seed, epoch])
         order = random.permutation(len(self.sizes))
@@ -61,7 +61,7 @@ class PackedOrder(BucketOrder[Place]):
             for start in range(0, len(traces), WINDOW):
                 part = traces[start : start + WINDOW]
                 bins = first_fit(self.sizes[part, :PACKED], room[:PACKED])
-                rows += [Place(bucket, tuple(int(part[i]) for i in row)) for row in bins]
+                rows += [PackedRow(bucket, tuple(int(part[i]) for i in row)) for row in bins]
             found.append([rows[i] for i in random.permutation(len(rows))])
         return found
 
@@ -70,9 +70,9 @@ def no_room(shapes: Sequence[BatchShape]) -> str:
     return f"there is room for {', or '.join(map(str, shapes))} ({BY_HAND})"
 
 
-def no_memory(need: BatchShape, by: Measured) -> str:
+def no_memory(need: BatchShape, by: AutoShapes) -> str:
     return (
-        f"to tune on it would take {by.takes(need) / 2**30:.2f} GiB of a device that has {by.memory / 2**30:.2f} "
+        f"to tune on it would take {by.row_bytes(need) / 2**30:.2f} GiB of a device that has {by.memory / 2**30:.2f} "
         "(config.rollout.max_pixels, crop_max_pixels, select_max_pixels and video_max_pixels say how large pictures are shown; "
         "with config.trace_tokens, trace_frames and trace_patches given the device itself decides)"
     )
@@ -87,7 +87,7 @@ class Packing:
         vocabulary: Vocabulary,
         tables: Tables,
         config: RolloutConfig,
-        shapes: Sequence[BatchShape] | Measured,
+        shapes: Sequence[BatchShape] | AutoShapes,
         *,
         size: int,
         seed: int,
@@ -103,9 +103,9 @@ class Packing:
         self.rows: list[Row] = []
         written = _written(examples, vocabulary, tables, config, report)
         refused = lambda _: no_room(self.buckets)
-        if isinstance(shapes, Measured):
+        if isinstance(shapes, AutoShapes):
             by, refused = shapes, lambda need: no_memory(need, by)
-            needs = [row.shape for row in written if row is not None and by.takes(row.shape) <= by.memory]
+            needs = [row.shape for row in written if row is not None and by.row_bytes(row.shape) <= by.memory]
             shapes = cover(needs, by.cost, packed=True, least=size) if needs else ()
         self.buckets = tuple(shapes)
         for example, row in zip(examples, written, strict=True):
@@ -127,7 +127,7 @@ class Packing:
             raise TraceError(f"no trace is left. {report}")
         self.order = PackedOrder([row.shape for row in self.rows], self.buckets, size, seed)
 
-    def load(self, place: Place) -> tuple[BatchShape, Batch]:
+    def load(self, place: PackedRow) -> tuple[BatchShape, Batch]:
         """The traces of a packed row with their pixels: its shape, and a batch of one row, its frames no more than it has."""
         rows = [self.rows[i] for i in place.traces]
         frames = [render(row, self.examples[i].query().images) for row, i in zip(rows, place.traces, strict=True)]

@@ -1,7 +1,7 @@
-"""The shape that a question is asked in, and how much smaller its pictures have to be for it.
+"""The batch shape of each prompt, and how much smaller its images have to be for it.
 
-The original makes every picture smaller than its limits before it shows it, and cuts crops out of what is left (its
-`max_pixels`): a picture that has to shrink for its room loses no more there than sides much longer than wide cost.
+The released code makes every image smaller than its limits before it shows it, and cuts crops out of the smaller image (its
+`max_pixels`). So an image that is made smaller to fit a batch shape loses no more than it would there.
 """
 
 import functools
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.shapes import Measured, cover
+from pixel_jax.data.shapes import AutoShapes, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
@@ -20,148 +20,174 @@ from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.tools import RELEASED, Tool
 
-TRIES = 8  # to leave room for a long question: a picture's tokens fall in steps
-FEW = 2  # shapes of questions about pictures, and as many of those about videos: a rollout takes long to compile
+Size = tuple[int, int]  # (height, width)
+
+MAX_TRIES = 8  # at smaller images for a long question: the tokens of an image fall in steps
+MAX_SHAPES = 2  # of questions about images, and as many of those about videos: a rollout takes long to compile
 
 
-class Fit(NamedTuple):
-    """What a query becomes in a room."""
+class ScaledPrompt(NamedTuple):
+    """A prompt whose images are scaled to fit a batch shape."""
 
-    scale: float  # of its pictures; 1: as they are
-    sizes: list[tuple[int, int]]  # (height, width) of each
-    tokens: int  # of the prompt
-    patches: int  # of all pictures as they are shown
+    scale: float  # of its images; 1: as they are
+    sizes: list[Size]  # of its images, scaled
+    tokens: int  # of the whole prompt
+    patches: int  # of all images as they are shown
 
     def apply(self, query: Query) -> Query:
-        """`query` with its pixels at these sizes."""
+        """`query` with its images scaled."""
         images = [resized(image, size) for image, size in zip(query.images, self.sizes, strict=True)]
         return query._replace(images=images)
 
 
-class Place(NamedTuple):
-    """Where a query is asked, and how it fits in there."""
+class Assignment(NamedTuple):
+    """The batch shape that a prompt is asked in, and how the prompt fits it."""
 
     shape: BatchShape
-    fit: Fit
+    prompt: ScaledPrompt
 
 
-class Fitter(NamedTuple):
-    """Finds the shapes that queries fit, and with how large pictures: by how they are written as prompts."""
+class ShapeFinder(NamedTuple):
+    """Finds batch shapes for queries. Only the sizes of their images are read."""
 
     vocabulary: Vocabulary
     config: RolloutConfig
     guidelines: str = "vcot"
     tools: tuple[Tool, ...] = RELEASED
 
-    def limits(self, query: Query) -> dict[str, int]:
-        """Of the pixels of a picture of `query` as it is shown."""
+    def pixel_limits(self, query: Query) -> dict[str, int]:
+        """`min_pixels` and `max_pixels` of an image of `query` as it is shown."""
         config = self.config
         if query.is_video:
             return {"min_pixels": config.video_min_pixels, "max_pixels": config.video_max_pixels}
         return {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
 
-    def fit(self, query: Query, room: BatchShape) -> Fit:
-        """The largest pictures with which `query` fits `room`; of its images only the sizes are read.
+    def scaled(self, query: Query, shape: BatchShape) -> ScaledPrompt:
+        """`query` with the largest images that fit `shape`.
 
-        PromptError: too many images, too long a text, or pictures that no size lets in.
+        Raises:
+            PromptError: it has too many images, too long a text, or images that fit at no size.
         """
-        sizes = [image.shape[:2] for image in query.images]
-        if len(sizes) > room.images:
-            raise PromptError(f"{len(sizes)} images are more than the {room.images} there is room for")
-        limits, vocabulary = self.limits(query), self.vocabulary
-        scale = min((scale_for(size, room, self.config.max_side, limits) for size in sizes), default=1.0)
-        most = min(room.tokens, self.config.max_tokens - 1)
-        for _ in range(TRIES):
-            sizes = [tuple(max(1, int(side * scale)) for side in image.shape[:2]) for image in query.images]
+        sizes = [size_of(image) for image in query.images]
+        if len(sizes) > shape.images:
+            raise PromptError(f"{len(sizes)} images are more than the {shape.images} there is room for")
+        limits, vocabulary = self.pixel_limits(query), self.vocabulary
+        scale = min((scale_for(size, shape, self.config.max_side, limits) for size in sizes), default=1.0)
+        max_tokens, tokens = min(shape.tokens, self.config.max_tokens - 1), 0
+        for _ in range(MAX_TRIES):
+            sizes = [(scaled_side(h, scale), scaled_side(w, scale)) for h, w in map(size_of, query.images)]
             outline = query._replace(images=[np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes])
             ids = prompt_tokens(outline, vocabulary, self.config, self.guidelines, self.tools)
-            if len(ids) <= most:
-                return Fit(scale, sizes, len(ids), sum(map(math.prod, shown(sizes, limits))) // PATCH**2)
-            seen = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
-            left = most - (len(ids) - seen)  # by the text
+            tokens = len(ids)
+            if tokens <= max_tokens:
+                return ScaledPrompt(scale, sizes, tokens, sum(map(math.prod, shown(sizes, limits))) // PATCH**2)
+            image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
+            left = max_tokens - (tokens - image_tokens)  # by the text
             if left <= 0:
                 break
-            # What is shown is never larger than its limit, whatever the picture is.
-            held = min(1.0, math.sqrt(limits["max_pixels"] / max(h * w for h, w in sizes)))
-            scale *= held * 0.99 * math.sqrt(left / seen)
-        raise PromptError(f"a prompt of {len(ids)} tokens does not fit the width of {most}")
+            # What is shown is never larger than its limit, whatever the image is.
+            limit_scale = min(1.0, math.sqrt(limits["max_pixels"] / max(h * w for h, w in sizes)))
+            scale *= limit_scale * 0.99 * math.sqrt(left / image_tokens)
+        raise PromptError(f"a prompt of {tokens} tokens does not fit the width of {max_tokens}")
 
-    def place(self, query: Query, shapes: Sequence[BatchShape]) -> Place:
-        """The first of the shapes that holds `query` as it is; else the one that holds it with the largest pictures.
+    def assign(self, query: Query, shapes: Sequence[BatchShape]) -> Assignment:
+        """The first of the shapes that holds `query` as it is; else the one that holds it with the largest images.
 
-        PromptError: too many images, too long a text or too long a picture for every shape.
+        Raises:
+            PromptError: no shape holds it. The reason is that of the last shape.
         """
         best, why = None, f"there is no room for {'videos' if query.is_video else 'pictures'}"
         for shape in shapes:
             if query.is_video != bool(shape.video):
                 continue
             try:
-                found = self.fit(query, shape)
+                prompt = self.scaled(query, shape)
             except ValueError as error:
                 why = str(error)
                 continue
-            if best is None or found.scale > best.fit.scale:
-                best = Place(shape, found)
-            if found.scale == 1.0:
+            if best is None or prompt.scale > best.prompt.scale:
+                best = Assignment(shape, prompt)
+            if prompt.scale == 1.0:
                 break
         if best is None:
             raise PromptError(why)
         return best
 
-    def measure(self, query: Query, by: Measured) -> Place:
-        """What `query` takes in a shape of its own. Pictures are as they are, unless those of a batch take too much memory."""
-        sizes = np.array([image.shape[:2] for image in query.images])
+    def assign_own(self, query: Query, auto: AutoShapes) -> Assignment:
+        """A shape that holds `query` and no more. Its images are scaled only where those of a batch take too much memory."""
+        sizes = np.array([size_of(image) for image in query.images])
         height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
-        scale = min(1.0, math.sqrt(by.memory / (3 * max(1, len(sizes)) * height * width)))
-        side = lambda length: max(1, int(length * scale))
-        shape = functools.partial(prompt_shape, len(sizes), config=self.config, video=query.is_video)
-        found = self.fit(query, shape(side(height), side(width), self.config.max_tokens))
-        return Place(shape(*np.max(found.sizes, axis=0).tolist(), found.tokens), found)
+        scale = min(1.0, math.sqrt(auto.memory / (3 * max(1, len(sizes)) * height * width)))
 
-    def places(
-        self, queries: Sequence[Callable[[], Query]], shapes: Sequence[BatchShape] | Measured
-    ) -> list[Place | ValueError]:
-        """A place for each of the queries, of whose images the sizes are read; or why there is none."""
-        find = self.measure if isinstance(shapes, Measured) else self.place
+        def shape(height: int, width: int, tokens: int) -> BatchShape:
+            return prompt_shape(len(sizes), height, width, tokens, self.config, video=query.is_video)
 
-        def attempt(query: Callable[[], Query]) -> Place | ValueError:
+        largest = shape(scaled_side(height, scale), scaled_side(width, scale), self.config.max_tokens)
+        prompt = self.scaled(query, largest)
+        return Assignment(shape(*np.max(prompt.sizes, axis=0).tolist(), prompt.tokens), prompt)
+
+    def assign_all(
+        self, queries: Sequence[Callable[[], Query]], shapes: Sequence[BatchShape] | AutoShapes
+    ) -> list[Assignment | ValueError]:
+        """The shape of each query, or the error that says why it has none. A query is called for its outline."""
+        if isinstance(shapes, AutoShapes):
+            find = functools.partial(self.assign_own, auto=shapes)
+        else:
+            find = functools.partial(self.assign, shapes=shapes)
+
+        def attempt(query: Callable[[], Query]) -> Assignment | ValueError:
             try:
-                return find(query(), shapes)
+                return find(query())
             except ValueError as error:  # a PromptError, a file that cannot be read, sides that no size fits
                 return error
 
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(attempt, queries))
-        return self.shared(found, shapes) if isinstance(shapes, Measured) else found
+            assigned = list(pool.map(attempt, queries))
+        return self._merge_shapes(assigned, shapes) if isinstance(shapes, AutoShapes) else assigned
 
-    def shared(self, found: Sequence[Place | ValueError], by: Measured) -> list[Place | ValueError]:
-        """Places in shapes of their own, in as few as are worth their compilation."""
-        needs = [x.shape for x in found if isinstance(x, Place)]
-        shapes = cover(needs, by.cost, least=by.rows, most=FEW, gain=0.1)
-        # A larger buffer may show more patches than any of the pictures that share it.
+    def _merge_shapes(
+        self, assigned: Sequence[Assignment | ValueError], auto: AutoShapes
+    ) -> list[Assignment | ValueError]:
+        """The same prompts in few shapes: as many as are worth their compilation."""
+        needs = [x.shape for x in assigned if isinstance(x, Assignment)]
+        shapes = cover(needs, auto.cost, least=auto.rows, most=MAX_SHAPES, gain=0.1)
+        # A larger buffer may show more patches than any of the images that share it.
         shapes = [prompt_shape(x.images, x.height, x.width, x.tokens, self.config, video=bool(x.video)) for x in shapes]
-        assigned = lambda x: x._replace(shape=next(shape for shape in shapes if shape.holds(x.shape)))
-        return [assigned(x) if isinstance(x, Place) else x for x in found]
+
+        def merged(assignment: Assignment) -> Assignment:
+            return assignment._replace(shape=next(shape for shape in shapes if shape.holds(assignment.shape)))
+
+        return [merged(x) if isinstance(x, Assignment) else x for x in assigned]
 
 
-def shown(sizes: Sequence[tuple[int, int]], limits: dict[str, int]) -> list[tuple[int, int]]:
+def size_of(image: np.ndarray) -> Size:
+    """(height, width) of an image, uint8 [h, w, 3]."""
+    return image.shape[0], image.shape[1]
+
+
+def scaled_side(length: int, scale: float) -> int:
+    """A side of `length` pixels, scaled and at least one pixel long."""
+    return max(1, int(length * scale))
+
+
+def shown(sizes: Sequence[Size], limits: dict[str, int]) -> list[Size]:
+    """The sizes at which images of these sizes are shown."""
     return [smart_resize(*size, factor=FACTOR, **limits) for size in sizes]
 
 
-def scale_for(size: tuple[int, int], room: BatchShape, max_side: int, limits: dict[str, int]) -> float:
-    """How much smaller a picture of `size` (height, width) has to be for the room's buffer and for `max_side`."""
+def scale_for(size: Size, shape: BatchShape, max_side: int, limits: dict[str, int]) -> float:
+    """The largest scale at which an image of `size` fits the shape's image buffer and is shown within `max_side`."""
     height, width = size
-    scale = min(1.0, room.height / height, room.width / width)
-    held = (max(1, int(height * scale)), max(1, int(width * scale)))
-    ((high, wide),) = shown([held], limits)
-    if max(high, wide) > max_side:  # of one that is much longer than wide
-        most = limits["max_pixels"]
-        scale = min(scale, (most / (height * width)) ** 0.5) * (max_side - FACTOR) / max(high, wide)
+    scale = min(1.0, shape.height / height, shape.width / width)
+    ((high, wide),) = shown([(scaled_side(height, scale), scaled_side(width, scale))], limits)
+    if max(high, wide) > max_side:  # the image is much longer than wide
+        max_pixels = limits["max_pixels"]
+        scale = min(scale, (max_pixels / (height * width)) ** 0.5) * (max_side - FACTOR) / max(high, wide)
     return scale
 
 
-def resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [h, w, 3] at `size` (height, width)."""
+def resized(image: np.ndarray, size: Size) -> np.ndarray:
+    """`image`, uint8 [h, w, 3], at `size`."""
     if image.shape[:2] == tuple(size):
         return image
     return host_crop_resize(image, (0, 0, image.shape[1], image.shape[0]), size)

@@ -35,13 +35,13 @@ def bucket_shapes(lengths: Sequence[int], largest: BatchShape) -> tuple[BatchSha
     )
 
 
-class Measured(NamedTuple):
-    """By what shapes are worked out, where none are given."""
+class AutoShapes(NamedTuple):
+    """How shapes are worked out where the configuration fixes none."""
 
     cost: Callable[[BatchShape], float]  # of a row of a shape
     rows: int  # of a batch
     memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
-    takes: Callable[[BatchShape], int] | None = None  # of these, a row that is tuned on
+    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # that tuning on a row of a shape takes of `memory`
 
 
 def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.prompt_shapes import Place
+from pixel_jax.data.prompt_shapes import Assignment
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
@@ -100,7 +100,7 @@ class Asked(NamedTuple):
     numbers: Sequence[int]  # among all questions
     questions: Sequence[Question]
     queries: Sequence[Query]
-    places: Sequence[Place]
+    places: Sequence[Assignment]
 
 
 class Answered(NamedTuple):
@@ -159,7 +159,7 @@ def record(session: Session, judged: Judged) -> list[Record]:
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
         found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.parser.language)
-        records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
+        records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
         if number in session.drawn:
             draw(session, judged, at, found)
     return records

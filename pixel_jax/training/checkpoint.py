@@ -249,7 +249,7 @@ class Checkpoints:
 
     def damage(self, step: int) -> str | None:
         """What is wrong with the files of a checkpoint, if anything; None as well if nothing was noted about them."""
-        noted = {name: facts for one in self._noted(step) for name, facts in one["files"].items()}
+        noted = {name: sums for one in self._noted(step) for name, sums in one["files"].items()}
         for name in sorted(noted)[jax.process_index() :: jax.process_count()]:
             path = self.directory / str(step) / name
             if not path.is_file():

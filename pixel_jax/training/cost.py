@@ -94,7 +94,7 @@ def bytes_of(tree) -> int:
 
 
 class Throughput:
-    """Counts the rows that steps are given; `facts` says what that came to.
+    """Counts the rows that steps are given; `metrics` says what that came to.
 
     Useful is one forward and one backward pass over valid tokens and patches: padding, rows of weight 0, recomputation and
     the forward passes that score are not. With several processes, each one's rows stand for all.
@@ -129,14 +129,14 @@ class Throughput:
         self.tokens += float(valid.sum())
         self.flops += float(sum(training_flops(self.config, row_work(lengths, grids, self.config), **self.options)))
 
-    def facts(self, seconds: float) -> dict[str, float]:
+    def metrics(self, seconds: float) -> dict[str, float]:
         """Of what was counted, if it took `seconds`; counting begins anew. No `mfu` where the peak is not known (CPU)."""
         processes = jax.process_count()
-        facts = {
+        metrics = {
             "tokens_per_second": self.tokens / seconds * processes,
             "flops_per_second": self.flops / seconds * processes,
         }
         if np.isfinite(self.peak):
-            facts["mfu"] = self.flops / seconds / self.peak
+            metrics["mfu"] = self.flops / seconds / self.peak
         self.tokens = self.flops = 0.0
-        return facts
+        return metrics

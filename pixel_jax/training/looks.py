@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pixel_jax.data.packed import Packing, Place
-from pixel_jax.data.questions import Asked
+from pixel_jax.data.packed import PackedRow, Packing
+from pixel_jax.data.questions import ShapedQuestion
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.trace import Trace, make_trace
 from pixel_jax.parallel.processes import is_main_process
@@ -72,7 +72,7 @@ class Asker:
 
     def __init__(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[ShapedQuestion],
         by: Sampling,
         limits: RolloutConfig,
         scorer: ScorerConfig,
@@ -91,8 +91,8 @@ class Asker:
         self.asked, self.by = list(asked), by
         self.limits, self.scorer = judged(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
-        self.part = process_shard(by.mesh)
-        parts = max(self.part.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
+        self.shard = process_shard(by.mesh)
+        parts = max(self.shard.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // parts) * parts
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
@@ -100,33 +100,33 @@ class Asker:
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, found = [], []
         for some in self._batches():
-            own = len(some) // self.part.count
-            mine = some[self.part.index * own : (self.part.index + 1) * own]
+            own = len(some) // self.shard.count
+            mine = some[self.shard.index * own : (self.shard.index + 1) * own]
             answers = self._answer(actor, mine)
-            rows.append(all_rows(_numbers(mine, answers), self.part))
+            rows.append(all_rows(_numbers(mine, answers), self.shard))
             if is_main_process():
                 found += self._draw(mine, answers, self.drawn - len(found))
-        return _facts(np.concatenate(rows)), found
+        return _metrics(np.concatenate(rows)), found
 
     def _batches(self) -> list[list[int]]:
-        """Questions that are answered together: of one room, the last repeated to fill the batch."""
+        """Questions that are answered together: of one shape, the last repeated to fill the batch."""
         found = []
-        for room in dict.fromkeys(x.room for x in self.asked):
-            indices = [i for i, x in enumerate(self.asked) if x.room == room]
+        for shape in dict.fromkeys(x.shape for x in self.asked):
+            indices = [i for i, x in enumerate(self.asked) if x.shape == shape]
             for start in range(0, len(indices), self.batch):
                 some = indices[start : start + self.batch]
                 found.append(some + some[-1:] * (self.batch - len(some)))
         return found
 
     def _answer(self, actor, mine: Sequence[int]) -> Answers:
-        room = self.asked[mine[0]].room
-        queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
+        shape = self.asked[mine[0]].shape
+        queries = [self.asked[i].prompt.apply(self.asked[i].example.query()) for i in mine]
         prompts = build_prompts(
             queries,
             self.by.vocabulary,
             self.by.tables,
             self.limits,
-            shape=room,
+            shape=shape,
             uids=mine,
         )
         t = jax.tree.map(local_rows, self.by.roll(actor, prompts, self.key, self.limits))
@@ -179,11 +179,11 @@ def _numbers(mine: Sequence[int], answers: Answers) -> np.ndarray:
     return np.stack([np.asarray(columns[name], np.float64) for name in NUMBERS], axis=1)
 
 
-def _facts(rows: np.ndarray) -> dict[str, float]:
+def _metrics(rows: np.ndarray) -> dict[str, float]:
     """Of every question once."""
     _, once = np.unique(rows[:, 0], return_index=True)
     get = dict(zip(NUMBERS, rows[once].T, strict=True))
-    facts = {
+    metrics = {
         "accuracy": np.mean(get["score"] > RIGHT),
         "score": np.mean(get["score"]),
         "rapr": np.mean(get["operations"] > 0),
@@ -194,7 +194,7 @@ def _facts(rows: np.ndarray) -> dict[str, float]:
         "unboxed": 1 - np.mean(get["boxed"]),
         "questions": len(once),
     }
-    return {name: float(x) for name, x in facts.items()}
+    return {name: float(x) for name, x in metrics.items()}
 
 
 class HeldOutLoss:
@@ -205,7 +205,7 @@ class HeldOutLoss:
         rows: of a batch of training, of all processes together.
         """
         self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
-        self.part = process_shard(mesh)
+        self.shard = process_shard(mesh)
         parts = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
         self.rows = -(-min(rows // (forward.micro_batches or 1), most) // parts) * parts
@@ -219,10 +219,10 @@ class HeldOutLoss:
                 sums += self._sums(places[start : start + self.rows], state)
         return {"loss": float(sums[0] / sums[1])}, []
 
-    def _sums(self, places: list[Place], state: TrainState) -> np.ndarray:
+    def _sums(self, places: list[PackedRow], state: TrainState) -> np.ndarray:
         """Total and denominator of the loss on packed rows of one bucket."""
-        own = self.rows // self.part.count
-        here = np.arange(self.part.index * own, (self.part.index + 1) * own)
+        own = self.rows // self.shard.count
+        here = np.arange(self.shard.index * own, (self.shard.index + 1) * own)
         load = (self.packing.load(places[min(i, len(places) - 1)]) for i in here)
         batch: Batch = self.packing.collate(load, own)
         batch = batch._replace(weight=np.where(here < len(places), batch.weight, 0).astype(np.float32))
@@ -232,7 +232,7 @@ class HeldOutLoss:
             logprobs, entropy, batch.loss_mask, batch.weight, normalizer=self.normalizer, segments=batch.segments
         )
         found = np.array([[float(loss.total), float(loss.denominator)]])
-        return all_rows(found, self.part).sum(axis=0)
+        return all_rows(found, self.shard).sum(axis=0)
 
 
 class Together:
@@ -242,16 +242,16 @@ class Together:
         self.looks = looks
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
-        facts, found = {}, []
+        metrics, found = {}, []
         for look in self.looks:
             numbers, traces = look(state)
-            facts |= numbers
+            metrics |= numbers
             found += traces
-        return facts, found
+        return metrics, found
 
 
 def draw_rollouts(
-    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: ProcessShard = WHOLE
+    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, shard: ProcessShard = WHOLE
 ) -> list[Trace]:
     """The conversations of some of this process's rows, with their rewards and advantages.
 
@@ -259,7 +259,7 @@ def draw_rollouts(
     """
     scored, collected = weighed.scored, weighed.scored.collected
     questions, every = collected.questions, collected.trajectories
-    n, first_row = config.group_size, part.index * len(every.stop)
+    n, first_row = config.group_size, shard.index * len(every.stop)
     images = questions.prompts.images[np.asarray(rows) // n]
     t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
     made = []

@@ -42,7 +42,7 @@ class Watch(Protocol):
     """Looks at a run as it goes, and changes nothing of it."""
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
-        """`done` steps are behind `state`; `log` takes facts, and is None where nothing is written."""
+        """`done` steps are behind `state`; `log` takes metrics, and is None where nothing is written."""
 
 
 class Timer:
@@ -50,14 +50,14 @@ class Timer:
 
     def __init__(self):
         self.began = self.last = time.monotonic()
-        self.facts: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
         """What has passed since the last lap ended was spent on `name`."""
         now = time.monotonic()
         key = f"seconds_{name}"
-        self.facts[key] = self.facts.get(key, 0.0) + now - self.last
-        self.facts["seconds"], self.last = now - self.began, now
+        self.metrics[key] = self.metrics.get(key, 0.0) + now - self.last
+        self.metrics["seconds"], self.last = now - self.began, now
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +82,11 @@ class Work:
 class Identity:
     """What a run is besides its work: a directory that holds another one is refused (`pixel_jax.identity`)."""
 
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings, and digests of data and model
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the run, and digests of data and model
     resume_changed: bool = False  # the experiment may change from here on, which the run's history says
 
-    def with_facts(self, **facts: Any) -> "Identity":
-        return dataclasses.replace(self, facts={**self.facts, **facts})
+    def with_settings(self, **settings: Any) -> "Identity":
+        return dataclasses.replace(self, settings={**self.settings, **settings})
 
 
 ANYTHING = Identity()  # nothing is known
@@ -227,7 +227,7 @@ class Loop:
             identity = self.keeping.identity
             settle(
                 self.directory,
-                identity.facts,
+                identity.settings,
                 done=latest,
                 of=self.work.steps,
                 resume_changed=identity.resume_changed,

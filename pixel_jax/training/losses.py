@@ -181,10 +181,10 @@ LARGEST_LOG_RATIO = {"token": (-20.0, 20.0), "sequence": (-jnp.inf, 10.0), "prod
 LARGEST_DIVERGENCE = 10.0  # of one token, from the reference
 
 
-def divergence(apart: jax.Array) -> jax.Array:
+def divergence(log_ratio: jax.Array) -> jax.Array:
     """Schulman's k3 estimator of a divergence, exp(d) - d - 1, of d = log(reference / policy), cut as verl cuts it."""
-    apart = jnp.clip(apart, -20.0, 20.0)
-    return jnp.minimum(jnp.exp(apart) - apart - 1.0, LARGEST_DIVERGENCE)
+    log_ratio = jnp.clip(log_ratio, -20.0, 20.0)
+    return jnp.minimum(jnp.exp(log_ratio) - log_ratio - 1.0, LARGEST_DIVERGENCE)
 
 
 def sft_loss(
@@ -274,7 +274,7 @@ def policy_loss(
 
     The paper has neither a KL term nor an entropy bonus. The estimator of the divergence is Schulman's k3, as in GRPO
     (arXiv:2402.03300, eq. 4); truncated importance sampling: Yao et al. 2025, Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training. `gap` in the metrics is the mean |log p(trainer, before the update) - log p(sampler)|.
+    You Off-Policy RL Training. The metric `sampler_trainer_mismatch` is the mean of |log p(trainer, before the update) - log p(sampler)|.
     Every exponent is bounded (`LARGEST_LOG_RATIO`): one token that is 100 nats off does not make the loss infinite.
     """
     counted = loss_mask & (weight > 0)[:, None]
@@ -291,7 +291,7 @@ def policy_loss(
         "ratio": jnp.sum(masked(ratio, counted)),
         "clip_fraction": jnp.sum(masked((-clipped * advantage > -ratio * advantage).astype(jnp.float32), counted)),
         "kl": jnp.sum(masked(divergence(log_ratio), counted)),  # from the policy before the update
-        "gap": jnp.sum(jnp.abs(mismatch)),
+        "sampler_trainer_mismatch": jnp.sum(jnp.abs(mismatch)),
     }
     if config.dual_clip is not None:
         bound = -config.dual_clip * advantage
@@ -303,9 +303,9 @@ def policy_loss(
         tokens = tokens * importance
         sums["importance_capped"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.kl:
-        apart = divergence(masked(reference_logprobs - logprobs, counted))
-        tokens = tokens + config.kl * apart
-        sums["kl_reference"] = jnp.sum(apart)
+        from_reference = divergence(masked(reference_logprobs - logprobs, counted))
+        tokens = tokens + config.kl * from_reference
+        sums["kl_reference"] = jnp.sum(from_reference)
     if config.normalizer == "row":
         tokens = tokens / count
     rows = jnp.sum(masked(tokens, counted), axis=1)

@@ -21,8 +21,8 @@ def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
     """
     announced: set[str] = set()
 
-    def listen(event: str, seconds: float, **facts) -> None:
-        name = str(facts.get("fun_name", "a program"))
+    def listen(event: str, seconds: float, **details) -> None:
+        name = str(details.get("fun_name", "a program"))
         if event == LOWERED and seconds >= minimum:
             announced.add(name)
             say(f"compiling {name} ...", stream or sys.stderr)
@@ -64,8 +64,8 @@ class Progress:
         self.every = 0.2 if self.live else every
         self.began, self.shown = None, None
 
-    def update(self, done: int, facts: Mapping[str, float], remark: str = "") -> None:
-        """`done` of `total` steps are behind us; `remark` and `facts` are shown beside them, the most important first."""
+    def update(self, done: int, metrics: Mapping[str, float], remark: str = "") -> None:
+        """`done` of `total` steps are behind us; `remark` and `metrics` are shown beside them, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
@@ -73,7 +73,7 @@ class Progress:
             return
         self.shown = now
         left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         said = f"{printable(remark)}  " if remark else ""
         line = f"{printable(self.label)} {done}/{self.total}  {left} left  {said}{shown}"
         if self.live:

@@ -438,15 +438,15 @@ class Rewards:
         RewardError: a term raises, or gives no number for each row.
         NonFiniteError: a number is NaN or infinite.
         """
-        questions, n, part = collected.questions, learner.config.rollout.group_size, learner.part
+        questions, n, shard = collected.questions, learner.config.rollout.group_size, learner.shard
         rows = rows_of(collected.trajectories, questions.prompts, self.decode, questions.sizes)
-        found = self.values(rows, questions.examples, n, first=part.index * len(rows))
-        found = all_rows(found, part)
+        found = self.values(rows, questions.examples, n, first=shard.index * len(rows))
+        found = all_rows(found, shard)
         for name, values in found.items():
             check_rows(values, f"iteration {questions.iteration}: the reward term {name!r}")
         correct = found.get("answer")
         if correct is not None and self.config.zero_after_failure:
-            failed = all_rows(np.array([row.failed_last for row in rows]), part)
+            failed = all_rows(np.array([row.failed_last for row in rows]), shard)
             found["answer"] = np.where((correct > 0.5) & failed, 0.0, correct)
         weighted = {name: (weight * found[name]).reshape(-1, n) for name, weight in self.config.terms}
         return Scored(

@@ -87,7 +87,7 @@ class Resharder:
             raise ValueError("rollouts can only lie on another mesh of the same devices as the training's")
         if target is not None and process_shard(source)[:2] != process_shard(target)[:2]:
             raise ValueError(
-                f"a process has part {process_shard(source)[:2]} of a batch in training, {process_shard(target)[:2]} in rollouts"
+                f"a process has the shard {process_shard(source)[:2]} of a batch in training, {process_shard(target)[:2]} in rollouts"
             )
         self.source, self.target = source, None if target == source else target
         self.dtype = dtype

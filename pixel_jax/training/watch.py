@@ -131,14 +131,14 @@ class Watch:
                     path.unlink()
 
     def _look(self, state: TrainState, done: int, log: Writer | None) -> None:
-        facts, found = self.look(state)
-        shown = ", ".join(f"{name} {facts[name]:.4g}" for name in SHOWN if name in facts)
+        metrics, found = self.look(state)
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
         say(f"{f'after step {done}' if done else 'before the first step'}, on what is held out: {shown}")
         if self.best is not None:
-            self._keep_best(state, done, facts)
+            self._keep_best(state, done, metrics)
         if log is None:
             return
-        named = {f"eval_{name}": value for name, value in facts.items()}
+        named = {f"eval_{name}": value for name, value in metrics.items()}
         log.write(done - 1, named)  # beside the step that led here; -1 is before the first
         log.show(done - 1, HELD_OUT, found)
         self._keep(HELD_OUT, done, found)
@@ -147,9 +147,9 @@ class Watch:
         self.seen[done] = named
         self.draw()
 
-    def _keep_best(self, state: TrainState, done: int, facts: Mapping[str, float]) -> None:
-        """All processes see the same `facts`; what was best before, the first one has noted."""
-        value = facts.get(self.best, float("nan"))
+    def _keep_best(self, state: TrainState, done: int, metrics: Mapping[str, float]) -> None:
+        """All processes see the same `metrics`; what was best before, the first one has noted."""
+        value = metrics.get(self.best, float("nan"))
         note = read_note(self.directory / BEST) if is_main_process() else None
         before = note["value"] if note is not None and note.get("by") == self.best else float("nan")
         before = float(all_gather(np.float64(before))[0])
@@ -170,7 +170,7 @@ class Watch:
             start = questions.iteration % len(questions.examples) * limits.group_size
             rows = range(start, start + count)
             self._keep(
-                ROLLOUTS, questions.iteration + 1, draw_rollouts(weighed, rows, self.vocabulary, limits, learner.part)
+                ROLLOUTS, questions.iteration + 1, draw_rollouts(weighed, rows, self.vocabulary, limits, learner.shard)
             )
         return weighed
 

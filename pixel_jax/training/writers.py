@@ -20,7 +20,7 @@ WriterName = Literal["tensorboard", "wandb"]
 
 
 class Writer(Protocol):
-    def write(self, step: int, facts: Mapping[str, Any]) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
 
     def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
         """Conversations as they were after `step`; `name` is what they are of."""
@@ -44,8 +44,8 @@ class MetricsLog:
         write_file(path, "".join(to_json(line) + "\n" for line in kept))
         self.log = LineLog(path, durable=False)
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.log.append([{"step": step, **facts}])
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.log.append([{"step": step, **metrics}])
 
     def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
         """Nothing: conversations lie in files of their own (`pixel_jax.training.watch`)."""
@@ -67,8 +67,8 @@ class TensorBoard:
         # Files are named after the second they are begun in: two starts in one second are two files.
         self.writer = writer(str(directory), purge_step=start, filename_suffix=f".{start}")
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        for name, value in facts.items():
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
@@ -109,8 +109,8 @@ class WeightsAndBiases:
         self.html = wandb.Html
         self.run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.run.log({"step": step, **facts})
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.run.log({"step": step, **metrics})
 
     def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
         page = self.html(report.traces_page(traces, f"{name}, step {step}"), inject=False)
@@ -126,9 +126,9 @@ class Writers:
     def __init__(self, parts: Sequence[Writer]):
         self.parts = tuple(parts)
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         for part in self.parts:
-            part.write(step, facts)
+            part.write(step, metrics)
 
     def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
         for part in self.parts:

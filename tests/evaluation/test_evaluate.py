@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax import score_answer
-from pixel_jax.data.prompt_shapes import Fitter
+from pixel_jax.data.prompt_shapes import ShapeFinder
 from pixel_jax.dialog import Language
 from pixel_jax.evaluation import report, run, stages, summary, trace
 from pixel_jax.evaluation.benchmarks import read
@@ -285,21 +285,23 @@ def test_buckets_are_chosen_by_size_and_length(everything):
 
     def find(i, buckets):
         shapes = run.shapes_of(buckets, LIMITS, scripted_model.model().config, 4)
-        return Fitter(scripted_model.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
+        return ShapeFinder(scripted_model.vocabulary(), LIMITS).assign_all(
+            [lambda: run.outline(everything[i])], shapes
+        )[0]
 
     held = lambda place: (place.shape.images, place.shape.height, place.shape.width, place.shape.tokens)
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)
     assert held(find(1, (small, large, pair))) == small
     assert held(find(2, (small, large, pair))) == large
-    assert find(2, (small, large, pair)).fit[:2] == (1.0, [(400, 300)])
+    assert find(2, (small, large, pair)).prompt[:2] == (1.0, [(400, 300)])
     assert held(find(4, (small, large, pair))) == pair
     shrunk = find(2, (small,))
-    assert shrunk.fit.scale < 1 and shrunk.fit.sizes == [(128, 96)]
+    assert shrunk.prompt.scale < 1 and shrunk.prompt.sizes == [(128, 96)]
     assert "2 images are more than the 1" in str(find(4, (small, large)))
     assert "tokens does not fit the width of 20" in str(find(1, ((1, 192, 192, 20),)))
     # None given: each question has room, its pictures as they are.
     for i in range(len(everything)):
-        assert find(i, None).fit.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
+        assert find(i, None).prompt.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
 
 
 def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, whole, tmp_path):

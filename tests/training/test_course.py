@@ -58,7 +58,7 @@ def test_a_run_by_epochs_stopped_gone_on_with_and_finished(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rooms", "said"),
+    ("shapes", "said"),
     [
         ({"image": 16}, "16 questions; 90 iterations of 8 prompts make 45 epochs"),
         (
@@ -73,6 +73,6 @@ def test_a_run_by_epochs_stopped_gone_on_with_and_finished(tmp_path, capsys):
         ),
     ],
 )
-def test_how_often_questions_are_asked(rooms, said):
+def test_how_often_questions_are_asked(shapes, said):
     config = RLConfig(iterations=90, prompts=8, train_batch=8, rollout=RolloutConfig(group_size=2))
-    assert course_of(config, collections.Counter(rooms)) == said
+    assert course_of(config, collections.Counter(shapes)) == said
