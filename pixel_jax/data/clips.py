@@ -8,14 +8,15 @@ names. What is not followed is announced (`ImageWarning`).
 import contextlib
 import math
 import os
+import pathlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.images import UNKNOWN
+from pixel_jax.data.images import UNKNOWN, image_size, read_image
 from pixel_jax.data.limits import limits, room_for_decoding
 from pixel_jax.files import open_regular
 from pixel_jax.pictures import ImageError, announce
@@ -310,3 +311,60 @@ def _turns(frame) -> list[tuple[str, str]]:
         case 270:
             return [("transpose", "clock_flip" if c < 0 else "cclock")]
     return [("rotate", f"{angle}*PI/180")]
+
+
+class Span(NamedTuple):
+    """The frames of a video that MVBench shows: so many, evenly spread over a part of it."""
+
+    bound: tuple[float, float] | None = None  # start and end of the part in seconds; None: the whole video
+    frames: int = 16
+
+
+def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
+    """The middles of `count` equal stretches of a video of frames `first` to `last` at `rate` a second.
+
+    `bound` are the seconds to look between. The arithmetic, rounding included, is that of MVBench's released code.
+    """
+    start, end = bound or (-1e5, 1e5)
+    begin, finish = max(first, round(start * rate)), min(round(end * rate), last)
+    step = (finish - begin) / count
+    found = [int(begin + step / 2 + np.round(step * i)) for i in range(count)]
+    return [min(max(index, first), last) for index in found]
+
+
+def clip_frame_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a video file, or of the first frame of a folder of frames."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return image_size(_listed_frames(path)[0])
+    with open_regular(path, ImageError) as file, Clip(file, str(path)) as clip:
+        return clip.size
+
+
+def load_clip(
+    path: str | os.PathLike,
+    span: Span = Span(),  # noqa: B008, never changed
+    *,
+    folder_rate: float = 3.0,
+) -> list[np.ndarray]:
+    """The frames of a span, uint8 [h, w, 3] each, of a video file or of a folder of frames (TVQA's, `folder_rate` a second).
+
+    Raises:
+        ImageError: there is no video and no frame, or a broken one.
+    """
+    bound, count = span
+    path = pathlib.Path(path)
+    if path.is_dir():
+        files = _listed_frames(path)
+        # Frames of a folder are numbered from 1.
+        wanted = frame_indices(bound, folder_rate, len(files), count, first=1)
+        return [read_image(files[index - 1]) for index in wanted]
+    with open_regular(path, ImageError) as file, Clip(file, str(path), count) as clip:
+        return list(clip.show(lambda frames: frame_indices(bound, float(clip.rate or 25), frames - 1, count)))
+
+
+def _listed_frames(path: pathlib.Path) -> Sequence[pathlib.Path]:
+    files = sorted(path.glob("*.jpg"))
+    if not files:
+        raise ImageError(f"{path} holds no frames (*.jpg)")
+    return files

@@ -98,7 +98,7 @@ def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str
     """What the rows of a data set hold: {"count": number of rows, FIELD: digest of that field in all of them, in order}.
 
     Args:
-        rows: `Example`s, or `Question`s of a benchmark. Their ids do not count: they may be names of files.
+        rows: `Example`s. Their ids do not count: they may be names of files.
         digests: of their pictures; None leaves these out.
     """
     columns: dict[str, Any] = {"count": len(rows)}

@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixel_jax.data.clips import Span, clip_frame_size, load_clip
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Source, SourceError, frame_sizes, load_frames
 from pixel_jax.data.traces import Trace, Turn
@@ -35,17 +37,30 @@ class Example(NamedTuple):
     category: str = ""  # a row of an evaluation's report
     text_first: bool = False  # the images follow the question
     fields: Mapping[str, Any] = {}  # what else its row has, as JSON values: rewards may go by it
+    span: Span | None = None  # of a video, whose frames are shown; None: those that training takes of any video
 
     def query(self) -> Query:
         """The question with its pixels."""
-        frames, seconds = load_frames(self.images, self.video)
+        if self.span is None:
+            frames, seconds = load_frames(self.images, self.video)
+        else:
+            frames, seconds = load_clip(self._video_path, self.span), None
         return Query(self.question, frames, self.video, self.seconds or seconds or 1.0, self.text_first)
 
     def outline(self) -> Query:
         """The question with images of the right sizes and no pixels: they take no memory."""
-        sizes = frame_sizes(self.images, self.video)
+        if self.span is None:
+            sizes = frame_sizes(self.images, self.video)
+        else:
+            sizes = [clip_frame_size(self._video_path)] * self.span.frames
         images = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes]
-        return Query(self.question, images, self.video, text_first=self.text_first)
+        return Query(self.question, images, self.video, self.seconds or 1.0, self.text_first)
+
+    @property
+    def _video_path(self) -> pathlib.Path:
+        (path,) = self.images
+        assert isinstance(path, pathlib.Path)  # a span is of a file, or of a folder of frames
+        return path
 
     def trace(self, query: Query) -> Trace:
         return Trace(query, self.turns, self.answer[0] if self.answer else "")

@@ -19,7 +19,7 @@ from typing import Any
 from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.data.messages import fields, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
-from pixel_jax.data.sources import Embedded, Folder
+from pixel_jax.data.sources import Embedded, Folder, Source, SourceError
 from pixel_jax.data.traces import Turn
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
@@ -87,12 +87,20 @@ def trace_example(
     return Example(
         id=str(name),
         question=_without_guidelines(first.text, report),
-        images=tuple(image if isinstance(image, Embedded) else folder.find(image) for image in first.images),
+        images=tuple(image if isinstance(image, Embedded) else _found(image, folder, where) for image in first.images),
         answer=() if answer is None else (answer,),
         turns=tuple(turns),
         video=first.video,
         text_first=first.text_before,
     )
+
+
+def _found(name: Any, folder: Folder, where: str) -> Source:
+    """The image that a row calls `name`."""
+    try:
+        return folder.find(name)
+    except SourceError as error:
+        raise SourceError(f"{where}: {error}") from None
 
 
 def _without_guidelines(text: str, report: ReadReport) -> str:
@@ -107,13 +115,18 @@ def _without_guidelines(text: str, report: ReadReport) -> str:
     return text
 
 
-def read_questions(path: str | pathlib.Path, report: ReadReport, image_folders: Sequence[str] = ()) -> list[Example]:
-    """The examples of a `release.parquet`; its images lie where those of `read_traces` do."""
+def read_questions(
+    path: str | pathlib.Path,
+    report: ReadReport,
+    image_folders: Sequence[str] = (),
+    folder: pathlib.Path | None = None,
+) -> list[Example]:
+    """The examples of a `release.parquet`. Their images lie in `folder` (by default the file's) or in one of `image_folders`."""
     path = pathlib.Path(path)
-    folder = Folder(path.parent, image_folders)
+    images = Folder(folder or path.parent, image_folders)
     examples: list[Example] = []
     for where, row in parquet_rows(path, QUESTION_COLUMNS, ExampleError):
-        report.take(examples, lambda: question_example(row(), where, folder))  # noqa: B023
+        report.take(examples, lambda: question_example(row(), where, images))  # noqa: B023
     return examples
 
 
@@ -136,7 +149,7 @@ def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Exam
     return Example(
         id=str(name),
         question=question,
-        images=tuple(folder.find(image) for image in images),
+        images=tuple(_found(image, folder, where) for image in images),
         answer=tuple(answer),
         video=bool(is_video),
     )

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
+from pixel_jax.data.example import Example
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.prompt_shapes import Assignment, ShapeFinder
 from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.evaluation.config import Bucket
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
 from pixel_jax.identity import RunError, settle
@@ -29,12 +29,6 @@ from pixel_jax.training.progress import Progress
 LOADERS = 8  # threads that decode images
 
 
-def outline(question: Question) -> Query:
-    """`question` with pictures of the right sizes and no pixels."""
-    pictures = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
-    return Query(question.question, pictures, question.is_video, question.seconds or 1.0)
-
-
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
 ) -> Sequence[BatchShape] | AutoShapes:
@@ -46,7 +40,7 @@ def shapes_of(
 
 def evaluate(
     policy: Policy,
-    questions: Sequence[Question],
+    questions: Sequence[Example],
     exam: Exam,
     directory: str | os.PathLike,
     *,
@@ -98,7 +92,7 @@ def evaluate(
 
 
 def settings_of(
-    policy: Policy, questions: Sequence[Question], exam: Exam, facts: Mapping[str, Any] | None
+    policy: Policy, questions: Sequence[Example], exam: Exam, facts: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a run is."""
     return {
@@ -123,7 +117,7 @@ def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, 
 
 
 def check_pictures(
-    directory: pathlib.Path, questions: Sequence[Question], kept: Mapping[int, Record], pictures: Mapping[int, Any]
+    directory: pathlib.Path, questions: Sequence[Example], kept: Mapping[int, Record], pictures: Mapping[int, Any]
 ) -> None:
     """RunError: a question was answered about other pictures than it has now."""
     for i, found in pictures.items():
@@ -135,21 +129,21 @@ def check_pictures(
 
 
 def find_shapes(
-    policy: Policy, questions: Sequence[Question], exam: Exam, todo: Sequence[int]
+    policy: Policy, questions: Sequence[Example], exam: Exam, todo: Sequence[int]
 ) -> dict[int, Assignment | ValueError]:
     """Where each of the questions `todo` runs, or why it cannot."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
     wanted = range(len(questions)) if isinstance(shapes, AutoShapes) else todo
-    outlines = [functools.partial(outline, questions[i]) for i in wanted]
+    outlines = [questions[i].outline for i in wanted]
     finder = ShapeFinder(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
     found = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
     return {i: found[i] for i in todo}
 
 
 def load_batches(
-    questions: Sequence[Question], placed: Mapping[int, Assignment], batch: int
+    questions: Sequence[Example], placed: Mapping[int, Assignment], batch: int
 ) -> Iterator[dict[int, Query | ImageError]]:
     """Batches of one shape with their pixels, or why these cannot be read; the next is read while one is worked on."""
     by_shape: dict[BatchShape, list[int]] = {}
@@ -165,7 +159,7 @@ def load_batches(
             yield loaded
 
 
-def load_query(questions: Sequence[Question], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
+def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
     try:
         return placed[i].prompt.apply(questions[i].query())
     except ImageError as error:
@@ -175,7 +169,7 @@ def load_query(questions: Sequence[Question], placed: Mapping[int, Assignment], 
 def answer_batch(
     session: Session,
     stages: Stages,
-    questions: Sequence[Question],
+    questions: Sequence[Example],
     placed: Mapping[int, Assignment],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
