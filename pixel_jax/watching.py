@@ -148,7 +148,7 @@ class Setting(NamedTuple):
         say(str(report)) if str(report) else None
         looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
-            longest = 2 * max(len(row.ids) - row.loss_mask.argmax() for row in (*packing.rows, *held.rows))
+            longest = 2 * max(len(row.ids) - max(row.loss_mask.find(1), 0) for row in (*packing.rows, *held.rows))
             limits = dataclasses.replace(
                 config.rollout,
                 max_response=min(config.rollout.max_response, longest),

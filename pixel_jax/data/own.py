@@ -1,4 +1,6 @@
-"""A folder of one's own: `*.jsonl` and `*.parquet` files, in the order of their names, or one of them, with images beside.
+r"""The user's own data: `*.jsonl` and `*.parquet` files with images beside them.
+
+A folder of such files, read in the order of their names, or one file is read.
 
 A line, or row, is one example. Paths are relative to the file and lead to files in its folder, or in one that the config's
 `image_folders` allow: `("/",)` allows all, for lines that one has written oneself. Nothing is fetched from anywhere.
@@ -18,7 +20,7 @@ LLaMA-Factory, with pictures in their parts or, where `<image>` or an empty part
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "..."}]},
                   {"role": "assistant", "content": "..."}], "answer": "7"}
 
-All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \\boxed{} is it. A picture
+All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \boxed{} is it. A picture
 may be its content, too: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it is encoded.
 Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Whatever further fields a row has
 are in `Example.fields`.
@@ -45,10 +47,11 @@ from pixel_jax.training.answers import last_boxed
 
 FIELDS = ("question", "images", "answer", "turns", "messages", "video", "seconds", "id", "category")
 ALIKE = 0.8  # how alike two names are if one is the other misspelt
+TURN = 'a turn is a text or {{"text": ..., "learn": true or false}}, not {}'
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """ExampleError unless these are names of fields, each with the name that data has for it."""
+    """Checks that `columns` maps fields to names of columns. ExampleError: it does not."""
     for name, theirs in columns.items():
         if name not in FIELDS:
             raise ExampleError(f"columns: there is no field {brief(name)}; the fields are {', '.join(FIELDS)}")
@@ -59,7 +62,10 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """`row` with our names for its fields, as `columns` (ours -> theirs) says; a field of our name whose place is taken goes."""
+    """`row` with its columns renamed to fields, as `columns` (field -> column) says.
+
+    A column that has the name of a field which another column is renamed to is left out.
+    """
     for name, theirs in columns.items():
         if theirs not in row:
             raise ExampleError(f"{where} has no {theirs!r} to be the {name} (columns), only {brief(sorted(row))}")
@@ -78,20 +84,26 @@ def read_row(
     language: Language = RELEASED_LANGUAGE,
     report: ReadReport,
 ) -> Example:
-    """One row, checked: every field, every picture's path.
+    """Makes an example of one row, and checks every field and the path of every image.
 
     Args:
-        where: file and number, which also is its name if it has no `id`.
-        folder, image_folders: where pictures may lie (`pixel_jax.data.sources.locate`).
-        columns: what the data calls our fields.
-        turns: they are required.
+        row: column -> value.
+        where: file and number, for messages; also the id of a row that has none.
+        folder: that image paths are relative to, and where images may lie.
+        image_folders: where else they may lie (`pixel_jax.data.sources.locate`).
+        columns: field -> column.
+        turns: whether they are required.
         language: of the calls in `messages`.
+        report: notes what was changed.
 
     Raises:
-        ExampleError: it is no example; the message has `where` and the field.
+        ExampleError: the row is no example. The message names `where` and the field.
     """
     row = renamed(row, columns, where)
-    refuse = lambda why: ExampleError(f"{where}: {why}")
+
+    def refuse(why: str) -> ExampleError:
+        return ExampleError(f"{where}: {why}")
+
     further = {name: as_json(value, name, refuse) for name, value in row.items() if name not in FIELDS}
     absent = [name for name in FIELDS if name not in row and not (name == "question" and "messages" in row)]
     for name in further:
@@ -101,8 +113,7 @@ def read_row(
             )
         report.mended[f"the further field {brief(name)} was kept, for rewards"] += 1
     field = functools.partial(take, row, refuse)
-    texts = lambda x: isinstance(x, list) and bool(x) and all(type(item) in (str, int) for item in x)
-    answer = field("answer", lambda x: x is None or type(x) in (str, int) or texts(x), "a text or a list of texts")
+    answer = field("answer", lambda x: x is None or type(x) in (str, int) or is_texts(x), "a text or a list of texts")
     video = field("video", lambda x: isinstance(x, bool), "true or false", False)
     seconds = field("seconds", lambda x: x is None or is_seconds(x), "a positive number, at most a million")
     name = field("id", lambda x: x is None or type(x) in (str, int), "a text or a number")
@@ -112,19 +123,17 @@ def read_row(
         if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
             raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
         said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video, language=language)
-        question, given = said.first.text.strip(), turns_of(said, language, report)
+        question, written = said.first.text.strip(), turns_of(said, language, report)
         pictures, video, text_first = said.first.images, said.first.video, said.first.text_before
-        if answer is None and given and (boxed := last_boxed(said.said[-1].text)) is not None:
+        if answer is None and written and (boxed := last_boxed(said.said[-1].text)) is not None:
             answer = boxed
     else:
         question = field("question", lambda x: isinstance(x, str) and bool(x), "a text")
-        given, text_first = (
-            written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse),
-            False,
-        )
+        written = written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse)
+        text_first = False
         if not pictures:
             raise refuse(f"'images' must be a path or a list of at least one, not {brief(row.get('images'))}")
-    if turns and not given:
+    if turns and not written:
         raise refuse("'turns' must be a list of turns, or 'messages' end with the assistant's, to learn from")
     if answer is None and not turns:
         raise refuse("'answer' must be a text or a list of texts, not None")
@@ -133,7 +142,7 @@ def read_row(
         question=question,
         images=tuple(source(x, folder, image_folders, refuse) for x in pictures),
         answer=tuple(map(str, () if answer is None else listed(answer))),
-        turns=given,
+        turns=written,
         video=video,
         seconds=None if seconds is None else float(seconds),
         category=category,
@@ -143,21 +152,32 @@ def read_row(
 
 
 def take(
-    row: Mapping[str, Any], refuse: Callable[[str], Exception], name: str, check, wanted: str, default=None
+    row: Mapping[str, Any],
+    refuse: Callable[[str], Exception],
+    name: str,
+    check: Callable[[Any], bool],
+    wanted: str,
+    default: Any = None,
 ) -> Any:
-    """The field `name`, if `check` lets it pass."""
+    """The field `name`. Raises `refuse` unless `check` holds for its value."""
     value = row.get(name, default)
     if not check(value):
         raise refuse(f"{name!r} must be {wanted}, not {brief(value)}")
     return value
 
 
+def is_texts(value: Any) -> bool:
+    """Whether this is a list of texts or whole numbers, and not empty."""
+    return isinstance(value, list) and bool(value) and all(type(x) in (str, int) for x in value)
+
+
 def listed(value: Any) -> list[Any]:
+    """The value as a list: itself, if it is one; empty for None."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Callable[[str], Exception]) -> Source:
-    """Where a picture is: a file, or the bytes that the row holds, as Parquet files of the Hugging Face hub do."""
+    """The source of an image: a file, or bytes in the row, as in Parquet files of the Hugging Face hub."""
     if isinstance(value, Embedded):
         return value
     if isinstance(value, bytes):
@@ -170,6 +190,7 @@ def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Call
 
 
 def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Turn, ...]:
+    """The turns of the assistant in a conversation; `report` counts what else of it is not as our prompts are."""
     if said.system is not None and said.system != system_prompt(language.tools, language.format):
         report.mended["a system message other than ours was replaced by ours"] += 1
     if said.first.text_before and said.first.text_after:
@@ -178,20 +199,22 @@ def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Tu
 
 
 def written_turns(items: list[Any], refuse: Callable[[str], Exception]) -> tuple[Turn, ...]:
+    """Reads the field `turns`."""
     turns = []
     for item in items:
         match {"text": item} if isinstance(item, str) else item:
-            case {"text": str(text), **rest} if (
-                text and rest.keys() <= {"learn"} and type(rest.get("learn", True)) is bool
-            ):
-                turns.append(Turn(((text, rest.get("learn", True)),)))
+            case {"text": str(text), **rest} if text and rest.keys() <= {"learn"}:
+                learned = rest.get("learn", True)
+                if not isinstance(learned, bool):
+                    raise refuse(TURN.format(brief(item)))
+                turns.append(Turn(((text, learned),)))
             case _:
-                raise refuse(f'a turn is a text or {{"text": ..., "learn": true or false}}, not {brief(item)}')
+                raise refuse(TURN.format(brief(item)))
     return tuple(turns)
 
 
 def as_json(value: Any, name: str, refuse: Callable[[str], Exception]) -> Any:
-    """A further field as JSON has it: dates and decimals of Parquet as texts. ExampleError: it is bytes."""
+    """A further field as a JSON value: dates and decimals of Parquet become texts. Raises `refuse` for bytes and the like."""
     match value:
         case None | bool() | int() | float() | str():
             return value
@@ -206,7 +229,7 @@ def as_json(value: Any, name: str, refuse: Callable[[str], Exception]) -> Any:
     )
 
 
-Rows = Iterator[tuple[str, Callable[[], Any]]]  # where each stands, and how it is read
+Rows = Iterator[tuple[str, Callable[[], Any]]]  # the place of each row, for messages, and a function that reads it
 
 
 def read_own(
@@ -218,11 +241,18 @@ def read_own(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
 ) -> list[Example]:
-    """The examples of a file or folder, checked: every field, every image's path. With `turns` they are required.
+    """Reads the examples of a file or folder (`read_row`).
 
-    Images lie in the folder or in one of `image_folders` (`pixel_jax.data.sources.locate`); `columns` has the data's names for
-    our fields; calls in `messages` are in the `language`. A `report` that drops takes note of what is no example; otherwise the
-    first such row is an `ExampleError`.
+    Args:
+        path: of the file or folder.
+        turns: whether they are required.
+        report: notes the rows that are dropped or changed.
+        image_folders: where images may lie beside the folder (`pixel_jax.data.sources.locate`).
+        columns: field -> column.
+        language: of the calls in `messages`.
+
+    Raises:
+        ExampleError: a row is no example, and the report does not drop such rows.
     """
     path = pathlib.Path(path)
     report = report or ReadReport(str(path))
@@ -241,6 +271,8 @@ def read_own(
 
 
 def json_lines(path: pathlib.Path) -> Rows:
+    """Iterates over the rows of a file of JSON lines."""
+
     def read(line: bytes, where: str) -> dict[str, Any]:
         row = parse_json(line, where, ExampleError)
         if not isinstance(row, dict):

@@ -124,7 +124,8 @@ class ShapeFinder(NamedTuple):
 
         largest = shape(scaled_side(height, scale), scaled_side(width, scale), self.config.max_tokens)
         prompt = self.scaled(query, largest)
-        return Assignment(shape(*np.max(prompt.sizes, axis=0).tolist(), prompt.tokens), prompt)
+        height, width = np.max(prompt.sizes, axis=0).tolist()
+        return Assignment(shape(height, width, prompt.tokens), prompt)
 
     def assign_all(
         self, queries: Sequence[Callable[[], Query]], shapes: Sequence[BatchShape] | AutoShapes

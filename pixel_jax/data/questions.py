@@ -24,7 +24,8 @@ BY_HAND = (
     "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much "
     "room there is; without them it is worked out"
 )
-WORKED_OUT = "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures are"
+WORKED_OUT = "config.rl.rollout.max_tokens says how long a row may be, "
+    "max_pixels and video_max_pixels there how large pictures are"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,14 @@ def question_batches(
     """Makes the endless batches: (prompts, examples, sizes of their images) of `size` questions of one shape.
 
     Args:
-        size: of a batch of all processes together; this process gets its shard of it.
+        questions: with their shapes.
+        vocabulary: of the model.
+        tables: of the tokenizer and the tools.
+        config: limits and pixel budgets of rollouts.
+        size: questions of a batch of all processes together.
+        seed: of the order.
+        process_index: of this process, which gets its shard of each batch.
+        process_count: how many processes there are.
         reading: `threads` and `ahead` of `Batches`.
     """
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.ops import smart_resize
 from pixel_jax.tools.calls import Lists, Numbers
 from pixel_jax.tools.tool import Coordinates, Outcome, Tool
@@ -25,20 +26,20 @@ MAX_RATIO = 200  # longest to shortest side that smart_resize accepts
 class ImageHistory(NamedTuple):
     """The pictures that a row may ask for, in the order the model counts them; entry 0 of a video row is the video itself."""
 
-    image: jax.Array  # int32 [..., M]
-    region: jax.Array  # int32 [..., M, 4], x1 y1 x2 y2 in the image
-    size: jax.Array  # int32 [..., M, 2], (height, width) at which the model was shown it; of a video, its frames
-    count: jax.Array  # int32 [...]
+    image: AnyArray  # int32 [..., M]
+    region: AnyArray  # int32 [..., M, 4], x1 y1 x2 y2 in the image
+    size: AnyArray  # int32 [..., M, 2], (height, width) at which the model was shown it; of a video, its frames
+    count: AnyArray  # int32 [...]
 
 
 class Seen(NamedTuple):
     """What one row has been shown."""
 
     history: ImageHistory
-    is_video: jax.Array  # bool, it began with the frames of a video
-    image_sizes: jax.Array  # int32 [C, 2], (height, width) of the prompt's images or frames
-    image_counts: jax.Array  # int32
-    coordinates: jax.Array | int = Coordinates.EITHER  # int32, what boxes of calls are measured in
+    is_video: AnyArray  # bool, it began with the frames of a video
+    image_sizes: AnyArray  # int32 [C, 2], (height, width) of the prompt's images or frames
+    image_counts: AnyArray  # int32
+    coordinates: AnyArray | int = Coordinates.EITHER  # int32, what boxes of calls are measured in
 
 
 class Answer(NamedTuple):

@@ -28,7 +28,7 @@ def test_buckets():
     small = bucket_shapes((1, 512), LARGEST)
     assert [x.tokens for x in small] == [1, 512, 1024] and [x.patches for x in small] == [8, 16, 16]
     for lengths in ((512, 256), (512, 512), (0,), (1024,)):
-        with pytest.raises(ValueError, match="must rise and stay under the room of a trace, 1024"):
+        with pytest.raises(ValueError, match="must rise and stay under the tokens of a trace, 1024"):
             bucket_shapes(lengths, LARGEST)
 
 

@@ -139,7 +139,7 @@ def test_other_pictures_are_other_questions(questions, whole, tmp_path):
     shutil.copy(questions[0].images[0], picture)
     with pytest.raises(RunError, match="question '.*:2 moved' was answered about other pictures than .*elsewhere.png"):
         answer(moved, tmp_path / "run")
-    other = [x._replace(answers=("8",)) if i == 1 else x for i, x in enumerate(questions)]
+    other = [x._replace(answer=("8",)) if i == 1 else x for i, x in enumerate(questions)]
     with pytest.raises(RunError, match="questions.answer = .* choose another directory"):
         answer(other, tmp_path / "run")
 
