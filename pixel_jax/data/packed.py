@@ -44,7 +44,7 @@ class PackedOrder(BucketOrder[PackedRow]):
     def __init__(self, sizes: Sequence[BatchShape], buckets: Sequence[BatchShape], size: int, seed: int):
         """`sizes`: the shape that each trace needs. ValueError: one fits no bucket."""
         self.sizes, self.capacities = np.array(sizes), np.array(buckets)  # int [traces, 7], int [buckets, 7]
-        fits: np.ndarray = (self.sizes[:, None] <= self.capacities).all(axis=-1)
+        fits = np.asarray((self.sizes[:, None] <= self.capacities).all(axis=-1))
         if not fits.any(axis=1).all():
             trace = int(np.argmin(fits.any(axis=1)))
             raise ValueError(f"trace {trace} takes {sizes[trace]}; {no_room(buckets)}")

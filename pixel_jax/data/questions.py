@@ -24,8 +24,10 @@ BY_HAND = (
     "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much "
     "room there is; without them it is worked out"
 )
-WORKED_OUT = "config.rl.rollout.max_tokens says how long a row may be, "
-    "max_pixels and video_max_pixels there how large pictures are"
+WORKED_OUT = (
+    "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures "
+    "are"
+)
 
 
 @dataclasses.dataclass(frozen=True)
