@@ -1,7 +1,7 @@
-"""What a training step costs: the memory that it takes, by formula from its shapes, and how fast it goes.
+"""The cost of a training step: its memory, by formula from its shapes, and its speed.
 
-Memory counts what grows with the rows: the inputs of the layers, which are kept for the backward pass; what a layer holds while
-its backward pass runs; and a chunk of logits. Attention counts as linear in the length, as it is wherever it is long
+Memory counts what grows with the rows: the inputs of the layers, which are kept for the backward pass; the arrays of a layer
+during its backward pass; and a chunk of logits. Attention counts as linear in the length, as it is wherever it is long
 (`pixel_jax.models.attention.chosen`).
 """
 
@@ -23,7 +23,7 @@ from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.training.batch import Batch
 
-LIVE = (12, 6)  # arrays as wide as the model, and as its inner layer, that a layer and its backward pass hold at a time
+LIVE = (12, 6)  # arrays as wide as the model, and as its inner layer, that exist at a time in a layer's backward pass
 SCORES = 2  # arrays of attention's scores, float32
 LOGITS = 3  # arrays of logits: they, their softmax and its gradient
 
@@ -31,14 +31,20 @@ LOGITS = 3  # arrays of logits: they, their softmax and its gradient
 def row_bytes(
     network: Qwen2_5_VLConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True
 ) -> int:
-    """Of one row of `tokens` tokens that shows `visual` = (slices, patches of each).
+    """The bytes that one row takes.
 
     Args:
+        network: its shapes.
+        tokens: of the row.
+        visual: (slices, patches of each slice) of the row.
         width: bytes of a number.
-        remat: the inputs of layers are kept and nothing else; False: all that their backward passes need.
+        remat: whether the inputs of layers are kept and nothing else; False: all that their backward passes need.
     """
     text, tower = network.text, network.vision
-    layer = lambda size, inner: LIVE[0] * size + LIVE[1] * inner
+
+    def layer(size: int, inner: int) -> int:
+        return LIVE[0] * size + LIVE[1] * inner
+
     decoder, seen = layer(text.hidden_size, text.intermediate_size), layer(tower.hidden_size, tower.intermediate_size)
     if remat:
         decoder += text.num_hidden_layers * text.hidden_size
@@ -51,12 +57,12 @@ def row_bytes(
 
 
 def pairs(length: int) -> int:
-    """Queries and keys whose scores are there at once."""
+    """The pairs of queries and keys whose scores exist at once."""
     return min(length**2, TILE[0] * TILE[1])
 
 
 def fixed_bytes(network: Qwen2_5_VLConfig, logit_chunk: int) -> int:
-    """Of a step, whatever its rows."""
+    """The bytes that a step takes whatever its rows: those of a chunk of logits."""
     return 4 * LOGITS * logit_chunk * network.text.vocab_size
 
 
@@ -72,32 +78,41 @@ def micro_batches(
     remat: bool,
     logit_chunk: int,
 ) -> int:
-    """In how few turns `rows` rows fit the memory of a device, each part of the mesh taking as many of them. As many as there are
-    rows where not even one seems to fit: the formula is careful, and the device has the last word.
+    """The smallest number of turns in which the rows of a batch fit the memory of a device.
+
+    Where not even one row seems to fit, every row is a turn: the formula is careful, and the device may have enough after all.
 
     Args:
+        network: its shapes.
+        rows: of the batch, split evenly over the mesh.
+        tokens: of a row.
+        visual: of the batch; None: text only.
+        mesh: None: one device.
         held: bytes of a device that are taken already: the state, gradients, the batch.
+        width: bytes of a number.
+        remat: as for `row_bytes`.
+        logit_chunk: positions whose logits exist at once.
     """
     own = rows // (1 if mesh is None else row_shards(mesh))
     shown = (0, 0) if visual is None else (visual.slices.shape[1], visual.patches.shape[2])
-    parts = 1 if mesh is None else sequence_shards(mesh)
-    row = row_bytes(network, tokens // parts, shown, width=width, remat=remat)
+    shards = 1 if mesh is None else sequence_shards(mesh)
+    row = row_bytes(network, tokens // shards, shown, width=width, remat=remat)
     at_once = max(1, (device_memory() - held - fixed_bytes(network, logit_chunk)) // row)
     return next(turns for turns in range(1, own + 1) if own % turns == 0 and own // turns <= at_once)
 
 
-def bytes_of(tree) -> int:
-    """Of arrays, or what stands for them."""
+def bytes_of(tree: Any) -> int:
+    """The bytes of a tree of arrays, or of their shapes."""
     return sum(
         int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if hasattr(x, "dtype")
     )
 
 
 class Throughput:
-    """Counts the rows that steps are given; `metrics` says what that came to.
+    """Measures tokens a second, and the share of the hardware's peak that useful operations reach (MFU).
 
-    Useful is one forward and one backward pass over valid tokens and patches: padding, rows of weight 0, recomputation and
-    the forward passes that score are not. With several processes, each one's rows stand for all.
+    Useful are one forward and one backward pass over valid tokens and patches: padding, rows of weight 0, recomputation and the
+    forward passes that score are not. With several processes, each takes its own rows for the average.
     """
 
     def __init__(self, model: Qwen2_5_VL, trainable: str, mesh: Mesh | None):
@@ -116,7 +131,7 @@ class Throughput:
         self.tokens = self.flops = 0.0
 
     def count(self, batch: Batch) -> None:
-        """Rows of a host batch are about to be trained on."""
+        """Counts the rows of a host batch that is about to be trained on."""
         real = np.asarray(batch.weight) > 0
         valid = np.asarray(batch.valid) & real[:, None]
         grids = np.zeros((len(real), 0, 3), int) if batch.visual is None else np.asarray(batch.visual.grids)
@@ -130,7 +145,7 @@ class Throughput:
         self.flops += float(sum(training_flops(self.config, row_work(lengths, grids, self.config), **self.options)))
 
     def metrics(self, seconds: float) -> dict[str, float]:
-        """Of what was counted, if it took `seconds`; counting begins anew. No `mfu` where the peak is not known (CPU)."""
+        """The metrics of what was counted since the last call and took `seconds`. No `mfu` where the peak is unknown (CPU)."""
         processes = jax.process_count()
         metrics = {
             "tokens_per_second": self.tokens / seconds * processes,

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: progress, time left, and why nothing happens while a program compiles."""
+"""Output on the terminal: progress, the time left, and which program is compiling."""
 
 import os
 import shutil
@@ -15,47 +15,50 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
-    """Say before a program compiles (once lowering it took `minimum` seconds: small ones compile unnoticed) and when it has.
+    """Announces on the terminal when a program begins to compile, and when it has.
 
-    Call it once, at the start of a process; what it returns ends it.
+    Programs whose lowering takes less than `minimum` seconds are small, and not announced. Call it once, at the start of a process.
+
+    Returns:
+        A function that ends the announcements.
     """
     announced: set[str] = set()
 
-    def listen(event: str, seconds: float, **details) -> None:
+    def listen(event: str, duration: float, **details: Any) -> None:
         name = str(details.get("fun_name", "a program"))
-        if event == LOWERED and seconds >= minimum:
+        if event == LOWERED and duration >= minimum:
             announced.add(name)
             say(f"compiling {name} ...", stream or sys.stderr)
         elif event == COMPILED and name in announced:
             announced.discard(name)
-            say(f"compiled {name} in {seconds:.1f} s", stream or sys.stderr)
+            say(f"compiled {name} in {duration:.1f} s", stream or sys.stderr)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
-    """Keep compiled programs in `directory` (unless the environment names another), for the next start, and say so.
+    """Keeps compiled programs for the next start in `directory`, unless the environment names another, and says so.
 
-    Not where JAX's cache is switched off, as by `parallel.processes.join` on CPUs.
+    It does nothing where JAX's cache is switched off, as by `parallel.processes.initialize` on CPUs.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    say(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}", sys.stderr)
+    say(f"compiled programs are kept in {jax.config.values['jax_compilation_cache_dir']}", sys.stderr)
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 under an hour."""
+    """A time as text: 1:02:03, or 2:03 under an hour."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Progress:
-    """One line on the terminal, rewritten, as wide as that is; in a log file a whole line every `every` seconds."""
+    """A progress line: on a terminal one line that is rewritten, in a log file a new line every `every` seconds."""
 
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
@@ -65,7 +68,7 @@ class Progress:
         self.began, self.shown = None, None
 
     def update(self, done: int, metrics: Mapping[str, float], remark: str = "") -> None:
-        """`done` of `total` steps are behind us; `remark` and `metrics` are shown beside them, the most important first."""
+        """Shows that `done` of `total` steps are done, with a remark and metrics beside, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
