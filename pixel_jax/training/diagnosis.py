@@ -1,6 +1,6 @@
-"""Whether an iteration of reinforcement learning teaches anything, and in words why it does not.
+"""Diagnoses iterations of reinforcement learning in which nothing is learned, and says why in words.
 
-A row is pushed by how its reward differs from those of its group: groups whose rewards are all equal push nothing.
+A row is reinforced by how its reward differs from the others of its group: nothing is learned from groups of equal rewards.
 """
 
 from collections.abc import Mapping
@@ -12,20 +12,22 @@ from pixel_jax.terminal import warn
 from pixel_jax.training.answers import given_answer
 from pixel_jax.training.stages import Scored
 
-PATIENCE = 3  # iterations in a row without a lesson, after which causes are looked for; then twice as many, and so on
+PATIENCE = (
+    3  # iterations in a row without anything learned, after which causes are named; then twice as many, and so on
+)
 MANY = 0.5  # a share from which on it is a cause
 FEW_ROWS = 4  # of a group
 COLD = 0.5  # a temperature at which rows of a group are much alike
 
 
 def outcome_metrics(scored: Scored, shard: ProcessShard) -> dict[str, float]:
-    """Of an iteration: the share of rows that give no answer in a box or tag, "unboxed", where it is known what they wrote;
-    and, where answers are scored, of groups "all_right" and "all_wrong".
+    """The shares of an iteration by how its answers came out.
 
-    With several processes, all call it; `shard` is what each has of the rows.
+    Of rows: "unboxed", those that give no answer in a box or tag, where the rows' texts are known. Of groups, where answers are
+    scored: "all_right" and "all_wrong". With several processes, all call it; `shard` is this one's rows.
     """
     metrics = {}
-    if scored.rows:  # a scoring of one's own may go without
+    if scored.rows:  # a scoring of the user's own may leave them out
         boxed = all_rows(np.array([given_answer(row.response) is not None for row in scored.rows]), shard)
         metrics["unboxed"] = float(np.mean(~boxed))
     if scored.correct is not None:
@@ -36,7 +38,7 @@ def outcome_metrics(scored: Scored, shard: ProcessShard) -> dict[str, float]:
 
 
 def remark(metrics: Mapping[str, float]) -> str:
-    """What the line of progress says of an iteration beside its numbers: nothing, if any group taught something."""
+    """What the progress line says of an iteration beside its metrics: nothing, if rewards differ in any group."""
     if metrics["nonzero_variance"] > 0:
         return ""
     found = {"all right": metrics.get("all_right", 0.0), "all wrong": metrics.get("all_wrong", 0.0)}
@@ -46,11 +48,12 @@ def remark(metrics: Mapping[str, float]) -> str:
 
 
 def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[str]:
-    """Likely causes of iterations like this one, the likeliest first, each with what helps.
+    """Names likely causes of an iteration from which nothing is learned, the likeliest first, each with a remedy.
 
     Args:
-        metrics: of an iteration: those of `outcome_metrics`, and "finished", the share of rows that ended with an answer.
+        metrics: those of `outcome_metrics`, and "finished", the share of rows that ended with an answer.
         rows: of a group.
+        temperature: of sampling.
     """
     found = []
     if metrics["finished"] < 1 - MANY:
@@ -64,8 +67,8 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
         )
     elif metrics.get("all_wrong", 0.0) > MANY:
         found.append(
-            f"in {metrics['all_wrong']:.0%} of the groups all answers are wrong: the questions are too hard for this model, or the "
-            "references are written in another way than it answers; traces/rollouts in the run's directory show which"
+            f"in {metrics['all_wrong']:.0%} of the groups all answers are wrong: the questions are too hard for this model, or "
+            "the references are written in another way than it answers; traces/rollouts in the run's directory show which"
         )
     if metrics.get("all_right", 0.0) > MANY:
         found.append(f"in {metrics['all_right']:.0%} of the groups all answers are right: the questions are too easy")
@@ -77,7 +80,7 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
 
 
 class Diagnosis:
-    """Iterations one after another; a run of them in which nothing is taught is warned of."""
+    """Remarks on iterations, and warns of several in a row from which nothing is learned."""
 
     def __init__(self, rows: int, temperature: float):
         self.rows, self.temperature = rows, temperature

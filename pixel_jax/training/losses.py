@@ -129,8 +129,8 @@ class PolicyLossConfig:
     clip_low: float = 0.2  # how far below 1 the ratio counts
     clip_high: float = 0.35  # DAPO's clip-higher
     # `constant`: the sum over tokens divided by traces x `constant`, so long answers are not discounted (Dr. GRPO);
-    # `token`: by the number of tokens in the loss mask (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Traces whose
-    # tokens are all masked: see `masked_traces`.)
+    # `token`: by the number of tokens in the loss mask (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Of traces
+    # whose tokens are all masked see `masked_traces`.)
     # The released code divides by 200 a micro-batch of 2 or 4 rows (100 or 50 a row).
     normalizer: Literal["constant", "token", "row"] = "constant"
     constant: float = 200.0  # what the normalizer `constant` divides by, for each trace

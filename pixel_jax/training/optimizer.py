@@ -57,7 +57,7 @@ def stacked_matrices(params: Params) -> Params:
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Makes an optimiser: clipping by global norm, then AdamW, or Muon with updates of root mean square 1 a weight, as AdamW's."""
+    """Makes an optimiser: clipping by global norm, then AdamW, or Muon with updates of root mean square 1, as AdamW's."""
     rate = learning_rate(config, total_steps)
     if config.kind == "muon":
         update = muon(

@@ -17,21 +17,21 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
     """Announces on the terminal when a program begins to compile, and when it has.
 
-    Programs whose lowering takes less than `minimum` seconds are small, and not announced. Call it once, at the start of a process.
+    Programs whose lowering takes less than `minimum` seconds are not announced. Call it once, when a process starts.
 
     Returns:
         A function that ends the announcements.
     """
     announced: set[str] = set()
 
-    def listen(event: str, duration: float, **details: Any) -> None:
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
         name = str(details.get("fun_name", "a program"))
-        if event == LOWERED and duration >= minimum:
+        if event == LOWERED and duration_secs >= minimum:
             announced.add(name)
             say(f"compiling {name} ...", stream or sys.stderr)
         elif event == COMPILED and name in announced:
             announced.discard(name)
-            say(f"compiled {name} in {duration:.1f} s", stream or sys.stderr)
+            say(f"compiled {name} in {duration_secs:.1f} s", stream or sys.stderr)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
