@@ -211,7 +211,8 @@ class HeldOutLoss:
         self, packing: Packing, forward: ForwardConfig, normalizer: Normalizer, rows: int, mesh: Mesh | None = None
     ):
         """`rows`: of a batch of training, of all processes together."""
-        self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
+        self.packing, self.mesh = packing, mesh
+        self.normalizer: Normalizer = normalizer
         self.shard = process_shard(mesh)
         shards = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
