@@ -375,7 +375,7 @@ def length_term(config: RewardConfig) -> Term:
         lengths = np.array([len(row.tokens) for row in rows])
         if not config.length_limit:
             return np.zeros(len(rows), np.float32)
-        return overlong(lengths, limit=config.length_limit, buffer=config.length_buffer)
+        return np.asarray(overlong(lengths, limit=config.length_limit, buffer=config.length_buffer))
 
     return of_batch(length)
 
