@@ -17,9 +17,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
+from pixel_jax.data.questions import assign_shapes, describe_shapes, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
@@ -41,7 +41,7 @@ from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.train_config import CONFIG, DATA, TrainConfig, run_settings
-from pixel_jax.training.footprint import row_bytes
+from pixel_jax.training.cost import row_bytes
 from pixel_jax.training.looks import Sampling
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted
@@ -113,12 +113,12 @@ class Phase:
     def looks(self) -> HeldOutLooks:
         """The maker of evaluations on held-out examples."""
         by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
-        return HeldOutLooks(self.config, self.measured(self.config.watch.batch), by)
+        return HeldOutLooks(self.config, self.auto_shapes(self.config.watch.batch), by)
 
-    def measured(self, rows: int) -> Measured:
-        """The budget from which shapes of `rows` questions are worked out: their images get a share of the device memory."""
+    def auto_shapes(self, rows: int) -> AutoShapes:
+        """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
         memory = device_memory() // PICTURES_DIVISOR * (1 if self.mesh is None else row_shards(self.mesh))
-        return Measured(training_work(self.network), rows, memory // rows)
+        return AutoShapes(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
         """What is evaluated and saved during a run of `steps`."""
@@ -251,7 +251,7 @@ def tune(phase: Phase, model: Any) -> Any:
         phase.vocabulary,
         phase.tables,
         phase.limits,
-        config.trace_shapes or row_budget(section, phase.network, phase.mesh),
+        config.trace_shapes or tuning_shapes(section, phase.network, phase.mesh),
         size=section.batch_size,
         seed=config.seed,
         report=data.report,
@@ -273,12 +273,12 @@ def learn(phase: Phase, model: Any) -> Any:
     config, section, given, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
-    by = config.prompt_shapes or phase.measured(section.prompts)
-    asked = find_rooms(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
-    course = course_of(section, collections.Counter(x.room for x in asked))
-    announce(pathlib.Path(config.out), given, f"{course}; {rooms_of(asked)}")
+    by = config.prompt_shapes or phase.auto_shapes(section.prompts)
+    questions = assign_shapes(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
+    course = course_of(section, collections.Counter(x.shape for x in questions))
+    announce(pathlib.Path(config.out), given, f"{course}; {describe_shapes(questions)}")
     data = question_batches(
-        asked,
+        questions,
         vocabulary,
         phase.tables,
         phase.limits,
@@ -286,8 +286,8 @@ def learn(phase: Phase, model: Any) -> Any:
         seed=config.seed,
         **phase.reader_options,
     )
-    rooms = list(dict.fromkeys(x.room for x in asked))
-    look = phase.looks.of_learning(given.held_out, rooms) if given.held_out else None
+    shapes = list(dict.fromkeys(x.shape for x in questions))
+    look = phase.looks.of_learning(given.held_out, shapes) if given.held_out else None
     watch = phase.watch(section.iterations, look)
     stages = Stages(
         Rewards.of(section.reward, lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")),
@@ -299,15 +299,15 @@ def learn(phase: Phase, model: Any) -> Any:
     return rl(model, data, stages, section, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.run_options)
 
 
-def row_budget(config: SFTConfig, network: Qwen2_5_VLConfig, mesh: Mesh | None) -> Measured:
-    """The budget from which shapes of rows to tune on are worked out: the device memory, and the bytes of a row."""
+def tuning_shapes(config: SFTConfig, network: Qwen2_5_VLConfig, mesh: Mesh | None) -> AutoShapes:
+    """How the shapes of rows to tune on are worked out."""
     shards, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
     def bytes_of_row(shape: BatchShape) -> int:
         shown = (shape.slices, shape.patches)
         return row_bytes(network, shape.tokens // shards, shown, width=width, remat=bool(config.forward.remat))
 
-    return Measured(training_work(network), config.batch_size, device_memory(), bytes_of_row)
+    return AutoShapes(training_work(network), config.batch_size, device_memory(), bytes_of_row)
 
 
 def pause(stage: str) -> None:
@@ -322,13 +322,13 @@ def pause(stage: str) -> None:
         raise Preempted
 
 
-def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
-    """How often the questions are asked, in words. `rooms` counts the questions of each batch shape; a batch has one shape."""
-    count, iterations = sum(rooms.values()), config.iterations
+def course_of(config: RLConfig, shapes: Mapping[Any, int]) -> str:
+    """How often questions are asked; `shapes` counts them by batch shape, of which an iteration has one."""
+    count, iterations = sum(shapes.values()), config.iterations
     epochs = iterations * config.prompts / count
     said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
-    if (times := config.prompts / min(rooms.values())) > 1:
-        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+    if (times := config.prompts / min(shapes.values())) > 1:
+        each = "each question" if len(shapes) == 1 else "a question of the rarest shape"
         said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
     return said
 

@@ -155,7 +155,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
         "max_new_tokens": 2048,
         "max_calls": 4,
         "max_images": 16,
-        "max_tokens": 12_048,
+        "max_tokens": 12_048,  # 2,048 of the prompt and 10,000 of the response: the released training's model length
         "max_response": 10_000,
         "min_pixels": 4 * PIXEL,
         "max_pixels": 2000 * PIXEL,

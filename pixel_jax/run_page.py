@@ -13,8 +13,8 @@ from pixel_jax.settings import Setting, settings
 from pixel_jax.state_files import read_note
 from pixel_jax.terminal import warn
 from pixel_jax.train_config import CONFIG, DATA, TrainConfig
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import BEST, HELD_OUT, ROLLOUTS, numbered
+from pixel_jax.training.writers import read_metrics
 
 PAGE = "report.html"
 PHASES = ("sft", "rl")
@@ -78,7 +78,11 @@ def _summary(phase: pathlib.Path, lines: Sequence[Mapping[str, Any]], history, r
     of = next((x["of"] for x in reversed(history) if x.get("of") is not None), None)
     done = max((x["step"] + 1 for x in lines), default=0)
     rows = [(f"{unit}s", f"{done} of {of}" if of is not None else str(done))]
-    rows += [("data", f"{read['source']}: {read['data']}"), ("judged by", read["judged_by"])] if _is_read(read) else []
+    rows += (
+        [("data", f"{read['source']}: {read['data']}"), ("single_answer by", read["judged_by"])]
+        if _is_read(read)
+        else []
+    )
     best = read_note(phase / BEST)
     if best is not None:
         rows.append(("best model", f"after {best.get('done')} {unit}s, by {best.get('by')}: {best.get('value')}"))

@@ -11,9 +11,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms
+from pixel_jax.data.questions import assign_shapes
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured
+from pixel_jax.data.shapes import AutoShapes
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.parallel.processes import all_gather, say
@@ -103,24 +103,24 @@ class HeldOutLooks(NamedTuple):
     """The maker of a run's evaluations on held-out examples ("looks")."""
 
     config: TrainConfig
-    measured: Measured  # the budget from which shapes of questions are worked out
+    auto_shapes: AutoShapes  # by what shapes of questions are worked out
     by: Sampling
 
     def ask(
         self,
         judging: Sequence[Example],
-        shapes: Sequence[BatchShape] | Measured,
+        shapes: Sequence[BatchShape] | AutoShapes,
         limits: RolloutConfig,
         scorer: ScorerConfig,
         dtype: str | None,
     ) -> list[Look]:
-        """A look at the examples that have an answer and fit a shape; none where no example does. It prints what is left out."""
+        """One look, at those of the examples that have an answer and fit a batch shape, or none. What is left out is said."""
         watch, report = self.config.watch, ReadReport("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
-            tools = self.by.tables.tools
-            asked = find_rooms(scored, shapes, self.by.vocabulary, limits, report, tools) if scored else []
+            given = (self.by.vocabulary, limits, report, self.by.tables.tools)
+            asked = assign_shapes(scored, shapes, *given) if scored else []
         except PromptError:  # none is left
             asked = []
         _say_report(report)
@@ -153,13 +153,13 @@ class HeldOutLooks(NamedTuple):
         _say_report(report)
         looks: list[Look] = [HeldOutLoss(packed, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
-            longest = 2 * max(len(row.ids) - int(np.argmax(row.loss_mask)) for row in (*packing.rows, *packed.rows))
+            longest = 2 * max(len(row.ids) - max(row.loss_mask.find(1), 0) for row in (*packing.rows, *packed.rows))
             limits = dataclasses.replace(
                 config.rollout,
                 max_response=min(config.rollout.max_response, longest),
                 max_new_tokens=min(config.rollout.max_new_tokens, longest),
             )
-            looks += self.ask(judging, self.measured, limits, ScorerConfig(), phase.forward.compute_dtype)
+            looks += self.ask(judging, self.auto_shapes, limits, ScorerConfig(), phase.forward.compute_dtype)
         return Together(*looks)
 
     def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:

@@ -157,14 +157,14 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     shape = RolloutShape(BatchShape(length, 1, 1, 16, 28, 28), words.tools, shards=1)
     words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: no row ends early
     prompts = Prompts(
-        tokens=tokens,
-        length=np.full(rows, length, np.int32),
-        buffers=np.zeros((rows, 1, 28, 28, 3), np.uint8),
-        image_sizes=np.full((rows, 1, 2), 28, np.int32),
-        image_counts=np.ones(rows, np.int32),
-        is_video=np.zeros(rows, bool),
-        seconds=np.zeros(rows, np.float32),
-        uid=np.arange(rows, dtype=np.int32),
+        tokens=jnp.asarray(tokens),
+        length=jnp.full(rows, length, jnp.int32),
+        buffers=jnp.zeros((rows, 1, 28, 28, 3), jnp.uint8),
+        image_sizes=jnp.full((rows, 1, 2), 28, jnp.int32),
+        image_counts=jnp.ones(rows, jnp.int32),
+        is_video=jnp.zeros(rows, bool),
+        seconds=jnp.zeros(rows, jnp.float32),
+        uid=jnp.arange(rows, dtype=jnp.int32),
         tables=words,
     )
     config = dataclasses.replace(

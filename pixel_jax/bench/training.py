@@ -101,7 +101,7 @@ class TorchStep:
 
         self.torch, self.twin = torch, transformers_model(model)
         ids = torch.from_numpy(batch.tokens).long()
-        patches = shown(batch).patches[:, 0]
+        patches = jnp.asarray(shown(batch).patches[:, 0])
         self.inputs = {
             "input_ids": ids,
             "attention_mask": torch.from_numpy(batch.valid).long(),

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.rooms import Place
+from pixel_jax.data.example import Example
+from pixel_jax.data.prompt_shapes import Assignment
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.evaluation import transcript
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -105,9 +105,9 @@ class QuestionBatch(NamedTuple):
     """Questions of one shape that are answered together, with their pixels."""
 
     numbers: Sequence[int]  # among all questions
-    questions: Sequence[Question]
+    questions: Sequence[Example]
     queries: Sequence[Query]
-    places: Sequence[Place]
+    places: Sequence[Assignment]
 
 
 class Answered(NamedTuple):
@@ -164,19 +164,21 @@ def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajec
 def judge(session: Session, answered: Answered) -> Judged:
     """Scores each answer."""
     n = session.limits.group_size
-    references = [Reference(x.answers, x.question) for x in answered.asked.questions for _ in range(n)]
+    references = [Reference(x.answer, x.question) for x in answered.asked.questions for _ in range(n)]
     return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
 
 
-def record(session: Session, judged: Judged) -> list[Record]:
+def record(session: Session, single_answer: Judged) -> list[Record]:
     """The record of each question; some transcripts are saved, too."""
-    asked, n = judged.answered.asked, session.limits.group_size
+    asked, n = single_answer.answered.asked, session.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
-        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.parser.language)
-        records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
+        found = record_of(
+            number, question, single_answer, slice(at * n, (at + 1) * n), session.policy.tables.parser.language
+        )
+        records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
         if number in session.drawn:
-            draw(session, judged, at, found)
+            draw(session, single_answer, at, found)
     return records
 
 
@@ -195,14 +197,14 @@ USUAL = EvaluationStages()
 # ---- records
 
 
-def about(index: int, question: Question) -> Record:
-    """The part of a record that does not depend on the answers."""
-    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+def about(index: int, question: Example) -> Record:
+    """The part of a record that describes the question."""
+    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answer)}
     return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
-def unanswered(index: int, question: Question, why: str, answers: int) -> Record:
-    """The record of a question that could not be asked: it is wrong, and counts in no other rate."""
+def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
+    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
     )
@@ -210,13 +212,13 @@ def unanswered(index: int, question: Question, why: str, answers: int) -> Record
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
 
-def record_of(index: int, question: Question, judged: Judged, rows: slice, language: Language) -> Record:
-    """The record of a question; its lists have an entry for each answer."""
-    t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
+def record_of(index: int, question: Example, single_answer: Judged, rows: slice, language: Language) -> Record:
+    """What is kept of a question: lists have an entry an answer."""
+    t, texts = take_rows(single_answer.answered.trajectories, rows), single_answer.answered.texts[rows]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
-        **{name: [value or 0.0 for value in found[rows]] for name, found in judged.scores.items()},
+        **{name: [value or 0.0 for value in found[rows]] for name, found in single_answer.scores.items()},
         "operations": executed_calls(t).tolist(),
         "executed": answered_calls(t).tolist(),
         "failed": failed_calls(t).tolist(),
@@ -228,19 +230,19 @@ def record_of(index: int, question: Question, judged: Judged, rows: slice, langu
     }
 
 
-def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
+def draw(session: Session, single_answer: Judged, at: int, found: Record) -> None:
     """Saves the transcript of the first answer to the question at index `at` of its batch."""
-    asked = judged.answered.asked
+    asked = single_answer.answered.asked
     question = asked.questions[at]
-    first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
+    first = take_rows(single_answer.answered.trajectories, [at * session.limits.group_size])
     tools, query = session.policy.tables.tools, asked.queries[at]
     made = transcript.make_transcript(
-        materialize_on_host(first, judged.answered.images[[at]], tools, session.limits),
+        materialize_on_host(first, single_answer.answered.images[[at]], tools, session.limits),
         0,
         query,
         session.policy.vocabulary,
         answer=found["given"][0],
-        reference=" / ".join(question.answers),
+        reference=" / ".join(question.answer),
         correct=found["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )
