@@ -19,7 +19,7 @@ from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_sp
 from pixel_jax.terminal import printable, say, warn
 
 if TYPE_CHECKING:
-    from pixel_jax.evaluation.trace import Trace
+    from pixel_jax.evaluation.transcript import Transcript
     from pixel_jax.rollouts.prompts import Query
     from pixel_jax.serving.conversation import Message, Part, Prompt, Speaker
     from pixel_jax.serving.session import Saw, Session
@@ -41,7 +41,7 @@ def define_flags(command: str) -> None:
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
-    flags.DEFINE_string("json", None, "Also write it as traces to this file, for `pixel-jax view`.")
+    flags.DEFINE_string("json", None, "Also write it to this file, for `pixel-jax view`.")
     define_speaker_flags()
 
 
@@ -49,7 +49,7 @@ def main(command: str, arguments: list[str]) -> None:
     """Answers the question of the command line, or those that are read from standard input."""
     if not arguments:
         raise UserError("give the directory of a model: pixel-jax chat DIR [IMAGE ...] [--question=...]")
-    from pixel_jax.evaluation import report, trace
+    from pixel_jax.evaluation import report, transcript
     from pixel_jax.tools.host import HostToolsConfig
     from pixel_jax.tools.named import DEFAULT, find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
@@ -69,11 +69,11 @@ def main(command: str, arguments: list[str]) -> None:
         else:
             converse(chat, parts)
     if FLAGS.json:
-        trace.save(FLAGS.json, chat.traces)
+        transcript.save(FLAGS.json, chat.transcripts)
         say(f"\nThe conversation is written to {FLAGS.json}.")
     if FLAGS.html:
-        title = chat.traces[0].question if chat.traces else "Nothing was asked"
-        report.write(FLAGS.html, report.traces_page(chat.traces, title))
+        title = chat.transcripts[0].question if chat.transcripts else "Nothing was asked"
+        report.write(FLAGS.html, report.traces_page(chat.transcripts, title))
         say(f"\nThe conversation is drawn in {FLAGS.html}.")
 
 
@@ -156,7 +156,7 @@ class Chat:
     def __init__(self, speaker: "Speaker", *, host: "HostTools | None", seed: int, screen: "Screen"):
         self.speaker, self.host, self.seed, self.screen = speaker, host, seed, screen
         self.messages: list[Message] = []
-        self.traces: list[Trace] = []
+        self.transcripts: list[Transcript] = []
         self._session: Session | None = None
 
     def ask(self, question: str, parts: Sequence["Part"] = ()) -> str:
@@ -167,7 +167,7 @@ class Chat:
         """
         from pixel_jax.dialog.template import SPECIAL_TOKENS
         from pixel_jax.dialog.unrecognised import format_warning
-        from pixel_jax.evaluation.trace import make_trace
+        from pixel_jax.evaluation.transcript import make_transcript
         from pixel_jax.rollouts.images import ragged
         from pixel_jax.rollouts.materialize import materialize_on_host
         from pixel_jax.serving.conversation import Message, prompt_of
@@ -179,7 +179,7 @@ class Chat:
         prompt = prompt_of(asked, speaker)
         query = prompt.query
         session = self._session_for(prompt)
-        place = session.admit(prompt.placed(speaker, session.shape, len(self.traces)), speaker.config.temperature)
+        place = session.admit(prompt.placed(speaker, session.shape, len(self.transcripts)), speaker.config.temperature)
         screen.question(question, query, len(parts))
         reader, turns = Reader(speaker.vocabulary), [""]
         while reader.ended is None:
@@ -199,7 +199,7 @@ class Chat:
         screen.answer(boxed, reader.reason)
         if said := format_warning([SPECIAL_TOKENS["im_end"].join(turns)], speaker.tables.parser.language):
             warn(said)
-        self.traces.append(make_trace(seen, 0, query, speaker.vocabulary, answer=boxed))
+        self.transcripts.append(make_transcript(seen, 0, query, speaker.vocabulary, answer=boxed))
         self.messages = [*asked, Message("assistant", (answer,))]
         return answer
 

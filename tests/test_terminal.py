@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from pixel_jax import terminal
 from pixel_jax.chat import Screen
-from pixel_jax.evaluation.summary import print_table
 from pixel_jax.parallel import processes
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.serving.session import Saw
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.progress import Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_a_conversation_and_a_table_show_escapes():
         screen.saw(Saw(ESCAPES, False, ()), query)
         screen.answer(None, ESCAPES)
 
-    for draw in (show, lambda stream: print_table(["head"], [[ESCAPES]], stream)):
+    for draw in (show, lambda stream: print_table(table(["head"], [[ESCAPES]]), stream)):
         stream = io.StringIO()
         draw(stream)
         assert "\x1b" not in stream.getvalue() and r"\x1b]0;PWN\x07" in stream.getvalue()

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pixel_jax.evaluation.trace import as_document, make_trace
+from pixel_jax.evaluation.transcript import as_document, make_transcript
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.trajectory import Trajectories
@@ -188,8 +188,8 @@ class Completions:
             if isinstance(event, Ended):
                 if event.error is not None:
                     raise RequestError(f"the model has failed: {event.error}"[:500], status=500, code="failed")
-                trace = await self._trace(answer.request, speaker, event.row)
-                await JSONResponse(answer.completion(trace))(scope, receive, send)
+                transcript = await self._transcript(answer.request, speaker, event.row)
+                await JSONResponse(answer.completion(transcript))(scope, receive, send)
             else:
                 answer.add(event)
 
@@ -212,8 +212,8 @@ class Completions:
                     answer.add(event)
                     await write(answer.chunk({}, pixel_jax={"turn": answer.shown(event)}))
                 case Ended(error=None):
-                    trace = await self._trace(answer.request, speaker, event.row)
-                    await write(answer.chunk({}, answer.reader.ended, pixel_jax=answer.extension(trace)))
+                    transcript = await self._transcript(answer.request, speaker, event.row)
+                    await write(answer.chunk({}, answer.reader.ended, pixel_jax=answer.extension(transcript)))
                     if answer.request.usage:
                         await write(answer.usage_chunk())
                     await write("[DONE]", more=False)
@@ -221,17 +221,17 @@ class Completions:
                     failure = RequestError(f"the model has failed: {error}"[:500], status=500, code="failed")
                     await write(failure.body(), more=False)
 
-    async def _trace(
+    async def _transcript(
         self, request: ChatRequest, speaker: Speaker, row: Trajectories[VisualRecord] | None
     ) -> dict[str, Any] | None:
-        """The row of an answer with its pictures, as `pixel_jax.evaluation.trace.Trace` has it."""
+        """The row of an answer with its pictures, as `pixel_jax.evaluation.transcript.Transcript` has it."""
         if row is None:
             return None
         query = request.prompt.query
 
         def drawn() -> dict[str, Any]:
             seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
-            return as_document(make_trace(seen, 0, query, speaker.vocabulary))
+            return as_document(make_transcript(seen, 0, query, speaker.vocabulary))
 
         return await asyncio.get_running_loop().run_in_executor(self.threads, drawn)
 

@@ -84,7 +84,7 @@ class ChatRequest(NamedTuple):
     stop: tuple[str, ...]
     stream: bool
     usage: bool  # of a stream: whether the last chunk counts tokens
-    pictures: bool  # whether the trace has pictures
+    pictures: bool  # whether the transcript comes with it, with pictures
 
     def reader(self, speaker: Speaker) -> Reader:
         """What makes text of the row that answers it."""
@@ -352,16 +352,16 @@ class Answer:
         prompt, written = len(self.request.prompt.ids), self.reader.written
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
-    def extension(self, trace: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What OpenAI's protocol has no field for: turns, seed, why it ended, and where it was asked for the whole trace."""
+    def extension(self, transcript: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What OpenAI's protocol has no field for: turns, seed, why it ended, and where it was asked for the whole transcript."""
         known = {"seed": self.request.seed, "stop": self.reader.reason, "shown_tokens": self.reader.shown}
-        return known | ({} if trace is None else {"trace": trace})
+        return known | ({} if transcript is None else {"transcript": transcript})
 
-    def completion(self, trace: Mapping[str, Any] | None) -> dict[str, Any]:
+    def completion(self, transcript: Mapping[str, Any] | None) -> dict[str, Any]:
         """The whole answer, as `chat.completion`."""
         message = {"role": "assistant", "content": self.content, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": self.reader.ended, "logprobs": None}
-        extension = {"turns": self.turns} | self.extension(trace)
+        extension = {"turns": self.turns} | self.extension(transcript)
         return self._document("chat.completion", [choice]) | {"usage": self.usage(), "pixel_jax": extension}
 
     def chunk(self, delta: Mapping[str, Any], finish: str | None = None, **more: Any) -> dict[str, Any]:

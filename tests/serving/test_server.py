@@ -20,7 +20,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from pixel_jax.config import load
-from pixel_jax.evaluation.trace import Trace
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.serving import main
 from pixel_jax.serving.app import make_app
@@ -147,10 +147,10 @@ def test_streamed_pieces_join_to_the_whole(client):
         assert told == [x for x in whole.model_extra["pixel_jax"]["turns"] if x["role"] == "tool"]
 
 
-def test_the_trace_comes_with_its_pictures(client):
+def test_the_transcript_comes_with_its_pictures(client):
     own = {"extra_body": {"pixel_jax": {"pictures": True}}, "temperature": 1}
     found = [ask(client, "Which digit?", image, seed=seed, **own) for seed, image in enumerate(IMAGES)]
-    traces = [load(Trace, x.model_extra["pixel_jax"]["trace"], "trace") for x in found]
+    traces = [load(Transcript, x.model_extra["pixel_jax"]["transcript"], "transcript") for x in found]
     for trace, image, x in zip(traces, IMAGES, found, strict=True):
         assert (trace.pictures[0].height, trace.pictures[0].width) == image.shape[:2]
         told = x.model_extra["pixel_jax"]["turns"]
