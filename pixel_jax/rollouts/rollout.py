@@ -132,6 +132,10 @@ def begin(
     inputs = _program_inputs(model, batch, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
         state = _start(model, *inputs, shape=shape, mesh=mesh)
+    if (
+        mesh is None
+    ):  # bound to the model's device, as what `advance` returns is: otherwise its second call compiles again
+        state = jax.device_put(state, next(iter(jax.tree.leaves(model)[0].devices())))
     if any(tool.picture for tool in shape.tools):
         state = dataclasses.replace(state, pictures=_pictures(prompts.images, mesh))
     if batch is prompts:

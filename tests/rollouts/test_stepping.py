@@ -12,7 +12,19 @@ from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.queue import NOT_WAITING
-from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, drop, finish, finished, rollout
+from pixel_jax.rollouts.rollout import (
+    _admit,
+    _advance,
+    _drop,
+    _finish,
+    admit,
+    advance,
+    begin,
+    drop,
+    finish,
+    finished,
+    rollout,
+)
 from pixel_jax.rollouts.rows import Chunk
 from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
@@ -22,6 +34,7 @@ KEY = jax.random.key(7)
 SMALL = dataclasses.replace(scripted_model.CONFIG, group_size=2, max_response=256, max_calls=2, observe_chunk=1)
 QUEUED = dataclasses.replace(SMALL, in_flight=2)
 TAIL = dataclasses.replace(SMALL, tail_rows=3)
+STEPS = (_advance, _finish, _drop, _admit)
 BUDGETS = (1, 3, 7, 1000)
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -281,3 +294,17 @@ def test_each_prompt_may_have_a_temperature():
 def test_rows_of_nothing_are_taken():
     """What calls leave behind is empty where none are allowed (`max_calls` 0)."""
     assert Chunk(jnp.zeros((1, 2), jnp.int32), 3).take(jnp.zeros((3, 0, 4))).shape == (2, 0, 4)
+
+
+def test_a_model_from_a_directory_is_compiled_for_once():
+    """Its weights are bound to a device, and so is the state from the start: no step compiles again when it is."""
+    device = jax.local_devices()[0]
+    model = jax.device_put(scripted_model.model(), device)
+    state, sizes = begin(model, prompts(0, 1), KEY, QUEUED, capacity=4), []
+    for which in (2, 3):
+        state = advance(model, state, 2)
+        finish(state)
+        state = drop(state, [0])
+        state = admit(state, [0], prompts(which), temperatures=[1.0])
+        sizes.append([step._cache_size() for step in STEPS])
+    assert sizes[0] == sizes[1] and all(x.committed for x in jax.tree.leaves(state))
