@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pixel_jax.files import FileError, open_regular, read_json
+from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import LoRAWeight, is_variable
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,7 +32,7 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 
 
 def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
-    """(path in the tree, released key, weight) of every weight; a stacked weight's key has `{}` for the layer."""
+    """(path in the tree, our name, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
         if names[0] == "language_model":
@@ -41,12 +42,8 @@ def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]
         yield path, ".".join(names), weight
 
 
-def released_key(key: str) -> str:
-    """Either spelling -> the released one."""
-    for newer, released in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(newer):
-            return released + key[len(newer) :]
-    return key
+# What some files hold beside weights: it follows from the configuration.
+BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 def is_weight_file(name: str) -> bool:
@@ -55,11 +52,11 @@ def is_weight_file(name: str) -> bool:
 
 
 class WeightReader:
-    """The tensors of a directory, by released key; files are mapped, not read."""
+    """The tensors of a directory, by our names of them; files are mapped, not read."""
 
-    def __init__(self, directory: Path, files: contextlib.ExitStack):
+    def __init__(self, directory: Path, files: contextlib.ExitStack, names: WeightNames):
         self.directory = directory
-        self.tensors = {}  # released key -> (open file, key in the file, file name)
+        self.tensors = {}  # our name -> (open file, key in the file, file name)
         # As transformers: one file, where there is one, whatever an index beside it says.
         if os.path.lexists(directory / SINGLE):
             index = None
@@ -78,7 +75,9 @@ class WeightReader:
         for key, name in index.items():
             if key not in held[name]:
                 raise FileError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
-            _, twin, other = self.tensors.setdefault(released_key(key), (opened[name], key, name))
+            if BUFFERS.fullmatch(key):
+                continue
+            _, twin, other = self.tensors.setdefault(names.ours(key), (opened[name], key, name))
             if twin != key:
                 raise FileError(
                     f"{directory}: {twin!r} in {other} and {key!r} in {name} are two spellings of one tensor"
@@ -123,8 +122,8 @@ def _open_tensors(path: Path) -> safe_open:
 
 
 def load_weights(
-    model: Qwen2_5_VL, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None
-) -> Qwen2_5_VL:
+    model: Model, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None
+) -> Model:
     """An abstract model (`jax.eval_shape`) -> the same with the weights of a directory.
 
     Args:
@@ -137,7 +136,7 @@ def load_weights(
         FileNotFoundError: the directory has no weights.
     """
     with contextlib.ExitStack() as files:
-        reader = WeightReader(directory, files)
+        reader = WeightReader(directory, files, model.config.names)
         wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
         for _, key, weight in named_weights(model):
             stacked = weight.axes[0] == "layers"
@@ -209,7 +208,7 @@ def _is_finite(values: np.ndarray) -> bool:
     return all((piece & magnitude).max() < infinity for piece in pieces)
 
 
-def _check_tied(reader: WeightReader, model: Qwen2_5_VL) -> None:
+def _check_tied(reader: WeightReader, model: Model) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
     shape = model.language_model.embed_tokens.weight.shape
     head, embedding = (reader.tensor(key, shape)[:] for key in ("lm_head.weight", "model.embed_tokens.weight"))
@@ -219,7 +218,7 @@ def _check_tied(reader: WeightReader, model: Qwen2_5_VL) -> None:
         )
 
 
-def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
+def save_weights(model: Model, directory: Path, dtype=None) -> None:
     """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index.
 
     dtype: of what is written; None: each weight's own.
@@ -235,7 +234,7 @@ def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
-            plan[-1].append((key.format(layer), weight, layer))
+            plan[-1].append((model.config.names.in_file(key.format(layer)), weight, layer))
             sizes[-1] += size
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):

@@ -17,13 +17,13 @@ from flax import nnx
 
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import value_of
 
 Filter = type | Callable[[str, nnx.Variable], bool]
 
 
-def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Qwen2_5_VL:
+def add_lora(model: Model, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Model:
     r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
 
     targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
@@ -51,7 +51,7 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
     return model
 
 
-def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
+def merge_lora(model: Model, dtype=None) -> Model:
     """The model without adapters: each weight W becomes W + scale * B A, added in float32.
 
     dtype: of the weights that had one. None: what it was, in which a small change may be lost.
@@ -68,7 +68,7 @@ def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
     return model
 
 
-def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
+def without_lora(model: Model) -> Model:
     """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
     model, found = _copy(model), False
     for _, linear in linears(model):
@@ -79,7 +79,7 @@ def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
     return model
 
 
-def linears(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear]]:
+def linears(model: Model) -> Iterator[tuple[str, Linear]]:
     """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
         owner = model

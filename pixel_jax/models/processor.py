@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.files import FileError
-from pixel_jax.models.config import Qwen2_5_VLConfig, shown
+from pixel_jax.models.config import ModelConfig, shown
 from pixel_jax.models.side_files import (
     NESTED,
     PREPROCESSOR,
@@ -48,7 +48,7 @@ class Processor:
         self._as_read: tuple | None = None  # what they say of the tokenizer and of the limits
 
     @classmethod
-    def from_directory(cls, directory: Path, config: Qwen2_5_VLConfig) -> "Processor | None":
+    def from_directory(cls, directory: Path, config: ModelConfig) -> "Processor | None":
         """The processor of a model directory; None if it holds no tokenizer.
 
         Raises:
@@ -188,7 +188,7 @@ def _preprocessor(min_pixels: int, max_pixels: int) -> dict[str, Any]:
     }
 
 
-def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLConfig) -> dict[str, int]:
+def _read_limits(files: dict[str, bytes], directory: Path, config: ModelConfig) -> dict[str, int]:
     """min_pixels and max_pixels of the directory's preprocessor, whose other fields must be those of the model."""
     name = next((name for name in (PREPROCESSOR, NESTED) if name in files), None)
     if name is None:
