@@ -153,7 +153,7 @@ def forward(
         raise ValueError(f"attention_mask has shape {valid.shape}, input_ids {tokens.shape}")
     rows: list[list] = [[] for _ in tokens]
     if model.config.vision is not None:
-        images = _Items("image", *_patched(pixel_values, image_grid_thw, model.config), model.config)
+        images = _Items("image", *patched(pixel_values, image_grid_thw, model.config), model.config)
         seconds_of = {"seconds": second_per_grid_ts, "default_seconds": 1.0}
         videos = _Items("video", pixel_values_videos, video_grid_thw, model.config, **seconds_of)
         rows = [_row_items(r, tokens[r][valid[r]], images, videos, model.config) for r in range(len(tokens))]
@@ -190,7 +190,7 @@ def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
     return model.logits(model.backbone(model.embed(tokens, features, grids), positions, valid))
 
 
-def _patched(pixel_values, grids, config: ModelConfig):
+def patched(pixel_values, grids, config: ModelConfig):
     """Pixel values and grids of images; those of a family whose images have one size are [images, 3, height, width]."""
     vision = config.vision
     assert vision is not None

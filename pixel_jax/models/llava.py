@@ -93,6 +93,7 @@ class LlavaConfig(ModelConfig):
 
     model_type: ClassVar[str] = "llava"
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
+    vision_class: ClassVar[type[TowerConfig]] = CLIPConfig
     names: ClassVar[WeightNames] = WeightNames(
         (
             (

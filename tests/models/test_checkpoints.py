@@ -96,7 +96,7 @@ def test_both_spellings_of_keys_and_both_layouts_of_config(model, directory, nes
     assert same(again, model)
 
 
-TEXT_FIELDS = set(tiny_config().to_hf()) & set(tiny_config().text.__dataclass_fields__)
+TEXT_FIELDS = set(tiny_config().to_hf()) & set(tiny_config().text.__dataclass_fields__) - {"rope_scaling"}
 
 
 # The fields of the released 7B configuration, as they stand in its config.json.
@@ -137,7 +137,7 @@ def test_a_missing_field_has_the_default_of_transformers():
     except_for = {"mrope_section", "bos_token_id", "eos_token_id"}
     for ours, values in ((TextConfig(), text), (VisionConfig(), vision)):
         for spec in dataclasses.fields(ours):
-            if spec.name not in except_for:
+            if spec.name not in except_for and "read" in spec.metadata:
                 value = values[spec.name]
                 assert getattr(ours, spec.name) == (tuple(value) if isinstance(value, list) else value), spec.name
     config = Qwen2_5_VLConfig.from_hf({"model_type": "qwen2_5_vl", "vision_config": {"out_hidden_size": 8192}})
