@@ -121,9 +121,7 @@ def _open_tensors(path: Path) -> safe_open:
         raise FileError(f"{path}: truncated or damaged ({error})") from None
 
 
-def load_weights(
-    model: Model, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None
-) -> Model:
+def load_weights(model: Model, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None) -> Model:
     """An abstract model (`jax.eval_shape`) -> the same with the weights of a directory.
 
     Args:

@@ -138,7 +138,9 @@ class TextConfig:
     num_key_value_heads: int = whole(8)  # a default of 0: as many as there are heads
     rms_norm_eps: float = field(1e-5, check_positive)
     rope_theta: float = field(1e6, check_positive)
-    mrope_section: tuple[int, int, int] | None = field((16, 24, 24), check_sections)  # None: positions are single numbers
+    mrope_section: tuple[int, int, int] | None = field(
+        (16, 24, 24), check_sections
+    )  # None: positions are single numbers
     max_position_embeddings: int = whole(32768, 2**31 - 1)
     # For text generation elsewhere; nothing in the network depends on them. transformers 5, which has other defaults, always
     # writes them.
@@ -151,7 +153,9 @@ class TextConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
-    mrope_interleaved: bool = False  # time, height and width take turns among the frequencies, instead of one block each
+    mrope_interleaved: bool = (
+        False  # time, height and width take turns among the frequencies, instead of one block each
+    )
     rope_scaling: RopeScaling | None = None
 
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "mrope")  # that the family has; the last one is its own
@@ -309,6 +313,12 @@ class ModelConfig:
     text_class: ClassVar[type[TextConfig]] = TextConfig
     vision_class: ClassVar[type[TowerConfig] | None] = None
     nested: ClassVar[bool] = False  # whether the layout that is written has a `text_config`
+    # What a processor needs to know: the text that stands for an image and for a video, whether each temporal patch of a video
+    # is an item of its own behind its time in the text, and transformers' classes.
+    placeholders: ClassVar[tuple[str, ...]] = ()
+    splits_videos: ClassVar[bool] = False
+    processor: ClassVar[str] = ""
+    image_processor: ClassVar[str] = ""
 
     def __post_init__(self):
         if self.vision is not None and self.vision.out_hidden_size != self.text.hidden_size:
@@ -320,11 +330,6 @@ class ModelConfig:
     def visual_tokens(self) -> tuple[int, ...]:
         """The placeholder tokens in whose places the decoder reads visual features."""
         return ()
-
-    @property
-    def splits_videos(self) -> bool:
-        """Whether each temporal patch of a video is an item of its own, with a time stamp in the text before it."""
-        return False
 
     @classmethod
     def from_hf(cls, config: Any, where: str = CONFIG) -> Self:
@@ -419,9 +424,7 @@ def _rotary(cls: type[TextConfig], text: dict[str, Any], prefix: str) -> dict[st
     rope = section(text, name) or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in cls.rope_kinds:
-        raise ValueError(
-            f"{prefix}{name}: rope type {shown(kind)} is not supported, only {cls.rope_kinds[-1]!r}"
-        )
+        raise ValueError(f"{prefix}{name}: rope type {shown(kind)} is not supported, only {cls.rope_kinds[-1]!r}")
     where, values = f"{prefix}{name}.", {}
     for field_name, read in (
         ("rope_theta", check_positive),
@@ -431,7 +434,9 @@ def _rotary(cls: type[TextConfig], text: dict[str, Any], prefix: str) -> dict[st
         if field_name in rope and (field_name == "rope_theta" or "mrope" in cls.rope_kinds):
             values[field_name] = check_at(f"{prefix}{field_name}", read, rope[field_name])
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{where}partial_rotary_factor {shown(rope['partial_rotary_factor'])} is not supported, only 1")
+        raise ValueError(
+            f"{where}partial_rotary_factor {shown(rope['partial_rotary_factor'])} is not supported, only 1"
+        )
     if kind in ("linear", "llama3"):
         names = RopeScaling._fields[1:] if kind == "llama3" else ("factor",)
         if missing := [n for n in names if n not in rope]:
@@ -487,5 +492,8 @@ def write_text(text: TextConfig) -> dict[str, Any]:
             values["rope_scaling"]["mrope_interleaved"] = True
     elif scaling is not None:
         rope = scaling._asdict()
-        values["rope_scaling"] = {"rope_type": rope.pop("kind"), **(rope if scaling.kind == "llama3" else {"factor": scaling.factor})}
+        values["rope_scaling"] = {
+            "rope_type": rope.pop("kind"),
+            **(rope if scaling.kind == "llama3" else {"factor": scaling.factor}),
+        }
     return values

@@ -200,7 +200,9 @@ def patched(pixel_values, grids, config: ModelConfig):
     pixels = np.asarray(pixel_values, np.float32)
     expected = (vision.in_channels, high * side, wide * side)
     if pixels.ndim != 4 or pixels.shape[1:] != expected:
-        raise ValueError(f"pixel values of images must be [images, {', '.join(map(str, expected))}], got {pixels.shape}")
+        raise ValueError(
+            f"pixel values of images must be [images, {', '.join(map(str, expected))}], got {pixels.shape}"
+        )
     cells = pixels.reshape(len(pixels), vision.in_channels, high, side, wide, side).transpose(0, 2, 4, 1, 3, 5)
     return cells.reshape(-1, vision.patch_dim), np.tile([1, high, wide], (len(pixels), 1))
 

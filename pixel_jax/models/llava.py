@@ -94,6 +94,9 @@ class LlavaConfig(ModelConfig):
     model_type: ClassVar[str] = "llava"
     architecture: ClassVar[str] = "LlavaForConditionalGeneration"
     vision_class: ClassVar[type[TowerConfig]] = CLIPConfig
+    placeholders: ClassVar[tuple[str, ...]] = ("<image>",)
+    processor: ClassVar[str] = "LlavaProcessor"
+    image_processor: ClassVar[str] = "CLIPImageProcessor"
     names: ClassVar[WeightNames] = WeightNames(
         (
             (
@@ -134,14 +137,14 @@ class LlavaConfig(ModelConfig):
         text = read_text(TEXT_FAMILIES[inner.get("model_type", "llama")], inner, "text_config.")
         vision = cls.read_vision(tower)
         assert isinstance(vision, CLIPConfig)
-        own = {name: value for name, value in (("vision_feature_layer", -2), ("multi_modal_projector_bias", True))}
+        own = {name: value for name, value in (("vision_feature_layer", -2), ("multimodal_projector_bias", True))}
         own |= {name: config[name] for name in own if name in config}
         vision = dataclasses.replace(
             vision,
             out_hidden_size=text.hidden_size,
             feature_layers=_layers(own["vision_feature_layer"]),
             with_class_token=config.get("vision_feature_select_strategy", "default") == "full",
-            projector_bias=check_flag(own["multi_modal_projector_bias"]),
+            projector_bias=check_flag(own["multimodal_projector_bias"]),
         )
         number = config.get("image_token_index", config.get("image_token_id", 32000))
         tied = any(check_flag(x.get("tie_word_embeddings", False)) for x in (config, inner))
@@ -155,7 +158,7 @@ class LlavaConfig(ModelConfig):
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **written(self),
-            "multi_modal_projector_bias": vision.projector_bias,
+            "multimodal_projector_bias": vision.projector_bias,
             "projector_hidden_act": "gelu",
             "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
             "vision_feature_select_strategy": "full" if vision.with_class_token else "default",

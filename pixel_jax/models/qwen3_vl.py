@@ -77,6 +77,9 @@ class Qwen3VLConfig(QwenVLConfig):
     text_class: ClassVar[type[TextConfig]] = Qwen3VLText
     vision_class: ClassVar[type[TowerConfig]] = Qwen3Tower
     nested: ClassVar[bool] = True
+    splits_videos: ClassVar[bool] = True
+    processor: ClassVar[str] = "Qwen3VLProcessor"
+    image_processor: ClassVar[str] = "Qwen2VLImageProcessorFast"
 
     def __post_init__(self):
         super().__post_init__()
@@ -90,10 +93,6 @@ class Qwen3VLConfig(QwenVLConfig):
                 f"vision deepstack_visual_indexes {self.vision.deepstack_visual_indexes} need as many decoder layers, "
                 f"there are {self.text.num_hidden_layers}"
             )
-
-    @property
-    def splits_videos(self) -> bool:
-        return True
 
 
 class Merger(nnx.Module):

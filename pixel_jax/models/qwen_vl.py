@@ -44,6 +44,8 @@ class QwenVLConfig(ModelConfig):
     vision_end_token_id: int = token(151653)
 
     names: ClassVar[WeightNames] = WeightNames((FLAT_NAMES, NESTED_NAMES))
+    placeholders: ClassVar[tuple[str, ...]] = ("<|image_pad|>", "<|video_pad|>")
+    image_processor: ClassVar[str] = "Qwen2VLImageProcessor"
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
@@ -56,6 +58,7 @@ class Qwen2_5_VLConfig(QwenVLConfig):
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     architecture: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
+    processor: ClassVar[str] = "Qwen2_5_VLProcessor"
     vision_class: ClassVar[type[TowerConfig]] = VisionConfig
 
     def vision_to_hf(self, vision: TowerConfig) -> dict[str, Any]:
@@ -78,6 +81,7 @@ class Qwen2VLConfig(QwenVLConfig):
 
     model_type: ClassVar[str] = "qwen2_vl"
     architecture: ClassVar[str] = "Qwen2VLForConditionalGeneration"
+    processor: ClassVar[str] = "Qwen2VLProcessor"
     vision_class: ClassVar[type[TowerConfig]] = Qwen2Tower
 
     @classmethod

@@ -254,7 +254,9 @@ def test_cached_steps_equal_the_full_forward(name, rng):
 
 def test_an_unknown_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt_bigcode"}')
-    with pytest.raises(pixel_jax.files.FileError, match="model_type is 'gpt_bigcode'; the known families are .*qwen3_vl"):
+    with pytest.raises(
+        pixel_jax.files.FileError, match="model_type is 'gpt_bigcode'; the known families are .*qwen3_vl"
+    ):
         pixel_jax.from_pretrained(tmp_path)
     assert set(FAMILIES) == {"qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "qwen2", "qwen3", "llama"}
 
@@ -263,5 +265,7 @@ def test_text_only_models_have_no_tower():
     from pixel_jax.models import config_from_hf
 
     for name in TEXT_ONLY:
-        model = jax.eval_shape(lambda key, name=name: LanguageModel(config_from_hf(VALUES[name]), key), jax.random.key(0))
+        model = jax.eval_shape(
+            lambda key, name=name: LanguageModel(config_from_hf(VALUES[name]), key), jax.random.key(0)
+        )
         assert model.visual is None

@@ -95,7 +95,7 @@ VALUES = {
         "vision_config": CLIP,
         "vision_feature_layer": [-1, 1],
         "vision_feature_select_strategy": "full",
-        "multi_modal_projector_bias": False,
+        "multimodal_projector_bias": False,
     },
 }  # fmt: skip
 TEXT_ONLY = ("qwen2", "qwen3", "llama", "llama3")
