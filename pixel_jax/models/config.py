@@ -261,6 +261,12 @@ class TowerConfig:
         return self.window_size // self.patch_size // self.spatial_merge_size
 
     @property
+    def merger_weights(self) -> int:
+        """Numbers in the matrices that a visual token is multiplied with after the last block."""
+        wide = self.hidden_size * self.merge_unit
+        return (wide**2 + wide * self.out_hidden_size) * (1 + len(self.deepstack_visual_indexes))
+
+    @property
     def feature_size(self) -> int:
         """Numbers that the decoder gets of a visual token: those of its input, and what is added to its first layers."""
         return self.out_hidden_size * (1 + len(self.deepstack_visual_indexes))

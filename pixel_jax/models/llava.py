@@ -73,6 +73,11 @@ class CLIPConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {self.feature_layers}: there are {self.depth} layers")
 
     @property
+    def merger_weights(self) -> int:
+        """See `TowerConfig.merger_weights`: the projector's."""
+        return (self.hidden_size * len(self.feature_layers) + self.out_hidden_size) * self.out_hidden_size
+
+    @property
     def fixed_grid(self) -> tuple[int, int]:
         """Height and width of every image in patches."""
         side = self.image_size // self.patch_size

@@ -52,16 +52,19 @@ def scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return ((1 - smooth) * low + smooth * frequencies).astype(np.float32)
 
 
+def rotary_frequencies(config: TextConfig) -> np.ndarray:
+    """Returns the angles by which one position turns the pairs of a head, float32 [head_dim / 2]."""
+    frequencies = _frequencies(config.head_dim, config.rope_theta)
+    return frequencies if config.rope_scaling is None else scaled(frequencies, config.rope_scaling)
+
+
 def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
     """Positions int32 [3, B, T] -> cos, sin float32 [B, T, head_dim / 2].
 
     With an `mrope_section` the frequencies are dealt out to time, height and width, so many to each: in blocks, or in turns.
     Without one all positions of a token are the same number.
     """
-    half, section = config.head_dim // 2, config.mrope_section
-    frequencies = _frequencies(config.head_dim, config.rope_theta)
-    if config.rope_scaling is not None:
-        frequencies = scaled(frequencies, config.rope_scaling)
+    half, section, frequencies = config.head_dim // 2, config.mrope_section, rotary_frequencies(config)
     if section is None:
         angles = positions[0].astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)

@@ -205,7 +205,9 @@ def test_gradients_of_every_weight(name, rng):
             if theirs_grad is None:  # CLIP's last layers, which LLaVA does not read
                 assert not ours_grad.any(), key.format(layer)
             else:
-                scale = max(float(theirs_grad.abs().max()), 1e-2)  # those of keys' biases are nothing but rounding
+                # A bias of keys that are not rotated shifts all scores alike: its gradient is rounding.
+                floor = 1.0 if name == "llava" and key.endswith("k_proj.bias") else 1e-3
+                scale = max(float(theirs_grad.abs().max()), floor)
                 assert np.abs(ours_grad - theirs_grad.numpy()).max() / scale < 1e-4, key.format(layer)
     assert not expected
 
