@@ -11,23 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.files import FileError, read_json, settle, sync_directory
-from pixel_jax.models.checkpoint import is_weight_file, load_weights, save_weights
+from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, Qwen2_5_VLConfig, read_config
+from pixel_jax.models.peft import CONFIG as ADAPTER
+from pixel_jax.models.peft import PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.side_files import is_side_file
+from pixel_jax.terminal import warn
 
-ADAPTER = "adapter_config.json"
 UNFINISHED = ".saving"  # folder in a model directory, in which what is saved lies until all of it is there
 
 
-def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> tuple[Qwen2_5_VL, Processor | None]:
-    """Read a directory with config.json and safetensors files.
+def from_pretrained(
+    path: str | os.PathLike,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=None,
+    adapter: str | os.PathLike | None = None,
+) -> tuple[Qwen2_5_VL, Processor | None]:
+    """Reads a directory with config.json and safetensors files.
 
     Args:
+        path: the directory.
         mesh: where to put the weights, by their logical axes; None: one device.
         dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
+        adapter: directory of an adapter (`load_adapter`) to put on the model.
 
     Returns:
         The model, and its processor, or None if the directory has neither tokenizer nor preprocessor files.
@@ -48,7 +57,11 @@ def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> 
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
         shardings = shardings_of(abstract, mesh)
-    model = load_weights(abstract, directory, shardings, dtype, config_dtype=config_dtype)
+    tensors = open_weights(directory)
+    model = load_weights(abstract, tensors, directory, shardings, dtype, config_dtype=config_dtype)
+    if adapter is not None:
+        _warn_of_another(directory, Path(adapter))
+        model = load_adapter(model, adapter)
     return model, Processor.from_directory(directory, config)
 
 
@@ -59,12 +72,21 @@ def _what_it_is(directory: Path) -> str:
             base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]
         except (FileError, LookupError, TypeError):
             base = "its base model"
-        return f". It holds an adapter ({ADAPTER}): merge it into {repr(base)[:100]}, with PEFT's merge_and_unload, and save that"
+        return f". It holds an adapter ({ADAPTER}): give the directory of {repr(base)[:100]}, and this one as `adapter`"
     if (directory / "model" / CONFIG).is_file():
         return f". It holds one: {directory / 'model'}"
     if (directory / UNFINISHED).is_dir():
         return f". Saving a model there was cut short ({UNFINISHED}): save it again"
     return ""
+
+
+def _warn_of_another(directory: Path, adapter: Path) -> None:
+    """Says so if an adapter names another directory as its base: on the merged model its product would count twice."""
+    if not (adapter / ADAPTER).is_file():
+        return
+    base = PEFTConfig.read(adapter / ADAPTER).base
+    if base is not None and (Path(base) / CONFIG).is_file() and Path(base).resolve() != directory.resolve():
+        warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
 
 
 def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path, dtype=None) -> None:
