@@ -25,10 +25,10 @@ UNFINISHED = ".saving"  # folder in a model directory, in which what is saved li
 
 
 def from_pretrained(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     mesh: jax.sharding.Mesh | None = None,
     dtype=None,
-    adapter: str | os.PathLike | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Qwen2_5_VL, Processor | None]:
     """Reads a directory with config.json and safetensors files.
 
@@ -89,15 +89,17 @@ def _warn_of_another(directory: Path, adapter: Path) -> None:
         warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
 
 
-def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path, dtype=None) -> None:
-    """Write the same format back (adapters merged beforehand).
+def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
+    """Writes the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
     old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either.
 
     Args:
+        model: without adapters.
         processor: its tokenizer's and preprocessor's files, and `generation_config.json`, are written as they were read.
             None leaves those that lie in the directory.
+        path: the directory, which is made if it is not there.
         dtype: of the weights in the files; None: each has its own.
     """
     directory = Path(path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from pixel_jax.models.tensors import Tensor, is_finite
 from pixel_jax.parallel.processes import is_main_process
@@ -26,7 +27,7 @@ class Wanted:
     """A weight, and where it comes from and goes to."""
 
     shape: tuple[int, ...]
-    sharding: jax.sharding.Sharding
+    sharding: Sharding
     tensors: Sequence[
         Tensor
     ]  # one for each layer of a stack, whose axis is the first; or the one of a weight that is none
@@ -43,7 +44,7 @@ class Shard:
 
     weight: int
     index: tuple[slice, ...]
-    devices: tuple[jax.Device, ...]
+    devices: tuple[SingleDeviceSharding, ...]
     shape: tuple[int, ...]
 
 
@@ -83,10 +84,11 @@ def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[
 
 
 def _local_shards(number: int, weight: Wanted) -> list[Shard]:
-    devices: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    """The parts of weight `number` that this process's devices have, each once."""
+    devices: dict[tuple[tuple[int, int], ...], list[SingleDeviceSharding]] = {}
     for device, index in weight.sharding.addressable_devices_indices_map(weight.shape).items():
         ranges = [x.indices(size)[:2] for x, size in zip(index or (), weight.shape, strict=True)]
-        devices.setdefault(tuple(ranges), []).append(device)
+        devices.setdefault(tuple(ranges), []).append(SingleDeviceSharding(device))
     return [
         Shard(number, tuple(slice(*x) for x in ranges), tuple(found), tuple(stop - start for start, stop in ranges))
         for ranges, found in devices.items()

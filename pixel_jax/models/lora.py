@@ -69,6 +69,7 @@ def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
 
 def _changed(linear: Linear, sign: int, dtype) -> Weight:
     """W + sign * scale * B A, added in float32."""
+    assert linear.lora_a is not None and linear.lora_b is not None
     weight = linear.weight[...]
     change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
     changed = (weight.astype(change.dtype) + sign * change).astype(dtype or weight.dtype)

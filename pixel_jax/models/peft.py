@@ -8,6 +8,7 @@ ratio in its second factor B.
 import dataclasses
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -203,7 +204,7 @@ def _match(pattern: str, name: str) -> Any:
         raise ValueError(f"the pattern {pattern[:200]!r} is no regular expression: {error}") from None
 
 
-def load_adapter(model: Qwen2_5_VL, path: str | Path) -> Qwen2_5_VL:
+def load_adapter(model: Qwen2_5_VL, path: str | os.PathLike[str]) -> Qwen2_5_VL:
     """Puts an adapter that PEFT or `save_adapter` wrote on a model.
 
     Args:
@@ -339,7 +340,9 @@ def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:
     return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
 
 
-def save_adapter(model: Qwen2_5_VL, path: str | Path, *, base: str | Path | None = None, dtype=None) -> None:
+def save_adapter(
+    model: Qwen2_5_VL, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, dtype=None
+) -> None:
     """Writes the adapter of a model as a directory that PEFT, and `load_adapter`, read.
 
     Args:
@@ -356,7 +359,7 @@ def save_adapter(model: Qwen2_5_VL, path: str | Path, *, base: str | Path | None
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, linear in linears(model):
-        if linear.lora_a is None:
+        if linear.lora_a is None or linear.lora_b is None:
             continue
         a, b = (to_host(x[...], dtype or np.float32) for x in (linear.lora_a, linear.lora_b))
         for layer, (one, other) in enumerate(_pairs(a, b)):
@@ -372,7 +375,7 @@ def save_adapter(model: Qwen2_5_VL, path: str | Path, *, base: str | Path | None
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None if base is None else str(base),
+        "base_model_name_or_path": None if base is None else os.fspath(base),
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": _targets(model, set(ranks)),
