@@ -14,13 +14,14 @@ from pixel_jax.files import FileError, read_json, settle, sync_directory
 from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, Qwen2_5_VLConfig, read_config
 from pixel_jax.models.peft import CONFIG as ADAPTER
-from pixel_jax.models.peft import PEFTConfig, load_adapter
+from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.side_files import is_side_file
 from pixel_jax.terminal import warn
 
+ADAPTER_FILES = (f"{FOLDER}/{ADAPTER}", f"{FOLDER}/{WEIGHTS}")  # of a model that it was merged into
 UNFINISHED = ".saving"  # folder in a model directory, in which what is saved lies until all of it is there
 
 
@@ -135,7 +136,7 @@ def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         os.replace(unfinished / name, directory / name)
     for name in before - names:
-        if is_weight_file(name) or (sides and is_side_file(name)):
+        if is_weight_file(name) or name in ADAPTER_FILES or (sides and is_side_file(name)):
             (directory / name).unlink()
     sync_directory(directory)
     os.replace(unfinished / CONFIG, directory / CONFIG)

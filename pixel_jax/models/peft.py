@@ -29,6 +29,7 @@ from pixel_jax.parallel.sharding import partition_spec
 from pixel_jax.terminal import warn
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+FOLDER = "adapter"  # in the directory of a merged model, where its adapter lies
 PREFIX = "base_model.model."  # of every tensor's name
 MAX_RANK = 2**16
 MAX_PATTERN = 2**16  # characters

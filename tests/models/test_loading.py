@@ -72,7 +72,9 @@ def test_every_shard_is_read_once_and_holds_its_part(tmp_path, rng, monkeypatch)
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2}, jax.devices()[:4])
     place = lambda *spec: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     read = []
-    monkeypatch.setattr(loading, "_read", lambda *args, read_shard=loading._read: read.append(args[1]) or read_shard(*args))
+    monkeypatch.setattr(
+        loading, "_read", lambda *args, read_shard=loading._read: read.append(args[1]) or read_shard(*args)
+    )
     wanted = [
         Wanted((3, 8, 6), place(None, "tensor", "fsdp"), [tensors[f"w.{i}"] for i in range(3)]),
         Wanted((24,), place("tensor"), [tensors["one"]]),
