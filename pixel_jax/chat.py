@@ -25,6 +25,7 @@ def define_flags(command: str) -> None:
     )
     flags.DEFINE_integer("tool_workers", 4, "Processes for tools that run on the host.", lower_bound=1)
     flags.DEFINE_float("tool_seconds", 30.0, "Seconds that a call of such a tool may take.", lower_bound=1e-3)
+    flags.DEFINE_string("adapter", None, "Directory of an adapter (PEFT's format) to put on the model.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
 
 
@@ -61,7 +62,7 @@ def main(command: str, arguments: list[str]) -> None:
     tools = find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
-    model, processor = from_pretrained(directory)
+    model, processor = from_pretrained(directory, adapter=FLAGS.adapter)
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0

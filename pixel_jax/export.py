@@ -93,19 +93,23 @@ def model_directory(name: str) -> pathlib.Path:
     return found[step]
 
 
-def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) -> None:
+def write_model(model, processor, out, dtype: str, *, adapter_of: str | None, limits) -> None:
     """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
 
     Args:
-        adapters: it has some, which are merged.
+        adapter_of: the model that its adapter belongs to. The adapter is merged, and also lies beside the merged model, in
+            `out`/adapter, as PEFT has it. None: there is none.
         limits: `RolloutConfig` that lies beside it.
     """
-    from pixel_jax import save_pretrained
+    from pixel_jax import save_adapter, save_pretrained
     from pixel_jax.models.lora import merge_lora
+    from pixel_jax.models.peft import FOLDER
     from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.rollouts.limits import write_limits
 
-    save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
+    save_pretrained(model if adapter_of is None else merge_lora(model, dtype), processor, out, dtype)
+    if adapter_of is not None:
+        save_adapter(model, pathlib.Path(out) / FOLDER, base=adapter_of)
     if is_main_process():
         write_limits(out, limits)
 
@@ -151,7 +155,7 @@ def export(
         if step not in steps:
             raise UserError(f"{phase} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         try:
-            whole, processor = from_pretrained(source)
+            whole, processor = from_pretrained(source, adapter=config.adapter)
         except FileNotFoundError as error:
             raise UserError(f"the model that the run began with: {error}; say where it lies with --model") from error
         dtype = dtype or config.dtype or dtype_of(whole)
@@ -167,5 +171,5 @@ def export(
         found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))
     limits = section.rollout if command == "rl" else config.rollout
     whole = combine(found["trainable"], rest)
-    write_model(whole, processor, out, dtype, adapters=config.lora is not None, limits=limits)
+    write_model(whole, processor, out, dtype, adapter_of=config.model if config.adapts else None, limits=limits)
     return step, steps

@@ -38,7 +38,7 @@ class Kind(enum.Enum):
 # Patterns of names, in the order in which they are tried. What matches none of them changes the experiment.
 KINDS: Mapping[str, Kind] = {
     # Places; what lies there is known by its content.
-    **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), Kind.FREE),
+    **dict.fromkeys(("model", "adapter", "data", "out", "image_folders", "columns.*"), Kind.FREE),
     # Machines, memory and speed: the same numbers, but for rounding.
     **dict.fromkeys(("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), Kind.FREE),
     "host_tools.workers": Kind.FREE,
@@ -50,6 +50,7 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), Kind.FREE),
     # What a saved position in the data counts in, and what saved arrays belong to.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), Kind.FIXED),
+    "adapter_weights": Kind.FIXED,
     **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), Kind.FIXED),
 }
 

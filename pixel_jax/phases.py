@@ -129,7 +129,8 @@ class Phase:
 
     def write(self, model: Any, where: pathlib.Path) -> None:
         """`model` as a directory."""
-        write_model(model, self.processor, where, self.dtype, adapters=self.config.lora is not None, limits=self.limits)
+        adapter_of = self.config.model if self.config.adapts else None
+        write_model(model, self.processor, where, self.dtype, adapter_of=adapter_of, limits=self.limits)
 
 
 def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
@@ -202,7 +203,7 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
     mesh = make_mesh(config.mesh) if config.mesh else None
     if mesh is None and jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes have joined, but config.mesh is empty: one device")
-    model, processor = from_pretrained(config.model, mesh=mesh)
+    model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     pause("the model is read")

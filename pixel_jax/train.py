@@ -7,7 +7,7 @@ from typing import Any, Literal
 from absl import flags
 
 from pixel_jax.config import define_flag, load, positive
-from pixel_jax.data.digests import Digests, digest_model, digest_rows
+from pixel_jax.data.digests import Digests, digest_adapter, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.shapes import bucket_shapes
 from pixel_jax.identity import nest
@@ -63,6 +63,9 @@ class TrainConfig:
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
     lora: LoRAConfig | None = None
+    adapter: str | None = (
+        None  # directory of an adapter (PEFT's) to go on with; it takes the place of a new one by `lora`
+    )
     tools: tuple[str, ...] = (
         DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
     )
@@ -123,9 +126,16 @@ class TrainConfig:
             raise ValueError(
                 f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
             )
+        if self.adapter is not None and self.lora is not None:
+            raise ValueError(f"adapter {self.adapter!r} is gone on with, lora makes a new one: set one of the two")
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the model has an adapter, new or not."""
+        return self.lora is not None or self.adapter is not None
 
     @property
     def trace_shapes(self) -> tuple[BatchShape, ...] | None:
@@ -151,6 +161,9 @@ class TrainConfig:
 def define_flags(command: str) -> None:
     define_flag(None, "The experiment: a file, or a name as pixel/own_data.")
     flags.mark_flag_as_required("config")
+    flags.DEFINE_string(
+        "adapter", None, "Go on with the adapter in this directory (PEFT's format), not with a new one."
+    )
     flags.DEFINE_bool(
         "resume_changed", False, "Go on with a run although its settings or data have changed; its history says which."
     )
@@ -162,6 +175,8 @@ def main(command: str, arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(TrainConfig, FLAGS.config)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, adapter=FLAGS.adapter, lora=None)
     if getattr(config, command) is None:
         raise UserError(f"the config has no section {command!r}")
 
@@ -184,7 +199,8 @@ def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Dig
         limits, terms = config.rl.rollout, [name for name, _ in config.rl.reward.terms]
     # Other code of one's own is another experiment.
     code = {name: digest(name) for name in (*config.tools, limits.call_format, *terms) if is_name(name)}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows, "code": code}
+    model = {**digest_model(config.model, digests), **digest_adapter(config.adapter, digests)}
+    return {"command": command, **settings, **model, **rows, "code": code}
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:

@@ -78,6 +78,7 @@ class EvalConfig:
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     traces: int = 16  # questions of each benchmark and mode that are drawn in the report
     seed: int = 0  # of samples of questions and of sampled answers
+    adapter: str | None = None  # directory of an adapter (PEFT's format) to put on the model
 
     def __post_init__(self):
         if self.rollout.temperature == 0 and self.rollout.group_size > 1:

@@ -30,6 +30,7 @@ MODE = "operations"  # in which checkpoints are compared
 
 def define_flags(command: str) -> None:
     define_flag(None, "The evaluation: a file, or a name as pixel/eval.")
+    flags.DEFINE_string("adapter", None, "Directory of an adapter (PEFT's format) to put on the model.")
     flags.DEFINE_string("json", None, "Also write what compare or select finds to this file.")
 
 
@@ -72,6 +73,8 @@ def evaluating() -> Iterator[EvalConfig]:
     if FLAGS.config is None:
         raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, adapter=FLAGS.adapter)
     initialize()
     with fail_together(), hold(config.out, is_main_process()):
         announce_compiles()
@@ -142,7 +145,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     import jax
 
     from pixel_jax import from_pretrained
-    from pixel_jax.data.digests import Digests, digest_model
+    from pixel_jax.data.digests import Digests, digest_adapter, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.evaluation.stages import Exam, Policy, Stages
@@ -159,13 +162,14 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     use_compilation_cache(out / "compiled")
     # A process answers its own questions on its own devices; only files are shared.
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
-    model, processor = from_pretrained(config.model, mesh=mesh)
+    model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     vocabulary = Vocabulary.of(processor.tokenizer)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
+        held |= digest_adapter(config.adapter, digests)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
         stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))

@@ -279,14 +279,21 @@ class WeightNames(NamedTuple):
 
     Args:
         spellings: for each spelling in circulation, the prefixes that differ: (ours, that of the file). The first spelling
-            is written, all are read.
+            is written, all are read; the last one is that of the modules of transformers, which adapters of PEFT name.
     """
 
     spellings: tuple[tuple[tuple[str, str], ...], ...] = ((),)
 
     def in_file(self, key: str) -> str:
         """Returns our name of a weight as the family's files spell it."""
-        ours, files = max((x for x in self.spellings[0] if key.startswith(x[0])), default=("", ""), key=_first)
+        return self._spelled(key, self.spellings[0])
+
+    def in_transformers(self, key: str) -> str:
+        """Returns our name of a weight or a module as transformers spells it."""
+        return self._spelled(key, self.spellings[-1])
+
+    def _spelled(self, key: str, spelling: tuple[tuple[str, str], ...]) -> str:
+        ours, files = max((x for x in spelling if key.startswith(x[0])), default=("", ""), key=_first)
         return files + key[len(ours) :]
 
     def ours(self, key: str) -> str:

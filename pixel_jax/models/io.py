@@ -12,23 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.files import FileError, read_json, settle, sync_directory
-from pixel_jax.models.checkpoint import is_weight_file, load_weights, save_weights
+from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, ModelConfig
 from pixel_jax.models.families import read_config
+from pixel_jax.models.peft import CONFIG as ADAPTER
+from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.side_files import is_side_file
+from pixel_jax.terminal import warn
 
-ADAPTER = "adapter_config.json"
+ADAPTER_FILES = (f"{FOLDER}/{ADAPTER}", f"{FOLDER}/{WEIGHTS}")  # of a model that it was merged into
 UNFINISHED = ".saving"  # folder in a model directory, in which what is saved lies until all of it is there
 
 
-def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> tuple[Model, Processor | None]:
-    """Read a directory with config.json and safetensors files.
+def from_pretrained(
+    path: str | os.PathLike[str],
+    mesh: jax.sharding.Mesh | None = None,
+    dtype=None,
+    adapter: str | os.PathLike[str] | None = None,
+) -> tuple[Model, Processor | None]:
+    """Reads a directory with config.json and safetensors files.
 
     Args:
+        path: the directory.
         mesh: where to put the weights, by their logical axes; None: one device.
         dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
+        adapter: directory of an adapter (`load_adapter`) to put on the model.
 
     Returns:
         The model, and its processor, or None if the directory has neither tokenizer nor preprocessor files.
@@ -49,7 +59,11 @@ def from_pretrained(path, mesh: jax.sharding.Mesh | None = None, dtype=None) -> 
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
         shardings = shardings_of(abstract, mesh)
-    model = load_weights(abstract, directory, shardings, dtype, config_dtype=config_dtype)
+    tensors = open_weights(directory, config.names)
+    model = load_weights(abstract, tensors, directory, shardings, dtype, config_dtype=config_dtype)
+    if adapter is not None:
+        _warn_of_another(directory, Path(adapter))
+        model = load_adapter(model, adapter)
     return model, Processor.from_directory(directory, config)
 
 
@@ -60,7 +74,7 @@ def _what_it_is(directory: Path) -> str:
             base = read_json(directory / ADAPTER, limit=2**24)["base_model_name_or_path"]
         except (FileError, LookupError, TypeError):
             base = "its base model"
-        return f". It holds an adapter ({ADAPTER}): merge it into {repr(base)[:100]}, with PEFT's merge_and_unload, and save that"
+        return f". It holds an adapter ({ADAPTER}): give the directory of {repr(base)[:100]}, and this one as `adapter`"
     if (directory / "model" / CONFIG).is_file():
         return f". It holds one: {directory / 'model'}"
     if (directory / UNFINISHED).is_dir():
@@ -68,15 +82,26 @@ def _what_it_is(directory: Path) -> str:
     return ""
 
 
-def save_pretrained(model: Model, processor: Processor | None, path, dtype=None) -> None:
-    """Write the same format back (adapters merged beforehand).
+def _warn_of_another(directory: Path, adapter: Path) -> None:
+    """Says so if an adapter names another directory as its base: on the merged model its product would count twice."""
+    if not (adapter / ADAPTER).is_file():
+        return
+    base = PEFTConfig.read(adapter / ADAPTER).base
+    if base is not None and (Path(base) / CONFIG).is_file() and Path(base).resolve() != directory.resolve():
+        warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
+
+
+def save_pretrained(model: Model, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
+    """Writes the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
     old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either.
 
     Args:
+        model: without adapters.
         processor: its tokenizer's and preprocessor's files, and `generation_config.json`, are written as they were read.
             None leaves those that lie in the directory.
+        path: the directory, which is made if it is not there.
         dtype: of the weights in the files; None: each has its own.
     """
     directory = Path(path)
@@ -112,7 +137,7 @@ def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         os.replace(unfinished / name, directory / name)
     for name in before - names:
-        if is_weight_file(name) or (sides and is_side_file(name)):
+        if is_weight_file(name) or name in ADAPTER_FILES or (sides and is_side_file(name)):
             (directory / name).unlink()
     sync_directory(directory)
     os.replace(unfinished / CONFIG, directory / CONFIG)

@@ -89,8 +89,8 @@ class Linear(nnx.Module):
     def __init__(self, key: jax.Array, in_dim: int, out_dim: int, axes: tuple, *, bias: bool, dtype):
         self.weight = normal(key, (out_dim, in_dim), axes, dtype)
         self.bias = nnx.data(Weight(jnp.zeros((out_dim,), dtype), axes=axes[:1]) if bias else None)
-        self.lora_a = nnx.data(None)  # LoRAWeight [rank, in]
-        self.lora_b = nnx.data(None)  # LoRAWeight [out, rank]
+        self.lora_a: LoRAWeight | None = nnx.data(None)  # LoRAWeight [rank, in]
+        self.lora_b: LoRAWeight | None = nnx.data(None)  # LoRAWeight [out, rank]
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:

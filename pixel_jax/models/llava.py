@@ -116,7 +116,12 @@ class LlavaConfig(ModelConfig):
                 ("model.", "model.language_model."),
                 ("lm_head.", "lm_head."),
             ),
-            (("visual.", "model.vision_tower."), ("visual.", "vision_tower.")),
+            (
+                ("visual.multi_modal_projector.", "model.multi_modal_projector."),
+                ("visual.", "model.vision_tower."),
+                ("model.", "model.language_model."),
+                ("lm_head.", "lm_head."),
+            ),
         )
     )
 

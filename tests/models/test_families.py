@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair, torch_model
+from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair
 from tiny_qwen import relative
 
 import pixel_jax
@@ -152,7 +152,6 @@ def test_tower(name, rng):
 def test_a_saved_model_is_what_transformers_reads(name, tmp_path, rng):
     """Names of weights and `config.json`, as released: nothing missing, nothing over, the same logits; and we read it again."""
     import torch
-    import transformers
 
     ours, theirs = pair(name)
     pixel_jax.save_pretrained(ours, None, tmp_path)
