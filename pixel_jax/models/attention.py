@@ -17,7 +17,7 @@ On TPUs and GPUs 'kernel' is the fused kernel there is (`kernels.py`), for every
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,28 @@ class Mask(NamedTuple):
     k_segment: jax.Array | None = None
 
 
+@overload
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    causal: bool,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    causal: bool,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 def attention(
     q: jax.Array,
     k: jax.Array,

@@ -18,6 +18,7 @@ from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
+from pixel_jax.arrays import Params
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import LoRAWeight, is_variable
@@ -30,7 +31,7 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
+def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
     """(path in the tree, released key, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
@@ -166,7 +167,7 @@ def _check_tied(tensors: Mapping[str, Tensor], model: Model) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
     head, embedding = (tensors[key] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     for tensor in (head, embedding):
-        tensor.check(model.language_model.embed_tokens.weight.shape)
+        tensor.check((model.config.text.vocab_size, model.config.text.hidden_size))
     if not np.array_equal(head.values(), embedding.values()):
         raise FileError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"

@@ -121,7 +121,7 @@ def save_pretrained(model: Model, processor: Processor | None, path: str | os.Pa
 
 def dtype_of(model: Model) -> str:
     """What `config.json` says of a model's weights: the type of its embedding."""
-    return jnp.dtype(model.language_model.embed_tokens.weight.dtype).name
+    return jnp.dtype(model.dtype).name
 
 
 def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:

@@ -256,7 +256,7 @@ class CLIPTower(nnx.Module):
         weights = self.embeddings
         kernel = weights["patch_embedding"]["weight"][...]
         patches = jnp.einsum("npi,oi->npo", pixels[:, :count].astype(kernel.dtype), kernel.reshape(kernel.shape[0], -1))
-        first = jnp.broadcast_to(weights["class_embedding"][...], (len(pixels), 1, config.hidden_size))
+        first = jnp.broadcast_to(jnp.asarray(weights["class_embedding"][...]), (len(pixels), 1, config.hidden_size))
         x = jnp.concatenate([first, patches], axis=1) + weights["position_embedding"]["weight"][...]
         x = self.pre_layrnorm(keep_rows(x))
         layers = [layer % (config.depth + 1) for layer in config.feature_layers]

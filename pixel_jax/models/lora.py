@@ -10,6 +10,7 @@ Training, sharding and curvature take it as a dictionary of arrays with `split`,
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 from typing import TypeVar
 
 import jax
@@ -102,7 +103,7 @@ def without_lora(model: Model) -> Model:
 def linears(model: Model) -> Iterator[tuple[str, Linear]]:
     """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
-        owner = model
+        owner: Any = model
         for entry in path[:-1]:
             owner = getattr(owner, entry.name) if hasattr(entry, "name") else owner[entry.key]
         if isinstance(owner, Linear) and weight is owner.weight:

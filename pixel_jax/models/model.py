@@ -33,6 +33,11 @@ class Model(Protocol):
         """The family's configuration: patch and merge sizes, placeholder tokens, sizes of the decoder."""
         ...
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the weights: that of the embedding."""
+        ...
+
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
@@ -139,6 +144,11 @@ class LanguageModel(nnx.Module):
             dim, vocab = config.text.hidden_size, config.text.vocab_size
             self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `Model.dtype`."""
+        return jnp.dtype(self.language_model.embed_tokens.weight.dtype)
+
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
@@ -227,7 +237,7 @@ class LanguageModel(nnx.Module):
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens in each of `batch` rows."""
-        return KVCache.empty(self.config.text, batch, capacity, self.language_model.embed_tokens.weight.dtype)
+        return KVCache.empty(self.config.text, batch, capacity, self.dtype)
 
     def step(
         self,
@@ -281,7 +291,9 @@ def encode_visual(
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
     linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
-    pixels_of = functools.partial(slice_pixels, vision=model.config.vision)
+    vision = model.config.vision
+    assert vision is not None
+    pixels_of = functools.partial(slice_pixels, vision=vision)
     if linear and num_slices > 1 and sequence_shards(mesh) == 1:
         encode = lambda x: model.encode(pixels_of(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
