@@ -28,11 +28,11 @@ from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
+from pixel_jax.rollouts.limits import FILE, VIEW_FIELDS, differences, read_limits
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
 from pixel_jax.rollouts.shapes import BatchShape
@@ -110,7 +110,7 @@ class Phase:
 
     def measured(self, rows: int) -> Measured:
         """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
-        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_shards(self.mesh))
+        memory = device_memory() // PICTURES_DIVISOR * (1 if self.mesh is None else row_shards(self.mesh))
         return Measured(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
@@ -304,7 +304,7 @@ def other_limits(config: TrainConfig) -> list[str]:
     asked = [name for name in asked if getattr(config.rollout, name) != getattr(usual, name)]
     kept = read_limits(config.model) or used
     others = {
-        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, SHOWN),
+        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, VIEW_FIELDS),
         "config.rollout, which is of tuning": differences(used, config.rollout, asked),
     }
     return [

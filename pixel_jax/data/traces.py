@@ -20,7 +20,7 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
-from pixel_jax.rollouts.operations import add_to_history, called, execute
+from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
 from pixel_jax.rollouts.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.trajectory import (
@@ -34,7 +34,7 @@ from pixel_jax.rollouts.trajectory import (
 )
 from pixel_jax.rollouts.views import frame_patches
 from pixel_jax.tools import Tool
-from pixel_jax.tools.looking import ImageHistory, Seen
+from pixel_jax.tools.device import ImageHistory, Seen
 
 WAVE = 256  # traces answered by one call of the device: one compilation for all of them
 
@@ -163,7 +163,7 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = decode_loop.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = called(call, result, call.required, tables.tools)
+    done = record_calls(call, result, call.required, tables.tools)
     return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
 
 

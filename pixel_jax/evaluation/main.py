@@ -192,7 +192,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 label=f"{name} {mode}",
             )
             if rollouts is not None:
-                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.facts().items())
+                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.metrics().items())
                 say(f"{name} {mode}: calls of tools that run on the host: {counts}")
 
 

@@ -19,8 +19,8 @@ from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
 from pixel_jax.identity import RunError, settle
-from pixel_jax.models.config import ModelConfig
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -36,11 +36,11 @@ def outline(question: Question) -> Query:
 
 
 def shapes_of(
-    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
+    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
 ) -> Sequence[BatchShape] | Measured:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
+        return Measured(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 

@@ -21,7 +21,7 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
-from pixel_jax.rollouts.rollout import compiled_rollout, traced
+from pixel_jax.rollouts.rollout import compiled_rollout, traced_settings
 from pixel_jax.rollouts.shapes import RolloutShape, budgets, prompt_shape
 from pixel_jax.rollouts.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
@@ -202,7 +202,7 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
     model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
+    assistant_prefix, temperature, config = traced_settings(recipe.config.rl.rollout, ())
     traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
@@ -211,7 +211,7 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
 
 def rl_batch(recipe: Recipe) -> Batch:
     """The rows of one update, cut from what a rollout returns."""
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
+    assistant_prefix, temperature, config = traced_settings(recipe.config.rl.rollout, ())
     shape, rows = rollout_shape(recipe, 1), recipe.config.rl.train_batch
     run = functools.partial(compiled_rollout, config=config, shape=shape, mesh=None)
     model, prompts = abstract_model(recipe), prompt_arrays(recipe)

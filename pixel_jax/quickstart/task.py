@@ -18,7 +18,7 @@ from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
@@ -159,7 +159,7 @@ class Answers:
 def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
     """Put every scene to `model` once; the assistant's turn begins with `opening`."""
     size = task.config.evaluation.batch
-    limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
+    limits = single_answer(task.config.rl.rollout, 0.0 if greedy else 1.0)
     ids = task.vocabulary.encode(opening) if opening else []
     parts = []
     for start in range(0, len(scenes), size):

@@ -23,7 +23,7 @@ from pixel_jax.parallel.sharding import (
     shard_batch,
 )
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
@@ -90,7 +90,7 @@ class Asker:
         dtype: of the weights while answering.
         """
         self.asked, self.by = list(asked), by
-        self.limits, self.scorer = judged(limits), Scorer(scorer)
+        self.limits, self.scorer = single_answer(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
         self.part = process_shard(by.mesh)
         parts = max(self.part.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)

@@ -125,7 +125,7 @@ def collect(
 def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
     """`collect` where tools run on the host, with their counts among the metrics. A run need not be the same again."""
     collected = collect(learner, state, questions, roll=rollouts)
-    return collected._replace(facts={**collected.facts, **rollouts.facts()})
+    return collected._replace(facts={**collected.facts, **rollouts.metrics()})
 
 
 def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed:

@@ -14,7 +14,7 @@ from pixel_jax.data.questions import find_rooms
 from pixel_jax.data.read import read_examples
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.trace import make_trace
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.rollout import rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, executed_calls, to_host
@@ -52,7 +52,7 @@ def state_of(model, **more):
 @pytest.mark.parametrize("normalizer", ["row", "token"])
 def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normalizer):
     """Rows of two traces or one, of which a step makes one batch and a look three, the last half empty."""
-    shapes, limits = [BatchShape(96, 3, 3, 16)], judged(scripted_model.CONFIG)
+    shapes, limits = [BatchShape(96, 3, 3, 16)], single_answer(scripted_model.CONFIG)
     words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
     make = lambda size: Packing(examples, words, tables, limits, shapes, size=size, seed=0, report=ReadReport("d"))
     packing = make(2)
@@ -72,7 +72,7 @@ def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normaliz
 
 @pytest.fixture(scope="module")
 def asked(examples):
-    limits = judged(scripted_model.CONFIG)
+    limits = single_answer(scripted_model.CONFIG)
     shape = prompt_shape(1, 160, 160, 96, limits, video=False)
     return find_rooms(examples, [shape], scripted_model.vocabulary(), limits, ReadReport("d"))
 
