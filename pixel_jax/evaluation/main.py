@@ -136,7 +136,7 @@ def answer(config: EvalConfig) -> None:
         report(config, data, directories)
 
 
-Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its `Question`s and split
+Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
 Directories = Mapping[tuple[str, str], pathlib.Path]  # of each benchmark in each mode
 
 

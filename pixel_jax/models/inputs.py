@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.config import TowerConfig
 from pixel_jax.ops import pixel_values
 
@@ -21,10 +22,10 @@ class Visual(NamedTuple):
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
     """
 
-    patches: jax.Array
-    slices: jax.Array
-    grids: jax.Array
-    seconds: jax.Array
+    patches: AnyArray
+    slices: AnyArray
+    grids: AnyArray
+    seconds: AnyArray
 
 
 class Located(NamedTuple):

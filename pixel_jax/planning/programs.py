@@ -27,8 +27,8 @@ from pixel_jax.rollouts.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
-from pixel_jax.training.state import TrainState, init_state
-from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
+from pixel_jax.training.state import TrainState, cast, init_state
+from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
 
 RUN = ("update", "score", "rollout")  # steps of a run of reinforcement learning; others are planned by themselves
 ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate

@@ -32,8 +32,7 @@ from pixel_jax.rollouts.trajectory import (
     to_host,
 )
 from pixel_jax.training.answers import last_boxed
-from pixel_jax.training.batch import Batch, from_trajectories
-from pixel_jax.training.packing import pack
+from pixel_jax.training.batch import Batch, from_trajectories, pack
 
 BUFFER = (1, miniature.SIDE, miniature.SIDE)
 EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms

@@ -17,7 +17,7 @@ from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.call_parser import CallParser, ParserState
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import ReturnedPictures, drawings
@@ -98,7 +98,7 @@ def row_keys(
 
 
 def append(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -158,7 +158,7 @@ def append(
 READ_CHUNK = 32
 
 
-def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
+def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
     """Appends the first `lengths` (int32 [R]) of the embeddings `x` [R, T, D] to the caches of the rows.
 
     It computes `READ_CHUNK` tokens at a time for as long as any row has more, because T is that of the longest possible
@@ -198,7 +198,7 @@ def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCach
     return hidden, cache
 
 
-def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
+def decode(model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
     """Lets every row that is writing choose one token and read it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
@@ -256,7 +256,7 @@ def decode_while(
 
 
 def decode_turns(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -291,7 +291,7 @@ def decode_turns(
 
 
 def decode_tail(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -322,7 +322,7 @@ def decode_tail(
 
 
 def observe(
-    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
+    model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
     """Answers every row that waits, with a result or an error, or ends it; calls of host tools are left to the host."""
     prompts = shared.prompts
@@ -369,7 +369,7 @@ class RowAnswers(NamedTuple):
 
 
 def answer(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -430,7 +430,7 @@ class HostAnswers(NamedTuple):
 
 
 def answer_host_calls(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,

@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import process_shard, replicate, row_shards, shard_batch
 from pixel_jax.rollouts import loop
@@ -46,7 +46,7 @@ from pixel_jax.tools.tool import Tool, ToolError
 
 
 def rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -91,7 +91,7 @@ def compiled_rollout(
 
 
 def begin(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -140,7 +140,7 @@ def begin(
 
 
 def advance(
-    model: Qwen2_5_VL, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
+    model: Model, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
 ) -> RolloutState:
     """Goes on with a rollout until every row is done or waits for a host tool, or the budget is spent.
 
@@ -228,7 +228,7 @@ def finish(state: RolloutState) -> Trajectories[VisualRecord]:
 MOVING = ("queue", "rows", "decoding")  # what `advance` changes in a `RolloutState`
 
 
-def _advanced(model: Qwen2_5_VL, still: RolloutState, moving, budget):
+def _advanced(model: Model, still: RolloutState, moving, budget):
     state = loop.advance(model, dataclasses.replace(still, **moving), budget)
     return {name: getattr(state, name) for name in MOVING}
 
@@ -279,7 +279,7 @@ TOKENS = 64
 
 
 def host_rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -342,7 +342,7 @@ class HostRollouts:
         self.host, self.vocabulary = host, vocabulary
 
     def __call__(
-        self, model: Qwen2_5_VL, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
+        self, model: Model, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
     ) -> Trajectories[VisualRecord]:
         """Runs a rollout; the arguments are those of `rollout`."""
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
@@ -382,7 +382,7 @@ CACHES_DIVISOR = 3  # the caches of rows in flight may take a device's memory di
 
 
 def limit_in_flight(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
+    config: RolloutConfig, model: Model, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
     """Limits the prompts in flight to what fits into the devices' memory, if `config` leaves their number open."""
     batch, width = prompts.tokens.shape
@@ -415,7 +415,7 @@ def traced_settings(
 
 
 def _program_inputs(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -431,7 +431,7 @@ def _program_inputs(
     return put_prompts(prompts, mesh), key, prefix, temperature, config
 
 
-def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
+def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
     """Returns the mesh of the model's weights (None: one device), and the static shape for it and the prompts.
 
     Raises:

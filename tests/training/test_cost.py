@@ -13,8 +13,8 @@ from pixel_jax.parallel import memory
 from pixel_jax.rollouts import rollout as rollouts
 from pixel_jax.rollouts.queue import start
 from pixel_jax.rollouts.rollout import limit_in_flight, put_prompts, static_shape, traced_settings
-from pixel_jax.training import footprint
-from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, row_bytes
+from pixel_jax.training import cost
+from pixel_jax.training.cost import bytes_of, fixed_bytes, micro_batches, row_bytes
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
@@ -62,7 +62,7 @@ def test_a_step_takes_turns_where_memory_is_short(monkeypatch):
         if short:
             row = row_bytes(NETWORK, 24, (1, 16))
             held = bytes_of(state) + 3 * bytes_of(state.trainable) + bytes_of(batch)
-            monkeypatch.setattr(footprint, "device_memory", lambda: held + fixed_bytes(NETWORK, 16) + 3 * row)  # noqa: B023
+            monkeypatch.setattr(cost, "device_memory", lambda: held + fixed_bytes(NETWORK, 16) + 3 * row)  # noqa: B023
         held = bytes_of(state) + 3 * bytes_of(state.trainable)
         assert config.turns(NETWORK, batch, None, held=held) == (4 if short else 1)  # of 2 rows: 8 is no multiple of 3
         reports.append(make_sft_step(config, optimizer)(state, batch)[1])
