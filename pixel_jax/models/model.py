@@ -328,7 +328,7 @@ def forward_hidden(
     tokens = jnp.where(valid, tokens, 0)
     features, grids = None, jnp.zeros((tokens.shape[0], 0, 3), jnp.int32)
     seconds = jnp.zeros(grids.shape[:2], jnp.float32)
-    if visual is not None:
+    if visual is not None and visual.slices.shape[1] and model.config.vision is not None:
         features = encode_visual(model, visual, remat=remat, implementation=implementation, mesh=mesh)
         grids, seconds = visual.grids, visual.seconds
     x = model.embed(tokens, features, grids)

@@ -18,7 +18,7 @@ from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
 from pixel_jax.rollouts.rollout import compiled_rollout, traced_settings
@@ -32,7 +32,6 @@ from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_ste
 
 RUN = ("update", "score", "rollout")  # steps of a run of reinforcement learning; others are planned by themselves
 ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate
-PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
         logprobs=array(jnp.float32, rows, length),
         old_logprobs=array(jnp.float32, rows, length),
         visual=Visual(
-            patches=array(jnp.uint8, rows, frames, config.trace_patches, PIXELS),
+            patches=array(jnp.uint8, rows, frames, config.trace_patches, config.rl.rollout.patch_bytes),
             slices=array(jnp.int32, rows, frames, 2),
             grids=array(jnp.int32, rows, frames, 3),
             seconds=array(jnp.float32, rows, frames),

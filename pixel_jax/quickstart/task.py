@@ -16,7 +16,6 @@ from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -78,7 +77,7 @@ class Task:
         # A trace may look more often than a rollout, whose length is what an update costs.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
+        wide = BatchShape(limits.max_tokens, images, images, limits.merge_unit * (budget // limits.factor**2))
         made = []
         with ThreadPoolExecutor(1) as pool:  # one wave is cut out (which holds no lock) while the next is drawn
             ready = None

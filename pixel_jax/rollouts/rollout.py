@@ -435,7 +435,7 @@ def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[M
     """Returns the mesh of the model's weights (None: one device), and the static shape for it and the prompts.
 
     Raises:
-      ValueError: the prompts cannot be split over the mesh.
+      ValueError: the prompts cannot be split over the mesh, or the model sees other images than `config` shows.
     """
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
@@ -446,6 +446,7 @@ def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[M
         raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
     if config.in_flight is not None and config.in_flight < batch and config.in_flight % shards:
         raise ValueError(f"in_flight {config.in_flight} prompts cannot be split over data x fsdp = {shards}")
+    config.check_model(model.config, videos=bool(prompts.shape.video))
     return mesh, static_shape(prompts, config, mesh)
 
 

@@ -28,9 +28,7 @@ SCORES = 2  # arrays of attention's scores, float32
 LOGITS = 3  # arrays of logits: they, their softmax and its gradient
 
 
-def row_bytes(
-    network: ModelConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True
-) -> int:
+def row_bytes(network: ModelConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True) -> int:
     """The bytes that one row takes.
 
     Args:
@@ -45,15 +43,18 @@ def row_bytes(
     def layer(size: int, inner: int) -> int:
         return LIVE[0] * size + LIVE[1] * inner
 
-    decoder, seen = layer(text.hidden_size, text.intermediate_size), layer(tower.hidden_size, tower.intermediate_size)
-    if remat:
-        decoder += text.num_hidden_layers * text.hidden_size
-        seen += tower.depth * tower.hidden_size
-    else:
-        decoder, seen = decoder * text.num_hidden_layers, seen * tower.depth
+    def layers(size: int, inner: int, depth: int) -> int:
+        """Numbers for a token or a patch in a stack of layers."""
+        return layer(size, inner) + depth * size if remat else layer(size, inner) * depth
+
+    numbers = tokens * layers(text.hidden_size, text.intermediate_size, text.num_hidden_layers)
+    scores = text.num_attention_heads * pairs(tokens)
     slices, patches = visual
-    scores = text.num_attention_heads * pairs(tokens) + slices * tower.num_heads * pairs(patches)
-    return width * (tokens * decoder + slices * patches * (seen + tower.patch_dim)) + 4 * SCORES * scores
+    if tower is not None:
+        seen = layers(tower.hidden_size, tower.intermediate_size, tower.depth)
+        numbers += slices * patches * (seen + tower.patch_dim)
+        scores += slices * tower.num_heads * pairs(patches)
+    return width * numbers + 4 * SCORES * scores
 
 
 def pairs(length: int) -> int:
