@@ -10,8 +10,7 @@ Training, sharding and curvature take it as a dictionary of arrays with `split`,
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +109,7 @@ def linears(model: Model) -> Iterator[tuple[str, Linear]]:
             yield key.removesuffix(".weight"), owner
 
 
-def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.Module]:
+def split(model: T, wanted: Filter) -> tuple[dict[str, jax.Array], T]:
     """(the selected weights by Hugging Face path, the model without them), both pytrees.
 
     wanted: a class of weights, or a function of (path, weight)
@@ -127,7 +126,7 @@ def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.
     return selected, jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_variable), rest)
 
 
-def combine(selected: dict[str, jax.Array], rest: nnx.Module) -> nnx.Module:
+def combine(selected: dict[str, jax.Array], rest: T) -> T:
     """The model that `split` took apart."""
     selected, whole = dict(selected), []
     for _, key, weight in named_weights(rest):

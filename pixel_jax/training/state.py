@@ -35,9 +35,7 @@ class TrainState(NamedTuple):
 
 def _joined(trainable: Params, rest: Params) -> Model:
     """The model of its two halves."""
-    model = combine({path: value_of(weight) for path, weight in trainable.items()}, rest)
-    assert isinstance(model, Model)
-    return model
+    return combine({path: value_of(weight) for path, weight in trainable.items()}, rest)
 
 
 def init_state(
