@@ -146,6 +146,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     given = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
+    config = config.for_model(model.config)
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)

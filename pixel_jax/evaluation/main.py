@@ -165,7 +165,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
-    vocabulary = Vocabulary.of(processor.tokenizer)
+    vocabulary, limits = Vocabulary.of(processor.tokenizer), config.rollout.for_model(model.config)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
@@ -179,7 +179,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
             held["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
-            exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
+            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed)
             evaluate(
                 policy,
                 questions,

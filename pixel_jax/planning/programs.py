@@ -278,6 +278,8 @@ def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
 def vision_turns(network: ModelConfig) -> dict[str, float]:
     """The share of the tower's layers that attend over the whole slice."""
     vision = network.vision
+    if vision is None or vision.window_size is None:
+        return {"full_attention": 1.0}
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth]) / vision.depth
     return {"full_attention": full}
 
