@@ -45,12 +45,12 @@ class Located(NamedTuple):
     known: jax.Array
 
 
-def merged_grids(grids: jax.Array, merge: int) -> jax.Array:
+def merged_grids(grids: AnyArray, merge: int) -> jax.Array:
     """Grids [..., 3] in patches -> in visual tokens."""
     return jnp.asarray(grids) // jnp.array([1, merge, merge], jnp.int32)
 
 
-def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
+def locate(rank: jax.Array, grids: AnyArray, merge: int) -> Located:
     """Rank [B, T] of visual tokens among their row's -> the item, slice and offset they stand for (`grids` [B, K, 3])."""
     t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
     count = t * h * w
@@ -64,7 +64,7 @@ def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
     return Located(item, within, take(jnp.cumsum(t, axis=1) - t) + within // area, within % area, known)
 
 
-def slice_grids(grids: jax.Array, num_slices: int) -> jax.Array:
+def slice_grids(grids: AnyArray, num_slices: int) -> jax.Array:
     """Items [B, K, 3] -> (height, width) in patches of each temporal slice, int32 [B, num_slices, 2]; 0 where absent."""
     ends = jnp.cumsum(grids[..., 0], axis=1)
     item = jnp.sum(jnp.arange(num_slices)[None, :, None] >= ends[:, None, :], axis=-1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.decoder import Decoder, KVCache, Prefix
@@ -47,12 +48,12 @@ class Model(Protocol):
         """
         ...
 
-    def is_visual(self, tokens: jax.Array) -> jax.Array:
+    def is_visual(self, tokens: AnyArray) -> jax.Array:
         """Whether tokens [...] are placeholders of visual features, bool [...]."""
         ...
 
     def positions(
-        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+        self, tokens: AnyArray, valid: AnyArray, grids: AnyArray, seconds: AnyArray, start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Rotary positions int32 [3, B, T] of a stretch of tokens, and those after the last ones, int32 [B].
 
@@ -67,9 +68,9 @@ class Model(Protocol):
 
     def embed(
         self,
-        tokens: jax.Array,
+        tokens: AnyArray,
         features: jax.Array | None = None,
-        grids: jax.Array | None = None,
+        grids: AnyArray | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
         """Tokens int32 [B, T], visual ones replaced by features -> what the decoder reads, [B, T, D or F]."""
@@ -157,13 +158,13 @@ class LanguageModel(nnx.Module):
             raise ValueError(f"a model of the family {self.config.model_type!r} has no vision tower")
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
 
-    def is_visual(self, tokens: jax.Array) -> jax.Array:
+    def is_visual(self, tokens: AnyArray) -> jax.Array:
         """See `Model.is_visual`."""
-        placeholders = [tokens == number for number in self.config.visual_tokens]
+        placeholders = [jnp.asarray(tokens) == number for number in self.config.visual_tokens]
         return functools.reduce(operator.or_, placeholders, jnp.zeros(tokens.shape, bool))
 
     def positions(
-        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+        self, tokens: AnyArray, valid: AnyArray, grids: AnyArray, seconds: AnyArray, start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See `Model.positions`."""
         if self.config.text.mrope_section is None:
@@ -172,9 +173,9 @@ class LanguageModel(nnx.Module):
 
     def embed(
         self,
-        tokens: jax.Array,
+        tokens: AnyArray,
         features: jax.Array | None = None,
-        grids: jax.Array | None = None,
+        grids: AnyArray | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
         """See `Model.embed`.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.config import ModelConfig, RopeScaling, TextConfig
 from pixel_jax.models.inputs import locate, merged_grids
 
@@ -77,7 +78,7 @@ def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def text_positions(valid: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def text_positions(valid: AnyArray, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Positions of tokens that count one each, as `mrope_positions` returns them."""
     counted = start[:, None] + jnp.cumsum(valid, axis=1) - valid
     positions = jnp.broadcast_to(counted, (3, *counted.shape)).astype(jnp.int32)
@@ -85,10 +86,10 @@ def text_positions(valid: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def mrope_positions(
-    is_visual: jax.Array,
-    valid: jax.Array,
-    grids: jax.Array,
-    seconds: jax.Array,
+    is_visual: AnyArray,
+    valid: AnyArray,
+    grids: AnyArray,
+    seconds: AnyArray,
     start: jax.Array,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:

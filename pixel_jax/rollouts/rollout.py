@@ -390,7 +390,7 @@ def limit_in_flight(
         return config
     text = model.config.text
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    token *= model.language_model.embed_tokens.weight.dtype.itemsize
+    token *= model.dtype.itemsize
     group = config.group_size * config.max_response * token + 2 * (width + PREFIX_STEP) * token
     most = max(1, device_memory() // CACHES_DIVISOR // group) * shape.shards
     return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)

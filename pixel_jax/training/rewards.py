@@ -30,7 +30,7 @@ from pixel_jax.dialog.template import SPECIAL_TOKENS
 from pixel_jax.parallel.sharding import all_rows
 from pixel_jax.rollouts.trajectory import STOP_REASONS, UNREADABLE, CallStatus, Prompts, Tables, Trajectories
 from pixel_jax.terminal import brief
-from pixel_jax.tools.calls import plain
+from pixel_jax.tools.calls import python_values
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Collected, Scored
 from pixel_jax.training.steps import check_rows
@@ -205,7 +205,7 @@ def _call(
     outcome = "" if call.outcome < 0 else tables.observations.kinds[int(call.outcome)].outcome.name
     found = Call(
         tool="" if tool is None else tool.name,
-        arguments={} if tool is None else plain(tool, call.values),
+        arguments={} if tool is None else python_values(tool, call.values),
         status=CallStatus(int(call.status)),
         outcome=outcome,
     )
