@@ -61,13 +61,13 @@ def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
 
 
 @functools.cache
-def random_model(quick: bool, layers: int = 8) -> Model:
+def random_model(quick: bool, layers: int = 8) -> LanguageModel:
     """The network with random weights."""
     return jax.jit(LanguageModel, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
 
 
 @functools.cache
-def zooming_model(quick: bool, answers: float = 0.0) -> Model:
+def zooming_model(quick: bool, answers: float = 0.0) -> LanguageModel:
     """The random model with a head that makes it write thoughts, zoom in, and start again.
 
     Turns are sampled, so that rows differ in length. It has four layers only, because the loops around transformers are slow.

@@ -4,8 +4,8 @@ import base64
 import dataclasses
 import functools
 import io
-import math
 import json
+import math
 import os
 import re
 from collections.abc import Sequence

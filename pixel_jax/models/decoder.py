@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
 
     def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
+        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
@@ -145,7 +145,7 @@ class Embedding(nnx.Module):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
-        """As the head of a network that ties the two: [..., D] -> [..., vocab]"""
+        """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
         return product(hidden, self.weight[...], dtype)
 
 
@@ -172,7 +172,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x, positions, valid, *, segments=None, remat: Remat = False, implementation: str | None = None, mesh=None
     ) -> jax.Array:
-        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
+        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm."""
         options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
         return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
 

@@ -15,10 +15,10 @@ from pixel_jax.files import FileError, read_json, settle, sync_directory
 from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, ModelConfig
 from pixel_jax.models.families import read_config
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import CONFIG as ADAPTER
 from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
-from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.side_files import is_side_file
 from pixel_jax.terminal import warn
 
@@ -203,7 +203,7 @@ def forward(
 
 @jax.jit
 def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
-    """pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None"""
+    """pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None."""
     tokens = jnp.where(valid, tokens, 0)
     features = None
     if pixels is not None:
@@ -263,7 +263,7 @@ class _Items:
             self.seconds = np.asarray(seconds, np.float32)
 
     def next(self):
-        """(grid, patches [t, h * w, 1176], seconds) of the next one"""
+        """(grid, patches [t, h * w, 1176], seconds) of the next one."""
         grid, seconds = self.grids[self.used], self.seconds[self.used]
         count = int(grid.prod())
         patches = self.pixels[self.offset : self.offset + count].reshape(grid[0], -1, self.pixels.shape[1])
@@ -293,7 +293,7 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
 
 
 def _pack(rows: list[list], config: ModelConfig):
-    """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty"""
+    """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty."""
     most = max(len(items) for items in rows)
     if most == 0:
         return None, None, np.zeros((len(rows), 0, 3), np.int32), np.zeros((len(rows), 0), np.float32)

@@ -94,7 +94,7 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """[..., in] -> [..., out]; dtype: of the result, that of x if None"""
+        """[..., in] -> [..., out]; dtype: of the result, that of x if None."""
         y = product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
@@ -156,7 +156,7 @@ class MLP(nnx.Module):
         self.names, self.activation = names, activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., dim] -> [..., dim]"""
+        """[..., dim] -> [..., dim]."""
         first, second = (getattr(self, name) for name in self.names)
         return second(ACTIVATIONS[self.activation](first(x)))
 

@@ -189,7 +189,7 @@ class CLIPAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
-        """[N, P, D] -> [N, P, D]"""
+        """[N, P, D] -> [N, P, D]."""
         split = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         everywhere = jnp.zeros(x.shape[:2], jnp.int32)
@@ -209,7 +209,7 @@ class CLIPLayer(nnx.Module):
         self.mlp = MLP(keys[1], dim, config.intermediate_size, axes, **options, dtype=dtype)
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
-        """[N, P, D] -> [N, P, D]"""
+        """[N, P, D] -> [N, P, D]."""
         x = x + self.self_attn(self.layer_norm1(x), implementation)
         return x + self.mlp(self.layer_norm2(x))
 

@@ -122,7 +122,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., vocab]"""
+        """[..., D] -> float32 [..., vocab]."""
         ...
 
 
@@ -265,12 +265,12 @@ class LanguageModel(nnx.Module):
         return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., vocab]"""
+        """[..., D] -> float32 [..., vocab]."""
         return logits(self.head, hidden)
 
 
 def logits(head: nnx.Module, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> at least float32 [..., vocab]"""
+    """[..., D] -> at least float32 [..., vocab]."""
     return head(hidden, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
 
 

@@ -110,7 +110,7 @@ class Merger(nnx.Module):
         self.together = together
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, P, hidden] -> [N, P / 4, out_hidden]"""
+        """[N, P, hidden] -> [N, P / 4, out_hidden]."""
         wide = self.linear_fc1.weight.shape[-1]
         tokens = lambda x: x.reshape(x.shape[0], -1, wide)
         x = self.norm(tokens(x)) if self.together else tokens(self.norm(x))

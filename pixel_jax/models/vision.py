@@ -81,7 +81,7 @@ class Blocks(NamedTuple):
         return cls(-(-num_patches // size), size, 1)
 
     def around(self, x: jax.Array, padding: int = 0) -> jax.Array:
-        """[N, P, ...] -> [N * number, (2 * reach + 1) * size, ...]: each block between its neighbours"""
+        """[N, P, ...] -> [N * number, (2 * reach + 1) * size, ...]: each block between its neighbours."""
         outside = self.reach * self.size
         widths = [(0, 0), (outside, outside + self.number * self.size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
         blocks = jnp.pad(x, widths, constant_values=padding).reshape(x.shape[0], -1, self.size, *x.shape[2:])
@@ -101,7 +101,7 @@ class PatchEmbed(nnx.Module):
         self.proj = nnx.Dict(weights)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[..., patch_dim] -> [..., hidden]"""
+        """[..., patch_dim] -> [..., hidden]."""
         weight = self.proj["weight"][...]
         embedded = jnp.einsum("...i,oi->...o", pixels.astype(weight.dtype), weight.reshape(weight.shape[0], -1))
         return embedded + self.proj["bias"][...] if "bias" in self.proj else embedded
@@ -116,7 +116,7 @@ class VisionAttention(nnx.Module):
         self.config = config
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
-        """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window"""
+        """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window."""
         n, p, dim = x.shape
         config = self.config
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, p, 3, config.num_heads, config.head_dim), 2, 0)
@@ -184,7 +184,7 @@ class PatchMerger(nnx.Module):
         self.unit = config.merge_unit
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, P, hidden] -> [N, P / 4, out_hidden]"""
+        """[N, P, hidden] -> [N, P / 4, out_hidden]."""
         x = self.ln_q(x)
         x = x.reshape(x.shape[0], x.shape[1] // self.unit, -1)
         return self.mlp["2"](jax.nn.gelu(self.mlp["0"](x), approximate=False))

@@ -8,9 +8,9 @@ import jax
 
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.config import TextConfig
-from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.models.layers import INIT_STD
 from pixel_jax.models.model import LanguageModel, Model
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.parallel.sharding import is_variable
 
 
