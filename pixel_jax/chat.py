@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `chat`."""
     flags.DEFINE_string("question", None, "What to ask.", required=True)
     flags.DEFINE_bool("video", False, "The images are the frames of one video, or a video file.")
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
@@ -30,6 +31,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Asks the model in a directory one question about images."""
     if len(arguments) < 2:
         raise UserError("give the directory of a model and at least one image: pixel-jax chat DIR IMAGE --question ...")
     import jax

@@ -219,8 +219,9 @@ def scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
-    """einsum, in which the queries that share a head of keys (g, t) are the rows of one matrix; apart where a mesh splits.
-    positions. x is [B, KV, G, T, ..]
+    """An einsum in which the queries that share a head of keys (g, t) are the rows of one matrix; x is [B, KV, G, T, ..].
+
+    Where a mesh splits positions they stay apart.
     """
     if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
         return jnp.einsum(form, x, y, preferred_element_type=dtype)

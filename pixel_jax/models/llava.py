@@ -127,6 +127,7 @@ class LlavaConfig(ModelConfig):
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
+        """See `ModelConfig.visual_tokens`."""
         return (self.image_token_id,)
 
     @classmethod
@@ -161,6 +162,7 @@ class LlavaConfig(ModelConfig):
         return cls(text, vision, check_whole(number, 2**31 - 1), tie_word_embeddings=tied)
 
     def to_hf(self) -> dict[str, Any]:
+        """See `ModelConfig.to_hf`."""
         text, vision = write_text(self.text), self.vision
         family = next(name for name, cls in TEXT_FAMILIES.items() if type(self.text) is cls)
         layers = vision.feature_layers

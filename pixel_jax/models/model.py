@@ -1,6 +1,4 @@
-"""What a model is, to whoever samples from it or trains it; its implementation for all families here; and the forward
-function that every user of a model shares.
-"""
+"""The protocol of a model, its implementation for all families here, and the forward function that all users share."""
 
 import functools
 import operator

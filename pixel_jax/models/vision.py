@@ -1,4 +1,6 @@
-"""The vision towers of the Qwen-VL families: patches of one temporal slice in, visual tokens out, for any grid in one compilation.
+"""The vision towers of the Qwen-VL families: patches of a temporal slice in, visual tokens out.
+
+One compilation serves any grid.
 
 In Qwen2.5-VL most blocks attend within windows of `window_size` pixels, a few over the whole slice; in the other families all
 attend over the whole slice. The grid (height, width) is a traced
@@ -74,6 +76,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, num_patches: int, config: TowerConfig) -> "Blocks":
+        """Returns the cut of `num_patches` patches."""
         size = config.window_cells**2 * config.merge_unit
         # A block and its neighbours would be all of them (a tower for 8 images of 144 patches, on a CPU: 118 ms, not 132).
         if num_patches <= 3 * size:
@@ -108,6 +111,8 @@ class PatchEmbed(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
+    """Attention over a slice, or, in a tower with windows, within these."""
+
     def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
         dim = config.hidden_size
@@ -166,6 +171,7 @@ class VisionBlock(nnx.Module):
             self.mlp = MLP(keys[1], dim, hidden, axes, **options, dtype=dtype)
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
+        """x [N, P, D] -> [N, P, D]; the arguments are those of `VisionAttention`."""
         x = x + self.attn(self.norm1(x), cos, sin, layout, full, implementation)
         return x + self.mlp(self.norm2(x))
 

@@ -40,7 +40,10 @@ def measured(test, *arguments) -> str:
 
 
 def main() -> None:
-    rows = ["| family | vision tower | logits, padded left | right | with a video | cached steps |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| family | vision tower | logits, padded left | right | with a video | cached steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in tiny_families.VALUES:
         visual, qwen = name in tiny_families.VISUAL, name in families.QWEN
         cells = [
