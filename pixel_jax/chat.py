@@ -78,7 +78,7 @@ def main(command: str, arguments: list[str]) -> None:
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with host_rollouts(FLAGS.tools or DEFAULT, tools, vocabulary, workers) as rollouts:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
-    written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.loss_mask[0]]).decode("utf-8", "replace")
+    written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.loss_mask[0]].tolist()).decode("utf-8", "replace")
     seen = materialize_on_host(trajectories, prompts.images, tools, config)
     trace = make_transcript(seen, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
