@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.models.io import forward, from_pretrained, save_pretrained
+    from pixel_jax.models.peft import load_adapter, save_adapter
     from pixel_jax.ops import crop_resize, gather_frames, patchify, smart_resize
     from pixel_jax.rollouts.config import RolloutConfig
     from pixel_jax.rollouts.materialize import materialize
@@ -41,12 +42,14 @@ _WHERE = {
     "from_pretrained": "models.io",
     "gather_frames": "ops",
     "host_rollout": "rollouts.rollout",
+    "load_adapter": "models.peft",
     "materialize": "rollouts.materialize",
     "patchify": "ops",
     "read_image": "data.images",
     "read_video": "data.clips",
     "rl": "training.rl",
     "rollout": "rollouts.rollout",
+    "save_adapter": "models.peft",
     "save_pretrained": "models.io",
     "score_answer": "training.scorers",
     "sft": "training.sft",
@@ -72,12 +75,14 @@ __all__ = [
     "from_pretrained",
     "gather_frames",
     "host_rollout",
+    "load_adapter",
     "materialize",
     "patchify",
     "read_image",
     "read_video",
     "rl",
     "rollout",
+    "save_adapter",
     "save_pretrained",
     "score_answer",
     "sft",

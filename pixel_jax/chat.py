@@ -40,6 +40,7 @@ def define_flags(command: str) -> None:
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
     flags.DEFINE_float("temperature", None, "Sample at this temperature; 0 is greedy.", lower_bound=0.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_string("adapter", None, "Directory of an adapter (PEFT's format) to put on the model.")
     flags.DEFINE_string("html", None, "Also draw the conversation as a page in this file.")
     flags.DEFINE_string("json", None, "Also write it to this file, for `pixel-jax view`.")
     define_speaker_flags()
@@ -59,7 +60,13 @@ def main(command: str, arguments: list[str]) -> None:
     find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
-    speaker = load_speaker(arguments[0], tools=FLAGS.tools, call_format=FLAGS.call_format, temperature=temperature)
+    speaker = load_speaker(
+        arguments[0],
+        tools=FLAGS.tools,
+        call_format=FLAGS.call_format,
+        adapter=FLAGS.adapter,
+        temperature=temperature,
+    )
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")  # models of one shape share their programs
     workers = HostToolsConfig(FLAGS.tool_workers, FLAGS.tool_seconds)
     with host_tools(speaker, FLAGS.tools or DEFAULT, workers) as host:

@@ -101,7 +101,7 @@ def model_directory(name: str) -> pathlib.Path:
     return found[step]
 
 
-def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) -> None:
+def write_model(model, processor, out, dtype: str, *, adapter_of: str | None, limits) -> None:
     """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
 
     Args:
@@ -109,15 +109,19 @@ def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) ->
         processor: whose files are written beside it.
         out: the directory.
         dtype: of the weights that are written.
-        adapters: whether the model has adapters, which are merged.
+        adapter_of: the model that its adapter belongs to. The adapter is merged, and also written beside the merged model, in
+            `out`/adapter, in PEFT's format. None: there is none.
         limits: the `RolloutConfig` to write beside it.
     """
-    from pixel_jax import save_pretrained
+    from pixel_jax import save_adapter, save_pretrained
     from pixel_jax.models.lora import merge_lora
+    from pixel_jax.models.peft import FOLDER
     from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.rollouts.limits import write_limits
 
-    save_pretrained(merge_lora(model, dtype) if adapters else model, processor, out, dtype)
+    save_pretrained(model if adapter_of is None else merge_lora(model, dtype), processor, out, dtype)
+    if adapter_of is not None:
+        save_adapter(model, pathlib.Path(out) / FOLDER, base=adapter_of)
     if is_main_process():
         write_limits(out, limits)
 
@@ -169,7 +173,7 @@ def export(
         if step not in steps:
             raise UserError(f"{phase} has no checkpoint of step {step}; it has {', '.join(map(str, steps)) or 'none'}")
         try:
-            whole, processor = from_pretrained(source)
+            whole, processor = from_pretrained(source, adapter=config.adapter)
         except FileNotFoundError as error:
             raise UserError(f"the model that the run began with: {error}; say where it lies with --model") from error
         dtype = dtype or config.dtype or dtype_of(whole)
@@ -185,5 +189,5 @@ def export(
         found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
     limits = section.rollout if command == "rl" else config.rollout
     whole = combine(cast(dict[str, jax.Array], found), rest)  # `like`, with its arrays
-    write_model(whole, processor, out, dtype, adapters=config.lora is not None, limits=limits)
+    write_model(whole, processor, out, dtype, adapter_of=config.model if config.adapts else None, limits=limits)
     return step, steps

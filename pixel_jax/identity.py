@@ -38,7 +38,7 @@ class ChangeKind(enum.Enum):
 # Patterns of names, in the order in which they are tried. A name that matches none of them is `CHANGES`.
 KINDS: Mapping[str, ChangeKind] = {
     # Paths: their content is known by digests.
-    **dict.fromkeys(("model", "data", "out", "image_folders", "columns.*"), ChangeKind.FREE),
+    **dict.fromkeys(("model", "adapter", "data", "out", "image_folders", "columns.*"), ChangeKind.FREE),
     # Machines, memory and speed: results are the same, but for rounding.
     **dict.fromkeys(
         ("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), ChangeKind.FREE
@@ -52,6 +52,7 @@ KINDS: Mapping[str, ChangeKind] = {
     **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), ChangeKind.FREE),
     # The unit of a saved position in the data, and the arrays that are saved.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), ChangeKind.FIXED),
+    "adapter_weights": ChangeKind.FIXED,
     **dict.fromkeys(("weights", "lora.rank", "lora.targets", "*.trainable", "*.optimizer.kind"), ChangeKind.FIXED),
 }
 

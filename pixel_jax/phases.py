@@ -23,7 +23,7 @@ from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
@@ -74,7 +74,7 @@ class Phase:
     command: Command
     config: TrainConfig
     data: PhaseData
-    network: Qwen2_5_VLConfig
+    network: ModelConfig
     dtype: str  # of the weights that are saved
     processor: Any
     mesh: Mesh | None
@@ -137,7 +137,8 @@ class Phase:
 
     def write(self, model: Any, where: pathlib.Path) -> None:
         """Writes the model as a directory."""
-        write_model(model, self.processor, where, self.dtype, adapters=self.config.lora is not None, limits=self.limits)
+        adapter_of = self.config.model if self.config.adapts else None
+        write_model(model, self.processor, where, self.dtype, adapter_of=adapter_of, limits=self.limits)
 
 
 def _draw(out: pathlib.Path) -> None:
@@ -163,6 +164,7 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
     data = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
+    config = config.for_model(model.config)
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
@@ -232,7 +234,7 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
     mesh = make_mesh(config.mesh) if config.mesh else None
     if mesh is None and jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes have joined, but config.mesh is empty: one device")
-    model, processor = from_pretrained(config.model, mesh=mesh)
+    model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
     pause("the model is read")
@@ -299,7 +301,7 @@ def learn(phase: Phase, model: Any) -> Any:
     return rl(model, data, stages, section, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.run_options)
 
 
-def tuning_shapes(config: SFTConfig, network: Qwen2_5_VLConfig, mesh: Mesh | None) -> AutoShapes:
+def tuning_shapes(config: SFTConfig, network: ModelConfig, mesh: Mesh | None) -> AutoShapes:
     """How the shapes of rows to tune on are worked out."""
     shards, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 

@@ -1,5 +1,6 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
+import dataclasses
 from typing import Literal
 
 from absl import flags
@@ -16,6 +17,9 @@ def define_flags(command: str) -> None:
     """Declares the flags of `sft` and `rl`."""
     define_flag(None, "The experiment: a file, or a name as pixel/own_data.")
     flags.mark_flag_as_required("config")
+    flags.DEFINE_string(
+        "adapter", None, "Go on with the adapter in this directory (PEFT's format), not with a new one."
+    )
     flags.DEFINE_bool(
         "resume_changed", False, "Go on with a run although its settings or data have changed; its history says which."
     )
@@ -29,6 +33,8 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     phase: Literal["sft", "rl"] = "sft" if command == "sft" else "rl"
     config = load(TrainConfig, FLAGS.config)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, adapter=FLAGS.adapter, lora=None)
     if getattr(config, phase) is None:
         raise UserError(f"the config has no section {command!r}")
 

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pixel_jax.config import load, positive
-from pixel_jax.data.digests import Digests, digest_model, digest_rows
+from pixel_jax.data.digests import Digests, digest_adapter, digest_model, digest_rows
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.shapes import bucket_shapes
 from pixel_jax.identity import nest
@@ -17,6 +17,9 @@ from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, WatchConfig
+
+if TYPE_CHECKING:
+    from pixel_jax.models.config import ModelConfig
 
 # In a run's directory: all its settings (config.json is what a model has), and what was read.
 CONFIG, DATA = "settings.json", "data.json"
@@ -58,6 +61,8 @@ class TrainConfig:
     rl: RLConfig | None = None
     architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
     lora: LoRAConfig | None = None
+    # Directory of an adapter (PEFT's format) to go on with; it takes the place of a new one by `lora`.
+    adapter: str | None = None
     tools: tuple[str, ...] = (
         DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
     )
@@ -119,9 +124,21 @@ class TrainConfig:
             raise ValueError(
                 f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
             )
+        if self.adapter is not None and self.lora is not None:
+            raise ValueError(f"adapter {self.adapter!r} is gone on with, lora makes a new one: set one of the two")
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
+
+    def for_model(self, network: "ModelConfig") -> "TrainConfig":
+        """Returns the same with the sizes of patches of a model's vision tower (`RolloutConfig.for_model`)."""
+        rl = self.rl and dataclasses.replace(self.rl, rollout=self.rl.rollout.for_model(network))
+        return dataclasses.replace(self, rollout=self.rollout.for_model(network), rl=rl)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the model has an adapter, new or not."""
+        return self.lora is not None or self.adapter is not None
 
     @property
     def tuning(self) -> SFTConfig:
@@ -174,7 +191,8 @@ def run_settings(command: str, config: TrainConfig, examples: Sequence, digests:
         limits, terms = config.learning.rollout, [name for name, _ in config.learning.reward.terms]
     # A change of the user's own code makes another experiment.
     code = {name: digest(name) for name in (*config.tools, limits.call_format, *terms) if is_name(name)}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows, "code": code}
+    model = {**digest_model(config.model, digests), **digest_adapter(config.adapter, digests)}
+    return {"command": command, **settings, **model, **rows, "code": code}
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:

@@ -25,6 +25,9 @@ from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained, save_pretrained
+from pixel_jax.models.layers import LoRAWeight
+from pixel_jax.models.lora import add_lora, split
+from pixel_jax.models.peft import load_adapter, save_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.config import RolloutConfig
@@ -279,6 +282,20 @@ def test_chat(model, picture, tmp_path):
     assert str(page) in out
 
 
+def test_chat_with_an_adapter(model, picture, tmp_path):
+    """One that takes the head's word for the end away says something else."""
+    base, _ = from_pretrained(model)
+    adapted = add_lora(base, jax.random.key(0), rank=1, alpha=64.0, targets="lm_head")
+    adapted.lm_head.lora_b[...] = jax.random.normal(jax.random.key(1), adapted.lm_head.lora_b.shape)
+    save_adapter(adapted, tmp_path)
+    question = ("chat", model, picture, "--question=Which digit?")
+    said = [command(*question, *flags) for flags in ([], [f"--adapter={tmp_path}"])]
+    assert [code for code, _, _ in said] == [0, 0], said[1][2]
+    assert said[0][1] != said[1][1]
+    code, _, error = command(*question, f"--adapter={model}")
+    assert code == 1 and "is no adapter of PEFT: it has no adapter_config.json" in error and "Traceback" not in error
+
+
 CONFIG = """
 import importlib.util
 from ml_collections import ConfigDict
@@ -323,11 +340,11 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, [*lines, line | {"images": ["broken.png"], "turns": turns[0]}])))
 
-    def start(phase, source):
-        place = tmp_path / phase
+    def start(phase, source, *more, out=None):
+        place = tmp_path / (out or phase)
         flags = (f"--config={config}", f"--config.model={source}", f"--config.data={data}", f"--config.out={place}")
         flags = (*flags, f"--config.image_folders=('{picture.parent}',)")
-        code, out, error = command(phase, *flags, "--config.bad_rows=drop")
+        code, out, error = command(phase, *flags, "--config.bad_rows=drop", *more)
         assert code == 0 and f"The model is in {place / 'model'}." in out and "1 rows dropped" in out, error
         metrics = read_metrics(place / phase / "metrics.jsonl")
         assert len(metrics) == 2 and all(np.isfinite(x[name]) for x in metrics for name in ("loss", "grad_norm"))
@@ -345,3 +362,12 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
     assert (np.asarray(weights[0]) != np.asarray(weights[1])).any()
     saved = json.loads((learned / "rollout.json").read_text())
     assert saved["max_response"] == 256 and saved["group_size"] == 1  # of an answer: how training explored is not kept
+
+    # A new adapter of tuning, gone on with by reinforcement learning; each lies beside the merged model.
+    lora = '--config.lora={"rank": 2, "alpha": 4.0, "targets": ".*q_proj"}'
+    alone = "--config.{}.trainable=.*lora_"
+    first, _ = start("sft", model, lora, alone.format("sft"), out="first")
+    second, _ = start("rl", model, f"--adapter={first / 'adapter'}", alone.format("rl"), out="second")
+    base = from_pretrained(model)[0]
+    before, after = (split(load_adapter(base, x / "adapter"), LoRAWeight)[0] for x in (first, second))
+    assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)

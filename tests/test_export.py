@@ -39,25 +39,31 @@ def base(tmp_path_factory):
     return directory
 
 
-def tune(base, out, lora):
+def tune(base, out, lora, adapter=None):
     """Three steps with all checkpoints kept, and the models after two and after three."""
     section = SFTConfig(
         steps=3,
         batch_size=4,
-        trainable=".*lora_" if lora else r"(?!visual)",
+        trainable=".*lora_" if lora or adapter else r"(?!visual)",
         optimizer=OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0),
         forward=ForwardConfig(remat=False),
         save_every=1,
         keep=3,
     )
     config = TrainConfig(
-        model=str(base), data="d.jsonl", out=str(out), sft=section, lora=lora, rollout=RolloutConfig(max_calls=2)
+        model=str(base),
+        data="d.jsonl",
+        out=str(out),
+        sft=section,
+        lora=lora,
+        adapter=adapter,
+        rollout=RolloutConfig(max_calls=2),
     )
     with Digests(out / "digests.json") as digests:
         facts = run_settings("sft", config, [], digests)
     models = []
     for steps in (2, 3):
-        model, _ = pixel_jax.from_pretrained(base)
+        model, _ = pixel_jax.from_pretrained(base, adapter=adapter)
         if lora is not None:
             model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(lora))
         data = Shuffled(make_batch(8)._replace(visual=None), 4, seed=0)
@@ -73,10 +79,20 @@ def tune(base, out, lora):
     return config, models
 
 
-@pytest.fixture(scope="module", params=[None, LORA], ids=["all weights", "adapters"])
-def run(base, request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """One from elsewhere, of two linear layers."""
+    directory = tmp_path_factory.mktemp("adapter")
+    lora = {**dataclasses.asdict(LORA), "targets": r"model\.layers\.\{\}\.self_attn\.[qv]_proj"}
+    pixel_jax.save_adapter(add_lora(pixel_jax.from_pretrained(base)[0], jax.random.key(3), **lora), directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module", params=["all weights", "a new adapter", "an adapter from elsewhere"])
+def run(base, adapter, request, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
-    return out, *tune(base, out, request.param)
+    lora = LORA if request.param == "a new adapter" else None
+    return out, *tune(base, out, lora, adapter if "elsewhere" in request.param else None)
 
 
 def weights(model):
@@ -89,7 +105,15 @@ def test_a_checkpoint_is_the_model_after_its_step(run, base, step, dtype, tmp_pa
     assert export(phase_of(out), str(tmp_path), step=step, dtype=dtype) == (step or 3, [1, 2, 3])
     found, processor = pixel_jax.from_pretrained(tmp_path)
     wanted = second if step == 2 else third
-    wanted = wanted if config.lora is None else merge_lora(wanted, dtype or "bfloat16")
+    if config.adapts:  # beside the merged model it lies as it was trained, bit for bit
+        beside = pixel_jax.load_adapter(pixel_jax.from_pretrained(base)[0], tmp_path / "adapter")
+        for a, b in zip(weights(beside), weights(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+            base
+        )
+        wanted = merge_lora(wanted, dtype or "bfloat16")
+    assert (tmp_path / "adapter").is_dir() == config.adapts
     wanted = jax.tree.map(lambda x: x.astype(dtype or "bfloat16"), wanted)
     for a, b in zip(weights(found), weights(wanted), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -145,10 +169,10 @@ def test_a_run_stands_for_its_models(run, tmp_path, capsys):
     assert names() == {1: "1", 2: "2", 3: "3"}
     found = model_directory(f"{place}@2")
     assert found == place / "models/2" and f"{place}@2 is the model of step 2: {found}" in capsys.readouterr().out
-    wanted = second if config.lora is None else merge_lora(second, "bfloat16")
+    wanted = merge_lora(second, "bfloat16") if config.adapts else second
     for a, b in zip(weights(pixel_jax.from_pretrained(found)[0]), weights(wanted), strict=True):
         np.testing.assert_array_equal(
-            a, b.astype(a.dtype) if config.lora else jax.numpy.asarray(b, "bfloat16").astype("float32")
+            a, b.astype(a.dtype) if config.adapts else jax.numpy.asarray(b, "bfloat16").astype("float32")
         )
     stamp = (found / "config.json").stat().st_mtime_ns
     assert model_directory(f"{place}@2") == found and (found / "config.json").stat().st_mtime_ns == stamp
@@ -181,3 +205,17 @@ def test_a_directory_of_two_phases_is_asked_about(tmp_path):
     with pytest.raises(UserError, match=r"choose one: .*sft, .*rl"):
         phase_of(tmp_path)
     assert phase_of(tmp_path / "rl") == tmp_path / "rl"
+
+
+def test_a_model_without_an_adapter_leaves_none_of_another(run, base, tmp_path):
+    """An adapter that lay beside the model that was there before goes with it."""
+    out, *_ = run
+    export(phase_of(out), str(tmp_path))
+    model, processor = pixel_jax.from_pretrained(tmp_path)
+    pixel_jax.save_pretrained(model, processor, tmp_path)
+    assert not list((tmp_path / "adapter").glob("*"))
+
+
+def test_an_adapter_is_new_or_gone_on_with(adapter):
+    with pytest.raises(ValueError, match="adapter '.*' is gone on with, lora makes a new one"):
+        TrainConfig(model="m", data="d", out="o", lora=LORA, adapter=adapter)

@@ -116,7 +116,7 @@ def test_kinds_are_declared_for_settings_that_there_are():
         "columns": {"question": "q"},
     }
     values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}, "rl": {"iterations": 1}}
-    names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "tokenizer"}
+    names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "adapter_weights", "tokenizer"}
     for pattern in KINDS:
         assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
     free = {name for name in names if kind_of(name) is ChangeKind.FREE}

@@ -16,7 +16,7 @@ from pixel_jax.bench.memory import array_bytes
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
 from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Workload
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.rollout import compiled_rollout, rollout
@@ -146,7 +146,7 @@ def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cac
     return logprobs
 
 
-def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLConfig) -> float:
+def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: ModelConfig) -> float:
     """The FLOPs of a rollout that reads every prompt once and every other token of a row once.
 
     A token attends to the tokens before it, and only the policy's tokens have logits.

@@ -23,7 +23,7 @@ from pixel_jax.bench.operations import close, same
 from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.models.flops import Work, forward_flops, row_work
 from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
+from pixel_jax.models.model import LanguageModel, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
 from pixel_jax.rollouts import decode_loop, queue
@@ -143,14 +143,14 @@ class Decoding(NamedTuple):
     prompts: Prompts
     bytes: float  # that are read at least: the weights for every token, and the cache as it grows
 
-    def prepare(self, model: Qwen2_5_VL) -> Callable[[], jax.Array]:
+    def prepare(self, model: LanguageModel) -> Callable[[], jax.Array]:
         """The run that is timed. It returns the rows' tokens."""
         shared, state = self.start(model, self.prompts)
-        run, layers = jax.jit(self.decode), jax.jit(Qwen2_5_VL.unstack)(model)
+        run, layers = jax.jit(self.decode), jax.jit(LanguageModel.unstack)(model)
         return lambda: run(model, layers, shared, state).tokens
 
 
-def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
+def decoding(model: LanguageModel, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
     """The decoding of `steps` tokens after the prompts `tokens` int32 [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
     words = tables(vocabulary())

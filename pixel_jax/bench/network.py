@@ -13,7 +13,7 @@ import numpy as np
 import pixel_jax
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import LanguageModel, Model, Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
 from pixel_jax.rollouts.trajectory import HostPrompts
@@ -61,13 +61,13 @@ def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
 
 
 @functools.cache
-def random_model(quick: bool, layers: int = 8) -> Qwen2_5_VL:
+def random_model(quick: bool, layers: int = 8) -> LanguageModel:
     """The network with random weights."""
-    return jax.jit(Qwen2_5_VL, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
+    return jax.jit(LanguageModel, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
 
 
 @functools.cache
-def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
+def zooming_model(quick: bool, answers: float = 0.0) -> LanguageModel:
     """The random model with a head that makes it write thoughts, zoom in, and start again.
 
     Turns are sampled, so that rows differ in length. It has four layers only, because the loops around transformers are slow.
@@ -138,7 +138,7 @@ def prompts(quick: bool) -> HostPrompts:
     return build_prompts(queries, vocabulary(), tables(vocabulary()), rollout_config(quick))
 
 
-def transformers_model(model: Qwen2_5_VL, attention: str = "sdpa") -> Any:  # the types of transformers lack `generate`
+def transformers_model(model: Model, attention: str = "sdpa") -> Any:  # the types of transformers lack `generate`
     """The same weights in transformers, in evaluation mode."""
     import transformers
 

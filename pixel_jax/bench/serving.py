@@ -29,7 +29,7 @@ from pixel_jax.bench import network
 from pixel_jax.bench.machine import count_cores
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import write_file
-from pixel_jax.models import Qwen2_5_VL
+from pixel_jax.models import Model
 from pixel_jax.models.processor import Processor
 from pixel_jax.parallel.mesh import use_cores
 from pixel_jax.rollouts.config import RolloutConfig
@@ -148,7 +148,7 @@ def _message(number: int, image: np.ndarray) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}
 
 
-def generated(speaker: Speaker, model: Qwen2_5_VL, words: Vocabulary, images: np.ndarray, tokens: int) -> Answers:
+def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndarray, tokens: int) -> Answers:
     """The answers of transformers, one after the other."""
     import torch
 

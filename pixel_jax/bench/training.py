@@ -25,7 +25,7 @@ from pixel_jax.bench.network import (
 )
 from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Run, Workload
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig
+from pixel_jax.models import LanguageModel, ModelConfig
 from pixel_jax.models.flops import Work, forward_flops, row_work, training_flops
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import patchify, pixel_values
@@ -81,7 +81,7 @@ def shown(batch: Batch[Visual]) -> Visual:
     return batch.visual
 
 
-def work_of(batch: Batch[Visual], config: Qwen2_5_VLConfig) -> Work:
+def work_of(batch: Batch[Visual], config: ModelConfig) -> Work:
     """The work of a batch without padding."""
     rows, length = batch.tokens.shape
     return row_work(np.full(rows, length), np.asarray(shown(batch).grids), config)
@@ -281,7 +281,7 @@ def build_long(quick: bool) -> Workload:
             mrope_section=(8, 12, 12),
         )
         config = dataclasses.replace(config, text=text, vision=dataclasses.replace(config.vision, out_hidden_size=256))
-    model = jax.jit(Qwen2_5_VL, static_argnums=0)(config, jax.random.key(0))
+    model = jax.jit(LanguageModel, static_argnums=0)(config, jax.random.key(0))
     step = make_sft_step(FORWARD, optimizer(), normalizer="token")
 
     def ours(length: int):

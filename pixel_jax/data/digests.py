@@ -131,3 +131,11 @@ def digest_model(directory: str | os.PathLike, digests: Digests) -> dict[str, st
         "weights": digests.files(matching("*.safetensors", "*.safetensors.index.json", "config.json")),
         "tokenizer": digests.files(matching(*TOKENIZER)),
     }
+
+
+def digest_adapter(directory: str | os.PathLike | None, digests: Digests) -> dict[str, str]:
+    """{"adapter_weights": of an adapter's files}; empty if there is none."""
+    if directory is None:
+        return {}
+    files = [pathlib.Path(directory) / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return {"adapter_weights": digests.files(files)}

@@ -15,7 +15,7 @@ import numpy as np
 from pixel_jax.data.shapes import AutoShapes, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import host_crop_resize, smart_resize
-from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.tools import RELEASED, Tool
@@ -59,8 +59,12 @@ class ShapeFinder(NamedTuple):
         """`min_pixels` and `max_pixels` of an image of `query` as it is shown."""
         config = self.config
         if query.is_video:
-            return {"min_pixels": config.video_min_pixels, "max_pixels": config.video_max_pixels}
-        return {"min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+            return {
+                "factor": config.factor,
+                "min_pixels": config.video_min_pixels,
+                "max_pixels": config.video_max_pixels,
+            }
+        return {"factor": config.factor, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
 
     def scaled(self, query: Query, shape: BatchShape) -> ScaledPrompt:
         """`query` with the largest images that fit `shape`.
@@ -80,7 +84,9 @@ class ShapeFinder(NamedTuple):
             ids = prompt_tokens(outline, vocabulary, self.config, self.guidelines, self.tools)
             tokens = len(ids)
             if tokens <= max_tokens:
-                return ScaledPrompt(scale, sizes, tokens, sum(map(math.prod, shown(sizes, limits))) // PATCH**2)
+                return ScaledPrompt(
+                    scale, sizes, tokens, sum(map(math.prod, shown(sizes, limits))) // self.config.patch_size**2
+                )
             image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
             left = max_tokens - (tokens - image_tokens)  # by the text
             if left <= 0:
@@ -173,7 +179,7 @@ def scaled_side(length: int, scale: float) -> int:
 
 def shown(sizes: Sequence[Size], limits: dict[str, int]) -> list[Size]:
     """The sizes at which images of these sizes are shown."""
-    return [smart_resize(*size, factor=FACTOR, **limits) for size in sizes]
+    return [smart_resize(*size, **limits) for size in sizes]
 
 
 def scale_for(size: Size, shape: BatchShape, max_side: int, limits: dict[str, int]) -> float:
@@ -183,7 +189,7 @@ def scale_for(size: Size, shape: BatchShape, max_side: int, limits: dict[str, in
     ((high, wide),) = shown([(scaled_side(height, scale), scaled_side(width, scale))], limits)
     if max(high, wide) > max_side:  # the image is much longer than wide
         max_pixels = limits["max_pixels"]
-        scale = min(scale, (max_pixels / (height * width)) ** 0.5) * (max_side - FACTOR) / max(high, wide)
+        scale = min(scale, (max_pixels / (height * width)) ** 0.5) * (max_side - limits["factor"]) / max(high, wide)
     return scale
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.flops import padded_work, training_flops
 from pixel_jax.rollouts.shapes import BatchShape
 
@@ -47,7 +47,7 @@ class AutoShapes(NamedTuple):
     row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # that tuning on a row of a shape takes of `memory`
 
 
-def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
+def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:
     """Makes a function from a shape to the operations of a row's forward and backward pass, padding included."""
 
     @functools.cache

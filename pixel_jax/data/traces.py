@@ -18,7 +18,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts import decode_loop
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
@@ -77,11 +77,17 @@ class View(NamedTuple):
     image: int
     region: tuple[int, ...]  # x1 y1 x2 y2
     size: tuple[int, int]  # (height, width)
+    patch_size: int  # pixels along a side of a patch
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Its height and width in patches."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
 
     @property
     def patches(self) -> int:
         """How many patches the frame has."""
-        return self.size[0] * self.size[1] // PATCH**2
+        return self.grid[0] * self.grid[1]
 
 
 class Row:
@@ -90,7 +96,7 @@ class Row:
     def __init__(
         self, trace: Trace, index: int, vocabulary: Vocabulary, config: RolloutConfig, tools: tuple[Tool, ...]
     ):
-        self.trace, self.index, self.tools = trace, index, tools
+        self.trace, self.index, self.tools, self.config = trace, index, tools, config
         query = trace.query
         # Compact: the rows of a whole data set are kept.
         self.ids = array.array("i", prompt_tokens(query, vocabulary, config, tools=tools))
@@ -104,15 +110,18 @@ class Row:
             if query.is_video
             else (config.min_pixels, config.max_pixels)
         )
-        sizes = [smart_resize(*image.shape[:2], min_pixels=low, max_pixels=high) for image in query.images]
+        sizes = [
+            smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
+            for image in query.images
+        ]
         whole = [
-            View(i, (0, 0, image.shape[1], image.shape[0]), size)
+            View(i, (0, 0, image.shape[1], image.shape[0]), size, config.patch_size)
             for i, (image, size) in enumerate(zip(query.images, sizes, strict=True))
         ]
         if query.is_video:
             last = len(query.images) - 1
             self.slices = [(i, min(i + 1, last)) for i in range(0, len(query.images), 2)]
-            self.grids = [(len(self.slices), sizes[0][0] // PATCH, sizes[0][1] // PATCH)]
+            self.grids = [(len(self.slices), *whole[0].grid)]
             self.views = whole
         else:
             for view in whole:
@@ -121,7 +130,7 @@ class Row:
     def show(self, view: View) -> None:
         """Appends a still image."""
         self.slices.append((len(self.views), len(self.views)))
-        self.grids.append((1, view.size[0] // PATCH, view.size[1] // PATCH))
+        self.grids.append((1, *view.grid))
         self.views.append(view)
 
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
@@ -141,7 +150,9 @@ class Row:
     @property
     def shape(self) -> BatchShape:
         """The shape that the row needs."""
-        return BatchShape(len(self.ids), len(self.views), len(self.slices), max(view.patches for view in self.views))
+        return BatchShape(
+            len(self.ids), len(self.views), len(self.slices), max((view.patches for view in self.views), default=0)
+        )
 
     @property
     def patches(self) -> int:
@@ -157,14 +168,14 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         images: uint8 [h, w, 3] each.
 
     Returns:
-        The patches of each frame, uint8 [P, 588].
+        The patches of each frame, uint8 [P, 3 p p].
     """
     have = [image.shape for image in images]
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
         raise TraceError(f"a trace about {row.trace.query.question!r} has images {have}, it was planned for {planned}")
     buffers = row_images(Images(tuple(images)), row.calls, row.tools)
-    return [frame_patches(buffers[view.image], view.region, view.size) for view in row.views]
+    return [frame_patches(buffers[view.image], view.region, view.size, row.config) for view in row.views]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
@@ -223,7 +234,7 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
         row.loss_mask.extend(bytes(int(lengths[i])))
         for image, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
             if image != NO_IMAGE:
-                row.show(View(image, tuple(region), tuple(size)))
+                row.show(View(image, tuple(region), tuple(size), config.patch_size))
         row.calls.append(jax.tree.map(lambda x: x[i], calls))  # noqa: B023
     return [ImageHistory(*(x[i] for x in history)) for i in range(len(rows))]
 
@@ -284,7 +295,7 @@ def assemble(
     tokens = np.zeros((count, shape.tokens), np.int32)
     valid, loss_mask = np.zeros((2, count, shape.tokens), bool)
     visual = Visual(
-        patches=np.zeros((count, shape.images, shape.patches, 3 * PATCH**2), np.uint8),
+        patches=np.zeros((count, shape.images, shape.patches, config.patch_bytes), np.uint8),
         slices=np.full((count, shape.slices, 2), -1, np.int32),
         grids=np.zeros((count, shape.slices, 3), np.int32),
         seconds=np.zeros((count, shape.slices), np.float32),

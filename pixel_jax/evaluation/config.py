@@ -5,7 +5,7 @@ from typing import Literal
 
 from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import TOKEN_PIXELS, RolloutConfig
 from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
@@ -23,11 +23,11 @@ RELEASED = RolloutConfig(
     top_p=1.0,
     top_k=0,
     max_response=8192,
-    min_pixels=512 * FACTOR**2,
-    max_pixels=5120 * FACTOR**2,
-    crop_min_pixels=512 * FACTOR**2,
-    crop_max_pixels=5120 * FACTOR**2,
-    select_max_pixels=512 * FACTOR**2,
+    min_pixels=512 * TOKEN_PIXELS,
+    max_pixels=5120 * TOKEN_PIXELS,
+    crop_min_pixels=512 * TOKEN_PIXELS,
+    crop_max_pixels=5120 * TOKEN_PIXELS,
+    select_max_pixels=512 * TOKEN_PIXELS,
 )
 
 
@@ -78,6 +78,7 @@ class EvalConfig:
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     traces: int = 16  # questions of each benchmark and mode that are drawn in the report
     seed: int = 0  # of samples of questions and of sampled answers
+    adapter: str | None = None  # directory of an adapter (PEFT's format) to put on the model
 
     def __post_init__(self):
         if self.rollout.temperature == 0 and self.rollout.group_size > 1:

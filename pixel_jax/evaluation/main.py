@@ -31,6 +31,7 @@ MODE = "operations"  # in which checkpoints are compared
 def define_flags(command: str) -> None:
     """Declares the flags of `eval`."""
     define_flag(None, "The evaluation: a file, or a name as pixel/eval.")
+    flags.DEFINE_string("adapter", None, "Directory of an adapter (PEFT's format) to put on the model.")
     flags.DEFINE_string("json", None, "Also write what compare or select finds to this file.")
 
 
@@ -75,6 +76,8 @@ def evaluating() -> Iterator[EvalConfig]:
     if FLAGS.config is None:
         raise UserError("give a config: --config=pixel/eval")
     config = load(EvalConfig, FLAGS.config)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, adapter=FLAGS.adapter)
     initialize()
     with fail_together(), hold(config.out, is_main_process()):
         announce_compiles()
@@ -149,7 +152,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     import jax
 
     from pixel_jax import from_pretrained
-    from pixel_jax.data.digests import Digests, digest_model
+    from pixel_jax.data.digests import Digests, digest_adapter, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
     from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
@@ -166,15 +169,16 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     use_compilation_cache(out / "compiled")
     # A process answers its own questions on its own devices; only files are shared.
     mesh = make_mesh(config.mesh, jax.local_devices()) if config.mesh else None
-    model, processor = from_pretrained(config.model, mesh=mesh)
+    model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
-    vocabulary = Vocabulary.of(processor.tokenizer)
+    vocabulary, limits = Vocabulary.of(processor.tokenizer), config.rollout.for_model(model.config)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         identity: dict[str, Any] = {
             "model": str(pathlib.Path(config.model).resolve()),
             **digest_model(config.model, digests),
+            **digest_adapter(config.adapter, digests),
         }
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
@@ -185,7 +189,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
             identity["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
-            exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
+            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed)
             evaluate(
                 policy,
                 questions,

@@ -29,7 +29,7 @@ from pixel_jax.evaluation.stages import (
     unanswered,
 )
 from pixel_jax.identity import RunError, settle
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
@@ -40,7 +40,7 @@ LOADERS = 8  # threads that decode images
 
 
 def shapes_of(
-    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
+    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
 ) -> Sequence[BatchShape] | AutoShapes:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:

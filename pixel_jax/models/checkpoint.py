@@ -5,11 +5,10 @@ The place of a weight in the module tree is its key: `language_model.layers.self
 read; the released one is written.
 """
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,20 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pixel_jax.files import FileError, open_regular, read_json
+from pixel_jax.arrays import Params
+from pixel_jax.files import FileError, read_json
+from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import LoRAWeight, is_variable
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.loading import Wanted, load_arrays
+from pixel_jax.models.model import Model
+from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
-def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
+def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
     """(path in the tree, released key, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
@@ -41,12 +42,8 @@ def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]
         yield path, ".".join(names), weight
 
 
-def released_key(key: str) -> str:
-    """Either spelling -> the released one."""
-    for newer, released in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(newer):
-            return released + key[len(newer) :]
-    return key
+# What some files hold beside weights: it follows from the configuration.
+BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 def is_weight_file(name: str) -> bool:
@@ -54,49 +51,38 @@ def is_weight_file(name: str) -> bool:
     return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name))
 
 
-class WeightReader:
-    """The tensors of a directory, by released key; files are mapped, not read."""
+def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
+    """The tensors of a directory, by our names of them, `names.ours`; files are mapped, not read.
 
-    def __init__(self, directory: Path, files: contextlib.ExitStack):
-        self.directory = directory
-        self.tensors = {}  # released key -> (open file, key in the file, file name)
-        # As transformers: one file, where there is one, whatever an index beside it says.
-        if os.path.lexists(directory / SINGLE):
-            index = None
-            if os.path.lexists(directory / INDEX):
-                logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
-        elif os.path.lexists(directory / INDEX):
-            index = _read_index(directory)
-        else:
-            raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-        opened = {}
-        for name in sorted({SINGLE} if index is None else set(index.values())):
-            opened[name] = files.enter_context(_open_tensors(directory / name))
-        if index is None:
-            index = {key: SINGLE for key in opened[SINGLE].keys()}
-        held = {name: set(file.keys()) for name, file in opened.items()}
+    Raises:
+        FileError: a file is damaged, the index is wrong, or a tensor is there in both spellings.
+        FileNotFoundError: the directory has no weights.
+    """
+    # As transformers: one file, where there is one, whatever an index beside it says.
+    if os.path.lexists(directory / SINGLE):
+        if os.path.lexists(directory / INDEX):
+            logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
+        found = list(open_safetensors(directory / SINGLE).values())
+    elif os.path.lexists(directory / INDEX):
+        index = _read_index(directory)
+        opened = {name: open_safetensors(directory / name) for name in sorted(set(index.values()))}
         for key, name in index.items():
-            if key not in held[name]:
+            if key not in opened[name]:
                 raise FileError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
-            _, twin, other = self.tensors.setdefault(released_key(key), (opened[name], key, name))
-            if twin != key:
-                raise FileError(
-                    f"{directory}: {twin!r} in {other} and {key!r} in {name} are two spellings of one tensor"
-                )
-
-    def tensor(self, key: str, shape: tuple[int, ...]):
-        """A tensor of the given shape; slicing it reads that slice."""
-        file, original, name = self.tensors[key]
-        view = file.get_slice(original)
-        if tuple(view.get_shape()) != shape:
-            raise self.error(key, f"has shape {tuple(view.get_shape())}, expected {shape}")
-        if view.get_dtype() not in FLOATS:
-            raise self.error(key, f"has dtype {view.get_dtype()}, expected one of {', '.join(FLOATS)}")
-        return view
-
-    def error(self, key: str, problem: str) -> FileError:
-        _, original, name = self.tensors[key]
-        return FileError(f"{self.directory}: tensor {original!r} in {name} {problem}")
+        found = [opened[name][key] for key, name in index.items()]
+    else:
+        raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    tensors: dict[str, Tensor] = {}
+    for tensor in found:
+        if BUFFERS.fullmatch(tensor.name):
+            continue
+        twin = tensors.setdefault(names.ours(tensor.name), tensor)
+        if twin is not tensor:
+            raise FileError(
+                f"{directory}: {twin.name!r} in {twin.file.name} and {tensor.name!r} in {tensor.file.name} are two "
+                "spellings of one tensor"
+            )
+    return tensors
 
 
 def _read_index(directory: Path) -> dict[str, str]:
@@ -114,112 +100,81 @@ def _read_index(directory: Path) -> dict[str, str]:
     return index
 
 
-def _open_tensors(path: Path) -> safe_open:
-    open_regular(path).close()  # a named pipe would be waited for
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise FileError(f"{path}: truncated or damaged ({error})") from None
-
-
 def load_weights(
-    model: Qwen2_5_VL, directory: Path, shardings, dtype=None, *, config_dtype: str | None = None
-) -> Qwen2_5_VL:
-    """An abstract model (`jax.eval_shape`) -> the same with the weights of a directory.
+    model: Model,
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    shardings,
+    dtype=None,
+    *,
+    config_dtype: str | None = None,
+) -> Model:
+    """An abstract model (`jax.eval_shape`) -> the same with weights from files.
 
     Args:
+        model: abstract.
+        tensors: by released key, as `open_weights` finds them.
+        where: the directory or file, for messages.
         shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
         dtype: of the weights; None keeps the files', if that is one for all.
         config_dtype: what `config.json` says, which decides where the files mix several.
 
     Raises:
         FileError: the tensors are not those of the model, or hold what is no number. The message names them.
-        FileNotFoundError: the directory has no weights.
     """
-    with contextlib.ExitStack() as files:
-        reader = WeightReader(directory, files)
-        wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
-        for _, key, weight in named_weights(model):
-            stacked = weight.axes[0] == "layers"
-            wanted.append([key.format(i) for i in range(weight.shape[0])] if stacked else key)
-        needed = {key for keys in wanted for key in ([keys] if isinstance(keys, str) else keys)}
-        missing = sorted(needed - reader.tensors.keys())
-        unused = sorted(reader.tensors.keys() - needed)
-        if model.config.tie_word_embeddings and "lm_head.weight" in unused:
-            _check_tied(reader, model)
-            unused.remove("lm_head.weight")
-        if missing:
-            raise FileError(f"{directory}: {len(missing)} missing tensors: {_few(missing)}")
-        if unused:
-            raise FileError(f"{directory}: {len(unused)} tensors that this model does not use: {_few(unused)}")
-        abstract, structure = jax.tree.flatten(model)
-        shapes = [value.shape for value in abstract]
-        if dtype is None:
-            dtype = _one_dtype(reader, wanted, shapes, config_dtype)
-        places = jax.tree.leaves(shardings)
-        loaded = [
-            _load(reader, keys, shape, place, dtype) for keys, shape, place in zip(wanted, shapes, places, strict=True)
-        ]
-    return jax.tree.unflatten(structure, loaded)
-
-
-def _one_dtype(reader: WeightReader, wanted: list, shapes: list, config_dtype: str | None) -> str:
-    """The dtype that all weights get where nobody asks for one."""
+    wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
+    for _, key, weight in named_weights(model):
+        stacked = weight.axes[0] == "layers"
+        wanted.append([key.format(i) for i in range(weight.shape[0])] if stacked else [key])
+    needed = {key for keys in wanted for key in keys}
+    missing = sorted(needed - tensors.keys())
+    unused = sorted(tensors.keys() - needed)
+    if model.config.tie_word_embeddings and "lm_head.weight" in unused:
+        _check_tied(tensors, model)
+        unused.remove("lm_head.weight")
+    if missing:
+        raise FileError(f"{where}: {len(missing)} missing tensors: {few(missing)}")
+    if unused:
+        raise FileError(f"{where}: {len(unused)} tensors that this model does not use: {few(unused)}")
+    abstract, structure = jax.tree.flatten(model)
+    parts = [[tensors[key] for key in keys] for keys in wanted]
     by_dtype: dict[str, str] = {}  # dtype -> a key that has it
-    for keys, shape in zip(wanted, shapes, strict=True):
-        for key in [keys] if isinstance(keys, str) else keys:
-            view = reader.tensor(key, shape if isinstance(keys, str) else shape[1:])
-            by_dtype.setdefault(FLOATS[view.get_dtype()], key)
+    for (_, _, weight), keys, array in zip(named_weights(model), wanted, abstract, strict=True):
+        shape = array.shape[1:] if weight.axes[0] == "layers" else array.shape
+        for key in keys:
+            tensors[key].check(shape)
+            by_dtype.setdefault(FLOATS[tensors[key].dtype].name, key)
+    dtype = jnp.dtype(_one_dtype(by_dtype, where, config_dtype) if dtype is None else dtype)
+    places = jax.tree.leaves(shardings)
+    weights = [Wanted(array.shape, place, each) for array, place, each in zip(abstract, places, parts, strict=True)]
+    return jax.tree.unflatten(structure, load_arrays(weights, dtype, f"reading {where}"))
+
+
+def _one_dtype(by_dtype: Mapping[str, str], where: Path, config_dtype: str | None) -> str:
+    """The dtype that all weights get where nobody asks for one."""
     if len(by_dtype) == 1:
         return next(iter(by_dtype))
     mixed = " and ".join(f"{name} ({key})" for name, key in sorted(by_dtype.items()))
     if config_dtype is None:
         raise FileError(
-            f"{reader.directory}: the weights mix {mixed}, and config.json names no torch_dtype that they are meant to have"
+            f"{where}: the weights mix {mixed}, and config.json names no torch_dtype that they are meant to have"
         )
-    logging.warning(
-        "%s: the weights mix %s; all are read as %s, as config.json says", reader.directory, mixed, config_dtype
-    )
+    logging.warning("%s: the weights mix %s; all are read as %s, as config.json says", where, mixed, config_dtype)
     return config_dtype
 
 
-def _load(reader: WeightReader, keys: str | list[str], shape: tuple[int, ...], place: jax.sharding.Sharding, dtype):
-    def read(key: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        values = reader.tensor(key, shape)[index]
-        if not _is_finite(values):
-            raise reader.error(key, "holds NaN or infinity")
-        return values
-
-    if isinstance(keys, str):
-        whole = lambda index: read(keys, shape, index)
-    else:
-        whole = lambda index: np.stack([read(key, shape[1:], index[1:]) for key in keys[index[0]]])
-    return jax.make_array_from_callback(shape, place, lambda index: np.asarray(whole(index), dtype))
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    """Whether all numbers are. Of the bits: for bfloat16 `np.isfinite` takes five times as long."""
-    if not values.size:
-        return True
-    unsigned = np.dtype(f"u{values.itemsize}")
-    infinity = np.array(np.inf, values.dtype).view(unsigned)
-    magnitude = unsigned.type(2 ** (8 * values.itemsize - 1) - 1)
-    flat = values.reshape(-1).view(unsigned)
-    pieces = (flat[i : i + 2**20] for i in range(0, flat.size, 2**20))  # that stay in the processor's cache
-    return all((piece & magnitude).max() < infinity for piece in pieces)
-
-
-def _check_tied(reader: WeightReader, model: Qwen2_5_VL) -> None:
+def _check_tied(tensors: Mapping[str, Tensor], model: Model) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
-    shape = model.language_model.embed_tokens.weight.shape
-    head, embedding = (reader.tensor(key, shape)[:] for key in ("lm_head.weight", "model.embed_tokens.weight"))
-    if not np.array_equal(head, embedding):
+    head, embedding = (tensors[key] for key in ("lm_head.weight", "model.embed_tokens.weight"))
+    for tensor in (head, embedding):
+        tensor.check((model.config.text.vocab_size, model.config.text.hidden_size))
+    if not np.array_equal(head.values(), embedding.values()):
         raise FileError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
         )
 
 
-def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
+def save_weights(model: Model, directory: Path, dtype=None) -> None:
     """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index.
 
     dtype: of what is written; None: each weight's own.
@@ -235,13 +190,13 @@ def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
-            plan[-1].append((key.format(layer), weight, layer))
+            plan[-1].append((model.config.names.in_file(key.format(layer)), weight, layer))
             sizes[-1] += size
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):
         name = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         values = {
-            key: _to_host(weight[...] if layer is None else weight[layer], dtype) for key, weight, layer in tensors
+            key: to_host(weight[...] if layer is None else weight[layer], dtype) for key, weight, layer in tensors
         }
         weight_map |= dict.fromkeys(values, name)
         if jax.process_index() == 0:
@@ -251,7 +206,7 @@ def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def _to_host(x: jax.Array, dtype=None) -> np.ndarray:
+def to_host(x: jax.Array, dtype=None) -> np.ndarray:
     """The whole array, also when other processes hold parts of it; in `dtype`, unless that is None."""
     x = x if dtype is None else x.astype(dtype)
     if not x.is_fully_addressable:
@@ -261,5 +216,6 @@ def _to_host(x: jax.Array, dtype=None) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,4 +1,10 @@
-"""The decoder: grouped-query attention, gated MLP, M-RoPE; a scan over stacked layers, or unrolled onto a cache."""
+"""The decoder of all families: grouped-query attention, gated MLP, rotary positions.
+
+Its layers are stacked and scanned over, or, onto a cache, unrolled.
+
+What the decoder reads, `x`, is [B, T, D], or, where tokens stand for visual features with parts for the first layers
+("deepstack", arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the output of layer 0, 1, .. n - 1.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +16,7 @@ from jax.sharding import Mesh
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, product, rematerialised, stack
-from pixel_jax.models.rope import mrope_angles, rotate
+from pixel_jax.models.rope import rotary_angles, rotate
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequence
 
 
@@ -28,6 +34,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, capacity: int, dtype) -> "KVCache":
+        """Returns a cache of zeros for `capacity` tokens in each of `batch` rows."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
@@ -68,32 +75,44 @@ class Prefix(NamedTuple):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; what a family declares decides on biases and norms."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key, 4)
         dim, head_dim = config.hidden_size, config.head_dim
         query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=True, dtype=dtype)
-        self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
-        self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
-        self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=False, dtype=dtype)
+        bias = config.qkv_bias
+        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=bias, dtype=dtype)
+        self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
+        self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
+        self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=config.output_bias, dtype=dtype)
+        self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
+        if config.qk_norm:
+            head_norm = lambda: RMSNorm(head_dim, (None,), eps=config.rms_norm_eps, dtype=dtype)
+            self.q_norm, self.k_norm = head_norm(), head_norm()
         self.head_dim = head_dim
 
     def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
+        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def out(self, attended: jax.Array) -> jax.Array:
+        """[B, T, heads, head_dim] -> [B, T, D]."""
         return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
+    """Attention and a gated MLP, each behind a norm."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key)
         dim = config.hidden_size
         self.self_attn = Attention(keys[0], config, dtype)
-        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=False, dtype=dtype)
+        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=config.mlp_bias, dtype=dtype)
         self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
@@ -109,35 +128,51 @@ class DecoderLayer(nnx.Module):
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
     def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
-        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots;
-        used int32 []: slots that a row may look at, at most.
+        """Computes the same onto a cache.
 
-        prefix: None or this layer's (k, v) of a `Prefix`, and prefix_mask its mask. -> x, cache_k, cache_v
+        Args:
+            x: [B, T, D].
+            cos: cosines of the rotation, float32 [B, T, head_dim / 2].
+            sin: sines.
+            write: int32 [B, T], the tokens' slots.
+            cache_k: this layer's keys [B, kv_heads, L, head_dim].
+            cache_v: its values.
+            mask: of the cache.
+            used: int32 [], the most slots that a row may look at.
+            prefix: this layer's (k, v) of a `Prefix`, or None.
+            prefix_mask: its mask.
+
+        Returns:
+            x, cache_k and cache_v.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         rows = jnp.arange(x.shape[0])[:, None]
         cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
         own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
-        if prefix is not None:
+        if prefix is not None and prefix_mask is not None:
             # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
             folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
-            out, lse = cached_attention(folded, *prefix, prefix_mask)
+            out, lse = cached_attention(folded, prefix[0], prefix[1], prefix_mask)
             own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
         x = x + self.self_attn.out(own)
         return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v
 
 
 class Embedding(nnx.Module):
+    """The table of embeddings [vocab, D]."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
-        """As the head of a network that ties the two: [..., D] -> [..., vocab]"""
+        """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
         return product(hidden, self.weight[...], dtype)
 
 
 class Decoder(nnx.Module):
+    """Embeddings, layers and the last norm."""
+
     def __init__(self, config: TextConfig, key: jax.Array, dtype):
         keys = jax.random.split(key)
         self.config = config
@@ -146,17 +181,26 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
     def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+        """Positions int32 [3, B, T] -> cosines and sines of the rotation, float32 [B, T, head_dim / 2]."""
+        return rotary_angles(positions, self.config)
+
+    def split_deepstack(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """[B, T, (1 + n) D] -> embeddings [B, T, D], and what is added to the outputs of layers [n, B, T, D], None if n = 0."""
+        dim = self.config.hidden_size
+        if x.shape[-1] == dim:
+            return x, None
+        parts = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, dim), -2, 0)
+        return parts[0], parts[1:]
 
     def __call__(
         self, x, positions, valid, *, segments=None, remat: Remat = False, implementation: str | None = None, mesh=None
     ) -> jax.Array:
-        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
+        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm."""
         options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
         return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
 
     def prefill(self, x, positions, valid, *, implementation: str | None = None) -> tuple[jax.Array, KVCache]:
-        """See `Qwen2_5_VL.prefill`."""
+        """See `LanguageModel.prefill`."""
         in_cache = lambda keys_and_values: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), keys_and_values)
         hidden, (keys, values) = self._layers(x, positions, valid, in_cache, implementation=implementation)
         return hidden, KVCache(tuple(keys), tuple(values), valid.sum(axis=1, dtype=jnp.int32))
@@ -165,20 +209,25 @@ class Decoder(nnx.Module):
         self, x, positions, valid, keep, *, segments=None, remat=False, implementation: str | None = None, mesh=None
     ):
         """Hidden states after the last norm, and what `keep` keeps of every layer's keys and values, stacked."""
-        x = split_sequence(x, mesh, ROWS, SEQUENCE)
+        x, added = self.split_deepstack(split_sequence(x, mesh, ROWS, SEQUENCE))
         cos, sin = self.angles(positions)
         order = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
         mask = Mask(order, jnp.where(valid, order, -1), segments, segments)
 
-        def block(x, layer):
+        def block(x, scanned):
+            layer, number = scanned
             x, keys_and_values = layer(x, cos, sin, mask, implementation, mesh)
+            if added is not None:
+                x = x + added.at[number].get(mode="fill", fill_value=0)
             return keep_rows(x), keep(keys_and_values)
 
-        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), self.layers)
+        numbers = None if added is None else jnp.arange(self.config.num_hidden_layers)
+        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), (self.layers, numbers))
         return self.norm(x), kept
 
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:
-        """See `Qwen2_5_VL.step`."""
+        """See `LanguageModel.step`."""
+        x, added = self.split_deepstack(x)
         batch, length = valid.shape
         capacity = cache.k[0].shape[2]
         cos, sin = self.angles(positions)
@@ -192,6 +241,8 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(layers):
             shared = None if prefix is None else (prefix.k[i], prefix.v[i])
             x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask)
+            if added is not None and i < len(added):
+                x = x + added[i]
             keys.append(k)
             values.append(v)
         return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))

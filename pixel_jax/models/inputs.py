@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.arrays import AnyArray
+from pixel_jax.models.config import TowerConfig
+from pixel_jax.ops import pixel_values
 
 
 class Visual(NamedTuple):
@@ -14,7 +16,7 @@ class Visual(NamedTuple):
     An item is an image (one temporal slice) or a video (several); a temporal slice is two frames, for a still image the same
     one twice. Every slice goes through the vision tower on its own: attention never crosses slices.
 
-    patches:  uint8 [B, F, P, 588]  frame patches in merge order (`pixel_jax.ops.patchify`); F frames a row at most
+    patches:  uint8 [B, F, P, 3 p p]  frame patches of p x p pixels in merge order (`pixel_jax.ops.patchify`), at most F
     slices:   int32 [B, S, 2]       the two frames of each slice, in order of appearance; -1 = absent, at the end
     grids:    int32 [B, K, 3]       items in order of appearance: slices, height and width in patches; zeros = absent
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
@@ -43,12 +45,12 @@ class Located(NamedTuple):
     known: jax.Array
 
 
-def merged_grids(grids: jax.Array, merge: int) -> jax.Array:
+def merged_grids(grids: AnyArray, merge: int) -> jax.Array:
     """Grids [..., 3] in patches -> in visual tokens."""
     return jnp.asarray(grids) // jnp.array([1, merge, merge], jnp.int32)
 
 
-def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
+def locate(rank: jax.Array, grids: AnyArray, merge: int) -> Located:
     """Rank [B, T] of visual tokens among their row's -> the item, slice and offset they stand for (`grids` [B, K, 3])."""
     t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
     count = t * h * w
@@ -62,10 +64,25 @@ def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
     return Located(item, within, take(jnp.cumsum(t, axis=1) - t) + within // area, within % area, known)
 
 
-def slice_grids(grids: jax.Array, num_slices: int) -> jax.Array:
+def slice_grids(grids: AnyArray, num_slices: int) -> jax.Array:
     """Items [B, K, 3] -> (height, width) in patches of each temporal slice, int32 [B, num_slices, 2]; 0 where absent."""
     ends = jnp.cumsum(grids[..., 0], axis=1)
     item = jnp.sum(jnp.arange(num_slices)[None, :, None] >= ends[:, None, :], axis=-1)
     # One item more, of size zero, stands for "absent".
     padded = jnp.pad(grids[..., 1:], ((0, 0), (0, 1), (0, 0)))
     return jnp.take_along_axis(padded, item[..., None], axis=1)
+
+
+def slice_pixels(first: jax.Array, second: jax.Array, vision: TowerConfig) -> jax.Array:
+    """What the vision tower reads of temporal slices.
+
+    Args:
+        first: uint8 [..., P, 3 p p], the patches of each slice's first frame.
+        second: those of its second frame; for a still image the same.
+        vision: sizes and normalisation of the family.
+
+    Returns:
+        float32 [..., P, patch_dim], normalised; the second frame is left out if a temporal slice of the family is one frame.
+    """
+    frames = (first, second)[: vision.temporal_patch_size]
+    return pixel_values(*frames, patch=vision.patch_size, mean=vision.pixel_mean, std=vision.pixel_std)

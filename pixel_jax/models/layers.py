@@ -5,6 +5,7 @@ place in the module tree is its Hugging Face key, and `axes` names each dimensio
 Face layout [out, in]. Layers that repeat are one module whose weights have a leading `layers` axis (`stack`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -26,10 +27,12 @@ class LoRAWeight(nnx.Param):
 
 
 def is_variable(x) -> bool:
+    """Whether a leaf is a weight with its metadata."""
     return isinstance(x, nnx.Variable)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:
+    """Returns a weight drawn from a normal distribution, the released initialisation."""
     return Weight((INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype), axes=axes)
 
 
@@ -37,8 +40,10 @@ Remat = bool | Literal["dots"]
 
 
 def rematerialised(block: Callable, remat: Remat) -> Callable:
-    """`block`, and what of it is kept for the backward pass: everything (False), nothing but its arguments (True), or the
-    results of its products with weights ("dots"), so that what is computed again is cheap.
+    """Returns `block`, rematerialised in the backward pass.
+
+    Kept for it is everything (False), nothing but the arguments (True), or the results of products with weights ("dots"), so
+    that what is computed again is cheap.
     """
     if not remat:
         return block
@@ -88,16 +93,16 @@ class Linear(nnx.Module):
     def __init__(self, key: jax.Array, in_dim: int, out_dim: int, axes: tuple, *, bias: bool, dtype):
         self.weight = normal(key, (out_dim, in_dim), axes, dtype)
         self.bias = nnx.data(Weight(jnp.zeros((out_dim,), dtype), axes=axes[:1]) if bias else None)
-        self.lora_a = nnx.data(None)  # LoRAWeight [rank, in]
-        self.lora_b = nnx.data(None)  # LoRAWeight [out, rank]
+        self.lora_a: LoRAWeight | None = nnx.data(None)  # LoRAWeight [rank, in]
+        self.lora_b: LoRAWeight | None = nnx.data(None)  # LoRAWeight [out, rank]
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """[..., in] -> [..., out]; dtype: of the result, that of x if None"""
+        """[..., in] -> [..., out]; dtype: of the result, that of x if None."""
         y = product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = jnp.einsum("...i,ri->...r", x.astype(self.lora_a.dtype), self.lora_a[...])
             y = y + (self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b[...])).astype(y.dtype)
         return y
@@ -111,9 +116,54 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., dim]."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * wide.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last dimension; statistics and scaling in float32 (or wider, if the input is)."""
+
+    def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
+        self.weight = Weight(jnp.ones((dim,), dtype), axes=axes)
+        self.bias = Weight(jnp.zeros((dim,), dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., dim]."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}  # by their names in `config.json`
+
+
+class MLP(nnx.Module):
+    """second(activation(first(x))), both with biases.
+
+    names: of the two layers, as the family's files call them.
+    """
+
+    def __init__(
+        self, key: jax.Array, dim: int, hidden: int, axes: tuple, *, activation: str, names: tuple[str, str], dtype
+    ):
+        first, second = jax.random.split(key)
+        setattr(self, names[0], Linear(first, dim, hidden, axes, bias=True, dtype=dtype))
+        setattr(self, names[1], Linear(second, hidden, dim, axes[::-1], bias=True, dtype=dtype))
+        self.names, self.activation = names, activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]."""
+        first, second = (getattr(self, name) for name in self.names)
+        return second(ACTIVATIONS[self.activation](first(x)))
 
 
 class GatedMLP(nnx.Module):
@@ -126,6 +176,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(keys[2], hidden, dim, axes[::-1], bias=bias, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

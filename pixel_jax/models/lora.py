@@ -10,6 +10,7 @@ Training, sharding and curvature take it as a dictionary of arrays with `split`,
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ from flax import nnx
 
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import value_of
 
+T = TypeVar("T")
 Filter = type | Callable[[str, nnx.Variable], bool]
 
 
-def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Qwen2_5_VL:
+def add_lora(model: Model, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Model:
     r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
 
     targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
@@ -33,7 +35,7 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
     """
     if rank < 1:
         raise ValueError(f"rank must be positive, got {rank}")
-    model = _copy(model)
+    model = copied(model)
     chosen = [(path, linear) for path, linear in linears(model) if re.fullmatch(targets, path)]
     if not chosen:
         raise ValueError(f"targets {targets!r} match no linear layer; there are {[path for path, _ in linears(model)]}")
@@ -51,26 +53,44 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
     return model
 
 
-def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
+def merge_lora(model: Model, dtype=None) -> Model:
     """The model without adapters: each weight W becomes W + scale * B A, added in float32.
 
     dtype: of the weights that had one. None: what it was, in which a small change may be lost.
     """
-    model = _copy(model)
+    model = copied(model)
     for _, linear in linears(model):
         if linear.lora_a is None:
             continue
-        weight = linear.weight[...]
-        change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
-        merged = (weight.astype(change.dtype) + change).astype(dtype or weight.dtype)
-        linear.weight = Weight(merged, axes=linear.weight.axes)
+        linear.weight = _changed(linear, 1, dtype)
         linear.lora_a, linear.lora_b, linear.lora_scale = None, None, 0.0
     return model
 
 
-def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
+def _changed(linear: Linear, sign: int, dtype) -> Weight:
+    """W + sign * scale * B A, added in float32."""
+    assert linear.lora_a is not None and linear.lora_b is not None
+    weight = linear.weight[...]
+    change = linear.lora_scale * jnp.einsum("...or,...ri->...oi", linear.lora_b[...], linear.lora_a[...])
+    changed = (weight.astype(change.dtype) + sign * change).astype(dtype or weight.dtype)
+    return Weight(changed, axes=linear.weight.axes)
+
+
+def unmerge_lora(model: Model) -> Model:
+    """The model with its adapters taken out of the weights, where `merge_lora` has added them: W - scale * B A, in float32.
+
+    The adapters stay. With those of a run on the merged model that it left this is the model of the run, up to rounding.
+    """
+    model = copied(model)
+    for _, linear in linears(model):
+        if linear.lora_a is not None:
+            linear.weight = _changed(linear, -1, None)
+    return model
+
+
+def without_lora(model: Model) -> Model:
     """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
-    model, found = _copy(model), False
+    model, found = copied(model), False
     for _, linear in linears(model):
         found |= linear.lora_a is not None
         linear.lora_a, linear.lora_b, linear.lora_scale = None, None, 0.0
@@ -79,17 +99,17 @@ def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
     return model
 
 
-def linears(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear]]:
+def linears(model: Model) -> Iterator[tuple[str, Linear]]:
     """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
-        owner = model
+        owner: Any = model
         for entry in path[:-1]:
             owner = getattr(owner, entry.name) if hasattr(entry, "name") else owner[entry.key]
         if isinstance(owner, Linear) and weight is owner.weight:
             yield key.removesuffix(".weight"), owner
 
 
-def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.Module]:
+def split(model: T, wanted: Filter) -> tuple[dict[str, jax.Array], T]:
     """(the selected weights by Hugging Face path, the model without them), both pytrees.
 
     wanted: a class of weights, or a function of (path, weight)
@@ -106,7 +126,7 @@ def split(model: nnx.Module, wanted: Filter) -> tuple[dict[str, jax.Array], nnx.
     return selected, jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_variable), rest)
 
 
-def combine(selected: dict[str, jax.Array], rest: nnx.Module) -> nnx.Module:
+def combine(selected: dict[str, jax.Array], rest: T) -> T:
     """The model that `split` took apart."""
     selected, whole = dict(selected), []
     for _, key, weight in named_weights(rest):
@@ -119,6 +139,6 @@ def combine(selected: dict[str, jax.Array], rest: nnx.Module) -> nnx.Module:
     return jax.tree.unflatten(jax.tree.structure(rest, is_leaf=is_variable), whole)
 
 
-def _copy(model):
+def copied(model: T) -> T:
     """New modules and variables around the same arrays, free to be changed."""
     return jax.tree.map(lambda x: x, model)

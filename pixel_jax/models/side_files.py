@@ -35,6 +35,7 @@ def is_side_file(name: str) -> bool:
 
 
 def is_template(name: str) -> bool:
+    """Whether a path, relative to a model directory, is an additional chat template."""
     return bool(re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name))
 
 
@@ -127,4 +128,5 @@ def tokenizer_files(tokenizer: "PreTrainedTokenizerFast") -> dict[str, bytes]:
 
 
 def as_json(values: dict[str, Any]) -> bytes:
+    """The fields as a file of transformers has them."""
     return json.dumps(values, indent=2, ensure_ascii=False).encode()

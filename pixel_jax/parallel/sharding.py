@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.parallel.processes import all_gather
 
@@ -192,7 +192,7 @@ def process_shard(mesh: Mesh | None) -> ProcessShard:
     return ProcessShard(shards.index(mine), len(shards), mine, processes)
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns how many shards the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -314,7 +314,7 @@ def constrain(tree: T, mesh: Mesh | None, *spec) -> T:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
 
-def sequence_shards(mesh: Mesh | None) -> int:
+def sequence_shards(mesh: Mesh | AbstractMesh | None) -> int:
     """Returns how many shards the positions of a row are split into in training; 1 without a mesh or without the axis."""
     return 1 if mesh is None else mesh.shape.get(SEQUENCE, 1)
 

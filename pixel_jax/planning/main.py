@@ -154,7 +154,8 @@ def read_recipe(config, console):
     """
     from pixel_jax.cli import UserError
     from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.models.config import CONFIG, read_config
+    from pixel_jax.models.config import CONFIG
+    from pixel_jax.models.families import read_config
     from pixel_jax.models.processor import Processor
     from pixel_jax.models.released import released
     from pixel_jax.planning.programs import Recipe
@@ -174,5 +175,6 @@ def read_recipe(config, console):
     if vocabulary is None:
         console.print("No tokenizer there: the text of observations is counted in that of the quickstart.", style="dim")
         vocabulary = build_vocabulary()
+    config = config.for_model(network)
     limits = config.rollout if config.rl is None else config.rl.rollout
     return Recipe(config, network, tables(vocabulary, calls=find_format(limits.call_format)))

@@ -13,14 +13,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.models.attention import CACHE_TILE
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
 from pixel_jax.rollouts.rollout import compiled_rollout, traced_settings
@@ -34,7 +34,6 @@ from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_ste
 
 RUN = ("update", "score", "rollout")  # steps of reinforcement learning, which are planned together; others alone
 ANY_STEPS = 1000  # of tuning by epochs: the data is not there, and the number only changes the learning rate
-PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Recipe:
     """A config, with the network and the tables that it refers to."""
 
     config: TrainConfig
-    network: Qwen2_5_VLConfig
+    network: ModelConfig
     tables: Tables  # of the tokenizer
     dtype: str = "bfloat16"  # of the checkpoint's weights
     configured: bool = False  # whether meshes and micro-batches are the config's, and not chosen by the plan
@@ -146,11 +145,11 @@ def bytes_per_device(tree) -> int:
     return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
-def abstract_model(recipe: Recipe) -> Qwen2_5_VL:
+def abstract_model(recipe: Recipe) -> Model:
     """The model that a run starts from, adapters included, without its weights."""
 
     def build(key):
-        model = Qwen2_5_VL(recipe.network, key, dtype=jnp.dtype(recipe.dtype))
+        model = LanguageModel(recipe.network, key, dtype=jnp.dtype(recipe.dtype))
         lora = recipe.config.lora
         return model if lora is None else add_lora(model, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
@@ -181,7 +180,7 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
         logprobs=array(jnp.float32, rows, length),
         old_logprobs=array(jnp.float32, rows, length),
         visual=Visual(
-            patches=array(jnp.uint8, rows, frames, patches, PIXELS),
+            patches=array(jnp.uint8, rows, frames, patches, recipe.config.rollout.patch_bytes),
             slices=array(jnp.int32, rows, frames, 2),
             grids=array(jnp.int32, rows, frames, 3),
             seconds=array(jnp.float32, rows, frames),
@@ -215,7 +214,7 @@ def rollout_shape(recipe: Recipe, shards: int) -> RolloutShape:
     return RolloutShape.of(prompts, limits, recipe.tables.tools, shards)
 
 
-def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
+def policy(recipe: Recipe, mesh: Mesh) -> Model:
     """The abstract model as a rollout on the mesh reads it."""
     model = jax.eval_shape(
         lambda model: cast(model, recipe.config.learning.forward.compute_dtype), abstract_model(recipe)
@@ -316,9 +315,11 @@ def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
     return bytes_per_device(copied) + (bytes_per_device(state.opt_state) if step == "score" else 0)
 
 
-def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:
+def vision_turns(network: ModelConfig) -> dict[str, float]:
     """How often the branch of full attention is taken: the share of the tower's layers that attend over a whole slice."""
     vision = network.vision
+    if vision is None or vision.window_size is None:
+        return {"full_attention": 1.0}
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth]) / vision.depth
     return {"full_attention": full}
 

@@ -18,7 +18,6 @@ from pixel_jax.quickstart.lesson import Lesson, scene_query
 from pixel_jax.quickstart.turn import TURN
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.quickstart.zoom import ZOOM
-from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -90,7 +89,7 @@ class Task:
         # A trace may have more calls than a rollout, whose limit keeps updates cheap.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
+        wide = BatchShape(limits.max_tokens, images, images, limits.merge_unit * (budget // limits.factor**2))
         waves: list[Future] = []
         with ThreadPoolExecutor(
             1

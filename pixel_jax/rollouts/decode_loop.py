@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.call_parser import CallParser, ParserState
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.models.model import Model
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import ReturnedPictures, drawings
 from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
 from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
@@ -98,7 +98,7 @@ def row_keys(
 
 
 def append(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -130,9 +130,7 @@ def append(
     else:
         features, grids = images
         x = model.embed(ids, features, grids)
-    positions, next_pos = mrope_positions(
-        model.is_visual(ids), valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos, model.config
-    )
+    positions, next_pos = model.positions(ids, valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos)
     if chunk is None:
         last, cache = read(model, layers, x, positions, lengths, state.hidden, state.cache, shared.prefix)
     else:
@@ -158,7 +156,7 @@ def append(
 READ_CHUNK = 32
 
 
-def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
+def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
     """Appends the first `lengths` (int32 [R]) of the embeddings `x` [R, T, D] to the caches of the rows.
 
     It computes `READ_CHUNK` tokens at a time for as long as any row has more, because T is that of the longest possible
@@ -198,7 +196,7 @@ def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCach
     return hidden, cache
 
 
-def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
+def decode(model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
     """Lets every row that is writing choose one token and read it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
@@ -211,7 +209,7 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: R
 
     early = state.length - state.turn_start < config.min_tokens
     # If the policy wrote a pad token, the features of a later image would be put there.
-    banned = mask_of([model.config.image_token_id, model.config.video_token_id])
+    banned = mask_of(np.array(model.config.visual_tokens, np.int32))
     banned |= early[:, None] & mask_of(shared.prompts.tables.stop)
     token, logprob = sample(
         logits,
@@ -256,7 +254,7 @@ def decode_while(
 
 
 def decode_turns(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -291,7 +289,7 @@ def decode_turns(
 
 
 def decode_tail(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -323,7 +321,7 @@ def decode_tail(
 
 
 def observe(
-    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
+    model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
     """Answers every row that waits, with a result or an error, or ends it; calls of host tools are left to the host."""
     prompts = shared.prompts
@@ -370,7 +368,7 @@ class RowAnswers(NamedTuple):
 
 
 def answer(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -384,18 +382,20 @@ def answer(
     at = (row, jnp.where(asks, number, config.max_calls + 1))
     calls = jax.tree.map(lambda record, x: record.at[at].set(x, mode="drop"), state.calls, done)
     view, showing = shown_by(done, number), run & (count > 0)
-    _, features = show_waiting(
-        model,
-        visible_buffers(shared.prompts.buffers, config, shared.pictures),
-        rows_prompts(state, shared.prompts, config, shape).at.reshape(-1),
-        view,
-        showing,
-        drawings(calls, shape.tools, config),
-        config,
-        shape,
-        shared.pictures,
-    )
-    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // PATCH], axis=-1)
+    features = None
+    if model.config.vision is not None:
+        _, features = show_waiting(
+            model,
+            visible_buffers(shared.prompts.buffers, config, shared.pictures),
+            rows_prompts(state, shared.prompts, config, shape).at.reshape(-1),
+            view,
+            showing,
+            drawings(calls, shape.tools, config),
+            config,
+            shape,
+            shared.pictures,
+        )
+    grids = jnp.concatenate([(view.size[..., :1] > 0).astype(jnp.int32), view.size // config.patch_size], axis=-1)
 
     shown = jnp.where(showing, number, config.max_calls)
     state = state._replace(
@@ -406,7 +406,8 @@ def answer(
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    return append(model, layers, shared, state, ids, lengths, (features, grids), **chunks)
+    images = None if features is None else (features, grids)
+    return append(model, layers, shared, state, ids, lengths, images, **chunks)
 
 
 def drop_last_turn(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
@@ -431,7 +432,7 @@ class HostAnswers(NamedTuple):
 
 
 def answer_host_calls(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -503,6 +504,7 @@ def resume(state: RowState, run: jax.Array, parser: CallParser) -> RowState:
 def observation_width(observations: Observations, config: RolloutConfig, shape: RolloutShape) -> int:
     """Returns the number of tokens of the longest possible observation."""
     pads = [
-        budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
+        budget_of(kind.tool, config) // config.factor**2 if kind.tool in shape.showing else 0
+        for kind in observations.kinds
     ]
     return observations.bound(pads, shape.views)

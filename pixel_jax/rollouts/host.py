@@ -10,7 +10,7 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, HostAnswers
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
@@ -123,7 +123,7 @@ def encode_replies(
             else:
                 drawn[row], sizes[row] = reply.picture.shape[:2], size
                 digests[row] = images[prompt].keep(reply.picture)
-                pads = (size[0] * size[1] // FACTOR**2,)
+                pads = (size[0] * size[1] // config.factor**2,)
         answered = reply.outcome == ANSWERED
         text = f"\n{reply.text}" if answered else ERROR.format(tool.name, reply.text)
         before, behind = call_format.answer(tool, reply.outcome, text)
@@ -150,5 +150,5 @@ def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[
     low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
     if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
         return None
-    height, width = smart_resize(*picture.shape[:2], min_pixels=low, max_pixels=high)
+    height, width = smart_resize(*picture.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
     return (height, width) if height * width <= high and max(height, width) <= config.max_side else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pixel_jax.models.decoder import KVCache, Prefix
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
 from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.config import RolloutConfig
@@ -63,7 +63,7 @@ class RolloutState:
 
 
 def start(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: Prompts,
     key: jax.Array,
     assistant_prefix: jax.Array,
@@ -93,7 +93,7 @@ def start(
     )
 
 
-def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) -> RolloutState:
+def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> RolloutState:
     """Goes on until no row can, or until `budget` tokens (int32 []; None: no limit) were decoded in every slot.
 
     Conditions of loops depend on all rows, so that loops turn equally often on all devices.
@@ -142,7 +142,7 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
 
 
-def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.HostAnswers) -> RolloutState:
+def answer(model: Model, state: RolloutState, replies: decode_loop.HostAnswers) -> RolloutState:
     """Answers rows that ask for host tools (`decode_loop.answer_host_calls`)."""
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from pixel_jax.arrays import AnyArray
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import ROWS, constrain, replicate, shard_batch
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, ReturnedPictures, drawings, returned_pictures, row_images
 from pixel_jax.rollouts.images import shard_images
 from pixel_jax.rollouts.operations import overview_size
@@ -133,7 +133,7 @@ def cut_patches(
       pictures: that host tools returned to the rows.
 
     Returns:
-      Patches uint8 [R, K, P, 588].
+      Patches uint8 [R, K, P, 3 p p].
     """
     most = buffers.shape[1]
     overview, observed = budgets(config, shape)
@@ -167,7 +167,7 @@ def _patches(
         pixels = cut_views(by_shard, row, mine, budget, drawn, shape.tools, pictures)
         return chunk.put(shown, pixels.reshape(-1, *pixels.shape[2:]))
 
-    shown = jnp.zeros((rows * count, budget.patches, 588), jnp.uint8)
+    shown = jnp.zeros((rows * count, budget.patches, config.patch_bytes), jnp.uint8)
     with jax.named_scope("views"):
         shown = for_chunks(flat.size[:, 0] > 0, shape.shards, config.observe_chunk, body, shown)
     return shown.reshape(rows, count, *shown.shape[1:])
@@ -198,12 +198,12 @@ def materialize_on_host(
         buffers = row_images(of_row, calls, tools)
         for index, (image, region, size) in enumerate(zip(*(x[row] for x in visual.source.views), strict=True)):
             if image == NO_IMAGE or not size.all():
-                patches_of.append(np.zeros((0, 3 * PATCH**2), np.uint8))
+                patches_of.append(np.zeros((0, config.patch_bytes), np.uint8))
                 continue
             pixels = buffers[int(image)]
             pixels = np.full_like(pixels, GREY) if config.blank and index >= first else pixels
-            patches_of.append(frame_patches(pixels, region.tolist(), size))
-    patches = np.zeros((len(patches_of), max(map(len, patches_of)), 3 * PATCH**2), np.uint8)
+            patches_of.append(frame_patches(pixels, region.tolist(), size, config))
+    patches = np.zeros((len(patches_of), max(map(len, patches_of)), config.patch_bytes), np.uint8)
     for padded, x in zip(patches, patches_of, strict=True):
         padded[: len(x)] = x
     patches = patches.reshape(len(images), count, *patches.shape[1:])

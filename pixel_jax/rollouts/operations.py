@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.observations import MAX_LIST, NUM_INTEGERS, Observations, ObservationValues
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, CallStatus, Tables, Views, no_pictures, shown_by
 from pixel_jax.tools.boxes import with_shares
 from pixel_jax.tools.calls import Lists, ParsedCalls, Values, read
@@ -34,8 +34,10 @@ class ToolResults(NamedTuple):
 
 def overview_size(image_sizes: AnyArray, is_video: AnyArray, config: RolloutConfig) -> jax.Array:
     """Returns the size int32 [..., 2] at which a prompt shows images of `image_sizes` [..., 2]; `is_video` bool [...]."""
-    as_image, _ = shown_size(whole(image_sizes), config.min_pixels, config.max_pixels, config.max_side)
-    as_frame, _ = shown_size(whole(image_sizes), config.video_min_pixels, config.video_max_pixels, config.max_side)
+    as_image, _ = shown_size(whole(image_sizes), config.min_pixels, config.max_pixels, config.max_side, config.factor)
+    as_frame, _ = shown_size(
+        whole(image_sizes), config.video_min_pixels, config.video_max_pixels, config.max_side, config.factor
+    )
     return jnp.where(is_video[..., None], as_frame, as_image)
 
 
@@ -129,7 +131,7 @@ def _result(
     listed = answer.listed or Lists(jnp.zeros(MAX_LIST, jnp.int32), jnp.int32(0))
     items = jnp.pad(listed.values[:MAX_LIST], (0, max(0, MAX_LIST - listed.values.shape[0])))
     source = Views(fit(answer.image, NO_IMAGE), fit(answer.region, 0), fit(answer.size, 0))
-    pads = source.size[:, 0] * source.size[:, 1] // FACTOR**2
+    pads = source.size[:, 0] * source.size[:, 1] // config.factor**2
     return ToolResults(
         ObservationValues(kind, integers, items, listed.length, pads),
         source,

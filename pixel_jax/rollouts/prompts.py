@@ -14,7 +14,7 @@ from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.checks import check_device_tool
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.rollouts.trajectory import HostPrompts, Tables
@@ -65,7 +65,9 @@ def prompt_tokens(
     Raises:
       PromptError: an image has another type, or cannot be shown within the limits.
     """
-    if not query.images:
+    if query.images and not config.max_images:
+        raise PromptError(f"the question {query.question!r} has images, of which a row may have none (max_images is 0)")
+    if not query.images and config.max_images:
         raise PromptError(f"the question {query.question!r} comes without an image or frame")
     media, pads = shown_media(query, config)
     messages = template.first_messages(
@@ -92,13 +94,13 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
         (config.video_min_pixels, config.video_max_pixels) if query.is_video else (config.min_pixels, config.max_pixels)
     )
     for i, image in enumerate(query.images):
-        height, width = smart_resize(*image.shape[:2], min_pixels=low, max_pixels=high)
+        height, width = smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
         if height * width > high or max(height, width) > config.max_side:
             raise PromptError(
                 f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "
                 f"{width}x{height}, over the limit of {high} pixels or {config.max_side} a side: crop it first"
             )
-        pads.append(height * width // FACTOR**2)
+        pads.append(height * width // config.factor**2)
     media = [template.Media(kind, None)] * len(query.images)
     if query.is_video:
         if len({image.shape for image in query.images}) > 1:
@@ -195,8 +197,9 @@ def fit_shape(
       PromptError: they do not fit.
     """
     up = lambda value, step: -(-value // step) * step
-    longest, images = max(map(len, ids)), max(len(query.images) for query in queries)
-    height, width = (max((image.shape[i] for query in queries for image in query.images), default=0) for i in (0, 1))
+    # Where no prompt has an image, each has one empty buffer, so that all arrays have the same axes.
+    longest, images = max(map(len, ids)), max(1, *(len(query.images) for query in queries))
+    height, width = (max((image.shape[i] for query in queries for image in query.images), default=1) for i in (0, 1))
     kinds = {"video": any(query.is_video for query in queries), "still": not all(query.is_video for query in queries)}
     shape = shape or prompt_shape(images, up(height, 64), up(width, 64), up(longest, 32), config, **kinds)
     if longest > shape.tokens:

@@ -20,9 +20,8 @@ import numpy as np
 
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
-from pixel_jax.models.rope import mrope_positions
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.models.model import Model, encode_visual
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import DONE, WRITING, RowState, rows_prompts
 from pixel_jax.rollouts.materialize import VisualRecord, overviews, patch_source
 from pixel_jax.rollouts.operations import first_history
@@ -88,7 +87,7 @@ def groups(prompts: Prompts, config: RolloutConfig) -> int:
 
 
 def start(
-    model: Qwen2_5_VL, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
+    model: Model, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
 ) -> tuple[Queue, RowState]:
     """Returns the queue and the rows at the start: all prompts wait, and all slots are free."""
     batch, width = prompts.tokens.shape
@@ -100,7 +99,7 @@ def start(
     order = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), NOT_WAITING)
     queue = Queue(
         prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
-        hidden=jnp.zeros((count, entries, dim), model.language_model.embed_tokens.weight.dtype),
+        hidden=jnp.zeros((count, entries, dim), model.dtype),
         next_pos=pairs,
         prompt=pairs,
         entry=jnp.full(count, entries - 1, jnp.int32),
@@ -116,7 +115,7 @@ def _unread(order: jax.Array, shape: RolloutShape) -> jax.Array:
     return jnp.sum(order.reshape(shape.shards, -1) < NOT_WAITING, axis=1, dtype=jnp.int32)
 
 
-def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
+def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
     """Returns the state of free slots."""
     numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
@@ -132,7 +131,7 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfi
         turn_start=zeros(),
         status=jnp.full(slots, DONE, jnp.int32),
         stop=jnp.full(slots, -1, jnp.int32),
-        hidden=zeros(model.config.text.hidden_size, dtype=model.language_model.embed_tokens.weight.dtype),
+        hidden=zeros(model.config.text.hidden_size, dtype=model.dtype),
         next_pos=zeros(),
         cache=model.empty_cache(slots, config.max_response),
         parser=prompts.tables.parser.init(slots),
@@ -186,7 +185,7 @@ def _next_prompts(queue: Queue, rank: jax.Array, shape: RolloutShape) -> jax.Arr
 
 
 def refill(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: Prompts,
     assistant_prefix: jax.Array,
     queue: Queue,
@@ -243,7 +242,7 @@ def _read(
         reads = chunk.take(opens)
         at = chunk.take(index).reshape(chunk.at.shape)
         chosen = jax.tree.map(Chunk(jnp.minimum(at, batch // shape.shards - 1), batch).take, arrays)
-        visual = prompt_visual(chosen, config, shape)
+        visual = None if model.config.vision is None else prompt_visual(chosen, config, shape)
         hidden, cache, next_pos = read_prompt(model, chosen, visual, assistant_prefix, config)
         here = reads[:, None] & (jnp.arange(entries) == chunk.take(entry)[:, None])
 
@@ -302,7 +301,7 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
     pair = jnp.minimum(pair, prompts.image_counts[:, None, None] - 1)
     slices = jnp.where(video, pair, index[None, :, None])
     slices = jnp.where(jnp.where(video[..., 0], index < pairs[:, None], present)[..., None], slices, -1)
-    grid = seen.size // PATCH
+    grid = seen.size // config.patch_size
     one = jnp.where(present, 1, 0)
     first = index == 0
     frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
@@ -312,9 +311,9 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
 
 
 def read_prompt(
-    model: Qwen2_5_VL, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
+    model: Model, prompts: Prompts, visual: Visual | None, assistant_prefix: jax.Array, config: RolloutConfig
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Reads each prompt and the assistant prefix.
+    """Reads each prompt and the assistant prefix; `visual` is what it shows, None for a model without a vision tower.
 
     Returns:
       The hidden state [B, D] of the last token, the cache, and the next position, int32 [B].
@@ -328,11 +327,12 @@ def read_prompt(
         jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, extra - 1)],
     )
     valid = index < written
-    features = encode_visual(model, visual, implementation=config.implementation)
-    x = model.embed(tokens, features, visual.grids)
-    positions, next_pos = mrope_positions(
-        model.is_visual(tokens), valid, visual.grids, visual.seconds, jnp.zeros(batch, jnp.int32), model.config
-    )
+    features, grids, seconds = None, jnp.zeros((batch, 0, 3), jnp.int32), jnp.zeros((batch, 0), jnp.float32)
+    if visual is not None:
+        features = encode_visual(model, visual, implementation=config.implementation)
+        grids, seconds = visual.grids, visual.seconds
+    x = model.embed(tokens, features, grids)
+    positions, next_pos = model.positions(tokens, valid, grids, seconds, jnp.zeros(batch, jnp.int32))
     hidden, cache = model.prefill(x, positions, valid, implementation=config.implementation)
     last = jnp.take_along_axis(hidden, (prompts.length + written)[:, None, None] - 1, axis=1)[:, 0]
     return last, cache, next_pos

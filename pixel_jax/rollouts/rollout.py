@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import process_shard, replicate, row_shards, shard_batch
 from pixel_jax.rollouts import loop
@@ -46,7 +46,7 @@ from pixel_jax.tools.tool import Tool, ToolError
 
 
 def rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -91,7 +91,7 @@ def compiled_rollout(
 
 
 def begin(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -144,7 +144,7 @@ def begin(
 
 
 def advance(
-    model: Qwen2_5_VL, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
+    model: Model, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
 ) -> RolloutState:
     """Goes on with a rollout until every row is done or waits for a host tool, or the budget is spent.
 
@@ -267,7 +267,7 @@ def finish(state: RolloutState) -> Trajectories[VisualRecord]:
 MOVING = ("queue", "rows", "decoding")  # what `advance` changes in a `RolloutState`
 
 
-def _advanced(model: Qwen2_5_VL, still: RolloutState, moving, budget):
+def _advanced(model: Model, still: RolloutState, moving, budget):
     state = loop.advance(model, dataclasses.replace(still, **moving), budget)
     return {name: getattr(state, name) for name in MOVING}
 
@@ -319,7 +319,7 @@ TOKENS = 64
 
 
 def host_rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -402,7 +402,7 @@ class HostRollouts:
         self.host, self.vocabulary = host, vocabulary
 
     def __call__(
-        self, model: Qwen2_5_VL, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
+        self, model: Model, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
     ) -> Trajectories[VisualRecord]:
         """Runs a rollout; the arguments are those of `rollout`."""
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
@@ -442,7 +442,7 @@ CACHES_DIVISOR = 3  # the caches of rows in flight may take a device's memory di
 
 
 def limit_in_flight(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
+    config: RolloutConfig, model: Model, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
     """Limits the prompts in flight to what fits into the devices' memory, if `config` leaves their number open."""
     batch, width = prompts.tokens.shape
@@ -450,7 +450,7 @@ def limit_in_flight(
         return config
     text = model.config.text
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    token *= model.language_model.embed_tokens.weight.dtype.itemsize
+    token *= model.dtype.itemsize
     group = config.group_size * config.max_response * token + 2 * (width + PREFIX_STEP) * token
     most = max(1, device_memory() // CACHES_DIVISOR // group) * shape.shards
     return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)
@@ -475,7 +475,7 @@ def traced_settings(
 
 
 def _program_inputs(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -491,11 +491,11 @@ def _program_inputs(
     return put_prompts(prompts, mesh), key, prefix, temperature, config
 
 
-def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
+def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
     """Returns the mesh of the model's weights (None: one device), and the static shape for it and the prompts.
 
     Raises:
-      ValueError: the prompts cannot be split over the mesh.
+      ValueError: the prompts cannot be split over the mesh, or the model sees other images than `config` shows.
     """
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
@@ -506,6 +506,7 @@ def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tu
         raise ValueError(f"{batch} prompts cannot be split over data x fsdp = {shards}: pad the batch")
     if config.in_flight is not None and config.in_flight < batch and config.in_flight % shards:
         raise ValueError(f"in_flight {config.in_flight} prompts cannot be split over data x fsdp = {shards}")
+    config.check_model(model.config, videos=bool(prompts.shape.video))
     return mesh, static_shape(prompts, config, mesh)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from pixel_jax.ops import most_pixels
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.tool import Tool
 
 
@@ -61,7 +61,8 @@ def prompt_shape(
 def most_patches(buffer: tuple[int, int], budget: str, config: RolloutConfig) -> int:
     """Returns the most patches of a region of a buffer (height, width), within a budget: "crop", "select", "video" or ""."""
     low, high = (getattr(config, f"{budget}{'_' if budget else ''}{bound}_pixels") for bound in ("min", "max"))
-    return 4 * (most_pixels(*buffer, min_pixels=low, max_pixels=high) // FACTOR**2)
+    most = most_pixels(*buffer, factor=config.factor, min_pixels=low, max_pixels=high)
+    return config.merge_unit * (most // config.factor**2)
 
 
 class RolloutShape(NamedTuple):
@@ -81,7 +82,9 @@ class RolloutShape(NamedTuple):
         if any(tool.draw is not None for tool in shape.showing):
             buffer = (max(buffer), max(buffer))  # a tool may draw an image whose height is the longest width
         return shape._replace(
-            observed=max((most_patches(buffer, tool.budget, config) for tool in shape.showing), default=4)
+            observed=max(
+                (most_patches(buffer, tool.budget, config) for tool in shape.showing), default=config.merge_unit
+            )
         )
 
     @property
@@ -102,11 +105,14 @@ class ViewBudget(NamedTuple):
     max_pixels: int
     max_side: int
     patches: int
+    patch_size: int = 14
+    merge_size: int = 2
 
     @property
     def buffer(self) -> tuple[int, int]:
-        """The smallest static buffer that holds every size within the budget, both sides multiples of `FACTOR`."""
-        side = min(self.max_pixels // FACTOR, self.max_side)
+        """The smallest static buffer that holds every size within the budget, both sides multiples of those of a token."""
+        factor = self.patch_size * self.merge_size
+        side = min(self.max_pixels // factor, self.max_side // factor * factor)
         return side, side
 
 
@@ -115,11 +121,12 @@ def budgets(config: RolloutConfig, shape: RolloutShape) -> tuple[ViewBudget, Vie
 
     They differ, because a crop may have a quarter of the pixels of an overview.
     """
-    observed = shape.observed
+    observed, token, unit = shape.observed, config.factor**2, config.merge_unit
     if observed is None:
-        observed = 4 * (max((budget_of(tool, config) for tool in shape.showing), default=FACTOR**2) // FACTOR**2)
+        observed = unit * (max((budget_of(tool, config) for tool in shape.showing), default=token) // token)
     prompt, observation = (
-        ViewBudget(x // 4 * FACTOR**2, config.max_side, x) for x in (shape.prompts.patches, observed)
+        ViewBudget(x // unit * token, config.max_side, x, config.patch_size, config.merge_size)
+        for x in (shape.prompts.patches, observed)
     )
     return prompt, observation
 

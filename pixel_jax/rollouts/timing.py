@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import ReturnedPictures, drawings, returned_pictures
@@ -24,7 +24,7 @@ from pixel_jax.rollouts.views import show_waiting, visible_buffers
 
 
 def seconds_of_operations(
-    model: Qwen2_5_VL, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
+    model: Model, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
 ) -> float:
     """Measures the seconds of the crops and frame selections in `trajectories`, to cut out, resize and encode them.
 
@@ -47,7 +47,7 @@ def seconds_of_operations(
 
 
 def operations_again(
-    model: Qwen2_5_VL, prompts: HostPrompts, calls: Calls, config: RolloutConfig
+    model: Model, prompts: HostPrompts, calls: Calls, config: RolloutConfig
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Yields patches and features (`show_waiting`) of no call, to compile; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.models.attention import chosen
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
-from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
+from pixel_jax.models.inputs import slice_pixels
+from pixel_jax.models.model import Model
+from pixel_jax.ops import crop_resize, host_crop_resize, patchify
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, ReturnedPictures, buffer_index, calls_needed, draw, largest_side
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape, ViewBudget, budgets
@@ -21,20 +22,23 @@ GREY = 127  # of blank images (`RolloutConfig.blank`)
 
 
 def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: ViewBudget) -> jax.Array:
-    """Cuts out one view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
+    """Cuts out one view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width).
+
+    Returns patches uint8 [P, 3 p p].
 
     They are zero for a size of zero.
     """
     view = crop_resize(buffer, region, size, canvas=budget.buffer)
-    return patchify(view, size, max_patches=budget.patches)
+    return patchify(view, size, max_patches=budget.patches, patch=budget.patch_size, merge=budget.merge_size)
 
 
-def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """Does the same on the host: `region` of uint8 [h, w, 3] at `size` (height, width) -> patches uint8 [h w / 196, 588]."""
+def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int], config: RolloutConfig) -> np.ndarray:
+    """Does the same on the host: `region` of uint8 [h, w, 3] at `size` (height, width) -> patches uint8 [P, 3 p p]."""
     height, width = (int(side) for side in size)
     view = host_crop_resize(image, region, (height, width))
-    grid = view.reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
-    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
+    factor, merge, patch = config.factor, config.merge_size, config.patch_size
+    grid = view.reshape(height // factor, merge, patch, width // factor, merge, patch, 3)
+    return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, config.patch_bytes)
 
 
 MAX_VMAP_PIXELS = 2**20  # of the buffer of a view; larger views are computed one after another
@@ -72,7 +76,7 @@ def cut_views(
       pictures: that host tools returned.
 
     Returns:
-      Patches uint8 [S, N, *views, P, 588].
+      Patches uint8 [S, N, *views, P, 3 p p].
     """
 
     @jax.vmap
@@ -102,9 +106,7 @@ def visible_buffers(buffers: jax.Array, config: RolloutConfig, pictures: Returne
     return jnp.full((*lead, side, side, channels), GREY, jnp.uint8)
 
 
-def encode_still(
-    model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str | None = None
-) -> jax.Array:
+def encode_still(model: Model, patches: jax.Array, size: jax.Array, implementation: str | None = None) -> jax.Array:
     """Encodes still images.
 
     If attention is linear in memory, images along the last axis before P are encoded one after another, as in
@@ -112,7 +114,7 @@ def encode_still(
 
     Args:
       model: whose vision tower is used.
-      patches: uint8 [..., P, 588].
+      patches: uint8 [..., P, 3 p p].
       size: int32 [..., 2], (height, width) in pixels.
       implementation: of attention, as in `RolloutConfig`.
 
@@ -120,7 +122,11 @@ def encode_still(
       Features [..., P//4, D].
     """
     lead, most = patches.shape[:-2], patches.shape[-2]
-    encode = lambda x: model.encode(pixel_values(x[0], x[0]), x[1] // PATCH, implementation=implementation)
+    vision = model.config.vision
+    assert vision is not None
+    encode = lambda x: model.encode(
+        slice_pixels(x[0], x[0], vision), x[1] // vision.patch_size, implementation=implementation
+    )
     if lead[-1] > 1 and chosen(implementation, most, most) != "dense":
         by_image = lambda x, *tail: jnp.swapaxes(x.reshape(-1, lead[-1], *tail), 0, 1)
         features = jax.lax.map(encode, (by_image(patches, *patches.shape[-2:]), by_image(size, 2)))
@@ -131,7 +137,7 @@ def encode_still(
 
 
 def show_waiting(
-    model: Qwen2_5_VL,
+    model: Model,
     buffers: jax.Array,
     prompt: jax.Array,
     view: Views,
@@ -155,7 +161,7 @@ def show_waiting(
       pictures: that host tools returned.
 
     Returns:
-      Patches uint8 [R, V, P, 588] and features [R, V, P//4, D]; zeros for rows that do not wait.
+      Patches uint8 [R, V, P, 3 p p] and features [R, V, P//4, D]; zeros for rows that do not wait.
     """
     _, budget = budgets(config, shape)
     rows, views = view.image.shape
@@ -172,10 +178,10 @@ def show_waiting(
 
     encoded = jax.eval_shape(
         lambda p, s: encode_still(model, p, s),
-        jax.ShapeDtypeStruct((1, budget.patches, 588), jnp.uint8),
+        jax.ShapeDtypeStruct((1, budget.patches, config.patch_bytes), jnp.uint8),
         jax.ShapeDtypeStruct((1, 2), jnp.int32),
     )
-    shown = jnp.zeros((rows, views, budget.patches, 588), jnp.uint8)
+    shown = jnp.zeros((rows, views, budget.patches, config.patch_bytes), jnp.uint8)
     features = jnp.zeros((rows, views, *encoded.shape[1:]), encoded.dtype)
     with jax.named_scope("views"):
         return for_chunks(waiting, shape.shards, config.observe_chunk, body, (shown, features))

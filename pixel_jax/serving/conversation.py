@@ -15,7 +15,7 @@ from pixel_jax.dialog import template
 from pixel_jax.dialog.formats import CallFormat
 from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, Query, place_prompts, shown_media
 from pixel_jax.rollouts.shapes import BatchShape
@@ -58,7 +58,7 @@ class Speaker:
       guidelines: what follows each question, a key of `template.GUIDELINES`.
     """
 
-    model: Qwen2_5_VL
+    model: Model
     vocabulary: Vocabulary
     tables: Tables
     config: RolloutConfig
@@ -107,6 +107,8 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     if wrong := [i for i, message in enumerate(spoken) if message.role == "user" and not message.text.strip()]:
         raise PromptError(f"question {wrong[0] // 2 + 1} of the conversation has no text: write what you ask")
     query = _query(spoken)
+    if query.images and not speaker.config.max_images:
+        raise PromptError(f"{len(query.images)} images are shown, and this model sees none: ask without them")
     media, pads = shown_media(query, speaker.config) if query.images else ([], [])
     told = "\n\n".join([template.system_prompt(speaker.tables.tools, speaker.call_format), *(x.text for x in system)])
     written = [{"role": "system", "content": told}, *(_written(message, speaker) for message in spoken)]

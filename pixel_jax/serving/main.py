@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pixel_jax.serving.engine import Engine
 
 FLAGS = flags.FLAGS
+EMPTY_SIDE = 64  # pixels
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -34,6 +35,9 @@ def define_flags(command: str) -> None:
     flags.DEFINE_integer("port", 8000, "Port to listen at; 0: any that is free.", lower_bound=0, upper_bound=65535)
     flags.DEFINE_string("key", "PIXEL_JAX_API_KEY", "Environment variable with the API key that requests must have.")
     flags.DEFINE_list("allowed_hosts", [], "Names, without ports, that the server is called by besides localhost.")
+    flags.DEFINE_list(
+        "adapter", [], "Adapters (PEFT's format) of the first model: NAME=DIR, each a model of that name."
+    )
     flags.DEFINE_integer("slots", 8, "Answers of each model that are written at the same time.", lower_bound=1)
     flags.DEFINE_integer("queue", 64, "Further requests that may wait; to more the server says 429.", lower_bound=0)
     flags.DEFINE_integer("budget", 16, "Tokens between two looks at what came and what was written.", lower_bound=1)
@@ -52,7 +56,9 @@ def main(command: str, arguments: list[str]) -> None:
     """Serves the models in the directories of the command line until it is told to end."""
     if not arguments:
         raise UserError("give the directory of a model, or several as NAME=DIR: pixel-jax serve DIR")
-    directories = named_directories(arguments)
+    directories, adapters = named_directories(arguments), named_directories(FLAGS.adapter)
+    if both := directories.keys() & adapters.keys():
+        raise UserError(f"a model and an adapter are called {min(both)!r}: name one as NAME=DIR")
     key = os.environ.get(FLAGS.key) or None
     if key is None and FLAGS.host not in LOOPBACK:
         raise UserError(
@@ -63,6 +69,7 @@ def main(command: str, arguments: list[str]) -> None:
         from pixel_jax.serving.app import make_app
     except ImportError as error:
         raise UserError(f"{error.name} is missing: pip install 'pixel_jax[serve]'") from None
+    from pixel_jax.models.peft import load_adapter
     from pixel_jax.serving.engine import Engine
     from pixel_jax.serving.metrics import Metrics
     from pixel_jax.serving.session import Session
@@ -76,6 +83,8 @@ def main(command: str, arguments: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         load = lambda directory: load_speaker(directory, tools=FLAGS.tools, call_format=FLAGS.call_format)
         speakers = {name: with_sampling(load(directory)) for name, directory in directories.items()}
+        base = next(iter(speakers.values()))  # its weights are shared
+        speakers |= {x: dataclasses.replace(base, model=load_adapter(base.model, y)) for x, y in adapters.items()}
         use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
         sessions = {}
         for name, speaker in speakers.items():
@@ -127,8 +136,9 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
     """What prompts have to fit, from the flags."""
     from pixel_jax.rollouts.shapes import prompt_shape
 
-    side = FLAGS.image_side
-    return prompt_shape(FLAGS.images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
+    # A model that sees no images has one small empty buffer, so that all arrays have the same axes.
+    images, side = (FLAGS.images, FLAGS.image_side) if speaker.config.max_images else (1, EMPTY_SIDE)
+    return prompt_shape(images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
 
 
 def listen(host: str, port: int) -> socket.socket:

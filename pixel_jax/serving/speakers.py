@@ -27,7 +27,12 @@ def define_speaker_flags() -> None:
 
 
 def load_speaker(
-    directory: str | os.PathLike, *, tools: Sequence[str] | None, call_format: str | None, temperature: float = 1.0
+    directory: str | os.PathLike,
+    *,
+    tools: Sequence[str] | None,
+    call_format: str | None,
+    adapter: str | os.PathLike | None = None,
+    temperature: float = 1.0,
 ) -> "Speaker":
     """The model in a directory as a `Speaker`, under the limits that lie beside it.
 
@@ -35,6 +40,7 @@ def load_speaker(
       directory: of a model, as `save_pretrained` or Hugging Face write it.
       tools: names of what it may call; None: the paper's.
       call_format: name of how it writes its calls; None: what it was trained in.
+      adapter: directory of an adapter in PEFT's format to put on it; None: none.
       temperature: at which it answers where nobody says otherwise.
 
     Raises:
@@ -51,10 +57,10 @@ def load_speaker(
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
     known = find_tools(tools or DEFAULT)
-    model, processor = from_pretrained(pathlib.Path(directory))
+    model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
-    config = single_answer(read_limits(directory) or RolloutConfig(), temperature)
+    config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if call_format:
         find_format(call_format)  # imported on the word of the command line, not of the model
         config = dataclasses.replace(config, call_format=call_format)

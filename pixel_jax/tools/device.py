@@ -64,22 +64,26 @@ class Answer(NamedTuple):
     listed: Lists | None = None  # the integers of {list} in the outcome's text
 
 
-def shown_size(region: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
+def shown_size(
+    region: jax.Array, min_pixels: int, max_pixels: int, max_side: int, factor: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns the size (height, width), int32 [..., 2], at which `region` [..., 4] is shown, and bool [...]: whether it can be.
 
     It cannot where the rounded size exceeds the budget, or where a region is too long and thin (`MAX_RATIO`) or empty.
     """
     height, width = region[..., 3] - region[..., 1], region[..., 2] - region[..., 0]
-    return fitted(jnp.stack([height, width], axis=-1), min_pixels, max_pixels, max_side)
+    return fitted(jnp.stack([height, width], axis=-1), min_pixels, max_pixels, max_side, factor)
 
 
-def fitted(size: jax.Array, min_pixels: int, max_pixels: int, max_side: int) -> tuple[jax.Array, jax.Array]:
+def fitted(
+    size: jax.Array, min_pixels: int, max_pixels: int, max_side: int, factor: int
+) -> tuple[jax.Array, jax.Array]:
     """Returns the same as `shown_size` for images of `size` [..., 2]."""
     height, width = size[..., 0], size[..., 1]
     short, long = jnp.minimum(height, width), jnp.maximum(height, width)
     possible = (short > 0) & (long <= MAX_RATIO * short)
-    height, width = jnp.where(possible, height, 28), jnp.where(possible, width, 28)
-    size = jnp.stack(smart_resize(height, width, min_pixels=min_pixels, max_pixels=max_pixels), axis=-1)
+    height, width = jnp.where(possible, height, factor), jnp.where(possible, width, factor)
+    size = jnp.stack(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels), axis=-1)
     fits = (size[..., 0] * size[..., 1] <= max_pixels) & (jnp.max(size, axis=-1) <= max_side)
     return size, possible & fits
 

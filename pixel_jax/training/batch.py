@@ -142,7 +142,7 @@ def pack(
             f"row {row} has {sizes[row, 0]} tokens and {sizes[row, 1]} slices, room is {capacity[0]} and {capacity[1]}"
         )
     bins = first_fit(sizes, capacity)
-    used = visual.slices.max(axis=(1, 2)) + 1  # [R], frames that a row's slices use
+    used = visual.slices.max(axis=(1, 2), initial=-1) + 1  # [R], frames that a row's slices use
     frames = frames or max(int(used[rows].sum()) for rows in bins)
     shape = (len(bins), int(capacity[0]))
     pixels = Visual(

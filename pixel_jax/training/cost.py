@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.attention import TILE
 from pixel_jax.models.checkpoint import named_weights
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.flops import PEAK_FLOPS, row_work, training_flops
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.layers import LoRAWeight
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.training.batch import Batch
@@ -28,9 +28,7 @@ SCORES = 2  # arrays of attention's scores, float32
 LOGITS = 3  # arrays of logits: they, their softmax and its gradient
 
 
-def row_bytes(
-    network: Qwen2_5_VLConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True
-) -> int:
+def row_bytes(network: ModelConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True) -> int:
     """The bytes that one row takes.
 
     Args:
@@ -45,15 +43,18 @@ def row_bytes(
     def layer(size: int, inner: int) -> int:
         return LIVE[0] * size + LIVE[1] * inner
 
-    decoder, seen = layer(text.hidden_size, text.intermediate_size), layer(tower.hidden_size, tower.intermediate_size)
-    if remat:
-        decoder += text.num_hidden_layers * text.hidden_size
-        seen += tower.depth * tower.hidden_size
-    else:
-        decoder, seen = decoder * text.num_hidden_layers, seen * tower.depth
+    def layers(size: int, inner: int, depth: int) -> int:
+        """Numbers for a token or a patch in a stack of layers."""
+        return layer(size, inner) + depth * size if remat else layer(size, inner) * depth
+
+    numbers = tokens * layers(text.hidden_size, text.intermediate_size, text.num_hidden_layers)
+    scores = text.num_attention_heads * pairs(tokens)
     slices, patches = visual
-    scores = text.num_attention_heads * pairs(tokens) + slices * tower.num_heads * pairs(patches)
-    return width * (tokens * decoder + slices * patches * (seen + tower.patch_dim)) + 4 * SCORES * scores
+    if tower is not None:
+        seen = layers(tower.hidden_size, tower.intermediate_size, tower.depth)
+        numbers += slices * patches * (seen + tower.patch_dim)
+        scores += slices * tower.num_heads * pairs(patches)
+    return width * numbers + 4 * SCORES * scores
 
 
 def pairs(length: int) -> int:
@@ -61,13 +62,13 @@ def pairs(length: int) -> int:
     return min(length**2, TILE[0] * TILE[1])
 
 
-def fixed_bytes(network: Qwen2_5_VLConfig, logit_chunk: int) -> int:
+def fixed_bytes(network: ModelConfig, logit_chunk: int) -> int:
     """The bytes that a step takes whatever its rows: those of a chunk of logits."""
     return 4 * LOGITS * logit_chunk * network.text.vocab_size
 
 
 def micro_batches(
-    network: Qwen2_5_VLConfig,
+    network: ModelConfig,
     rows: int,
     tokens: int,
     visual: Visual | None,
@@ -115,7 +116,7 @@ class Throughput:
     forward passes that score are not. With several processes, each takes its own rows for the average.
     """
 
-    def __init__(self, model: Qwen2_5_VL, trainable: str, mesh: Mesh | None):
+    def __init__(self, model: Model, trainable: str, mesh: Mesh | None):
         pattern = re.compile(trainable)
         trained = {key: weight for _, key, weight in named_weights(model) if pattern.match(key)}
         decoder = {key: weight for key, weight in trained.items() if not key.startswith("visual.")}

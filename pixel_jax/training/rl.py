@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_calls, executed_calls, failed_calls
@@ -119,7 +119,7 @@ class Learner:
         self.throughput = Throughput(model, config.trainable, mesh)
         self.timer = Timer()  # of the iteration under way
 
-    def begin(self, model: Qwen2_5_VL) -> TrainState:
+    def begin(self, model: Model) -> TrainState:
         """The state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
@@ -181,7 +181,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
 
 
 def rl(
-    model: Qwen2_5_VL,
+    model: Model,
     data: Iterator[tuple[HostPrompts, Sequence[Any]]],
     stages: Stages,
     config: RLConfig,
@@ -192,7 +192,7 @@ def rl(
     rollout_mesh: Mesh | None = None,
     label: str = "rl",
     watch: Watch | None = None,
-) -> Qwen2_5_VL:
+) -> Model:
     """Trains a model by reinforcement learning: `config.iterations` iterations through `stages`, each with several updates.
 
     Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration that is

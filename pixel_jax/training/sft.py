@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.cost import Throughput
@@ -105,7 +105,7 @@ class Tuning:
         self.update = make_sft_step(config.forward, self.optimizer, normalizer=config.normalizer, mesh=mesh)
         self.throughput = Throughput(model, config.trainable, mesh)
 
-    def begin(self, model: Qwen2_5_VL) -> TrainState:
+    def begin(self, model: Model) -> TrainState:
         """The state at step 0."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
@@ -127,7 +127,7 @@ class Tuning:
 
 
 def sft(
-    model: Qwen2_5_VL,
+    model: Model,
     data: Iterator[Batch],
     config: SFTConfig,
     *,
@@ -137,7 +137,7 @@ def sft(
     epoch: float | None = None,
     label: str = "sft",
     watch: Watch | None = None,
-) -> Qwen2_5_VL:
+) -> Model:
     """Tunes a model on traces: `config.updates(epoch)` updates.
 
     With a `directory` the run can be resumed: started again, it continues from its newest checkpoint, if it is the same run, of

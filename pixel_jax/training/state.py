@@ -13,7 +13,7 @@ from pixel_jax.arrays import Params
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import is_variable, process_shard, shard, shardings, value_of
 
 T = TypeVar("T")
@@ -28,20 +28,18 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 []
 
     @property
-    def model(self) -> Qwen2_5_VL:
+    def model(self) -> Model:
         """The whole model, of the same buffers: a step that donates this state takes them away."""
         return _joined(self.trainable, self.rest)
 
 
-def _joined(trainable: Params, rest: Params) -> Qwen2_5_VL:
+def _joined(trainable: Params, rest: Params) -> Model:
     """The model of its two halves."""
-    model = combine({path: value_of(weight) for path, weight in trainable.items()}, rest)
-    assert isinstance(model, Qwen2_5_VL)
-    return model
+    return combine({path: value_of(weight) for path, weight in trainable.items()}, rest)
 
 
 def init_state(
-    model: Qwen2_5_VL, optimizer: optax.GradientTransformation, *, trainable: str = ".*", mesh: Mesh | None = None
+    model: Model, optimizer: optax.GradientTransformation, *, trainable: str = ".*", mesh: Mesh | None = None
 ) -> TrainState:
     """Makes a state at step 0.
 
@@ -112,7 +110,7 @@ class Resharder:
         self.dtype = dtype
         self.frozen: Any = None
 
-    def __call__(self, state: TrainState) -> Qwen2_5_VL:
+    def __call__(self, state: TrainState) -> Model:
         """The model of `state` on the target mesh."""
         if self.target is None:
             return self._cast(state.model)

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from pixel_jax.arrays import AnyArray
 from pixel_jax.config import positive
 from pixel_jax.models import forward_hidden
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.layers import Remat
 from pixel_jax.models.lora import without_lora
-from pixel_jax.models.qwen2_5_vl import logits
+from pixel_jax.models.model import logits
 from pixel_jax.parallel.sharding import (
     ROWS,
     SEQUENCE,
@@ -58,7 +58,7 @@ class ForwardConfig:
     def __post_init__(self):
         positive(self, "micro_batches", "logit_chunk")
 
-    def turns(self, network: Qwen2_5_VLConfig, batch: Batch[Visual], mesh: Mesh | None, *, held: int) -> int:
+    def turns(self, network: ModelConfig, batch: Batch[Visual], mesh: Mesh | None, *, held: int) -> int:
         """In how many turns a step takes the rows of `batch`; `held` bytes of all devices together are taken already."""
         if self.micro_batches is not None:
             return self.micro_batches

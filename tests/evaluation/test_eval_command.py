@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import ml_collections
 import pytest
 from PIL import Image
@@ -20,7 +21,9 @@ from pixel_jax.evaluation import main
 from pixel_jax.evaluation.config import RELEASED, EvalConfig
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.identity import settle
-from pixel_jax.models.io import save_pretrained
+from pixel_jax.models.io import from_pretrained, save_pretrained
+from pixel_jax.models.lora import add_lora
+from pixel_jax.models.peft import save_adapter
 from pixel_jax.models.processor import Processor
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
@@ -78,6 +81,19 @@ def test_an_evaluation(place, capsys):
     assert code == 0 and (place / "run/metrics.json").read_text() == before, error
     code, _, error = command("eval", f"--config={place / 'config.py'}", "--config.seed=1")
     assert code == 1 and "was begun with seed = 0, now it is 1" in error and "Traceback" not in error
+
+
+def test_an_adapter_is_part_of_what_an_evaluation_is(place, tmp_path):
+    base, _ = from_pretrained(place / "model")
+    adapter = add_lora(base, jax.random.key(0), rank=1, alpha=1.0, targets=r"model.*q_proj")
+    save_adapter(adapter, tmp_path / "adapter")
+    flags = [f"--config={place / 'config.py'}", f"--config.out={tmp_path / 'out'}", "--config.traces=0"]
+    code, _, error = command("eval", *flags, f"--adapter={tmp_path / 'adapter'}")
+    assert code == 0, error
+    kept = read_records(place / "run/own/operations")  # B is zero: the answers are those of the model itself
+    assert [x["score"] for x in read_records(tmp_path / "out/own/operations")] == [x["score"] for x in kept]
+    code, _, error = command("eval", *flags)
+    assert code == 1 and "adapter_weights" in error
 
 
 def test_calls_in_another_format_are_counted_and_named(place, tmp_path):

@@ -23,6 +23,7 @@ from pixel_jax.config import ConfigError
 from pixel_jax.files import FileError
 from pixel_jax.models import Qwen2_5_VLConfig, checkpoint, io
 from pixel_jax.models.processor import Processor
+from pixel_jax.models.tensors import is_finite
 from pixel_jax.rollouts.limits import read_limits
 from tests.models.test_checkpoints import same
 from tests.rollouts import scripted_model
@@ -166,9 +167,9 @@ NORM = "model.layers.1.input_layernorm.weight"
 def test_what_is_no_number(dtype, value):
     values = np.full((1025, 1024), -1, dtype)
     values[0, 0] = np.finfo(dtype).max if dtype != ml_dtypes.bfloat16 else ml_dtypes.finfo(dtype).max
-    assert checkpoint._is_finite(values) and checkpoint._is_finite(values[:0])
+    assert is_finite(values) and is_finite(values[:0])
     values[-1, -1] = value
-    assert not checkpoint._is_finite(values)
+    assert not is_finite(values)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -197,7 +198,9 @@ def test_an_adapter_is_called_one(tmp_path):
     for content in ('{"base_model_name_or_path": "Qwen/Qwen2.5-VL-7B-Instruct"}', "[", "[]", "{}"):
         (tmp_path / "adapter_config.json").write_text(content)
         base = "'Qwen/Qwen2.5-VL-7B-Instruct'" if "Qwen" in content else "'its base model'"
-        with pytest.raises(FileNotFoundError, match=f"holds an adapter .adapter_config.json.: merge it into {base}"):
+        with pytest.raises(
+            FileNotFoundError, match=f"holds an adapter .adapter_config.json.: give the directory of {base}"
+        ):
             pixel_jax.from_pretrained(tmp_path)
 
 
@@ -274,7 +277,7 @@ def test_a_mutated_config(tmp_path_factory, text):
         assert str(directory / "config.json") in str(error)
     else:
         assert Qwen2_5_VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-        checkpoint.jax.eval_shape(lambda: io.Qwen2_5_VL(config, jax.random.key(0)))
+        checkpoint.jax.eval_shape(lambda: io.LanguageModel(config, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

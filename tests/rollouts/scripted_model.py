@@ -13,8 +13,9 @@ import numpy as np
 
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.models import Qwen2_5_VL
-from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import LanguageModel, Model
+from pixel_jax.models.config import TextConfig
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
@@ -102,15 +103,13 @@ def token_tables():
 
 
 @functools.cache
-def model() -> Qwen2_5_VL:
+def model() -> Model:
     return network(vocabulary())
 
 
-def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
-    """The talker in the ids of `words`; `chain`: what may follow what."""
-    size = len(words.table.length)
-    hidden = 64 * -(-size // 64)
-    config = Qwen2_5_VLConfig(
+def qwen2_5_vl(words: Vocabulary, size: int, hidden: int) -> Qwen2_5_VLConfig:
+    """The configuration of the talker for a vocabulary of `size`."""
+    return Qwen2_5_VLConfig(
         text=TextConfig(
             vocab_size=size,
             hidden_size=hidden,
@@ -134,7 +133,14 @@ def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
         vision_start_token_id=words.vision_start,
         vision_end_token_id=words.vision_end,
     )
-    talker = Qwen2_5_VL(config, jax.random.key(0))
+
+
+def network(words: Vocabulary, chain=CHAIN, make_config=qwen2_5_vl) -> Model:
+    """The talker in the ids of `words`; `chain`: what may follow what."""
+    size = len(words.table.length)
+    hidden = 64 * -(-size // 64)
+    config = make_config(words, size, hidden)
+    talker = LanguageModel(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]
     for before, after in chain.items():

@@ -261,7 +261,7 @@ def released_edges(box, img_x, img_y, padding):
 
 def test_a_sliver_cannot_be_shown():
     regions = jnp.array([[0, 0, 6001, 30], [0, 0, 6000, 30], [5, 5, 5, 9]], jnp.int32)
-    size, fits = shown_size(regions, 784, 2000 * 784, 10_000)
+    size, fits = shown_size(regions, 784, 2000 * 784, 10_000, 28)
     assert fits.tolist() == [False, True, False]
     assert tuple(size[1].tolist()) == smart_resize(30, 6000, min_pixels=784, max_pixels=2000 * 784)
     assert math.prod(size[1].tolist()) <= 2000 * 784

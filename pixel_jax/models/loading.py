@@ -1,0 +1,135 @@
+"""From files to devices, shard by shard: the next one is read while one is on its way.
+
+The host never has more than two shards of any weight beside what the devices hold.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from pixel_jax.models.tensors import Tensor, is_finite
+from pixel_jax.parallel.processes import is_main_process
+from pixel_jax.terminal import printable
+
+READERS = min(8, os.cpu_count() or 1)  # threads that read one shard
+BLOCK = 2**20  # elements that are read, checked and converted together
+SHOWN = 2**28  # bytes from which on a progress bar is drawn
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A weight, and where it comes from and goes to."""
+
+    shape: tuple[int, ...]
+    sharding: Sharding
+    tensors: Sequence[
+        Tensor
+    ]  # one for each layer of a stack, whose axis is the first; or the one of a weight that is none
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the tensors are the weight's layers."""
+        return len(self.shape) > len(self.tensors[0].shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a weight, and the local devices that have it."""
+
+    weight: int
+    index: tuple[slice, ...]
+    devices: tuple[SingleDeviceSharding, ...]
+    shape: tuple[int, ...]
+
+
+def load_arrays(weights: Sequence[Wanted], dtype: np.dtype, label: str) -> list[jax.Array]:
+    """The weights on their devices. A process reads what its own devices hold, each part once.
+
+    Args:
+        weights: what to load. Shapes and types of the tensors have been checked.
+        dtype: of the arrays.
+        label: of the progress bar, which a terminal shows while much is read.
+
+    Raises:
+        FileError: a tensor holds NaN or infinity. The message names it.
+    """
+    shards = [shard for number, weight in enumerate(weights) for shard in _local_shards(number, weight)]
+    pieces: list[list[jax.Array]] = [[] for _ in weights]
+    sizes = [int(np.prod(shard.shape)) * dtype.itemsize for shard in shards]
+    with (
+        ThreadPoolExecutor(1) as ahead,
+        ThreadPoolExecutor(READERS) as readers,
+        _progress(label, sum(sizes)) as progress,
+    ):
+        read = lambda shard: _read(weights[shard.weight], shard, dtype, readers)
+        coming = ahead.submit(read, shards[0])
+        for shard, size, following in zip(shards, sizes, [*shards[1:], None], strict=True):
+            values = coming.result()
+            if following is not None:
+                coming = ahead.submit(read, following)
+            pieces[shard.weight] += [jax.device_put(values, device) for device in shard.devices]
+            jax.block_until_ready(pieces[shard.weight][-len(shard.devices) :])
+            del values  # before the one after the next is read
+            progress(size)
+    return [
+        jax.make_array_from_single_device_arrays(weight.shape, weight.sharding, arrays)
+        for weight, arrays in zip(weights, pieces, strict=True)
+    ]
+
+
+def _local_shards(number: int, weight: Wanted) -> list[Shard]:
+    """The parts of weight `number` that this process's devices have, each once."""
+    devices: dict[tuple[tuple[int, int], ...], list[SingleDeviceSharding]] = {}
+    for device, index in weight.sharding.addressable_devices_indices_map(weight.shape).items():
+        ranges = [x.indices(size)[:2] for x, size in zip(index or (), weight.shape, strict=True)]
+        devices.setdefault(tuple(ranges), []).append(SingleDeviceSharding(device))
+    return [
+        Shard(number, tuple(slice(*x) for x in ranges), tuple(found), tuple(stop - start for start, stop in ranges))
+        for ranges, found in devices.items()
+    ]
+
+
+def _read(weight: Wanted, shard: Shard, dtype: np.dtype, readers: ThreadPoolExecutor) -> np.ndarray:
+    """A shard in the host's memory."""
+    out = np.empty(shard.shape, dtype)
+    if weight.stacked:
+        layers = weight.tensors[shard.index[0]]
+        jobs = [(tensor, shard.index[1:], out[i, ...]) for i, tensor in enumerate(layers)]
+    else:
+        jobs = [(weight.tensors[0], shard.index, out)]
+    list(readers.map(lambda job: _copy(*job), jobs))
+    return out
+
+
+def _copy(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
+    """Part of a tensor, converted, into `out`; block by block, so that a file in another type needs no room of its own."""
+    values = tensor.values()[index]
+    if not values.ndim:
+        values, out = values.reshape(1), out.reshape(1)
+    rows = max(1, BLOCK * len(values) // max(1, values.size))
+    for start in range(0, len(values), rows):
+        block = np.ascontiguousarray(values[start : start + rows])
+        if not is_finite(block):
+            raise tensor.error("holds NaN or infinity")
+        out[start : start + rows] = block
+
+
+@contextlib.contextmanager
+def _progress(label: str, total: int) -> Iterator:
+    """A progress bar on standard error, if that is a terminal and there is much to wait for; a function that moves it on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    shown = total >= SHOWN and console.is_terminal and is_main_process()
+    text = TextColumn("{task.description}", markup=False)
+    with Progress(text, *columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(printable(label), total=total)
+        yield lambda size: bar.advance(task, size)
