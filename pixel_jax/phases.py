@@ -23,7 +23,7 @@ from pixel_jax.data.shapes import Measured, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
@@ -71,7 +71,7 @@ class Phase:
     command: Literal["sft", "rl"]
     config: TrainConfig
     given: Given
-    network: Qwen2_5_VLConfig
+    network: ModelConfig
     dtype: str  # of the weights that are saved
     processor: Any
     mesh: Mesh | None

@@ -210,12 +210,12 @@ def test_released_networks_have_the_shapes_of_transformers(name):
     import torch
     import transformers
 
-    from pixel_jax.models.checkpoint import named_weights, released_key
+    from pixel_jax.models.checkpoint import named_weights
 
     config = transformers.Qwen2_5_VLConfig(**released(name).to_hf())
     with torch.device("meta"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    theirs = {released_key(key): tuple(weight.shape) for key, weight in model.named_parameters()}
+    theirs = {released(name).names.ours(key): tuple(weight.shape) for key, weight in model.named_parameters()}
     ours = {}
     for _, key, weight in named_weights(weight_shapes(released(name))):
         if weight.axes[0] == "layers":

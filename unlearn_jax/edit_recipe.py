@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.cli import UserError
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.planning.programs import Program, Recipe, abstract_model, placed, sft_batch, vision_turns
 from pixel_jax.training.batch import Batch
@@ -58,7 +58,7 @@ class EditRecipe(Recipe):
 
 
 def gauss_newton(
-    model: Qwen2_5_VL, batch: Batch, mesh: Mesh, micro_batches: int
+    model: Model, batch: Batch, mesh: Mesh, micro_batches: int
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
     """The product that an edit spends its time in, and abstract arguments for it.
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.tree_util import Partial
 
-from pixel_jax.models import Qwen2_5_VL, Visual, forward_hidden
+from pixel_jax.models import Model, Visual, forward_hidden
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
 from pixel_jax.training.batch import Batch
@@ -70,9 +70,9 @@ class Logits:
     remat: bool = True
     implementation: Literal["dense", "chunked"] = "chunked"
 
-    def __call__(self, base: Qwen2_5_VL, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
+    def __call__(self, base: Model, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
         """Logits [T, vocabulary] of the example's learned tokens, float32."""
-        model = cast(Qwen2_5_VL, combine(adapter, base))
+        model = cast(Model, combine(adapter, base))
         row = jax.tree.map(lambda x: x[None], {k: example[k] for k in ("tokens", "valid", "visual") if k in example})
         visual = Visual(**row["visual"]) if "visual" in row else None
         options = {"remat": self.remat, "implementation": self.implementation}
@@ -81,7 +81,7 @@ class Logits:
 
 
 def adapter_loss(
-    model: Qwen2_5_VL, *, remat: bool = True, implementation: Literal["dense", "chunked"] = "chunked"
+    model: Model, *, remat: bool = True, implementation: Literal["dense", "chunked"] = "chunked"
 ) -> tuple[Loss, dict[str, jax.Array]]:
     """(loss of the learned tokens as a function of the adapter, the adapter of `model`: its LoRA weights by path)."""
     adapter, base = split(model, LoRAWeight)

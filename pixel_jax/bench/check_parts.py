@@ -22,7 +22,7 @@ from pixel_jax.bench.machine import best_seconds, measure_machine
 from pixel_jax.bench.memory import highest, taken
 from pixel_jax.bench.network import images, model_config, text_tokens, vocabulary
 from pixel_jax.bench.training import make_batch, optimizer
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, kernels
+from pixel_jax.models import LanguageModel, Qwen2_5_VLConfig, kernels
 from pixel_jax.models.attention import Mask, attention
 from pixel_jax.models.flops import PEAK_FLOPS, row_work, training_flops
 from pixel_jax.models.released import released
@@ -147,7 +147,7 @@ def update(name: str, quick: bool) -> Found:
     )
     step = make_rl_step(forward, PolicyLossConfig(), optimizer())
     # In one program: made weight by weight, the state would take twice its room, and more than the step.
-    state = [jax.jit(lambda key: init_state(Qwen2_5_VL(network, key), optimizer()))(jax.random.key(0))]
+    state = [jax.jit(lambda key: init_state(LanguageModel(network, key), optimizer()))(jax.random.key(0))]
     compiled = step.lower(state[0], batch).compile()
     losses = []
 
@@ -178,7 +178,7 @@ def update(name: str, quick: bool) -> Found:
 def decode(quick: bool) -> Found:
     """Decoding 8 rows with a 7B's shapes: bytes read a second, of weights and caches, beside what the machine reads."""
     model = jax.jit(
-        functools.partial(Qwen2_5_VL, few_layers("7b", quick), dtype=jnp.float32 if quick else jnp.bfloat16)
+        functools.partial(LanguageModel, few_layers("7b", quick), dtype=jnp.float32 if quick else jnp.bfloat16)
     )(jax.random.key(0))
     rows, length, steps = (8, 16, 6) if quick else (8, 256, 128)
     work = decoding(model, text_tokens(rows, length), steps, quick)

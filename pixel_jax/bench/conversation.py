@@ -16,7 +16,7 @@ from pixel_jax.bench.cost import array_bytes
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
 from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Work
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.rollout import compiled_rollout, rollout
@@ -143,7 +143,7 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     return logprobs
 
 
-def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLConfig) -> float:
+def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: ModelConfig) -> float:
     """Of a rollout that reads every prompt, int [prompts] tokens long, once and every other token of a row once; a token
     attends to those before it, and only what the policy chose has logits.
     """

@@ -22,7 +22,7 @@ from pixel_jax.bench.network import (
 from pixel_jax.bench.operations import close, same
 from pixel_jax.bench.timing import Aim, Case, Work
 from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
+from pixel_jax.models.model import LanguageModel, Model, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.ops import patchify, pixel_values
 from pixel_jax.rollouts import decode_loop, queue
@@ -137,14 +137,14 @@ class Decoding(NamedTuple):
     prompts: Prompts
     bytes: float  # that are read at least: the weights for every token, and the cache as it grows
 
-    def prepare(self, model: Qwen2_5_VL) -> Callable[[], jax.Array]:
+    def prepare(self, model: Model) -> Callable[[], jax.Array]:
         """The run that is timed. It returns the rows' tokens."""
         shared, state = self.start(model, self.prompts)
-        run, layers = jax.jit(self.decode), jax.jit(Qwen2_5_VL.unstack)(model)
+        run, layers = jax.jit(self.decode), jax.jit(LanguageModel.unstack)(model)
         return lambda: run(model, layers, shared, state).tokens
 
 
-def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
+def decoding(model: Model, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
     """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
     words = tables(vocabulary())
@@ -194,7 +194,7 @@ def build_decode(rows: int, quick: bool) -> Work:
         alternatives["transformers generate, static cache, torch.compile"] = functools.partial(
             _generate, quick, tokens, steps, True
         )
-    shapes = jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(work.start, model, work.prompts)
+    shapes = jax.eval_shape(LanguageModel.unstack, model), *jax.eval_shape(work.start, model, work.prompts)
     return Work(
         f"{rows} rows, {steps} tokens after {length}",
         alternatives,

@@ -12,7 +12,7 @@ import numpy as np
 import pixel_jax
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import LanguageModel, Model, Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
 from pixel_jax.rollouts.trajectory import Prompts
@@ -60,12 +60,12 @@ def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
 
 
 @functools.cache
-def random_model(quick: bool, layers: int = 8) -> Qwen2_5_VL:
-    return jax.jit(Qwen2_5_VL, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
+def random_model(quick: bool, layers: int = 8) -> Model:
+    return jax.jit(LanguageModel, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
 
 
 @functools.cache
-def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
+def zooming_model(quick: bool, answers: float = 0.0) -> Model:
     """The random model with a head that makes it think for a while, zoom in, and do so again: sampled, so that the rows'
     turns differ in length. Four layers: the loops around transformers take a minute as it is.
 
@@ -129,7 +129,7 @@ def prompts(quick: bool) -> Prompts:
     return build_prompts(queries, vocabulary(), tables(vocabulary()), rollout_config(quick))
 
 
-def transformers_model(model: Qwen2_5_VL, attention: str = "sdpa"):
+def transformers_model(model: Model, attention: str = "sdpa"):
     """The same weights in transformers, in evaluation mode."""
     import transformers
 

@@ -22,7 +22,7 @@ from pixel_jax.bench.network import (
 )
 from pixel_jax.bench.operations import close
 from pixel_jax.bench.timing import Aim, Case, Run, Work
-from pixel_jax.models import Qwen2_5_VL
+from pixel_jax.models import LanguageModel
 from pixel_jax.models.inputs import Visual
 from pixel_jax.ops import patchify, pixel_values
 from pixel_jax.training.batch import Batch
@@ -256,7 +256,7 @@ def build_long(quick: bool) -> Work:
             mrope_section=(8, 12, 12),
         )
         config = dataclasses.replace(config, text=text, vision=dataclasses.replace(config.vision, out_hidden_size=256))
-    model = jax.jit(Qwen2_5_VL, static_argnums=0)(config, jax.random.key(0))
+    model = jax.jit(LanguageModel, static_argnums=0)(config, jax.random.key(0))
     step = make_sft_step(FORWARD, optimizer(), normalizer="token")
 
     def ours(length: int):

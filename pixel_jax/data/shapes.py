@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.flops import padded_work, training_flops
 from pixel_jax.rollouts.shapes import BatchShape
 
@@ -44,7 +44,7 @@ class Measured(NamedTuple):
     takes: Callable[[BatchShape], int] | None = None  # of these, a row that is tuned on
 
 
-def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
+def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:
     """What a row of a shape costs: operations of its forward and backward pass, padding included."""
 
     @functools.cache

@@ -19,7 +19,7 @@ from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
 from pixel_jax.identity import RunError, settle
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.parallel.memory import PICTURES, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
@@ -36,7 +36,7 @@ def outline(question: Question) -> Query:
 
 
 def shapes_of(
-    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
+    buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
 ) -> Sequence[BatchShape] | Measured:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:

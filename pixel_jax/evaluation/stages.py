@@ -20,7 +20,7 @@ from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
 from pixel_jax.evaluation.questions import Question
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import Query, build_prompts
@@ -42,7 +42,7 @@ from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 class Policy(NamedTuple):
     """Who is asked."""
 
-    model: Qwen2_5_VL
+    model: Model
     vocabulary: Vocabulary
     tables: Tables  # of the vocabulary, the same for every call: they are part of the compiled program's identity
 

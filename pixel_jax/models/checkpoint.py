@@ -19,9 +19,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from pixel_jax.files import FileError, read_json
+from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import LoRAWeight, is_variable
 from pixel_jax.models.loading import Wanted, load_arrays
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -29,8 +30,8 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
-    """(path in the tree, released key, weight) of every weight; a stacked weight's key has `{}` for the layer."""
+def named_weights(model: Model | nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
+    """(path in the tree, our name, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
         if names[0] == "language_model":
@@ -40,20 +41,8 @@ def named_weights(model: nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]
         yield path, ".".join(names), weight
 
 
-def released_key(key: str) -> str:
-    """Either spelling -> the released one."""
-    for newer, released in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(newer):
-            return released + key[len(newer) :]
-    return key
-
-
-def transformers_key(key: str) -> str:
-    """The released spelling -> that of transformers since 4.52."""
-    for newer, released in (("model.visual.", "visual."), ("model.language_model.", "model.")):
-        if key.startswith(released):
-            return newer + key[len(released) :]
-    return key
+# What some files hold beside weights: it follows from the configuration.
+BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
 def is_weight_file(name: str) -> bool:
@@ -61,8 +50,8 @@ def is_weight_file(name: str) -> bool:
     return bool(re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", name))
 
 
-def open_weights(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory, by released key; files are mapped, not read.
+def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
+    """The tensors of a directory, by our names of them; files are mapped, not read.
 
     Raises:
         FileError: a file is damaged, the index is wrong, or a tensor is there in both spellings.
@@ -84,7 +73,9 @@ def open_weights(directory: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
     tensors: dict[str, Tensor] = {}
     for tensor in found:
-        twin = tensors.setdefault(released_key(tensor.name), tensor)
+        if BUFFERS.fullmatch(tensor.name):
+            continue
+        twin = tensors.setdefault(names.ours(tensor.name), tensor)
         if twin is not tensor:
             raise FileError(
                 f"{directory}: {twin.name!r} in {twin.file.name} and {tensor.name!r} in {tensor.file.name} are two "
@@ -109,19 +100,19 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def load_weights(
-    model: Qwen2_5_VL,
+    model: LanguageModel,
     tensors: Mapping[str, Tensor],
     where: Path,
     shardings,
     dtype=None,
     *,
     config_dtype: str | None = None,
-) -> Qwen2_5_VL:
+) -> LanguageModel:
     """An abstract model (`jax.eval_shape`) -> the same with weights from files.
 
     Args:
         model: abstract.
-        tensors: by released key, as `open_weights` finds them.
+        tensors: by our names of them, as `open_weights` finds them.
         where: the directory or file, for messages.
         shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
         dtype: of the weights; None keeps the files', if that is one for all.
@@ -171,7 +162,7 @@ def _one_dtype(by_dtype: Mapping[str, str], where: Path, config_dtype: str | Non
     return config_dtype
 
 
-def _check_tied(tensors: Mapping[str, Tensor], model: Qwen2_5_VL) -> None:
+def _check_tied(tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
     head, embedding = (tensors[key] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     for tensor in (head, embedding):
@@ -182,7 +173,7 @@ def _check_tied(tensors: Mapping[str, Tensor], model: Qwen2_5_VL) -> None:
         )
 
 
-def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
+def save_weights(model: LanguageModel, directory: Path, dtype=None) -> None:
     """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index.
 
     dtype: of what is written; None: each weight's own.
@@ -198,7 +189,7 @@ def save_weights(model: Qwen2_5_VL, directory: Path, dtype=None) -> None:
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
-            plan[-1].append((key.format(layer), weight, layer))
+            plan[-1].append((model.config.names.in_file(key.format(layer)), weight, layer))
             sizes[-1] += size
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):

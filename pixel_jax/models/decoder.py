@@ -1,4 +1,9 @@
-"""The decoder: grouped-query attention, gated MLP, M-RoPE; a scan over stacked layers, or unrolled onto a cache."""
+"""The decoder of all families: grouped-query attention, gated MLP, rotary positions; a scan over stacked layers, or unrolled
+onto a cache.
+
+What the decoder reads, `x`, is [B, T, D], or, where tokens stand for visual features with parts for the first layers
+("deepstack", arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the output of layer 0, 1, .. n - 1.
+"""
 
 from typing import NamedTuple
 
@@ -10,7 +15,7 @@ from jax.sharding import Mesh
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, product, rematerialised, stack
-from pixel_jax.models.rope import mrope_angles, rotate
+from pixel_jax.models.rope import rotary_angles, rotate
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequence
 
 
@@ -72,16 +77,23 @@ class Attention(nnx.Module):
         keys = jax.random.split(key, 4)
         dim, head_dim = config.hidden_size, config.head_dim
         query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=True, dtype=dtype)
-        self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
-        self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=True, dtype=dtype)
-        self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=False, dtype=dtype)
+        bias = config.qkv_bias
+        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=bias, dtype=dtype)
+        self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
+        self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
+        self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=config.output_bias, dtype=dtype)
+        self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
+        if config.qk_norm:
+            head_norm = lambda: RMSNorm(head_dim, (None,), eps=config.rms_norm_eps, dtype=dtype)
+            self.q_norm, self.k_norm = head_norm(), head_norm()
         self.head_dim = head_dim
 
     def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def out(self, attended: jax.Array) -> jax.Array:
@@ -93,7 +105,7 @@ class DecoderLayer(nnx.Module):
         keys = jax.random.split(key)
         dim = config.hidden_size
         self.self_attn = Attention(keys[0], config, dtype)
-        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=False, dtype=dtype)
+        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=config.mlp_bias, dtype=dtype)
         self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
@@ -146,7 +158,16 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
 
     def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return mrope_angles(positions, self.config.head_dim, self.config.rope_theta, self.config.mrope_section)
+        """Positions int32 [3, B, T] -> cosines and sines of the rotation, float32 [B, T, head_dim / 2]."""
+        return rotary_angles(positions, self.config)
+
+    def split_deepstack(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """[B, T, (1 + n) D] -> embeddings [B, T, D], and what is added to the outputs of layers [n, B, T, D], None if n = 0."""
+        dim = self.config.hidden_size
+        if x.shape[-1] == dim:
+            return x, None
+        parts = jnp.moveaxis(x.reshape(*x.shape[:-1], -1, dim), -2, 0)
+        return parts[0], parts[1:]
 
     def __call__(
         self, x, positions, valid, *, segments=None, remat: Remat = False, implementation: str | None = None, mesh=None
@@ -156,7 +177,7 @@ class Decoder(nnx.Module):
         return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
 
     def prefill(self, x, positions, valid, *, implementation: str | None = None) -> tuple[jax.Array, KVCache]:
-        """See `Qwen2_5_VL.prefill`."""
+        """See `LanguageModel.prefill`."""
         in_cache = lambda keys_and_values: jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), keys_and_values)
         hidden, (keys, values) = self._layers(x, positions, valid, in_cache, implementation=implementation)
         return hidden, KVCache(tuple(keys), tuple(values), valid.sum(axis=1, dtype=jnp.int32))
@@ -165,20 +186,25 @@ class Decoder(nnx.Module):
         self, x, positions, valid, keep, *, segments=None, remat=False, implementation: str | None = None, mesh=None
     ):
         """Hidden states after the last norm, and what `keep` keeps of every layer's keys and values, stacked."""
-        x = split_sequence(x, mesh, ROWS, SEQUENCE)
+        x, added = self.split_deepstack(split_sequence(x, mesh, ROWS, SEQUENCE))
         cos, sin = self.angles(positions)
         order = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
         mask = Mask(order, jnp.where(valid, order, -1), segments, segments)
 
-        def block(x, layer):
+        def block(x, scanned):
+            layer, number = scanned
             x, keys_and_values = layer(x, cos, sin, mask, implementation, mesh)
+            if added is not None:
+                x = x + added.at[number].get(mode="fill", fill_value=0)
             return keep_rows(x), keep(keys_and_values)
 
-        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), self.layers)
+        numbers = None if added is None else jnp.arange(self.config.num_hidden_layers)
+        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), (self.layers, numbers))
         return self.norm(x), kept
 
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:
-        """See `Qwen2_5_VL.step`."""
+        """See `LanguageModel.step`."""
+        x, added = self.split_deepstack(x)
         batch, length = valid.shape
         capacity = cache.k[0].shape[2]
         cos, sin = self.angles(positions)
@@ -192,6 +218,8 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(layers):
             shared = None if prefix is None else (prefix.k[i], prefix.v[i])
             x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask)
+            if added is not None and i < len(added):
+                x = x + added[i]
             keys.append(k)
             values.append(v)
         return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.vision import Blocks
 
 # Published dense peak of one chip, bfloat16 products a second, by `jax.Device.device_kind`.
@@ -53,14 +53,14 @@ class Flops(NamedTuple):
     head: float
 
 
-def window_pairs(height: np.ndarray, width: np.ndarray, config: Qwen2_5_VLConfig) -> np.ndarray:
+def window_pairs(height: np.ndarray, width: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Pairs of patches that share a window, of slices of `height` x `width` patches (int arrays of one shape)."""
     side = config.vision.window_cells * config.vision.spatial_merge_size
     squares = lambda n: (n // side) * side**2 + (n % side) ** 2
     return squares(height) * squares(width)
 
 
-def row_work(lengths: np.ndarray, grids: np.ndarray, config: Qwen2_5_VLConfig) -> Work:
+def row_work(lengths: np.ndarray, grids: np.ndarray, config: ModelConfig) -> Work:
     """The useful work of rows of `lengths` tokens [R] that show items of `grids` [..., 3] (slices, height, width in patches;
     zeros: nothing): padding does not count, however much of it the program computes.
     """
@@ -76,7 +76,7 @@ def row_work(lengths: np.ndarray, grids: np.ndarray, config: Qwen2_5_VLConfig) -
     )
 
 
-def padded_work(rows: int, length: int, slices: int, patches: int, config: Qwen2_5_VLConfig) -> Work:
+def padded_work(rows: int, length: int, slices: int, patches: int, config: ModelConfig) -> Work:
     """What the program computes for `rows` rows of static shape: `length` tokens, `slices` slices of `patches` patches."""
     blocks = Blocks.of(patches, config.vision) if patches else Blocks(0, 0, 0)
     return Work(
@@ -89,7 +89,7 @@ def padded_work(rows: int, length: int, slices: int, patches: int, config: Qwen2
     )
 
 
-def forward_flops(config: Qwen2_5_VLConfig, work: Work, *, adapter_weights: int = 0) -> Flops:
+def forward_flops(config: ModelConfig, work: Work, *, adapter_weights: int = 0) -> Flops:
     """Of one forward pass. `adapter_weights`: numbers in the LoRA matrices of all decoder layers together."""
     text, vision = config.text, config.vision
     depth, dim = vision.depth, vision.hidden_size
@@ -116,7 +116,7 @@ def forward_flops(config: Qwen2_5_VLConfig, work: Work, *, adapter_weights: int 
 
 
 def training_flops(
-    config: Qwen2_5_VLConfig,
+    config: ModelConfig,
     work: Work,
     *,
     vision: bool = True,

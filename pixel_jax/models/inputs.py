@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.models.config import TowerConfig
+from pixel_jax.ops import pixel_values
+
 
 class Visual(NamedTuple):
     """Images and videos of a batch of rows, padded to static shapes.
@@ -12,7 +15,7 @@ class Visual(NamedTuple):
     An item is an image (one temporal slice) or a video (several); a temporal slice is two frames, for a still image the same
     one twice. Every slice goes through the vision tower on its own: attention never crosses slices.
 
-    patches:  uint8 [B, F, P, 588]  frame patches in merge order (`pixel_jax.ops.patchify`); F frames a row at most
+    patches:  uint8 [B, F, P, 3 p p]  frame patches of p x p pixels in merge order (`pixel_jax.ops.patchify`); F frames a row at most
     slices:   int32 [B, S, 2]       the two frames of each slice, in order of appearance; -1 = absent, at the end
     grids:    int32 [B, K, 3]       items in order of appearance: slices, height and width in patches; zeros = absent
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
@@ -67,3 +70,17 @@ def slice_grids(grids: jax.Array, num_slices: int) -> jax.Array:
     # One item more, of size zero, stands for "absent".
     padded = jnp.pad(grids[..., 1:], ((0, 0), (0, 1), (0, 0)))
     return jnp.take_along_axis(padded, item[..., None], axis=1)
+
+
+def slice_pixels(first: jax.Array, second: jax.Array, vision: TowerConfig) -> jax.Array:
+    """What the vision tower reads of temporal slices.
+
+    Args:
+        first: uint8 [..., P, 3 p p], the patches of each slice's first frame.
+        second: those of its second frame; for a still image the same.
+
+    Returns:
+        float32 [..., P, patch_dim], normalised; the second frame is left out if a temporal slice of the family is one frame.
+    """
+    frames = (first, second)[: vision.temporal_patch_size]
+    return pixel_values(*frames, patch=vision.patch_size, mean=vision.pixel_mean, std=vision.pixel_std)

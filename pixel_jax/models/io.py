@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,12 +13,12 @@ import numpy as np
 
 from pixel_jax.files import FileError, read_json, settle, sync_directory
 from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
-from pixel_jax.models.config import CONFIG, Qwen2_5_VLConfig, read_config
+from pixel_jax.models.config import CONFIG, ModelConfig
+from pixel_jax.models.families import read_config
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import CONFIG as ADAPTER
 from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
-from pixel_jax.models.rope import mrope_positions
 from pixel_jax.models.side_files import is_side_file
 from pixel_jax.terminal import warn
 
@@ -30,7 +31,7 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     dtype=None,
     adapter: str | os.PathLike[str] | None = None,
-) -> tuple[Qwen2_5_VL, Processor | None]:
+) -> tuple[LanguageModel, Processor | None]:
     """Reads a directory with config.json and safetensors files.
 
     Args:
@@ -50,7 +51,7 @@ def from_pretrained(
     if not (directory / CONFIG).exists():
         raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
     config, config_dtype = read_config(directory)
-    abstract = jax.eval_shape(functools.partial(Qwen2_5_VL, config), jax.random.key(0))
+    abstract = jax.eval_shape(functools.partial(LanguageModel, config), jax.random.key(0))
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shardings = jax.tree.map(lambda _: place, abstract)
@@ -58,7 +59,7 @@ def from_pretrained(
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
         shardings = shardings_of(abstract, mesh)
-    tensors = open_weights(directory)
+    tensors = open_weights(directory, config.names)
     model = load_weights(abstract, tensors, directory, shardings, dtype, config_dtype=config_dtype)
     if adapter is not None:
         _warn_of_another(directory, Path(adapter))
@@ -90,7 +91,7 @@ def _warn_of_another(directory: Path, adapter: Path) -> None:
         warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
 
 
-def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
+def save_pretrained(model: LanguageModel, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
     """Writes the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
@@ -118,7 +119,7 @@ def save_pretrained(model: Qwen2_5_VL, processor: Processor | None, path: str | 
         _put_in_place(unfinished, directory, sides=processor is not None)
 
 
-def dtype_of(model: Qwen2_5_VL) -> str:
+def dtype_of(model: LanguageModel) -> str:
     """What `config.json` says of a model's weights: the type of its embedding."""
     return jnp.dtype(model.language_model.embed_tokens.weight.dtype).name
 
@@ -145,7 +146,7 @@ def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
 
 
 def forward(
-    model: Qwen2_5_VL,
+    model: Model,
     *,
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None = None,
@@ -175,12 +176,17 @@ def forward(
     valid = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
     if valid.shape != tokens.shape:
         raise ValueError(f"attention_mask has shape {valid.shape}, input_ids {tokens.shape}")
-    images = _Items("image", pixel_values, image_grid_thw, model.config)
-    videos = _Items("video", pixel_values_videos, video_grid_thw, model.config, second_per_grid_ts, default_seconds=1.0)
-    rows = [_row_items(r, tokens[r][valid[r]], images, videos, model.config) for r in range(len(tokens))]
-    for items in (images, videos):
-        if items.used != len(items.grids):
-            raise ValueError(f"input_ids show {items.used} {items.kind}s, the grids describe {len(items.grids)}")
+    rows: list[list] = [[] for _ in tokens]
+    if model.config.vision is not None:
+        images = _Items("image", *patched(pixel_values, image_grid_thw, model.config), model.config)
+        seconds_of = {"seconds": second_per_grid_ts, "default_seconds": 1.0}
+        videos = _Items("video", pixel_values_videos, video_grid_thw, model.config, **seconds_of)
+        rows = [_row_items(r, tokens[r][valid[r]], images, videos, model.config) for r in range(len(tokens))]
+        for items in (images, videos):
+            if items.used != len(items.grids):
+                raise ValueError(f"input_ids show {items.used} {items.kind}s, the grids describe {len(items.grids)}")
+    elif pixel_values is not None or pixel_values_videos is not None:
+        raise ValueError(f"a model of the family {model.config.model_type!r} sees no images and no videos")
 
     batch, length = tokens.shape
     padded = _bucket(length, 32)
@@ -205,8 +211,25 @@ def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
         features = features.reshape(*pixels.shape[:2], *features.shape[1:])
     if positions is None:
         start = jnp.zeros(tokens.shape[:1], jnp.int32)
-        positions, _ = mrope_positions(model.is_visual(tokens), valid, grids, seconds, start, model.config)
+        positions, _ = model.positions(tokens, valid, grids, seconds, start)
     return model.logits(model.backbone(model.embed(tokens, features, grids), positions, valid))
+
+
+def patched(pixel_values, grids, config: ModelConfig):
+    """Pixel values and grids of images; those of a family whose images have one size are [images, 3, height, width]."""
+    vision = config.vision
+    assert vision is not None
+    if vision.fixed_grid is None or pixel_values is None:
+        return pixel_values, grids
+    (high, wide), side = vision.fixed_grid, vision.patch_size
+    pixels = np.asarray(pixel_values, np.float32)
+    expected = (vision.in_channels, high * side, wide * side)
+    if pixels.ndim != 4 or pixels.shape[1:] != expected:
+        raise ValueError(
+            f"pixel values of images must be [images, {', '.join(map(str, expected))}], got {pixels.shape}"
+        )
+    cells = pixels.reshape(len(pixels), vision.in_channels, high, side, wide, side).transpose(0, 2, 4, 1, 3, 5)
+    return cells.reshape(-1, vision.patch_dim), np.tile([1, high, wide], (len(pixels), 1))
 
 
 class _Items:
@@ -229,6 +252,10 @@ class _Items:
         expected = (int(self.grids.prod(axis=1).sum()), config.vision.patch_dim)
         if self.pixels.shape != expected:
             raise ValueError(f"pixel values of {kind}s have shape {self.pixels.shape}, their grids need {expected}")
+        if kind == "video" and config.splits_videos:
+            self.grids = np.repeat(self.grids, self.grids[:, 0], axis=0)
+            self.grids[:, 0] = 1
+            seconds = None  # the text says when
         self.seconds = np.full(len(self.grids), default_seconds, np.float32)
         if seconds is not None:
             if np.shape(seconds) != (len(self.grids),):
@@ -244,16 +271,17 @@ class _Items:
         return grid, patches, seconds
 
 
-def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, config: Qwen2_5_VLConfig) -> list:
+def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, config: ModelConfig) -> list:
     """The items that the placeholder tokens of a row stand for, in order of appearance."""
-    visual = tokens[(tokens == config.image_token_id) | (tokens == config.video_token_id)]
+    assert config.vision is not None
+    visual = tokens[np.isin(tokens, config.visual_tokens)]
     found, at = [], 0
     while at < len(visual):
-        items = images if visual[at] == config.image_token_id else videos
+        items = images if visual[at] == config.visual_tokens[0] else videos
         if items.used == len(items.grids):
             raise ValueError(f"row {row} shows more {items.kind}s than the {len(items.grids)} given")
         found.append(items.next())
-        need = int(found[-1][0].prod()) // config.vision.merge_unit
+        need = math.prod(config.vision.token_grid(tuple(found[-1][0].tolist()))) // config.vision.merge_unit
         have = int((visual[at : at + need] == visual[at]).sum())
         if have != need:
             grid = found[-1][0].tolist()
@@ -264,11 +292,12 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
     return found
 
 
-def _pack(rows: list[list], config: Qwen2_5_VLConfig):
+def _pack(rows: list[list], config: ModelConfig):
     """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty"""
     most = max(len(items) for items in rows)
     if most == 0:
         return None, None, np.zeros((len(rows), 0, 3), np.int32), np.zeros((len(rows), 0), np.float32)
+    assert config.vision is not None
     num_slices = _bucket(max(sum(int(grid[0]) for grid, _, _ in items) for items in rows), 1)
     num_patches = _bucket(max(patches.shape[1] for items in rows for _, patches, _ in items), 16)
     pixels = np.zeros((len(rows), num_slices, num_patches, config.vision.patch_dim), np.float32)
@@ -278,7 +307,7 @@ def _pack(rows: list[list], config: Qwen2_5_VLConfig):
     for r, items in enumerate(rows):
         at = 0
         for k, (grid, patches, interval) in enumerate(items):
-            grids[r, k], seconds[r, k] = grid, interval
+            grids[r, k], seconds[r, k] = config.vision.token_grid(tuple(grid.tolist())), interval
             pixels[r, at : at + grid[0], : patches.shape[1]] = patches
             hw[r, at : at + grid[0]] = grid[1:]
             at += int(grid[0])

@@ -5,6 +5,7 @@ place in the module tree is its Hugging Face key, and `axes` names each dimensio
 Face layout [out, in]. Layers that repeat are one module whose weights have a leading `layers` axis (`stack`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -114,6 +115,50 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * wide.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last dimension; statistics and scaling in float32 (or wider, if the input is)."""
+
+    def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
+        self.weight = Weight(jnp.ones((dim,), dtype), axes=axes)
+        self.bias = Weight(jnp.zeros((dim,), dtype), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., dim]."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...] + self.bias[...]).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}  # by their names in `config.json`
+
+
+class MLP(nnx.Module):
+    """second(activation(first(x))), both with biases.
+
+    names: of the two layers, as the family's files call them.
+    """
+
+    def __init__(
+        self, key: jax.Array, dim: int, hidden: int, axes: tuple, *, activation: str, names: tuple[str, str], dtype
+    ):
+        first, second = jax.random.split(key)
+        setattr(self, names[0], Linear(first, dim, hidden, axes, bias=True, dtype=dtype))
+        setattr(self, names[1], Linear(second, hidden, dim, axes[::-1], bias=True, dtype=dtype))
+        self.names, self.activation = names, activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]"""
+        first, second = (getattr(self, name) for name in self.names)
+        return second(ACTIVATIONS[self.activation](first(x)))
 
 
 class GatedMLP(nnx.Module):

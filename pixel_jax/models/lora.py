@@ -10,7 +10,7 @@ Training, sharding and curvature take it as a dictionary of arrays with `split`,
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,14 @@ from flax import nnx
 
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import value_of
 
 T = TypeVar("T")
 Filter = type | Callable[[str, nnx.Variable], bool]
 
 
-def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Qwen2_5_VL:
+def add_lora(model: Model, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Model:
     r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
 
     targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
@@ -53,7 +53,7 @@ def add_lora(model: Qwen2_5_VL, key: jax.Array, *, rank: int, alpha: float, targ
     return model
 
 
-def merge_lora(model: Qwen2_5_VL, dtype=None) -> Qwen2_5_VL:
+def merge_lora(model: Model, dtype=None) -> Model:
     """The model without adapters: each weight W becomes W + scale * B A, added in float32.
 
     dtype: of the weights that had one. None: what it was, in which a small change may be lost.
@@ -76,7 +76,7 @@ def _changed(linear: Linear, sign: int, dtype) -> Weight:
     return Weight(changed, axes=linear.weight.axes)
 
 
-def unmerge_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
+def unmerge_lora(model: Model) -> Model:
     """The model with its adapters taken out of the weights, where `merge_lora` has added them: W - scale * B A, in float32.
 
     The adapters stay. With those of a run on the merged model that it left this is the model of the run, up to rounding.
@@ -88,7 +88,7 @@ def unmerge_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
     return model
 
 
-def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
+def without_lora(model: Model) -> Model:
     """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
     model, found = copied(model), False
     for _, linear in linears(model):
@@ -99,10 +99,10 @@ def without_lora(model: Qwen2_5_VL) -> Qwen2_5_VL:
     return model
 
 
-def linears(model: Qwen2_5_VL) -> Iterator[tuple[str, Linear]]:
+def linears(model: Model) -> Iterator[tuple[str, Linear]]:
     """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
-        owner = model
+        owner: Any = model
         for entry in path[:-1]:
             owner = getattr(owner, entry.name) if hasattr(entry, "name") else owner[entry.key]
         if isinstance(owner, Linear) and weight is owner.weight:

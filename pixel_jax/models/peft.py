@@ -10,9 +10,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,14 +20,15 @@ import regex
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.files import FileError, read_json, write_file
-from pixel_jax.models.checkpoint import few, named_weights, released_key, to_host, transformers_key
+from pixel_jax.models.checkpoint import few, named_weights, to_host
 from pixel_jax.models.layers import Linear, LoRAWeight
 from pixel_jax.models.lora import copied, linears
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.models.tensors import Tensor, is_finite, open_safetensors, to_safetensors
 from pixel_jax.parallel.sharding import partition_spec
 from pixel_jax.terminal import warn
 
+M = TypeVar("M", bound=Model)
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FOLDER = "adapter"  # in the directory of a merged model, where its adapter lies
 PREFIX = "base_model.model."  # of every tensor's name
@@ -205,7 +206,7 @@ def _match(pattern: str, name: str) -> Any:
         raise ValueError(f"the pattern {pattern[:200]!r} is no regular expression: {error}") from None
 
 
-def load_adapter(model: Qwen2_5_VL, path: str | os.PathLike[str]) -> Qwen2_5_VL:
+def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
     """Puts an adapter that PEFT or `save_adapter` wrote on a model.
 
     Args:
@@ -243,19 +244,19 @@ def load_adapter(model: Qwen2_5_VL, path: str | os.PathLike[str]) -> Qwen2_5_VL:
     return model
 
 
-def _layer_names(model: Qwen2_5_VL) -> dict[str, LayerName]:
-    """Every linear layer, one by one, by its released key."""
+def _layer_names(model: Model) -> dict[str, LayerName]:
+    """Every linear layer, one by one, by our name of it."""
     names = {}
     for path, linear in linears(model):
         stacked = linear.weight.axes[0] == "layers"
         for layer in range(linear.weight.shape[0]) if stacked else [None]:
             key = path.format(layer)
-            names[key] = LayerName(transformers_key(key), path, layer)
+            names[key] = LayerName(model.config.names.module(key), path, layer)
     return names
 
 
 def _factors(
-    model: Qwen2_5_VL, tensors: dict[str, Tensor], config: PEFTConfig, directory: Path
+    model: Model, tensors: dict[str, Tensor], config: PEFTConfig, directory: Path
 ) -> dict[LayerName, dict[str, Tensor]]:
     """The tensors lora_A and lora_B of every layer that has an adapter, checked against the configuration and the model."""
     known = _layer_names(model)
@@ -266,7 +267,7 @@ def _factors(
         if not key.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
             _check_base(tensor, model)
             continue
-        layer = known.get(released_key(module))
+        layer = known.get(_ours(model, module))
         if layer is None:
             raise tensor.error(f"belongs to {module!r}, which is no linear layer of this model")
         if not config.targeted(module):
@@ -274,7 +275,7 @@ def _factors(
         if found.setdefault(layer, {}).setdefault(kind[0], tensor) is not tensor:
             raise tensor.error("is there twice, in two spellings")
         written[layer] = module
-    spelling = (lambda x: x.name) if any(name == x.name for x, name in written.items()) else (lambda x: _released(x))
+    spelling = _spelling(model, written)
     wanted = [x for x in known.values() if config.targeted(spelling(x)) and config.targets != "all-linear"]
     missing = [f"{spelling(x)}.lora_{kind}" for x in {*wanted, *found} for kind in "AB" if kind not in found.get(x, {})]
     if missing or not found:
@@ -288,14 +289,24 @@ def _factors(
     return {layer._replace(name=written[layer]): pair for layer, pair in found.items()}
 
 
-def _released(layer: LayerName) -> str:
-    return layer.path if layer.layer is None else layer.path.format(layer.layer)
+def _ours(model: Model, module: str) -> str:
+    """Our name of a linear layer, whatever release of transformers has written the one in the file."""
+    return model.config.names.ours(f"{module}.weight").removesuffix(".weight")
 
 
-def _check_base(tensor: Tensor, model: Qwen2_5_VL) -> None:
+def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[LayerName], str]:
+    """How the file spells the names of layers, of which it has those `written`."""
+    names = model.config.names
+    alternatives = lambda x: names.all_spellings(x.path if x.layer is None else x.path.format(x.layer))
+    votes = Counter(i for x, name in written.items() for i, other in enumerate(alternatives(x)) if other == name)
+    chosen = max(votes, key=lambda i: (votes[i], -i), default=0)
+    return lambda x: alternatives(x)[chosen]
+
+
+def _check_base(tensor: Tensor, model: Model) -> None:
     """PEFT saves embedding and head beside their adapters: what is the model's own is passed over, anything else refused."""
     module = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")
-    own = {key: weight for _, key, weight in named_weights(model)}.get(released_key(module))
+    own = {key: weight for _, key, weight in named_weights(model)}.get(model.config.names.ours(module))
     if own is None:
         kinds = {
             "lora_magnitude_vector": "DoRA",
@@ -342,7 +353,7 @@ def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:
 
 
 def save_adapter(
-    model: Qwen2_5_VL, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, dtype=None
+    model: Model, path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, dtype=None
 ) -> None:
     """Writes the adapter of a model as a directory that PEFT, and `load_adapter`, read.
 
@@ -364,7 +375,7 @@ def save_adapter(
             continue
         a, b = (to_host(x[...], dtype or np.float32) for x in (linear.lora_a, linear.lora_b))
         for layer, (one, other) in enumerate(_pairs(a, b)):
-            module = transformers_key(name.format(layer))
+            module = model.config.names.module(name.format(layer))
             tensors[f"{PREFIX}{module}.lora_A.weight"] = one
             tensors[f"{PREFIX}{module}.lora_B.weight"] = other
             if one.size:
@@ -411,11 +422,11 @@ def _plain(alpha: float) -> float | int:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def _targets(model: Qwen2_5_VL, adapted: set[str]) -> list[str]:
+def _targets(model: Model, adapted: set[str]) -> list[str]:
     """Names for `target_modules` that mean these layers and no others: q_proj, where that is enough, else whole names."""
     modules = set()  # also those that hold others: blocks.0 ends as mlp.0 does
     for key, layer in _weight_layers(model):
-        parts = transformers_key(key.format(layer)).split(".")
+        parts = model.config.names.module(key.format(layer)).split(".")
         modules |= {".".join(parts[:count]) for count in range(1, len(parts))}
     targets = set()
     for name in adapted:
@@ -425,7 +436,7 @@ def _targets(model: Qwen2_5_VL, adapted: set[str]) -> list[str]:
     return sorted(targets)
 
 
-def _weight_layers(model: Qwen2_5_VL) -> Iterator[tuple[str, int]]:
+def _weight_layers(model: Model) -> Iterator[tuple[str, int]]:
     for _, key, weight in named_weights(model):
         if not isinstance(weight, LoRAWeight):
             for layer in range(weight.shape[0]) if weight.axes[0] == "layers" else [0]:

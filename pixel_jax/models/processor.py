@@ -1,8 +1,9 @@
-"""Text, images and videos -> the arrays of the Hugging Face layout, on the host.
+"""Text, images and videos -> the arrays of the Hugging Face layout, on the host, for every family.
 
 Images are resized by `host_crop_resize`: the same bits as `pixel_jax.ops.crop_resize` over the whole image.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.files import FileError
-from pixel_jax.models.config import Qwen2_5_VLConfig, shown
+from pixel_jax.models.config import ModelConfig, TowerConfig, shown
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.models.side_files import (
     NESTED,
     PREPROCESSOR,
@@ -25,30 +27,42 @@ from pixel_jax.models.side_files import (
     read_side_files,
     tokenizer_files,
 )
-from pixel_jax.ops import IMAGE_MEAN, IMAGE_STD, host_crop_resize, smart_resize, temporal_slices
+from pixel_jax.ops import host_crop_resize, smart_resize, temporal_slices
 from pixel_jax.pictures import rgb
 
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-PATCH, MERGE, TEMPORAL = 14, 2, 2
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
 class Processor:
-    """A tokenizer and the limits of an image's size.
+    """A tokenizer, what a family shows its vision tower, and the limits of an image's size.
 
-    min_pixels, max_pixels: area of an image as the model sees it; defaults are those of the Hugging Face image processor
+    Args:
+        tokenizer: of transformers, or one that behaves like it.
+        family: says which texts stand for images and videos.
+        vision: sizes of patches, and how pixels are normalised; None: the model sees nothing.
+        min_pixels, max_pixels: area of an image as the model sees it. Defaults are those of the Hugging Face image processor.
+            A family whose images have one size passes over them.
     """
 
-    def __init__(self, tokenizer, *, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280):
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        family: type[ModelConfig] = Qwen2_5_VLConfig,
+        vision: TowerConfig | None = VisionConfig(),
+        min_pixels: int = 56 * 56,
+        max_pixels: int = 28 * 28 * 1280,
+    ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.family, self.vision = tokenizer, family, vision
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
         self._files: dict[str, bytes] = {}  # those it was read from
         self._as_read: tuple | None = None  # what they say of the tokenizer and of the limits
 
     @classmethod
-    def from_directory(cls, directory: Path, config: Qwen2_5_VLConfig) -> "Processor | None":
+    def from_directory(cls, directory: Path, config: ModelConfig) -> "Processor | None":
         """The processor of a model directory; None if it holds no tokenizer.
 
         Raises:
@@ -58,13 +72,13 @@ class Processor:
         if not any(name in files for name in (TOKENIZER, "vocab.json", TOKENIZER_CONFIG)):
             return None
         tokenizer = load_tokenizer(directory)
-        for token, expected in ((IMAGE_PAD, config.image_token_id), (VIDEO_PAD, config.video_token_id)):
+        for token, expected in zip(config.placeholders, config.visual_tokens, strict=True):
             found = tokenizer.convert_tokens_to_ids(token)
             if found != expected:
                 raise FileError(f"{directory}: {token} is token {found} of the tokenizer, {expected} of config.json")
-        limits = _read_limits(files, directory, config)
+        limits = {} if config.vision is None else _read_limits(files, directory, config.vision)
         try:
-            processor = cls(tokenizer, **limits)
+            processor = cls(tokenizer, family=type(config), vision=config.vision, **limits)
         except ValueError as error:
             raise FileError(f"{directory}: the preprocessor: {error}") from None
         processor._files, processor._as_read = files, (_state(tokenizer), processor._limits())
@@ -81,9 +95,10 @@ class Processor:
                 name: data for name, data in files.items() if name not in TOKENIZER_FILES and not is_template(name)
             }
             files |= tokenizer_files(self.tokenizer)
-        if self._limits() != limits or not files.keys() & {PREPROCESSOR, NESTED}:
+        has_preprocessor = bool(files.keys() & {PREPROCESSOR, NESTED})
+        if self.vision is not None and (self._limits() != limits or not has_preprocessor):
             files = {name: data for name, data in files.items() if name not in PREPROCESSOR_FILES}
-            files[PREPROCESSOR] = as_json(_preprocessor(self.min_pixels, self.max_pixels))
+            files[PREPROCESSOR] = as_json(self._preprocessor(self.vision))
         for name, data in files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
@@ -94,29 +109,44 @@ class Processor:
     def __call__(
         self, text: str | list[str], images: list | None = None, videos: list | None = None, fps: float = 2.0
     ) -> dict[str, np.ndarray]:
-        """The keyword arguments of `pixel_jax.forward`.
+        """Returns the keyword arguments of `pixel_jax.forward`.
 
-        text:   one text or a batch; each `<|image_pad|>` (`<|video_pad|>`) in it stands for the next image (video)
-        images: Pillow images (`pixel_jax.pictures.rgb`) or uint8 [h, w, 3], of all texts in order
-        videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled, at `fps` frames a second
+        Args:
+            text: one text or a batch; each placeholder of the family in it (`<|image_pad|>`, `<|video_pad|>`; `<image>`)
+                stands for the next image (video).
+            images: Pillow images (`pixel_jax.pictures.rgb`) or uint8 [h, w, 3], of all texts in order.
+            videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled, at `fps` frames a second.
+
+        Raises:
+            ValueError: the text has more or fewer placeholders than there are images or videos.
         """
         texts = [text] if isinstance(text, str) else list(text)
         out: dict[str, np.ndarray] = {}
-        counts: dict[str, list[int]] = {}
-        for pad, items, names in (
-            (IMAGE_PAD, [[image] for image in images or []], ("pixel_values", "image_grid_thw")),
-            (VIDEO_PAD, [list(video) for video in videos or []], ("pixel_values_videos", "video_grid_thw")),
+        shown: dict[str, list[str]] = {}  # placeholder -> what stands for its items
+        given = [[[image] for image in images or []], [list(video) for video in videos or []]]
+        names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+        for kind, items, placeholder, keys in zip(
+            ("image", "video"), given, (*self.family.placeholders, None, None), names, strict=False
         ):
-            shown = sum(t.count(pad) for t in texts)
-            if shown != len(items):
-                raise ValueError(f"the text has {shown} {pad}, but {len(items)} were given")
-            if items:
+            count = sum(t.count(placeholder) for t in texts) if placeholder else 0
+            if count != len(items):
+                raise ValueError(
+                    f"the text has {count} {placeholder or f'places for a {kind}'}, but {len(items)} were given"
+                )
+            if not items or placeholder is None or self.vision is None:
+                continue
+            if self.vision.fixed_grid is not None:
+                out[keys[0]] = np.stack([self._square(frames[0], self.vision) for frames in items])
+                grids = [(1, *self.vision.fixed_grid)] * len(items)
+            else:
                 pixels, grids = zip(*(self.patches(frames) for frames in items), strict=True)
-                out[names[0]], out[names[1]] = np.concatenate(pixels), np.array(grids, np.int32)
-            counts[pad] = [int(np.prod(grid)) // MERGE**2 for grid in out.get(names[1], [])]
-        if videos:
-            out["second_per_grid_ts"] = np.full(len(videos), TEMPORAL / fps, np.float32)
-        rows = [self.tokenizer.encode(_expand(t, counts), add_special_tokens=False) for t in texts]
+                out[keys[0]], out[keys[1]] = np.concatenate(pixels), np.array(grids, np.int32)
+            shown[placeholder] = [
+                self._shown(grid, placeholder, kind, len(frames), fps) for grid, frames in zip(grids, items)
+            ]
+        if videos and self.vision is not None and not self.family.splits_videos:
+            out["second_per_grid_ts"] = np.full(len(videos), self.vision.temporal_patch_size / fps, np.float32)
+        rows = [self.tokenizer.encode(_expand(t, shown), add_special_tokens=False) for t in texts]
         length = max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id or 0
         out["input_ids"] = np.full((len(rows), length), pad_id, np.int32)
@@ -126,36 +156,101 @@ class Processor:
             out["attention_mask"][r, : len(row)] = 1
         return out
 
+    def _shown(self, grid: tuple[int, int, int], placeholder: str, kind: str, frames: int, fps: float) -> str:
+        """The text that stands for an item of `grid` (slices, height, width in patches)."""
+        vision = self.vision
+        assert vision is not None
+        count = math.prod(vision.token_grid(grid)) // vision.merge_unit
+        if kind == "image" or not self.family.splits_videos:
+            return placeholder * count
+        # Each pair of frames stands behind the time in its middle; the last frame is repeated where there is no other.
+        times = np.minimum(np.arange(2 * grid[0]), frames - 1).reshape(-1, 2).mean(axis=1) / fps
+        pads = VISION_START + placeholder * (count // grid[0]) + VISION_END
+        return "".join(f"<{time:.1f} seconds>{pads}" for time in times)
+
     def patches(self, frames: list) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Frames of one size (one: a still image) -> float32 [t * h * w, 1176] in merge order and the grid (t, h, w)."""
+        """Returns what the vision tower reads of frames of one size (one: a still image).
+
+        Returns:
+            float32 [t * h * w, patch_dim] in merge order, and the grid (t, h, w).
+
+        Raises:
+            ValueError: there is no frame, or frames differ in size.
+        """
+        vision = self.vision
+        if vision is None:
+            raise ValueError(f"a model of the family {self.family.model_type!r} sees no images and no videos")
         if not frames:
             raise ValueError("a video needs at least one frame")
         frames = [_rgb(frame) for frame in frames]
         if len({frame.size for frame in frames}) > 1:
             raise ValueError(f"frames of one video differ in size: {sorted({frame.size for frame in frames})}")
         width, height = frames[0].size
-        high, wide = smart_resize(height, width, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
-        whole = (0, 0, width, height)
-        seen = np.stack([host_crop_resize(np.asarray(frame), whole, (high, wide)) for frame in frames])
-        # As the Hugging Face processor: rescaled in float64, rounded, normalised in float32.
-        scaled = (seen * (1 / 255)).astype(np.float32)
-        scaled = (scaled - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
-        pairs = scaled[temporal_slices(len(frames))]  # [t, 2, high, wide, 3]
-        t, h, w = len(pairs), high // PATCH, wide // PATCH
-        cells = pairs.reshape(t, TEMPORAL, h // MERGE, MERGE, PATCH, w // MERGE, MERGE, PATCH, 3)
+        limits = {"factor": vision.factor, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        high, wide = smart_resize(height, width, **limits)
+        seen = np.stack([host_crop_resize(np.asarray(frame), (0, 0, width, height), (high, wide)) for frame in frames])
+        pairs = _normalised(seen, vision)[temporal_slices(len(frames))]  # [t, 2, high, wide, 3]
+        side, merge = vision.patch_size, vision.spatial_merge_size
+        t, h, w = len(pairs), high // side, wide // side
+        cells = pairs.reshape(t, 2, h // merge, merge, side, w // merge, merge, side, 3)
         return cells.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, -1), (t, h, w)
 
+    def _square(self, image: Any, vision: TowerConfig) -> np.ndarray:
+        """An image of the family's one size: its shorter side resized to it, the middle cut out; float32 [3, side, side]."""
+        assert vision.fixed_grid is not None
+        image = _rgb(image)
+        side, (width, height) = vision.fixed_grid[0] * vision.patch_size, image.size
+        shorter = min(width, height)
+        high, wide = (side if size == shorter else int(side * size / shorter) for size in (height, width))
+        seen = host_crop_resize(np.asarray(image), (0, 0, width, height), (high, wide))
+        top, left = (high - side) // 2, (wide - side) // 2
+        return _normalised(seen[top : top + side, left : left + side], vision).transpose(2, 0, 1)
 
-def _expand(text: str, counts: dict[str, list[int]]) -> str:
-    """Each placeholder repeated as often as its item has visual tokens; `counts` is used up from the front."""
+    def _preprocessor(self, vision: TowerConfig) -> dict[str, Any]:
+        """The fields of the Hugging Face image processor."""
+        values: dict[str, Any] = {
+            "image_processor_type": self.family.image_processor,
+            "processor_class": self.family.processor,
+            "image_mean": list(vision.pixel_mean),
+            "image_std": list(vision.pixel_std),
+        }
+        if vision.fixed_grid is not None:
+            side = vision.fixed_grid[0] * vision.patch_size
+            return {**values, "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        return {
+            **values,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+        }
+
+
+def _normalised(pixels: np.ndarray, vision: TowerConfig) -> np.ndarray:
+    """uint8 [..., 3] -> float32; as the Hugging Face processor: rescaled in float64, rounded, normalised in float32."""
+    scaled = (pixels * (1 / 255)).astype(np.float32)
+    return (scaled - np.array(vision.pixel_mean, np.float32)) / np.array(vision.pixel_std, np.float32)
+
+
+def _expand(text: str, shown: dict[str, list[str]]) -> str:
+    """The text with each placeholder replaced by what stands for the next item; `shown` is used up from the front.
+
+    Where an item brings its own marks of begin and end, they take the place of those around the placeholder.
+    """
     pieces, at = [], 0
     while True:
-        found = [(text.find(pad, at), pad) for pad in counts if text.find(pad, at) >= 0]
+        found = [(text.find(pad, at), pad) for pad in shown if text.find(pad, at) >= 0]
         if not found:
             return "".join([*pieces, text[at:]])
         start, pad = min(found)
-        pieces += [text[at:start], pad * counts[pad].pop(0)]
-        at = start + len(pad)
+        end, item = start + len(pad), shown[pad].pop(0)
+        before = text[at:start]
+        if VISION_START in item and before.endswith(VISION_START) and text.startswith(VISION_END, end):
+            before, end = before.removesuffix(VISION_START), end + len(VISION_END)
+        pieces += [before, item]
+        at = end
 
 
 def _rgb(image: Any) -> Image.Image:
@@ -172,23 +267,7 @@ def _state(tokenizer) -> tuple:
     return len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
 
 
-def _preprocessor(min_pixels: int, max_pixels: int) -> dict[str, Any]:
-    """The fields of the Hugging Face image processor."""
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        "patch_size": PATCH,
-        "temporal_patch_size": TEMPORAL,
-        "merge_size": MERGE,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-    }
-
-
-def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLConfig) -> dict[str, int]:
+def _read_limits(files: dict[str, bytes], directory: Path, vision: TowerConfig) -> dict[str, int]:
     """min_pixels and max_pixels of the directory's preprocessor, whose other fields must be those of the model."""
     name = next((name for name in (PREPROCESSOR, NESTED) if name in files), None)
     if name is None:
@@ -196,13 +275,15 @@ def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLCon
     values, where = json_object(files, name, directory), directory / name
     if name == NESTED:
         values = _section(values, "image_processor", where) or values
-    vision = config.vision
+    if vision.fixed_grid is not None:
+        _check_square(values, vision, where)
+        return {}
     for field, expected in (
         ("patch_size", vision.patch_size),
         ("temporal_patch_size", vision.temporal_patch_size),
         ("merge_size", vision.spatial_merge_size),
-        ("image_mean", list(IMAGE_MEAN)),
-        ("image_std", list(IMAGE_STD)),
+        ("image_mean", list(vision.pixel_mean)),
+        ("image_std", list(vision.pixel_std)),
     ):
         if values.get(field, expected) != expected:
             raise FileError(f"{where}: the preprocessor has {field} {shown(values[field])}, the model {expected}")
@@ -215,6 +296,22 @@ def _read_limits(files: dict[str, bytes], directory: Path, config: Qwen2_5_VLCon
                 raise FileError(f"{where}: {field} is {shown(value)}, not a positive number of pixels")
             limits[field] = value
     return limits
+
+
+def _check_square(values: dict[str, Any], vision: TowerConfig, where: Path) -> None:
+    """FileError unless the preprocessor makes images of the model's one size."""
+    assert vision.fixed_grid is not None
+    side = vision.fixed_grid[0] * vision.patch_size
+    size, crop = values.get("size", side), values.get("crop_size", side)
+    for field, value, expected in (
+        ("size", size, (side, {"shortest_edge": side})),
+        ("crop_size", crop, (side, {"height": side, "width": side})),
+        ("do_pad", values.get("do_pad", False), (False, None)),
+        ("image_mean", values.get("image_mean"), (list(vision.pixel_mean), None)),
+        ("image_std", values.get("image_std"), (list(vision.pixel_std), None)),
+    ):
+        if value not in expected:
+            raise FileError(f"{where}: the preprocessor has {field} {shown(value)}, the model {expected[0]}")
 
 
 def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:

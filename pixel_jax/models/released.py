@@ -7,8 +7,9 @@ sizes but for the vision tower's MLP, whose width is 3456 there and 3420 in the 
 import jax
 
 from pixel_jax.models.checkpoint import named_weights
-from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.config import ModelConfig, TextConfig
+from pixel_jax.models.model import LanguageModel, Model
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 
 
 def _network(text: tuple[int, ...], vision_mlp: int, vocab: int, tied: bool = False) -> Qwen2_5_VLConfig:
@@ -41,13 +42,13 @@ def released(name: str) -> Qwen2_5_VLConfig:
     return RELEASED[name]
 
 
-def weight_shapes(config: Qwen2_5_VLConfig, dtype=None) -> Qwen2_5_VL:
+def weight_shapes(config: ModelConfig, dtype=None) -> Model:
     """The model without its weights: a `jax.ShapeDtypeStruct` in the place of each array (float32 unless `dtype` says)."""
     options = {} if dtype is None else {"dtype": dtype}
-    return jax.eval_shape(lambda key: Qwen2_5_VL(config, key, **options), jax.random.key(0))
+    return jax.eval_shape(lambda key: LanguageModel(config, key, **options), jax.random.key(0))
 
 
-def check_architecture(model: Qwen2_5_VL, name: str, where: str) -> None:
+def check_architecture(model: Model, name: str, where: str) -> None:
     """ValueError unless the weights of `model`, read from `where`, have the shapes of the network called `name`."""
     expected, found = (
         {key: weight.shape for _, key, weight in named_weights(x)} for x in (weight_shapes(released(name)), model)

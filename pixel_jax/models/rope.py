@@ -1,4 +1,5 @@
-"""Rotary positions: two-dimensional ones for the vision tower, M-RoPE (time, height, width) for the decoder.
+"""Rotary positions: two-dimensional ones for the vision tower; for the decoder one number a token, or M-RoPE (time, height,
+width).
 
 Positions, angles and the rotation are float32 whatever the weights are: bfloat16 rounds 257 to 256, and sin(257) is far from
 sin(256).
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig, RopeScaling, TextConfig
 from pixel_jax.models.inputs import locate, merged_grids
 
 
@@ -36,18 +37,48 @@ def vision_angles(rows: jax.Array, columns: jax.Array, head_dim: int) -> tuple[j
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def mrope_angles(
-    positions: jax.Array, head_dim: int, theta: float, section: tuple[int, int, int]
-) -> tuple[jax.Array, jax.Array]:
+def scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """The frequencies of a context longer than that of training, float32 [dim / 2].
+
+    'llama3' keeps frequencies whose wave is short against the context of training, divides those whose wave is long by
+    `factor`, and goes over from one to the other in between.
+    """
+    low = (frequencies / np.float32(scaling.factor)).astype(np.float32)
+    if scaling.kind == "linear":
+        return low
+    waves = scaling.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)  # in the context of training
+    smooth = (waves - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1).astype(np.float32)
+    return ((1 - smooth) * low + smooth * frequencies).astype(np.float32)
+
+
+def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
     """Positions int32 [3, B, T] -> cos, sin float32 [B, T, head_dim / 2].
 
-    The frequencies are dealt out in blocks: `section` says how many belong to time, height and width.
+    With an `mrope_section` the frequencies are dealt out to time, height and width, so many to each: in blocks, or in turns.
+    Without one all positions of a token are the same number.
     """
-    frequencies = _frequencies(head_dim, theta)
-    angles = jnp.moveaxis(positions, 0, -1).astype(jnp.float32)  # [B, T, 3]
-    axis = jnp.repeat(jnp.arange(3), jnp.array(section), total_repeat_length=head_dim // 2)
-    angles = angles[..., axis] * frequencies
+    half, section = config.head_dim // 2, config.mrope_section
+    frequencies = _frequencies(config.head_dim, config.rope_theta)
+    if config.rope_scaling is not None:
+        frequencies = scaled(frequencies, config.rope_scaling)
+    if section is None:
+        angles = positions[0].astype(jnp.float32)[..., None] * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
+    axis = np.repeat(np.arange(3), section)
+    if config.mrope_interleaved:
+        axis = np.zeros(half, int)
+        for number in (1, 2):
+            axis[number : 3 * section[number] : 3] = number
+    angles = jnp.moveaxis(positions, 0, -1).astype(jnp.float32)[..., axis] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def text_positions(valid: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions of tokens that count one each, as `mrope_positions` returns them."""
+    counted = start[:, None] + jnp.cumsum(valid, axis=1) - valid
+    positions = jnp.broadcast_to(counted, (3, *counted.shape)).astype(jnp.int32)
+    return positions, (start + valid.sum(axis=1)).astype(jnp.int32)
 
 
 def mrope_positions(
@@ -56,12 +87,12 @@ def mrope_positions(
     grids: jax.Array,
     seconds: jax.Array,
     start: jax.Array,
-    config: Qwen2_5_VLConfig,
+    config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Position ids of a stretch of tokens, in the original semantics of Qwen2.5-VL.
+    """Position ids of a stretch of tokens, in the original semantics of the Qwen-VL families.
 
     Text advances all three axes by one. The tokens of an item share a base; time, height and width count within its grid, time
-    in steps of `seconds * tokens_per_second`, cut to whole numbers. What follows an item starts one past its largest position.
+    in steps of one, or of `seconds * tokens_per_second` cut to whole numbers where the family has that rate. What follows an item starts one past its largest position.
     (transformers 5.3 and later start the text after a video elsewhere.)
 
     is_visual: bool [B, T]      the tokens that stand for pixels, in order of the row's items
@@ -75,19 +106,21 @@ def mrope_positions(
     if grids.shape[1] == 0:
         is_visual = jnp.zeros_like(is_visual)
         grids, seconds = jnp.zeros((*grids.shape[:1], 1, 3), jnp.int32), jnp.zeros((*grids.shape[:1], 1), jnp.float32)
+    assert config.vision is not None
+    merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
     rank = jnp.cumsum(is_visual, axis=1) - 1
-    place = locate(rank, grids, config.vision.spatial_merge_size)
+    place = locate(rank, grids, merge)
     is_visual = is_visual & place.known  # a visual token that belongs to no item is text
-    t, h, w = jnp.moveaxis(merged_grids(grids, config.vision.spatial_merge_size), -1, 0)
+    t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
     take = lambda x: jnp.take_along_axis(x, place.item, axis=1)
 
-    def seconds_to_ids(index):  # [B, T] slices since the item's first -> positions
-        return (index.astype(jnp.float32) * take(seconds) * config.vision.tokens_per_second).astype(jnp.int32)
+    def time_to_ids(index):  # [B, T] slices since the item's first -> positions
+        return index if rate is None else (index.astype(jnp.float32) * take(seconds) * rate).astype(jnp.int32)
 
     t, h, w = take(t), jnp.maximum(take(h), 1), jnp.maximum(take(w), 1)
-    span = jnp.maximum(jnp.maximum(h, w), seconds_to_ids(t - 1) + 1)
+    span = jnp.maximum(jnp.maximum(h, w), time_to_ids(t - 1) + 1)
     last = place.within == t * h * w - 1
     increment = jnp.where(is_visual, jnp.where(last, span, 0), 1) * valid
     base = start[:, None] + jnp.cumsum(increment, axis=1) - increment
-    inside = jnp.stack([seconds_to_ids(place.within // (h * w)), place.within // w % h, place.within % w])
+    inside = jnp.stack([time_to_ids(place.within // (h * w)), place.within // w % h, place.within % w])
     return (base + inside * is_visual).astype(jnp.int32), (start + increment.sum(axis=1)).astype(jnp.int32)

@@ -1,6 +1,7 @@
-"""The vision tower of Qwen2.5-VL: patches of one temporal slice in, visual tokens out, for any grid in one compilation.
+"""The vision towers of the Qwen-VL families: patches of one temporal slice in, visual tokens out, for any grid in one compilation.
 
-Most blocks attend within windows of `window_size` pixels, a few over the whole slice. The grid (height, width) is a traced
+In Qwen2.5-VL most blocks attend within windows of `window_size` pixels, a few over the whole slice; in the other families all
+attend over the whole slice. The grid (height, width) is a traced
 value: only the number of patches P is static. Patches come in merge order (the four patches of a visual token contiguous, the
 tokens in raster order) and are put into the order of their windows once, at the start, as the original does; the visual
 tokens are put back at the end. A window then lies in at most two neighbouring blocks of as many patches as a window can have.
@@ -10,11 +11,23 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pixel_jax.models.attention import Mask, attention
-from pixel_jax.models.config import VisionConfig
-from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, rematerialised, stack
+from pixel_jax.models.config import TowerConfig
+from pixel_jax.models.layers import (
+    MLP,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    Remat,
+    RMSNorm,
+    Weight,
+    normal,
+    rematerialised,
+    stack,
+)
 from pixel_jax.models.rope import rotate, vision_angles
 from pixel_jax.parallel.sharding import keep_rows
 
@@ -22,26 +35,32 @@ EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
 class Layout:
-    """Where the patches of a batch of slices lie once they are in the order of their windows.
+    """Where the patches of a batch of slices lie: in merge order, or, in a tower with windows, in the order of these.
 
-    valid: bool [N, P]; row, column: int32 [N, P], patch coordinates; window: int32 [N, P], a number of the patch's window
-    order: int32 [N, P / 4], which visual token in raster order lies at a place
+    valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
+    With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], which visual
+    token in raster order lies at a place.
     """
 
-    def __init__(self, hw: jax.Array, num_patches: int, config: VisionConfig):
-        merge, unit, cells = config.spatial_merge_size, config.merge_unit, config.window_cells
+    def __init__(self, hw: jax.Array, num_patches: int, config: TowerConfig):
+        merge, unit = config.spatial_merge_size, config.merge_unit
         place = jnp.arange(num_patches // unit)[None]
         down, across = hw[:, :1] // merge, jnp.maximum(hw[:, 1:] // merge, 1)
-        left = lambda size, windows: jnp.clip(size - windows * cells, 1, cells)  # the last window of a line may be cut
-        band, rest = jnp.divmod(place, across * cells)
-        beside, rest = jnp.divmod(rest, left(down, band) * cells)
-        row, column = jnp.divmod(rest, left(across, beside))
-        row, column = row + band * cells, column + beside * cells
-        valid = place < down * across
-        self.order = jnp.where(valid, row * across + column, place)
         patches = lambda x: jnp.repeat(x, unit, axis=1, total_repeat_length=num_patches)
+        valid = place < down * across
+        if config.window_size is None:
+            row, column = jnp.divmod(place, across)
+        else:
+            cells = config.window_cells
+            left = lambda size, windows: jnp.clip(size - windows * cells, 1, cells)  # the last of a line may be cut
+            band, rest = jnp.divmod(place, across * cells)
+            beside, rest = jnp.divmod(rest, left(down, band) * cells)
+            row, column = jnp.divmod(rest, left(across, beside))
+            row, column = row + band * cells, column + beside * cells
+            self.order = jnp.where(valid, row * across + column, place)
+            self.window = patches(band * across + beside)
         sub = jnp.arange(num_patches)[None] % unit
-        self.valid, self.window = patches(valid), patches(band * across + beside)
+        self.valid = patches(valid)
         self.row = patches(row) * merge + sub // merge
         self.column = patches(column) * merge + sub % merge
 
@@ -54,7 +73,7 @@ class Blocks(NamedTuple):
     reach: int
 
     @classmethod
-    def of(cls, num_patches: int, config: VisionConfig) -> "Blocks":
+    def of(cls, num_patches: int, config: TowerConfig) -> "Blocks":
         size = config.window_cells**2 * config.merge_unit
         # A block and its neighbours would be all of them (a tower for 8 images of 144 patches, on a CPU: 118 ms, not 132).
         if num_patches <= 3 * size:
@@ -73,19 +92,23 @@ class Blocks(NamedTuple):
 class PatchEmbed(nnx.Module):
     """A convolution whose kernel is its stride: one product with the patch's pixels (C, 2, 14, 14)."""
 
-    def __init__(self, key: jax.Array, config: VisionConfig, dtype):
+    def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         side = config.patch_size
         shape = (config.hidden_size, config.in_channels, config.temporal_patch_size, side, side)
-        self.proj = nnx.Dict(weight=normal(key, shape, ("vision_embed", "patch", None, None, None), dtype))
+        weights = {"weight": normal(key, shape, ("vision_embed", "patch", None, None, None), dtype)}
+        if config.patch_bias:
+            weights["bias"] = Weight(jnp.zeros(shape[:1], dtype), axes=("vision_embed",))
+        self.proj = nnx.Dict(weights)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[..., 1176] -> [..., hidden]"""
+        """[..., patch_dim] -> [..., hidden]"""
         weight = self.proj["weight"][...]
-        return jnp.einsum("...i,oi->...o", pixels.astype(weight.dtype), weight.reshape(weight.shape[0], -1))
+        embedded = jnp.einsum("...i,oi->...o", pixels.astype(weight.dtype), weight.reshape(weight.shape[0], -1))
+        return embedded + self.proj["bias"][...] if "bias" in self.proj else embedded
 
 
 class VisionAttention(nnx.Module):
-    def __init__(self, key: jax.Array, config: VisionConfig, dtype):
+    def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
         dim = config.hidden_size
         self.qkv = Linear(keys[0], dim, 3 * dim, ("vision_heads", "vision_embed"), bias=True, dtype=dtype)
@@ -93,19 +116,18 @@ class VisionAttention(nnx.Module):
         self.config = config
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
-        """x [N, P, D]; full: bool scalar, attend over the whole slice instead of the window"""
+        """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window"""
         n, p, dim = x.shape
         config = self.config
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, p, 3, config.num_heads, config.head_dim), 2, 0)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-
-        blocks = Blocks.of(p, config)
 
         def whole(q, k, v, window=None):
             mask = Mask(jnp.zeros((n, p), jnp.int32), jnp.where(layout.valid, 0, -1), window, window)
             return attention(q, k, v, mask, causal=False, implementation=implementation)
 
         def windowed(q, k, v):
+            blocks = Blocks.of(p, config)
             own = blocks._replace(reach=0)
             keys = blocks.around(jnp.where(layout.valid, 0, -1), -1)
             queries = own.around(jnp.zeros((n, p), jnp.int32))
@@ -114,7 +136,9 @@ class VisionAttention(nnx.Module):
             out = attention(own.around(q), *near, mask, causal=False, implementation="dense")
             return out.reshape(n, -1, *q.shape[2:])[:, :p]
 
-        if blocks.number == 1:
+        if config.window_size is None:
+            out = whole(q, k, v)
+        elif Blocks.of(p, config).number == 1:
             out = whole(q, k, v, jnp.where(full, 0, layout.window))
         else:
             with jax.named_scope("full_attention"):
@@ -122,15 +146,24 @@ class VisionAttention(nnx.Module):
         return self.proj(out.reshape(n, p, dim))
 
 
+def norm(config: TowerConfig, dtype) -> RMSNorm | LayerNorm:
+    """Returns the norm of a patch that the family has."""
+    return (RMSNorm if config.gated else LayerNorm)(config.hidden_size, ("vision_embed",), eps=EPS, dtype=dtype)
+
+
 class VisionBlock(nnx.Module):
-    def __init__(self, key: jax.Array, config: VisionConfig, dtype):
+    """Attention and an MLP, each behind a norm."""
+
+    def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
-        dim = config.hidden_size
-        self.norm1 = RMSNorm(dim, ("vision_embed",), eps=EPS, dtype=dtype)
-        self.norm2 = RMSNorm(dim, ("vision_embed",), eps=EPS, dtype=dtype)
+        dim, hidden, axes = config.hidden_size, config.intermediate_size, ("vision_mlp", "vision_embed")
+        self.norm1, self.norm2 = norm(config, dtype), norm(config, dtype)
         self.attn = VisionAttention(keys[0], config, dtype)
-        axes = ("vision_mlp", "vision_embed")
-        self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, axes, bias=True, dtype=dtype)
+        if config.gated:
+            self.mlp = GatedMLP(keys[1], dim, hidden, axes, bias=True, dtype=dtype)
+        else:
+            options = {"activation": config.hidden_act, "names": config.mlp_names}
+            self.mlp = MLP(keys[1], dim, hidden, axes, **options, dtype=dtype)
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
         x = x + self.attn(self.norm1(x), cos, sin, layout, full, implementation)
@@ -140,10 +173,10 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """Four neighbouring patches -> one visual token in the decoder's width."""
 
-    def __init__(self, key: jax.Array, config: VisionConfig, dtype):
+    def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
         wide = config.hidden_size * config.merge_unit
-        self.ln_q = RMSNorm(config.hidden_size, ("vision_embed",), eps=EPS, dtype=dtype)
+        self.ln_q = norm(config, dtype)
         # The names are places in the original's Sequential(Linear, GELU, Linear).
         first = Linear(keys[0], wide, wide, ("vision_mlp", "vision_embed"), bias=True, dtype=dtype)
         last = Linear(keys[1], wide, config.out_hidden_size, ("embed", "vision_mlp"), bias=True, dtype=dtype)
@@ -158,7 +191,9 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    def __init__(self, config: VisionConfig, key: jax.Array, dtype):
+    """Blocks of attention between the embedding of patches and their merger."""
+
+    def __init__(self, config: TowerConfig, key: jax.Array, dtype):
         keys = jax.random.split(key, 3)
         self.config = config
         self.patch_embed = PatchEmbed(keys[0], config, dtype)
@@ -168,7 +203,7 @@ class VisionTower(nnx.Module):
     def __call__(
         self, pixel_values: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
-        """One temporal slice each: float [N, P, 1176] in merge order and int32 [N, 2] patches -> [N, P / 4, out_hidden].
+        """One temporal slice each: float [N, P, patch_dim] in merge order and int32 [N, 2] patches -> [N, P / 4, features].
 
         Beyond a slice's height * width patches the input may be anything finite; the output there means nothing (finite).
         """
@@ -178,14 +213,33 @@ class VisionTower(nnx.Module):
             raise ValueError(f"number of patches {num_patches} is no multiple of {config.merge_unit}")
         layout = Layout(hw, num_patches, config)
         cos, sin = vision_angles(layout.row, layout.column, config.head_dim)
+        inner = config.deepstack_visual_indexes
 
-        def block(x, scanned):
-            layer, full = scanned
-            return keep_rows(layer(x, cos, sin, layout, full, implementation)), None
+        def block(carry, scanned):
+            x, taps = carry
+            layer, full, slot = scanned
+            x = keep_rows(layer(x, cos, sin, layout, full, implementation))
+            return (x, taps if taps is None else taps.at[slot].set(x, mode="drop")), None
 
-        full = jnp.isin(jnp.arange(config.depth), jnp.array(config.fullatt_block_indexes, jnp.int32))
-        x = keep_rows(self.patch_embed(keep_rows(pixel_values)))
-        tokens = x.reshape(x.shape[0], num_patches // config.merge_unit, -1)
-        x = keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
-        x, _ = jax.lax.scan(rematerialised(block, remat), x, (self.blocks, full))
-        return keep_rows(jnp.take_along_axis(self.merger(x), jnp.argsort(layout.order)[..., None], axis=1))
+        number = np.arange(config.depth)
+        full = jnp.asarray(np.isin(number, config.fullatt_block_indexes))
+        slots = jnp.asarray([inner.index(i) if i in inner else len(inner) for i in number], jnp.int32)
+        x = self.embed(pixel_values, hw, layout)
+        taps = jnp.zeros((len(inner), *x.shape), x.dtype) if inner else None
+        (x, taps), _ = jax.lax.scan(rematerialised(block, remat), (x, taps), (self.blocks, full, slots))
+        return keep_rows(self.merge(x, () if taps is None else taps, layout))
+
+    def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
+        """Pixels [N, P, patch_dim] in merge order -> what the first block reads, [N, P, hidden], in that of `layout`."""
+        x = keep_rows(self.patch_embed(keep_rows(pixels)))
+        if self.config.window_size is None:
+            return x
+        tokens = x.reshape(x.shape[0], x.shape[1] // self.config.merge_unit, -1)
+        return keep_rows(jnp.take_along_axis(tokens, layout.order[..., None], axis=1).reshape(x.shape))
+
+    def merge(self, x: jax.Array, taps, layout: Layout) -> jax.Array:
+        """Outputs of the last block [N, P, hidden], and of those in between -> visual tokens [N, P / 4, features]."""
+        merged = self.merger(x)
+        if self.config.window_size is None:
+            return merged
+        return jnp.take_along_axis(merged, jnp.argsort(layout.order)[..., None], axis=1)

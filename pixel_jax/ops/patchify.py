@@ -68,23 +68,31 @@ def _patchify(image, size, max_patches):
     return chosen.reshape(-1, FRAME_PATCH)[:max_patches]
 
 
-def pixel_values(patches_a: jax.Array, patches_b: jax.Array) -> jax.Array:
-    """What the vision tower reads of two frames: rescaled to [0, 1], normalised, and interleaved.
+def pixel_values(
+    *frames: jax.Array,
+    patch: int = PATCH,
+    mean: tuple[float, float, float] = IMAGE_MEAN,
+    std: tuple[float, float, float] = IMAGE_STD,
+) -> jax.Array:
+    """What the vision tower reads of the frames of a temporal patch: rescaled to [0, 1], normalised, and interleaved.
 
     A still image is given twice. The `pixel_values` of the Hugging Face image processor, up to float32 rounding.
 
     Args:
-      patches_a, patches_b: uint8 [..., P, 588], frame patches of the first and second frame of a temporal patch.
+      frames: uint8 [..., P, 3 * patch * patch] each, the frame patches of the first frame, the second, ...
+      patch: pixels along a side of a patch.
+      mean, std: of the channels, by which they are normalised.
 
     Returns:
-      float32 [..., P, 1176], each row (channel, frame, 14, 14).
+      float32 [..., P, 3 * n * patch * patch] for n frames, each row (channel, frame, patch, patch).
     """
-    for patches in (patches_a, patches_b):
-        if patches.dtype != jnp.uint8 or patches.shape[-1] != FRAME_PATCH:
-            raise ValueError(f"frame patches must be uint8 [..., {FRAME_PATCH}], got {patches.dtype} {patches.shape}")
-    lead = patches_a.shape[:-1]
-    frames = jnp.stack([patches.reshape(*lead, 3, PATCH * PATCH) for patches in (patches_a, patches_b)], axis=-2)
+    size = 3 * patch * patch
+    for patches in frames:
+        if patches.dtype != jnp.uint8 or patches.shape[-1] != size:
+            raise ValueError(f"frame patches must be uint8 [..., {size}], got {patches.dtype} {patches.shape}")
+    lead = frames[0].shape[:-1]
+    stacked = jnp.stack([patches.reshape(*lead, 3, patch * patch) for patches in frames], axis=-2)
     # Rescaling and normalising in one multiplication and addition: within float32 rounding (3e-7) of doing them apart.
-    scale = jnp.asarray(1 / (255 * np.array(IMAGE_STD)), jnp.float32)[:, None, None]
-    shift = jnp.asarray(-np.array(IMAGE_MEAN) / np.array(IMAGE_STD), jnp.float32)[:, None, None]
-    return (frames.astype(jnp.float32) * scale + shift).reshape(*lead, 2 * FRAME_PATCH)
+    scale = jnp.asarray(1 / (255 * np.array(std)), jnp.float32)[:, None, None]
+    shift = jnp.asarray(-np.array(mean) / np.array(std), jnp.float32)[:, None, None]
+    return (stacked.astype(jnp.float32) * scale + shift).reshape(*lead, len(frames) * size)

@@ -135,7 +135,8 @@ def read_recipe(config, console):
     """The recipe of a config: the network and the tokenizer from its model directory, if that is there."""
     from pixel_jax.cli import UserError
     from pixel_jax.dialog.tokenizer import Vocabulary
-    from pixel_jax.models.config import CONFIG, read_config
+    from pixel_jax.models.config import CONFIG
+    from pixel_jax.models.families import read_config
     from pixel_jax.models.processor import Processor
     from pixel_jax.models.released import released
     from pixel_jax.planning.programs import Recipe

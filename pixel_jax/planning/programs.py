@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax.models.attention import CACHE_TILE
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
@@ -40,7 +40,7 @@ class Recipe:
     """A config, and what it does not say itself."""
 
     config: TrainConfig
-    network: Qwen2_5_VLConfig
+    network: ModelConfig
     tables: Tables  # of the tokenizer
     dtype: str = "bfloat16"  # of the checkpoint's weights
     configured: bool = False  # whether meshes and micro-batches are the config's, and not chosen by the plan
@@ -121,11 +121,11 @@ def bytes_per_device(tree) -> int:
     return sum(map(size, jax.tree.leaves(tree)))
 
 
-def abstract_model(recipe: Recipe) -> Qwen2_5_VL:
+def abstract_model(recipe: Recipe) -> Model:
     """The model that a run starts from, adapters included, without its weights."""
 
     def build(key):
-        model = Qwen2_5_VL(recipe.network, key, dtype=jnp.dtype(recipe.dtype))
+        model = LanguageModel(recipe.network, key, dtype=jnp.dtype(recipe.dtype))
         lora = recipe.config.lora
         return model if lora is None else add_lora(model, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
@@ -191,7 +191,7 @@ def rollout_shape(recipe: Recipe, shards: int) -> RolloutShape:
     return RolloutShape.of(prompts, limits, recipe.tables.tools, shards)
 
 
-def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
+def policy(recipe: Recipe, mesh: Mesh) -> Model:
     """The model as a rollout on the mesh reads it."""
     model = jax.eval_shape(lambda model: cast(model, recipe.config.rl.forward.compute_dtype), abstract_model(recipe))
     return placed(model, shardings(model, mesh))
@@ -276,7 +276,7 @@ def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
     return bytes_per_device(copied) + (bytes_per_device(state.opt_state) if step == "score" else 0)
 
 
-def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:
+def vision_turns(network: ModelConfig) -> dict[str, float]:
     """The share of the tower's layers that attend over the whole slice."""
     vision = network.vision
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth]) / vision.depth

@@ -7,9 +7,10 @@ import math
 import jax
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models.config import TextConfig
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.models.layers import INIT_STD
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.parallel.sharding import is_variable
 
 
@@ -64,13 +65,13 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
 
 
 @functools.partial(jax.jit, static_argnums=0)  # one program, kept on disk, and not sixty
-def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Qwen2_5_VL:
+def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Model:
     """A random network whose every layer keeps the scale of its input (LeCun).
 
     The released initialiser, a deviation of .02 everywhere, suits a width of 3584. At 96 the signal dies in it: digits
     stayed unread for the 300 steps in which this one learned four of five.
     """
-    model = Qwen2_5_VL(config, key)
+    model = LanguageModel(config, key)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)
     return jax.tree.unflatten(treedef, [_rescale(jax.tree_util.keystr(path), leaf) for path, leaf in leaves])
 

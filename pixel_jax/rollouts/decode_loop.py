@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from pixel_jax.dialog import automaton
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings
@@ -96,7 +96,7 @@ def row_keys(
 
 
 def append(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -150,7 +150,7 @@ def append(
 READ_CHUNK = 32
 
 
-def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
+def read(model: Model, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
     """Every row appends the first `lengths` of its embeddings `x` [R, T, D] to its cache: the hidden state of its last
     token (`hidden` [R, D] where there is none) and the cache.
 
@@ -188,7 +188,7 @@ def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCach
     return hidden, cache
 
 
-def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
+def decode(model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
     """Every row that is writing chooses one token and reads it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
@@ -238,7 +238,7 @@ def decode_while(condition: Callable[[RowState], jax.Array], state: RowState, de
 
 
 def decode_turns(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -267,7 +267,7 @@ def decode_turns(
 
 
 def decode_tail(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -297,7 +297,7 @@ def decode_tail(
 
 
 def observe(
-    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
+    model: Model, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
     """Every row that waits gets what it asked for, a message that says why not, or its end; or the host is to answer it."""
     prompts = shared.prompts
@@ -344,7 +344,7 @@ class Answers(NamedTuple):
 
 
 def answer(
-    model: Qwen2_5_VL,
+    model: Model,
     layers,
     shared: Shared,
     state: RowState,
@@ -407,7 +407,7 @@ class Told(NamedTuple):
 
 
 def tell(
-    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, told: Told, config: RolloutConfig, shape: RolloutShape
+    model: Model, layers, shared: Shared, state: RowState, told: Told, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
     """The rows whose calls tools of the host have answered read that and go on writing. An answer that has no room ends its
     row, and so does a picture too many.

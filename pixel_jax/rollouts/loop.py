@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pixel_jax.models.decoder import KVCache, Prefix
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
 from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.config import RolloutConfig
@@ -47,7 +47,7 @@ class RolloutState:
 
 
 def start(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: Prompts,
     key: jax.Array,
     assistant_prefix: jax.Array,
@@ -74,7 +74,7 @@ def start(
     )
 
 
-def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) -> RolloutState:
+def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> RolloutState:
     """Goes on until no row can, or `budget` tokens (int32 []) were decoded in every slot.
 
     Every predicate is of all rows, so all shards of a mesh turn equally often.
@@ -122,7 +122,7 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
 
 
-def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.Told) -> RolloutState:
+def answer(model: Model, state: RolloutState, replies: decode_loop.Told) -> RolloutState:
     """Rows that ask for tools of the host are answered, see `decode_loop.tell`."""
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.inputs import Visual
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
+from pixel_jax.models.model import Model, encode_visual
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.decode_loop import DONE, WRITING, RowState, rows_prompts
@@ -87,7 +87,7 @@ def groups(prompts: Prompts, config: RolloutConfig) -> int:
 
 
 def start(
-    model: Qwen2_5_VL, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
+    model: Model, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
 ) -> tuple[Queue, RowState]:
     """Nothing is read and all slots are free."""
     batch, width = prompts.tokens.shape
@@ -115,7 +115,7 @@ def _unread(line: jax.Array, shape: RolloutShape) -> jax.Array:
     return jnp.sum(line.reshape(shape.shards, -1) < READ, axis=1, dtype=jnp.int32)
 
 
-def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
+def _empty(model: Model, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
     """Rows that have written nothing, in slots that are free."""
     numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
@@ -185,7 +185,7 @@ def _next_places(queue: Queue, rank: jax.Array, shape: RolloutShape) -> jax.Arra
 
 
 def refill(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: Prompts,
     assistant_prefix: jax.Array,
     queue: Queue,
@@ -310,7 +310,7 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
 
 
 def read_prompt(
-    model: Qwen2_5_VL, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
+    model: Model, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
 ) -> tuple[jax.Array, KVCache, jax.Array]:
     """Each prompt and, since all rows begin alike, the assistant prefix: the last hidden state [B, D], the cache and the next
     position.

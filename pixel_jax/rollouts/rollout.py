@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import process_shard, replicate, row_shards, shard_batch
 from pixel_jax.rollouts import loop
@@ -46,7 +46,7 @@ from pixel_jax.tools.tool import Tool, ToolError
 
 
 def rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -89,7 +89,7 @@ def compiled_rollout(
 
 
 def begin(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -132,7 +132,7 @@ def begin(
 
 
 def advance(
-    model: Qwen2_5_VL, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
+    model: Model, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
 ) -> RolloutState:
     """Goes on with a rollout until every row is done, waits for a tool of the host, or the budget is spent.
 
@@ -217,7 +217,7 @@ def finish(state: RolloutState) -> Trajectories[VisualRecord]:
 MOVING = ("queue", "rows", "decoding")  # what `advance` changes in a `RolloutState`
 
 
-def _advanced(model: Qwen2_5_VL, still: RolloutState, moving, budget):
+def _advanced(model: Model, still: RolloutState, moving, budget):
     state = loop.advance(model, dataclasses.replace(still, **moving), budget)
     return {name: getattr(state, name) for name in MOVING}
 
@@ -269,7 +269,7 @@ TOKENS = (
 
 
 def host_rollout(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -322,7 +322,7 @@ class HostRollouts:
         self.host, self.vocabulary = host, vocabulary
 
     def __call__(
-        self, model: Qwen2_5_VL, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
+        self, model: Model, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
     ) -> Trajectories[VisualRecord]:
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
 
@@ -360,7 +360,7 @@ CACHES = 3  # one part in so many of a device's memory is for what rows in fligh
 
 
 def fitting(
-    config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
+    config: RolloutConfig, model: Model, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
     """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
     batch, width = prompts.tokens.shape
@@ -388,7 +388,7 @@ def traced(config: RolloutConfig, assistant_prefix: Sequence[int]) -> tuple[jax.
 
 
 def _given(
-    model: Qwen2_5_VL,
+    model: Model,
     prompts: HostPrompts,
     key: jax.Array,
     config: RolloutConfig,
@@ -404,7 +404,7 @@ def _given(
     return put_prompts(prompts, mesh), key, assistant_prefix, temperature, config
 
 
-def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
+def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
     """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None

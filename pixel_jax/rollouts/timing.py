@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
@@ -23,7 +23,7 @@ from pixel_jax.rollouts.views import show_waiting, visible_buffers
 
 
 def seconds_of_operations(
-    model: Qwen2_5_VL, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
+    model: Model, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
 ) -> float:
     """Seconds that the crops and frame selections in `trajectories` take: cut out, resized and encoded, the first calls of
     all rows together, then all second calls, and so on. Compiling and moving buffers to the devices are not counted.
@@ -44,7 +44,7 @@ def seconds_of_operations(
 
 
 def operations_again(
-    model: Qwen2_5_VL, prompts: HostPrompts, calls: Calls, config: RolloutConfig
+    model: Model, prompts: HostPrompts, calls: Calls, config: RolloutConfig
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.models.attention import chosen
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, Pictures, buffer_index, draw, longest, reach
@@ -95,7 +95,7 @@ def visible_buffers(buffers: jax.Array, config: RolloutConfig, pictures: Picture
 
 
 def encode_still(
-    model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str | None = None
+    model: Model, patches: jax.Array, size: jax.Array, implementation: str | None = None
 ) -> jax.Array:
     """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels.
 
@@ -114,7 +114,7 @@ def encode_still(
 
 
 def show_waiting(
-    model: Qwen2_5_VL,
+    model: Model,
     buffers: jax.Array,
     prompt: jax.Array,
     view: Views,

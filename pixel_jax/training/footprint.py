@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.models.attention import TILE
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
@@ -21,7 +21,7 @@ LOGITS = 3  # arrays of logits: they, their softmax and its gradient
 
 
 def row_bytes(
-    network: Qwen2_5_VLConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True
+    network: ModelConfig, tokens: int, visual: tuple[int, int], *, width: int = 4, remat: bool = True
 ) -> int:
     """Of one row of `tokens` tokens that shows `visual` = (slices, patches of each).
 
@@ -47,13 +47,13 @@ def pairs(length: int) -> int:
     return min(length**2, TILE[0] * TILE[1])
 
 
-def fixed_bytes(network: Qwen2_5_VLConfig, logit_chunk: int) -> int:
+def fixed_bytes(network: ModelConfig, logit_chunk: int) -> int:
     """Of a step, whatever its rows."""
     return 4 * LOGITS * logit_chunk * network.text.vocab_size
 
 
 def micro_batches(
-    network: Qwen2_5_VLConfig,
+    network: ModelConfig,
     rows: int,
     tokens: int,
     visual: Visual | None,

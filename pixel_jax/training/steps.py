@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.models import forward_hidden
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.layers import LoRAWeight, Remat
 from pixel_jax.models.lora import without_lora
-from pixel_jax.models.qwen2_5_vl import logits
+from pixel_jax.models.model import logits
 from pixel_jax.parallel.sharding import (
     ROWS,
     SEQUENCE,
@@ -56,7 +56,7 @@ class ForwardConfig:
     def __post_init__(self):
         positive(self, "micro_batches", "logit_chunk")
 
-    def turns(self, network: Qwen2_5_VLConfig, batch: Batch, mesh: Mesh | None, *, held: int) -> int:
+    def turns(self, network: ModelConfig, batch: Batch, mesh: Mesh | None, *, held: int) -> int:
         """In how many a step takes the rows of `batch`, where `held` bytes of state and gradients lie on all devices together."""
         if self.micro_batches is not None:
             return self.micro_batches

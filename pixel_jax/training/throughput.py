@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.flops import PEAK_FLOPS, row_work, training_flops
 from pixel_jax.models.layers import LoRAWeight
-from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
+from pixel_jax.models.model import Model
 from pixel_jax.training.batch import Batch
 
 
@@ -21,7 +21,7 @@ class Throughput:
     the forward passes that score are not. With several processes, each one's rows stand for all.
     """
 
-    def __init__(self, model: Qwen2_5_VL, trainable: str, mesh: Mesh | None):
+    def __init__(self, model: Model, trainable: str, mesh: Mesh | None):
         pattern = re.compile(trainable)
         trained = {key: weight for _, key, weight in named_weights(model) if pattern.match(key)}
         decoder = {key: weight for key, weight in trained.items() if not key.startswith("visual.")}

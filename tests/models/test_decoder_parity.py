@@ -9,10 +9,10 @@ import pytest
 from tiny_qwen import END, IMAGE, START, VIDEO, relative, tiny_config, torch_model
 
 import pixel_jax
-from pixel_jax.models import Qwen2_5_VL, Visual, forward_hidden, mrope_positions
+from pixel_jax.models import LanguageModel, Visual, forward_hidden, mrope_positions
 from pixel_jax.models.decoder import Prefix
 
-backbone = jax.jit(Qwen2_5_VL.backbone)
+backbone = jax.jit(LanguageModel.backbone)
 
 
 def show(grid, pad):
@@ -169,7 +169,7 @@ def test_cached_decoding_equals_full_forward(model, rng):
     """Chunks of unlike length a row, then single tokens."""
     x, positions, valid = random_rows(model, rng, 3, 12)
     full = backbone(model, x, positions, valid)
-    layers, step = model.unstack(), jax.jit(Qwen2_5_VL.step)
+    layers, step = model.unstack(), jax.jit(LanguageModel.step)
     cache = model.empty_cache(3, 16)
     given = np.array([5, 2, 4])
     at = jnp.arange(5)[None] < given[:, None]
@@ -189,7 +189,7 @@ def test_cached_decoding_equals_full_forward(model, rng):
 
 def test_rows_that_do_not_move_keep_their_cache(model, rng):
     x, positions, valid = random_rows(model, rng, 2, 4)
-    layers, step = model.unstack(), jax.jit(Qwen2_5_VL.step)
+    layers, step = model.unstack(), jax.jit(LanguageModel.step)
     _, cache = step(model, layers, x, positions, valid, model.empty_cache(2, 6))
     still = jnp.array([[True], [False]])
     _, after = step(model, layers, x[:, :1], positions[:, :, :1], still, cache)
@@ -207,8 +207,8 @@ def test_shared_prefix_equals_full_forward(model, rng, monkeypatch, tile):
     prompt = x[::3, :6]  # rows 0 and 3 lend their prompts to their neighbours
     where = positions[:, ::3, :6]
     valid = jnp.arange(6)[None] < lengths[:, None]
-    layers, step = model.unstack(), jax.jit(lambda *arguments: Qwen2_5_VL.step(*arguments))
-    _, prefix = jax.jit(Qwen2_5_VL.prefill)(model, prompt, where, valid)
+    layers, step = model.unstack(), jax.jit(lambda *arguments: LanguageModel.step(*arguments))
+    _, prefix = jax.jit(LanguageModel.prefill)(model, prompt, where, valid)
     assert prefix.length.tolist() == [6, 4]
     prefix = Prefix.of(prefix, 6)
     cache = model.empty_cache(6, 4)
@@ -280,7 +280,7 @@ def test_forward_hidden_from_frames(model, rng):
     assert np.isfinite(hidden).all()
     pairs = [[(0, 0), (1, 2)], [(2, 2), (2, 2)]]
     pixels = [pixel_values(patches[r, a], patches[r, b]) for r in range(2) for a, b in pairs[r]]
-    features = jax.jit(Qwen2_5_VL.encode)(
+    features = jax.jit(LanguageModel.encode)(
         model, jnp.stack(pixels), jnp.array([[2, 4], [4, 4], [4, 2], [0, 0]])
     ).reshape(2, 2, 4, 32)
     x = model.embed(tokens, features, visual.grids)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.models import Mask, Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import Mask, Model, Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.models import vision as vision_module
 from pixel_jax.models.flops import PEAK_FLOPS, Work, forward_flops, padded_work, row_work, training_flops
 from pixel_jax.models.layers import LoRAWeight, unstack
@@ -35,7 +35,7 @@ def array(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def decode(model: Qwen2_5_VL, x, remat=False):
+def decode(model: Model, x, remat=False):
     """The decoder's layers in a Python loop, and the logits; a nonlinear function of them, so that none is computed in vain."""
     order = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
     cos, sin = model.language_model.angles(jnp.broadcast_to(order, (3, ROWS, LENGTH)))

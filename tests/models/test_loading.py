@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save, save_file
 
 from pixel_jax.files import FileError
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig, loading
+from pixel_jax.models import LanguageModel, Qwen2_5_VLConfig, TextConfig, VisionConfig, loading
 from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.loading import Wanted, load_arrays
 from pixel_jax.models.tensors import open_safetensors
@@ -105,7 +105,7 @@ LARGE = Qwen2_5_VLConfig(
 def large(tmp_path_factory):
     """A model of 2 GB in bfloat16, in four files."""
     directory = tmp_path_factory.mktemp("large")
-    abstract = jax.eval_shape(lambda key: Qwen2_5_VL(LARGE, key), jax.random.key(0))
+    abstract = jax.eval_shape(lambda key: LanguageModel(LARGE, key), jax.random.key(0))
     keys = [
         (key.format(i), weight.shape[1:] if weight.axes[0] == "layers" else weight.shape)
         for _, key, weight in named_weights(abstract)

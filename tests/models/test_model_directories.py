@@ -277,7 +277,7 @@ def test_a_mutated_config(tmp_path_factory, text):
         assert str(directory / "config.json") in str(error)
     else:
         assert Qwen2_5_VLConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
-        checkpoint.jax.eval_shape(lambda: io.Qwen2_5_VL(config, jax.random.key(0)))
+        checkpoint.jax.eval_shape(lambda: io.LanguageModel(config, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")

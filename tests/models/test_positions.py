@@ -11,7 +11,7 @@ import pytest
 from tiny_qwen import IMAGE, VIDEO, relative
 
 from pixel_jax.models import mrope_positions
-from pixel_jax.models.rope import mrope_angles
+from pixel_jax.models.rope import rotary_angles
 
 CASES = json.loads(pathlib.Path(__file__).with_name("golden_positions.json").read_text())
 LENGTH, ITEMS = max(len(case["tokens"]) for case in CASES), max(len(case["grids"]) for case in CASES)
@@ -97,7 +97,7 @@ def test_angles(pair, rng):
     positions = rng.integers(0, 30000, (3, 2, 9))
     with torch.no_grad():
         expected = theirs.model.language_model.rotary_emb(torch.zeros(1), torch.tensor(positions))
-    got = mrope_angles(jnp.array(positions), text.head_dim, text.rope_theta, text.mrope_section)
+    got = rotary_angles(jnp.array(positions), text)
     for a, b in zip(got, expected, strict=True):
         half = b[..., : text.head_dim // 2]
         if half.ndim == 4:  # transformers 5.10 gives the angles of all three axes, and chooses where they are applied

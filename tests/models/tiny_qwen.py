@@ -42,14 +42,20 @@ def relative(ours, theirs) -> float:
 
 
 def torch_model(config: Qwen2_5_VLConfig, seed: int = 0):
-    """A transformers model in float32, every weight random at a scale that lets signals through, biases and norms included."""
-    import torch
+    """A transformers model in float32 with random weights."""
     import transformers
 
     values = config.to_hf()
     hf_config = transformers.Qwen2_5_VLConfig(**values)
     hf_config._attn_implementation = "eager"
     model = transformers.Qwen2_5_VLForConditionalGeneration(hf_config).float().eval()
+    return random_weights(model, seed)
+
+
+def random_weights(model, seed: int = 0):
+    """The model with every weight random at a scale that lets signals through, biases and norms included."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -57,5 +63,5 @@ def torch_model(config: Qwen2_5_VLConfig, seed: int = 0):
             if weight.ndim > 1:
                 weight.copy_(noise / weight[0].numel() ** 0.5)
             else:
-                weight.copy_(noise * 0.2 + ("norm" in name or "ln_q" in name) * 1.0)
+                weight.copy_(noise * 0.2 + ("norm" in name or "ln_q" in name or "layrnorm" in name) * 1.0)
     return model

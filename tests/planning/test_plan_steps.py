@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.config import load
-from pixel_jax.models import Qwen2_5_VL
+from pixel_jax.models import LanguageModel
 from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.flops import Work, forward_flops, padded_work, training_flops
 from pixel_jax.models.released import released
@@ -69,7 +69,7 @@ def rolled_out(small):
     alike.pop("buffers")
     images = ragged([[np.zeros((56, 56, 3), np.uint8)]] * count)
     prompts, limits = HostPrompts(images=images, shape=shape.prompts, **alike), small.config.rl.rollout
-    model = Qwen2_5_VL(small.network, jax.random.key(0))
+    model = LanguageModel(small.network, jax.random.key(0))
     found = take_rows(rollout(model, prompts, jax.random.key(0), limits), slice(small.config.rl.train_batch))
     found = to_host(found)
     return found._replace(visual=materialize(found.visual, images[found.prompt], shape, limits))
@@ -92,7 +92,7 @@ def packed_rows(small):
 def test_abstract_arguments_are_those_of_a_run(step):
     mesh, small = make_mesh(MESH), recipe()
     phase = small.config.sft if step == "sft" else small.config.rl
-    model = Qwen2_5_VL(small.network, jax.random.key(0))
+    model = LanguageModel(small.network, jax.random.key(0))
     steps = phase.steps if step == "sft" else phase.iterations * phase.updates
     state = init_state(model, make_optimizer(phase.optimizer, steps), trainable=phase.trainable, mesh=mesh)
     batch = packed_rows(small) if step == "sft" else from_trajectories(rolled_out(small), np.ones(8, np.float32))

@@ -13,8 +13,9 @@ import numpy as np
 
 from pixel_jax.dialog import observations, template
 from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-from pixel_jax.models import Qwen2_5_VL
-from pixel_jax.models.config import Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import LanguageModel, Model
+from pixel_jax.models.config import TextConfig
+from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
@@ -102,11 +103,11 @@ def token_tables():
 
 
 @functools.cache
-def model() -> Qwen2_5_VL:
+def model() -> Model:
     return network(vocabulary())
 
 
-def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
+def network(words: Vocabulary, chain=CHAIN) -> Model:
     """The talker in the ids of `words`; `chain`: what may follow what."""
     size = len(words.table.length)
     hidden = 64 * -(-size // 64)
@@ -134,7 +135,7 @@ def network(words: Vocabulary, chain=CHAIN) -> Qwen2_5_VL:
         vision_start_token_id=words.vision_start,
         vision_end_token_id=words.vision_end,
     )
-    talker = Qwen2_5_VL(config, jax.random.key(0))
+    talker = LanguageModel(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]
     for before, after in chain.items():

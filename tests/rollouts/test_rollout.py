@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.models import Qwen2_5_VL
+from pixel_jax.models import LanguageModel
 from pixel_jax.ops import smart_resize
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.parallel.sharding import batch_sharding
@@ -186,7 +186,7 @@ def test_keys_and_values_stay_with_their_heads():
     """Split over `tensor`, no device is sent a cache that it would then hold whole."""
     config = scripted_model.model().config
     text = replace(config.text, num_attention_heads=8, num_key_value_heads=4, mrope_section=(4, 8, 8))
-    model = shard(Qwen2_5_VL(replace(config, text=text), KEY), make_mesh({"data": 4, "tensor": 2}))
+    model = shard(LanguageModel(replace(config, text=text), KEY), make_mesh({"data": 4, "tensor": 2}))
     program = lowered(model, scripted_model.prompts(4), scripted_model.CONFIG).compile().as_text()
     found = set(re.findall(r"= \w+\[([\d,]+)\]", program))
     cache = f"{scripted_model.CONFIG.max_response},{text.head_dim}"

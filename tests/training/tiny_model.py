@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
+from pixel_jax.models import LanguageModel, Model, Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.training.batch import Batch
 
@@ -33,9 +33,9 @@ def tiny_config() -> Qwen2_5_VLConfig:
     )
 
 
-def make_model(seed: int = 0) -> Qwen2_5_VL:
+def make_model(seed: int = 0) -> Model:
     """Weights four times larger than usual: at the usual size a random network's outputs hardly depend on anything."""
-    model = jax.jit(lambda key: Qwen2_5_VL(tiny_config(), key))(jax.random.key(seed))
+    model = jax.jit(lambda key: LanguageModel(tiny_config(), key))(jax.random.key(seed))
     return jax.tree.map(lambda x: np.float32(4) * x if x.ndim > 1 and x.shape[-1] > 1 else x, model)
 
 

@@ -1,4 +1,10 @@
-"""Qwen2.5-VL as one immutable pytree of weights, and the forward function that every user of the model shares."""
+"""What a model is, to whoever samples from it or trains it; its implementation for all families here; and the forward
+function that every user of a model shares.
+"""
+
+import functools
+import operator
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -6,23 +12,126 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pixel_jax.models.attention import chosen
-from pixel_jax.models.config import Qwen2_5_VLConfig
+from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.decoder import Decoder, KVCache, Prefix
-from pixel_jax.models.inputs import Visual, locate, slice_grids
+from pixel_jax.models.families import tower_of
+from pixel_jax.models.inputs import Visual, locate, slice_grids, slice_pixels
 from pixel_jax.models.layers import Linear, Remat, unstack
-from pixel_jax.models.rope import mrope_positions
-from pixel_jax.models.vision import VisionTower
-from pixel_jax.ops import pixel_values
+from pixel_jax.models.rope import mrope_positions, text_positions
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequence_shards, split_sequence
 
 
-class Qwen2_5_VL(nnx.Module):
-    """Randomly initialised from `key`; `pixel_jax.from_pretrained` reads a checkpoint."""
+class Model(Protocol):
+    """A model of any family: a pytree of weights, whose methods are pure functions.
 
-    def __init__(self, config: Qwen2_5_VLConfig, key: jax.Array, dtype=jnp.float32):
+    Rollouts, training, evaluation, planning and curvature use these members and no others. Every layer of the decoder keeps
+    keys and values of its tokens (`KVCache`), the one kind of state there is.
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The family's configuration: patch and merge sizes, placeholder tokens, sizes of the decoder."""
+        ...
+
+    def encode(
+        self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
+    ) -> jax.Array:
+        """Temporal slices float32 [N, P, patch_dim], grids int32 [N, 2] in patches -> visual features [N, P / m, F].
+
+        m patches are one visual token. F = `config.vision.feature_size`.
+        """
+        ...
+
+    def is_visual(self, tokens: jax.Array) -> jax.Array:
+        """Whether tokens [...] are placeholders of visual features, bool [...]."""
+        ...
+
+    def positions(
+        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Rotary positions int32 [3, B, T] of a stretch of tokens, and those after the last ones, int32 [B].
+
+        Args:
+            tokens: int32 [B, T].
+            valid: bool [B, T]; a token that is not valid takes no position.
+            grids: int32 [B, K, 3], the items that visual tokens belong to; zeros: absent.
+            seconds: float32 [B, K], between the slices of a video; 0 for images.
+            start: int32 [B], the position of the first token.
+        """
+        ...
+
+    def embed(
+        self,
+        tokens: jax.Array,
+        features: jax.Array | None = None,
+        grids: jax.Array | None = None,
+        seen: jax.Array | int = 0,
+    ) -> jax.Array:
+        """Tokens int32 [B, T], visual ones replaced by features -> what the decoder reads, [B, T, D or F]."""
+        ...
+
+    def backbone(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        remat: Remat = False,
+        implementation: str | None = None,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """What `embed` returns -> hidden states [B, T, D] after the last norm, without a cache."""
+        ...
+
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """As `backbone`, and the cache of the tokens."""
+        ...
+
+    def unstack(self) -> tuple[nnx.Module, ...]:
+        """The decoder layers one by one, for `step`."""
+        ...
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """A cache for `capacity` tokens in each of `batch` rows."""
+        ...
+
+    def step(
+        self,
+        layers: tuple[nnx.Module, ...],
+        x: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: KVCache,
+        prefix: Prefix | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Append tokens to each row's cache and return their hidden states."""
+        ...
+
+    @property
+    def head(self) -> nnx.Module:
+        """The weights that `logits` reads."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> float32 [..., vocab]"""
+        ...
+
+
+class LanguageModel(nnx.Module):
+    """A decoder, with a vision tower where its family has one: implements `Model` for every family of `families.py`.
+
+    Randomly initialised from `key`; `pixel_jax.from_pretrained` reads a checkpoint.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype=jnp.float32):
         keys = jax.random.split(key, 3)
         self.config = config
-        self.visual = VisionTower(config.vision, keys[0], dtype)
+        self.visual = nnx.data(None)
+        if config.vision is not None:
+            self.visual = tower_of(config)(config.vision, keys[0], dtype)
         self.language_model = Decoder(config.text, keys[1], dtype)
         # Tied: the head reads embed_tokens. A second attribute holding it would be a second leaf with a gradient of its own.
         self.lm_head = nnx.data(None)
@@ -33,11 +142,23 @@ class Qwen2_5_VL(nnx.Module):
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
-        """Temporal slices float32 [N, P, 1176] with grids int32 [N, 2] in patches -> visual tokens [N, P / 4, D] (raster)."""
+        """See `Model.encode`. Visual tokens are in raster order."""
+        if self.visual is None:
+            raise ValueError(f"a model of the family {self.config.model_type!r} has no vision tower")
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
 
     def is_visual(self, tokens: jax.Array) -> jax.Array:
-        return (tokens == self.config.image_token_id) | (tokens == self.config.video_token_id)
+        """See `Model.is_visual`."""
+        placeholders = [tokens == number for number in self.config.visual_tokens]
+        return functools.reduce(operator.or_, placeholders, jnp.zeros(tokens.shape, bool))
+
+    def positions(
+        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `Model.positions`."""
+        if self.config.text.mrope_section is None:
+            return text_positions(valid, start)
+        return mrope_positions(self.is_visual(tokens), valid, grids, seconds, start, self.config)
 
     def embed(
         self,
@@ -46,9 +167,9 @@ class Qwen2_5_VL(nnx.Module):
         grids: jax.Array | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
-        """Embeddings [B, T, D] of tokens int32 [B, T], visual ones replaced by features.
+        """See `Model.embed`.
 
-        features: [B, S, P / 4, D], the row's temporal slices from `encode`, in order of appearance
+        features: [B, S, P / m, F], the row's temporal slices from `encode`, in order of appearance
         grids:    int32 [B, K, 3], the items they belong to
         seen:     int32 [B] or int, how many of these visual tokens came before this stretch
         The j-th visual token of the row takes the j-th feature; one beyond the row's items keeps its own embedding.
@@ -56,8 +177,9 @@ class Qwen2_5_VL(nnx.Module):
         table = self.language_model.embed_tokens.weight[...]
         # What is sent is the table or the result, whichever is less.
         x = (keep_vocabulary(table) if tokens.size > table.shape[0] else table)[tokens]
-        if features is None or grids.shape[1] == 0:
+        if features is None or grids is None or grids.shape[1] == 0:
             return x
+        assert self.config.vision is not None
         batch, _, tokens_per_slice, dim = features.shape
         is_visual = self.is_visual(tokens)
         rank = jnp.asarray(seen).reshape(-1, 1) + jnp.cumsum(is_visual, axis=1) - 1
@@ -65,6 +187,8 @@ class Qwen2_5_VL(nnx.Module):
         index = place.slice * tokens_per_slice + place.offset
         flat = features.reshape(batch, -1, dim)
         chosen = jnp.take_along_axis(flat, index[..., None], axis=1, mode="fill", fill_value=0)
+        if dim > x.shape[-1]:  # text has no parts for the first layers
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, dim - x.shape[-1])))
         return jnp.where((is_visual & place.known)[..., None], chosen.astype(x.dtype), x)
 
     def backbone(
@@ -78,7 +202,7 @@ class Qwen2_5_VL(nnx.Module):
         implementation: str | None = None,
         mesh=None,
     ) -> jax.Array:
-        """Embeddings [B, T, D] -> hidden states [B, T, D] after the last norm, without a cache.
+        """See `Model.backbone`.
 
         positions: int32 [3, B, T]; valid: bool [B, T], gaps allowed; a token sees the valid ones up to itself
         segments:  int32 [B, T] or None, packed examples that must not see each other
@@ -140,14 +264,14 @@ def logits(head: nnx.Module, hidden: jax.Array) -> jax.Array:
 
 
 def encode_visual(
-    model: Qwen2_5_VL,
+    model: Model,
     visual: Visual,
     *,
     remat: Remat = False,
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """All temporal slices of a batch of rows -> [B, S, P / 4, D]; absent slices give meaningless finite numbers.
+    """All temporal slices of a batch of rows -> [B, S, P / m, F]; absent slices give meaningless finite numbers.
 
     Where attention is linear in memory it takes a row's slices one after the other; on a mesh with a sequence axis they
     are split over it instead, if they divide evenly.
@@ -157,11 +281,12 @@ def encode_visual(
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
     linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
+    pixels_of = functools.partial(slice_pixels, vision=model.config.vision)
     if linear and num_slices > 1 and sequence_shards(mesh) == 1:
-        encode = lambda x: model.encode(pixel_values(*x[:2]), x[2], remat=remat, implementation=implementation)
+        encode = lambda x: model.encode(pixels_of(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
         return jnp.swapaxes(features, 0, 1)
-    pixels = pixel_values(first, second)
+    pixels = pixels_of(first, second)
     pixels = pixels.reshape(batch * num_slices, *pixels.shape[2:])
     if num_slices % sequence_shards(mesh) == 0:
         pixels = split_sequence(pixels, mesh, (*ROWS, SEQUENCE))
@@ -170,7 +295,7 @@ def encode_visual(
 
 
 def forward_hidden(
-    model: Qwen2_5_VL,
+    model: Model,
     tokens: jax.Array,
     valid: jax.Array,
     visual: Visual | None,
@@ -195,6 +320,5 @@ def forward_hidden(
         features = encode_visual(model, visual, remat=remat, implementation=implementation, mesh=mesh)
         grids, seconds = visual.grids, visual.seconds
     x = model.embed(tokens, features, grids)
-    start = jnp.zeros(tokens.shape[:1], jnp.int32)
-    positions, _ = mrope_positions(model.is_visual(tokens), valid, grids, seconds, start, model.config)
+    positions, _ = model.positions(tokens, valid, grids, seconds, jnp.zeros(tokens.shape[:1], jnp.int32))
     return model.backbone(x, positions, valid, segments=segments, remat=remat, implementation=implementation, mesh=mesh)
