@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
+GGUF = ["gguf>=0.19"]  # files of llama.cpp
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 
 setup(
@@ -50,6 +51,7 @@ setup(
         "tpu": ["jax[tpu]" + JAX],
         "data": DATA,
         "tfds": TFDS,
+        "gguf": GGUF,
         "plan": ["libtpu>=0.0.41"],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "metrics": METRICS,
@@ -57,6 +59,7 @@ setup(
             *DATA,
             *TFDS,
             *METRICS,
+            *GGUF,
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
             "jinja2>=3.1.6",

@@ -298,7 +298,7 @@ def test_every_linear_layer_of_every_family(family, tmp_path):
     tensors = sum("lora_" in name for name, _ in back.named_parameters())
     assert tensors == len(load_file(tmp_path / WEIGHTS))
     layers = sum(isinstance(x, torch.nn.Linear) for name, x in back.named_modules() if name.endswith("base_layer"))
-    tied = theirs.config.get_text_config().tie_word_embeddings
+    tied = ours.config.tie_word_embeddings
     assert layers == sum(isinstance(x, torch.nn.Linear) for x in theirs.modules()) - tied
 
 
