@@ -15,7 +15,7 @@ from pixel_jax.files import FileError, read_json, settle, sync_directory
 from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, ModelConfig
 from pixel_jax.models.families import read_config
-from pixel_jax.models.gguf import find_gguf, read_gguf
+from pixel_jax.models.gguf_files import find_gguf, read_gguf
 from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import CONFIG as ADAPTER
 from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter

@@ -98,7 +98,7 @@ class Linear(nnx.Module):
         y = product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             low = jnp.einsum("...i,ri->...r", x.astype(self.lora_a.dtype), self.lora_a[...])
             y = y + (self.lora_scale * jnp.einsum("...r,or->...o", low, self.lora_b[...])).astype(y.dtype)
         return y

@@ -12,7 +12,7 @@ from tiny_qwen import relative
 
 import pixel_jax
 from pixel_jax.files import FileError
-from pixel_jax.models.gguf import CUTS, MODULES
+from pixel_jax.models.gguf_files import CUTS, MODULES
 from pixel_jax.models.lora import linears
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install gguf")
