@@ -42,7 +42,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.evaluation import report
     from pixel_jax.evaluation.trace import make_trace
     from pixel_jax.rollouts.config import RolloutConfig
-    from pixel_jax.rollouts.limits import judged, read_limits
+    from pixel_jax.rollouts.limits import read_limits, single_answer
     from pixel_jax.rollouts.materialize import materialize_on_host
     from pixel_jax.rollouts.prompts import Query, build_prompts, tables
     from pixel_jax.rollouts.rollout import host_rollouts, rollout
@@ -66,7 +66,7 @@ def main(command: str, arguments: list[str]) -> None:
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
-    config = judged(read_limits(directory) or RolloutConfig(), temperature)
+    config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if FLAGS.call_format:
         find_format(FLAGS.call_format)  # imported on the word of the command line, not of the model
         config = dataclasses.replace(config, call_format=FLAGS.call_format)

@@ -17,9 +17,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
+from pixel_jax.data.questions import assign_shapes, describe_shapes, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
@@ -28,11 +28,11 @@ from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
+from pixel_jax.rollouts.limits import FILE, VIEW_FIELDS, differences, read_limits
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
 from pixel_jax.rollouts.shapes import BatchShape
@@ -41,7 +41,7 @@ from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.train import CONFIG, DATA, TrainConfig, facts_of
-from pixel_jax.training.footprint import row_bytes
+from pixel_jax.training.cost import row_bytes
 from pixel_jax.training.looks import Sampling
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted
@@ -106,12 +106,12 @@ class Phase:
     @property
     def looks(self) -> Setting:
         by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
-        return Setting(self.config, self.measured(self.config.watch.batch), by)
+        return Setting(self.config, self.auto_shapes(self.config.watch.batch), by)
 
-    def measured(self, rows: int) -> Measured:
-        """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
-        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_shards(self.mesh))
-        return Measured(training_work(self.network), rows, memory // rows)
+    def auto_shapes(self, rows: int) -> AutoShapes:
+        """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+        memory = device_memory() // PICTURES_DIVISOR * (1 if self.mesh is None else row_shards(self.mesh))
+        return AutoShapes(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
         config, out = self.config, pathlib.Path(self.config.out)
@@ -146,6 +146,7 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     given = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
+    config = config.for_model(model.config)
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
@@ -222,7 +223,7 @@ def tune(phase: Phase, model: Any) -> Any:
         phase.vocabulary,
         phase.tables,
         phase.limits,
-        config.trace_shapes or tuned_by(config.sft, phase.network, phase.mesh),
+        config.trace_shapes or tuning_shapes(config.sft, phase.network, phase.mesh),
         size=config.sft.batch_size,
         seed=config.seed,
         report=given.report,
@@ -244,12 +245,12 @@ def learn(phase: Phase, model: Any) -> Any:
     config, given, vocabulary = phase.config, phase.given, phase.vocabulary
     for line in other_limits(config):
         say(line)
-    by = config.prompt_shapes or phase.measured(config.rl.prompts)
-    asked = find_rooms(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
-    course = course_of(config.rl, collections.Counter(x.room for x in asked))
-    announce(pathlib.Path(config.out), given, f"{course}; {rooms_of(asked)}")
+    by = config.prompt_shapes or phase.auto_shapes(config.rl.prompts)
+    questions = assign_shapes(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
+    course = course_of(config.rl, collections.Counter(x.shape for x in questions))
+    announce(pathlib.Path(config.out), given, f"{course}; {describe_shapes(questions)}")
     data = question_batches(
-        asked,
+        questions,
         vocabulary,
         phase.tables,
         phase.limits,
@@ -257,8 +258,8 @@ def learn(phase: Phase, model: Any) -> Any:
         seed=config.seed,
         **phase.reading,
     )
-    rooms = list(dict.fromkeys(x.room for x in asked))
-    watch = phase.watch(config.rl.iterations, phase.looks.of_learning(given.judging, rooms) if given.judging else None)
+    shapes = list(dict.fromkeys(x.shape for x in questions))
+    watch = phase.watch(config.rl.iterations, phase.looks.of_learning(given.judging, shapes) if given.judging else None)
     decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
     stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watch.advantages)
     if phase.rollouts is not None:
@@ -267,15 +268,15 @@ def learn(phase: Phase, model: Any) -> Any:
     return rl(model, data, stages, config.rl, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.kept)
 
 
-def tuned_by(config: SFTConfig, network, mesh) -> Measured:
-    """By what the shapes of rows to tune on are worked out."""
+def tuning_shapes(config: SFTConfig, network, mesh) -> AutoShapes:
+    """How the shapes of rows to tune on are worked out."""
     parts, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
-    def takes(shape: BatchShape) -> int:
+    def bytes_of_row(shape: BatchShape) -> int:
         shown = (shape.slices, shape.patches)
         return row_bytes(network, shape.tokens // parts, shown, width=width, remat=bool(config.forward.remat))
 
-    return Measured(training_work(network), config.batch_size, device_memory(), takes)
+    return AutoShapes(training_work(network), config.batch_size, device_memory(), bytes_of_row)
 
 
 def pause(place: str) -> None:
@@ -286,13 +287,13 @@ def pause(place: str) -> None:
         raise Preempted
 
 
-def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
-    """How often the questions are asked; `rooms` has their number by room, of which an iteration takes one."""
-    count, iterations = sum(rooms.values()), config.iterations
+def course_of(config: RLConfig, shapes: Mapping[Any, int]) -> str:
+    """How often questions are asked; `shapes` counts them by batch shape, of which an iteration has one."""
+    count, iterations = sum(shapes.values()), config.iterations
     epochs = iterations * config.prompts / count
     said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
-    if (times := config.prompts / min(rooms.values())) > 1:
-        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+    if (times := config.prompts / min(shapes.values())) > 1:
+        each = "each question" if len(shapes) == 1 else "a question of the rarest shape"
         said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
     return said
 
@@ -300,12 +301,12 @@ def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
 def other_limits(config: TrainConfig) -> list[str]:
     """Which limits `rl` goes by where others are given: those beside the model, or `config.rollout`, which is tuning's."""
     used, usual = config.rl.rollout, RolloutConfig()
-    asked = [field.name for field in dataclasses.fields(usual)]
-    asked = [name for name in asked if getattr(config.rollout, name) != getattr(usual, name)]
+    names = [field.name for field in dataclasses.fields(usual)]
+    changed = [name for name in names if getattr(config.rollout, name) != getattr(usual, name)]
     kept = read_limits(config.model) or used
     others = {
-        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, SHOWN),
-        "config.rollout, which is of tuning": differences(used, config.rollout, asked),
+        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, VIEW_FIELDS),
+        "config.rollout, which is of tuning": differences(used, config.rollout, changed),
     }
     return [
         f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"

@@ -13,8 +13,8 @@ from pixel_jax.settings import settings
 from pixel_jax.state_files import read_note
 from pixel_jax.terminal import warn
 from pixel_jax.train import CONFIG, DATA, TrainConfig
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import BEST, HELD_OUT, ROLLOUTS, numbered
+from pixel_jax.training.writers import read_metrics
 
 PAGE = "report.html"
 PHASES = ("sft", "rl")

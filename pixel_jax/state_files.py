@@ -87,6 +87,13 @@ def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     return found
 
 
+def keep_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any) -> list[dict[str, Any]]:
+    """Rewrites a file of JSON lines (`read_lines`) without the lines that `keep` refuses, and returns the others."""
+    lines = [line for line in read_lines(path, **fields) if keep(line)]
+    write_file(path, "".join(to_json(line) + "\n" for line in lines))
+    return lines
+
+
 def _has(value: Any, fields: Mapping[str, Any]) -> bool:
     """Whether this is an object with fields of these types."""
     return isinstance(value, dict) and all(key in value and isinstance(value[key], fields[key]) for key in fields)

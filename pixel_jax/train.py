@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
 
@@ -20,6 +20,9 @@ from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.watch import Criterion, WatchConfig
+
+if TYPE_CHECKING:
+    from pixel_jax.models.config import ModelConfig
 
 FLAGS = flags.FLAGS
 # In a run's directory: all its settings (config.json is what a model has), and what was read.
@@ -131,6 +134,11 @@ class TrainConfig:
         for name in ("model", "data", "out"):
             if "://" in getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
+
+    def for_model(self, network: "ModelConfig") -> "TrainConfig":
+        """The same with the sizes of patches of a model's vision tower (`RolloutConfig.for_model`)."""
+        rl = self.rl and dataclasses.replace(self.rl, rollout=self.rl.rollout.for_model(network))
+        return dataclasses.replace(self, rollout=self.rollout.for_model(network), rl=rl)
 
     @property
     def adapts(self) -> bool:

@@ -11,9 +11,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms
+from pixel_jax.data.questions import assign_shapes
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured
+from pixel_jax.data.shapes import AutoShapes
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.parallel.processes import all_gather, say
@@ -90,24 +90,24 @@ class Setting(NamedTuple):
     """What looks need to know of a run."""
 
     config: TrainConfig
-    measured: Measured  # by what shapes of questions are worked out
+    auto_shapes: AutoShapes  # by what shapes of questions are worked out
     by: Sampling
 
     def ask(
         self,
         judging: Sequence[Example],
-        shapes: Sequence[BatchShape] | Measured,
+        shapes: Sequence[BatchShape] | AutoShapes,
         limits: RolloutConfig,
         scorer: ScorerConfig,
         dtype: str | None,
     ) -> list[Look]:
-        """One look, at those of the examples that have an answer and a room, or none. What is left out is said."""
+        """One look, at those of the examples that have an answer and fit a batch shape, or none. What is left out is said."""
         watch, report = self.config.watch, ReadReport("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
             given = (self.by.vocabulary, limits, report, self.by.tables.tools)
-            asked = find_rooms(scored, shapes, *given) if scored else []
+            asked = assign_shapes(scored, shapes, *given) if scored else []
         except PromptError:  # none is left
             asked = []
         say(str(report)) if str(report) else None
@@ -148,13 +148,13 @@ class Setting(NamedTuple):
         say(str(report)) if str(report) else None
         looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
-            longest = 2 * max(len(row.ids) - row.loss_mask.argmax() for row in (*packing.rows, *held.rows))
+            longest = 2 * max(len(row.ids) - max(row.loss_mask.find(1), 0) for row in (*packing.rows, *held.rows))
             limits = dataclasses.replace(
                 config.rollout,
                 max_response=min(config.rollout.max_response, longest),
                 max_new_tokens=min(config.rollout.max_new_tokens, longest),
             )
-            looks += self.ask(judging, self.measured, limits, ScorerConfig(), phase.forward.compute_dtype)
+            looks += self.ask(judging, self.auto_shapes, limits, ScorerConfig(), phase.forward.compute_dtype)
         return Together(*looks)
 
     def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:

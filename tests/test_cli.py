@@ -32,7 +32,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.train import TrainConfig
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.writers import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollouts import scripted_model
 from unlearn_jax.quickstart.config import Config as UnlearnConfig

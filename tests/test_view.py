@@ -18,7 +18,7 @@ from pixel_jax.ops import host_crop_resize
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools import CROP_IMAGE, ROTATE
-from pixel_jax.training.progress import MetricsLog
+from pixel_jax.training.writers import MetricsLog
 from pixel_jax.view import view, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader

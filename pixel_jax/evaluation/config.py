@@ -5,7 +5,7 @@ from typing import Literal
 
 from pixel_jax.config import positive
 from pixel_jax.data.limits import Limits
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import TOKEN_PIXELS, RolloutConfig
 from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
@@ -23,11 +23,11 @@ RELEASED = RolloutConfig(
     top_p=1.0,
     top_k=0,
     max_response=8192,
-    min_pixels=512 * FACTOR**2,
-    max_pixels=5120 * FACTOR**2,
-    crop_min_pixels=512 * FACTOR**2,
-    crop_max_pixels=5120 * FACTOR**2,
-    select_max_pixels=512 * FACTOR**2,
+    min_pixels=512 * TOKEN_PIXELS,
+    max_pixels=5120 * TOKEN_PIXELS,
+    crop_min_pixels=512 * TOKEN_PIXELS,
+    crop_max_pixels=5120 * TOKEN_PIXELS,
+    select_max_pixels=512 * TOKEN_PIXELS,
 )
 
 

@@ -136,7 +136,7 @@ def answer(config: EvalConfig) -> None:
         report(config, data, directories)
 
 
-Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its `Question`s and split
+Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
 Directories = Mapping[tuple[str, str], pathlib.Path]  # of each benchmark in each mode
 
 
@@ -165,7 +165,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     model, processor = from_pretrained(config.model, mesh=mesh, adapter=config.adapter)
     if processor is None:
         raise UserError(f"{config.model} has no tokenizer")
-    vocabulary = Vocabulary.of(processor.tokenizer)
+    vocabulary, limits = Vocabulary.of(processor.tokenizer), config.rollout.for_model(model.config)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
         held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
@@ -179,7 +179,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
             held["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
-            exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
+            exam = Exam(config.benchmarks[name], limits, mode, config.batch, config.traces, config.seed)
             evaluate(
                 policy,
                 questions,
@@ -192,7 +192,7 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 label=f"{name} {mode}",
             )
             if rollouts is not None:
-                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.facts().items())
+                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.metrics().items())
                 say(f"{name} {mode}: calls of tools that run on the host: {counts}")
 
 

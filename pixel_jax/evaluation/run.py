@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
+from pixel_jax.data.example import Example
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Fitter, Place
-from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.data.prompt_shapes import Assignment, ShapeFinder
+from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.evaluation.config import Bucket
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import ModelConfig
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -29,24 +29,18 @@ from pixel_jax.training.progress import Progress
 LOADERS = 8  # threads that decode images
 
 
-def outline(question: Question) -> Query:
-    """`question` with pictures of the right sizes and no pixels."""
-    pictures = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
-    return Query(question.question, pictures, question.is_video, question.seconds or 1.0)
-
-
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
-) -> Sequence[BatchShape] | Measured:
+) -> Sequence[BatchShape] | AutoShapes:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
+        return AutoShapes(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 
 def evaluate(
     policy: Policy,
-    questions: Sequence[Question],
+    questions: Sequence[Example],
     exam: Exam,
     directory: str | os.PathLike,
     *,
@@ -83,7 +77,7 @@ def evaluate(
     session = Session(policy, exam, directory, len(questions), scorer)
     keep = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
     found = find_shapes(policy, questions, exam, todo)
-    placed = {i: x for i, x in found.items() if isinstance(x, Place)}
+    placed = {i: x for i, x in found.items() if isinstance(x, Assignment)}
     n = session.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
     progress, finished = Progress(label, len(todo)), len(todo) - len(placed)
@@ -98,7 +92,7 @@ def evaluate(
 
 
 def settings_of(
-    policy: Policy, questions: Sequence[Question], exam: Exam, facts: Mapping[str, Any] | None
+    policy: Policy, questions: Sequence[Example], exam: Exam, facts: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What a run is."""
     return {
@@ -123,7 +117,7 @@ def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, 
 
 
 def check_pictures(
-    directory: pathlib.Path, questions: Sequence[Question], kept: Mapping[int, Record], pictures: Mapping[int, Any]
+    directory: pathlib.Path, questions: Sequence[Example], kept: Mapping[int, Record], pictures: Mapping[int, Any]
 ) -> None:
     """RunError: a question was answered about other pictures than it has now."""
     for i, found in pictures.items():
@@ -135,21 +129,21 @@ def check_pictures(
 
 
 def find_shapes(
-    policy: Policy, questions: Sequence[Question], exam: Exam, todo: Sequence[int]
-) -> dict[int, Place | ValueError]:
+    policy: Policy, questions: Sequence[Example], exam: Exam, todo: Sequence[int]
+) -> dict[int, Assignment | ValueError]:
     """Where each of the questions `todo` runs, or why it cannot."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
-    wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
-    outlines = [functools.partial(outline, questions[i]) for i in wanted]
-    fitter = Fitter(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
-    found = dict(zip(wanted, fitter.places(outlines, shapes), strict=True))
+    wanted = range(len(questions)) if isinstance(shapes, AutoShapes) else todo
+    outlines = [questions[i].outline for i in wanted]
+    finder = ShapeFinder(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
+    found = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
     return {i: found[i] for i in todo}
 
 
 def load_batches(
-    questions: Sequence[Question], placed: Mapping[int, Place], batch: int
+    questions: Sequence[Example], placed: Mapping[int, Assignment], batch: int
 ) -> Iterator[dict[int, Query | ImageError]]:
     """Batches of one shape with their pixels, or why these cannot be read; the next is read while one is worked on."""
     by_shape: dict[BatchShape, list[int]] = {}
@@ -165,9 +159,9 @@ def load_batches(
             yield loaded
 
 
-def load_query(questions: Sequence[Question], placed: Mapping[int, Place], i: int) -> Query | ImageError:
+def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
     try:
-        return placed[i].fit.apply(questions[i].query())
+        return placed[i].prompt.apply(questions[i].query())
     except ImageError as error:
         return error
 
@@ -175,8 +169,8 @@ def load_query(questions: Sequence[Question], placed: Mapping[int, Place], i: in
 def answer_batch(
     session: Session,
     stages: Stages,
-    questions: Sequence[Question],
-    placed: Mapping[int, Place],
+    questions: Sequence[Example],
+    placed: Mapping[int, Assignment],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
     """A batch through all stages; what could not be read is recorded as wrong."""

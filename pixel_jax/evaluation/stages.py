@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.rooms import Place
+from pixel_jax.data.example import Example
+from pixel_jax.data.prompt_shapes import Assignment
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
 from pixel_jax.evaluation import trace as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -98,9 +98,9 @@ class Asked(NamedTuple):
     """Questions of one shape that are answered together, with their pixels."""
 
     numbers: Sequence[int]  # among all questions
-    questions: Sequence[Question]
+    questions: Sequence[Example]
     queries: Sequence[Query]
-    places: Sequence[Place]
+    places: Sequence[Assignment]
 
 
 class Answered(NamedTuple):
@@ -149,7 +149,7 @@ def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] 
 def judge(session: Session, answered: Answered) -> Judged:
     """How right each answer is."""
     n = session.limits.group_size
-    references = [Reference(x.answers, x.question) for x in answered.asked.questions for _ in range(n)]
+    references = [Reference(x.answer, x.question) for x in answered.asked.questions for _ in range(n)]
     return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
 
 
@@ -159,7 +159,7 @@ def record(session: Session, judged: Judged) -> list[Record]:
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
         found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.parser.language)
-        records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
+        records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
         if number in session.drawn:
             draw(session, judged, at, found)
     return records
@@ -180,12 +180,12 @@ USUAL = Stages()
 # ---- records
 
 
-def about(index: int, question: Question) -> Record:
-    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+def about(index: int, question: Example) -> Record:
+    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answer)}
     return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
-def unanswered(index: int, question: Question, why: str, answers: int) -> Record:
+def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
     """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
@@ -194,7 +194,7 @@ def unanswered(index: int, question: Question, why: str, answers: int) -> Record
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
 
-def record_of(index: int, question: Question, judged: Judged, rows: slice, language: Language) -> Record:
+def record_of(index: int, question: Example, judged: Judged, rows: slice, language: Language) -> Record:
     """What is kept of a question: lists have an entry an answer."""
     t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
     return {
@@ -224,7 +224,7 @@ def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
         query,
         session.policy.vocabulary,
         answer=found["given"][0],
-        reference=" / ".join(question.answers),
+        reference=" / ".join(question.answer),
         correct=found["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import functools
 import io
+import math
 import json
 import os
 import re
@@ -22,7 +23,6 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.models.inputs import Visual
-from pixel_jax.rollouts.config import PATCH
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import STOP_REASONS, CallStatus, Trajectories
 from pixel_jax.terminal import brief
@@ -90,10 +90,11 @@ def data_uri(image: np.ndarray) -> str:
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def unpatchify(patches: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frame patches uint8 [P, 588] of a grid of `height` by `width` patches, back to pixels uint8 [h, w, 3]."""
-    used = patches[: height * width].reshape(height // 2, width // 2, 2, 2, 3, PATCH, PATCH)
-    return used.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * PATCH, width * PATCH, 3)
+def unpatchify(patches: np.ndarray, height: int, width: int, merge: int = 2) -> np.ndarray:
+    """Frame patches uint8 [P, 3 p p], merge x merge in a row for each token, of a grid of `height` by `width` patches, back to pixels uint8 [h, w, 3]."""
+    patch = math.isqrt(patches.shape[-1] // 3)
+    used = patches[: height * width].reshape(height // merge, width // merge, merge, merge, 3, patch, patch)
+    return used.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * patch, width * patch, 3)
 
 
 def make_trace(

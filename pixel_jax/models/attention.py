@@ -17,7 +17,7 @@ On TPUs and GPUs 'kernel' is the fused kernel there is (`kernels.py`), for every
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast, overload
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,28 @@ class Mask(NamedTuple):
     k_segment: jax.Array | None = None
 
 
+@overload
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    causal: bool,
+    implementation: str | None = None,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+@overload
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    causal: bool,
+    implementation: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -116,7 +138,7 @@ def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) 
 def visible(mask: Mask) -> jax.Array:
     """bool [B, T, S]"""
     seen = (mask.k_order >= 0)[:, None, :] & (mask.k_order[:, None, :] <= mask.q_order[:, :, None])
-    if mask.q_segment is not None:
+    if mask.q_segment is not None and mask.k_segment is not None:
         seen &= mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
     return seen
 
@@ -241,7 +263,10 @@ def chunked_attention(
         None if mask.q_segment is None else widen(mask.q_segment, queries, 1),
         None if mask.k_segment is None else widen(mask.k_segment, keys, 1),
     )
-    out, lse = _attend(queries, keys, widen(q, queries, 3), widen(k, keys, 2), widen(v, keys, 2), mask)
+    out, lse = cast(
+        tuple[jax.Array, jax.Array],
+        _attend(queries, keys, widen(q, queries, 3), widen(k, keys, 2), widen(v, keys, 2), mask),
+    )
     return out[..., :length, :], lse[..., :length]
 
 
@@ -404,5 +429,5 @@ def merge(parts: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
     weights = [jnp.exp(lse - top) for lse in lses]
     total = sum(weights)
     total = jnp.where(total == 0, 1.0, total)
-    merged = sum((w / total)[..., None] * out for w, out in zip(weights, outs, strict=True))
-    return merged.astype(outs[0].dtype)
+    merged = [(w / total)[..., None] * out for w, out in zip(weights, outs, strict=True)]
+    return functools.reduce(jnp.add, merged).astype(outs[0].dtype)

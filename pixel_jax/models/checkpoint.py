@@ -18,11 +18,12 @@ from absl import logging
 from flax import nnx
 from safetensors.numpy import save_file
 
+from pixel_jax.arrays import Params
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import LoRAWeight, is_variable
 from pixel_jax.models.loading import Wanted, load_arrays
-from pixel_jax.models.model import LanguageModel, Model
+from pixel_jax.models.model import Model
 from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 2**30
 
 
-def named_weights(model: Model | nnx.Module) -> Iterator[tuple[tuple, str, nnx.Variable]]:
+def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
     """(path in the tree, our name, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
@@ -51,7 +52,7 @@ def is_weight_file(name: str) -> bool:
 
 
 def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
-    """The tensors of a directory, by our names of them; files are mapped, not read.
+    """The tensors of a directory, by our names of them, `names.ours`; files are mapped, not read.
 
     Raises:
         FileError: a file is damaged, the index is wrong, or a tensor is there in both spellings.
@@ -100,14 +101,14 @@ def _read_index(directory: Path) -> dict[str, str]:
 
 
 def load_weights(
-    model: LanguageModel,
+    model: Model,
     tensors: Mapping[str, Tensor],
     where: Path,
     shardings,
     dtype=None,
     *,
     config_dtype: str | None = None,
-) -> LanguageModel:
+) -> Model:
     """An abstract model (`jax.eval_shape`) -> the same with weights from files.
 
     Args:
@@ -162,18 +163,18 @@ def _one_dtype(by_dtype: Mapping[str, str], where: Path, config_dtype: str | Non
     return config_dtype
 
 
-def _check_tied(tensors: Mapping[str, Tensor], model: LanguageModel) -> None:
+def _check_tied(tensors: Mapping[str, Tensor], model: Model) -> None:
     """A file may hold the head of a tied model too, if it is the embedding."""
     head, embedding = (tensors[key] for key in ("lm_head.weight", "model.embed_tokens.weight"))
     for tensor in (head, embedding):
-        tensor.check(model.language_model.embed_tokens.weight.shape)
+        tensor.check((model.config.text.vocab_size, model.config.text.hidden_size))
     if not np.array_equal(head.values(), embedding.values()):
         raise FileError(
             "config.json says tie_word_embeddings, but lm_head.weight differs from model.embed_tokens.weight"
         )
 
 
-def save_weights(model: LanguageModel, directory: Path, dtype=None) -> None:
+def save_weights(model: Model, directory: Path, dtype=None) -> None:
     """Write the released layout into an empty directory: one file, or shards of at most `MAX_SHARD_BYTES` with an index.
 
     dtype: of what is written; None: each weight's own.

@@ -261,6 +261,12 @@ class TowerConfig:
         return self.window_size // self.patch_size // self.spatial_merge_size
 
     @property
+    def merger_weights(self) -> int:
+        """Numbers in the matrices that a visual token is multiplied with after the last block."""
+        wide = self.hidden_size * self.merge_unit
+        return (wide**2 + wide * self.out_hidden_size) * (1 + len(self.deepstack_visual_indexes))
+
+    @property
     def feature_size(self) -> int:
         """Numbers that the decoder gets of a visual token: those of its input, and what is added to its first layers."""
         return self.out_hidden_size * (1 + len(self.deepstack_visual_indexes))
@@ -273,35 +279,32 @@ class WeightNames(NamedTuple):
 
     Args:
         spellings: for each spelling in circulation, the prefixes that differ: (ours, that of the file). The first spelling
-            is written, all are read.
-        modules: how transformers calls its modules now, which is what PEFT goes by; None: as the first spelling.
+            is written, all are read; the last one is that of the modules of transformers, which adapters of PEFT name.
     """
 
     spellings: tuple[tuple[tuple[str, str], ...], ...] = ((),)
-    modules: tuple[tuple[str, str], ...] | None = None
 
     def in_file(self, key: str) -> str:
         """Returns our name of a weight as the family's files spell it."""
-        return _respelled(key, self.spellings[0])
+        return self._spelled(key, self.spellings[0])
 
-    def module(self, key: str) -> str:
-        """Returns our name of a module or weight as transformers calls it now."""
-        return _respelled(key, self.spellings[0] if self.modules is None else self.modules)
+    def in_transformers(self, key: str) -> str:
+        """Returns our name of a weight or a module as transformers spells it."""
+        return self._spelled(key, self.spellings[-1])
 
     def all_spellings(self, key: str) -> list[str]:
-        """Returns all names that our name of a module or weight has, or had, in transformers; the present one first."""
-        return [self.module(key), *(_respelled(key, spelling) for spelling in self.spellings)]
+        """Returns our name of a weight or a module in each spelling, that of transformers first."""
+        return [self._spelled(key, spelling) for spelling in reversed(self.spellings)]
+
+    def _spelled(self, key: str, spelling: tuple[tuple[str, str], ...]) -> str:
+        ours, files = max((x for x in spelling if key.startswith(x[0])), default=("", ""), key=_first)
+        return files + key[len(ours) :]
 
     def ours(self, key: str) -> str:
         """Returns a name in a file, in any of the spellings, as we spell it."""
         pairs = [(files, ours) for spelling in self.spellings for ours, files in spelling if key.startswith(files)]
         files, ours = max(pairs, default=("", ""), key=_first)
         return ours + key[len(files) :]
-
-
-def _respelled(key: str, spelling: tuple[tuple[str, str], ...]) -> str:
-    ours, files = max((x for x in spelling if key.startswith(x[0])), default=("", ""), key=_first)
-    return files + key[len(ours) :]
 
 
 def _first(pair: tuple[str, str]) -> int:

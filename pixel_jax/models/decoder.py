@@ -131,10 +131,10 @@ class DecoderLayer(nnx.Module):
         cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
         cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
         own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
-        if prefix is not None:
+        if prefix is not None and prefix_mask is not None:
             # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
             folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
-            out, lse = cached_attention(folded, *prefix, prefix_mask)
+            out, lse = cached_attention(folded, prefix[0], prefix[1], prefix_mask)
             own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
         x = x + self.self_attn.out(own)
         return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pixel_jax.models.config import ModelConfig
+from pixel_jax.models.config import ModelConfig, TowerConfig
 from pixel_jax.models.vision import Blocks
 
 # Published dense peak of one chip, bfloat16 products a second, by `jax.Device.device_kind`.
@@ -55,6 +55,8 @@ class Flops(NamedTuple):
 
 def window_pairs(height: np.ndarray, width: np.ndarray, config: ModelConfig) -> np.ndarray:
     """Pairs of patches that share a window, of slices of `height` x `width` patches (int arrays of one shape)."""
+    if config.vision is None or config.vision.window_size is None:
+        return np.zeros_like(height)
     side = config.vision.window_cells * config.vision.spatial_merge_size
     squares = lambda n: (n // side) * side**2 + (n % side) ** 2
     return squares(height) * squares(width)
@@ -78,7 +80,9 @@ def row_work(lengths: np.ndarray, grids: np.ndarray, config: ModelConfig) -> Wor
 
 def padded_work(rows: int, length: int, slices: int, patches: int, config: ModelConfig) -> Work:
     """What the program computes for `rows` rows of static shape: `length` tokens, `slices` slices of `patches` patches."""
-    blocks = Blocks.of(patches, config.vision) if patches else Blocks(0, 0, 0)
+    blocks = Blocks(0, 0, 0)
+    if patches and config.vision is not None and config.vision.window_size is not None:
+        blocks = Blocks.of(patches, config.vision)
     return Work(
         tokens=rows * length,
         pairs=rows * length**2,
@@ -91,18 +95,10 @@ def padded_work(rows: int, length: int, slices: int, patches: int, config: Model
 
 def forward_flops(config: ModelConfig, work: Work, *, adapter_weights: int = 0) -> Flops:
     """Of one forward pass. `adapter_weights`: numbers in the LoRA matrices of all decoder layers together."""
-    text, vision = config.text, config.vision
-    depth, dim = vision.depth, vision.hidden_size
-    full = len([i for i in vision.fullatt_block_indexes if i < depth])
-    wide = dim * vision.merge_unit  # what the merger sees of one visual token
+    text = config.text
     heads, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     return Flops(
-        patch_embed=2.0 * work.patches * vision.patch_dim * dim,
-        # fused query, key, value; output; gate, up, down
-        vision_layers=2.0 * work.patches * depth * (4 * dim**2 + 3 * dim * vision.intermediate_size),
-        # scores and weighted values, 2 each per pair and channel
-        vision_attention=4.0 * dim * (full * work.full_pairs + (depth - full) * work.window_pairs),
-        merger=2.0 * work.patches / vision.merge_unit * (wide**2 + wide * vision.out_hidden_size),
+        *(0.0,) * 4 if config.vision is None else _vision_flops(config.vision, work),
         # query and output, key and value; gate, up, down
         layers=2.0
         * work.tokens
@@ -113,6 +109,27 @@ def forward_flops(config: ModelConfig, work: Work, *, adapter_weights: int = 0) 
         adapters=2.0 * work.tokens * adapter_weights,
         head=2.0 * work.predictions * text.hidden_size * text.vocab_size,
     )
+
+
+def _vision_flops(vision: TowerConfig, work: Work) -> tuple[float, float, float, float]:
+    """The first four fields of `Flops`."""
+    depth, dim = vision.depth, vision.hidden_size
+    full = depth
+    if vision.window_size is not None:
+        full = len([i for i in vision.fullatt_block_indexes if i < depth])
+    return (
+        2.0 * work.patches * vision.patch_dim * dim,
+        # fused query, key, value; output; the MLP
+        2.0 * work.patches * depth * (4 * dim**2 + _mlp(vision) * dim * vision.intermediate_size),
+        # scores and weighted values, 2 each per pair and channel
+        4.0 * dim * (full * work.full_pairs + (depth - full) * work.window_pairs),
+        2.0 * work.patches / vision.merge_unit * vision.merger_weights,
+    )
+
+
+def _mlp(vision: TowerConfig) -> int:
+    """Matrices in an MLP of the tower."""
+    return 3 if vision.gated else 2
 
 
 def training_flops(
@@ -137,7 +154,9 @@ def training_flops(
     again = int(remat)
     heads = (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
     down = text.intermediate_size / (2 * heads + 3 * text.intermediate_size)  # its share of a layer
-    vision_down = tower.intermediate_size / (4 * tower.hidden_size + 3 * tower.intermediate_size)
+    vision_down = 0.0
+    if tower is not None:
+        vision_down = tower.intermediate_size / (4 * tower.hidden_size + _mlp(tower) * tower.intermediate_size)
     times = Flops(
         patch_embed=2 if vision else 1,  # pixels need no gradient
         vision_layers=seen + again * vision * (1 - vision_down),

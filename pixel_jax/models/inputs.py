@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.config import TowerConfig
 from pixel_jax.ops import pixel_values
 
@@ -21,10 +22,10 @@ class Visual(NamedTuple):
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
     """
 
-    patches: jax.Array
-    slices: jax.Array
-    grids: jax.Array
-    seconds: jax.Array
+    patches: AnyArray
+    slices: AnyArray
+    grids: AnyArray
+    seconds: AnyArray
 
 
 class Located(NamedTuple):
@@ -44,12 +45,12 @@ class Located(NamedTuple):
     known: jax.Array
 
 
-def merged_grids(grids: jax.Array, merge: int) -> jax.Array:
+def merged_grids(grids: AnyArray, merge: int) -> jax.Array:
     """Grids [..., 3] in patches -> in visual tokens."""
     return jnp.asarray(grids) // jnp.array([1, merge, merge], jnp.int32)
 
 
-def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
+def locate(rank: jax.Array, grids: AnyArray, merge: int) -> Located:
     """Rank [B, T] of visual tokens among their row's -> the item, slice and offset they stand for (`grids` [B, K, 3])."""
     t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
     count = t * h * w
@@ -63,7 +64,7 @@ def locate(rank: jax.Array, grids: jax.Array, merge: int) -> Located:
     return Located(item, within, take(jnp.cumsum(t, axis=1) - t) + within // area, within % area, known)
 
 
-def slice_grids(grids: jax.Array, num_slices: int) -> jax.Array:
+def slice_grids(grids: AnyArray, num_slices: int) -> jax.Array:
     """Items [B, K, 3] -> (height, width) in patches of each temporal slice, int32 [B, num_slices, 2]; 0 where absent."""
     ends = jnp.cumsum(grids[..., 0], axis=1)
     item = jnp.sum(jnp.arange(num_slices)[None, :, None] >= ends[:, None, :], axis=-1)

@@ -32,7 +32,7 @@ def from_pretrained(
     mesh: jax.sharding.Mesh | None = None,
     dtype=None,
     adapter: str | os.PathLike[str] | None = None,
-) -> tuple[LanguageModel, Processor | None]:
+) -> tuple[Model, Processor | None]:
     """Reads a directory with config.json and safetensors files, or a GGUF file.
 
     Args:
@@ -98,7 +98,7 @@ def _warn_of_another(directory: Path, adapter: Path) -> None:
 
 
 def save_pretrained(
-    model: LanguageModel, processor: Processor | None, path: str | os.PathLike[str], dtype=None
+    model: Model, processor: Processor | None, path: str | os.PathLike[str], dtype=None
 ) -> None:
     """Writes the same format back (adapters merged beforehand).
 
@@ -127,9 +127,9 @@ def save_pretrained(
         _put_in_place(unfinished, directory, sides=processor is not None)
 
 
-def dtype_of(model: LanguageModel) -> str:
+def dtype_of(model: Model) -> str:
     """What `config.json` says of a model's weights: the type of its embedding."""
-    return jnp.dtype(model.language_model.embed_tokens.weight.dtype).name
+    return jnp.dtype(model.dtype).name
 
 
 def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
@@ -211,7 +211,7 @@ def forward(
 
 @jax.jit
 def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
-    """pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None"""
+    """Logits of pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None."""
     tokens = jnp.where(valid, tokens, 0)
     features = None
     if pixels is not None:
@@ -271,7 +271,7 @@ class _Items:
             self.seconds = np.asarray(seconds, np.float32)
 
     def next(self):
-        """(grid, patches [t, h * w, 1176], seconds) of the next one"""
+        """(grid, patches [t, h * w, 1176], seconds) of the next one."""
         grid, seconds = self.grids[self.used], self.seconds[self.used]
         count = int(grid.prod())
         patches = self.pixels[self.offset : self.offset + count].reshape(grid[0], -1, self.pixels.shape[1])
@@ -300,7 +300,7 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
     return found
 
 
-def _pack(rows: list[list], config: ModelConfig):
+    """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty."""
     """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty"""
     most = max(len(items) for items in rows)
     if most == 0:

@@ -5,6 +5,8 @@ Both know which keys a query sees from two things: whether the order is causal, 
 nobody may see gets a segment of its own.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
@@ -77,8 +79,8 @@ def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = Fal
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     q, k, v = (_pad(x, GPU_BLOCK) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5
-    out = triton_attention.mha(q, k, v, segments, sm_scale=scale, causal=causal, interpret=interpret)[:, :length]
-    return jnp.where((k_segment == INVISIBLE)[..., None, None], 0, out)
+    out = cast(jax.Array, triton_attention.mha(q, k, v, segments, sm_scale=scale, causal=causal, interpret=interpret))
+    return jnp.where((k_segment == INVISIBLE)[..., None, None], 0, out[:, :length])
 
 
 def _pad(x: jax.Array, length: int, last: int | None = None, fill: int = 0) -> jax.Array:

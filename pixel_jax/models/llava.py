@@ -73,6 +73,11 @@ class CLIPConfig(TowerConfig):
             raise ValueError(f"vision_feature_layer {self.feature_layers}: there are {self.depth} layers")
 
     @property
+    def merger_weights(self) -> int:
+        """See `TowerConfig.merger_weights`: the projector's."""
+        return (self.hidden_size * len(self.feature_layers) + self.out_hidden_size) * self.out_hidden_size
+
+    @property
     def fixed_grid(self) -> tuple[int, int]:
         """Height and width of every image in patches."""
         side = self.image_size // self.patch_size
@@ -111,13 +116,13 @@ class LlavaConfig(ModelConfig):
                 ("model.", "model.language_model."),
                 ("lm_head.", "lm_head."),
             ),
-            (("visual.", "model.vision_tower."), ("visual.", "vision_tower.")),
-        ),
-        modules=(
-            ("visual.multi_modal_projector.", "model.multi_modal_projector."),
-            ("visual.", "model.vision_tower."),
-            ("model.", "model.language_model."),
-        ),
+            (
+                ("visual.multi_modal_projector.", "model.multi_modal_projector."),
+                ("visual.", "model.vision_tower."),
+                ("model.", "model.language_model."),
+                ("lm_head.", "lm_head."),
+            ),
+        )
     )
 
     @property
@@ -251,7 +256,7 @@ class CLIPTower(nnx.Module):
         weights = self.embeddings
         kernel = weights["patch_embedding"]["weight"][...]
         patches = jnp.einsum("npi,oi->npo", pixels[:, :count].astype(kernel.dtype), kernel.reshape(kernel.shape[0], -1))
-        first = jnp.broadcast_to(weights["class_embedding"][...], (len(pixels), 1, config.hidden_size))
+        first = jnp.broadcast_to(jnp.asarray(weights["class_embedding"][...]), (len(pixels), 1, config.hidden_size))
         x = jnp.concatenate([first, patches], axis=1) + weights["position_embedding"]["weight"][...]
         x = self.pre_layrnorm(keep_rows(x))
         layers = [layer % (config.depth + 1) for layer in config.feature_layers]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.decoder import Decoder, KVCache, Prefix
@@ -33,6 +34,11 @@ class Model(Protocol):
         """The family's configuration: patch and merge sizes, placeholder tokens, sizes of the decoder."""
         ...
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the weights: that of the embedding."""
+        ...
+
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
@@ -42,12 +48,12 @@ class Model(Protocol):
         """
         ...
 
-    def is_visual(self, tokens: jax.Array) -> jax.Array:
+    def is_visual(self, tokens: AnyArray) -> jax.Array:
         """Whether tokens [...] are placeholders of visual features, bool [...]."""
         ...
 
     def positions(
-        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+        self, tokens: AnyArray, valid: AnyArray, grids: AnyArray, seconds: AnyArray, start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Rotary positions int32 [3, B, T] of a stretch of tokens, and those after the last ones, int32 [B].
 
@@ -62,9 +68,9 @@ class Model(Protocol):
 
     def embed(
         self,
-        tokens: jax.Array,
+        tokens: AnyArray,
         features: jax.Array | None = None,
-        grids: jax.Array | None = None,
+        grids: AnyArray | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
         """Tokens int32 [B, T], visual ones replaced by features -> what the decoder reads, [B, T, D or F]."""
@@ -139,6 +145,11 @@ class LanguageModel(nnx.Module):
             dim, vocab = config.text.hidden_size, config.text.vocab_size
             self.lm_head = Linear(keys[2], dim, vocab, ("vocab", "embed"), bias=False, dtype=dtype)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """See `Model.dtype`."""
+        return jnp.dtype(self.language_model.embed_tokens.weight.dtype)
+
     def encode(
         self, pixels: jax.Array, hw: jax.Array, *, remat: Remat = False, implementation: str | None = None
     ) -> jax.Array:
@@ -147,13 +158,13 @@ class LanguageModel(nnx.Module):
             raise ValueError(f"a model of the family {self.config.model_type!r} has no vision tower")
         return self.visual(pixels, hw, remat=remat, implementation=implementation)
 
-    def is_visual(self, tokens: jax.Array) -> jax.Array:
+    def is_visual(self, tokens: AnyArray) -> jax.Array:
         """See `Model.is_visual`."""
-        placeholders = [tokens == number for number in self.config.visual_tokens]
+        placeholders = [jnp.asarray(tokens) == number for number in self.config.visual_tokens]
         return functools.reduce(operator.or_, placeholders, jnp.zeros(tokens.shape, bool))
 
     def positions(
-        self, tokens: jax.Array, valid: jax.Array, grids: jax.Array, seconds: jax.Array, start: jax.Array
+        self, tokens: AnyArray, valid: AnyArray, grids: AnyArray, seconds: AnyArray, start: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """See `Model.positions`."""
         if self.config.text.mrope_section is None:
@@ -162,9 +173,9 @@ class LanguageModel(nnx.Module):
 
     def embed(
         self,
-        tokens: jax.Array,
+        tokens: AnyArray,
         features: jax.Array | None = None,
-        grids: jax.Array | None = None,
+        grids: AnyArray | None = None,
         seen: jax.Array | int = 0,
     ) -> jax.Array:
         """See `Model.embed`.
@@ -227,7 +238,7 @@ class LanguageModel(nnx.Module):
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens in each of `batch` rows."""
-        return KVCache.empty(self.config.text, batch, capacity, self.language_model.embed_tokens.weight.dtype)
+        return KVCache.empty(self.config.text, batch, capacity, self.dtype)
 
     def step(
         self,
@@ -281,7 +292,9 @@ def encode_visual(
     first, second = (jnp.take_along_axis(visual.patches, frames[..., i, None, None], axis=1) for i in (0, 1))
     hw = slice_grids(visual.grids, num_slices)
     linear = chosen(implementation, visual.patches.shape[2], visual.patches.shape[2]) != "dense"
-    pixels_of = functools.partial(slice_pixels, vision=model.config.vision)
+    vision = model.config.vision
+    assert vision is not None
+    pixels_of = functools.partial(slice_pixels, vision=vision)
     if linear and num_slices > 1 and sequence_shards(mesh) == 1:
         encode = lambda x: model.encode(pixels_of(*x[:2]), x[2], remat=remat, implementation=implementation)
         features = jax.lax.map(encode, tuple(jnp.swapaxes(x, 0, 1) for x in (first, second, hw)))
@@ -316,7 +329,7 @@ def forward_hidden(
     tokens = jnp.where(valid, tokens, 0)
     features, grids = None, jnp.zeros((tokens.shape[0], 0, 3), jnp.int32)
     seconds = jnp.zeros(grids.shape[:2], jnp.float32)
-    if visual is not None:
+    if visual is not None and visual.slices.shape[1] and model.config.vision is not None:
         features = encode_visual(model, visual, remat=remat, implementation=implementation, mesh=mesh)
         grids, seconds = visual.grids, visual.seconds
     x = model.embed(tokens, features, grids)

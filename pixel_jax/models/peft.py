@@ -251,7 +251,7 @@ def _layer_names(model: Model) -> dict[str, LayerName]:
         stacked = linear.weight.axes[0] == "layers"
         for layer in range(linear.weight.shape[0]) if stacked else [None]:
             key = path.format(layer)
-            names[key] = LayerName(model.config.names.module(key), path, layer)
+            names[key] = LayerName(model.config.names.in_transformers(key), path, layer)
     return names
 
 
@@ -375,7 +375,7 @@ def save_adapter(
             continue
         a, b = (to_host(x[...], dtype or np.float32) for x in (linear.lora_a, linear.lora_b))
         for layer, (one, other) in enumerate(_pairs(a, b)):
-            module = model.config.names.module(name.format(layer))
+            module = model.config.names.in_transformers(name.format(layer))
             tensors[f"{PREFIX}{module}.lora_A.weight"] = one
             tensors[f"{PREFIX}{module}.lora_B.weight"] = other
             if one.size:
@@ -426,7 +426,7 @@ def _targets(model: Model, adapted: set[str]) -> list[str]:
     """Names for `target_modules` that mean these layers and no others: q_proj, where that is enough, else whole names."""
     modules = set()  # also those that hold others: blocks.0 ends as mlp.0 does
     for key, layer in _weight_layers(model):
-        parts = model.config.names.module(key.format(layer)).split(".")
+        parts = model.config.names.in_transformers(key.format(layer)).split(".")
         modules |= {".".join(parts[:count]) for count in range(1, len(parts))}
     targets = set()
     for name in adapted:

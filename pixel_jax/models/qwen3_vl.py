@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixel_jax.models.config import (
-    FLAT_NAMES,
     MAX_LAYERS,
     NESTED_NAMES,
     TextConfig,
@@ -73,7 +72,7 @@ class Qwen3VLConfig(QwenVLConfig):
 
     model_type: ClassVar[str] = "qwen3_vl"
     architecture: ClassVar[str] = "Qwen3VLForConditionalGeneration"
-    names: ClassVar[WeightNames] = WeightNames((NESTED_NAMES, FLAT_NAMES))
+    names: ClassVar[WeightNames] = WeightNames((NESTED_NAMES,))
     text_class: ClassVar[type[TextConfig]] = Qwen3VLText
     vision_class: ClassVar[type[TowerConfig]] = Qwen3Tower
     nested: ClassVar[bool] = True

@@ -43,7 +43,7 @@ class QwenVLConfig(ModelConfig):
     vision_start_token_id: int = token(151652)
     vision_end_token_id: int = token(151653)
 
-    names: ClassVar[WeightNames] = WeightNames((FLAT_NAMES, NESTED_NAMES), NESTED_NAMES)
+    names: ClassVar[WeightNames] = WeightNames((FLAT_NAMES, NESTED_NAMES))
     placeholders: ClassVar[tuple[str, ...]] = ("<|image_pad|>", "<|video_pad|>")
     image_processor: ClassVar[str] = "Qwen2VLImageProcessor"
 

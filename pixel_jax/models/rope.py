@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.config import ModelConfig, RopeScaling, TextConfig
 from pixel_jax.models.inputs import locate, merged_grids
 
@@ -52,16 +53,19 @@ def scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return ((1 - smooth) * low + smooth * frequencies).astype(np.float32)
 
 
+def rotary_frequencies(config: TextConfig) -> np.ndarray:
+    """Returns the angles by which one position turns the pairs of a head, float32 [head_dim / 2]."""
+    frequencies = _frequencies(config.head_dim, config.rope_theta)
+    return frequencies if config.rope_scaling is None else scaled(frequencies, config.rope_scaling)
+
+
 def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
     """Positions int32 [3, B, T] -> cos, sin float32 [B, T, head_dim / 2].
 
     With an `mrope_section` the frequencies are dealt out to time, height and width, so many to each: in blocks, or in turns.
     Without one all positions of a token are the same number.
     """
-    half, section = config.head_dim // 2, config.mrope_section
-    frequencies = _frequencies(config.head_dim, config.rope_theta)
-    if config.rope_scaling is not None:
-        frequencies = scaled(frequencies, config.rope_scaling)
+    half, section, frequencies = config.head_dim // 2, config.mrope_section, rotary_frequencies(config)
     if section is None:
         angles = positions[0].astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)
@@ -74,7 +78,7 @@ def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, 
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def text_positions(valid: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+def text_positions(valid: AnyArray, start: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Positions of tokens that count one each, as `mrope_positions` returns them."""
     counted = start[:, None] + jnp.cumsum(valid, axis=1) - valid
     positions = jnp.broadcast_to(counted, (3, *counted.shape)).astype(jnp.int32)
@@ -82,10 +86,10 @@ def text_positions(valid: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def mrope_positions(
-    is_visual: jax.Array,
-    valid: jax.Array,
-    grids: jax.Array,
-    seconds: jax.Array,
+    is_visual: AnyArray,
+    valid: AnyArray,
+    grids: AnyArray,
+    seconds: AnyArray,
     start: jax.Array,
     config: ModelConfig,
 ) -> tuple[jax.Array, jax.Array]:

@@ -5,12 +5,14 @@ every frame of a still image would stand twice.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.ops.arguments import check_pixels, integers
+from pixel_jax.arrays import AnyArray
+from pixel_jax.ops.arguments import check_pixels, integers, is_concrete
 from pixel_jax.ops.automatic import on_automatic_axes
 
 PATCH = 14
@@ -20,52 +22,64 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in every Qwen2.5-
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Array:
-    """Patches of one frame, in the order of the Qwen2-VL image processor: the 4 patches of a merged token in a row.
+def patchify(
+    image: AnyArray,
+    size: AnyArray | Sequence[int],
+    *,
+    max_patches: int,
+    patch: int = PATCH,
+    merge: int = MERGE,
+) -> jax.Array:
+    """Cuts a frame into patches, in the order of the Qwen2-VL image processor: the patches of a merged token in a row.
 
     Args:
-      image: uint8 [H, W, 3], H and W multiples of 28; the frame fills its top left corner.
-      size: int32 [2]: height and width of the frame in pixels, multiples of 28; traced or concrete.
+      image: uint8 [H, W, 3], H and W multiples of patch * merge; the frame fills its top left corner.
+      size: int32 [2]: height and width of the frame in pixels, multiples of patch * merge; traced or concrete.
       max_patches: static number of rows of the result.
+      patch: pixels along a side of a patch.
+      merge: patches along a side of a merged token.
 
     Returns:
-      uint8 [max_patches, 588], each row (channel, 14, 14), zero from row height / 14 * width / 14 on. A concrete size
-      that is no multiple of 28, exceeds the image or has more patches than that raises ValueError; a traced one gives
-      zeros.
+      uint8 [max_patches, 3 * patch * patch], each row (channel, patch, patch), zero from the frame's last patch on. All are
+      zero for a traced size that is no multiple of patch * merge, exceeds the image or has more than `max_patches` patches.
+
+    Raises:
+      ValueError: a concrete size is such a one, or the image has another shape.
     """
-    unit = PATCH * MERGE
+    unit = patch * merge
     check_pixels("image", image)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % unit or image.shape[1] % unit:
         raise ValueError(f"image must be [H, W, 3] with H and W multiples of {unit}, got {image.shape}")
     size = integers("size", size, 2)
-    if not isinstance(size, jax.core.Tracer):
+    if is_concrete(size):
         height, width = (int(side) for side in np.asarray(size))
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(f"size {(height, width)} is not made of positive multiples of {unit}")
         if height > image.shape[0] or width > image.shape[1]:
             raise ValueError(f"size {(height, width)} exceeds the image {image.shape[:2]}")
-        if height * width > max_patches * PATCH * PATCH:
+        if height * width > max_patches * patch * patch:
             raise ValueError(f"size {(height, width)} has more than {max_patches} patches")
     size = jnp.asarray(size, jnp.int32)
-    return on_automatic_axes(functools.partial(_patchify, max_patches=max_patches), jnp.asarray(image), size)
+    cut = functools.partial(_patchify, max_patches=max_patches, patch=patch, merge=merge)
+    return on_automatic_axes(cut, jnp.asarray(image), size)
 
 
-def _patchify(image, size, max_patches):
-    unit = PATCH * MERGE
+def _patchify(image: jax.Array, size: jax.Array, max_patches: int, patch: int, merge: int) -> jax.Array:
+    unit = patch * merge
     rows, columns = image.shape[0] // unit, image.shape[1] // unit
-    # [rows, columns, MERGE, MERGE, 3, PATCH, PATCH], one leading index for each merged token of the whole canvas.
-    patches = image.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    tokens = patches.reshape(rows * columns, MERGE * MERGE * FRAME_PATCH)
+    # [rows, columns, merge, merge, 3, patch, patch], one leading index for each merged token of the whole buffer.
+    patches = image.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(0, 3, 1, 4, 6, 2, 5)
+    tokens = patches.reshape(rows * columns, merge * merge * 3 * patch * patch)
 
     height, width = size[0] // unit, size[1] // unit
     count = height * width
     fits = jnp.all((size > 0) & (size % unit == 0)) & (height <= rows) & (width <= columns)
-    fits &= count * MERGE * MERGE <= max_patches
-    group = jnp.arange(-(-max_patches // (MERGE * MERGE)), dtype=jnp.int32)
+    fits &= count * merge * merge <= max_patches
+    group = jnp.arange(-(-max_patches // (merge * merge)), dtype=jnp.int32)
     source = group // jnp.maximum(width, 1) * columns + group % jnp.maximum(width, 1)
     valid = fits & (group < count)
     chosen = jnp.where(valid[:, None], tokens[jnp.where(valid, source, 0)], 0)
-    return chosen.reshape(-1, FRAME_PATCH)[:max_patches]
+    return chosen.reshape(-1, 3 * patch * patch)[:max_patches]
 
 
 def pixel_values(
@@ -74,14 +88,16 @@ def pixel_values(
     mean: tuple[float, float, float] = IMAGE_MEAN,
     std: tuple[float, float, float] = IMAGE_STD,
 ) -> jax.Array:
-    """What the vision tower reads of the frames of a temporal patch: rescaled to [0, 1], normalised, and interleaved.
+    """Makes the input of the vision tower from the frames of a temporal patch: rescaled to [0, 1], normalised, interleaved.
 
-    A still image is given twice. The `pixel_values` of the Hugging Face image processor, up to float32 rounding.
+    A still image is passed as often as the temporal patch has frames. The result is the `pixel_values` of the Hugging Face
+    image processor, up to float32 rounding.
 
     Args:
-      frames: uint8 [..., P, 3 * patch * patch] each, the frame patches of the first frame, the second, ...
+      frames: uint8 [..., P, 3 * patch * patch] each, the patches of the first frame, of the second, ...
       patch: pixels along a side of a patch.
-      mean, std: of the channels, by which they are normalised.
+      mean: of each channel, which is subtracted.
+      std: of each channel, by which is divided.
 
     Returns:
       float32 [..., P, 3 * n * patch * patch] for n frames, each row (channel, frame, patch, patch).

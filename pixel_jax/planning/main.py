@@ -156,5 +156,6 @@ def read_recipe(config, console):
     if vocabulary is None:
         console.print("No tokenizer there: the text of observations is counted in that of the quickstart.", style="dim")
         vocabulary = build_vocabulary()
+    config = config.for_model(network)
     limits = config.rollout if config.rl is None else config.rl.rollout
     return Recipe(config, network, tables(vocabulary, calls=find_format(limits.call_format)))

@@ -18,21 +18,20 @@ from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
-from pixel_jax.rollouts.config import PATCH, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
-from pixel_jax.rollouts.rollout import compiled_rollout, traced
+from pixel_jax.rollouts.rollout import compiled_rollout, traced_settings
 from pixel_jax.rollouts.shapes import RolloutShape, budgets, prompt_shape
 from pixel_jax.rollouts.trajectory import Prompts, Tables
 from pixel_jax.train import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
-from pixel_jax.training.state import TrainState, init_state
-from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
+from pixel_jax.training.state import TrainState, cast, init_state
+from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
 
 RUN = ("update", "score", "rollout")  # steps of a run of reinforcement learning; others are planned by themselves
 ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate
-PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +155,7 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
         logprobs=array(jnp.float32, rows, length),
         old_logprobs=array(jnp.float32, rows, length),
         visual=Visual(
-            patches=array(jnp.uint8, rows, frames, config.trace_patches, PIXELS),
+            patches=array(jnp.uint8, rows, frames, config.trace_patches, config.rl.rollout.patch_bytes),
             slices=array(jnp.int32, rows, frames, 2),
             grids=array(jnp.int32, rows, frames, 3),
             seconds=array(jnp.float32, rows, frames),
@@ -202,7 +201,7 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
     model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
     tables = everywhere(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
+    assistant_prefix, temperature, config = traced_settings(recipe.config.rl.rollout, ())
     traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
@@ -211,7 +210,7 @@ def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]
 
 def rl_batch(recipe: Recipe) -> Batch:
     """The rows of one update, cut from what a rollout returns."""
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
+    assistant_prefix, temperature, config = traced_settings(recipe.config.rl.rollout, ())
     shape, rows = rollout_shape(recipe, 1), recipe.config.rl.train_batch
     run = functools.partial(compiled_rollout, config=config, shape=shape, mesh=None)
     model, prompts = abstract_model(recipe), prompt_arrays(recipe)
@@ -279,6 +278,8 @@ def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
 def vision_turns(network: ModelConfig) -> dict[str, float]:
     """The share of the tower's layers that attend over the whole slice."""
     vision = network.vision
+    if vision is None or vision.window_size is None:
+        return {"full_attention": 1.0}
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth]) / vision.depth
     return {"full_attention": full}
 

@@ -28,11 +28,12 @@ from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
-from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
+from pixel_jax.training.progress import Progress, announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import rl
 from pixel_jax.training.sft import Shuffled, sft
 from pixel_jax.training.stages import Stages
+from pixel_jax.training.writers import read_metrics
 
 POLL = 1.0  # seconds between looks at the arms' progress
 

@@ -16,9 +16,8 @@ from pixel_jax.evaluation.trace import make_trace
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
@@ -32,8 +31,7 @@ from pixel_jax.rollouts.trajectory import (
     to_host,
 )
 from pixel_jax.training.answers import last_boxed
-from pixel_jax.training.batch import Batch, from_trajectories
-from pixel_jax.training.packing import pack
+from pixel_jax.training.batch import Batch, from_trajectories, pack
 
 BUFFER = (1, miniature.SIDE, miniature.SIDE)
 EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms
@@ -79,7 +77,7 @@ class Task:
         # A trace may look more often than a rollout, whose length is what an update costs.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
-        wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
+        wide = BatchShape(limits.max_tokens, images, images, limits.merge_unit * (budget // limits.factor**2))
         made = []
         with ThreadPoolExecutor(1) as pool:  # one wave is cut out (which holds no lock) while the next is drawn
             ready = None
@@ -159,7 +157,7 @@ class Answers:
 def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
     """Put every scene to `model` once; the assistant's turn begins with `opening`."""
     size = task.config.evaluation.batch
-    limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
+    limits = single_answer(task.config.rl.rollout, 0.0 if greedy else 1.0)
     ids = task.vocabulary.encode(opening) if opening else []
     parts = []
     for start in range(0, len(scenes), size):

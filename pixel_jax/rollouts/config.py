@@ -1,51 +1,56 @@
-"""Everything that shapes a rollout. Defaults are the released recipe (Pixel Reasoner §4.2, App., and its code)."""
+"""Settings of a rollout. Defaults are the released recipe (Pixel Reasoner §4.2, App., and its code)."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pixel_jax.config import positive
 
-PATCH = 14  # pixels a side, Qwen2.5-VL
-FACTOR = 28  # a merged patch: two by two
+if TYPE_CHECKING:  # importing it takes seconds, and configurations are read by commands that need no model
+    from pixel_jax.models.config import ModelConfig
+
+TOKEN_PIXELS = 28**2  # of a visual token of Qwen2.5-VL: the unit of the released budgets
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Static: part of the compiled program's identity. Pixel budgets are areas, inclusive, before rounding to `FACTOR`."""
+    """Settings of a rollout, static in compiled programs. Pixel budgets are areas, inclusive, before rounding to `factor`."""
 
     group_size: int = 8  # rows of one prompt (n of the paper)
     temperature: float = 1.0  # 0 decodes greedily
     later_temperature: float | None = None  # after the first call; None: the same (the released code: 0.9)
-    top_p: float = 0.95  # of the likeliest tokens whose probabilities add up to this one is drawn; 1: off
+    top_p: float = 0.95  # tokens are drawn from the likeliest whose probabilities add up to this; 1: off
     top_k: int = 40  # 0: off
-    min_tokens: int = 1  # of one turn, before one that ends it
+    min_tokens: int = 1  # of one turn, before a token that ends it
     max_new_tokens: int = 2048  # of one turn
-    max_calls: int = 4  # executed; one more is counted and ends the row
-    max_images: int = 16  # images of a row; a video counts as one
+    max_calls: int = 4  # carried out; one more is counted and ends the row
+    max_images: int = 16  # images of a row; a video counts as one. 0: prompts are text only
     max_tokens: int = 12_088  # prompt and response together
-    max_response: int = 10_000  # room kept for what follows the prompt, observations included
-    min_pixels: int = 4 * FACTOR**2  # of an image, shown in at least this area
-    max_pixels: int = 2000 * FACTOR**2  # of an image, at most
-    crop_min_pixels: int = 4 * FACTOR**2  # of a crop, at least
-    crop_max_pixels: int = 1000 * FACTOR**2  # of a crop, at most
-    select_min_pixels: int = 4 * FACTOR**2  # of a selected frame, at least
-    select_max_pixels: int = 400 * FACTOR**2  # of a selected frame, at most
-    video_min_pixels: int = 4 * FACTOR**2  # of a frame of a video in the prompt, at least
-    video_max_pixels: int = 512 * FACTOR**2  # of a frame of a video in the prompt, at most
-    max_side: int = 3584  # longest side of anything shown, in pixels; the static buffer of a resize
+    max_response: int = 10_000  # everything behind the prompt, observations included
+    min_pixels: int = 4 * TOKEN_PIXELS  # of an image in the prompt, at least
+    max_pixels: int = 2000 * TOKEN_PIXELS  # of an image in the prompt, at most
+    crop_min_pixels: int = 4 * TOKEN_PIXELS  # of a crop, at least
+    crop_max_pixels: int = 1000 * TOKEN_PIXELS  # of a crop, at most
+    select_min_pixels: int = 4 * TOKEN_PIXELS  # of a selected frame, at least
+    select_max_pixels: int = 400 * TOKEN_PIXELS  # of a selected frame, at most
+    video_min_pixels: int = 4 * TOKEN_PIXELS  # of a frame of a video in the prompt, at least
+    video_max_pixels: int = 512 * TOKEN_PIXELS  # of a frame of a video in the prompt, at most
+    patch_size: int = 14  # of the model's vision tower, as is the next (`for_model`); pixels along a side
+    merge_size: int = 2  # patches along a side of a visual token
+    max_side: int = 3584  # longest side of any image that is shown, in pixels
     pad: float | None = None  # added on each side of a box, as a share of the image; None: what the call format says
-    min_crop: int = 28  # a crop must be larger than this on both sides, in pixels of what is cropped
+    min_crop: int = 28  # a crop must have more pixels than this on both sides, before it is resized
     call_format: str = "pixel_reasoner"  # how calls are written: a name of `pixel_jax.dialog.formats`, or module:name
     one_is_absolute: bool = False  # the released code reads a box with a coordinate of exactly 1 as pixels
-    blank: bool = False  # what an operation shows is uniformly grey: does the model use what it looks at?
-    # Prompts whose rows are written at the same time; the others wait and take the place of rows that finish. None: all, or as
-    # many as a device's memory has room for.
+    blank: bool = False  # operations show uniformly grey images: to measure whether the model uses them
+    # Prompts whose rows are written at the same time; the others wait for slots of rows that finish. None: all, or as many as fit
+    # into the devices' memory.
     in_flight: int | None = None
-    observe_chunk: int = 8  # waiting rows (per data shard) cropped and encoded at a time
-    # Where products bind decoding (CPUs): all rows end their turns before any is answered, and once no more than this (per data
-    # shard) are writing, they go on alone. None: what a token costs hardly depends on who writes; `decode_loop.writes_on`.
+    observe_chunk: int = 8  # waiting rows (per data shard) whose images are cropped and encoded at a time
+    # For CPUs, where decoding is bound by computation: all rows end their turns before any is answered, and once no more than
+    # this (per data shard) are writing, only those are computed. None: rows are answered while others write
+    # (`decode_loop.writes_on`).
     tail_rows: int | None = None
-    # Attention of prompts and images. None: by size and platform, in memory linear in the number of patches.
+    # Attention over prompts and images. None: chosen by size and platform, with memory linear in the number of patches.
     implementation: Literal["dense", "chunked", "kernel"] | None = None
 
     def __post_init__(self):
@@ -54,7 +59,7 @@ class RolloutConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
         positive(self, "group_size", "max_new_tokens", "max_tokens", "max_response", "max_side")
-        positive(self, "in_flight", "observe_chunk", "tail_rows")
+        positive(self, "in_flight", "observe_chunk", "tail_rows", "patch_size", "merge_size")
         for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
@@ -62,3 +67,51 @@ class RolloutConfig:
             low, high = getattr(self, f"{kind}min_pixels"), getattr(self, f"{kind}max_pixels")
             if not 0 < low <= high:
                 raise ValueError(f"{kind}min_pixels {low} and {kind}max_pixels {high} are not an interval")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side of a visual token: the sides of what is shown are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches of a visual token."""
+        return self.merge_size**2
+
+    @property
+    def patch_bytes(self) -> int:
+        """Bytes of a patch of one frame."""
+        return 3 * self.patch_size**2
+
+    def for_model(self, network: "ModelConfig") -> "RolloutConfig":
+        """Returns these settings with the sizes of patches of a model's vision tower; without one, rows have no images."""
+        if network.vision is None:
+            return dataclasses.replace(self, max_images=0)
+        sizes = {"patch_size": network.vision.patch_size, "merge_size": network.vision.spatial_merge_size}
+        return dataclasses.replace(self, **sizes)
+
+    def check_model(self, network: "ModelConfig", *, videos: bool) -> None:
+        """Checks that a model sees what these settings show.
+
+        Raises:
+            ValueError: it has other patches, or no vision tower for videos as one item.
+        """
+        vision = network.vision
+        if vision is None and self.max_images:
+            raise ValueError(
+                f"a model of the family {network.model_type!r} sees no images, but rows may have {self.max_images}: take "
+                "config.for_model(model.config), which sets max_images to 0"
+            )
+        if vision is not None and (self.patch_size, self.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+            raise ValueError(
+                f"the rollout cuts patches of {self.patch_size} pixels, {self.merge_size} a side of a token; the model has "
+                f"{vision.patch_size} and {vision.spatial_merge_size}: take config.for_model(model.config)"
+            )
+        if vision is not None and vision.fixed_grid is not None:
+            raise ValueError(
+                f"rollouts of the family {network.model_type!r} are not supported: its images have one size"
+            )
+        if videos and network.splits_videos:
+            raise ValueError(
+                f"videos are not supported in rollouts of the family {network.model_type!r}: show their frames"
+            )

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
     advantage: float
     owner: int  # which share of the processes has it
-    room: BatchShape
+    shape: BatchShape
     row: Rows | None  # a single one; None: it lies with others
 
 
@@ -59,52 +59,52 @@ class Replay:
     """Rows with their advantages and the log-probabilities they were sampled with, on the host, and what to draw from them.
 
     Rows have no pixels, and those of one prompt share its images. Everything is drawn from one NumPy generator,
-    whose state is part of `get_state`. With several processes (`part` is what each has of a batch) every process
+    whose state is part of `get_state`. With several processes (`shard` is what each has of a batch) every process
     draws the same, each keeps the rows that it rolled out, and those that another is to train on are sent there.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int, part: ProcessShard = WHOLE):
-        self.config, self.part = config, part
+    def __init__(self, config: ReplayConfig, seed: int, shard: ProcessShard = WHOLE):
+        self.config, self.shard = config, shard
         self.random = np.random.default_rng(seed)
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self, room: BatchShape) -> np.ndarray:
-        """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
+    def probabilities(self, shape: BatchShape) -> np.ndarray:
+        """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another shape.
         All zero if no row has any.
         """
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
-        weights = weights * np.array([row.room == room for row in self.rows], bool)
+        weights = weights * np.array([row.shape == shape for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
+    def select(self, rows: Rows, informative: np.ndarray, shape: BatchShape) -> list[Entry] | None:
         """As many rows as were rolled out (so that the number of steps is constant), in random order.
 
         `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
         are in; the rest is drawn with replacement. None when nothing is informative and nothing can be replayed: there is
         nothing to learn from.
         """
-        chosen = self._select(rows, informative, room)
+        chosen = self._select(rows, informative, shape)
         self.rollouts += 1
         if self.config.kind == "ssr" and self.config.life == "episode" and self.rollouts % self.config.episode == 0:
             self.rows.clear()  # at once: the next rollout needs the memory
         return chosen
 
-    def entries(self, rows: Rows, which: Iterable[int], room: BatchShape) -> list[Entry]:
+    def entries(self, rows: Rows, which: Iterable[int], shape: BatchShape) -> list[Entry]:
         """The rows `which` (numbers among those of all processes) of `rows`, this process's share, to be trained on."""
-        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
-        return [self._entry(rows, i, advantage, room) for i in which]
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.shard)
+        return [self._entry(rows, i, advantage, shape) for i in which]
 
-    def _entry(self, rows: Rows, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
+    def _entry(self, rows: Rows, i: int, advantage: np.ndarray, shape: BatchShape, keep=lambda row: row) -> Entry:
         owner, at = divmod(int(i), len(rows.images))
-        return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
+        return Entry(advantage[i], owner, shape, keep(take(rows, at)) if owner == self.shard.index else None)
 
-    def _select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
+    def _select(self, rows: Rows, informative: np.ndarray, shape: BatchShape) -> list[Entry] | None:
         wanted = len(informative)
-        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.shard)
 
         def entry(i: int, **options) -> Entry:
-            return self._entry(rows, i, advantage, room, **options)
+            return self._entry(rows, i, advantage, shape, **options)
 
         if self.config.kind == "none":
             return [entry(i) for i in self.random.permutation(wanted)]
@@ -115,13 +115,13 @@ class Replay:
             return [entry(i) for i in np.resize(self.random.permutation(current), wanted)]
         self.rows.extend(entry(i, keep=copied) for i in current)
         if self.config.kind == "dynamic":
-            fitting = [row for row in self.rows if row.room == room]
+            fitting = [row for row in self.rows if row.shape == shape]
             if len(fitting) < wanted:
                 return None
             self.rows.clear()  # what is left over was sampled by the policy that is about to change
             return [fitting[i] for i in self.random.permutation(wanted)]
         vacant, drawn = wanted - current.size, []
-        probabilities = self.probabilities(room)
+        probabilities = self.probabilities(shape)
         if vacant and probabilities.sum() > 0:
             picks = self.random.choice(len(self.rows), vacant, p=probabilities / probabilities.sum())
             drawn = [self.rows[i] for i in picks]
@@ -132,43 +132,43 @@ class Replay:
 
     def batch(self, entries: Sequence[Entry]) -> Rows:
         """The rows themselves; of several processes, each gets its share of them."""
-        size, part = len(entries) // self.part.count, self.part
-        wanted = range(part.index * size, (part.index + 1) * size)
-        found = {i: entries[i].row for i in wanted if entries[i].owner == part.index}
-        if part.count > 1:
+        size, shard = len(entries) // self.shard.count, self.shard
+        wanted = range(shard.index * size, (shard.index + 1) * size)
+        found = {i: entries[i].row for i in wanted if entries[i].owner == shard.index}
+        if shard.count > 1:
             # Of processes with the same rows, the one of the same rank sends.
-            rank = part.processes[part.index].index(jax.process_index())
+            rank = shard.processes[shard.index].index(jax.process_index())
             parcels = [b""] * jax.process_count()
-            for to, processes in enumerate(part.processes):
-                theirs = range(to * size, (to + 1) * size) if to != part.index else ()
-                parcels[processes[rank]] = pack({i: entries[i].row for i in theirs if entries[i].owner == part.index})
+            for to, processes in enumerate(shard.processes):
+                theirs = range(to * size, (to + 1) * size) if to != shard.index else ()
+                parcels[processes[rank]] = pack({i: entries[i].row for i in theirs if entries[i].owner == shard.index})
             for parcel in all_to_all(parcels):
                 found |= unpack(parcel)
         return side_by_side([found[i] for i in wanted])
 
     def get_state(self) -> dict[str, Any]:
         """Everything as JSON values and arrays."""
-        state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "part": self.part.index}
+        state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "shard": self.shard.index}
         state["advantages"] = np.array([entry.advantage for entry in self.rows], np.float32)
         state["owners"] = np.array([entry.owner for entry in self.rows], np.int32)
-        state["rooms"] = [list(entry.room) for entry in self.rows]
-        kept = collections.defaultdict(list)  # by room
+        state["shapes"] = [list(entry.shape) for entry in self.rows]
+        kept = collections.defaultdict(list)  # by shape
         for entry in self.rows:
             if entry.row is not None:
-                kept[entry.room].append(entry.row)
-        state["kept"] = {str(list(room)): stacked(rows) for room, rows in kept.items()}
+                kept[entry.shape].append(entry.row)
+        state["kept"] = {str(list(shape)): stacked(rows) for shape, rows in kept.items()}
         return state
 
     def set_state(self, *states: dict[str, Any]) -> None:
         """Back to a state of `get_state`; with those of all processes, however many there were and are."""
-        kept = {(state["part"], room): unstacked(x) for state in states for room, x in state["kept"].items()}
+        kept = {(state["shard"], shape): unstacked(x) for state in states for shape, x in state["kept"].items()}
         self.random.bit_generator.state = states[0]["random"]
         self.rollouts = states[0]["rollouts"]
         self.rows.clear()
-        facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
-        for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
-            row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
-            self.rows.append(Entry(advantage, now, BatchShape(*room), row if now == self.part.index else None))
+        columns = (states[0][name] for name in ("advantages", "owners", "shapes"))
+        for i, (advantage, owner, shape) in enumerate(zip(*columns, strict=True)):
+            row, now = next(kept[int(owner), str(list(shape))]), i % self.shard.count
+            self.rows.append(Entry(advantage, now, BatchShape(*shape), row if now == self.shard.index else None))
 
 
 def side_by_side(rows: Sequence[Rows]) -> Rows:
@@ -181,7 +181,7 @@ def copied(row: Rows) -> Rows:
 
 
 def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
-    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
+    """Rows of one shape as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
     prompt its own come first, then those that tools of the host returned.
     """
     together = side_by_side(rows)

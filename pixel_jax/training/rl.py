@@ -13,20 +13,18 @@ from pixel_jax.dialog.unrecognised import unrecognised_rate
 from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
-from pixel_jax.training.batch import Batch
-from pixel_jax.training.layouts import Resharder
-from pixel_jax.training.lessons import Lessons, lesson_facts
+from pixel_jax.training.batch import Batch, PackingConfig
+from pixel_jax.training.cost import Throughput
+from pixel_jax.training.diagnosis import Diagnosis, outcome_metrics
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.packing import PackingConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import TrainState, init_state
+from pixel_jax.training.state import Resharder, TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
@@ -108,7 +106,7 @@ class Learner:
         rollout_mesh: Mesh | None = None,
     ):
         self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
-        self.part = process_shard(mesh)
+        self.shard = process_shard(mesh)
         self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
         temperatures = {
             "temperature": config.rollout.temperature,
@@ -117,9 +115,9 @@ class Learner:
         self.update = make_rl_step(config.forward, config.loss, self.optimizer, mesh=mesh, **temperatures)
         self.logprobs = make_score_step(config.forward, mesh=mesh, **temperatures)
         self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
-        self.replay = Replay(config.replay, config.seed, self.part)
+        self.replay = Replay(config.replay, config.seed, self.shard)
         self.throughput = Throughput(model, config.trainable, mesh)
-        self.laps = Timer()  # of the iteration under way
+        self.timer = Timer()  # of the iteration under way
 
     def begin(self, model) -> TrainState:
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
@@ -131,27 +129,27 @@ class Learner:
     def ask(self, i: int) -> Questions:
         """What iteration `i` asks. ValueError: not as many prompts as the configuration says."""
         questions = Questions(i, *NOTICE.next(self.data))
-        if (count := len(questions.examples) * self.part.count) != self.config.prompts:
+        if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
         """Iteration `i`: every stage in turn. One that is told to go before its updates is given up."""
-        stages, self.laps = self.stages, Timer()
+        stages, self.timer = self.stages, Timer()
         questions = self.ask(i)
-        self.laps.lap("input")
+        self.timer.lap("input")
         collected = stages.collect(self, state, questions)
-        self.laps.lap("rollout")
+        self.timer.lap("rollout")
         scored = stages.score(self, state, collected)
         weighed = stages.advantages(self, state, scored)
-        self.laps.lap("scoring")
+        self.timer.lap("scoring")
         selected = stages.select(self, state, weighed)
         updated = stages.update(self, state, selected)
-        self.laps.lap("update")
-        facts = rollout_metrics(weighed) | lesson_facts(scored, self.part) | updated.facts
-        if facts.get("updates"):
-            facts |= self.throughput.facts(self.laps.facts["seconds_update"])
-        return updated.state, facts | self.laps.facts | collected.facts
+        self.timer.lap("update")
+        metrics = rollout_metrics(weighed) | outcome_metrics(scored, self.shard) | updated.metrics
+        if metrics.get("updates"):
+            metrics |= self.throughput.metrics(self.timer.metrics["seconds_update"])
+        return updated.state, metrics | self.timer.metrics | collected.metrics
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
@@ -159,7 +157,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
     scored, t = weighed.scored, weighed.scored.collected.records
     ops = executed_calls(t)
     lengths = np.sum(t.loss_mask, axis=1)
-    facts = {
+    metrics = {
         "accuracy": None if scored.correct is None else np.mean(scored.correct > 0.5),
         "rapr": np.mean(ops > 0),  # rate of pixel-space reasoning
         "reward": np.mean(scored.reward),
@@ -178,7 +176,7 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
             [row.response for row in scored.rows], scored.collected.questions.prompts.tables.parser.language
         ),
     }
-    return {name: float(x) for name, x in facts.items() if x is not None}
+    return {name: float(x) for name, x in metrics.items() if x is not None}
 
 
 def rl(
@@ -215,11 +213,11 @@ def rl(
         host={"data": data},
         local={"replay": learner.replay},
         shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
-        remark=Lessons(config.rollout.group_size, config.rollout.temperature),
+        remark=Diagnosis(config.rollout.group_size, config.rollout.temperature),
     )
     keeping = Keeping(
         directory,
-        identity.with_facts(rl=dataclasses.asdict(config)),
+        identity.with_settings(rl=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
         writers=config.writers,

@@ -13,12 +13,12 @@ from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
 T = TypeVar("T")
@@ -56,11 +56,11 @@ class SFTConfig:
 
 class Shuffled:
     """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
-    an epoch is completed from the next one. With several processes, each takes its `part` of a batch.
+    an epoch is completed from the next one. With several processes, each takes its shard of a batch.
     """
 
-    def __init__(self, rows: Batch, batch_size: int, seed: int, part: ProcessShard = WHOLE):
-        self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
+    def __init__(self, rows: Batch, batch_size: int, seed: int, shard: ProcessShard = WHOLE):
+        self.rows, self.batch_size, self.seed, self.shard = rows, batch_size, seed, shard
         self.size = rows.tokens.shape[0]
         self.position = 0
 
@@ -70,13 +70,13 @@ class Shuffled:
     def __next__(self) -> Batch:
         index = []
         while len(index) < self.batch_size:
-            epoch, place = divmod(self.position, self.size)
+            epoch, start = divmod(self.position, self.size)
             order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            part = order[place : place + self.batch_size - len(index)]
-            index.extend(part)
-            self.position += len(part)
-        size = self.batch_size // self.part.count
-        return take(self.rows, np.array(index[self.part.index * size : (self.part.index + 1) * size]))
+            indices = order[start : start + self.batch_size - len(index)]
+            index.extend(indices)
+            self.position += len(indices)
+        size = self.batch_size // self.shard.count
+        return take(self.rows, np.array(index[self.shard.index * size : (self.shard.index + 1) * size]))
 
     def get_state(self) -> dict[str, int]:
         return {"position": self.position, "size": self.size, "seed": self.seed}
@@ -105,19 +105,19 @@ class Tuning:
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        laps = Timer()
+        timer = Timer()
         batch = NOTICE.next(self.data)
         rows = batch.tokens.shape[0] * process_shard(self.mesh).count
         if rows != self.config.batch_size:
             raise ValueError(f"a batch of {rows} rows, the configuration says {self.config.batch_size}")
-        laps.lap("input")
+        timer.lap("input")
         self.throughput.count(batch)
         state, report = self.update(state, batch if self.mesh is None else shard_batch(batch, self.mesh))
         metrics = check_report(report, i) | {"learning_rate": float(self.rate(i))}
         if self.epoch is not None:
             metrics["epoch"] = (i + 1) / self.epoch
-        laps.lap("update")
-        return state, metrics | laps.facts | self.throughput.facts(laps.facts["seconds_update"])
+        timer.lap("update")
+        return state, metrics | timer.metrics | self.throughput.metrics(timer.metrics["seconds_update"])
 
 
 def sft(
@@ -147,7 +147,7 @@ def sft(
     work = Work(label, tuning.steps, tuning.step, host={"data": data}, shown=shown)
     keeping = Keeping(
         directory,
-        identity.with_facts(sft=dataclasses.asdict(config)),
+        identity.with_settings(sft=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
         writers=config.writers,

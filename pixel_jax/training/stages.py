@@ -24,16 +24,15 @@ from pixel_jax.rollouts.rollout import HostRollouts, rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.timing import seconds_of_operations
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, Trajectories
-from pixel_jax.training.advantages import group_advantage, nonzero_variance
-from pixel_jax.training.batch import Batch, Rows, from_trajectories, take
-from pixel_jax.training.packing import pack_rows
+from pixel_jax.training.algorithms import group_advantage, nonzero_variance
+from pixel_jax.training.batch import Batch, Rows, from_trajectories, pack_rows, take
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Entry
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.steps import check_report, check_rows
-from pixel_jax.training.terms import Row
 
 if TYPE_CHECKING:
+    from pixel_jax.training.rewards import Row
     from pixel_jax.training.rl import Learner
 
 
@@ -53,11 +52,11 @@ class Collected(NamedTuple):
     trajectories: Trajectories[VisualRecord]  # this process's rows
     records: Trajectories[VisualRecord]  # of all processes
     shape: RolloutShape  # what is static about the rollout
-    facts: Mapping[str, float] = {}  # for the metrics
+    metrics: Mapping[str, float] = {}  # for the metrics
 
     @property
-    def room(self) -> BatchShape:
-        """Of the rows: those of one update are of one room."""
+    def row_shape(self) -> BatchShape:
+        """Of the rows: those of one update are of one row_shape."""
         return self.shape.prompts._replace(tokens=self.trajectories.tokens.shape[1])
 
 
@@ -68,7 +67,7 @@ class Scored(NamedTuple):
     reward: np.ndarray  # float32, what the policy is trained on
     terms: Mapping[str, np.ndarray]  # what it is the sum of, weighted, by the names of the terms
     correct: np.ndarray | None = None  # float32, the score of each answer; None: the reward does not ask for it
-    rows: Sequence[Row] = ()  # what each of this process's rows did, as the terms saw it
+    rows: Sequence["Row"] = ()  # what each of this process's rows did, as the terms saw it
 
 
 class Weighed(NamedTuple):
@@ -88,7 +87,7 @@ class Selected(NamedTuple):
 
 class Updated(NamedTuple):
     state: TrainState
-    facts: Mapping[str, float]  # for the metrics
+    metrics: Mapping[str, float]  # for the metrics
 
 
 def collect(
@@ -102,30 +101,30 @@ def collect(
     Raises:
       Preempted: the run is to stop here; a rollout may last longer than there is time.
     """
-    config, part, count = learner.config, learner.part, len(questions.examples)
+    config, shard, count = learner.config, learner.shard, len(questions.examples)
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
-    prompts = questions.prompts._replace(uid=part.index * count + np.arange(count, dtype=np.int32))
+    prompts = questions.prompts._replace(uid=shard.index * count + np.arange(count, dtype=np.int32))
     actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
     trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout))
-    learner.laps.lap("rollout")
+    learner.timer.lap("rollout")
     NOTICE.check()
-    facts = {}
+    metrics = {}
     if config.time_operations and questions.iteration % config.time_operations == 0:
-        facts["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
-        learner.laps.lap("timing")
+        metrics["seconds_operations"] = seconds_of_operations(actor, prompts, trajectories, config.rollout)
+        learner.timer.lap("timing")
     return Collected(
         questions._replace(prompts=prompts),
         trajectories,
-        all_rows(trajectories, part),
+        all_rows(trajectories, shard),
         static_shape(prompts, config.rollout, learner.mesh),
-        facts,
+        metrics,
     )
 
 
 def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
     """`collect` where tools run on the host, with their counts among the metrics. A run need not be the same again."""
     collected = collect(learner, state, questions, roll=rollouts)
-    return collected._replace(facts={**collected.facts, **rollouts.facts()})
+    return collected._replace(metrics={**collected.metrics, **rollouts.metrics()})
 
 
 def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed:
@@ -142,7 +141,7 @@ def select(learner: "Learner", state: TrainState, weighed: Weighed) -> Selected:
     """The rows of groups that teach something, and what `config.replay` fills the other places with."""
     rows = training_rows(learner, state, weighed)
     keep = np.repeat(weighed.nonzero_variance, learner.config.rollout.group_size)
-    return Selected(weighed, learner.replay.select(rows, keep, weighed.scored.collected.room) or [])
+    return Selected(weighed, learner.replay.select(rows, keep, weighed.scored.collected.row_shape) or [])
 
 
 def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated:
@@ -190,28 +189,28 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ro
     """
     config, collected = learner.config, weighed.scored.collected
     trajectories, prompts = collected.trajectories, collected.questions.prompts
-    own = slice(learner.part.index * len(trajectories.stop), (learner.part.index + 1) * len(trajectories.stop))
+    own = slice(learner.shard.index * len(trajectories.stop), (learner.shard.index + 1) * len(trajectories.stop))
     images = np.repeat(prompts.images, config.rollout.group_size)
     batch = from_trajectories(trajectories, weighed.advantage.reshape(-1)[own])
     if config.mask_unfinished:
         batch = mask_unfinished(batch, trajectories.stop)
-    learner.laps.lap("scoring")
+    learner.timer.lap("scoring")
     if config.old_logprobs == "recomputed" and (weighed.nonzero_variance.any() or config.replay.kind == "none"):
         batch = batch._replace(old_logprobs=old_logprobs(learner, state, Rows(batch, images), collected))
         check_rows(batch.old_logprobs, f"iteration {collected.questions.iteration}: the log-probabilities")
     NOTICE.check()
-    learner.laps.lap("old_logprobs")
+    learner.timer.lap("old_logprobs")
     return Rows(batch, images)
 
 
 def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: Collected) -> np.ndarray:
     """Log-probabilities of the rows under the policy that is about to be trained, float32 [R, L]."""
     model, found = state.model, []
-    size = learner.config.train_batch // learner.part.count
+    size = learner.config.train_batch // learner.shard.count
     for start in range(0, len(rows.images), size):
         NOTICE.check()
-        part = with_pixels(learner, take(rows, slice(start, start + size)), collected)
-        found.append(local_rows(learner.logprobs(model, learner.place(part))[0]))
+        batch = with_pixels(learner, take(rows, slice(start, start + size)), collected)
+        found.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
     return np.concatenate(found)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pixel_jax import score_answer
-from pixel_jax.data.rooms import Fitter
+from pixel_jax.data.prompt_shapes import ShapeFinder
 from pixel_jax.dialog import Language
 from pixel_jax.evaluation import report, run, stages, summary, trace
 from pixel_jax.evaluation.benchmarks import read
@@ -87,15 +87,15 @@ def test_every_question_is_answered_once(questions, whole):
         x.id for x in questions
     ]
     for record, question in zip(records, questions, strict=True):
-        assert record["answers"] == list(question.answers)
+        assert record["answers"] == list(question.answer)
         assert record["shrunk"] is (record["index"] == 2)
         for i, text in enumerate(record["responses"]):
             boxed = [
                 answer for answer in ("7", "3") if text.removesuffix("<|im_end|>").endswith(f"\\boxed{{{answer}}}")
             ]
             assert record["given"][i] == (boxed[0] if boxed else None)
-            assert record["accuracy"][i] == record["score"][i] == float(bool(boxed) and boxed[0] in question.answers)
-            assert record["accuracy"][i] == (score_answer(text, question.answers, rules=("released",)) or 0.0)
+            assert record["accuracy"][i] == record["score"][i] == float(bool(boxed) and boxed[0] in question.answer)
+            assert record["accuracy"][i] == (score_answer(text, question.answer, rules=("released",)) or 0.0)
             assert record["calls"][i] == text.count("<tool_call>")
             assert record["operations"][i] + record["failed"][i] == record["executed"][i] <= record["calls"][i]
             assert (record["stop"][i] == "answer") is ("<tool_call>" not in text.rsplit("<|im_end|>", 2)[-2])
@@ -139,8 +139,8 @@ def test_other_pictures_are_other_questions(questions, whole, tmp_path):
     shutil.copy(questions[0].images[0], picture)
     with pytest.raises(RunError, match="question '.*:2 moved' was answered about other pictures than .*elsewhere.png"):
         answer(moved, tmp_path / "run")
-    other = [x._replace(answers=("8",)) if i == 1 else x for i, x in enumerate(questions)]
-    with pytest.raises(RunError, match="questions.answers = .* choose another directory"):
+    other = [x._replace(answer=("8",)) if i == 1 else x for i, x in enumerate(questions)]
+    with pytest.raises(RunError, match="questions.answer = .* choose another directory"):
         answer(other, tmp_path / "run")
 
 
@@ -285,21 +285,21 @@ def test_buckets_are_chosen_by_size_and_length(everything):
 
     def find(i, buckets):
         shapes = run.shapes_of(buckets, LIMITS, scripted_model.model().config, 4)
-        return Fitter(scripted_model.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
+        return ShapeFinder(scripted_model.vocabulary(), LIMITS).assign_all([everything[i].outline], shapes)[0]
 
     held = lambda place: (place.shape.images, place.shape.height, place.shape.width, place.shape.tokens)
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)
     assert held(find(1, (small, large, pair))) == small
     assert held(find(2, (small, large, pair))) == large
-    assert find(2, (small, large, pair)).fit[:2] == (1.0, [(400, 300)])
+    assert find(2, (small, large, pair)).prompt[:2] == (1.0, [(400, 300)])
     assert held(find(4, (small, large, pair))) == pair
     shrunk = find(2, (small,))
-    assert shrunk.fit.scale < 1 and shrunk.fit.sizes == [(128, 96)]
+    assert shrunk.prompt.scale < 1 and shrunk.prompt.sizes == [(128, 96)]
     assert "2 images are more than the 1" in str(find(4, (small, large)))
     assert "tokens does not fit the width of 20" in str(find(1, ((1, 192, 192, 20),)))
     # None given: each question has room, its pictures as they are.
     for i in range(len(everything)):
-        assert find(i, None).fit.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
+        assert find(i, None).prompt.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
 
 
 def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, whole, tmp_path):
@@ -315,7 +315,7 @@ def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, wh
     assert [records[i] for i in (0, 3)] == [whole[1][i] for i in (0, 3)]
     for i, why in {1: "cut.jpg' cannot be read", 2: "none.png cannot be read", 4: "2 images are more than"}.items():
         assert why in records[i]["unanswered"] and records[i]["score"] == records[i]["accuracy"] == [0.0, 0.0]
-        assert records[i]["answers"] == list(everything[i].answers) and records[i]["responses"] == []
+        assert records[i]["answers"] == list(everything[i].answer) and records[i]["responses"] == []
     assert not (tmp_path / "run" / "traces" / "1.json").exists()
     row = summary.summarise(records)["all"]
     answers = [x for i in (0, 3) for x in whole[1][i]["tokens"]]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair, torch_model
+from tiny_families import END, IMAGE, START, TEXT_ONLY, VALUES, VIDEO, VISUAL, pair
 from tiny_qwen import relative
 
 import pixel_jax
@@ -152,7 +152,6 @@ def test_tower(name, rng):
 def test_a_saved_model_is_what_transformers_reads(name, tmp_path, rng):
     """Names of weights and `config.json`, as released: nothing missing, nothing over, the same logits; and we read it again."""
     import torch
-    import transformers
 
     ours, theirs = pair(name)
     pixel_jax.save_pretrained(ours, None, tmp_path)
@@ -205,7 +204,9 @@ def test_gradients_of_every_weight(name, rng):
             if theirs_grad is None:  # CLIP's last layers, which LLaVA does not read
                 assert not ours_grad.any(), key.format(layer)
             else:
-                scale = max(float(theirs_grad.abs().max()), 1e-2)  # those of keys' biases are nothing but rounding
+                # A bias of keys that are not rotated shifts all scores alike: its gradient is rounding.
+                floor = 1.0 if name == "llava" and key.endswith("k_proj.bias") else 1e-3
+                scale = max(float(theirs_grad.abs().max()), floor)
                 assert np.abs(ours_grad - theirs_grad.numpy()).max() / scale < 1e-4, key.format(layer)
     assert not expected
 

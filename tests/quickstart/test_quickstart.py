@@ -28,7 +28,7 @@ from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.summary import summarise
 from pixel_jax.quickstart.zoom import WarmStartConfig
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import CallStatus
@@ -376,7 +376,7 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
         assert len(saved_traces.load(place / "traces.json")) == 2
         model, processor = from_pretrained(place / "model")
         assert model.config.text.hidden_size == 32 and processor is not None
-        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == judged(LIMITS)
+        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == single_answer(LIMITS)
     assert set(found["rl"]) == set(ARMS) and found["seconds"]["total"] > 0
     for group in (found["sft"], *found["rl"].values()):
         assert 0 <= group["accuracy"] <= 1 and group["intervals"]["accuracy"]["n"] == 6

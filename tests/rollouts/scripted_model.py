@@ -107,11 +107,9 @@ def model() -> Model:
     return network(vocabulary())
 
 
-def network(words: Vocabulary, chain=CHAIN) -> Model:
-    """The talker in the ids of `words`; `chain`: what may follow what."""
-    size = len(words.table.length)
-    hidden = 64 * -(-size // 64)
-    config = Qwen2_5_VLConfig(
+def qwen2_5_vl(words: Vocabulary, size: int, hidden: int) -> Qwen2_5_VLConfig:
+    """The configuration of the talker for a vocabulary of `size`."""
+    return Qwen2_5_VLConfig(
         text=TextConfig(
             vocab_size=size,
             hidden_size=hidden,
@@ -135,6 +133,13 @@ def network(words: Vocabulary, chain=CHAIN) -> Model:
         vision_start_token_id=words.vision_start,
         vision_end_token_id=words.vision_end,
     )
+
+
+def network(words: Vocabulary, chain=CHAIN, make_config=qwen2_5_vl) -> Model:
+    """The talker in the ids of `words`; `chain`: what may follow what."""
+    size = len(words.table.length)
+    hidden = 64 * -(-size // 64)
+    config = make_config(words, size, hidden)
     talker = LanguageModel(config, jax.random.key(0))
     table = np.full((size, size), -12.0, np.float32)
     token = lambda text: words.im_end if text == END else words.encode(text)[0]

@@ -13,7 +13,7 @@ from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import TOKENS, HostRollouts, advance, begin, host_rollout, rollout
 from pixel_jax.rollouts.trajectory import CallStatus, to_host
 from pixel_jax.tools import ROTATE, Integer, Text, Tool
-from pixel_jax.tools.host import Reply
+from pixel_jax.tools.host import ToolReply
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -49,9 +49,9 @@ class Answers:
 
     def reply(self, request):
         return {
-            "de": Reply(ANSWERED, f"It says 7{SPELLED}."),
-            "slow": Reply(TIMED_OUT, "no answer within 30 seconds"),
-            "broken": Reply(FAILED, "ValueError: x"),
+            "de": ToolReply(ANSWERED, f"It says 7{SPELLED}."),
+            "slow": ToolReply(TIMED_OUT, "no answer within 30 seconds"),
+            "broken": ToolReply(FAILED, "ValueError: x"),
         }[request.arguments["language"]]
 
     def facts(self):

@@ -13,8 +13,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace, data_uri
-from pixel_jax.training.progress import read_metrics
-from pixel_jax.training.writers import open_writers
+from pixel_jax.training.writers import open_writers, read_metrics
 
 
 def events(directory):

@@ -17,7 +17,7 @@ from pixel_jax.files import read_json, write_file
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
-from pixel_jax.models.model import LanguageModel
+from pixel_jax.models.model import Model
 from pixel_jax.models.peft import load_adapter, save_adapter
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.mesh import use_cores
@@ -63,7 +63,7 @@ class Job:
     mesh: Mesh | None
     vocabulary: Vocabulary
     limits: RolloutConfig  # of traces: those that the base model was trained under
-    base: LanguageModel  # without the adapter
+    base: Model  # without the adapter
     loss: Loss
     fresh: Params  # the adapter before training
 

@@ -17,7 +17,7 @@ from pixel_jax.files import read_json
 from pixel_jax.quickstart import zoom
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.zoom import CUE
-from pixel_jax.rollouts.config import FACTOR, RolloutConfig
+from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
@@ -98,7 +98,7 @@ def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: Rol
     limits = dataclasses.replace(limits, max_calls=zoom.MOST_CALLS)
     budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
     images = miniature.NUM_FRAMES + zoom.MOST_CALLS
-    room = BatchShape(ROOM, images, images, 4 * (max(budgets) // FACTOR**2))
+    room = BatchShape(ROOM, images, images, limits.merge_unit * (max(budgets) // limits.factor**2))
     made = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, room)
     return examples(from_trajectories(made), list(traces))
 

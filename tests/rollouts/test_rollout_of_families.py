@@ -1,0 +1,128 @@
+"""Models of other families roll out, are tuned and learn: a Qwen3-VL, whose patches have 16 pixels, and a Llama, which sees nothing."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pixel_jax.models import config_from_hf
+from pixel_jax.models.lora import add_lora
+from pixel_jax.rollouts import trajectory
+from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
+from pixel_jax.rollouts.rollout import rollout
+from pixel_jax.training.batch import from_trajectories
+from pixel_jax.training.losses import PolicyLossConfig
+from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
+from pixel_jax.training.state import init_state
+from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_score_step, make_sft_step
+from tests.rollouts import scripted_model
+
+KEY = jax.random.key(7)
+TEXT = {
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "head_dim": 16,
+}
+
+
+def qwen3_vl(words, size, hidden):
+    return config_from_hf(
+        {
+            "model_type": "qwen3_vl",
+            "image_token_id": words.image_pad,
+            "video_token_id": words.video_pad,
+            "text_config": {
+                **TEXT,
+                "vocab_size": size,
+                "hidden_size": hidden,
+                "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]},
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": hidden,
+                "num_position_embeddings": 16,
+                "deepstack_visual_indexes": [0],
+            },
+        }
+    )
+
+
+def llama(words, size, hidden):
+    return config_from_hf({"model_type": "llama", **TEXT, "vocab_size": size, "hidden_size": hidden})
+
+
+def visible(model):
+    """The model with a tower whose features are as large as an embedding: what it sees changes what it says."""
+    tower = jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, model.visual)
+    model = jax.tree.map(lambda x: x, model)
+    model.visual = tower
+    return model
+
+
+def update(model, batch, kind):
+    """The reports of two steps on adapters."""
+    optimizer, config = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0.0), 10), ForwardConfig()
+    adapted = add_lora(model, jax.random.key(1), rank=2, alpha=4.0, targets=r"model\.layers.*q_proj")
+    state = init_state(adapted, optimizer, trainable=r".*lora_[ab]")
+    step = make_sft_step(config, optimizer) if kind == "sft" else make_rl_step(config, PolicyLossConfig(), optimizer)
+    reports = []
+    for number in range(2):
+        state, report = step(state, batch)
+        reports.append(check_report(jax.device_get(report), number))
+    return reports
+
+
+def learn(model, t):
+    """Sampler and trainer agree on the rows; one step of tuning and one of reinforcement learning lower their losses."""
+    batch = from_trajectories(t, advantage=np.linspace(-1, 1, len(t.stop)).astype(np.float32))
+    logprobs = np.asarray(make_score_step(ForwardConfig(remat=False))(model, batch)[0])
+    np.testing.assert_allclose(logprobs[t.loss_mask], t.logprobs[t.loss_mask], atol=5e-5)
+    for kind in ("sft", "rl"):
+        first, second = update(model, batch, kind)
+        assert first["grad_norm"] > 0 and second["loss"] < first["loss"], kind
+
+
+def test_qwen3_vl():
+    model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_vl))
+    pixels = dict.fromkeys(("max_pixels", "crop_max_pixels"), 4 * 32**2)
+    low = dict.fromkeys(("min_pixels", "crop_min_pixels", "select_min_pixels", "video_min_pixels"), 32**2)
+    high = dict.fromkeys(("select_max_pixels", "video_max_pixels"), 2 * 32**2)
+    config = dataclasses.replace(scripted_model.CONFIG, **pixels, **low, **high)
+    with pytest.raises(
+        ValueError, match="patches of 14 pixels, 2 a side of a token; the model has 16 and 2: take config"
+    ):
+        rollout(model, scripted_model.prompts(2, config=config), KEY, config)
+    config = config.for_model(model.config)
+    prompts = scripted_model.prompts(2, config=config)
+    t = trajectory.to_host(rollout(model, prompts, KEY, config))
+    assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+    t = scripted_model.with_pixels(t, prompts, config)
+    assert t.visual.patches.shape[-1] == 3 * 16**2
+    shown = t.visual.grids.prod(axis=-1)[t.visual.grids[..., 0] > 0]
+    assert (shown % 4 == 0).all() and shown.max() <= 16
+    learn(model, t)
+    blank = trajectory.to_host(rollout(model, prompts, KEY, dataclasses.replace(config, blank=True)))
+    assert (blank.logprobs != t.logprobs).any()  # it sees the crops
+
+
+def test_llama():
+    model = scripted_model.network(scripted_model.vocabulary(), make_config=llama)
+    words, config = scripted_model.vocabulary(), scripted_model.CONFIG.for_model(model.config)
+    asked = [Query("Which digit?", []), Query("Which digit is it?", [])]
+    with pytest.raises(PromptError, match="comes without an image"):
+        build_prompts(asked, words, scripted_model.token_tables(), scripted_model.CONFIG)
+    with pytest.raises(PromptError, match="has images, of which a row may have none"):
+        build_prompts(scripted_model.queries(1), words, scripted_model.token_tables(), config)
+    prompts = build_prompts(asked, words, scripted_model.token_tables(), config)
+    with pytest.raises(ValueError, match="family 'llama' sees no images, but rows may have 16"):
+        rollout(model, prompts, KEY, scripted_model.CONFIG)
+    t = trajectory.to_host(rollout(model, prompts, KEY, config))
+    assert t.num_calls.max() > 0 and not (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+    learn(model, scripted_model.with_pixels(t, prompts, config))
