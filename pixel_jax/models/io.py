@@ -97,9 +97,7 @@ def _warn_of_another(directory: Path, adapter: Path) -> None:
         warn(f"the adapter {adapter} belongs to the model {base}, and is put on {directory}")
 
 
-def save_pretrained(
-    model: Model, processor: Processor | None, path: str | os.PathLike[str], dtype=None
-) -> None:
+def save_pretrained(model: Model, processor: Processor | None, path: str | os.PathLike[str], dtype=None) -> None:
     """Writes the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
@@ -300,8 +298,8 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
     return found
 
 
+def _pack(rows: list[list], config: ModelConfig):
     """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty."""
-    """Items of each row -> pixels [B, S, P, 1176], hw [B, S, 2], grids [B, K, 3], seconds [B, K]; first two None if empty"""
     most = max(len(items) for items in rows)
     if most == 0:
         return None, None, np.zeros((len(rows), 0, 3), np.int32), np.zeros((len(rows), 0), np.float32)
