@@ -14,6 +14,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `chat`."""
     flags.DEFINE_string("question", None, "What to ask.", required=True)
     flags.DEFINE_bool("video", False, "The images are the frames of one video, or a video file.")
     flags.DEFINE_bool("greedy", True, "Take the most probable token each time; otherwise sample, at temperature 1.")
@@ -30,6 +31,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Asks the model in a directory one question about images."""
     if len(arguments) < 2:
         raise UserError("give the directory of a model and at least one image: pixel-jax chat DIR IMAGE --question ...")
     import jax
@@ -40,7 +42,7 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.dialog.unrecognised import format_warning
     from pixel_jax.evaluation import report
-    from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.evaluation.transcript import make_transcript
     from pixel_jax.rollouts.config import RolloutConfig
     from pixel_jax.rollouts.limits import read_limits, single_answer
     from pixel_jax.rollouts.materialize import materialize_on_host
@@ -78,7 +80,7 @@ def main(command: str, arguments: list[str]) -> None:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.loss_mask[0]]).decode("utf-8", "replace")
     seen = materialize_on_host(trajectories, prompts.images, tools, config)
-    trace = make_trace(seen, 0, query, vocabulary, answer=last_boxed(written))
+    trace = make_transcript(seen, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
     if said := format_warning([written], token_tables.parser.language):
         warn(said)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript as traces
 from pixel_jax.identity import read_history
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor

@@ -11,8 +11,8 @@ from pixel_jax.data import synthesis
 from pixel_jax.data.example import ExampleError
 from pixel_jax.dialog import Language
 from pixel_jax.dialog.formats import FORMATS
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.identity import settle
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.run_page import draw_run
@@ -96,7 +96,7 @@ def test_traces_in_another_format_and_with_other_tools(written, tmp_path):
 
 def a_trace(title):
     picture = Picture(traces.data_uri(scripted_model.image(0, 20, 30)), 20, 30, "image")
-    return Trace(
+    return Transcript(
         HOSTILE,
         (picture,),
         (picture,),

@@ -36,6 +36,7 @@ from pixel_jax.rollouts.trajectory import (
 from pixel_jax.rollouts.views import frame_patches
 from pixel_jax.tools import Tool
 from pixel_jax.tools.device import ImageHistory, Seen
+from pixel_jax.tools.tool import Coordinates
 
 WAVE = 256  # traces answered by one call of the device, so that one compilation serves all of them
 
@@ -213,12 +214,10 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
     def fill(values: list[int], dtype: type) -> np.ndarray:
         return np.resize(np.array(values, dtype), WAVE)
 
-    seen = Seen(
-        history=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories),
-        is_video=fill([row.trace.query.is_video for row in rows], bool),
-        image_sizes=image_sizes,
-        image_counts=fill([len(row.trace.query.images) for row in rows], np.int32),
-    )
+    history = jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories)
+    is_video = fill([row.trace.query.is_video for row in rows], bool)
+    image_counts = fill([len(row.trace.query.images) for row in rows], np.int32)
+    seen = Seen._make((history, is_video, image_sizes, image_counts, Coordinates.EITHER))
     number = fill([len(row.calls) for row in rows], np.int32)
     shape = RolloutShape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
     answer = jax.tree.map(np.asarray, _respond(tables, padded, seen, number, config, shape))
@@ -247,9 +246,8 @@ def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
     for i, view in enumerate(row.views):
         region[i], size[i] = view.region, view.size
     count = 1 if row.trace.query.is_video else len(row.views)
-    return ImageHistory(
-        np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, size, np.asarray(count, np.int32)
-    )
+    images = np.minimum(np.arange(slots, dtype=np.int32), most - 1)
+    return ImageHistory._make((images, region, size, np.asarray(count, np.int32)))
 
 
 def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:

@@ -1,9 +1,8 @@
-"""Benchmarks from the files that their authors release, from the prepared Parquet, and from a folder of one's own.
+"""Readers of benchmarks: the files that their authors release, the prepared Parquet files, and data of the user's own.
 
-Every reader takes the data's path, the folder of its images (None: beside the data) and further folders that names may lead
-to (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files say they are ("val", "test",
-"train"; None where they do not say). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of
-them.
+Every reader takes the data's path, the folder of its images (None: beside the data) and further folders in which images may
+lie (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files name ("val", "test", "train", or
+None). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of them.
 """
 
 import functools
@@ -30,7 +29,7 @@ USUAL_SECONDS = 1.0  # that two frames cover, as the released code tells the mod
 
 
 class BenchmarkError(ValueError):
-    """Files that are not in the format they should be in; the message names file, row and field."""
+    """A file in another format than expected; the message names file, row and field."""
 
 
 def read_vstar(
@@ -170,8 +169,8 @@ def read_prepared(
 ) -> tuple[list[Example], str]:
     """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
 
-    Its `images.zip` may lie in the folder of the images as it is. What stands before the first "-" of a `qid` is the
-    category, as in the released evaluation.
+    Their `images.zip` may lie in the folder of the images as it is. The category is the `qid` up to its first "-", as in the
+    released evaluation.
     """
     try:
         examples = read_questions(data, ReadReport(str(data)), others, images)
@@ -225,11 +224,17 @@ def read(
 
     Args:
       kind: a key of `READERS`.
-      image_folders: where images may lie beside the folder of the images or of the data (`pixel_jax.data.sources.locate`).
-      columns: what data of one's own calls our fields.
-      split: what the split is, where the files do not say; by default a test set.
-      sample: so many questions, drawn by `seed` (the authors' TallyQA is 3,200 of 15,598).
-      language: of the calls in conversations of data of one's own.
+      data: file or folder of the benchmark.
+      images: folder of its images; None: beside the data.
+      image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
+      columns: names of our fields in data of the user's own.
+      split: the split, where the files do not name it; by default a test set.
+      sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
+      seed: of the sample.
+      language: of the calls in conversations of the user's own data.
+
+    Raises:
+      BenchmarkError: the files are not there or not as expected, or name another split.
     """
     data, images = pathlib.Path(data), None if images is None else pathlib.Path(images)
     if not data.exists():

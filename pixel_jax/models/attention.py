@@ -136,7 +136,7 @@ def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) 
 
 
 def visible(mask: Mask) -> jax.Array:
-    """bool [B, T, S]"""
+    """bool [B, T, S]."""
     seen = (mask.k_order >= 0)[:, None, :] & (mask.k_order[:, None, :] <= mask.q_order[:, :, None])
     if mask.q_segment is not None and mask.k_segment is not None:
         seen &= mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
@@ -213,14 +213,15 @@ def cached_attention(
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled, at least float32, [B, KV, G, T, S]"""
+    """Scaled, at least float32, [B, KV, G, T, S]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     return _product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
 
 
 def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
-    """einsum, in which the queries that share a head of keys (g, t) are the rows of one matrix; apart where a mesh splits
-    positions. x is [B, KV, G, T, ..]
+    """An einsum in which the queries that share a head of keys (g, t) are the rows of one matrix; x is [B, KV, G, T, ..].
+
+    Where a mesh splits positions they stay apart.
     """
     if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
         return jnp.einsum(form, x, y, preferred_element_type=dtype)
@@ -232,7 +233,7 @@ def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, log-sum-exp [B, KV, G, T]"""
+    """-> output like q, log-sum-exp [B, KV, G, T]."""
     s = jnp.where(visible(mask)[:, None, None], scores(q, k), -jnp.inf)
     top = jax.lax.stop_gradient(_finite(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)))
     p = jnp.exp(s - top)
@@ -246,7 +247,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
 def chunked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, queries: int, keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, and log-sum-exp float32 [B, KV, G, T] (-inf: no key)
+    """-> output like q, and log-sum-exp float32 [B, KV, G, T] (-inf: no key).
 
     queries, keys: of a tile of scores, at most
     """
@@ -321,7 +322,7 @@ class _Tiles:
 
 
 def _tile(q, k, q_mask, k_mask) -> jax.Array:
-    """Scores of a tile, -inf where a key is invisible: [B, KV, G, queries, keys]"""
+    """Scores of a tile, -inf where a key is invisible: [B, KV, G, queries, keys]."""
     (q_order, q_segment), (k_order, k_segment) = q_mask, k_mask
     seen = visible(Mask(q_order, k_order, q_segment, k_segment))[:, None, None]
     return jnp.where(seen, scores(q, k), -jnp.inf)

@@ -1,5 +1,6 @@
-"""The decoder of all families: grouped-query attention, gated MLP, rotary positions; a scan over stacked layers, or unrolled
-onto a cache.
+"""The decoder of all families: grouped-query attention, gated MLP, rotary positions.
+
+Its layers are stacked and scanned over, or, onto a cache, unrolled.
 
 What the decoder reads, `x`, is [B, T, D], or, where tokens stand for visual features with parts for the first layers
 ("deepstack", arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the output of layer 0, 1, .. n - 1.
@@ -33,6 +34,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, capacity: int, dtype) -> "KVCache":
+        """Returns a cache of zeros for `capacity` tokens in each of `batch` rows."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
@@ -73,6 +75,8 @@ class Prefix(NamedTuple):
 
 
 class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; what a family declares decides on biases and norms."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key, 4)
         dim, head_dim = config.hidden_size, config.head_dim
@@ -89,7 +93,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
 
     def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated"""
+        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         if self.q_norm is not None and self.k_norm is not None:
@@ -97,10 +101,13 @@ class Attention(nnx.Module):
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def out(self, attended: jax.Array) -> jax.Array:
+        """[B, T, heads, head_dim] -> [B, T, D]."""
         return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
 class DecoderLayer(nnx.Module):
+    """Attention and a gated MLP, each behind a norm."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key)
         dim = config.hidden_size
@@ -121,10 +128,22 @@ class DecoderLayer(nnx.Module):
         return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
 
     def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
-        """As `__call__`, with this layer's caches [B, kv_heads, L, head_dim]; write int32 [B, T]: the tokens' slots;
-        used int32 []: slots that a row may look at, at most.
+        """Computes the same onto a cache.
 
-        prefix: None or this layer's (k, v) of a `Prefix`, and prefix_mask its mask. -> x, cache_k, cache_v
+        Args:
+            x: [B, T, D].
+            cos: cosines of the rotation, float32 [B, T, head_dim / 2].
+            sin: sines.
+            write: int32 [B, T], the tokens' slots.
+            cache_k: this layer's keys [B, kv_heads, L, head_dim].
+            cache_v: its values.
+            mask: of the cache.
+            used: int32 [], the most slots that a row may look at.
+            prefix: this layer's (k, v) of a `Prefix`, or None.
+            prefix_mask: its mask.
+
+        Returns:
+            x, cache_k and cache_v.
         """
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
         rows = jnp.arange(x.shape[0])[:, None]
@@ -141,15 +160,19 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedding(nnx.Module):
+    """The table of embeddings [vocab, D]."""
+
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
-        """As the head of a network that ties the two: [..., D] -> [..., vocab]"""
+        """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
         return product(hidden, self.weight[...], dtype)
 
 
 class Decoder(nnx.Module):
+    """Embeddings, layers and the last norm."""
+
     def __init__(self, config: TextConfig, key: jax.Array, dtype):
         keys = jax.random.split(key)
         self.config = config
@@ -172,7 +195,7 @@ class Decoder(nnx.Module):
     def __call__(
         self, x, positions, valid, *, segments=None, remat: Remat = False, implementation: str | None = None, mesh=None
     ) -> jax.Array:
-        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm"""
+        """x [B, T, D], positions int32 [3, B, T], valid bool [B, T] (gaps allowed) -> hidden [B, T, D] after the last norm."""
         options = {"segments": segments, "remat": remat, "implementation": implementation, "mesh": mesh}
         return self._layers(x, positions, valid, lambda keys_and_values: None, **options)[0]
 

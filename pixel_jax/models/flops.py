@@ -63,8 +63,12 @@ def window_pairs(height: np.ndarray, width: np.ndarray, config: ModelConfig) -> 
 
 
 def row_work(lengths: np.ndarray, grids: np.ndarray, config: ModelConfig) -> Work:
-    """The useful work of rows of `lengths` tokens [R] that show items of `grids` [..., 3] (slices, height, width in patches;
-    zeros: nothing): padding does not count, however much of it the program computes.
+    """Returns the useful work of rows; padding does not count, however much of it the program computes.
+
+    Args:
+        lengths: tokens of each row, int [R].
+        grids: items that they show, int [..., 3] (slices, height, width in patches; zeros: nothing).
+        config: of the model.
     """
     lengths = np.asarray(lengths, np.float64)
     t, h, w = np.moveaxis(np.asarray(grids, np.float64).reshape(-1, 3), -1, 0)

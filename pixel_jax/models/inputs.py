@@ -16,7 +16,7 @@ class Visual(NamedTuple):
     An item is an image (one temporal slice) or a video (several); a temporal slice is two frames, for a still image the same
     one twice. Every slice goes through the vision tower on its own: attention never crosses slices.
 
-    patches:  uint8 [B, F, P, 3 p p]  frame patches of p x p pixels in merge order (`pixel_jax.ops.patchify`); F frames a row at most
+    patches:  uint8 [B, F, P, 3 p p]  frame patches of p x p pixels in merge order (`pixel_jax.ops.patchify`), at most F
     slices:   int32 [B, S, 2]       the two frames of each slice, in order of appearance; -1 = absent, at the end
     grids:    int32 [B, K, 3]       items in order of appearance: slices, height and width in patches; zeros = absent
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
@@ -79,6 +79,7 @@ def slice_pixels(first: jax.Array, second: jax.Array, vision: TowerConfig) -> ja
     Args:
         first: uint8 [..., P, 3 p p], the patches of each slice's first frame.
         second: those of its second frame; for a still image the same.
+        vision: sizes and normalisation of the family.
 
     Returns:
         float32 [..., P, patch_dim], normalised; the second frame is left out if a temporal slice of the family is one frame.

@@ -27,10 +27,12 @@ class LoRAWeight(nnx.Param):
 
 
 def is_variable(x) -> bool:
+    """Whether a leaf is a weight with its metadata."""
     return isinstance(x, nnx.Variable)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:
+    """Returns a weight drawn from a normal distribution, the released initialisation."""
     return Weight((INIT_STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype), axes=axes)
 
 
@@ -38,8 +40,10 @@ Remat = bool | Literal["dots"]
 
 
 def rematerialised(block: Callable, remat: Remat) -> Callable:
-    """`block`, and what of it is kept for the backward pass: everything (False), nothing but its arguments (True), or the
-    results of its products with weights ("dots"), so that what is computed again is cheap.
+    """Returns `block`, rematerialised in the backward pass.
+
+    Kept for it is everything (False), nothing but the arguments (True), or the results of products with weights ("dots"), so
+    that what is computed again is cheap.
     """
     if not remat:
         return block
@@ -94,7 +98,7 @@ class Linear(nnx.Module):
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
-        """[..., in] -> [..., out]; dtype: of the result, that of x if None"""
+        """[..., in] -> [..., out]; dtype: of the result, that of x if None."""
         y = product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
@@ -112,6 +116,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., dim]."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.weight[...] * wide.astype(x.dtype)
@@ -156,7 +161,7 @@ class MLP(nnx.Module):
         self.names, self.activation = names, activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., dim] -> [..., dim]"""
+        """[..., dim] -> [..., dim]."""
         first, second = (getattr(self, name) for name in self.names)
         return second(ACTIVATIONS[self.activation](first(x)))
 
@@ -171,6 +176,7 @@ class GatedMLP(nnx.Module):
         self.down_proj = Linear(keys[2], hidden, dim, axes[::-1], bias=bias, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., dim] -> [..., dim]."""
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

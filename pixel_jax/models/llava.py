@@ -128,6 +128,7 @@ class LlavaConfig(ModelConfig):
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
+        """See `ModelConfig.visual_tokens`."""
         return (self.image_token_id,)
 
     @classmethod
@@ -162,6 +163,7 @@ class LlavaConfig(ModelConfig):
         return cls(text, vision, check_whole(number, 2**31 - 1), tie_word_embeddings=tied)
 
     def to_hf(self) -> dict[str, Any]:
+        """See `ModelConfig.to_hf`."""
         text, vision = write_text(self.text), self.vision
         family = next(name for name, cls in TEXT_FAMILIES.items() if type(self.text) is cls)
         layers = vision.feature_layers
@@ -190,7 +192,7 @@ class CLIPAttention(nnx.Module):
         self.num_heads = config.num_heads
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
-        """[N, P, D] -> [N, P, D]"""
+        """[N, P, D] -> [N, P, D]."""
         split = lambda y: y.reshape(*y.shape[:-1], self.num_heads, -1)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         everywhere = jnp.zeros(x.shape[:2], jnp.int32)
@@ -210,7 +212,7 @@ class CLIPLayer(nnx.Module):
         self.mlp = MLP(keys[1], dim, config.intermediate_size, axes, **options, dtype=dtype)
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
-        """[N, P, D] -> [N, P, D]"""
+        """[N, P, D] -> [N, P, D]."""
         x = x + self.self_attn(self.layer_norm1(x), implementation)
         return x + self.mlp(self.layer_norm2(x))
 

@@ -1,6 +1,4 @@
-"""What a model is, to whoever samples from it or trains it; its implementation for all families here; and the forward
-function that every user of a model shares.
-"""
+"""The protocol of a model, its implementation for all families here, and the forward function that all users share."""
 
 import functools
 import operator
@@ -122,7 +120,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., vocab]"""
+        """[..., D] -> float32 [..., vocab]."""
         ...
 
 
@@ -265,12 +263,12 @@ class LanguageModel(nnx.Module):
         return self.language_model.embed_tokens if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> float32 [..., vocab]"""
+        """[..., D] -> float32 [..., vocab]."""
         return logits(self.head, hidden)
 
 
 def logits(head: nnx.Module, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> at least float32 [..., vocab]"""
+    """[..., D] -> at least float32 [..., vocab]."""
     return head(hidden, dtype=jnp.promote_types(hidden.dtype, jnp.float32))
 
 

@@ -30,6 +30,7 @@ from pixel_jax.models.side_files import (
 from pixel_jax.ops import host_crop_resize, smart_resize, temporal_slices
 from pixel_jax.pictures import rgb
 
+QWEN2_5_TOWER = VisionConfig()
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -49,7 +50,7 @@ class Processor:
         tokenizer,
         *,
         family: type[ModelConfig] = Qwen2_5_VLConfig,
-        vision: TowerConfig | None = VisionConfig(),
+        vision: TowerConfig | None = QWEN2_5_TOWER,
         min_pixels: int = 56 * 56,
         max_pixels: int = 28 * 28 * 1280,
     ):
@@ -85,8 +86,9 @@ class Processor:
         return processor
 
     def save(self, directory: Path) -> None:
-        """Writes the files it was read from as they were; for what has been made or changed since, those that all releases
-        of transformers read.
+        """Writes the files it was read from as they were.
+
+        In the place of what has changed since it writes files that all releases of transformers read.
         """
         files = dict(self._files)
         tokenizer, limits = self._as_read or (None, None)
@@ -115,7 +117,8 @@ class Processor:
             text: one text or a batch; each placeholder of the family in it (`<|image_pad|>`, `<|video_pad|>`; `<image>`)
                 stands for the next image (video).
             images: Pillow images (`pixel_jax.pictures.rgb`) or uint8 [h, w, 3], of all texts in order.
-            videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled, at `fps` frames a second.
+            videos: uint8 [t, h, w, 3] or lists of images, all frames of one size; already sampled.
+            fps: frames of a video in a second, as it was sampled.
 
         Raises:
             ValueError: the text has more or fewer placeholders than there are images or videos.
@@ -142,7 +145,8 @@ class Processor:
                 pixels, grids = zip(*(self.patches(frames) for frames in items), strict=True)
                 out[keys[0]], out[keys[1]] = np.concatenate(pixels), np.array(grids, np.int32)
             shown[placeholder] = [
-                self._shown(grid, placeholder, kind, len(frames), fps) for grid, frames in zip(grids, items)
+                self._shown(grid, placeholder, kind, len(frames), fps)
+                for grid, frames in zip(grids, items, strict=True)
             ]
         if videos and self.vision is not None and not self.family.splits_videos:
             out["second_per_grid_ts"] = np.full(len(videos), self.vision.temporal_patch_size / fps, np.float32)

@@ -110,7 +110,7 @@ class Merger(nnx.Module):
         self.together = together
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, P, hidden] -> [N, P / 4, out_hidden]"""
+        """[N, P, hidden] -> [N, P / 4, out_hidden]."""
         wide = self.linear_fc1.weight.shape[-1]
         tokens = lambda x: x.reshape(x.shape[0], -1, wide)
         x = self.norm(tokens(x)) if self.together else tokens(self.norm(x))
@@ -132,6 +132,7 @@ class DeepstackTower(VisionTower):
         self.deepstack_merger_list = nnx.Dict(mergers)
 
     def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
+        """See `VisionTower.embed`."""
         return super().embed(pixels, hw, layout) + self.table(hw, layout)
 
     def table(self, hw: jax.Array, layout: Layout) -> jax.Array:
@@ -156,5 +157,6 @@ class DeepstackTower(VisionTower):
         return sum(weighed[1:], start=weighed[0]).astype(weight.dtype)
 
     def merge(self, x: jax.Array, taps, layout: Layout) -> jax.Array:
+        """See `VisionTower.merge`."""
         features = [self.merger(x), *(self.deepstack_merger_list[str(i)](tap) for i, tap in enumerate(taps))]
         return jnp.concatenate(features, axis=-1)

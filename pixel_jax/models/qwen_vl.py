@@ -49,6 +49,7 @@ class QwenVLConfig(ModelConfig):
 
     @property
     def visual_tokens(self) -> tuple[int, ...]:
+        """See `ModelConfig.visual_tokens`."""
         return self.image_token_id, self.video_token_id
 
 
@@ -62,6 +63,7 @@ class Qwen2_5_VLConfig(QwenVLConfig):
     vision_class: ClassVar[type[TowerConfig]] = VisionConfig
 
     def vision_to_hf(self, vision: TowerConfig) -> dict[str, Any]:
+        """See `ModelConfig.vision_to_hf`."""
         return {**written(vision), "in_chans": vision.in_channels}
 
 
@@ -86,11 +88,13 @@ class Qwen2VLConfig(QwenVLConfig):
 
     @classmethod
     def read_vision(cls, vision: dict[str, Any]) -> TowerConfig:
+        """See `ModelConfig.read_vision`."""
         tower = super().read_vision(vision)
         ratio = check_at("vision_config.mlp_ratio", check_positive, vision.get("mlp_ratio", 4))
         return dataclasses.replace(tower, intermediate_size=int(tower.hidden_size * ratio))
 
     def vision_to_hf(self, vision: TowerConfig) -> dict[str, Any]:
+        """See `ModelConfig.vision_to_hf`."""
         ratio = vision.intermediate_size / vision.hidden_size
         whole_ratio = int(ratio) if ratio == int(ratio) else ratio
         return {**written(vision), "in_chans": vision.in_channels, "mlp_ratio": whole_ratio}

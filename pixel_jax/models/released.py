@@ -13,7 +13,7 @@ from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 
 
 def _network(text: tuple[int, ...], vision_mlp: int, vocab: int, tied: bool = False) -> Qwen2_5_VLConfig:
-    """text: width, MLP, layers, heads, key-value heads"""
+    """text: width, MLP, layers, heads, key-value heads."""
     width, mlp, layers, heads, kv_heads = text
     return Qwen2_5_VLConfig(
         TextConfig(

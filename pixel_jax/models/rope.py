@@ -1,5 +1,6 @@
-"""Rotary positions: two-dimensional ones for the vision tower; for the decoder one number a token, or M-RoPE (time, height,
-width).
+"""Rotary positions: two-dimensional ones for vision towers; for decoders one number a token, or M-RoPE.
+
+M-RoPE is three numbers: time, height and width.
 
 Positions, angles and the rotation are float32 whatever the weights are: bfloat16 rounds 257 to 256, and sin(257) is far from
 sin(256).
@@ -96,7 +97,8 @@ def mrope_positions(
     """Position ids of a stretch of tokens, in the original semantics of the Qwen-VL families.
 
     Text advances all three axes by one. The tokens of an item share a base; time, height and width count within its grid, time
-    in steps of one, or of `seconds * tokens_per_second` cut to whole numbers where the family has that rate. What follows an item starts one past its largest position.
+    in steps of one, or of `seconds * tokens_per_second` cut to whole numbers where the family has that rate. What follows an
+    item starts one past its largest position.
     (transformers 5.3 and later start the text after a video elsewhere.)
 
     is_visual: bool [B, T]      the tokens that stand for pixels, in order of the row's items

@@ -1,4 +1,6 @@
-"""The vision towers of the Qwen-VL families: patches of one temporal slice in, visual tokens out, for any grid in one compilation.
+"""The vision towers of the Qwen-VL families: patches of a temporal slice in, visual tokens out.
+
+One compilation serves any grid.
 
 In Qwen2.5-VL most blocks attend within windows of `window_size` pixels, a few over the whole slice; in the other families all
 attend over the whole slice. The grid (height, width) is a traced
@@ -74,6 +76,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, num_patches: int, config: TowerConfig) -> "Blocks":
+        """Returns the cut of `num_patches` patches."""
         size = config.window_cells**2 * config.merge_unit
         # A block and its neighbours would be all of them (a tower for 8 images of 144 patches, on a CPU: 118 ms, not 132).
         if num_patches <= 3 * size:
@@ -81,7 +84,7 @@ class Blocks(NamedTuple):
         return cls(-(-num_patches // size), size, 1)
 
     def around(self, x: jax.Array, padding: int = 0) -> jax.Array:
-        """[N, P, ...] -> [N * number, (2 * reach + 1) * size, ...]: each block between its neighbours"""
+        """[N, P, ...] -> [N * number, (2 * reach + 1) * size, ...]: each block between its neighbours."""
         outside = self.reach * self.size
         widths = [(0, 0), (outside, outside + self.number * self.size - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
         blocks = jnp.pad(x, widths, constant_values=padding).reshape(x.shape[0], -1, self.size, *x.shape[2:])
@@ -101,13 +104,15 @@ class PatchEmbed(nnx.Module):
         self.proj = nnx.Dict(weights)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[..., patch_dim] -> [..., hidden]"""
+        """[..., patch_dim] -> [..., hidden]."""
         weight = self.proj["weight"][...]
         embedded = jnp.einsum("...i,oi->...o", pixels.astype(weight.dtype), weight.reshape(weight.shape[0], -1))
         return embedded + self.proj["bias"][...] if "bias" in self.proj else embedded
 
 
 class VisionAttention(nnx.Module):
+    """Attention over a slice, or, in a tower with windows, within these."""
+
     def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
         dim = config.hidden_size
@@ -116,7 +121,7 @@ class VisionAttention(nnx.Module):
         self.config = config
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
-        """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window"""
+        """x [N, P, D]; full: bool scalar, in a tower with windows: attend over the whole slice instead of the window."""
         n, p, dim = x.shape
         config = self.config
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(n, p, 3, config.num_heads, config.head_dim), 2, 0)
@@ -166,6 +171,7 @@ class VisionBlock(nnx.Module):
             self.mlp = MLP(keys[1], dim, hidden, axes, **options, dtype=dtype)
 
     def __call__(self, x, cos, sin, layout: Layout, full: jax.Array, implementation: str | None) -> jax.Array:
+        """x [N, P, D] -> [N, P, D]; the arguments are those of `VisionAttention`."""
         x = x + self.attn(self.norm1(x), cos, sin, layout, full, implementation)
         return x + self.mlp(self.norm2(x))
 
@@ -184,7 +190,7 @@ class PatchMerger(nnx.Module):
         self.unit = config.merge_unit
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[N, P, hidden] -> [N, P / 4, out_hidden]"""
+        """[N, P, hidden] -> [N, P / 4, out_hidden]."""
         x = self.ln_q(x)
         x = x.reshape(x.shape[0], x.shape[1] // self.unit, -1)
         return self.mlp["2"](jax.nn.gelu(self.mlp["0"](x), approximate=False))

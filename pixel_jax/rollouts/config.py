@@ -24,10 +24,11 @@ class RolloutConfig:
     max_new_tokens: int = 2048  # of one turn
     max_calls: int = 4  # carried out; one more is counted and ends the row
     max_images: int = 16  # images of a row; a video counts as one. 0: prompts are text only
-    max_tokens: int = 12_088  # prompt and response together
-    max_response: int = 10_000  # everything behind the prompt, observations included
-    min_pixels: int = 4 * TOKEN_PIXELS  # of an image in the prompt, at least
-    max_pixels: int = 2000 * TOKEN_PIXELS  # of an image in the prompt, at most
+    # Prompt and response together: 12 * 1024 - 200, where the released loop stops a row. (Its training is shorter: `recipe`.)
+    max_tokens: int = 12_088
+    max_response: int = 10_000  # room kept for what follows the prompt, observations included
+    min_pixels: int = 4 * TOKEN_PIXELS  # of an image, shown in at least this area
+    max_pixels: int = 2000 * TOKEN_PIXELS  # of an image, at most
     crop_min_pixels: int = 4 * TOKEN_PIXELS  # of a crop, at least
     crop_max_pixels: int = 1000 * TOKEN_PIXELS  # of a crop, at most
     select_min_pixels: int = 4 * TOKEN_PIXELS  # of a selected frame, at least

@@ -440,30 +440,30 @@ def answer_host_calls(
     shape: RolloutShape,
 ) -> RowState:
     """Lets rows read the answers of host tools and go on writing. An answer beyond a limit of tokens or images ends its row."""
-    told = jax.tree.map(jnp.asarray, replies)
-    answered, count = told.lengths > 0, (told.drawn[:, 0] > 0).astype(jnp.int32)
+    arrays = jax.tree.map(jnp.asarray, replies)
+    answered, count = arrays.lengths > 0, (arrays.drawn[:, 0] > 0).astype(jnp.int32)
     crowded = answered & (state.num_images + count > config.max_images)
-    long = answered & ~crowded & (state.length + told.lengths >= state.max_length)
+    long = answered & ~crowded & (state.length + arrays.lengths >= state.max_length)
     run = answered & ~crowded & ~long
     showing = run & (count > 0)
     call = shared.prompts.tables.parser.finish(state.parser)
     first = showing[:, None] & (jnp.arange(shape.views) == 0)  # a call returns one picture at most
     spread = lambda x: jnp.where(first[..., None], x[:, None], 0)
     done = Calls(
-        status=jnp.where(run, told.status, CallStatus.SPENT).astype(jnp.int32),
+        status=jnp.where(run, arrays.status, CallStatus.SPENT).astype(jnp.int32),
         tool=call.tool,
-        outcome=jnp.where(run, told.outcome, -1),
+        outcome=jnp.where(run, arrays.outcome, -1),
         values=call.values,
         source=Views(
             jnp.where(first, made_by(state.num_calls)[:, None], NO_IMAGE),
-            spread(whole(told.drawn)),
-            spread(told.size),
+            spread(whole(arrays.drawn)),
+            spread(arrays.size),
         ),
-        drawn=jnp.where(showing[:, None], told.drawn, 0),
-        picture=None if told.picture is None else jnp.where(showing[:, None], told.picture, 0),
+        drawn=jnp.where(showing[:, None], arrays.drawn, 0),
+        picture=None if arrays.picture is None else jnp.where(showing[:, None], arrays.picture, 0),
     )
-    lengths = jnp.where(run, told.lengths, 0)
-    answers = RowAnswers(answered, run, done, count, lengths, told.ids)
+    lengths = jnp.where(run, arrays.lengths, 0)
+    answers = RowAnswers(answered, run, done, count, lengths, arrays.ids)
     state = answer(model, layers, shared, state, answers, config, shape)
     state = drop_last_turn(state, crowded, config)
     state = state._replace(

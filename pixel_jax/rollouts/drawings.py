@@ -52,14 +52,14 @@ def returned_pictures(images: Iterable[Images], wanted: np.ndarray | None = None
       images: of the prompts.
       wanted: digests uint32 [..., 8] of the pictures to collect; None: all.
     """
-    found = {digest: picture for of_prompt in images for digest, picture in of_prompt.returned.items()}
+    stored = {digest: picture for of_prompt in images for digest, picture in of_prompt.returned.items()}
     if wanted is not None:
         shown = {x.astype("<u4").tobytes() for x in np.unique(wanted.reshape(-1, 8), axis=0) if x.any()}
-        found = {digest: found[digest] for digest in sorted(shown)}
-    side = max([MIN_SIDE, *(max(picture.shape) for picture in found.values())])
-    count, side = (1 << (n - 1).bit_length() for n in (max(len(found), MIN_COUNT), side))
+        stored = {digest: stored[digest] for digest in sorted(shown)}
+    side = max([MIN_SIDE, *(max(picture.shape) for picture in stored.values())])
+    count, side = (1 << (n - 1).bit_length() for n in (max(len(stored), MIN_COUNT), side))
     digests, pixels = np.zeros((count, 8), np.uint32), np.zeros((count, side, side, 3), np.uint8)
-    for i, (digest, picture) in enumerate(found.items()):
+    for i, (digest, picture) in enumerate(stored.items()):
         digests[i] = np.frombuffer(digest, "<u4")
         pixels[i, : picture.shape[0], : picture.shape[1]] = picture
     return ReturnedPictures(digests, pixels)

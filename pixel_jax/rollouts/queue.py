@@ -1,8 +1,8 @@
 """The queue of prompts: how a rollout of many rows uses few slots.
 
-A group of `group_size` neighbouring slots works on one prompt: `refill` reads it once, and its rows share that cache. If there are
-more prompts than groups, a slot whose row is done gets the next row of its group's prompt; if none is left, the group reads the
-next prompt of the queue. A group has two prompts at a time, so that a long row does not hold up the others of its group: they
+A group of `group_size` neighbouring slots works on one prompt: `refill` reads it once, and its rows share that cache. If there
+are more prompts than groups, a slot whose row is done gets the next row of its group's prompt; if none is left, the group reads
+the next prompt of the queue. A group has two prompts at a time, so that a long row does not hold up the others of its group: they
 work on the next prompt. What a row has written is stored in `Queue.outputs` before its slot gets another row.
 
 The batch has B prompts, known by their index. A prompt without tokens is empty. `admit` replaces prompts that are empty or

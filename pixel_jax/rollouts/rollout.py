@@ -174,7 +174,7 @@ def admit(state: RolloutState, indices: Sequence[int] | np.ndarray, prompts: Hos
     """Replaces prompts of a rollout that are empty or finished; the rows of the old ones are dropped.
 
     A row's tokens follow from the key and from its prompt's `uid`, not from the prompt's index or when it was admitted. Prompts
-    that wait are read in the order in which they came, in each data shard. There is a compiled program for each number of prompts.
+    that wait are read in the order in which they came, in each data shard. Each number of prompts has a compiled program.
 
     Args:
       state: of the rollout.

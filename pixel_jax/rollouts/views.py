@@ -22,7 +22,9 @@ GREY = 127  # of blank images (`RolloutConfig.blank`)
 
 
 def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: ViewBudget) -> jax.Array:
-    """Cuts out one view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 3 p p].
+    """Cuts out one view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width).
+
+    Returns patches uint8 [P, 3 p p].
 
     They are zero for a size of zero.
     """

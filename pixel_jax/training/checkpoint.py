@@ -291,7 +291,7 @@ class Checkpoints:
         self.manager.reload()
 
     def restore(
-        self, like: T, *, mesh: Mesh | None = None, step: int | None = None, base: Mapping[str, str] | None = None
+        self, like: Any, *, mesh: Mesh | None = None, step: int | None = None, base: Mapping[str, str] | None = None
     ) -> Restored:
         """Restores the newest checkpoint that is whole, or that of `step`.
 
@@ -358,7 +358,7 @@ class Checkpoints:
             found = reader.restore(path / "state", args=restored)
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
-    def _read(self, step: int, like: T, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
+    def _read(self, step: int, like: Any, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
         path = self.directory / str(step)
         documents = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from pixel_jax.data.packed import PackedRow, Packing
 from pixel_jax.data.questions import ShapedQuestion
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation.trace import Trace, make_trace
+from pixel_jax.evaluation.transcript import Transcript, make_transcript
 from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.parallel.sharding import (
     WHOLE,
@@ -68,7 +68,7 @@ class Answers(NamedTuple):
 
 
 class Asker:
-    """Held-out questions, each answered once within `limits`, at the temperature at which a model is judged."""
+    """Held-out questions, each answered once within `limits`, at the temperature at which a model is single_answer."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Asker:
         shards = max(self.shard.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
         self.batch = -(-min(batch, len(self.asked)) // shards) * shards
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The metrics of the state's model, and some of its conversations."""
         # A new one each time: it keeps frozen weights on the other mesh, which are not needed between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
@@ -142,7 +142,7 @@ class Asker:
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
         return Answers(t, prompts.images, texts, self.scorer(texts, references))
 
-    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Trace]:
+    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Transcript]:
         t, images, texts, scores = answers
         made = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
@@ -157,7 +157,7 @@ class Asker:
                 }
             seen = materialize_on_host(take_rows(t, [row]), images[[row]], self.by.tables.tools, self.limits)
             query = Query(example.question, images[row].arrays, example.video)
-            made.append(make_trace(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
+            made.append(make_transcript(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
         return made
 
 
@@ -211,7 +211,8 @@ class HeldOutLoss:
         self, packing: Packing, forward: ForwardConfig, normalizer: Normalizer, rows: int, mesh: Mesh | None = None
     ):
         """`rows`: of a batch of training, of all processes together."""
-        self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
+        self.packing, self.mesh = packing, mesh
+        self.normalizer: Normalizer = normalizer
         self.shard = process_shard(mesh)
         shards = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
@@ -219,7 +220,7 @@ class HeldOutLoss:
         turns = forward.micro_batches and 1  # None, by the memory, stays None
         self.score = make_score_step(dataclasses.replace(forward, micro_batches=turns), mesh=mesh)
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The loss of the state's model, and no conversations."""
         sums = np.zeros(2)
         for bucket in self.packing.order.packed(0):
@@ -249,7 +250,7 @@ class Together:
     def __init__(self, *looks):
         self.looks = looks
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The metrics and conversations of all."""
         metrics, conversations = {}, []
         for look in self.looks:
@@ -261,7 +262,7 @@ class Together:
 
 def draw_rollouts(
     weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, shard: ProcessShard = WHOLE
-) -> list[Trace]:
+) -> list[Transcript]:
     """Makes the conversations of some of this process's rows, with their rewards and advantages.
 
     Training keeps no pixels: what the rows saw is cut out of the prompts' images again, on the host.
@@ -284,5 +285,5 @@ def draw_rollouts(
                 "reference": " / ".join(Reference.of(example).answers),
             }
         query = Query(getattr(example, "question", ""), images[i].arrays, is_video)
-        made.append(make_trace(t, i, query, vocabulary, side=SIDE, **known))
+        made.append(make_transcript(t, i, query, vocabulary, side=SIDE, **known))
     return made

@@ -2,8 +2,8 @@
 
 It is `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py): the last box, the first <answer> on one line, then the
 whole response are each given to math-verify as they are. Its known faults are kept: "0 to 5" answers "0", "1/2" answers "1, 2",
-"B. blue" does not answer B, and after a wrong box the rest of the text is tried. One thing differs: formulas that are too large to
-be worked out, which would never end, are wrong at once.
+"B. blue" does not answer B, and after a wrong box the rest of the text is tried. One thing differs: formulas that are too large
+to be worked out, which would never end, are wrong at once.
 """
 
 import functools

@@ -3,16 +3,17 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_calls, executed_calls, failed_calls
 from pixel_jax.training.batch import Batch, PackingConfig
 from pixel_jax.training.cost import Throughput
 from pixel_jax.training.diagnosis import Diagnosis, outcome_metrics
@@ -27,12 +28,10 @@ from pixel_jax.training.state import Resharder, TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
 from pixel_jax.training.writers import WriterName
 
-T = TypeVar("T")
-
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Defaults are the paper's, and the released code's where the paper is silent; the switches are in the parts."""
+    """The paper's settings, and the released code's where the paper says nothing. The sections have the switches."""
 
     iterations: int  # rollouts; an iteration makes as many updates as its rows fill train batches
     prompts: int = 512  # an iteration
@@ -84,16 +83,17 @@ class RLConfig:
 
     @property
     def rows(self) -> int:
+        """Rows of an iteration."""
         return self.prompts * self.rollout.group_size
 
     @property
     def updates(self) -> int:
-        """In one iteration."""
+        """Updates of an iteration."""
         return self.rows // self.train_batch
 
 
 class Learner:
-    """What the stages of an iteration work with: compiled steps, the replay, and how rows lie on the devices."""
+    """What the stages of an iteration work with: compiled steps, the replay, and the meshes."""
 
     def __init__(
         self,
@@ -119,22 +119,23 @@ class Learner:
         self.throughput = Throughput(model, config.trainable, mesh)
         self.timer = Timer()  # of the iteration under way
 
-    def begin(self, model) -> TrainState:
+    def begin(self, model: Model) -> TrainState:
+        """The state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def place(self, rows: Batch) -> Batch:
-        """Host rows on the devices."""
+        """Moves host rows to the devices."""
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 
     def ask(self, i: int) -> Questions:
-        """What iteration `i` asks. ValueError: not as many prompts as the configuration says."""
+        """The questions of iteration `i`. ValueError: the data has not as many prompts as the configuration says."""
         questions = Questions(i, *NOTICE.next(self.data))
         if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        """Iteration `i`: every stage in turn. One that is told to go before its updates is given up."""
+        """Takes iteration `i` through every stage. It is given up if the run is told to stop before its updates."""
         stages, self.timer = self.stages, Timer()
         questions = self.ask(i)
         self.timer.lap("input")
@@ -153,7 +154,7 @@ class Learner:
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
-    """What the rows of an iteration did, as plain numbers."""
+    """The metrics of an iteration's rows."""
     scored, t = weighed.scored, weighed.scored.collected.records
     ops = executed_calls(t)
     lengths = np.sum(t.loss_mask, axis=1)
@@ -180,8 +181,8 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
 
 
 def rl(
-    model: T,
-    data: Iterator[tuple[Prompts, Sequence[Any]]],
+    model: Model,
+    data: Iterator[tuple[HostPrompts, Sequence[Any]]],
     stages: Stages,
     config: RLConfig,
     *,
@@ -191,26 +192,37 @@ def rl(
     rollout_mesh: Mesh | None = None,
     label: str = "rl",
     watch: Watch | None = None,
-) -> T:
-    """The model after `config.iterations` iterations, each of which goes through `stages` and makes several updates.
+) -> Model:
+    """Trains a model by reinforcement learning: `config.iterations` iterations through `stages`, each with several updates.
 
-    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration
-    that is told to go before its updates is given up: it may last longer than there is time. Rollouts may lie otherwise
-    than training: on `rollout_mesh`, of the same devices. With several processes each has its `share` of the prompts (the
-    same on both meshes), and only rewards and records of its rows are gathered. Pixels are not kept: what a row saw is cut
-    again from its prompt's images, where and when it is scored or trained on.
+    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration that is
+    told to stop before its updates is given up, because it may last longer than there is time. With several processes each has
+    its shard of the prompts, the same on both meshes, and only rewards and records of its rows are gathered. Pixels are not
+    kept: they are cut again from the prompts' images where a row is scored or trained on.
 
     Args:
+      model: that is trained; it stays usable.
       data: yields prompts, an example for each (whatever the reward reads), and if these differ from what the prompts have
         the sizes of its images (`stages.Questions`); it has `get_state` and `set_state`.
-      directory, identity, watch: as in `sft`.
+      stages: the functions of an iteration.
+      config: of the run.
+      directory: as in `sft`.
+      identity: as in `sft`.
+      mesh: of training; None: one device.
+      rollout_mesh: of rollouts, of the same devices; None: as `mesh`.
+      label: what the terminal calls the run.
+      watch: as in `sft`.
+
+    Returns:
+      The trained model.
     """
     learner = Learner(model, data, stages, config, mesh=mesh, rollout_mesh=rollout_mesh)
+    host: dict[str, Any] = {"data": data}
     work = Work(
         label,
         config.iterations,
         learner.step,
-        host={"data": data},
+        host=host,
         local={"replay": learner.replay},
         shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
         remark=Diagnosis(config.rollout.group_size, config.rollout.temperature),

@@ -4,24 +4,25 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from typing import Literal, TypeVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
+from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
+from pixel_jax.training.losses import Normalizer
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
 from pixel_jax.training.writers import WriterName
 
-T = TypeVar("T")
 EPOCHS = 4  # of the released warm start
 
 
@@ -33,7 +34,7 @@ class SFTConfig:
     epochs: float | None = None  # passes over the data, in the place of `steps`. None, and no `steps`: the recipe's 4
     batch_size: int = 128  # rows (the released script: 16)
     trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
-    normalizer: Literal["row", "token"] = "row"  # the mean of the rows' means, or the mean of all tokens
+    normalizer: Normalizer = "row"  # the mean of the rows' means, or the mean of all tokens
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup=0.1, final_fraction=0.0)
     forward: ForwardConfig = ForwardConfig()
     save_every: int = 100  # steps: a checkpoint
@@ -46,7 +47,7 @@ class SFTConfig:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one follows from the other")
 
     def updates(self, epoch: float | None) -> int:
-        """All of them, where `epoch` make a pass over the data; None: that is not known."""
+        """The number of updates of the run. `epoch` is that of a pass over the data; None: it is not known."""
         if self.steps is not None:
             return self.steps
         if epoch is None:
@@ -55,8 +56,9 @@ class SFTConfig:
 
 
 class Shuffled:
-    """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
-    an epoch is completed from the next one. With several processes, each takes its shard of a batch.
+    """Endless batches of rows in memory, in a new order every epoch, drawn from (seed, epoch).
+
+    The last, partial batch of an epoch is completed from the next one. With several processes, each takes its shard of a batch.
     """
 
     def __init__(self, rows: Batch, batch_size: int, seed: int, shard: ProcessShard = WHOLE):
@@ -79,9 +81,11 @@ class Shuffled:
         return take(self.rows, np.array(index[self.shard.index * size : (self.shard.index + 1) * size]))
 
     def get_state(self) -> dict[str, int]:
+        """The position in the data, and what its order is drawn from."""
         return {"position": self.position, "size": self.size, "seed": self.seed}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Resumes at a state of `get_state`. ValueError: its order is another one."""
         for name in ("size", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -91,7 +95,7 @@ class Shuffled:
 
 
 class Tuning:
-    """The steps of a tuning run: a batch, an update."""
+    """The steps of a tuning run: each reads a batch and makes an update."""
 
     def __init__(self, model, data: Iterator[Batch], config: SFTConfig, *, mesh: Mesh | None, epoch: float | None):
         self.data, self.config, self.mesh, self.epoch = data, config, mesh, epoch
@@ -101,10 +105,12 @@ class Tuning:
         self.update = make_sft_step(config.forward, self.optimizer, normalizer=config.normalizer, mesh=mesh)
         self.throughput = Throughput(model, config.trainable, mesh)
 
-    def begin(self, model) -> TrainState:
+    def begin(self, model: Model) -> TrainState:
+        """The state at step 0."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
+        """Takes step `i`, and returns its metrics."""
         timer = Timer()
         batch = NOTICE.next(self.data)
         rows = batch.tokens.shape[0] * process_shard(self.mesh).count
@@ -113,7 +119,7 @@ class Tuning:
         timer.lap("input")
         self.throughput.count(batch)
         state, report = self.update(state, batch if self.mesh is None else shard_batch(batch, self.mesh))
-        metrics = check_report(report, i) | {"learning_rate": float(self.rate(i))}
+        metrics = check_report(report, i) | {"learning_rate": float(np.asarray(self.rate(i)))}
         if self.epoch is not None:
             metrics["epoch"] = (i + 1) / self.epoch
         timer.lap("update")
@@ -121,7 +127,7 @@ class Tuning:
 
 
 def sft(
-    model: T,
+    model: Model,
     data: Iterator[Batch],
     config: SFTConfig,
     *,
@@ -131,20 +137,31 @@ def sft(
     epoch: float | None = None,
     label: str = "sft",
     watch: Watch | None = None,
-) -> T:
-    """The model after `config.updates(epoch)` updates on batches of `data` (host arrays; with Grain's `get_state`, `set_state`).
+) -> Model:
+    """Tunes a model on traces: `config.updates(epoch)` updates.
 
-    With a `directory` the run is resumable: started again, it continues from its newest checkpoint, if it is the same run:
-    of the same `config` and the same `identity`. With several processes `data` yields this one's `share(mesh)` of each
-    batch, and its state is the same in all.
+    With a `directory` the run can be resumed: started again, it continues from its newest checkpoint, if it is the same run, of
+    the same `config` and the same `identity`. With several processes `data` yields this one's shard of each batch
+    (`process_shard(mesh)`), and its state is the same in all.
 
     Args:
-      epoch: number of batches in a pass over the data; the metrics say then how many passes are made.
+      model: that is tuned; it stays usable.
+      data: yields batches of host arrays; it has Grain's `get_state` and `set_state`.
+      config: of the run.
+      directory: for checkpoints and metrics; None: nothing is written.
+      identity: what tells the run from others besides `config`.
+      mesh: None: one device.
+      epoch: number of batches in a pass over the data; with it the metrics count the passes.
+      label: what the terminal calls the run.
       watch: called before the first step and after each.
+
+    Returns:
+      The tuned model.
     """
     tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
     shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
-    work = Work(label, tuning.steps, tuning.step, host={"data": data}, shown=shown)
+    host: dict[str, Any] = {"data": data}
+    work = Work(label, tuning.steps, tuning.step, host=host, shown=shown)
     keeping = Keeping(
         directory,
         identity.with_settings(sft=dataclasses.asdict(config)),

@@ -2,8 +2,8 @@
 
     Questions -> collect -> Collected -> score -> Scored -> advantages -> Weighed -> select -> Selected -> update -> Updated
 
-Each stage is a function `stage(learner, state, value)`; `Stages` says which, so that one of one's own takes the place of
-any. A stage that looks and changes nothing goes around another:
+Each stage is a function `stage(learner, state, value)`; `Stages` names them, so that the user's own can replace any. A stage that
+watches and changes nothing wraps another:
 
     def watched(learner, state, scored):
         print(scored.reward.mean())
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.models.inputs import Visual
 from pixel_jax.parallel.sharding import all_rows, local_rows
 from pixel_jax.rollouts.materialize import VisualRecord, materialize
@@ -37,16 +38,18 @@ if TYPE_CHECKING:
 
 
 class Questions(NamedTuple):
-    """What an iteration asks: this process's share of it."""
+    """What an iteration asks: this process's shard of it."""
 
     iteration: int
     prompts: HostPrompts
     examples: Sequence[Any]  # what each prompt was made of, whatever the reward reads of it
-    sizes: Sequence[Sequence[tuple[int, int]]] | None = None  # (height, width) of its images in their files, if others
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = (
+        None  # (height, width) of its images in their files, if these differ
+    )
 
 
 class Collected(NamedTuple):
-    """The rows that came of it, `group_size` of each prompt, on the host and without pixels."""
+    """The rows of the rollout, `group_size` of each prompt, on the host and without pixels."""
 
     questions: Questions
     trajectories: Trajectories[VisualRecord]  # this process's rows
@@ -56,12 +59,12 @@ class Collected(NamedTuple):
 
     @property
     def row_shape(self) -> BatchShape:
-        """Of the rows: those of one update are of one row_shape."""
+        """The shape of the rows, which all rows of an update share."""
         return self.shape.prompts._replace(tokens=self.trajectories.tokens.shape[1])
 
 
 class Scored(NamedTuple):
-    """What the rows are worth. Arrays are of all processes, [groups, n]."""
+    """The rewards of the rows. Arrays are of all processes, [groups, n]."""
 
     collected: Collected
     reward: np.ndarray  # float32, what the policy is trained on
@@ -71,11 +74,11 @@ class Scored(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """How much each row is to become likelier. Arrays are of all processes."""
+    """The advantages of the rows. Arrays are of all processes."""
 
     scored: Scored
     advantage: np.ndarray  # float32 [groups, n]
-    nonzero_variance: np.ndarray  # bool [groups], which groups teach anything
+    nonzero_variance: np.ndarray  # bool [groups], whether the rewards of a group differ
 
 
 class Selected(NamedTuple):
@@ -86,6 +89,8 @@ class Selected(NamedTuple):
 
 
 class Updated(NamedTuple):
+    """The state after the updates."""
+
     state: TrainState
     metrics: Mapping[str, float]  # for the metrics
 
@@ -93,10 +98,13 @@ class Updated(NamedTuple):
 def collect(
     learner: "Learner", state: TrainState, questions: Questions, *, roll: Callable[..., Trajectories] | None = None
 ) -> Collected:
-    """The policy answers. Keys follow from the seed, the iteration and the place in the whole batch, whoever has it.
+    """Rolls the policy out. Keys follow from the seed, the iteration and the position in the whole batch, on any process.
 
     Args:
-      roll: takes the place of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
+      learner: of the run.
+      state: whose policy answers.
+      questions: of this process.
+      roll: replaces `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
 
     Raises:
       Preempted: the run is to stop here; a rollout may last longer than there is time.
@@ -104,7 +112,7 @@ def collect(
     config, shard, count = learner.config, learner.shard, len(questions.examples)
     key = jax.random.fold_in(jax.random.key(config.seed), questions.iteration)
     prompts = questions.prompts._replace(uid=shard.index * count + np.arange(count, dtype=np.int32))
-    actor = learner.policy(state)  # where it is a copy, updates need its memory: it goes when this returns
+    actor = learner.policy(state)  # if it is a copy, its memory is freed when this returns, for the updates
     trajectories = jax.tree.map(local_rows, (roll or rollout)(actor, prompts, key, config.rollout))
     learner.timer.lap("rollout")
     NOTICE.check()
@@ -122,13 +130,13 @@ def collect(
 
 
 def collect_on_host(rollouts: HostRollouts, learner: "Learner", state: TrainState, questions: Questions) -> Collected:
-    """`collect` where tools run on the host, with their counts among the metrics. A run need not be the same again."""
+    """Collects where tools run on the host, with their counts among the metrics. Such a run may not be repeatable."""
     collected = collect(learner, state, questions, roll=rollouts)
     return collected._replace(metrics={**collected.metrics, **rollouts.metrics()})
 
 
 def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed:
-    """Each row's reward against its group's, as `config` says."""
+    """Compares each row's reward with its group's, as `config` says."""
     config = learner.config
     return Weighed(
         scored,
@@ -138,14 +146,14 @@ def advantages(learner: "Learner", state: TrainState, scored: Scored) -> Weighed
 
 
 def select(learner: "Learner", state: TrainState, weighed: Weighed) -> Selected:
-    """The rows of groups that teach something, and what `config.replay` fills the other places with."""
+    """Selects the rows of groups whose rewards differ, and those that `config.replay` puts in place of the others."""
     rows = training_rows(learner, state, weighed)
     keep = np.repeat(weighed.nonzero_variance, learner.config.rollout.group_size)
     return Selected(weighed, learner.replay.select(rows, keep, weighed.scored.collected.row_shape) or [])
 
 
 def update(learner: "Learner", state: TrainState, selected: Selected) -> Updated:
-    """As many updates as the rows fill train batches. The metrics are their means."""
+    """Makes as many updates as the rows fill train batches. The metrics are means over them."""
     config, collected = learner.config, selected.weighed.scored.collected
     updates, reports = len(selected.entries) // config.train_batch, []
     for u in range(updates):
@@ -165,8 +173,10 @@ Stage = Callable[["Learner", TrainState, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Which functions an iteration goes through. A reward needs a tokenizer, so there is no usual one:
-    `Stages(Rewards.of(config.reward, decode))` (`pixel_jax.training.rewards`).
+    """The functions that an iteration goes through.
+
+    A reward needs a tokenizer, so `score` has no default: `Stages(Rewards.of(config.reward, decode))`
+    (`pixel_jax.training.rewards`).
     """
 
     score: Stage
@@ -176,13 +186,13 @@ class Stages:
     update: Stage = update
 
 
-# ---- what stages are made of
+# ---- parts of stages
 
 
 def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Rows:
     """This process's rows as they are trained on, with their advantages.
 
-    The trainer's own log-probabilities are worked out, unless the sampler's are to serve or no row will be trained on.
+    The trainer's own log-probabilities are computed, unless the config takes the sampler's or no row will be trained on.
 
     Raises:
       Preempted: the run is to stop here.
@@ -215,14 +225,16 @@ def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: C
 
 
 def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:
-    """The rows with what they saw, cut again from the images of their prompts."""
+    """The rows with their pixels, cut again from the images of their prompts."""
     batch, images = rows
+    assert batch.visual is not None
     visual = materialize(batch.visual, images, collected.shape, learner.config.rollout, learner.mesh)
-    return batch._replace(visual=visual)
+    fields = {**batch._asdict(), "visual": visual}
+    return Batch(**fields)
 
 
-def mask_unfinished(batch: Batch, stop: np.ndarray) -> Batch:
-    """The rows that did not end in an answer (`stop` int32 [R]) without tokens that carry loss, and never replayed."""
+def mask_unfinished(batch: Batch[VisualRecord], stop: AnyArray) -> Batch[VisualRecord]:
+    """Empties the loss mask of rows that did not end in an answer (`stop` int32 [R]); they are never replayed either."""
     finished = stop == STOP_ANSWER
     return batch._replace(
         loss_mask=batch.loss_mask & finished[:, None],

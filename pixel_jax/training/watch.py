@@ -4,7 +4,7 @@ A look is an evaluation on held-out examples. Looks change nothing of what is le
 not touch the training's data and random state. In the directory of a phase lie
 
     looks.jsonl           a line for every look: the number of steps done, and its metrics
-    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.trace`)
+    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
     traces/rollouts/      of every iteration of reinforcement learning some of its rows
     best.json             which look the model in `best` beside the phase is of
 """
@@ -18,8 +18,8 @@ import numpy as np
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
 from pixel_jax.state_files import LineLog, keep_lines, read_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 LOOKS, BEST = "looks.jsonl", "best.json"
 HELD_OUT, ROLLOUTS = "held_out", "rollouts"
 USUAL_LOOKS = 5  # in a run, besides the one before its first step
-SHOWN = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
+VIEW_FIELDS = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
 Criterion = Literal["accuracy", "loss"]
 BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, lower
 
@@ -67,7 +67,7 @@ class WatchConfig:
 class Look(Protocol):
     """An evaluation on held-out examples."""
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The metrics of the state's model, and its conversations about a few examples, the same in every look."""
         ...
 
@@ -143,7 +143,7 @@ class Watch:
 
     def _look(self, look: Look, state: TrainState, done: int, log: Writer | None) -> None:
         metrics, conversations = look(state)
-        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in VIEW_FIELDS if name in metrics)
         say(f"{f'after step {done}' if done else 'before the first step'}, on what is held out: {shown}")
         if self.best is not None:
             self._keep_best(self.best, state, done, metrics)
@@ -188,7 +188,7 @@ class Watch:
             )
         return weighed
 
-    def _keep(self, name: str, number: int, conversations: Sequence[Trace]) -> None:
+    def _keep(self, name: str, number: int, conversations: Sequence[Transcript]) -> None:
         folder = self.directory / "traces" / name
         folder.mkdir(parents=True, exist_ok=True)
         traces.save(folder / f"{number:06}.json", conversations)

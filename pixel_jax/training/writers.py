@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pixel_jax.evaluation import report
-from pixel_jax.evaluation.trace import Trace, as_text, drawn
+from pixel_jax.evaluation.transcript import Transcript, as_text, drawn
 from pixel_jax.files import write_file
 from pixel_jax.state_files import LineLog, keep_lines, read_lines
 
@@ -25,7 +25,7 @@ class Writer(Protocol):
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes the metrics of a step."""
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Writes conversations as they were after `step`; `name` says what they are of."""
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class MetricsLog:
         """Writes the metrics of a step."""
         self.log.append([{"step": step, **metrics}])
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Nothing: conversations lie in files of their own (`pixel_jax.training.watch`)."""
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class TensorBoard:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Writes the conversations."""
         for i, trace in enumerate(traces, 1):
             # TensorBoard reads texts as Markdown: indented lines are code, whatever they hold.
@@ -121,7 +121,7 @@ class WeightsAndBiases:
         """Writes the metrics of a step."""
         self.run.log({"step": step, **metrics})
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Writes the conversations."""
         page = self.html(report.traces_page(traces, f"{name}, step {step}"), inject=False)
         self.run.log({"step": step, name: page})
@@ -142,7 +142,7 @@ class Writers:
         for writer in self.writers:
             writer.write(step, metrics)
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
         """Writes the conversations."""
         for writer in self.writers:
             writer.show(step, name, traces)

@@ -18,7 +18,7 @@ from pixel_jax.data.shapes import AutoShapes, cover, training_work
 from pixel_jax.ops import most_pixels
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from tests.data.test_questions import some_examples
 from tests.rollouts import scripted_model
 from tests.training.tiny_model import tiny_config

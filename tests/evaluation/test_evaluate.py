@@ -14,17 +14,18 @@ from PIL import Image
 from pixel_jax import score_answer
 from pixel_jax.data.prompt_shapes import ShapeFinder
 from pixel_jax.dialog import Language
-from pixel_jax.evaluation import report, run, stages, summary, trace
+from pixel_jax.evaluation import report, run, stages, summary, transcript
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import read_records
-from pixel_jax.evaluation.stages import Exam, Policy, Stages
+from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts.prompts import prompt_tokens
 from pixel_jax.rollouts.rollout import compiled_rollout
 from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.rollouts.views import GREY
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
 from tests.rollouts import scripted_model
@@ -164,7 +165,7 @@ def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, caps
 
 def test_processes_share_the_questions(questions, whole, tmp_path):
     for process in (1, 0):
-        answer(questions, tmp_path, part=(process, 2))
+        answer(questions, tmp_path, shard=(process, 2))
     shares = [
         {json.loads(line)["index"] for line in (tmp_path / f"results-{i}.jsonl").read_text().splitlines()}
         for i in (0, 1)
@@ -190,7 +191,7 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
     assert all(x["operations"] == x["executed"] == [0, 0] for x in records)
     stops = {stop for record in records for stop in record["stop"]}
     assert "answer" in stops and "too many calls" in stops  # the scripted model calls out of habit
-    (made,) = trace.load(tmp_path / "traces" / "1.json")
+    (made,) = transcript.load(tmp_path / "traces" / "1.json")
     assert all(turn.role == "assistant" for turn in made.turns)
     row = summary.summarise(records)["all"]
     assert row["rapr"]["mean"] == 0 and row["operation_errors"]["mean"] is None
@@ -228,7 +229,7 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
     shown = {mode: [] for mode in found}
     for mode, seen in shown.items():
         for index in range(2):
-            (made,) = trace.load(tmp_path / mode / "traces" / f"{index}.json")
+            (made,) = transcript.load(tmp_path / mode / "traces" / f"{index}.json")
             seen += [pixels(picture) for turn in made.turns for picture in turn.pictures]
             assert (pixels(made.overview[0]) != GREY).any()
     assert shown["blank"] and all((image == GREY).all() for image in shown["blank"])
@@ -244,7 +245,7 @@ def test_another_configuration_does_not_continue_a_run(questions, whole):
     with pytest.raises(RunError, match="questions"):
         answer(questions[:-1], directory)
     with pytest.raises(RunError, match="weights = 'not set', now it is 'another'"):
-        answer(questions, directory, facts={"weights": "another"})
+        answer(questions, directory, settings={"weights": "another"})
     assert read_settings(directory)["seed"] == 0
     with pytest.raises(RunError, match="is no run"):
         read_settings(directory.parent / "nowhere")
@@ -268,7 +269,7 @@ def test_a_stage_of_ones_own(questions, tmp_path, whole):
             answered, {name: [float(len(x)) for x in answered.texts] for name in ("score", "accuracy")}
         )
 
-    records = answer(questions[:2], tmp_path, stages=Stages(judge=longest), traced=0)
+    records = answer(questions[:2], tmp_path, stages=EvaluationStages(judge=longest), traced=0)
     assert [x["responses"] for x in records] == [x["responses"] for x in whole[1][:2]]
     assert all(x["score"] == [len(text) for text in x["responses"]] for x in records)
 
@@ -432,7 +433,7 @@ def test_the_page_shows_numbers_and_traces_and_runs_nothing(questions, whole):
 def test_the_table_shows_what_it_is_given(capsys):
     rows = summary.table_rows({"own": {"modes": {"operations": summary.summarise(records_of([[1.0, 0.0]] * 5))}}})
     rows.append(["[red]x[/red]", "\x1b[31mx", *rows[0][2:]])
-    summary.print_table(summary.HEAD, rows)
+    print_table(table(summary.HEAD, rows, words=3))
     out = capsys.readouterr().out
     assert "5 × 2" in out and "50.0 [28.3, 71.7]" in out and "[red]x[/red]" in out and "\x1b" not in out
     assert len(out.splitlines()) == 3

@@ -1,6 +1,6 @@
 """Every family against transformers' torch code in float32, on tiny random models.
 
-`python -m tests.models.family_errors` measures the same errors and writes the table of docs/families.md.
+`python tests/models/family_errors.py` measures the same errors and writes the table of docs/families.md.
 """
 
 import math

@@ -39,12 +39,15 @@ CLIP = {
 }
 LLAVA = {"model_type": "llava", "image_token_index": IMAGE, "text_config": {"model_type": "llama", **TEXT}}
 LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
 }
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 QWEN3_VL = {
     "model_type": "qwen3_vl",
     **TOKENS,
@@ -69,8 +72,8 @@ QWEN3_VL = {
 VALUES = {
     "qwen2": {"model_type": "qwen2", **TEXT, "tie_word_embeddings": False},
     "qwen3": {"model_type": "qwen3", **TEXT, "head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": True},
-    "llama": {"model_type": "llama", **TEXT, "attention_bias": True, "mlp_bias": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "llama3": {"model_type": "llama", **TEXT, "head_dim": 8, "rope_theta": 5e5, "rope_scaling": LLAMA3, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", **TEXT, **LINEAR, "attention_bias": True, "mlp_bias": True},
+    "llama3": {"model_type": "llama", **TEXT, **LLAMA3, "head_dim": 8, "rope_theta": 5e5, "tie_word_embeddings": True},
     "qwen2_vl": {
         "model_type": "qwen2_vl",
         **TEXT,

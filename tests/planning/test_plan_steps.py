@@ -38,7 +38,7 @@ from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import budgets
 from pixel_jax.rollouts.trajectory import HostPrompts, take_rows, to_host
-from pixel_jax.train import LoRAConfig, TrainConfig
+from pixel_jax.train_config import LoRAConfig, TrainConfig
 from pixel_jax.training.batch import from_trajectories, pack
 from pixel_jax.training.optimizer import make_optimizer
 from pixel_jax.training.state import init_state

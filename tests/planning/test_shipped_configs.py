@@ -26,7 +26,7 @@ from pixel_jax.rollouts.queue import prompt_visual, read_prompt, read_together
 from pixel_jax.rollouts.rollout import traced_settings
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.rollouts.views import show_waiting
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rl import RLConfig
 
 GIB = 2**30

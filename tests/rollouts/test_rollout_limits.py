@@ -14,7 +14,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.phases import other_limits
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import FILE, read_limits, single_answer, write_limits
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from tests.rollouts import scripted_model
 
 EXPLORING = RolloutConfig(group_size=4, temperature=1.7, later_temperature=2.0, max_calls=2, crop_max_pixels=50 * 784)

@@ -1,4 +1,4 @@
-"""Models of other families roll out, are tuned and learn: a Qwen3-VL, whose patches have 16 pixels, and a Llama, which sees nothing."""
+"""Models of other families roll out, are tuned and learn: a Qwen3-VL, with patches of 16 pixels, and a Llama without eyes."""
 
 import dataclasses
 

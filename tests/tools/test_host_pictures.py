@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts.materialize import materialize
@@ -162,7 +162,7 @@ def test_rows_read_text_and_picture(made, pixels):
     height, width = t.calls.source.size[row, call, 0]
     shown = "<|vision_start|>" + "<|image_pad|>" * int(height * width // 28**2) + "<|vision_end|>"
     assert f"\n<|im_start|>user\n\nScanned.{shown}<|im_end|>\n<|im_start|>assistant\n" in text
-    drawn = make_trace(pixels, int(row), queries[t.prompt[row]], words)
+    drawn = make_transcript(pixels, int(row), queries[t.prompt[row]], words)
     assert any(turn.text == "Scanned." and len(turn.pictures) == 1 for turn in drawn.turns)
     row, _ = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: failed") & (t.calls.status == CallStatus.FAILED))[
         0

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.rollouts.decode_loop import ASKING, DONE
 from pixel_jax.rollouts.host import host_calls
 from pixel_jax.rollouts.prompts import build_prompts, tables
@@ -105,7 +105,7 @@ def test_rows_read_the_answer_as_text(made):
         text = words.to_bytes(t.tokens[row][t.valid[row]]).decode()
         assert f"\n<|im_start|>user\n\nIt says 7{SPELLED}.<|im_end|>\n<|im_start|>assistant\n" in text
     row = int(at[0, 0])
-    drawn = make_trace(
+    drawn = make_transcript(
         scripted_model.with_pixels(t, prompts, CONFIG), row, scripted_model.queries(2)[t.prompt[row]], words
     )
     assert any(turn.text.startswith("It says 7") and not turn.failed for turn in drawn.turns if turn.role == "tool")

@@ -12,7 +12,7 @@ from pixel_jax.settings import listing
 from pixel_jax.tools import ToolError
 from pixel_jax.tools.host import HostTools, HostToolsConfig, ToolReply, ToolRequest
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 
 TOOLS = """
 import os, time

@@ -12,8 +12,8 @@ from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.packed import Packing
 from pixel_jax.data.questions import assign_shapes
 from pixel_jax.data.read import read_examples
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.rollout import rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -150,7 +150,7 @@ def check_drawn(kept, queries, prompts, config):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
-        assert item == make_trace(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
+        assert item == make_transcript(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
     drawn = draw_rollouts(weighed, range(16), scripted_model.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
@@ -169,7 +169,8 @@ def test_pictures_are_kept_smaller_with_boxes_in_their_place(kept):
     t, (query, *_), prompts = kept
     t = scripted_model.with_pixels(t, prompts)
     large, small = (
-        [make_trace(t, row, query, scripted_model.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
+        [make_transcript(t, row, query, scripted_model.vocabulary(), side=side) for row in range(4)]
+        for side in (None, 75)
     )
     for a, b in zip(large, small, strict=True):
         assert a.pictures[0].boxes == b.pictures[0].boxes

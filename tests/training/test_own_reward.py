@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixel_jax.config import load
 from pixel_jax.state_files import read_lines
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.writers import read_metrics
 from tests.rollouts import scripted_model

@@ -59,9 +59,9 @@ def main(command: str, arguments: list[str]) -> None:
             train(config, mesh)
         elif command == "erase":
             from unlearn_jax.quickstart.edit import edit
-            from unlearn_jax.quickstart.requests import Request
+            from unlearn_jax.quickstart.requests import EditRequest
 
-            edit(config, Request.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
+            edit(config, EditRequest.read(pathlib.Path(FLAGS.request)) if FLAGS.request else None, mesh)
         else:
             from unlearn_jax.quickstart.evaluate import evaluate
 

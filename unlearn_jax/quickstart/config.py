@@ -32,7 +32,7 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
+class EditForwardConfig:
     """How the network computes."""
 
     remat: bool = True  # compute activations again in the backward pass
@@ -48,7 +48,7 @@ class ConvergeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EditEvaluationConfig:
     """The baselines may spend as many example-gradients as the edit did."""
 
     # What the edit is compared with, besides a retrain.
@@ -65,10 +65,10 @@ class Config:
     out: str  # run directory
     traces: TracesConfig = TracesConfig()
     adapter: AdapterConfig = AdapterConfig()
-    forward: ForwardConfig = ForwardConfig()
+    forward: EditForwardConfig = EditForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EditEvaluationConfig = EditEvaluationConfig()
     seed: int = 0  # of the traces and the adapter
     start: str | None = (
         None  # directory of an adapter (PEFT's format) to begin with; None: a new one, as `adapter` says

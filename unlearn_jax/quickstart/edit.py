@@ -21,7 +21,7 @@ from unlearn_jax.quickstart.requests import (
     REPORT,
     REQUEST,
     Edited,
-    Request,
+    EditRequest,
     adapter_after,
     carried_out,
     describe,
@@ -84,7 +84,7 @@ STEP_COLUMNS = (
 )
 
 
-def edit(config: Config, request: Request | None = None, mesh: Mesh | None = None) -> dict | None:
+def edit(config: Config, request: EditRequest | None = None, mesh: Mesh | None = None) -> dict | None:
     """Carries out a request on what the earlier ones have left.
 
     Keeps it, the edited adapter and the report in a directory of its own in `config.out`. What earlier requests have done
@@ -102,7 +102,7 @@ def edit(config: Config, request: Request | None = None, mesh: Mesh | None = Non
     first = draw_traces(config.traces, config.seed)
     earlier = carried_out(config.directory)
     traces = functools.reduce(left_by, earlier, first)
-    todo = still_to_do(Request.example(first) if request is None else request, first, traces)
+    todo = still_to_do(EditRequest.example(first) if request is None else request, first, traces)
     if todo.done:
         say("\n".join(f"done before: {line}" for line in todo.done))
     if todo.done and not todo.request.names():

@@ -33,7 +33,7 @@ ROOM = 2048  # tokens of a trace: a question that the tokenizer has no piece for
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class EditRequest:
     """Edits of traces by id. A trace can be in one of the three only."""
 
     remove: tuple[str, ...] = ()
@@ -41,12 +41,12 @@ class Request:
     ask: dict[str, str] = dataclasses.field(default_factory=dict)  # id: the question it should have been
 
     @classmethod
-    def read(cls, path: pathlib.Path) -> "Request":
+    def read(cls, path: pathlib.Path) -> "EditRequest":
         """Reads a request from a JSON file."""
         return load(cls, read_json(path), str(path))
 
     @classmethod
-    def example(cls, traces: Mapping[str, Trace]) -> "Request":
+    def example(cls, traces: Mapping[str, Trace]) -> "EditRequest":
         """One of each: a zoom is removed, an answer corrected (to the next digit), a clip asked about as if it were an image."""
         if not all(f"{kind}-0" in traces for kind in KINDS):
             raise ValueError(
@@ -110,11 +110,11 @@ class Edited:
     dataset: Dataset  # the traces as they were
     edits: list[Edit]
     replacements: dict[str, Any]  # the new forms, in the order of `request.correct` and `request.ask`
-    request: Request
+    request: EditRequest
 
     @classmethod
     def of(
-        cls, traces: Mapping[str, Trace], request: Request, vocabulary: Vocabulary, limits: RolloutConfig
+        cls, traces: Mapping[str, Trace], request: EditRequest, vocabulary: Vocabulary, limits: RolloutConfig
     ) -> "Edited":
         """The traces and the new forms, made together so that they have one shape."""
         for name in request.names():
@@ -172,7 +172,7 @@ def describe_ids(traces: Mapping[str, Trace]) -> str:
     return ", ".join(f"{kind}-0 to {kind}-{n - 1}" for kind, n in kinds.items() if n)
 
 
-def describe(request: Request, traces: Mapping[str, Trace]) -> Sequence[str]:
+def describe(request: EditRequest, traces: Mapping[str, Trace]) -> Sequence[str]:
     """The request in words, a line an edit."""
     found = [f"remove   {name}: {traces[name].query.question} {traces[name].answer}" for name in request.remove]
     found += [f"correct  {name}: {traces[name].answer} becomes {answer}" for name, answer in request.correct.items()]
@@ -193,15 +193,15 @@ def adapter_after(number: int) -> str:
     return f"{folder(number)}/{EDITED}" if number else ADAPTER
 
 
-def carried_out(directory: pathlib.Path) -> list[Request]:
+def carried_out(directory: pathlib.Path) -> list[EditRequest]:
     """All requests of the run in `directory`, in order."""
-    found: list[Request] = []
+    found: list[EditRequest] = []
     while (place := directory / folder(len(found) + 1)).joinpath(REPORT).exists():
-        found.append(load(Request, read_json(place / REQUEST), str(place / REQUEST)))
+        found.append(load(EditRequest, read_json(place / REQUEST), str(place / REQUEST)))
     return found
 
 
-def left_by(traces: Mapping[str, Trace], request: Request) -> dict[str, Trace]:
+def left_by(traces: Mapping[str, Trace], request: EditRequest) -> dict[str, Trace]:
     """The traces as they are after a request."""
     left = {name: trace for name, trace in traces.items() if name not in request.remove}
     left |= {name: answered(traces[name], answer) for name, answer in request.correct.items()}
@@ -212,11 +212,11 @@ def left_by(traces: Mapping[str, Trace], request: Request) -> dict[str, Trace]:
 class Todo:
     """What of a request is still to be done, and in words what is done already."""
 
-    request: Request
+    request: EditRequest
     done: list[str]
 
 
-def still_to_do(request: Request, first: Mapping[str, Trace], now: Mapping[str, Trace]) -> Todo:
+def still_to_do(request: EditRequest, first: Mapping[str, Trace], now: Mapping[str, Trace]) -> Todo:
     """`request` against the traces as they are now; `first`: before any request.
 
     An id that never was, and an answer or a question of a trace that has been removed, are a ValueError.
@@ -230,7 +230,7 @@ def still_to_do(request: Request, first: Mapping[str, Trace], now: Mapping[str, 
     done = [f"{name} has been removed" for name in request.remove if name not in now]
     done += [f"{name} is answered {text!r}" for name, text in request.correct.items() if now[name].answer == text]
     done += [f"{name} is asked {text!r}" for name, text in request.ask.items() if now[name].query.question == text]
-    rest = Request(
+    rest = EditRequest(
         tuple(name for name in request.remove if name in now),
         {name: text for name, text in request.correct.items() if now[name].answer != text},
         {name: text for name, text in request.ask.items() if now[name].query.question != text},

@@ -24,7 +24,7 @@ from unlearn_jax.quickstart.edit import edit, outcome, train
 from unlearn_jax.quickstart.evaluate import evaluate
 from unlearn_jax.quickstart.job import ADAPTER, Job
 from unlearn_jax.quickstart.measure import table
-from unlearn_jax.quickstart.requests import Edited, Request, carried_out, draw_traces, left_by, still_to_do
+from unlearn_jax.quickstart.requests import Edited, EditRequest, carried_out, draw_traces, left_by, still_to_do
 
 ROOT = pathlib.Path(__file__).parent.parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
@@ -60,7 +60,7 @@ def test_traces_depend_on_the_seed_and_their_id(traces):
 
 
 def test_a_request_in_words_and_numbers(words, traces):
-    request = Request(("zoom-0",), {"video-1": "12"}, {"direct-0": "Which number is it?"})
+    request = EditRequest(("zoom-0",), {"video-1": "12"}, {"direct-0": "Which number is it?"})
     edited = Edited.of(traces, request, words, LIMITS)
     everything = edited.everything()
     texts = [written(words, everything, row) for row in range(10)]
@@ -89,7 +89,7 @@ def test_requests_that_make_no_sense(words, traces, tmp_path):
     with pytest.raises(
         ValueError, match="no trace has the id 'zoom-9'; there are zoom-0 to zoom-3, direct-0 to direct-1"
     ):
-        Edited.of(traces, Request(remove=("zoom-9",)), words, LIMITS)
+        Edited.of(traces, EditRequest(remove=("zoom-9",)), words, LIMITS)
     path = tmp_path / "request.json"
     for text, message in {
         "{": "request.json is not JSON",
@@ -98,33 +98,33 @@ def test_requests_that_make_no_sense(words, traces, tmp_path):
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
-            Request.read(path)
+            EditRequest.read(path)
     path.write_text('{"remove": ["zoom-1"], "ask": {"zoom-2": "What?"}}')
-    assert Request.read(path) == Request(("zoom-1",), {}, {"zoom-2": "What?"})
+    assert EditRequest.read(path) == EditRequest(("zoom-1",), {}, {"zoom-2": "What?"})
 
 
 def test_requests_one_after_another(traces):
-    first = Request(("zoom-0",), {"direct-1": "3"}, {"video-0": "What?"})
+    first = EditRequest(("zoom-0",), {"direct-1": "3"}, {"video-0": "What?"})
     left = left_by(traces, first)
     assert list(left) == [name for name in traces if name != "zoom-0"] and list(traces)[0] == "zoom-0"
     assert left["direct-1"].answer == "3" and left["video-0"].query.question == "What?"
     assert left["zoom-1"] is traces["zoom-1"]
     again = still_to_do(first, traces, left)
-    assert again.request == Request()
+    assert again.request == EditRequest()
     assert again.done == ["zoom-0 has been removed", "direct-1 is answered '3'", "video-0 is asked 'What?'"]
-    mixed = still_to_do(Request(("zoom-0", "direct-1"), {"video-0": "4"}, {"zoom-2": "Where?"}), traces, left)
-    assert mixed.request == Request(("direct-1",), {"video-0": "4"}, {"zoom-2": "Where?"})
+    mixed = still_to_do(EditRequest(("zoom-0", "direct-1"), {"video-0": "4"}, {"zoom-2": "Where?"}), traces, left)
+    assert mixed.request == EditRequest(("direct-1",), {"video-0": "4"}, {"zoom-2": "Where?"})
     assert mixed.done == ["zoom-0 has been removed"]
-    both = left_by(left, Request(correct={"video-0": "4"}))["video-0"]
+    both = left_by(left, EditRequest(correct={"video-0": "4"}))["video-0"]
     assert both.answer == "4" and both.query.question == "What?"  # a second change of the same trace keeps the first
     with pytest.raises(ValueError, match="'zoom-0' was removed by an earlier request"):
-        still_to_do(Request(correct={"zoom-0": "1"}), traces, left)
+        still_to_do(EditRequest(correct={"zoom-0": "1"}), traces, left)
     with pytest.raises(ValueError, match="no trace has the id 'zoom-9'; there are zoom-0 to zoom-3"):
-        still_to_do(Request(remove=("zoom-9",)), traces, left)
+        still_to_do(EditRequest(remove=("zoom-9",)), traces, left)
 
 
 def test_a_request_counts_when_its_report_is_there(tmp_path):
-    requests = [Request(("zoom-0",)), Request((), {"direct-0": "1"})]
+    requests = [EditRequest(("zoom-0",)), EditRequest((), {"direct-0": "1"})]
     for number, request in enumerate(requests, 1):
         place = tmp_path / f"request-{number}"
         place.mkdir()
@@ -218,7 +218,7 @@ def test_a_second_request_starts_from_what_the_first_left(model, tmp_path, capsy
         {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
         | {path: path.read_bytes() for path in tmp_path.glob("request-*/*")}
     )
-    first_report = edit(config, Request(correct={"direct-1": "3"}))
+    first_report = edit(config, EditRequest(correct={"direct-1": "3"}))
     assert first_report["edits"] == {"CorrectResponse": 1}
     assert outcome(first_report) in capsys.readouterr().out
     kept = json.loads((tmp_path / "request-1" / "report.json").read_text())
@@ -226,13 +226,13 @@ def test_a_second_request_starts_from_what_the_first_left(model, tmp_path, capsy
         name: first_report[name] for name in ("verdict", "reason", "limits", "epochs")
     }
     before = files()
-    assert edit(config, Request(correct={"direct-1": "3"})) is None and "nothing to do" in capsys.readouterr().out
+    assert edit(config, EditRequest(correct={"direct-1": "3"})) is None and "nothing to do" in capsys.readouterr().out
     assert files() == before
     other = next(digit for digit in "12" if digit != draw_traces(config.traces, config.seed)["direct-0"].answer)
-    second = edit(config, Request(remove=("direct-1",), correct={"direct-0": other}))
+    second = edit(config, EditRequest(remove=("direct-1",), correct={"direct-0": other}))
     assert second["examples"] == 8 and second["edited"] == 2
     assert before.items() <= files().items()  # nothing was written over
-    third = edit(config, Request(remove=("zoom-0",)))
+    third = edit(config, EditRequest(remove=("zoom-0",)))
     assert third["examples"] == 7
     first, last = (load_file(tmp_path / f"request-{n}" / "edited.safetensors") for n in (1, 3))
     assert any((first[key] != last[key]).any() for key in first)
