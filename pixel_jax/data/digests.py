@@ -20,6 +20,7 @@ PIECE = 2**22  # bytes read at a time
 DIGITS = 32  # of a digest, hexadecimal: 128 bits
 NAMES = {"id"}  # fields that name a row and say nothing about its content
 PICTURES = "images"  # the field with the sources of a row's pictures
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.gguf")
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*preprocessor_config.json")
 
 
@@ -128,7 +129,7 @@ def digest_model(directory: str | os.PathLike, digests: Digests) -> dict[str, st
         return sorted({path for pattern in patterns for path in directory.glob(pattern)})
 
     return {
-        "weights": digests.files(matching("*.safetensors", "*.safetensors.index.json", "config.json")),
+        "weights": digests.files([directory] if directory.is_file() else matching(*WEIGHTS)),
         "tokenizer": digests.files(matching(*TOKENIZER)),
     }
 

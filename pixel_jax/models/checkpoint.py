@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 5 * 2**30
 
 
 def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
-    """(path in the tree, released key, weight) of every weight; a stacked weight's key has `{}` for the layer."""
+    """(path in the tree, our name, weight) of every weight; a stacked weight's key has `{}` for the layer."""
     for path, weight in jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)[0]:
         names = [str(getattr(entry, "name", getattr(entry, "key", None))) for entry in path]
         if names[0] == "language_model":
@@ -113,7 +113,7 @@ def load_weights(
 
     Args:
         model: abstract.
-        tensors: by released key, as `open_weights` finds them.
+        tensors: by our names of them, as `open_weights` finds them.
         where: the directory or file, for messages.
         shardings: pytree like the model's arrays, a `jax.sharding.Sharding` each; a process reads only what its devices hold.
         dtype: of the weights; None keeps the files', if that is one for all.

@@ -292,6 +292,10 @@ class WeightNames(NamedTuple):
         """Returns our name of a weight or a module as transformers spells it."""
         return self._spelled(key, self.spellings[-1])
 
+    def all_spellings(self, key: str) -> list[str]:
+        """Returns our name of a weight or a module in each spelling, that of transformers first."""
+        return [self._spelled(key, spelling) for spelling in reversed(self.spellings)]
+
     def _spelled(self, key: str, spelling: tuple[tuple[str, str], ...]) -> str:
         ours, files = max((x for x in spelling if key.startswith(x[0])), default=("", ""), key=_first)
         return files + key[len(ours) :]

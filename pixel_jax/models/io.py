@@ -15,6 +15,7 @@ from pixel_jax.files import FileError, read_json, settle, sync_directory
 from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
 from pixel_jax.models.config import CONFIG, ModelConfig
 from pixel_jax.models.families import read_config
+from pixel_jax.models.gguf_files import find_gguf, read_gguf
 from pixel_jax.models.model import LanguageModel, Model
 from pixel_jax.models.peft import CONFIG as ADAPTER
 from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
@@ -32,10 +33,10 @@ def from_pretrained(
     dtype=None,
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[Model, Processor | None]:
-    """Reads a directory with config.json and safetensors files.
+    """Reads a directory with config.json and safetensors files, or a GGUF file.
 
     Args:
-        path: the directory.
+        path: the directory, or the file.
         mesh: where to put the weights, by their logical axes; None: one device.
         dtype: of the weights. None keeps the files'; where they mix several, all get the one that `config.json` names.
         adapter: directory of an adapter (`load_adapter`) to put on the model.
@@ -48,9 +49,15 @@ def from_pretrained(
         FileError: a file is not what it should be. The message names it, and the field or tensor at fault.
     """
     directory = Path(path)
-    if not (directory / CONFIG).exists():
+    gguf = None if (directory / CONFIG).exists() else find_gguf(directory)
+    if gguf is not None:
+        config, tensors, processor = read_gguf(gguf)
+        config_dtype = None
+    elif (directory / CONFIG).exists():
+        config, config_dtype = read_config(directory)
+        tensors, processor = open_weights(directory, config.names), Processor.from_directory(directory, config)
+    else:
         raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
-    config, config_dtype = read_config(directory)
     abstract = jax.eval_shape(functools.partial(LanguageModel, config), jax.random.key(0))
     if mesh is None:
         place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -59,12 +66,11 @@ def from_pretrained(
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
         shardings = shardings_of(abstract, mesh)
-    tensors = open_weights(directory, config.names)
     model = load_weights(abstract, tensors, directory, shardings, dtype, config_dtype=config_dtype)
     if adapter is not None:
         _warn_of_another(directory, Path(adapter))
         model = load_adapter(model, adapter)
-    return model, Processor.from_directory(directory, config)
+    return model, processor
 
 
 def _what_it_is(directory: Path) -> str:
@@ -203,7 +209,7 @@ def forward(
 
 @jax.jit
 def _logits(model, tokens, valid, pixels, hw, grids, seconds, positions):
-    """pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None."""
+    """Logits of pixels [B, S, P, 1176] and hw [B, S, 2] (None: nothing to see); positions [3, B, T] or None."""
     tokens = jnp.where(valid, tokens, 0)
     features = None
     if pixels is not None:

@@ -116,6 +116,7 @@ class LlavaConfig(ModelConfig):
                 ("model.", "model.language_model."),
                 ("lm_head.", "lm_head."),
             ),
+            (("visual.", "vision_tower."),),
             (
                 ("visual.multi_modal_projector.", "model.multi_modal_projector."),
                 ("visual.", "model.vision_tower."),

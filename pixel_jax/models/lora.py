@@ -21,11 +21,11 @@ from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
 from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import value_of
 
-T = TypeVar("T")
+M = TypeVar("M", bound=Model | nnx.Module)
 Filter = type | Callable[[str, nnx.Variable], bool]
 
 
-def add_lora(model: Model, key: jax.Array, *, rank: int, alpha: float, targets: str) -> Model:
+def add_lora(model: M, key: jax.Array, *, rank: int, alpha: float, targets: str) -> M:
     r"""The model with fresh adapters: A uniform as in PEFT, B zero, so that it computes what it did before.
 
     targets: regular expression that must match the whole Hugging Face path of a linear layer, in which `{}` stands for the
@@ -53,7 +53,7 @@ def add_lora(model: Model, key: jax.Array, *, rank: int, alpha: float, targets: 
     return model
 
 
-def merge_lora(model: Model, dtype=None) -> Model:
+def merge_lora(model: M, dtype=None) -> M:
     """The model without adapters: each weight W becomes W + scale * B A, added in float32.
 
     dtype: of the weights that had one. None: what it was, in which a small change may be lost.
@@ -76,7 +76,7 @@ def _changed(linear: Linear, sign: int, dtype) -> Weight:
     return Weight(changed, axes=linear.weight.axes)
 
 
-def unmerge_lora(model: Model) -> Model:
+def unmerge_lora(model: M) -> M:
     """The model with its adapters taken out of the weights, where `merge_lora` has added them: W - scale * B A, in float32.
 
     The adapters stay. With those of a run on the merged model that it left this is the model of the run, up to rounding.
@@ -88,7 +88,7 @@ def unmerge_lora(model: Model) -> Model:
     return model
 
 
-def without_lora(model: Model) -> Model:
+def without_lora(model: M) -> M:
     """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
     model, found = copied(model), False
     for _, linear in linears(model):
@@ -99,7 +99,7 @@ def without_lora(model: Model) -> Model:
     return model
 
 
-def linears(model: Model) -> Iterator[tuple[str, Linear]]:
+def linears(model: Model | nnx.Module) -> Iterator[tuple[str, Linear]]:
     """(Hugging Face path, layer) of every linear layer; stacked ones have `{}` for the layer number."""
     for path, key, weight in named_weights(model):
         owner: Any = model
@@ -109,7 +109,7 @@ def linears(model: Model) -> Iterator[tuple[str, Linear]]:
             yield key.removesuffix(".weight"), owner
 
 
-def split(model: T, wanted: Filter) -> tuple[dict[str, jax.Array], T]:
+def split(model: M, wanted: Filter) -> tuple[dict[str, jax.Array], M]:
     """(the selected weights by Hugging Face path, the model without them), both pytrees.
 
     wanted: a class of weights, or a function of (path, weight)
@@ -126,7 +126,7 @@ def split(model: T, wanted: Filter) -> tuple[dict[str, jax.Array], T]:
     return selected, jax.tree.unflatten(jax.tree.structure(model, is_leaf=is_variable), rest)
 
 
-def combine(selected: dict[str, jax.Array], rest: T) -> T:
+def combine(selected: dict[str, jax.Array], rest: M) -> M:
     """The model that `split` took apart."""
     selected, whole = dict(selected), []
     for _, key, weight in named_weights(rest):
@@ -139,6 +139,6 @@ def combine(selected: dict[str, jax.Array], rest: T) -> T:
     return jax.tree.unflatten(jax.tree.structure(rest, is_leaf=is_variable), whole)
 
 
-def copied(model: T) -> T:
+def copied(model: M) -> M:
     """New modules and variables around the same arrays, free to be changed."""
     return jax.tree.map(lambda x: x, model)

@@ -10,9 +10,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.files import FileError, read_json, write_file
 from pixel_jax.models.checkpoint import few, named_weights, to_host
-from pixel_jax.models.config import WeightNames
 from pixel_jax.models.layers import Linear, LoRAWeight
 from pixel_jax.models.lora import copied, linears
 from pixel_jax.models.model import Model
@@ -29,6 +28,7 @@ from pixel_jax.models.tensors import Tensor, is_finite, open_safetensors, to_saf
 from pixel_jax.parallel.sharding import partition_spec
 from pixel_jax.terminal import warn
 
+M = TypeVar("M", bound=Model)
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 FOLDER = "adapter"  # in the directory of a merged model, where its adapter lies
 PREFIX = "base_model.model."  # of every tensor's name
@@ -206,7 +206,7 @@ def _match(pattern: str, name: str) -> Any:
         raise ValueError(f"the pattern {pattern[:200]!r} is no regular expression: {error}") from None
 
 
-def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
+def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
     """Puts an adapter that PEFT or `save_adapter` wrote on a model.
 
     Args:
@@ -245,7 +245,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str]) -> Model:
 
 
 def _layer_names(model: Model) -> dict[str, LayerName]:
-    """Every linear layer, one by one, by its released key."""
+    """Every linear layer, one by one, by our name of it."""
     names = {}
     for path, linear in linears(model):
         stacked = linear.weight.axes[0] == "layers"
@@ -259,7 +259,7 @@ def _factors(
     model: Model, tensors: dict[str, Tensor], config: PEFTConfig, directory: Path
 ) -> dict[LayerName, dict[str, Tensor]]:
     """The tensors lora_A and lora_B of every layer that has an adapter, checked against the configuration and the model."""
-    known, names = _layer_names(model), model.config.names
+    known = _layer_names(model)
     found: dict[LayerName, dict[str, Tensor]] = {}
     written: dict[LayerName, str] = {}  # the names that the file has for them
     for key, tensor in tensors.items():
@@ -267,7 +267,7 @@ def _factors(
         if not key.startswith(PREFIX) or kind not in ("A.weight", "B.weight"):
             _check_base(tensor, model)
             continue
-        layer = known.get(names.ours(module))
+        layer = known.get(_ours(model, module))
         if layer is None:
             raise tensor.error(f"belongs to {module!r}, which is no linear layer of this model")
         if not config.targeted(module):
@@ -275,9 +275,7 @@ def _factors(
         if found.setdefault(layer, {}).setdefault(kind[0], tensor) is not tensor:
             raise tensor.error("is there twice, in two spellings")
         written[layer] = module
-    spelling = (
-        (lambda x: x.name) if any(name == x.name for x, name in written.items()) else (lambda x: _released(x, names))
-    )
+    spelling = _spelling(model, written)
     wanted = [x for x in known.values() if config.targeted(spelling(x)) and config.targets != "all-linear"]
     missing = [f"{spelling(x)}.lora_{kind}" for x in {*wanted, *found} for kind in "AB" if kind not in found.get(x, {})]
     if missing or not found:
@@ -291,8 +289,18 @@ def _factors(
     return {layer._replace(name=written[layer]): pair for layer, pair in found.items()}
 
 
-def _released(layer: LayerName, names: WeightNames) -> str:
-    return names.in_file(layer.path if layer.layer is None else layer.path.format(layer.layer))
+def _ours(model: Model, module: str) -> str:
+    """Our name of a linear layer, whatever release of transformers has written the one in the file."""
+    return model.config.names.ours(f"{module}.weight").removesuffix(".weight")
+
+
+def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[LayerName], str]:
+    """How the file spells the names of layers, of which it has those `written`."""
+    names = model.config.names
+    alternatives = lambda x: names.all_spellings(x.path if x.layer is None else x.path.format(x.layer))
+    votes = Counter(i for x, name in written.items() for i, other in enumerate(alternatives(x)) if other == name)
+    chosen = max(votes, key=lambda i: (votes[i], -i), default=0)
+    return lambda x: alternatives(x)[chosen]
 
 
 def _check_base(tensor: Tensor, model: Model) -> None:

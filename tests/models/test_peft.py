@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_families
 from safetensors.numpy import load_file, save_file
 from tiny_qwen import relative
 
@@ -20,7 +22,8 @@ from tests.models.test_lora import trained
 
 IDS = np.array([[1, 5, 7, 9, 2, 33, 12]])
 TEXT = r"model\.layers\.\{\}\.(self_attn\.(q|v)_proj|mlp\.down_proj)|visual\.blocks\.\{\}\.attn\.qkv|lm_head"
-needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="pip install peft accelerate")
+missing = [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]
+needs_peft = pytest.mark.skipif(bool(missing), reason="pip install peft accelerate")
 
 
 def logits(model, ids=IDS):
@@ -271,6 +274,32 @@ def test_what_peft_can_and_we_cannot_is_refused(fields, pair, tmp_path):
     peft.get_peft_model(copy.deepcopy(theirs), config).save_pretrained(tmp_path)
     with pytest.raises(FileError, match=f"{next(iter(fields))} is .* not supported|only 'none' is supported"):
         pixel_jax.load_adapter(ours, tmp_path)
+
+
+@pytest.mark.torch
+@needs_peft
+@pytest.mark.parametrize("family", tiny_families.VALUES)
+def test_every_linear_layer_of_every_family(family, tmp_path):
+    """PEFT finds all of them under our names, and leaves none without factors."""
+    import copy
+
+    import peft
+    import torch
+
+    ours, theirs = tiny_families.pair(family)
+    whole = adapted(ours, rank=2, targets=".*")
+    pixel_jax.save_adapter(whole, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of missing or unknown tensors
+        back = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path)
+    with torch.no_grad():
+        found = back(input_ids=torch.tensor(IDS)).logits.numpy()
+    assert relative(logits(whole), found) < 1e-5 and relative(logits(ours), found) > 1e-2
+    tensors = sum("lora_" in name for name, _ in back.named_parameters())
+    assert tensors == len(load_file(tmp_path / WEIGHTS))
+    layers = sum(isinstance(x, torch.nn.Linear) for name, x in back.named_modules() if name.endswith("base_layer"))
+    tied = ours.config.tie_word_embeddings
+    assert layers == sum(isinstance(x, torch.nn.Linear) for x in theirs.modules()) - tied
 
 
 def test_every_linear_layer_has_a_name_of_its_own(model, tmp_path):

@@ -9,6 +9,7 @@ Requests are carried out one after another: each starts from what the one before
 been done already is not done twice. `eval` is about the last one. IDs are zoom-0, zoom-1, ..., direct-0, ..., video-0, ...
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -25,6 +26,9 @@ def define_flags(command: str) -> None:
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer(
         "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "adapter", None, "Begin with the adapter in this directory (PEFT's format), not with a new one."
     )
     if command == "erase":
         flags.DEFINE_string("request", None, "JSON file of edits; without it, one of each kind.")
@@ -43,6 +47,8 @@ def main(command: str, arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     config = load(Config, FLAGS.config)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, start=FLAGS.adapter)
     mesh = start(FLAGS.devices)
     if is_main_process():
         announce_compiles()

@@ -70,6 +70,9 @@ class Config:
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
     evaluation: EditEvaluationConfig = EditEvaluationConfig()
     seed: int = 0  # of the traces and the adapter
+    start: str | None = (
+        None  # directory of an adapter (PEFT's format) to begin with; None: a new one, as `adapter` says
+    )
 
     @property
     def directory(self) -> pathlib.Path:
@@ -81,7 +84,7 @@ class Config:
         values = json.loads(json.dumps(dataclasses.asdict(self)))
         objective = {name: values["erasure"][name] for name in ("reduction", "weight_decay")}
         return {
-            **{name: values[name] for name in ("model", "traces", "adapter", "training", "seed")},
+            **{name: values[name] for name in ("model", "traces", "adapter", "training", "seed", "start")},
             "erasure": objective,
         }
 

@@ -15,7 +15,10 @@ from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.files import read_json, write_file
 from pixel_jax.models.io import from_pretrained
-from pixel_jax.models.lora import add_lora
+from pixel_jax.models.layers import LoRAWeight
+from pixel_jax.models.lora import add_lora, combine, split
+from pixel_jax.models.model import Model
+from pixel_jax.models.peft import load_adapter, save_adapter
 from pixel_jax.parallel import make_mesh
 from pixel_jax.parallel.mesh import use_cores
 from pixel_jax.parallel.processes import COUNT, initialize, is_main_process
@@ -60,6 +63,7 @@ class Job:
     mesh: Mesh | None
     vocabulary: Vocabulary
     limits: RolloutConfig  # of traces: those that the base model was trained under
+    base: Model  # without the adapter
     loss: Loss
     fresh: Params  # the adapter before training
 
@@ -77,10 +81,14 @@ class Job:
         model, processor = from_pretrained(directory, mesh=mesh)
         if processor is None:
             raise UserError(f"{directory} has no tokenizer, which the traces are written with")
-        model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.adapter))
+        if config.start is not None:
+            model = load_adapter(model, config.start)
+        else:
+            model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(config.adapter))
         loss, fresh = adapter_loss(model, **dataclasses.asdict(config.forward))
+        base = split(model, LoRAWeight)[1]
         vocabulary = Vocabulary.of(processor.tokenizer)
-        return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), loss, place(fresh, mesh))
+        return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, place(fresh, mesh))
 
     def objective(self, dataset: Dataset) -> Objective:
         """What training minimises."""
@@ -108,12 +116,13 @@ class Job:
         return place(found, self.mesh)
 
     def save(self, name: str, adapter: Params) -> None:
-        """Writes an adapter, whole or not at all."""
+        """Writes an adapter, whole or not at all; and as PEFT has it, in the directory of that name without its ending."""
         values = to_host(adapter)
+        path = self.config.directory / name
         if is_main_process():
-            path = self.config.directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, save(values, metadata={"format": "np"}))
+        save_adapter(combine(adapter, self.base), path.with_suffix(""), base=self.config.model)
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""

@@ -19,9 +19,10 @@ from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax import Remove, cg, erase
 from unlearn_jax.cli import COMMANDS
-from unlearn_jax.quickstart.config import Config, ConvergeConfig
+from unlearn_jax.quickstart.config import AdapterConfig, Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, outcome, train
 from unlearn_jax.quickstart.evaluate import evaluate
+from unlearn_jax.quickstart.job import ADAPTER, Job
 from unlearn_jax.quickstart.measure import table
 from unlearn_jax.quickstart.requests import Edited, EditRequest, carried_out, draw_traces, left_by, still_to_do
 
@@ -141,6 +142,17 @@ def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("base")
     save_model(directory)
     return directory
+
+
+def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path):
+    """Another rank than the configuration's shows where it comes from."""
+    first = Job.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
+    moved = {name: x + 0.1 for name, x in first.fresh.items()}
+    first.save(ADAPTER, moved)
+    second = Job.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
+    assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first/adapter")
+    for name, x in moved.items():
+        np.testing.assert_array_equal(second.fresh[name], x)
 
 
 @pytest.fixture(scope="module")

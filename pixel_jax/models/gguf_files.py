@@ -1,0 +1,229 @@
+"""Language models in GGUF files, as llama.cpp has them: one file with the configuration, the tokenizer and quantised weights.
+
+Weights are dequantised to float32 by the package `gguf`. llama.cpp keeps the rows of the queries and keys of Llama in another
+order, which is undone.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pixel_jax.files import FileError, open_regular
+from pixel_jax.models.config import ModelConfig, RopeScaling
+from pixel_jax.models.families import config_from_hf
+from pixel_jax.models.processor import Processor
+from pixel_jax.models.rope import scaled
+from pixel_jax.models.tensors import Tensor
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from tokenizers import Tokenizer
+
+SUFFIX = ".gguf"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # whose names are those of `config.json`, too
+# Metadata of an architecture: the field of `config.json` it stands for.
+FIELDS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+FREQUENCIES = "rope_freqs.weight"  # by what the rotary frequencies of Llama 3.1 and later are divided
+# How text is cut before its pieces are merged, by the name of the cut.
+LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUTS = {"llama-bpe": rf"{LETTERS}\p{{N}}{{1,3}}{REST}", "qwen2": rf"{LETTERS}\p{{N}}{REST}"}
+OF_GPT2 = ("gpt-2", "default", "smollm")  # cut as GPT-2 does; smollm every digit on its own
+NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokens: transformers' name, that of the file
+CONTROL, USER = 3, 4  # types of tokens: that text never becomes, and that it becomes as a whole
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one in a directory; None if there is none."""
+    if path.suffix == SUFFIX:
+        return path
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    if len(files) > 1:
+        raise FileError(f"{path} holds {len(files)} GGUF files; name one: {', '.join(x.name for x in files[:5])}")
+    return files[0] if files else None
+
+
+def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Processor | None]:
+    """Reads what is in a GGUF file.
+
+    Returns:
+        The configuration; the tensors by our names of them, dequantised when they are asked for; and the processor, None if
+        the file has no tokenizer.
+
+    Raises:
+        FileError: the file is damaged, or of a kind that is not supported. The message says which.
+        ImportError: the package `gguf` is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise ImportError(f"{path} needs the package gguf: pip install 'pixel_jax[gguf]'") from None
+    open_regular(path).close()
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # the package has no errors of its own for a damaged file
+        raise FileError(f"{path}: truncated or damaged: {type(error).__name__}: {str(error)[:200]}") from None
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise FileError(f"{path}: the architecture is {architecture!r}; supported are {', '.join(ARCHITECTURES)}")
+    config = _config(path, fields, reader)
+    return config, _tensors(path, config, reader), _processor(path, config, fields)
+
+
+def _config(path: Path, fields: dict[str, Any], reader: "GGUFReader") -> ModelConfig:
+    architecture = fields["general.architecture"]
+    names = {tensor.name for tensor in reader.tensors}
+    own = {
+        name.removeprefix(f"{architecture}."): x for name, x in fields.items() if name.startswith(f"{architecture}.")
+    }
+    values: dict[str, Any] = {field: own[name] for name, field in FIELDS.items() if name in own}
+    if missing := [
+        name for name in FIELDS if name not in own and name not in ("attention.key_length", "rope.freq_base")
+    ]:
+        raise FileError(f"{path}: {architecture}.{missing[0]} is missing")
+    width = {tensor.name: tensor.shape for tensor in reader.tensors}.get("token_embd.weight")
+    if width is None:
+        raise FileError(f"{path}: 1 missing tensors: token_embd.weight")
+    values |= {
+        "model_type": architecture,
+        "vocab_size": int(width[-1]),
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+    values["attention_bias"] = "blk.0.attn_q.bias" in names
+    for name in ("bos", "eos"):
+        if (token := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None:
+            values[f"{name}_token_id"] = token
+    kind = own.get("rope.scaling.type", "none")
+    if kind not in ("none", "linear"):
+        raise FileError(f"{path}: {architecture}.rope.scaling.type is {kind!r}; supported are 'none' and 'linear'")
+    if kind == "linear":
+        values["rope_scaling"] = {"rope_type": "linear", "factor": float(own["rope.scaling.factor"])}
+    elif FREQUENCIES in names:
+        values["rope_scaling"] = _llama3(path, values, reader)
+    return config_from_hf(values, str(path))
+
+
+def _llama3(path: Path, values: dict[str, Any], reader: "GGUFReader") -> dict[str, Any]:
+    """The rotary scaling of Llama 3.1 (a factor of 8) or 3.2 (of 32), which the file has as the numbers it leads to."""
+    found = np.asarray(next(x.data for x in reader.tensors if x.name == FREQUENCIES), np.float32)
+    half = len(found)
+    frequencies = (1 / values.get("rope_theta", 1e4) ** (np.arange(half) / half)).astype(np.float32)
+    for factor in (8.0, 32.0):
+        scaling = RopeScaling("llama3", factor)
+        if np.allclose(frequencies / scaled(frequencies, scaling), found, rtol=1e-3):
+            return {"rope_type": "llama3", **{name: x for name, x in scaling._asdict().items() if name != "kind"}}
+    raise FileError(f"{path}: tensor {FREQUENCIES!r} is that of no scaling of rotary frequencies that is supported")
+
+
+def _tensors(path: Path, config: ModelConfig, reader: "GGUFReader") -> dict[str, Tensor]:
+    tensors = {}
+    heads = {"attn_q": config.text.num_attention_heads, "attn_k": config.text.num_key_value_heads}
+    for tensor in reader.tensors:
+        if tensor.name == FREQUENCIES:
+            continue
+        layer, module, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(.*?)\.?(weight|bias|)", tensor.name).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        ours = f"{MODULES.get(module, module)}.{kind}"
+        ours = ours if layer is None else f"model.layers.{layer}.{ours}"
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        permuted = heads.get(module) if config.model_type == "llama" else None
+        tensors[ours] = Tensor(tensor.name, path, shape, "F32", _values(tensor, shape, permuted))
+    return tensors
+
+
+def _values(tensor: Any, shape: tuple[int, ...], heads: int | None) -> Callable[[], np.ndarray]:
+    """What dequantises a tensor. heads: how many heads' rows lie as llama.cpp turns them, by pairs; None: they do not."""
+
+    def values() -> np.ndarray:
+        from gguf import dequantize
+
+        found = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        if heads is None:
+            return found
+        return found.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+
+    return values
+
+
+def _processor(path: Path, config: ModelConfig, fields: dict[str, Any]) -> Processor | None:
+    """The processor with the file's tokenizer, if it has one."""
+    own = {x.removeprefix("tokenizer.ggml."): value for x, value in fields.items() if x.startswith("tokenizer.ggml.")}
+    if "tokens" not in own:
+        return None
+    if (kind := own.get("model")) != "gpt2":
+        remedy = "convert the file to a Hugging Face directory"
+        raise FileError(f"{path}: the tokenizer is of the kind {kind!r}, only 'gpt2' is supported: {remedy}")
+    if (cut := own.get("pre", "default")) not in (*CUTS, *OF_GPT2):
+        raise FileError(f"{path}: tokenizer.ggml.pre is {cut!r}; supported are {', '.join([*CUTS, *OF_GPT2])}")
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokens = own["tokens"]
+        ids = {f"{name}_token": own.get(f"{field}_token_id") for name, field in NAMED.items()}
+        named = {name: tokens[number] for name, number in ids.items() if number is not None}
+        tokenizer = _byte_level(tokens, own.get("merges", []), own.get("token_type", []), cut)
+        if own.get("add_bos_token", cut == "llama-bpe") and "bos_token" in named:
+            tokenizer.post_processor = _begin_with(named["bos_token"], ids["bos_token"])
+        template = fields.get("tokenizer.chat_template")
+        wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
+    except Exception as error:  # of the library, about what the file says
+        raise FileError(f"{path}: the tokenizer cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
+    return Processor(wrapped, family=type(config), vision=config.vision)
+
+
+def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str) -> "Tokenizer":
+    """A byte-level BPE tokenizer; ValueError if a token is there twice, or a merge is none."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    numbers = {token: i for i, token in enumerate(tokens)}
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    if len(numbers) < len(tokens):
+        raise ValueError("a token is there twice")
+    # A word that is a token is that token in Llama 3, even where no merges make it.
+    tokenizer = Tokenizer(models.BPE(numbers, pairs, ignore_merges=cut == "llama-bpe"))
+    if cut in CUTS:
+        first, regex = pre_tokenizers.Split(Regex(CUTS[cut]), behavior="isolated"), False
+    else:
+        first, regex = pre_tokenizers.Digits(individual_digits=True) if cut == "smollm" else None, True
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+    tokenizer.pre_tokenizer = last if first is None else pre_tokenizers.Sequence([first, last])
+    tokenizer.decoder = decoders.ByteLevel()
+    of_kind = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind in (CONTROL, USER)]
+    tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in of_kind])
+    return tokenizer
+
+
+def _begin_with(token: str, number: int | None) -> Any:
+    """What puts a token in front of every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)])
