@@ -10,6 +10,7 @@ from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.identity import changes, flatten
 from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
+from unlearn_jax.requests.task import RequestsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Config:
     forward: ForwardConfig = ForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
+    requests: RequestsConfig = RequestsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     seed: int = 0  # of the traces and the adapter
 
