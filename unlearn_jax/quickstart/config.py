@@ -71,6 +71,7 @@ class Config:
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
     requests: RequestsConfig = RequestsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    task: Literal["traces"] = "traces"  # what is learned, see `unlearn_jax.commands`
     seed: int = 0  # of the traces and the adapter
 
     @property
