@@ -1,6 +1,6 @@
 """unlearn-jax train, erase, eval: an adapter, requests that edit it, and how good the edits are.
 
-    unlearn-jax train --config=unlearn/quickstart
+    unlearn-jax train                         traces of the quickstart; --config=unlearn/people: facts about people
     unlearn-jax erase --request=requests.jsonl
     unlearn-jax eval
 
@@ -22,7 +22,10 @@ from pixel_jax.config import define_flag
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
-TASKS = {"traces": "unlearn_jax.quickstart"}  # config.task: package with `config.Config`, `edit` and `evaluate`
+TASKS = {
+    "traces": "unlearn_jax.quickstart",
+    "people": "unlearn_jax.people",
+}  # config.task: package with `config.Config`, `edit` and `evaluate`
 
 
 def define_flags(command: str) -> None:

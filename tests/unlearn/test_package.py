@@ -19,6 +19,7 @@ LABORATORY = (
     "commands",
     "edit_recipe",
     "experiment",
+    "people",
     "plan",
     "quickstart",
     "requests",
