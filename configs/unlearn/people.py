@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.training = {"epochs": 50, "batch": 20, "learning_rate": 3e-3, "decay": 0.01, "checkpoint_every": 5}
     # AdamW's decay acts beside its steps: as a coefficient of |params|^2 / 2 it is next to nothing.
     config.erasure = {"weight_decay": 0.0, "micro_batch": 50, "training_epochs": 50.0}
-    config.requests = {"allow": ("unconverged", "shortened", "negative_curvature", "finish", "budget")}
+    config.requests = {"allow": ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")}
     config.evaluation = {
         "baselines": ("fine-tune", "GradDiff", "NPO"),
         "learning_rates": (1e-3, 3e-3, 1e-2),

@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
         "training_epochs": 500.0,  # a step of L-BFGS is one: the edit may cost a quarter of them
         "solver": {"name": "cg", "rtol": 0.1},  # of the Newton step; L-BFGS goes on from there
     }
-    config.requests = {"allow": ("unconverged", "shortened", "negative_curvature", "finish", "budget")}
+    config.requests = {"allow": ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")}
     config.evaluation = {"baselines": ("L-BFGS", "fine-tune", "NPO"), "learning_rates": (1e-3, 3e-3, 1e-2), "batch": 8}
     return config

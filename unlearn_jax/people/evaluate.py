@@ -6,10 +6,11 @@ facts that were neither learned nor forgotten.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -21,6 +22,7 @@ from pixel_jax.state_files import write_json
 from unlearn_jax import baselines
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training
+from unlearn_jax.loss import Loss
 from unlearn_jax.metrics import answers, membership, text, tokens
 from unlearn_jax.people.config import Config
 from unlearn_jax.people.corpus import Row
@@ -147,16 +149,20 @@ class Scorer:
 
     def _divergence(self, subject: Subject, rows: Sequence[Row]) -> float:
         """Mean over rows and tokens of KL(adapter || retrained adapter on the task's own base model)."""
-        examples = self.task.model.words.encode([(row.question, row.answer) for row in rows])
-        loss = self.task.model.loss()
-        if subject.base is None:
-            return float(tokens.kl_to(loss, subject.adapter, self.retrained, examples, micro_batch=None).mean())
-        logits = lambda x, params: jax.vmap(lambda e: x.z(params, e))(examples)
-        each = tokens.token_kl(
-            logits(self.task.model.loss(subject.base), subject.adapter), logits(loss, self.retrained)
-        )
-        mask = examples["loss_mask"]
-        return float((np.asarray(each * mask).sum(axis=1) / mask.sum(axis=1)).mean())
+        model, reference = self.task.model, self.task.model.loss()
+        loss = model.loss(subject.base)
+        each = [
+            np.asarray(_divergences(loss, subject.adapter, reference, self.retrained, examples))[:count]
+            for examples, count in self._blocks([(row.question, row.answer) for row in rows])
+        ]
+        return float(np.concatenate(each).mean())
+
+    def _blocks(self, pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+        """Examples of equally many rows, and how many of them count: one compiled program scores all sets."""
+        size = self.task.config.erasure.micro_batch
+        for begin in range(0, len(pairs), size):
+            block = list(pairs[begin : begin + size])
+            yield self.task.model.words.encode(block + [block[0]] * (size - len(block))), len(block)
 
     def _rouge(self, subject: Subject, rows: Sequence[Row]) -> list[text.RougeL]:
         rows = list(rows)[: self.task.config.evaluation.rows]
@@ -168,9 +174,23 @@ class Scorer:
         return answers.mean_nll(found.logprob, found.mask)
 
     def _score(self, subject: Subject, pairs: Sequence[tuple[str, str]]) -> tokens.TokenStatistics:
-        model = self.task.model
-        examples, loss = model.words.encode(pairs), model.loss(subject.base)
-        return tokens.score(loss, subject.adapter, examples, micro_batch=self.task.config.erasure.micro_batch)
+        loss = self.task.model.loss(subject.base)
+        found = [
+            [x[:count] for x in tokens.score(loss, subject.adapter, examples, micro_batch=None)]
+            for examples, count in self._blocks(pairs)
+        ]
+        return tokens.TokenStatistics(*(np.concatenate(x) for x in zip(*found, strict=True)))
+
+
+@jax.jit
+def _divergences(loss: Loss, params: Params, other: Loss, reference: Params, examples: Any) -> jax.Array:
+    """Each example's mean over its tokens of KL(loss at params || other at reference), [n]."""
+
+    def one(example: Any) -> jax.Array:
+        kl, mask = tokens.token_kl(loss.z(params, example), other.z(reference, example)), example["loss_mask"]
+        return jnp.sum(jnp.where(mask != 0, kl, 0.0)) / jnp.sum(mask != 0)
+
+    return jax.vmap(one)(examples)
 
 
 def evaluate(config: Config, mesh: Mesh | None = None) -> dict[str, dict[str, float]]:

@@ -1,6 +1,5 @@
 """A small transformer that knows some rows already, its loss as a function of an adapter, and its greedy answers."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from unlearn_jax.people.config import NetworkConfig
 from unlearn_jax.people.corpus import Row
 from unlearn_jax.people.words import Words
 
+BLOCK = 32  # questions that are answered at a time
 GROUP = 32  # weights that share a scale, as in the 4-bit formats in use
 LARGEST = 7  # of a signed integer of 4 bits, both ways
 
@@ -44,13 +44,14 @@ class Model(NamedTuple):
 
     def answers(self, adapter: Params, questions: Sequence[str], base: dict[str, jax.Array] | None = None) -> list[str]:
         """What the model answers, greedily, as long as an example can be."""
-        if not questions:
-            return []
-        asked = self.words.encode([(question, "") for question in questions])
-        begin = np.asarray(asked["loss_mask"]).argmax(axis=1) + 1
-        base = self.base if base is None else base
-        written = np.asarray(_continue(base, adapter, jnp.asarray(asked["tokens"]), jnp.asarray(begin)))
-        return [self.words.decode(row[at:]) for row, at in zip(written, begin.tolist(), strict=True)]
+        said, base = [], self.base if base is None else base
+        for at in range(0, len(questions), BLOCK):
+            block = list(questions[at : at + BLOCK])
+            asked = self.words.encode([(question, "") for question in block + [block[0]] * (BLOCK - len(block))])
+            begin = np.asarray(asked["loss_mask"]).argmax(axis=1) + 1
+            written = np.asarray(_continue(base, adapter, jnp.asarray(asked["tokens"]), jnp.asarray(begin)))
+            said += [self.words.decode(row[i:]) for row, i in zip(written, begin.tolist(), strict=True)][: len(block)]
+        return said
 
 
 def merged(base: dict[str, jax.Array], adapter: Params) -> dict[str, jax.Array]:
@@ -88,7 +89,7 @@ def _logits(base: Any, adapter: Any, example: Any) -> jax.Array:
     return small_transformer.forward(base, adapter, example["tokens"])[0]
 
 
-@functools.partial(jax.jit)
+@jax.jit
 def _continue(base: Any, adapter: Any, tokens: jax.Array, begin: jax.Array) -> jax.Array:
     """tokens int32 [n, T] with the first `begin` [n] given -> int32 [n, T + 1], the rest written by the model."""
     count, length = tokens.shape

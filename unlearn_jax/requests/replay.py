@@ -20,7 +20,7 @@ from pixel_jax.files import write_file
 from unlearn_jax import tree
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
-from unlearn_jax.objective import Objective, element_counts
+from unlearn_jax.objective import Objective, element_counts, on_device
 
 NOBODY = -1  # in an order: a place of the last batch of an epoch that no example has
 
@@ -42,6 +42,17 @@ class Recipe:
         filler = np.full(room, NOBODY)
         epochs = [np.concatenate([random.permutation(count), filler]) for _ in range(self.epochs)]
         return np.concatenate(epochs).reshape(-1, self.batch)
+
+    def steps_of_an_epoch(self, count: int) -> int:
+        """How many batches an epoch of `count` examples has."""
+        return -(-count // self.batch)
+
+    def stops(self, count: int, last: int) -> list[int]:
+        """Steps after which a training stands still for a moment, up to `last`: the same ones for every replay."""
+        epoch = self.steps_of_an_epoch(count)
+        within = [*range(self.checkpoint_every, epoch, self.checkpoint_every)]
+        ends = [*within, *range(epoch, last, epoch)]
+        return [*(end for end in ends if end < last), last]
 
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer of the training."""
@@ -77,24 +88,28 @@ def train(
         weights: [n], zero for examples that do not count, otherwise one. A batch of which none counts has no gradient.
         checkpoints: directory where those of the first epoch are kept.
         steps: the end, if it comes before that of the recipe.
-        log: called after every step with the number of steps done and the loss of its batch.
+        log: called now and then with the number of steps done and the loss of the last batch.
 
     Returns:
         The trained adapter.
     """
-    order, data = recipe.order(len(weights)), Dataset.of(examples)
-    first_epoch, counts = -(-len(weights) // recipe.batch), element_counts(loss, begin.adapter, data)
-    kept, point = int(np.argmax(weights)), begin
-    for step in range(begin.step, len(order) if steps is None else steps):
-        if checkpoints is not None and step < first_epoch and step % recipe.checkpoint_every == 0:
+    order, weights = recipe.order(len(weights)), np.asarray(weights)
+    data = on_device(Objective.of(loss, examples, np.ones(len(weights))))
+    counts = element_counts(loss, begin.adapter, Dataset.of(examples))
+    alive = (order != NOBODY) & (weights[order] > 0)
+    # Any example takes the place of one that does not count, so that nothing of that one is computed.
+    rows = np.where(alive, order, int(np.argmax(weights)))
+    shares = alive / np.maximum(alive.sum(axis=1, keepdims=True), 1) / counts[rows]
+    point, last = begin, len(order) if steps is None else steps
+    for end in recipe.stops(len(weights), last):
+        if end <= begin.step:
+            continue
+        if checkpoints is not None and point.step < recipe.steps_of_an_epoch(len(weights)):
             _save(checkpoints, point)
-        alive = (order[step] != NOBODY) & (np.asarray(weights)[order[step]] > 0)
-        # Any example takes the place of one that does not count, so that nothing of that one is computed.
-        rows = np.where(alive, order[step], kept)
-        objective = Objective.of(loss, data.take(rows), alive / max(alive.sum(), 1) / counts[rows])
-        adapter, state, value = _step(recipe, objective, point.adapter, point.state)
-        point = Point(step + 1, adapter, state)
-        log(step + 1, float(value))
+        part = slice(point.step, end)
+        adapter, state, value = _steps(recipe, data, point.adapter, point.state, rows[part], shares[part])
+        point = Point(end, adapter, state)
+        log(end, float(value))
     return point.adapter
 
 
@@ -121,10 +136,21 @@ def last_before(recipe: Recipe, count: int, edited: np.ndarray, start: Params, c
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def _step(recipe: Recipe, objective: Objective, adapter: Params, state: Any) -> tuple[Params, Any, jax.Array]:
-    value, gradient = objective.value_and_gradient(adapter)
-    updates, state = recipe.optimizer().update(gradient, state, adapter)
-    return tree.cast_like(tree.add(adapter, updates), adapter), state, value
+def _steps(
+    recipe: Recipe, data: Objective, adapter: Params, state: Any, rows: jax.Array, shares: jax.Array
+) -> tuple[Params, Any, jax.Array]:
+    """One step for each of rows and shares [steps, batch]; with the loss of the last batch."""
+    examples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data.examples)
+
+    def step(carry, batch):
+        adapter, state = carry
+        objective = Objective.of(data.loss, jax.tree.map(lambda x: x[batch[0]], examples), batch[1])
+        value, gradient = objective.value_and_gradient(adapter)
+        updates, state = recipe.optimizer().update(gradient, state, adapter)
+        return (tree.cast_like(tree.add(adapter, updates), adapter), state), value
+
+    (adapter, state), values = jax.lax.scan(step, (adapter, state), (rows, shares))
+    return adapter, state, values[-1]
 
 
 def _file(directory: pathlib.Path, step: int) -> pathlib.Path:

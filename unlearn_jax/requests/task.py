@@ -28,7 +28,7 @@ class RequestsConfig:
     """When an edit may stand. One that meets another limit is not applied; the training is repeated in its place."""
 
     # Limits (`unlearn_jax.newton.LimitKind`) that an edit may meet.
-    allow: tuple[LimitKind, ...] = ("unconverged", "shortened", "negative_curvature", "finish", "budget")
+    allow: tuple[LimitKind, ...] = ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")
 
 
 class Retrained(NamedTuple):
