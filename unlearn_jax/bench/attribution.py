@@ -1,0 +1,182 @@
+"""How good are an edit's predictions? The linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
+
+Random subsets of the training examples are removed. For each the test losses are taken of the edited adapter and of one that
+was retrained without them, in the same order of batches. The score of a test example is Spearman's rank correlation over the
+subsets between the two; the mean over test examples is reported, with a bootstrap interval over subsets and test examples.
+
+The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
+what was learned, answered in other words. Beside the edit stands what a single gradient predicts without any curvature:
+the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign).
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from pixel_jax.files import read_json
+from pixel_jax.state_files import write_json
+from pixel_jax.terminal import say
+from unlearn_jax.arrays import Params
+from unlearn_jax.config import ErasureConfig
+from unlearn_jax.dataset import Dataset
+from unlearn_jax.edits import Remove
+from unlearn_jax.erase import erase
+from unlearn_jax.loss import Loss
+from unlearn_jax.metrics import answers, tokens
+from unlearn_jax.people.config import Config, CorpusConfig, NetworkConfig
+from unlearn_jax.people.task import PeopleTask
+from unlearn_jax.requests.replay import Recipe, beginning, train
+
+RESAMPLES = 500
+METHODS = ("erase", "gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The numbers of the measurement."""
+
+    subsets: int = 60
+    removed: float = 0.1  # share of the examples that each subset removes
+    people: int = 30
+    questions: int = 4
+    width: int = 32
+    rank: int = 4
+    pretraining: int = 500
+    epochs: int = 30
+    batch: int = 20
+    learning_rate: float = 3e-3
+    tests: int = 60  # test examples, at most
+    seed: int = 0
+
+    def config(self, out: str) -> Config:
+        """Of the task."""
+        return Config(
+            out=out,
+            corpus=CorpusConfig(people=self.people, known=100, holdout=1, questions=self.questions),
+            network=NetworkConfig(width=self.width, rank=self.rank, pretraining=self.pretraining),
+            training=Recipe(epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate, seed=self.seed),
+            erasure=ErasureConfig(micro_batch=60, training_epochs=float(self.epochs)),
+            seed=self.seed,
+        )
+
+
+def measure(setting: Setting, path: pathlib.Path) -> dict[str, Any]:
+    """The scores of all methods, also in the JSON file `path`; subsets that it holds already are not computed again.
+
+    Returns:
+        {"setting", "losses", "scores"}; losses: {method or "retrain": [subsets, tests], "before": [tests]}; scores:
+        {method: {"mean", "low", "high"}}.
+
+    Raises:
+        ValueError: the file has the results of another setting.
+    """
+    asked = json.loads(json.dumps(dataclasses.asdict(setting)))
+    result = {"setting": asked, "losses": {name: [] for name in ("retrain", *METHODS)}}
+    if path.exists():
+        result = read_json(path)
+        if {**result["setting"], "subsets": setting.subsets} != asked:
+            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
+        result["setting"] = asked
+    with tempfile.TemporaryDirectory() as directory:
+        task = PeopleTask.of(setting.config(directory))
+        _run(task, setting, result, path)
+    return result
+
+
+def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathlib.Path) -> None:
+    items = task.items()
+    rows = list(items.values())[: setting.tests]
+    tests = task.model.words.encode([(row.question, row.paraphrase) for row in rows])
+    loss, data = task.model.loss(), task.encode(items)
+
+    def losses(adapter: Params) -> np.ndarray:
+        found = tokens.score(loss, adapter, tests, micro_batch=None)
+        return answers.mean_nll(found.logprob, found.mask)
+
+    examples = {name: x for name, x in data.items() if name != "id"}
+
+    def learn(weights: np.ndarray) -> Params:
+        return train(task.recipe, loss, beginning(task.recipe, task.model.fresh), examples, weights)
+
+    trained = learn(np.ones(len(items)))
+    before = losses(trained)
+    result["losses"]["before"] = before.tolist()
+    slopes, test_slopes = (_gradients(loss, trained, x) for x in (examples, tests))
+    kept: dict[str, list] = result["losses"]
+    for number in range(len(kept["retrain"]), setting.subsets):
+        begun = time.perf_counter()
+        removed = subset(setting, len(items), number)
+        weights = np.ones(len(items))
+        weights[removed] = 0
+        ids = [list(items)[i] for i in removed]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what limits are met does not matter here
+            edited = erase(loss, trained, Dataset.of(data), [Remove(ids)], task.config.erasure).adapter
+        kept["retrain"].append(losses(learn(weights)).tolist())
+        kept["erase"].append(losses(edited).tolist())
+        # The first step away from the removed examples: adapter + sum of their gradients.
+        kept["gradient"].append((before + test_slopes @ slopes[removed].sum(axis=0)).tolist())
+        result["scores"] = scores(kept, setting.seed)
+        write_json(path, result)
+        said = ", ".join(f"{name} {x['mean']:.3f}" for name, x in result["scores"].items())
+        say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {said}")
+
+
+def subset(setting: Setting, count: int, number: int) -> np.ndarray:
+    """Positions of the examples that subset `number` removes, int [k]."""
+    size = max(1, round(setting.removed * count))
+    return np.sort(np.random.default_rng([setting.seed, number]).permutation(count)[:size])
+
+
+def scores(losses: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, float]]:
+    """The linear datamodelling score of each method, with a 95 % bootstrap interval; none of fewer than three subsets.
+
+    Args:
+        losses: {"retrain" and each method: [subsets, tests]}.
+        seed: of the resamples.
+    """
+    truth = np.asarray(losses["retrain"], float)
+    if len(truth) < 3:
+        return {}
+    found = {}
+    for name in METHODS:
+        predicted = np.asarray(losses[name], float)
+        random, means = np.random.default_rng(seed), []
+        for _ in range(RESAMPLES):
+            rows, columns = (random.integers(0, n, n) for n in truth.shape)
+            picked = rows[:, None], columns[None, :]
+            means.append(_correlations(predicted[picked], truth[picked]).mean())
+        low, high = np.nanquantile(means, (0.025, 0.975))
+        mean = _correlations(predicted, truth).mean()
+        found[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
+    return found
+
+
+def _correlations(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of each column, [tests]; zero of a column that is constant."""
+    from scipy.stats import rankdata
+
+    one, two = (rankdata(x, axis=0) for x in (predicted, truth))
+    one, two = one - one.mean(axis=0), two - two.mean(axis=0)
+    length = np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
+    return np.where(length > 0, (one * two).sum(axis=0) / np.where(length > 0, length, 1), 0.0)
+
+
+@jax.jit
+def _gradients(loss: Loss, params: Params, examples: Any) -> jax.Array:
+    """The gradient of each example's mean loss, [n, parameters]."""
+
+    def mean(params: Params, example: Any) -> jax.Array:
+        total, weight = loss(params, example)
+        return total / weight
+
+    return jax.vmap(lambda example: ravel_pytree(jax.grad(mean)(params, example))[0])(examples)
