@@ -63,7 +63,7 @@ class Report:
     example_gradients: float  # work: as many examples forward and backward
     epochs: float  # the same in epochs of the training: divided by `examples`
     seconds: float
-    memory: int  # bytes: the most the device held, or where it does not tell, the process
+    memory: int  # bytes: the most that any device held, or where devices do not tell, the process
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON, its config in the form that `erase` reads."""
@@ -277,7 +277,5 @@ def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
 
 
 def _peak_memory() -> int:
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = [stats.get("peak_bytes_in_use", 0) for x in jax.local_devices() if (stats := x.memory_stats())]
+    return int(max(held, default=0)) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
