@@ -1,12 +1,14 @@
 """How good are an edit's predictions? The linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
 
-Random subsets of the training examples are removed. For each the test losses are taken of the edited adapter and of one that
-was retrained without them, in the same order of batches. The score of a test example is Spearman's rank correlation over the
-subsets between the two; the mean over test examples is reported, with a bootstrap interval over subsets and test examples.
+Random subsets of the training examples are removed. For each the test losses are taken of the edited adapter and of adapters
+that were retrained without them, in the same order of batches and in others, of which the mean is taken. The score of a test
+example is Spearman's rank correlation over the subsets between the two; the mean over test examples is reported, with a
+bootstrap interval over subsets and test examples.
 
 The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
 what was learned, answered in other words. Beside the edit stands what a single gradient predicts without any curvature:
-the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign).
+the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign); and
+one retraining, scored against those in the other orders: what a training that is repeated says of another.
 """
 
 import dataclasses
@@ -38,6 +40,7 @@ from unlearn_jax.requests.replay import Recipe, beginning, train
 
 RESAMPLES = 500
 METHODS = ("erase", "gradient")
+ONE = "one retrain"  # against the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Setting:
     epochs: int = 30
     batch: int = 20
     learning_rate: float = 3e-3
+    orders: int = 3  # trainings without each subset, the first in the order of the training itself
     tests: int = 60  # test examples, at most
     seed: int = 0
 
@@ -73,8 +77,8 @@ def measure(setting: Setting, path: pathlib.Path) -> dict[str, Any]:
     """The scores of all methods, also in the JSON file `path`; subsets that it holds already are not computed again.
 
     Returns:
-        {"setting", "losses", "scores"}; losses: {method or "retrain": [subsets, tests], "before": [tests]}; scores:
-        {method: {"mean", "low", "high"}}.
+        {"setting", "losses", "scores"}; losses: {method: [subsets, tests], "retrain": [subsets, orders, tests],
+        "before": [tests]}; scores: {method: {"mean", "low", "high"}}.
 
     Raises:
         ValueError: the file has the results of another setting.
@@ -104,8 +108,9 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
 
     examples = {name: x for name, x in data.items() if name != "id"}
 
-    def learn(weights: np.ndarray) -> Params:
-        return train(task.recipe, loss, beginning(task.recipe, task.model.fresh), examples, weights)
+    def learn(weights: np.ndarray, order: int = 0) -> Params:
+        recipe = dataclasses.replace(task.recipe, seed=setting.seed + order)
+        return train(recipe, loss, beginning(recipe, task.model.fresh), examples, weights)
 
     trained = learn(np.ones(len(items)))
     before = losses(trained)
@@ -121,7 +126,7 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what limits are met does not matter here
             edited = erase(loss, trained, Dataset.of(data), [Remove(ids)], task.config.erasure).adapter
-        kept["retrain"].append(losses(learn(weights)).tolist())
+        kept["retrain"].append([losses(learn(weights, order)).tolist() for order in range(setting.orders)])
         kept["erase"].append(losses(edited).tolist())
         # The first step away from the removed examples: adapter + sum of their gradients.
         kept["gradient"].append((before + test_slopes @ slopes[removed].sum(axis=0)).tolist())
@@ -141,24 +146,27 @@ def scores(losses: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, floa
     """The linear datamodelling score of each method, with a 95 % bootstrap interval; none of fewer than three subsets.
 
     Args:
-        losses: {"retrain" and each method: [subsets, tests]}.
+        losses: {method: [subsets, tests], "retrain": [subsets, orders, tests]}.
         seed: of the resamples.
     """
-    truth = np.asarray(losses["retrain"], float)
-    if len(truth) < 3:
+    retrained = np.asarray(losses["retrain"], float)
+    if len(retrained) < 3:
         return {}
-    found = {}
-    for name in METHODS:
-        predicted = np.asarray(losses[name], float)
-        random, means = np.random.default_rng(seed), []
-        for _ in range(RESAMPLES):
-            rows, columns = (random.integers(0, n, n) for n in truth.shape)
-            picked = rows[:, None], columns[None, :]
-            means.append(_correlations(predicted[picked], truth[picked]).mean())
-        low, high = np.nanquantile(means, (0.025, 0.975))
-        mean = _correlations(predicted, truth).mean()
-        found[name] = {"mean": float(mean), "low": float(low), "high": float(high)}
-    return found
+    mean = retrained.mean(axis=1)
+    pairs = {name: (np.asarray(losses[name], float), mean) for name in METHODS}
+    if retrained.shape[1] > 1:
+        pairs[ONE] = retrained[:, 0], retrained[:, 1:].mean(axis=1)
+    return {name: _score(*pair, seed) for name, pair in pairs.items()}
+
+
+def _score(predicted: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:
+    random, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        rows, columns = (random.integers(0, n, n) for n in truth.shape)
+        picked = rows[:, None], columns[None, :]
+        means.append(_correlations(predicted[picked], truth[picked]).mean())
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(_correlations(predicted, truth).mean()), "low": float(low), "high": float(high)}
 
 
 def _correlations(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
