@@ -39,6 +39,7 @@ from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.replay import Recipe, beginning, train
 
 RESAMPLES = 500
+DIGITS = 6  # of a loss in the file
 METHODS = ("erase", "gradient")
 ONE = "one retrain"  # against the others
 
@@ -102,9 +103,9 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
     tests = task.model.words.encode([(row.question, row.paraphrase) for row in rows])
     loss, data = task.model.loss(), task.encode(items)
 
-    def losses(adapter: Params) -> np.ndarray:
+    def losses(adapter: Params) -> np.ndarray:  # rounded: the file shall not be large
         found = tokens.score(loss, adapter, tests, micro_batch=None)
-        return answers.mean_nll(found.logprob, found.mask)
+        return np.round(answers.mean_nll(found.logprob, found.mask), DIGITS)
 
     examples = {name: x for name, x in data.items() if name != "id"}
 
@@ -129,7 +130,8 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
         kept["retrain"].append([losses(learn(weights, order)).tolist() for order in range(setting.orders)])
         kept["erase"].append(losses(edited).tolist())
         # The first step away from the removed examples: adapter + sum of their gradients.
-        kept["gradient"].append((before + test_slopes @ slopes[removed].sum(axis=0)).tolist())
+        predicted = before + np.asarray(test_slopes @ slopes[removed].sum(axis=0))
+        kept["gradient"].append(np.round(predicted.astype(float), DIGITS).tolist())
         result["scores"] = scores(kept, setting.seed)
         write_json(path, result)
         said = ", ".join(f"{name} {x['mean']:.3f}" for name, x in result["scores"].items())
