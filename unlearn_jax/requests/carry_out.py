@@ -15,10 +15,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 
 from pixel_jax.files import read_bytes, read_json, write_file
-from pixel_jax.parallel.processes import is_main_process, say
+from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.state_files import to_json
 from unlearn_jax.arrays import Params
 from unlearn_jax.erase import Erasure, erase
@@ -103,8 +104,13 @@ def carry_out(task: Task, requests: Sequence[Request], *, show_content: bool = F
     state = State.of(task)
     added: list[Entry] = []
     for request in list(_pending(task, state, requests)):
-        entry, items = _carry_out_one(task, state, request, show_content)
-        state = State([*state.entries, entry], [*state.requests, request], state.first, items)
+        number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
+        if jax.process_count() > 1:
+            barrier(f"request {number} is in the log")
+        # The main process has written the line; all of them go on from it.
+        entries = read_log(task.directory / LOG)
+        entry = entries[number - 1]
+        state = State(entries, [*state.requests, request], state.first, items)
         added.append(entry)
         say(f"request {entry.number}, {entry.kind} {', '.join(entry.ids)}: {entry.outcome} ({entry.why})")
     if not added:
@@ -166,7 +172,8 @@ class _Result:
     example_gradients: float
 
 
-def _carry_out_one(task: Task, state: State, request: Request, show_content: bool) -> tuple[Entry, dict[str, Any]]:
+def _carry_out_one(task: Task, state: State, request: Request, show_content: bool) -> dict[str, Any]:
+    """Leaves the files and the line of a request; returns the examples after it. Only the main process writes."""
     begun, number = time.perf_counter(), len(state.entries) + 1
     after = apply_request(state.items, request, state.first, task.change)
     change = Change.of(state.items, after, task.encode, request.kind)
@@ -187,6 +194,8 @@ def _carry_out_one(task: Task, state: State, request: Request, show_content: boo
         "seconds": time.perf_counter() - begun,
     }
     place = folder(task.directory, number)
+    if not is_main_process():
+        return after
     try:
         files = _write_files(task, place, request, result, report, state.items, after, show_content)
         entry = Entry(
@@ -206,13 +215,11 @@ def _carry_out_one(task: Task, state: State, request: Request, show_content: boo
             files=files,
             previous=last_hash(state.entries),
         )
-        if is_main_process():
-            append(task.directory / LOG, entry)
+        append(task.directory / LOG, entry)
     except OSError:
-        if is_main_process():
-            shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
         raise
-    return entry, after
+    return after
 
 
 def _solve(task: Task, state: State, change: Change, adapter: Params, after: dict[str, Any]) -> _Result:
@@ -277,14 +284,11 @@ def _write_files(
     after: dict[str, Any],
     show_content: bool,
 ) -> dict[str, str]:
-    """Writes what belongs to a request; returns the hash of each file by its name. Only the main process writes."""
-    if is_main_process():
-        shutil.rmtree(place, ignore_errors=True)  # what an interrupted run left
-        place.mkdir(parents=True)
+    """Writes what belongs to a request; returns the hash of each file by its name."""
+    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run left
+    place.mkdir(parents=True)
     if result.outcome != "nothing to do":
         task.save(place / ADAPTER, result.adapter)
-    if not is_main_process():
-        return {}
     write_file(place / REQUEST, request.stored())
     if request.image:
         write_file(place / request.image_name, request.image)
