@@ -6,18 +6,20 @@ example is Spearman's rank correlation over the subsets between the two; the mea
 bootstrap interval over subsets and test examples.
 
 The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
-what was learned, answered in other words. Beside the edit stands what a single gradient predicts without any curvature:
+what was learned, answered in other words. Beside the default edit stand one whose step is solved without a budget of epochs;
+what a single gradient predicts without any curvature:
 the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign); and
 one retraining, scored against those in the other orders: what a training that is repeated says of another.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,10 +39,13 @@ from unlearn_jax.metrics import answers, tokens
 from unlearn_jax.people.config import Config, CorpusConfig, NetworkConfig
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.replay import Recipe, beginning, train
+from unlearn_jax.solvers import cg
 
 RESAMPLES = 500
 DIGITS = 6  # of a loss in the file
-METHODS = ("erase", "gradient")
+METHODS = ("erase", "erase, solved", "gradient")
+# One Newton step, solved to a hundredth however many epochs that takes.
+SOLVED = {"newton_steps": 1, "damping_fraction": 1e-3, "solver": cg(rtol=0.01, max_steps=100)}
 ONE = "one retrain"  # against the others
 
 
@@ -117,25 +122,42 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
     before = losses(trained)
     result["losses"]["before"] = before.tolist()
     slopes, test_slopes = (_gradients(loss, trained, x) for x in (examples, tests))
-    kept: dict[str, list] = result["losses"]
-    for number in range(len(kept["retrain"]), setting.subsets):
-        begun = time.perf_counter()
-        removed = subset(setting, len(items), number)
+
+    def retrained(removed: np.ndarray) -> list:
         weights = np.ones(len(items))
         weights[removed] = 0
-        ids = [list(items)[i] for i in removed]
+        return [losses(learn(weights, order)).tolist() for order in range(setting.orders)]
+
+    def edited(removed: np.ndarray, **changes: Any) -> list[float]:
+        edits = [Remove([list(items)[i] for i in removed])]
+        config = dataclasses.replace(task.config.erasure, **changes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what limits are met does not matter here
-            edited = erase(loss, trained, Dataset.of(data), [Remove(ids)], task.config.erasure).adapter
-        kept["retrain"].append([losses(learn(weights, order)).tolist() for order in range(setting.orders)])
-        kept["erase"].append(losses(edited).tolist())
-        # The first step away from the removed examples: adapter + sum of their gradients.
+            return losses(erase(loss, trained, Dataset.of(data), edits, config).adapter).tolist()
+
+    def along_the_gradient(removed: np.ndarray) -> list[float]:
+        """The first step away from the removed examples: the adapter and the sum of their gradients."""
         predicted = before + np.asarray(test_slopes @ slopes[removed].sum(axis=0))
-        kept["gradient"].append(np.round(predicted.astype(float), DIGITS).tolist())
-        result["scores"] = scores(kept, setting.seed)
-        write_json(path, result)
-        said = ", ".join(f"{name} {x['mean']:.3f}" for name, x in result["scores"].items())
-        say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {said}")
+        return np.round(predicted.astype(float), DIGITS).tolist()
+
+    predictions: dict[str, Callable[[np.ndarray], list]] = {
+        "retrain": retrained,
+        "erase": edited,
+        "erase, solved": functools.partial(edited, **SOLVED),
+        "gradient": along_the_gradient,
+    }
+    kept: dict[str, list] = result["losses"]
+    for number in range(setting.subsets):
+        begun, removed = time.perf_counter(), subset(setting, len(items), number)
+        missing = [name for name in predictions if len(kept.setdefault(name, [])) <= number]
+        for name in missing:
+            kept[name].append(predictions[name](removed))
+        if missing:
+            write_json(path, result)
+            say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {', '.join(missing)}")
+    result["scores"] = scores(kept, setting.seed)
+    write_json(path, result)
+    say("\n".join(f"{name}: {x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in result["scores"].items()))
 
 
 def subset(setting: Setting, count: int, number: int) -> np.ndarray:

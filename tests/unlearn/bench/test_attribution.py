@@ -20,18 +20,21 @@ def test_correlations_are_those_of_scipy(monkeypatch):
     random = np.random.default_rng(0)
     truth, noise = random.normal(size=(2, 50, 7))
     predicted = np.round(truth + noise, 1)  # with ties
-    found = scores({"retrain": truth[:, None], "erase": predicted, "gradient": -truth})
+    found = scores({"retrain": truth[:, None], "erase": predicted, "gradient": -truth, "erase, solved": truth})
     expected = np.mean([spearmanr(predicted[:, i], truth[:, i]).statistic for i in range(7)])
     assert found["erase"]["mean"] == pytest.approx(expected)
     assert found["erase"]["low"] < expected < found["erase"]["high"] and found["gradient"]["mean"] == pytest.approx(-1)
-    assert set(found) == {"erase", "gradient"}
+    assert set(found) == set(METHODS)
     wide = found["erase"]["high"] - found["erase"]["low"]
-    few = scores({name: x[:10] for name, x in (("retrain", truth[:, None]), ("erase", predicted), ("gradient", truth))})
+    names = {"retrain": truth[:, None], "erase": predicted, "gradient": truth, "erase, solved": truth}
+    few = scores({name: x[:10] for name, x in names.items()})
     assert few["erase"]["high"] - few["erase"]["low"] > wide
-    constant = scores({"retrain": truth[:, None], "erase": np.zeros_like(truth), "gradient": truth})
+    constant = scores(
+        {"retrain": truth[:, None], "erase": np.zeros_like(truth), "gradient": truth, "erase, solved": truth}
+    )
     assert constant["erase"]["mean"] == 0 and constant["gradient"]["mean"] == pytest.approx(1)
     orders = np.stack([truth, predicted, truth], axis=1)
-    several = scores({"retrain": orders, "erase": truth, "gradient": truth})
+    several = scores({"retrain": orders, "erase": truth, "gradient": truth, "erase, solved": truth})
     means = (2 * truth + predicted) / 3
     expected = np.mean([spearmanr(truth[:, i], means[:, i]).statistic for i in range(7)])
     assert several["erase"]["mean"] == pytest.approx(expected)
@@ -57,6 +60,9 @@ def test_the_measurement_in_small_goes_on_where_it_stopped(tmp_path, monkeypatch
     assert losses["retrain"].shape == (3, 2, 6)
     assert all(-1 <= found["scores"][name]["mean"] <= 1 for name in METHODS)
     assert all((losses[name] != losses["before"]).any() for name in ("retrain", *METHODS))
+    del found["losses"]["erase"][2]
+    path.write_text(json.dumps(found))
+    found["losses"]["erase"] = measure(SMALL, path)["losses"]["erase"]  # one is missing, and computed
     monkeypatch.setattr(attribution, "erase", None)  # nothing is computed again
     assert measure(SMALL, path)["losses"] == found["losses"]
     with pytest.raises(ValueError, match="not of"):
