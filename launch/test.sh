@@ -2,7 +2,7 @@
 # Set up and run the tests.
 #
 #   bash launch/test.sh          the fast ones
-#   bash launch/test.sh --all    all of them
+#   bash launch/test.sh --all    all of them; with --part=NAME those of one part (CONTRIBUTING.md)
 #   bash launch/test.sh ARGS...  passed to pytest
 #
 # Files are shared among WORKERS processes (default 2): compiling keeps a core busy each.

@@ -39,9 +39,9 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.dialog.unrecognised import format_warning
     from pixel_jax.evaluation import report
-    from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.evaluation.transcript import make_transcript
     from pixel_jax.rollouts.config import RolloutConfig
-    from pixel_jax.rollouts.limits import judged, read_limits
+    from pixel_jax.rollouts.limits import read_limits, single_answer
     from pixel_jax.rollouts.materialize import materialize_on_host
     from pixel_jax.rollouts.prompts import Query, build_prompts, tables
     from pixel_jax.rollouts.rollout import host_rollouts, rollout
@@ -65,7 +65,7 @@ def main(command: str, arguments: list[str]) -> None:
     if processor is None:
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
-    config = judged(read_limits(directory) or RolloutConfig(), temperature)
+    config = single_answer(read_limits(directory) or RolloutConfig(), temperature)
     if FLAGS.call_format:
         find_format(FLAGS.call_format)  # imported on the word of the command line, not of the model
         config = dataclasses.replace(config, call_format=FLAGS.call_format)
@@ -77,7 +77,7 @@ def main(command: str, arguments: list[str]) -> None:
         trajectories = to_host((rollouts or rollout)(model, prompts, jax.random.key(FLAGS.seed), config))
     written = vocabulary.to_bytes(trajectories.tokens[0][trajectories.loss_mask[0]]).decode("utf-8", "replace")
     seen = materialize_on_host(trajectories, prompts.images, tools, config)
-    trace = make_trace(seen, 0, query, vocabulary, answer=last_boxed(written))
+    trace = make_transcript(seen, 0, query, vocabulary, answer=last_boxed(written))
     show(trace)
     if said := format_warning([written], token_tables.parser.language):
         warn(said)

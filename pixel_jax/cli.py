@@ -1,4 +1,4 @@
-"""`pixel-jax COMMAND`, and any program of commands: finds the module, lets it declare its flags, and hands over."""
+"""The program `pixel-jax COMMAND`: it imports the command's module, lets it declare its flags, and runs it."""
 
 import contextlib
 import importlib
@@ -12,9 +12,8 @@ from absl import app, flags, logging
 from pixel_jax.signals import SIGNALS, leaving
 from pixel_jax.terminal import keep_streams, say
 
-Commands = Mapping[
-    str, tuple[str, str]
-]  # name: (module with `define_flags(command)`, `main(command, arguments)`; help)
+# name -> (module with `define_flags(command)` and `main(command, arguments)`, help)
+Commands = Mapping[str, tuple[str, str]]
 
 COMMANDS: Commands = {
     "quickstart": (
@@ -34,7 +33,7 @@ COMMANDS: Commands = {
 }
 
 
-# Of each command that fills a device's memory: what makes it need less, the most effective first.
+# Remedies when a command runs out of device memory, the most effective first.
 LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
     "pixel-jax quickstart": (
         "lower config.rl.rollout.in_flight",
@@ -49,8 +48,8 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
     "pixel-jax sft": (
         "raise config.sft.forward.micro_batches",
         "set config.sft.forward.implementation to kernel, on a CPU to chunked",
-        "lower config.rollout.max_pixels, config.rollout.crop_max_pixels and config.rollout.video_max_pixels, or give less room "
-        "by hand: config.trace_tokens, config.trace_frames and config.trace_patches",
+        "lower config.rollout.max_pixels, config.rollout.crop_max_pixels and config.rollout.video_max_pixels, or set smaller "
+        "shapes by hand: config.trace_tokens, config.trace_frames and config.trace_patches",
         "lower config.sft.batch_size",
         "lower config.watch.batch, or set config.watch.answers to False",
         "split the weights over more devices with config.mesh",
@@ -86,10 +85,11 @@ LESS_MEMORY: Mapping[str, tuple[str, ...]] = {
 
 
 class UserError(Exception):
-    """Something the user can mend; shown without a traceback."""
+    """A mistake that the user can correct; it is shown without a traceback."""
 
 
 def usage(program: str, commands: Commands) -> str:
+    """The help of a program: a line for each command."""
     width = max(map(len, commands))
     lines = [f"  {name:{width}}  {what}" for name, (_, what) in commands.items()]
     return "\n".join(
@@ -99,7 +99,7 @@ def usage(program: str, commands: Commands) -> str:
 
 @contextlib.contextmanager
 def key_errors(name: str):
-    """Around the reading of flags: `config_flags` lets a key of a section that a config has not end as one of these errors."""
+    """Turns the errors of `config_flags` about a section that the config lacks into a message, and exits."""
     try:
         yield
     except (AttributeError, KeyError) as error:
@@ -111,7 +111,7 @@ def key_errors(name: str):
 
 
 def all_settings(name: str, where: str) -> str:
-    """The settings of the dataclass `MODULE:CLASS`, with the values of the config on the command line if there is one."""
+    """The settings of a dataclass, named `MODULE:CLASS`, with the values of the config on the command line if there is one."""
     from pixel_jax.settings import listing
 
     module, _, cls = where.partition(":")
@@ -123,8 +123,8 @@ def all_settings(name: str, where: str) -> str:
 
 
 def out_of_memory(name: str, error: Exception) -> str | None:
-    """What to say of an error that comes of a device's full memory, in the command `name`; None if that is not its cause."""
-    # Its class is JAX's, or that of whatever the array was on its way to; its text is XLA's.
+    """The message for an error that a device's full memory caused in the command `name`; None for any other error."""
+    # The text of the error is XLA's; its class depends on where it was raised.
     found = re.search(r"RESOURCE_EXHAUSTED.*", str(error))
     if not found:
         return None
@@ -133,7 +133,7 @@ def out_of_memory(name: str, error: Exception) -> str | None:
 
 
 def run_program(program: str, commands: Commands) -> None:
-    """Reads the command line. What a user can mend ends as one line on standard error; `--traceback` shows the rest."""
+    """Runs the command of the command line. A user's mistake ends it with one line; `--traceback` shows more."""
     keep_streams()
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(usage(program, commands))

@@ -33,7 +33,8 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 def find_config(name: str) -> pathlib.Path:
     """The file `name`; where there is none, the config that comes with the package under that name, `.py` or not.
 
-    A name that is neither is a `ConfigError` that says where it was looked for and lists the names.
+    Raises:
+        ConfigError: the name is neither. It says where it was looked for and lists the names.
     """
     path, shipped = pathlib.Path(name), shipped_configs()
     if path.is_file():
@@ -47,16 +48,22 @@ def find_config(name: str) -> pathlib.Path:
 
 
 class ConfigFileParser(config_flags.ConfigFileFlagParser):
-    """Of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
+    """Parser of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
 
-    def parse(self, value: str):
-        name, *word = value.split(":", 1)
+    def parse(self, path: str):
+        """The config of the flag's value, with a name in place of its file where it is one."""
+        name, *word = path.split(":", 1)
         return super().parse(":".join([str(find_config(name)), *word]))
 
 
 def define_flag(default: str | None, what: str) -> None:
-    """The flag `--config`: a file with `get_config()`, or the name of a config that comes with the package. `--config.KEY=VALUE`
-    sets any key, also one that the file leaves at its default: what is no key at all is found by `load`.
+    """Declares the flag `--config`: a file with `get_config()`, or the name of a config that comes with the package.
+
+    `--config.KEY=VALUE` sets any key, also one that the file leaves at its default; `load` refuses what is no key at all.
+
+    Args:
+        default: the file or name; None: there is no default.
+        what: the flag's help.
     """
     path = None if default is None else str(find_config(default))
     config_flags.DEFINE_config_file("config", path, what, lock_config=False, accept_new_attributes=True)
@@ -64,15 +71,17 @@ def define_flag(default: str | None, what: str) -> None:
 
 
 def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default: T | None = None) -> T:
-    """`values` (a dict or `ml_collections.ConfigDict`) as an instance of the dataclass `cls`, nested dataclasses included.
+    """An instance of the dataclass `cls`, nested dataclasses included, from a dict or `ml_collections.ConfigDict`.
 
     What a section does not name keeps the value that its parent declares for it, which may differ from the class's own:
     `SFTConfig.optimizer` has another schedule than `OptimizerConfig()`, with `values["optimizer"] = {}` too.
     An int is accepted where a float is declared, a list where a tuple is; nothing else is converted.
 
     Args:
+        cls: the dataclass.
+        values: of its fields, by name.
         where: the dotted path of `values`, for messages.
-        default: what keys that are left out are taken from; None: the class's defaults.
+        default: the instance from which keys that are left out are taken; None: the class's defaults.
 
     Raises:
         ConfigError: an unknown key, a missing required key (a placeholder that nobody filled, too) or a value of another type,
@@ -81,6 +90,7 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(f"{where} must be a mapping with the keys of {cls.__name__}, not {values!r}")
     hints = typing.get_type_hints(cls)
+    assert dataclasses.is_dataclass(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if default is not None:
         inherited = {name: getattr(default, name) for name in fields}
@@ -105,7 +115,11 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
 
 
 def positive(config: Any, *names: str) -> None:
-    """ValueError if one of these settings of a dataclass is zero or less; None is not a number."""
+    """Checks that these settings of a dataclass are positive or None.
+
+    Raises:
+        ValueError: one is zero or less.
+    """
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
@@ -122,7 +136,17 @@ def _nearest(key: str, known: list[str], where: str) -> str:
 
 
 def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value` checked against the type `hint` of the field at `where`; a section keeps what it does not name of `default`."""
+    """`value`, checked against the type of a field.
+
+    Args:
+        hint: the field's type.
+        value: as a config has it.
+        where: the field's dotted path, for messages.
+        default: of a section, the instance from which keys that are left out are taken.
+
+    Raises:
+        ConfigError: the value has another type.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
@@ -145,12 +169,12 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     elif origin in (dict, Mapping):
         if hasattr(value, "items"):
             return {convert(arguments[0], k, where): convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
-        if hasattr(hint, "from_mapping"):  # a configuration with a form of its own
+        if (from_mapping := getattr(hint, "from_mapping", None)) is not None:  # a configuration with a form of its own
             try:
-                return hint.from_mapping(value, where)
+                return from_mapping(value, where)
             except ValueError as error:
                 raise ConfigError(str(error)) from error
         return load(hint, value, where, default if isinstance(default, hint) else None)

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible chat-completions endpoint: asked by many threads, retried, rate-limited, cached on disk.
+"""A client of OpenAI-compatible chat-completions endpoints for many threads: it retries, limits its rate and caches on disk.
 
 with Endpoint("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-72B-Instruct", key="MY_API_KEY", cache="runs/answers") as ask:
     ask.complete([user("What is this?", image)], temperature=0.7, max_tokens=256)
@@ -46,13 +46,14 @@ class EndpointError(OSError):
 
 
 class NoAnswerError(EndpointError):
-    """The endpoint works and gives this request no usable text: refused, filtered, empty, cut at its token limit, no text at
-    all (half a surrogate pair), or one with the API key in it.
+    """The endpoint works, but its answer to this request has no usable text.
+
+    It is refused, filtered, empty, cut at its token limit, not Unicode (half a surrogate pair), or has the API key in it.
     """
 
 
 def image_url(image: np.ndarray, max_pixels: int = MAX_IMAGE_PIXELS) -> str:
-    """uint8 [h, w, 3] as a data URL (JPEG), made smaller if it has more than `max_pixels`."""
+    """A data URL (JPEG) of an image uint8 [h, w, 3], made smaller if it has more than `max_pixels`."""
     picture = Image.fromarray(image)
     if picture.width * picture.height > max_pixels:
         shrink = (max_pixels / (picture.width * picture.height)) ** 0.5
@@ -69,19 +70,20 @@ def user(text: str, *images: np.ndarray) -> dict[str, Any]:
 
 
 class Endpoint:
-    """A chat model at `url` (which ends before `/chat/completions`). Safe to share among threads.
+    """A chat model at an address. It is safe to share among threads.
 
     Args:
+      url: the address; it ends before `/chat/completions`.
+      model: the name by which the endpoint knows it.
       key: name of the environment variable that holds the API key. The key is only ever sent to `url`: it is in no
-        message, cache or log. (Where nothing is checked and any key does, take one that no answer would say.)
-      requests_per_second: requests of all threads together are sent no faster.
-      retries: further tries after the first, for a busy or failing endpoint. An endpoint's `Retry-After` is honoured by
-        all threads.
+        message, cache or log. Where the endpoint accepts any key, choose one that no answer would contain.
+      requests_per_second: the limit for the requests of all threads together.
+      retries: further tries after the first, for a busy or failing endpoint. All threads honour its `Retry-After`.
       timeout: seconds that one try may take, from the connection to the last byte.
       cache: directory of answers. One is found by its whole request (address, model, messages with images, sampling).
 
     Raises:
-      EndpointError: the address is none, the variable of the key is not set.
+      EndpointError: the address is not valid, or the variable of the key is not set.
     """
 
     def __init__(
@@ -114,20 +116,28 @@ class Endpoint:
             )
         self._pause = 0.0 if requests_per_second is None else 1 / requests_per_second
         self._next, self._lock = 0.0, threading.Lock()  # when the next request may be sent, on the monotonic clock
-        # An answer is small and is read to its end within the deadline, which a packed one might never reach.
+        # Compression is refused: a small compressed answer could unpack to any length.
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._secret:
             self._headers["Authorization"] = f"Bearer {self._secret}"
         self._client = httpx2.AsyncClient(timeout=None, limits=httpx2.Limits(max_connections=None))
-        # Exchanges run in a loop of their own, because there alone one deadline covers all that an exchange waits for.
+        # Exchanges run in an event loop, because only there one deadline covers all that an exchange waits for.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
 
     def complete(self, messages: Sequence[Mapping[str, Any]], **sampling: Any) -> str:
-        """The text that the model answers to `messages`; `sampling` are further fields of the request (`temperature`, ...).
+        """The text that the model answers.
 
         The same request is answered the same way from the cache. For another answer change the request, by its `seed`.
+
+        Args:
+            messages: of the conversation, as the endpoint takes them.
+            **sampling: further fields of the request (`temperature`, ...).
+
+        Raises:
+            EndpointError: the endpoint cannot be used.
+            NoAnswerError: it gives this request no usable text.
         """
         if unwanted := sampling.keys() & {"model", "messages", "stream", "n"}:
             raise ValueError(f"{sorted(unwanted)[0]!r} is no sampling field of a single, whole answer")
@@ -142,6 +152,7 @@ class Endpoint:
         return text
 
     def close(self) -> None:
+        """Ends the thread and the connections."""
         if self._thread.is_alive():
             self._wait_for(self._client.aclose())
             self._loop.call_soon_threadsafe(self._loop.stop)
@@ -158,7 +169,7 @@ class Endpoint:
         return f"Endpoint({self.url!r}, {self.model!r})"
 
     def _kept(self, request: Mapping[str, Any]) -> pathlib.Path | None:
-        """The file of the cache that the answer to `request` has."""
+        """The file of the cache that belongs to a request; None: there is no cache."""
         if self.cache is None:
             return None
         written = json.dumps(request, sort_keys=True, ensure_ascii=False, allow_nan=False)
@@ -166,6 +177,7 @@ class Endpoint:
         return self.cache / name[:2] / f"{name}.json"
 
     def _ask(self, body: Mapping[str, Any]) -> str:
+        problem = ""
         for tried in range(self.retries + 1):
             self._await_turn()
             wait = min(FIRST_WAIT * 2**tried, LONGEST_WAIT) * random.uniform(0.5, 1.0)
@@ -182,12 +194,12 @@ class Endpoint:
                     where = f" to {self._said(headers['location'])}" if "location" in headers else ""
                     raise EndpointError(f"{self.url} answers {status}{where}: {said}")
                 if 200 <= status < 300 and packed:
-                    problem = "what it answers is packed, which it was asked not to be"
+                    problem = "its answer is compressed, although the request forbids that"
                 elif 200 <= status < 300:
                     try:
                         return self._text_of(json.loads(content))
                     except (ValueError, RecursionError):
-                        problem = f"what it answers is no chat completion: {said!r}"
+                        problem = f"its answer is no chat completion: {said!r}"
                 elif status in AGAIN:
                     problem = f"it answers {status}: {said}"
                     if (asked := _retry_after(headers)) is not None:
@@ -203,7 +215,7 @@ class Endpoint:
         raise EndpointError(f"{self.url} gave no answer in {self.retries + 1} tries; in the last one: {problem}")
 
     async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and content (as it came) of one try. TimeoutError when `timeout` is over, whatever it waits for."""
+        """Status, headers and content, as it came, of one try; TimeoutError after `timeout` seconds."""
         content, address = bytearray(), f"{self.url}/chat/completions"
         sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         async with asyncio.timeout(self.timeout):
@@ -215,7 +227,7 @@ class Endpoint:
                 return response.status_code, response.headers, bytes(content)
 
     def _wait_for(self, exchange: Any) -> Any:
-        """The result of a coroutine that runs in the loop; an interruption of the caller ends it."""
+        """The result of a coroutine that runs in the loop; an interruption of the caller cancels it."""
         future = asyncio.run_coroutine_threadsafe(exchange, self._loop)
         try:
             return future.result()
@@ -234,21 +246,21 @@ class Endpoint:
             self._next = max(self._next, time.monotonic() + seconds)
 
     def _hide(self, text: str) -> str:
-        """`text` without the key, also as URLs and JSON spell it: endpoints like to repeat a key that they refuse."""
+        """`text` without the key, also as URLs and JSON write it: endpoints often repeat a key that they refuse."""
         escaped = json.dumps(self._secret)[1:-1]
         for written in (self._secret, urllib.parse.quote(self._secret, safe=""), escaped, escaped.replace("/", "\\/")):
             text = text.replace(written, "***") if written else text
         return text
 
     def _said(self, text: str) -> str:
-        """What an endpoint says, as a message shows it: without the key, and not at any length."""
+        """A text of the endpoint as messages show it: without the key, and cut to 300 characters."""
         return self._hide(text).strip()[:300]
 
     def _reveals(self, text: str) -> bool:
         return self._hide(text) != text
 
     def _text_of(self, reply: Any) -> str:
-        """The text of a chat completion; ValueError if it is none, NoAnswerError if it is one without a usable text."""
+        """The text of a chat completion. ValueError: it is none; NoAnswerError: it has no usable text."""
         match reply:
             case {"choices": [{"message": dict(message)} as choice, *_]}:
                 reason = choice.get("finish_reason")
@@ -306,7 +318,7 @@ def _read(path: pathlib.Path | None) -> str | None:
 
 
 def _write(path: pathlib.Path | None, text: str) -> None:
-    """An answer appears under its name only when it is complete."""
+    """Writes an answer to the cache, whole or not at all."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,12 +18,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `export`."""
     flags.DEFINE_string("out", None, "The model directory to write.", required=True)
     flags.DEFINE_string("model", None, "Where the model that the run began with lies, if it has been moved.")
     flags.DEFINE_enum("dtype", None, DTYPES, "Of the weights; by default what the run saves its model in.")
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Exports the checkpoint that the command line names."""
     from pixel_jax.terminal import say
 
     if len(arguments) != 1:
@@ -34,7 +36,7 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def split_step(name: str) -> tuple[pathlib.Path, int | None]:
-    """A run and the step after its last @, if there is one."""
+    """A run's directory and the step after its last @; None where there is none."""
     run, at, step = name.rpartition("@")
     if at and step.isdecimal():
         return pathlib.Path(run), int(step)
@@ -42,7 +44,11 @@ def split_step(name: str) -> tuple[pathlib.Path, int | None]:
 
 
 def phase_of(run: pathlib.Path) -> pathlib.Path:
-    """The directory with a run's checkpoints."""
+    """The directory with a run's checkpoints.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
     found = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
     if len(found) != 1:
         which = f"has several phases, choose one: {', '.join(map(str, found))}" if found else "has no checkpoints"
@@ -51,35 +57,37 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
 
 
 def is_model(directory: pathlib.Path) -> bool:
+    """Whether a directory holds a model."""
     return (directory / "config.json").is_file()
 
 
 def candidates(run: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The models that a run has, or can make of its checkpoints: steps -> where each is, or will be."""
+    """The models that a run has or can make from its checkpoints: step -> the directory where each is or will be."""
     phase = phase_of(run)
     steps = {int(x.name) for x in (phase / "checkpoints").iterdir() if x.name.isdecimal()}
     kept = {int(x.name) for x in (phase.parent / "models").glob("*") if x.name.isdecimal() and is_model(x)}
     found = {step: phase.parent / "models" / str(step) for step in sorted(steps | kept)}
     last = max(steps, default=None)
     history = read_history(phase)
-    if is_model(phase.parent / "model") and history and history[-1].get("of") == last:  # the run has ended
+    ended = bool(history) and history[-1].get("of") == last
+    if last is not None and ended and is_model(phase.parent / "model"):
         found[last] = phase.parent / "model"
     return found
 
 
 def model_directory(name: str) -> pathlib.Path:
-    """The model that a command line means: a model's directory; RUN, whose newest it is; or RUN@STEP.
+    """The directory of the model that a command line names: a model's directory; RUN, for its newest; or RUN@STEP.
 
-    What only a checkpoint has is exported first, to RUN/models/STEP, where it stays.
+    A model of which there is only a checkpoint is exported first, to RUN/models/STEP, where it stays.
 
     Raises:
-        UserError: the run has nothing of that step; RunError and others of `export`.
+        UserError: the run has neither a model nor a checkpoint of that step.
     """
     from pixel_jax.parallel.processes import barrier, is_main_process, say
 
     run, step = split_step(name)
     if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
-        return pathlib.Path(name)  # what is no run either, is said where it is read
+        return pathlib.Path(name)  # where it is neither a run, its reader says so
     found = candidates(run)
     step = max(found, default=None) if step is None else step
     if step not in found:
@@ -97,8 +105,12 @@ def write_model(model, processor, out, dtype: str, *, adapters: bool, limits) ->
     """A model of a run as a directory that `from_pretrained`, `eval`, `chat` and the next phase read.
 
     Args:
-        adapters: it has some, which are merged.
-        limits: `RolloutConfig` that lies beside it.
+        model: to write.
+        processor: whose files are written beside it.
+        out: the directory.
+        dtype: of the weights that are written.
+        adapters: whether the model has adapters, which are merged.
+        limits: the `RolloutConfig` to write beside it.
     """
     from pixel_jax import save_pretrained
     from pixel_jax.models.lora import merge_lora
@@ -118,17 +130,23 @@ def export(
     model: str | None = None,
     dtype: str | None = None,
 ) -> tuple[int, list[int]]:
-    """Writes a checkpoint of the run in the directory `phase` as a model; on one device.
+    """Writes a checkpoint as a model directory, on one device.
 
     Args:
+        phase: directory of the run's phase.
+        out: the model directory to write.
         step: of the checkpoint; None: the newest.
-        model: directory that the run began with; None: where it says.
-        dtype: of the weights; None: what the run saves its model in.
+        model: directory of the model that the run began with; None: as the run recorded it.
+        dtype: of the weights; None: the dtype in which the run saves its model.
 
     Returns:
-        The step, and those of all its checkpoints.
+        The step, and the steps of all checkpoints of the run.
+
+    Raises:
+        UserError: there is no such checkpoint, or the model that the run began with is not there.
     """
     import re
+    from typing import cast
 
     import jax
     import jax.numpy as jnp
@@ -138,7 +156,7 @@ def export(
     from pixel_jax.models.io import dtype_of
     from pixel_jax.models.lora import add_lora, combine, split
     from pixel_jax.run_lock import hold
-    from pixel_jax.train import recorded
+    from pixel_jax.train_config import recorded
     from pixel_jax.training.checkpoint import Checkpoints, fingerprint
 
     command, config = recorded(read_settings(phase))
@@ -164,8 +182,8 @@ def export(
         like = {
             path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
         }
-        found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))
+        found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
     limits = section.rollout if command == "rl" else config.rollout
-    whole = combine(found["trainable"], rest)
+    whole = combine(cast(dict[str, jax.Array], found), rest)  # `like`, with its arrays
     write_model(whole, processor, out, dtype, adapters=config.lora is not None, limits=limits)
     return step, steps

@@ -1,4 +1,4 @@
-"""Files of other people and of our own runs: read with limits and named errors, written so that no kill leaves half of one."""
+"""Files, read with limits and errors that name them, and written whole or not at all."""
 
 import codecs
 import json
@@ -19,11 +19,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a ch
 
 
 class FileError(ValueError):
-    """A file that is not what it should be. The message begins with its name."""
+    """A file with unexpected content. The message begins with its name."""
 
 
 def open_regular(path: str | os.PathLike, error: Callable[[str], Exception] = FileError) -> BinaryIO:
-    """Opens a file for reading; a folder, device or named pipe, which would wait for ever, is refused.
+    """Opens a regular file for reading. A folder, a device or a named pipe, on which reading may wait for ever, is refused.
 
     Raises:
         error: it cannot be opened, or is no regular file. The message names it.
@@ -68,7 +68,7 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callabl
 def parse_json(
     text: str | bytes, where: str, error: Callable[[str], Exception] = FileError, *, largest: int = MAX_INTEGER
 ) -> Any:
-    """The value of a JSON document (RFC 8259), strictly: what any of its readers may understand differently is refused.
+    """The value of a JSON document (RFC 8259); whatever two parsers may read differently is refused.
 
     Args:
         text: the document; bytes are UTF-8, with or without a byte order mark.
@@ -106,9 +106,9 @@ def parse_json(
 def read_lines(
     path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callable[[str], Exception] = FileError
 ) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file of JSON lines that are not blank, each behind its `FILE:LINE`, to be given to `parse_json`.
+    """The lines of a file of JSON lines that are not blank, as pairs of `FILE:LINE` and the line, for `parse_json`.
 
-    A line feed ends a line and nothing else does: U+2028 and U+0085 may stand in a JSON text as they are.
+    Only a line feed ends a line: U+2028 and U+0085 may stand in a JSON text as they are.
 
     Raises:
         error: the file cannot be read, is UTF-16, or has a line of more than `limit` bytes. The message names it.
@@ -116,7 +116,8 @@ def read_lines(
     name = os.fspath(path)
     with open_regular(path, error) as file:
         try:
-            _refuse_utf16(file.peek(2), repr(name), error)
+            _refuse_utf16(file.read(2), repr(name), error)
+            file.seek(0)
             for number, line in enumerate(iter(lambda: file.readline(limit + 1), b""), 1):
                 if len(line) > limit:
                     raise error(f"{name}:{number} has more than {limit:,} bytes")
@@ -169,7 +170,7 @@ def _encodes(text: str) -> bool:
 
 
 def _flaw(value: Any, *, texts: bool) -> str:
-    """What is wrong with a parsed document: its depth, or with `texts` a text that is not Unicode."""
+    """What is wrong with a parsed document, "" for nothing: its depth, or with `texts` a text that is not Unicode."""
     level, depth = [value], 0
     while level:
         if texts and not all(_encodes(x) for x in level if isinstance(x, str)):
@@ -189,7 +190,7 @@ def _flaw(value: Any, *, texts: bool) -> str:
 
 
 def write_file(path: str | os.PathLike, data: str | bytes) -> None:
-    """Writes a file whole or not at all, whatever happens meanwhile, power loss included; readable as new files are.
+    """Writes a file whole or not at all, also if power is lost meanwhile, with the permissions of a new file.
 
     The bytes reach the disk before the name does: file and directory are synchronised (fsync).
     """
@@ -210,7 +211,7 @@ def write_file(path: str | os.PathLike, data: str | bytes) -> None:
 
 
 def settle(file: int | str | os.PathLike) -> None:
-    """Gives a file that is written, by path or descriptor, the permissions of a new one, and sends its bytes to the disk."""
+    """Gives a written file (a path or descriptor) the permissions of a new one, and synchronises it to the disk."""
     descriptor = file if isinstance(file, int) else os.open(file, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.fchmod(descriptor, 0o666 & ~_UMASK)

@@ -1,8 +1,8 @@
-"""What a user writes in a file of their own and names as `module:name`: a reward, a tool, a call format.
+"""Code of the user's own, named as `module:name`: a reward, a tool, a call format.
 
-Such a name runs code. It is imported only where a command line, a config file or a caller says so: what reads settings out of
-a model directory, a checkpoint, a run directory or data never calls `find`, and refuses such names with `is_name`. The
-current directory is searched last, so that no file in it takes the place of a package.
+Such a name runs code. It is imported only where a command line, a config file or a caller names it: readers of model
+directories, checkpoints, run directories and data never call `find`, and refuse such names with `is_name`. The current
+directory is searched last, so that no file in it takes the place of a package.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ _LOCK = threading.Lock()  # around the search path
 
 
 class NamedError(ValueError):
-    """A name that leads to nothing; the message has it, and where it was looked for."""
+    """A name for which nothing is found; the message has it, and where it was looked for."""
 
 
 def is_name(text: str) -> bool:
-    """Whether this is written as `module:name` (each may be dotted); nothing is imported."""
+    """Whether a text is written as `module:name` (each may be dotted). Nothing is imported."""
     return NAME.fullmatch(text) is not None
 
 
 def find(name: str) -> Any:
-    """What `module:name` names, imported.
+    """Imports the module of `module:name` and returns the object.
 
     Raises:
         NamedError: it is not written so, there is no such module, the module fails, or it has no such name.
@@ -57,7 +57,7 @@ def find(name: str) -> Any:
 
 
 def digest(name: str) -> str:
-    """SHA-256 of the file that defines `module:name`, which is imported: other code is another experiment."""
+    """The first 32 digits of the SHA-256 of the file that defines `module:name`: other code is another experiment."""
     find(name)
     file = _file(name.partition(":")[0])
     if not os.path.isfile(file):
@@ -72,9 +72,9 @@ def _file(module: str) -> str:
 
 @contextlib.contextmanager
 def _current_directory_last() -> Iterator[None]:
-    """Modules are looked for in the current directory after everything else, however Python was started.
+    """Puts the current directory last on the search path of modules, however Python was started.
 
-    It stays on the search path afterwards: what is imported may import its neighbours later.
+    It stays on the path afterwards: an imported module may import its neighbours later.
     """
     here = os.getcwd()
     before = list(sys.path)

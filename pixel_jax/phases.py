@@ -1,4 +1,4 @@
-"""What `pixel-jax sft` and `pixel-jax rl` do: read data and a model, tune or learn, and leave a model."""
+"""The phases `pixel-jax sft` and `pixel-jax rl`: they read data and a model, train, and write a model."""
 
 import collections
 import contextlib
@@ -17,9 +17,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches, rooms_of
+from pixel_jax.data.questions import assign_shapes, describe_shapes, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
@@ -28,11 +28,11 @@ from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import FILE, SHOWN, differences, read_limits
+from pixel_jax.rollouts.limits import FILE, VIEW_FIELDS, differences, read_limits
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
 from pixel_jax.rollouts.shapes import BatchShape
@@ -40,8 +40,8 @@ from pixel_jax.rollouts.trajectory import Tables
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
-from pixel_jax.train import CONFIG, DATA, TrainConfig, facts_of
-from pixel_jax.training.footprint import row_bytes
+from pixel_jax.train_config import CONFIG, DATA, TrainConfig, run_settings
+from pixel_jax.training.cost import row_bytes
 from pixel_jax.training.looks import Sampling
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.preemption import NOTICE, Preempted
@@ -51,26 +51,29 @@ from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.stages import Stages, collect_on_host
 from pixel_jax.training.watch import Look, Watch
-from pixel_jax.watching import Setting, hold_out
+from pixel_jax.watching import HeldOutLooks, hold_out
 
 
-class Given(NamedTuple):
+class PhaseData(NamedTuple):
     """The examples of a phase."""
 
-    examples: Sequence[Example]  # to learn from
-    judging: Sequence[Example]  # held out
-    held_out: str  # which those are, in words
+    examples: Sequence[Example]  # to train on
+    held_out: Sequence[Example]  # to evaluate the run on
+    about_held_out: str  # which those are, in words
     report: ReadReport
     identity: Identity  # of the run
 
 
+Command = Literal["sft", "rl"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A phase that is about to begin: what was asked for, and what was read for it."""
+    """A phase that is about to begin: its settings, and what was read for it."""
 
-    command: Literal["sft", "rl"]
+    command: Command
     config: TrainConfig
-    given: Given
+    data: PhaseData
     network: Qwen2_5_VLConfig
     dtype: str  # of the weights that are saved
     processor: Any
@@ -80,40 +83,45 @@ class Phase:
 
     @property
     def limits(self) -> RolloutConfig:
+        """The limits that are written beside the model."""
         return limits_of(self.command, self.config)
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
+        """The token ids of the processor's tokenizer."""
         return Vocabulary.of(self.processor.tokenizer)
 
     @property
     def rollout_mesh(self) -> Mesh | None:
+        """The mesh of rollouts; None: the mesh of training."""
         return make_mesh(self.config.rollout_mesh) if self.config.rollout_mesh else None
 
     @property
-    def kept(self) -> dict[str, Any]:
-        """Where checkpoints and metrics go, and what they are held to."""
+    def run_options(self) -> dict[str, Any]:
+        """The arguments of `sft` and `rl` that say where checkpoints and metrics go, and which run they belong to."""
         directory = pathlib.Path(self.config.out) / self.command
-        return {"directory": directory, "identity": self.given.identity, "mesh": self.mesh}
+        return {"directory": directory, "identity": self.data.identity, "mesh": self.mesh}
 
     @property
-    def reading(self) -> dict[str, int]:
-        """How batches are read, by this process."""
-        part = process_shard(self.mesh)
+    def reader_options(self) -> dict[str, int]:
+        """The arguments of data loaders that say which rows this process reads, and how far ahead."""
+        shard = process_shard(self.mesh)
         ahead = {"threads": self.config.read_threads, "ahead": self.config.read_ahead}
-        return {"process_index": part.index, "process_count": part.count, **ahead}
+        return {"process_index": shard.index, "process_count": shard.count, **ahead}
 
     @property
-    def looks(self) -> Setting:
+    def looks(self) -> HeldOutLooks:
+        """The maker of evaluations on held-out examples."""
         by = Sampling(self.vocabulary, self.tables, self.mesh, self.rollout_mesh, self.rollouts or rollout)
-        return Setting(self.config, self.measured(self.config.watch.batch), by)
+        return HeldOutLooks(self.config, self.auto_shapes(self.config.watch.batch), by)
 
-    def measured(self, rows: int) -> Measured:
-        """By what shapes of questions are worked out: the pictures of so many prompts get a share of the memory."""
-        memory = device_memory() // PICTURES * (1 if self.mesh is None else row_shards(self.mesh))
-        return Measured(training_work(self.network), rows, memory // rows)
+    def auto_shapes(self, rows: int) -> AutoShapes:
+        """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+        memory = device_memory() // PICTURES_DIVISOR * (1 if self.mesh is None else row_shards(self.mesh))
+        return AutoShapes(training_work(self.network), rows, memory // rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
+        """What is evaluated and saved during a run of `steps`."""
         config, out = self.config, pathlib.Path(self.config.out)
         return Watch(
             config.watch,
@@ -124,32 +132,42 @@ class Phase:
             save=lambda state, where: self.write(state.model, where),
             save_every=config.save_model_every,
             best=config.keep_best,
-            draw=lambda: draw_run(out),
+            draw=lambda: _draw(out),
         )
 
     def write(self, model: Any, where: pathlib.Path) -> None:
-        """`model` as a directory."""
+        """Writes the model as a directory."""
         write_model(model, self.processor, where, self.dtype, adapters=self.config.lora is not None, limits=self.limits)
 
 
-def train(command: str, config: TrainConfig, *, resume_changed: bool = False) -> None:
-    """One phase, in as many processes as have joined."""
+def _draw(out: pathlib.Path) -> None:
+    draw_run(out)
+
+
+def train(command: Command, config: TrainConfig, *, resume_changed: bool = False) -> None:
+    """Runs one phase, in as many processes as have joined.
+
+    Args:
+        command: the phase.
+        config: its settings; the section of the phase is there.
+        resume_changed: whether a run goes on whose settings or data have changed.
+    """
     out = pathlib.Path(config.out)
     (out / command).mkdir(parents=True, exist_ok=True)
     if is_main_process():
         write_json(out / CONFIG, dataclasses.asdict(config))
         announce_compiles()
     use_limits(config.limits)
-    # Code of one's own is imported first: a mistake in it shows at once.
+    # The user's own code is imported first: a mistake in it shows at once.
     tools, calls = find_tools(config.tools), find_format(limits_of(command, config).call_format)
-    given = read_data(command, config, Language(tools, calls), resume_changed)
+    data = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
         dtype = config.dtype or dtype_of(model)
-        phase = Phase(command, config, given, model.config, dtype, processor, mesh, token_tables, rollouts)
+        phase = Phase(command, config, data, model.config, dtype, processor, mesh, token_tables, rollouts)
         model = tune(phase, model) if command == "sft" else learn(phase, model)
         phase.write(model, out / "model")
     if is_main_process():
@@ -157,13 +175,13 @@ def train(command: str, config: TrainConfig, *, resume_changed: bool = False) ->
     say(f"The model is in {out / 'model'}.")
 
 
-def limits_of(command: str, config: TrainConfig) -> RolloutConfig:
-    """Of a phase: tuning writes traces out as a rollout would, within `config.rollout`."""
-    return config.rollout if command == "sft" else config.rl.rollout
+def limits_of(command: Command, config: TrainConfig) -> RolloutConfig:
+    """The limits of a phase. Tuning renders traces as a rollout would, within `config.rollout`."""
+    return config.rollout if command == "sft" else config.learning.rollout
 
 
-def read_data(command: str, config: TrainConfig, language: Language, resume_changed: bool) -> Given:
-    """The examples, whose calls are in the `language`, those that are held out apart, and what the run is by them."""
+def read_data(command: Command, config: TrainConfig, language: Language, resume_changed: bool) -> PhaseData:
+    """Reads the examples, whose calls are in the `language`, and divides them into those to train on and those held out."""
     out, turns = pathlib.Path(config.out), command == "sft"
     examples, report = read_examples(
         config.data,
@@ -173,11 +191,12 @@ def read_data(command: str, config: TrainConfig, language: Language, resume_chan
         columns=config.columns,
         language=language,
     )
-    facts: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     with Digests(out / "digests.json") if is_main_process() else contextlib.nullcontext() as digests:
         if is_main_process():
-            facts = facts_of(command, config, examples, digests)
-        examples, judging, places = held = hold_out(
+            assert digests is not None
+            settings = run_settings(command, config, examples, digests)
+        examples, judging, rows = split = hold_out(
             examples,
             config.data_eval,
             config.watch,
@@ -190,15 +209,26 @@ def read_data(command: str, config: TrainConfig, language: Language, resume_chan
             language=language,
         )
     if turns and not config.corrections:
-        without = lambda rows: [x for x in rows if all(learned for turn in x.turns for _, learned in turn.parts)]
-        examples, judging = without(examples), without(judging)
-    facts |= {"data.held_out": places} if places else {}
+        examples, judging = without_corrections(examples), without_corrections(judging)
+    settings |= {"data.held_out": rows} if rows else {}
     pause("the data is read")
-    return Given(examples, judging, str(held), report, Identity(facts, resume_changed))
+    return PhaseData(examples, judging, str(split), report, Identity(settings, resume_changed))
+
+
+def without_corrections(examples: Sequence[Example]) -> list[Example]:
+    """The traces of which every turn is learned: a turn that is not shows a mistake, which a later one corrects."""
+    return [x for x in examples if all(learned for turn in x.turns for _, learned in turn.parts)]
 
 
 def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
-    """The model that the phase starts from, with adapters where it trains such; its processor; the mesh that it lies on."""
+    """Reads the model that a phase starts from.
+
+    Returns:
+        The model, with adapters if the config has them; its processor; the mesh on which it lies.
+
+    Raises:
+        UserError: several processes have joined and the config has no mesh, or the model has no tokenizer.
+    """
     mesh = make_mesh(config.mesh) if config.mesh else None
     if mesh is None and jax.process_count() > 1:
         raise UserError(f"{jax.process_count()} processes have joined, but config.mesh is empty: one device")
@@ -215,96 +245,103 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
 
 def tune(phase: Phase, model: Any) -> Any:
     """`model` after instruction tuning."""
-    config, given = phase.config, phase.given
+    config, section, data = phase.config, phase.config.tuning, phase.data
     packing = Packing(
-        given.examples,
+        data.examples,
         phase.vocabulary,
         phase.tables,
         phase.limits,
-        config.trace_shapes or tuned_by(config.sft, phase.network, phase.mesh),
-        size=config.sft.batch_size,
+        config.trace_shapes or tuning_shapes(section, phase.network, phase.mesh),
+        size=section.batch_size,
         seed=config.seed,
-        report=given.report,
+        report=data.report,
     )
     epoch = packing.epoch
-    steps = config.sft.updates(epoch)
-    course = f"{steps} steps of {config.sft.batch_size} rows make {steps / epoch:.3g} epochs"
+    steps = section.updates(epoch)
+    course = f"{steps} steps of {section.batch_size} rows make {steps / epoch:.3g} epochs"
     if epoch < 1:
         course += f", each trace {1 / epoch:.3g} times a step: fewer config.sft.batch_size teach as much in less time"
-    announce(pathlib.Path(config.out), given, f"{len(packing.examples)} traces; {packing}; {course}")
-    data = packing.batches(**phase.reading)
-    look = phase.looks.of_tuning(given.judging, packing) if given.judging else None
+    announce(pathlib.Path(config.out), data, f"{len(packing.examples)} traces; {packing}; {course}")
+    batches = packing.batches(**phase.reader_options)
+    look = phase.looks.of_tuning(data.held_out, packing) if data.held_out else None
     pause("the data is written out")
-    return sft(model, data, config.sft, epoch=epoch, watch=phase.watch(steps, look), **phase.kept)
+    return sft(model, batches, section, epoch=epoch, watch=phase.watch(steps, look), **phase.run_options)
 
 
 def learn(phase: Phase, model: Any) -> Any:
     """`model` after reinforcement learning."""
-    config, given, vocabulary = phase.config, phase.given, phase.vocabulary
+    config, section, given, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
-    by = config.prompt_shapes or phase.measured(config.rl.prompts)
-    asked = find_rooms(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
-    course = course_of(config.rl, collections.Counter(x.room for x in asked))
-    announce(pathlib.Path(config.out), given, f"{course}; {rooms_of(asked)}")
+    by = config.prompt_shapes or phase.auto_shapes(section.prompts)
+    questions = assign_shapes(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
+    course = course_of(section, collections.Counter(x.shape for x in questions))
+    announce(pathlib.Path(config.out), given, f"{course}; {describe_shapes(questions)}")
     data = question_batches(
-        asked,
+        questions,
         vocabulary,
         phase.tables,
         phase.limits,
-        size=config.rl.prompts,
+        size=section.prompts,
         seed=config.seed,
-        **phase.reading,
+        **phase.reader_options,
     )
-    rooms = list(dict.fromkeys(x.room for x in asked))
-    watch = phase.watch(config.rl.iterations, phase.looks.of_learning(given.judging, rooms) if given.judging else None)
-    decode = lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")
-    stages = Stages(Rewards.of(config.rl.reward, decode), advantages=watch.advantages)
+    shapes = list(dict.fromkeys(x.shape for x in questions))
+    look = phase.looks.of_learning(given.held_out, shapes) if given.held_out else None
+    watch = phase.watch(section.iterations, look)
+    stages = Stages(
+        Rewards.of(section.reward, lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")),
+        advantages=watch.advantages,
+    )
     if phase.rollouts is not None:
         stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, phase.rollouts))
     pause("the data is written out")
-    return rl(model, data, stages, config.rl, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.kept)
+    return rl(model, data, stages, section, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.run_options)
 
 
-def tuned_by(config: SFTConfig, network, mesh) -> Measured:
-    """By what the shapes of rows to tune on are worked out."""
-    parts, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
+def tuning_shapes(config: SFTConfig, network: Qwen2_5_VLConfig, mesh: Mesh | None) -> AutoShapes:
+    """How the shapes of rows to tune on are worked out."""
+    shards, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
-    def takes(shape: BatchShape) -> int:
+    def bytes_of_row(shape: BatchShape) -> int:
         shown = (shape.slices, shape.patches)
-        return row_bytes(network, shape.tokens // parts, shown, width=width, remat=bool(config.forward.remat))
+        return row_bytes(network, shape.tokens // shards, shown, width=width, remat=bool(config.forward.remat))
 
-    return Measured(training_work(network), config.batch_size, device_memory(), takes)
+    return AutoShapes(training_work(network), config.batch_size, device_memory(), bytes_of_row)
 
 
-def pause(place: str) -> None:
-    """Between two things that take long: processes wait for one another, and a run that is told to go does."""
-    barrier(place)
+def pause(stage: str) -> None:
+    """Waits for the other processes between two long stages, and ends a run that was asked to stop.
+
+    Raises:
+        Preempted: the run was asked to stop.
+    """
+    barrier(stage)
     if NOTICE.reached():
-        say("told to go before the first step; what was done before is saved. Started again, the run goes on.")
+        say("asked to stop before the first step; what was done before is saved. Started again, the run goes on.")
         raise Preempted
 
 
-def course_of(config: RLConfig, rooms: Mapping[Any, int]) -> str:
-    """How often the questions are asked; `rooms` has their number by room, of which an iteration takes one."""
-    count, iterations = sum(rooms.values()), config.iterations
+def course_of(config: RLConfig, shapes: Mapping[Any, int]) -> str:
+    """How often questions are asked; `shapes` counts them by batch shape, of which an iteration has one."""
+    count, iterations = sum(shapes.values()), config.iterations
     epochs = iterations * config.prompts / count
     said = f"{count} questions; {iterations} iterations of {config.prompts} prompts make {epochs:.3g} epochs"
-    if (times := config.prompts / min(rooms.values())) > 1:
-        each = "each question" if len(rooms) == 1 else "a question of the rarest shape"
+    if (times := config.prompts / min(shapes.values())) > 1:
+        each = "each question" if len(shapes) == 1 else "a question of the rarest shape"
         said += f", {each} {times:.4g} times an iteration: more questions or fewer config.rl.prompts teach more"
     return said
 
 
 def other_limits(config: TrainConfig) -> list[str]:
-    """Which limits `rl` goes by where others are given: those beside the model, or `config.rollout`, which is tuning's."""
-    used, usual = config.rl.rollout, RolloutConfig()
-    asked = [field.name for field in dataclasses.fields(usual)]
-    asked = [name for name in asked if getattr(config.rollout, name) != getattr(usual, name)]
-    kept = read_limits(config.model) or used
+    """Lines about limits of `rl` that differ from those beside the model, or from `config.rollout`, which is for tuning."""
+    used, usual = config.learning.rollout, RolloutConfig()
+    names = [field.name for field in dataclasses.fields(usual)]
+    changed = [name for name in names if getattr(config.rollout, name) != getattr(usual, name)]
+    beside_model = read_limits(config.model) or used
     others = {
-        f"{pathlib.Path(config.model) / FILE}": differences(used, kept, SHOWN),
-        "config.rollout, which is of tuning": differences(used, config.rollout, asked),
+        f"{pathlib.Path(config.model) / FILE}": differences(used, beside_model, VIEW_FIELDS),
+        "config.rollout, which is of tuning": differences(used, config.rollout, changed),
     }
     return [
         f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"
@@ -313,10 +350,10 @@ def other_limits(config: TrainConfig) -> list[str]:
     ]
 
 
-def announce(out: pathlib.Path, given: Given, data: str) -> None:
-    """Says what was read and what was not, and notes it in `data.json`."""
+def announce(out: pathlib.Path, given: PhaseData, data: str) -> None:
+    """Prints what was read and what was dropped, and writes it to `data.json`."""
     report = given.report
-    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {given.held_out}"])))
+    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {given.about_held_out}"])))
     if is_main_process():
         left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
-        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": given.held_out, **left_out})
+        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": given.about_held_out, **left_out})

@@ -1,7 +1,7 @@
-"""What a picture shows: a Pillow image of any mode as the RGB pixels that a person would see.
+"""Conversion of Pillow images of any mode to the RGB pixels that a person would see.
 
-One rule an input, wherever it comes in (training, evaluation, chat, `Processor`): upright, 16 bits scaled to 8, transparent
-parts on white.
+The same rules hold in training, evaluation, chat and `Processor`: images are upright, 16 bits are scaled to 8, transparent
+parts are white.
 """
 
 import warnings
@@ -13,7 +13,7 @@ DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", *DEEP_MODES)
 STRIPE = 1 << 20  # pixels that are converted at a time: conversions take several copies
 
-# What the values of EXIF's Orientation ask for.
+# The transformations that the values of EXIF's Orientation ask for.
 TURNS = {
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -26,15 +26,15 @@ TURNS = {
 
 
 class ImageError(ValueError):
-    """A file that is no picture or video, or one that is refused; the message names the file and the value at fault."""
+    """A file that is no image or video, or one that is refused; the message names the file and the value at fault."""
 
 
 class ImageWarning(UserWarning):
-    """A part of a picture or video could not be read, or says something that is not followed; the rest was read."""
+    """A part of an image or video could not be read, or asks for something that is not supported; the rest was read."""
 
 
 def announce(what: str) -> None:
-    """Warns of something in a file, whose name and content may hold anything but reach no terminal as commands."""
+    """Warns about a file; its name and content are escaped, so that they cannot steer a terminal."""
     shown = "".join(x if x.isprintable() else ascii(x)[1:-1] for x in what)
     warnings.warn(shown, ImageWarning, stacklevel=2)
 

@@ -1,4 +1,4 @@
-"""Under what circumstances a program was started: the command line, the versions of what it is made of, the devices."""
+"""The circumstances of a program's start: the command line, the versions of packages, and the devices."""
 
 import importlib.metadata
 import pathlib
@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any
 
-# What decides the numbers of a run, besides the Python that runs it.
+# The packages that decide the numbers of a run, besides Python itself.
 PACKAGES = (
     "pixel_jax",
     "jax",
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python, and of those `PACKAGES` that are installed."""
+    """The versions of Python and of those `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, Any]:
-    """Those that JAX computes on, in all processes."""
+    """The devices that JAX computes on, in all processes."""
     import jax
 
     kinds = sorted({device.device_kind for device in jax.devices()})
@@ -51,6 +51,6 @@ def devices() -> dict[str, Any]:
 
 
 def circumstances() -> dict[str, Any]:
-    """All of it, as JSON takes it. `command` can be given to a shell."""
+    """The command line (for a shell), the versions and the devices, as values for JSON."""
     command = shlex.join([pathlib.PurePath(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "versions": versions(), "devices": devices()}

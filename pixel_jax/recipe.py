@@ -18,26 +18,32 @@ from pixel_jax.training.algorithms import algorithm
 PIXEL = 28**2  # of one visual token
 
 
-class Size(NamedTuple):
+class SizeSettings(NamedTuple):
+    """The settings that depend on the size of the model."""
+
     tensor: int  # axis of the mesh: divides the key-value heads
     row_groups: int  # rows of a micro-batch: a multiple of data x fsdp, on the largest mesh that is meant
 
 
-# Not of the paper: adapters on every linear layer of the decoder.
+# Adapters on every linear layer of the decoder; the paper has none.
 ADAPTERS = {"rank": 64, "alpha": 128.0, "targets": r"model\.layers\..*"}
-SIZES = {"3b": Size(2, 128), "7b": Size(4, 64), "72b": Size(8, 64)}
+SIZES = {"3b": SizeSettings(2, 128), "7b": SizeSettings(4, 64), "72b": SizeSettings(8, 64)}
 LEARNING_RATES = {"full": 1e-6, "lora": 1e-5}  # by the weights that are trained
 EXAMPLES, QUERIES = 7_850, 15_400  # released traces (SFT) and questions (RL)
 
 
 def read_words(words: str) -> tuple[str, str]:
-    """("full" or "lora", name of an algorithm or "") of what stands after a config's colon: one of them, or both."""
+    """("full" or "lora", the name of an algorithm or "") from the words after a config's colon: one of them, or both."""
     weights, _, other = words.partition(",")
     return (weights, other) if weights in LEARNING_RATES else ("full", words)
 
 
 def base(size: str, weights: str) -> ConfigDict:
-    """What both phases share."""
+    """The settings that both phases share.
+
+    Raises:
+        ValueError: the size or the weights are unknown.
+    """
     if size not in SIZES:
         raise ValueError(f"the recipe knows the sizes {', '.join(SIZES)}, not {size!r}")
     if weights not in LEARNING_RATES:
@@ -73,6 +79,7 @@ def optimizer(weights: str, **values) -> dict[str, Any]:
 
 
 def forward(size: str, rows: int) -> dict[str, Any]:
+    """The settings of the forward and backward pass of `rows` rows."""
     return {
         "micro_batches": max(1, rows // SIZES[size].row_groups),
         "remat": True,
@@ -103,7 +110,7 @@ def sft(size: str, weights: str = "full", changes: Mapping[str, Any] = {}) -> Co
     config.video_patches = 4800  # of a selected frame of 1280 x 720 pixels
 
     batch = 128  # traces, of the paper; the released script steps with 16
-    rows = batch // 2  # a packed row has room for two; what an epoch is in rows is printed at the start
+    rows = batch // 2  # about two traces are packed into a row; the start prints the rows of an epoch
     config.sft = ConfigDict()
     config.sft.batch_size = rows
     config.sft.steps = round(5 * EXAMPLES / batch)  # five epochs; the released warm start is the checkpoint at 246
@@ -120,7 +127,10 @@ def sft(size: str, weights: str = "full", changes: Mapping[str, Any] = {}) -> Co
 def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> ConfigDict:  # noqa: B006, never changed
     """Reinforcement learning with the curiosity reward (§4.2, App.), with `changes` on top.
 
-    words: "full" or "lora", the name of an algorithm, or both: "lora,dapo"
+    Args:
+        size: of the model.
+        words: "full" or "lora", the name of an algorithm, or both, as in "lora,dapo".
+        changes: settings that replace those of the recipe.
     """
     weights, other = read_words(words)
     config = base(size, weights)
@@ -145,7 +155,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
         "max_new_tokens": 2048,
         "max_calls": 4,
         "max_images": 16,
-        "max_tokens": 12_048,
+        "max_tokens": 12_048,  # 2,048 of the prompt and 10,000 of the response: the released training's model length
         "max_response": 10_000,
         "min_pixels": 4 * PIXEL,
         "max_pixels": 2000 * PIXEL,
@@ -169,6 +179,6 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
     config.rl.save_every = 5
     config.rl.keep = 2
     if other:
-        config.rl.update(algorithm(other, longest=config.rl.rollout.max_response))
+        config.rl.update(algorithm(other, longest=config.rl.rollout["max_response"]))
     config.update(changes)
     return config

@@ -1,4 +1,4 @@
-"""One run at a time in a directory: a lock that says who has it, and that nobody has to take away by hand."""
+"""A lock for one run at a time in a directory. It names its holder, and nobody has to remove it by hand."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import warn
 
 LOCK = "lock.json"
-BEAT = 10.0  # seconds between two heartbeats, which are the file's time of change
-SILENCE = 60.0  # seconds without one, after which the holder counts as dead where it cannot be looked for
+BEAT = 10.0  # seconds between two heartbeats; a heartbeat sets the file's time of modification
+SILENCE = 60.0  # seconds without a heartbeat after which a holder on another machine counts as dead
 LOOK = 1.0  # seconds between two looks at the lock of another machine
 TAKEN = 1  # exit code of a process whose lock was taken over while it was stopped
 
@@ -28,7 +28,7 @@ class LockError(OSError):
 
 
 class Holder(NamedTuple):
-    """A process, for ever: pids are given again, and every machine and container has its own."""
+    """A process, identified for all time: pids are reused, and every machine and container has its own."""
 
     host: str
     space: str  # boot and pid namespace: processes of the same one see each other
@@ -38,6 +38,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def me(cls) -> "Holder":
+        """This process, with a new token."""
         space = f"{_read('/proc/sys/kernel/random/boot_id')} {_link('/proc/self/ns/pid')}"
         return cls(socket.gethostname(), space, os.getpid(), _started(os.getpid()) or "", uuid.uuid4().hex)
 
@@ -67,27 +68,28 @@ def _link(path: str) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, from /proc/PID/stat; None if there is none, or only what its parent has not yet waited for."""
+    """The start time of a process, from /proc/PID/stat; None: there is no such process, or it is a zombie."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before it may have spaces
     return fields[19] if len(fields) > 19 and fields[0] not in "ZX" else None
 
 
-class Seen(NamedTuple):
-    """A lock as it lies there: its bytes and its last heartbeat."""
+class LockContent(NamedTuple):
+    """The content of a lock file: its bytes and its last heartbeat."""
 
     content: bytes
     beat: int
 
     @classmethod
-    def at(cls, path: pathlib.Path) -> "Seen | None":
+    def at(cls, path: pathlib.Path) -> "LockContent | None":
+        """Reads a lock file; None: there is none."""
         try:
-            with path.open("rb") as file:  # opening it asks a file server anew
+            with path.open("rb") as file:  # opening the file makes a network file system look again
                 return cls(file.read(2**16), os.fstat(file.fileno()).st_mtime_ns)
         except FileNotFoundError:
             return None
 
     def holder(self) -> Holder | None:
-        """None if it cannot be read."""
+        """The process that the lock names; None if that cannot be read."""
         try:
             value = parse_json(self.content, LOCK)
         except FileError:
@@ -100,13 +102,13 @@ class Seen(NamedTuple):
 
 @contextlib.contextmanager
 def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
-    """Around a run in `directory`. Several processes of one run call it, and the `first` of them has the lock.
+    """Holds the lock of `directory` during a run. All processes of the run call it, and the `first` takes the lock.
 
-    The lock of a process of this machine that has ended is taken over at once. Where that cannot be seen, or the lock
-    cannot be read, its heartbeat is waited for, and after `SILENCE` seconds without one it is taken over, too.
+    A lock is taken over at once if its process ran on this machine and has ended. Where that cannot be known, or the lock
+    cannot be read, it is taken over after `SILENCE` seconds without a heartbeat.
 
     Raises:
-        LockError: another run has it.
+        LockError: another run holds it.
     """
     if not first:
         yield
@@ -116,7 +118,7 @@ def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
     me = Holder.me()
     content = json.dumps(me._asdict()).encode()
     while not _create(path, content):
-        seen = Seen.at(path)
+        seen = LockContent.at(path)
         if seen is not None and _given_up(path, seen) and _take_over(path, seen, content):
             break
     done = threading.Event()
@@ -133,7 +135,7 @@ def hold(directory: str | os.PathLike, first: bool = True) -> Iterator[None]:
 
 
 def _create(path: pathlib.Path, content: bytes) -> bool:
-    """Whether there was no lock, and now is this one."""
+    """Creates the lock; False if there is one already."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644)
     except FileExistsError:
@@ -143,11 +145,11 @@ def _create(path: pathlib.Path, content: bytes) -> bool:
     return True
 
 
-def _given_up(path: pathlib.Path, seen: Seen) -> bool:
-    """Whether nobody has the lock any more; False as well if another look is needed.
+def _given_up(path: pathlib.Path, seen: LockContent) -> bool:
+    """Whether the holder of the lock has ended; False also if the lock has changed and must be read again.
 
     Raises:
-        LockError: somebody has it.
+        LockError: the holder is alive.
     """
     holder = seen.holder()
     alive = None if holder is None else holder.alive()
@@ -161,7 +163,7 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     began = time.monotonic()
     while time.monotonic() - began < SILENCE:
         time.sleep(LOOK)
-        now = Seen.at(path)
+        now = LockContent.at(path)
         if now is None or now.content != seen.content:
             return False
         if now.beat != seen.beat:
@@ -170,18 +172,18 @@ def _given_up(path: pathlib.Path, seen: Seen) -> bool:
     return True
 
 
-def _take_over(path: pathlib.Path, seen: Seen, content: bytes) -> bool:
-    """Puts this lock in the place of one that was given up; False if somebody else was faster, or is about to be."""
+def _take_over(path: pathlib.Path, seen: LockContent, content: bytes) -> bool:
+    """Replaces an abandoned lock by this one; False if another process did, or is about to."""
     claim = path.with_name(f".{LOCK}.{zlib.crc32(seen.content):08x}")
     if not _create(claim, b""):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - claim.stat().st_mtime > SILENCE:  # whose process has died just there
+            if time.time() - claim.stat().st_mtime > SILENCE:  # its process died at this very point
                 claim.unlink()
         time.sleep(LOOK / 10)
         return False
     try:
-        # As long as there is the claim, nobody else puts anything in its place: what is there now stays.
-        now = Seen.at(path)
+        # While the claim exists no other process replaces the lock: what is there now stays.
+        now = LockContent.at(path)
         if now is None or now.content != seen.content:
             return False
         write_file(path, content)
@@ -191,23 +193,23 @@ def _take_over(path: pathlib.Path, seen: Seen, content: bytes) -> bool:
 
 
 def _remove(path: pathlib.Path, content: bytes) -> None:
-    """Takes away this lock; one that somebody else has put in its place is put back."""
+    """Removes this lock. A lock that another process has put in its place is put back."""
     aside = path.with_name(f".{LOCK}.{uuid.uuid4().hex}")
     try:
-        os.rename(path, aside)  # of several who do this, one succeeds
+        os.rename(path, aside)  # of several processes that try, one succeeds
     except FileNotFoundError:
         return
-    found = Seen.at(aside)
+    found = LockContent.at(aside)
     if found is not None and found.content != content:
         _create(path, found.content)
     aside.unlink(missing_ok=True)
 
 
 def _beat(path: pathlib.Path, content: bytes, done: threading.Event) -> None:
-    """Shows that the process lives, as long as it has the lock; without it, it must not go on."""
+    """Writes heartbeats while the process holds the lock, and ends the process if it has lost it."""
     while not done.wait(BEAT):
         try:
-            found = Seen.at(path)
+            found = LockContent.at(path)
             if found is not None and found.content == content:
                 os.utime(path)
                 continue

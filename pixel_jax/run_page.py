@@ -1,20 +1,20 @@
-"""The page of a training run, from the files in its directory alone: curves, conversations, what was read, every start."""
+"""The page of a training run, made from the files in its directory: curves, conversations, the data, and every start."""
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixel_jax.evaluation import report, trace
+from pixel_jax.evaluation import report, transcript
 from pixel_jax.evaluation.curves import Points, curves
 from pixel_jax.files import FileError
 from pixel_jax.identity import read_history
-from pixel_jax.settings import settings
+from pixel_jax.settings import Setting, settings
 from pixel_jax.state_files import read_note
 from pixel_jax.terminal import warn
-from pixel_jax.train import CONFIG, DATA, TrainConfig
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.train_config import CONFIG, DATA, TrainConfig
 from pixel_jax.training.watch import BEST, HELD_OUT, ROLLOUTS, numbered
+from pixel_jax.training.writers import read_metrics
 
 PAGE = "report.html"
 PHASES = ("sft", "rl")
@@ -37,17 +37,18 @@ PANELS: Mapping[str, Mapping[str, str]] = {
 SHARES = ("accuracy", "rate of pixel-space reasoning", "groups", "calls that failed", "rows without a boxed answer")
 NEWEST = 3  # files of conversations that are drawn, besides the first
 EXPLAINED = (
-    "Lines of training are of the batch at hand, as the model explored; those held out are of examples that it is never trained "
+    "Training curves are of each batch, sampled as the model explores; held-out curves are of examples that it is never trained "
     "on, sampled at temperature 1."
 )
 
 
 def is_run(directory: pathlib.Path) -> bool:
+    """Whether a directory holds the metrics of a phase."""
     return any((directory / phase / METRICS).is_file() for phase in PHASES)
 
 
 def draw_run(out: pathlib.Path, page: str | None = None) -> pathlib.Path:
-    """Writes the page of the run in the directory `out`, by default into it; returns where it is."""
+    """Writes the page of the run in the directory `out`, by default into it, and returns its path."""
     sections = []
     for phase in PHASES:
         if (out / phase / METRICS).is_file():
@@ -77,7 +78,11 @@ def _summary(phase: pathlib.Path, lines: Sequence[Mapping[str, Any]], history, r
     of = next((x["of"] for x in reversed(history) if x.get("of") is not None), None)
     done = max((x["step"] + 1 for x in lines), default=0)
     rows = [(f"{unit}s", f"{done} of {of}" if of is not None else str(done))]
-    rows += [("data", f"{read['source']}: {read['data']}"), ("judged by", read["judged_by"])] if _is_read(read) else []
+    rows += (
+        [("data", f"{read['source']}: {read['data']}"), ("single_answer by", read["judged_by"])]
+        if _is_read(read)
+        else []
+    )
     best = read_note(phase / BEST)
     if best is not None:
         rows.append(("best model", f"after {best.get('done')} {unit}s, by {best.get('by')}: {best.get('value')}"))
@@ -95,7 +100,7 @@ def _is_read(read: Mapping[str, Any]) -> bool:
 
 
 def _of(lines: Sequence[Mapping[str, Any]], name: str) -> Points:
-    """(steps done, value) of a metric, where it is a number."""
+    """The points (steps done, value) of a metric where it is a number."""
     return [(x["step"] + 1, x[name]) for x in lines if isinstance(x.get(name), int | float)]
 
 
@@ -116,30 +121,30 @@ def _curves(lines: Sequence[Mapping[str, Any]], unit: str) -> str:
 
 
 def _conversations(files: Sequence[pathlib.Path], name) -> str:
-    """The first file and the newest; the last is open, the others are folded."""
+    """The first file of conversations and the newest ones; the last is unfolded, the others are folded."""
     shown = list(dict.fromkeys([*files[:1], *files[-NEWEST:]]))
     if not shown:
         return report.paragraph("None were kept.")
-    parts = []
+    sections = []
     for path in reversed(shown):
         try:
-            items = trace.load(path)
+            items = transcript.load(path)
         except FileError as error:
             warn(f"{error}. It is not drawn")
             continue
-        drawn = "".join(report.trace(item) for item in items)
-        parts.append(report.folded(name(int(path.stem)), drawn, unfolded=path == shown[-1]))
+        drawn = "".join(report.transcript(item) for item in items)
+        sections.append(report.folded(name(int(path.stem)), drawn, unfolded=path == shown[-1]))
     if len(files) > len(shown):
         where = f"pixel-jax view {files[0].parent}/NUMBER.json"
-        parts.append(
+        sections.append(
             report.paragraph(f"{len(files) - len(shown)} more are kept in {files[0].parent}; `{where}` draws one.")
         )
-    return "".join(parts)
+    return "".join(sections)
 
 
 def _read(read: Mapping[str, Any]) -> str:
     if not _is_read(read):
-        return report.paragraph("It was not noted.")
+        return report.paragraph("It was not recorded.")
     dropped, mended = read.get("dropped") or [], read.get("mended") or {}
     rows = [("rows dropped", str(len(dropped))), *((what, str(count)) for what, count in mended.items())]
     said = report.table(("", ""), rows, style="facts")
@@ -163,9 +168,12 @@ def _starts(history: Sequence[Mapping[str, Any]]) -> str:
 
 def _settings(values: Mapping[str, Any] | None) -> str:
     if values is None:
-        return report.paragraph("They were not noted.")
-    found = [x for x in settings(TrainConfig, values, prefix="--config")]
-    shown = lambda x: (x.key, _short(x.value), x.about)
+        return report.paragraph("They were not recorded.")
+    found = list(settings(TrainConfig, values, prefix="--config"))
+
+    def shown(x: Setting) -> tuple[str, str, str]:
+        return x.key, _short(x.value), x.about
+
     own = [shown(x) for x in found if _short(x.value) != _short(x.default)]
     head = ("setting", "value", "")
     every = report.folded("all settings", report.table(head, [shown(x) for x in found], style="facts"))
@@ -173,5 +181,5 @@ def _settings(values: Mapping[str, Any] | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """As JSON has it: lists and tuples are one."""
+    """A value as JSON, in which lists and tuples are the same."""
     return json.dumps(value, default=str)

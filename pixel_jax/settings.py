@@ -1,4 +1,4 @@
-"""All the settings of a command, for its help: names, values, defaults, and what the code's own comments say of them."""
+"""The settings of a command, for its help: names, values, defaults, and descriptions from the comments in the code."""
 
 import dataclasses
 import inspect
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 
 class Setting(NamedTuple):
+    """A setting of a config."""
+
     key: str  # dotted, as on the command line
-    value: Any  # of this config
+    value: Any  # in this config
     default: Any  # `dataclasses.MISSING`: it has to be given
     about: str  # a sentence
 
@@ -23,6 +25,7 @@ def settings(
     """Every setting of the dataclass `cls`, nested ones included, in the order of the code.
 
     Args:
+        cls: the dataclass of the config.
         values: of a config, as `load` takes them; None: the defaults, optional sections included.
         prefix: of the keys.
         default: what the parent declares for this section; None: the class's own defaults.
@@ -41,6 +44,7 @@ def settings(
         if section is None or unset or (many and not (hasattr(value, "items") and value)):
             yield Setting(key, value, usual, about.get(field.name, ""))
         elif many:
+            assert value is not None
             for name, inner in value.items():
                 yield from settings(section, inner, f"{key}.{name}")
         else:
@@ -49,7 +53,7 @@ def settings(
 
 
 def listing(cls: type, values: Mapping[str, Any] | None) -> str:
-    """`settings` as text: a line with the value, and the default where it differs, and a line that says what it is."""
+    """`settings` as text: for each a line with the value, and the default where it differs, and a line of description."""
     lines = []
     for setting in settings(cls, values):
         usual = "must be given" if setting.default is dataclasses.MISSING else f"default: {setting.default!r}"
@@ -63,7 +67,7 @@ def listing(cls: type, values: Mapping[str, Any] | None) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """field -> the comment behind it, or the one above it, in the source of the dataclass `cls`."""
+    """The comments of a dataclass's fields: field -> the comment behind it, or the one above it, in the source."""
     names = {field.name for field in dataclasses.fields(cls)}
     found = dict(comments(cls.__base__)) if dataclasses.is_dataclass(cls.__base__) else {}
     above: list[str] = []  # the lines of comment since the last line of code
@@ -100,4 +104,5 @@ def _section(hint: Any) -> tuple[type | None, bool]:
     if origin in (dict, Mapping):
         return _section(arguments[1])[0], True
     options = arguments if origin in (types.UnionType, typing.Union) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None), False
+    sections = [option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)]
+    return next(iter(sections), None), False

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard at once wherever the program is: in a compilation, waiting for data, at its end."""
+"""Handling of Ctrl-C and SIGTERM at any moment: during a compilation, while waiting for data, at the program's end."""
 
 import atexit
 import contextlib
@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended: 128 + SIGINT
-WORDS = 3.0  # seconds that last words may take on a busy machine: a reader of standard output may have stopped reading
+WORDS = 3.0  # seconds for the last output: the reader of standard output may have stopped reading
 
 
 class Signals:
-    """Ends the program on Ctrl-C, or, where it asks for that, tells it to save and go first.
+    """Ends the program on Ctrl-C, or, after `save_first`, asks it to save and stop.
 
-    No handler raises anything: an exception that comes anywhere is lost in a destructor and leaves threads that wait for
-    one another. A thread hears what arrives, also while the main one is in compiled code.
+    No handler raises an exception: raised at an arbitrary place it may be lost in a destructor and leave threads waiting for
+    each other. A thread of its own receives the signals, so that they count also while the main thread is in compiled code.
     """
 
     def __init__(self):
-        self.told = False  # to save and go
+        self.told = False  # whether the program was asked to save and stop
         self.name: str | None = None
         self._saves = False
         self._interrupts = 0
@@ -31,9 +31,9 @@ class Signals:
         self._last: list[Callable[[], None]] = []
 
     def listen(self, name: str | None) -> None:
-        """From now on Ctrl-C ends the program: a line on standard error (unless `name` is None), and the code 130.
+        """Makes Ctrl-C end the program with the exit code 130 and, unless `name` is None, a line on standard error.
 
-        Called in the main thread, as soon as possible.
+        It is called in the main thread, as early as possible.
         """
         self.name = name
         if self._pipe is not None:
@@ -43,19 +43,19 @@ class Signals:
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._pipe = reader, writer
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what a child hears is not for us
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # signals of a child process are not ours
         signal.signal(signal.SIGINT, self._take)
         threading.Thread(target=self._hear, args=(reader,), daemon=True, name="signals").start()
 
     def save_first(self) -> None:
-        """From now on SIGTERM and the first Ctrl-C only set `told`; the second Ctrl-C ends the program."""
+        """Makes SIGTERM and the first Ctrl-C only set `told`; a second Ctrl-C ends the program."""
         self.listen(self.name)
         self._saves = True
         signal.signal(signal.SIGTERM, self._take)
 
     @contextlib.contextmanager
     def at_end(self, work: Callable[[], None]) -> Iterator[None]:
-        """Around what has to be tidied up, quickly, also if Ctrl-C ends the program here: `work` does it."""
+        """Runs `work`, which must be quick, at the end of the block, also if Ctrl-C ends the program within it."""
         self._last.append(work)
         try:
             yield
@@ -64,7 +64,7 @@ class Signals:
             work()
 
     def _take(self, number: int, frame) -> None:
-        """In the main thread: so a signal that the program sends itself is heard before the next line."""
+        """The handler in the main thread: a signal that the program sends to itself counts before its next line."""
         self.told = self.told or self._saves
 
     def _hear(self, pipe: socket.socket) -> None:
@@ -84,7 +84,7 @@ class Signals:
 
 
 def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> NoReturn:
-    """Ends the process now, whatever its threads wait for. What was printed before is written first."""
+    """Ends the process now, even if threads are waiting. Output that is buffered is written first."""
 
     def speak() -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -102,7 +102,7 @@ def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> 
 
 @contextlib.contextmanager
 def leaving() -> Iterator[None]:
-    """Around a whole program: when it ends, the process does, also if a thread waits for something that never comes."""
+    """Ends the process when the program in the block ends, even if a thread waits for something that never comes."""
     code: object = 0
     try:
         yield
@@ -127,7 +127,7 @@ def _within(seconds: float, work: Callable[[], None]) -> None:
 
 
 def _terminal_as_it_is() -> Callable[[], None]:
-    """What puts the terminal's settings back: a prompt that is being read has changed them."""
+    """A function that restores the terminal's settings, which a prompt for input changes."""
     try:
         import termios
 

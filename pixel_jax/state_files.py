@@ -1,7 +1,7 @@
-"""Files in which a run notes where it is: one reader and one writer of them (`pixel_jax.files` underneath).
+"""Readers and writers of the files in which a run records its state (`pixel_jax.files` underneath).
 
-They are written whole or not at all. One that is damaged all the same ends nothing: it counts as not written, and standard
-error names it.
+They are written whole or not at all. A file that is damaged all the same ends no program: it counts as not written, with a
+warning on standard error.
 """
 
 import json
@@ -19,11 +19,12 @@ MAX_LINES_SAID = 3  # damaged lines of one file that are named; the rest are cou
 
 
 def is_object(value: Any) -> bool:
+    """Whether a JSON value is an object."""
     return isinstance(value, dict)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that `parse_json` reads: a number that is not finite becomes null."""
+    """The JSON text of a value, for `parse_json`: a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 
 
@@ -44,10 +45,11 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
     """The value of a JSON file that `write_json` wrote.
 
     Args:
-        check: whether a value is what such a file holds; by default, whether it is an object.
+        path: of the file.
+        check: tells whether such a file can hold a value; by default, whether it is an object.
 
     Returns:
-        None if there is no such file, or, said on standard error, if it is damaged.
+        None if there is no such file, or, with a warning, if it is damaged.
     """
     if not os.path.lexists(path):
         return None
@@ -64,8 +66,12 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
 def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, in order.
 
-    A last line without an end is one that is being written, or was when its process was killed: it is no line yet. Any
-    other line that is no object with `fields` of these types is dropped, and said on standard error.
+    A last line without a line feed is still being written, or was when its process was killed: it is left out. Any other
+    line that is no object with the fields is dropped with a warning.
+
+    Args:
+        path: of the file.
+        **fields: the type of each field.
     """
     if not os.path.lexists(path):
         return []
@@ -87,16 +93,28 @@ def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     return found
 
 
+def keep_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any) -> list[dict[str, Any]]:
+    """Rewrites a file of JSON lines (`read_lines`) without the lines that `keep` refuses, and returns the others."""
+    lines = [line for line in read_lines(path, **fields) if keep(line)]
+    write_file(path, "".join(to_json(line) + "\n" for line in lines))
+    return lines
+
+
 def _has(value: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether this is an object with fields of these types."""
+    """Whether a value is an object with fields of these types."""
     return isinstance(value, dict) and all(key in value and isinstance(value[key], fields[key]) for key in fields)
 
 
 class LineLog:
-    """A file of JSON lines that grows; what a kill left of a last line is taken off."""
+    """A file of JSON lines to which lines are appended. An incomplete last line, left by a kill, is cut off."""
 
     def __init__(self, path: str | os.PathLike, *, durable: bool = True):
-        """`durable`: what was appended survives a loss of power, which takes a moment each time."""
+        """Opens a log.
+
+        Args:
+            path: of the file.
+            durable: whether each append is synchronised to the disk, to survive a loss of power.
+        """
         self.durable = durable
         path = pathlib.Path(path)
         self.file = path.open("ab")
@@ -104,13 +122,14 @@ class LineLog:
         self.file.truncate(content.rfind(b"\n") + 1)
 
     def append(self, values: Iterable[Mapping[str, Any]]) -> None:
-        """Adds a line for each value; when this returns they are in the file."""
+        """Appends a line for each value."""
         self.file.write("".join(to_json(value) + "\n" for value in values).encode())
         self.file.flush()
         if self.durable:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """Closes the file."""
         self.file.close()
 
     def __enter__(self) -> "LineLog":

@@ -1,16 +1,21 @@
-"""What people see of a program: foreign text made harmless, and output that ends no program when it cannot be written."""
+"""Terminal output: foreign text is made harmless, and output that cannot be written does not end the program."""
 
 import io
 import os
 import sys
 import unicodedata
-from typing import Any, TextIO
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from typing_extensions import Buffer
 
 BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is shown
 
 
 def printable(text: Any) -> str:
-    """`text` as a terminal may show it: control characters as escapes, so that no file name or model can steer it.
+    """`text` with control characters as escapes, so that no file name and no model can steer the terminal.
 
     Line feeds and tabs stay. Escaped are the other control characters (Unicode category Cc, with it ESC and the C1 codes),
     line and paragraph separators, marks that reverse the direction of what follows, and halves of surrogate pairs.
@@ -32,24 +37,24 @@ def _escape(character: str) -> str:
 
 
 def brief(value: Any, length: int = 200) -> str:
-    """`repr` of a value from outside, for a message: of a long one its beginning."""
+    """The `repr` of a foreign value, for a message; a long one is cut."""
     text = repr(value[: length + 1] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def say(text: Any, stream: TextIO | None = None) -> None:
-    """Prints a line of foreign text, as `printable` shows it; `stream` is by default standard output."""
+    """Prints foreign text as `printable` shows it, by default on standard output."""
     put(f"{printable(text)}\n", sys.stdout if stream is None else stream)
 
 
 def warn(text: Any) -> None:
-    """`say` on standard error."""
+    """Prints foreign text on standard error, as `say` does."""
     say(text, sys.stderr)
 
 
 def put(text: str, stream: TextIO | None) -> None:
-    """Writes `text` at once, if it can be: nobody listening (a closed pipe, a full disk) is no reason to end."""
-    if stream is None:  # as Python has it where the program was started without
+    """Writes text at once. Where that fails (a closed pipe, a full disk) the text is lost and nothing is raised."""
+    if stream is None:  # the program was started without it
         return
     try:
         print(text, file=stream, end="", flush=True)
@@ -57,31 +62,69 @@ def put(text: str, stream: TextIO | None) -> None:
         pass
 
 
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, title: str = "", caption: str = ""
+) -> "Table":
+    """A table of foreign text: no cell is markup, and control characters are escaped.
+
+    Args:
+        head: names of the columns.
+        rows: cells; a row may end early.
+        words: the number of leading columns that hold words and are aligned to the left; the others hold numbers.
+        title: a line above the table.
+        caption: lines below it.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    found = Table(
+        title=Text(printable(title)) if title else None,
+        title_justify="left",
+        caption=Text(printable(caption)) if caption else None,
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    for i, name in enumerate(head):
+        found.add_column(Text(name), justify="left" if i < words else "right", no_wrap=True)
+    for row in rows:
+        found.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in row))
+    return found
+
+
+def print_table(found: "Table", stream: TextIO | None = None) -> None:
+    """Prints a table. A narrow terminal, or a file, gets long lines rather than cut cells."""
+    from rich.console import Console
+
+    Console(file=stream, highlight=False, width=1000).print(found)
+
+
 NAMES = {1: "output", 2: "error"}
 
 
 class Lossy(io.FileIO):
-    """Standard output or error that loses what it cannot write, and says so once on standard error."""
+    """Standard output or error as a raw stream: what it cannot write is lost, with one line about it on standard error."""
 
     lost = False
 
-    def write(self, data: bytes, /) -> int:
+    def write(self, data: "Buffer", /) -> int:
+        """Writes what can be written; returns the number of bytes as if all had been."""
         try:
             return super().write(data)
         except OSError as error:
             if not self.lost:
                 self.lost = True
                 try:
-                    os.write(2, f"standard {NAMES[self.name]} is lost: {error.strerror}\n".encode())
+                    os.write(2, f"standard {NAMES[self.fileno()]} is lost: {error.strerror}\n".encode())
                 except OSError:
                     pass
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def keep_streams() -> None:
-    """Makes standard output and error last as long as the program: what cannot be written is lost and ends nothing.
+    """Replaces standard output and error by streams on which a failed write does not end the program.
 
-    Characters that the encoding of the locale lacks are written as escapes. Streams that somebody has replaced stay.
+    Characters that the encoding of the locale lacks are written as escapes. Streams that were replaced before stay.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream, original = getattr(sys, name), getattr(sys, f"__{name}__")

@@ -1,154 +1,19 @@
 """`pixel-jax sft --config=...` and `pixel-jax rl --config=...`: a model directory and a file of examples in, a model out."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from absl import flags
 
-from pixel_jax.config import define_flag, load, positive
-from pixel_jax.data.digests import Digests, digest_model, digest_rows
-from pixel_jax.data.limits import Limits
-from pixel_jax.data.shapes import bucket_shapes
-from pixel_jax.identity import nest
-from pixel_jax.named import digest, is_name
-from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
+from pixel_jax.config import define_flag, load
 from pixel_jax.run_lock import hold
-from pixel_jax.tools.host import HostToolsConfig
-from pixel_jax.tools.named import DEFAULT
-from pixel_jax.training.rl import RLConfig
-from pixel_jax.training.sft import SFTConfig
-from pixel_jax.training.watch import Criterion, WatchConfig
+from pixel_jax.train_config import TrainConfig
 
 FLAGS = flags.FLAGS
-# In a run's directory: all its settings (config.json is what a model has), and what was read.
-CONFIG, DATA = "settings.json", "data.json"
-# Shapes by hand come together: those of all rows, and those of rows about videos.
-BY_HAND = {
-    "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
-    "rl": (("image_buffer", "prompt_width"), ("video_buffer", "video_prompt_width")),
-}
-SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Adapters (`pixel_jax.models.lora.add_lora`); a phase trains them alone if its `trainable` is ".*lora_"."""
-
-    rank: int  # of the two factors
-    alpha: float  # they are scaled by alpha / rank
-    targets: str  # regular expression, the linear layers that get one
-
-    def __post_init__(self):
-        positive(self, "rank", "alpha")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """One experiment. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
-
-    model: str  # directory to start from
-    data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
-    out: str  # run directory: checkpoints, metrics, what was looked at, the page of the run, and at the end the model
-    data_eval: str | None = (
-        None  # examples that the run is judged by, in the format of `data`; None: `watch.share` of these
-    )
-    image_folders: tuple[
-        str, ...
-    ] = ()  # where else than beside the data images may lie: ("/",) allows all that it names
-    # What data of one's own calls our fields, as in {"question": "prompt", "images": "image"} (`pixel_jax.data.own`).
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    sft: SFTConfig | None = None
-    rl: RLConfig | None = None
-    architecture: str | None = None  # name of a released network (`pixel_jax.models.released`), for planning without it
-    lora: LoRAConfig | None = None
-    tools: tuple[str, ...] = (
-        DEFAULT  # what a model may call: names of shipped ones, or module:name (`pixel_jax.tools.named`)
-    )
-    host_tools: HostToolsConfig = HostToolsConfig()  # those of them that run on the host
-    corrections: bool = True  # tune on traces that show a mistake, too
-    rollout: RolloutConfig = RolloutConfig()  # limits and pixel budgets of traces; `rl.rollout` has those of rollouts
-    # Axis sizes of data, fsdp, sequence, tensor; -1 takes the devices that are left. None: one device.
-    mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-    # The same for rollouts, which may lie otherwise on the same devices; none: as above.
-    rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-    bad_rows: Literal["error", "drop"] = "error"  # "drop" leaves out what cannot be read or has no room, and counts it
-    limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
-    read_threads: int = 16  # that read and decode files
-    read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
-    # Shapes of batches. None: worked out from the data. By hand, for tuning: the room of a row of one or more traces.
-    trace_tokens: int | None = None
-    trace_frames: int | None = None  # room for pictures in a row: images, frames and crops
-    trace_patches: int | None = None  # of one frame
-    buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
-    video_frames: int | None = (
-        None  # room of a row of traces that need more frames than `trace_frames`; None: there are none
-    )
-    video_patches: int | None = None  # of one frame of such a row
-    # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.
-    image_buffer: tuple[int, int, int] | None = None
-    prompt_width: int | None = None  # tokens of a prompt
-    # Of questions about videos, if they have shapes of their own: frames, and their height and width. None: as above.
-    video_buffer: tuple[int, int, int] | None = None
-    video_prompt_width: int | None = None  # tokens of a prompt with a video
-    seed: int = 0  # of the order of the examples and of new adapters
-    watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
-    save_model_every: int = (
-        0  # steps (rl: iterations): a model in `out`/models/STEP; 0: only the last one, in `out`/model
-    )
-    # The model of the look that was best, in `out`/best: the highest accuracy or the lowest loss on what is held out.
-    keep_best: Criterion | None = None
-    # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-
-    def __post_init__(self):
-        positive(self, "read_threads", "read_ahead", *BY_HAND["sft"][0], *BY_HAND["sft"][1], "prompt_width")
-        positive(self, "video_prompt_width")
-        if self.save_model_every < 0:
-            raise ValueError(f"save_model_every must not be negative: {self.save_model_every}")
-        for name in ("image_buffer", "video_buffer"):
-            if (room := getattr(self, name)) is not None and min(room) < 1:
-                raise ValueError(f"{name} is (pictures, height, width), all positive: {room}")
-        for together, more in BY_HAND.values():
-            for names in (together, more):
-                given = [name for name in names if getattr(self, name) is not None]
-                if given and len(given) < len(names):
-                    raise ValueError(
-                        f"{', '.join(names)} come together, or none of them: only {', '.join(given)} is given"
-                    )
-                if given and names is more and getattr(self, together[0]) is None:
-                    raise ValueError(f"{given[0]} needs {', '.join(together)}, too")
-        if self.buckets and self.trace_tokens is None:
-            raise ValueError(
-                f"buckets {self.buckets} need {', '.join(BY_HAND['sft'][0])}, too: shapes are by hand, or worked out"
-            )
-        for name in ("model", "data", "out"):
-            if "://" in getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
-
-    @property
-    def trace_shapes(self) -> tuple[BatchShape, ...] | None:
-        """Of rows to tune on; None: they are worked out."""
-        if self.trace_tokens is None:
-            return None
-        shape = lambda frames, patches: BatchShape(self.trace_tokens, frames, frames, patches)
-        shapes = bucket_shapes(self.buckets, shape(self.trace_frames, self.trace_patches))
-        return shapes if self.video_frames is None else (*shapes, shape(self.video_frames, self.video_patches))
-
-    @property
-    def prompt_shapes(self) -> tuple[BatchShape, ...] | None:
-        """Of prompts for `rl`; None: they are worked out."""
-        if self.image_buffer is None:
-            return None
-        limits, video_buffer = self.rl.rollout, self.video_buffer or self.image_buffer
-        return (
-            prompt_shape(*self.image_buffer, self.prompt_width, limits, video=False),
-            prompt_shape(*video_buffer, self.video_prompt_width or self.prompt_width, limits, video=True),
-        )
+SETTINGS = "pixel_jax.train_config:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `sft` and `rl`."""
     define_flag(None, "The experiment: a file, or a name as pixel/own_data.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_bool(
@@ -157,12 +22,14 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the phase that the command names."""
     from pixel_jax.cli import UserError
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
+    phase: Literal["sft", "rl"] = "sft" if command == "sft" else "rl"
     config = load(TrainConfig, FLAGS.config)
-    if getattr(config, command) is None:
+    if getattr(config, phase) is None:
         raise UserError(f"the config has no section {command!r}")
 
     from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
@@ -172,25 +39,4 @@ def main(command: str, arguments: list[str]) -> None:
     NOTICE.listen()
     initialize()
     with fail_together(), hold(config.out, is_main_process()):
-        train(command, config, resume_changed=FLAGS.resume_changed)
-
-
-def facts_of(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
-    """What a run is besides its phase's section, which the phase itself adds."""
-    settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
-    rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
-    limits, terms = config.rollout, ()
-    if command == "rl":
-        limits, terms = config.rl.rollout, [name for name, _ in config.rl.reward.terms]
-    # Other code of one's own is another experiment.
-    code = {name: digest(name) for name in (*config.tools, limits.call_format, *terms) if is_name(name)}
-    return {"command": command, **settings, **digest_model(config.model, digests), **rows, "code": code}
-
-
-def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
-    """The command and the config of a run, from what it noted of itself (`facts_of`, by dotted names)."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    own = {name: x for name, x in settings.items() if name in names or name.split(".")[0] in names - {"data"}}
-    if settings.get("command") not in ("sft", "rl"):
-        raise ValueError("the run was not begun by `pixel-jax sft` or `pixel-jax rl`")
-    return settings["command"], load(TrainConfig, nest(own))
+        train(phase, config, resume_changed=FLAGS.resume_changed)

@@ -1,4 +1,4 @@
-"""`pixel-jax view WHAT [--out=PAGE.html]`: a page to look at, of whatever a command has left.
+"""`pixel-jax view WHAT [--out=PAGE.html]`: a page that shows the results of a command.
 
 WHAT is a directory of `pixel-jax sft`, `rl`, `eval` or `synth`; a file of traces of one of these (`traces/.../NUMBER.json`); or
 traces for tuning, as `synth` and people write them (`traces.jsonl`), drawn with what the calls in them show. The page of a run
@@ -23,6 +23,7 @@ MOST_IMAGES = 64  # of one trace, with what its calls show
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `view`."""
     flags.DEFINE_string("out", None, f"The page to write; of a file of traces {PAGE}, unless it is given.")
     flags.DEFINE_integer("most", 100, "Traces of a file that are drawn.", lower_bound=1)
     flags.DEFINE_list("image_folders", [], "Where else than beside traces.jsonl its images may lie, as in a config.")
@@ -31,6 +32,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Draws what the command line names."""
     from pixel_jax.dialog import Language
     from pixel_jax.terminal import say
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
@@ -54,15 +56,22 @@ def view(
     image_folders: Sequence[str] = (),
     language: "Language | None" = None,
 ) -> str:
-    """Draws it, and says what is drawn where.
+    """Draws a page.
 
     Args:
+        what: a directory or file, as the command takes it.
+        out: the page to write; None: the default.
+        most: traces of a file that are drawn.
+        image_folders: where images of `traces.jsonl` may lie.
         language: of the calls in traces for tuning; None: the released one.
 
+    Returns:
+        A sentence that says what was drawn, and where.
+
     Raises:
-        UserError: there is nothing there to draw.
+        UserError: there is nothing to draw.
     """
-    from pixel_jax.evaluation import report, summary, trace
+    from pixel_jax.evaluation import report, summary, transcript
     from pixel_jax.files import FileError
     from pixel_jax.run_page import PHASES, draw_run, is_run
 
@@ -81,11 +90,11 @@ def view(
         files = sorted((x for x in what.rglob("*.json") if x.parent.name in KINDS_OF_TRACES), key=lambda x: str(x))
         if not files:
             raise UserError(f"{what} holds no run, no evaluation and no traces")
-        drawn = [item for path in files[:most] for item in trace.load(path)]
+        drawn = [item for path in files[:most] for item in transcript.load(path)]
         count = len(drawn) + len(files[most:])
     else:
         try:
-            drawn = trace.load(what)
+            drawn = transcript.load(what)
         except FileError as error:
             raise UserError(f"{what} does not hold traces: {error}") from error
         count = len(drawn)
@@ -100,16 +109,16 @@ KINDS_OF_TRACES = ("traces", "held_out", "rollouts")  # folders in which files o
 def written_traces(
     path: pathlib.Path, most: int, image_folders: Sequence[str], language: "Language | None" = None
 ) -> tuple[list, int]:
-    """Traces that were written for tuning, with what their calls show, and how many the file has.
+    """The transcripts of traces for tuning, with what their calls show, and the number of traces in the file.
 
-    They are written out as tuning writes them, but with a tokenizer of bytes, as none is known: words are the same.
+    They are rendered as tuning renders them, but with a tokenizer of bytes, as none is known: the text is the same.
     """
     from pixel_jax.data.read import read_examples
     from pixel_jax.data.traces import assemble, render, write_rows
     from pixel_jax.dialog import Language
     from pixel_jax.dialog.formats import FORMATS
     from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
-    from pixel_jax.evaluation.trace import make_trace
+    from pixel_jax.evaluation.transcript import make_transcript
     from pixel_jax.rollouts.config import RolloutConfig
     from pixel_jax.rollouts.prompts import tables
     from pixel_jax.terminal import warn
@@ -132,5 +141,5 @@ def written_traces(
             warn(f"{example.id} is not drawn: {error}")
             continue
         known = {"title": example.id, "reference": " / ".join(example.answer)}
-        drawn.append(make_trace(t, 0, query, vocabulary, side=SIDE, **known))
+        drawn.append(make_transcript(t, 0, query, vocabulary, side=SIDE, **known))
     return drawn, len(examples)

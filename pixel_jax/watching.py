@@ -1,4 +1,4 @@
-"""What a run of `pixel-jax sft` or `pixel-jax rl` is judged by while it goes on: which examples, and how (`training.watch`)."""
+"""Evaluation during `pixel-jax sft` and `pixel-jax rl`: which examples are held out, and how they are used (`training.watch`)."""
 
 import dataclasses
 import pathlib
@@ -11,9 +11,9 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.held_out import keys_of, settled
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms
+from pixel_jax.data.questions import assign_shapes
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured
+from pixel_jax.data.shapes import AutoShapes
 from pixel_jax.data.traces import TraceError
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.parallel.processes import all_gather, say
@@ -21,16 +21,18 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.terminal import warn
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.looks import Asker, HeldOutLoss, Sampling, Together
 from pixel_jax.training.scorers import ScorerConfig
 from pixel_jax.training.watch import Look, WatchConfig
 
 
 class HeldOut(NamedTuple):
+    """Examples to train on, and examples to evaluate on."""
+
     training: list[Example]
     judging: list[Example]
-    places: str  # of those held out in the data; "": none of its own are
+    rows: str  # indices of the latter in the data, separated by commas; "": they come from another file
 
     def __str__(self) -> str:
         if not self.judging:
@@ -38,7 +40,7 @@ class HeldOut(NamedTuple):
                 f"none of {len(self.training)} examples is held out to judge the run by: config.data_eval=FILE does that, "
                 "or a larger config.watch.share"
             )
-        if not self.places:
+        if not self.rows:
             return f"{len(self.judging)} other examples judge the run"
         return f"{len(self.judging)} more examples are held out and judge the run"
 
@@ -56,83 +58,86 @@ def hold_out(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
 ) -> HeldOut:
-    """The examples to train on, and those that the run is judged by. With several processes, all call it.
+    """Divides examples into those to train on and those to evaluate on. With several processes, all call it.
 
     Args:
-        source: a file of examples to judge by (`data_eval`). None: a share of `examples` is held out.
-        directory: of the phase, where it is noted what is held out.
-        digests: of pictures; in the first process, which alone decides.
-        turns: the examples are traces.
-        columns: what `source` calls our fields, as the data does; language: of the calls in it.
+        examples: of the data.
+        source: a file of examples to evaluate on (`data_eval`). None: a share of `examples` is held out.
+        config: how many, and which share.
+        directory: of the phase, where the choice is recorded.
+        digests: of images; in the first process, which alone decides.
+        seed: of the choice.
+        turns: whether the examples are traces.
+        image_folders: where the images of `source` may lie.
+        columns: names of our fields in `source`, as in the data.
+        language: of the calls in `source`.
     """
     if source is not None:
         others, report = read_examples(
             source, turns=turns, image_folders=image_folders, columns=columns, language=language
         )
-        say(str(report)) if str(report) else None
+        _say_report(report)
         if digests is not None and set(keys_of(examples, digests)) & set(keys_of(others, digests)):
             warn(f"{source} has pictures that are in the data, too: they are trained on, so they judge too kindly")
         order = np.random.default_rng(seed).permutation(len(others))[: config.most]
         return HeldOut(list(examples), [others[i] for i in sorted(order)], "")
-    held = np.zeros(len(examples), bool)
+    held_out = np.zeros(len(examples), bool)
     if digests is not None:
         keys, count = keys_of(examples, digests), min(config.most, int(config.share * len(examples)))
         begun = any((directory / "checkpoints").glob("[0-9]*"))
         noted = settled(directory, keys, count, seed, begun=begun)
-        held = np.array([key in noted for key in keys])
-    held = all_gather(held)[0]
-    parts = [[x for x, out in zip(examples, held, strict=True) if out == which] for which in (False, True)]
-    places = ",".join(str(i) for i in np.flatnonzero(held))
-    return HeldOut(*parts, places)
+        held_out = np.array([key in noted for key in keys])
+    held_out = all_gather(held_out)[0]
+    training, judging = (
+        [x for x, out in zip(examples, held_out, strict=True) if out == which] for which in (False, True)
+    )
+    return HeldOut(training, judging, ",".join(str(i) for i in np.flatnonzero(held_out)))
 
 
-class Setting(NamedTuple):
-    """What looks need to know of a run."""
+def _say_report(report: ReadReport) -> None:
+    if text := str(report):
+        say(text)
+
+
+class HeldOutLooks(NamedTuple):
+    """The maker of a run's evaluations on held-out examples ("looks")."""
 
     config: TrainConfig
-    measured: Measured  # by what shapes of questions are worked out
+    auto_shapes: AutoShapes  # by what shapes of questions are worked out
     by: Sampling
 
     def ask(
         self,
         judging: Sequence[Example],
-        shapes: Sequence[BatchShape] | Measured,
+        shapes: Sequence[BatchShape] | AutoShapes,
         limits: RolloutConfig,
         scorer: ScorerConfig,
         dtype: str | None,
     ) -> list[Look]:
-        """One look, at those of the examples that have an answer and a room, or none. What is left out is said."""
+        """One look, at those of the examples that have an answer and fit a batch shape, or none. What is left out is said."""
         watch, report = self.config.watch, ReadReport("held-out questions", drop=True)
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
             given = (self.by.vocabulary, limits, report, self.by.tables.tools)
-            asked = find_rooms(scored, shapes, *given) if scored else []
+            asked = assign_shapes(scored, shapes, *given) if scored else []
         except PromptError:  # none is left
             asked = []
-        say(str(report)) if str(report) else None
-        return [
-            Asker(
-                asked,
-                self.by,
-                limits,
-                scorer,
-                batch=watch.batch,
-                drawn=watch.drawn,
-                seed=self.config.seed,
-                dtype=dtype,
-            )
-        ][: len(asked)]
+        _say_report(report)
+        if not asked:
+            return []
+        options = {"batch": watch.batch, "drawn": watch.drawn, "seed": self.config.seed}
+        return [Asker(asked, self.by, limits, scorer, dtype=dtype, **options)]
 
     def of_tuning(self, judging: Sequence[Example], packing: Packing) -> Look | None:
         """Looks at held-out traces: their loss, and, if `watch.answers` says so, what the model answers to their questions.
 
-        Answers have room for twice the longest trace: a model that does not end its turns yet takes no longer than that.
+        Answers may be twice as long as the longest trace, so that a model that does not end its turns yet costs no more.
         """
-        config, phase = self.config, self.config.sft
+        config, phase = self.config, self.config.tuning
         report = ReadReport("held-out traces", drop=True)
         try:
-            held = Packing(
+            packed = Packing(
                 judging,
                 self.by.vocabulary,
                 self.by.tables,
@@ -145,20 +150,20 @@ class Setting(NamedTuple):
         except TraceError:  # none is left
             say(str(report))
             return None
-        say(str(report)) if str(report) else None
-        looks: list[Look] = [HeldOutLoss(held, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
+        _say_report(report)
+        looks: list[Look] = [HeldOutLoss(packed, phase.forward, phase.normalizer, phase.batch_size, self.by.mesh)]
         if config.watch.answers:
-            longest = 2 * max(len(row.ids) - row.loss_mask.argmax() for row in (*packing.rows, *held.rows))
+            longest = 2 * max(len(row.ids) - max(row.loss_mask.find(1), 0) for row in (*packing.rows, *packed.rows))
             limits = dataclasses.replace(
                 config.rollout,
                 max_response=min(config.rollout.max_response, longest),
                 max_new_tokens=min(config.rollout.max_new_tokens, longest),
             )
-            looks += self.ask(judging, self.measured, limits, ScorerConfig(), phase.forward.compute_dtype)
+            looks += self.ask(judging, self.auto_shapes, limits, ScorerConfig(), phase.forward.compute_dtype)
         return Together(*looks)
 
     def of_learning(self, judging: Sequence[Example], shapes: Sequence[BatchShape]) -> Look | None:
         """Looks at what the model answers to held-out questions, in the shapes of those that are learned from."""
-        phase = self.config.rl
+        phase = self.config.learning
         looks = self.ask(judging, shapes, phase.rollout, phase.reward.scorer, phase.forward.compute_dtype)
         return looks[0] if looks else None

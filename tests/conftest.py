@@ -45,15 +45,41 @@ def pytest_runtest_teardown(item, nextitem):
         gc.collect()
 
 
+# Named parts of the suite, `--all --part=NAME`: the beginnings of paths. A test belongs to the first that fits, or to "rest".
+PARTS = {
+    "data": ("data/", "ops/", "evaluation/", "synthesis/"),
+    "rollouts": ("rollouts/", "tools/", "dialog/", "models/"),
+    "training": ("training/", "parallel/", "test_interrupts.py"),
+    "quickstart": ("quickstart/", "test_first_run.py", "test_own_data.py"),
+    "planning": ("planning/", "bench/"),
+    "unlearn-models": ("unlearn/vision_language/", "unlearn/test_smollm2.py"),
+    "unlearn-experiment": ("unlearn/experiment/", "unlearn/test_same_recipe.py", "unlearn/test_verdict.py"),
+    "unlearn": ("unlearn/",),
+    "rest": ("",),
+}
+
+
+def part_of(path: pathlib.Path) -> str:
+    """The part to which a file of tests belongs."""
+    name = path.relative_to(pathlib.Path(__file__).parent).as_posix()
+    return next(part for part, beginnings in PARTS.items() if name.startswith(beginnings))
+
+
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--part", choices=sorted(PARTS), help="only the tests of this part (CONTRIBUTING.md)")
 
 
 def pytest_collection_modifyitems(config, items):
+    part = config.getoption("--part")
     unwanted = set() if config.getoption("--all") else {"slow"}
     unwanted |= {name for name in ("torch", "libtpu") if importlib.util.find_spec(name) is None}
     unwanted |= set() if shutil.which("chromium") else {"chromium"}
-    out = [item for item in items if unwanted & {mark.name for mark in item.iter_markers()}]
+    out = [
+        item
+        for item in items
+        if unwanted & {mark.name for mark in item.iter_markers()} or (part and part_of(item.path) != part)
+    ]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in set(out)]

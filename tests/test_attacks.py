@@ -17,7 +17,7 @@ from PIL import Image
 
 from pixel_jax.data.clips import read_video
 from pixel_jax.data.images import image_size, read_image
-from pixel_jax.evaluation import report, trace
+from pixel_jax.evaluation import report, transcript
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models import Qwen2_5_VLConfig
 from pixel_jax.models.released import released
@@ -140,13 +140,15 @@ def test_model_configs(tmp_path):
 
 def test_traces(tmp_path):
     path = tmp_path / "traces.json"
-    pictures = (trace.Picture("data:image/png;base64,iVBORw0KGgo=", 4, 4, "a card", ((1, 0, 0, 2, 2),)),)
-    turns = (trace.ShownTurn("assistant", "I look."), trace.ShownTurn("tool", "Here it is.", pictures))
-    trace.save(path, [trace.Trace("What?", pictures, pictures, turns, "answer", "7", "7", True, "a title")])
+    pictures = (transcript.Picture("data:image/png;base64,iVBORw0KGgo=", 4, 4, "a card", ((1, 0, 0, 2, 2),)),)
+    turns = (transcript.ShownTurn("assistant", "I look."), transcript.ShownTurn("tool", "Here it is.", pictures))
+    transcript.save(
+        path, [transcript.Transcript("What?", pictures, pictures, turns, "answer", "7", "7", True, "a title")]
+    )
 
     def read(data):
         path.write_bytes(data)
-        for found in trace.load(path):
-            report.trace(found)
+        for found in transcript.load(path):
+            report.transcript(found)
 
     attack("traces", mutants(path.read_bytes(), 2000, random.Random(1)), read, FileError)

@@ -21,15 +21,15 @@ from PIL import Image
 
 from pixel_jax import cli
 from pixel_jax.cli import COMMANDS
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained, save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.train import TrainConfig
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.train_config import TrainConfig
+from pixel_jax.training.writers import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
 from tests.rollouts import scripted_model
 from unlearn_jax.quickstart.config import Config as UnlearnConfig
@@ -223,7 +223,9 @@ def test_view_draws_saved_traces(tmp_path):
     pixels = scripted_model.image(0, 30, 40)
     picture = Picture(traces.data_uri(pixels), 40, 30, "image", ((1, 4, 5, 20, 25),))
     turns = (ShownTurn("assistant", "I look."), ShownTurn("tool", "Here it is."), ShownTurn("assistant", "\\boxed{7}"))
-    found = [Trace(question, (picture,), (picture,), turns, "answer", answer="7") for question in ("Which?", HOSTILE)]
+    found = [
+        Transcript(question, (picture,), (picture,), turns, "answer", answer="7") for question in ("Which?", HOSTILE)
+    ]
     traces.save(tmp_path / "traces.json", found)
     code, out, error = command("view", "traces.json", "--out=page.html", cwd=tmp_path)
     assert code == 0 and "2 traces are drawn in page.html" in out, error

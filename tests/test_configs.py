@@ -8,8 +8,8 @@ from pixel_jax.config import ConfigError, ConfigFileParser, find_config, load, s
 from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.synthesis.run import SynthConfig
-from pixel_jax.train import TrainConfig
-from unlearn_jax.people.config import Config as PeopleConfig
+from pixel_jax.train_config import TrainConfig
+from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -18,7 +18,7 @@ from pixel_jax.models.io import dtype_of
 from pixel_jax.models.lora import add_lora, merge_lora
 from pixel_jax.models.processor import Processor
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.train import LoRAConfig, TrainConfig, facts_of, recorded
+from pixel_jax.train_config import LoRAConfig, TrainConfig, recorded, run_settings
 from pixel_jax.training.checkpoint import CheckpointError
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig
@@ -54,7 +54,7 @@ def tune(base, out, lora):
         model=str(base), data="d.jsonl", out=str(out), sft=section, lora=lora, rollout=RolloutConfig(max_calls=2)
     )
     with Digests(out / "digests.json") as digests:
-        facts = facts_of("sft", config, [], digests)
+        facts = run_settings("sft", config, [], digests)
     models = []
     for steps in (2, 3):
         model, _ = pixel_jax.from_pretrained(base)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript as traces
 from pixel_jax.identity import read_history
 from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.state_files import read_note
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.watch import numbered, read_looks
+from pixel_jax.training.writers import read_metrics
 from tests.evaluation.test_report import Reader
 from tests.rollouts import scripted_model
 from tests.test_cli import command

@@ -4,7 +4,7 @@ import jax
 import numpy
 import pytest
 
-from pixel_jax.identity import KINDS, RUN, Kind, RunError, kind_of, read_history, read_settings, settle
+from pixel_jax.identity import KINDS, RUN, ChangeKind, RunError, kind_of, read_history, read_settings, settle
 
 FACTS = {
     "seed": 0,
@@ -105,7 +105,7 @@ def test_kinds_are_declared_for_settings_that_there_are():
 
     from pixel_jax.config import load
     from pixel_jax.identity import flatten
-    from pixel_jax.train import LoRAConfig, TrainConfig
+    from pixel_jax.train_config import LoRAConfig, TrainConfig
 
     values = {
         "model": "m",
@@ -119,7 +119,7 @@ def test_kinds_are_declared_for_settings_that_there_are():
     names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "tokenizer"}
     for pattern in KINDS:
         assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
-    free = {name for name in names if kind_of(name) is Kind.FREE}
+    free = {name for name in names if kind_of(name) is ChangeKind.FREE}
     assert {"rl.rollout.in_flight", "sft.forward.remat", "rl.writers", "sft.keep", "read_threads"} <= free
     another = ("rl.rollout.pad", "rl.reward.alpha", "sft.optimizer.learning_rate", "trace_tokens", "tokenizer")
-    assert {kind_of(name) for name in another} == {Kind.CHANGES}
+    assert {kind_of(name) for name in another} == {ChangeKind.CHANGES}

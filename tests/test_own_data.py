@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.writers import read_metrics
 from tests.rollouts import scripted_model
 from tests.synthesis import seed_files
 from tests.test_cli import command, model  # noqa: F401

@@ -9,7 +9,7 @@ from ml_collections.config_flags import config_flags
 from pixel_jax.config import load
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import RELEASED, check_architecture, released, weight_shapes
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs/pixel"
 SIZES = ("3b", "7b", "72b")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from pixel_jax import terminal
 from pixel_jax.chat import show
-from pixel_jax.evaluation.summary import print_table
-from pixel_jax.evaluation.trace import ShownTurn, Trace
+from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.parallel import processes
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.progress import Progress
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -45,10 +45,10 @@ def test_long_values_are_cut():
 
 
 def test_a_conversation_and_a_table_show_escapes():
-    trace = Trace(
+    trace = Transcript(
         ESCAPES, (), (), (ShownTurn("assistant", ESCAPES), ShownTurn("tool", ESCAPES)), ESCAPES, answer=ESCAPES
     )
-    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(["head"], [[ESCAPES]], stream)):
+    for draw in (lambda stream: show(trace, stream), lambda stream: print_table(table(["head"], [[ESCAPES]]), stream)):
         stream = io.StringIO()
         draw(stream)
         assert "\x1b" not in stream.getvalue() and r"\x1b]0;PWN\x07" in stream.getvalue()

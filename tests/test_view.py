@@ -11,14 +11,14 @@ from pixel_jax.data import synthesis
 from pixel_jax.data.example import ExampleError
 from pixel_jax.dialog import Language
 from pixel_jax.dialog.formats import FORMATS
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.identity import settle
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.run_page import draw_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools import CROP_IMAGE, ROTATE
-from pixel_jax.training.progress import MetricsLog
+from pixel_jax.training.writers import MetricsLog
 from pixel_jax.view import view, written_traces
 from tests.evaluation.test_evaluate import records_of
 from tests.evaluation.test_report import HOSTILE, Reader
@@ -96,7 +96,7 @@ def test_traces_in_another_format_and_with_other_tools(written, tmp_path):
 
 def a_trace(title):
     picture = Picture(traces.data_uri(scripted_model.image(0, 20, 30)), 20, 30, "image")
-    return Trace(
+    return Transcript(
         HOSTILE,
         (picture,),
         (picture,),

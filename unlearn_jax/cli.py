@@ -7,7 +7,7 @@ COMMANDS: Commands = {
     "erase": ("unlearn_jax.commands", "carry out requests: examples removed, answers and questions changed"),
     "eval": ("unlearn_jax.commands", "hold the edits against retraining, and against first-order baselines"),
     "verify": ("unlearn_jax.requests.main", "check the log of requests and the files that it names"),
-    "plan": ("unlearn_jax.plan", "predict memory and time of an edit on TPUs that need not be there"),
+    "plan": ("unlearn_jax.planning.main", "predict memory and time of an edit on TPUs that need not be there"),
     "bench": ("unlearn_jax.bench.main", "products and solves beside other libraries; what an edit costs"),
 }
 

@@ -54,8 +54,9 @@ def main(command: str, arguments: list[str]) -> None:
     name = FLAGS.config.get("task", "traces")
     if name not in TASKS:
         raise UserError(f"config.task must be one of {', '.join(TASKS)}, not {name!r}")
-    module = lambda part: importlib.import_module(f"{TASKS[name]}.{part}")
-    config = load(module("config").Config, FLAGS.config)
+    package, settings = TASKS[name]
+    module = lambda part: importlib.import_module(f"{package}.{part}")
+    config = load(getattr(module("config"), settings), FLAGS.config)
     requests = None  # read before anything is begun: a mistake in the file costs nothing
     if command == "erase" and FLAGS.request:
         requests = read_requests(pathlib.Path(FLAGS.request))

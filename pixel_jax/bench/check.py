@@ -1,9 +1,9 @@
-"""`pixel-jax check`: whether a machine computes what it should, and how near it comes to its limits. One JSON at the end.
+"""`pixel-jax check`: whether an accelerator computes correctly, and how close it comes to its peak rates, as one JSON file.
 
-For the day there is an accelerator: attention kernels against dense attention, crops against Pillow bit for bit, decoding's
-reading of memory, and updates at the shapes of a 3B and a 7B with random weights and few layers: utilisation, and planned
-against real memory. Every part has a process and a time of its own; one that fails, or takes too long, is reported, and the
-others go on. On a CPU shapes are tiny, and figures mean nothing.
+It compares attention kernels with dense attention and crops with Pillow bit for bit, and measures the memory rate of decoding
+and, for updates at the shapes of a 3B and a 7B with random weights and few layers, utilisation and planned against real memory.
+Every part has its own process and time limit; a part that fails or takes too long is reported, and the others go on. On a CPU
+shapes are tiny and the figures have no meaning.
 """
 
 import json
@@ -17,12 +17,13 @@ from typing import Any
 from absl import flags
 
 FLAGS = flags.FLAGS
-# Part of `check_parts.PARTS`: its share of the time, most of which goes into compiling.
+# The shares of the time of the parts (`check_parts.PARTS`); most of it is spent on compilation.
 SHARES = {"machine": 1, "kernels": 3, "crops": 2, "decode": 3, "update-3b": 3, "update-7b": 3}
-ERROR_ROOM = 2000  # characters of a failed part's last words
+MAX_ERROR = 2000  # characters of a failed part's last output
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `check`."""
     flags.DEFINE_bool("quick", False, "Tiny shapes also where there is an accelerator: whether it works, not how fast.")
     flags.DEFINE_integer("seconds", 480, "The most that all parts may take together.", lower_bound=1)
     flags.DEFINE_list("only", [], "The parts to run, separated by commas; all if empty.")
@@ -30,6 +31,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the parts; one that does not pass is an error at the end."""
     from pixel_jax.cli import UserError
 
     if arguments:
@@ -47,18 +49,23 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def part_command(name: str, quick: bool) -> list[str]:
+    """The command line of a part."""
     return [sys.executable, "-m", "pixel_jax.bench.check_parts", name, *["--quick"] * quick]
 
 
 def check(
     commands: Mapping[str, list[str]], shares: Mapping[str, float], seconds: float, out: pathlib.Path
 ) -> dict[str, Any]:
-    """Runs the parts, each a command that prints its figures, one after the other, and returns the record.
+    """Runs the parts one after the other and returns the record.
 
-    A part may take its share of the time that is left: what others leave is its own. `out` is written after every part, so that
-    a run that is cut short leaves what it has.
+    Args:
+        commands: part -> the command that prints its figures.
+        shares: part -> its share of the time that is left when it starts.
+        seconds: for all parts.
+        out: the file of the record, written after every part.
     """
-    began, record = time.monotonic(), {"device": None, "quick": None, "seconds": 0.0, "parts": {}}
+    began = time.monotonic()
+    record: dict[str, Any] = {"device": None, "quick": None, "seconds": 0.0, "parts": {}}
     for name, command in commands.items():
         left = seconds - (time.monotonic() - began)
         ahead = sum(share for other, share in shares.items() if other not in record["parts"])
@@ -71,14 +78,12 @@ def check(
 
 
 def run_part(command: list[str], seconds: float) -> dict[str, Any]:
-    """The part's figures and how it ended: "passed", "failed" or "out of time"."""
+    """The figures of a part, with its status: "passed", "failed" or "out of time"."""
     began = time.monotonic()
-    ended = lambda status, wrong, **found: {
-        "status": status,
-        "seconds": time.monotonic() - began,
-        "wrong": wrong,
-        **found,
-    }
+
+    def ended(status: str, wrong: list[str], **found: Any) -> dict[str, Any]:
+        return {"status": status, "seconds": time.monotonic() - began, "wrong": wrong, **found}
+
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -87,5 +92,5 @@ def run_part(command: list[str], seconds: float) -> dict[str, Any]:
         found = json.loads(done.stdout.splitlines()[-1])
         wrong = found.pop("wrong")
     except (IndexError, KeyError, ValueError):
-        return ended("failed", [f"it ended with {done.returncode}: {done.stderr[-ERROR_ROOM:]}"])
+        return ended("failed", [f"it ended with {done.returncode}: {done.stderr[-MAX_ERROR:]}"])
     return ended("failed" if wrong or done.returncode else "passed", wrong, **found)

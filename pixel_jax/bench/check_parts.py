@@ -1,9 +1,9 @@
-"""What `pixel-jax check` looks at, each part in a process of its own.
+"""The parts of `pixel-jax check`, each of which runs in its own process.
 
     python -m pixel_jax.bench.check_parts NAME [--quick]
 
-prints the part's figures as one line of JSON. A part is a function of `quick` (tiny shapes, to see that it works) that returns
-its figures and what is wrong, in words. On CPUs shapes are tiny whatever is asked for.
+prints the part's figures as one line of JSON. A part is a function of `quick` (tiny shapes, as a smoke test) that returns its
+figures and, in words, what is wrong. On CPUs shapes are always tiny.
 """
 
 import dataclasses
@@ -32,28 +32,28 @@ from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step
 
-LAYERS = 4  # of the decoder and of the vision tower: float32 weights and moments of a 7B's four take 34 GB, most of it the words
+LAYERS = 4  # of the decoder and of the vision tower: float32 weights and moments of a 7B's four take 34 GB, most of it embeddings
 # Largest difference from dense attention in float32, of the largest value. bfloat16 rounds to 1/256; kernels multiply float32
 # numbers as TF32, which has 10 bits.
 TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}
-PLANNED = (0.7, 1.1)  # real memory of a step, of the planned
+PLANNED = (0.7, 1.1)  # allowed ratio of a step's real to its planned memory
 Found = tuple[dict[str, Any], list[str]]
 
 
 def machine(quick: bool) -> Found:
-    """What the machine can do at most; other parts are held against it."""
+    """The peak rates of the machine, with which other parts are compared."""
     return dataclasses.asdict(measure_machine(quick)), []
 
 
 def attention_kernels(quick: bool) -> Found:
-    """The platform's attention kernel against dense attention: values and gradients, at the shapes of a 7B."""
+    """Compares the platform's attention kernel with dense attention: values and gradients, at the shapes of a 7B."""
     figures, wrong = {}, []
     for kind in ("causal", "packed", "vision"):
         for dtype in TOLERANCE:
             name = f"{kind}, {dtype}"
             try:
                 figures[name] = error = _kernel_error(kind, dtype, quick)
-            except Exception as failure:  # whatever a compiler raises: the other cases are still to be looked at
+            except Exception as failure:  # a compiler may raise anything; the other cases go on
                 wrong.append(f"{name}: {type(failure).__name__}: {failure}"[:1000])
                 continue
             if not error <= TOLERANCE[dtype]:
@@ -66,10 +66,10 @@ def _kernel_error(kind: str, dtype: str, quick: bool) -> float:
     rows, length, heads, kv_heads, dim = (1, 160, 4, 2, 32) if quick else (2, 2000, 28, 4, 128)
     if kind == "vision" and not quick:
         heads, kv_heads, dim = 16, 16, 80
-    causal, places = kind != "vision", np.arange(length)
-    valid = np.tile(places < length - 37, (rows, 1))
-    order = np.tile(places * causal, (rows, 1))
-    segments = np.tile(places // (length // 3), (rows, 1)) if kind == "packed" else np.zeros_like(order)
+    causal, index = kind != "vision", np.arange(length)
+    valid = np.tile(index < length - 37, (rows, 1))
+    order = np.tile(index * causal, (rows, 1))
+    segments = np.tile(index // (length // 3), (rows, 1)) if kind == "packed" else np.zeros_like(order)
     mask = Mask(*map(jnp.asarray, (order, np.where(valid, order, -1), segments, segments)))
     draw = jax.random.normal
     keys = jax.random.split(jax.random.key(0), 3)
@@ -79,6 +79,7 @@ def _kernel_error(kind: str, dtype: str, quick: bool) -> float:
     def kernel(q, k, v):
         if jax.default_backend() != "cpu":
             return attention(q, k, v, mask, causal=causal, implementation="kernel")
+        assert mask.k_segment is not None and mask.q_segment is not None
         visible = jnp.where(mask.k_order >= 0, mask.k_segment, kernels.INVISIBLE)
         return kernels.triton(q, k, v, mask.q_segment, visible, causal=causal, interpret=True)
 
@@ -86,17 +87,22 @@ def _kernel_error(kind: str, dtype: str, quick: bool) -> float:
         out = jnp.where(valid[..., None, None], attend(q, k, v), 0).astype(jnp.float32)
         return jnp.sum(jnp.sin(out)), out
 
-    both = lambda attend: jax.jit(jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True))
+    def both(attend):
+        return jax.jit(jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True))
+
     found = both(kernel)(q, k, v)
     with jax.default_matmul_precision("highest"):
         dense = functools.partial(attention, mask=mask, causal=causal)
         expected = both(dense)(*(x.astype(jnp.float32) for x in (q, k, v)))
-    difference = lambda a, b: jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b))
+
+    def difference(a, b):
+        return jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b))
+
     return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(difference, found, expected)))))
 
 
 def crops(quick: bool) -> Found:
-    """Crops of random boxes against Pillow's, value by value; in the order of passes of the Pillow that is installed."""
+    """Compares crops of random boxes with Pillow's bit for bit, in the order of passes of the installed Pillow."""
     import PIL
     from PIL import Image
 
@@ -118,7 +124,7 @@ def crops(quick: bool) -> Found:
 
 
 def few_layers(name: str, quick: bool) -> Qwen2_5_VLConfig:
-    """The released network with `LAYERS` layers in decoder and tower, the bench's words in the place of its own."""
+    """The released network with `LAYERS` layers in decoder and tower, and the special tokens of the bench's vocabulary."""
     words = vocabulary()
     config = model_config(True) if quick else released(f"qwen2.5-vl-{name}")
     if quick:
@@ -135,7 +141,7 @@ def few_layers(name: str, quick: bool) -> Qwen2_5_VLConfig:
 
 
 def update(name: str, quick: bool) -> Found:
-    """An RL update of all weights: its time, the share of the peak it reaches (MFU), its memory beside the planned."""
+    """An RL update of all weights: its time, its utilisation (MFU), and its memory compared with the planned."""
     network, before = few_layers(name, quick), taken()
     rows, length, side, turns = (2, 24, 56, 1) if quick else (8, 2048, 784, 4)
     batch = jax.device_put(make_batch(rows, length, side))
@@ -146,8 +152,9 @@ def update(name: str, quick: bool) -> Found:
         compute_dtype=None if quick else "bfloat16",  # which CPUs are slow at
     )
     step = make_rl_step(forward, PolicyLossConfig(), optimizer())
-    # In one program: made weight by weight, the state would take twice its room, and more than the step.
+    # In one program: built weight by weight, the state would need twice its memory, and more than the step.
     state = [jax.jit(lambda key: init_state(Qwen2_5_VL(network, key), optimizer()))(jax.random.key(0))]
+    assert isinstance(step, jax.stages.Wrapped)
     compiled = step.lower(state[0], batch).compile()
     losses = []
 
@@ -176,7 +183,7 @@ def update(name: str, quick: bool) -> Found:
 
 
 def decode(quick: bool) -> Found:
-    """Decoding 8 rows with a 7B's shapes: bytes read a second, of weights and caches, beside what the machine reads."""
+    """Decoding of 8 rows at a 7B's shapes: bytes of weights and caches read per second, and their share of the peak rate."""
     model = jax.jit(
         functools.partial(Qwen2_5_VL, few_layers("7b", quick), dtype=jnp.float32 if quick else jnp.bfloat16)
     )(jax.random.key(0))
@@ -199,6 +206,7 @@ PARTS: dict[str, Callable[[bool], Found]] = {
 
 
 def main(name: str, quick: bool) -> None:
+    """Prints the figures of a part."""
     device = jax.devices()[0]
     quick = quick or device.platform == "cpu"
     figures, wrong = PARTS[name](quick)

@@ -1,7 +1,7 @@
-"""The cases of the whole multi-turn rollout: one XLA program beside a loop around transformers, and its queue.
+"""The cases of the whole multi-turn rollout: one XLA program compared with a loop around transformers, and the queue.
 
 The loop replays the turns that our rollout sampled, so that both do the same work: it runs the network over the same tokens
-and pixels, draws a token as `generate` does, and then takes ours. Its log-probabilities of our tokens have to be those that
+and pixels, draws a token as `generate` does, and then uses ours. Its log-probabilities of our tokens must equal those that
 our rollout recorded.
 """
 
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.bench.cost import array_bytes
+from pixel_jax.bench.memory import array_bytes
 from pixel_jax.bench.network import HAS_TORCH, images, prompts, rollout_config, transformers_model, zooming_model
 from pixel_jax.bench.operations import close
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.models.config import Qwen2_5_VLConfig
 from pixel_jax.models.flops import forward_flops, row_work
 from pixel_jax.models.rope import mrope_positions
@@ -24,24 +24,26 @@ from pixel_jax.rollouts.trajectory import CallStatus, Trajectories, executed_cal
 
 
 class TimedTurn(NamedTuple):
-    start: int  # place of the first token that the policy chose
+    """A turn of the policy, as a range of tokens."""
+
+    start: int  # index of its first token
     end: int
 
 
-class Row(NamedTuple):
+class PackedConversation(NamedTuple):
     """One conversation without its padding."""
 
     tokens: np.ndarray  # int64 [L]
-    places: np.ndarray  # int [L], where in the trajectory they lie
+    indices: np.ndarray  # int [L], of the tokens in the trajectory
     positions: np.ndarray  # int64 [3, L]
     turns: list[TimedTurn]
     buffer: np.ndarray  # uint8 [h, w, 3]
-    views: list[
-        tuple[tuple[int, int, int, int], tuple[int, int]]
-    ]  # box and (height, width) of every image it was shown
+    # Box and (height, width) of every image that was shown.
+    views: list[tuple[tuple[int, int, int, int], tuple[int, int]]]
 
 
-def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
+def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[PackedConversation]:
+    """The rows of a rollout, to be replayed. `buffers` are the images of the prompts."""
     tokens = jnp.asarray(t.tokens)
     positions, _ = jax.jit(
         lambda tokens, valid, grids, seconds: mrope_positions(
@@ -50,8 +52,8 @@ def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
     )(tokens, t.valid, t.visual.grids, t.visual.seconds)
     positions, rows = np.asarray(positions), []
     for r in range(len(t.tokens)):
-        places = np.flatnonzero(t.valid[r])
-        loss_mask = np.concatenate([[False], t.loss_mask[r][places], [False]])
+        indices = np.flatnonzero(t.valid[r])
+        loss_mask = np.concatenate([[False], t.loss_mask[r][indices], [False]])
         starts, ends = np.flatnonzero(loss_mask[1:] & ~loss_mask[:-1]), np.flatnonzero(~loss_mask[1:] & loss_mask[:-1])
         buffer = buffers[t.prompt[r]]
         boxes = [(0, 0, buffer.shape[1], buffer.shape[0])]
@@ -59,10 +61,10 @@ def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
         boxes += map(tuple, t.calls.source.region[r, cropped, 0].tolist())
         sizes = [(14 * int(h), 14 * int(w)) for n, h, w in t.visual.grids[r] if n]
         rows.append(
-            Row(
-                t.tokens[r][places].astype(np.int64),
-                places,
-                positions[:, r, places].astype(np.int64),
+            PackedConversation(
+                np.asarray(t.tokens[r])[indices].astype(np.int64),
+                indices,
+                positions[:, r, indices].astype(np.int64),
                 [TimedTurn(int(a), int(b)) for a, b in zip(starts, ends, strict=True)],
                 buffer,
                 list(zip(boxes, sizes, strict=True)),
@@ -71,8 +73,8 @@ def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[Row]:
     return rows
 
 
-def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np.ndarray:
-    """Log-probabilities float32 [R, width] of the chosen tokens, turn by turn; the cache is kept or made anew in every turn."""
+def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cache: bool) -> np.ndarray:
+    """Log-probabilities float32 [R, width] of the policy's tokens, turn by turn, with one cache or a new one in every turn."""
     import torch
     from PIL import Image
     from transformers import DynamicCache
@@ -83,7 +85,7 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     processor = Qwen2VLImageProcessorPil(do_resize=False)
     logprobs = np.zeros((len(rows), width), np.float32)
 
-    def views(row: Row, first: int, last: int) -> list:
+    def views(row: PackedConversation, first: int, last: int) -> list:
         picture = Image.fromarray(row.buffer)
         return [crop(picture, *view) for view in row.views[first:last]]
 
@@ -102,8 +104,8 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
             **inputs,
         ).logits[:, -1]
 
-    def padded(parts: list[tuple[Row, int, int]]):
-        """Stretches of the rows' tokens, padded on the left."""
+    def padded(parts: list[tuple[PackedConversation, int, int]]):
+        """Ranges of the rows' tokens, padded on the left."""
         longest = max(last - first for _, first, last in parts)
         ids = np.zeros((len(parts), longest), np.int64)
         positions, mask = np.ones((3, len(parts), longest), np.int64), np.zeros((len(parts), longest), np.int64)
@@ -115,25 +117,26 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
     cache, seen_mask = None, None
     with torch.no_grad():
         for turn in range(max(len(row.turns) for row in rows)):
-            # A kept cache holds all but the last token of the turn before, which nobody has read yet.
+            # A kept cache holds all tokens but the last of the previous turn, which the network has not read yet.
             first = [row.turns[turn - 1].end - 1 if keep_cache and turn else 0 for row in rows]
             ids, positions, mask = padded([(row, a, row.turns[turn].start) for row, a in zip(rows, first, strict=True)])
             if not keep_cache or cache is None:
                 cache, seen_mask = DynamicCache(), mask
                 pictures = [view for row in rows for view in views(row, 0, turn + 1)]
             else:
+                assert seen_mask is not None
                 seen_mask = torch.cat([seen_mask, mask], dim=1)
                 pictures = [view for row in rows for view in views(row, turn, turn + 1)]
             logits = forward(ids, positions, seen_mask, cache, pictures)
             for step in range(max(row.turns[turn].end - row.turns[turn].start for row in rows)):
                 scores = torch.log_softmax(logits, dim=-1)
-                torch.multinomial(scores.exp(), 1)  # what it would choose; the turn goes on with what we chose
+                torch.multinomial(scores.exp(), 1)  # its own choice; the turn goes on with ours
                 at = [min(row.turns[turn].start + step, row.turns[turn].end - 1) for row in rows]
                 token = torch.tensor([row.tokens[i] for row, i in zip(rows, at, strict=True)])[:, None]
                 found = scores.gather(1, token)[:, 0].numpy()
                 going = np.array([row.turns[turn].start + step < row.turns[turn].end for row in rows])
                 for r in np.flatnonzero(going):
-                    logprobs[r, rows[r].places[at[r]]] = found[r]
+                    logprobs[r, rows[r].indices[at[r]]] = found[r]
                 more = np.array([row.turns[turn].start + step + 1 < row.turns[turn].end for row in rows])
                 if not more.any():
                     break
@@ -144,8 +147,14 @@ def transformers_loop(twin, rows: list[Row], width: int, keep_cache: bool) -> np
 
 
 def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLConfig) -> float:
-    """Of a rollout that reads every prompt, int [prompts] tokens long, once and every other token of a row once; a token
-    attends to those before it, and only what the policy chose has logits.
+    """The FLOPs of a rollout that reads every prompt once and every other token of a row once.
+
+    A token attends to the tokens before it, and only the policy's tokens have logits.
+
+    Args:
+        sampled: the rollout.
+        prompt: int [prompts], lengths of the prompts.
+        config: of the network.
     """
     rows, length = prompt[sampled.prompt], np.sum(sampled.valid, axis=1)
     _, first = np.unique(sampled.prompt, return_index=True)
@@ -159,7 +168,8 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: Qwen2_5_VLCo
     return float(sum(forward_flops(config, work)))
 
 
-def build_rollout(quick: bool) -> Work:
+def build_rollout(quick: bool) -> Workload:
+    """A rollout in which every row zooms in twice."""
     model, asked, config, key = zooming_model(quick), prompts(quick), rollout_config(quick), jax.random.key(0)
     sampled = to_host(rollout(model, asked, key, config))
     executed = executed_calls(sampled)
@@ -169,7 +179,8 @@ def build_rollout(quick: bool) -> Work:
     buffers = images(2, 112, 112) if quick else images(8, 768, 1024)
 
     def ours():
-        compiled_rollout.clear_cache()  # so that the first call is seen to compile
+        # A method of every jitted function, which the types of JAX leave out. The first call compiles again.
+        compiled_rollout.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
         return lambda: rollout(model, asked, key, config).logprobs
 
     alternatives, aims = {"pixel_jax": ours}, ()
@@ -191,13 +202,13 @@ def build_rollout(quick: bool) -> Work:
             np.testing.assert_allclose(first, other, atol=2e-3)
 
     length, steps = np.sum(sampled.valid, axis=1), int(np.sum(sampled.loss_mask, axis=1).max())
-    return Work(
+    return Workload(
         f"{len(asked.length)} prompts x {config.group_size} rows, two zooms each; {tokens} tokens written, {read} in all, "
         f"rows of {length.min()} to {length.max()}",
         alternatives,
         check,
         flops={"pixel_jax": useful_flops(sampled, np.asarray(asked.length), model.config)},
-        # The longest row's tokens come one after the other, each from all the weights.
+        # The tokens of the longest row come one after the other, and each reads all weights.
         bytes=steps * array_bytes(model.language_model.layers, model.lm_head),
         aims=aims,
         memory=tuple(alternatives),
@@ -206,8 +217,8 @@ def build_rollout(quick: bool) -> Work:
     )
 
 
-def build_queue(quick: bool) -> Work:
-    """Rows that zoom in up to four times, most of them less often: in a queue, and in calls one after the other."""
+def build_queue(quick: bool) -> Workload:
+    """Rows that zoom in up to four times, most of them less often: in a queue, and in successive calls."""
     model, asked, key = zooming_model(quick, answers=0.4), prompts(quick), jax.random.key(0)
     batch, calls = len(asked.length), 2 if quick else 4
     config = dataclasses.replace(rollout_config(quick), max_calls=4, max_response=128 if quick else 512)
@@ -224,7 +235,7 @@ def build_queue(quick: bool) -> Work:
     }
     sampled = to_host(rollout(model, asked, key, queued))
     spread = np.bincount(executed_calls(sampled)).tolist()
-    return Work(
+    return Workload(
         f"{batch} prompts x {config.group_size} rows, {queued.in_flight} prompts at a time; rows with 0, 1, ... zooms: {spread}",
         alternatives,
         close(1e-4),

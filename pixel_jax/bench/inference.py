@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.bench.cost import array_bytes, count_flops
+from pixel_jax.bench.memory import array_bytes
 from pixel_jax.bench.network import (
     HAS_TORCH,
     images,
@@ -20,7 +20,8 @@ from pixel_jax.bench.network import (
     vocabulary,
 )
 from pixel_jax.bench.operations import close, same
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
+from pixel_jax.models.flops import Work, forward_flops, row_work
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL, encode_visual
 from pixel_jax.models.rope import mrope_positions
@@ -32,11 +33,14 @@ from pixel_jax.rollouts.trajectory import Prompts
 
 
 def _patches(count: int, side: int) -> jax.Array:
-    cut = lambda image: patchify(image, jnp.array([side, side]), max_patches=(side // 14) ** 2)
+    def cut(image):
+        return patchify(image, jnp.array([side, side]), max_patches=(side // 14) ** 2)
+
     return jax.jit(jax.vmap(cut))(images(count, side, side))
 
 
-def build_vision(quick: bool) -> Work:
+def build_vision(quick: bool) -> Workload:
+    """The vision tower."""
     count, side = (2, 56) if quick else (8, 336)
     grid = side // 14
     pixels = jax.jit(lambda x: pixel_values(x, x))(_patches(count, side))
@@ -62,13 +66,14 @@ def build_vision(quick: bool) -> Work:
             return run
 
         alternatives["transformers"] = transformers
-    encode = lambda model, pixels, hw: model.encode(pixels, hw)
-    flops = count_flops(encode, model, pixels, hw)
+    work = row_work(np.zeros(count), np.tile([1, grid, grid], (count, 1)), model.config)
+    flops = sum(forward_flops(model.config, work))
     read = array_bytes(model.visual, pixels)
-    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, bytes=read)
+    return Workload(f"{count} images of {side} x {side} pixels", alternatives, close(1e-5), flops=flops, bytes=read)
 
 
-def build_prefill(quick: bool) -> Work:
+def build_prefill(quick: bool) -> Workload:
+    """The prefill of prompts with an image."""
     count, side, text = (2, 56, 12) if quick else (4, 336, 66)
     grid = side // 14
     model, words = random_model(quick), vocabulary()
@@ -124,15 +129,16 @@ def build_prefill(quick: bool) -> Work:
             return run
 
         alternatives["transformers"] = transformers
-    flops = count_flops(prefill, model, tokens, visual)
+    work = row_work(np.full(count, length), np.tile([1, grid, grid], (count, 1)), model.config)
+    flops = sum(forward_flops(model.config, work._replace(predictions=count)))
     shapes = f"{count} rows of {length} tokens, {visual_tokens} of an image of {side} x {side}, encoded"
-    return Work(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
+    return Workload(shapes, alternatives, close(1e-5), flops=flops, bytes=array_bytes(model, visual))
 
 
 class Decoding(NamedTuple):
-    """Greedy decoding with everything a rollout does at a token: sampling, the automaton, the record."""
+    """Greedy decoding with all that a rollout does for a token: sampling, the automaton, the record."""
 
-    start: Callable  # (model, prompts) -> what `decode` goes on from, the prompts read
+    start: Callable  # (model, prompts) -> the arguments of `decode`, after the prefill
     decode: Callable  # (model, its layers unstacked, *start(model, prompts)) -> the rows' state, `steps` tokens later
     prompts: Prompts
     bytes: float  # that are read at least: the weights for every token, and the cache as it grows
@@ -145,20 +151,20 @@ class Decoding(NamedTuple):
 
 
 def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> Decoding:
-    """Of `steps` tokens after the prompts `tokens` [rows, length]. Only the shapes of `model` count."""
+    """The decoding of `steps` tokens after the prompts `tokens` int32 [rows, length]. Only the shapes of `model` count."""
     rows, length = tokens.shape
     words = tables(vocabulary())
     shape = RolloutShape(BatchShape(length, 1, 1, 16, 28, 28), words.tools, shards=1)
-    words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: every row writes on
+    words = dataclasses.replace(words, stop=jnp.full(1, -2, jnp.int32))  # no stop token: no row ends early
     prompts = Prompts(
-        tokens=tokens,
-        length=np.full(rows, length, np.int32),
-        buffers=np.zeros((rows, 1, 28, 28, 3), np.uint8),
-        image_sizes=np.full((rows, 1, 2), 28, np.int32),
-        image_counts=np.ones(rows, np.int32),
-        is_video=np.zeros(rows, bool),
-        seconds=np.zeros(rows, np.float32),
-        uid=np.arange(rows, dtype=np.int32),
+        tokens=jnp.asarray(tokens),
+        length=jnp.full(rows, length, jnp.int32),
+        buffers=jnp.zeros((rows, 1, 28, 28, 3), jnp.uint8),
+        image_sizes=jnp.full((rows, 1, 2), 28, jnp.int32),
+        image_counts=jnp.ones(rows, jnp.int32),
+        is_video=jnp.zeros(rows, bool),
+        seconds=jnp.zeros(rows, jnp.float32),
+        uid=jnp.arange(rows, dtype=jnp.int32),
         tables=words,
     )
     config = dataclasses.replace(
@@ -166,7 +172,9 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
     )
 
     def decode(model, layers, shared, state):
-        body = lambda _, state: decode_loop.decode(model, layers, shared, state, config)
+        def body(_, state):
+            return decode_loop.decode(model, layers, shared, state, config)
+
         return jax.lax.fori_loop(0, steps, body, state)
 
     @jax.jit
@@ -177,13 +185,16 @@ def decoding(model: Qwen2_5_VL, tokens: np.ndarray, steps: int, quick: bool) -> 
         keys = decode_loop.row_keys(jax.random.key(0), state, prompts, config, shape)
         return decode_loop.Shared(prompts, waiting.prefix, jnp.zeros(2), keys), state
 
-    text, head = model.config.text, model.lm_head.weight[...]
+    text = model.config.text
+    assert model.lm_head is not None  # the bench's networks have a head of their own
+    head = model.lm_head.weight[...]
     cached = 2 * rows * (length + steps // 2) * text.num_key_value_heads * text.head_dim * head.dtype.itemsize
     read = array_bytes(model.language_model.layers, model.lm_head) + cached * text.num_hidden_layers
     return Decoding(start, decode, prompts, read * steps)
 
 
-def build_decode(rows: int, quick: bool) -> Work:
+def build_decode(rows: int, quick: bool) -> Workload:
+    """The decoding of `rows` rows."""
     length, steps = (16, 6) if quick else (210, 64)
     model, tokens = random_model(quick), text_tokens(rows, length)
     work = decoding(model, tokens, steps, quick)
@@ -194,27 +205,28 @@ def build_decode(rows: int, quick: bool) -> Work:
         alternatives["transformers generate, static cache, torch.compile"] = functools.partial(
             _generate, quick, tokens, steps, True
         )
-    shapes = jax.eval_shape(Qwen2_5_VL.unstack, model), *jax.eval_shape(work.start, model, work.prompts)
-    return Work(
+    written = rows * steps
+    useful = Work(written, written * (length + steps / 2), written, patches=0, full_pairs=0, window_pairs=0)
+    return Workload(
         f"{rows} rows, {steps} tokens after {length}",
         alternatives,
         same,
-        flops=count_flops(work.decode, model, *shapes),
+        flops=sum(forward_flops(model.config, useful)),
         bytes=work.bytes,
         aims=tuple(Aim(name, 2.3 if rows == 1 else 2.0) for name in list(alternatives)[1:2]),
     )
 
 
 def _generate(quick: bool, tokens: np.ndarray, steps: int, static: bool):
-    """`generate` after a prefill that is not timed: the cache is cut back to the prompt before every run."""
+    """`generate` of transformers without the prefill: the cache is cut back to the prompt before every run."""
     import torch
     from transformers import DynamicCache, StaticCache
 
     twin = transformers_model(random_model(quick))
     ids = torch.from_numpy(tokens).long()
     rows, length = ids.shape
-    cache = StaticCache(twin.config.text_config, length + steps) if static else DynamicCache()
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    cache: Any = StaticCache(twin.config.text_config, length + steps) if static else DynamicCache()
+    options: dict[str, Any] = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
     options |= {"attention_mask": torch.ones_like(ids), "past_key_values": cache}
     if static:
         twin.forward = torch.compile(twin.forward)

@@ -1,4 +1,4 @@
-"""What the machine can do at most, measured by the same run: the ceilings that every figure is a fraction of."""
+"""The peak speed of the machine, measured in the same run: figures are given as shares of it."""
 
 import dataclasses
 import os
@@ -12,7 +12,9 @@ from pixel_jax.bench.timing import finished
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
+class MachineSpeed:
+    """The peak rates of a machine."""
+
     device: str
     devices: int
     cores: int
@@ -23,15 +25,16 @@ class Machine:
 
 
 def count_cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_machine(quick: bool) -> Machine:
+def measure_machine(quick: bool) -> MachineSpeed:
+    """Measures this machine."""
     side = 256 if quick else 2048 if jax.default_backend() == "cpu" else 8192
     rows = 1024 if quick else 2**14 if jax.default_backend() == "cpu" else 2**17
     device = jax.devices()[0]
-    return Machine(
+    return MachineSpeed(
         device=device.device_kind if device.platform != "cpu" else f"{platform.machine()} CPU, no accelerator",
         devices=jax.device_count(),
         cores=count_cores(),
@@ -43,7 +46,7 @@ def measure_machine(quick: bool) -> Machine:
 
 
 def best_seconds(run, times: int = 7) -> float:
-    """The shortest of `times` runs, after one that is not counted."""
+    """The shortest time of several runs, after one that is not counted."""
     finished(run())
     seconds = []
     for _ in range(times):

@@ -1,7 +1,7 @@
-"""`pixel-jax bench`: rollouts, updates and operations, beside what people use today and what the machine can do.
+"""`pixel-jax bench`: rollouts, updates and operations, compared with other libraries and with the machine's peak rates.
 
-Every case first sees that all alternatives give the same output, then lets them take turns. What is not installed of
-torch and transformers is left out of the comparison and said so.
+Every case first checks that all alternatives give the same output, then runs them in turns. If torch or transformers are not
+installed, their alternatives are left out.
 """
 
 from absl import flags
@@ -11,12 +11,14 @@ CASES = "pixel_jax.bench.cases"
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `bench`."""
     flags.DEFINE_bool("quick", False, "Tiny shapes and two rounds: whether it works, not how fast.")
     flags.DEFINE_list("only", [], "The cases to measure, separated by commas; all if empty.")
     flags.DEFINE_string("out", "runs/bench.json", "Where the figures are written.")
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the cases."""
     import jax
 
     from pixel_jax.bench.machine import count_cores
@@ -28,5 +30,5 @@ def main(command: str, arguments: list[str]) -> None:
         raise UserError(f"unexpected argument {arguments[0]!r}; cases are named by --only=NAME,NAME")
     if not FLAGS.quick:
         jax.config.update("jax_enable_compilation_cache", False)  # a program read from the cache was not compiled
-    use_cores(count_cores())  # crops are spread over them; one device has the threads of all
+    use_cores(count_cores())  # crops are spread over the cores; one device has the threads of all
     run_cases(CASES, FLAGS.only, FLAGS.quick, FLAGS.out)

@@ -1,9 +1,9 @@
-"""Peak memory of one alternative of one case, in a process of its own.
+"""The peak memory of one alternative of a case, measured in a separate process.
 
     python -m pixel_jax.bench.memory MODULE CASE ALTERNATIVE [--quick]
 
-MODULE has a tuple `CASES`. On a CPU it is the kernel's record of the process's resident memory, set back after the first
-run (so that what the compiler needed does not count) and less what the process took before inputs were made; elsewhere
+MODULE has a tuple `CASES`. On a CPU it is the kernel's record of the process's resident memory, reset after the first run
+(which excludes the compiler's memory), minus the memory that the process had before inputs were made. On other devices it is
 the device's own record.
 """
 
@@ -20,7 +20,11 @@ STATUS, CLEAR = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clea
 
 
 def peak_memory(module: str, case: str, alternative: str, quick: bool) -> int | None:
-    """Bytes; None where neither the kernel nor the device keeps a record. Raises RuntimeError if the process fails."""
+    """The peak in bytes; None where neither the kernel nor the device records it.
+
+    Raises:
+        RuntimeError: the process fails.
+    """
     command = [sys.executable, "-m", "pixel_jax.bench.memory", module, case, alternative, *["--quick"] * quick]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -30,14 +34,14 @@ def peak_memory(module: str, case: str, alternative: str, quick: bool) -> int | 
 
 
 def taken() -> int:
-    """Bytes of memory that this process has now, where it is the kernel that keeps the record (on a CPU); else 0."""
+    """The bytes of memory that this process has now, where the kernel records them (on a CPU); else 0."""
     import jax
 
     return _resident("VmRSS") if jax.default_backend() == "cpu" and CLEAR.exists() else 0
 
 
 def highest(run: Callable[[], object], before: int) -> int | None:
-    """Bytes of memory at the peak of `run()`, less `before`; None where neither the kernel nor the device keeps a record."""
+    """The peak bytes of memory during `run()`, minus `before`; None where neither the kernel nor the device records them."""
     import jax
 
     from pixel_jax.bench.timing import finished
@@ -50,17 +54,27 @@ def highest(run: Callable[[], object], before: int) -> int | None:
     if not on_cpu:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     ctypes.CDLL(None).malloc_trim(0)
-    CLEAR.write_text("5")  # the highest mark begins anew (proc(5))
+    CLEAR.write_text("5")  # resets the peak (proc(5))
     finished(run())
     return _resident("VmHWM") - before
 
 
 def _resident(what: str) -> int:
     """VmRSS (now) or VmHWM (highest), in bytes."""
-    return 1024 * int(re.search(rf"{what}:\s+(\d+)", STATUS.read_text())[1])
+    found = re.search(rf"{what}:\s+(\d+)", STATUS.read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def array_bytes(*trees) -> int:
+    """The bytes of all arrays."""
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trees))
 
 
 def main(module: str, case: str, alternative: str, quick: bool) -> None:
+    """Prints the peak memory of an alternative."""
     build = {case.name: case.build for case in importlib.import_module(module).CASES}[case]
     prepare = build(quick).alternatives[alternative]
     before = taken()

@@ -1,9 +1,10 @@
-"""The network, the questions and the images that the cases work on, and the same weights as a transformers model."""
+"""The network, the questions and the images of the cases, and the same network in transformers."""
 
 import functools
 import importlib.util
 import re
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary, build_tokenizer
 from pixel_jax.models import Qwen2_5_VL, Qwen2_5_VLConfig, TextConfig, VisionConfig
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
-from pixel_jax.rollouts.trajectory import Prompts
+from pixel_jax.rollouts.trajectory import HostPrompts
 from pixel_jax.tools import RELEASED
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it
@@ -31,7 +32,7 @@ QUESTION = "Which digit is on the card that lies beside the tree? Look at the im
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    """Every stretch of a dialog is one token or few, so that what is measured is work and not a tokenizer."""
+    """A vocabulary in which every phrase of a dialog is one token or a few: the tokenizer is not what is measured."""
     pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for kind in observations.kinds_of(RELEASED):
@@ -41,7 +42,7 @@ def vocabulary() -> Vocabulary:
 
 
 def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
-    """35 million parameters with 8 layers; quick: a few thousand with two."""
+    """A network of 35 million parameters with 8 layers; `quick`: of a few thousand with two."""
     words = vocabulary()
     small = len(words.tokenizer)
     text = (
@@ -61,25 +62,32 @@ def model_config(quick: bool, layers: int = 8) -> Qwen2_5_VLConfig:
 
 @functools.cache
 def random_model(quick: bool, layers: int = 8) -> Qwen2_5_VL:
+    """The network with random weights."""
     return jax.jit(Qwen2_5_VL, static_argnums=0)(model_config(quick, layers), jax.random.key(0))
 
 
 @functools.cache
 def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
-    """The random model with a head that makes it think for a while, zoom in, and do so again: sampled, so that the rows'
-    turns differ in length. Four layers: the loops around transformers take a minute as it is.
+    """The random model with a head that makes it write thoughts, zoom in, and start again.
 
-    answers: the share of turns that are an answer instead, and a row's last.
+    Turns are sampled, so that rows differ in length. It has four layers only, because the loops around transformers are slow.
+
+    Args:
+        quick: tiny shapes.
+        answers: the share of turns that are an answer, which ends a row.
     """
     model = random_model(quick, layers=4)
     words, config = vocabulary(), model.config.text
-    token = lambda text: words.im_end if text == END else words.encode(text)[0]
-    # What may follow each token, as a logit. A thought follows a thought 7 times in 8.
+
+    def token(text: str) -> int:
+        return words.im_end if text == END else words.encode(text)[0]
+
+    # The logits of the tokens that may follow each token. A thought follows a thought 7 times in 8.
     chain = {START: {THOUGHT: 30.0}, THOUGHT: {THOUGHT: 30.0, CROP: 30.0 - np.log(7.0)}, CLOSE: {END: 30.0}}
     if answers:
         chain[START][ANSWER], chain[ANSWER] = 30.0 + np.log(answers / (1 - answers)), {END: 30.0}
     chain |= {before: {after: 30.0} for before, after in zip((CROP, *BOX), (*BOX, CLOSE), strict=True)}
-    # Embeddings far longer than what the layers add, and all but orthogonal; the head reads the last token off them.
+    # Embeddings are nearly orthogonal and far larger than what the layers add, so that the head can read the last token.
     embed = np.random.default_rng(0).normal(size=(config.vocab_size, config.hidden_size)).astype(np.float32)
     embed /= np.linalg.norm(embed, axis=1, keepdims=True)
     head = np.zeros_like(embed)
@@ -94,13 +102,13 @@ def zooming_model(quick: bool, answers: float = 0.0) -> Qwen2_5_VL:
 
 
 def rollout_config(quick: bool) -> RolloutConfig:
-    """Two zooms and a last turn; images of 336 x 336 pixels, crops of up to 168 x 168."""
+    """A rollout with two zooms and a last turn, images of 336 x 336 pixels and crops of up to 168 x 168."""
     side = 112 if quick else 336
     return RolloutConfig(
         group_size=2 if quick else 8,
         top_p=1.0,
         top_k=0,
-        max_new_tokens=96,  # of 48 tokens, one turn in 240 would be too short to call in
+        max_new_tokens=96,  # with 48 tokens one turn in 240 would end before its call
         max_calls=2,
         max_response=128 if quick else 320,
         max_tokens=4096,
@@ -113,27 +121,28 @@ def rollout_config(quick: bool) -> RolloutConfig:
 
 
 def images(count: int, height: int, width: int) -> np.ndarray:
+    """Random images, uint8 [count, height, width, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
 def text_tokens(*shape: int) -> np.ndarray:
-    """Random letters, int32."""
+    """Tokens of random letters, int32."""
     letters = vocabulary().encode("abcdefghijklmnopqrstuvwxyz")
     return np.random.default_rng(0).choice(letters, shape).astype(np.int32)
 
 
-def prompts(quick: bool) -> Prompts:
-    """8 questions, each about an image of 1024 x 768 pixels."""
+def prompts(quick: bool) -> HostPrompts:
+    """Prompts of 8 questions, each about an image of 1024 x 768 pixels."""
     shape = (2, 112, 112) if quick else (8, 768, 1024)
     queries = [Query(QUESTION, [image]) for image in images(*shape)]
     return build_prompts(queries, vocabulary(), tables(vocabulary()), rollout_config(quick))
 
 
-def transformers_model(model: Qwen2_5_VL, attention: str = "sdpa"):
+def transformers_model(model: Qwen2_5_VL, attention: str = "sdpa") -> Any:  # the types of transformers lack `generate`
     """The same weights in transformers, in evaluation mode."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
         pixel_jax.save_pretrained(model, None, directory)
         return transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(

@@ -1,4 +1,4 @@
-"""The cases of `pixel_jax.ops`: crop and resize, selecting frames, patches."""
+"""The cases of `pixel_jax.ops`: crop and resize, selection of frames, patches."""
 
 import functools
 import math
@@ -9,20 +9,20 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from pixel_jax.bench.network import HAS_TORCH, images
-from pixel_jax.bench.timing import Aim, Case, Work
+from pixel_jax.bench.timing import Aim, Case, Workload
 from pixel_jax.ops import crop_resize, gather_frames, patchify, pixel_values
 from pixel_jax.parallel import make_mesh, replicate
 
 
 def same(outputs) -> None:
-    """All outputs are equal to the last bit."""
+    """Checks that all outputs are equal to the last bit."""
     first, *others = (np.asarray(output) for output in outputs.values())
     for other in others:
         np.testing.assert_array_equal(first, other)
 
 
 def within(levels: int):
-    """All outputs, uint8, are at most `levels` apart."""
+    """A check that all outputs, uint8, differ by at most `levels`."""
 
     def check(outputs) -> None:
         first, *others = (np.asarray(output).astype(int) for output in outputs.values())
@@ -33,7 +33,7 @@ def within(levels: int):
 
 
 def close(tolerance: float):
-    """All outputs agree within `tolerance` of the largest value."""
+    """A check that all outputs agree within `tolerance` of the largest value."""
 
     def check(outputs) -> None:
         first, *others = (np.asarray(output) for output in outputs.values())
@@ -43,7 +43,8 @@ def close(tolerance: float):
     return check
 
 
-def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
+def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Workload:
+    """Crops of one image, `exact` to the bit or within one level, on all cores or on `cores`."""
     side, out, count = (96, 28, 2) if quick else (1024, 336, 8)
     image = images(1, side, side)[0]
     random = np.random.default_rng(1)
@@ -52,10 +53,12 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
     boxes = np.concatenate([low, high], axis=1).astype(np.int32)
 
     def ours():
-        one = lambda image, box: crop_resize(image, box, jnp.array([out, out]), (out, out), exact=exact)
+        def one(image, box):
+            return crop_resize(image, box, jnp.array([out, out]), (out, out), exact=exact)
+
         crop, buffer = jax.vmap(one, (None, 0)), jnp.asarray(image)
         devices = math.gcd(jax.device_count(), count)
-        if jax.default_backend() == "cpu" and devices > 1 and not cores:  # a core is a device: each cuts its share
+        if jax.default_backend() == "cpu" and devices > 1 and not cores:  # every core is a device and cuts its share
             mesh, rows = make_mesh({"data": devices}, jax.devices()[:devices]), PartitionSpec("data")
             crop = jax.shard_map(crop, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
             buffer = replicate(buffer, mesh)
@@ -77,8 +80,8 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
         def interpolate():
             picture = torch.from_numpy(image).permute(2, 0, 1)[None]
             resize = functools.partial(torch.nn.functional.interpolate, size=(out, out), mode="bicubic", antialias=True)
-            cut = lambda x1, y1, x2, y2: resize(picture[:, :, y1:y2, x1:x2])
-            return lambda: torch.cat([cut(*box) for box in boxes.tolist()]).permute(0, 2, 3, 1).numpy()
+            cut = [picture[:, :, y1:y2, x1:x2] for x1, y1, x2, y2 in boxes.tolist()]
+            return lambda: torch.cat([resize(x) for x in cut]).permute(0, 2, 3, 1).numpy()
 
         alternatives["torch interpolate, uint8"] = interpolate
 
@@ -86,7 +89,7 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
         (same if exact else within(1))({name: outputs[name] for name in ("pixel_jax", "Pillow")})
         within(2)(outputs)  # torch rounds its weights to 16 bits
 
-    return Work(
+    return Workload(
         f"{count} boxes of an image of {side} x {side} pixels to {out} x {out}, "
         + ("bit for bit" if exact else "within one level")
         + (", on one core" if cores else ""),
@@ -98,7 +101,8 @@ def build_crop(exact: bool, aim: float, cores: int | None, quick: bool) -> Work:
     )
 
 
-def build_gather(quick: bool) -> Work:
+def build_gather(quick: bool) -> Workload:
+    """The selection of frames of a video."""
     video = images(4 if quick else 64, 28 if quick else 364, 28 if quick else 644)
     index = np.arange(8, dtype=np.int32) % len(video)
 
@@ -113,10 +117,11 @@ def build_gather(quick: bool) -> Work:
 
         alternatives["torch"] = lambda: lambda: torch.from_numpy(video)[torch.from_numpy(index).long()]
     count = 2 * 8 * video[0].nbytes
-    return Work(f"8 of {len(video)} frames of {video.shape[2]} x {video.shape[1]}", alternatives, same, bytes=count)
+    return Workload(f"8 of {len(video)} frames of {video.shape[2]} x {video.shape[1]}", alternatives, same, bytes=count)
 
 
-def build_patchify(quick: bool) -> Work:
+def build_patchify(quick: bool) -> Workload:
+    """The patches of images."""
     count, side = (2, 56) if quick else (8, 336)
     pictures = images(count, side, side)
     patches = (side // 14) ** 2
@@ -138,7 +143,7 @@ def build_patchify(quick: bool) -> Work:
         alternatives["transformers (PIL processor)"] = lambda: (
             lambda: processor(list(pictures), return_tensors="np")["pixel_values"]
         )
-    return Work(f"{count} images of {side} x {side} pixels", alternatives, close(1e-6), bytes=9 * pictures.nbytes)
+    return Workload(f"{count} images of {side} x {side} pixels", alternatives, close(1e-6), bytes=9 * pictures.nbytes)
 
 
 CASES = (

@@ -1,12 +1,12 @@
-"""What Pillow is given to do beside us."""
+"""Crops by Pillow, for comparison."""
 
 from PIL import Image
 
 
 def crop(picture: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
-    """`box` (x1 y1 x2 y2) of a picture at `size` (height, width).
+    """The crop `box` (x1, y1, x2, y2) of a picture, resized to `size` (height, width).
 
-    One pass a call, horizontal first: the order of Pillow up to 12 in every release, at the cost of one call for both.
+    Each call makes one pass, the horizontal one first: that is the order of a single call up to Pillow 12.
     """
     height, width = size
     cut = picture.crop(box)

@@ -1,4 +1,4 @@
-"""Runs the cases of a module, prints their table and writes it down as JSON."""
+"""Runs the cases of a module, prints their tables and writes a record as JSON."""
 
 import dataclasses
 import importlib
@@ -6,34 +6,39 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from pixel_jax.bench.machine import Machine, measure_machine
+from pixel_jax.bench.machine import MachineSpeed, measure_machine
 from pixel_jax.bench.memory import peak_memory
-from pixel_jax.bench.timing import Timing, Work, measure
+from pixel_jax.bench.timing import Timing, Workload, measure
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import print_table, say, table
 
 
 def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.Path) -> dict[str, Any]:
-    """Measures the cases of `module.CASES` (those named in `only`, or all), each after the other, and returns the record.
+    """Measures the cases of `module.CASES`, one after the other, and returns the record.
 
-    The table grows on the terminal and `out` is written after every case, so that a run cut short leaves what it has. Cases
-    that `out` already holds and that are not measured now stay in it.
+    Args:
+        module: dotted name of the module.
+        only: names of the cases; all if empty.
+        quick: tiny shapes and two rounds.
+        out: the record, written after every case. Cases that it already holds and that are not measured now stay in it.
+
+    Raises:
+        ValueError: there is no case of a name.
     """
     cases = {case.name: case for case in importlib.import_module(module).CASES}
     unknown = sorted(set(only) - set(cases))
     if unknown:
         raise ValueError(f"there is no case {', '.join(unknown)}; the cases are {', '.join(cases)}")
-    out, console = pathlib.Path(out), Console()
-    console.width = max(console.width, 120)
+    out = pathlib.Path(out)
     machine = measure_machine(quick)
-    console.print(describe(machine))
-    record = read_json(out) if only and out.exists() else {"cases": {}}
+    say(describe(machine))
+    record: dict[str, Any] = read_json(out) if only and out.exists() else {"cases": {}}
     record |= {"machine": dataclasses.asdict(machine), "quick": quick}
     for number, name in enumerate(only or cases, 1):
-        console.print(f"case {number} of {len(only or cases)}: {name}", markup=False)
+        say(f"case {number} of {len(only or cases)}: {name}")
         work = cases[name].build(quick)
         timings = measure(work, least=2, most=2) if quick else measure(work)
         ours = () if quick else tuple(timings)[:1]
@@ -43,18 +48,18 @@ def run_cases(module: str, only: Sequence[str], quick: bool, out: str | pathlib.
         record["cases"][name] = entry = case_record(work, timings, machine)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, record)
-        console.print(case_table(name, entry, quick))
+        print_table(case_table(name, entry, quick))
     return record
 
 
-def case_record(work: Work, timings: dict[str, Timing], machine: Machine) -> dict[str, Any]:
-    """What is written down of a case: plain numbers and strings."""
+def case_record(work: Workload, timings: dict[str, Timing], machine: MachineSpeed) -> dict[str, Any]:
+    """The record of a case: plain numbers and strings."""
     ours = next(iter(timings))
     seconds = timings[ours].seconds
     aims = []
     for aim in work.aims:
         if aim.memory:
-            # Beyond what the process had before: on small work noise, of either sign.
+            # For small work the growth of the process's memory is noise of either sign.
             theirs, mine = (timings[name].peak_bytes or 0 for name in (aim.against, ours))
             reached = theirs / mine if min(theirs, mine) > 0 else None
         else:
@@ -74,33 +79,33 @@ def case_record(work: Work, timings: dict[str, Timing], machine: Machine) -> dic
     }
 
 
-def flops_of(work: Work, names: Iterable[str]) -> dict[str, float]:
-    """FLOPs of a run of each alternative; nothing where they were not counted."""
+def flops_of(work: Workload, names: Iterable[str]) -> dict[str, float]:
+    """The FLOPs of a run by alternative; empty where they are not known."""
     if work.flops is None:
         return {}
     return dict(work.flops) if isinstance(work.flops, Mapping) else dict.fromkeys(names, work.flops)
 
 
 def case_table(name: str, entry: dict[str, Any], quick: bool = False) -> Table:
-    """What was found of a case. Of tiny shapes no aim is shown: it is of the shapes that the case is about."""
-    table = Table(title=f"{name}: {entry['shapes']}", title_justify="left", title_style="bold")
-    columns = ("", "seconds (quartiles)", "ours is faster", "of matmul", "first call", "programs", "compiled", "memory")
-    for column in columns:
-        table.add_column(column, justify="left" if not column else "right")
+    """The table of a case. With `quick` no aim is shown: aims are for the case's own shapes, not for tiny ones."""
+    head = ("", "seconds (quartiles)", "ours is faster", "of matmul", "first call", "programs", "compiled", "memory")
+    rows = []
     for index, (alternative, timing) in enumerate(entry["alternatives"].items()):
-        table.add_row(
-            alternative,
-            f"{timing['seconds']:.3g} ({timing['low']:.3g}-{timing['high']:.3g})",
-            f"{timing['ratio']:.2f}x ({timing['ratio_low']:.2f}-{timing['ratio_high']:.2f})" if index else "",
-            f"{100 * entry['share_of_matmul'][alternative]:.0f} %" if alternative in entry["share_of_matmul"] else "",
-            f"{timing['first_call']:.1f} s",
-            f"{timing['compilations']}+{timing['recompilations']}" if timing["compilations"] else "",
-            f"{timing['compile']:.1f} s" if timing["compilations"] else "",
-            "" if timing["peak_bytes"] is None else f"{timing['peak_bytes'] / 1e6:.0f} MB",
+        share, peak = entry["share_of_matmul"].get(alternative), timing["peak_bytes"]
+        rows.append(
+            (
+                alternative,
+                f"{timing['seconds']:.3g} ({timing['low']:.3g}-{timing['high']:.3g})",
+                f"{timing['ratio']:.2f}x ({timing['ratio_low']:.2f}-{timing['ratio_high']:.2f})" if index else "",
+                "" if share is None else f"{100 * share:.0f} %",
+                f"{timing['first_call']:.1f} s",
+                f"{timing['compilations']}+{timing['recompilations']}" if timing["compilations"] else "",
+                f"{timing['compile']:.1f} s" if timing["compilations"] else "",
+                "" if peak is None else f"{peak / 1e6:.0f} MB",
+            )
         )
-    table.caption = "; ".join(_remarks(entry | {"aims": []} if quick else entry))
-    table.caption_justify = "left"
-    return table
+    caption = "; ".join(_remarks(entry | {"aims": []} if quick else entry))
+    return table(head, rows, title=f"{name}: {entry['shapes']}", caption=caption)
 
 
 def _remarks(entry: dict[str, Any]) -> list[str]:
@@ -116,7 +121,8 @@ def _remarks(entry: dict[str, Any]) -> list[str]:
     return remarks + [f"{name} {value}" for name, value in entry["facts"].items()]
 
 
-def describe(machine: Machine) -> str:
+def describe(machine: MachineSpeed) -> str:
+    """A line about the machine."""
     versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
     return (
         f"{machine.devices} x {machine.device}, {machine.cores} cores; products {machine.matmul / 1e9:.0f} GFLOP/s in float32, "

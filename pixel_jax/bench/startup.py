@@ -1,8 +1,8 @@
-"""The cases of compiling: a cold start with programs on disk, and images of many sizes.
+"""The cases of compilation: a cold start with programs on disk, and images of many sizes.
 
     python -m pixel_jax.bench.startup CACHE
 
-starts a process as a user's: reads the quickstart's config, builds its model and prompts, and samples one rollout.
+reads the quickstart's config, builds its model and prompts, and samples one rollout, as a user's process does.
 """
 
 import itertools
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from pixel_jax.bench.network import QUESTION, images, random_model, rollout_config, vocabulary
-from pixel_jax.bench.timing import Case, Work
+from pixel_jax.bench.timing import Case, Workload
 from pixel_jax.rollouts.prompts import Query, build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import prompt_shape
@@ -26,7 +26,9 @@ QUICKSTART = pathlib.Path(__file__).parents[2] / "configs" / "pixel" / "quicksta
 COLD_START_AIM = 10.0  # seconds
 
 
-def build_cold_start(quick: bool) -> Work:
+def build_cold_start(quick: bool) -> Workload:
+    """A new process up to its first rollout."""
+
     def ours():
         cache = tempfile.TemporaryDirectory()  # lives as long as `run`
         environment = {**os.environ}
@@ -41,7 +43,7 @@ def build_cold_start(quick: bool) -> Work:
 
         return run
 
-    return Work(
+    return Workload(
         "a new process, from its start to the end of the quickstart's first rollout; the first call compiles",
         {"pixel_jax": ours},
         lambda outputs: None,
@@ -51,23 +53,23 @@ def build_cold_start(quick: bool) -> Work:
     )
 
 
-def build_image_sizes(quick: bool) -> Work:
-    """One prompt after the other, each with an image of another size, through one program."""
+def build_image_sizes(quick: bool) -> Workload:
+    """Prompts with images of different sizes, one after the other, through one program."""
     config, model = rollout_config(True), random_model(True)
     sizes = list(itertools.product((60, 97, 112), (56, 80, 101, 112)))
     token_tables, shape = tables(vocabulary()), prompt_shape(1, 128, 128, 288, config, video=False)
 
     def ours():
-        places = itertools.cycle(range(len(sizes)))
+        cycle = itertools.cycle(sizes)
 
         def run():
-            query = Query(QUESTION, list(images(1, *sizes[next(places)])))
+            query = Query(QUESTION, list(images(1, *next(cycle))))
             prompts = build_prompts([query], vocabulary(), token_tables, config, shape=shape)
             return rollout(model, prompts, jax.random.key(0), config).tokens
 
         return run
 
-    return Work(
+    return Workload(
         f"a rollout of 2 rows for images of {len(sizes)} sizes in turn: compilations after the first call are the point",
         {"pixel_jax": ours},
         lambda outputs: None,
@@ -76,6 +78,7 @@ def build_image_sizes(quick: bool) -> Work:
 
 
 def main(cache: str) -> None:
+    """Samples one rollout, with compiled programs in the directory `cache`."""
     from pixel_jax.config import load
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.network import model_config, new_model

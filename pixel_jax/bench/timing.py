@@ -1,8 +1,8 @@
-"""How a bench measures: alternatives take turns, so that what else the machine does falls on all of them alike.
+"""Measurement of a bench: alternatives run in turns, so that other load of the machine affects all of them alike.
 
-A `Case` is one piece of work; its `Work` holds the alternatives, ours first, each of which says in its output what it
-computed. `measure` calls every alternative once (what it compiles is counted), has the outputs compared, then lets them
-take turns. A ratio is the median over rounds of (other's time / ours): above 1, ours is faster.
+A `Case` builds a `Workload`, which holds the alternatives, ours first. `measure` calls every alternative once (compilations are
+counted), compares their outputs, then runs them in turns. A ratio is the median over rounds of (other's time / ours): above 1,
+ours is faster.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from pixel_jax.training.progress import COMPILED
 
 Run = Callable[[], Any]
 
-PAUSE = 0.05  # seconds between two alternatives: the threads of the one before spin for a while after their work
-# Seconds: what takes less runs twice in its turn, and the second run counts. The first one finds the caches, and the memory
-# that the process has, as another alternative left them: a tuning step after one of torch takes 3.8 s, and then 3.3.
+PAUSE = 0.05  # seconds between two alternatives: threads spin for a while after their work
+# Seconds. An alternative that takes less runs twice in its turn, and the second run counts: the first one finds caches and
+# memory as another alternative left them.
 WARM = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Aim:
-    """`ours` is to be at least `ratio` times as fast as `against` (or, `memory`, to need at most 1 / `ratio` of its memory)."""
+    """An aim: ours should be `ratio` times as fast as `against`, or with `memory` need at most 1 / `ratio` of its memory."""
 
     against: str
     ratio: float
@@ -37,36 +37,38 @@ class Aim:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """The alternatives of a case: name -> a function that prepares and returns the function to be timed.
+class Workload:
+    """The work of a case.
 
-    `run()` returns its output; a JAX array in it is waited for. Preparing is not timed: weights and inputs are made there,
-    and compilation belongs into the first run.
+    An alternative is a function that prepares weights and inputs, which is not timed, and returns the function to be timed.
+    That returns its output, which is waited for; its first call compiles.
     """
 
-    shapes: str  # what the work is, in words and numbers
+    shapes: str  # description of the work
     alternatives: Mapping[str, Callable[[], Run]]  # the first is ours
     check: Callable[[Mapping[str, Any]], None]  # raises where the outputs (by name) differ
-    flops: float | Mapping[str, float] | None = None  # of one run, counted; by name where the alternatives differ
-    bytes: float | None = None  # that one run has to move at least
+    flops: float | Mapping[str, float] | None = (
+        None  # of one run (`models.flops`); by name where the alternatives differ
+    )
+    bytes: float | None = None  # the least that one run moves
     aims: tuple[Aim, ...] = ()
-    memory: tuple[str, ...] | None = None  # whose peak memory is measured, each in its own process; None: of ours
-    cores: int | None = None  # that all alternatives may use together; all the process has if None
+    memory: tuple[str, ...] | None = None  # alternatives whose peak memory is measured; None: ours
+    cores: int | None = None  # that the alternatives may use; None: all of the process
     rounds: int = 5  # at least
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # whatever else belongs into the record
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the record
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`build(quick)` makes the work; quick: tiny, to see that it works. It must be a function at the top of a module."""
+    """A case by name. `build(quick)` returns its workload, with `quick` a tiny one as a smoke test."""
 
     name: str
-    build: Callable[[bool], Work]
+    build: Callable[[bool], Workload]
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one alternative, and how many times slower than ours it is, round by round."""
+    """The time of one alternative, and its ratio to ours over the rounds."""
 
     seconds: float  # median
     low: float  # quartiles
@@ -83,7 +85,7 @@ class Timing:
 
 
 class CompileLog:
-    """Counts what XLA compiles while it is entered, and the seconds that takes."""
+    """Counts the compilations of XLA within a block, and their seconds."""
 
     def __enter__(self) -> "CompileLog":
         self.count, self.seconds = 0, 0.0
@@ -93,20 +95,21 @@ class CompileLog:
     def __exit__(self, *error) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **facts) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == COMPILED:
-            self.count, self.seconds = self.count + 1, self.seconds + seconds
+            self.count, self.seconds = self.count + 1, self.seconds + duration_secs
 
 
 def finished(output: Any) -> Any:
-    """`output` when it is there: JAX returns before its work is done."""
+    """Waits for an output and returns it: JAX returns before its work is done."""
     return jax.block_until_ready(output)
 
 
 def take_turns(runs: Mapping[str, Run], *, least: int, most: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of a run of every alternative in every round: at least `least`, and on until `seconds` or `most` are over.
+    """The seconds of every alternative in every round.
 
-    The order is turned round in every second round.
+    There are at least `least` and at most `most` rounds, and no further one after `seconds`. Every second round runs in reverse
+    order.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     names, began = list(runs), time.perf_counter()
@@ -127,7 +130,7 @@ def _seconds(run: Run) -> float:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """The lower quartile, the median and the upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -136,7 +139,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 @contextlib.contextmanager
 def limited_to(cores: int | None) -> Iterator[None]:
-    """Keeps every thread that the process has, and those it starts, on the first `cores` of its cores. Linux only."""
+    """Keeps all threads of the process on its first `cores` cores during the block (Linux only)."""
     if cores is None or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -154,13 +157,13 @@ def _keep_threads_on(cores: set[int]) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def measure(work: Work, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
-    """The timing of every alternative of `work`, after their outputs were found equal."""
+def measure(work: Workload, *, least: int | None = None, most: int = 30, seconds: float = 20.0) -> dict[str, Timing]:
+    """The timing of every alternative of `work`, after their outputs were compared."""
     with limited_to(work.cores):
         return _measure(work, least or work.rounds, most, seconds)
 
 
-def _measure(work: Work, least: int, most: int, seconds: float) -> dict[str, Timing]:
+def _measure(work: Workload, least: int, most: int, seconds: float) -> dict[str, Timing]:
     runs, outputs, compiled, first = {}, {}, {}, {}
     for name, prepare in work.alternatives.items():
         run = prepare()

@@ -1,7 +1,7 @@
-"""Batches for training, read ahead by Grain: an endless order, of which every process takes its part.
+"""Batches for training, read ahead by Grain: an endless order of rows, of which every process takes its shard.
 
-What batch k holds follows from the order alone. So the state of a run is the number of batches it has seen; it may go on
-with another number of processes, and all processes together see what one would.
+What batch k holds follows from the order alone. So the state of a run is the number of batches it has read: it may resume
+with another number of processes, and all processes together read what one would.
 """
 
 import itertools
@@ -18,46 +18,49 @@ T = TypeVar("T")
 
 
 class Order(Protocol):
-    """What comes at every place of an endless order: the key of one row. A pure function."""
+    """An endless order of rows: a pure function from a position to the key of the row there."""
 
-    def __getitem__(self, place: int) -> Any: ...
+    def __getitem__(self, position: int, /) -> Any: ...
 
 
-class Share:
-    """The rows of one process, as a sequence for Grain: of every batch of `size` rows the `index`-th of `count` parts."""
+class ProcessRows:
+    """The keys of one process's rows, as a source for Grain: the `index`-th of `count` shards of every batch of `size` rows."""
 
     def __init__(self, order: Order, size: int, index: int, count: int):
         if size % count:
-            raise ValueError(f"a batch of {size} rows cannot be shared by {count} processes")
+            raise ValueError(f"a batch of {size} rows cannot be split over {count} processes")
         self.order, self.size, self.index, self.own = order, size, index, size // count
 
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, place: int) -> Any:
-        batch, row = divmod(int(place), self.own)
+    def __getitem__(self, index: int) -> Any:
+        batch, row = divmod(int(index), self.own)
         return self.order[batch * self.size + self.index * self.own + row]
 
 
-def stack(rows: Iterator[T], count: int, room: Callable[[T], T] = lambda like: like) -> T:
-    """`count` rows (trees of arrays with a leading axis of 1) as one tree of arrays.
+def stack(rows: Iterator[T], count: int, enlarge: Callable[[T], T] = lambda like: like) -> T:
+    """Stacks `count` rows, trees of arrays [1, ...], to one tree of arrays [count, ...].
 
-    `room` may enlarge the shapes, which are those of the first row; the rest of an array is zero. A row is let go as soon
-    as it is copied.
+    Args:
+        rows: read one at a time, and freed as soon as they are copied.
+        count: how many are read.
+        enlarge: from the shapes of the batch by its first row, a tree of `jax.ShapeDtypeStruct`, to those of its arrays; what no
+            row fills is zero.
     """
     first = next(rows)
-    like = room(jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), first))
+    like = enlarge(jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), first))
     stacked = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
     for i, row in enumerate(itertools.chain([first], rows)):
-        for whole, part in zip(jax.tree.leaves(stacked), jax.tree.leaves(row), strict=True):
-            whole[(i, *map(slice, part.shape[1:]))] = part[0]
+        for batch, array in zip(jax.tree.leaves(stacked), jax.tree.leaves(row), strict=True):
+            batch[(i, *map(slice, array.shape[1:]))] = array[0]
     return stacked
 
 
 class Batches:
-    """Endless batches `collate(rows, count)`, `rows` being an iterator of `load(key)` for the order's keys.
+    """Endless batches `collate(rows, count)`, where `rows` iterates over `load(key)` for the keys of an order.
 
-    `size` are the rows of all processes together, `count` those of this one. `load` runs in threads; at most `ahead` rows
+    `size` counts the rows of all processes together, `count` those of this one. `load` runs in threads; at most `ahead` rows
     wait for their batch, so memory is bounded whatever the consumer does.
     """
 
@@ -74,13 +77,13 @@ class Batches:
         threads: int = 16,
         ahead: int = 32,
     ):
-        """`same`: numbers that the order is drawn from; a checkpoint with other ones is refused."""
-        self.rows = grain.MapDataset.source(Share(order, size, process_index, process_count)).map(load)
+        """`same`: the numbers that the order is drawn from; `set_state` refuses a state with others."""
+        self.rows = grain.MapDataset.source(ProcessRows(order, size, process_index, process_count)).map(load)
         self.own = size // process_count
         self.collate = collate
         self.same = {"size": size, **same}
         self.reading = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
-        self.position = 0  # batches seen
+        self.position = 0  # batches read
         self.iterator = None
 
     def __iter__(self) -> "Batches":
@@ -94,15 +97,17 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """End the threads; the next batch starts new ones."""
+        """Ends the threads; the next batch starts new ones."""
         if self.iterator is not None:
             self.iterator.close()
         self.iterator = None
 
     def get_state(self) -> dict[str, int]:
+        """The number of batches read, and what the order is drawn from."""
         return {"position": self.position, **self.same}
 
     def set_state(self, state: Mapping[str, int]) -> None:
+        """Resumes at a state of `get_state`. ValueError: its order is another one."""
         for name, value in self.same.items():
             if state.get(name) != value:
                 raise ValueError(f"the checkpoint was made with {state.get(name)} for {name}, now it is {value}")

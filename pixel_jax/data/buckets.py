@@ -1,6 +1,6 @@
-"""The endless order of rows that come in buckets, of one static shape each: all rows of a batch are of one bucket.
+"""The endless order of rows in buckets, each of one static shape: all rows of a batch come from one bucket.
 
-Every epoch has each row once. What is left of an epoch because it does not fill a batch begins the next one.
+Every epoch has each row once. The rows of an epoch that do not fill a batch begin the next epoch.
 """
 
 import bisect
@@ -16,42 +16,42 @@ ENDLESS = 1 << 48
 
 
 def check_position(position: Any) -> int:
-    """How far a saved state had come, if that is a place in an endless order; else a ValueError."""
+    """Returns the position of a saved state. ValueError: it is no position in an endless order."""
     if type(position) is not int or not 0 <= position < ENDLESS:
         raise ValueError(f"the position in the data is {position!r}, not a whole number from 0")
     return position
 
 
 class BucketOrder(Generic[T]):
-    """What comes at every place, in batches of `size`. Several threads may ask."""
+    """The row at every position, in batches of `size`. Several threads may index it."""
 
     def __init__(self, rows: Callable[[int], Buckets], size: int, seed: int):
-        """rows: epoch -> its rows, by bucket, in an order that follows from the epoch alone."""
+        """`rows`: epoch -> its rows by bucket, in an order that follows from the epoch alone."""
         self.rows, self.size, self.seed = rows, size, seed
         self.lock = threading.Lock()
         self.starts = [0]  # first batch of every epoch seen so far, and of the next
-        self.left: list[Buckets] = [[[] for _ in rows(0)]]  # with what an epoch begins
-        self.kept: dict[int, list[list[T]]] = {}  # batches of two epochs: threads read ahead
+        self.left: list[Buckets] = [[[] for _ in rows(0)]]  # of each epoch, the rows that the one before it left
+        self.cache: dict[int, list[list[T]]] = {}  # the batches of two epochs: threads read ahead
 
-    def __getitem__(self, place: int) -> T:
-        batch, row = divmod(int(place), self.size)
+    def __getitem__(self, position: int) -> T:
+        batch, row = divmod(int(position), self.size)
         with self.lock:
             while self.starts[-1] <= batch:
                 self._begin(len(self.starts) - 1)
             epoch = bisect.bisect_right(self.starts, batch) - 1
-            if epoch not in self.kept:
+            if epoch not in self.cache:
                 self._begin(epoch)
-            return self.kept[epoch][batch - self.starts[epoch]][row]
+            return self.cache[epoch][batch - self.starts[epoch]][row]
 
     def _begin(self, epoch: int) -> None:
         batches, left = self.epoch(epoch, self.left[epoch])
-        self.kept = {**dict(list(self.kept.items())[-1:]), epoch: batches}
+        self.cache = {**dict(list(self.cache.items())[-1:]), epoch: batches}
         if epoch == len(self.starts) - 1:
             self.left.append(left)
             self.starts.append(self.starts[-1] + len(batches))
 
     def epoch(self, epoch: int, left: Buckets) -> tuple[list[list[T]], Buckets]:
-        """The batches that begin in an epoch that begins with the rows `left`, and the rows that it leaves."""
+        """The batches of an epoch, which begins with the rows `left`, and the rows that it leaves to the next one."""
         batches, rest = [], []
         for before, rows in zip(left, self.rows(epoch), strict=True):
             rows = [*before, *rows]
@@ -63,7 +63,7 @@ class BucketOrder(Generic[T]):
 
 
 def shuffled(buckets: Sequence[Sequence[int]], size: int, seed: int) -> BucketOrder[int]:
-    """The numbers in `buckets`; epoch e draws their order from (seed, e)."""
+    """The endless order of the numbers in `buckets`: epoch e draws theirs from (seed, e)."""
 
     def rows(epoch: int) -> Buckets:
         random = np.random.default_rng([seed, epoch])

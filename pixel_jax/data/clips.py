@@ -1,29 +1,30 @@
-"""Video files: some frames, spread evenly over the whole, as a player shows them.
+"""Reads video files: frames spread evenly over the whole, as a player shows them.
 
-What is shown is what ffmpeg decodes (its libraries do it): packets that an edit list hides are not shown, the picture is
-turned by the display matrix and stretched where its pixels are not square, colours follow the matrix and range that the file
-names. What is not followed is announced (`ImageWarning`).
+ffmpeg's libraries decode: packets that an edit list hides are not shown, the picture is turned by the display matrix and
+stretched where its pixels are not square, and colours follow the matrix and range that the file names. An `ImageWarning` says
+what of a file is not followed.
 """
 
 import contextlib
 import math
 import os
+import pathlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.images import UNKNOWN
-from pixel_jax.data.limits import limits, room_for_decoding
+from pixel_jax.data.images import UNKNOWN, image_size, read_image
+from pixel_jax.data.limits import limits, reserve_decoding
 from pixel_jax.files import open_regular
 from pixel_jax.pictures import ImageError, announce
 
 FRAMES = 16  # of a video (Pixel Reasoner §3); fewer if it has fewer
 MAX_PACKETS = 1 << 18  # an hour and more at sixty frames a second
 COUNTED = 4  # times the frames that are taken: a clip of fewer packets is decoded to count its frames
-HELD = 24  # frames that a decoder keeps at most: 16 to refer to, those in the making and in conversion (measured: 21)
+DECODER_FRAMES = 24  # that a decoder keeps at most: 16 to refer to, and some in work and in conversion (measured: 21)
 
 # By their first bytes. The demuxer is named, never guessed: playlists, which open other files, are not among them.
 BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # the first of MP4, and of old QuickTime
@@ -33,7 +34,7 @@ HDR = {16: "PQ", 18: "HLG"}  # transfer functions (ITU-T H.273) of more light th
 
 
 def container_of(head: bytes) -> str | None:
-    """ffmpeg's name of the container that begins with these bytes; None: no video that is read."""
+    """ffmpeg's name of the container that begins with these bytes; None: no video that can be read."""
     if head[4:8] in BOXES and not (head[4:8] == b"ftyp" and head[8:12] in STILL):
         return "mp4"
     if head[:4] == b"\x1a\x45\xdf\xa3":
@@ -47,7 +48,7 @@ def is_clip(head: bytes) -> bool:
 
 
 def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarray, float]:
-    """Frames of a video file, evenly spread over it, as a player shows them.
+    """Reads frames of a video file, evenly spread over it, as a player shows them.
 
     Args:
       path: of a local file (MP4, QuickTime, Matroska, WebM or AVI).
@@ -86,30 +87,32 @@ def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
 
 
 def spread(count: int, frames: int = FRAMES) -> list[int]:
-    """Numbers of the frames to be shown of `count`."""
+    """The numbers of the frames that are shown of `count`."""
     return np.linspace(0, count - 1, min(count, frames)).round().astype(int).tolist()
 
 
 class Clip:
-    """An open video file. Nothing of it is decoded before there is room for `frames` frames of it.
+    """An open video file. Nothing is decoded before memory for `frames` frames is reserved.
 
-    size: (height, width) of its frames, as shown
-    count: of its frames; of a long clip those that the container promises, until `show` has found fewer
-    rate: frames a second, on average (0: it does not say)
-    seconds: that it lasts; half a second a frame if it does not say
+    Attributes:
+        size: (height, width) of its frames, as shown.
+        count: of its frames; of a long clip those that the container promises, until `show` has decoded fewer.
+        rate: frames a second, on average; 0: the file does not say.
+        seconds: its length; half a second a frame if the file does not say.
 
-    ImageError: no video, too large, too long, or nothing of it can be decoded.
+    Raises:
+        ImageError: it is no video, is too large or too long, or nothing of it can be decoded.
     """
 
     def __init__(self, file: BinaryIO, name: str, frames: int = FRAMES):
-        self.file, self.name, self._room = file, name, contextlib.ExitStack()
+        self.file, self.name, self._reserved = file, name, contextlib.ExitStack()
         self._frames = frames
 
     def __enter__(self) -> "Clip":
         try:
             import av.filter  # noqa: F401
         except ImportError:
-            # No ImageError: nothing is wrong with the video, and it shall not be left out as if there were.
+            # No ImageError: nothing is wrong with the video, so it must not be left out as a bad one.
             raise ValueError(f"{self.name} is a video file: `pip install av` to read it") from None
 
         self.container = container_of(self.file.read(16))
@@ -134,14 +137,19 @@ class Clip:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._room.close()
+        self._reserved.close()
         if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
             raise ImageError(f"{self.name} cannot be read: {error}") from error
 
     def show(self, choose: Callable[[int], list[int]]) -> np.ndarray:
-        """uint8 [n, h, w, 3]: the frames of the numbers that `choose` makes of their count.
+        """Decodes the frames that `choose` picks.
 
-        It is asked again if fewer can be decoded than there seemed to be.
+        Args:
+            choose: from the count of frames to the numbers of those that are shown. It is called again if fewer frames can be
+                decoded than the container promises.
+
+        Returns:
+            uint8 [n, h, w, 3].
         """
         while True:
             chosen = np.array(choose(self.count))
@@ -149,28 +157,28 @@ class Clip:
             seen = 0
             with contextlib.closing(self._decoded()) as decoded:
                 for seen, frame in enumerate(decoded, 1):
-                    places = chosen == seen - 1
-                    if places.any():
-                        shown[places] = self._picture.pixels(frame)
+                    matches = chosen == seen - 1
+                    if matches.any():
+                        shown[matches] = self._picture.pixels(frame)
                     if seen > chosen.max():
                         return shown
             self._found(seen)
 
     def _found(self, count: int) -> None:
-        """Takes note that there are so many frames, whatever the container says."""
+        """Sets the count of frames that can be decoded, whatever the container says."""
         if count < self.packets:
             announce(f"{self.name} has {self.packets} frames by its container, of which {count} can be shown")
         self.count = count
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple]:
-        """The container and the stream that players choose: no cover picture, the default one of several."""
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        """Opens the container and the stream that players choose: no cover picture, the default one of several."""
         import av
 
         self.file.seek(0)
         most = {"max_pixels": str(self._most)}
         # Titles in another encoding are no reason to refuse a picture; PyAV 19 thinks so, too.
-        titles = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+        titles: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
         with av.open(self.file, format=self.container, options=most, **titles) as container:
             stream = container.streams.best("video")
             if stream is None:
@@ -183,7 +191,7 @@ class Clip:
             yield container, stream
 
     def _measure(self, container, stream) -> None:
-        """What the container says; then there is room for decoding."""
+        """Reads sizes and times from the container, and reserves memory for decoding."""
         import av
 
         codec = stream.codec_context
@@ -215,14 +223,14 @@ class Clip:
         if self.seconds < min(0.9 * whole, whole - 1):
             announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")
         bits = av.VideoFormat(codec.pix_fmt).padded_bits_per_pixel if codec.pix_fmt else 48
-        # As decoders round up and add borders; frames that grow on the way have no room.
+        # Decoders round up and add borders. Frames that grow later in the file are refused.
         self._most = (codec.width + 256) * max(codec.height + 128, 280)
         shown = (min(self._frames, self.count) + 3) * 3 * math.prod(self.shape)
-        self._room.enter_context(room_for_decoding(HELD * self._most * bits // 8 + shown, self.name))
+        self._reserved.enter_context(reserve_decoding(DECODER_FRAMES * self._most * bits // 8 + shown, self.name))
 
-    def _decoded(self) -> Iterator:
-        """Every frame that can be decoded, in the order in which they are shown."""
-        import av
+    def _decoded(self) -> Generator[Any, None, None]:
+        """Decodes every frame that can be decoded, in the order in which they are shown."""
+        import av.error
 
         lost = 0
         try:
@@ -231,7 +239,7 @@ class Clip:
                 for packet in container.demux(stream):
                     try:
                         yield from stream.decode(packet)
-                    except av.error.EOFError:  # twice asked for the last frames
+                    except av.error.EOFError:  # the decoder was asked for the last frames twice
                         return
                     except av.error.MemoryError:
                         raise
@@ -248,9 +256,9 @@ def _square(width: int, height: int, aspect: Fraction | None) -> tuple[int, int]
 
 
 class _Picture:
-    """What a player makes of decoded frames like `first`: ffmpeg's own filters, in its order.
+    """Turns decoded frames like `first` into what a player shows, by ffmpeg's own filters, in its order.
 
-    shape: (width, height) in square pixels, before it is turned
+    `shape` is (width, height) in square pixels, before a frame is turned.
     """
 
     def __init__(self, first, shape: tuple[int, int], name: str):
@@ -263,7 +271,7 @@ class _Picture:
             )
 
     def pixels(self, frame) -> np.ndarray:
-        """uint8 [h, w, 3]."""
+        """The frame as it is shown, uint8 [h, w, 3]."""
         if (frame.width, frame.height) != self.size:
             raise ImageError(f"{self.name} has a frame of {frame.width} x {frame.height}, the first one is not")
         kind = (frame.format.name, frame.colorspace, frame.color_range)
@@ -310,3 +318,60 @@ def _turns(frame) -> list[tuple[str, str]]:
         case 270:
             return [("transpose", "clock_flip" if c < 0 else "cclock")]
     return [("rotate", f"{angle}*PI/180")]
+
+
+class Span(NamedTuple):
+    """The frames of a video that MVBench shows: so many, evenly spread over a part of it."""
+
+    bound: tuple[float, float] | None = None  # start and end of the part in seconds; None: the whole video
+    frames: int = 16
+
+
+def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, count: int, first: int = 0) -> list[int]:
+    """The middles of `count` equal stretches of a video with frames `first` to `last` at `rate` a second.
+
+    `bound` are the seconds that the stretches lie between. The arithmetic, rounding included, is that of MVBench's released code.
+    """
+    start, end = bound or (-1e5, 1e5)
+    begin, finish = max(first, round(start * rate)), min(round(end * rate), last)
+    step = (finish - begin) / count
+    indices = [int(begin + step / 2 + np.round(step * i)) for i in range(count)]
+    return [min(max(index, first), last) for index in indices]
+
+
+def clip_frame_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of a video file, or of the first frame of a folder of frames."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        return image_size(_listed_frames(path)[0])
+    with open_regular(path, ImageError) as file, Clip(file, str(path)) as clip:
+        return clip.size
+
+
+def load_clip(
+    path: str | os.PathLike,
+    span: Span = Span(),  # noqa: B008, never changed
+    *,
+    folder_rate: float = 3.0,
+) -> list[np.ndarray]:
+    """The frames of a span, uint8 [h, w, 3] each, of a video file or of a folder of frames (TVQA's, `folder_rate` a second).
+
+    Raises:
+        ImageError: there is no video and no frame, or a broken one.
+    """
+    bound, count = span
+    path = pathlib.Path(path)
+    if path.is_dir():
+        files = _listed_frames(path)
+        # Frames of a folder are numbered from 1.
+        wanted = frame_indices(bound, folder_rate, len(files), count, first=1)
+        return [read_image(files[index - 1]) for index in wanted]
+    with open_regular(path, ImageError) as file, Clip(file, str(path), count) as clip:
+        return list(clip.show(lambda frames: frame_indices(bound, float(clip.rate or 25), frames - 1, count)))
+
+
+def _listed_frames(path: pathlib.Path) -> Sequence[pathlib.Path]:
+    files = sorted(path.glob("*.jpg"))
+    if not files:
+        raise ImageError(f"{path} holds no frames (*.jpg)")
+    return files

@@ -1,4 +1,4 @@
-"""Content as digests (SHA-256): the same rows, answers and pictures are the same data, wherever they lie."""
+"""Digests (SHA-256) of content: equal rows, answers and pictures are the same data, wherever they lie."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ from pixel_jax.files import FileError, open_regular
 from pixel_jax.state_files import read_note, write_json
 
 UNREADABLE = "unreadable"  # stands for the digest of a file that cannot be read
-SETTLED = 2.0  # seconds since its last change, after which another one is sure to change a file's times
-PIECE = 2**22
-DIGITS = 32  # 128 bits
-NAMES = {"id"}  # fields that name a row and say nothing about it
+SETTLED = 2.0  # seconds after a change of a file, from which on another change is sure to change its times
+PIECE = 2**22  # bytes read at a time
+DIGITS = 32  # of a digest, hexadecimal: 128 bits
+NAMES = {"id"}  # fields that name a row and say nothing about its content
 PICTURES = "images"  # the field with the sources of a row's pictures
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*preprocessor_config.json")
 
 
 class Digests:
-    """Digests of files, kept in the file `cache` by size and times: what has not changed since is not read again."""
+    """Digests of files, cached in a file by size and times: a file that has not changed is not read again."""
 
     def __init__(self, cache: str | os.PathLike):
         self.path = pathlib.Path(cache)
-        self.kept: dict[str, list[Any]] = read_note(self.path) or {}
+        self.cached: dict[str, list[Any]] = read_note(self.path) or {}
         self.folders: dict[pathlib.Path, str] = {}
         self.changed = False
 
@@ -37,32 +37,32 @@ class Digests:
 
     def __exit__(self, *error) -> None:
         if self.changed:
-            write_json(self.path, self.kept)
+            write_json(self.path, self.cached)
         self.changed = False
 
     def file(self, path: str | os.PathLike) -> str:
-        """Of a file's bytes; `UNREADABLE` if it cannot be read."""
+        """The digest of a file's bytes; `UNREADABLE` if it cannot be read."""
         return self._of(os.path.abspath(path), pathlib.Path(path), lambda: _file_digest(path))
 
     def source(self, source: Source) -> str:
-        """Of the encoded bytes of a picture or video, in a file or an archive; of a record, of the folder it is in."""
+        """The digest of an encoded picture or video. That of a record is made of its folder's and its number."""
         if isinstance(source, Member):
             name = f"{os.path.abspath(source.archive)}:{source.name}"
             return self._of(name, source.archive, lambda: _digest(read_bytes(source)))
         if isinstance(source, Stored):
-            return _digest(f"{self.folder(source.folder)}:{source.index}:{source.place}".encode())
+            return _digest(f"{self.folder(source.folder)}:{source.record}:{source.number}".encode())
         if isinstance(source, Embedded):
             return _digest(source.data)
         return self.file(source)
 
     def files(self, paths: Sequence[pathlib.Path]) -> str:
-        """Of several files together with their names."""
+        """The digest of several files and their names."""
         with ThreadPoolExecutor() as pool:
-            found = list(pool.map(self.file, paths))
-        return _digest(json.dumps([[path.name, x] for path, x in zip(paths, found, strict=True)]).encode())
+            digests = list(pool.map(self.file, paths))
+        return _digest(json.dumps([[path.name, x] for path, x in zip(paths, digests, strict=True)]).encode())
 
     def folder(self, path: pathlib.Path) -> str:
-        """Of all files of a folder."""
+        """The digest of all files of a folder."""
         if path not in self.folders:
             self.folders[path] = self.files(sorted(x for x in path.rglob("*") if x.is_file()))
         return self.folders[path]
@@ -71,15 +71,15 @@ class Digests:
         try:
             status = file.stat()
             stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-            kept = self.kept.get(name)
-            if isinstance(kept, list) and kept[:-1] == stamp and isinstance(kept[-1], str):
-                return kept[-1]
-            found = read()
+            cached = self.cached.get(name)
+            if isinstance(cached, list) and cached[:-1] == stamp and isinstance(cached[-1], str):
+                return cached[-1]
+            digest = read()
         except (OSError, FileError, ImageError, SourceError):
             return UNREADABLE
         if time.time() - max(stamp[1:]) / 1e9 > SETTLED:
-            self.kept[name], self.changed = [*stamp, found], True
-        return found
+            self.cached[name], self.changed = [*stamp, digest], True
+        return digest
 
 
 def _digest(content: bytes) -> str:
@@ -87,42 +87,47 @@ def _digest(content: bytes) -> str:
 
 
 def _file_digest(path: str | os.PathLike) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open_regular(path) as file:
         while piece := file.read(PIECE):
-            found.update(piece)
-    return found.hexdigest()[:DIGITS]
+            digest.update(piece)
+    return digest.hexdigest()[:DIGITS]
 
 
 def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str, Any]:
-    """What the rows of a data set hold: {"count": number of rows, FIELD: digest of that field in all of them, in order}.
+    """Digests a data set: {"count": number of rows, FIELD: digest of that field in all rows, in order}.
 
     Args:
-        rows: `Example`s, or `Question`s of a benchmark. Their ids do not count: they may be names of files.
+        rows: `Example`s. Their ids are left out: they may be names of files.
         digests: of their pictures; None leaves these out.
     """
     columns: dict[str, Any] = {"count": len(rows)}
     for field in rows[0]._fields if rows else ():
-        if field in NAMES or (field == PICTURES and digests is None):
+        if field in NAMES:
             continue
         values = [getattr(row, field) for row in rows]
         if field == PICTURES:
+            if digests is None:
+                continue
             values = digest_sources(values, digests)
         columns[field] = _digest(json.dumps(values).encode())
     return columns
 
 
 def digest_sources(sources: Sequence[Sequence[Source]], digests: Digests) -> list[list[str]]:
-    """Of every row's pictures, each one."""
+    """The digest of each picture of every row."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda row: [digests.source(source) for source in row], sources))
 
 
 def digest_model(directory: str | os.PathLike, digests: Digests) -> dict[str, str]:
-    """{"weights": of the network's files, "tokenizer": of those that make its input}."""
+    """Digests a model directory: {"weights": of the network's files, "tokenizer": of those that make its input}."""
     directory = pathlib.Path(directory)
-    found = lambda *patterns: sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
+    def matching(*patterns: str) -> list[pathlib.Path]:
+        return sorted({path for pattern in patterns for path in directory.glob(pattern)})
+
     return {
-        "weights": digests.files(found("*.safetensors", "*.safetensors.index.json", "config.json")),
-        "tokenizer": digests.files(found(*TOKENIZER)),
+        "weights": digests.files(matching("*.safetensors", "*.safetensors.index.json", "config.json")),
+        "tokenizer": digests.files(matching(*TOKENIZER)),
     }

@@ -1,12 +1,14 @@
-"""One example, whatever file it came from, its pixels where they were until somebody asks for them."""
+"""One example, whatever file it came from. Its pixels stay in their files until they are needed."""
 
 import collections
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixel_jax.data.clips import Span, clip_frame_size, load_clip
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.sources import Source, SourceError, frame_sizes, load_frames
 from pixel_jax.data.traces import Trace, Turn
@@ -14,11 +16,11 @@ from pixel_jax.rollouts.prompts import Query
 
 
 class ExampleError(ValueError):
-    """A row that is no example; the message names file, row and field."""
+    """A row that cannot be read as an example. The message names file, row and field."""
 
 
 def is_seconds(value: Any) -> bool:
-    """Whether this is a time between frames: a number that a float32 holds, up to eleven days."""
+    """Whether `value` is a time between frames: a number that a float32 holds, up to eleven days."""
     return type(value) in (int, float) and 1e-6 <= value <= 1e6
 
 
@@ -28,40 +30,54 @@ class Example(NamedTuple):
     id: str
     question: str
     images: tuple[Source, ...]  # or the frames of one video, or one video file
-    answer: tuple[str, ...]  # each is right
+    answer: tuple[str, ...]  # each of them is right
     turns: tuple[Turn, ...] = ()
     video: bool = False
     seconds: float | None = None  # that two frames cover; None: what the video file says, 1 for frames
     category: str = ""  # a row of an evaluation's report
     text_first: bool = False  # the images follow the question
     fields: Mapping[str, Any] = {}  # what else its row has, as JSON values: rewards may go by it
+    span: Span | None = None  # of a video, whose frames are shown; None: those that training takes of any video
 
     def query(self) -> Query:
         """The question with its pixels."""
-        frames, seconds = load_frames(self.images, self.video)
+        if self.span is None:
+            frames, seconds = load_frames(self.images, self.video)
+        else:
+            frames, seconds = load_clip(self._video_path, self.span), None
         return Query(self.question, frames, self.video, self.seconds or seconds or 1.0, self.text_first)
 
     def outline(self) -> Query:
-        """The question with images of the right sizes and no pixels: they take no memory."""
-        sizes = frame_sizes(self.images, self.video)
+        """The question with images of the right sizes and no pixels, which take no memory."""
+        if self.span is None:
+            sizes = frame_sizes(self.images, self.video)
+        else:
+            sizes = [clip_frame_size(self._video_path)] * self.span.frames
         images = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in sizes]
-        return Query(self.question, images, self.video, text_first=self.text_first)
+        return Query(self.question, images, self.video, self.seconds or 1.0, self.text_first)
+
+    @property
+    def _video_path(self) -> pathlib.Path:
+        (path,) = self.images
+        assert isinstance(path, pathlib.Path)  # a span is of a file, or of a folder of frames
+        return path
 
     def trace(self, query: Query) -> Trace:
+        """The turns as a trace about `query`, which is the question with its pixels or without."""
         return Trace(query, self.turns, self.answer[0] if self.answer else "")
 
 
 @dataclasses.dataclass
 class ReadReport:
-    """What became of the rows of a file. Nothing is left out or changed without being counted here."""
+    """Counts the rows of a file that were left out or changed."""
 
     source: str
-    drop: bool = False  # rows that cannot be used are counted; otherwise the first one is an error
+    drop: bool = False  # rows that cannot be used are left out and counted; otherwise the first one is an error
     dropped: list[str] = dataclasses.field(default_factory=list)  # why, in the words of the error
     mended: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def take(self, examples: list[Example], make: Callable[[], Example]) -> None:
-        """Append what `make` returns, or note why it could not."""
+        """Appends what `make` returns, or notes the error that it raises."""
         try:
             examples.append(make())
         except (ExampleError, SourceError, ImageError) as error:

@@ -1,6 +1,6 @@
-"""Examples that a run is judged by and never trained on: chosen by what they hold, so that other rows move none of them.
+"""Chooses the examples that a run is judged by and never trained on. More rows in the data change the choice of no row.
 
-Examples about the same pictures are held out together, or not at all: a model that was trained on a picture knows it.
+Examples about the same pictures are held out together or not at all, because a model that was trained on a picture knows it.
 """
 
 import hashlib
@@ -16,36 +16,36 @@ FILE = "held_out.json"
 
 
 def keys_of(examples: Sequence[Example], digests: Digests) -> list[str]:
-    """What an example is about: a digest of its pictures."""
-    found = digest_sources([example.images for example in examples], digests)
-    return [hashlib.sha256("\n".join(pictures).encode()).hexdigest()[:32] for pictures in found]
+    """The key of each example: a digest of its pictures."""
+    pictures = digest_sources([example.images for example in examples], digests)
+    return [hashlib.sha256("\n".join(x).encode()).hexdigest()[:32] for x in pictures]
 
 
 def choose(keys: Sequence[str], count: int, seed: int) -> set[str]:
-    """Keys whose examples are held out: as many examples as fit `count`, none of which shares its key with others.
+    """Chooses the keys whose examples are held out: at most `count` examples, and all examples of a key or none.
 
     The order in which keys are tried follows from each key and the seed alone.
     """
     sizes: dict[str, int] = {}
     for key in keys:
         sizes[key] = sizes.get(key, 0) + 1
-    found: set[str] = set()
+    chosen: set[str] = set()
     for key in sorted(sizes, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest()):
         if sizes[key] <= count:
-            found.add(key)
+            chosen.add(key)
             count -= sizes[key]
-    return found
+    return chosen
 
 
 def settled(directory: pathlib.Path, keys: Sequence[str], count: int, seed: int, *, begun: bool) -> set[str]:
-    """The keys that the run in `directory` holds out: where it has begun those that it noted, else new ones, which are noted."""
+    """The keys that the run in `directory` holds out: those that it noted when it began, else new ones, which are noted."""
     if begun:
         noted = read_note(directory / FILE, _is_note)
         return set(noted["keys"]) if noted is not None else set()
-    found = choose(keys, count, seed)
+    chosen = choose(keys, count, seed)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / FILE, {"keys": sorted(found), "seed": seed})
-    return found
+    write_json(directory / FILE, {"keys": sorted(chosen), "seed": seed})
+    return chosen
 
 
 def _is_note(value: Any) -> bool:

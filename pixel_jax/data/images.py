@@ -1,4 +1,4 @@
-"""Image files, opened without trusting them."""
+"""Reads image files, without trusting them."""
 
 import contextlib
 import io
@@ -6,12 +6,12 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from pixel_jax.data.limits import PICTURE_BYTES, limits, room_for_content, room_for_decoding
+from pixel_jax.data.limits import PICTURE_BYTES, limits, reserve_content, reserve_decoding
 from pixel_jax.files import open_regular
 from pixel_jax.pictures import ImageError, ImageWarning, orientation, rgb
 
@@ -34,9 +34,9 @@ UNKNOWN = (
 
 
 def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) -> np.ndarray:
-    """Pixels of an image file, as a person would see it (`pixel_jax.pictures.rgb`).
+    """Reads the pixels of an image file, as a person would see it (`pixel_jax.pictures.rgb`).
 
-    How large it may be, and how much memory all threads together take, is in `pixel_jax.data.limits`.
+    `pixel_jax.data.limits` bounds its size, and the memory that all threads together take.
 
     Args:
       source: path of a local file, or the file's bytes. Nothing is fetched from a URL.
@@ -54,11 +54,11 @@ def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
     name = name or repr(os.fspath(source))
     with open_regular(source, ImageError) as file:
         size = os.fstat(file.fileno()).st_size
-        with room_for_content(size, name):
+        with reserve_content(size, name):
             return _decoded(file.read(size), name)
 
 
-def image_size(source: str | os.PathLike | bytes | BinaryIO, *, name: str | None = None) -> tuple[int, int]:
+def image_size(source: str | os.PathLike | bytes | IO[bytes], *, name: str | None = None) -> tuple[int, int]:
     """(height, width) that `read_image` would return, from the header alone; the same errors, but for broken pixels.
 
     `source` may also be an open file, which need not be read to its end. A PNG is decoded: its EXIF may follow the pixels.
@@ -68,9 +68,9 @@ def image_size(source: str | os.PathLike | bytes | BinaryIO, *, name: str | None
             name, file = name or f"image of {len(source)} bytes", io.BytesIO(source)
         elif isinstance(source, str | os.PathLike):
             name, file = name or repr(os.fspath(source)), stack.enter_context(open_regular(source, ImageError))
-            stack.enter_context(room_for_content(os.fstat(file.fileno()).st_size, name))
+            stack.enter_context(reserve_content(os.fstat(file.fileno()).st_size, name))
         else:
-            file = source
+            name, file = name or "image", source
         image = stack.enter_context(_opened(file, name))
         width, height = image.size
         # Pillow itself turns TIFFs.
@@ -87,8 +87,8 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
-    """The image, its header checked, with room for its pixels; whatever goes wrong until it is closed is an `ImageError`."""
+def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
+    """Opens an image: checks its header, reserves memory for its pixels, and turns all errors into `ImageError`s."""
     try:
         with contextlib.ExitStack() as stack:
             head = file.read(32)
@@ -96,13 +96,13 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
             if head[:6] in (b"GIF87a", b"GIF89a"):
                 file = io.BytesIO(file.read())
                 _check_gif(file.getbuffer(), name)
-            # Pillow makes room for a WebP's pixels when it opens it.
+            # Pillow allocates a WebP's pixels when it opens it.
             size = webp_size(head)
             if size is not None:
-                stack.enter_context(_room(*size, name))
+                stack.enter_context(_reserved(*size, name))
             image = stack.enter_context(Image.open(file, formats=FORMATS))
             if size is None:
-                stack.enter_context(_room(*_held(image), name, wary=AVIF_BYTES * (image.format == "AVIF")))
+                stack.enter_context(_reserved(*_decoded_size(image), name, wary=AVIF_BYTES * (image.format == "AVIF")))
             # A telephone's MPO file holds a preview or another view as well, not another moment. Counting the pictures of a
             # TIFF takes time that grows with their square.
             if image.format not in ("MPO", "GIF") and getattr(image, "is_animated", False):
@@ -119,20 +119,25 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
 ANIMATED = "give its frames as pictures, or make a video of it (`ffmpeg -i FILE FILE.mp4`)"
 
 
-def _held(image: Image.Image) -> tuple[int, int]:
-    """(width, height) that decoding needs room for: a TIFF's tile may be larger than its picture."""
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    sides = zip(image.size, (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH), strict=True)
-    return tuple(max(side, tags.get(tag, 0)) for side, tag in sides)
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of what is decoded: a TIFF's tile may be larger than its picture."""
+    width, height = image.size
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return width, height
+    tags = image.tag_v2
+    return (
+        max(width, tags.get(TiffImagePlugin.TILEWIDTH, 0)),
+        max(height, tags.get(TiffImagePlugin.TILELENGTH, 0)),
+    )
 
 
-def _room(width: int, height: int, name: str, wary: int = 0) -> contextlib.AbstractContextManager[None]:
+def _reserved(width: int, height: int, name: str, wary: int = 0) -> contextlib.AbstractContextManager[None]:
     limits().check(width, height, name)
-    return room_for_decoding(width * height * PICTURE_BYTES, name, wary=wary)
+    return reserve_decoding(width * height * PICTURE_BYTES, name, wary=wary)
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
-    """(width, height) in the first 30 bytes of a WebP (RFC 9649); None if they are not those of one."""
+    """(width, height) by the first 30 bytes of a WebP file (RFC 9649); None for other files."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
         return None
     kind = head[12:16]
@@ -148,7 +153,7 @@ def webp_size(head: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_scans(data: bytes) -> int:
-    """How many scans the first picture of a JPEG file has; 0 if it is none."""
+    """How many scans the first picture of a JPEG file has; 0 for other files."""
     if data[:2] != b"\xff\xd8":
         return 0
     at, scans = 2, 0
@@ -169,7 +174,7 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # within a scan, ff is follo
 
 
 def _check_gif(data: memoryview, name: str) -> None:
-    """ImageError: there is more than one picture, or too much beside it. A cut or broken file passes: Pillow sees that."""
+    """Raises an ImageError for a GIF of several pictures, or with too many comments. Pillow itself refuses a broken file."""
     if len(data) < 13:
         return
     at, pictures, blocks = 13 + _colours(data[10]), 0, 0
@@ -177,7 +182,7 @@ def _check_gif(data: memoryview, name: str) -> None:
         match data[at]:
             case 0x21:  # an extension: a label, then blocks
                 at, commentary = at + 2, 1
-            case 0x2C:  # a picture: its place, its colours, the size of its codes, then blocks
+            case 0x2C:  # a picture: its position, its colours, the size of its codes, then blocks
                 pictures += 1
                 at, commentary = at + 11 + _colours(data[at + 9]), 0
             case _:
@@ -196,5 +201,5 @@ def _check_gif(data: memoryview, name: str) -> None:
 
 
 def _colours(flags: int) -> int:
-    """Bytes of the table of colours that these flags announce."""
+    """The bytes of the table of colours that these flags announce."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0

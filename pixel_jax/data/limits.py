@@ -1,4 +1,4 @@
-"""How large a picture or a video may be, and how much memory reading takes in all threads of the process together."""
+"""Limits on the size of a picture or video, and on the memory that reading takes in all threads of the process together."""
 
 import contextlib
 import ctypes
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 from pixel_jax.pictures import ImageError
 
-# Bytes that decoding a pixel takes at most, the array that is returned included: WebP, which is decoded into two canvases
+# Bytes that decoding a pixel takes at most, the array that is returned included: WebP, which is decoded into two buffers
 # of 4 bytes and copied twice, and photographs turned by their EXIF. Measured: up to 20.
 PICTURE_BYTES = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Sizes are those that the file's header says, looked at before anything is decoded.
+    """Limits on what is read. Sizes are those in the file's header, which is read before anything is decoded.
 
-    What is read at the same time waits for room in `memory`, by the sizes in the headers. It bounds what reading takes;
-    pixels that were handed out are their owner's: a thread has those of one question.
+    Threads wait until `memory` has enough left, by the sizes in the headers. It bounds what reading takes, not the pixels that
+    were returned: a thread has those of one question.
     """
 
     side: int = 65_535  # pixels of a picture or a frame; what JPEG can hold
@@ -31,7 +31,7 @@ class Limits:
                 raise ValueError(f"{field.name} must be positive, not {getattr(self, field.name)}")
 
     def check(self, width: int, height: int, name: str) -> None:
-        """ImageError: a picture or a frame of this size is too large."""
+        """Raises an ImageError if a picture or a frame of this size is too large."""
         if max(width, height) > self.side:
             raise ImageError(f"{name} is {width} x {height} pixels, more than {self.side} on a side (limits.side)")
         if width * height > self.pixels:
@@ -39,26 +39,29 @@ class Limits:
 
 
 def _give_back() -> None:
-    """Returns memory that was freed to the system: glibc keeps what a thread has freed for that thread, other allocators not."""
+    """Returns freed memory to the system: glibc, unlike other allocators, keeps what a thread has freed for that thread."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class Budget:
-    """Bytes that all threads share."""
+    """A number of bytes that all threads share."""
 
     def __init__(self, total: int):
         self.total, self._used, self._changed = total, 0, threading.Condition()
 
     @contextlib.contextmanager
-    def room(self, size: int, name: str) -> Iterator[None]:
-        """Waits until there is room for `size` bytes, and holds it. ImageError: there never will be."""
+    def reserve(self, size: int, name: str) -> Iterator[None]:
+        """Waits until `size` bytes are free, and reserves them. ImageError: the whole budget is smaller."""
         if size > self.total:
             raise ImageError(
                 f"{name} takes {size:,} bytes to read, more than the {self.total:,} there are (limits.memory)"
             )
-        fits = lambda: self._used + size <= self.total
+
+        def fits() -> bool:
+            return self._used + size <= self.total
+
         with self._changed:
             waited = not fits()
             self._changed.wait_for(fits)
@@ -74,8 +77,9 @@ class Budget:
 
 
 class _Process:
-    """The limits of this process, and what it has left. Room for content is asked for before room for decoding, and never
-    twice by one thread: so threads cannot wait for one another in a circle.
+    """The limits of this process, and what is left of its memory.
+
+    A thread reserves memory for content before memory for decoding, and each once: so threads cannot wait in a circle.
     """
 
     def __init__(self, limits: Limits):
@@ -88,21 +92,22 @@ _process = _Process(Limits())
 
 
 def use_limits(limits: Limits) -> None:
-    """Sets the limits of this process. What is being read keeps those it began with."""
+    """Sets the limits of this process. Files that are being read keep those that they began with."""
     global _process
     _process = _Process(limits)
 
 
 def limits() -> Limits:
+    """The limits of this process."""
     return _process.limits
 
 
-def room_for_content(size: int, name: str) -> contextlib.AbstractContextManager[None]:
-    """Room for `size` bytes of a file."""
-    return _process.content.room(size, name)
+def reserve_content(size: int, name: str) -> contextlib.AbstractContextManager[None]:
+    """Reserves memory for `size` bytes of a file."""
+    return _process.content.reserve(size, name)
 
 
-def room_for_decoding(size: int, name: str, *, wary: int = 0) -> contextlib.AbstractContextManager[None]:
-    """Room for `size` bytes of pixels and of what decoding them takes; for `wary`, or all there is, if that is more."""
+def reserve_decoding(size: int, name: str, *, wary: int = 0) -> contextlib.AbstractContextManager[None]:
+    """Reserves memory for pixels and for decoding them: `size` bytes, or `wary` bytes (at most the whole budget) if more."""
     budget = _process.decoding
-    return budget.room(max(size, min(wary, budget.total)), name)
+    return budget.reserve(max(size, min(wary, budget.total)), name)

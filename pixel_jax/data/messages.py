@@ -1,10 +1,10 @@
-"""Conversations as people have them: messages of a role and parts, in OpenAI's style and in that of the released traces.
+r"""Conversations: messages of a role and parts, in OpenAI's style and in that of the released traces.
 
     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}},
                                  {"type": "text", "text": "What does the sign say?"}]}
-    {"role": "assistant", "content": "I look.\\n<tool_call>\\n{...}\\n</tool_call>"}
+    {"role": "assistant", "content": "I look.\n<tool_call>\n{...}\n</tool_call>"}
     {"role": "user", "content": [{"type": "image", "image": "crop.png"}]}
-    {"role": "assistant", "content": "\\\\boxed{Exit 12}"}
+    {"role": "assistant", "content": "\\boxed{Exit 12}"}
 
 The first message has the question. What calls returned is worked out again, from its pictures, and not read.
 """
@@ -29,13 +29,15 @@ DATA = "data:"
 
 
 class Message(NamedTuple):
+    """A message: its text, and its images or the frames of its video."""
+
     role: str
     text: str
     images: list[Any]  # names or `Embedded`, or the frames of a video
     video: bool
     text_before: bool = False  # some of the text comes before an image
     text_after: bool = False
-    learned: bool | None = None  # None: nothing is said about it
+    learned: bool | None = None  # None: the message does not say
 
 
 class Dialogue(NamedTuple):
@@ -47,7 +49,7 @@ class Dialogue(NamedTuple):
 
 
 def fields(value: Any, names: Sequence[str], where: str) -> Mapping[str, Any]:
-    """`value`, if it is an object that has fields of these names."""
+    """Checks that `value` is an object with fields of these names, and returns it. ExampleError: it is not."""
     if not isinstance(value, Mapping):
         raise ExampleError(f"{where} is {type(value).__name__}, not an object")
     if missing := [name for name in names if name not in value]:
@@ -63,15 +65,17 @@ def read_dialogue(
     video: bool = False,
     language: Language = RELEASED_LANGUAGE,
 ) -> Dialogue:
-    """The conversation of a row.
+    """Reads the conversation of a row.
 
     Args:
-        pictures: those of a field beside the messages, for which parts without a value or `<image>` in a text stand.
-        video: they are the frames of one video, or its file.
-        language: of its calls.
+        messages: the list of them.
+        where: what errors call it.
+        pictures: of a field beside the messages; parts without a value, or `<image>` in a text, stand for them.
+        video: whether they are the frames of one video, or its file.
+        language: of the calls.
 
     Raises:
-        ExampleError: it is none that a trace can be made of. The message has `where` and the message's number.
+        ExampleError: no trace can be made of it. The error names `where` and the number of the message.
     """
     if not isinstance(messages, list):
         raise ExampleError(f"{where} must be a list, not {type(messages).__name__}")
@@ -111,7 +115,7 @@ def read_dialogue(
 
 
 def other_format(text: str, language: Language) -> str:
-    """To be added to what is wrong with a turn that is no call in this language and is one in another format."""
+    """What an error adds about a turn that has a call in another format than this language's; else an empty text."""
     fits = [name for name in fitting_formats([text]) if name != language.format.name]
     if not fits or grammar.parse_turn(text, language).call is not None:
         return ""
@@ -119,7 +123,7 @@ def other_format(text: str, language: Language) -> str:
 
 
 def tidy(text: str, language: Language) -> str:
-    """A turn as the policy would write it: no end marker, and nothing after a call."""
+    """A turn as the policy would write it, without an end marker and without anything after a call."""
     bare = text.replace(grammar.END.decode(), "")
     return bare.rstrip() if bare.rstrip().endswith(language.format.closing) else bare
 
@@ -131,7 +135,7 @@ def read_message(
     video: bool = False,
     language: Language = RELEASED_LANGUAGE,
 ) -> Message:
-    """One message; parts that stand for a picture take theirs from `waiting`, frames of one `video` all at once."""
+    """Reads one message. Parts that stand for a picture take it from `waiting`, those of a `video` all frames at once."""
     message = fields(message, ("role",), where)
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if isinstance(content, str):
@@ -168,7 +172,7 @@ def read_message(
 
 
 def read_part(part: Any, where: str, places: bool) -> list[tuple[str, Any]]:
-    """What a part of a message is: (kind, value) of it, or of several if a text has `places` for pictures (value: None)."""
+    """Reads a part of a message: its (kind, value), or several where `places` for pictures in a text count (value: None)."""
     if not isinstance(part, Mapping):
         raise ExampleError(f"{where}: a part of a message is an object, not {brief(part)}")
     given = {name: value for name, value in part.items() if value is not None and name != "type"}
@@ -191,15 +195,15 @@ def read_part(part: Any, where: str, places: bool) -> list[tuple[str, Any]]:
 
 
 def split(text: str, mark: str, kind: str) -> list[tuple[str, Any]]:
-    """The text between marks, and what each of them stands for."""
+    """Splits a text at marks that stand for pictures of a kind."""
     first, *rest = text.split(mark)
     return [("text", first), *(x for one in rest for x in ((kind, None), ("text", one)))]
 
 
 def picture(value: Any, where: str) -> Any:
-    """The name of a file, or the content of a data URL. ExampleError: it would have to be fetched from somewhere."""
+    """The name of a file, or the content of a data URL. ExampleError: it is a URL that would have to be fetched."""
     if not isinstance(value, str):
-        return value  # is refused where names are looked up
+        return value  # it is refused where names are looked up
     if value.startswith(DATA):
         return from_data_url(value, where)
     if value.lower().startswith(FETCHED):
@@ -210,7 +214,7 @@ def picture(value: Any, where: str) -> Any:
 
 
 def from_data_url(url: str, where: str) -> Embedded:
-    """The content of `data:image/png;base64,...`; its kind is seen from itself."""
+    """The content of `data:image/png;base64,...`. Its kind is told by its first bytes, not by the URL."""
     head, comma, content = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise ExampleError(f"{where}: a data URL is data:TYPE;base64,CONTENT, not {brief(url, 60)}")
@@ -222,7 +226,7 @@ def from_data_url(url: str, where: str) -> Embedded:
 
 
 def written_calls(calls: Any, where: str, language: Language = RELEASED_LANGUAGE) -> str:
-    """`tool_calls` of an assistant's message as the text that the model writes; one call a turn."""
+    """The `tool_calls` of an assistant's message as the text that the model writes: one call a turn."""
     if not calls:
         return ""
     if not isinstance(calls, list) or len(calls) != 1:

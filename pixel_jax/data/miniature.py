@@ -11,7 +11,7 @@ named by its seed and costs about half a millisecond.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,6 +41,8 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, x2 and y2 exclusive
 
 
 class Scene(NamedTuple):
+    """A photograph with a card on it, and where the card and its digit lie."""
+
     image: np.ndarray  # uint8 [SIDE, SIDE, 3]
     label: int  # the digit
     small: bool  # illegible in the overview
@@ -50,6 +52,8 @@ class Scene(NamedTuple):
 
 
 class Clip(NamedTuple):
+    """A few frames, one of which shows a card."""
+
     frames: np.ndarray  # uint8 [NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3]
     label: int
     target: int  # 0-based frame that shows the card
@@ -70,7 +74,7 @@ class SceneConfig:
 
 @functools.cache
 def photographs(split: str) -> tuple[np.ndarray, ...]:
-    """The photographs of a split, uint8 [h, w, 3], short side 480 to 640.
+    """Loads the photographs of a split, uint8 [h, w, 3], whose short side is 480 to 640.
 
     A training photograph comes in `TINTS` lights, mirrored and turned: without that, grounding learned on a dozen
     photographs loses a third of its overlap on new ones.
@@ -121,10 +125,10 @@ def _tint(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Handwritten digits of a split: ink uint8 [n, 8, 8] (0 white, 255 black) and labels int [n]."""
+    """Loads the handwritten digits of a split: ink uint8 [n, 8, 8] (0 white, 255 black) and labels int [n]."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()  # a `Bunch`; its stubs say that it may be a tuple
     order = np.random.default_rng(0).permutation(len(data.target))  # the file is sorted by writer
     chosen = order[:TRAIN_DIGITS] if split == "train" else order[TRAIN_DIGITS:]
     return np.round(data.images[chosen] * (255 / 16)).astype(np.uint8), data.target[chosen]
@@ -133,7 +137,7 @@ def digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 def draw_scene(
     rng: np.random.Generator, split: str, config: SceneConfig, *, small: bool | None = None, on_side: bool | None = None
 ) -> Scene:
-    """One scene; `small` and `on_side` None draw the size of the card and how it lies with the configured shares."""
+    """Draws a scene. With None, the size of the card (`small`) and how it lies (`on_side`) are drawn by the configured shares."""
     if small is None:
         small = bool(rng.random() < config.small_share)
     image = _background(rng, split, SIDE)
@@ -155,7 +159,7 @@ def _quarter_turns(rng: np.random.Generator, config: SceneConfig, on_side: bool 
 
 
 def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> Clip:
-    """One clip: views of photographs, a large card on one of them."""
+    """Draws a clip: views of photographs, and a large card on one of them."""
     frames = np.stack([_background(rng, split, FRAME_SIDE) for _ in range(NUM_FRAMES)])
     target = int(rng.integers(NUM_FRAMES))
     low, high = config.large_card
@@ -180,8 +184,10 @@ def _paste_card(
     inner: int,
     turns: int = 0,
 ) -> tuple[int, Box, Box]:
-    """Paste a card of `side` pixels with a digit of `inner` pixels in its centre, `turns` quarter turns counterclockwise;
-    returns label, card and digit box.
+    """Pastes a card of `side` pixels with a digit of `inner` pixels in its centre, turned `turns` quarters counterclockwise.
+
+    Returns:
+        The label, and the boxes of the card and of the digit.
     """
     ink, labels = digits(split)
     if config.frequencies is None:

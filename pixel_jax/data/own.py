@@ -1,4 +1,6 @@
-"""A folder of one's own: `*.jsonl` and `*.parquet` files, in the order of their names, or one of them, with images beside.
+r"""The user's own data: `*.jsonl` and `*.parquet` files with images beside them.
+
+A folder of such files, read in the order of their names, or one file is read.
 
 A line, or row, is one example. Paths are relative to the file and lead to files in its folder, or in one that the config's
 `image_folders` allow: `("/",)` allows all, for lines that one has written oneself. Nothing is fetched from anywhere.
@@ -18,23 +20,216 @@ LLaMA-Factory, with pictures in their parts or, where `<image>` or an empty part
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.jpg"}, {"type": "text", "text": "..."}]},
                   {"role": "assistant", "content": "..."}], "answer": "7"}
 
-All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \\boxed{} is it. A picture
+All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \boxed{} is it. A picture
 may be its content, too: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it is encoded.
 Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Whatever further fields a row has
 are in `Example.fields`.
 """
 
+import datetime
+import decimal
+import difflib
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pixel_jax.data.example import Example, ExampleError, ReadReport
+from pixel_jax.data.example import Example, ExampleError, ReadReport, is_seconds
+from pixel_jax.data.messages import Dialogue, picture, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
-from pixel_jax.data.rows import check_columns, read_row
+from pixel_jax.data.sources import Embedded, Source, locate
+from pixel_jax.data.traces import Turn
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
+from pixel_jax.dialog.template import system_prompt
 from pixel_jax.files import parse_json, read_lines
+from pixel_jax.terminal import brief
+from pixel_jax.training.answers import last_boxed
 
-Rows = Iterator[tuple[str, Callable[[], Any]]]  # where each stands, and how it is read
+FIELDS = ("question", "images", "answer", "turns", "messages", "video", "seconds", "id", "category")
+ALIKE = 0.8  # how alike two names are if one is the other misspelt
+TURN = 'a turn is a text or {{"text": ..., "learn": true or false}}, not {}'
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Checks that `columns` maps fields to names of columns. ExampleError: it does not."""
+    for name, theirs in columns.items():
+        if name not in FIELDS:
+            raise ExampleError(f"columns: there is no field {brief(name)}; the fields are {', '.join(FIELDS)}")
+        if not theirs:
+            raise ExampleError(f"columns: {name!r} has no name in the data")
+    if twice := [theirs for theirs in columns.values() if list(columns.values()).count(theirs) > 1]:
+        raise ExampleError(f"columns: {brief(twice[0])} cannot be two fields")
+
+
+def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
+    """`row` with its columns renamed to fields, as `columns` (field -> column) says.
+
+    A column that has the name of a field which another column is renamed to is left out.
+    """
+    for name, theirs in columns.items():
+        if theirs not in row:
+            raise ExampleError(f"{where} has no {theirs!r} to be the {name} (columns), only {brief(sorted(row))}")
+    back = {theirs: name for name, theirs in columns.items()}
+    return {back.get(name, name): value for name, value in row.items() if name in back or name not in columns}
+
+
+def read_row(
+    row: Mapping[str, Any],
+    where: str,
+    folder: pathlib.Path,
+    *,
+    image_folders: Sequence[str] = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    turns: bool = False,
+    language: Language = RELEASED_LANGUAGE,
+    report: ReadReport,
+) -> Example:
+    """Makes an example of one row, and checks every field and the path of every image.
+
+    Args:
+        row: column -> value.
+        where: file and number, for messages; also the id of a row that has none.
+        folder: that image paths are relative to, and where images may lie.
+        image_folders: where else they may lie (`pixel_jax.data.sources.locate`).
+        columns: field -> column.
+        turns: whether they are required.
+        language: of the calls in `messages`.
+        report: notes what was changed.
+
+    Raises:
+        ExampleError: the row is no example. The message names `where` and the field.
+    """
+    row = renamed(row, columns, where)
+
+    def refuse(why: str) -> ExampleError:
+        return ExampleError(f"{where}: {why}")
+
+    further = {name: as_json(value, name, refuse) for name, value in row.items() if name not in FIELDS}
+    absent = [name for name in FIELDS if name not in row and not (name == "question" and "messages" in row)]
+    for name in further:
+        if near := difflib.get_close_matches(name, absent, n=1, cutoff=ALIKE):
+            raise refuse(
+                f"unknown field {brief(name)}; the nearest known one is {near[0]!r} (columns says what data calls it)"
+            )
+        report.mended[f"the further field {brief(name)} was kept, for rewards"] += 1
+    field = functools.partial(take, row, refuse)
+    answer = field("answer", lambda x: x is None or type(x) in (str, int) or is_texts(x), "a text or a list of texts")
+    video = field("video", lambda x: isinstance(x, bool), "true or false", False)
+    seconds = field("seconds", lambda x: x is None or is_seconds(x), "a positive number, at most a million")
+    name = field("id", lambda x: x is None or type(x) in (str, int), "a text or a number")
+    category = field("category", lambda x: isinstance(x, str), "a text", "")
+    pictures = [picture(x, where) for x in listed(row.get("images"))]
+    if row.get("messages") is not None:
+        if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
+            raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
+        said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video, language=language)
+        question, written = said.first.text.strip(), turns_of(said, language, report)
+        pictures, video, text_first = said.first.images, said.first.video, said.first.text_before
+        if answer is None and written and (boxed := last_boxed(said.said[-1].text)) is not None:
+            answer = boxed
+    else:
+        question = field("question", lambda x: isinstance(x, str) and bool(x), "a text")
+        written = written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse)
+        text_first = False
+        if not pictures:
+            raise refuse(f"'images' must be a path or a list of at least one, not {brief(row.get('images'))}")
+    if turns and not written:
+        raise refuse("'turns' must be a list of turns, or 'messages' end with the assistant's, to learn from")
+    if answer is None and not turns:
+        raise refuse("'answer' must be a text or a list of texts, not None")
+    return Example(
+        id=pathlib.PurePath(where).name if name is None else str(name),
+        question=question,
+        images=tuple(source(x, folder, image_folders, refuse) for x in pictures),
+        answer=tuple(map(str, () if answer is None else listed(answer))),
+        turns=written,
+        video=video,
+        seconds=None if seconds is None else float(seconds),
+        category=category,
+        text_first=text_first,
+        fields=further,
+    )
+
+
+def take(
+    row: Mapping[str, Any],
+    refuse: Callable[[str], Exception],
+    name: str,
+    check: Callable[[Any], bool],
+    wanted: str,
+    default: Any = None,
+) -> Any:
+    """The field `name`. Raises `refuse` unless `check` holds for its value."""
+    value = row.get(name, default)
+    if not check(value):
+        raise refuse(f"{name!r} must be {wanted}, not {brief(value)}")
+    return value
+
+
+def is_texts(value: Any) -> bool:
+    """Whether this is a list of texts or whole numbers, and not empty."""
+    return isinstance(value, list) and bool(value) and all(type(x) in (str, int) for x in value)
+
+
+def listed(value: Any) -> list[Any]:
+    """The value as a list: itself, if it is one; empty for None."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def source(value: Any, folder: pathlib.Path, others: Sequence[str], refuse: Callable[[str], Exception]) -> Source:
+    """The source of an image: a file, or bytes in the row, as in Parquet files of the Hugging Face hub."""
+    if isinstance(value, Embedded):
+        return value
+    if isinstance(value, bytes):
+        value = {"bytes": value}
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"} and isinstance(value.get("bytes"), bytes):
+        return Embedded(value["bytes"], str(value.get("path") or refuse("a picture")))
+    if isinstance(value, Mapping) and value.keys() == {"bytes", "path"} and value["bytes"] is None:
+        value = value["path"]
+    return locate(value, folder, others, error=refuse)
+
+
+def turns_of(said: Dialogue, language: Language, report: ReadReport) -> tuple[Turn, ...]:
+    """The turns of the assistant in a conversation; `report` counts what else of it is not as our prompts are."""
+    if said.system is not None and said.system != system_prompt(language.tools, language.format):
+        report.mended["a system message other than ours was replaced by ours"] += 1
+    if said.first.text_before and said.first.text_after:
+        report.mended["text of a question on both sides of its images was put before them"] += 1
+    return tuple(Turn(((message.text, message.learned is not False),)) for message in said.said)
+
+
+def written_turns(items: list[Any], refuse: Callable[[str], Exception]) -> tuple[Turn, ...]:
+    """Reads the field `turns`."""
+    turns = []
+    for item in items:
+        match {"text": item} if isinstance(item, str) else item:
+            case {"text": str(text), **rest} if text and rest.keys() <= {"learn"}:
+                learned = rest.get("learn", True)
+                if not isinstance(learned, bool):
+                    raise refuse(TURN.format(brief(item)))
+                turns.append(Turn(((text, learned),)))
+            case _:
+                raise refuse(TURN.format(brief(item)))
+    return tuple(turns)
+
+
+def as_json(value: Any, name: str, refuse: Callable[[str], Exception]) -> Any:
+    """A further field as a JSON value: dates and decimals of Parquet become texts. Raises `refuse` for bytes and the like."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case datetime.date() | datetime.time() | datetime.timedelta() | decimal.Decimal():
+            return str(value)
+        case list():
+            return [as_json(x, name, refuse) for x in value]
+        case Mapping():
+            return {str(key): as_json(x, name, refuse) for key, x in value.items()}
+    raise refuse(
+        f"the further field {brief(name)} holds {type(value).__name__}, which nothing can be done with: leave it out"
+    )
+
+
+Rows = Iterator[tuple[str, Callable[[], Any]]]  # the place of each row, for messages, and a function that reads it
 
 
 def read_own(
@@ -46,11 +241,18 @@ def read_own(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
 ) -> list[Example]:
-    """The examples of a file or folder, checked: every field, every image's path. With `turns` they are required.
+    """Reads the examples of a file or folder (`read_row`).
 
-    Images lie in the folder or in one of `image_folders` (`pixel_jax.data.sources.locate`); `columns` has the data's names for
-    our fields; calls in `messages` are in the `language`. A `report` that drops takes note of what is no example; otherwise the
-    first such row is an `ExampleError`.
+    Args:
+        path: of the file or folder.
+        turns: whether they are required.
+        report: notes the rows that are dropped or changed.
+        image_folders: where images may lie beside the folder (`pixel_jax.data.sources.locate`).
+        columns: field -> column.
+        language: of the calls in `messages`.
+
+    Raises:
+        ExampleError: a row is no example, and the report does not drop such rows.
     """
     path = pathlib.Path(path)
     report = report or ReadReport(str(path))
@@ -69,6 +271,8 @@ def read_own(
 
 
 def json_lines(path: pathlib.Path) -> Rows:
+    """Iterates over the rows of a file of JSON lines."""
+
     def read(line: bytes, where: str) -> dict[str, Any]:
         row = parse_json(line, where, ExampleError)
         if not isinstance(row, dict):

@@ -11,7 +11,7 @@ BATCH = 256  # rows that are in memory together, pictures included if the file h
 
 
 def error_kinds() -> tuple[type[Exception], ...]:
-    """Of what is wrong with a file: pyarrow's, the system's, and that of a column's name."""
+    """The errors of a damaged file: pyarrow's, the system's, and that of a column name that is no UTF-8."""
     try:
         from pyarrow import ArrowException
     except ImportError:
@@ -20,7 +20,7 @@ def error_kinds() -> tuple[type[Exception], ...]:
 
 
 def open_parquet(path: pathlib.Path, opened: BinaryIO, error: Callable[[str], Exception]):
-    """The file as pyarrow's. `error`: it is none, or pyarrow is missing."""
+    """Opens a file as pyarrow's. Raises `error` if it is no Parquet file, or pyarrow is missing."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -32,7 +32,7 @@ def open_parquet(path: pathlib.Path, opened: BinaryIO, error: Callable[[str], Ex
 
 
 def column_names(path: pathlib.Path, error: Callable[[str], Exception]) -> list[str]:
-    """Of a Parquet file."""
+    """The names of the columns of a Parquet file. Raises `error` if it cannot be read."""
     with open_regular(path, error) as opened, open_parquet(path, opened, error) as file:
         try:
             return file.schema_arrow.names
@@ -43,8 +43,12 @@ def column_names(path: pathlib.Path, error: Callable[[str], Exception]) -> list[
 def parquet_rows(
     path: pathlib.Path, columns: Sequence[str] | None, error: Callable[[str], Exception]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Where every row of a Parquet file stands, and how its `columns` (None: all) are read. `error`: it cannot be, or has no
-    such, or two of one name.
+    """Iterates over the rows of a Parquet file: the place of each, for messages, and a function that reads it.
+
+    Args:
+        path: the file.
+        columns: that are read; None: all.
+        error: raised if the file cannot be read, lacks a column, or has two of one name.
     """
 
     def read(batch, index: int, where: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import numpy as np
 from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import shuffled
 from pixel_jax.data.example import Example, ReadReport
-from pixel_jax.data.rooms import Fit, Fitter, Place
-from pixel_jax.data.shapes import Measured
+from pixel_jax.data.prompt_shapes import Assignment, ScaledPrompt, ShapeFinder, Size, size_of
+from pixel_jax.data.shapes import AutoShapes
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, build_prompts
@@ -18,75 +18,81 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 from pixel_jax.tools import RELEASED, Tool
 
-Sizes = list[tuple[int, int]]  # (height, width) of each image as its file has it
+Sizes = list[Size]  # of the images of a question, as their files have them
 
 BY_HAND = (
-    "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much \
-room there is; without them it is worked out"
+    "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much "
+    "room there is; without them it is worked out"
 )
-MEASURED = "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures are"
+WORKED_OUT = (
+    "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures "
+    "are"
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """A question that has a room."""
+class ShapedQuestion:
+    """A question and the batch shape that it is asked in."""
 
     example: Example
-    room: BatchShape
-    fit: Fit
+    shape: BatchShape
+    prompt: ScaledPrompt
 
 
-def find_rooms(
+def assign_shapes(
     examples: Sequence[Example],
-    shapes: Sequence[BatchShape] | Measured,
+    shapes: Sequence[BatchShape] | AutoShapes,
     vocabulary: Vocabulary,
     config: RolloutConfig,
     report: ReadReport,
     tools: tuple[Tool, ...] = RELEASED,
-) -> list[Asked]:
-    """Every question in one of the `shapes`, given or worked out, by the sizes of its images.
+) -> list[ShapedQuestion]:
+    """Assigns each question to one of the `shapes`, which are fixed or worked out, by the sizes of its images.
 
-    Larger images are made smaller, which `report` counts. A question that fits nowhere is an error that names its example,
-    or is dropped and counted.
+    Images that are too large are scaled down, which `report` counts. A question that fits no shape is dropped and counted if
+    `report.drop`.
+
+    Raises:
+        PromptError: no question is left; or, without `report.drop`, one fits no shape. The message names its example.
     """
-    asked = []
-    found = Fitter(vocabulary, config, tools=tools).places([example.outline for example in examples], shapes)
-    for example, place in zip(examples, found, strict=True):
-        if isinstance(place, Place):
-            asked.append(Asked(example, *place))
-            if place.fit.scale < 1.0:
-                report.mended["a picture was made smaller to fit its room"] += 1
+    questions = []
+    assigned = ShapeFinder(vocabulary, config, tools=tools).assign_all([x.outline for x in examples], shapes)
+    for example, assignment in zip(examples, assigned, strict=True):
+        if isinstance(assignment, Assignment):
+            questions.append(ShapedQuestion(example, *assignment))
+            if assignment.prompt.scale < 1.0:
+                report.mended["a picture was made smaller to fit its batch shape"] += 1
             continue
-        why = f"{example.id}: {place}"
-        if isinstance(place, PromptError):
-            why += f" ({MEASURED if isinstance(shapes, Measured) else BY_HAND})"
+        why = f"{example.id}: {assignment}"
+        if isinstance(assignment, PromptError):
+            why += f" ({WORKED_OUT if isinstance(shapes, AutoShapes) else BY_HAND})"
         if not report.drop:
-            raise PromptError(why) from place
+            raise PromptError(why) from assignment
         report.dropped.append(why)
-    if not asked:
+    if not questions:
         raise PromptError(f"no question is left. {report}")
-    return asked
+    return questions
 
 
-def padding(asked: Sequence[Asked]) -> dict[str, float]:
-    """Shares of padding among the tokens of the prompts and the patches of their pictures."""
-    rooms = [x.room for x in asked]
+def padding(questions: Sequence[ShapedQuestion]) -> dict[str, float]:
+    """The shares of padding among the tokens of the prompts and the patches of their images."""
+    shapes = [x.shape for x in questions]
     return {
-        "tokens": 1 - sum(x.fit.tokens for x in asked) / sum(room.tokens for room in rooms),
-        "patches": 1 - sum(x.fit.patches for x in asked) / sum(room.images * room.patches for room in rooms),
+        "tokens": 1 - sum(x.prompt.tokens for x in questions) / sum(shape.tokens for shape in shapes),
+        "patches": 1 - sum(x.prompt.patches for x in questions) / sum(shape.images * shape.patches for shape in shapes),
     }
 
 
-def rooms_of(asked: Sequence[Asked]) -> str:
-    """How many questions there are of which shape, and how much of it is padding."""
-    counts = collections.Counter(x.room for x in asked)
-    parts = [f"{count} in prompts of {room}" for room, count in counts.items()]
-    wasted = ", ".join(f"{share:.1%} of the {name}" for name, share in padding(asked).items())
-    return f"{'; '.join(parts)}; padding is {wasted}"
+def describe_shapes(questions: Sequence[ShapedQuestion]) -> str:
+    """Says how many questions each shape has, and how much of the prompts is padding."""
+    counts = collections.Counter(x.shape for x in questions)
+    prompts = "; ".join(f"{count} in prompts of {shape}" for shape, count in counts.items())
+    wasted = ", ".join(f"{share:.1%} of the {name}" for name, share in padding(questions).items())
+    return f"{prompts}; padding is {wasted}"
 
 
 def question_batches(
-    asked: Sequence[Asked],
+    questions: Sequence[ShapedQuestion],
     vocabulary: Vocabulary,
     tables: Tables,
     config: RolloutConfig,
@@ -97,16 +103,25 @@ def question_batches(
     process_count: int = 1,
     **reading: int,
 ) -> Batches:
-    """Endless (prompts, examples, sizes of their images): `size` questions in all processes together, this one's part of
-    them. The questions of a batch are of one room.
+    """Makes the endless batches: (prompts, examples, sizes of their images) of `size` questions of one shape.
 
-    reading: `threads` and `ahead` of `Batches`.
+    Args:
+        questions: with their shapes.
+        vocabulary: of the model.
+        tables: of the tokenizer and the tools.
+        config: limits and pixel budgets of rollouts.
+        size: questions of a batch of all processes together.
+        seed: of the order.
+        process_index: of this process, which gets its shard of each batch.
+        process_count: how many processes there are.
+        reading: `threads` and `ahead` of `Batches`.
     """
 
     def load(i: int) -> tuple[HostPrompts, Example, Sizes]:
-        whole = asked[i].example.query()
-        prompt = build_prompts([asked[i].fit.apply(whole)], vocabulary, tables, config, shape=asked[i].room)
-        return prompt._replace(tables=()), asked[i].example, [image.shape[:2] for image in whole.images]
+        question = questions[i]
+        query = question.example.query()
+        prompt = build_prompts([question.prompt.apply(query)], vocabulary, tables, config, shape=question.shape)
+        return prompt._replace(tables=()), question.example, [size_of(image) for image in query.images]
 
     def collate(
         rows: Iterator[tuple[HostPrompts, Example, Sizes]], count: int
@@ -115,9 +130,9 @@ def question_batches(
         stacked = stack(iter(prompts), count)._replace(uid=np.arange(count, dtype=np.int32), tables=tables)
         return stacked, examples, sizes
 
-    rooms = dict.fromkeys(x.room for x in asked)
+    shapes = dict.fromkeys(x.shape for x in questions)
     return Batches(
-        shuffled([[i for i, x in enumerate(asked) if x.room == room] for room in rooms], size, seed),
+        shuffled([[i for i, x in enumerate(questions) if x.shape == shape] for shape in shapes], size, seed),
         load,
         collate,
         size,

@@ -1,4 +1,4 @@
-"""Examples from whatever file they are in."""
+"""Reads examples from a file or folder in any of the formats."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,20 @@ def read_examples(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
 ) -> tuple[list[Example], ReadReport]:
-    """The examples of a file, their pixels left where they are, and what became of its rows.
+    """Reads the examples of a file, whose pixels stay where they are, and a report on rows that were left out or changed.
 
     Args:
       path: `*.jsonl` or `*.parquet` of one's own, or a directory of them (`pixel_jax.data.own`); `*.json` or `*.parquet` as
         released (`pixel_jax.data.released`); or a directory that TFDS has prepared (`pixel_jax.data.tfds_builders`).
-      turns: they are needed, for tuning.
-      drop: what cannot be used is left out and counted. That takes a look at every image, to the last pixel; otherwise a
-        broken image is an error when its turn comes. The first bad row is an error then, too.
+      turns: whether they are required, as for tuning.
+      drop: whether rows that cannot be used are left out and counted; every image is decoded for that. Otherwise the first bad
+        row is an error, and a broken image is one when it is read.
       image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
-      columns: what data of one's own calls our fields: ours -> theirs.
+      columns: the names of the fields in the user's own data: field -> column.
       language: of the calls in conversations: the tools and the call format of the config.
+
+    Raises:
+      ExampleError: the file, or a row of it, cannot be read; or no example is left.
     """
     path = pathlib.Path(path)
     report = ReadReport(str(path), drop)
@@ -70,7 +73,7 @@ def read_examples(
 
 
 def readable(examples: list[Example], report: ReadReport) -> list[Example]:
-    """Those of the examples whose pixels can all be read; `report` has the others."""
+    """The examples whose pixels can all be read; the others are noted in `report`."""
 
     def problem(example: Example) -> str | None:
         try:

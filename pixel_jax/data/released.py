@@ -1,4 +1,4 @@
-"""The released Pixel Reasoner data, as it is: `release.json` of the traces and `release.parquet` of the questions.
+r"""The released Pixel Reasoner data, as it is: `release.json` of the traces and `release.parquet` of the questions.
 
 Beside either lie `images.zip` and `videos.zip`; they are read without being unpacked, or unpacked if somebody did that.
 
@@ -8,7 +8,7 @@ Beside either lie `images.zip` and `videos.zip`; they are read without being unp
   out again, from the images, and not read. A question stands before its images where its row has it so, as the released
   rows do and no other prompt does. The system message is always ours; rows with another are counted.
 - **Questions** (TIGER-Lab/PixelReasoner-RL-Data, and the evaluation files): columns `question`, `answer` (a list with one
-  `\\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
+  `\boxed{...}`, of several answers if it holds a list), `image` (a list, the frames of a video), `is_video` (or null), `qid`.
 """
 
 import codecs
@@ -19,7 +19,7 @@ from typing import Any
 from pixel_jax.data.example import Example, ExampleError, ReadReport
 from pixel_jax.data.messages import fields, read_dialogue
 from pixel_jax.data.parquet import parquet_rows
-from pixel_jax.data.sources import Embedded, Folder
+from pixel_jax.data.sources import Embedded, Folder, Source, SourceError
 from pixel_jax.data.traces import Turn
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
@@ -37,7 +37,7 @@ def read_traces(
     image_folders: Sequence[str] = (),
     language: Language = RELEASED_LANGUAGE,
 ) -> list[Example]:
-    """The examples of a `release.json`: an array of rows, or a row a line. Their calls are in the `language`.
+    """Reads the examples of a `release.json`: an array of rows, or a row a line. Their calls are in the `language`.
 
     Images lie in its folder or in one of `image_folders` (`pixel_jax.data.sources.locate`).
     """
@@ -50,7 +50,7 @@ def read_traces(
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Where every row stands, and how it is read."""
+    """Iterates over the rows: the place of each, for messages, and a function that reads it."""
     with open_regular(path, ExampleError) as file:
         whole = file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
     if not whole:
@@ -67,7 +67,11 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 def trace_example(
     row: Any, where: str, folder: Folder, report: ReadReport, language: Language = RELEASED_LANGUAGE
 ) -> Example:
-    """One row of the traces. ExampleError: it is none; `report` counts what had to be mended."""
+    """Makes an example of one row of the traces; `report` counts what had to be mended.
+
+    Raises:
+        ExampleError: the row is no trace.
+    """
     row = fields(row, ("qid", "message_list"), where)
     name = row["qid"]
     if not isinstance(name, str | int) or name == "":
@@ -87,7 +91,7 @@ def trace_example(
     return Example(
         id=str(name),
         question=_without_guidelines(first.text, report),
-        images=tuple(image if isinstance(image, Embedded) else folder.find(image) for image in first.images),
+        images=tuple(image if isinstance(image, Embedded) else _found(image, folder, where) for image in first.images),
         answer=() if answer is None else (answer,),
         turns=tuple(turns),
         video=first.video,
@@ -95,8 +99,16 @@ def trace_example(
     )
 
 
+def _found(name: Any, folder: Folder, where: str) -> Source:
+    """The image that a row calls `name`."""
+    try:
+        return folder.find(name)
+    except SourceError as error:
+        raise SourceError(f"{where}: {error}") from None
+
+
 def _without_guidelines(text: str, report: ReadReport) -> str:
-    """The question alone: the guidelines are added where it becomes a prompt."""
+    """The question alone; the guidelines are added again where it becomes a prompt."""
     text = text.rstrip()
     for kind, guidelines in GUIDELINES.items():
         if text.endswith(guidelines.strip()):
@@ -107,28 +119,43 @@ def _without_guidelines(text: str, report: ReadReport) -> str:
     return text
 
 
-def read_questions(path: str | pathlib.Path, report: ReadReport, image_folders: Sequence[str] = ()) -> list[Example]:
-    """The examples of a `release.parquet`; its images lie where those of `read_traces` do."""
+def read_questions(
+    path: str | pathlib.Path,
+    report: ReadReport,
+    image_folders: Sequence[str] = (),
+    folder: pathlib.Path | None = None,
+) -> list[Example]:
+    """Reads the examples of a `release.parquet`.
+
+    Their images lie in `folder` (by default that of the file) or in one of `image_folders`.
+    """
     path = pathlib.Path(path)
-    folder = Folder(path.parent, image_folders)
+    images = Folder(folder or path.parent, image_folders)
     examples: list[Example] = []
     for where, row in parquet_rows(path, QUESTION_COLUMNS, ExampleError):
-        report.take(examples, lambda: question_example(row(), where, folder))  # noqa: B023
+        report.take(examples, lambda: question_example(row(), where, images))  # noqa: B023
     return examples
 
 
 def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Example:
-    """One row of the questions. ExampleError: it is none."""
+    """Makes an example of one row of the questions.
+
+    Raises:
+        ExampleError: the row is no question.
+    """
     name, question, answer, images, is_video = (row[x] for x in ("qid", "question", "answer", "image", "is_video"))
     where = f"{where} ({name})"
     answer = [answer] if isinstance(answer, str) else answer
     images = [images] if isinstance(images, str) else images
-    texts = lambda x: isinstance(x, Sequence) and bool(x) and all(isinstance(item, str) and item for item in x)
+
+    def is_texts(value: Any) -> bool:
+        return isinstance(value, Sequence) and bool(value) and all(isinstance(x, str) and x for x in value)
+
     for field, value, good in (
         ("qid", name, isinstance(name, str | int) and name != ""),
         ("question", question, isinstance(question, str) and bool(question)),
-        ("answer", answer, texts(answer)),
-        ("image", images, texts(images)),
+        ("answer", answer, is_texts(answer)),
+        ("image", images, is_texts(images)),
         ("is_video", is_video, is_video is None or isinstance(is_video, bool)),
     ):
         if not good:
@@ -136,7 +163,7 @@ def question_example(row: Mapping[str, Any], where: str, folder: Folder) -> Exam
     return Example(
         id=str(name),
         question=question,
-        images=tuple(folder.find(image) for image in images),
+        images=tuple(_found(image, folder, where) for image in images),
         answer=tuple(answer),
         video=bool(is_video),
     )

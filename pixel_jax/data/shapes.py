@@ -1,5 +1,7 @@
-"""How large batches are. A step is compiled for every shape that its batches have, so there are few, worked out from what the
-examples take: from the headers of their pictures and the words of their texts, before anything is trained.
+"""Batch shapes worked out from the examples.
+
+A step is compiled for every shape that its batches have, so there are few of them. They are chosen before training, from the
+sizes in the headers of the images and the lengths of the texts.
 """
 
 import collections
@@ -17,35 +19,36 @@ GAIN = 0.03  # share of all the work that one more compilation has to save
 MOST_SHAPES = 4  # compilations of a step
 PATCHES_PER_TOKEN = 8  # at most: four, and a video's token covers two frames
 MOST_KINDS = 96  # different needs that are compared with one another: their pairs are many
-
-
-PACKED = 3  # the sides of a row that traces share add up: tokens, images, slices
+PACKED = 3  # leading sides of a shape that add up over the traces of a packed row: tokens, images, slices
 
 
 def bucket_shapes(lengths: Sequence[int], largest: BatchShape) -> tuple[BatchShape, ...]:
-    """A room for every length, shortest first, the last being `largest`; ValueError unless they rise towards it.
+    """A shape for every length in tokens, shortest first, and `largest` as the last one.
 
-    A frame takes tokens in proportion to its patches, so short rows need no room for large ones.
+    A frame takes tokens in proportion to its patches, so the shapes of short rows hold smaller frames.
+
+    Raises:
+        ValueError: the lengths do not rise towards that of `largest`.
     """
     rising = (*lengths, largest.tokens)
     if list(rising) != sorted(set(rising)) or rising[0] < 1:
-        raise ValueError(f"buckets {tuple(lengths)} must rise and stay under the room of a trace, {largest.tokens}")
+        raise ValueError(f"buckets {tuple(lengths)} must rise and stay under the tokens of a trace, {largest.tokens}")
     return tuple(
         largest._replace(tokens=length, patches=min(largest.patches, PATCHES_PER_TOKEN * length)) for length in rising
     )
 
 
-class Measured(NamedTuple):
-    """By what shapes are worked out, where none are given."""
+class AutoShapes(NamedTuple):
+    """How shapes are worked out where the configuration fixes none."""
 
-    cost: Callable[[BatchShape], float]  # of a row of a shape
+    cost: Callable[[BatchShape], float]  # operations for a row of a shape
     rows: int  # of a batch
     memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
-    takes: Callable[[BatchShape], int] | None = None  # of these, a row that is tuned on
+    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # that tuning on a row of a shape takes of `memory`
 
 
 def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
-    """What a row of a shape costs: operations of its forward and backward pass, padding included."""
+    """Makes a function from a shape to the operations of a row's forward and backward pass, padding included."""
 
     @functools.cache
     def work(shape: BatchShape) -> float:
@@ -55,8 +58,11 @@ def training_work(network: Qwen2_5_VLConfig) -> Callable[[BatchShape], float]:
 
 
 def rounded(need: BatchShape, coarse: int = 1) -> BatchShape:
-    """`need` with sides in steps, so that few needs differ and data that grows a little compiles nothing anew."""
-    up = lambda value, step: -(-value // (coarse * step)) * (coarse * step)
+    """`need` with its sides rounded up, so that few needs differ and slightly larger data compiles nothing new."""
+
+    def up(value: int, step: int) -> int:
+        return -(-value // (coarse * step)) * (coarse * step)
+
     return need._replace(
         tokens=up(need.tokens, 64),
         images=up(need.images, 1),
@@ -68,44 +74,46 @@ def rounded(need: BatchShape, coarse: int = 1) -> BatchShape:
 
 
 class Group(NamedTuple):
-    """Examples of one shape."""
+    """Examples that share a shape."""
 
-    most: BatchShape  # each of its sides is the largest
+    most: BatchShape  # each side is the largest of the examples'
     examples: int
     total: tuple[int, ...]  # tokens, images and slices of all together
-    packed: bool  # whether a row has as many of them as it has room for
+    packed: bool  # whether several of them share a row
 
     @property
     def shapes(self) -> list[BatchShape]:
-        """That the group may have; of packed rows with about as many pictures as go with the tokens, lest a row is full of
-        pictures and short of text, or the other way round.
+        """The shapes that the group may have.
+
+        Those of packed rows have images and slices in proportion to the tokens: neither fills a row while the other is scarce.
         """
         if not self.packed:
             return [self.most]
-        tokens, *pictures = self.total
+        most, (tokens, images, slices) = self.most, self.total
 
-        def room(most: int, count: int, more: int) -> int:
-            return max(most, min(self.most.tokens * count // tokens + more, count))
+        def capacity(largest: int, total: int, more: int) -> int:
+            return max(largest, min(most.tokens * total // tokens + more, total))
 
-        pictures = [(most, count) for most, count in zip(self.most[1:PACKED], pictures, strict=True)]
         return [
-            BatchShape(self.most.tokens, *(room(*x, more) for x in pictures), *self.most[PACKED:]) for more in (0, 1)
+            most._replace(images=capacity(most.images, images, more), slices=capacity(most.slices, slices, more))
+            for more in (0, 1)
         ]
 
     def rows(self, shape: BatchShape) -> float:
-        """Of that shape, for all examples."""
+        """How many rows of `shape` all examples take."""
         if not self.packed:
             return self.examples
-        return max(1.0, *(total / room for total, room in zip(self.total, shape, strict=False)))
+        return max(1.0, *(total / capacity for total, capacity in zip(self.total, shape, strict=False)))
 
     def __or__(self, other: "Group") -> "Group":
-        most, total = BatchShape(*map(max, self.most, other.most)), map(sum, zip(self.total, other.total, strict=True))
-        return Group(most, self.examples + other.examples, tuple(total), self.packed)
+        total = map(sum, zip(self.total, other.total, strict=True))
+        return Group(largest([self.most, other.most]), self.examples + other.examples, tuple(total), self.packed)
 
 
 def group_of(needs: Sequence[BatchShape], packed: bool) -> Group:
+    """The group of examples that need these shapes."""
     sides = np.array(needs)
-    most = rounded(BatchShape(*sides.max(axis=0).tolist()))
+    most = rounded(largest(needs))
     return Group(most, len(needs), tuple(sides[:, :PACKED].sum(axis=0).tolist()), packed)
 
 
@@ -118,15 +126,18 @@ def cover(
     most: int = MOST_SHAPES,
     gain: float = GAIN,
 ) -> list[BatchShape]:
-    """At most `most` shapes (of videos and of others) that hold all `needs`, the cheapest first.
+    """Finds few shapes that hold all `needs`, the cheapest first. Videos never share a shape with images.
 
-    Needs that are most alike share a shape as long as there are more shapes than that, as long as a shape has fewer rows
-    than `least` (those of a batch, which would take many epochs to fill), or as long as keeping them apart saves less than a
-    share `gain` of all the work.
+    The needs that are most alike are merged as long as there are too many shapes, a shape has too few rows, or keeping them
+    apart saves too little.
 
     Args:
+      needs: the shape that each example needs.
       cost: of a row of a shape.
-      packed: rows have room for several examples each.
+      packed: whether several examples share a row.
+      least: rows of a shape: those of a batch, which would take many epochs to fill otherwise.
+      most: shapes of images, and as many of videos.
+      gain: the share of all the work that one more shape has to save.
     """
     coarse = 1
     while len({rounded(need, coarse) for need in needs}) > MOST_KINDS:
@@ -135,19 +146,25 @@ def cover(
     for need in needs:
         alike[rounded(need, coarse)].append(need)
     groups = [group_of(kind, packed) for kind in alike.values()]
-    found = []
+    shapes = []
     for video in {group.most.video for group in groups}:
-        mine = [group for group in groups if group.most.video == video]
-        found += [cheapest(group, cost) for group in merged(mine, cost, least, most, gain)]
-    return sorted(found, key=lambda shape: (cost(shape), shape))
+        same_kind = [group for group in groups if group.most.video == video]
+        shapes += [cheapest(group, cost) for group in merged(same_kind, cost, least, most, gain)]
+    return sorted(shapes, key=lambda shape: (cost(shape), shape))
+
+
+def largest(shapes: Sequence[BatchShape]) -> BatchShape:
+    """The smallest shape that holds all `shapes`."""
+    return BatchShape(*np.max(shapes, axis=0).tolist())
 
 
 def cheapest(group: Group, cost: Callable[[BatchShape], float]) -> BatchShape:
+    """The shape of the group in which its examples cost least."""
     return min(group.shapes, key=lambda shape: group.rows(shape) * cost(shape))
 
 
 def merged(groups: list[Group], cost: Callable[[BatchShape], float], least: int, most: int, gain: float) -> list[Group]:
-    """Two groups at a time become one, those first whose rows it makes least dearer (`cover`)."""
+    """Merges groups, two at a time, as `cover` says: those first whose rows get least dearer by it."""
     shape = functools.cache(lambda group: cheapest(group, cost))
     work = functools.cache(lambda group: group.rows(shape(group)) * cost(shape(group)))
     dearer = functools.cache(lambda a, b: work(a | b) - work(a) - work(b))
@@ -155,7 +172,7 @@ def merged(groups: list[Group], cost: Callable[[BatchShape], float], least: int,
     while len(groups) > 1:
         few = [group for group in groups if group.rows(shape(group)) < least]
         pairs = ((a, b) for i, a in enumerate(groups) for b in groups[:i] if not few or a in few or b in few)
-        more, a, b = min(((dearer(a, b), a, b) for a, b in pairs), key=lambda found: found[0])
+        more, a, b = min(((dearer(a, b), a, b) for a, b in pairs), key=lambda pair: pair[0])
         if not few and len(groups) <= most and more > gain * total:
             break
         groups = [group for group in groups if group is not a and group is not b] + [a | b]

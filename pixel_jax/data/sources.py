@@ -1,4 +1,4 @@
-"""Where the pixels of an example lie until they are needed: a file, a member of an archive, a record; image or video.
+"""Sources of images and videos: a file, a member of an archive, a record, or bytes in the data. Pixels are read when needed.
 
 Names come from data and are not trusted. One rule holds for all readers (`locate`): a name leads to a file in the folder of
 the data, or in a folder that the user allows (`image_folders` of the configs), and nothing is fetched from anywhere.
@@ -12,19 +12,19 @@ import pathlib
 import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from pixel_jax.data.clips import clip_size, is_clip, read_frames
 from pixel_jax.data.images import ImageError, image_size, read_image
-from pixel_jax.data.limits import room_for_content
+from pixel_jax.data.limits import reserve_content
 from pixel_jax.files import open_regular
 from pixel_jax.terminal import brief
 
 
 class SourceError(ValueError):
-    """A name that leads nowhere, or out of the folder; the message has it."""
+    """A name that leads nowhere, or out of the folder. The message has the name."""
 
 
 class Member(NamedTuple):
@@ -38,22 +38,22 @@ class Member(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """The `place`-th encoded image of a record of a random-access data source (`record["images"]`), kept in `folder`."""
+    """An encoded image of a record of a random-access data source, `record["images"][number]`, kept in `folder`."""
 
     records: Sequence[Any]
-    index: int
-    place: int
+    record: int
+    number: int
     folder: pathlib.Path
 
     def __str__(self) -> str:
-        return f"image {self.place + 1} of record {self.index}"
+        return f"image {self.number + 1} of record {self.record}"
 
 
 class Embedded(NamedTuple):
-    """A picture that stood in the data itself, still encoded."""
+    """An encoded picture that stands in the data itself."""
 
     data: bytes
-    name: str  # where it stood
+    name: str  # where it stands
 
     def __str__(self) -> str:
         return self.name
@@ -72,14 +72,18 @@ def locate(
     directory: bool = False,
     error: Callable[[str], Exception] = SourceError,
 ) -> pathlib.Path:
-    """The file that data calls `name`, relative to `folder`.
+    """Finds the file that data calls `name`, relative to `folder`.
 
-    However the name is written, with `..`, as a whole path or through links: what counts is that it leads into `folder` or
-    into one of the `others`. (Of a snapshot in a cache of the Hugging Face hub, whose files are links, the cache's own
-    folder of contents is one of them.)
+    The name may have `..`, be a whole path or lead through links, as long as it leads into `folder` or into one of the
+    `others`. (The files of a snapshot in a cache of the Hugging Face hub are links; the folder that they lead to counts as one
+    of the `others`.)
 
     Args:
-        directory: a folder may be what is meant.
+        name: any value that the data has.
+        folder: that names are relative to.
+        others: folders that names may lead to as well.
+        directory: whether it may be a folder.
+        error: the class of the errors.
 
     Raises:
         error: it is no name, leads to nothing or to what is no regular file (a device, a named pipe), or elsewhere.
@@ -106,7 +110,7 @@ def locate(
 
 @functools.lru_cache(maxsize=64)
 def _roots(*folders: str | os.PathLike) -> tuple[str, ...]:
-    """The folders themselves, links resolved."""
+    """The folders with links resolved."""
     real = [os.path.realpath(folder) for folder in folders]
     for path in map(pathlib.Path, list(real)):
         # ../datasets--NAME/snapshots/REVISION/...: links to ../datasets--NAME/blobs/DIGEST
@@ -115,7 +119,7 @@ def _roots(*folders: str | os.PathLike) -> tuple[str, ...]:
 
 
 def open_archive(path: pathlib.Path) -> zipfile.ZipFile:
-    """The archive, opened once as long as it stays the same; several threads may read it."""
+    """Opens an archive, once as long as its file stays the same. Several threads may read it."""
     try:
         status = path.stat()
         return _open_archive(path, status.st_mtime_ns, status.st_size)
@@ -130,7 +134,7 @@ def _open_archive(path: pathlib.Path, *version: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(open_regular(path, SourceError))
 
 
-def _open_member(source: Member) -> BinaryIO:
+def _open_member(source: Member) -> IO[bytes]:
     archive = open_archive(source.archive)
     try:
         info = archive.getinfo(source.name)
@@ -143,19 +147,22 @@ def _open_member(source: Member) -> BinaryIO:
         raise ImageError(f"{source} cannot be opened: {error}") from None
 
 
-def _open(source: Source) -> BinaryIO:
-    """A file to look at the beginning of; of a member no more is unpacked than is read."""
+def _open(source: Source) -> IO[bytes]:
+    """Opens a source to read its beginning; of a member no more is unpacked than is read."""
     if isinstance(source, Member):
         return _open_member(source)
-    if isinstance(source, Stored):
-        return io.BytesIO(source.records[source.index]["images"][source.place])
-    if isinstance(source, Embedded):
-        return io.BytesIO(source.data)
-    return open_regular(source, ImageError)
+    if isinstance(source, pathlib.Path):
+        return open_regular(source, ImageError)
+    return io.BytesIO(_encoded(source))
+
+
+def _encoded(source: Stored | Embedded) -> bytes:
+    """The bytes of a source that is in memory already."""
+    return source.data if isinstance(source, Embedded) else source.records[source.record]["images"][source.number]
 
 
 def _length(source: Source) -> int:
-    """Bytes that a file says it has, of those that are not in memory already."""
+    """The size of a file in bytes; 0 if it is in memory already."""
     if isinstance(source, Member):
         return open_archive(source.archive).getinfo(source.name).file_size
     return 0 if isinstance(source, Stored | Embedded) else source.stat().st_size
@@ -163,13 +170,16 @@ def _length(source: Source) -> int:
 
 @contextlib.contextmanager
 def _content(source: Source) -> Iterator[BinaryIO]:
-    """A file that can be read anywhere. A member is unpacked into memory, once there is room for what it says it has."""
-    if not isinstance(source, Member):
-        with _open(source) as file:
+    """Opens a source as a file that can seek. A member is unpacked into memory, which is reserved before."""
+    if isinstance(source, pathlib.Path):
+        with open_regular(source, ImageError) as file:
             yield file
         return
+    if not isinstance(source, Member):
+        yield io.BytesIO(_encoded(source))
+        return
     with _open_member(source) as file:
-        with room_for_content(_length(source), str(source)):
+        with reserve_content(_length(source), str(source)):
             try:
                 data = file.read()  # at most what it says; more is an error of its checksum
             except (zipfile.BadZipFile, EOFError, OSError) as error:
@@ -180,13 +190,13 @@ def _content(source: Source) -> Iterator[BinaryIO]:
 
 
 def read_bytes(source: Source) -> bytes:
-    """The file's content."""
+    """The content of a source: an encoded image or a video file."""
     with _content(source) as file:
         return file.read()
 
 
 def shows_clip(source: Source) -> bool:
-    """Whether this is a video file rather than an image, by its first bytes."""
+    """Whether a source is a video file rather than an image, by its first bytes."""
     with _open(source) as file:
         try:
             return is_clip(file.read(16))
@@ -195,7 +205,7 @@ def shows_clip(source: Source) -> bool:
 
 
 def load_frames(sources: Sequence[Source], video: bool) -> tuple[list[np.ndarray], float | None]:
-    """The images, uint8 [h, w, 3] each; for one video file its frames, and the seconds that two of them cover."""
+    """Reads images, uint8 [h, w, 3] each; of one video file the frames, and the seconds that two of them cover."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
         with _content(sources[0]) as file:
             frames, seconds = read_frames(file, str(sources[0]))
@@ -204,14 +214,14 @@ def load_frames(sources: Sequence[Source], video: bool) -> tuple[list[np.ndarray
 
 
 def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]:
-    """(height, width) of what `load_frames` returns, from headers and, of a video, its first frame."""
+    """(height, width) of each image that `load_frames` returns, from headers and, of a video, its first frame."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
         with _content(sources[0]) as file:
             return clip_size(file, str(sources[0]))
     sizes = []
     for source in sources:
         # Of some formats Pillow reads the whole file to see its header.
-        with _open(source) as file, room_for_content(_length(source), str(source)):
+        with _open(source) as file, reserve_content(_length(source), str(source)):
             sizes.append(image_size(file, name=str(source)))
     return sizes
 
@@ -220,24 +230,24 @@ def _load(source: Source) -> np.ndarray:
     if isinstance(source, pathlib.Path):
         return read_image(source)
     with _content(source) as file:
-        return read_image(file.getbuffer(), name=str(source))
+        return read_image(file.read(), name=str(source))
 
 
 class Folder:
-    """Files of one folder and of the ZIP archives in it, by the names that the data gives them.
+    """The files of a folder and of the ZIP archives in it, by the names that data gives them.
 
     `images/2-0.jpg` is looked for as a file, as a member of an archive, and with the archive's own name (`images` of
     `images.zip`) added in front or taken away, for archives are packed, and unpacked, with and without it.
     """
 
     def __init__(self, path: pathlib.Path, others: Sequence[str | os.PathLike] = ()):
-        """`others`: folders that names may lead to, too (`locate`)."""
+        """`others`: folders that names may lead to as well (`locate`)."""
         self.path, self.others = path, tuple(others)
         self.archives = {archive: frozenset(open_archive(archive).namelist()) for archive in sorted(path.glob("*.zip"))}
         self.stems = sorted({archive.stem for archive in self.archives} | {"images", "videos"})
 
     def find(self, name: Any) -> Source:
-        """Where `name` lies. SourceError: nothing or more than one thing is called so, or it leads out (`locate`)."""
+        """Finds the file called `name`. SourceError: there is none, there are several, or it leads out (`locate`)."""
         if not isinstance(name, str) or not name:
             raise SourceError(f"the name of a file must be a text, not {brief(name)}")
         name = name.removeprefix("./")
@@ -251,8 +261,8 @@ class Folder:
             if candidate in names
         ]
         if not found:
-            places = ", ".join([str(self.path), *(archive.name for archive in self.archives)])
-            raise SourceError(f"there is no {brief(name)} in {places}")
+            searched = ", ".join([str(self.path), *(archive.name for archive in self.archives)])
+            raise SourceError(f"there is no {brief(name)} in {searched}")
         if len(found) > 1:
             raise SourceError(f"{brief(name)} is both {found[0]} and {found[1]}")
         return found[0]

@@ -1,8 +1,8 @@
-"""Reasoning traces written from templates around a reference cue (Pixel Reasoner §4.1, App. E).
+"""Writes reasoning traces from templates around a reference cue (Pixel Reasoner §4.1, App. E).
 
 A cue is the box, or the frames, that answer the question. A trace looks at it at once, or makes one of the paper's
-mistakes first and corrects it; the mistake is shown and never learned. Nothing here knows what the question is about:
-the sentences come with the cue.
+mistakes first and corrects it; the mistake is shown and never learned. The question's subject does not matter here: its name
+comes with the cue.
 """
 
 import dataclasses
@@ -52,14 +52,17 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as shares of the image
 
 
 def written_box(box: Sequence[float]) -> str:
+    """The box as the model writes it, in hundredths."""
     return ", ".join(f"{x:.2f}" for x in box)
 
 
 def opening_zoom(cue: str) -> str:
+    """The beginning of a turn that zooms in, up to the numbers of the box."""
     return SENTENCES.zoom.format(cue) + CALL_BOX
 
 
 def opening_select(cue: str) -> str:
+    """The beginning of a turn that selects frames, up to their numbers."""
     return SENTENCES.select.format(cue) + CALL_FRAMES
 
 
@@ -76,12 +79,13 @@ def crop_call(
 
 
 def select_call(cue: str, frames: Sequence[int], language: Language = RELEASED_LANGUAGE) -> str:
-    """`frames` count from 1."""
+    """The sentence and the call that select `frames`, which count from 1."""
     values = {"target_frames": frames}
     return SENTENCES.select.format(cue) + write_call(language, SELECT_FRAMES.name, values, label=cue)
 
 
 def final_answer(answer: str) -> str:
+    """The turn that gives the answer."""
     return SENTENCES.answer + answer + "}"
 
 
@@ -90,23 +94,27 @@ def outward(box: Sequence[float], width: int, height: int) -> Box:
     x1, y1, x2, y2 = box
     low = [np.floor(100 * x / side) / 100 for x, side in ((x1, width), (y1, height))]
     high = [np.ceil(100 * x / side) / 100 for x, side in ((x2, width), (y2, height))]
-    return tuple(float(x) for x in np.clip([*low, *high], 0.0, 1.0))
+    x1, y1, x2, y2 = np.clip([*low, *high], 0.0, 1.0).tolist()
+    return x1, y1, x2, y2
 
 
 def in_pixels(box: Sequence[float], width: int, height: int, pad: float = 0.0) -> tuple[int, int, int, int]:
-    """What the crop tool cuts out for a box in hundredths, `pad` being added on each side as a share of the image."""
+    """The pixels that the crop tool cuts out for a box in hundredths, with `pad`, a share of the image, on each side."""
     return cut_out([round(x, 2) for x in box], width, height, pad)
 
 
 def cut_out(shares: Sequence[float], width: int, height: int, pad: float) -> tuple[int, int, int, int]:
-    """The same of any shares."""
-    edges = (x + sign * pad for x, sign in zip(shares, (-1, -1, 1, 1), strict=True))
-    sides = (width, height) * 2
-    return tuple(round(min(max(edge, 0.0), 1.0) * side) for edge, side in zip(edges, sides, strict=True))
+    """The pixels that the crop tool cuts out for any box in shares of the image."""
+
+    def edge(share: float, side: int) -> int:
+        return round(min(max(share, 0.0), 1.0) * side)
+
+    x1, y1, x2, y2 = shares
+    return edge(x1 - pad, width), edge(y1 - pad, height), edge(x2 + pad, width), edge(y2 + pad, height)
 
 
 def grown(box: Sequence[float], pad: float) -> Box:
-    """`box` with `pad` on each side, clipped to the image."""
+    """The box with `pad` on each side, clipped to the image."""
     x1, y1, x2, y2 = box
     return max(x1 - pad, 0.0), max(y1 - pad, 0.0), min(x2 + pad, 1.0), min(y2 + pad, 1.0)
 
@@ -124,7 +132,7 @@ def missing_box(rng: np.random.Generator, reference: Box) -> Box:
 
 
 def loose_box(rng: np.random.Generator, reference: Box, factor: tuple[float, float]) -> Box:
-    """A square-ish box around the reference, `factor` times as wide and as high, the reference anywhere in it."""
+    """A box around the reference, `factor` (lowest, highest) times as wide and as high, the reference anywhere in it."""
     box = []
     for low, high in ((reference[0], reference[2]), (reference[1], reference[3])):
         side = min((high - low) * rng.uniform(*factor), 1.0)
@@ -135,6 +143,7 @@ def loose_box(rng: np.random.Generator, reference: Box, factor: tuple[float, flo
 
 
 def direct_trace(query: Query, answer: str) -> Trace:
+    """A trace that answers without looking closer."""
     return Trace(query, (right(final_answer(answer)),), answer)
 
 
@@ -152,12 +161,12 @@ def image_turns(
     images: int = 1,
     language: Language = RELEASED_LANGUAGE,
 ) -> tuple[Turn, ...]:
-    """The turns that look at `reference` of image number `target` of `images`, after the mistake of the `kind`.
+    """Writes the turns that look at `reference` of image number `target` of `images`, after the mistake of the `kind`.
 
-    `size` is the image's (height, width), `pad` what the crop tool will add on each side: a crop that misses the
-    reference misses it with its padding, and a box within a crop is a box within what was shown of it. `shown` is cut out
-    instead of the reference, which is written all the same: so a model can be shown crops as imprecise as its own boxes
-    will be and still learn exact ones. Calls are written in the `language`, which has the crop among its tools.
+    `size` is the image's (height, width), `pad` what the crop tool adds on each side: a crop that misses the reference misses it
+    with its padding, and a box within a crop is relative to what the crop showed. `shown` is cut out instead of the reference,
+    which is still what is written: so a model can be shown crops as imprecise as its own boxes will be, and learn exact ones.
+    Calls are written in the `language`, which has the crop among its tools.
 
     Raises:
         UnwritableError: its format cannot name an image of that number.
@@ -183,11 +192,12 @@ def image_turns(
         loose = loose_box(rng, reference, (3.0, 6.0))
         x1, y1, x2, y2 = cut_out(as_written(language, [round(x, 2) for x in loose], size), width, height, pad)
         shown_first = (y2 - y1, x2 - x1)
-        within = lambda box: outward(
-            np.clip(np.array(in_pixels(box, width, height)) - (x1, y1, x1, y1), 0, (x2 - x1, y2 - y1) * 2),
-            x2 - x1,
-            y2 - y1,
-        )
+
+        def within(box: Box) -> Box:
+            """The box relative to the loose one, as it was shown."""
+            inside = np.clip(np.array(in_pixels(box, width, height)) - (x1, y1, x1, y1), 0, (x2 - x1, y2 - y1) * 2)
+            return outward(inside.tolist(), x2 - x1, y2 - y1)
+
         closer = Turn(
             ((SENTENCES.too_large + crop_call(cue, within(reference), images + 1, shown_first, language), True),),
             executed=crop_call(cue, within(carried_out), images + 1, shown_first, language),
@@ -206,7 +216,7 @@ def image_trace(
     *,
     shown: Box | None = None,
 ) -> Trace:
-    """`image_turns` about the first image of `query`, whose crops are not padded."""
+    """A trace of `image_turns` about the first image of `query`, whose crops are not padded."""
     turns = image_turns(rng, query.images[0].shape[:2], cue, reference, answer, kind, shown=shown)
     return Trace(query, turns, answer)
 
@@ -220,7 +230,7 @@ def video_turns(
     kind: str,
     language: Language = RELEASED_LANGUAGE,
 ) -> tuple[Turn, ...]:
-    """The turns that select `frames` (from 1, of `length`), after as many wrong ones if the `kind` is "reselect"."""
+    """Writes the turns that select `frames` (from 1, of `length`), after as many wrong ones if the `kind` is "reselect"."""
     end = right(final_answer(answer))
     if kind == "single":
         return (right(select_call(cue, frames, language)), end)
@@ -240,9 +250,10 @@ def video_turns(
 def video_trace(
     rng: np.random.Generator, query: Query, cue: str, frames: Sequence[int], answer: str, kind: str
 ) -> Trace:
-    """`video_turns` about the frames of `query`."""
+    """A trace of `video_turns` about the frames of `query`."""
     return Trace(query, video_turns(rng, len(query.images), cue, frames, answer, kind), answer)
 
 
 def draw_kind(rng: np.random.Generator, kinds: Sequence[str], shares: Sequence[float]) -> str:
+    """Draws one of the kinds, each with its share."""
     return kinds[int(rng.choice(len(kinds), p=np.array(shares) / np.sum(shares)))]

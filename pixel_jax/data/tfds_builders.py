@@ -1,4 +1,4 @@
-"""TFDS builders of the released data: prepared once into ArrayRecord files of encoded images, read at random by Grain.
+"""TFDS builders of the released data: prepared once as ArrayRecord files of encoded images, which Grain reads at random.
 
 TensorFlow is never imported. To prepare, put `release.json` or `release.parquet` and its archives into a directory:
 
@@ -45,7 +45,7 @@ FEATURES = {
 
 
 class _Released(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Rows of one released file, found in `manual_dir`."""
+    """A builder of the rows of one released file, which lies in `manual_dir`."""
 
     VERSION = tfds.core.Version("1.1.0")
     BUILDER_CONFIGS = [
@@ -76,8 +76,10 @@ class _Released(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return {"train": self._generate_examples(pathlib.Path(dl_manager.manual_dir) / self.FILE)}
 
     def _generate_examples(self, path: pathlib.Path):
-        examples, report = read_examples(path, turns=self.TURNS, drop=self.builder_config.name == "readable")
-        self.info.metadata.update(dropped=report.dropped, mended=dict(report.mended))
+        config, metadata = self.builder_config, self.info.metadata
+        assert config is not None and metadata is not None
+        examples, report = read_examples(path, turns=self.TURNS, drop=config.name == "readable")
+        metadata.update(dropped=report.dropped, mended=dict(report.mended))
         for i, example in enumerate(examples):
             example.query()
             yield i, record_of(example)
@@ -96,7 +98,7 @@ class PixelReasonerQuestions(_Released):
 
 
 def record_of(example: Example) -> dict:
-    """An example as the builders write it."""
+    """The record of an example, as the builders write it."""
     texts = [turn.parts[0][0] for turn in example.turns]
     return {
         "id": example.id,
@@ -112,9 +114,10 @@ def record_of(example: Example) -> dict:
 
 
 def read_prepared(directory: pathlib.Path) -> list[Example]:
-    """The examples of a directory that a builder has prepared, their images left in its files."""
+    """Reads the examples of a directory that a builder has prepared; their images stay in its files."""
     try:
-        records = tfds.builder_from_directory(directory).as_data_source(split="train")
+        # The stubs do not see through the decorator of the method.
+        records = tfds.builder_from_directory(directory).as_data_source(split="train")  # pyright: ignore[reportCallIssue]
     except Exception as error:  # TFDS says it in many ways
         raise ExampleError(f"{directory} holds no prepared TFDS data: {error}") from None
     return [_example(records, i, directory) for i in range(len(records))]
@@ -124,11 +127,14 @@ def _example(records, index: int, folder: pathlib.Path) -> Example:
     record = records[index]
     if missing := FEATURES.keys() - record.keys():
         raise ExampleError(f"record {index} has no {min(missing)!r}: prepare the data again")
-    text = lambda x: x.decode("utf-8")
+
+    def text(value: bytes) -> str:
+        return value.decode("utf-8")
+
     return Example(
         id=text(record["id"]),
         question=text(record["question"]),
-        images=tuple(Stored(records, index, place, folder) for place in range(len(record["images"]))),
+        images=tuple(Stored(records, index, number, folder) for number in range(len(record["images"]))),
         answer=tuple(map(text, record["answer"])),
         turns=tuple(
             Turn(((text(words), bool(learned)),))

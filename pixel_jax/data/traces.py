@@ -1,10 +1,11 @@
-"""From a written trace to the rows that a model is trained on: the same `Trajectories` that a rollout returns.
+"""Written traces as the rows that a model is trained on: the same `Trajectories` that a rollout returns.
 
 A trace is a question and the assistant's turns as text. Its calls are read, carried out and answered by the functions of
-the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have met had it
-written those turns itself; only pixels are resized by the host here, with the same bits.
+the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have read had it
+written those turns itself. Only the pixels are resized on the host, to the same bits.
 """
 
+import array
 import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
-from pixel_jax.rollouts.operations import add_to_history, called, execute
+from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
 from pixel_jax.rollouts.prompts import Query, check_format, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, RolloutShape
 from pixel_jax.rollouts.trajectory import (
@@ -34,20 +35,23 @@ from pixel_jax.rollouts.trajectory import (
 )
 from pixel_jax.rollouts.views import frame_patches
 from pixel_jax.tools import Tool
-from pixel_jax.tools.looking import ImageHistory, Seen
+from pixel_jax.tools.device import ImageHistory, Seen
+from pixel_jax.tools.tool import Coordinates
 
-WAVE = 256  # traces answered by one call of the device: one compilation for all of them
+WAVE = 256  # traces answered by one call of the device, so that one compilation serves all of them
 
 
 class Turn(NamedTuple):
-    """One turn of the assistant: stretches of text, each learned or only read."""
+    """One turn of the assistant: pieces of text, each learned or only read."""
 
     parts: tuple[tuple[str, bool], ...]
-    ends: bool = True  # `<|im_end|>` follows, learned if the last part is; else the row stops in mid-turn
+    ends: bool = True  # `<|im_end|>` follows, learned if the last piece is; else the row stops within the turn
     executed: str | None = None  # the call that is carried out, if it is not the one that is written
 
 
 class Trace(NamedTuple):
+    """A question and the turns of the assistant."""
+
     query: Query
     turns: tuple[Turn, ...]
     answer: str  # the reference, for scoring
@@ -63,11 +67,12 @@ def wrong(text: str) -> Turn:
 
 
 def right(text: str) -> Turn:
+    """A turn that the model learns."""
     return Turn(((text, True),))
 
 
 class View(NamedTuple):
-    """A frame that a row shows: a region, at a size, of one of the query's images or of what a tool made (`Views`)."""
+    """A frame that a row shows: a region of one of the query's images, or of a picture that a tool made, at a size (`Views`)."""
 
     image: int
     region: tuple[int, ...]  # x1 y1 x2 y2
@@ -75,19 +80,21 @@ class View(NamedTuple):
 
     @property
     def patches(self) -> int:
+        """How many patches the frame has."""
         return self.size[0] * self.size[1] // PATCH**2
 
 
 class Row:
-    """A row as it grows. Only the sizes of the trace's images are read: the pixels are cut out by `render`."""
+    """A row that is being written. Only the sizes of the trace's images are read: `render` cuts the pixels out."""
 
     def __init__(
         self, trace: Trace, index: int, vocabulary: Vocabulary, config: RolloutConfig, tools: tuple[Tool, ...]
     ):
         self.trace, self.index, self.tools = trace, index, tools
         query = trace.query
-        self.ids = prompt_tokens(query, vocabulary, config, tools=tools)
-        self.loss_mask = [False] * len(self.ids)
+        # Compact: the rows of a whole data set are kept.
+        self.ids = array.array("i", prompt_tokens(query, vocabulary, config, tools=tools))
+        self.loss_mask = bytearray(len(self.ids))  # 1: the token is learned
         self.views: list[View] = []
         self.slices: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int, int]] = []
@@ -112,37 +119,46 @@ class Row:
                 self.show(view)
 
     def show(self, view: View) -> None:
+        """Appends a still image."""
         self.slices.append((len(self.views), len(self.views)))
         self.grids.append((1, view.size[0] // PATCH, view.size[1] // PATCH))
         self.views.append(view)
 
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
-        """Append a turn; returns the ids of what is carried out."""
+        """Appends a turn; returns the ids of the turn that is carried out."""
         ids, loss_mask = [], []
         for text, learned in turn.parts:
-            part = vocabulary.encode(text)
-            ids += part
-            loss_mask += [learned] * len(part)
+            piece = vocabulary.encode(text)
+            ids += piece
+            loss_mask += [learned] * len(piece)
         if turn.ends:
             ids.append(vocabulary.im_end)
             loss_mask.append(loss_mask[-1])
-        self.ids += ids
-        self.loss_mask += loss_mask
+        self.ids.extend(ids)
+        self.loss_mask.extend(loss_mask)
         return ids if turn.executed is None else vocabulary.encode(turn.executed)
 
     @property
     def shape(self) -> BatchShape:
-        """The room that the row takes."""
+        """The shape that the row needs."""
         return BatchShape(len(self.ids), len(self.views), len(self.slices), max(view.patches for view in self.views))
 
     @property
     def patches(self) -> int:
-        """Of all slices: what the vision tower has to encode."""
+        """The patches of all slices, which the vision tower has to encode."""
         return sum(self.views[first].patches for first, _ in self.slices)
 
 
 def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The row's frames as patches, cut out of `images`: those that it was written for, or others of the same sizes."""
+    """Cuts the row's frames out of `images`: those that it was written for, or others of the same sizes.
+
+    Args:
+        row: written out.
+        images: uint8 [h, w, 3] each.
+
+    Returns:
+        The patches of each frame, uint8 [P, 588].
+    """
     have = [image.shape for image in images]
     planned = [image.shape for image in row.trace.query.images]
     if have != planned:
@@ -153,8 +169,13 @@ def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: RolloutShape):
-    """What the rollout answers to turns int32 [WAVE, T] (-1: no token), of each row its `number`: whether it was asked,
-    the call, its result, observation ids and lengths, and the image history after it.
+    """What the rollout answers to turns, int32 [WAVE, T] (-1: no token).
+
+    `number` int32 [WAVE] counts the calls of each row so far.
+
+    Returns:
+        Whether the turn has a call, the call, what it shows, the ids and the length of the observation, and the image history
+        after it.
     """
     state, _ = jax.lax.scan(
         lambda state, tokens: (tables.parser.step(tables.bytes, state, tokens), None), tables.parser.init(WAVE), turns.T
@@ -163,12 +184,12 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = decode_loop.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = called(call, result, call.required, tables.tools)
+    done = record_calls(call, result, call.required, tables.tools)
     return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
 
 
 def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig) -> list:
-    """Every row of one wave reads the observation of the call it just wrote; returns the galleries after it."""
+    """Appends to every row of a wave the observation of the call it just wrote; returns the image histories after it."""
     most = max(len(row.trace.query.images) for row in rows)
     videos = any(row.trace.query.is_video for row in rows)
     width = 1 << max(4, (max(map(len, turns)) - 1).bit_length())  # few widths: each is a compilation
@@ -178,13 +199,14 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
         padded[i, : len(turn)] = turn
         for j, image in enumerate(row.trace.query.images):
             image_sizes[i, j] = image.shape[:2]
-    fill = lambda values, dtype: np.resize(np.array(values, dtype), WAVE)  # noqa: E731
-    seen = Seen(
-        history=jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories),
-        is_video=fill([row.trace.query.is_video for row in rows], bool),
-        image_sizes=image_sizes,
-        image_counts=fill([len(row.trace.query.images) for row in rows], np.int32),
-    )
+
+    def fill(values: list[int], dtype: type) -> np.ndarray:
+        return np.resize(np.array(values, dtype), WAVE)
+
+    history = jax.tree.map(lambda *xs: np.stack([xs[i % len(xs)] for i in range(WAVE)]), *histories)
+    is_video = fill([row.trace.query.is_video for row in rows], bool)
+    image_counts = fill([len(row.trace.query.images) for row in rows], np.int32)
+    seen = Seen._make((history, is_video, image_sizes, image_counts, Coordinates.EITHER))
     number = fill([len(row.calls) for row in rows], np.int32)
     shape = RolloutShape(BatchShape(0, most, most, 0, video=videos), tables.tools, shards=1)
     answer = jax.tree.map(np.asarray, _respond(tables, padded, seen, number, config, shape))
@@ -192,13 +214,13 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
     for i, row in enumerate(rows):
         if not required[i]:
             raise TraceError(f"turn {len(row.calls) + 1} of a trace about {row.trace.query.question!r} is no call")
-        if (called := int(calls.tool[i])) >= 0 and tables.tools[called].host:
+        if (tool := int(calls.tool[i])) >= 0 and tables.tools[tool].host:
             raise TraceError(
-                f"a trace about {row.trace.query.question!r} calls {tables.tools[called].name!r}, which runs on the host: what "
-                "it answered is not written"
+                f"a trace about {row.trace.query.question!r} calls {tables.tools[tool].name!r}, which runs on the host: its "
+                "answer is not written"
             )
-        row.ids += ids[i, : lengths[i]].tolist()
-        row.loss_mask += [False] * int(lengths[i])
+        row.ids.extend(ids[i, : lengths[i]].tolist())
+        row.loss_mask.extend(bytes(int(lengths[i])))
         for image, region, size in zip(*(x[i].tolist() for x in shown), strict=True):
             if image != NO_IMAGE:
                 row.show(View(image, tuple(region), tuple(size)))
@@ -207,19 +229,20 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
 
 
 def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
-    """What `row` shows before it asks for anything: `first_history`, without a compilation for each count of rows."""
+    """The images that `row` shows before its first call: `first_history`, without a compilation for each count of rows."""
     slots = config.max_images + most
     region, size = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
     for i, view in enumerate(row.views):
         region[i], size[i] = view.region, view.size
     count = 1 if row.trace.query.is_video else len(row.views)
-    return ImageHistory(np.minimum(np.arange(slots, dtype=np.int32), most - 1), region, size, np.int32(count))
+    images = np.minimum(np.arange(slots, dtype=np.int32), most - 1)
+    return ImageHistory._make((images, region, size, np.asarray(count, np.int32)))
 
 
 def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:
-    """The traces in order, written out: tokens, and which views of their images they show. No pixel is read.
+    """Writes traces out as rows, in their order: tokens, and views of their images. No pixel is read.
 
-    Every call but one that ends its trace is answered.
+    Every call is answered, but one that ends its trace.
     """
     check_format(tables, config)
     rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
@@ -231,20 +254,20 @@ def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, 
         turn += 1
         active = [row for row in active if len(row.trace.turns) > turn]
         for start in range(0, len(active), WAVE):
-            part = active[start : start + WAVE]
+            wave = active[start : start + WAVE]
             after = _answer_calls(
-                part, [written[row.index] for row in part], [histories[row.index] for row in part], tables, config
+                wave, [written[row.index] for row in wave], [histories[row.index] for row in wave], tables, config
             )
-            histories |= {row.index: history for row, history in zip(part, after, strict=True)}
+            histories |= {row.index: history for row, history in zip(wave, after, strict=True)}
     return rows
 
 
 def to_trajectories(
     traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, shape: BatchShape
 ) -> Trajectories[Visual]:
-    """One row a trace, in order, on the host."""
+    """Writes traces out and cuts their frames: one row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
-    with ThreadPoolExecutor() as pool:  # most of the time goes into products, which hold no lock
+    with ThreadPoolExecutor() as pool:  # products take most of the time, and hold no lock
         frames = list(pool.map(lambda row: render(row, row.trace.query.images), rows))
     return assemble(rows, frames, config, shape)
 
@@ -252,7 +275,11 @@ def to_trajectories(
 def assemble(
     rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
 ) -> Trajectories[Visual]:
-    """Rows and their rendered frames as arrays; a row that does not fit `shape` is a `TraceError`."""
+    """Puts rows and their rendered frames into arrays.
+
+    Raises:
+        TraceError: a row does not fit `shape`.
+    """
     count, numbers = len(rows), config.max_calls + 1
     tokens = np.zeros((count, shape.tokens), np.int32)
     valid, loss_mask = np.zeros((2, count, shape.tokens), bool)
@@ -265,16 +292,16 @@ def assemble(
     views = max((len(call.source.image) for row in rows for call in row.calls), default=1)
     calls = no_calls(count, numbers, views, rows[0].tools)
     for i, row in enumerate(rows):
-        takes = row.shape
-        for name, have, room in (
-            ("tokens", takes.tokens, shape.tokens),
-            ("pictures", takes.images, shape.images),
-            ("slices", takes.slices, shape.slices),
-            ("patches", takes.patches, shape.patches),
+        need = row.shape
+        for name, have, capacity in (
+            ("tokens", need.tokens, shape.tokens),
+            ("pictures", need.images, shape.images),
+            ("slices", need.slices, shape.slices),
+            ("patches", need.patches, shape.patches),
             ("calls", len(row.calls), config.max_calls),
         ):
-            if have > room:
-                raise TraceError(f"trace {i} has {have} {name}, there is room for {room}")
+            if have > capacity:
+                raise TraceError(f"trace {i} has {have} {name}, there is room for {capacity}")
         tokens[i, : len(row.ids)] = row.ids
         valid[i, : len(row.ids)] = True
         loss_mask[i, : len(row.ids)] = row.loss_mask
@@ -299,6 +326,6 @@ def assemble(
     )
 
 
-def _put(place: tuple[int, int], record: np.ndarray, value: np.ndarray) -> None:
-    """`value` at a place of a record, which may have room for more pictures than a wave of images shows."""
-    record[(*place, *(slice(count) for count in np.shape(value)))] = value
+def _put(index: tuple[int, int], record: np.ndarray, value: np.ndarray) -> None:
+    """Writes `value` to an index of a record, which may hold more pictures than the value has."""
+    record[(*index, *(slice(count) for count in np.shape(value)))] = value

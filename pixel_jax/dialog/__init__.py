@@ -1,10 +1,16 @@
-"""Text: the chat template and the tools' schemas, the grammar of a tool call (host parser and device automaton), what
-comes back from a tool, and tokenizers.
-"""
+"""Text: the chat template and schemas of tools, the grammar of tool calls and its two parsers, observations, and tokenizers."""
 
-from pixel_jax.dialog.automaton import CallParser, ParserState, call_parser, token_table
-from pixel_jax.dialog.grammar import Call, Language, MalformedCallError, Number, ParsedTurn, parse_call, parse_turn
-from pixel_jax.dialog.observations import Arguments, Kind, Observations
+from pixel_jax.dialog.call_parser import CallParser, ParserState, call_parser, token_table
+from pixel_jax.dialog.grammar import (
+    DecimalNumber,
+    Language,
+    MalformedCallError,
+    ParsedTurn,
+    ToolCall,
+    parse_call,
+    parse_turn,
+)
+from pixel_jax.dialog.observations import ObservationKind, Observations, ObservationValues
 from pixel_jax.dialog.template import (
     CHAT_TEMPLATE,
     GUIDELINES,
@@ -22,13 +28,13 @@ from pixel_jax.dialog.tokenizer import TokenBytes, Vocabulary, build_tokenizer
 __all__ = [
     "CHAT_TEMPLATE",
     "GUIDELINES",
-    "Arguments",
-    "Call",
-    "Kind",
+    "ObservationValues",
+    "ToolCall",
+    "ObservationKind",
     "Language",
     "MalformedCallError",
     "Media",
-    "Number",
+    "DecimalNumber",
     "Observations",
     "CallParser",
     "Special",

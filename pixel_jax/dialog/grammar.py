@@ -1,13 +1,13 @@
 """The language of tool calls, and its parser on the host.
 
-A *response* is the text of one assistant turn. All occurrences of `<|im_end|>` are taken out of it, once, from left to
-right. If what is left ends with the format's closing mark and perhaps white space, a call is **required**: the policy waits
-for an answer. The call is the text between the last opening mark and that closing mark. It is **valid** if it is in this
-language and nothing else:
+A *response* is the text of one assistant turn. All occurrences of `<|im_end|>` are removed from it, in one pass from left to
+right. If the rest ends with the format's closing mark, perhaps followed by white space, a call is **required**: the policy waits
+for an answer. The call is the text between the last opening mark and that closing mark. It is **valid** if it is exactly one call
+of this language:
 
     call      = ws object ws
     object    = "{" ws member (ws "," ws member)* ws "}"
-    member    = key ws ":" ws value        of these, or any other key and a scalar, which is not looked at:
+    member    = key ws ":" ws value        one of these keys, or any other key with a scalar, which is ignored:
                 "name"          a string: the name of a tool
                 "arguments"     an object; its keys are those of the tools' arguments, with values by their kind:
                                 a number, an integer
@@ -22,19 +22,19 @@ language and nothing else:
     string    = JSON's, without "<"; its bytes outside ASCII may be any
     ws        = any count of space, tab, line feed, carriage return; also between all tokens of the objects and arrays
 
-and has a name and all keys that this tool must be given, within their bounds. Where a format's calls have no name, the call
-is the object of the arguments. Of a key that is there twice the last value counts. Everything else gets one fixed error
-message. A number is read as whole units, at most `MAX_UNITS` (beyond, it stays there), and millionths; further decimals are
-cut off, before the exponent is applied.
+and has a name and all required arguments of this tool, within their bounds. Where a format's calls have no name, the call
+is the object of the arguments. If a key appears twice, the last value counts. Everything else gets one fixed error
+message. A number is read as whole units, clipped to `MAX_UNITS`, and millionths; further decimals are cut off before the
+exponent is applied.
 
-With the tools and the format of the released checkpoints these are the calls that the released code carries out
-(`json.loads`, then what it looks up), but for what a finite automaton cannot decide or nobody writes, which it takes and we
-do not: an array or an object as the value of a further key; a further key with a backslash or a "<" in it; `name`,
-`bbox_2d`, `target_image` or `target_frames` with a value of another kind where it does not belong or is given again; NaN,
-Infinity, and true or false for a number; and text between the call's closing tag and a second one. Two things are wider
-than there: white space behind the closing tag (there it ends the conversation), and integers that are too long for Python.
+With the tools and the format of the released checkpoints these are the calls that the released code carries out (by
+`json.loads`), with a few exceptions that a finite automaton cannot decide or nobody writes. Refused here, and accepted there,
+are an array or an object as the value of a further key; a further key with a backslash or a "<" in it; `name`, `bbox_2d`,
+`target_image` or `target_frames` with a value of another kind in another object or a second time; NaN, Infinity, and true or
+false for a number; and text between the call's closing tag and a second one. Accepted here, and refused there, are white space
+behind the closing tag (there it ends the conversation), and integers that are too long for Python.
 
-`automaton.py` decides the same language on the device, and reads the same values.
+`call_parser.py` decides the same language on the device, and reads the same values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelling
 from pixel_jax.tools import RELEASED
@@ -53,12 +53,12 @@ from pixel_jax.tools.tool import BOX_NUMBERS, Argument, Tool, ToolError, check_a
 
 END = b"<|im_end|>"
 MAX_UNITS = 999_999_999
-MAX_SHIFT = 16  # places that an exponent moves a number by: more make no difference to what is read of it
+MAX_SHIFT = 16  # decimal places that an exponent shifts a number by; larger shifts give the same result
 MAX_KEYS = 31
 WHITE_SPACE = b" \t\n\r"
 
 
-class Number(NamedTuple):
+class DecimalNumber(NamedTuple):
     """A decimal number: (-1)^negative * (units + micros / 10^6)."""
 
     units: int
@@ -67,54 +67,55 @@ class Number(NamedTuple):
     integer: bool  # written without a decimal point or an exponent: what Python's json reads as an int
 
     @classmethod
-    def of(cls, value: float) -> Number:
-        """`value`, as if it had been written."""
+    def of(cls, value: float) -> DecimalNumber:
+        """Reads a Python number as if a call had written it."""
         return read_number(json.dumps(value).encode())
 
     def signed_units(self) -> int:
+        """The number without its decimals."""
         return -self.units if self.negative else self.units
 
     def signed(self) -> tuple[int, int]:
-        """Units and millionths; numbers are in the order of these pairs."""
+        """Units and millionths with their sign: pairs that compare as the numbers do."""
         return (-self.units, -self.micros) if self.negative else (self.units, self.micros)
 
 
-Value = Number | int | str | tuple[Number, ...] | tuple[int, ...]
+Value = DecimalNumber | int | str | tuple[DecimalNumber, ...] | tuple[int, ...]
 
 
-class Call(NamedTuple):
+class ToolCall(NamedTuple):
     """A valid call."""
 
-    tool: int  # its place among the tools
-    arguments: dict[str, Value]  # by kind: Number, int, four Numbers, ints, a text
+    tool: int  # index among the tools
+    arguments: dict[str, Value]  # by kind: DecimalNumber, int, four DecimalNumbers, ints, a text
 
 
 class ParsedTurn(NamedTuple):
-    """What a response asks for: nothing, a call, or (required, but call is None) something malformed."""
+    """A parsed response: no call, a valid one, or (if required, but call is None) a malformed one."""
 
     required: bool
-    call: Call | None
+    call: ToolCall | None
 
 
 class MalformedCallError(ValueError):
-    """A call outside the language."""
+    """Raised for a call outside the language."""
 
 
-class Read(NamedTuple):
+class ArgumentSource(NamedTuple):
     """Where the value of an argument comes from."""
 
     argument: Argument
-    key: str | None  # of the call; None: it always has the default
-    add: int  # to the integer, or to the place of the option
-    default: Value | None  # None: a call must write it
+    key: str | None  # in the call; None: the value is always the default
+    add: int  # is added to the integer, or to the index of the option
+    default: Value | None  # None: a call must have the key
 
 
 @dataclasses.dataclass(frozen=True)
 class Language:
-    """The calls of some tools, as a format writes them.
+    """The calls of some tools in a call format.
 
     Raises:
-        ToolError: they cannot be read together; the message names what clashes.
+      ToolError: the tools cannot be used together in this format; the message names the conflict.
     """
 
     tools: tuple[Tool, ...] = RELEASED
@@ -127,15 +128,14 @@ class Language:
         if len({*names}) < len(names):
             raise ToolError(f"the format {self.format.name!r} gives two tools one name: {names}")
         if not self.named and len(names) > 1:
-            raise ToolError(
-                f"calls of the format {self.format.name!r} have no name: they can be of one tool, not {names}"
-            )
+            raise ToolError(f"calls of the format {self.format.name!r} have no name: it can have one tool, not {names}")
         if len(self.keys) > MAX_KEYS:
             raise ToolError(f"tools have {len(self.keys)} arguments of different names: {MAX_KEYS} can be read")
-        _ = self.reads  # or an error
+        _ = self.sources  # raises where an argument has none
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:
+        """How the format writes the calls of each tool."""
         return tuple(self.format.spelling(tool) for tool in self.tools)
 
     def _written(self) -> list[tuple[Tool, Argument]]:
@@ -149,20 +149,20 @@ class Language:
 
     @functools.cached_property
     def keys(self) -> dict[str, Argument]:
-        """What calls may write in their arguments. Of a list as much is kept as any of the tools keeps."""
+        """The keys of arguments in calls. A list has the length of the longest of its tools."""
         keys: dict[str, Argument] = {}
         for _, written in self._written():
             known = keys.setdefault(written.name, written)
-            if isinstance(written, kinds.Integers) and written.most > known.most:
+            if isinstance(written, kinds.Integers) and isinstance(known, kinds.Integers) and written.most > known.most:
                 keys[written.name] = written
         return keys
 
     @functools.cached_property
-    def reads(self) -> tuple[tuple[Read, ...], ...]:
-        """Of every tool: of every argument, where its value comes from."""
-        return tuple(map(self._reads, self.tools, self.spellings))
+    def sources(self) -> tuple[tuple[ArgumentSource, ...], ...]:
+        """Where the value of every argument of every tool comes from."""
+        return tuple(map(self._sources, self.tools, self.spellings))
 
-    def _reads(self, tool: Tool, spelling: Spelling) -> tuple[Read, ...]:
+    def _sources(self, tool: Tool, spelling: Spelling) -> tuple[ArgumentSource, ...]:
         spelled = {x.argument: x for x in spelling.arguments}
         if {*spelled} != {argument.name for argument in tool.arguments}:
             raise ToolError(
@@ -170,12 +170,12 @@ class Language:
                 f"{[argument.name for argument in tool.arguments]}"
             )
         outcomes = [outcome.name for outcome in tool.outcomes]
-        if unknown := [name for name, _ in spelling.told if name not in outcomes]:
+        if unknown := [name for name, _ in spelling.texts if name not in outcomes]:
             raise ToolError(
-                f"the format {self.format.name!r} tells of the outcome {unknown[0]!r} of the tool {tool.name!r}, which has "
-                f"{outcomes}"
+                f"the format {self.format.name!r} has a text for the outcome {unknown[0]!r} of the tool {tool.name!r}, "
+                f"whose outcomes are {outcomes}"
             )
-        reads = []
+        sources = []
         for argument in tool.arguments:
             written, default = spelled[argument.name].written, spelled[argument.name].value
             default = argument.default if default is None else default
@@ -187,12 +187,12 @@ class Language:
                     f"{tool.name!r}, plus {spelled[argument.name].add}"
                 )
             value = None if default is None else value_of(argument, default)
-            reads.append(Read(argument, written and written.name, spelled[argument.name].add, value))
-        return tuple(reads)
+            sources.append(ArgumentSource(argument, written and written.name, spelled[argument.name].add, value))
+        return tuple(sources)
 
 
 def _reads_as(written: Argument, argument: Argument, add: int) -> bool:
-    """Whether the value of `argument` can be had from what is `written`, plus `add`."""
+    """Whether the value of `argument` can be computed from the argument `written` in a call, plus `add`."""
     if isinstance(argument, kinds.Number) and isinstance(written, kinds.Integer | kinds.Choice):
         return True
     if isinstance(argument, kinds.Integers) and isinstance(written, kinds.Integers):
@@ -202,73 +202,84 @@ def _reads_as(written: Argument, argument: Argument, add: int) -> bool:
     return not add and written.kind == argument.kind
 
 
-def value_of(argument: Argument, value: object) -> Value:
-    """A default, in the form that values of calls have."""
+def value_of(argument: Argument, value: Any) -> Value:
+    """Converts a default, a Python value of the argument's kind, to the form of values in calls."""
     match argument:
         case kinds.Integer() | kinds.Choice() | kinds.Text() | kinds.Integers():
             return value
         case kinds.Box():
-            return tuple(map(Number.of, value))
-    return Number.of(value)
+            return tuple(map(DecimalNumber.of, value))
+    return DecimalNumber.of(value)
 
 
 RELEASED_LANGUAGE = Language()
 
 
 def parse_turn(response: str | bytes, language: Language = RELEASED_LANGUAGE) -> ParsedTurn:
-    """Whether a response requires a call, and which. Never raises, whatever the text."""
+    """Parses a response, whatever its text. Never raises."""
     data = response.encode("utf-8", "surrogatepass") if isinstance(response, str) else bytes(response)
     data = data.replace(END, b"").rstrip(WHITE_SPACE)
     opening, closing = language.format.opening.encode(), language.format.closing.encode()
     if not data.endswith(closing):
         return ParsedTurn(False, None)
-    before, found, body = data.removesuffix(closing).rpartition(opening)
+    _, opened, body = data.removesuffix(closing).rpartition(opening)
     try:
-        return ParsedTurn(True, parse_call(body, language) if found else None)
+        return ParsedTurn(True, parse_call(body, language) if opened else None)
     except MalformedCallError:
         return ParsedTurn(True, None)
 
 
-def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> Call:
-    """The call in the text between the marks, or `MalformedCallError`."""
+def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> ToolCall:
+    """Parses the text between the marks.
+
+    Raises:
+      MalformedCallError: it is no valid call.
+    """
     text = _Text(body)
     if language.named:
         tool, written = _named(text, language)
     else:
         tool, written = 0, dict(_arguments(text, language))
     text.end()
-    return Call(tool, {read.argument.name: _value(read, written, language) for read in language.reads[tool]})
+    return ToolCall(
+        tool, {source.argument.name: _value(source, written, language) for source in language.sources[tool]}
+    )
 
 
-def _named(text: _Text, language: Language) -> tuple[int, dict[str, object]]:
-    names = [_quoted(spelling.name) for spelling in language.spellings]
-    members: dict[bytes, object] = {}
+# The value of a key in a call: of a choice the index of the option, of a text the JSON string.
+Written = DecimalNumber | int | bytes | tuple[DecimalNumber, ...] | tuple[int, ...]
+
+
+def _named(text: _Text, language: Language) -> tuple[int, dict[str, Written]]:
+    names = [_quoted(spelling.name) for spelling in language.spellings if spelling.name is not None]
+    tool, arguments = None, None
     for key in text.members():
         if key == b'"name"':
             if (name := text.take("string")) not in names:
                 raise MalformedCallError(f"no tool is called {name!r}")
-            members[key] = names.index(name)
+            tool = names.index(name)
         elif key == b'"arguments"':
-            members[key] = dict(_arguments(text, language))
+            arguments = dict(_arguments(text, language))
         else:
             text.take("string", "number", "literal")
-    if members.keys() != {b'"name"', b'"arguments"'}:
-        raise MalformedCallError(f"a call has a name and arguments, not only {[*members]}")
-    return members[b'"name"'], members[b'"arguments"']
+    if tool is None or arguments is None:
+        raise MalformedCallError(
+            f"a call has a name and arguments; this one lacks {'name' if tool is None else 'arguments'}"
+        )
+    return tool, arguments
 
 
-def _arguments(text: _Text, language: Language) -> Iterator[tuple[str, object]]:
+def _arguments(text: _Text, language: Language) -> Iterator[tuple[str, Written]]:
     keys = {_quoted(key): argument for key, argument in language.keys.items()}
-    for found in text.members():
-        argument = keys.get(found)
+    for key in text.members():
+        argument = keys.get(key)
         if argument is None:
             text.take("string", "number", "literal")
         else:
             yield argument.name, _written(text, argument, language.format.places)
 
 
-def _written(text: _Text, argument: Argument, places: int) -> object:
-    """What a call writes for an argument; of a choice its place, of a text the JSON string."""
+def _written(text: _Text, argument: Argument, places: int) -> Written:
     match argument:
         case kinds.Box():
             numbers = [read_number(number, places) for number in text.numbers()]
@@ -297,34 +308,37 @@ def _quoted(text: str) -> bytes:
     return b'"%s"' % text.encode()
 
 
-def _value(read: Read, written: Mapping[str, object], language: Language) -> Value:
-    """The value of an argument, of what a call writes."""
-    argument = read.argument
-    if read.key is None or read.key not in written:
-        if read.default is None:
+def _value(source: ArgumentSource, written: Mapping[str, Written], language: Language) -> Value:
+    """Computes the value of an argument from a call."""
+    argument = source.argument
+    if source.key is None or source.key not in written:
+        if source.default is None:
             raise MalformedCallError(f"{argument.name} is missing")
-        return read.default
-    value, source = written[read.key], language.keys[read.key]
-    if isinstance(argument, kinds.Text):
+        return source.default
+    value = written[source.key]
+    if isinstance(value, bytes):
         text = json.loads(value.decode("utf-8", "replace"))
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a pair is no text
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # replaces halves of surrogate pairs
     if isinstance(argument, kinds.Choice):
-        return source.options[value]
+        assert isinstance(value, int)  # an index among the same options
+        return argument.options[value]
     if not isinstance(argument, kinds.Number):
         return value
-    if isinstance(source, kinds.Choice):
-        value = Number(value, 0, False, True)
-    if read.add:
-        total = value.signed_units() + read.add
-        value = value._replace(units=abs(total), negative=total < 0)
-    low, high = (Number.of(x).signed() if abs(x) != float("inf") else None for x in (argument.low, argument.high))
-    if (low and value.signed() < low) or (high and value.signed() > high):
+    number = DecimalNumber(value, 0, False, True) if isinstance(value, int) else value
+    assert isinstance(number, DecimalNumber)
+    if source.add:
+        total = number.signed_units() + source.add
+        number = number._replace(units=abs(total), negative=total < 0)
+    low, high = (
+        DecimalNumber.of(x).signed() if abs(x) != float("inf") else None for x in (argument.low, argument.high)
+    )
+    if (low and number.signed() < low) or (high and number.signed() > high):
         raise MalformedCallError(f"{argument.name} lies outside [{argument.low}, {argument.high}]")
-    return value.signed_units() if isinstance(argument, kinds.Integer) else value
+    return number.signed_units() if isinstance(argument, kinds.Integer) else number
 
 
 class _Text:
-    """The tokens of a call, in order."""
+    """The text of a call, read token by token."""
 
     TOKEN = re.compile(
         rb"(?P<mark>[{}\[\]:,])"
@@ -339,20 +353,22 @@ class _Text:
         self._skip_space()
 
     def _skip_space(self) -> None:
-        self.at = self.SPACE.match(self.body, self.at).end()
+        space = self.SPACE.match(self.body, self.at)
+        assert space is not None  # it may be empty
+        self.at = space.end()
 
     def take(self, *kinds: str) -> bytes:
-        """The next token, which must be of one of these kinds; a mark is a kind of its own."""
-        found = self.TOKEN.match(self.body, self.at)
-        kind = found and (found.group().decode("latin-1") if found.lastgroup == "mark" else found.lastgroup)
-        if kind not in kinds:
-            raise MalformedCallError(f"one of {kinds} is wanted at {self.body[self.at : self.at + 20]!r}")
-        self.at = found.end()
+        """Reads the next token, which must be of one of these kinds. Each mark is a kind, too."""
+        token = self.TOKEN.match(self.body, self.at)
+        kind = token and (token.group().decode("latin-1") if token.lastgroup == "mark" else token.lastgroup)
+        if token is None or kind not in kinds:
+            raise MalformedCallError(f"one of {kinds} is expected at {self.body[self.at : self.at + 20]!r}")
+        self.at = token.end()
         self._skip_space()
-        return found.group()
+        return token.group()
 
     def members(self) -> Iterator[bytes]:
-        """The keys of the object that comes next; its values are for the caller to take."""
+        """Reads the object that comes next and yields its keys; the caller must take the values."""
         self.take("{")
         while True:
             key = self.take("string")
@@ -364,7 +380,7 @@ class _Text:
                 return
 
     def numbers(self) -> Iterator[bytes]:
-        """The numbers of the array that comes next."""
+        """Reads the array that comes next and yields its numbers."""
         self.take("[")
         token = self.take("number", "]")
         while token != b"]":
@@ -373,12 +389,13 @@ class _Text:
             token = self.take("number") if token == b"," else token
 
     def end(self) -> None:
+        """Checks that nothing follows."""
         if self.at < len(self.body):
             raise MalformedCallError(f"a call ends with its object, not with {self.body[self.at : self.at + 20]!r}")
 
 
-def read_number(text: bytes, places: int = 0) -> Number:
-    """A number of the language; `places` are added to its exponent."""
+def read_number(text: bytes, places: int = 0) -> DecimalNumber:
+    """Reads a number of the language; `places` is added to its exponent."""
     mantissa, *exponent = re.split(rb"[eE]", text)
     whole, point, decimals = mantissa.removeprefix(b"-").partition(b".")
     units = int(whole) if len(whole) <= len(str(MAX_UNITS)) else MAX_UNITS
@@ -388,11 +405,11 @@ def read_number(text: bytes, places: int = 0) -> Number:
             units, micros = min(units * 10 + micros // 100_000, MAX_UNITS), micros % 100_000 * 10
         else:
             units, micros = units // 10, (units % 10 * 10**6 + micros) // 10
-    return Number(units, micros, text.startswith(b"-"), not point and not exponent)
+    return DecimalNumber(units, micros, text.startswith(b"-"), not point and not exponent)
 
 
 def _shift(exponent: bytes = b"0") -> int:
-    """The places that an exponent, [-+]?[0-9]+, moves a number by to the left; at most MAX_SHIFT either way."""
+    """Reads an exponent, [-+]?[0-9]+, clipped to MAX_SHIFT either way."""
     digits = exponent.lstrip(b"-+").lstrip(b"0") or b"0"
     places = int(digits) if len(digits) <= len(str(MAX_SHIFT)) else MAX_SHIFT
     return min(places, MAX_SHIFT) * (-1 if exponent.startswith(b"-") else 1)

@@ -1,18 +1,20 @@
-"""What a tool gives back, as token ids: the user message with the pictures that it shows, or an error.
+r"""Observations: what a row reads after a call, as token ids.
 
-An observation is everything between the `<|im_end|>` of the turn that called and the first token of the next turn:
+An observation is a user message with the text of an outcome and the images that it shows. It is everything between the
+`<|im_end|>` of the turn that called and the first token of the next turn:
 
-    \\n<|im_start|>user\\n  text  images  text  <|im_end|>\\n<|im_start|>assistant\\n
+    \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
-Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the one for calls that cannot be carried out,
-with a few integers in it. The constant stretches between the integers are tokenised once,
-at load, each with the minus sign that may follow it and without, for tokenizers join the two; an integer is a token for
-every digit, whatever longer tokens the tokenizer may have; an image is `<|vision_start|>`, its pad tokens,
-`<|vision_end|>`. With Qwen2.5's tokenizer, which splits digits, these are the ids that it makes of the whole text. One
-function, `assemble`, puts them together for a batch, under jit or not; instruction tuning, the device rollout and its host
-twin all take their ids from it. `Observations.text` says in a line of Python what the ids mean.
+Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
+out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
+the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
+tokens the tokenizer has. An image is `<|vision_start|>`, its pad tokens, `<|vision_end|>`. With Qwen2.5's tokenizer, which splits
+digits, the ids are those of the whole text.
 
-Where an integer has more than six digits or a list more than sixteen items, there is one fixed message, the malformed one.
+One function, `assemble`, joins them for a batch, under jit or not. Instruction tuning, the device rollout and its host twin all
+take their ids from it. `Observations.text` returns the same observation as text.
+
+If an integer has more than six digits, or a list more than sixteen items, the message is the fixed, malformed one.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
 from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
@@ -33,68 +36,72 @@ from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 MAX_LIST = 16
 MAX_DIGITS = 6
 NUM_INTEGERS = 4
-NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # what may stand in the braces of a text
+NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a text
 HEAD = ("\n", IM_START, "user\n")  # before the text
 TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
 BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
-    """The one outcome of every call that is no call, or of which the tool cannot say what is wrong. Its text says what a
-    call looks like, so that the next one can be right.
+    """Returns the outcome of every malformed call, and of calls for which the tool has no outcome of its own.
+
+    Its text says how to write a call, so that the next one can be right.
     """
-    said = "; or ".join(f"`{call_format.spelling(tool).name}` with {tool.usage}" for tool in tools)
-    said = f"either {said}" if len(tools) > 1 else said
+    usage = "; or ".join(f"`{call_format.spelling(tool).name}` with {tool.usage}" for tool in tools)
+    usage = f"either {usage}" if len(tools) > 1 else usage
     ours = (
         "\nExecution error:\nExecution Error: The tool call could not be carried out. Between the "
-        f"{call_format.opening.strip('<>')} tags, write one JSON object with the keys `name` and `arguments`: {said}.\n"
+        f"{call_format.opening.strip('<>')} tags, write one JSON object with the keys `name` and `arguments`: {usage}.\n"
     )
     return Outcome("malformed", ours if call_format.malformed is None else call_format.malformed)
 
 
-class Kind(NamedTuple):
+class ObservationKind(NamedTuple):
     """A kind of observation: an outcome, and the tool that has it."""
 
-    tool: Tool | None  # None: all share it
+    tool: Tool | None  # None: shared by all tools
     outcome: Outcome
 
     def __str__(self) -> str:
         return self.outcome.name if self.tool is None else f"{self.tool.name}: {self.outcome.name}"
 
 
-def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[Kind, ...]:
-    """All kinds of observation that calls of `tools` can have, as a format tells them, in the order in which records count
-    them.
-    """
-    # What a tool of the host says is put around its answer there (`rollout.host`).
-    text = lambda tool, outcome: outcome.text if tool.host else call_format.text(tool, outcome)
-    told = (Kind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)
-    return (*told, Kind(None, malformed(tools, call_format)))
+def kinds_of(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> tuple[ObservationKind, ...]:
+    """Returns all kinds of observation of calls of `tools`, with the texts of the format, in the order of `Calls.outcome`."""
+
+    def text(tool: Tool, outcome: Outcome) -> str:
+        # The text of a host tool gets its frame on the host (`rollouts.host`).
+        return outcome.text if tool.host else call_format.text(tool, outcome)
+
+    own = (ObservationKind(tool, x._replace(text=text(tool, x))) for tool in tools for x in tool.outcomes)
+    return (*own, ObservationKind(None, malformed(tools, call_format)))
 
 
-class Arguments(NamedTuple):
-    """What the observations of R rows are made of. What a kind does not use is ignored."""
+class ObservationValues(NamedTuple):
+    """The values from which the observations of R rows are assembled. Values that a kind does not use are ignored."""
 
-    kind: jax.Array  # i32 [R]          place in `Observations.kinds`; a negative one: no observation, no tokens
-    integers: jax.Array  # i32 [R, 4]   in the order of the braces in the outcome's text
-    items: jax.Array  # i32 [R, 16]     the list
-    num_items: jax.Array  # i32 [R]
-    pads: jax.Array  # i32 [R, V]       pad tokens of each image shown, 0: no image
+    kind: AnyArray  # int32 [R], index into `Observations.kinds`; negative: no observation, no tokens
+    integers: AnyArray  # int32 [R, 4], of the braces {0} to {3} in the outcome's text
+    items: AnyArray  # int32 [R, 16], of {list}
+    num_items: AnyArray  # int32 [R]
+    pads: AnyArray  # int32 [R, V], pad tokens of each image shown, 0: no image
 
 
 # A segment of an observation is a stretch of constant ids, an integer, or a run of pads, ...
 _CONSTANT, _INTEGER, _PADS = range(3)
-# ... and appears always, or if the list or the images have more than `at` members, or if the list has none; ...
+# ... It appears always, or if the list or the images have more than `at` members, or if the list has none; ...
 _ALWAYS, _ITEMS, _IMAGES, _NO_ITEMS = range(4)
 # ... and, of a stretch before an integer, only if that is negative, or only if it is not.
 _ANY, _NEGATIVE, _POSITIVE = range(3)
 
 
 class _Segment(NamedTuple):
+    """A segment of an observation; or, on the device, arrays of segments."""
+
     type: int = _CONSTANT
-    start: int = 0  # constant: where its ids are
-    length: int = 0  # constant: how many
-    source: int = 0  # integer, or a stretch before it: which of [integers, items]; pads: which image
+    start: int = 0  # constant: index of its first id
+    length: int = 0  # constant: number of ids
+    source: int = 0  # integer, or a stretch before it: index into [integers, items]; pads: index of the image
     guard: int = _ALWAYS
     at: int = 0
     sign: int = _ANY
@@ -102,25 +109,33 @@ class _Segment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Observations:
-    """The observations of some tools in the ids of one vocabulary. `assemble` is the one source of observation ids."""
+    """The observations of some tools in the ids of one vocabulary. `assemble` is the only source of observation ids."""
 
-    kinds: tuple[Kind, ...]
-    segments: np.ndarray  # i32 [kinds, S, 7]   columns of _Segment
-    constants: np.ndarray  # i32 [N]            the ids of all constant stretches
-    digits: np.ndarray  # i32 [10]
+    kinds: tuple[ObservationKind, ...]
+    segments: np.ndarray  # int32 [kinds, S, 7], fields of _Segment
+    constants: np.ndarray  # int32 [N], the ids of all constant stretches
+    digits: np.ndarray  # int32 [10]
     image_pad: int
 
     @classmethod
     def of(
         cls, vocabulary: Vocabulary, tools: Sequence[Tool] = RELEASED, call_format: CallFormat = PIXEL_REASONER
     ) -> Observations:
+        """Tokenises the texts of all outcomes.
+
+        Raises:
+          ToolError: a text has unknown braces, or braces behind its images.
+          ValueError: the tokenizer changes a text.
+        """
         kinds = kinds_of(tools, call_format)
         constants: list[int] = []
 
         def constant(text: str | Special, **guard) -> _Segment:
             ids = [getattr(vocabulary, text.name)] if isinstance(text, Special) else vocabulary.encode(text)
             if isinstance(text, str) and vocabulary.to_bytes(ids) != text.encode():
-                raise ValueError(f"the tokenizer makes {vocabulary.to_bytes(ids)!r} of {text!r}: it must be kept")
+                raise ValueError(
+                    f"the tokenizer changes {text!r} to {vocabulary.to_bytes(ids)!r}: it must keep every text"
+                )
             constants.extend(ids)
             return _Segment(_CONSTANT, len(constants) - len(ids), len(ids), **guard)
 
@@ -149,7 +164,7 @@ class Observations:
         rows = []
         for kind in kinds:
             template, _, behind = kind.outcome.text.partition(IMAGES)
-            *head, opening = HEAD  # the last is text, and the message's own text goes on with it
+            *head, opening = HEAD  # the last piece is text, which is joined with the message's own text
             row = [constant(piece) for piece in head]
             *stretches, last = _split(opening + template)
             if "{" in behind:
@@ -181,20 +196,20 @@ class Observations:
 
     @property
     def malformed(self) -> int:
-        """The kind of every call that cannot be carried out for a reason that no tool names."""
+        """Index of the kind of malformed calls."""
         return len(self.kinds) - 1
 
     @property
     def images(self) -> int:
-        """Most images that an observation shows."""
+        """The most images that an observation shows."""
         return max(kind.outcome.images for kind in self.kinds)
 
     def find(self, tool: Tool, outcome: str) -> int:
-        """The place of the kind of this name."""
+        """Returns the index of the kind of an outcome of `tool`."""
         return next(i for i, kind in enumerate(self.kinds) if kind.tool == tool and kind.outcome.name == outcome)
 
     def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
-        """An observation as text; `pads` are the pad counts of the images it shows."""
+        """Returns an observation as text; `pads` are the pad counts of the images it shows."""
         template = self.kinds[kind].outcome.text
         template += "" if IMAGES in template else IMAGES
         written = [*integers, *items] if "{list}" in template else list(integers)
@@ -204,9 +219,11 @@ class Observations:
         return BEFORE + template.format(*integers, list=list(items), images=images) + AFTER
 
     def bound(self, pads: Sequence[int], images: int) -> int:
-        """The most tokens that any observation has: the least `length` that `assemble` may be given.
+        """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.
 
-        pads: of each kind, the most pad tokens of one of its images; images: the most that are shown.
+        Args:
+          pads: of each kind, the most pad tokens of one of its images.
+          images: the most images that are shown.
         """
         most = 0
         for kind, of_image in zip(self.segments, pads, strict=True):
@@ -215,7 +232,7 @@ class Observations:
             lengths = np.select(
                 [segment.type == _INTEGER, segment.type == _PADS], [MAX_DIGITS, of_image], segment.length
             )
-            # The two forms of a stretch before an integer stand side by side: only one appears.
+            # The two forms of a stretch before an integer are neighbours, of which only one appears.
             longer = np.maximum(lengths, np.roll(lengths, -1))
             lengths = np.select([segment.sign == _POSITIVE, segment.sign == _NEGATIVE], [longer, 0], lengths)
             most = max(most, int(np.sum(lengths * shown)))
@@ -224,7 +241,11 @@ class Observations:
     def ids(
         self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()
     ) -> list[int]:
-        """One observation on the host, from the same assembler; the arguments are those of `text`."""
+        """Returns the ids of one observation, on the host, from the same assembler; the arguments are those of `text`.
+
+        Raises:
+          ValueError: too many integers or images for the kind.
+        """
         if len(integers) > NUM_INTEGERS or len(pads) > self.kinds[kind].outcome.images:
             raise ValueError(
                 f"{self.kinds[kind]} with {len(integers)} integers (at most {NUM_INTEGERS}) and {len(pads)} images (at "
@@ -233,36 +254,40 @@ class Observations:
         most = max(pads, default=0)
         length = 1 << self.bound([most] * len(self.kinds), self.images).bit_length()  # few lengths, few compilations
 
-        def row(values: Sequence[int], width: int) -> np.ndarray:
-            limit = 10**MAX_DIGITS  # beyond it no integer is written, so how far beyond is no matter
-            values = [min(max(int(value), -limit), limit) for value in values[:width]]
-            return np.array([values + [0] * (width - len(values))], np.int32)
+        def row(integers: Sequence[int], width: int) -> np.ndarray:
+            limit = 10**MAX_DIGITS  # integers beyond it are not written, so they can be clipped
+            clipped = [min(max(int(x), -limit), limit) for x in integers[:width]]
+            return np.array([clipped + [0] * (width - len(clipped))], np.int32)
 
-        arguments = Arguments(
+        values = ObservationValues(
             kind=np.array([kind], np.int32),
             integers=row(integers, NUM_INTEGERS),
             items=row(items, MAX_LIST),
             num_items=np.array([len(items)], np.int32),
             pads=row(pads, max(1, self.images)),
         )
-        ids, total = _assemble(self, arguments, length)
+        ids, total = _assemble(self, values, length)
         return np.asarray(ids)[0, : int(total[0])].tolist()
 
-    def assemble(self, arguments: Arguments, length: int) -> tuple[jax.Array, jax.Array]:
-        """The ids of R observations.
+    def assemble(self, values: ObservationValues, length: int) -> tuple[jax.Array, jax.Array]:
+        """Assembles the ids of R observations.
 
-        Returns ids i32 [R, length], left-aligned, zeros beyond the row's own length, and the
-        lengths i32 [R]. `length` must be at least `bound(...)` for the pads that occur.
+        Args:
+          values: of R rows.
+          length: at least `bound(...)` for the pads that occur.
+
+        Returns:
+          ids int32 [R, length], left-aligned, zeros beyond the row's own length, and the lengths, int32 [R].
         """
-        kind, integers, items, num_items, pads = map(jnp.asarray, arguments)
+        kind, integers, items, num_items, pads = map(jnp.asarray, values)
         shown = jnp.arange(MAX_LIST) < num_items[:, None]
-        values = jnp.concatenate([integers, jnp.where(shown, items, 0)], 1)  # [R, 20]
+        numbers = jnp.concatenate([integers, jnp.where(shown, items, 0)], 1)  # [R, 20]
         segments = jnp.asarray(self.segments)
 
-        # An integer or a list that cannot be written turns the message into the fixed one.
+        # If an integer or a list cannot be written, the message becomes the fixed one.
         own = _Segment(*jnp.moveaxis(segments[jnp.maximum(kind, 0)], -1, 0))  # fields [R, S]
-        # abs() of the least int32 is negative: compare both ways.
-        wide = (values >= 10**MAX_DIGITS) | (values <= -(10**MAX_DIGITS))
+        # Compared with both limits, because abs() of the least int32 is negative.
+        wide = (numbers >= 10**MAX_DIGITS) | (numbers <= -(10**MAX_DIGITS))
         unwritable = jnp.any((own.type == _INTEGER) & jnp.take_along_axis(wide, own.source, 1), 1)
         unwritable |= jnp.any(own.guard == _ITEMS, 1) & (num_items > MAX_LIST)
         kind = jnp.where((kind >= 0) & unwritable, self.malformed, kind)
@@ -272,9 +297,9 @@ class Observations:
         members = jnp.stack([jnp.ones_like(num_items), num_items, num_images, num_items == 0], 1)  # of each guard
         present = (jnp.take_along_axis(members, segment.guard, 1) > segment.at) & (kind >= 0)[:, None]
         of_integer = (segment.type == _INTEGER) | (segment.sign != _ANY)
-        value = jnp.take_along_axis(values, jnp.where(of_integer, segment.source, 0), 1)
+        value = jnp.take_along_axis(numbers, jnp.where(of_integer, segment.source, 0), 1)
         present &= (segment.sign == _ANY) | ((segment.sign == _NEGATIVE) == (value < 0))
-        # A row may have room for fewer images than its observation could show.
+        # `pads` may have fewer images than the observation could show.
         image = jnp.minimum(jnp.where(segment.type == _PADS, segment.source, 0), pads.shape[1] - 1)
         num_pads = jnp.take_along_axis(pads, image, 1)
         powers = jnp.asarray([10**i for i in range(MAX_DIGITS)], jnp.int32)
@@ -311,7 +336,7 @@ _assemble = jax.jit(Observations.assemble, static_argnums=(0, 2))
 
 
 def _split(template: str) -> list[tuple[str, str]]:
-    """A text with {0} {1} {2} {3} {list} as (constant text, what stands in the braces behind it); the last has none."""
+    """Splits a text with {0} to {3} and {list} into pairs (constant text, name in the braces behind it); the last has no name."""
     first, *rest = (part.rpartition("}") for part in template.split("{"))
     names = [*(name for name, _, _ in rest), ""]
     return list(zip([first[2], *(text for _, _, text in rest)], names, strict=True))

@@ -1,7 +1,7 @@
 """The text around a dialog: system prompt, tool schemas, guidelines, and the chat template of Qwen2.5-VL.
 
-Every string is that of the released Pixel Reasoner checkpoints, byte for byte. One oddity is theirs and kept, since the
-checkpoints were trained with it: the guidelines speak of `crop_image` where the tool is called `crop_image_normalized`.
+Every string is that of the released Pixel Reasoner checkpoints, byte for byte. One oddity is kept, because the checkpoints were
+trained with it: the guidelines speak of `crop_image` where the tool is called `crop_image_normalized`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 def system_prompt(tools: Sequence[Tool] = RELEASED, call_format: CallFormat = PIXEL_REASONER) -> str:
-    """The system message: how the tools are called, or no word of tools where there are none."""
+    """Returns the system message, which describes the tools if there are any."""
     return call_format.system_prompt(tools) if tools else DEFAULT_SYSTEM
 
 
@@ -37,7 +37,11 @@ GUIDELINES = {
 
 
 def user_text(question: str, guidelines: str = "vcot") -> str:
-    """The text of the first user message; `guidelines` is a key of `GUIDELINES`."""
+    """Returns the text of the first user message.
+
+    Raises:
+      ValueError: `guidelines` is no key of `GUIDELINES`.
+    """
     if guidelines not in GUIDELINES:
         raise ValueError(f"unknown guidelines {guidelines!r}: choose one of {sorted(GUIDELINES)}")
     return f"{question}\n\n{GUIDELINES[guidelines]}"
@@ -56,19 +60,19 @@ SPECIAL_TOKENS = {
 
 
 class Special(NamedTuple):
-    """A token that structures a dialog. Only templates write it: no text becomes one, whatever it spells."""
+    """A token that structures a dialog. Only templates write it; no text is ever encoded as one."""
 
     name: str  # a key of SPECIAL_TOKENS, and the field of `Vocabulary` with its id
 
 
 class Media(NamedTuple):
-    """A place in a rendered dialog that an image or a video fills."""
+    """The position of an image or a video in a rendered dialog."""
 
     kind: str  # "image" or "video"
-    value: Any  # whatever the message carried: an array, a path, an index, None
+    value: Any  # the message's value: an array, a path, an index, None
 
 
-Piece = str | Special | Media  # of a rendered dialog; a str is text, and nothing in it is structure
+Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
 IM_START, IM_END = Special("im_start"), Special("im_end")
 VISION_START, VISION_END = Special("vision_start"), Special("vision_end")
 PROMPT = (IM_START, "assistant\n")  # where the assistant begins
@@ -83,7 +87,7 @@ def first_messages(
     call_format: CallFormat = PIXEL_REASONER,
     text_first: bool = False,
 ) -> list[dict[str, Any]]:
-    """System and user message that open a dialog.
+    """Returns the system and the user message that open a dialog.
 
     Reinforcement learning and evaluation show the images (or the video) first; the released instruction-tuning data puts
     them after the text (`text_first`).
@@ -123,10 +127,12 @@ CHAT_TEMPLATE = (
 
 
 def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[Piece]:
-    """The dialog as special tokens, texts, and images and videos, in order.
+    """Renders a dialog as special tokens, texts, images and videos, in order. No two texts are adjacent.
 
-    `messages`: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`.
-    A dialog that does not begin with a system message gets the default one. Two texts never follow each other.
+    Args:
+      messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`. If the first
+        is no system message, the default one is added.
+      add_generation_prompt: whether to end with the beginning of an assistant message.
     """
     pieces: list[Piece] = []
     if messages and messages[0]["role"] != "system":
@@ -137,7 +143,11 @@ def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
 
 
 def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]]) -> list[Piece]:
-    """One message of a dialog, in the form that `render` takes."""
+    """Renders one message, in the form of `render`.
+
+    Raises:
+      ValueError: a part is neither text, image nor video.
+    """
     pieces: list[Piece] = [IM_START, f"{role}\n"]
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type")
@@ -151,7 +161,7 @@ def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]]) -> lis
 
 
 def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
-    """The same dialog with texts that follow each other made one: a tokenizer may join what stands on both sides."""
+    """Joins adjacent texts, because a token may reach from one into the next."""
     joined: list[Piece] = []
     for piece in pieces:
         if isinstance(piece, str) and joined and isinstance(joined[-1], str):
@@ -162,19 +172,25 @@ def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
 
 
 def flatten(pieces: Iterable[Piece]) -> str:
-    """The rendered dialog as one text with one pad token for every image or video: what the Jinja template gives.
+    """Returns the dialog as one text with one pad token for every image or video, as the Jinja template would.
 
-    To be read, not to be encoded: in it, what a person wrote and what the template wrote look alike.
+    It is to be read, not to be encoded: a special token in it may come from the template or from a person's text.
     """
-    spell = lambda piece: SPECIAL_TOKENS[f"{piece.kind}_pad" if isinstance(piece, Media) else piece.name]
-    return "".join(piece if isinstance(piece, str) else spell(piece) for piece in pieces)
+
+    def spelled(piece: Special | Media) -> str:
+        return SPECIAL_TOKENS[f"{piece.kind}_pad" if isinstance(piece, Media) else piece.name]
+
+    return "".join(piece if isinstance(piece, str) else spelled(piece) for piece in pieces)
 
 
 def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int]) -> list[int]:
-    """Token ids of a rendered dialog: `pads[i]` pad tokens for the i-th image or video, and no other pad tokens.
+    """Encodes a rendered dialog, with `pads[i]` pad tokens for the i-th image or video, and no other pad tokens.
 
-    A text's neighbours are special tokens, so encoding stretch by stretch gives the ids that the whole text would have
-    if nobody had spelled a special token in it.
+    The neighbours of a text are special tokens. So encoding each text on its own gives the ids that the whole dialog would have
+    if no text had spelled a special token.
+
+    Raises:
+      ValueError: there is not one pad count for each image or video.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):

@@ -1,11 +1,11 @@
-"""Tokenizers: what the rest of the package needs to know of one, and how to build a small one.
+"""Tokenizers: a view of any byte-level fast tokenizer, and a builder of small ones.
 
-`Vocabulary` reads any byte-level Hugging Face fast tokenizer (Qwen's, or one of ours): which bytes every token stands
-for, and the ids of the special tokens, of the ten digits and of the minus sign. Text that a policy writes is judged by
-these bytes (`automaton.py`); text that is shown to it is assembled from ids (`observations.py`).
+`Vocabulary` reads a Hugging Face tokenizer (Qwen's, or one of `build_tokenizer`): the bytes of every token, and the ids of the
+special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations are assembled
+from ids (`observations.py`).
 
-`build_tokenizer` makes a tokenizer whose tokens are long pieces of text given by the caller, with all 256 bytes to fall
-back on, so that every text survives `decode(encode(text))`.
+`build_tokenizer` makes a tokenizer whose tokens are the caller's pieces of text and the 256 bytes, so that every text survives
+`decode(encode(text))`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-KNOWN_TEXTS = 4096  # texts whose ids are kept
+KNOWN_TEXTS = 4096  # texts whose ids are cached
 
 
 @functools.cache
 def byte_alphabet() -> dict[str, int]:
-    """The 256 characters that stand for the 256 bytes in the files of a byte-level tokenizer (GPT-2's convention)."""
+    """Returns the characters that stand for the 256 bytes in the files of a byte-level tokenizer (GPT-2's convention)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
 def _spell(text: str) -> str:
-    """`text` in the byte alphabet."""
+    """Writes `text` in the byte alphabet."""
     characters = {byte: character for character, byte in byte_alphabet().items()}
     return "".join(characters[byte] for byte in text.encode())
 
@@ -46,34 +46,35 @@ def _spell(text: str) -> str:
 class TokenBytes(NamedTuple):
     """The bytes of every token, one after another: token v is `data[start[v] : start[v] + length[v]]`."""
 
-    data: np.ndarray  # u8 [N]
-    start: np.ndarray  # i32 [V]
-    length: np.ndarray  # i32 [V]
+    data: np.ndarray  # uint8 [N]
+    start: np.ndarray  # int32 [V]
+    length: np.ndarray  # int32 [V]
 
     @classmethod
     def of(cls, tokens: Sequence[bytes]) -> TokenBytes:
+        """Joins the bytes of tokens."""
         length = np.array([len(token) for token in tokens], np.int32)
         data = np.frombuffer(b"".join(tokens) or b"\0", np.uint8)
         return cls(data, (np.cumsum(length) - length).astype(np.int32), length)
 
     def __getitem__(self, token):
-        # A NamedTuple's own indexing is by field; reading it by token would be a silent mistake.
+        # A NamedTuple is indexed by field, so indexing by token would be a silent mistake.
         raise TypeError("TokenBytes is read through .data, .start and .length, or Vocabulary.to_bytes")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What a byte-level fast tokenizer's ids mean.
+    """The ids of a byte-level fast tokenizer.
 
-    `table` covers the ids 0..len(tokenizer)-1; an id that the tokenizer does not use, and any id beyond (a model's
-    embedding is often padded), stands for no bytes.
+    `table` covers the ids 0..len(tokenizer)-1. An id that the tokenizer does not use, and any id beyond (a model's
+    embedding is often padded), has no bytes.
 
-    Text and structure are two things: `encode` is for text, whoever wrote it, and never returns a token that structures a
-    dialog; these are the fields `end_of_text` to `video_pad`, which templates put between texts (`template.to_ids`).
+    `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are the fields `end_of_text` to
+    `video_pad`, which templates put between texts (`template.to_ids`).
     """
 
     tokenizer: PreTrainedTokenizerFast
-    encoder: Tokenizer  # the same tokenizer for text: what spells a special token is text to it
+    encoder: Tokenizer  # the same tokenizer, for which the spelling of a special token is ordinary text
     table: TokenBytes
     end_of_text: int
     im_start: int
@@ -87,6 +88,12 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
+        """Reads a tokenizer.
+
+        Raises:
+          TypeError: it is no fast tokenizer.
+          ValueError: it is not byte-level, or lacks a special token or a digit.
+        """
         tokens = token_bytes(tokenizer)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         encoder = text_encoder(tokenizer)
@@ -115,12 +122,12 @@ class Vocabulary:
         return frozenset(getattr(self, name) for name in SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Special tokens spelled out in it are its letters; ids of other texts are the tokenizer's.
+        """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
 
         Raises:
-            ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer makes structure of it all the same.
+          ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer encodes a special token in spite of that.
         """
-        # System prompts, tags and sentences repeat in every row: half of the time of making one would be encoding them.
+        # System prompts, tags and sentences repeat in every row. Encoding them again would take half of the time of making a row.
         ids = self.known.get(text)
         if ids is None:
             try:
@@ -136,17 +143,17 @@ class Vocabulary:
         return list(ids)
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
-        """The bytes that `ids` stand for, special tokens written out."""
+        """Returns the bytes of `ids`, special tokens written out."""
         data, start, length = self.table.data, self.table.start, self.table.length
         known = (int(index) for index in ids if 0 <= index < len(start))
         return b"".join(data[start[index] : start[index] + length[index]].tobytes() for index in known)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of a fast tokenizer to which special tokens are text like any other.
+    """Copies a fast tokenizer so that the spelling of a special token is text like any other.
 
-    The tags of a call stay tokens where the tokenizer has them (Qwen's does, and not as special ones): turns are text.
-    A copy, because transformers switches its own back with every call, which is not safe among threads.
+    The tags of calls stay tokens if the tokenizer has them (Qwen's does, not as special ones), because turns are text.
+    It is a copy, because transformers resets this option of its own at every call, which is not safe among threads.
     """
     from tokenizers import Tokenizer
 
@@ -160,7 +167,12 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """The bytes of every token id of a byte-level fast tokenizer; b"" for ids that are not used."""
+    """Returns the bytes of every token id of a byte-level fast tokenizer; b"" for ids that are not used.
+
+    Raises:
+      TypeError: it is no fast tokenizer.
+      ValueError: it is not byte-level.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TypeError(f"{type(tokenizer).__name__} is not a fast tokenizer: it has no tokenizer.json behind it")
@@ -183,10 +195,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 
 
 def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with `pieces` (any text of two bytes or more) as single tokens and the 256 bytes for all the rest.
+    """Builds a tokenizer with `pieces` (texts of two bytes or more) as single tokens, and the 256 bytes for everything else.
 
-    At every position of a text the longest piece that fits is taken. Ids: bytes 0..255, the pieces in the given order,
-    then the special tokens, which no piece may contain. Saved and loaded like any tokenizer of transformers.
+    At every position of a text the longest piece that matches is a token. The ids are bytes 0..255, the pieces in order, then
+    the special tokens. It is saved and loaded like any tokenizer of transformers.
+
+    Raises:
+      ValueError: a piece is too short, repeated, or contains a special token.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

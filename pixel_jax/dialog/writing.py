@@ -1,4 +1,4 @@
-"""Calls written as a format has them: the inverse of the parser."""
+"""Writes calls in a format: the inverse of the parser."""
 
 import json
 import math
@@ -13,18 +13,20 @@ HUNDREDTHS = 2  # decimals of a share
 
 
 class UnwritableError(ValueError):
-    """A call that a format has no words for; the message names the format and the value."""
+    """Raised for a call that a format cannot write; the message names the format and the value."""
 
 
 def write_call(
     language: Language, tool: str, values: Mapping[str, Any], *, size: tuple[int, int] = (1, 1), label: str = ""
 ) -> str:
-    """The text of a call of `tool`.
+    """Returns the text of a call of `tool`.
 
     Args:
-      values: of its arguments, by the tool's names: a box is shares of a picture in whole hundredths, a choice its text.
+      language: the tools and the format.
+      tool: its name.
+      values: the arguments, by their names in the tool; a box is in shares of a picture, in whole hundredths; a choice is a text.
       size: (height, width) of the picture that boxes are of.
-      label: what it is about, where the format has a place for that.
+      label: what the call is about, for formats that have a key for it.
 
     Raises:
       UnwritableError: the format cannot write it.
@@ -45,7 +47,7 @@ def write_call(
 
 
 def _member(language: Language, spelled: Spelled, value: Any, size: tuple[int, int]) -> tuple[str, str] | None:
-    """Key and text of an argument; None where a call does not write it."""
+    """Returns key and text of an argument; None where calls do not write it."""
     argument, known = spelled.written, language.format.name
     if argument is None:
         if value != spelled.value:
@@ -54,21 +56,21 @@ def _member(language: Language, spelled: Spelled, value: Any, size: tuple[int, i
     if isinstance(argument, kinds.Box):
         return argument.name, f"[{written_box(language, value, size)}]"
     if isinstance(argument, kinds.Choice):
-        place = value - spelled.add if isinstance(value, int) else argument.options.index(value)
-        if not 0 <= place < len(argument.options):
+        index = value - spelled.add if isinstance(value, int) else argument.options.index(value)
+        if not 0 <= index < len(argument.options):
             raise UnwritableError(f"{spelled.argument} {value} has no name in the format {known!r}")
-        return argument.name, _string(argument.options[place])
+        return argument.name, _string(argument.options[index])
     if isinstance(argument, kinds.Integers):
         return argument.name, json.dumps(list(value))
     return argument.name, _string(value) if isinstance(value, str) else json.dumps(value - spelled.add)
 
 
 def _string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")  # which no call has
+    return json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")  # strings in calls have no "<"
 
 
 def written_box(language: Language, box: Sequence[float], size: tuple[int, int]) -> str:
-    """The four numbers of a box in hundredths: shares to two decimals, moved as the format says, or whole pixels."""
+    """Writes the numbers of a box in hundredths: shares with two decimals, shifted by the format's `places`, or whole pixels."""
     if language.format.coordinates == Coordinates.PIXELS:
         pairs = zip(as_written(language, box, size), size[::-1] * 2, strict=True)
         return ", ".join(str(round(side * share)) for share, side in pairs)
@@ -77,7 +79,7 @@ def written_box(language: Language, box: Sequence[float], size: tuple[int, int])
 
 
 def as_written(language: Language, box: Sequence[float], size: tuple[int, int]) -> tuple[float, ...]:
-    """The shares that `written_box` says: in whole pixels, which hold the box, they are others than in hundredths."""
+    """Returns the shares that `written_box` writes. They differ from `box` in a format of whole pixels, which enclose the box."""
     if language.format.coordinates != Coordinates.PIXELS:
         return tuple(box)
     height, width = size

@@ -1,9 +1,8 @@
-"""Benchmarks from the files that their authors release, from the prepared Parquet, and from a folder of one's own.
+"""Readers of benchmarks: the files that their authors release, the prepared Parquet files, and data of the user's own.
 
-Every reader takes the data's path, the folder of its images (None: beside the data) and further folders that names may lead
-to (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files say they are ("val", "test",
-"train"; None where they do not say). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of
-them.
+Every reader takes the data's path, the folder of its images (None: beside the data) and further folders in which images may
+lie (`pixel_jax.data.sources.locate`). It returns the questions and the split that the files name ("val", "test", "train", or
+None). V*, MVBench and the prepared Parquet files are test sets: nothing else is released of them.
 """
 
 import functools
@@ -14,27 +13,28 @@ from typing import Any
 import numpy as np
 
 from pixel_jax.data import own
-from pixel_jax.data.parquet import parquet_rows
-from pixel_jax.data.released import QUESTION_COLUMNS
-from pixel_jax.data.sources import Folder, SourceError, locate
+from pixel_jax.data.clips import Span
+from pixel_jax.data.example import Example, ExampleError, ReadReport
+from pixel_jax.data.released import read_questions
+from pixel_jax.data.sources import SourceError, locate
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.files import parse_json, read_json, read_lines
 from pixel_jax.terminal import brief
 from pixel_jax.training.answers import references_of
 
 Folders = Sequence[str]
-Read = Callable[[pathlib.Path, pathlib.Path | None, Folders], tuple[list[Question], str | None]]
+Read = Callable[[pathlib.Path, pathlib.Path | None, Folders], tuple[list[Example], str | None]]
 MOST_SECONDS = 1e6  # of a video: eleven days
+USUAL_SECONDS = 1.0  # that two frames cover, as the released code tells the model of every video
 
 
 class BenchmarkError(ValueError):
-    """Files that are not in the format they should be in; the message names file, row and field."""
+    """A file in another format than expected; the message names file, row and field."""
 
 
 def read_vstar(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
     path = data / "test_questions.jsonl" if data.is_dir() else data
     found = []
@@ -42,10 +42,10 @@ def read_vstar(
         get = _fields(where, row)
         category = get("category", str)
         found.append(
-            Question(
+            Example(
                 id=f"{category}-{get('question_id', str | int)}",
                 question=get("text", str),
-                answers=(get("label", str),),
+                answer=(get("label", str),),
                 images=(_image(where, get("image", str), images or path.parent, others),),
                 category=category,
             )
@@ -55,7 +55,7 @@ def read_vstar(
 
 def read_tallyqa(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """TallyQA-Complex: the rows of `test.json` (or `train.json`) whose `issimple` is false."""
     path = data / "test.json" if data.is_dir() else data
     found = []
@@ -64,10 +64,10 @@ def read_tallyqa(
         if get("issimple", bool):
             continue
         found.append(
-            Question(
+            Example(
                 id=str(get("question_id", int | str)),
                 question=get("question", str),
-                answers=(str(get("answer", int | str)),),
+                answer=(str(get("answer", int | str)),),
                 images=(_image(where, get("image", str), images or path.parent, others),),
                 category=get("data_source", str),
             )
@@ -77,7 +77,7 @@ def read_tallyqa(
 
 def read_infovqa(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """InfographicVQA (`infographicsVQA_val_v1.0_withQT.json` and its like): the released test split has no answers."""
     document = read_json(data, error=BenchmarkError)
     get = _fields(str(data), document if isinstance(document, dict) else {})
@@ -89,10 +89,10 @@ def read_infovqa(
         kinds = row.get("answer_type") or []
         kinds = _texts(where, "answer_type", [kinds] if isinstance(kinds, str) else kinds)
         found.append(
-            Question(
+            Example(
                 id=str(get("questionId", int | str)),
                 question=get("question", str),
-                answers=_texts(where, "answers", get("answers", list)),
+                answer=_texts(where, "answers", get("answers", list)),
                 images=(_image(where, get("image_local_name", str), images or data.parent, others),),
                 category=" + ".join(kinds),
             )
@@ -127,7 +127,7 @@ MVBENCH = {
 
 def read_mvbench(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """MVBench (`OpenGVLab/MVBench`): a folder with `json/` (a file a task) and `video/`; the tasks that are there.
 
     Options are lettered below the question, and the letter is the answer, as in the prepared data.
@@ -148,15 +148,15 @@ def read_mvbench(
             if bound and not all(abs(x) <= MOST_SECONDS for x in bound):
                 raise BenchmarkError(f"{where}: 'start' and 'end' are seconds of a video, not {bound}")
             found.append(
-                Question(
+                Example(
                     id=f"{path.stem}-{number}",
                     question="\n".join([get("question", str), *letters]),
-                    answers=(chr(ord("A") + options.index(answer)),),
+                    answer=(chr(ord("A") + options.index(answer)),),
                     images=(_image(where, get("video", str), videos / place, (str(videos), *others), directory=True),),
                     category=task,
-                    is_video=True,
-                    video_file=True,
-                    bound=bound,
+                    video=True,
+                    seconds=USUAL_SECONDS,
+                    span=Span(bound),
                 )
             )
     if not found:
@@ -166,34 +166,20 @@ def read_mvbench(
 
 def read_prepared(
     data: pathlib.Path, images: pathlib.Path | None = None, others: Folders = ()
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """The Parquet that Pixel Reasoner's authors prepared of the four: question, answer, image, is_video, qid.
 
-    Its `images.zip` may lie in the folder of the images as it is. What stands before the first "-" of a `qid` is the
-    category, as in the released evaluation.
+    Their `images.zip` may lie in the folder of the images as it is. The category is the `qid` up to its first "-", as in the
+    released evaluation.
     """
-    folder, found = Folder(images or data.parent, others), []
-    for where, read_row in parquet_rows(data, QUESTION_COLUMNS, BenchmarkError):
-        row = read_row()
-        get = _fields(where, row)
-        qid, answer = get("qid", str), get("answer", list | str)
-        names = get("image", list | str)
-        try:
-            places = tuple(folder.find(x) for x in ([names] if isinstance(names, str) else names))
-        except SourceError as error:
-            raise BenchmarkError(f"{where}: {error}") from None
-        if not all(isinstance(x, str) for x in answer):
-            raise BenchmarkError(f"{where}: 'answer' is {brief(answer)}, not texts")
-        found.append(
-            Question(
-                id=qid,
-                question=get("question", str),
-                answers=tuple(references_of(answer)) if answer else (),
-                images=places,
-                category=qid.partition("-")[0],
-                is_video=row["is_video"] is not None and get("is_video", bool),
-            )
-        )
+    try:
+        examples = read_questions(data, ReadReport(str(data)), others, images)
+    except (ExampleError, SourceError) as error:
+        raise BenchmarkError(str(error)) from None
+    found = [
+        x._replace(answer=tuple(references_of(x.answer)), category=x.id.partition("-")[0], seconds=USUAL_SECONDS)
+        for x in examples
+    ]
     return found, "test"
 
 
@@ -203,23 +189,12 @@ def read_own(
     others: Folders = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
-) -> tuple[list[Question], None]:
+) -> tuple[list[Example], None]:
     """A folder of one's own (`pixel_jax.data.own`), its videos shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
-    found = [
-        Question(
-            id=x.id,
-            question=x.question,
-            answers=tuple(references_of(x.answer)),
-            images=tuple(x.images),
-            category=x.category,
-            is_video=x.video,
-            seconds=x.seconds,
-            fields=x.fields,
-        )
-        for x in own.read_own(data, image_folders=others, columns=columns, language=language)
-    ]
+    examples = own.read_own(data, image_folders=others, columns=columns, language=language)
+    found = [x._replace(answer=tuple(references_of(x.answer)), turns=()) for x in examples]
     return found, None
 
 
@@ -244,16 +219,22 @@ def read(
     sample: int | None = None,
     seed: int = 0,
     language: Language = RELEASED_LANGUAGE,
-) -> tuple[list[Question], str]:
+) -> tuple[list[Example], str]:
     """The questions of a benchmark, in their order, and their split.
 
     Args:
       kind: a key of `READERS`.
-      image_folders: where images may lie beside the folder of the images or of the data (`pixel_jax.data.sources.locate`).
-      columns: what data of one's own calls our fields.
-      split: what the split is, where the files do not say; by default a test set.
-      sample: so many questions, drawn by `seed` (the authors' TallyQA is 3,200 of 15,598).
-      language: of the calls in conversations of data of one's own.
+      data: file or folder of the benchmark.
+      images: folder of its images; None: beside the data.
+      image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
+      columns: names of our fields in data of the user's own.
+      split: the split, where the files do not name it; by default a test set.
+      sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
+      seed: of the sample.
+      language: of the calls in conversations of the user's own data.
+
+    Raises:
+      BenchmarkError: the files are not there or not as expected, or name another split.
     """
     data, images = pathlib.Path(data), None if images is None else pathlib.Path(images)
     if not data.exists():
@@ -271,7 +252,7 @@ def read(
         if question.id in seen:
             raise BenchmarkError(f"{data} has two questions of the id {brief(question.id)}")
         seen.add(question.id)
-        if not question.answers:
+        if not question.answer:
             raise BenchmarkError(f"{data}: question {brief(question.id)} has no answer")
     if not questions:
         raise BenchmarkError(f"{data} has no questions")

@@ -1,4 +1,4 @@
-"""What an evaluation is made of. Defaults are the settings of the released evaluation (`pixel_reasoner`'s README)."""
+"""The settings of an evaluation. Defaults are those of the released evaluation (Pixel Reasoner's README)."""
 
 import dataclasses
 from typing import Literal
@@ -10,7 +10,7 @@ from pixel_jax.tools.host import HostToolsConfig
 from pixel_jax.tools.named import DEFAULT
 from pixel_jax.training.scorers import ScorerConfig
 
-# As trained; without the tools (system prompt and guidelines of the released `notool`); with tools that show grey.
+# As trained; without tools (system prompt and guidelines of the released `notool`); with tools whose images are grey.
 Mode = Literal["operations", "none", "blank"]
 Bucket = tuple[int, int, int, int]  # images, height and width of the largest, tokens of the prompt
 
@@ -35,8 +35,8 @@ RELEASED = RolloutConfig(
 class BenchmarkConfig:
     """One benchmark: its files, its scorer, and the static shapes its questions are run in.
 
-    A question runs in the first bucket that holds it; pictures that none holds are made smaller, which is counted. Without
-    buckets they are worked out from the sizes of the pictures and the words of the questions.
+    A question runs in the first bucket that holds it; images that fit no bucket are shrunk, which is counted. Without buckets
+    shapes are worked out from the sizes of the images and the lengths of the questions.
     """
 
     format: Literal["vstar", "tallyqa", "infovqa", "mvbench", "prepared", "jsonl"]  # `pixel_jax.evaluation.benchmarks`

@@ -1,4 +1,4 @@
-"""Lines over steps as inline SVG, without a library: readable at half a page's width, in print and on a dark screen alike."""
+"""Line charts as inline SVG, readable at half a page's width, in print and on dark screens."""
 
 import html
 import math
@@ -15,10 +15,9 @@ MOST = 600  # points of a line that are drawn; of more, means of neighbours
 
 
 def ticks(low: float, high: float, count: int = TICKS, *, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, about `count` of them: steps of 1, 2 or 5 times a power of ten.
+    """Round numbers from `low` to `high`, about `count` of them, in steps of 1, 2 or 5 times a power of ten.
 
-    Args:
-        whole: they are whole numbers.
+    With `whole` they are integers.
     """
     step = _step((high - low) / count) if high > low else 1.0
     step = max(step, 1.0) if whole else step
@@ -44,11 +43,13 @@ def thinned(points: Points) -> Points:
 
 
 def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[float, float] | None = None) -> str:
-    """One plane with its lines as an `<svg>` element; what is not finite is left out.
+    """One chart as an `<svg>` element; points that are not finite are left out.
 
     Args:
-        lines: label -> points (x, y), x rising.
-        bounds: of y. None: those of the points.
+        title: of the chart.
+        lines: label -> points (x, y), by rising x.
+        x_label: of the x axis.
+        bounds: of the y axis; None: those of the points.
     """
     lines = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
     every = [point for points in lines.values() for point in points]
@@ -57,9 +58,16 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
     y_low, y_high = bounds or (min(ys), max(ys))
     if y_high - y_low < 1e-12 * max(abs(y_high), 1e-12):  # a level line lies in the middle
         y_low, y_high = y_low - (abs(y_low) or 1) / 2, y_high + (abs(y_high) or 1) / 2
-    place_x = lambda x: LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-    place_y = lambda y: HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-    text = lambda x, y, words, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>'
+
+    def place_x(x: float) -> float:
+        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+
+    def place_y(y: float) -> float:
+        return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>'
+
     parts = [text(LEFT, 16, title, 'class="title"')]
     for y in ticks(y_low, y_high):
         at = place_y(y)
@@ -89,7 +97,7 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
 def curves(
     panels: Mapping[str, Mapping[str, Points]], x_label: str, bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> str:
-    """Panels beside one another, as many as the page is wide for; `bounds` of y by the title of the panel."""
+    """Charts next to each other, in as many columns as the page holds; `bounds` of y by title."""
     bounds = bounds or {}
     drawn = [panel(title, lines, x_label, bounds.get(title)) for title, lines in panels.items()]
     return f'<div class="curves">{"".join(drawn)}</div>'

@@ -18,10 +18,10 @@ from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import define_flag
-from pixel_jax.evaluation.config import EvalConfig
+from pixel_jax.evaluation.config import EvalConfig, Mode
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import write_json
-from pixel_jax.terminal import say, warn
+from pixel_jax.terminal import print_table, say, table, warn
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
@@ -29,11 +29,13 @@ MODE = "operations"  # in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `eval`."""
     define_flag(None, "The evaluation: a file, or a name as pixel/eval.")
     flags.DEFINE_string("json", None, "Also write what compare or select finds to this file.")
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Evaluates, compares or selects, as the arguments say."""
     match arguments:
         case ["compare", first, second]:
             found = compare_runs(first, second)
@@ -56,6 +58,7 @@ def main(command: str, arguments: list[str]) -> None:
 
 
 def run() -> None:
+    """Evaluates the config's model."""
     from pixel_jax.export import model_directory
 
     with evaluating() as config:
@@ -64,7 +67,7 @@ def run() -> None:
 
 @contextlib.contextmanager
 def evaluating() -> Iterator[EvalConfig]:
-    """The config, in as many processes as have joined, as long as its directory is theirs."""
+    """Reads the config, and holds its directory during the block. All processes that have joined call it."""
     from pixel_jax.config import load
     from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
     from pixel_jax.training.progress import announce_compiles
@@ -79,10 +82,13 @@ def evaluating() -> Iterator[EvalConfig]:
 
 
 def select_within(training: pathlib.Path) -> dict[str, Any]:
-    """`select` of every model that a run of sft or rl has, or has a checkpoint of; each is asked in a directory of its step.
+    """Evaluates every model and checkpoint of a run of sft or rl, each in a directory of its step, and selects the best.
 
     Returns:
-        As `select`, with "step", and where the model of that step is.
+        The result of `select`, with "step" and the directory of that model.
+
+    Raises:
+        UserError: the run has fewer than two.
     """
     from pixel_jax.export import candidates, model_directory
     from pixel_jax.parallel.processes import is_main_process
@@ -101,7 +107,7 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
 
 
 def answer(config: EvalConfig) -> None:
-    """All questions, in as many processes as have joined; the first one reports."""
+    """Answers all questions, in as many processes as have joined; the first one reports."""
     from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog import Language
     from pixel_jax.evaluation.benchmarks import read
@@ -126,26 +132,27 @@ def answer(config: EvalConfig) -> None:
         for name, x in config.benchmarks.items()
         if x.data is not None
     }
-    directories = {(name, mode): pathlib.Path(config.out) / name / mode for name in data for mode in config.modes}
+    out = pathlib.Path(config.out)
+    directories: Directories = {(name, mode): out / name / mode for name in data for mode in config.modes}
     ask(config, data, directories)
     barrier("every question is answered")
     if is_main_process():
         report(config, data, directories)
 
 
-Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its `Question`s and split
-Directories = Mapping[tuple[str, str], pathlib.Path]  # of each benchmark in each mode
+Data = Mapping[str, tuple[Sequence[Any], str | None]]  # of each benchmark its questions and split
+Directories = Mapping[tuple[str, Mode], pathlib.Path]  # of each benchmark in each mode
 
 
 def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
-    """This process's share of the questions of all benchmarks, in all modes."""
+    """Answers this process's share of the questions of all benchmarks in all modes."""
     import jax
 
     from pixel_jax import from_pretrained
     from pixel_jax.data.digests import Digests, digest_model
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.evaluation.run import evaluate
-    from pixel_jax.evaluation.stages import Exam, Policy, Stages
+    from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
     from pixel_jax.evaluation.stages import answer as answer_questions
     from pixel_jax.named import digest, is_name
     from pixel_jax.parallel import make_mesh
@@ -165,14 +172,17 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
     vocabulary = Vocabulary.of(processor.tokenizer)
     tools, calls = find_tools(config.tools), find_format(config.rollout.call_format)
     with Digests(out / f"digests-{jax.process_index()}.json") as digests:
-        held = {"model": str(pathlib.Path(config.model).resolve()), **digest_model(config.model, digests)}
+        identity: dict[str, Any] = {
+            "model": str(pathlib.Path(config.model).resolve()),
+            **digest_model(config.model, digests),
+        }
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         policy = Policy(model, vocabulary, tables(vocabulary, tools, calls))
-        stages = Stages(answer=functools.partial(answer_questions, roll=rollouts))
+        stages = EvaluationStages(answer=functools.partial(answer_questions, roll=rollouts))
         if code := {x: digest(x) for x in (*config.tools, config.rollout.call_format) if is_name(x)}:
-            held["code"] = code  # other code is another evaluation
+            identity["code"] = code  # other code is another evaluation
         if rollouts is not None:
-            held["host_tools"] = dataclasses.asdict(config.host_tools)
+            identity["host_tools"] = dataclasses.asdict(config.host_tools)
         for (name, mode), directory in directories.items():
             questions, split = data[name]
             exam = Exam(config.benchmarks[name], config.rollout, mode, config.batch, config.traces, config.seed)
@@ -181,19 +191,19 @@ def ask(config: EvalConfig, data: Data, directories: Directories) -> None:
                 questions,
                 exam,
                 directory,
-                facts={**held, "split": split},
-                part=(jax.process_index(), jax.process_count()),
+                settings={**identity, "split": split},
+                shard=(jax.process_index(), jax.process_count()),
                 digests=digests,
                 stages=stages,
                 label=f"{name} {mode}",
             )
             if rollouts is not None:
-                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.facts().items())
+                counts = ", ".join(f"{x.removeprefix('host_tool_')} {n:g}" for x, n in rollouts.metrics().items())
                 say(f"{name} {mode}: calls of tools that run on the host: {counts}")
 
 
 def report(config: EvalConfig, data: Data, directories: Directories) -> None:
-    """Numbers, intervals and traces of all benchmarks: as `metrics.json`, as a page, and as a table on the terminal."""
+    """Writes the numbers of all benchmarks to `metrics.json`, to a page and to the terminal."""
     from pixel_jax.dialog import Language
     from pixel_jax.evaluation import summary
     from pixel_jax.tools.named import find_format, find_tools
@@ -215,7 +225,7 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
         metrics["warnings"] += summary.format_warnings(name, found, language)
     write_json(out / "metrics.json", metrics)
     summary.redraw(out)
-    summary.print_table(summary.HEAD, summary.table_rows(metrics["benchmarks"]))
+    print_table(table(summary.HEAD, summary.table_rows(metrics["benchmarks"]), words=3))
     for warning in metrics["warnings"]:
         warn(warning)
     for name, benchmark in metrics["benchmarks"].items():
@@ -231,7 +241,11 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
 
 
 def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]]:
-    """The records of a benchmark in a mode. UserError: they are not of all `count` questions."""
+    """The records of a benchmark in a mode.
+
+    Raises:
+        UserError: they are fewer than `count`, the number of questions.
+    """
     from pixel_jax.evaluation.results import read_records
 
     records = read_records(directory)
@@ -244,7 +258,7 @@ def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]
 
 
 def runs_in(directory: str) -> dict[str, pathlib.Path]:
-    """{"BENCHMARK MODE": directory} of a run directory."""
+    """The benchmarks in a run directory: {"BENCHMARK MODE": directory}."""
     found = {
         f"{path.parent.parent.name} {path.parent.name}": path.parent
         for path in sorted(pathlib.Path(directory).glob("*/*/run.json"))
@@ -271,10 +285,12 @@ def compare_runs(first: str, second: str) -> dict[str, Any]:
 
 
 def select(directories: Sequence[str]) -> dict[str, Any]:
-    """The best of several runs (checkpoints) by the mean over their benchmarks of the score with operations, on held-out
-    questions only. Runs that have one other mode alone are compared in that one.
+    """The best of several runs (checkpoints) by the mean score over their benchmarks, on held-out questions only.
 
-    UserError: one of them was run on a test set, or they did not answer the same benchmarks.
+    Scores are those with operations; runs that have only one other mode are compared in that.
+
+    Raises:
+        UserError: a run answered a test set, or the runs did not answer the same benchmarks.
     """
     from pixel_jax.evaluation import summary
     from pixel_jax.evaluation.results import read_records
@@ -288,15 +304,22 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
         # Every benchmark counts alike, however many questions it has.
         scores[run] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
     best = max(scores, key=lambda run: scores[run]["mean"])  # the first of equals
-    against = lambda run: {name: summary.compare(x, records[best][name]) for name, x in records[run].items()}
-    tests = {run: against(run) for run in directories if run != best}
+    tests = {
+        run: {name: summary.compare(x, records[best][name]) for name, x in records[run].items()}
+        for run in directories
+        if run != best
+    }
     choice_table(directories, best, mode, scores, tests)
     model = read_settings(next(iter(chosen[best].values())))["model"]
     return {"best": best, "model": model, "mode": mode, "scores": scores, "tests": tests}
 
 
 def comparable(directories: Sequence[str]) -> tuple[str, dict[str, dict[str, pathlib.Path]]]:
-    """The mode in which runs are compared, and where each run has each benchmark in it. UserError: they cannot be compared."""
+    """The mode in which runs are compared, and {run: {benchmark: directory}} in that mode.
+
+    Raises:
+        UserError: they cannot be compared.
+    """
     from pixel_jax.identity import read_settings
 
     # A benchmark's name has no space in it.
@@ -342,4 +365,5 @@ def choice_table(
         mean = f"{100 * scores[run]['mean']:.1f}"
         return [run, "best" if run == best else "", mode, mean, *(cell(run, name) for name in names)]
 
-    summary.print_table(("run", "", "mode", "mean score %", *(f"{name} %" for name in names)), [*map(row, directories)])
+    head = ("run", "", "mode", "mean score %", *(f"{name} %" for name in names))
+    print_table(table(head, map(row, directories), words=3))

@@ -1,4 +1,4 @@
-"""Pages: one self-contained HTML file of numbers, curves and traces. Everything from outside is escaped."""
+"""HTML pages: one self-contained file of numbers, curves and transcripts. Foreign text is escaped."""
 
 import html
 import json
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 
 from pixel_jax.evaluation.curves import COLORS
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.files import write_file
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -15,12 +15,12 @@ VERDICTS = {True: '<b class="right">right</b>', False: '<b class="wrong">wrong</
 
 
 def text(value) -> str:
-    """`value` as HTML text."""
+    """A value as escaped HTML text."""
     return html.escape(str(value), quote=True)
 
 
 def figure(picture: Picture, *, width: int) -> str:
-    """A picture `width` CSS pixels wide, its boxes over it."""
+    """A picture, `width` CSS pixels wide, with its boxes."""
     boxes = []
     wide, high = int(picture.width), int(picture.height)
     line = max(wide, high) / 150
@@ -51,14 +51,14 @@ def turn(item: ShownTurn, number: int) -> str:
     )
 
 
-def terms(item: Trace) -> str:
-    """What a reward is the sum of, those that are nothing left out."""
+def terms(item: Transcript) -> str:
+    """The terms of a reward that are not 0."""
     parts = [f"{name} {value:+.3g}" for name, value in item.terms.items() if value]
     return f" ({text(', '.join(parts))})" if parts else ""
 
 
-def trace(item: Trace) -> str:
-    """A conversation: the image with every box, what the model first saw, then turn by turn."""
+def transcript(item: Transcript) -> str:
+    """A conversation: the images with every box, the model's first view of them, then each turn."""
     known = [
         text(item.question) if item.title else "",
         "" if item.answer is None else f"answer {text(item.answer)}",
@@ -83,30 +83,34 @@ def trace(item: Trace) -> str:
     )
 
 
-def traces_page(traces: Sequence[Trace], title: str = "Traces") -> str:
-    """A page of traces alone."""
-    return page(title, [("", "".join(trace(item) for item in traces))])
+def traces_page(traces: Sequence[Transcript], title: str = "Traces") -> str:
+    """A page of transcripts."""
+    return page(title, [("", "".join(transcript(item) for item in traces))])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence], *, style: str = "") -> str:
-    """A table; cells are escaped. The `style` "facts" is of words, others are of numbers."""
-    cells = lambda row, tag: "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
+    """A table with escaped cells. The `style` "facts" is for words; other tables hold numbers."""
+
+    def cells(row: Sequence, tag: str) -> str:
+        return "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in row)
+
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
     kind = f' class="{text(style)}"' if style else ""
     return f"<table{kind}><thead><tr>{cells(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def folded(head: str, content: str, *, unfolded: bool = False) -> str:
-    """HTML `content` that a click on `head` shows."""
+    """HTML content that a click on `head` unfolds."""
     return f"<details{' open' if unfolded else ''}><summary>{text(head)}</summary>{content}</details>"
 
 
 def paragraph(words: str) -> str:
+    """A paragraph of escaped text."""
     return f"<p>{text(words)}</p>"
 
 
 def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None = None) -> str:
-    """A whole page from (heading, HTML) sections; `data` is embedded as JSON for whoever wants the numbers."""
+    """A whole page from (heading, HTML) sections, with `data` embedded as JSON for other programs."""
     css = resources.files("pixel_jax.evaluation").joinpath("report.css").read_text("utf-8")
     body = "".join((f"<h2>{text(head)}</h2>" if head else "") + content for head, content in sections)
     numbers = ""

@@ -1,26 +1,36 @@
-"""A model answers a benchmark: batches of static shape, answers scored, a record a question."""
+"""Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
 import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
+from pixel_jax.data.example import Example
 from pixel_jax.data.images import ImageError
-from pixel_jax.data.rooms import Fitter, Place
-from pixel_jax.data.shapes import Measured, training_work
+from pixel_jax.data.prompt_shapes import Assignment, ShapeFinder
+from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.evaluation.config import Bucket
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.evaluation.results import Results, read_records
-from pixel_jax.evaluation.stages import USUAL, Asked, Exam, Policy, Record, Session, Stages, guidelines, unanswered
+from pixel_jax.evaluation.stages import (
+    USUAL,
+    EvaluationStages,
+    Exam,
+    Policy,
+    QuestionBatch,
+    Record,
+    Session,
+    guidelines,
+    unanswered,
+)
 from pixel_jax.identity import RunError, settle
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.parallel.memory import PICTURES, device_memory
+from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -29,50 +39,48 @@ from pixel_jax.training.progress import Progress
 LOADERS = 8  # threads that decode images
 
 
-def outline(question: Question) -> Query:
-    """`question` with pictures of the right sizes and no pixels."""
-    pictures = [np.broadcast_to(np.uint8(0), (*size, 3)) for size in question.sizes()]
-    return Query(question.question, pictures, question.is_video, question.seconds or 1.0)
-
-
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: Qwen2_5_VLConfig, batch: int
-) -> Sequence[BatchShape] | Measured:
+) -> Sequence[BatchShape] | AutoShapes:
     """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
     if buckets is None:
-        return Measured(training_work(network), batch, device_memory() // PICTURES // batch)
+        return AutoShapes(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
 
 
 def evaluate(
     policy: Policy,
-    questions: Sequence[Question],
+    questions: Sequence[Example],
     exam: Exam,
     directory: str | os.PathLike,
     *,
-    facts: Mapping[str, Any] | None = None,
-    part: tuple[int, int] = (0, 1),
+    settings: Mapping[str, Any] | None = None,
+    shard: tuple[int, int] = (0, 1),
     digests: Digests | None = None,
     scorer: Callable[..., Any] | None = None,
-    stages: Stages = USUAL,
+    stages: EvaluationStages = USUAL,
     label: str = "eval",
 ) -> None:
-    """Answer this process's share of `questions` that is not yet answered in `directory` (`results.py`).
+    """Answers this process's share of the questions that are not yet answered in `directory` (`results.py`).
 
-    An answer depends on the question's number, the seed and the config, not on which process or batch it came in. A
-    question whose pictures cannot be read, or that no bucket holds, ends nothing: it is recorded as wrong, with the reason,
-    and is tried again when the run is started again.
+    An answer depends on the question's number, the seed and the config, not on the process or the batch. A question whose
+    images cannot be read, or that no bucket holds, is recorded as wrong with the reason; the next start tries it again.
 
     Args:
-      facts: further settings that a run in this directory is held to: the model, the split.
-      part: (process, processes): the share is every `processes`-th question from `process` on.
-      digests: of the pictures, by which they are known; by default kept in `directory`.
+      policy: the model, its vocabulary and tables.
+      questions: of the benchmark.
+      exam: the settings of the benchmark and of the rollout.
+      directory: of the results; an interrupted run goes on there.
+      settings: further settings that identify the run: the model, the split.
+      shard: (process, processes): the share is every `processes`-th question from `process` on.
+      digests: of the images, which identify them; by default kept in `directory`.
       scorer: by default that of `exam.benchmark.scorer`.
+      stages: the functions that a batch goes through.
+      label: of the progress line.
     """
-    directory, (process, processes) = pathlib.Path(directory), part
+    directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)
-    settings = settings_of(policy, questions, exam, facts)
-    kept = restore(directory, settings, process, len(questions))
+    kept = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
     mine = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
@@ -81,9 +89,12 @@ def evaluate(
     if not todo:
         return
     session = Session(policy, exam, directory, len(questions), scorer)
-    keep = lambda records: results.append({**x, "pictures": pictures[x["index"]]} for x in records)
+
+    def keep(records: Iterable[Record]) -> None:
+        results.append({**x, "pictures": pictures[x["index"]]} for x in records)
+
     found = find_shapes(policy, questions, exam, todo)
-    placed = {i: x for i, x in found.items() if isinstance(x, Place)}
+    placed = {i: x for i, x in found.items() if isinstance(x, Assignment)}
     n = session.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
     progress, finished = Progress(label, len(todo)), len(todo) - len(placed)
@@ -98,11 +109,11 @@ def evaluate(
 
 
 def settings_of(
-    policy: Policy, questions: Sequence[Question], exam: Exam, facts: Mapping[str, Any] | None
+    policy: Policy, questions: Sequence[Example], exam: Exam, more: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """What a run is."""
+    """The settings that identify a run, with `more` of the caller."""
     return {
-        **(facts or {}),
+        **(more or {}),
         "mode": exam.mode,
         "seed": exam.seed,
         "format": exam.benchmark.format,
@@ -115,7 +126,11 @@ def settings_of(
 
 
 def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, count: int) -> dict[int, Record]:
-    """The records that are there of `count` questions, by their numbers. RunError: the directory holds another run."""
+    """The records of an earlier start, by the numbers of the questions, of which there are `count`.
+
+    Raises:
+        RunError: the directory holds another run.
+    """
     kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
     if process == 0:
         settle(directory, settings, done=len(kept) or None, of=count)
@@ -123,9 +138,13 @@ def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, 
 
 
 def check_pictures(
-    directory: pathlib.Path, questions: Sequence[Question], kept: Mapping[int, Record], pictures: Mapping[int, Any]
+    directory: pathlib.Path, questions: Sequence[Example], kept: Mapping[int, Record], pictures: Mapping[int, Any]
 ) -> None:
-    """RunError: a question was answered about other pictures than it has now."""
+    """Checks that questions were answered about the images that they have now.
+
+    Raises:
+        RunError: an image has changed.
+    """
     for i, found in pictures.items():
         if i in kept and kept[i].get("pictures", found) != found:
             raise RunError(
@@ -135,23 +154,23 @@ def check_pictures(
 
 
 def find_shapes(
-    policy: Policy, questions: Sequence[Question], exam: Exam, todo: Sequence[int]
-) -> dict[int, Place | ValueError]:
+    policy: Policy, questions: Sequence[Example], exam: Exam, todo: Sequence[int]
+) -> dict[int, Assignment | ValueError]:
     """Where each of the questions `todo` runs, or why it cannot."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
-    wanted = range(len(questions)) if isinstance(shapes, Measured) else todo
-    outlines = [functools.partial(outline, questions[i]) for i in wanted]
-    fitter = Fitter(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
-    found = dict(zip(wanted, fitter.places(outlines, shapes), strict=True))
+    wanted = range(len(questions)) if isinstance(shapes, AutoShapes) else todo
+    outlines = [questions[i].outline for i in wanted]
+    finder = ShapeFinder(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
+    found = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
     return {i: found[i] for i in todo}
 
 
 def load_batches(
-    questions: Sequence[Question], placed: Mapping[int, Place], batch: int
+    questions: Sequence[Example], placed: Mapping[int, Assignment], batch: int
 ) -> Iterator[dict[int, Query | ImageError]]:
-    """Batches of one shape with their pixels, or why these cannot be read; the next is read while one is worked on."""
+    """Batches of one shape with their pixels, or the reason why they cannot be read; the next batch is read ahead."""
     by_shape: dict[BatchShape, list[int]] = {}
     for i, place in placed.items():
         by_shape.setdefault(place.shape, []).append(i)
@@ -165,26 +184,27 @@ def load_batches(
             yield loaded
 
 
-def load_query(questions: Sequence[Question], placed: Mapping[int, Place], i: int) -> Query | ImageError:
+def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
+    """The query of question `i` with its pixels, or the reason why they cannot be read."""
     try:
-        return placed[i].fit.apply(questions[i].query())
+        return placed[i].prompt.apply(questions[i].query())
     except ImageError as error:
         return error
 
 
 def answer_batch(
     session: Session,
-    stages: Stages,
-    questions: Sequence[Question],
-    placed: Mapping[int, Place],
+    stages: EvaluationStages,
+    questions: Sequence[Example],
+    placed: Mapping[int, Assignment],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
-    """A batch through all stages; what could not be read is recorded as wrong."""
+    """The records of a batch after all stages; a question that could not be read is recorded as wrong."""
     n = session.limits.group_size
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
-        asked = Asked(
+        asked = QuestionBatch(
             list(queries), [questions[i] for i in queries], list(queries.values()), [placed[i] for i in queries]
         )
         records += stages.record(session, stages.judge(session, stages.answer(session, asked)))

@@ -1,8 +1,8 @@
 """The stages that a batch of an evaluation goes through, and the value that each hands to the next.
 
-    Asked -> answer -> Answered -> judge -> Judged -> record -> records
+    QuestionBatch -> answer -> Answered -> judge -> Judged -> record -> records
 
-Each is a function `stage(session, value)`; `Stages` says which, so that one of one's own takes the place of any.
+Each stage is a function `stage(session, value)`; `EvaluationStages` names them, so that any can be replaced.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pixel_jax.data.rooms import Place
+from pixel_jax.data.example import Example
+from pixel_jax.data.prompt_shapes import Assignment
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.dialog.unrecognised import unrecognised_turns
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript
 from pixel_jax.evaluation.config import BenchmarkConfig, Mode
-from pixel_jax.evaluation.questions import Question
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
@@ -40,7 +40,7 @@ from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 
 
 class Policy(NamedTuple):
-    """Who is asked."""
+    """The model that is asked, with its vocabulary."""
 
     model: Qwen2_5_VL
     vocabulary: Vocabulary
@@ -49,7 +49,7 @@ class Policy(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """How the questions of a benchmark are put, and what is kept of the answers."""
+    """How the questions of a benchmark are asked, and how many answers are kept as transcripts."""
 
     benchmark: BenchmarkConfig
     rollout: RolloutConfig
@@ -60,6 +60,7 @@ class Exam:
 
     @property
     def limits(self) -> RolloutConfig:
+        """The rollout's limits in this mode."""
         return rollout_config(self.rollout, self.mode, self.benchmark.max_side)
 
 
@@ -72,18 +73,24 @@ def rollout_config(config: RolloutConfig, mode: Mode, max_side: int) -> RolloutC
 
 
 def guidelines(mode: Mode) -> str:
+    """The guidelines of the prompt in a mode: released `notool` or `vcot`."""
     return "notool" if mode == "none" else "vcot"
 
 
 class Session:
-    """What the stages work with."""
+    """The context in which the stages work."""
 
     def __init__(
         self, policy: Policy, exam: Exam, directory: pathlib.Path, count: int, scorer: Callable[..., Any] | None = None
     ):
-        """Args:
-        count: of all questions.
-        scorer: of the `score`, by default that of the benchmark; `accuracy` is the released scorer's in any case.
+        """Prepares the scorers and draws the questions whose transcripts are kept.
+
+        Args:
+            policy: that answers.
+            exam: the settings.
+            directory: of the results.
+            count: of all questions.
+            scorer: of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
         """
         self.policy, self.exam, self.directory = policy, exam, directory
         self.limits = exam.limits
@@ -94,25 +101,27 @@ class Session:
         self.drawn = set(np.random.default_rng(exam.seed).permutation(count)[: exam.traced].tolist())
 
 
-class Asked(NamedTuple):
+class QuestionBatch(NamedTuple):
     """Questions of one shape that are answered together, with their pixels."""
 
     numbers: Sequence[int]  # among all questions
-    questions: Sequence[Question]
+    questions: Sequence[Example]
     queries: Sequence[Query]
-    places: Sequence[Place]
+    places: Sequence[Assignment]
 
 
 class Answered(NamedTuple):
-    """What the model did with them: `group_size` rows a question, on the host."""
+    """The answers to a batch: `group_size` rows for each question, on the host."""
 
-    asked: Asked
+    asked: QuestionBatch
     trajectories: Trajectories[VisualRecord]
     images: np.ndarray  # `Images` of each question
     texts: Sequence[str]  # all that the model wrote in each row
 
 
 class Judged(NamedTuple):
+    """Answers with their scores."""
+
     answered: Answered
     scores: Mapping[str, Sequence[float | None]]  # "score" and "accuracy" of each row; None: it holds no answer
 
@@ -120,14 +129,20 @@ class Judged(NamedTuple):
 Record = dict[str, Any]
 
 
-def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
-    """Puts the questions. An answer depends on the question's number, the seed and the limits, not on its neighbours.
+def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
+    """Asks the questions. An answer depends on the question's number, the seed and the limits, not on other questions.
 
-    roll: takes the place of `rollout`, with its arguments: `functools.partial(answer, roll=...)` is a stage, too.
+    Args:
+        session: with the policy.
+        asked: the questions.
+        roll: a function in place of `rollout`; `functools.partial(answer, roll=...)` is a stage, too.
     """
     exam, (model, vocabulary, tables) = session.exam, session.policy
     shape, spare = asked.places[0].shape, exam.batch - len(asked.numbers)  # repeats of the last keep the shape
-    padded = lambda items: [*items, *[items[-1]] * spare]
+
+    def padded(items: Sequence[Any]) -> list[Any]:
+        return [*items, *[items[-1]] * spare]
+
     prompts = build_prompts(
         padded(asked.queries),
         vocabulary,
@@ -147,45 +162,48 @@ def answer(session: Session, asked: Asked, *, roll: Callable[..., Trajectories] 
 
 
 def judge(session: Session, answered: Answered) -> Judged:
-    """How right each answer is."""
+    """Scores each answer."""
     n = session.limits.group_size
-    references = [Reference(x.answers, x.question) for x in answered.asked.questions for _ in range(n)]
+    references = [Reference(x.answer, x.question) for x in answered.asked.questions for _ in range(n)]
     return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
 
 
-def record(session: Session, judged: Judged) -> list[Record]:
-    """What is kept of each question; of some a trace is drawn."""
-    asked, n = judged.answered.asked, session.limits.group_size
+def record(session: Session, single_answer: Judged) -> list[Record]:
+    """The record of each question; some transcripts are saved, too."""
+    asked, n = single_answer.answered.asked, session.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
-        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), session.policy.tables.parser.language)
-        records.append({**found, "shrunk": asked.places[at].fit.scale < 1.0})
+        found = record_of(
+            number, question, single_answer, slice(at * n, (at + 1) * n), session.policy.tables.parser.language
+        )
+        records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
         if number in session.drawn:
-            draw(session, judged, at, found)
+            draw(session, single_answer, at, found)
     return records
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
-    """Which functions a batch goes through."""
+class EvaluationStages:
+    """The functions that a batch goes through."""
 
-    answer: Callable[[Session, Asked], Answered] = answer
+    answer: Callable[[Session, QuestionBatch], Answered] = answer
     judge: Callable[[Session, Answered], Judged] = judge
     record: Callable[[Session, Judged], list[Record]] = record
 
 
-USUAL = Stages()
+USUAL = EvaluationStages()
 
 
 # ---- records
 
 
-def about(index: int, question: Question) -> Record:
-    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answers)}
+def about(index: int, question: Example) -> Record:
+    """The part of a record that describes the question."""
+    known = {"index": index, "id": question.id, "category": question.category, "answers": list(question.answer)}
     return known | ({"fields": dict(question.fields)} if question.fields else {})
 
 
-def unanswered(index: int, question: Question, why: str, answers: int) -> Record:
+def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
     """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
@@ -194,13 +212,13 @@ def unanswered(index: int, question: Question, why: str, answers: int) -> Record
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
 
-def record_of(index: int, question: Question, judged: Judged, rows: slice, language: Language) -> Record:
+def record_of(index: int, question: Example, single_answer: Judged, rows: slice, language: Language) -> Record:
     """What is kept of a question: lists have an entry an answer."""
-    t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
+    t, texts = take_rows(single_answer.answered.trajectories, rows), single_answer.answered.texts[rows]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
-        **{name: [value or 0.0 for value in found[rows]] for name, found in judged.scores.items()},
+        **{name: [value or 0.0 for value in found[rows]] for name, found in single_answer.scores.items()},
         "operations": executed_calls(t).tolist(),
         "executed": answered_calls(t).tolist(),
         "failed": failed_calls(t).tolist(),
@@ -212,20 +230,20 @@ def record_of(index: int, question: Question, judged: Judged, rows: slice, langu
     }
 
 
-def draw(session: Session, judged: Judged, at: int, found: Record) -> None:
-    """Keeps the first answer to the question at place `at` of its batch as a trace."""
-    asked = judged.answered.asked
+def draw(session: Session, single_answer: Judged, at: int, found: Record) -> None:
+    """Saves the transcript of the first answer to the question at index `at` of its batch."""
+    asked = single_answer.answered.asked
     question = asked.questions[at]
-    first = take_rows(judged.answered.trajectories, [at * session.limits.group_size])
+    first = take_rows(single_answer.answered.trajectories, [at * session.limits.group_size])
     tools, query = session.policy.tables.tools, asked.queries[at]
-    made = traces.make_trace(
-        materialize_on_host(first, judged.answered.images[[at]], tools, session.limits),
+    made = transcript.make_transcript(
+        materialize_on_host(first, single_answer.answered.images[[at]], tools, session.limits),
         0,
         query,
         session.policy.vocabulary,
         answer=found["given"][0],
-        reference=" / ".join(question.answers),
+        reference=" / ".join(question.answer),
         correct=found["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )
-    traces.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])
+    transcript.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])

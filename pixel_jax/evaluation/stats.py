@@ -1,4 +1,4 @@
-"""Intervals and paired tests: a number without an interval is an anecdote, a difference without a test is noise."""
+"""Confidence intervals, and paired tests of two runs."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def proportion(hits: Sequence[bool] | np.ndarray, confidence: float = 0.95) -> dict[str, float]:
-    """Share of `hits` with its Wilson score interval: {"mean", "low", "high", "n"}. Without any, the mean is NaN."""
+    """The share of `hits` with its Wilson score interval: {"mean", "low", "high", "n"}; the mean of none is NaN."""
     from scipy.stats import binomtest
 
     hits = np.asarray(hits, bool)
@@ -17,12 +17,12 @@ def proportion(hits: Sequence[bool] | np.ndarray, confidence: float = 0.95) -> d
 
 
 def over_seeds(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
-    """Mean over seeds with Student's t interval: {"mean", "low", "high", "n"}; one seed alone has an infinite one."""
+    """The mean over seeds with Student's t interval: {"mean", "low", "high", "n"}; that of one seed is infinite."""
     from scipy.stats import t
 
-    values = np.asarray(values, float)
-    mean, n = float(values.mean()), values.size
-    half = float("inf") if n < 2 else float(t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    array = np.asarray(values, float)
+    mean, n = float(array.mean()), array.size
+    half = float("inf") if n < 2 else float(t.ppf((1 + confidence) / 2, n - 1) * array.std(ddof=1) / np.sqrt(n))
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": int(n)}
 
 
@@ -38,17 +38,24 @@ def bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
-    """sum(values) / sum(weights) over questions, with its percentile interval when questions are drawn anew.
+    """The ratio sum(values) / sum(weights) over questions, with the percentile interval of resampled questions.
 
     Without `weights` this is the mean. With them it is a rate: operations that failed over operations, of each question.
     A question is drawn with all of its answers, so Avg@k over many answers to few questions stays as uncertain as it is.
 
-    With `bounds`, between which every question lies, questions that are all alike have an interval, too: a share of other
-    questions as large as Wilson's upper limit of 0 of n, at either bound, is not excluded by them. Of right or wrong that is
-    Wilson's interval. Without bounds nothing is known of what has not been seen, and the interval has no width.
+    Where all questions have the same value, resampling gives no interval. With `bounds` on the values there is one all the
+    same: a share of questions at either bound, as large as Wilson's upper limit for 0 of n, cannot be excluded. For right or
+    wrong answers that is Wilson's interval. Without bounds the interval has no width.
 
-    Returns {"mean", "low", "high", "n"}; the mean is NaN where there is nothing to divide by. All resamples of equal
-    seed draw the same questions.
+    Args:
+      values: [n], of the questions.
+      weights: [n]; None: all 1.
+      bounds: the least and the largest possible value.
+      confidence: of the interval.
+      seed: of the resampling; equal seeds draw the same questions.
+
+    Returns:
+      {"mean", "low", "high", "n"}; the mean is NaN where the weights sum to 0.
     """
     values = np.asarray(values, float)
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, float)
@@ -75,23 +82,25 @@ def _alike(value: float, n: int, counted: int, bounds: tuple[float, float], conf
 
 
 def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> dict[str, float]:
-    """Whether two runs differ on the same questions: scores (or averages of k answers) [n] of each.
+    """The paired test of two runs by their scores (or averages of k answers) [n] on the same questions.
 
     The test flips the sign of each question's difference at random: under the null hypothesis the two runs' answers to a
     question are exchangeable. It serves right or wrong, averages and ANLS alike, where McNemar's test needs right or
     wrong; where all differences are of one size it is McNemar's exact test, and is computed as such.
 
-    Returns {"first", "second", "difference" (second - first), "low", "high" (bootstrap over questions), "p" (two-sided),
-    "better", "worse" (questions), "n"}.
+    Returns:
+      {"first", "second", "difference" (second - first), "low", "high" (bootstrap over questions), "p" (two-sided), "better",
+      "worse" (questions), "n"}.
+
+    Raises:
+      ValueError: the runs have different numbers of questions, or none.
     """
     from scipy.stats import binomtest, permutation_test
 
-    first, second = np.asarray(first, float), np.asarray(second, float)
-    if first.shape != second.shape or first.ndim != 1 or not first.size:
-        raise ValueError(
-            f"a paired test needs the same questions twice, not scores of {first.shape} and {second.shape}"
-        )
-    difference = second - first
+    one, other = np.asarray(first, float), np.asarray(second, float)
+    if one.shape != other.shape or one.ndim != 1 or not one.size:
+        raise ValueError(f"a paired test needs the same questions twice, not scores of {one.shape} and {other.shape}")
+    difference = other - one
     moved = difference[~np.isclose(difference, 0)]
     better, worse = int(np.sum(moved > 0)), int(np.sum(moved < 0))
     if not moved.size:
@@ -111,13 +120,13 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
         p = float(found.pvalue)
     interval = bootstrap(difference, bounds=(-1, 1), seed=seed)
     return {
-        "first": float(first.mean()),
-        "second": float(second.mean()),
+        "first": float(one.mean()),
+        "second": float(other.mean()),
         "difference": interval["mean"],
         "low": interval["low"],
         "high": interval["high"],
         "p": p,
         "better": better,
         "worse": worse,
-        "n": int(first.size),
+        "n": int(one.size),
     }

@@ -1,4 +1,4 @@
-"""From records to numbers with intervals: a row a category, a table for the terminal, a page with traces."""
+"""Summaries of records: numbers with intervals for each category, a table for the terminal, a page with transcripts."""
 
 import math
 import pathlib
@@ -7,11 +7,11 @@ from typing import Any
 
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.unrecognised import format_warning
-from pixel_jax.evaluation import report, trace
+from pixel_jax.evaluation import report, transcript
 from pixel_jax.evaluation.stats import bootstrap, paired
 from pixel_jax.files import FileError
 from pixel_jax.state_files import read_note
-from pixel_jax.terminal import printable, warn
+from pixel_jax.terminal import warn
 
 Record = Mapping[str, Any]
 ALL = "all"
@@ -29,7 +29,7 @@ COUNTS = ("operations", "tokens")  # of an answer, not shares
 
 
 def sums(record: Record) -> dict[str, float]:
-    """A question's answers added up."""
+    """The sums over a question's answers."""
     names = ("score", "accuracy", "operations", "executed", "failed", "tokens")
     return {
         **{name: float(sum(record[name])) for name in names},
@@ -37,17 +37,16 @@ def sums(record: Record) -> dict[str, float]:
         "looked": float(sum(x > 0 for x in record["operations"])),
         "finished": float(sum(x == "answer" for x in record["stop"])),
         "asked": float(len(record["score"])),
-        "answers": float(
-            len(record["stop"])
-        ),  # none to a question that could not be asked, which is wrong all the same
+        "answers": float(len(record["stop"])),  # 0 for a question that could not be asked, which counts as wrong
     }
 
 
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """{category: {"questions", "answers" (a question), "shrunk", "unanswered", rate: {"mean", "low", "high"}}}, "all" first.
+    """The rates of each category: {category: {"questions", "answers" (a question), "shrunk", "unanswered", rate: interval}}.
 
-    Intervals are 95 % bootstrap intervals over questions, of shares Wilson's where all questions are alike. A rate of
-    nothing (no operations at all) is None. A category that is itself called "all" is "all (category)".
+    The first category is "all". An interval is {"mean", "low", "high"}: a 95 % bootstrap interval over questions, or Wilson's
+    for shares where all questions have the same value. A rate without a denominator (no operations at all) is None. A category
+    that is itself called "all" is "all (category)".
     """
     categories = sorted({record["category"] for record in records})
     groups = {ALL: list(records)}
@@ -72,13 +71,14 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 
 
 def unanswered(records: Sequence[Record]) -> dict[str, str]:
-    """Why questions could not be asked, by their ids."""
+    """The questions that could not be asked: id -> reason."""
     return {record["id"]: record["unanswered"] for record in records if "unanswered" in record}
 
 
 def format_warnings(name: str, found: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
-    """Of a benchmark's runs {mode: records}: those whose calls are often in another format, in words. Without tools nobody is
-    asked to call one.
+    """Warnings about a benchmark's runs {mode: records} whose calls are often in another format.
+
+    The mode "none" is left out: without tools a model is not asked to call one.
     """
     texts = {mode: [text for record in records for text in record["responses"]] for mode, records in found.items()}
     warnings = {mode: format_warning(some, language) for mode, some in texts.items() if mode != "none"}
@@ -88,7 +88,8 @@ def format_warnings(name: str, found: Mapping[str, Sequence[Record]], language: 
 def compare(first: Sequence[Record], second: Sequence[Record], what: str = "score") -> dict[str, float]:
     """The paired test (`stats.paired`) of two runs over the same questions, by the average of each question's answers.
 
-    ValueError: the questions are not the same.
+    Raises:
+        ValueError: the questions are not the same.
     """
     one, other = ({record["id"]: record for record in records} for records in (first, second))
     if one.keys() != other.keys():
@@ -99,14 +100,19 @@ def compare(first: Sequence[Record], second: Sequence[Record], what: str = "scor
     for name, record in one.items():
         if record["answers"] != other[name]["answers"]:
             raise ValueError(f"question {name!r} has the answers {record['answers']} and {other[name]['answers']}")
-    average = lambda record: sum(record[what]) / len(record[what])
+
+    def average(record: Record) -> float:
+        return sum(record[what]) / len(record[what])
+
     return paired([average(x) for x in one.values()], [average(other[name]) for name in one])
 
 
 def percent(interval: Mapping[str, float | None]) -> str:
-    if interval["mean"] is None:
+    """An interval in percent, as in `50.0 [40.2, 59.8]`."""
+    mean, low, high = (interval[name] for name in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
         return "–"
-    return f"{100 * interval['mean']:.1f} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 HEAD = (
@@ -126,7 +132,7 @@ HEAD = (
 
 
 def table_rows(benchmarks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The cells below `HEAD`: {benchmark: {"modes": {mode: `summarise`'s}}}."""
+    """The rows below `HEAD` of {benchmark: {"modes": {mode: what `summarise` returns}}}."""
     rows = []
     for name, benchmark in benchmarks.items():
         for mode, categories in benchmark["modes"].items():
@@ -150,31 +156,16 @@ def sentence(first: str, second: str, test: Mapping[str, float]) -> str:
     )
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], stream=None) -> None:
-    """Cells are shown as they are: nothing in them is markup, and control characters are escaped."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for i, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if i < 3 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in row))
-    # A narrow terminal, or a file, gets long lines rather than cut cells.
-    Console(file=stream, highlight=False, width=1000).print(table)
-
-
-def _traces(path: pathlib.Path) -> list[trace.Trace]:
+def _traces(path: pathlib.Path) -> list[transcript.Transcript]:
     try:
-        return trace.load(path)
+        return transcript.load(path)
     except FileError as error:
         warn(f"{error}. It is not drawn")
         return []
 
 
 def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str, str], pathlib.Path]) -> str:
-    """The report: table, paired tests, traces of {(benchmark, mode): directory}."""
+    """The report: the table, paired tests, and transcripts from {(benchmark, mode): directory}."""
     benchmarks = metrics["benchmarks"]
     tests = [
         report.paragraph(f"{name}: {sentence(metrics['first_mode'], mode, test)}")
@@ -202,14 +193,14 @@ def page(title: str, metrics: Mapping[str, Any], directories: Mapping[tuple[str,
         sections.append(("Could not be asked, and count as wrong", report.table(head, missing)))
     for (name, mode), directory in directories.items():
         files = sorted((directory / "traces").glob("[0-9]*.json"), key=lambda path: int(path.stem))
-        shown = [report.trace(item) for path in files for item in _traces(path)]
+        shown = [report.transcript(item) for path in files for item in _traces(path)]
         if shown:
             sections.append((f"{name}, {mode}", "".join(shown)))
     return report.page(title, sections, metrics)
 
 
 def redraw(out: pathlib.Path, place: str | None = None) -> pathlib.Path | None:
-    """Writes the page of the evaluation in the directory `out` anew; None: there is none."""
+    """Writes the page of the evaluation in the directory `out` and returns its path; None: there is no evaluation."""
     metrics = read_note(out / "metrics.json")
     if metrics is None or not isinstance(metrics.get("benchmarks"), dict):
         return None

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.arrays import AnyArray
+
 
 class Visual(NamedTuple):
     """Images and videos of a batch of rows, padded to static shapes.
@@ -18,10 +20,10 @@ class Visual(NamedTuple):
     seconds:  float32 [B, K]        seconds between the slices of a video item; 0 for images
     """
 
-    patches: jax.Array
-    slices: jax.Array
-    grids: jax.Array
-    seconds: jax.Array
+    patches: AnyArray
+    slices: AnyArray
+    grids: AnyArray
+    seconds: AnyArray
 
 
 class Located(NamedTuple):

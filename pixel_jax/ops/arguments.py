@@ -1,14 +1,22 @@
-"""What operations on pixels are given: arrays of NumPy or JAX, concrete or traced, and integers in any of these or in a list."""
+"""Checks of what operations on pixels are given: arrays of NumPy or JAX, concrete or traced, and lists of integers."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from pixel_jax.arrays import AnyArray
 
 
-def check_pixels(name: str, value) -> None:
-    """Raises ValueError, with what to pass instead, where `value` is no array: a path or a picture of Pillow's, say."""
+def check_pixels(name: str, value: object) -> None:
+    """Checks that `value` is an array, and not a path or an image of Pillow's.
+
+    Raises:
+      ValueError: it is not; the message says what to pass instead.
+    """
     if isinstance(value, jax.Array | np.ndarray):
         return
     if isinstance(value, str | os.PathLike):
@@ -20,8 +28,17 @@ def check_pixels(name: str, value) -> None:
     raise ValueError(f"{name} must be an array of pixels, not {type(value).__name__}: {remedy}")
 
 
-def integers(name: str, values, count: int | None = None):
-    """`values`, a list or an array, as an array of integers, `count` of them if that is given; of NumPy unless it is JAX's."""
+def is_concrete(values: AnyArray) -> bool:
+    """Whether the values are known now, so that they can be checked; those of a traced array are not."""
+    return not isinstance(values, Tracer)
+
+
+def integers(name: str, values: AnyArray | Sequence[int] | int, count: int | None = None) -> AnyArray:
+    """Returns a list or an array of integers as an array: of NumPy, unless it is JAX's already.
+
+    Raises:
+      ValueError: the values are no integers, or not `count` of them.
+    """
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if (count is not None and values.shape != (count,)) or not jnp.issubdtype(values.dtype, jnp.integer):
         many = "" if count is None else f"{count} "

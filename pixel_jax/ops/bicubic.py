@@ -12,16 +12,16 @@ FRACTION_BITS = 22  # Pillow's PRECISION_BITS: 32 bits less 8 for the pixel and 
 
 
 class Window(NamedTuple):
-    """Where outputs look, in pixels of the crop: float64 centres and filter scale, int32 first and last (exclusive)."""
+    """The pixels of the crop that outputs are computed from: `first` to `last` (exclusive), weighted around `centre`."""
 
-    centre: Any
-    filter_scale: Any
-    first: Any
-    last: Any
+    centre: Any  # float64 [...]
+    filter_scale: Any  # float64 []
+    first: Any  # int32 [...]
+    last: Any  # int32 [...]
 
 
 def window(outputs, length, out_length) -> Window:
-    """Of the `outputs` int32 [...], `length` pixels being resized to `out_length` (int32 scalars)."""
+    """Returns the windows of `outputs` (int32 [...]) where `length` pixels are resized to `out_length` (int32 scalars)."""
     xp = outputs.__array_namespace__()
     scale = length.astype(np.float64) / xp.maximum(out_length, 1).astype(np.float64)
     filter_scale = xp.maximum(scale, 1.0)
@@ -33,7 +33,7 @@ def window(outputs, length, out_length) -> Window:
 
 
 def bicubic(pixels, window: Window):
-    """Weights before normalisation (Keys' cubic with a = -1/2), float64, zero outside the window."""
+    """Computes weights before normalisation (Keys' cubic with a = -1/2): float64, zero outside the window."""
     xp = pixels.__array_namespace__()
     x = xp.abs((pixels.astype(np.float64) - window.centre + 0.5) / window.filter_scale)
     near = (1.5 * x - 2.5) * x * x + 1.0
@@ -43,7 +43,7 @@ def bicubic(pixels, window: Window):
 
 
 def fixed_point(weights):
-    """Normalised weights as int32 multiples of 2 ** -FRACTION_BITS."""
+    """Rounds normalised weights to int32 multiples of 2 ** -FRACTION_BITS."""
     xp = weights.__array_namespace__()
     weights = weights * 2.0**FRACTION_BITS
     return (weights + xp.where(weights < 0, -0.5, 0.5)).astype(np.int32)

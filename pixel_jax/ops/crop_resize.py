@@ -6,20 +6,22 @@ written to is static. Two formulations give the same bits:
 * `matmul`, for matrix units: both passes are dense products over the whole image. Pixels, and the digits of the
   fixed-point weights, are integers that bfloat16 holds exactly, and float32 holds their sums exactly.
 * `banded`, for CPUs: only the blocks of the image that a block of outputs touches are multiplied, one crop at a time,
-  so that time follows the size of the box. Faster than Pillow by a fifth; the dense form takes ten times as long there.
+  so that time follows the size of the box.
 
-`exact=False` gives up the bits for speed: the second pass of `banded` then sums the products of the same weights in float32,
-one product instead of two, and rounds a near-tie to the wrong level once in a while. (In the first pass an image of equal
-columns would make near-ties of all the pixels under an output, which then is two levels off.) Everything else is exact all the
-same: `matmul`, which can afford it, and the order of Pillow 13, in which either pass may be the first.
+`exact=False` trades the last bit for speed: the second pass of `banded` then sums the products of the same weights in float32,
+one product instead of two, and may round a near-tie to the wrong level. The first pass stays exact, because in an image of equal
+columns all pixels under an output could be near-ties, and the output would be two levels off. `matmul`, and the order of
+Pillow 13, in which either pass may be the first, ignore the option and are exact.
 
 Pillow (`src/libImaging/Resample.c`) computes each weight in double precision, rounds it to 22-bit fixed point, and
-rounds the image to 8 bits between its two passes. So do we, in doubles whatever the precision of the caller. Compilers
+rounds the image to 8 bits between its two passes. So does this module, in doubles whatever the precision of the caller. Compilers
 may round a double's last bit differently; that moves a weight by one unit only if it lies within about 1e-9 units of a
-rounding boundary (none of 21 million did), and the weight then shows in one of 16,000 pixels.
+rounding boundary (none of 21 million did), and such a unit changes one of 16,000 pixels.
 """
 
 import functools
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pixel_jax.ops.arguments import check_pixels, integers
+from pixel_jax.arrays import AnyArray
+from pixel_jax.ops.arguments import check_pixels, integers, is_concrete
 from pixel_jax.ops.automatic import on_automatic_axes
 from pixel_jax.ops.bicubic import FRACTION_BITS, Window, bicubic, fixed_point, window
 
@@ -39,10 +42,9 @@ IMPLEMENTATIONS = ("banded", "matmul")
 DIGIT_BITS = 8
 MAX_SCALE = 128
 
-# `banded` multiplies blocks of OUT_BLOCK outputs, TAP_BLOCK taps and ROW_BLOCK image rows; sizes measured on one core
-# (16 or 32 taps take a tenth longer, 16 outputs a quarter, 128 rows a sixth). A weight is two digits, the lower of
-# LOW_BITS: sums of TAP_BLOCK products of either and a pixel stay below 2 ** 24, as the magnitudes of an output's weights
-# add up to less than 1.3 * 2 ** 22.
+# `banded` multiplies blocks of OUT_BLOCK outputs, TAP_BLOCK taps and ROW_BLOCK image rows, whose sizes were the fastest of those
+# measured on a CPU. A weight is two digits, the lower of LOW_BITS: sums of TAP_BLOCK products of either and a pixel stay below
+# 2 ** 24, because the magnitudes of an output's weights add up to less than 1.3 * 2 ** 22.
 OUT_BLOCK = 8
 TAP_BLOCK = 24
 ROW_BLOCK = 64
@@ -50,10 +52,10 @@ LOW_BITS = 10
 
 
 def crop_resize(
-    image: jax.Array,
-    box: jax.Array,
-    size: jax.Array,
-    canvas: tuple[int, int],
+    image: AnyArray,
+    box: AnyArray | Sequence[int],
+    size: AnyArray | Sequence[int],
+    canvas: Sequence[int],
     *,
     order: str = "horizontal_first",
     exact: bool = True,
@@ -71,20 +73,20 @@ def crop_resize(
       order: "horizontal_first" as Pillow up to 12, under which the released models were trained and with whose bits
         transformers was tested; or "pillow13", which goes vertically first where that saves work (crops that shrink and are
         much taller than wide). It matters because the image is rounded to 8 bits in between: up to a fifth of the
-        values of such a crop differ, by a few levels. All of this package uses the first, whatever Pillow is installed.
-      exact: True for the bits of Pillow; False for at most one level more or less and faster on CPUs in the default
-        order. Of noise 4 values of 100,000 differ, of photographs 1 to 2.
+        values of such a crop differ, by a few levels. The whole package uses the first, whatever Pillow is installed.
+      exact: True for the bits of Pillow; False for values that differ by at most one level, faster on CPUs in the default
+        order. In noise 4 values of 100,000 differ, in photographs 1 to 2.
       implementation: "banded", "matmul", or None for the one that suits the platform the function is lowered for.
 
     Returns:
-      uint8 [H, W, channels], zero beyond `size`.
+      uint8 [H, W, channels], zero beyond `size`. All are zero where a traced box is empty or reaches outside the image, a traced
+      size is empty or exceeds the canvas, or "matmul" would shrink the image more than 128 times.
 
-    A box that is empty or reaches outside the image, and a size that is empty or exceeds the canvas, raise ValueError
-    if concrete and give zeros if traced. So does shrinking more than 128 times by "matmul".
+    Raises:
+      ValueError: a concrete box or size is such a one, or the image is no uint8 [h, w, channels].
 
-    Nothing can be differentiated through it: pixels are integers. Of float images it raises ValueError; where a function
-    turns floats to uint8 first, JAX takes that step to be constant and gives zeros for the gradient, without a word and
-    before this function could know.
+    There is no gradient, because pixels are integers. A float image raises ValueError; but where the caller converts floats
+    to uint8, JAX takes the conversion to be constant, and gradients are silently zero.
     """
     check_pixels("image", image)
     if image.ndim != 3 or image.dtype != jnp.uint8:
@@ -93,26 +95,30 @@ def crop_resize(
         raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
-    canvas = tuple(int(side) for side in canvas)
-    if len(canvas) != 2 or min(canvas) < 1:
-        raise ValueError(f"canvas must be a height and a width of at least one pixel, got {canvas}")
+    sides = tuple(int(side) for side in canvas)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"canvas must be a height and a width of at least one pixel, got {sides}")
     box, size = integers("box", box, 4), integers("size", size, 2)
-    _check_concrete(image.shape, box, size, canvas, implementation)
-    options = {"canvas": canvas, "order": order, "exact": exact, "implementation": implementation}
+    _check_concrete(image.shape, box, size, sides, implementation)
+    options = {"canvas": sides, "order": order, "exact": exact, "implementation": implementation}
     return on_automatic_axes(functools.partial(_crop_resize, **options), image, box, size)
 
 
-def _check_concrete(shape, box, size, canvas, implementation) -> None:
+def _check_concrete(
+    shape: Sequence[int], box: AnyArray, size: AnyArray, canvas: tuple[int, int], implementation: str | None
+) -> None:
     height, width = shape[:2]
-    if not isinstance(box, jax.core.Tracer):
-        x1, y1, x2, y2 = np.asarray(box).tolist()
+    corners = np.asarray(box).tolist() if is_concrete(box) else None
+    if corners is not None:
+        x1, y1, x2, y2 = corners
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise ValueError(f"box {(x1, y1, x2, y2)} is empty or outside the image of width {width}, height {height}")
-    if not isinstance(size, jax.core.Tracer):
+    if is_concrete(size):
         out_height, out_width = np.asarray(size).tolist()
         if not (1 <= out_height <= canvas[0] and 1 <= out_width <= canvas[1]):
             raise ValueError(f"size (height, width) {(out_height, out_width)} is empty or exceeds the canvas {canvas}")
-        if implementation == "matmul" and not isinstance(box, jax.core.Tracer):
+        if implementation == "matmul" and corners is not None:
+            x1, y1, x2, y2 = corners
             if y2 - y1 > MAX_SCALE * out_height or x2 - x1 > MAX_SCALE * out_width:
                 raise ValueError(
                     f"'matmul' shrinks at most {MAX_SCALE} times; box {(x1, y1, x2, y2)} to size {(out_height, out_width)}"
@@ -120,7 +126,7 @@ def _check_concrete(shape, box, size, canvas, implementation) -> None:
 
 
 class _Crop(NamedTuple):
-    """A sanitised crop, int32 scalars. Sizes are 0 where it is not allowed: then no output has a weight."""
+    """A checked crop, int32 scalars. Sizes are 0 where it is not allowed, so that no output has a weight."""
 
     x: jax.Array
     y: jax.Array
@@ -209,7 +215,7 @@ def _matmul(image, crop: _Crop, canvas, order):
         return _dense_product("doh,hwc->dowc", down, image)
 
     out = vertical(horizontal(image))
-    # Both orders of a crop are worked out: in a batch they are in any case, and `cond` in a batch in `shard_map` fails.
+    # Both orders are computed: in a batch `cond` would compute both, too, and it fails in a batch in `shard_map`.
     return out if order == "horizontal_first" else jnp.where(crop.vertical_first, horizontal(vertical(image)), out)
 
 
@@ -219,12 +225,12 @@ def _matmul(image, crop: _Crop, canvas, order):
 class _Band(NamedTuple):
     """The non-zero part of an axis' weight matrix, as tiles of OUT_BLOCK outputs by TAP_BLOCK pixels, in order.
 
-    count: int32 [], tiles in use; block: int32 [tiles], of outputs; fresh: bool [tiles], first tile of its block;
+    used: int32 [], number of tiles in use; block: int32 [tiles], of outputs; fresh: bool [tiles], first tile of its block;
     pixel: int32 [tiles], the first pixel in the crop; weights: float32 [tiles, 2 * OUT_BLOCK, TAP_BLOCK], low and
     high digits; or [tiles, OUT_BLOCK, TAP_BLOCK], the fixed-point numbers themselves.
     """
 
-    count: jax.Array
+    used: jax.Array
     block: jax.Array
     fresh: jax.Array
     pixel: jax.Array
@@ -232,7 +238,7 @@ class _Band(NamedTuple):
 
 
 def tiles(in_size: int, out_size: int) -> int:
-    """Room for the tiles of an axis: what the largest crop may need."""
+    """Returns how many tiles an axis needs at most."""
     blocks = -(-out_size // OUT_BLOCK)
     # The windows of a block's outputs span less than (OUT_BLOCK - 1) * scale + 4 * max(scale, 1) + 1 pixels, and scale
     # * outputs is at most in_size.
@@ -250,8 +256,8 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
         count = ends[-1]
         tile = jnp.arange(tiles(in_size, out_size), dtype=jnp.int32)
         block = jnp.minimum(jnp.sum(tile[:, None] >= ends, axis=1, dtype=jnp.int32), blocks - 1)
-        place = tile - (ends - needed)[block]
-        pixel = first[block] + place * TAP_BLOCK
+        offset = tile - (ends - needed)[block]  # of the tile in its block
+        pixel = first[block] + offset * TAP_BLOCK
         seen = Window(*(value[block][..., None] if value.ndim else value for value in seen))
         pixels = (pixel[:, None] + jnp.arange(TAP_BLOCK, dtype=jnp.int32))[:, None, :]
         weights = jnp.where((tile < count)[:, None, None], bicubic(pixels, seen), 0.0)
@@ -260,15 +266,15 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
         weights = fixed_point(jnp.where(used[..., None], weights / totals[..., None], 0.0))
         if exact:
             weights = jnp.concatenate([weights & ((1 << LOW_BITS) - 1), weights >> LOW_BITS], axis=1)
-        return _Band(count, block, place == 0, pixel, weights.astype(jnp.float32))
+        return _Band(count, block, offset == 0, pixel, weights.astype(jnp.float32))
 
 
 def _banded(image, crop: _Crop, canvas, order, exact):
     across = _band(crop.width, crop.out_width, image.shape[1], canvas[1], exact=True)
     down = _band(crop.height, crop.out_height, image.shape[0], canvas[0], exact=exact or order == "pillow13")
 
-    # Weights of a batch are computed at once. The rest, under vmap, one crop after another: loops in step would all run
-    # as long as the longest, and slices at different places would become gathers.
+    # Weights of a batch are computed together. The passes run one crop after another under vmap: together, all loops would run
+    # as long as the longest, and slices at different positions would become gathers.
     @jax.custom_batching.sequential_vmap
     def passes(image, crop, across, down):
         def horizontal_first():
@@ -288,11 +294,13 @@ def _banded(image, crop: _Crop, canvas, order, exact):
     return passes(image, crop, across, down)
 
 
-def _zeros(shape, dtype, image, *scalars):
-    """What a loop over `image` begins with. Inside `jax.shard_map` it has to differ over the mesh axes over which the
-    arguments do: hence the sum, of which XLA makes a constant.
+def _zeros(shape, dtype, image: jax.Array, *scalars: jax.Array) -> jax.Array:
+    """Returns zeros for a loop over `image` to begin with.
+
+    Inside `jax.shard_map` they must vary over the mesh axes over which the arguments do. So they are computed from the
+    arguments; XLA makes a constant of that.
     """
-    zero = 0 * sum(scalars, image.reshape(-1)[0].astype(jnp.int32))
+    zero = 0 * functools.reduce(operator.add, scalars, image.reshape(-1)[0].astype(jnp.int32))
     return jnp.full(shape, zero.astype(dtype))
 
 
@@ -312,20 +320,20 @@ def _resize_rows(image, start, band: _Band, out_size):
             product = product.astype(jnp.int32)
             product = product[:OUT_BLOCK] + (product[OUT_BLOCK:] << LOW_BITS)
         sums = jnp.where(band.fresh[tile], 0, sums) + product
-        # Written after each tile: the last one of a block leaves the full sum.
+        # The output is written after each tile: the last tile of a block writes the full sum.
         return sums, lax.dynamic_update_slice(out, _to_pixels(sums), (band.block[tile] * OUT_BLOCK, zero))
 
-    sums = _zeros((OUT_BLOCK, image.shape[1]), jnp.int32 if exact else jnp.float32, image, start, band.count)
-    out = _zeros((blocks * OUT_BLOCK, image.shape[1]), jnp.uint8, image, start, band.count)
+    sums = _zeros((OUT_BLOCK, image.shape[1]), jnp.int32 if exact else jnp.float32, image, start, band.used)
+    out = _zeros((blocks * OUT_BLOCK, image.shape[1]), jnp.uint8, image, start, band.used)
     with jax.named_scope("tiles"):
-        _, out = lax.fori_loop(zero, band.count, add_tile, (sums, out))
+        _, out = lax.fori_loop(zero, band.used, add_tile, (sums, out))
     return out[:out_size].reshape(out_size, width, channels)
 
 
 def _resize_columns(image, top, height, start, width, band: _Band, out_size):
-    """Horizontal pass over the crop's rows of [h, w, channels]; [h + TAP_BLOCK, out_size, channels], rows in place.
+    """Horizontal pass over the crop's rows of [h, w, channels]; [h + TAP_BLOCK, out_size, channels], rows at their own index.
 
-    Works on transposed strips of ROW_BLOCK rows, in which pixels are rows.
+    It works on transposed strips of ROW_BLOCK rows, in which columns of pixels are rows.
     """
     rows, columns, channels = image.shape
     strip_rows, strip_columns = min(ROW_BLOCK, rows), min(ROW_BLOCK, columns)
@@ -345,8 +353,8 @@ def _resize_columns(image, top, height, start, width, band: _Band, out_size):
         resized = _resize_rows(strip, start, band, out_size).transpose(1, 0, 2)
         return lax.dynamic_update_slice(out, resized, (row, zero, zero)), strip
 
-    out = _zeros((rows + TAP_BLOCK, out_size, channels), jnp.uint8, image, start, band.count)
-    strip = _zeros((columns + TAP_BLOCK, strip_rows, channels), jnp.uint8, image, start, band.count)
+    out = _zeros((rows + TAP_BLOCK, out_size, channels), jnp.uint8, image, start, band.used)
+    strip = _zeros((columns + TAP_BLOCK, strip_rows, channels), jnp.uint8, image, start, band.used)
     with jax.named_scope("strips"):
         out, _ = lax.fori_loop(zero, (height + strip_rows - 1) // strip_rows, resize_strip, (out, strip))
     return out

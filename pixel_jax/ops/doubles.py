@@ -1,7 +1,7 @@
 """IEEE double precision on integers: the same bits on every device, whatever its compiler merges and reorders.
 
-For the few places where the last bit of a double decides a size or an edge. Doubles are non-negative; everything is int64,
-and called inside `jax.enable_x64`.
+It serves the few places where the last bit of a double decides a size or an edge. Doubles are non-negative; all arrays are
+int64, and the functions are called inside `jax.enable_x64`.
 """
 
 import math
@@ -11,42 +11,46 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pixel_jax.arrays import AnyArray
+
 MANTISSA = 53
 LIMB = 26
-DIGIT = 9  # bits of a quotient found at once: all the room that a remainder of 53 bits leaves in a signed word
+DIGIT = 9  # bits of a quotient computed at once: as many as a remainder of 53 bits can be shifted by in a signed word
 GUARD = 8  # bits that a sum keeps below the last of its larger part
 LEAST = -1200  # an exponent below that of any double
 
 
 class Double(NamedTuple):
-    """mantissa * 2 ** exponent with a mantissa of 53 bits; or zero, whose mantissa is."""
+    """mantissa * 2 ** exponent with a mantissa of exactly 53 bits, or zero for the number zero."""
 
-    mantissa: jax.Array
-    exponent: jax.Array
+    mantissa: jax.Array  # int64 [...]
+    exponent: jax.Array  # int64 [...]
 
 
-def double(value) -> Double:
-    """Of an integer, 0 to 2 ** 53."""
+def double(value: AnyArray) -> Double:
+    """Converts integers from 0 to 2 ** 53 (int64 [...])."""
     shift = lax.clz(value) - (64 - MANTISSA)
-    return Double(value << shift, -shift)
+    return Double(jnp.asarray(value) << shift, -shift)
 
 
 def constant(value: float) -> Double:
-    """Of a number that is known to the program, at least 0."""
+    """Converts a Python float that is not negative."""
     fraction, exponent = math.frexp(value)
     return Double(jnp.int64(int(fraction * 2**MANTISSA)), jnp.int64(exponent - MANTISSA))
 
 
-def where(condition, a: Double, b: Double) -> Double:
+def where(condition: AnyArray, a: Double, b: Double) -> Double:
+    """Selects `a` where `condition` (bool [...]) holds, else `b`."""
     return Double(*(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
 
 
-def at_least_one(a: Double):
+def at_least_one(a: Double) -> jax.Array:
+    """Whether numbers are 1 or more: bool [...]."""
     return (a.mantissa > 0) & (a.exponent > -MANTISSA)
 
 
-def _round_to_double(value, exponent, rest) -> Double:
-    """Rounds a 54-bit integer to 53 bits, to nearest and half to even; `rest`: whether more follows below its last bit."""
+def _round_to_double(value: jax.Array, exponent: jax.Array, rest: jax.Array) -> Double:
+    """Rounds a 54-bit integer to 53 bits, to nearest and half to even; `rest` is 1 where the exact value has lower bits."""
     half, value = value & 1, value >> 1
     value = value + (half & (rest | (value & 1)))
     carry = value >> MANTISSA
@@ -54,9 +58,10 @@ def _round_to_double(value, exponent, rest) -> Double:
 
 
 def divide(a: Double, b: Double) -> Double:
+    """Divides `a` by `b`, which is not zero."""
     borrow = (a.mantissa < b.mantissa).astype(jnp.int64)
 
-    def add_digit(_, carry):  # a loop, for a chain of quotients takes compilers seconds
+    def add_digit(_, carry):  # in a loop, because compilers take seconds for a chain of quotients
         quotient, remainder = carry
         remainder = remainder << DIGIT
         digit = lax.div(remainder, b.mantissa)
@@ -73,6 +78,7 @@ def divide(a: Double, b: Double) -> Double:
 
 
 def sqrt(a: Double) -> Double:
+    """Takes the square root."""
     odd = a.exponent & 1
     radicand = a.mantissa << odd
 
@@ -89,8 +95,8 @@ def sqrt(a: Double) -> Double:
     return _round_to_double(root, (a.exponent - odd - steps) >> 1, (remainder != 0).astype(jnp.int64))
 
 
-def multiply(value, a: Double) -> Double:
-    """Product of an integer up to MAX_SIDE and a double."""
+def multiply(value: jax.Array, a: Double) -> Double:
+    """Multiplies integers of up to 2 ** 24 (int64 [...]) by doubles."""
     value = value << 2  # so that the product has more than 54 bits
     mask = (1 << LIMB) - 1
     low = value * (a.mantissa & mask)
@@ -101,11 +107,12 @@ def multiply(value, a: Double) -> Double:
 
 
 def add(a: Double, b: Double) -> Double:
+    """Adds two doubles."""
     return _add(a, b, 1)
 
 
 def subtract(a: Double, b: Double) -> Double:
-    """`a` - `b`, or zero where `b` is larger."""
+    """Subtracts `b` from `a`; the result is zero where `b` is larger."""
     return _add(a, b, -1)
 
 
@@ -118,7 +125,7 @@ def _add(a: Double, b: Double, sign: int) -> Double:
     aligned = value >> shift
     rest = (aligned << shift != value).astype(jnp.int64)
     total = (large.mantissa << GUARD) + sign * aligned
-    # What is below the last bit of a difference is taken from it: that leaves the next lower integer, and a rest.
+    # The bits of `b` below the last bit of the difference are subtracted, too: the next lower integer remains, and a rest.
     total = total - rest if sign < 0 else total
     drop = (64 - lax.clz(total)) - (MANTISSA + 1)
     kept = total >> jnp.maximum(drop, 0)
@@ -128,16 +135,16 @@ def _add(a: Double, b: Double, sign: int) -> Double:
     return found._replace(mantissa=jnp.where(none, 0, found.mantissa))
 
 
-def round_half_even(a: Double):
-    """Python's `round` of a double below 2 ** 52, as an integer."""
+def round_half_even(a: Double) -> jax.Array:
+    """Rounds doubles below 2 ** 52 to integers as Python's `round` does: int64 [...]."""
     shift = jnp.clip(-a.exponent, 1, 63)
     whole, half = a.mantissa >> shift, 1 << (shift - 1)
     rest = a.mantissa & (2 * half - 1)
     return whole + ((rest > half) | ((rest == half) & (whole & 1 == 1)))
 
 
-def floor(a: Double):
-    """Largest integer not above `a` (which is below 2 ** 53), and 1 if it is not `a` itself."""
+def floor(a: Double) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest integer not above `a`, which is below 2 ** 53, and 1 where `a` is no integer, else 0: int64 [...]."""
     shift = jnp.clip(-a.exponent, 0, 63)
     whole = a.mantissa >> shift
     return whole, (whole << shift != a.mantissa).astype(jnp.int64)

@@ -5,12 +5,14 @@ every frame of a still image would stand twice.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.ops.arguments import check_pixels, integers
+from pixel_jax.arrays import AnyArray
+from pixel_jax.ops.arguments import check_pixels, integers, is_concrete
 from pixel_jax.ops.automatic import on_automatic_axes
 
 PATCH = 14
@@ -20,8 +22,8 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in every Qwen2.5-
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Array:
-    """Patches of one frame, in the order of the Qwen2-VL image processor: the 4 patches of a merged token in a row.
+def patchify(image: AnyArray, size: AnyArray | Sequence[int], *, max_patches: int) -> jax.Array:
+    """Cuts a frame into patches, in the order of the Qwen2-VL image processor: the 4 patches of a merged token in a row.
 
     Args:
       image: uint8 [H, W, 3], H and W multiples of 28; the frame fills its top left corner.
@@ -29,16 +31,18 @@ def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Arra
       max_patches: static number of rows of the result.
 
     Returns:
-      uint8 [max_patches, 588], each row (channel, 14, 14), zero from row height / 14 * width / 14 on. A concrete size
-      that is no multiple of 28, exceeds the image or has more patches than that raises ValueError; a traced one gives
-      zeros.
+      uint8 [max_patches, 588], each row (channel, 14, 14), zero from row height / 14 * width / 14 on. All are
+      zero for a traced size that is no multiple of 28, exceeds the image or has more than `max_patches` patches.
+
+    Raises:
+      ValueError: a concrete size is such a one, or the image has another shape.
     """
     unit = PATCH * MERGE
     check_pixels("image", image)
     if image.ndim != 3 or image.shape[2] != 3 or image.shape[0] % unit or image.shape[1] % unit:
         raise ValueError(f"image must be [H, W, 3] with H and W multiples of {unit}, got {image.shape}")
     size = integers("size", size, 2)
-    if not isinstance(size, jax.core.Tracer):
+    if is_concrete(size):
         height, width = (int(side) for side in np.asarray(size))
         if height < unit or width < unit or height % unit or width % unit:
             raise ValueError(f"size {(height, width)} is not made of positive multiples of {unit}")
@@ -50,7 +54,7 @@ def patchify(image: jax.Array, size: jax.Array, *, max_patches: int) -> jax.Arra
     return on_automatic_axes(functools.partial(_patchify, max_patches=max_patches), jnp.asarray(image), size)
 
 
-def _patchify(image, size, max_patches):
+def _patchify(image: jax.Array, size: jax.Array, max_patches: int) -> jax.Array:
     unit = PATCH * MERGE
     rows, columns = image.shape[0] // unit, image.shape[1] // unit
     # [rows, columns, MERGE, MERGE, 3, PATCH, PATCH], one leading index for each merged token of the whole canvas.
@@ -69,12 +73,14 @@ def _patchify(image, size, max_patches):
 
 
 def pixel_values(patches_a: jax.Array, patches_b: jax.Array) -> jax.Array:
-    """What the vision tower reads of two frames: rescaled to [0, 1], normalised, and interleaved.
+    """Makes the input of the vision tower from two frames: rescaled to [0, 1], normalised, and interleaved.
 
-    A still image is given twice. The `pixel_values` of the Hugging Face image processor, up to float32 rounding.
+    A still image is passed twice. The result is the `pixel_values` of the Hugging Face image processor, up to float32
+    rounding.
 
     Args:
-      patches_a, patches_b: uint8 [..., P, 588], frame patches of the first and second frame of a temporal patch.
+      patches_a: uint8 [..., P, 588], frame patches of the first frame of a temporal patch.
+      patches_b: those of the second.
 
     Returns:
       float32 [..., P, 1176], each row (channel, frame, 14, 14).

@@ -1,38 +1,53 @@
 """The size at which a Qwen vision tower sees an image of a given size.
 
 The reference computes in double precision and floors quotients that are often exact integers (a square image with a
-square pixel limit, say), so that its result hangs on the last bit of each rounding. Compilers merge and reorder
+square pixel limit, say), so that its result depends on the last bit of each rounding. Compilers merge and reorder
 floating-point operations, and some devices have no doubles; the traced form therefore carries out the reference's few
 IEEE operations on integers.
 """
 
 import math
 import operator
+from collections.abc import Sequence
+from typing import TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.ops.arguments import integers
-from pixel_jax.ops.doubles import divide, double, floor, multiply, sqrt
+from pixel_jax.ops.doubles import divide, double, floor, multiply, sqrt, where
 
 MAX_RATIO = 200
 MAX_SIDE = 1 << 24
+Sides: TypeAlias = AnyArray | Sequence[int]
 
 
+@overload
+def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> tuple[int, int]: ...
+@overload
+def smart_resize(
+    height: Sides, width: Sides, *, factor: int = 28, min_pixels: int, max_pixels: int
+) -> tuple[jax.Array, jax.Array]: ...
 def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels: int):
-    """Height and width, multiples of `factor`, of about the same shape and with an allowed number of pixels.
+    """Finds the size, in multiples of `factor`, of about the same shape and with an allowed number of pixels.
 
     Equal to `smart_resize` of the Qwen2-VL image processor for every size with sides up to 2 ** 24.
 
     Args:
-      height, width: ints, or lists or arrays of integers of equal shape, which may be traced.
+      height: an int, or a list or an array of integers, which may be traced.
+      width: the same; lists and arrays broadcast.
       factor: side of a merged token in pixels.
-      min_pixels, max_pixels: limits of height * width; they yield to `factor` where both cannot be had.
+      min_pixels: lower limit of height * width.
+      max_pixels: upper limit. Where no multiples of `factor` are within the limits, the size is outside.
 
     Returns:
-      (height, width), ints for ints and int32 arrays for arrays. Sides that are not positive or have a ratio over 200
-      raise ValueError if they are ints and give zeros if they are arrays.
+      (height, width), ints for ints and int32 arrays for arrays; zeros in arrays for sides that are not positive or have a
+      ratio over 200.
+
+    Raises:
+      ValueError: ints that are not positive or have a ratio over 200, or limits that are no interval.
     """
     if factor < 1 or not 1 <= min_pixels <= max_pixels:
         raise ValueError(
@@ -45,10 +60,10 @@ def smart_resize(height, width, *, factor: int = 28, min_pixels: int, max_pixels
 
 
 def most_pixels(height: int, width: int, *, factor: int = 28, min_pixels: int, max_pixels: int) -> int:
-    """The most pixels that `smart_resize` makes of a picture of at most this height and width.
+    """Bounds the number of pixels of what `smart_resize` returns for images of at most this height and width.
 
-    A bound, not always reached: what is enlarged to `min_pixels` has each side rounded up, which matters most where it is
-    `MAX_RATIO` times as long as wide. What `factor` makes larger than `max_pixels` all the same is not counted.
+    The bound is not always reached: an image that is enlarged to `min_pixels` has each side rounded up, which adds most to one
+    that is `MAX_RATIO` times as long as wide. Sizes that exceed `max_pixels` because of `factor` are left out.
     """
     rounded = round(height / factor) * round(width / factor)
     side = math.sqrt(min_pixels) / factor
@@ -56,8 +71,8 @@ def most_pixels(height: int, width: int, *, factor: int = 28, min_pixels: int, m
     return min(max_pixels // factor**2, max(rounded, enlarged)) * factor**2
 
 
-def _sides(name: str, values) -> jax.Array:
-    """int32, and what does not fit there as the side that is too long."""
+def _sides(name: str, values: Sides | int) -> jax.Array:
+    """Converts sides to int32; one that does not fit becomes a side that is too long."""
     values = integers(name, values)
     clip = jnp.clip if isinstance(values, jax.Array) else np.clip
     return jnp.asarray(clip(values, -1, MAX_SIDE + 1), jnp.int32)
@@ -97,11 +112,7 @@ def _traced(height, width, factor, min_pixels, max_pixels):
                 double(jnp.where(too_large, jnp.full_like(area, max_pixels), area)),
             )
         )
-        scaled = jax.tree.map(
-            lambda shrunk, grown: jnp.where(too_large, shrunk, grown),
-            divide(double(sides), beta),
-            multiply(sides, beta),
-        )
+        scaled = where(too_large, divide(double(sides), beta), multiply(sides, beta))
         whole, inexact = floor(divide(scaled, double(jnp.full_like(sides, factor))))
         shrunk, grown = jnp.maximum(whole, 1) * factor, (whole + inexact) * factor
         sides = jnp.where(too_large, shrunk, jnp.where(too_small, grown, rounded))

@@ -1,22 +1,27 @@
 """Frames of a video: which to sample, which to show, and how they pair into temporal patches."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.ops.arguments import check_pixels, integers
+from pixel_jax.arrays import AnyArray
+from pixel_jax.ops.arguments import check_pixels, integers, is_concrete
 
 
-def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
-    """Frames `indices` (0-based, any order, repeats allowed) of a video.
+def gather_frames(video: AnyArray, indices: AnyArray | Sequence[int]) -> jax.Array:
+    """Takes frames of a video, in any order, repeats allowed.
 
     Args:
       video: uint8 [t, h, w, 3].
-      indices: int32 [k], traced or concrete. An index outside [0, t) gives a black frame when traced and raises
-        ValueError when concrete.
+      indices: int32 [k], 0-based; traced or concrete.
 
     Returns:
-      uint8 [k, h, w, 3].
+      uint8 [k, h, w, 3]. A traced index outside [0, t) gives a black frame.
+
+    Raises:
+      ValueError: there are no indices, a concrete one is outside [0, t), or the video has another shape.
     """
     check_pixels("video", video)
     if video.ndim != 4 or video.shape[-1] != 3:
@@ -24,7 +29,7 @@ def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
     if np.size(indices) == 0:
         raise ValueError("indices is an empty list of frames")
     indices = integers("indices", indices)
-    if not isinstance(indices, jax.core.Tracer):
+    if is_concrete(indices):
         concrete = np.asarray(indices)
         outside = concrete[(concrete < 0) | (concrete >= video.shape[0])]
         if outside.size:
@@ -36,9 +41,10 @@ def gather_frames(video: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def sample_frames(num_frames: int, count: int) -> np.ndarray:
-    """Indices of `count` frames spread evenly over a video, first and last included (as qwen-vl-utils samples them).
+    """Samples frames evenly over a video, first and last included, as qwen-vl-utils does.
 
-    int32 [min(count, num_frames)]: a shorter video gives all its frames.
+    Returns:
+      int32 [min(count, num_frames)], 0-based indices: of a shorter video, all frames.
     """
     if num_frames < 1 or count < 1:
         raise ValueError(f"need at least one frame to sample from and to sample, got {num_frames} and {count}")
@@ -46,7 +52,7 @@ def sample_frames(num_frames: int, count: int) -> np.ndarray:
 
 
 def temporal_slices(num_frames: int) -> np.ndarray:
-    """The two frames of every temporal patch, int32 [ceil(num_frames / 2), 2]; an odd last frame is repeated."""
+    """Returns the two frames of every temporal patch: int32 [ceil(num_frames / 2), 2]. An odd last frame is repeated."""
     if num_frames < 1:
         raise ValueError(f"a video needs at least one frame, got {num_frames}")
     starts = np.arange(0, num_frames, 2)

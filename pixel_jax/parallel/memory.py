@@ -1,29 +1,31 @@
-"""How much memory a device has: what the sizes that nobody has set are worked out by."""
+"""How much memory a device has; sizes that a config leaves open follow from it."""
 
 import os
 import pathlib
 
 import jax
 
-SHARE = 0.9  # of an accelerator: the rest is fragments, and the runtime's
-HOST_SHARE = 0.5  # of a host's: Python, the data that is read ahead, and other programs need some
-PICTURES = 4  # one part in so many of it is for the pictures of a batch of prompts
+DEVICE_SHARE = 0.9  # of an accelerator's memory; fragmentation and the runtime take the rest
+HOST_SHARE = 0.5  # of a host's memory; Python, data that is read ahead, and other programs take the rest
+PICTURES_DIVISOR = 4  # the pictures of a batch of prompts may take the memory divided by this
 CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def device_memory() -> int:
-    """Bytes that a program may take on one device of this process: of what it reports, or of this host's memory, which all
-    CPU devices of the process share. The same at every call, whatever is in use.
+    """Returns the bytes that a program may take on one device of this process.
+
+    They are a share of what the device reports, or of this host's memory, which all CPU devices of the process divide among
+    them. The result is the same at every call, whatever is in use.
     """
     device = jax.local_devices()[0]
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit:
-        return int(SHARE * limit)
+        return int(DEVICE_SHARE * limit)
     return int(HOST_SHARE * host_memory()) // jax.local_device_count()
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may take: the machine's, or those that a container is held to."""
+    """Returns the bytes of memory that this process may take: the machine's, or the limit of its container."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in map(pathlib.Path, CGROUPS):
         try:

@@ -11,13 +11,19 @@ from jax.sharding import AxisType, Mesh
 AXES = ("data", "fsdp", "sequence", "tensor")
 
 
-def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the four axes of `AXES`, in that order; an axis left out has size 1.
-
-    One axis may be -1: what the others leave of the devices. Without a `shape` all devices are on `fsdp`.
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm], an alias without a stub
+    """Makes a mesh with the four axes of `AXES`, in that order.
 
     `data` replicates the weights and comes first (the slowest links), `tensor` comes last (neighbouring chips). All axes
-    are `Auto`: the compiler places the activations, a few constraints guide it. (JAX's own default is `Explicit`.)
+    are `Auto`: the compiler shards the activations, guided by a few constraints. (JAX's own default is `Explicit`.)
+
+    Args:
+      shape: axis -> size; an axis left out has size 1, and one axis may be -1, which takes all remaining devices. None: all
+        devices are on `fsdp`.
+      devices: None: all of them.
+
+    Raises:
+      ValueError: an unknown axis, sizes that do not fit the devices, or devices of several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = {"fsdp": -1} if shape is None else dict(shape)
@@ -44,10 +50,10 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def use_cores(count: int) -> None:
-    """Make the CPU look like `count` devices. Before JAX starts; on a machine with an accelerator this changes nothing.
+    """Makes the CPU look like `count` devices. Call it before JAX starts; an accelerator's devices stay as they are.
 
-    One operation of a small network keeps no two cores busy, and a loop never does; halves of a batch, or of the heads, on
-    devices of their own do.
+    One operation of a small network does not keep two cores busy, and a loop never does; halves of a batch, or of the heads, on
+    two devices do.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"  # the last one counts

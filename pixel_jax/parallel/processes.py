@@ -1,6 +1,6 @@
-"""Several processes as one computation: who is there, what each holds, and how they end together.
+"""Several processes as one computation: how they start, exchange arrays, and end together.
 
-Every process runs the same program. `JAX_NUM_PROCESSES` in the environment says that there are others: a number beside
+Every process runs the same program. `JAX_NUM_PROCESSES` in the environment says that there are several: a number, beside
 `JAX_COORDINATOR_ADDRESS` and `JAX_PROCESS_ID` (as `launch/processes.sh` sets them), or `auto`, where JAX asks the cluster
 (Slurm, Open MPI, TPU pods, GKE).
 """
@@ -19,30 +19,35 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pixel_jax import terminal
+from pixel_jax.arrays import Scalar
 
 COORDINATOR, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = 60  # seconds of silence after which a process counts as dead and the others end
-LOST = 43  # exit code of a process that ends because a step that all take part in has failed
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead, and the others end
+LOST = 43  # exit code of a process that ends because a step that all processes take part in has failed
 
 
 def initialize(environment: Mapping[str, str] = os.environ, *, heartbeat: int = HEARTBEAT) -> None:
-    """Joins the processes that the environment speaks of, if it does. Called before JAX has started."""
+    """Joins the other processes, if the environment says that there are any. Call it before JAX starts."""
     count = environment.get(COUNT, "1")
     if count != "auto" and int(count) < 2:
         return
-    # SIGTERM is left to `training.preemption`. JAX's service takes it for all and agrees on a number to stop at, of those that
-    # it was asked about; but it is asked by Orbax, too, with other numbers.
+    # `training.preemption` handles SIGTERM. JAX's own service would have all processes agree on one of the step numbers that it
+    # was asked about; but Orbax asks it, too, about other numbers.
     jax.config.update("jax_enable_preemption_service", False)
     where = {} if count == "auto" else address(environment)
     jax.distributed.initialize(**where, heartbeat_timeout_seconds=heartbeat)
     if jax.default_backend() == "cpu":
-        # XLA's CPU runtime keeps the collectives of a program in their order only if it has compiled the program itself:
-        # in one read from a cache each is ordered after itself alone, and processes then wait for different ones.
+        # XLA's CPU runtime keeps the order of a program's collectives only if it has compiled the program itself. In a program
+        # read from a cache, processes can wait for different collectives.
         jax.config.update("jax_enable_compilation_cache", False)
 
 
 def address(environment: Mapping[str, str]) -> dict:
-    """The arguments of `jax.distributed.initialize`."""
+    """Reads the arguments of `jax.distributed.initialize` from the environment.
+
+    Raises:
+      ValueError: a variable is missing.
+    """
     missing = [name for name in (COORDINATOR, INDEX) if name not in environment]
     if missing:
         raise ValueError(f"{COUNT} is set without {' and '.join(missing)}: launch/processes.sh sets all three")
@@ -54,23 +59,23 @@ def address(environment: Mapping[str, str]) -> dict:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints a line, in the first process alone."""
+    """Prints a line, in the main process only."""
     if is_main_process():
         terminal.say(text)
 
 
 @contextlib.contextmanager
 def fail_together() -> Iterator[None]:
-    """Around a program of several processes: an error in one ends all of them.
+    """Ends all processes of a program when one of them raises an error in this context.
 
-    The one that fails says why and leaves at once, without waiting for the others at JAX's shutdown barrier. These find
-    the connection broken and leave with the code `LOST`; where no collective can tell, they miss its heartbeat, and JAX
-    aborts them (134).
+    The process that fails says why and exits at once, without waiting for the others at JAX's shutdown barrier. The others find
+    the connection broken and exit with the code `LOST`; where no collective fails, they miss its heartbeat, and JAX
+    aborts them (exit code 134).
     """
     try:
         yield
@@ -78,11 +83,10 @@ def fail_together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         here = f"process {jax.process_index()} of {jax.process_count()}"
-        # What fails while arrays are gathered on the host comes as a ValueError with the same text.
+        # A failure while arrays are gathered on the host is raised as a ValueError with the same text.
         lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
-        if lost and "RESOURCE_EXHAUSTED" not in str(
-            error
-        ):  # a device's memory is full: the same again at the next start
+        # Where a device's memory is full, no process has died, and the next start would fail in the same way.
+        if lost and "RESOURCE_EXHAUSTED" not in str(error):
             reason, code = (
                 "a step that all processes take part in has failed, most likely because one of them died",
                 LOST,
@@ -93,30 +97,35 @@ def fail_together() -> Iterator[None]:
         try:
             traceback.print_exc()
             terminal.say(message, sys.stderr)
-        finally:  # also when nobody reads standard error any more
+        finally:  # also where standard error is closed
             os._exit(code)
 
 
-def barrier(place: str, seconds: int = 24 * 3600) -> None:
-    """Waits until every process has come to the `place`, however far apart they are: a collective gives up on one that is
-    half a minute behind (gloo). One that died is noticed by its heartbeat, and ends the others.
+def barrier(name: str, seconds: int = 24 * 3600) -> None:
+    """Waits until every process has reached the barrier of this name.
+
+    A collective would give up on a process that is half a minute behind (gloo); this waits for `seconds`. The heartbeat tells
+    that a process has died, and ends the others.
     """
     from orbax.checkpoint import multihost  # slow to import
 
-    multihost.get_barrier_sync_fn()(key=place, timeout_ms=1000 * seconds)
+    multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
 
 
-def all_gather(x) -> np.ndarray:
-    """[processes, ...]: the host array (or number) `x` of every process, on every process. Shapes must agree."""
+def all_gather(x: Scalar) -> np.ndarray:
+    """Gathers the host array (or number) `x` of every process, on every process: [processes, ...]. Shapes must agree."""
     if jax.process_count() == 1:
         return np.asarray(x)[None]
     return np.asarray(multihost_utils.process_allgather(np.asarray(x), tiled=False))
 
 
 def all_to_all(parcels: Sequence[bytes]) -> list[bytes]:
-    """`parcels[p]` goes to process p; what process p had for this one comes back in place p. All processes call it.
+    """Sends `parcels[p]` to process p, and returns what each process p sent to this one, in order. All processes call it.
 
-    One all-to-all over one device a process, of parcels padded to a power of two (to share compiled programs).
+    It is one all-to-all over one device a process, of parcels padded to a power of two to share compiled programs.
+
+    Raises:
+      ValueError: there is not one parcel for each process.
     """
     count, here = jax.process_count(), jax.process_index()
     if len(parcels) != count:
@@ -132,8 +141,8 @@ def all_to_all(parcels: Sequence[bytes]) -> list[bytes]:
     mesh = Mesh(np.array(devices), ("process",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("process"))
     sent = jax.make_array_from_process_local_data(sharding, padded, (count, count, width))
-    got = np.asarray(_transpose(sent, sharding).addressable_data(0))[0]
-    return [got[p, : sizes[p, here]].tobytes() for p in range(count)]
+    received = np.asarray(_transpose(sent, sharding).addressable_data(0))[0]
+    return [received[p, : sizes[p, here]].tobytes() for p in range(count)]
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,14 +1,14 @@
-"""From the logical axes of a weight to its place on the mesh, through one table.
+"""Shardings: one table maps the logical axes of weights to axes of the mesh; rows of batches are split over processes.
 
 A weight declares its logical axes where it declares its shape; nothing else knows how it is sharded. The optimiser's
-moments have the same metadata as the weights they belong to, so one function places a model, a training state, or the
-abstract version of either.
+moments have the same metadata as their weights, so one function shards a model, a training state, or the abstract version of
+either.
 """
 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from pixel_jax.parallel.processes import all_gather
 
 T = TypeVar("T")
 
-# Megatron over `tensor` (what a head or an MLP neuron owns), ZeRO-3 over `fsdp` and `sequence` (the width that all share).
-RULES: Mapping[str, str | tuple[str, ...] | None] = {
+# As in Megatron, heads and MLP neurons are split over `tensor`; as in ZeRO-3, the width of the model over `fsdp` and `sequence`.
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
     "layers": None,
     "vocab": "tensor",
     "embed": ("fsdp", "sequence"),
@@ -37,11 +38,16 @@ ROWS = ("data", "fsdp")
 SEQUENCE = "sequence"
 
 
-def partition_spec(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES, name: str = "weight") -> PartitionSpec:
-    """Where a weight of `shape` with logical `axes` lies.
+def partition_spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULES, name: str = "weight"
+) -> PartitionSpec:
+    """Returns the sharding of a weight of `shape` with logical `axes`.
 
     A mesh axis that does not divide its dimension is left out: that dimension is replicated (`undivided` lists such
-    weights). A mesh axis that two dimensions ask for is an error of the table.
+    weights).
+
+    Raises:
+      ValueError: an unknown axis, or two dimensions that the table maps to one axis of the mesh.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name} has {len(shape)} dimensions {shape} and {len(axes)} logical axes {axes}")
@@ -51,18 +57,18 @@ def partition_spec(axes: tuple, shape: tuple[int, ...], mesh: Mesh, rules=RULES,
             raise ValueError(f"{name} has the logical axis {axis!r}; the rules know {', '.join(rules)}")
         wanted = rules[axis] if axis is not None else None
         wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted or ())
-        kept, parts = [], 1
+        used, shards = [], 1
         for mesh_axis in wanted:
             if mesh_axis not in mesh.shape:
                 raise ValueError(f"logical axis {axis!r} goes to {mesh_axis!r}, the mesh has {tuple(mesh.shape)}")
             if mesh_axis in owner:
                 raise ValueError(f"{name} {axes}: {owner[mesh_axis]!r} and {axis!r} both go to mesh axis {mesh_axis!r}")
             owner[mesh_axis] = axis
-            if size % (parts * mesh.shape[mesh_axis]) == 0 and (mesh.shape[mesh_axis] > 1 or len(wanted) == 1):
-                kept.append(mesh_axis)
-                parts *= mesh.shape[mesh_axis]
-        spec.append(None if not kept else kept[0] if len(kept) == 1 else tuple(kept))
-    while spec and spec[-1] is None:  # the canonical form, so that equal placements compare equal
+            if size % (shards * mesh.shape[mesh_axis]) == 0 and (mesh.shape[mesh_axis] > 1 or len(wanted) == 1):
+                used.append(mesh_axis)
+                shards *= mesh.shape[mesh_axis]
+        spec.append(None if not used else used[0] if len(used) == 1 else tuple(used))
+    while spec and spec[-1] is None:  # the canonical form, so that equal shardings compare equal
         spec.pop()
     return PartitionSpec(*spec)
 
@@ -73,17 +79,20 @@ def is_variable(leaf: Any) -> bool:
 
 
 def value_of(leaf: Any) -> Any:
-    """The array, or abstract array, of a weight or of a bare leaf; None for a weight whose value is kept elsewhere."""
+    """Returns the array, or abstract array, of a weight or of a bare leaf; None for a weight whose value is stored elsewhere."""
     return next(iter(jax.tree.leaves(leaf)), None) if is_variable(leaf) else leaf
 
 
-def shardings(tree: T, mesh: Mesh, rules=RULES) -> T:
-    """A `NamedSharding` for each array of `tree` (a model, a training state, or `jax.eval_shape` of one).
+def shardings(tree: T, mesh: Mesh, rules: Rules = RULES) -> T:
+    """Returns a `NamedSharding` for each array of `tree` (a model, a training state, or `jax.eval_shape` of one).
 
-    Weights go where their logical axes say; everything else (steps, counters) is replicated.
+    Weights are sharded by their logical axes; everything else (steps, counters) is replicated.
+
+    Raises:
+      ValueError: a weight declares no logical axes, or they cannot be sharded.
     """
 
-    def place(path, leaf):
+    def sharding(path, leaf):
         if not is_variable(leaf):
             return NamedSharding(mesh, PartitionSpec())
         value, name = value_of(leaf), jax.tree_util.keystr(path, simple=True, separator=".")
@@ -94,70 +103,75 @@ def shardings(tree: T, mesh: Mesh, rules=RULES) -> T:
         spec = partition_spec(leaf.axes, value.shape, mesh, rules, name)
         return jax.tree.map(lambda _: NamedSharding(mesh, spec), leaf)
 
-    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_variable)
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=is_variable)
 
 
-def undivided(tree: Any, mesh: Mapping[str, int], rules=RULES) -> list[str]:
-    """The weights of `tree` that are replicated along an axis of `mesh` (its sizes) that does not divide them, in words."""
-    found = []
+def undivided(tree: Any, mesh: Mapping[str, int], rules: Rules = RULES) -> list[str]:
+    """Describes the weights of `tree` that are replicated along an axis of `mesh` (its sizes), which does not divide them."""
+    problems = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_variable)[0]:
         if not is_variable(leaf) or value_of(leaf) is None:
             continue
         for i, (axis, size) in enumerate(zip(leaf.axes, value_of(leaf).shape, strict=True)):
-            wanted, parts = rules[axis] if axis is not None else None, 1
+            wanted, shards = rules[axis] if axis is not None else None, 1
             for mesh_axis in (wanted,) if isinstance(wanted, str) else wanted or ():
-                if size % (parts * mesh[mesh_axis]) == 0:
-                    parts *= mesh[mesh_axis]
+                if size % (shards * mesh[mesh_axis]) == 0:
+                    shards *= mesh[mesh_axis]
                 else:
                     name = jax.tree_util.keystr(path, simple=True, separator=".")
-                    found.append(
+                    problems.append(
                         f"{name} dimension {i} ({axis} = {size}) is not divisible by {mesh_axis} = "
                         f"{mesh[mesh_axis]}: replicated"
                     )
-    return found
+    return problems
 
 
-def shard(tree: T, mesh: Mesh, rules=RULES) -> T:
-    """`tree` laid out on `mesh`. With several processes what is not on it yet is the same in each of them."""
+def shard(tree: T, mesh: Mesh, rules: Rules = RULES) -> T:
+    """Puts `tree` on `mesh`, sharded. With several processes, arrays that are not on it yet must be the same in each."""
     return jax.tree.map(_put, tree, shardings(tree, mesh, rules))
 
 
 def replicate(tree: T, mesh: Mesh) -> T:
-    """`tree`, the same in every process, whole on every device of `mesh`."""
+    """Puts `tree`, which is the same in every process, on every device of `mesh`."""
     return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def _put(x, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (the leading axis) over `data` and `fsdp`."""
+    """Returns the sharding that splits rows (the leading axis) over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 class ProcessShard(NamedTuple):
-    """Part `index` of `count` equal parts of every batch is this process's.
+    """The rows of every batch that this process has: shard `index` of `count` equal ones.
 
-    Processes whose devices only differ along `sequence` or `tensor` have the same part.
+    Processes whose devices only differ along `sequence` or `tensor` have the same shard.
     """
 
-    index: int
-    count: int
-    blocks: tuple[int, ...]  # its rows' places among the blocks that data x fsdp cuts a batch into; may have gaps
-    processes: tuple[tuple[int, ...], ...]  # of each part, the processes that have it
+    # They hide the methods of tuples of these names, which nobody calls on a shard.
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
+    blocks: tuple[int, ...]  # indices of its rows among the blocks that data x fsdp cuts a batch into; may have gaps
+    processes: tuple[tuple[int, ...], ...]  # of each shard, the processes that have it
 
 
-WHOLE = ProcessShard(0, 1, (0,), ((0,),))  # of a process on its own
+WHOLE = ProcessShard(0, 1, (0,), ((0,),))  # of a single process
 
 
 def process_shard(mesh: Mesh | None) -> ProcessShard:
-    """The rows of a batch that this process feeds; without a mesh all of them."""
+    """Returns the rows of a batch that this process feeds; without a mesh, all of them.
+
+    Raises:
+      ValueError: the mesh has no device of this process, or gives processes different numbers of rows.
+    """
     if mesh is None:
         return WHOLE
     grid = mesh.devices.reshape(row_shards(mesh), -1)
@@ -170,72 +184,90 @@ def process_shard(mesh: Mesh | None) -> ProcessShard:
             f"mesh {dict(mesh.shape)} has {mesh.devices.size} devices of {jax.device_count()}, none of them in process "
             f"{jax.process_index()} of {jax.process_count()}"
         )
-    parts = sorted({tuple(blocks) for blocks in holders.values()})
-    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) != len(grid):
+    shards = sorted({tuple(blocks) for blocks in holders.values()})
+    if len({len(blocks) for blocks in shards}) > 1 or sum(map(len, shards)) != len(grid):
         raise ValueError(f"mesh {dict(mesh.shape)} does not give every process the same number of rows: {holders}")
-    processes = tuple(tuple(p for p, blocks in sorted(holders.items()) if tuple(blocks) == part) for part in parts)
+    processes = tuple(tuple(p for p, blocks in sorted(holders.items()) if tuple(blocks) == own) for own in shards)
     mine = tuple(holders[jax.process_index()])
-    return ProcessShard(parts.index(mine), len(parts), mine, processes)
+    return ProcessShard(shards.index(mine), len(shards), mine, processes)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """How many parts the rows of a batch are cut into."""
+    """Returns how many shards the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def shard_rows(read: Callable[[slice], np.ndarray], rows: int, mesh: Mesh | None) -> jax.Array:
-    """An array on the devices of which the host never has more than the rows of one: `read(part)` gives rows of `rows`.
+    """Reads an array onto the devices, split by rows, without having more than the rows of one device on the host.
 
-    With several processes each reads its `share` of the rows, `rows` being how many that is.
+    Args:
+      read: returns the rows of a slice: [n, ...].
+      rows: number of rows; with several processes, those of this process.
+      mesh: None: one device.
+
+    Returns:
+      [R, ...], the rows of all processes.
+
+    Raises:
+      ValueError: the rows cannot be split over the mesh.
     """
     if mesh is None:
         return jnp.asarray(read(slice(0, rows)))
-    parts, mine = row_shards(mesh), process_shard(mesh)
-    if rows * mine.count % parts:
-        raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {parts}; pad the batch")
-    size = rows * mine.count // parts
-    # Devices that share rows are neighbours: one reading is enough for them.
-    block = functools.lru_cache(maxsize=1)(lambda at: read(slice(at, at + size)))
-    at = lambda index: mine.blocks.index((index[0].start or 0) // size) * size
-    shape = (rows * mine.count, *block(0).shape[1:])
-    return jax.make_array_from_callback(shape, batch_sharding(mesh), lambda index: block(at(index)))
+    shards, mine = row_shards(mesh), process_shard(mesh)
+    if rows * mine.count % shards:
+        raise ValueError(f"{rows * mine.count} rows cannot be split over data x fsdp = {shards}; pad the batch")
+    size = rows * mine.count // shards
+
+    @functools.lru_cache(maxsize=1)  # devices that share rows are neighbours: reading once is enough for them
+    def block(start: int) -> np.ndarray:
+        return read(slice(start, start + size))
+
+    def block_of(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # that of a scalar
+        return block(mine.blocks.index((index[0].start or 0) // size) * size)
+
+    return jax.make_array_from_callback((rows * mine.count, *block(0).shape[1:]), batch_sharding(mesh), block_of)
 
 
 def shard_batch(batch: T, mesh: Mesh) -> T:
-    """Host arrays with a leading row axis, on `mesh`. With several processes each brings its `share` of the rows."""
-    sharding, parts = batch_sharding(mesh), row_shards(mesh)
+    """Puts host arrays [rows, ...] on `mesh`, split by rows. With several processes, each has its own rows (`ProcessShard`).
+
+    Raises:
+      ValueError: the rows cannot be split over the mesh.
+    """
+    sharding, shards = batch_sharding(mesh), row_shards(mesh)
 
     def put(x):
         if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
             x = np.asarray(x) if isinstance(x, jax.Array) else x
             return shard_rows(x.__getitem__, len(x), mesh)
-        if len(x) % parts:
-            raise ValueError(f"{len(x)} rows cannot be split over data x fsdp = {parts}; pad the batch")
+        if len(x) % shards:
+            raise ValueError(f"{len(x)} rows cannot be split over data x fsdp = {shards}; pad the batch")
         return jax.device_put(x, sharding)
 
     return jax.tree.map(put, batch)
 
 
 def local_rows(x: Any) -> np.ndarray:
-    """This process's share of the rows of an array that lies on a mesh as `shard_batch` lays it; the inverse of that."""
+    """Returns this process's rows of an array that is sharded by `shard_batch`, whose inverse it is."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable:
         return np.asarray(x)
     blocks = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
 
-def all_rows(tree: T, part: ProcessShard) -> T:
-    """Every process's rows of host arrays, on every process: part 0's, then part 1's, ... All processes call it."""
-    if part.count == 1:
+def all_rows(tree: T, shard: ProcessShard) -> T:
+    """Gathers the rows of host arrays [rows, ...] of all shards, in order, on every process. All processes call it."""
+    if shard.count == 1:
         return jax.tree.map(np.asarray, tree)
-    leaders = [processes[0] for processes in part.processes]
+    leaders = [processes[0] for processes in shard.processes]
     return jax.tree.map(lambda x: np.concatenate(all_gather(x)[leaders]), tree)
 
 
 def keep_rows(x: jax.Array) -> jax.Array:
-    """Activations [rows, positions, width] split by rows, where a mesh is set (`jax.set_mesh`, or in a step); else unchanged.
+    """Keeps activations [rows, positions, width] split by rows, where a mesh is set (`jax.set_mesh`, or in a step).
 
-    Weights and rows are split over the same axis. Left to itself the compiler multiplies all rows with parts of the
+    Weights and rows are split over the same axis. Without this constraint the compiler multiplies all rows with shards of the
     weights and adds up activations on every device, instead of gathering a layer's weights.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -246,9 +278,9 @@ def keep_rows(x: jax.Array) -> jax.Array:
 
 
 def keep_vocabulary(weight: jax.Array) -> jax.Array:
-    """An embedding [vocab, width] split by words alone, where a mesh is set; else unchanged.
+    """Keeps an embedding [vocab, width] split by words only, where a mesh is set.
 
-    Looked up in parts of the width, the tokens of all rows would be gathered on every device, to be split by rows again.
+    If its width were split, the tokens of all rows would be gathered on every device, and split by rows again.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axis = RULES["vocab"]
@@ -257,25 +289,25 @@ def keep_vocabulary(weight: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(weight, PartitionSpec(axis, None))
 
 
-def copies(tree: T, mesh: Mesh, parts: tuple[int, int]) -> T:
-    """Inside a jitted function: weights of `tree` [...] -> [*parts, ...], a copy for each part of rows and of positions.
+def copies(tree: T, mesh: Mesh, shards: tuple[int, int]) -> T:
+    """Inside a jitted function, copies the weights of `tree` for each shard of rows and of positions: [...] -> [*shards, ...].
 
-    A device has the copy of its own part, split over `tensor` only: the weights are gathered once, however often they are
-    used, and their gradients are added up on each device before the devices' sums are.
+    A device has the copy of its own shard, split over `tensor` only. So the weights are gathered once, however often they are
+    used, and their gradients are added up on each device before they are added up over devices.
     """
-    rules = {**RULES, **{axis: None for axis, place in RULES.items() if place != "tensor"}}
+    rules = {**RULES, **{axis: None for axis, mesh_axis in RULES.items() if mesh_axis != "tensor"}}
 
     def copy(weight):
         spec = partition_spec(weight.axes, value_of(weight).shape, mesh, rules)
-        place = NamedSharding(mesh, PartitionSpec(ROWS, SEQUENCE, *spec))
-        spread = lambda x: jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (*parts, *x.shape)), place)
+        sharding = NamedSharding(mesh, PartitionSpec(ROWS, SEQUENCE, *spec))
+        spread = lambda x: jax.lax.with_sharding_constraint(jnp.broadcast_to(x, (*shards, *x.shape)), sharding)
         return jax.tree.map(spread, weight)
 
     return jax.tree.map(copy, tree, is_leaf=is_variable)
 
 
 def constrain(tree: T, mesh: Mesh | None, *spec) -> T:
-    """Inside a jitted function: every array of `tree` laid out by `PartitionSpec(*spec)`. Without a mesh, unchanged."""
+    """Inside a jitted function, constrains every array of `tree` to `PartitionSpec(*spec)`; without a mesh, returns `tree`."""
     if mesh is None:
         return tree
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
@@ -283,10 +315,10 @@ def constrain(tree: T, mesh: Mesh | None, *spec) -> T:
 
 
 def sequence_shards(mesh: Mesh | None) -> int:
-    """How many parts the positions of a row are cut into in training; 1 without a mesh or without the axis."""
+    """Returns how many shards the positions of a row are split into in training; 1 without a mesh or without the axis."""
     return 1 if mesh is None else mesh.shape.get(SEQUENCE, 1)
 
 
 def split_sequence(tree: T, mesh: Mesh | None, *spec) -> T:
-    """`constrain`, where the positions of a row are split; elsewhere unchanged."""
+    """Is `constrain` where the positions of a row are split; elsewhere, returns `tree`."""
     return constrain(tree, mesh, *spec) if sequence_shards(mesh) > 1 else tree

@@ -1,15 +1,15 @@
 """Work counted from the text of a compiled program (optimised HLO): what one device computes, moves and sends.
 
 XLA's own analysis counts the body of a loop once. Here a body counts as often as it runs: known trip counts are read from
-the program, those that the data decides are given by the caller, by the `jax.named_scope` around the loop.
+the program; those that the data decides come from the caller, by the `jax.named_scope` around the loop.
 
-* FLOPs are those of matrix products (`dot` and `convolution`, which is what TPUs make of it), the convention of MFU.
-  Attention kernels count with all pairs of queries and keys, those that a causal mask hides, too.
-* Bytes are what an instruction reads and writes in the device's main memory: operands and results of everything outside
-  a fusion, slices of what is only sliced (in fusions inside the fusion, too), updates of what is updated in place. Buffers
-  in on-chip memory are free.
-* Collectives are bytes that a device sends, by the ring algorithm: (n - 1) / n of the whole array in a group of n, for
-  all-reduce twice that.
+* FLOPs are those of matrix products (`dot`, and `convolution`, into which TPUs turn it), by the convention of MFU.
+  Attention kernels count with all pairs of queries and keys, including those that a causal mask hides.
+* Bytes are those that an instruction reads and writes in the device's main memory: operands and results of everything
+  outside a fusion; of an operand that is only sliced, the slices (also in fusions inside the fusion); of an array that is
+  updated in place, the update. Buffers in on-chip memory are free.
+* Collectives count the bytes that a device sends by the ring algorithm: (n - 1) / n of the whole array in a group of n, and
+  twice that for an all-reduce.
 """
 
 import collections
@@ -38,17 +38,20 @@ class HLOError(ValueError):
 
 
 class Array(NamedTuple):
+    """An array of the program."""
+
     dtype: str
     shape: tuple[int, ...]
     on_chip: bool  # in another memory than the main one
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> float:
-        """In main memory."""
+        """Bytes of main memory; 0 for an array on the chip."""
         if self.on_chip:
             return 0.0
         digits = re.search(r"\d+", self.dtype)
@@ -57,6 +60,8 @@ class Array(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instruction:
+    """A line of a computation."""
+
     name: str
     opcode: str
     arrays: tuple[Array, ...]  # of the result, a tuple's flattened
@@ -67,17 +72,18 @@ class Instruction:
 
     @property
     def scopes(self) -> list[str]:
-        """The names in a loop's path, the last one the `jax.named_scope` right around it: .../outer/scope/while (or cond)."""
+        """The names in a loop's path, .../outer/scope/while (or cond); the last is the `jax.named_scope` right around it."""
         found = re.search(r'op_name="([^"]*)/(?:while|cond)\)*"', self.attributes)
         return re.findall(r"\w+", found[1]) if found else []
 
     @property
     def op_name(self) -> str:
+        """The instruction's path in the JAX program, or its own name."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else self.name
 
     def called(self, *attributes: str) -> list[str]:
-        """Names of the computations in the attributes, in order."""
+        """The names of the computations in these attributes, in order."""
         names = []
         for attribute in attributes:
             if found := re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes):
@@ -90,14 +96,15 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass
 class Count:
-    """Of one device: FLOPs, bytes of main memory, and bytes sent and number of each kind of collective."""
+    """The work of one device: FLOPs, bytes of main memory, and the bytes sent and number of calls by kind of collective."""
 
     flops: float = 0.0
     bytes: float = 0.0
-    sent: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    calls: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    sent: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    calls: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
     def add(self, other: "Count", times: float = 1.0) -> None:
+        """Adds other work, done so many times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for mine, others in ((self.sent, other.sent), (self.calls, other.calls)):
@@ -106,10 +113,14 @@ class Count:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a program by name, and the name of its entry."""
+    """The computations of a program by name, and the name of its entry.
+
+    Raises:
+        HLOError: the text is no HLO module, or an instruction cannot be read.
+    """
     computations: dict[str, Computation] = {}
     current, entry = None, None
-    # A kernel's own metadata goes over several lines, which begin with a quote or close more than one bracket.
+    # A kernel's own metadata spans several lines, which begin with a quote or close more than one bracket.
     for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], {})
@@ -150,14 +161,14 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _element(computation: Computation, operand: str) -> Instruction:
-    """The instruction that newer compilers write as an operand: `%x#2` for `get-tuple-element(%x), index=2`."""
+    """The instruction behind an operand of newer compilers: they write `%x#2` for `get-tuple-element(%x), index=2`."""
     name, index = operand.split("#")
     array = computation[name].arrays[int(index)]
     return Instruction(operand, "get-tuple-element", (array,), (name,), f"%{name}", f", index={index}", root=False)
 
 
 def _closing(line: str, at: int) -> int:
-    """The place after the parenthesis that closes the one at `at`."""
+    """The index after the parenthesis that closes the one at `at`."""
     depth = 0
     for i in range(at, len(line)):
         depth += (line[i] == "(") - (line[i] == ")")
@@ -173,19 +184,26 @@ def _array(dtype: str, shape: str, layout: str | None) -> Array:
 
 
 class Counter:
-    """Counts a program. `turns` says for scopes how often a loop's body runs or which share of times a branch is taken."""
+    """Counts the work of a program."""
 
     def __init__(self, text: str, turns: Mapping[str, float] = {}):  # noqa: B006, never changed
+        """Parses a program.
+
+        Args:
+            text: optimised HLO.
+            turns: scope -> how often a loop's body runs, or the share of times that a branch is taken.
+        """
         self.computations, self.entry = parse(text)
         self.turns = dict(turns)
-        self.assumed: set[str] = set()  # scopes whose number of turns was needed
+        self.assumed: set[str] = set()  # scopes of `turns` that were needed
         self.known: dict[str, Count] = {}
 
     def total(self) -> Count:
+        """The work of one run of the program."""
         return self.computation(self.entry)
 
     def computation(self, name: str) -> Count:
-        """Of one run of a computation."""
+        """The work of one run of a computation."""
         if name not in self.known:
             self.known[name] = count = Count()
             for instruction in self.computations[name].values():
@@ -193,6 +211,7 @@ class Counter:
         return self.known[name]
 
     def instruction(self, x: Instruction, within: Computation) -> Count:
+        """The work of one run of an instruction of the computation `within`."""
         count = Count()
         kind = x.opcode.removesuffix("-start")
         if x.opcode == "while":
@@ -207,7 +226,7 @@ class Counter:
         elif x.opcode == "fusion":
             for name in x.called("calls"):
                 inside = self.computation(name)
-                scatters = "all-reduce-scatter" in x.name  # a TPU's name for an all-reduce of which it keeps a part
+                scatters = "all-reduce-scatter" in x.name  # on TPUs: an all-reduce of which a device keeps one shard
                 for collective, sent in inside.sent.items():
                     as_kind = "reduce-scatter" if scatters and collective == "all-reduce" else collective
                     count.sent[as_kind] += sent / (2 if as_kind != collective else 1)
@@ -230,7 +249,7 @@ class Counter:
         return count
 
     def attention_kernel(self, x: Instruction, kind: str, within: Computation, count: Count) -> None:
-        """Splash attention: for each head and tile of its inner axis it reads both arrays of the other axis anew."""
+        """Adds the work of splash attention, which reads both arrays of the outer axis again for each tile of the inner one."""
         arrays = [array for name in x.operands for array in within[name].arrays]
         blocks = arrays[0].shape  # [.., of queries, of keys]
         q, k = [array for array in arrays if not array.dtype.startswith("s")][
@@ -244,6 +263,11 @@ class Counter:
         count.bytes += self.plain_bytes(x, within) + again
 
     def trips(self, x: Instruction, condition: str, body: str) -> float:
+        """How often the body of a loop runs.
+
+        Raises:
+            HLOError: neither the program nor `turns` says it.
+        """
         if found := re.search(r'"known_trip_count":\s*\{"n":\s*"(\d+)"', x.attributes):
             return int(found[1])
         if scope := self.scope(x):
@@ -253,7 +277,7 @@ class Counter:
         raise HLOError(f"how often the loop {x.op_name} runs is not known, nor is its scope given")
 
     def scope(self, x: Instruction) -> str | None:
-        """That of `turns` which a loop or branch stands in: "inner", or "outer/inner", which goes first."""
+        """The scope of `turns` around a loop or branch: "inner", or "outer/inner", which is looked for first."""
         scopes = x.scopes
         fitting = [scope for scope in self.turns if scopes[-len(parts := scope.split("/")) :] == parts]
         if not fitting:
@@ -266,7 +290,7 @@ class Counter:
     def _counted(condition: Computation, body: Computation) -> int | None:
         """Turns of a loop whose condition is just `counter < constant` and whose body adds a constant to that counter.
 
-        Counters start at nought: those of scans, and of the products that XLA cuts into windows between the devices.
+        Counters start at zero, in scans and in the products that XLA cuts into windows between the devices. None: another loop.
         """
         compare, result = _root(condition), _root(body)
         if compare.opcode != "compare" or "direction=LT" not in compare.attributes or result.opcode != "tuple":
@@ -274,7 +298,9 @@ class Counter:
         counter, limit = (condition[name] for name in compare.operands)
         if counter.opcode != "get-tuple-element" or limit.opcode != "constant":
             return None
-        added = body[result.operands[int(re.search(r"index=(\d+)", counter.attributes)[1])]]
+        index = re.search(r"index=(\d+)", counter.attributes)
+        assert index is not None  # every get-tuple-element has one
+        added = body[result.operands[int(index[1])]]
         while added.opcode in PASSING:
             added = body[added.operands[0]]
         step = [y for name in added.operands if (y := body[name]).opcode == "constant"]
@@ -283,7 +309,7 @@ class Counter:
         return -(-int(limit.arguments) // int(step[0].arguments))
 
     def branches(self, x: Instruction, count: Count) -> None:
-        """A branch of a known scope counts with its share; of others the one with the most work counts."""
+        """Adds the work of branches: those of a known scope by their shares, of others the one with the most work."""
         names = x.called("branch_computations", "true_computation", "false_computation")
         if scope := self.scope(x):
             for name in names:
@@ -294,7 +320,7 @@ class Counter:
         count.add(max(map(self.computation, names), key=lambda c: (c.flops, c.bytes)))
 
     def product(self, x: Instruction, within: Computation) -> float:
-        """FLOPs of a matrix product; of anything else none."""
+        """The FLOPs of a matrix product; 0 for any other instruction."""
         if x.opcode == "dot":
             lhs = within[x.operands[0]].arrays[0].shape
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
@@ -305,7 +331,7 @@ class Counter:
         return 0.0
 
     def plain_bytes(self, x: Instruction, within: Computation) -> float:
-        """Read and written by an instruction outside fusions."""
+        """Bytes read and written by an instruction outside fusions."""
         if x.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _result_bytes(x)
         if x.opcode == "dynamic-update-slice":
@@ -324,7 +350,7 @@ class Counter:
             if not any(array.bytes for array in operand.arrays):
                 continue
             uses = list(self.uses(parameter, inside))
-            if uses and all(place == 0 and user.opcode in SLICING for place, user in uses):
+            if uses and all(index == 0 and user.opcode in SLICING for index, user in uses):
                 slices = [user for _, user in uses if user.opcode not in UPDATING]
                 read += sum(_stored(array) for user in slices for array in user.arrays)
             else:
@@ -338,28 +364,28 @@ class Counter:
         return read + written
 
     def uses(self, x: Instruction, within: Computation) -> Iterator[tuple[int, Instruction]]:
-        """Who reads `x`: (which operand, instruction), seen through bitcasts, copies and the fusions inside fusions."""
+        """The instructions that read `x`, with the operand's index: through bitcasts, copies and fusions inside fusions."""
         for user in within.values():
-            for place in (i for i, name in enumerate(user.operands) if name == x.name):
+            for index in (i for i, name in enumerate(user.operands) if name == x.name):
                 if user.opcode in PASSING:
                     yield from self.passed(user, within)
                 elif user.opcode == "fusion":
                     inner = self.computations[user.called("calls")[0]]
-                    (parameter,) = [i for i in inner.values() if i.opcode == "parameter" and int(i.arguments) == place]
+                    (parameter,) = [i for i in inner.values() if i.opcode == "parameter" and int(i.arguments) == index]
                     for deeper, reader in self.uses(parameter, inner):
                         if reader.root and reader.opcode in PASSING:
                             yield from self.passed(user, within)
                         else:
                             yield deeper, reader
                 else:
-                    yield place, user
+                    yield index, user
 
     def passed(self, x: Instruction, within: Computation) -> Iterator[tuple[int, Instruction]]:
-        """Of what only passes its operand on: who reads it, or itself where it is the result."""
+        """The instructions that read the result of a bitcast or copy; the bitcast or copy itself where it is the root."""
         yield from [(0, x)] if x.root else self.uses(x, within)
 
     def update(self, x: Instruction, within: Computation) -> float | None:
-        """Bytes that are new in a result, if it is an array updated in place."""
+        """The bytes that are written into an array updated in place; None for any other result."""
         while x.opcode in (*PASSING, "convert") and x.operands[0] in within:
             x = within[x.operands[0]]
         if x.opcode == "fusion":
@@ -378,7 +404,7 @@ def _root(computation: Computation) -> Instruction:
 
 
 def _stored(array: Array) -> float:
-    """Of an array wherever it lies."""
+    """The bytes of an array in whichever memory."""
     return array._replace(on_chip=False).bytes
 
 
@@ -387,10 +413,12 @@ def _result_bytes(x: Instruction) -> float:
 
 
 def _group_size(x: Instruction) -> int:
-    """Devices that take part in one collective."""
+    """The number of devices that take part in one collective."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-        parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", found[2])  # an axis, or a part of one as 'axis':(before)size
+        parts = re.findall(
+            r"'([^']*)'(?::\(\d+\)(\d+))?", found[2]
+        )  # an axis, or a factor of one as 'axis':(before)size
         return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", x.attributes):
         return int(found[2])
@@ -402,20 +430,31 @@ def _group_size(x: Instruction) -> int:
 
 
 def _share_sent(kind: str, n: int) -> float:
-    """Bytes a device sends for each byte that it holds before the collective."""
+    """The bytes that a device sends for each byte that it holds before the collective."""
     if kind == "collective-permute":
         return 1.0
     return {"all-gather": n - 1.0, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
 
 
 def _convolution(x: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:
-    """2 x every product of an input and a kernel element that exists: TPUs write batches as dilated space."""
+    """FLOPs of a convolution: 2 for every pair of an input and a kernel element that exist.
+
+    TPUs write batches as dilated space, most of which is no element.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
+    if labels is None:
+        raise HLOError(f"the convolution {x.name} does not name its dimensions: {x.attributes[:200]}")
     out = x.arrays[0].shape
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", x.attributes) or [""] * 2)[1]))
+    windows = re.search(r"window=\{([^}]*)\}", x.attributes)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", windows[1] if windows else ""))
     spatial = sorted(c for c in labels[1] if c.isdigit())
-    at = lambda dims, label, shape: shape[dims.index(label)]
-    of = lambda key, i, default: int(window[key].split("x")[i]) if key in window else default
+
+    def at(dims: str, label: str, shape: tuple[int, ...]) -> int:
+        return shape[dims.index(label)]
+
+    def of(key: str, i: int, default: int) -> int:
+        return int(window[key].split("x")[i]) if key in window else default
+
     pairs = 1
     for i, label in enumerate(spatial):
         low = int(window["pad"].split("x")[i].split("_")[0]) if "pad" in window else 0
@@ -435,12 +474,13 @@ def _convolution(x: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> 
 
 @functools.cache
 def _taps(size: int, kernel: int, out: int, stride: int, low: int, dilate: int, kernel_dilate: int) -> int:
-    """Pairs of an output and a kernel position of one spatial dimension that meet an input element. (A mirrored kernel
-    meets as many.)
+    """Pairs of an output and a kernel position of one spatial dimension that meet an input element.
+
+    A mirrored kernel meets as many.
     """
-    place = np.arange(out, dtype=np.int64) * stride - low
+    start = np.arange(out, dtype=np.int64) * stride - low
     met = 0
     for k in range(kernel):
-        at = place + k * kernel_dilate
+        at = start + k * kernel_dilate
         met += int(np.sum((at >= 0) & (at <= (size - 1) * dilate) & (at % dilate == 0)))
     return met

@@ -18,7 +18,7 @@ class Chip(NamedTuple):
     links: float  # to its neighbours, all ports together, one direction, bytes a second
     dims: int  # of the torus
     source: str
-    flops: float | None = None  # bfloat16 products a second; None: `models.flops.PEAK_FLOPS`
+    flops: float | None = None  # bfloat16 FLOP a second; None: that of `models.flops.PEAK_FLOPS`
 
 
 GIB = 2**30
@@ -49,12 +49,16 @@ class Machine(NamedTuple):
 
     @property
     def per_chip(self) -> float:
-        """Devices of a chip."""
+        """The number of devices of a chip."""
         return len(self.devices) / self.chips
 
 
 def machine(name: str) -> Machine:
-    """`KIND:AxB[xC]`, imagined with libtpu, or `cpu:N`, this host's virtual devices."""
+    """The machine called `KIND:AxB[xC]`, imagined with libtpu, or `cpu:N`, virtual devices of this host.
+
+    Raises:
+        ValueError: there is no such machine, or it cannot be imagined.
+    """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in CHIPS:
         raise ValueError(f"topology {name!r} is not of the form KIND:AxB, KIND one of {', '.join(CHIPS)}")
@@ -63,6 +67,7 @@ def machine(name: str) -> Machine:
         devices = jax.devices("cpu")
         if len(devices) < chips:
             raise ValueError(f"{name} needs {chips} devices, there are {len(devices)}: set XLA_FLAGS")
+        assert chip.flops is not None  # it is invented
         return Machine(name, chip, chips, devices[:chips], chip.flops)
     dims = found[2].count("x") + 1
     if dims != chip.dims:
@@ -85,7 +90,11 @@ def _imagined(name: str) -> list:
 
 
 def slices(kind: str) -> dict[int, str]:
-    """Slices of a kind by their number of chips, 8 to 1024 (or the largest there is)."""
+    """Slices of a kind by their number of chips, from 8 to 1024 or the largest there is.
+
+    Raises:
+        ValueError: there are no slices of this kind.
+    """
     if kind not in CHIPS or kind == "cpu":
         raise ValueError(f"there are no slices of {kind!r}; there are of {', '.join(set(CHIPS) - {'cpu'})}")
     return {chips: f"{kind}:{shape}" for chips, shape in SLICES[CHIPS[kind].dims].items()}

@@ -15,15 +15,17 @@ from absl import flags
 
 from pixel_jax.config import define_flag
 from pixel_jax.state_files import write_json
+from pixel_jax.terminal import print_table
 
 if TYPE_CHECKING:
     from pixel_jax.planning.programs import Recipe
 
 FLAGS = flags.FLAGS
-SETTINGS = "pixel_jax.train:TrainConfig"  # whose fields `--help` lists
+SETTINGS = "pixel_jax.train_config:TrainConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `plan`."""
     define_flag(None, "The experiment: a file, or a name as pixel/qwen2_5_vl_7b_rl.")
     flags.mark_flag_as_required("config")
     flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
@@ -34,7 +36,9 @@ def define_flags(command: str) -> None:
     flags.DEFINE_integer("fitting", 1, "Shardings that fit to compile for each step; the fastest is the plan.")
     flags.DEFINE_integer("most", 4, "Most shardings to compile for each step.")
     flags.DEFINE_bool("configured", False, "Plan the config's own meshes and micro-batches, and look for no others.")
-    flags.DEFINE_bool("video", False, "Plan the room of videos (config.video_buffer, ...) instead of that of images.")
+    flags.DEFINE_bool(
+        "video", False, "Plan the shapes of videos (config.video_buffer, ...) instead of those of images."
+    )
     flags.DEFINE_string("scaling", None, "A kind of chip: also predict weak scaling from 8 to 1024 of them.")
 
 
@@ -48,9 +52,9 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     from pixel_jax.planning import report
     from pixel_jax.planning.machines import machine, slices
     from pixel_jax.planning.programs import RUN
-    from pixel_jax.planning.search import search
-    from pixel_jax.planning.weak_scaling import weak_scaling
-    from pixel_jax.train import TrainConfig
+    from pixel_jax.planning.search import Compiled, search
+    from pixel_jax.planning.weak_scaling import Point, weak_scaling
+    from pixel_jax.train_config import TrainConfig
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
@@ -80,7 +84,9 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     if "rollout" in wanted and not {"update", "score"} & set(wanted):
         console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
     learning = [step for step in wanted if step in RUN]
-    made, best, points = [], {}, []
+    made: list[Compiled] = []
+    best: dict[str, dict[str, Compiled]] = {}
+    points: list[Point] = []
 
     def keep() -> None:
         if FLAGS.json:
@@ -97,31 +103,40 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
             best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, note=note)
             keep()
     if made:
-        console.print(report.table(made, best))
+        print_table(report.table(made, best))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else recipe.steps[0]
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):
             console.print(report.line(point.compiled))
             points.append(point)
             keep()
-        console.print(report.scaling_table(points, step))
+        print_table(report.scaling_table(points, step))
 
 
 def of_videos(config):
-    """The config with the room that it has for videos in the place of that for images."""
+    """The config with its shapes for videos in the place of those for images.
+
+    Raises:
+        UserError: the config has no shapes for videos.
+    """
     from pixel_jax.cli import UserError
 
     names = {"image_buffer": "video_buffer", "prompt_width": "video_prompt_width"}
     if config.sft is not None:
         names |= {"trace_frames": "video_frames", "trace_patches": "video_patches"}
-    room = {name: getattr(config, source) for name, source in names.items()}
-    if None in room.values():
-        raise UserError(f"--video: config.{names[[*room][[*room.values()].index(None)]]} is not set")
-    return dataclasses.replace(config, **room)
+    shapes = {name: getattr(config, source) for name, source in names.items()}
+    for name, shape in shapes.items():
+        if shape is None:
+            raise UserError(f"--video: config.{names[name]} is not set")
+    return dataclasses.replace(config, **shapes)
 
 
 def check_shapes(config) -> None:
-    """UserError: the config leaves to the data how large batches are; a plan reads none."""
+    """Refuses a config without shapes by hand: a plan reads no data to work them out from.
+
+    Raises:
+        UserError: shapes are missing; it names them.
+    """
     from pixel_jax.cli import UserError
 
     needed = {"sft": ("trace_tokens", "trace_frames", "trace_patches"), "rl": ("image_buffer", "prompt_width")}
@@ -132,7 +147,11 @@ def check_shapes(config) -> None:
 
 
 def read_recipe(config, console):
-    """The recipe of a config: the network and the tokenizer from its model directory, if that is there."""
+    """The recipe of a config, with the network and the tokenizer of its model directory if that is there.
+
+    Raises:
+        UserError: there is no such directory, and the config names no architecture.
+    """
     from pixel_jax.cli import UserError
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.models.config import CONFIG, read_config

@@ -1,7 +1,9 @@
-"""The compiled programs of a recipe, from shapes alone: the functions that training calls, and abstract arrays for them."""
+"""The programs of a recipe, from shapes alone: the functions that training calls, and abstract arrays as their arguments."""
 
 import dataclasses
 import functools
+import math
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -21,23 +23,23 @@ from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import PATCH, RolloutConfig
 from pixel_jax.rollouts.materialize import cut_patches
 from pixel_jax.rollouts.queue import read_together
-from pixel_jax.rollouts.rollout import compiled_rollout, traced
+from pixel_jax.rollouts.rollout import compiled_rollout, traced_settings
 from pixel_jax.rollouts.shapes import RolloutShape, budgets, prompt_shape
 from pixel_jax.rollouts.trajectory import Prompts, Tables
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.optimizer import make_optimizer
-from pixel_jax.training.state import TrainState, init_state
-from pixel_jax.training.steps import cast, make_rl_step, make_score_step, make_sft_step
+from pixel_jax.training.state import TrainState, cast, init_state
+from pixel_jax.training.steps import make_rl_step, make_score_step, make_sft_step
 
-RUN = ("update", "score", "rollout")  # steps of a run of reinforcement learning; others are planned by themselves
-ANY_STEPS = 1000  # of tuning by epochs, whose data is not there: they are but a constant of the learning rate
+RUN = ("update", "score", "rollout")  # steps of reinforcement learning, which are planned together; others alone
+ANY_STEPS = 1000  # of tuning by epochs: the data is not there, and the number only changes the learning rate
 PIXELS = 3 * PATCH**2  # numbers in a patch of one frame
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A config, and what it does not say itself."""
+    """A config, with the network and the tables that it refers to."""
 
     config: TrainConfig
     network: Qwen2_5_VLConfig
@@ -55,30 +57,52 @@ class Recipe:
         return (*tuning, "update", *["score"] * (config.rl.old_logprobs == "recomputed"), "rollout")
 
     def rows(self, step: str) -> int:
-        """Rows that one call of the step's program works on."""
+        """The number of rows in one call of the step's program."""
         if step not in RUN:
-            return self.config.sft.batch_size
-        return self.config.rl.rows if step == "rollout" else self.config.rl.train_batch
+            return self.config.tuning.batch_size
+        return self.config.learning.rows if step == "rollout" else self.config.learning.train_batch
 
     def micro_batches(self, step: str, mesh: Mesh) -> int:
-        """Unless the config's are wanted as many as leave every part of the mesh one row at a time: rows are long, and a
-        micro-batch is what memory goes into.
+        """The number of micro-batches of a step: the config's where `configured`, else one row per shard of the mesh.
+
+        Rows are long, and the memory of a step grows with the rows of a micro-batch.
+
+        Raises:
+            ValueError: the rows cannot be divided among the shards.
         """
-        given = (self.config.rl if step in RUN else self.config.sft).forward.micro_batches
-        if self.configured and given is not None:
-            return given
+        phase = self.config.learning if step in RUN else self.config.tuning
+        if self.configured and phase.forward.micro_batches is not None:
+            return phase.forward.micro_batches
         rows, shards = self.rows(step), mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
         if rows % shards:
             raise ValueError(f"{rows} rows cannot be split over data x fsdp = {shards}")
         return rows // shards
 
     def length(self, step: str) -> int:
-        """Tokens of a row."""
+        """The number of tokens in a row."""
+        return self.prompt_width + self.config.learning.rollout.max_response if step in RUN else self.trace_shape[0]
+
+    @property
+    def prompt_width(self) -> int:
+        """The number of tokens of a prompt, which a plan needs by hand."""
+        assert self.config.prompt_width is not None
+        return self.config.prompt_width
+
+    @property
+    def image_buffer(self) -> tuple[int, int, int]:
+        """The images of a prompt and their height and width, which a plan needs by hand."""
+        assert self.config.image_buffer is not None
+        return self.config.image_buffer
+
+    @property
+    def trace_shape(self) -> tuple[int, int, int]:
+        """The tokens of a row of traces, its frames, and the patches of a frame, which a plan needs by hand."""
         config = self.config
-        return config.prompt_width + config.rl.rollout.max_response if step in RUN else config.trace_tokens
+        assert config.trace_tokens is not None and config.trace_frames is not None and config.trace_patches is not None
+        return config.trace_tokens, config.trace_frames, config.trace_patches
 
     def sequences(self, step: str) -> tuple[int, ...]:
-        """Into how many parts a mesh may split the positions of a row."""
+        """The numbers of shards into which a mesh may split the positions of a row."""
         return (1,) if step == "rollout" else (1, 2, 4, 8)
 
     def build(self, step: str, mesh: Mesh) -> "Program":
@@ -95,30 +119,31 @@ class Program(NamedTuple):
     turns: Mapping[str, float]  # of the loops and branches that the data decides: how often a scope's body runs
     mesh: Mesh
 
-    def lower(self):
-        """With the mesh set, as a rollout is called."""
+    def lower(self) -> jax.stages.Lowered:
+        """Traces the function with the mesh set, as a rollout is called."""
+        assert isinstance(self.function, jax.stages.Wrapped)  # all of them are jitted
         with jax.set_mesh(self.mesh):
             return self.function.lower(*self.arguments, **self.options)
 
 
-def placed(tree, places):
-    """Abstract arrays with the shardings `places`."""
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)
+def sharded(tree, layout):
+    """A tree of abstract arrays with the shardings of the tree `layout`."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, layout)
 
 
 def by_rows(tree, mesh: Mesh):
-    """Abstract arrays whose leading axis is rows."""
-    return placed(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(ROWS)), tree))
+    """A tree of abstract arrays whose leading axis is rows, split over the mesh."""
+    return sharded(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec(ROWS)), tree))
 
 
-def everywhere(tree, mesh: Mesh):
-    return placed(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
+def replicated(tree, mesh: Mesh):
+    """A tree of abstract arrays of which every device has a copy."""
+    return sharded(tree, jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree))
 
 
 def bytes_per_device(tree) -> int:
-    """Of abstract arrays with shardings."""
-    size = lambda x: functools.reduce(int.__mul__, x.sharding.shard_shape(x.shape), x.dtype.itemsize)
-    return sum(map(size, jax.tree.leaves(tree)))
+    """The bytes that one device holds of abstract arrays with shardings."""
+    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def abstract_model(recipe: Recipe) -> Qwen2_5_VL:
@@ -138,17 +163,17 @@ def abstract_state(recipe: Recipe, phase, steps: int, mesh: Mesh) -> TrainState:
     state = jax.eval_shape(
         lambda model: init_state(model, optimizer, trainable=phase.trainable), abstract_model(recipe)
     )
-    return placed(state, shardings(state, mesh))
+    return sharded(state, shardings(state, mesh))
 
 
-def array(dtype, *shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def array(dtype, *shape: int) -> jax.Array:
+    """An abstract array, with the type of the array that it stands for: `Batch` and others declare arrays."""
+    return typing.cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype))
 
 
 def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
-    """Rows of traces: several to a row, as `pixel-jax sft` packs them, or one, as an edit takes them."""
-    config, rows = recipe.config, recipe.config.sft.batch_size
-    length, frames = config.trace_tokens, config.trace_frames
+    """An abstract batch of traces: several to a row, as `pixel-jax sft` packs them, or one, as an edit takes them."""
+    rows, (length, frames, patches) = recipe.config.tuning.batch_size, recipe.trace_shape
     return Batch(
         tokens=array(jnp.int32, rows, length),
         valid=array(jnp.bool_, rows, length),
@@ -156,7 +181,7 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
         logprobs=array(jnp.float32, rows, length),
         old_logprobs=array(jnp.float32, rows, length),
         visual=Visual(
-            patches=array(jnp.uint8, rows, frames, config.trace_patches, PIXELS),
+            patches=array(jnp.uint8, rows, frames, patches, PIXELS),
             slices=array(jnp.int32, rows, frames, 2),
             grids=array(jnp.int32, rows, frames, 3),
             seconds=array(jnp.float32, rows, frames),
@@ -169,10 +194,9 @@ def sft_batch(recipe: Recipe, *, packed: bool) -> Batch:
 
 def prompt_arrays(recipe: Recipe) -> Prompts:
     """The prompts of one rollout, as `pixel-jax rl` builds them."""
-    config, batch = recipe.config, recipe.config.rl.prompts
-    buffers, height, width = config.image_buffer
+    batch, (buffers, height, width) = recipe.config.learning.prompts, recipe.image_buffer
     return Prompts(
-        tokens=array(jnp.int32, batch, config.prompt_width),
+        tokens=array(jnp.int32, batch, recipe.prompt_width),
         length=array(jnp.int32, batch),
         buffers=array(jnp.uint8, batch, buffers, height, width, 3),
         image_sizes=array(jnp.int32, batch, buffers, 2),
@@ -185,60 +209,68 @@ def prompt_arrays(recipe: Recipe) -> Prompts:
 
 
 def rollout_shape(recipe: Recipe, shards: int) -> RolloutShape:
-    """As `pixel_jax.rollouts.rollout.layout`; a prompt of several buffers is a video."""
-    config, limits = recipe.config, recipe.config.rl.rollout
-    prompts = prompt_shape(*config.image_buffer, config.prompt_width, limits, video=config.image_buffer[0] > 1)
+    """The shape of a rollout, as `pixel_jax.rollouts.rollout.layout` makes it. A prompt of several buffers is a video."""
+    limits, buffer = recipe.config.learning.rollout, recipe.image_buffer
+    prompts = prompt_shape(*buffer, recipe.prompt_width, limits, video=buffer[0] > 1)
     return RolloutShape.of(prompts, limits, recipe.tables.tools, shards)
 
 
 def policy(recipe: Recipe, mesh: Mesh) -> Qwen2_5_VL:
-    """The model as a rollout on the mesh reads it."""
-    model = jax.eval_shape(lambda model: cast(model, recipe.config.rl.forward.compute_dtype), abstract_model(recipe))
-    return placed(model, shardings(model, mesh))
+    """The abstract model as a rollout on the mesh reads it."""
+    model = jax.eval_shape(
+        lambda model: cast(model, recipe.config.learning.forward.compute_dtype), abstract_model(recipe)
+    )
+    return sharded(model, shardings(model, mesh))
 
 
 def rollout_arguments(recipe: Recipe, mesh: Mesh) -> tuple[tuple, dict[str, Any]]:
     """Positional arguments and options of `compiled_rollout`, as `training.rl` calls it."""
     model, prompts = policy(recipe, mesh), prompt_arrays(recipe)
-    tables = everywhere(prompts.tables, mesh)
+    tables = replicated(prompts.tables, mesh)
     prompts = by_rows(prompts._replace(tables=()), mesh)._replace(tables=tables)
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
-    traced_arguments = everywhere(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
+    assistant_prefix, temperature, config = traced_settings(recipe.config.learning.rollout, ())
+    traced_arguments = replicated(jax.eval_shape(lambda: (jax.random.key(0), assistant_prefix, temperature)), mesh)
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     options = {"shape": rollout_shape(recipe, shards), "mesh": mesh}
     return (model, prompts, *traced_arguments, config), options
 
 
 def rl_batch(recipe: Recipe) -> Batch:
-    """The rows of one update, cut from what a rollout returns."""
-    assistant_prefix, temperature, config = traced(recipe.config.rl.rollout, ())
-    shape, rows = rollout_shape(recipe, 1), recipe.config.rl.train_batch
+    """The abstract batch of one update, with the shapes that a rollout returns."""
+    assistant_prefix, temperature, config = traced_settings(recipe.config.learning.rollout, ())
+    shape, rows = rollout_shape(recipe, 1), recipe.config.learning.train_batch
     run = functools.partial(compiled_rollout, config=config, shape=shape, mesh=None)
     model, prompts = abstract_model(recipe), prompt_arrays(recipe)
     trajectories = jax.eval_shape(run, model, prompts, jax.random.key(0), assistant_prefix, temperature)
     batch = jax.eval_shape(lambda t: from_trajectories(t), trajectories)
     batch = jax.tree.map(lambda x: array(x.dtype, rows, *x.shape[1:]), batch)
     buffers, visual = array(jnp.uint8, rows, *prompts.buffers.shape[1:]), batch.visual
+    assert visual is not None  # prompts have images
     patches = jax.eval_shape(functools.partial(cut_patches, config=config, shape=shape), buffers, visual.source)
     return batch._replace(visual=Visual(patches, visual.slices, visual.grids, visual.seconds))
 
 
 def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
-    """The program of one step ("sft", "update", "score", "rollout") on a mesh, the mesh's devices imagined or not."""
-    config = recipe.config
+    """The program of one step ("sft", "update", "score", "rollout") on a mesh, whose devices may be imagined.
+
+    Raises:
+        ValueError: there is no such step.
+    """
     turns = vision_turns(recipe.network)
     if step == "rollout":
         arguments, options = rollout_arguments(recipe, mesh)
         return Program(compiled_rollout, arguments, options, turns | rollout_turns(recipe, mesh), mesh)
-    phase = config.rl if step in RUN else config.sft
     micro_batches = recipe.micro_batches(step, mesh)
-    forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
     if step == "sft":
+        phase = recipe.config.tuning
+        forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
         steps = phase.steps or ANY_STEPS
         optimizer = make_optimizer(phase.optimizer, steps)
         function = make_sft_step(forward, optimizer, normalizer=phase.normalizer, mesh=mesh)
         state, batch = abstract_state(recipe, phase, steps, mesh), by_rows(sft_batch(recipe, packed=True), mesh)
         return Program(function, (state, batch), {}, turns, mesh)
+    phase = recipe.config.learning
+    forward = dataclasses.replace(phase.forward, micro_batches=micro_batches)
     total = phase.iterations * phase.updates
     state, batch = abstract_state(recipe, phase, total, mesh), by_rows(rl_batch(recipe), mesh)
     temperatures = {
@@ -252,58 +284,68 @@ def build(recipe: Recipe, step: str, mesh: Mesh) -> Program:
     if step == "score":
         function = make_score_step(forward, **temperatures)
         model = jax.eval_shape(lambda state: state.model, state)
-        model = placed(model, shardings(model, mesh))
+        model = sharded(model, shardings(model, mesh))
         return Program(function, (model, batch), {}, turns, mesh)
     raise ValueError(f"there is no step {step!r}")
 
 
 def resident(recipe: Recipe, step: str, trained: Mesh, rolled: Mesh) -> int:
-    """Bytes that a device of a run with rollouts holds besides the arguments of a step's program, trained on one mesh and rolled
-    out on another or the same: in a rollout the training state, in a score the optimiser's, frozen weights twice (`Resharder`).
+    """Bytes that a device of a reinforcement-learning run holds besides the arguments of a step's program.
+
+    During a rollout that is the training state, during a score the optimiser's state. Where the two meshes differ, frozen
+    weights are held twice (`Resharder`).
+
+    Args:
+        recipe: of the run.
+        step: the step whose program runs.
+        trained: the mesh of updates and scores.
+        rolled: the mesh of rollouts.
     """
-    rl = recipe.config.rl
+    rl = recipe.config.learning
     state = abstract_state(recipe, rl, rl.iterations * rl.updates, trained)
     if step == "rollout":
         model = jax.eval_shape(lambda state: state.model, state)
         pairs = zip(
-            jax.tree.leaves(placed(model, shardings(model, trained))),
+            jax.tree.leaves(sharded(model, shardings(model, trained))),
             jax.tree.leaves(policy(recipe, rolled)),
             strict=True,
         )
         return bytes_per_device(state) - bytes_per_device([x for x, y in pairs if x == y])  # neither cast nor moved
     copied = jax.eval_shape(lambda rest: cast(rest, rl.forward.compute_dtype), state.rest) if rolled != trained else ()
-    copied = placed(copied, shardings(copied, rolled))
+    copied = sharded(copied, shardings(copied, rolled))
     return bytes_per_device(copied) + (bytes_per_device(state.opt_state) if step == "score" else 0)
 
 
 def vision_turns(network: Qwen2_5_VLConfig) -> dict[str, float]:
-    """The share of the tower's layers that attend over the whole slice."""
+    """How often the branch of full attention is taken: the share of the tower's layers that attend over a whole slice."""
     vision = network.vision
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth]) / vision.depth
     return {"full_attention": full}
 
 
 def rollout_turns(recipe: Recipe, mesh: Mesh) -> dict[str, float]:
-    """The most that the limits of the config allow: every row spends all its calls and writes until its room is full."""
-    # The automaton reads a token byte by byte; "tiles", "strips" and "columns" are a CPU's crops.
-    config: RolloutConfig = recipe.config.rl.rollout
+    """How often each loop of a rollout runs at most: every row makes all its calls and writes until its response is full.
+
+    The automaton reads a token byte by byte; "tiles", "strips" and "columns" are loops of crops on a CPU.
+    """
+    config: RolloutConfig = recipe.config.learning.rollout
     shards = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
     shape = rollout_shape(recipe, shards)
-    side = max(recipe.config.image_buffer[1:])
+    side = max(recipe.image_buffer[1:])
     shown = max(max(budget.buffer) for budget in budgets(config, shape))
     width = decode_loop.observation_width(recipe.tables.observations, config, shape)
     width = min(width, config.max_response)
     turns = config.max_calls + 1
-    room = max(config.max_response - config.max_calls * width, 0)
-    prompts = recipe.config.rl.prompts
+    written = max(config.max_response - config.max_calls * width, 0)  # tokens that the policy can write
+    prompts = recipe.config.learning.prompts
     in_flight = min(config.in_flight or prompts, prompts) // shards
     waves = -(-prompts // shards // in_flight)
     chunks = -(-in_flight * config.group_size // config.observe_chunk)
     return {
         "turns": waves * turns,
         "fill": 1 / turns,
-        "prompts": -(-in_flight // read_together(recipe.config.prompt_width, from_queue=waves > 1)),
-        "tokens": min(config.max_new_tokens, room // turns),
+        "prompts": -(-in_flight // read_together(recipe.prompt_width, from_queue=waves > 1)),
+        "tokens": min(config.max_new_tokens, written // turns),
         "tail": 0,  # rows that all write to their limits leave none behind
         "cache": (-(-config.max_response // CACHE_TILE) + 1) / 2,  # while it fills
         "observe": config.max_calls / turns,

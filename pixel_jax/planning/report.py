@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from pixel_jax import terminal
 from pixel_jax.planning.machines import GIB
 from pixel_jax.planning.search import Compiled, Plan
 from pixel_jax.planning.weak_scaling import Point
@@ -19,8 +20,10 @@ Best = Mapping[str, Mapping[str, Compiled]]  # topology -> step -> its plan
 
 
 def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
-    """What the JSON file holds. `best`: topology -> step -> its index among the plans, and what had to be assumed; `scaling`:
-    the plans of weak scaling, with seconds of each resource and tokens per second and chip.
+    """The content of the JSON file.
+
+    `plans` is a list of all plans; `best`, topology -> step -> the index of its plan and the assumed numbers of turns;
+    `scaling`, the plans of weak scaling with the seconds of each resource and the tokens per second and chip.
     """
     scaling = [
         {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
@@ -39,7 +42,7 @@ def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ())
 
 
 def mesh(plan: Plan) -> str:
-    """`fsdp 64 x tensor 4, 4 micro-batches`"""
+    """The sharding of a plan in words, as in `fsdp 64 x tensor 4, 4 micro-batches`."""
     axes = {axis: size for axis, size in plan.sharding.items() if axis != "micro_batches"}
     words = " x ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1) or "one device"
     parts = plan.sharding.get("micro_batches", 1)
@@ -47,11 +50,12 @@ def mesh(plan: Plan) -> str:
 
 
 def gib(size: float | None) -> str:
+    """A number of bytes in GiB, "?" where it is not known."""
     return "?" if size is None else f"{size / GIB:.2f} GiB"
 
 
 def line(compiled: Compiled) -> str:
-    """One compilation, as it is done."""
+    """A line of progress about one compilation."""
     plan = compiled.plan
     fits = f"fits in {gib(plan.bytes_per_chip)}" if plan.fits else f"does not fit ({gib(plan.bytes_per_chip)})"
     return f"{plan.topology} {plan.step}: {mesh(plan)}: {fits}; compiled in {compiled.seconds:.0f} s"
@@ -59,49 +63,34 @@ def line(compiled: Compiled) -> str:
 
 def table(made: Sequence[Compiled], best: Best) -> Table:
     """The best plan of each step on each machine."""
-    found, caption = Table(title="Plans, of one chip and one call"), [LOWER_BOUND]
-    columns = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
-    for i, name in enumerate(columns):
-        found.add_column(name, justify="right" if 3 <= i < 8 else "left")
+    head = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
+    rows, caption = [], [LOWER_BOUND]
     for topology, steps in best.items():
         for step in dict.fromkeys(c.plan.step for c in made if c.plan.topology == topology):
             if step not in steps:
-                found.add_row(topology, step, "none of those compiled fits, with the run's other steps")
+                rows.append((topology, step, "none of those compiled fits, with the run's other steps"))
                 continue
             compiled, plan = steps[step], steps[step].plan
-            sent = sum(x["bytes"] for x in plan.collectives.values())
-            numbers = (plan.flops_per_chip / 1e12, plan.bytes_moved / 1e9, sent / 1e9, plan.seconds)
-            found.add_row(
-                topology, step, mesh(plan), gib(plan.bytes_per_chip), *(f"{x:.4g}" for x in numbers), plan.bound
-            )
+            flops, moved, sent = plan.counted
+            numbers = (f"{x:.4g}" for x in (flops / 1e12, moved / 1e9, sent / 1e9, plan.predicted_seconds))
+            rows.append((topology, step, mesh(plan), gib(plan.bytes_per_chip), *numbers, str(plan.bound)))
             if compiled.assumed:
                 turns = ", ".join(f"{scope} {times:.4g}" for scope, times in compiled.assumed.items())
                 caption.append(f"{topology} {step} assumes of what the data decides: {turns}.")
-    found.caption = "\n".join(caption)
-    return found
+    return terminal.table(head, rows, words=3, title="Plans, of one chip and one call", caption="\n".join(caption))
 
 
 def scaling_table(points: Iterable[Point], step: str) -> Table:
-    """Efficiency is of the rate of the first slice that fits."""
-    found = Table(title=f"Predicted weak scaling of {step}, one row a chip", caption=LOWER_BOUND)
-    for name in (
-        "topology",
-        "sharding",
-        "memory",
-        "compute s",
-        "memory s",
-        "links s",
-        "tokens / s / chip",
-        "efficiency",
-    ):
-        found.add_column(name, justify="left" if name in ("topology", "sharding") else "right")
-    first = None
+    """A table of weak scaling; the efficiency is relative to the rate of the first slice that fits."""
+    head = ("topology", "sharding", "memory", "compute s", "memory s", "links s", "tokens / s / chip", "efficiency")
+    rows, first = [], None
     for point in points:
-        plan, times = point.compiled.plan, point.times
-        if not plan.fits:
-            found.add_row(plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})")
+        plan, times, rate = point.compiled.plan, point.times, point.rate
+        if times is None or rate is None:
+            rows.append((plan.topology, mesh(plan), f"does not fit ({gib(plan.bytes_per_chip)})"))
             continue
-        first = first or point.rate
-        parts = (f"{x:.3g}" for x in (*times, point.rate))
-        found.add_row(plan.topology, mesh(plan), gib(plan.bytes_per_chip), *parts, f"{point.rate / first:.1%}")
-    return found
+        first = first or rate
+        numbers = (f"{x:.3g}" for x in (*times, rate))
+        rows.append((plan.topology, mesh(plan), gib(plan.bytes_per_chip), *numbers, f"{rate / first:.1%}"))
+    title = f"Predicted weak scaling of {step}, one row a chip"
+    return terminal.table(head, rows, words=2, title=title, caption=LOWER_BOUND)

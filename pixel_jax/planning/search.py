@@ -1,4 +1,4 @@
-"""Which sharding a step should have: candidates by promise, compiled until enough of them fit, the fastest is the plan."""
+"""Search for a step's sharding: candidates, ordered by an estimate, are compiled until enough of them fit; the fastest wins."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ TENSOR = (1, 2, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step on one machine, laid out in one way. Numbers are of one chip and one call; None where it does not fit."""
+    """One step on one machine with one sharding. Numbers are per chip and call; None where the step does not fit."""
 
     topology: str
     step: str
@@ -36,12 +36,24 @@ class Plan:
     bytes_moved: float | None  # to and from its memory
     collectives: dict[str, dict[str, float]] | None  # kind -> count, and bytes that it sends
     seconds: float | None
-    bound: str | None  # "compute", "memory" or "links": what takes that long
+    bound: str | None  # the resource that takes these seconds: "compute", "memory" or "links"
+
+    @property
+    def counted(self) -> tuple[float, float, float]:
+        """FLOPs, bytes moved and bytes sent, of a plan that fits."""
+        assert self.flops_per_chip is not None and self.bytes_moved is not None and self.collectives is not None
+        return self.flops_per_chip, self.bytes_moved, sum(x["bytes"] for x in self.collectives.values())
+
+    @property
+    def predicted_seconds(self) -> float:
+        """`seconds`, of a plan that fits."""
+        assert self.seconds is not None
+        return self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A plan, and how it was made."""
+    """A plan, with the assumptions behind it and the time of its compilation."""
 
     plan: Plan
     assumed: dict[str, float]  # turns of loops that the data decides
@@ -57,8 +69,9 @@ class Times(NamedTuple):
 
 
 def times(plan: Plan, machine: Machine) -> Times:
-    chip, sent = machine.chip, sum(x["bytes"] for x in plan.collectives.values())
-    return Times(plan.flops_per_chip / machine.flops, plan.bytes_moved / chip.bandwidth, sent / chip.links)
+    """The seconds of a plan that fits, by resource."""
+    flops, moved, sent = plan.counted
+    return Times(flops / machine.flops, moved / machine.chip.bandwidth, sent / machine.chip.links)
 
 
 def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, int]]:
@@ -70,7 +83,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
     model = abstract_model(recipe)
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
-        rows = slots(recipe) // recipe.config.rl.rollout.group_size  # a prompt's rows stay together
+        rows = slots(recipe) // recipe.config.learning.rollout.group_size  # a prompt's rows stay together
     found = []
     for tensor in TENSOR:
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
@@ -91,15 +104,15 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
 
 
 def slots(recipe: Recipe) -> int:
-    """Rows of a rollout that are written at the same time."""
-    config = recipe.config.rl
+    """The number of rows of a rollout that are decoded at the same time."""
+    config = recipe.config.learning
     return config.rollout.group_size * min(config.rollout.in_flight or config.prompts, config.prompts)
 
 
 def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[str, int]) -> float:
-    """A guess that orders the candidates: what the links carry, and for a rollout the weights that every token reads.
+    """An estimate that orders the candidates: time on the links, and for a rollout the time to read the weights per token.
 
-    Where the state alone overflows the memory the guess is infinite.
+    It is infinite where the state alone exceeds the memory.
     """
     text, chip = recipe.network.text, machine.chip
     weights = 2.0 * _parameters(text)
@@ -109,7 +122,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     gathered = weights / mesh["tensor"] * (split - 1) / split  # to read every weight once
     row_shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
-        config = recipe.config.rl.rollout
+        config = recipe.config.learning.rollout
         cached = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.max_response
         cached *= slots(recipe) / row_shards / mesh["tensor"]
         if held + cached > chip.memory:
@@ -146,14 +159,25 @@ def search(
     most: int,
     note: Callable[[Compiled], object] = lambda compiled: None,
 ) -> dict[str, Compiled]:
-    """The plans of a run's steps, of which the fastest of the first `fitting` layouts that fit; none where no layout does.
+    """The plans of a run's steps: the fastest of the first `fitting` layouts that fit.
 
-    A layout is a mesh to train on, for updates and scores, and one for rollouts. What the run holds beside a step's program
-    must fit, too, so a rollout that is compiled rules out meshes whose training state is too large for it. Of each step at most
-    `most` meshes are compiled, those left out that are sure not to fit. `note` is called with every plan, as soon as it is made.
+    A layout is one mesh for updates and scores and one for rollouts. The memory that the run holds besides a step's program
+    counts, too: once a rollout is compiled, meshes whose training state does not fit beside it are ruled out.
+
+    Args:
+        recipe: of the run.
+        steps: that are planned together.
+        machine: whose memory and peak rates count.
+        fitting: the number of layouts that fit after which the search ends.
+        most: meshes to compile for each step. Meshes that cannot fit, because a mesh that needs no more did not, are left out.
+        note: called with every plan as soon as it is made.
+
+    Returns:
+        Step -> plan; empty where no layout fits.
     """
-    alone: dict[str, list[tuple[dict[str, int], Compiled]]] = {step: [] for step in steps}  # what was compiled, by mesh
-    noted, runs = [], []
+    alone: dict[str, list[tuple[dict[str, int], Compiled]]] = {step: [] for step in steps}  # (mesh, its program alone)
+    noted: list[Compiled] = []
+    runs: list[dict[str, Compiled]] = []
 
     def tell(compiled: Compiled) -> None:
         if compiled not in noted:
@@ -181,13 +205,20 @@ def search(
             runs.append(run)
             if len(runs) == fitting:
                 break
-    calls = lambda step: recipe.config.rl.updates if step in ("update", "score") else 1
-    seconds = lambda run: sum(calls(step) * found.plan.seconds for step, found in run.items())
-    return min(runs, key=seconds, default={})
+
+    def iteration_seconds(run: dict[str, Compiled]) -> float:
+        calls = {step: recipe.config.learning.updates if step in ("update", "score") else 1 for step in run}
+        return sum(calls[step] * found.plan.predicted_seconds for step, found in run.items())
+
+    return min(runs, key=iteration_seconds, default={})
 
 
 def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[dict[str, dict[str, int]]]:
-    """step -> mesh: every mesh for the rollout with every one for what else there is, the most promising first."""
+    """Layouts, as step -> mesh: every mesh for rollouts with every mesh for the other steps, the most promising first.
+
+    Raises:
+        ValueError: no mesh divides the rows and the weights.
+    """
     kinds = [[step for step in steps if (step == "rollout") == rollout] for rollout in (True, False)]
     kinds = [kind for kind in kinds if kind]
     choices = [candidates(recipe, kind[0], machine) for kind in kinds]
@@ -199,7 +230,7 @@ def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[
 
 
 def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
-    """`resident` bytes beside a step of a layout. A mesh that it does not have is that of the config."""
+    """The `resident` bytes beside a step of a layout. A mesh that the layout lacks is the config's."""
     if step not in RUN:
         return 0
     config = recipe.config
@@ -209,7 +240,7 @@ def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mappi
 
 
 def beside(compiled: Compiled, size: int, machine: Machine) -> Compiled:
-    """A plan with `size` bytes of every device taken."""
+    """The plan when `size` bytes of every device are already in use."""
     plan = compiled.plan
     if plan.bytes_per_chip is None:
         return compiled
@@ -219,14 +250,17 @@ def beside(compiled: Compiled, size: int, machine: Machine) -> Compiled:
 
 
 def needs_no_less(mesh: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether a device holds at least as large a part of everything as it does on the mesh `other`."""
+    """Whether a device holds at least as large a shard of every array as on the mesh `other`."""
+
+    def shards(mesh: Mapping[str, int], axes: Sequence[str]) -> int:
+        return math.prod(mesh.get(axis, 1) for axis in axes)
+
     row, weights = ("sequence", "tensor"), ("fsdp", "sequence", "tensor")
-    parts = lambda mesh, axes: math.prod(mesh.get(axis, 1) for axis in axes)
-    return all(parts(mesh, axes) <= parts(other, axes) for axes in (row, weights))
+    return all(shards(mesh, axes) <= shards(other, axes) for axes in (row, weights))
 
 
 def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, int]) -> Compiled:
-    """Compiles a step for a mesh on a machine, and counts it. The memory is the program's alone."""
+    """Compiles a step for a mesh on a machine, and counts its work. The memory is the program's alone."""
     mesh = make_mesh(mesh_shape, machine.devices)
     sharding = dict(mesh_shape)
     if step != "rollout":
@@ -257,7 +291,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
         bound=None,
     )
     each = times(found, machine)._asdict()
-    bound = max(each, key=each.get)
+    bound = max(each, key=lambda resource: each[resource])
     found = dataclasses.replace(found, seconds=each[bound], bound=bound)
     return Compiled(found, {scope: program.turns[scope] for scope in sorted(counter.assumed)}, seconds)
 
@@ -278,16 +312,17 @@ def compile_to_text(program: Program) -> tuple[float, str]:
 
 
 def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Of a device's memory, as the compiler has planned it: arguments, results, temporaries and the program."""
+    """Bytes of a device's memory, as the compiler planned it: arguments, results, temporaries and the program."""
     memory = compiled.memory_analysis()
+    assert memory is not None  # TPUs, GPUs and CPUs have one
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 @contextlib.contextmanager
 def _no_cache():
-    """A program from the cache would not be written out."""
-    before = jax.config.jax_enable_compilation_cache
+    """Turns the compilation cache off: a program from the cache is not written out as text."""
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
@@ -296,7 +331,7 @@ def _no_cache():
 
 
 def _needed(message: str, machine: Machine) -> dict[str, Any]:
-    """What is known of a program that the compiler could not fit: the memory that it asked for, if it says."""
+    """The numbers of a plan that does not fit: the memory that the compiler asked for, where its message says so."""
     found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|Used ([\d.]+)([KMGT]) of", message)
     size = None
     if found:

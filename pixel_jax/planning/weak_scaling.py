@@ -1,4 +1,4 @@
-"""A step on ever more chips, each with one row: what is predicted to be lost to the links."""
+"""Weak scaling: a step on ever more chips with one row each, and the predicted loss to communication."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Point(NamedTuple):
     @property
     def rate(self) -> float | None:
         """Tokens per second and chip; None where nothing fits."""
-        return self.tokens / self.compiled.plan.seconds if self.times else None
+        return self.tokens / self.compiled.plan.predicted_seconds if self.times else None
 
 
 def with_rows(recipe: Recipe, rows: int) -> Recipe:

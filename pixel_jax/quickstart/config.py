@@ -3,20 +3,36 @@
 import dataclasses
 from typing import Literal
 
+from pixel_jax.data import synthesis
 from pixel_jax.data.miniature import SceneConfig
-from pixel_jax.quickstart.lesson import Lesson
 from pixel_jax.quickstart.network import NetworkConfig
-from pixel_jax.quickstart.turn import TURN, TurnsConfig
-from pixel_jax.quickstart.zoom import ZOOM, WarmStartConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class HeldOutConfig:
+    """The evaluation of a phase's model."""
+
     scenes: int = 400  # held-out scenes: photographs and digits that no phase has seen
     batch: int = 80  # scenes decoded together
     traces: int = 16  # conversations kept to look at
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmStartConfig:
+    """What the warm start of the lesson "zoom" is shown."""
+
+    mix: synthesis.Mix = synthesis.Mix()
+    video_share: float = 0.15  # of the traces
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnsConfig:
+    """What the warm start of the lesson "turn" is shown."""
+
+    direct: float = 0.4  # of the traces about cards on their side: answered without turning them
+    corrected: float = 0.2  # of the others: a wrong turn first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +47,12 @@ class QuickstartConfig:
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int  # traces made for it
     rl: RLConfig  # 3. the two arms of the lesson change something about it
-    evaluation: EvaluationConfig  # 4.
+    evaluation: HeldOutConfig  # 4.
     lesson: Literal["zoom", "turn"] = "zoom"  # what is hard about the scenes, and which tool helps
     traces: WarmStartConfig = WarmStartConfig()  # of the lesson "zoom"
     turns: TurnsConfig = TurnsConfig()  # of the lesson "turn"
     width: int = 32  # tokens of a prompt
     seed: int = 0  # of weights, scenes, order and sampling
-
-    @property
-    def taught(self) -> Lesson:
-        return {"zoom": ZOOM, "turn": TURN}[self.lesson]
 
     @property
     def temperatures(self) -> str:

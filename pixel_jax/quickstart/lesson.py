@@ -1,32 +1,30 @@
-"""What a quickstart is about: a kind of scene that cannot be answered at a glance, the tool that helps, and what is compared."""
+"""The subject of a quickstart: scenes that cannot be read at first sight, the tool that helps, and the two arms compared."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pixel_jax.data.miniature import QUESTION, Scene, SceneConfig
 from pixel_jax.data.traces import Trace
+from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.tools import Tool
 from pixel_jax.training.rl import RLConfig
 
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
-
 
 def scene_query(scene: Scene) -> Query:
+    """The question about a scene."""
     return Query(QUESTION, [scene.image])
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One of the two courses of reinforcement learning that start from the same warm start."""
+    """One of the two runs of reinforcement learning that begin with the same warm start."""
 
     label: str  # as in "with curiosity"
-    change: Callable[[RLConfig], RLConfig]  # of the lesson's configuration
+    change: Callable[[RLConfig], RLConfig]  # what it changes in the configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +35,26 @@ class Lesson:
     introduction: str  # its first paragraph, without the number of scenes and the seeds
     tools: tuple[Tool, ...]
     questions: tuple[str, ...]
-    pieces: tuple[str, ...]  # stretches of its dialogs that are a token each: how calls begin and end, and what is said
-    scene: Callable[..., Scene]  # (rng, split, scenes, hard=None): hard None draws it with the configured share
-    is_hard: Callable[[Scene], bool]  # whether it takes the tool
+    pieces: tuple[
+        str, ...
+    ]  # phrases of its dialogs that are one token each: the beginnings and ends of calls, and sentences
+    scene: Callable[..., Scene]  # (rng, split, scenes, hard=None); None draws hard scenes with the configured share
+    is_hard: Callable[[Scene], bool]  # whether a scene needs the tool
     look_row: Callable[[np.random.Generator, SceneConfig], Trace]  # phase 1: uses the tool and reads
     read_row: Callable[[np.random.Generator, SceneConfig], Trace]  # phase 1: reads what can be read at a glance
-    warm_start: Callable[[np.random.Generator, "QuickstartConfig"], Trace]  # a trace of phase 2
+    warm_start: Callable[[np.random.Generator, QuickstartConfig], Trace]  # a trace of phase 2
     most_calls: int  # of a trace
     most_images: int  # that a trace shows
     hard: str  # what hard scenes are called in metrics, as in `accuracy_small`
     easy: str
     look: str  # what using the tool is called, as in `zoom_small`
     opening: str  # how a turn that uses the tool begins
-    # Of hard scenes, where the tool had to be used.
+    # Metrics of hard scenes in which the tool had to be used.
     measure: Callable[[Trajectories, Sequence[Scene]], dict[str, float]]
     arms: Mapping[str, Arm]  # two; the first is expected to win
     rows: Mapping[str, str]  # the rows of the report's table: metric -> words
-    arrangement: Callable[["QuickstartConfig"], list[str]]  # what was arranged, in words
+    arrangement: Callable[[QuickstartConfig], list[str]]  # the settings that differ from the paper's, in words
 
-    def arm_config(self, config: Any, arm: str) -> Any:
-        """The configuration `config` (a `QuickstartConfig`) of an arm."""
+    def arm_config(self, config: QuickstartConfig, arm: str) -> QuickstartConfig:
+        """The configuration of an arm."""
         return dataclasses.replace(config, rl=self.arms[arm].change(config.rl))

@@ -1,4 +1,4 @@
-"""`pixel-jax quickstart`: every phase for every seed, then `metrics.json` and `report.html`."""
+"""`pixel-jax quickstart`: runs every phase for every seed, then writes `metrics.json` and `report.html`."""
 
 import io
 import os
@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -17,27 +18,28 @@ CONFIG = "pixel/quickstart"
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `quickstart`."""
     define_flag(CONFIG, "The experiment.")
     flags.DEFINE_integer("seeds", 1, "How many times to repeat it, with seeds 0, 1, ...", lower_bound=1)
     flags.DEFINE_string("out", "runs/quickstart", "Where checkpoints, metrics and the report go.")
 
 
 def write_card(config, path: pathlib.Path) -> None:
-    """A held-out scene that takes the tool, as a PNG file."""
+    """Writes a held-out scene that needs the tool, as a PNG file."""
     import numpy as np
     from PIL import Image
 
     from pixel_jax.files import write_file
-    from pixel_jax.quickstart.task import EVALUATION_SEED
+    from pixel_jax.quickstart.task import EVALUATION_SEED, lesson_of
 
-    scene = config.taught.scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, hard=True)
+    scene = lesson_of(config).scene(np.random.default_rng(EVALUATION_SEED), "test", config.scenes, hard=True)
     file = io.BytesIO()
     Image.fromarray(scene.image).save(file, "PNG")
     write_file(path, file.getvalue())
 
 
 def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str]) -> str:
-    """A line for a shell in this folder that asks the model about the picture, whether or not the environment is active there."""
+    """A command for a shell in this folder that asks the model about the picture; it activates the virtual environment."""
     from pixel_jax.data.miniature import QUESTION
     from pixel_jax.tools.named import DEFAULT
 
@@ -48,15 +50,17 @@ def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Runs the quickstart."""
     import dataclasses
 
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
-    from pixel_jax.evaluation import report, trace
+    from pixel_jax.evaluation import report, transcript
     from pixel_jax.quickstart.config import QuickstartConfig
     from pixel_jax.quickstart.page import page
     from pixel_jax.quickstart.pipeline import run_seed, say
     from pixel_jax.quickstart.summary import summarise
+    from pixel_jax.quickstart.task import lesson_of
     from pixel_jax.state_files import write_json
 
     if arguments:
@@ -64,20 +68,20 @@ def main(command: str, arguments: list[str]) -> None:
     config = load(QuickstartConfig, FLAGS.config)
     out = pathlib.Path(FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
-    results, arms = {}, config.taught.arms
+    results, arms, first = {}, lesson_of(config).arms, out / f"seed-{config.seed}"
+    metrics: dict[str, Any] = {}
     for seed in range(config.seed, config.seed + FLAGS.seeds):
         results[seed] = run_seed(dataclasses.replace(config, seed=seed), out / f"seed-{seed}")
-        metrics = summarise(results)  # after each seed: what there is so far is there to look at
+        metrics = summarise(results)  # after each seed, so that first results can be read early
         write_json(out / "metrics.json", metrics)
-        first = out / f"seed-{config.seed}"
-        traces = [item for name in (*arms, "warm") for item in trace.load(first / name / "traces.json")]
+        traces = [item for name in (*arms, "warm") for item in transcript.load(first / name / "traces.json")]
         report.write(out / "report.html", page(config, metrics, traces))
     numbers = metrics["rl"]
     for name, arm in arms.items():
         found = numbers[name]
-        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {config.taught.rows['rapr']} {found['rapr']:.3f}")
+        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {lesson_of(config).rows['rapr']} {found['rapr']:.3f}")
     say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces.")
     write_card(config, out / "card.png")
     say(f"Talk to the model about {out / 'card.png'}, a scene it has not seen (it knows this one question):")
-    tools = [tool.name for tool in config.taught.tools]
+    tools = [tool.name for tool in lesson_of(config).tools]
     say(f"  {chat_command(first / next(iter(arms)) / 'model', out / 'card.png', tools)}")

@@ -1,4 +1,4 @@
-"""The network of the quickstart: Qwen2.5-VL in everything but size, initialised for its size."""
+"""The network of the quickstart: a small Qwen2.5-VL, initialised for its size."""
 
 import dataclasses
 import functools
@@ -15,6 +15,8 @@ from pixel_jax.parallel.sharding import is_variable
 
 @dataclasses.dataclass(frozen=True)
 class NetworkConfig:
+    """The size of the network."""
+
     width: int = 96  # of the decoder
     layers: int = 3  # of the decoder
     heads: int = 4  # of queries
@@ -29,6 +31,7 @@ class NetworkConfig:
 
 
 def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLConfig:
+    """The configuration of the model for a vocabulary."""
     half = config.width // config.heads // 2
     time = half // 4
     return Qwen2_5_VLConfig(
@@ -67,8 +70,8 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
 def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Qwen2_5_VL:
     """A random network whose every layer keeps the scale of its input (LeCun).
 
-    The released initialiser, a deviation of .02 everywhere, suits a width of 3584. At 96 the signal dies in it: digits
-    stayed unread for the 300 steps in which this one learned four of five.
+    The released initialiser, a standard deviation of .02 everywhere, suits a width of 3584. At a width of 96 the signal
+    vanishes: no digit was read after 300 steps, in which this initialiser learned four of five.
     """
     model = Qwen2_5_VL(config, key)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_variable)

@@ -1,4 +1,4 @@
-"""`report.html` of the quickstart."""
+"""The page `report.html` of the quickstart."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,46 +6,49 @@ import numpy as np
 
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation.curves import curves as curves_of
-from pixel_jax.evaluation.trace import Trace
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.task import lesson_of
 
 SMOOTH = 9  # iterations averaged in a curve
 
 
-def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Trace]) -> str:
-    """The whole report: numbers, curves, what was arranged, traces of the first seed."""
-    seeds, lesson = metrics["seeds"], config.taught
+def page(config: QuickstartConfig, metrics: Mapping, traces: Sequence[Transcript]) -> str:
+    """The whole report: numbers, curves, settings, transcripts of the first seed."""
+    seeds, lesson = metrics["seeds"], lesson_of(config)
     sections = [
         ("", introduction(config, seeds)),
         ("Results", results_table(config, metrics) + report.paragraph(verdict(config, metrics))),
         ("Learning curves", curves(config, metrics)),
         ("What was arranged", "".join(report.paragraph(text) for text in lesson.arrangement(config))),
         ("Time", times(metrics)),
-        (f"Traces (seed {seeds[0]}, held-out scenes, sampled)", "".join(report.trace(item) for item in traces)),
+        (f"Traces (seed {seeds[0]}, held-out scenes, sampled)", "".join(report.transcript(item) for item in traces)),
     ]
     data = {name: value for name, value in metrics.items() if name != "per_seed"}
     return report.page(lesson.title, sections, data)
 
 
 def introduction(config: QuickstartConfig, seeds: Sequence[int]) -> str:
+    """The first paragraph."""
     return report.paragraph(
-        f"{config.taught.introduction} {config.evaluation.scenes} held-out scenes (photographs and digits no phase has seen) "
+        f"{lesson_of(config).introduction} {config.evaluation.scenes} held-out scenes (photographs and digits no phase has seen) "
         f"judge the result; seeds: {', '.join(map(str, seeds))}."
     )
 
 
 def results_table(config: QuickstartConfig, metrics: Mapping) -> str:
-    columns = {"warm start": "sft", **{arm.label: name for name, arm in config.taught.arms.items()}}
+    """The table of the warm start and both arms."""
+    columns = {"warm start": "sft", **{arm.label: name for name, arm in lesson_of(config).arms.items()}}
     numbers = {"sft": metrics["sft"], **metrics["rl"]}
     rows = []
-    for name, words in config.taught.rows.items():
+    for name, words in lesson_of(config).rows.items():
         cells = [interval(metrics, group, name, numbers[group].get(name)) for group in columns.values()]
         rows.append([words, *cells])
     return report.table(["", *columns], rows)
 
 
 def interval(metrics: Mapping, group: str, name: str, mean: float | None) -> str:
-    """The mean, with its interval over seeds, or over scenes where there is one seed; a dash for what was not measured."""
+    """A mean with its interval over seeds, or over scenes where there is one seed; a dash where it was not measured."""
     if mean is None:
         return "–"
     if metrics["intervals_over_seeds"]:
@@ -57,12 +60,13 @@ def interval(metrics: Mapping, group: str, name: str, mean: float | None) -> str
 
 
 def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
+    """The difference between the arms, in words."""
     over = metrics["intervals_over_seeds"]
     kind = "Student's t over seeds" if over else "Wilson's over scenes"
     gap = f"{metrics['accuracy_gap']:.3f}"
     if over:
         gap += f" [{over['accuracy_gap']['low']:.3f}, {over['accuracy_gap']['high']:.3f}]"
-    first, second = (arm.label for arm in config.taught.arms.values())
+    first, second = (arm.label for arm in lesson_of(config).arms.values())
     return (
         f"Brackets are 95 % intervals ({kind}). Sampled at temperature 1 unless said otherwise. "
         f"{first[0].upper()}{first[1:]} minus {second}, accuracy: {gap}."
@@ -70,8 +74,9 @@ def verdict(config: QuickstartConfig, metrics: Mapping) -> str:
 
 
 def curves(config: QuickstartConfig, metrics: Mapping) -> str:
+    """The learning curves of both arms."""
     panels = {}
-    lesson = config.taught
+    lesson = lesson_of(config)
     for title, name in (("accuracy in training", "accuracy"), (lesson.rows["rapr"], "rapr")):
         panels[title] = {
             arm.label: smooth([(point["step"], point[name]) for point in metrics["rl"][key]["curve"]])
@@ -92,7 +97,7 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def times(metrics: Mapping) -> str:
-    """A row a phase, and why they do not add up to the total."""
+    """The table of the phases' seconds, with the reason why they do not add up to the total."""
     seconds = dict(metrics["seconds"])
     total = seconds.pop("total")
     rows = [[name, f"{value:.0f}"] for name, value in {**seconds, "total, by the clock": total}.items()]

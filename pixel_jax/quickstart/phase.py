@@ -1,8 +1,8 @@
-"""`python -m pixel_jax.quickstart.phase DIRECTORY PHASE [CORE]`: a part of one seed, in a process of its own.
+"""`python -m pixel_jax.quickstart.phase DIRECTORY PHASE [CORE]`: one phase of a seed, in its own process.
 
-PHASE is `tuning`, `judging` or an arm; with CORE (0 or 1) it keeps to one half of the cores. Started by `pipeline`: the memory
-of a phase goes back when it ends, and cores have to be chosen before JAX starts its threads, hence the imports below. Tuning
-splits its batches over all cores; the others see one device, so that the programs of one are found compiled by the next.
+PHASE is `tuning`, `judging` or an arm; with CORE (0 or 1) it uses one half of the cores. `pipeline` starts it: the memory of a
+phase is freed when it ends, and cores must be chosen before JAX starts its threads, hence the imports below. Tuning splits its
+batches over all cores; the other phases see one device, so that they share compiled programs.
 """
 
 import os
@@ -14,9 +14,9 @@ from pixel_jax.signals import SIGNALS
 
 
 def leave_with_parent() -> None:
-    """Standard input is a pipe from the process that started this one: when it ends, however it ends, so do we.
+    """Ends this process when its parent ends: standard input is a pipe from the parent.
 
-    A phase left behind would write to the same files as the one that the next start begins.
+    A phase left behind would write to the same files as the phases of the next start.
     """
     while os.read(0, 1024):
         pass
@@ -24,7 +24,8 @@ def leave_with_parent() -> None:
 
 
 def main() -> None:
-    SIGNALS.listen(None)  # the command that started this says it
+    """Runs the phase that the command line names."""
+    SIGNALS.listen(None)  # the parent prints the message
     threading.Thread(target=leave_with_parent, daemon=True).start()
     directory, phase = pathlib.Path(sys.argv[1]), sys.argv[2]
     cores = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""The phases of one seed, each resumable: a phase that is done leaves a JSON file and is not done again."""
+"""The phases of one seed. Each can be resumed, and one that is done leaves a JSON file and is not done again."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from pixel_jax import terminal
-from pixel_jax.evaluation import trace
+from pixel_jax.evaluation import transcript
 from pixel_jax.files import read_json
 from pixel_jax.identity import RunError, changes, describe, flatten
 from pixel_jax.models.io import from_pretrained, save_pretrained
@@ -23,26 +23,28 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.parallel import make_mesh
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.network import model_config, new_model
-from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, pick_traces
+from pixel_jax.quickstart.task import Task, TrainingScenes, evaluate, lesson_of, pick_traces
 from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
-from pixel_jax.training.progress import Progress, announce_compiles, read_metrics, use_compilation_cache
+from pixel_jax.training.progress import Progress, announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import rl
 from pixel_jax.training.sft import Shuffled, sft
 from pixel_jax.training.stages import Stages
+from pixel_jax.training.writers import read_metrics
 
 POLL = 1.0  # seconds between looks at the arms' progress
 
 
 def say(text: str) -> None:
+    """Prints a line on standard error."""
     terminal.say(text, sys.stderr)
 
 
 def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
-    """The JSON object in `path`; made by `work`, with the seconds that took, if it is not there or damaged."""
+    """The JSON object in the file `path`; if it is missing or damaged, `work` makes it, and its seconds are added."""
     values = read_note(path, _is_timed)
     if values is None:
         began = time.monotonic()
@@ -57,25 +59,25 @@ def _is_timed(values: Any) -> bool:
 
 
 def start_process(cache: pathlib.Path) -> None:
-    """What every process of the quickstart does first."""
+    """Prepares a process of the quickstart."""
     use_compilation_cache(cache)
     announce_compiles()
 
 
 def all_devices(rows: int) -> Mesh | None:
-    """A mesh that splits `rows` rows over as many devices as divide them; None for one."""
+    """A mesh of as many devices as divide the number of rows; None for one device."""
     count = math.gcd(len(jax.devices()), rows)
     return make_mesh({"data": count}, jax.devices()[:count]) if count > 1 else None
 
 
 def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
-    """All phases of `config.seed` in `directory`: what each measured, and the seconds it took."""
+    """Runs all phases of `config.seed` in `directory`; returns what they measured, and their seconds."""
     directory.mkdir(parents=True, exist_ok=True)
     with hold(directory), contextlib.ExitStack() as stack:
         check_same(config, directory / "config.json")
         elapsed = stack.enter_context(Elapsed(directory / "clock.json"))
         run_alone(directory, "tuning")
-        names = config.taught.arms
+        names = lesson_of(config).arms
         labels = " and ".join(arm.label for arm in names.values())
         say(f"[seed {config.seed}] 3/4 reinforcement learning {labels}, and a look at the warm start")
         run_side_by_side(config, directory)
@@ -91,13 +93,13 @@ def run_seed(config: QuickstartConfig, directory: pathlib.Path) -> dict:
 
 
 def start_phase(directory: pathlib.Path, *arguments: str, **options) -> subprocess.Popen:
-    """`python -m pixel_jax.quickstart.phase`, which ends when this process does."""
+    """Starts `python -m pixel_jax.quickstart.phase`, which ends when this process does."""
     command = [sys.executable, "-m", "pixel_jax.quickstart.phase", str(directory), *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, **options)
 
 
 def run_alone(directory: pathlib.Path, phase: str) -> None:
-    """A phase on all cores; it speaks for itself."""
+    """Runs a phase on all cores; its output goes to the terminal."""
     with start_phase(directory, phase) as process:
         try:
             code = process.wait()
@@ -108,7 +110,7 @@ def run_alone(directory: pathlib.Path, phase: str) -> None:
 
 
 def run_tuning(config: QuickstartConfig, directory: pathlib.Path) -> None:
-    """Phases 1 and 2; leaves `ground.json`, `warm.json` and the models."""
+    """Runs phases 1 and 2; writes `ground.json`, `warm.json` and the models."""
     task = Task(config)
 
     def ground() -> dict:
@@ -134,20 +136,20 @@ def run_tuning(config: QuickstartConfig, directory: pathlib.Path) -> None:
 
 
 def run_judging(config: QuickstartConfig, directory: pathlib.Path) -> None:
-    """What tuning led to; leaves `warm_evaluation.json` and traces."""
+    """Evaluates the warm start; writes `warm_evaluation.json` and transcripts."""
     task = Task(config)
 
     def judge() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
         numbers, answers = evaluate(task, model, lambda what: say(f"    judging the warm start: {what}"))
-        trace.save(directory / "warm" / "traces.json", pick_traces(task, answers, "warm start"))
+        transcript.save(directory / "warm" / "traces.json", pick_traces(task, answers, "warm start"))
         return numbers
 
     once(directory / "warm_evaluation.json", judge)
 
 
 class Elapsed(contextlib.ExitStack):
-    """Seconds spent on a directory by this process and those before it: written down however this one ends."""
+    """The seconds spent on a directory by this process and earlier ones, recorded however this process ends."""
 
     def __init__(self, path: pathlib.Path):
         super().__init__()
@@ -157,11 +159,16 @@ class Elapsed(contextlib.ExitStack):
 
     @property
     def total(self) -> float:
+        """The seconds so far."""
         return self.before + time.monotonic() - self.began
 
 
 def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
-    """A directory belongs to one configuration: going on with another would mix two runs."""
+    """Checks that a directory belongs to this configuration: another one would mix two runs.
+
+    Raises:
+        RunError: it belongs to another.
+    """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     begun = read_note(path)
     if begun is not None and (changed := changes(flatten(begun), flatten(values))):
@@ -170,7 +177,7 @@ def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
 
 
 def save(task: Task, model, directory: pathlib.Path) -> None:
-    """A model as a Hugging Face directory that `pixel-jax chat` opens, with the limits it was trained under."""
+    """Writes a model as a Hugging Face directory that `pixel-jax chat` opens, with the limits of its training."""
     limits = task.config.rl.rollout
     processor = Processor(task.vocabulary.tokenizer, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
     save_pretrained(model, processor, directory)
@@ -181,11 +188,12 @@ def save(task: Task, model, directory: pathlib.Path) -> None:
 
 
 def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
-    """Judge the warm start, train and judge both arms: a process each, one a core.
+    """Evaluates the warm start, and trains and evaluates both arms, in a process each with its own cores.
 
-    The arms run the same programs. The second begins once the first has compiled them; until then its core judges.
+    The arms run the same programs. The second begins once the first has compiled them; before that its cores evaluate the warm
+    start.
     """
-    first, second = config.taught.arms
+    first, second = lesson_of(config).arms
     with SideBySide(config, directory) as phases:
         phases.start(first, core=0)
         phases.start("judging", core=1)
@@ -195,28 +203,31 @@ def run_side_by_side(config: QuickstartConfig, directory: pathlib.Path) -> None:
 
 
 class SideBySide(contextlib.ExitStack):
-    """Phases that run beside each other. None outlives the block; one that fails ends it and is quoted."""
+    """Phases that run side by side. None outlives the block; a phase that fails ends it, with its output in the error."""
 
     def __init__(self, config: QuickstartConfig, directory: pathlib.Path):
         super().__init__()
         self.seed, self.directory = config.seed, directory
         self.running: dict[str, subprocess.Popen] = {}
-        self.arms = tuple(config.taught.arms)
+        self.arms = tuple(lesson_of(config).arms)
         self.done_before = {arm: len(self.iterations(arm)) for arm in self.arms if read_note(self.result(arm)) is None}
         self.total = config.rl.iterations * len(self.done_before)
         self.progress, self.shown = Progress("rl", self.total), None
 
     def result(self, phase: str) -> pathlib.Path:
+        """The file with the result of a phase."""
         return self.directory / ("warm_evaluation.json" if phase == "judging" else f"{phase}/result.json")
 
     def iterations(self, arm: str) -> list[dict]:
+        """The metrics of the iterations that an arm has done."""
         return read_metrics(self.directory / arm / "rl" / "metrics.jsonl")
 
     def has_compiled(self, arm: str) -> bool:
+        """Whether an arm has compiled its programs."""
         return arm not in self.running or bool(self.iterations(arm))
 
     def start(self, phase: str, core: int) -> None:
-        """Unless its result is there. What an arm says is kept in its directory; judging speaks for itself."""
+        """Starts a phase unless its result is there. The output of an arm goes to its directory, other output to the terminal."""
         if read_note(self.result(phase)) is not None:
             return
         options = {}
@@ -228,7 +239,11 @@ class SideBySide(contextlib.ExitStack):
         self.callback(process.terminate)
 
     def wait(self, until: Callable[[], bool]) -> None:
-        """Show how far the arms are, until `until()`."""
+        """Shows the progress of the arms until `until()`.
+
+        Raises:
+            RuntimeError: a phase failed.
+        """
         while not until():
             time.sleep(POLL)
             self.show()
@@ -242,38 +257,39 @@ class SideBySide(contextlib.ExitStack):
                     raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{said}")
 
     def show(self) -> None:
+        """Prints the progress if there is any."""
         lines = {arm: self.iterations(arm) for arm in self.done_before}
         done = sum(map(len, lines.values()))
         if done in (self.shown, sum(self.done_before.values())):
             return
-        facts = {f"{arm} {name}": lines[arm][-1][name] for arm in lines if lines[arm] for name in ("accuracy", "rapr")}
-        self.progress.update(done, facts)
+        metrics = {f"{arm} {name}": x[-1][name] for arm, x in lines.items() if x for name in ("accuracy", "rapr")}
+        self.progress.update(done, metrics)
         self.shown = done
         if done == self.total:
             say(f"[seed {self.seed}] 4/4 judging both arms")
 
 
 def run_arm(config: QuickstartConfig, directory: pathlib.Path, arm: str) -> None:
-    """Train and judge one arm, in a process of its own; leaves `result.json`."""
-    config = config.taught.arm_config(config, arm)
-    task, place = Task(config), directory / arm
+    """Trains and evaluates one arm; writes `result.json`."""
+    config = lesson_of(config).arm_config(config, arm)
+    task, folder = Task(config), directory / arm
 
     def train() -> dict:
         model, _ = from_pretrained(directory / "warm" / "model")
         stages = Stages(Rewards.of(config.rl.reward, task.decode))
-        model = rl(model, TrainingScenes(task), stages, config.rl, directory=place / "rl", label=arm)
-        save(task, model, place / "model")
+        model = rl(model, TrainingScenes(task), stages, config.rl, directory=folder / "rl", label=arm)
+        save(task, model, folder / "model")
         return {}
 
     def judge() -> dict:
-        model, _ = from_pretrained(place / "model")
+        model, _ = from_pretrained(folder / "model")
         numbers, answers = evaluate(task, model)
-        trace.save(place / "traces.json", pick_traces(task, answers, arm.replace("_", " ")))
+        transcript.save(folder / "traces.json", pick_traces(task, answers, arm.replace("_", " ")))
         return numbers
 
-    seconds = once(place / "trained.json", train)["seconds"]
-    judged = once(place / "evaluation.json", judge)
+    seconds = once(folder / "trained.json", train)["seconds"]
+    judged = once(folder / "evaluation.json", judge)
     names = ("step", "accuracy", "rapr", "reward", "operations", "call_errors", "entropy", "nonzero_variance")
-    curve = [{name: line.get(name) for name in names} for line in read_metrics(place / "rl" / "metrics.jsonl")]
+    curve = [{name: line.get(name) for name in names} for line in read_metrics(folder / "rl" / "metrics.jsonl")]
     times = {"seconds_training": seconds, "seconds_evaluation": judged.pop("seconds")}
-    write_json(place / "result.json", {**judged, "curve": curve, **times})
+    write_json(folder / "result.json", {**judged, "curve": curve, **times})

@@ -1,4 +1,4 @@
-"""From what each seed measured to `metrics.json`."""
+"""Makes `metrics.json` from the results of the seeds."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,10 @@ from pixel_jax.evaluation.stats import over_seeds
 
 
 def summarise(results: Mapping[int, Mapping]) -> dict:
-    """Means over seeds, with Student's t intervals over seeds and, of each seed, Wilson intervals over scenes.
+    """The means over seeds, with Student's t intervals over seeds and, for each seed, Wilson intervals over scenes.
 
-    `results[seed]` is what `pipeline.run_seed` returned. Accuracies and rates are plain numbers, sampled at temperature 1.
+    Args:
+        results: seed -> the result of `pipeline.run_seed`. Accuracies and rates are sampled at temperature 1.
     """
     every = list(results.values())
     groups = {
@@ -37,7 +38,7 @@ def summarise(results: Mapping[int, Mapping]) -> dict:
 
 
 def mean_curve(curves: list[list[dict]]) -> list[dict]:
-    """Curves of equal length averaged point by point; what some iteration lacks (no update, no loss) is left out of it."""
+    """The point-wise mean of curves of equal length; a metric that an iteration of some curve lacks is left out there."""
     averaged = []
     for points in zip(*curves, strict=True):
         known = [name for name in points[0] if all(point[name] is not None for point in points)]

@@ -1,10 +1,10 @@
-"""What the phases share: tokenizer, rows to train on, scenes to ask about, and how a policy is judged."""
+"""The parts that the phases share: tokenizer, training rows, scenes, and the evaluation of a policy."""
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -12,13 +12,15 @@ import numpy as np
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.quickstart.config import QuickstartConfig
-from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.lesson import Lesson, scene_query
+from pixel_jax.quickstart.turn import TURN
 from pixel_jax.quickstart.vocabulary import build_vocabulary
+from pixel_jax.quickstart.zoom import ZOOM
 from pixel_jax.rollouts.config import FACTOR
 from pixel_jax.rollouts.images import ragged
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import rollout
@@ -32,28 +34,32 @@ from pixel_jax.rollouts.trajectory import (
     to_host,
 )
 from pixel_jax.training.answers import last_boxed
-from pixel_jax.training.batch import Batch, from_trajectories
-from pixel_jax.training.packing import pack
+from pixel_jax.training.batch import Batch, from_trajectories, pack
 
 BUFFER = (1, miniature.SIDE, miniature.SIDE)
 EVALUATION_SEED = 1_000_003  # scenes of the evaluation are the same for all seeds and arms
+
+
+def lesson_of(config: QuickstartConfig) -> Lesson:
+    """The lesson that `config.lesson` names."""
+    return {"zoom": ZOOM, "turn": TURN}[config.lesson]
 
 
 class Task:
     """The experiment of one configuration."""
 
     def __init__(self, config: QuickstartConfig):
-        self.config, self.lesson = config, config.taught
+        self.config, self.lesson = config, lesson_of(config)
         self.vocabulary = build_vocabulary(self.lesson)
         self.tables = tables(self.vocabulary, self.lesson.tools)
 
     # ---- rows to train on
 
     def ground_rows(self) -> Batch:
-        """Phase 1: where is the digit, and which is it?"""
+        """The rows of phase 1: the box of the digit, and the digit."""
         config = self.config
         look = round(config.ground_rows * config.look_share)
-        # Every digit equally often: what is skewed is learned in the warm start.
+        # Every digit is equally frequent; the skewed frequencies are learned in the warm start.
         scenes = dataclasses.replace(config.scenes, frequencies=None)
 
         def make(i: int) -> Trace:
@@ -63,7 +69,7 @@ class Task:
         return self.compile(make, config.ground_rows, images=2)
 
     def warm_rows(self) -> Batch:
-        """Phase 2: traces of all kinds."""
+        """The rows of phase 2: traces of all kinds."""
         config = self.config
 
         def make(i: int) -> Trace:
@@ -72,27 +78,33 @@ class Task:
         return self.compile(make, config.warm_rows, images=self.lesson.most_images)
 
     def compile(self, make: Callable[[int], Trace], count: int, *, images: int) -> Batch:
-        """The rows of `count` traces that show at most so many `images`, packed into rows as long as the longest of them.
+        """Packs traces into rows as long as the longest trace.
 
-        The scenes of no more than two waves are in memory at a time.
+        The scenes of at most two waves are in memory at a time.
+
+        Args:
+            make: index -> trace.
+            count: of traces.
+            images: that a trace shows at most.
         """
-        # A trace may look more often than a rollout, whose length is what an update costs.
+        # A trace may have more calls than a rollout, whose limit keeps updates cheap.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)
         budget = max(limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels)
         wide = BatchShape(limits.max_tokens, images, images, 4 * (budget // FACTOR**2))
-        made = []
-        with ThreadPoolExecutor(1) as pool:  # one wave is cut out (which holds no lock) while the next is drawn
-            ready = None
-            for part in batched(range(count), WAVE):
-                traces = [make(i) for i in part]
-                made += [ready.result()] if ready else []
-                ready = pool.submit(to_trajectories, traces, self.vocabulary, self.tables, limits, wide)
-            made.append(ready.result())
-        return pack(from_trajectories(concatenate(made)))
+        waves: list[Future] = []
+        with ThreadPoolExecutor(
+            1
+        ) as pool:  # one wave is rendered, without the interpreter's lock, while the next is drawn
+            for indices in batched(range(count), WAVE):
+                traces = [make(i) for i in indices]
+                wait(waves[-1:])
+                waves.append(pool.submit(to_trajectories, traces, self.vocabulary, self.tables, limits, wide))
+        return pack(from_trajectories(concatenate([wave.result() for wave in waves])))
 
     # ---- scenes to ask about
 
     def prompts(self, scenes: Sequence[miniature.Scene], uids: Sequence[int]) -> HostPrompts:
+        """The prompts about scenes."""
         queries = [scene_query(scene) for scene in scenes]
         return build_prompts(
             queries,
@@ -110,18 +122,19 @@ class Task:
         return [self.lesson.scene(rng, "test", self.config.scenes) for _ in range(self.config.evaluation.scenes)]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
         return self.vocabulary.to_bytes(ids).decode("utf-8", "replace")
 
 
 def batched(items: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size` items, the last one maybe shorter. (`itertools.batched` came with Python 3.12.)"""
+    """Yields lists of `size` items, of which the last may be shorter, like `itertools.batched` of Python 3.12."""
     items = iter(items)
-    while part := list(itertools.islice(items, size)):
-        yield part
+    while batch := list(itertools.islice(items, size)):
+        yield batch
 
 
 class TrainingScenes:
-    """Prompts and answers for reinforcement learning: batch b has the scenes drawn from (seed, b)."""
+    """An iterator of prompts and answers for reinforcement learning: the scenes of batch b are drawn from (seed, b)."""
 
     def __init__(self, task: Task):
         self.task, self.batch = task, 0
@@ -137,9 +150,11 @@ class TrainingScenes:
         return self.task.prompts(scenes, range(len(scenes))), [str(scene.label) for scene in scenes]
 
     def get_state(self) -> dict[str, int]:
+        """The position, for a checkpoint."""
         return {"batch": self.batch}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Goes to a position."""
         self.batch = state["batch"]
 
 
@@ -147,8 +162,8 @@ class TrainingScenes:
 
 
 @dataclasses.dataclass
-class Answers:
-    """What a policy did with the held-out scenes, a row each."""
+class ScoredScenes:
+    """The rollouts of a policy on held-out scenes, a row for each."""
 
     trajectories: Trajectories[VisualRecord]
     texts: list[str]
@@ -156,30 +171,35 @@ class Answers:
     looked: np.ndarray  # bool [scenes], at least one operation returned pixels
 
 
-def ask(task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = "") -> Answers:
-    """Put every scene to `model` once; the assistant's turn begins with `opening`."""
+def ask(
+    task: Task, model, scenes: Sequence[miniature.Scene], *, greedy: bool = False, opening: str = ""
+) -> ScoredScenes:
+    """Asks the model about every scene once; its first turn begins with `opening`."""
     size = task.config.evaluation.batch
-    limits = judged(task.config.rl.rollout, 0.0 if greedy else 1.0)
+    limits = single_answer(task.config.rl.rollout, 0.0 if greedy else 1.0)
     ids = task.vocabulary.encode(opening) if opening else []
-    parts = []
+    batches = []
     for start in range(0, len(scenes), size):
-        part = list(scenes[start : start + size])
-        padded = part + part[:1] * (size - len(part))
+        batch = list(scenes[start : start + size])
+        padded = batch + batch[:1] * (size - len(batch))
         prompts = task.prompts(padded, range(start, start + size))
         made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, assistant_prefix=ids))
-        parts.append(take_rows(made, slice(len(part))))
-    t = concatenate(parts)
+        batches.append(take_rows(made, slice(len(batch))))
+    t = concatenate(batches)
     response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)
     texts = [task.decode(row[mask]) for row, mask in zip(t.tokens, response, strict=True)]
     right = np.array([last_boxed(text) == str(scene.label) for text, scene in zip(texts, scenes, strict=True)])
-    return Answers(t, texts, right, executed_calls(t) > 0)
+    return ScoredScenes(t, texts, right, np.asarray(executed_calls(t)) > 0)
 
 
-def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, Answers]:
-    """Rates and accuracies on the held-out scenes, with intervals; and the freely sampled answers themselves.
+def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: None) -> tuple[dict, ScoredScenes]:
+    """Measures rates and accuracies on the held-out scenes, with intervals.
 
-    Free: the policy chooses whether to look closer, sampled at temperature 1 and greedily. Forced (hard scenes only): its
-    turn begins with an answer, or, where calls are carried out, with a call.
+    In the free mode the policy chooses whether to make a call, at temperature 1 and greedily. In the forced mode (hard scenes
+    only) its turn begins with an answer, or, where calls are executed, with a call.
+
+    Returns:
+        The numbers, and the answers sampled freely at temperature 1.
     """
     scenes, lesson = task.held_out, task.lesson
     hard = np.array([lesson.is_hard(scene) for scene in scenes])
@@ -211,21 +231,24 @@ def evaluate(task: Task, model, progress: Callable[[str], None] = lambda text: N
     return {**numbers, **measured, "intervals": intervals}, free
 
 
-def pick_traces(task: Task, answers: Answers, label: str) -> list:
-    """Conversations to look at: of each kind (looked or not, right or wrong) in turn, as many as configured."""
+def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
+    """Transcripts of as many answers as configured, of each kind (with calls or not, right or wrong) in turn."""
     kinds = answers.looked * 2 + answers.right
     queues = [list(np.flatnonzero(kinds == kind)) for kind in (3, 2, 1, 0)]
     picked = []
     while len(picked) < task.config.evaluation.traces and any(queues):
         picked += [int(queue.pop(0)) for queue in queues if queue]
     made, lesson = [], task.lesson
-    name = lambda scene: (lesson.hard if lesson.is_hard(scene) else lesson.easy).replace("_", " ")
+
+    def name(scene: miniature.Scene) -> str:
+        return (lesson.hard if lesson.is_hard(scene) else lesson.easy).replace("_", " ")
+
     for row in picked[: task.config.evaluation.traces]:
         scene = task.held_out[row]
         query = scene_query(scene)
         seen = take_rows(answers.trajectories, [row])
         made.append(
-            make_trace(
+            make_transcript(
                 materialize_on_host(seen, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
                 0,
                 query,

@@ -1,8 +1,7 @@
-"""The lesson of a tool that is not the paper's: digits on cards that lie on their side, and `rotate`."""
+"""The lesson "turn": digits on cards that lie on their side, and the tool `rotate`, which is not the paper's."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -10,14 +9,13 @@ import numpy as np
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import Scene, SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right, wrong
+from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import ROTATE
 from pixel_jax.tools.calls import read
+from pixel_jax.tools.tool import Choice
 from pixel_jax.training.rl import RLConfig
-
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
 
 OPENING = 'The card lies on its side. I will turn the image.\n<tool_call>\n{"name": "rotate", "arguments": {"by": "'
 BY = {1: "90", 2: "180", 3: "270"}  # quarter turns clockwise -> the tool's argument
@@ -26,35 +24,27 @@ NOT_UPRIGHT = "The card is not upright. "
 MOST_CALLS = 2  # of a trace: a wrong turn, then the right one
 
 
-@dataclasses.dataclass(frozen=True)
-class TurnsConfig:
-    """What the warm start is shown."""
-
-    direct: float = 0.4  # of the traces about cards on their side: answered without turning them
-    corrected: float = 0.2  # of the others: a wrong turn first
-
-
 def call(turns: int) -> str:
     """A turn of the assistant that rotates the first image by `turns` quarter turns clockwise."""
     return OPENING + BY[turns] + END
 
 
 def look_row(rng: np.random.Generator, scenes: SceneConfig) -> Trace:
-    """Which way is up, and which digit is it? A call is given up to its angle; the angle and the answer are learned."""
+    """A row of phase 1 with a call: the text up to the angle is given, and the angle and the answer are learned."""
     scene = miniature.draw_scene(rng, "train", scenes, on_side=True)
     look = Turn(((OPENING, False), (BY[scene.turns] + END, True)))
     return Trace(scene_query(scene), (look, right(synthesis.final_answer(str(scene.label)))), str(scene.label))
 
 
 def read_row(rng: np.random.Generator, scenes: SceneConfig) -> Trace:
-    """Which digit is on an upright card? The answer is given up to the digit."""
+    """A row of phase 1 about an upright card: the text up to the digit is given, and the digit is learned."""
     scene = miniature.draw_scene(rng, "train", scenes, on_side=False)
     turn = Turn(((synthesis.SENTENCES.answer, False), (str(scene.label), True)), ends=False)
     return Trace(scene_query(scene), (turn,), str(scene.label))
 
 
-def warm_start_row(rng: np.random.Generator, config: "QuickstartConfig") -> Trace:
-    """A trace of phase 2: upright cards are read at once, the others in the shares of `config.turns`."""
+def warm_start_row(rng: np.random.Generator, config: QuickstartConfig) -> Trace:
+    """A trace of phase 2: upright cards are read at once; for the others `config.turns` has the shares."""
     scene = miniature.draw_scene(rng, "train", config.scenes)
     answer = str(scene.label)
     if not scene.turns or rng.random() < config.turns.direct:
@@ -70,21 +60,23 @@ def warm_start_row(rng: np.random.Generator, config: "QuickstartConfig") -> Trac
 
 
 def without_the_tool(config: RLConfig) -> RLConfig:
-    """No call is carried out: who asks for one gets a message, and the answer has to be read as the card lies."""
+    """The configuration of the arm without calls: a call gets an error message, and the card must be read as it lies."""
     return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, max_calls=0))
 
 
 def right_turns(trajectories: Trajectories, scenes: Sequence[Scene]) -> dict[str, float]:
     """The share of first calls that bring the card upright."""
     calls = trajectories.calls
-    wanted = np.array([ROTATE.arguments[0].options.index(BY[scene.turns]) for scene in scenes])
+    by_argument = ROTATE.arguments[0]
+    assert isinstance(by_argument, Choice)
+    wanted = np.array([by_argument.options.index(BY[scene.turns]) for scene in scenes])
     done = calls.status[:, 0] == CallStatus.DONE
     by = read(ROTATE, jax.tree.map(lambda x: x[:, 0], calls.values))["by"]
     return {"right_turn": float(np.mean(done & (by == wanted)))}
 
 
-def arrangement(config: "QuickstartConfig") -> list[str]:
-    """What is given and what has to be found out, in words."""
+def arrangement(config: QuickstartConfig) -> list[str]:
+    """What the traces show and what the model must learn, in words."""
     return [
         f"{config.scenes.on_side:.0%} of the cards lie on their left or right side. A bar along their top says which way is "
         "up. In the first phase the network reads upright cards only, and learns which way to turn the others: as one that "

@@ -1,4 +1,4 @@
-"""A tokenizer whose tokens are long pieces of the dialog: every text is what a 7B model would write, in a tenth of the tokens."""
+"""The quickstart's tokenizer: its tokens are long phrases, so that a dialog takes a tenth of the usual number of tokens."""
 
 import re
 
@@ -10,7 +10,7 @@ from pixel_jax.quickstart.zoom import ZOOM
 
 
 def pieces(lesson: Lesson = ZOOM) -> list[str]:
-    """Prompt and observations in as few tokens as numbers allow; a coordinate is one token."""
+    """The phrases that are one token each: parts of the prompt, of observations and of calls, and coordinates."""
     tools = lesson.tools
     found = [
         "system\n" + template.system_prompt(tools),
@@ -23,9 +23,9 @@ def pieces(lesson: Lesson = ZOOM) -> list[str]:
     ]
     kinds = observations.kinds_of(tools)
     failures = [kind for tool in reversed(tools) for kind in kinds if kind.tool == tool and not kind.outcome.images]
-    # In this order: ids follow from it, and what a network learns from its ids.
+    # The order decides the ids, and with them the results of training.
     for kind in [*(kind for kind in kinds if kind.outcome.images), *failures, kinds[-1]]:
-        # Numbers are written digit by digit; what lies between them is constant.
+        # Numbers are written digit by digit; the text between them is constant.
         stretches = re.split(r"\{(?:\d|list)\}", "user\n" + kind.outcome.text)
         found += [stretch for stretch in stretches if len(stretch.encode()) > 1]
     hundredths = [f"{x / 100:.2f}" for x in range(101)]
@@ -34,4 +34,5 @@ def pieces(lesson: Lesson = ZOOM) -> list[str]:
 
 
 def build_vocabulary(lesson: Lesson = ZOOM) -> Vocabulary:
+    """The vocabulary of a lesson."""
     return Vocabulary.of(build_tokenizer(pieces(lesson)))

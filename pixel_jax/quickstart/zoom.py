@@ -1,54 +1,45 @@
-"""The lesson of the paper: digits too small to read in the overview, and the tools that zoom in and select frames."""
+"""The lesson "zoom", the paper's: digits too small to read in the overview, and the tools that zoom in and select frames."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, Turn, right
+from pixel_jax.quickstart.config import QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import RELEASED
 from pixel_jax.training.rl import RLConfig
 
-if TYPE_CHECKING:
-    from pixel_jax.quickstart.config import QuickstartConfig
-
 CUE = "the card"
 MAX_TARGETS = 4  # images a trace can name
 
 MARGIN = 20  # pixels of the scene around a digit that a reference box leaves: what a box may miss by
-HAND = 7.0  # pixels of the scene, standard deviation of the edges of the boxes that are carried out in training
+JITTER = 7.0  # pixels of the scene, standard deviation of the edges of the boxes that are executed in training
 MOST_CALLS = 3  # of a trace: two misses, then the reference
 
 
-@dataclasses.dataclass(frozen=True)
-class WarmStartConfig:
-    """What the warm start is shown."""
-
-    mix: synthesis.Mix = synthesis.Mix()
-    video_share: float = 0.15  # of the traces
-
-
 def reference_box(scene: miniature.Scene) -> synthesis.Box:
+    """The box around the digit of a scene."""
     x1, y1, x2, y2 = scene.digit
     return synthesis.outward((x1 - MARGIN, y1 - MARGIN, x2 + MARGIN, y2 + MARGIN), miniature.SIDE, miniature.SIDE)
 
 
 def clip_query(clip: miniature.Clip) -> Query:
+    """The question about a video."""
     return Query(miniature.VIDEO_QUESTION, list(clip.frames), is_video=True)
 
 
-# Phase 1, ground and read. A row is the dialog as it will be, but for its first words, which are given and not learned:
-# nothing is said yet about when to look closer.
+# Phase 1, ground and read. A row is a dialog of phase 2 whose first words carry no loss: the decision to look closer is
+# learned in phase 2.
 
 
 def look_row(rng: np.random.Generator, scenes: SceneConfig, split: str = "train") -> Trace:
-    """Where is the digit, and which is it? A call is given up to its box; the box and the answer are learned."""
+    """A row of phase 1 with a call: the text up to the box is given, and the box and the answer are learned."""
     scene = miniature.draw_scene(rng, split, scenes)
     reference = reference_box(scene)
     opening, call = synthesis.opening_zoom(CUE), synthesis.crop_call(CUE, reference)
@@ -58,21 +49,21 @@ def look_row(rng: np.random.Generator, scenes: SceneConfig, split: str = "train"
 
 
 def read_row(rng: np.random.Generator, scenes: SceneConfig, split: str = "train") -> Trace:
-    """Which digit is on a large card? The answer is given up to the digit."""
+    """A row of phase 1 about a large card: the text up to the digit is given, and the digit is learned."""
     scene = miniature.draw_scene(rng, split, scenes, small=False)
     turn = Turn(((synthesis.SENTENCES.answer, False), (str(scene.label), True)), ends=False)
     return Trace(scene_query(scene), (turn,), str(scene.label))
 
 
 def unsteady(rng: np.random.Generator, box: synthesis.Box) -> synthesis.Box:
-    """`box` as a hand draws it that shakes like a sampled policy's: a normal error on each edge, whole hundredths.
+    """The box with a normal error on each edge, in whole hundredths, similar to the errors of a sampled policy.
 
-    What a row shows is cut out by it, although the exact box is learned, so that reading does not depend on exact boxes.
+    A row shows the crop of this box, although the exact box is learned, so that reading does not depend on exact boxes.
     """
-    hundredths = 100 * np.array(box) + rng.normal(0, 100 * HAND / miniature.SIDE, 4)
+    hundredths = 100 * np.array(box) + rng.normal(0, 100 * JITTER / miniature.SIDE, 4)
     x1, y1, x2, y2 = np.clip(np.round(hundredths), 0, 100)
     x1, y1 = min(x1, 99), min(y1, 99)
-    return tuple(float(x) / 100 for x in (x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)))
+    return float(x1) / 100, float(y1) / 100, float(max(x2, x1 + 1)) / 100, float(max(y2, y1 + 1)) / 100
 
 
 # Phase 2, the warm start.
@@ -89,7 +80,7 @@ def warm_start_row(rng: np.random.Generator, scenes: SceneConfig, split: str, co
         scene = miniature.draw_scene(rng, split, scenes)
         return synthesis.direct_trace(scene_query(scene), str(scene.label))
     kind = synthesis.draw_kind(rng, synthesis.IMAGE_KINDS, config.mix.image)
-    # A large card leaves nothing to miss and nothing to be too far from.
+    # With a large card a crop can neither miss the digit nor be too large.
     scene = miniature.draw_scene(rng, split, scenes, small=None if kind == "single" else True)
     reference = reference_box(scene)
     shown = unsteady(rng, reference)
@@ -100,12 +91,12 @@ def warm_start_row(rng: np.random.Generator, scenes: SceneConfig, split: str, co
 
 
 def without_curiosity(config: RLConfig) -> RLConfig:
-    """Rewarded for being right and for nothing else."""
+    """The configuration of the arm whose reward is that of right answers alone."""
     return dataclasses.replace(config, reward=dataclasses.replace(config.reward, alpha=0.0, beta=0.0))
 
 
 def first_box_iou(trajectories: Trajectories, scenes: Sequence[miniature.Scene]) -> dict[str, float]:
-    """Mean overlap of the first box with the reference box; 0 where nothing was cropped."""
+    """The mean overlap (IoU) of the first box with the reference box; 0 where nothing was cropped."""
     calls, found = trajectories.calls, np.zeros(len(scenes))
     for i, scene in enumerate(scenes):
         if calls.status[i, 0] != CallStatus.DONE:
@@ -117,8 +108,8 @@ def first_box_iou(trajectories: Trajectories, scenes: Sequence[miniature.Scene])
     return {"zoom_iou": float(found.mean())}
 
 
-def arrangement(config: "QuickstartConfig") -> list[str]:
-    """What was done so that the learning trap shows, in words."""
+def arrangement(config: QuickstartConfig) -> list[str]:
+    """The settings that make the learning trap visible, in words."""
     weights = np.array(config.scenes.frequencies or (1.0,) * 10)
     shares = ", ".join(f"{100 * x:.0f}" for x in weights / weights.sum())
     return [

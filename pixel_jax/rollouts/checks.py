@@ -1,7 +1,8 @@
-"""Tools that a compiled rollout cannot have, refused by name before anything is compiled."""
+"""Refuses device tools that cannot be part of a compiled rollout, before anything is compiled."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +11,31 @@ import numpy as np
 from pixel_jax.dialog.observations import NUM_INTEGERS
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.calls import no_values, read
-from pixel_jax.tools.looking import Answer, ImageHistory, Seen, size_of_drawing
+from pixel_jax.tools.device import Answer, ImageHistory, Seen, size_of_drawing
 from pixel_jax.tools.tool import Outcome, Tool, ToolError
 
-SIDE, SLOTS = 64, 3  # of the pictures, and pictures of the row, that a tool is tried with
-HOST = ("callback", "infeed", "outfeed", "debug_print")  # in the names of what talks to the host
+SIDE, SLOTS = 64, 3  # side of the images, and number of images of the row, with which a tool is traced
+HOST = ("callback", "infeed", "outfeed", "debug_print")  # parts of names of operations that communicate with the host
 
 
 def check_device_tool(tool: Tool, limits: RolloutConfig = RolloutConfig(pad=0.0)) -> None:  # noqa: B008, never changed
-    """Raises `ToolError` where `tool` is no pure function of what it is given, or gives back what there is no room for.
+    """Checks that the functions of `tool` are pure and that their results have the right shapes.
 
-    It is traced, not run: what it computes with pixels and numbers stays unknown.
+    They are traced, not run, so what they compute is not checked.
+
+    Raises:
+      ToolError: a function is not pure, raises an error, or returns something else.
     """
     if tool.execute is None:
         raise ToolError(f"tool {tool.name!r} has no `execute`: it is declared, and does nothing")
     values = jax.eval_shape(lambda: no_values((), (tool,), jnp))
     pictures, pixels = jax.eval_shape(_seen), jax.ShapeDtypeStruct((SIDE, SIDE, 3), jnp.uint8)
     size = jax.ShapeDtypeStruct((2,), jnp.int32)
-    if tool.draw is not None:
-        made = _traced(tool, "draw", lambda *x: tool.draw(read(tool, x[0]), *x[1:]), values, pixels, size)
-        if getattr(made, "shape", None) != pixels.shape or made.dtype != jnp.uint8:
+    if (draw := tool.draw) is not None:
+        drawn = _traced(tool, "draw", lambda *x: draw(read(tool, x[0]), *x[1:]), values, pixels, size)
+        if getattr(drawn, "shape", None) != pixels.shape or drawn.dtype != jnp.uint8:
             raise ToolError(
-                f"`draw` of tool {tool.name!r} makes {_said(made)} of {_said(pixels)}: there is room for as many pixels as it "
-                "is given and no more"
+                f"`draw` of tool {tool.name!r} makes {_said(drawn)} of {_said(pixels)}: it must return as many pixels as it gets"
             )
         new = _traced(
             tool, "drawn_size", lambda values, size: size_of_drawing(tool, read(tool, values), size), values, size
@@ -55,7 +58,8 @@ def _seen() -> Seen:
 
 
 def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Array:
-    """The buffers of the tool's answer, whose parts fit together."""
+    """Checks the tool's answer and returns its images, int32 [V]."""
+    assert tool.execute is not None
     answer = tool.execute(arguments, seen, limits)
     if not isinstance(answer, Answer):
         raise ToolError(f"`execute` of tool {tool.name!r} gives a {type(answer).__name__}, not an `Answer`")
@@ -64,7 +68,7 @@ def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Ar
             raise ToolError(f"tool {tool.name!r} answers with {outcome!r}, which is none of its outcomes")
         if len(integers) > NUM_INTEGERS:
             raise ToolError(
-                f"tool {tool.name!r} says {len(integers)} integers at once; there is room for {NUM_INTEGERS}"
+                f"tool {tool.name!r} gives {len(integers)} integers to one outcome; {NUM_INTEGERS} are allowed"
             )
     count = answer.image.shape[0]
     for name, shape in (("image", (count,)), ("region", (count, 4)), ("size", (count, 2))):
@@ -75,15 +79,15 @@ def _checked(tool: Tool, arguments, seen: Seen, limits: RolloutConfig) -> jax.Ar
     return answer.image
 
 
-def _traced(tool: Tool, part: str, function, *given):
-    """The abstract result of a part of a tool that is pure."""
+def _traced(tool: Tool, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Traces a function of a tool, which must be pure, and returns its abstract result."""
     try:
-        program, result = jax.make_jaxpr(function, return_shape=True)(*given)
+        program, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
     except ToolError:
         raise
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
         raise ToolError(
-            f"`{part}` of tool {tool.name!r} asks for the value of something that only the running program knows: "
+            f"`{part}` of tool {tool.name!r} needs a value that only the running program has: "
             f"{str(error).splitlines()[0]} (jnp.where and jax.lax.cond choose inside a program)"
         ) from None
     except Exception as error:
@@ -91,14 +95,14 @@ def _traced(tool: Tool, part: str, function, *given):
         raise ToolError(f"`{part}` of tool {tool.name!r} raises {type(error).__name__}: {said}") from error
     if found := next((name for name in _primitives(program) if any(word in name for word in HOST)), None):
         raise ToolError(
-            f"`{part}` of tool {tool.name!r} is not pure: it talks to the host ({found}). A tool that must is one of the "
-            "host (host=True)"
+            f"`{part}` of tool {tool.name!r} is not pure: it communicates with the host ({found}). Make it a host tool "
+            "(host=True)"
         )
     return result
 
 
-def _primitives(program) -> Iterator[str]:
-    """Names of the operations of a jaxpr and of those in it."""
+def _primitives(program: Any) -> Iterator[str]:
+    """Yields the names of the operations of a jaxpr and of the jaxprs in it."""
     program = getattr(program, "jaxpr", program)
     for equation in program.eqns:
         yield equation.primitive.name
@@ -108,5 +112,5 @@ def _primitives(program) -> Iterator[str]:
             yield from itertools.chain.from_iterable(map(_primitives, inner))
 
 
-def _said(x) -> str:
+def _said(x: Any) -> str:
     return f"{np.dtype(x.dtype)} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__

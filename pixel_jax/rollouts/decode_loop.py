@@ -1,10 +1,10 @@
-"""The turn machine: the pure functions a rollout is made of.
+"""The decode loop: pure functions in which rows write tokens and are answered.
 
-`decode` adds one token to every row that is writing, `observe` answers every row that waits for pixels, `queue.py` reads
-prompts and begins rows. `loop.py` strings them together, `rollout.py` shows the whole.
+`decode` adds one token to every row that is writing; `observe` carries out the calls of rows that wait; `queue.py` reads prompts
+and begins rows. `loop.py` composes them, and `rollout.py` describes the whole.
 
-A row is *writing*, *waiting* (its turn has ended), *asking* (for a tool that runs on the host) or *done*. It shares the cache of
-its prompt; what follows lies in the cache of the slot it is written in.
+A row is *writing*, *waiting* (its turn has ended), *asking* (a host tool) or *done*. The rows of a prompt share the cache of the
+prompt; each slot has a cache for the tokens behind it.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.dialog import automaton
+from pixel_jax.arrays import AnyArray
+from pixel_jax.dialog.call_parser import CallParser, ParserState
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.models.rope import mrope_positions
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollouts.drawings import Pictures, drawings
-from pixel_jax.rollouts.operations import add_to_history, called, execute
+from pixel_jax.rollouts.drawings import ReturnedPictures, drawings
+from pixel_jax.rollouts.operations import add_to_history, execute, record_calls
 from pixel_jax.rollouts.rows import Chunk, for_chunks, fullest
 from pixel_jax.rollouts.sampling import sample
 from pixel_jax.rollouts.shapes import RolloutShape, budget_of
@@ -39,39 +40,40 @@ from pixel_jax.rollouts.trajectory import (
     shown_by,
 )
 from pixel_jax.rollouts.views import show_waiting, visible_buffers
-from pixel_jax.tools.looking import ImageHistory, Seen, whole
+from pixel_jax.tools.device import ImageHistory, Seen, whole
 
-WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING: the device goes on with the row by itself
+WRITING, WAITING, ASKING, DONE = range(4)  # below ASKING, the device can go on with the row
 
 
 class Shared(NamedTuple):
-    """What rows read and do not change while they write and are answered."""
+    """What decoding and observing read but do not change."""
 
     prompts: Prompts
-    prefix: Prefix  # prompts and the assistant prefix
-    temperature: jax.Array  # float32 [2], of the first turn and of later ones: greedy decoding is the same program
+    prefix: Prefix  # the cache of prompts and assistant prefix
+    temperature: jax.Array  # float32 [2], of the first turn and of later ones
     keys: jax.Array  # keys [R], see `row_keys`
-    pictures: Pictures | None = None  # that tools of the host have returned
+    pictures: ReturnedPictures | None = None  # of host tools
 
 
 class RowState(NamedTuple):
-    """R rows at one moment, each in a slot of its own. `Lr` is `RolloutConfig.max_response`, N one more than `max_calls`, V
-    `RolloutShape.views`.
+    """The state of R slots, each with one row.
+
+    `Lr` is `RolloutConfig.max_response`, N is one more than `max_calls`, V is `RolloutShape.views`.
     """
 
-    row: jax.Array  # int32 [R], which of the rows of its part of the mesh a slot holds; one past the last: none
-    room: jax.Array  # int32 [R], tokens that may follow the prompt
-    tokens: jax.Array  # int32 [R, Lr], everything after the prompt
+    row: jax.Array  # int32 [R], index of the slot's row in its data shard; one past the last: none
+    max_length: jax.Array  # int32 [R], tokens that may follow the prompt
+    tokens: jax.Array  # int32 [R, Lr], everything behind the prompt
     loss_mask: jax.Array  # bool [R, Lr]
     logprobs: jax.Array  # float32 [R, Lr]
     length: jax.Array  # int32 [R]
-    turn_start: jax.Array  # int32 [R], where the present turn's own tokens begin
+    turn_start: jax.Array  # int32 [R], index of the first token of the current turn
     status: jax.Array  # int32 [R]
     stop: jax.Array  # int32 [R], -1 while not done
     hidden: jax.Array  # [R, D], of the last token
     next_pos: jax.Array  # int32 [R]
     cache: KVCache
-    parser: automaton.ParserState
+    parser: ParserState
     history: ImageHistory
     num_images: jax.Array  # int32 [R], a video counts as one
     grids: jax.Array  # int32 [R, N - 1, V, 3]
@@ -80,16 +82,16 @@ class RowState(NamedTuple):
 
 
 def rows_prompts(state: RowState, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> Chunk:
-    """Takes what the prompts have, [B, ...], for the row in every slot, [R, ...]."""
-    places = (state.row // config.group_size).reshape(shape.shards, -1)
+    """Returns a chunk that takes the prompt of every slot's row: [B, ...] -> [R, ...]."""
+    indices = (state.row // config.group_size).reshape(shape.shards, -1)
     last = prompts.length.shape[0] // shape.shards - 1
-    return Chunk(jnp.minimum(places, last), prompts.length.shape[0])
+    return Chunk(jnp.minimum(indices, last), prompts.length.shape[0])
 
 
 def row_keys(
     key: jax.Array, state: RowState, prompts: Prompts, config: RolloutConfig, shape: RolloutShape
 ) -> jax.Array:
-    """The randomness of the rows in the slots, keys [R]: it follows from their prompts' `uid` and their number among its rows."""
+    """Returns the random keys [R] of the rows, which follow from the `uid` of their prompt and their index in its group."""
     uid = rows_prompts(state, prompts, config, shape).take(prompts.uid)
     of_row = lambda uid, member: jax.random.fold_in(jax.random.fold_in(key, uid), member)
     return jax.vmap(of_row)(uid, state.row % config.group_size)
@@ -102,23 +104,31 @@ def append(
     state: RowState,
     ids: jax.Array,
     lengths: jax.Array,
-    features=None,
-    grids=None,
+    images: tuple[jax.Array, jax.Array] | None = None,
     *,
     shards: int = 1,
     chunk: int | None = None,
 ) -> RowState:
-    """Every row reads the first `lengths` (int32 [R], may be 0) of its `ids` (int32 [R, T]).
+    """Appends ids to the rows, which read them into their caches.
 
-    Images among them are described by `features` [R, V, P//4, D] and `grids` int32 [R, V, 3], in order. With a `chunk`,
-    only rows that have something to read are worked on, so many at a time in each of the `shards` that rows are split over.
+    Args:
+      model: that reads them.
+      layers: its decoder layers, unstacked.
+      shared: prefixes of the rows.
+      state: of R rows.
+      ids: int32 [R, T].
+      lengths: int32 [R], how many of its ids a row reads; may be 0.
+      images: features [R, V, P//4, D] and grids int32 [R, V, 3] of the images among the ids, in order; None: there are none.
+      shards: data shards that rows are split over.
+      chunk: how many rows of each shard to compute at a time, leaving out those with nothing to read. None: all.
     """
     rows, width = ids.shape
     valid = jnp.arange(width) < lengths[:, None]
-    if features is None:
+    if images is None:
         x = model.embed(ids)
         grids = jnp.zeros((rows, 1, 3), jnp.int32)
     else:
+        features, grids = images
         x = model.embed(ids, features, grids)
     positions, next_pos = mrope_positions(
         model.is_visual(ids), valid, grids, jnp.zeros(grids.shape[:2], jnp.float32), state.next_pos, model.config
@@ -129,17 +139,15 @@ def append(
 
         def body(chunk: Chunk, read_so_far):
             mine = (x, jnp.moveaxis(positions, 0, 1), lengths, *read_so_far, shared.prefix)
-            embedded, places, *rest = jax.tree.map(chunk.take, mine)
-            return jax.tree.map(
-                chunk.put, read_so_far, read(model, layers, embedded, jnp.moveaxis(places, 1, 0), *rest)
-            )
+            embedded, positions_of_rows, *rest = jax.tree.map(chunk.take, mine)
+            results = read(model, layers, embedded, jnp.moveaxis(positions_of_rows, 1, 0), *rest)
+            return jax.tree.map(chunk.put, read_so_far, results)
 
         with jax.named_scope("readers"):
             last, cache = for_chunks(lengths > 0, shards, chunk, body, (state.hidden, state.cache))
-    room = state.tokens.shape[1]
-    slot = jnp.where(valid, state.length[:, None] + jnp.arange(width), room)
+    position = jnp.where(valid, state.length[:, None] + jnp.arange(width), state.tokens.shape[1])
     return state._replace(
-        tokens=state.tokens.at[jnp.arange(rows)[:, None], slot].set(ids, mode="drop"),
+        tokens=state.tokens.at[jnp.arange(rows)[:, None], position].set(ids, mode="drop"),
         length=state.length + lengths,
         hidden=last,
         next_pos=next_pos,
@@ -151,11 +159,13 @@ READ_CHUNK = 32
 
 
 def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCache, prefix: Prefix):
-    """Every row appends the first `lengths` of its embeddings `x` [R, T, D] to its cache: the hidden state of its last
-    token (`hidden` [R, D] where there is none) and the cache.
+    """Appends the first `lengths` (int32 [R]) of the embeddings `x` [R, T, D] to the caches of the rows.
 
-    Taken `READ_CHUNK` tokens at a time for as long as any row has more: there is room for the longest observation, and
-    most are a fraction of it.
+    It computes `READ_CHUNK` tokens at a time for as long as any row has more, because T is that of the longest possible
+    observation, and most are much shorter.
+
+    Returns:
+      The hidden state [R, D] of the last token of each row (`hidden` for rows that read nothing), and the cache.
     """
 
     def piece(start, width, hidden, cache):
@@ -189,17 +199,20 @@ def read(model: Qwen2_5_VL, layers, x, positions, lengths, hidden, cache: KVCach
 
 
 def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig) -> RowState:
-    """Every row that is writing chooses one token and reads it."""
+    """Lets every row that is writing choose one token and read it."""
     rows = state.status.shape[0]
     writing = state.status == WRITING
     temperature = jnp.where(state.num_calls > 0, shared.temperature[1], shared.temperature[0])
     keys = jax.vmap(jax.random.fold_in)(shared.keys, state.length)
     logits = model.logits(state.hidden)
-    these = lambda ids: jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
+
+    def mask_of(ids) -> jax.Array:
+        return jnp.zeros(logits.shape[1], bool).at[jnp.asarray(ids)].set(True)
+
     early = state.length - state.turn_start < config.min_tokens
-    # A placeholder that the policy wrote would take the features of an image shown later.
-    banned = these([model.config.image_token_id, model.config.video_token_id])
-    banned |= early[:, None] & these(shared.prompts.tables.stop)
+    # If the policy wrote a pad token, the features of a later image would be put there.
+    banned = mask_of([model.config.image_token_id, model.config.video_token_id])
+    banned |= early[:, None] & mask_of(shared.prompts.tables.stop)
     token, logprob = sample(
         logits,
         keys,
@@ -219,15 +232,20 @@ def decode(model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: R
     state = append(model, layers, shared, state, token[:, None], writing.astype(jnp.int32))
 
     ended = writing & jnp.any(token[:, None] == shared.prompts.tables.stop, axis=1)
-    full = state.length >= state.room
+    full = state.length >= state.max_length
     long = state.length - state.turn_start >= config.max_new_tokens
     status = jnp.where(ended, WAITING, jnp.where(writing & (full | long), DONE, state.status))
     stop = jnp.where(writing & ~ended & (full | long), jnp.where(long, STOP_TURN_LENGTH, STOP_TOKENS), state.stop)
     return state._replace(status=status, stop=stop)
 
 
-def decode_while(condition: Callable[[RowState], jax.Array], state: RowState, decode_one, left: jax.Array | None):
-    """Tokens are decoded while the condition holds and some are `left` (int32 []; None: as many as it takes)."""
+def decode_while(
+    condition: Callable[[RowState], jax.Array],
+    state: RowState,
+    decode_one: Callable[[RowState], RowState],
+    left: jax.Array | None,
+) -> tuple[RowState, jax.Array | None]:
+    """Decodes tokens while the condition holds and some are `left` (int32 []; None: no limit)."""
     if left is None:
         return jax.lax.while_loop(condition, decode_one, state), None
     return jax.lax.while_loop(
@@ -247,14 +265,20 @@ def decode_turns(
     config: RolloutConfig,
     shape: RolloutShape,
 ) -> tuple[RowState, jax.Array | None, jax.Array]:
-    """Rows write until enough of them have ended their turns.
+    """Lets rows write until enough of them have ended their turns.
 
     Args:
-      takes: of a state the slots that could be given rows, bool [R].
-      left: int32 [], tokens that may be decoded at most; None: as many as it takes.
+      model: that writes.
+      layers: its decoder layers, unstacked.
+      shared: what rows only read.
+      state: of R rows.
+      takes: from a state to bool [R], the slots that could take new rows.
+      left: int32 [], the most tokens to decode; None: no limit.
+      config: of the rollout.
+      shape: of the rollout.
 
     Returns:
-      The state, how many tokens are left, and bool []: there were too few, it is to be called again before anything else.
+      The state, the tokens that are left, and bool []: whether they ran out, so that decoding must go on before anything else.
     """
     condition = lambda state: writes_on(state, takes(state), config, shape)
     with jax.named_scope("tokens"):
@@ -275,23 +299,24 @@ def decode_tail(
     config: RolloutConfig,
     shape: RolloutShape,
 ) -> tuple[RowState, jax.Array | None]:
-    """The rows that are writing, `config.tail_rows` of each shard at most, end their turns, `left` as in `decode_turns`.
+    """Lets the rows that are writing, at most `config.tail_rows` of each shard, end their turns; `left` as in `decode_turns`.
 
-    They are copied together, caches and prompts too, and put back at the end: turns differ in length, and where products bind
-    decoding, a token of few rows takes little (a CPU with 8 layers: 14 ms for 16 rows, 38 for 64).
+    They are copied into a smaller batch, with their caches and prefixes, and back at the end. Turns differ in length, and where
+    decoding is bound by computation, a token of few rows takes less time.
     """
     rows = state.status.shape[0]
     busy = (state.status == WRITING).reshape(shape.shards, -1)
     tail = Chunk(jnp.argsort(~busy, axis=1)[:, : config.tail_rows], rows)
-    # Decoding leaves alone what operations do.
+    # Decoding does not change these.
     others = {"grids": None, "calls": None, "history": None, "num_images": None}
     mine = state._replace(**others)
     few, prefix, keys = jax.tree.map(tail.take, (mine, shared.prefix, jax.random.key_data(shared.keys)))
     keys = jax.random.wrap_key_data(keys, impl=jax.random.key_impl(shared.keys))
     shared = shared._replace(prefix=prefix, keys=keys)
     writing = lambda few: jnp.any(few.status == WRITING)
+    decode_one = lambda few: decode(model, layers, shared, few, config)
     with jax.named_scope("tail"):
-        few, left = decode_while(writing, few, lambda few: decode(model, layers, shared, few, config), left)
+        few, left = decode_while(writing, few, decode_one, left)
     done = jax.tree.map(tail.put, mine, few)
     return done._replace(**{name: getattr(state, name) for name in others}), left
 
@@ -299,12 +324,12 @@ def decode_tail(
 def observe(
     model: Qwen2_5_VL, layers, shared: Shared, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> RowState:
-    """Every row that waits gets what it asked for, a message that says why not, or its end; or the host is to answer it."""
+    """Answers every row that waits, with a result or an error, or ends it; calls of host tools are left to the host."""
     prompts = shared.prompts
     mine = rows_prompts(state, prompts, config, shape)
     call = prompts.tables.parser.finish(state.parser)
     waiting = state.status == WAITING
-    if hosts := [place for place, tool in enumerate(shape.tools) if tool.host]:
+    if hosts := [index for index, tool in enumerate(shape.tools) if tool.host]:
         asking = waiting & call.required & jnp.isin(call.tool, jnp.array(hosts)) & (state.num_calls < config.max_calls)
         waiting &= ~asking
         state = state._replace(status=jnp.where(asking, ASKING, state.status))
@@ -312,17 +337,17 @@ def observe(
     spent = asks & (state.num_calls >= config.max_calls)
     seen = Seen(state.history, *(mine.take(x) for x in (prompts.is_video, prompts.image_sizes, prompts.image_counts)))
     result = execute(call, seen, prompts.tables, shape.views, config)
-    crowded = asks & ~spent & (state.num_images + result.count > config.max_images)
+    crowded = asks & ~spent & (state.num_images + result.num_images > config.max_images)
     ids, lengths = prompts.tables.observations.assemble(
         result.message, observation_width(prompts.tables.observations, config, shape)
     )
-    long = asks & ~spent & ~crowded & (state.length + lengths >= state.room)
+    long = asks & ~spent & ~crowded & (state.length + lengths >= state.max_length)
     run = asks & ~spent & ~crowded & ~long
 
-    done = called(call, result, run, shape.tools)
-    answers = Answers(asks, run, done, result.count, jnp.where(run, lengths, 0), ids)
+    done = record_calls(call, result, run, shape.tools)
+    answers = RowAnswers(asks, run, done, result.num_images, jnp.where(run, lengths, 0), ids)
     state = answer(model, layers, shared, state, answers, config, shape)
-    state = take_back(state, crowded, config)
+    state = drop_last_turn(state, crowded, config)
     stop = jnp.select(
         [waiting & ~call.required, spent, crowded, long],
         [STOP_ANSWER, STOP_CALLS, STOP_IMAGES, STOP_TOKENS],
@@ -332,15 +357,15 @@ def observe(
     return resume(state, run, shared.prompts.tables.parser)
 
 
-class Answers(NamedTuple):
-    """What the calls of R rows came to."""
+class RowAnswers(NamedTuple):
+    """The answers to the calls of R rows."""
 
     asks: jax.Array  # bool [R], rows that called
-    run: jax.Array  # bool [R], of these, whose calls are carried out; one past the limit is counted alone
-    done: Calls  # [R, ...], as they go on record
-    count: jax.Array  # int32 [R], pictures they show
+    run: jax.Array  # bool [R], those of them whose calls are carried out; calls past the limit are only counted
+    done: Calls  # [R, ...], for the record
+    num_images: jax.Array  # int32 [R], images that they show
     lengths: jax.Array  # int32 [R], of `ids`; zero where nothing is read
-    ids: jax.Array  # int32 [R, T], what rows read
+    ids: jax.Array  # int32 [R, T], the observations
 
 
 def answer(
@@ -348,11 +373,11 @@ def answer(
     layers,
     shared: Shared,
     state: RowState,
-    answers: Answers,
+    answers: RowAnswers,
     config: RolloutConfig,
     shape: RolloutShape,
 ) -> RowState:
-    """The answers go on record, and the rows read them: ids, and the pictures among them."""
+    """Records the answers and lets the rows read them: ids, and the images among them."""
     asks, run, done, count, lengths, ids = answers
     row, number = jnp.arange(state.status.shape[0]), state.num_calls
     at = (row, jnp.where(asks, number, config.max_calls + 1))
@@ -380,13 +405,11 @@ def answer(
         grids=state.grids.at[row, shown].set(grids, mode="drop"),
     )
     chunks = {"shards": shape.shards, "chunk": config.observe_chunk}
-    return append(model, layers, shared, state, ids, lengths, features, grids, **chunks)
+    return append(model, layers, shared, state, ids, lengths, (features, grids), **chunks)
 
 
-def take_back(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
-    """The rows `crowded` (bool [R]) without their last message: an image history that is over-full ends a row, as in the
-    released code.
-    """
+def drop_last_turn(state: RowState, crowded: jax.Array, config: RolloutConfig) -> RowState:
+    """Removes the last turn of the rows `crowded` (bool [R]), whose calls would show too many images, as in the released code."""
     return state._replace(
         length=jnp.where(crowded, state.turn_start, state.length),
         loss_mask=state.loss_mask
@@ -394,50 +417,54 @@ def take_back(state: RowState, crowded: jax.Array, config: RolloutConfig) -> Row
     )
 
 
-class Told(NamedTuple):
-    """What tools of the host have answered to R rows; a length of zero: nothing."""
+class HostAnswers(NamedTuple):
+    """The answers of host tools to R rows, for the device."""
 
-    ids: jax.Array  # int32 [R, T]
-    lengths: jax.Array  # int32 [R]
-    outcome: jax.Array  # int32 [R], its place among the kinds of observation
-    status: jax.Array  # int32 [R], a `CallStatus`
-    drawn: jax.Array  # int32 [R, 2], (height, width) of the picture that was returned; zeros: none was
-    size: jax.Array  # int32 [R, 2], (height, width) at which it is shown
-    picture: jax.Array | None  # uint32 [R, 8], its digest; None: no tool returns any
+    ids: AnyArray  # int32 [R, T], the observations
+    lengths: AnyArray  # int32 [R], of `ids`; zero for rows without an answer
+    outcome: AnyArray  # int32 [R], index of the kind of observation
+    status: AnyArray  # int32 [R], a `CallStatus`
+    drawn: AnyArray  # int32 [R, 2], (height, width) of the picture that was returned; zeros: none
+    size: AnyArray  # int32 [R, 2], (height, width) at which it is shown
+    picture: AnyArray | None  # uint32 [R, 8], its digest; None: no tool returns any
 
 
-def tell(
-    model: Qwen2_5_VL, layers, shared: Shared, state: RowState, told: Told, config: RolloutConfig, shape: RolloutShape
+def answer_host_calls(
+    model: Qwen2_5_VL,
+    layers,
+    shared: Shared,
+    state: RowState,
+    replies: HostAnswers,
+    config: RolloutConfig,
+    shape: RolloutShape,
 ) -> RowState:
-    """The rows whose calls tools of the host have answered read that and go on writing. An answer that has no room ends its
-    row, and so does a picture too many.
-    """
-    answered, count = told.lengths > 0, (told.drawn[:, 0] > 0).astype(jnp.int32)
+    """Lets rows read the answers of host tools and go on writing. An answer beyond a limit of tokens or images ends its row."""
+    arrays = jax.tree.map(jnp.asarray, replies)
+    answered, count = arrays.lengths > 0, (arrays.drawn[:, 0] > 0).astype(jnp.int32)
     crowded = answered & (state.num_images + count > config.max_images)
-    long = answered & ~crowded & (state.length + told.lengths >= state.room)
+    long = answered & ~crowded & (state.length + arrays.lengths >= state.max_length)
     run = answered & ~crowded & ~long
     showing = run & (count > 0)
     call = shared.prompts.tables.parser.finish(state.parser)
-    where = lambda which, x, blank: jnp.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, blank)
     first = showing[:, None] & (jnp.arange(shape.views) == 0)  # a call returns one picture at most
     spread = lambda x: jnp.where(first[..., None], x[:, None], 0)
     done = Calls(
-        status=where(run, told.status, CallStatus.SPENT).astype(jnp.int32),
+        status=jnp.where(run, arrays.status, CallStatus.SPENT).astype(jnp.int32),
         tool=call.tool,
-        outcome=where(run, told.outcome, -1),
+        outcome=jnp.where(run, arrays.outcome, -1),
         values=call.values,
         source=Views(
             jnp.where(first, made_by(state.num_calls)[:, None], NO_IMAGE),
-            spread(whole(told.drawn)),
-            spread(told.size),
+            spread(whole(arrays.drawn)),
+            spread(arrays.size),
         ),
-        drawn=where(showing, told.drawn, 0),
-        picture=None if told.picture is None else where(showing, told.picture, 0),
+        drawn=jnp.where(showing[:, None], arrays.drawn, 0),
+        picture=None if arrays.picture is None else jnp.where(showing[:, None], arrays.picture, 0),
     )
-    lengths = jnp.where(run, told.lengths, 0)
-    answers = Answers(answered, run, done, count, lengths, told.ids)
+    lengths = jnp.where(run, arrays.lengths, 0)
+    answers = RowAnswers(answered, run, done, count, lengths, arrays.ids)
     state = answer(model, layers, shared, state, answers, config, shape)
-    state = take_back(state, crowded, config)
+    state = drop_last_turn(state, crowded, config)
     state = state._replace(
         status=jnp.where(crowded | long, DONE, state.status),
         stop=jnp.select([crowded, long], [STOP_IMAGES, STOP_TOKENS], state.stop),
@@ -446,11 +473,11 @@ def tell(
 
 
 def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: RolloutShape) -> jax.Array:
-    """Whether to decode another token before those that wait are answered and free slots (`takes`, bool [R]) are given rows.
+    """Whether to decode another token before rows that wait are answered and free slots (`takes`, bool [R]) get new rows.
 
-    Turns differ in length: as soon as some rows wait (on one shard), they are answered while the others are in the middle
-    of theirs. What that costs apart from the answers is paid by all rows, so it is not done for each one. With
-    `config.tail_rows` waiting costs nothing: all end their turns, the last of them by `decode_tail`.
+    Turns differ in length. Once enough rows of one shard wait, they are answered while the others are in the middle of their
+    turns; not each row alone, because all rows stand still meanwhile. With `config.tail_rows` all rows end their turns first,
+    the last of them in `decode_tail`.
     """
     local = state.status.shape[0] // shape.shards
     if config.tail_rows is not None:
@@ -460,8 +487,8 @@ def writes_on(state: RowState, takes: jax.Array, config: RolloutConfig, shape: R
     return jnp.any(state.status == WRITING) & (fullest(idle, shape.shards) < enough)
 
 
-def resume(state: RowState, run: jax.Array, parser: automaton.CallParser) -> RowState:
-    """The rows `run` (bool [R]) begin a new turn."""
+def resume(state: RowState, run: jax.Array, parser: CallParser) -> RowState:
+    """Begins a new turn in the rows `run` (bool [R])."""
     fresh = parser.init(run.shape[0])
     return state._replace(
         status=jnp.where(run, WRITING, state.status),
@@ -473,7 +500,7 @@ def resume(state: RowState, run: jax.Array, parser: automaton.CallParser) -> Row
 
 
 def observation_width(observations: Observations, config: RolloutConfig, shape: RolloutShape) -> int:
-    """Room for the longest observation, in tokens."""
+    """Returns the number of tokens of the longest possible observation."""
     pads = [
         budget_of(kind.tool, config) // FACTOR**2 if kind.tool in shape.showing else 0 for kind in observations.kinds
     ]

@@ -1,4 +1,4 @@
-"""Calls of tools that run on the host, in a rollout that is driven from there: what is asked of them, and what rows are told."""
+"""Calls of host tools in a rollout: requests from the state of rows, and observations from the replies."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,108 +7,111 @@ import jax
 import numpy as np
 
 from pixel_jax.dialog import template
-from pixel_jax.dialog.grammar import Number, parse_turn
+from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import FACTOR, RolloutConfig
-from pixel_jax.rollouts.decode_loop import ASKING, Told
+from pixel_jax.rollouts.decode_loop import ASKING, HostAnswers
 from pixel_jax.rollouts.drawings import row_images
 from pixel_jax.rollouts.images import Images
 from pixel_jax.rollouts.loop import RolloutState
-from pixel_jax.rollouts.trajectory import Calls, CallStatus, no_pictures
+from pixel_jax.rollouts.trajectory import Calls, CallStatus
 from pixel_jax.rollouts.views import GREY
-from pixel_jax.tools.host import Reply, Request
-from pixel_jax.tools.looking import MAX_RATIO, ImageHistory
+from pixel_jax.tools.device import MAX_RATIO, ImageHistory
+from pixel_jax.tools.host import ToolReply, ToolRequest
 from pixel_jax.tools.tool import ANSWERED, FAILED, Tool
 
 ERROR = "\nExecution error:\nExecution Error: The tool `{}` did not answer: {}\n"
-WIDTH = 64  # answers are padded to a multiple, to share programs
+WIDTH = 64  # answers are padded to a multiple of it, to share programs
 
 
 class HostCall(NamedTuple):
     """A call that a row waits for."""
 
-    row: int
-    prompt: int  # the row's
-    request: Request
+    row: int  # index of its slot
+    prompt: int  # index of its prompt
+    request: ToolRequest
 
 
 def host_calls(state: RolloutState, images: np.ndarray) -> list[HostCall]:
-    """The calls of tools of the host that rows wait for; `images` are the prompts' `Images` [B]."""
+    """Returns the calls of host tools that rows wait for; `images` are the prompts' `Images` [B]."""
     prompts, config, shape = state.prompts, state.config, state.shape
     if not any(tool.host for tool in shape.tools):
         return []
-    language, words = prompts.tables.parser.language, prompts.tables.bytes
+    language = prompts.tables.parser.language
     few = ("row", "status", "tokens", "length", "turn_start", "history", "calls")
     at = {name: jax.tree.map(np.asarray, getattr(state.rows, name)) for name in few}
-    bytes_of, is_video = jax.tree.map(np.asarray, (words, prompts.is_video))
-    found = []
+    bytes_of, is_video = jax.tree.map(np.asarray, (prompts.tables.bytes, prompts.is_video))
+    calls = []
     for row in np.flatnonzero(at["status"] == ASKING):
         ids = at["tokens"][row, at["turn_start"][row] : at["length"][row]]
         starts, ends = bytes_of.start[ids], bytes_of.start[ids] + bytes_of.length[ids]
         turn = parse_turn(b"".join(bytes_of.data[x:y].tobytes() for x, y in zip(starts, ends, strict=True)), language)
+        assert turn.call is not None  # a row only asks after a valid call
         mine = lambda tree: jax.tree.map(lambda x: x[row], tree)  # noqa: B023
         local = len(at["status"]) // shape.shards
         prompt = row // local * (len(prompts.length) // shape.shards) + at["row"][row] // config.group_size
         pictures = images_of(
-            images[prompt], bool(is_video[prompt]), mine(at["history"]), mine(at["calls"]), shape.tools
+            images[int(prompt)], bool(is_video[prompt]), mine(at["history"]), mine(at["calls"]), shape.tools
         )
         if config.blank:
             pictures = [np.full_like(picture, GREY) for picture in pictures]
         arguments = {
-            argument.name: plain(turn.call.arguments[argument.name], getattr(argument, "options", ()))
+            argument.name: _python_value(turn.call.arguments[argument.name], getattr(argument, "options", ()))
             for argument in shape.tools[turn.call.tool].arguments
         }
-        found.append(HostCall(int(row), int(prompt), Request(turn.call.tool, arguments, pictures)))
-    return found
+        calls.append(HostCall(int(row), int(prompt), ToolRequest(turn.call.tool, arguments, pictures)))
+    return calls
 
 
 def images_of(
     images: Images, video: bool, history: ImageHistory, calls: Calls, tools: Sequence[Tool]
 ) -> list[np.ndarray]:
-    """The pictures that a row was shown, at full resolution, in the order the model counts them; a video is its frames."""
-    made = (jax.tree.map(lambda x: x[number], calls) for number in range(len(calls.status)))  # noqa: B023
-    buffers = row_images(images, made, tools)
-    found = list(images.arrays) if video else []
-    for i in range(1 if video else 0, int(history.count)):
+    """Returns the images that a row was shown, at full resolution, in the order in which the model counts them.
+
+    For a video they begin with its frames.
+    """
+    numbers = range(np.shape(calls.status)[0])
+    buffers = row_images(images, (jax.tree.map(lambda x: x[number], calls) for number in numbers), tools)  # noqa: B023
+    shown = list(images.arrays) if video else []
+    for i in range(1 if video else 0, int(history.length)):
         x1, y1, x2, y2 = history.region[i]
-        found.append(buffers[int(history.image[i])][y1:y2, x1:x2])
-    return found
+        shown.append(buffers[int(history.image[i])][y1:y2, x1:x2])
+    return shown
 
 
-def plain(value: Any, options: Sequence[str] = ()) -> Any:
-    """An argument as a Python value."""
-    if isinstance(value, Number):
+def _python_value(value: Any, options: Sequence[str] = ()) -> Any:
+    """Converts an argument to a Python value."""
+    if isinstance(value, DecimalNumber):
         size = value.units if value.integer else value.units + value.micros / 10**6
         return -size if value.negative else size
     if isinstance(value, tuple):
-        return [plain(x) for x in value]
+        return [_python_value(x) for x in value]
     return options[value] if options else value
 
 
-def tell(
-    replies: Sequence[Reply],
+def encode_replies(
+    replies: Sequence[ToolReply],
     calls: Sequence[HostCall],
     images: np.ndarray,
     state: RolloutState,
     vocabulary: Vocabulary,
-) -> Told:
-    """What `decode_loop.tell` reads, put as the call format has it. Pictures are kept by their prompts' `images`, `Images`
-    [B].
+) -> HostAnswers:
+    """Encodes the replies of host tools as observations of the call format, for `decode_loop.answer_host_calls`.
+
+    Args:
+      replies: of host tools.
+      calls: that they answer.
+      images: `Images` [B] of the prompts, in which returned pictures are stored.
+      state: of the rollout.
+      vocabulary: of the tokenizer.
     """
     rows, config, shape = state.rows.status.shape[0], state.config, state.shape
     call_format = state.prompts.tables.parser.language.format
-    ids = [[] for _ in range(rows)]
-    zeros = lambda: np.zeros((rows, 2), np.int32)
-    told = Told(
-        ids=(),
-        lengths=np.zeros(rows, np.int32),
-        outcome=np.full(rows, -1, np.int32),
-        status=np.full(rows, CallStatus.NONE, np.int32),
-        drawn=zeros(),
-        size=zeros(),
-        picture=no_pictures((rows,), shape.tools),
-    )
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    outcome, status = np.full(rows, -1, np.int32), np.full(rows, CallStatus.NONE, np.int32)
+    drawn, sizes = np.zeros((rows, 2), np.int32), np.zeros((rows, 2), np.int32)
+    digests = np.zeros((rows, 8), np.uint32)
     kinds = [(tool.name, outcome.name) for tool in shape.tools for outcome in tool.outcomes]
     for reply, (row, prompt, request) in zip(replies, calls, strict=True):
         tool, pads = shape.tools[request.tool], ()
@@ -116,32 +119,34 @@ def tell(
             size = size_shown(reply.picture, tool, config)
             if size is None:
                 height, width, _ = reply.picture.shape
-                reply = Reply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
+                reply = ToolReply(FAILED, f"its picture of {width}x{height} pixels cannot be shown")
             else:
-                told.drawn[row], told.size[row] = reply.picture.shape[:2], size
-                told.picture[row] = images[prompt].keep(reply.picture)
+                drawn[row], sizes[row] = reply.picture.shape[:2], size
+                digests[row] = images[prompt].keep(reply.picture)
                 pads = (size[0] * size[1] // FACTOR**2,)
-        right = reply.outcome == ANSWERED
-        text = f"\n{reply.text}" if right else ERROR.format(tool.name, reply.text)
+        answered = reply.outcome == ANSWERED
+        text = f"\n{reply.text}" if answered else ERROR.format(tool.name, reply.text)
         before, behind = call_format.answer(tool, reply.outcome, text)
         parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
         pieces = ["\n", *template.message_pieces("user", parts), *template.PROMPT]
         ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
-        told.outcome[row] = kinds.index((tool.name, reply.outcome.name))
-        told.status[row] = CallStatus.DONE if right else CallStatus.FAILED
-        told.lengths[row] = len(ids[row])
-    padded = np.zeros((rows, WIDTH * -(-int(told.lengths.max()) // WIDTH)), np.int32)
+        outcome[row] = kinds.index((tool.name, reply.outcome.name))
+        status[row] = CallStatus.DONE if answered else CallStatus.FAILED
+    lengths = np.array([len(x) for x in ids], np.int32)
+    padded = np.zeros((rows, WIDTH * -(-int(lengths.max()) // WIDTH)), np.int32)
     for row, x in enumerate(ids):
         padded[row, : len(x)] = x
-    return told._replace(ids=padded)
+    picture = digests if any(tool.picture for tool in shape.tools) else None
+    return HostAnswers(padded, lengths, outcome, status, drawn, sizes, picture)
 
 
 def text_part(text: str) -> dict[str, str]:
+    """Returns a text as a part of a message."""
     return {"type": "text", "text": text}
 
 
 def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:
-    """(height, width) at which a picture is shown; None: it has no size within the budgets of the `tool`."""
+    """Returns the (height, width) at which a picture is shown; None if no size is within the budgets of `tool`."""
     low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
     if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
         return None

@@ -1,6 +1,6 @@
-"""`rollout.json` beside a model: the limits and pixel budgets that it was trained under, for whoever uses it next.
+"""`rollout.json` beside a model: the limits and pixel budgets that it was trained with, for evaluation and chat.
 
-How training explored is not among them: a model is judged, and talked to, at temperature 1 or greedily.
+The sampling settings of training are left out, because a model is evaluated at temperature 1 or greedily.
 """
 
 import dataclasses
@@ -16,42 +16,42 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.state_files import write_json
 
 FILE = "rollout.json"
-# Fields that say what a model is shown, and how much of it.
-SHOWN = (
+# Fields that decide which images a model is shown, and at which size.
+VIEW_FIELDS = (
     *(f"{kind}{bound}_pixels" for kind in ("", "crop_", "select_", "video_") for bound in ("min", "max")),
     *("max_side", "pad", "min_crop", "one_is_absolute", "call_format", "max_calls", "max_images"),
 )
 
 
-def judged(config: RolloutConfig, temperature: float = 1.0) -> RolloutConfig:
-    """The limits of `config` with one answer a question, all of whose turns are sampled at one temperature; 0 is greedy."""
+def single_answer(config: RolloutConfig, temperature: float = 1.0) -> RolloutConfig:
+    """Returns `config` with one answer a question, whose turns are all sampled at one temperature; 0 is greedy."""
     return dataclasses.replace(config, group_size=1, temperature=temperature, later_temperature=None)
 
 
 def write_limits(directory: str | os.PathLike, config: RolloutConfig) -> None:
-    """`config` beside the model in `directory`, without the sampling that trained it."""
-    write_json(pathlib.Path(directory) / FILE, dataclasses.asdict(judged(config)))
+    """Writes `config` beside the model in `directory`, without the sampling settings of training."""
+    write_json(pathlib.Path(directory) / FILE, dataclasses.asdict(single_answer(config)))
 
 
 def read_limits(directory: str | os.PathLike) -> RolloutConfig | None:
-    """What lies beside the model in `directory`, sampled as it is judged; None where nothing does.
+    """Reads the limits beside the model in `directory`, with the sampling of evaluation; None if there is no file.
 
     Raises:
-        ConfigError, FileError: the file is damaged; the message names it and the field.
+      ConfigError: a field is wrong; the message names it and the file.
+      FileError: the file is damaged.
     """
     path = pathlib.Path(directory) / FILE
-    return judged(load(RolloutConfig, read_json(path), str(path))) if path.exists() else None
+    return single_answer(load(RolloutConfig, read_json(path), str(path))) if path.exists() else None
 
 
 def differences(used: RolloutConfig, other: RolloutConfig, fields: Iterable[str]) -> dict[str, tuple]:
-    """Of these fields: name -> (value in `used`, value in `other`), where they differ."""
+    """Returns name -> (value in `used`, value in `other`) for those of `fields` that differ."""
     pairs = {name: (value(used, name), value(other, name)) for name in fields}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def value(config: RolloutConfig, name: str) -> Any:
-    """A field of `config`; `pad` is the call format's where that is left to it."""
-    found = getattr(config, name)
-    return (
-        FORMATS[config.call_format].pad if name == "pad" and found is None and config.call_format in FORMATS else found
-    )
+    """Returns a field of `config`; for a `pad` of None, that of the call format."""
+    if name == "pad" and config.pad is None and config.call_format in FORMATS:
+        return FORMATS[config.call_format].pad
+    return getattr(config, name)

@@ -1,7 +1,8 @@
-"""The loop of a rollout, as functions of one state: traced, in one compiled program or in several."""
+"""The loop of a rollout as traced functions of one state, for one compiled program or for several."""
 
 import dataclasses
 import functools
+from typing import Any, TypeGuard, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,13 @@ from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
 from pixel_jax.rollouts import decode_loop, queue
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, WAITING, RowState, Shared
-from pixel_jax.rollouts.drawings import Pictures
+from pixel_jax.rollouts.drawings import ReturnedPictures
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.queue import Queue
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import Prompts, Trajectories
+
+T = TypeVar("T")
 
 
 @functools.partial(
@@ -27,19 +30,19 @@ from pixel_jax.rollouts.trajectory import Prompts, Trajectories
 )
 @dataclasses.dataclass(frozen=True)
 class RolloutState:
-    """A rollout between two calls: a pytree of plain arrays, which may go to the host or a file and come back.
+    """The state of a rollout between two calls: a pytree of arrays, which can be moved to the host or a file and back.
 
-    Leading axes: prompts (B), groups of slots and slots; `queue.py` and `decode_loop.py` say which array has which.
+    Leading axes are prompts (B), groups of slots, or slots; see `queue.py` and `decode_loop.py`.
     """
 
-    prompts: Prompts  # in B places; one whose prompt has no tokens is empty
-    key: jax.Array  # uint32, the data of the key that was given
-    assistant_prefix: jax.Array  # int32 [O], what every row's first turn begins with, then -1
+    prompts: Prompts  # B; those without tokens are empty
+    key: jax.Array  # uint32, the data of the random key
+    assistant_prefix: jax.Array  # int32 [O], the beginning of every row's first turn, padded with -1
     temperature: jax.Array  # float32 [2], of the first turn and of later ones
-    queue: Queue  # the prompts that have been read and those that wait, and what rows that are done have left
-    rows: RowState  # those that are in slots, with their caches
-    decoding: jax.Array  # bool [], the budget ended while rows were writing: that is gone on with before anything else
-    pictures: Pictures | None  # that tools of the host have returned; None: none of them returns any
+    queue: Queue  # prompts that have been read and that wait, and the output of rows that are done
+    rows: RowState  # the rows in slots, with their caches
+    decoding: jax.Array  # bool [], the budget ended while rows were writing, which must go on first
+    pictures: ReturnedPictures | None  # of host tools; None: no host tool returns any
     key_impl: str
     config: RolloutConfig
     shape: RolloutShape
@@ -56,7 +59,7 @@ def start(
     shape: RolloutShape,
     mesh: Mesh | None,
 ) -> RolloutState:
-    """Nothing is read, nothing is written."""
+    """Returns the state of a rollout at the start."""
     waiting, rows = constrain_rows(queue.start(model, prompts, assistant_prefix, config, shape), mesh)
     return RolloutState(
         prompts,
@@ -67,7 +70,7 @@ def start(
         rows,
         jnp.bool_(False),
         None,
-        jax.random.key_impl(key),
+        cast(str, jax.random.key_impl(key)),  # the registered implementations are strings
         config,
         shape,
         mesh,
@@ -75,9 +78,9 @@ def start(
 
 
 def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) -> RolloutState:
-    """Goes on until no row can, or `budget` tokens (int32 []) were decoded in every slot.
+    """Goes on until no row can, or until `budget` tokens (int32 []; None: no limit) were decoded in every slot.
 
-    Every predicate is of all rows, so all shards of a mesh turn equally often.
+    Conditions of loops depend on all rows, so that loops turn equally often on all devices.
     """
     prompts, config, shape, mesh = state.prompts, state.config, state.shape, state.mesh
     layers = model.unstack()
@@ -88,11 +91,11 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
 
     def turn(carry):
         waiting, rows, decoding, left = carry
-        # Outside the token loop: in it, the caches would be copied at every token.
+        # This is outside the token loop, where the caches would be copied at every token.
         with jax.named_scope("fill"):
             waiting, rows = jax.lax.cond(
                 jnp.any(takes(waiting, rows)) & ~decoding,
-                lambda carry: queue.refill(model, prompts, state.assistant_prefix, *carry, config, shape),
+                lambda carry: queue.refill(model, prompts, state.assistant_prefix, carry[0], carry[1], config, shape),
                 lambda carry: carry,
                 (waiting, rows),
             )
@@ -122,41 +125,43 @@ def advance(model: Qwen2_5_VL, state: RolloutState, budget: jax.Array | None) ->
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
 
 
-def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.Told) -> RolloutState:
-    """Rows that ask for tools of the host are answered, see `decode_loop.tell`."""
+def answer(model: Qwen2_5_VL, state: RolloutState, replies: decode_loop.HostAnswers) -> RolloutState:
+    """Answers rows that ask for host tools (`decode_loop.answer_host_calls`)."""
     config, shape = state.config, state.shape
     key = jax.random.wrap_key_data(state.key, impl=state.key_impl)
     keys = decode_loop.row_keys(key, state.rows, state.prompts, config, shape)
     shared = Shared(state.prompts, state.queue.prefix, state.temperature, keys, state.pictures)
-    told = decode_loop.tell(model, model.unstack(), shared, state.rows, replies, config, shape)
-    return dataclasses.replace(state, rows=constrain_rows(told, state.mesh))
+    rows = decode_loop.answer_host_calls(model, model.unstack(), shared, state.rows, replies, config, shape)
+    return dataclasses.replace(state, rows=constrain_rows(rows, state.mesh))
 
 
-def admit(state: RolloutState, places: jax.Array, prompts: Prompts) -> RolloutState:
-    """The K `prompts` at `places` (int32 [K]), last in the line, in place of what was there."""
-    put = lambda old, new: old.at[places].set(new.astype(old.dtype))
-    held = jax.tree.map(put, state.prompts._replace(tables=()), prompts._replace(tables=()))
-    line, rows = queue.admit(state.queue, state.rows, places, state.config, state.shape)
-    held, line, rows = constrain_rows((held, line, rows), state.mesh)
-    return dataclasses.replace(state, prompts=held._replace(tables=state.prompts.tables), queue=line, rows=rows)
+def admit(state: RolloutState, indices: jax.Array, prompts: Prompts) -> RolloutState:
+    """Replaces the prompts with `indices` (int32 [K]) by K new `prompts`, at the end of the queue."""
+    put = lambda old, new: old.at[indices].set(new.astype(old.dtype))
+    batch = jax.tree.map(put, state.prompts._replace(tables=()), prompts._replace(tables=()))
+    waiting, rows = queue.admit(state.queue, state.rows, indices, state.config, state.shape)
+    batch, waiting, rows = constrain_rows((batch, waiting, rows), state.mesh)
+    return dataclasses.replace(state, prompts=batch._replace(tables=state.prompts.tables), queue=waiting, rows=rows)
 
 
 def finished(state: RolloutState) -> jax.Array:
-    """Prompts whose rows are all done: bool [B], whole on every device."""
+    """Says which prompts have no row left to write: bool [B], replicated."""
     return constrain(queue.finished(state.queue, state.rows, state.config, state.shape), state.mesh)
 
 
 def finish(state: RolloutState) -> Trajectories[VisualRecord]:
-    """What all rows have come to."""
-    made = queue.finish(state.prompts, state.queue, state.rows, state.config, state.shape)
-    return constrain_rows(made, state.mesh)
+    """Returns the trajectories of all rows."""
+    trajectories = queue.finish(state.prompts, state.queue, state.rows, state.config, state.shape)
+    return constrain_rows(trajectories, state.mesh)
 
 
-def constrain_rows(tree, mesh: Mesh | None):
-    """Every array of a row-wise state split by rows, keys and values by their heads too, as the layers that write them are."""
+def constrain_rows(tree: T, mesh: Mesh | None) -> T:
+    """Splits every array of `tree` by rows, and keys and values by heads, too, as the layers that write them are split."""
     if mesh is None:
         return tree
-    is_cache = lambda x: isinstance(x, KVCache | Prefix)
+
+    def is_cache(x: Any) -> TypeGuard[KVCache | Prefix]:
+        return isinstance(x, KVCache | Prefix)
 
     def split(x):
         if not is_cache(x):

@@ -1,4 +1,4 @@
-"""From questions and pixels to the arrays a rollout reads."""
+"""Makes the input of a rollout from questions and images."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.dialog import automaton, template
+from pixel_jax.dialog import template
+from pixel_jax.dialog.call_parser import call_parser, token_table
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
@@ -26,28 +27,29 @@ class Query(NamedTuple):
     question: str
     images: Sequence[np.ndarray]
     is_video: bool = False
-    seconds: float = 1.0  # that two frames of the video cover
-    text_first: bool = False  # the images follow the question, as in the released traces
+    seconds: float = 1.0  # of the video that two frames cover
+    text_first: bool = False  # whether the images follow the question, as in the released traces
 
 
 class PromptError(ValueError):
-    """A query that cannot become a prompt; the message names it and the value at fault."""
+    """Raised for a query that cannot become a prompt; the message names it and the value at fault."""
 
 
 def tables(vocabulary: Vocabulary, tools: tuple[Tool, ...] = RELEASED, calls: CallFormat = PIXEL_REASONER) -> Tables:
-    """What the compiled programs need to know of a tokenizer and of tools. Build it once and share it.
+    """Makes the tables of a tokenizer, tools and a call format for compiled programs. Make them once and share them.
 
-    ToolError: the tools cannot be used, or not together; the message names them.
+    Raises:
+      ToolError: the tools cannot be used, or not together; the message names them.
     """
     language = Language(tools, calls)
     for tool in tools:
         if not tool.host:
             check_device_tool(tool)
     return Tables(
-        bytes=automaton.token_table(vocabulary),
+        bytes=token_table(vocabulary),
         observations=Observations.of(vocabulary, tools, calls),
         stop=jnp.array([vocabulary.im_end, vocabulary.end_of_text], jnp.int32),
-        parser=automaton.call_parser(language),
+        parser=call_parser(language),
     )
 
 
@@ -58,7 +60,11 @@ def prompt_tokens(
     guidelines: str = "vcot",
     tools: tuple[Tool, ...] = RELEASED,
 ) -> list[int]:
-    """Token ids of system prompt and question, up to where the assistant begins; pads counted from the images' sizes."""
+    """Returns the token ids of a prompt: system message, question with the pads of its images, and the beginning of the answer.
+
+    Raises:
+      PromptError: an image has another type, or cannot be shown within the limits.
+    """
     if not query.images:
         raise PromptError(f"the question {query.question!r} comes without an image or frame")
     for i, image in enumerate(query.images):
@@ -105,16 +111,25 @@ def build_prompts(
     uids: Sequence[int] | None = None,
     guidelines: str = "vcot",
 ) -> HostPrompts:
-    """B queries as one batch of static shape.
+    """Makes one batch of static shape from B queries.
 
     Args:
-      shape: the room that they have (`prompt_shape`); all processes give the same. By default tokens in the next multiple
-        of 32, pictures in that of 64: give it to share one compilation among batches.
-      uids: what the rows' random keys are derived from, by default 0, 1, ...
+      queries: the questions with their images.
+      vocabulary: of the tokenizer.
+      token_tables: of the tokenizer and the tools (`tables`).
+      config: of the rollout.
+      shape: the batch shape (`prompt_shape`), the same in all processes; pass it to share one compilation among batches.
+        None: the tokens are rounded up to a multiple of 32, the sides of images to one of 64.
+      uids: integers from which the random keys of rows are derived; None: 0, 1, ...
+      guidelines: a key of `dialog.GUIDELINES`.
+
+    Raises:
+      PromptError: a query cannot be shown, or does not fit the shape.
+      ToolError: the tables have another call format than the config.
     """
     check_format(token_tables, config)
     ids = [prompt_tokens(query, vocabulary, config, guidelines, token_tables.tools) for query in queries]
-    shape = room_for(queries, ids, config, shape)
+    shape = fit_shape(queries, ids, config, shape)
     batch = len(queries)
     tokens = np.zeros((batch, shape.tokens), np.int32)
     sizes = np.zeros((batch, shape.images, 2), np.int32)
@@ -136,10 +151,14 @@ def build_prompts(
     )
 
 
-def room_for(
+def fit_shape(
     queries: Sequence[Query], ids: Sequence[list[int]], config: RolloutConfig, shape: BatchShape | None
 ) -> BatchShape:
-    """`shape`, or else one for `queries` with the token ids `ids`. PromptError: they do not fit."""
+    """Checks that queries with the token ids `ids` fit `shape`, or, if that is None, makes a shape for them.
+
+    Raises:
+      PromptError: they do not fit.
+    """
     up = lambda value, step: -(-value // step) * step
     longest, images = max(map(len, ids)), max(len(query.images) for query in queries)
     height, width = (max(image.shape[i] for query in queries for image in query.images) for i in (0, 1))
@@ -159,7 +178,11 @@ def room_for(
 
 
 def check_format(token_tables: Tables, config: RolloutConfig) -> None:
-    """Raises `ToolError` where calls would be asked for in one format and read in another."""
+    """Checks that the tables have the call format of the config.
+
+    Raises:
+      ToolError: they have another one.
+    """
     read = token_tables.parser.language.format
     if call_format(config.call_format) is not read:
         raise ToolError(

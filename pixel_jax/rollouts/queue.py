@@ -1,14 +1,14 @@
-"""Prompts that wait, and rows that begin: how a rollout of many rows goes through few slots.
+"""The queue of prompts: how a rollout of many rows uses few slots.
 
-A group of `group_size` neighbouring slots works on one prompt: `refill` reads it once, its rows share that cache. Where there are
-more prompts than groups, a slot whose row is done gets the next row of its group's prompt, and if that has none left the group
-reads the next prompt of the queue. A group keeps two prompts, so that a row which takes long holds up nobody: the others
-of its group are at the prompt after. What a row has written is put on record before its slot is given away.
+A group of `group_size` neighbouring slots works on one prompt: `refill` reads it once, and its rows share that cache. If there
+are more prompts than groups, a slot whose row is done gets the next row of its group's prompt; if none is left, the group reads
+the next prompt of the queue. A group has two prompts at a time, so that a long row does not hold up the others of its group: they
+work on the next prompt. What a row has written is stored in `Queue.outputs` before its slot gets another row.
 
-A prompt has a *place*, its index in the batch, and so have its rows. A place whose prompt has no tokens is empty. `admit` gives
-places that are empty or done to other prompts, which are read in the order in which they came.
+The batch has B prompts, known by their index. A prompt without tokens is empty. `admit` replaces prompts that are empty or
+done by others, which are read in the order in which they came.
 
-Each part of the mesh has a queue of its own, and rows never leave it. A row's tokens follow from its key, not from its slot.
+Each data shard has a queue of its own, and rows never leave it. A row's tokens follow from its key, not from its slot.
 """
 
 import functools
@@ -29,19 +29,18 @@ from pixel_jax.rollouts.operations import first_history
 from pixel_jax.rollouts.rows import Chunk, for_chunks
 from pixel_jax.rollouts.shapes import RolloutShape, budgets
 from pixel_jax.rollouts.trajectory import Calls, Prompts, Trajectories, no_calls
-from pixel_jax.rollouts.views import each, render
-from pixel_jax.tools.looking import ImageHistory
+from pixel_jax.rollouts.views import map_views, render
+from pixel_jax.tools.device import ImageHistory
 
 T = TypeVar("T")
-Rows = TypeVar("Rows", RowState, "Record")
-PROMPT_CHUNK = 8  # prompts that each part of the mesh reads together at most, where all are read at the start
-PROMPT_TOKENS = (
-    2**15
-)  # of them: eight of 6,144, with as many pictures of 20,480 patches, take 17 GiB in a 7B in float32
+Rows = TypeVar("Rows", RowState, "RowOutput")
+# The most prompts, and the most of their tokens, that each data shard reads together if all are read at the start. Eight prompts
+# of 6,144 tokens, each with a picture of 20,480 patches, take 17 GiB in a 7B model in float32.
+PROMPT_CHUNK, PROMPT_TOKENS = 8, 2**15
 
 
-class Record(NamedTuple):
-    """What rows leave behind; the fields are those of `State`."""
+class RowOutput(NamedTuple):
+    """What is stored of rows that are done; the fields are those of `RowState`."""
 
     tokens: jax.Array
     loss_mask: jax.Array
@@ -53,50 +52,52 @@ class Record(NamedTuple):
     stop: jax.Array
 
     @classmethod
-    def of(cls, state: RowState) -> "Record":
+    def of(cls, state: RowState) -> "RowOutput":
+        """Takes the fields from a state."""
         return cls(**{name: getattr(state, name) for name in cls._fields})
 
 
 def read_together(width: int, *, from_queue: bool) -> int:
-    """How many prompts of so many tokens each part of the mesh reads together: from a queue one at a time, for mostly one is
-    wanted, and a chunk takes as long as if it were full.
+    """Returns how many prompts of `width` tokens each data shard reads together.
+
+    From a queue it is one, because mostly one is needed, and a chunk takes as long as a full one.
     """
     return 1 if from_queue else max(1, min(PROMPT_CHUNK, PROMPT_TOKENS // width))
 
 
-READ = np.iinfo(np.int32).max  # in `Queue.line`: a prompt that has been read, or a place that is empty
+NOT_WAITING = np.iinfo(np.int32).max  # in `Queue.order`: a prompt that has been read, or is empty
 
 
 class Queue(NamedTuple):
-    """B prompts, S parts of the mesh that they are split over, G groups of slots with E prompts each."""
+    """B prompts, in S data shards, and G groups of slots with E prompts each."""
 
     prefix: Prefix
     hidden: jax.Array  # [G, E, D], of the last token of each prompt
     next_pos: jax.Array  # int32 [G, E]
-    prompt: jax.Array  # int32 [G, E], place in the part of the mesh
-    entry: jax.Array  # int32 [G], which of the E was read last
-    left: jax.Array  # int32 [G], rows of that one that have not begun
-    line: jax.Array  # int32 [B], of prompts that have not been read the lowest of a part is the next; else READ
-    unread: jax.Array  # int32 [S], how many those are
-    records: Record | None  # of all rows; None where every row has a slot of its own
+    prompt: jax.Array  # int32 [G, E], index in the data shard
+    entry: jax.Array  # int32 [G], which of the E prompts was read last
+    left: jax.Array  # int32 [G], rows of that prompt that have not begun
+    order: jax.Array  # int32 [B], of prompts that wait, the lowest of a shard is the next; NOT_WAITING for the others
+    unread: jax.Array  # int32 [S], number of prompts that wait
+    outputs: RowOutput | None  # of all rows; None if every row has a slot of its own
 
 
 def groups(prompts: Prompts, config: RolloutConfig) -> int:
-    """G, prompts whose rows are written at the same time."""
+    """Returns G, the number of prompts whose rows are written at the same time."""
     return min(config.in_flight or prompts.length.shape[0], prompts.length.shape[0])
 
 
 def start(
     model: Qwen2_5_VL, prompts: Prompts, assistant_prefix: jax.Array, config: RolloutConfig, shape: RolloutShape
 ) -> tuple[Queue, RowState]:
-    """Nothing is read and all slots are free."""
+    """Returns the queue and the rows at the start: all prompts wait, and all slots are free."""
     batch, width = prompts.tokens.shape
     group, count = config.group_size, groups(prompts, config)
     entries = 1 if count == batch else 2
     slots, dim = count * group, model.config.text.hidden_size
     cache = model.empty_cache(count, entries * (width + assistant_prefix.shape[0]))
     pairs = jnp.zeros((count, entries), jnp.int32)
-    line = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), READ)
+    order = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), NOT_WAITING)
     queue = Queue(
         prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
         hidden=jnp.zeros((count, entries, dim), model.language_model.embed_tokens.weight.dtype),
@@ -104,26 +105,26 @@ def start(
         prompt=pairs,
         entry=jnp.full(count, entries - 1, jnp.int32),
         left=jnp.zeros(count, jnp.int32),
-        line=line,
-        unread=_unread(line, shape),
-        records=None if entries == 1 else Record.of(_empty(model, batch * group, prompts, config, shape)),
+        order=order,
+        unread=_unread(order, shape),
+        outputs=None if entries == 1 else RowOutput.of(_empty(model, batch * group, prompts, config, shape)),
     )
     return queue, _empty(model, slots, prompts, config, shape)
 
 
-def _unread(line: jax.Array, shape: RolloutShape) -> jax.Array:
-    return jnp.sum(line.reshape(shape.shards, -1) < READ, axis=1, dtype=jnp.int32)
+def _unread(order: jax.Array, shape: RolloutShape) -> jax.Array:
+    return jnp.sum(order.reshape(shape.shards, -1) < NOT_WAITING, axis=1, dtype=jnp.int32)
 
 
 def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> RowState:
-    """Rows that have written nothing, in slots that are free."""
+    """Returns the state of free slots."""
     numbers, most = config.max_calls + 1, prompts.image_sizes.shape[1]
     zeros = lambda *sizes, dtype=jnp.int32: jnp.zeros((slots, *sizes), dtype)
     rows = prompts.length.shape[0] // shape.shards * config.group_size
     images = config.max_images + most
     return RowState(
         row=jnp.full(slots, rows, jnp.int32),
-        room=zeros(),
+        max_length=zeros(),
         tokens=zeros(config.max_response),
         loss_mask=zeros(config.max_response, dtype=bool),
         logprobs=zeros(config.max_response, dtype=jnp.float32),
@@ -144,17 +145,17 @@ def _empty(model: Qwen2_5_VL, slots: int, prompts: Prompts, config: RolloutConfi
 
 
 class FreeSlots(NamedTuple):
-    """Which slots can be given a row, and what has to be read for that."""
+    """Which slots can take a new row, and which groups must read a prompt for that."""
 
     takes: jax.Array  # bool [R]
     opens: jax.Array  # bool [G], groups that read another prompt
-    rank: jax.Array  # int32 [G], how many groups of their part of the mesh read one that comes before
+    rank: jax.Array  # int32 [G], how many groups of the data shard read an earlier one
 
 
 def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> FreeSlots:
-    """What `refill` would do now. A group reads on only if no row is left that looks at the prompt it would write over.
+    """Returns what `refill` would do now. A group only reads a prompt if no row needs the one that it would overwrite.
 
-    It is asked at every token: the queue is not sorted here.
+    It is called at every token, so it does not sort the queue.
     """
     count, entries = queue.prompt.shape
     idle = (state.status == DONE).reshape(count, -1)
@@ -162,8 +163,8 @@ def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: Roll
     in_use = jnp.any(~idle & (queue.prefix.entry.reshape(count, -1) == other[:, None]), axis=1)
     wants = (jnp.sum(idle, axis=1) > queue.left) & ~in_use
     rank = _rank(wants.reshape(shape.shards, -1))
-    if entries == 1:  # every place has a group of its own
-        opens = wants & (queue.line < READ)
+    if entries == 1:  # every prompt has a group of its own
+        opens = wants & (queue.order < NOT_WAITING)
     else:
         opens = wants & (rank < queue.unread[:, None]).reshape(-1)
     takes = idle & (_rank(idle) < jnp.where(opens, config.group_size, queue.left)[:, None])
@@ -171,17 +172,17 @@ def free_slots(queue: Queue, state: RowState, config: RolloutConfig, shape: Roll
 
 
 def _rank(x: jax.Array) -> jax.Array:
-    """How many are true before each one, along the second axis."""
+    """Counts the true values before each one, along the second axis."""
     return jnp.cumsum(x, axis=1) - x
 
 
-def _next_places(queue: Queue, rank: jax.Array, shape: RolloutShape) -> jax.Array:
-    """Of each group the place, in its part of the mesh, that comes after `rank` (int32 [G]) others: int32 [G]."""
-    line = queue.line.reshape(shape.shards, -1)
+def _next_prompts(queue: Queue, rank: jax.Array, shape: RolloutShape) -> jax.Array:
+    """Returns for each group the index in its data shard of the waiting prompt with `rank` (int32 [G]): int32 [G]."""
+    order = queue.order.reshape(shape.shards, -1)
     if queue.prompt.shape[1] == 1:
-        return jnp.tile(jnp.arange(line.shape[1], dtype=jnp.int32), shape.shards)
-    ranks = jnp.minimum(rank.reshape(shape.shards, -1), line.shape[1] - 1)
-    return jnp.take_along_axis(jnp.argsort(line, axis=1), ranks, axis=1).reshape(-1)
+        return jnp.tile(jnp.arange(order.shape[1], dtype=jnp.int32), shape.shards)
+    ranks = jnp.minimum(rank.reshape(shape.shards, -1), order.shape[1] - 1)
+    return jnp.take_along_axis(jnp.argsort(order, axis=1), ranks, axis=1).reshape(-1)
 
 
 def refill(
@@ -193,21 +194,18 @@ def refill(
     config: RolloutConfig,
     shape: RolloutShape,
 ) -> tuple[Queue, RowState]:
-    """Every slot that can be given a row is: it has written `assistant_prefix` and nothing else.
-
-    `assistant_prefix` int32 [O] ends with -1 where it is shorter.
-    """
+    """Gives every slot that can take one a new row, which has written `assistant_prefix` (int32 [O], padded with -1)."""
     takes, opens, rank = free_slots(queue, state, config, shape)
-    place = _next_places(queue, rank, shape)
+    index = _next_prompts(queue, rank, shape)
     count, entries = queue.prompt.shape
     group = config.group_size
-    queue = queue._replace(records=write_output(queue.records, state, takes, shape))
+    queue = queue._replace(outputs=write_output(queue.outputs, state, takes, shape))
     left = queue.left[:, None]
-    queue = _read(model, prompts, assistant_prefix, queue, opens, place, config, shape)
+    queue = _read(model, prompts, assistant_prefix, queue, opens, index, config, shape)
 
     taken = takes.reshape(count, group)
     rank = _rank(taken)
-    # The rows that the prompt before has left are begun first.
+    # The remaining rows of the previous prompt begin first.
     new = rank >= left
     entry = jnp.where(opens[:, None] & ~new, (queue.entry[:, None] + 1) % entries, queue.entry[:, None])
     member = jnp.where(new, rank - left, group - left + rank)
@@ -217,45 +215,47 @@ def refill(
         prefix=queue.prefix._replace(entry=entry.reshape(-1)), left=queue.left - jnp.sum(taken, axis=1)
     )
 
-    return queue, _given(takes, _begin(model, prompts, assistant_prefix, queue, row.reshape(-1), config, shape), state)
+    return queue, _replace_slots(
+        takes, _begin(model, prompts, assistant_prefix, queue, row.reshape(-1), config, shape), state
+    )
 
 
 def _select(which: jax.Array, new: T, old: T) -> T:
-    """Of two trees of arrays [N, ...], `new` where `which` (bool [N]), else `old`."""
+    """Selects between two trees of arrays [N, ...]: `new` where `which` (bool [N]), else `old`."""
     return jax.tree.map(lambda x, y: jnp.where(which.reshape(-1, *[1] * (y.ndim - 1)), x, y), new, old)
 
 
-def _given(which: jax.Array, new: RowState, old: RowState) -> RowState:
-    """The slots `which` (bool [R]) hold what `new` says. Keys and values of the row before stay, beyond the cache's length."""
+def _replace_slots(which: jax.Array, new: RowState, old: RowState) -> RowState:
+    """Replaces the slots `which` (bool [R]) by `new`. Keys and values in their caches stay, beyond the new length."""
     cache = old.cache._replace(length=jnp.where(which, new.cache.length, old.cache.length))
     return _select(which, new._replace(cache=None), old._replace(cache=None))._replace(cache=cache)
 
 
 def _read(
-    model, prompts: Prompts, assistant_prefix, queue: Queue, opens, place, config: RolloutConfig, shape: RolloutShape
+    model, prompts: Prompts, assistant_prefix, queue: Queue, opens, index, config: RolloutConfig, shape: RolloutShape
 ) -> Queue:
-    """The groups that `opens` (bool [G]) have the prompts at `place` (int32 [G]) read."""
+    """Reads the prompts with `index` (int32 [G], in the data shard) for the groups that `opens` (bool [G])."""
     count, entries = queue.prompt.shape
     batch, arrays = prompts.length.shape[0], prompts._replace(tables=(), uid=())
     entry = jnp.where(opens, (queue.entry + 1) % entries, queue.entry)
 
     def body(chunk: Chunk, carry: Queue) -> Queue:
         reads = chunk.take(opens)
-        at = chunk.take(place).reshape(chunk.at.shape)
+        at = chunk.take(index).reshape(chunk.at.shape)
         chosen = jax.tree.map(Chunk(jnp.minimum(at, batch // shape.shards - 1), batch).take, arrays)
         visual = prompt_visual(chosen, config, shape)
         hidden, cache, next_pos = read_prompt(model, chosen, visual, assistant_prefix, config)
         here = reads[:, None] & (jnp.arange(entries) == chunk.take(entry)[:, None])
 
         def put(old, new):
-            """One of a group's E values, [G, E, ...]."""
+            """Replaces one of a group's E values, [G, E, ...]."""
             before = chunk.take(old)
             where = here.reshape(*here.shape, *[1] * (before.ndim - 2))
             return chunk.put(old, jnp.where(where, new[:, None], before))
 
         def put_layer(old, new):
-            apart = jnp.moveaxis(old.reshape(*old.shape[:2], entries, *new.shape[2:]), 2, 1)
-            return jnp.moveaxis(put(apart, new), 1, 2).reshape(old.shape)
+            by_entry = jnp.moveaxis(old.reshape(*old.shape[:2], entries, *new.shape[2:]), 2, 1)
+            return jnp.moveaxis(put(by_entry, new), 1, 2).reshape(old.shape)
 
         prefix = carry.prefix
         return carry._replace(
@@ -269,29 +269,31 @@ def _read(
             prompt=put(carry.prompt, at.reshape(-1)),
         )
 
-    records = queue.records
+    outputs = queue.outputs
     size = read_together(prompts.tokens.shape[1], from_queue=entries > 1)
     with jax.named_scope("prompts"):
-        queue = for_chunks(opens, shape.shards, size, body, queue._replace(records=None))
+        queue = for_chunks(opens, shape.shards, size, body, queue._replace(outputs=None))
     unread = queue.unread - jnp.sum(opens.reshape(shape.shards, -1), axis=1, dtype=jnp.int32)
-    now = Chunk(jnp.where(opens, place, batch).reshape(shape.shards, -1), batch)
-    line = now.put(queue.line, jnp.full(count, READ))
+    now = Chunk(jnp.where(opens, index, batch).reshape(shape.shards, -1), batch)
+    order = now.put(queue.order, jnp.full(count, NOT_WAITING))
     left = queue.left + jnp.where(opens, config.group_size, 0)
-    return queue._replace(entry=entry, left=left, line=line, unread=unread, records=records)
+    return queue._replace(entry=entry, left=left, order=order, unread=unread, outputs=outputs)
 
 
 def prompt_visual(prompts: Prompts, config: RolloutConfig, shape: RolloutShape) -> Visual:
-    """The overview of every prompt: its images, or its video two frames a slice."""
+    """Cuts out the overview of every prompt: its images, or its video, two frames a slice."""
     seen = overviews(prompts, config)
     budget, _ = budgets(config, shape)
-    view = jax.vmap(each(each(functools.partial(render, budget=budget), budget), budget))  # of each part of the mesh
+    view = jax.vmap(
+        map_views(map_views(functools.partial(render, budget=budget), budget), budget)
+    )  # of each data shard
     by_shard = lambda x: x.reshape(shape.shards, -1, *x.shape[1:])
     views = view(*map(by_shard, (prompts.buffers, seen.region, seen.size)))
     return Visual(views.reshape(-1, *views.shape[2:]), *prompt_items(prompts, config))
 
 
 def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `slices`, `grids` and `seconds` of every prompt's overview (`Visual`)."""
+    """Returns the `slices`, `grids` and `seconds` of every prompt's overview (`Visual`)."""
     seen = overviews(prompts, config)
     index, video = jnp.arange(seen.image.shape[1]), prompts.is_video[:, None, None]
     present = seen.image >= 0
@@ -312,16 +314,18 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
 def read_prompt(
     model: Qwen2_5_VL, prompts: Prompts, visual: Visual, assistant_prefix: jax.Array, config: RolloutConfig
 ) -> tuple[jax.Array, KVCache, jax.Array]:
-    """Each prompt and, since all rows begin alike, the assistant prefix: the last hidden state [B, D], the cache and the next
-    position.
+    """Reads each prompt and the assistant prefix.
+
+    Returns:
+      The hidden state [B, D] of the last token, the cache, and the next position, int32 [B].
     """
     batch, width = prompts.tokens.shape
-    room, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
-    index = jnp.arange(width + room) - prompts.length[:, None]
+    extra, written = assistant_prefix.shape[0], jnp.sum(assistant_prefix >= 0)
+    index = jnp.arange(width + extra) - prompts.length[:, None]
     tokens = jnp.where(
         index < 0,
-        jnp.pad(prompts.tokens, ((0, 0), (0, room))),
-        jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, room - 1)],
+        jnp.pad(prompts.tokens, ((0, 0), (0, extra))),
+        jnp.maximum(assistant_prefix, 0)[jnp.clip(index, 0, extra - 1)],
     )
     valid = index < written
     features = encode_visual(model, visual, implementation=config.implementation)
@@ -335,27 +339,27 @@ def read_prompt(
 
 
 def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config, shape: RolloutShape) -> RowState:
-    """The state of slots that begin the rows `row` (int32 [R]); their caches are not to be looked at."""
+    """Returns the state of slots that begin the rows `row` (int32 [R]); its caches are not valid."""
     slots = row.shape[0]
     fresh = _empty(model, slots, prompts, config, shape)._replace(row=row)
     mine = rows_prompts(fresh, prompts, config, shape)
-    sizes, is_video, buffers, length = (
+    sizes, is_video, counts, length = (
         mine.take(x) for x in (prompts.image_sizes, prompts.is_video, prompts.image_counts, prompts.length)
     )
     written = jnp.sum(assistant_prefix >= 0)
-    history = first_history(sizes, buffers, is_video, config)
-    of_prompt = lambda x: jnp.take_along_axis(
-        jnp.repeat(x, config.group_size, axis=0),
-        queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2)),
-        axis=1,
-    )[:, 0]
+    history = first_history(sizes, counts, is_video, config)
+
+    def of_prompt(x: jax.Array) -> jax.Array:
+        entry = queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(jnp.repeat(x, config.group_size, axis=0), entry, axis=1)[:, 0]
+
     parser, _ = jax.lax.scan(
         lambda parser, token: (prompts.tables.parser.step(prompts.tables.bytes, parser, token[None]), None),
         prompts.tables.parser.init(1),
         assistant_prefix,
     )
     return fresh._replace(
-        room=jnp.minimum(config.max_response, config.max_tokens - length),
+        max_length=jnp.minimum(config.max_response, config.max_tokens - length),
         tokens=fresh.tokens.at[:, : assistant_prefix.shape[0]].set(
             jnp.maximum(assistant_prefix, 0)[: config.max_response]
         ),
@@ -365,45 +369,45 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
         next_pos=of_prompt(queue.next_pos),
         parser=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), parser),
         history=history,
-        num_images=history.count,
+        num_images=history.length,
     )
 
 
-def write_output(records: Record | None, state: RowState, which: jax.Array, shape: RolloutShape) -> Record | None:
-    """What the slots `which` (bool [R]) hold, in the rows' places; of slots that hold none, nothing."""
-    if records is None:
+def write_output(outputs: RowOutput | None, state: RowState, which: jax.Array, shape: RolloutShape) -> RowOutput | None:
+    """Stores the rows in the slots `which` (bool [R]); slots without a row are skipped."""
+    if outputs is None:
         return None
-    rows = records.length.shape[0]
-    held = _held(state._replace(row=jnp.where(which, state.row, rows)), rows, shape)
-    return jax.tree.map(held.put, records, Record.of(state))
+    rows = outputs.length.shape[0]
+    stored = _rows_of_slots(state._replace(row=jnp.where(which, state.row, rows)), rows, shape)
+    return jax.tree.map(stored.put, outputs, RowOutput.of(state))
 
 
 def admit(
-    queue: Queue, state: RowState, places: jax.Array, config: RolloutConfig, shape: RolloutShape
+    queue: Queue, state: RowState, indices: jax.Array, config: RolloutConfig, shape: RolloutShape
 ) -> tuple[Queue, RowState]:
-    """The prompts at `places` (int32 [K], of the whole batch) are new, last in the line; nothing of those before is left."""
-    new = jnp.zeros(queue.line.shape[0], bool).at[places].set(True)
+    """Puts the prompts with `indices` (int32 [K], in the batch) at the end of the queue and removes all rows of the old ones."""
+    new = jnp.zeros(queue.order.shape[0], bool).at[indices].set(True)
     of_rows = jnp.repeat(new, config.group_size)
-    last = jnp.max(jnp.where(queue.line < READ, queue.line, -1))
-    line = queue.line.at[places].set(1 + last + jnp.arange(places.shape[0], dtype=jnp.int32))
+    last = jnp.max(jnp.where(queue.order < NOT_WAITING, queue.order, -1))
+    order = queue.order.at[indices].set(1 + last + jnp.arange(indices.shape[0], dtype=jnp.int32))
     queue = queue._replace(
-        line=line,
-        unread=_unread(line, shape),
-        records=None if queue.records is None else _select(of_rows, _blank(queue.records, shape), queue.records),
+        order=order,
+        unread=_unread(order, shape),
+        outputs=None if queue.outputs is None else _select(of_rows, _blank(queue.outputs, shape), queue.outputs),
     )
-    # Slots let go of the rows before: those would be put on record where the new prompt's rows belong.
+    # Slots forget the old rows, which would otherwise be stored as rows of the new prompt.
     nothing = jnp.full_like(state.row, of_rows.shape[0] // shape.shards)
     free = _blank(state, shape)._replace(row=nothing, status=jnp.full_like(state.status, DONE))
-    return queue, _given(_held(state, of_rows.shape[0], shape).take(of_rows), free, state)
+    return queue, _replace_slots(_rows_of_slots(state, of_rows.shape[0], shape).take(of_rows), free, state)
 
 
-def _held(state: RowState, rows: int, shape: RolloutShape) -> Chunk:
-    """The places of the rows in the slots, among all `rows`."""
+def _rows_of_slots(state: RowState, rows: int, shape: RolloutShape) -> Chunk:
+    """Returns the rows in the slots as a chunk of all `rows`."""
     return Chunk(state.row.reshape(shape.shards, -1), rows)
 
 
 def _blank(rows: Rows, shape: RolloutShape) -> Rows:
-    """As many rows that have written nothing."""
+    """Returns as many empty rows."""
     count, numbers = rows.calls.status.shape
     return jax.tree.map(jnp.zeros_like, rows)._replace(
         stop=jnp.full(count, -1, jnp.int32), calls=no_calls(count, numbers, shape.views, shape.tools, jnp)
@@ -411,31 +415,32 @@ def _blank(rows: Rows, shape: RolloutShape) -> Rows:
 
 
 def finished(queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape) -> jax.Array:
-    """Prompts whose rows are all done: bool [B]."""
+    """Says which prompts have no row left to write: bool [B]."""
     return jnp.all(_all_rows(queue, state, shape).stop.reshape(-1, config.group_size) >= 0, axis=1)
 
 
-def _all_rows(queue: Queue, state: RowState, shape: RolloutShape) -> Record:
-    """Of rows that are in slots what those hold, of the others what is on record.
+def _all_rows(queue: Queue, state: RowState, shape: RolloutShape) -> RowOutput:
+    """Returns all rows: those in slots, and the stored output of the others.
 
-    Fetched, not put: of what a row leaves behind each part is one instruction then, where to put it is a loop to compile.
+    Rows are gathered from the slots, not scattered from them, because a gather of each field is one instruction, and a scatter
+    compiles to a loop.
     """
-    here = Record.of(state)
-    if queue.records is None:
+    here = RowOutput.of(state)
+    if queue.outputs is None:
         return here
-    count, slots = queue.records.stop.shape[0], state.row.shape[0]
+    count, slots = queue.outputs.stop.shape[0], state.row.shape[0]
     local = jnp.arange(slots, dtype=jnp.int32) % (slots // shape.shards)
-    slot = _held(state, count, shape).put(jnp.full(count, slots), local)
+    slot = _rows_of_slots(state, count, shape).put(jnp.full(count, slots), local)
     fetched = jax.tree.map(Chunk(slot.reshape(shape.shards, -1), slots).take, here)
-    return _select(slot < slots, fetched, queue.records)
+    return _select(slot < slots, fetched, queue.outputs)
 
 
 def finish(
     prompts: Prompts, queue: Queue, state: RowState, config: RolloutConfig, shape: RolloutShape
 ) -> Trajectories[VisualRecord]:
-    """The trajectories of all rows: prompt and response side by side, everything they saw in order.
+    """Returns the trajectories of all rows: prompt and response side by side, and all images in order.
 
-    Of a row that is not done (`stop` -1) they are what it has so far.
+    A row that is not done (`stop` -1) has what it has written so far.
     """
     rows = _all_rows(queue, state, shape)
     count, group = rows.length.shape[0], config.group_size

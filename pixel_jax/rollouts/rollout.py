@@ -1,20 +1,20 @@
 """The multi-turn rollout: as one compiled program, or step by step with its state in between.
 
-The walk of a prompt through it, with the function of each station:
+The steps of a prompt, with their functions:
 
-    begin      it has a place and waits in line                                                  queue.start
+    begin      the prompt waits in the queue                                                     queue.start
     advance    until no row can go on:                                                           loop.advance
-      refill     its turn has come: a group of free slots reads it, once for all its rows,         queue.refill
-                 and each row begins with the assistant prefix
+      refill     a group of free slots reads the prompt, once for all its rows, and each row       queue.refill
+                 begins with the assistant prefix
       decode     rows write, a token each at a time, until enough of them have ended a turn        decode_loop.decode_turns
-      observe    a row that has called a tool reads what that shows, or why it shows nothing,      decode_loop.observe
-                 and writes on; a row that has called nothing, or has no room left, is done
-      refill     the slot of a row that is done goes to another; the row is on record              queue.write_output
-    finish     its rows side by side: what they wrote, called and were shown                     queue.finish
+      observe    a row that has called a tool reads the observation and writes on; a row that      decode_loop.observe
+                 has called none, or has reached a limit, is done
+      refill     the row is stored, and its slot goes to another                                   queue.write_output
+    finish     all rows: what they wrote, called and were shown                                  queue.finish
 
 `rollout` is all of it in one XLA program. `begin`, `advance` and `finish` are the same functions compiled one by one, with a
-`RolloutState` between them: `advance` goes on for as many tokens as it is told, `admit` gives the places of prompts that are
-done to others, and `host_rollout` answers calls of tools that run on the host. What rows write is the same, to the bit.
+`RolloutState` between them: `advance` takes a budget of tokens, `admit` replaces prompts that are done, and `host_rollout`
+carries out calls of host tools. What rows write is the same, to the bit.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from pixel_jax.parallel.memory import device_memory
 from pixel_jax.parallel.sharding import process_shard, replicate, row_shards, shard_batch
 from pixel_jax.rollouts import loop
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.drawings import Pictures, pictures_of
-from pixel_jax.rollouts.host import host_calls, tell
+from pixel_jax.rollouts.drawings import ReturnedPictures, returned_pictures
+from pixel_jax.rollouts.host import encode_replies, host_calls
 from pixel_jax.rollouts.images import pad, ragged, shard_images
 from pixel_jax.rollouts.loop import RolloutState
 from pixel_jax.rollouts.materialize import VisualRecord
@@ -53,20 +53,22 @@ def rollout(
     *,
     assistant_prefix: Sequence[int] = (),
 ) -> Trajectories[VisualRecord]:
-    """`config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
+    """Samples `config.group_size` conversations from each of B prompts, R rows in all, by one XLA program.
 
-    The rows of `config.in_flight` prompts decode together; whenever enough of them have ended a turn, those that asked for
-    pixels get them (cropped and resized from the full-resolution image, encoded, appended to their caches) or a message, rows
-    that wait take the place of those that are done, and all go on. On a mesh, rows are split over `data` and `fsdp`; the mesh
-    is the one the model's weights lie on. With several processes each brings its share of the prompts, and all must have the
-    same shapes; the rows that come back lie where their prompts do.
+    The rows of `config.in_flight` prompts decode together. Whenever enough of them have ended a turn, the calls of those are
+    carried out: images are cropped from full resolution, encoded, and appended to the caches. Slots of rows that are done get new
+    rows, and all go on. On the mesh of the model's weights, rows are split over `data` and `fsdp`. With several processes each
+    has its own prompts, of the same shape, and their rows are returned to it.
 
     Args:
-      key: the rows' randomness: row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
-      assistant_prefix: token ids the assistant's first turn begins with, in every row. They are not the policy's choice.
+      model: the policy.
+      prompts: made by `build_prompts`.
+      key: random key; row i of prompt b draws from `fold_in(fold_in(key, prompts.uid[b]), i)` and its position.
+      config: settings.
+      assistant_prefix: token ids that the assistant's first turn begins with in every row; they are not the policy's choice.
 
     Returns:
-      R rows, the `group_size` of each prompt side by side, without pixels: `materialize` cuts them anew.
+      R rows, the `group_size` of each prompt side by side, without pixels, which `materialize` cuts out again.
 
     Raises:
       ValueError: a tool runs on the host, or the prompts cannot be split over the mesh.
@@ -74,16 +76,16 @@ def rollout(
     if any(tool.host for tool in prompts.tables.tools):
         raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: `host_rollout` carries their calls out")
     mesh, shape = layout(model, prompts, config)
-    given = _given(model, prompts, key, config, assistant_prefix, shape, mesh)
+    inputs = _program_inputs(model, prompts, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
-        return compiled_rollout(model, *given, shape=shape, mesh=mesh)
+        return compiled_rollout(model, *inputs, shape=shape, mesh=mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def compiled_rollout(
     model, prompts, key, assistant_prefix, temperature, config: RolloutConfig, *, shape: RolloutShape, mesh: Mesh | None
 ) -> Trajectories[VisualRecord]:
-    """The whole rollout: no host in the loop."""
+    """Is the whole rollout as one program, without the host in its loop."""
     state = loop.start(model, prompts, key, assistant_prefix, temperature, config, shape, mesh)
     return loop.finish(loop.advance(model, state, None))
 
@@ -97,15 +99,21 @@ def begin(
     assistant_prefix: Sequence[int] = (),
     capacity: int | None = None,
 ) -> RolloutState:
-    """The state of a rollout of which nothing is read and nothing written.
+    """Begins a rollout in steps.
 
     Args:
-      model, prompts, key, config, assistant_prefix: as for `rollout`; tools may run on the host. What kinds of prompts there are
-        (images, videos) is settled here.
-      capacity: places for prompts; those behind `prompts` are empty, for `admit` to fill. None: as many as there are prompts.
+      model: as for `rollout`.
+      prompts: as for `rollout`; tools may run on the host. Videos can only be admitted later if one is among these prompts.
+      key: as for `rollout`.
+      config: as for `rollout`.
+      assistant_prefix: as for `rollout`.
+      capacity: size of the batch of prompts; those behind `prompts` are empty, and `admit` can fill them. None: no empty ones.
+
+    Returns:
+      The state, in which all prompts wait.
 
     Raises:
-      ValueError: fewer places than prompts, places that cannot be split over the mesh, or empty ones with several processes.
+      ValueError: the capacity is too small, cannot be split over the mesh, or leaves empty prompts with several processes.
     """
     count = prompts.tokens.shape[0]
     if capacity is not None and capacity < count:
@@ -115,18 +123,18 @@ def begin(
     if capacity not in (None, count) and jax.process_count() > 1:
         raise ValueError(f"capacity {capacity} with several processes: begin with {capacity} prompts in each, no fewer")
     if capacity is None or capacity == count:
-        places = prompts
+        batch = prompts
     else:
         arrays = prompts._replace(tables=(), images=())
         empty = jax.tree.map(lambda x: np.zeros((capacity, *x.shape[1:]), x.dtype), arrays)
-        places = empty._replace(tables=prompts.tables, images=ragged([()] * capacity))
-    mesh, shape = layout(model, places, config)
-    given = _given(model, places, key, config, assistant_prefix, shape, mesh)
+        batch = empty._replace(tables=prompts.tables, images=ragged([()] * capacity))
+    mesh, shape = layout(model, batch, config)
+    inputs = _program_inputs(model, batch, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
-        state = _start(model, *given, shape=shape, mesh=mesh)
+        state = _start(model, *inputs, shape=shape, mesh=mesh)
     if any(tool.picture for tool in shape.tools):
         state = dataclasses.replace(state, pictures=_pictures(prompts.images, mesh))
-    if places is prompts:
+    if batch is prompts:
         return state
     return admit(state, range(count), prompts)
 
@@ -134,56 +142,58 @@ def begin(
 def advance(
     model: Qwen2_5_VL, state: RolloutState, budget: int | jax.Array | None = None, *, donate: bool = False
 ) -> RolloutState:
-    """Goes on with a rollout until every row is done, waits for a tool of the host, or the budget is spent.
+    """Goes on with a rollout until every row is done or waits for a host tool, or the budget is spent.
 
-    In pieces of any budgets it comes to what it does in one: tokens, log-probabilities, calls and pixels are the same bit for
-    bit. All budgets share one compiled program; no budget is another. Each call lays the layers' weights out for decoding once,
-    so give budgets of dozens where speed counts. In a `jax.jit` of the caller's on a mesh, set that (`jax.set_mesh`).
+    The result does not depend on the budgets: tokens, log-probabilities, calls and pixels are the same bit for bit. All budgets
+    share one compiled program; None has another. Each call prepares the layers' weights for decoding once, so budgets of dozens
+    are faster. In a `jax.jit` of the caller's on a mesh, the mesh must be set (`jax.set_mesh`).
 
     Args:
-      model: the one that the state began with, or one of its shapes: rows go on with its weights, on the caches they have.
-      budget: tokens that a slot writes in this call at most; a call that was read, an observation or a prompt costs nothing.
-        None: no limit; 0 does nothing. May be traced.
-      donate: whether the memory of `state`'s caches goes to the result: there is room for one state then, and `state` cannot be
-        used any more.
+      model: that of `begin`, or one of the same shapes: rows go on with its weights and with the caches they have.
+      state: of the rollout.
+      budget: the most tokens that a slot writes in this call, without observations and prompts; may be traced. None: no limit.
+      donate: whether to reuse the memory of `state`, which cannot be used any more.
 
     Returns:
-      The state. `finished` says which prompts are done, `finish` what all rows have come to so far.
+      The new state. `finished` says which prompts are done, and `finish` returns what all rows have written so far.
 
     Raises:
       ValueError: a negative budget.
     """
-    if budget is not None and not isinstance(budget, jax.Array):
-        if budget < 0:
-            raise ValueError(f"budget {budget} is negative: give tokens to decode, or None for all there are")
-        budget = np.int32(budget)
+    if isinstance(budget, int) and budget < 0:
+        raise ValueError(f"budget {budget} is negative: give tokens to decode, or None for no limit")
+    left = budget if budget is None or isinstance(budget, jax.Array) else np.int32(budget)
     moving = {name: getattr(state, name) for name in MOVING}
     still = dataclasses.replace(state, **dict.fromkeys(MOVING))
     with on_mesh(state.mesh):
-        moving = (_advance_in_place if donate else _advance)(model, still, moving, budget)
+        moving = (_advance_in_place if donate else _advance)(model, still, moving, left)
     return dataclasses.replace(state, **moving)
 
 
-def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> RolloutState:
-    """Puts prompts in places of a rollout that are empty or whose prompts are finished; what those came to is forgotten.
+def admit(state: RolloutState, indices: Sequence[int] | np.ndarray, prompts: HostPrompts) -> RolloutState:
+    """Replaces prompts of a rollout that are empty or finished; the rows of the old ones are dropped.
 
-    A row's tokens follow from the key and from its prompt's `uid`, not from when or where the prompt was admitted. Of those that
-    wait, `advance` reads first who came first, in each part of the mesh. There is a compiled program for each number of prompts.
+    A row's tokens follow from the key and from its prompt's `uid`, not from the prompt's index or when it was admitted. Prompts
+    that wait are read in the order in which they came, in each data shard. Each number of prompts has a compiled program.
 
     Args:
-      places: of each of the prompts; whole numbers below the state's number of places.
-      prompts: of the shape and with the tables of those that the state began with. With several processes the same in all.
+      state: of the rollout.
+      indices: of the prompts to replace, from 0; one for each of `prompts`.
+      prompts: of the shape and with the tables of `begin`. With several processes, the same in all.
+
+    Returns:
+      The new state.
 
     Raises:
-      ValueError: a place that does not exist, is named twice or is not done; prompts of other shapes or tables.
+      ValueError: an index is out of range, repeated or not done; the prompts have another shape or other tables.
     """
-    places = np.asarray(places, np.int32).reshape(-1)
+    places = np.asarray(indices, np.int32).reshape(-1)
     count, have = prompts.tokens.shape[0], state.prompts.tokens.shape[0]
     if len(places) != count or len(set(places.tolist())) != count:
-        raise ValueError(f"places {places.tolist()} for {count} prompts: name one place for each, none twice")
+        raise ValueError(f"indices {places.tolist()} for {count} prompts: name one index for each, none twice")
     if outside := [place for place in places.tolist() if not 0 <= place < have]:
         raise ValueError(
-            f"places {outside} do not exist: the state has 0 to {have - 1}; begin with a larger `capacity`"
+            f"indices {outside} do not exist: the state has 0 to {have - 1}; begin with a larger `capacity`"
         )
     if not count:
         return state
@@ -191,24 +201,25 @@ def admit(state: RolloutState, places: Sequence[int], prompts: HostPrompts) -> R
     with on_mesh(state.mesh):
         free = np.asarray(_free(state))
         if busy := [place for place in places.tolist() if not free[place]]:
-            raise ValueError(f"places {busy} are not done: `advance` until `finished`; free are {_list(free)}")
-        arrays = on_devices(prompts, pad(prompts.images, prompts.shape))._replace(tables=())
+            raise ValueError(f"prompts {busy} are not done: `advance` until `finished`; free are {_list(free)}")
+        arrays = _with_buffers(prompts, pad(prompts.images, prompts.shape))._replace(tables=())
+        where = places
         if state.mesh is not None:
-            places, arrays = replicate((places, arrays), state.mesh)
-        return _admit(state, places, arrays._replace(tables=state.prompts.tables))
+            where, arrays = replicate((places, arrays), state.mesh)
+        return _admit(state, where, arrays._replace(tables=state.prompts.tables))
 
 
 def finished(state: RolloutState) -> np.ndarray:
-    """Prompts whose rows are all done: bool [B], on the host. An empty place is not among them."""
+    """Says which prompts have no row left to write: bool [B], on the host. Empty ones are not among them."""
     with on_mesh(state.mesh):
         return np.asarray(_finished(state))
 
 
 def finish(state: RolloutState) -> Trajectories[VisualRecord]:
-    """What all rows have come to, as `rollout` returns it.
+    """Returns the trajectories of all rows, as `rollout` does.
 
-    It can be asked at any time: a row that is not done has what it has written so far and `stop` -1. Of the prompts that are
-    done alone, `take_rows(finish(state), finished(state).repeat(group_size))` are the rows.
+    It can be called at any time: a row that is not done has what it has written so far, and `stop` -1. The rows of prompts that
+    are done are `take_rows(finish(state), finished(state).repeat(group_size))`.
     """
     with on_mesh(state.mesh):
         return _finish(state)
@@ -238,12 +249,12 @@ def _list(which: np.ndarray) -> list[int]:
 
 
 def _same_shapes(state: RolloutState, prompts: HostPrompts) -> None:
-    """Raises ValueError where the prompts do not fit what the state's programs were made for."""
-    room, shape = state.shape.prompts, prompts.shape
-    sides = lambda x: (x.tokens, x.images, x.height, x.width)
-    if sides(shape) != sides(room):
-        raise ValueError(f"prompts of {shape} in a rollout of {room}: build them with `shape=state.shape.prompts`")
-    if shape.video > room.video or shape.patches > room.patches:
+    """Raises ValueError if the prompts do not have the shape of the state."""
+    expected, shape = state.shape.prompts, prompts.shape
+    sizes = lambda x: (x.tokens, x.images, x.height, x.width)
+    if sizes(shape) != sizes(expected):
+        raise ValueError(f"prompts of {shape} in a rollout of {expected}: build them with `shape=state.shape.prompts`")
+    if shape.video > expected.video or shape.patches > expected.patches:
         kind = "videos" if shape.video else "images"
         raise ValueError(f"{kind} in a rollout that began without any: have one among the prompts that it begins with")
     if not np.all(np.asarray(prompts.length) > 0):
@@ -255,7 +266,7 @@ def _same_shapes(state: RolloutState, prompts: HostPrompts) -> None:
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Work laid out on the mesh; inside a `jax.jit` of the caller's, who has set it there."""
+    """Sets the mesh, unless the caller has set it, as in a `jax.jit`."""
     if mesh is None or jax.sharding.get_abstract_mesh() == mesh.abstract_mesh:
         yield
     else:
@@ -263,9 +274,8 @@ def on_mesh(mesh: Mesh | None) -> Iterator[None]:
             yield
 
 
-TOKENS = (
-    64  # between two looks at which rows wait for tools of the host: the more, the more calls are carried out at once
-)
+# Tokens between two checks for calls of host tools. The more, the more calls are carried out at once, and the longer rows wait.
+TOKENS = 64
 
 
 def host_rollout(
@@ -278,44 +288,54 @@ def host_rollout(
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Trajectories[VisualRecord]:
-    """`rollout` where tools run on the host: the same steps, driven from there.
+    """Is `rollout` with tools that may run on the host: the same steps, driven from the host.
+
+    What host tools return need not be the same for the same key, and then rows are not the same either.
 
     Args:
-      host: carries out the calls of the tools that run on the host, those of a batch beside one another. Needs `vocabulary`.
-        What a row reads then depends on them too: the same key need not give the same tokens. All others as for `rollout`.
+      model: as for `rollout`.
+      prompts: as for `rollout`; tools may run on the host.
+      key: as for `rollout`.
+      config: as for `rollout`.
+      assistant_prefix: as for `rollout`.
+      host: carries out the calls of host tools, concurrently.
+      vocabulary: of the tokenizer, to encode what host tools return.
+
+    Returns:
+      As `rollout`.
 
     Raises:
-      ValueError: there are such tools, and `host` or `vocabulary` is missing.
+      ValueError: there are host tools, and `host` or `vocabulary` is missing.
     """
-    budget, images = None, prompts.images
-    if any(tool.host for tool in prompts.tables.tools):
-        if host is None or vocabulary is None:
-            raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
-        budget = TOKENS
+    images, has_host_tools = prompts.images, any(tool.host for tool in prompts.tables.tools)
+    if has_host_tools and (host is None or vocabulary is None):
+        raise ValueError(f"{_of_host(prompts.tables.tools)} run on the host: pass `host` and `vocabulary`")
     state = begin(model, prompts, key, config, assistant_prefix=assistant_prefix)
     while not np.all(finished(state)):
-        state = advance(model, state, budget, donate=True)
-        if asked := host_calls(state, images):
-            replies = host.call([call.request for call in asked])
-            told = tell(replies, asked, images, state, vocabulary)
+        state = advance(model, state, TOKENS if has_host_tools else None, donate=True)
+        if calls := host_calls(state, images):
+            assert host is not None and vocabulary is not None
+            replies = host.call([call.request for call in calls])
+            answers = encode_replies(replies, calls, images, state, vocabulary)
             if any(reply.picture is not None for reply in replies):
                 state = dataclasses.replace(state, pictures=_pictures(images, state.mesh))
             with on_mesh(state.mesh):
-                state = _answer(model, state, told)
+                state = _answer(model, state, answers)
     return finish(state)
 
 
-def _pictures(images: np.ndarray, mesh: Mesh | None) -> Pictures:
-    """What tools of the host have returned to rows of these prompts (`Images` [B]), on the devices."""
-    pictures = pictures_of(images)
+def _pictures(images: np.ndarray, mesh: Mesh | None) -> ReturnedPictures:
+    """Puts the pictures that host tools have returned to rows of these prompts (`Images` [B]) on the devices."""
+    pictures = returned_pictures(images)
     return jax.tree.map(jnp.asarray, pictures) if mesh is None else replicate(pictures, mesh)
 
 
 class HostRollouts:
-    """`host_rollout` with tools that run on the host, in the place of `rollout`.
+    """A function like `rollout`, which runs `host_rollout` with host tools.
 
     Args:
-      host: carries out their calls; vocabulary: of the model.
+      host: carries out the calls of host tools.
+      vocabulary: of the tokenizer.
     """
 
     def __init__(self, host: HostTools, vocabulary: Vocabulary):
@@ -324,20 +344,22 @@ class HostRollouts:
     def __call__(
         self, model: Qwen2_5_VL, prompts: HostPrompts, key: jax.Array, config: RolloutConfig, **options
     ) -> Trajectories[VisualRecord]:
+        """Runs a rollout; the arguments are those of `rollout`."""
         return host_rollout(model, prompts, key, config, host=self.host, vocabulary=self.vocabulary, **options)
 
-    def facts(self) -> dict[str, float]:
-        """For metrics, of what was rolled out since the last time."""
-        return self.host.facts()
+    def metrics(self) -> dict[str, float]:
+        """Counts calls of host tools since the last time (`HostTools.metrics`)."""
+        return self.host.metrics()
 
 
 @contextlib.contextmanager
 def host_rollouts(
     names: Sequence[str], tools: Sequence[Tool], vocabulary: Vocabulary, config: HostToolsConfig
 ) -> Iterator[HostRollouts | None]:
-    """Rollouts with the `tools` of these names, their workers about them; None where no tool runs on the host.
+    """Yields rollouts with the `tools` of these names, with their worker processes; None if no tool runs on the host.
 
-    ToolError: several processes, which would have to wait for one another's tools.
+    Raises:
+      ToolError: there are several processes, which would have to wait for one another's tools.
     """
     if not any(tool.host for tool in tools):
         yield None
@@ -352,17 +374,17 @@ def host_rollouts(
 
 
 def _of_host(tools: Sequence[Tool]) -> str:
-    """The tools that run on the host, by name."""
+    """Lists the names of the host tools."""
     return ", ".join(f"{tool.name!r}" for tool in tools if tool.host)
 
 
-CACHES = 3  # one part in so many of a device's memory is for what rows in flight keep
+CACHES_DIVISOR = 3  # the caches of rows in flight may take a device's memory divided by this
 
 
-def fitting(
+def limit_in_flight(
     config: RolloutConfig, model: Qwen2_5_VL, prompts: HostPrompts, shape: RolloutShape, mesh: Mesh | None
 ) -> RolloutConfig:
-    """`config` with as many prompts in flight as fit the memory of the devices, where it leaves that open and not all do."""
+    """Limits the prompts in flight to what fits into the devices' memory, if `config` leaves their number open."""
     batch, width = prompts.tokens.shape
     if config.in_flight is not None:
         return config
@@ -370,15 +392,20 @@ def fitting(
     token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
     token *= model.language_model.embed_tokens.weight.dtype.itemsize
     group = config.group_size * config.max_response * token + 2 * (width + PREFIX_STEP) * token
-    most = max(1, device_memory() // CACHES // group) * shape.shards
+    most = max(1, device_memory() // CACHES_DIVISOR // group) * shape.shards
     return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)
 
 
-PREFIX_STEP = 8  # prefixes are padded to a multiple, to share a program
+PREFIX_STEP = 8  # assistant prefixes are padded to a multiple of it, to share a program
 
 
-def traced(config: RolloutConfig, assistant_prefix: Sequence[int]) -> tuple[jax.Array, jax.Array, RolloutConfig]:
-    """Opening and temperatures as arrays, and the config without them: they do not need a program of their own."""
+def traced_settings(
+    config: RolloutConfig, assistant_prefix: Sequence[int]
+) -> tuple[jax.Array, jax.Array, RolloutConfig]:
+    """Returns assistant prefix (int32 [O]) and temperatures (float32 [2]) as arrays, and the config without them.
+
+    As arrays, other values do not need another compiled program.
+    """
     padded = np.full(PREFIX_STEP * max(1, -(-len(assistant_prefix) // PREFIX_STEP)), -1, np.int32)
     padded[: len(assistant_prefix)] = assistant_prefix
     later = config.temperature if config.later_temperature is None else config.later_temperature
@@ -387,7 +414,7 @@ def traced(config: RolloutConfig, assistant_prefix: Sequence[int]) -> tuple[jax.
     return jnp.asarray(padded), jnp.asarray(temperature), same
 
 
-def _given(
+def _program_inputs(
     model: Qwen2_5_VL,
     prompts: HostPrompts,
     key: jax.Array,
@@ -395,19 +422,24 @@ def _given(
     assistant_prefix: Sequence[int],
     shape: RolloutShape,
     mesh: Mesh | None,
-) -> tuple:
-    """What the programs take after the model: prompts, key, assistant prefix and temperatures on the devices, and the config."""
-    config = fitting(config, model, prompts, shape, mesh)
-    assistant_prefix, temperature, config = traced(config, assistant_prefix)
+) -> tuple[Prompts, jax.Array, jax.Array, jax.Array, RolloutConfig]:
+    """Returns the arguments of programs after the model: prompts, key, assistant prefix, temperatures, and the config."""
+    config = limit_in_flight(config, model, prompts, shape, mesh)
+    prefix, temperature, config = traced_settings(config, assistant_prefix)
     if mesh is not None:
-        key, assistant_prefix, temperature = replicate((key, assistant_prefix, temperature), mesh)
-    return put_prompts(prompts, mesh), key, assistant_prefix, temperature, config
+        key, prefix, temperature = replicate((key, prefix, temperature), mesh)
+    return put_prompts(prompts, mesh), key, prefix, temperature, config
 
 
 def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tuple[Mesh | None, RolloutShape]:
-    """The mesh the model lies on (None: one device) and the static shape that follows from it and from the prompts."""
+    """Returns the mesh of the model's weights (None: one device), and the static shape for it and the prompts.
+
+    Raises:
+      ValueError: the prompts cannot be split over the mesh.
+    """
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
+    assert mesh is None or isinstance(mesh, Mesh)  # as that of every array
     shards = row_shards(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * process_shard(mesh).count
     if batch % shards:
@@ -418,20 +450,20 @@ def layout(model: Qwen2_5_VL, prompts: HostPrompts, config: RolloutConfig) -> tu
 
 
 def static_shape(prompts: HostPrompts, config: RolloutConfig, mesh: Mesh | None) -> RolloutShape:
-    """What is static about a rollout of prompts on a mesh."""
+    """Returns the static shape of a rollout of prompts on a mesh."""
     return RolloutShape.of(prompts.shape, config, prompts.tables.tools, 1 if mesh is None else row_shards(mesh))
 
 
 def put_prompts(prompts: HostPrompts, mesh: Mesh | None) -> Prompts:
-    """The prompts on the devices, their images padded; on the mesh: rows split, tables everywhere."""
+    """Puts prompts and their image buffers on the devices; on a mesh, rows are split and tables replicated."""
     buffers = shard_images(prompts.images, prompts.shape, mesh)
-    found = on_devices(prompts, ())
+    arrays = _with_buffers(prompts, ())
     if mesh is not None:
-        rows = shard_batch(found._replace(tables=()), mesh)
-        found = rows._replace(tables=replicate(prompts.tables, mesh))
-    return found._replace(buffers=buffers)
+        rows = shard_batch(arrays._replace(tables=()), mesh)
+        arrays = rows._replace(tables=replicate(prompts.tables, mesh))
+    return arrays._replace(buffers=buffers)
 
 
-def on_devices(prompts: HostPrompts, buffers) -> Prompts:
-    """The prompts with their images in arrays."""
+def _with_buffers(prompts: HostPrompts, buffers) -> Prompts:
+    """Returns the fields of the prompts with image buffers instead of images."""
     return Prompts(buffers=buffers, **{name: getattr(prompts, name) for name in Prompts._fields if name != "buffers"})

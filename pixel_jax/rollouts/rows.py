@@ -1,4 +1,4 @@
-"""Some of the rows, moved together, so that work follows how many there are."""
+"""Chunks of rows, so that the work follows the number of rows that need it."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -10,19 +10,22 @@ T = TypeVar("T")
 
 
 class Chunk(NamedTuple):
-    """C rows of each of the S shards that R rows are split over."""
+    """C rows of each of the S data shards of R rows."""
 
-    at: jax.Array  # int32 [S, C], places in the shard; R // S, past the last, is no row
+    at: jax.Array  # int32 [S, C], indices in the shard; R // S, past the last, stands for no row
     rows: int  # R
 
     def take(self, x: jax.Array) -> jax.Array:
-        """[R, ...] -> [S * C, ...], zeros for no row. Of an x with fewer entries, neighbouring rows share one."""
-        parts, share = self._split(x), self.rows // x.shape[0]
-        taken = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(parts, self.at // share)
+        """Takes the chunk's rows: [R, ...] -> [S * C, ...], zeros for no row.
+
+        If x has fewer entries than rows, neighbouring rows share one.
+        """
+        share = self.rows // x.shape[0]
+        taken = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))(self._split(x), self.at // share)
         return taken.reshape(-1, *x.shape[1:])
 
     def put(self, x: jax.Array, values: jax.Array) -> jax.Array:
-        """x [R, ...] with `values` [S * C, ...] in the places of the chunk's rows."""
+        """Returns x [R, ...] with the chunk's rows replaced by `values` [S * C, ...]."""
         values = values.astype(x.dtype).reshape(*self.at.shape, *x.shape[1:])
         put = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
         return put(self._split(x), self.at, values).reshape(x.shape)
@@ -33,10 +36,10 @@ class Chunk(NamedTuple):
 
 
 def for_chunks(busy: jax.Array, shards: int, size: int, body: Callable[[Chunk, T], T], carry: T) -> T:
-    """`carry = body(chunk, carry)` for chunks of the rows where `busy` (bool [R]), up to `size` of each shard at a time.
+    """Computes `carry = body(chunk, carry)` for chunks of the rows that are `busy` (bool [R]), up to `size` of each shard.
 
-    There are as many chunks as the fullest shard needs: a loop on a mesh has to turn equally often everywhere. What is left
-    of the last is filled up with rows that are not busy.
+    There are as many chunks as the fullest shard needs, because a loop on a mesh has to turn equally often on all devices. The
+    last chunk is filled up with rows that are not busy.
     """
     local = busy.shape[0] // shards
     size = min(size, local)
@@ -53,5 +56,5 @@ def for_chunks(busy: jax.Array, shards: int, size: int, body: Callable[[Chunk, T
 
 
 def fullest(busy: jax.Array, shards: int) -> jax.Array:
-    """The most rows of one shard that are `busy` (bool [R]): int32."""
+    """Returns the largest number of `busy` (bool [R]) rows of one shard: int32 []."""
     return jnp.max(jnp.sum(busy.reshape(shards, -1), axis=1, dtype=jnp.int32))

@@ -1,5 +1,6 @@
-"""What the operations of a rollout take. A rollout is one program, inside which the host reads no clock: so they are
-carried out again, alone.
+"""Measures the time of the operations of a rollout.
+
+A rollout is one program, inside which the host cannot read a clock. So the operations are carried out again, alone.
 """
 
 import contextlib
@@ -14,8 +15,8 @@ from jax.sharding import Mesh
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import replicate, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.drawings import Pictures, drawings, pictures_of
-from pixel_jax.rollouts.materialize import called
+from pixel_jax.rollouts.drawings import ReturnedPictures, drawings, returned_pictures
+from pixel_jax.rollouts.materialize import views_of_calls
 from pixel_jax.rollouts.rollout import layout, put_prompts
 from pixel_jax.rollouts.shapes import RolloutShape
 from pixel_jax.rollouts.trajectory import NO_IMAGE, Calls, HostPrompts, Prompts, Trajectories, no_calls
@@ -25,15 +26,17 @@ from pixel_jax.rollouts.views import show_waiting, visible_buffers
 def seconds_of_operations(
     model: Qwen2_5_VL, prompts: HostPrompts, trajectories: Trajectories, config: RolloutConfig
 ) -> float:
-    """Seconds that the crops and frame selections in `trajectories` take: cut out, resized and encoded, the first calls of
-    all rows together, then all second calls, and so on. Compiling and moving buffers to the devices are not counted.
+    """Measures the seconds of the crops and frame selections in `trajectories`, to cut out, resize and encode them.
 
-    It estimates their part of the rollout that made the rows: there the same work is done whenever enough rows wait, in
-    chunks that may be less full, and the features are then read into the caches, which is not part of it.
+    All first calls are carried out together, then all second calls, and so on; compilation and transfers are not counted. It
+    estimates the time of the same work in the rollout, where chunks may be less full. Reading features into caches is not part of
+    it.
 
     Args:
-      prompts: on the host; with several processes each brings its own, as to the rollout.
+      model: whose vision tower is used.
+      prompts: on the host; with several processes each has its own, as in the rollout.
       trajectories: their rows, on the host.
+      config: of the rollout.
     """
     views = operations_again(model, prompts, trajectories.calls, config)
     jax.block_until_ready(next(views))
@@ -46,17 +49,18 @@ def seconds_of_operations(
 def operations_again(
     model: Qwen2_5_VL, prompts: HostPrompts, calls: Calls, config: RolloutConfig
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Patches and features, as `show_waiting` gives them, of no call at all; then of each row's first, second, ... call."""
+    """Yields patches and features (`show_waiting`) of no call, to compile; then of each row's first, second, ... call."""
     mesh, shape = layout(model, prompts, config)
-    nothing = no_calls(*calls.status.shape, shape.views, shape.tools)
-    pictures = pictures_of(prompts.images) if any(tool.picture for tool in shape.tools) else None
+    rows, numbers = calls.status.shape
+    none = no_calls(rows, numbers, shape.views, shape.tools)
+    pictures = returned_pictures(prompts.images) if any(tool.picture for tool in shape.tools) else None
     pictures = pictures if mesh is None else replicate(pictures, mesh)
-    prompts, calls, nothing = put_prompts(prompts, mesh), _rows(calls, mesh), _rows(nothing, mesh)
-    jax.block_until_ready((prompts, calls, nothing))
+    batch, calls, none = put_prompts(prompts, mesh), _rows(calls, mesh), _rows(none, mesh)
+    jax.block_until_ready((batch, calls, none))
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        yield _show(model, prompts, nothing, 0, pictures, config, shape)
+        yield _show(model, batch, none, 0, pictures, config, shape)
         for number in range(config.max_calls):
-            yield _show(model, prompts, calls, number, pictures, config, shape)
+            yield _show(model, batch, calls, number, pictures, config, shape)
 
 
 def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
@@ -65,12 +69,18 @@ def _rows(calls: Calls, mesh: Mesh | None) -> Calls:
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _show(
-    model, prompts: Prompts, calls: Calls, number, pictures: Pictures | None, config: RolloutConfig, shape: RolloutShape
+    model,
+    prompts: Prompts,
+    calls: Calls,
+    number,
+    pictures: ReturnedPictures | None,
+    config: RolloutConfig,
+    shape: RolloutShape,
 ):
-    """What the calls of that number showed, of every row."""
+    """Cuts out and encodes what the call of index `number` of every row showed."""
     group = calls.status.shape[0] // len(prompts.image_sizes)
     take = lambda x: jax.lax.dynamic_index_in_dim(x, number, axis=1, keepdims=False)
-    seen = jax.tree.map(take, called(calls, config))
+    seen = jax.tree.map(take, views_of_calls(calls, config))
     return show_waiting(
         model,
         visible_buffers(prompts.buffers, config, pictures),

@@ -1,4 +1,4 @@
-"""From buffers to what the vision tower sees, inside the compiled program."""
+"""Makes the input of the vision tower from image buffers, inside the compiled program."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,102 +11,119 @@ from pixel_jax.models.attention import chosen
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.ops import crop_resize, host_crop_resize, patchify, pixel_values
 from pixel_jax.rollouts.config import FACTOR, PATCH, RolloutConfig
-from pixel_jax.rollouts.drawings import Drawings, Pictures, buffer_index, draw, longest, reach
+from pixel_jax.rollouts.drawings import Drawings, ReturnedPictures, buffer_index, calls_needed, draw, largest_side
 from pixel_jax.rollouts.rows import Chunk, for_chunks
-from pixel_jax.rollouts.shapes import Budget, RolloutShape, budgets
+from pixel_jax.rollouts.shapes import RolloutShape, ViewBudget, budgets
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.tools.tool import Tool
 
-GREY = 127  # of blanked observations
+GREY = 127  # of blank images (`RolloutConfig.blank`)
 
 
-def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: Budget) -> jax.Array:
-    """One view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
+def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: ViewBudget) -> jax.Array:
+    """Cuts out one view: `region` (x1 y1 x2 y2) of `buffer` uint8 [H, W, 3] at `size` (height, width) -> patches uint8 [P, 588].
 
-    A size of zero gives zeros.
+    They are zero for a size of zero.
     """
     view = crop_resize(buffer, region, size, canvas=budget.buffer)
     return patchify(view, size, max_patches=budget.patches)
 
 
 def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int]) -> np.ndarray:
-    """`render` on the host: `region` of uint8 [h, w, 3] at `size`, as patches uint8 [h w / 196, 588], no more than there are."""
+    """Does the same on the host: `region` of uint8 [h, w, 3] at `size` (height, width) -> patches uint8 [h w / 196, 588]."""
     height, width = (int(side) for side in size)
     view = host_crop_resize(image, region, (height, width))
     grid = view.reshape(height // FACTOR, 2, PATCH, width // FACTOR, 2, PATCH, 3)
     return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * PATCH**2)
 
 
-AT_ONCE = 2**20  # pixels of a view's buffer
+MAX_VMAP_PIXELS = 2**20  # of the buffer of a view; larger views are computed one after another
 
 
-def each(view: Callable, budget: Budget) -> Callable:
-    """`view` over a leading axis of all its arguments: together, or one after the other where the buffer is large.
+def map_views(view: Callable[..., jax.Array], budget: ViewBudget) -> Callable[..., jax.Array]:
+    """Maps `view` over a leading axis of its arguments: with `vmap`, or one after another if the buffer is large.
 
-    What lies between the passes of a crop is as large as its buffer, several times over: .66 GiB for one of 3,584 x 3,584
-    from an image of 2,048 x 2,048, which alone keeps a matrix unit busy.
+    Intermediate values of a crop are several times as large as its buffer, .66 GiB for one of 3,584 x 3,584 from an image of
+    2,048 x 2,048; and one such crop is enough to keep a matrix unit busy.
     """
-    if math.prod(budget.buffer) <= AT_ONCE:
+    if math.prod(budget.buffer) <= MAX_VMAP_PIXELS:
         return jax.vmap(view)
     return lambda *arguments: jax.lax.map(lambda x: view(*x), arguments)
 
 
-def cut(
+def cut_views(
     buffers: jax.Array,
     prompt: jax.Array,
     views: Views,
-    budget: Budget,
+    budget: ViewBudget,
     drawings: Drawings | None,
     tools: tuple[Tool, ...],
-    pictures: Pictures | None = None,
+    pictures: ReturnedPictures | None = None,
 ) -> jax.Array:
-    """Views of each of S parts of the mesh, cut on its own: patches uint8 [S, N, *views, P, 588].
+    """Cuts out views in each of S data shards.
 
     Args:
-      buffers: uint8 [S, B, C, H, W, 3]; prompt: int32 [S, N], whose buffers are looked at.
-      views: [S, N, *views]; drawings: [S, N, ...], what `tools` made for the rows; None: nothing.
-      pictures: what tools of the host returned.
+      buffers: uint8 [S, B, C, H, W, 3].
+      prompt: int32 [S, N], index of the prompt whose buffers a row uses.
+      views: [S, N, *views].
+      budget: of the views.
+      drawings: [S, N, ...], images that `tools` drew for the rows; None: there are none.
+      tools: of the rollout.
+      pictures: that host tools returned.
+
+    Returns:
+      Patches uint8 [S, N, *views, P, 588].
     """
 
     @jax.vmap
-    def of_part(buffers, *rows):
+    def of_shard(buffers, *rows):
         def of_row(prompt, views, drawings):
             if drawings is None:
                 of = lambda image: buffers[prompt, jnp.maximum(image, 0)]
-            else:  # one row after the other: whose picture is made of whose is no matter of several
-                made = draw(buffers[prompt], drawings, reach(views.image), tools, pictures)
-                of = lambda image: made[buffer_index(image, buffers.shape[1])]
+            else:
+                drawn = draw(buffers[prompt], drawings, calls_needed(views.image), tools, pictures)
+                of = lambda image: drawn[buffer_index(image, buffers.shape[1])]
             one = lambda image, region, size: render(of(image), region, size, budget)
-            return (each(one, budget) if views.image.ndim else one)(*views)
+            return (map_views(one, budget) if views.image.ndim else one)(*views)
 
-        over_rows = each(of_row, budget) if drawings is None else lambda *x: jax.lax.map(lambda x: of_row(*x), x)
-        return over_rows(*rows)
+        if drawings is None:
+            return map_views(of_row, budget)(*rows)
+        return jax.lax.map(lambda x: of_row(*x), rows)  # one after another: rows differ in how many images are drawn
 
-    return of_part(buffers, prompt, views, drawings)
+    return of_shard(buffers, prompt, views, drawings)
 
 
-def visible_buffers(buffers: jax.Array, config: RolloutConfig, pictures: Pictures | None = None) -> jax.Array:
-    """What operations look at: the buffers uint8 [..., H, W, 3], or, where these are blanked, as many large grey ones."""
+def visible_buffers(buffers: jax.Array, config: RolloutConfig, pictures: ReturnedPictures | None = None) -> jax.Array:
+    """Returns the buffers for operations: `buffers` uint8 [..., H, W, 3], or, if `config.blank`, as many grey ones."""
     if not config.blank:
         return buffers
     *lead, height, width, channels = buffers.shape
-    side = longest(height, width, pictures)  # of whatever a tool would have made of them, or returned
+    side = largest_side(height, width, pictures)  # as large as any image that a tool could have drawn or returned
     return jnp.full((*lead, side, side, channels), GREY, jnp.uint8)
 
 
 def encode_still(
     model: Qwen2_5_VL, patches: jax.Array, size: jax.Array, implementation: str | None = None
 ) -> jax.Array:
-    """Visual features [..., P//4, D] of stills: `patches` uint8 [..., P, 588] of `size` int32 [..., 2] in pixels.
+    """Encodes still images.
 
-    Where attention is linear in memory, stills along the last axis before P are taken one after the other, as in
+    If attention is linear in memory, images along the last axis before P are encoded one after another, as in
     `encode_visual`: eight frames of 20,480 patches for each of eight rows would take 72 GiB together in a 7B's tower.
+
+    Args:
+      model: whose vision tower is used.
+      patches: uint8 [..., P, 588].
+      size: int32 [..., 2], (height, width) in pixels.
+      implementation: of attention, as in `RolloutConfig`.
+
+    Returns:
+      Features [..., P//4, D].
     """
-    lead, room = patches.shape[:-2], patches.shape[-2]
+    lead, most = patches.shape[:-2], patches.shape[-2]
     encode = lambda x: model.encode(pixel_values(x[0], x[0]), x[1] // PATCH, implementation=implementation)
-    if lead[-1] > 1 and chosen(implementation, room, room) != "dense":
-        apart = lambda x, *tail: jnp.swapaxes(x.reshape(-1, lead[-1], *tail), 0, 1)
-        features = jax.lax.map(encode, (apart(patches, *patches.shape[-2:]), apart(size, 2)))
+    if lead[-1] > 1 and chosen(implementation, most, most) != "dense":
+        by_image = lambda x, *tail: jnp.swapaxes(x.reshape(-1, lead[-1], *tail), 0, 1)
+        features = jax.lax.map(encode, (by_image(patches, *patches.shape[-2:]), by_image(size, 2)))
         features = jnp.swapaxes(features, 0, 1)
     else:
         features = encode((patches.reshape(-1, *patches.shape[-2:]), size.reshape(-1, 2)))
@@ -122,17 +139,23 @@ def show_waiting(
     drawings: Drawings | None,
     config: RolloutConfig,
     shape: RolloutShape,
-    pictures: Pictures | None = None,
+    pictures: ReturnedPictures | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Patches uint8 [R, V, P, 588] and features [R, V, P//4, D] of the views of the rows that wait; zeros elsewhere.
-
-    The rows that wait are taken `config.observe_chunk` at a time in each of the parts of the mesh that rows are split over.
+    """Cuts out and encodes the views of the rows that wait, `config.observe_chunk` rows at a time in each data shard.
 
     Args:
-      buffers: uint8 [B, C, H, W, 3]; prompt: int32 [R], whose buffers a row looks at, of those of its part of the mesh.
-      view: [R, V]; waiting: bool [R].
-      drawings: [R, ...], what tools have made for the rows; None: nothing.
-      pictures: what tools of the host returned.
+      model: whose vision tower is used.
+      buffers: uint8 [B, C, H, W, 3].
+      prompt: int32 [R], index of a row's prompt in its data shard.
+      view: [R, V].
+      waiting: bool [R].
+      drawings: [R, ...], images that tools drew for the rows; None: there are none.
+      config: of the rollout.
+      shape: of the rollout.
+      pictures: that host tools returned.
+
+    Returns:
+      Patches uint8 [R, V, P, 588] and features [R, V, P//4, D]; zeros for rows that do not wait.
     """
     _, budget = budgets(config, shape)
     rows, views = view.image.shape
@@ -142,7 +165,7 @@ def show_waiting(
         shown, features = shown_so_far
         take = lambda x: chunk.take(x).reshape(*chunk.at.shape, *x.shape[1:])
         mine = jax.tree.map(take, view)
-        pixels = cut(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools, pictures)
+        pixels = cut_views(by_shard, take(prompt), mine, budget, jax.tree.map(take, drawings), shape.tools, pictures)
         encoded = encode_still(model, pixels, mine.size, config.implementation)
         flat = lambda x: x.reshape(-1, *x.shape[2:])
         return chunk.put(shown, flat(pixels)), chunk.put(features, flat(encoded))

@@ -1,7 +1,7 @@
-"""Which texts are fit for a trace: the filter between an endpoint, or a template, and the training data.
+"""Checks of the texts that an endpoint or a template writes for a trace.
 
-The analysis of the whole image comes before the look at the cue, so it must not know the answer; the analysis of what was
-looked at must arrive at it. Every check says what is wrong in a few words that the report counts, or None.
+The analysis of the whole image comes before the call, so it must not contain the answer; the analysis of what the call shows
+must arrive at it. A check returns the problem in a few words, which the report counts, or None.
 """
 
 import re
@@ -15,13 +15,13 @@ from pixel_jax.training.answers import equal, last_boxed, normalise
 
 SHORTEST, LONGEST = 12, 2000  # characters of an analysis
 
-# What belongs to calls, to chat templates or to a page of Markdown, and would be read as such, or learned.
+# Names and markup of calls, chat templates and Markdown: they would be parsed as such, or learned.
 NAMES = {name for tool in SHIPPED.values() for name in (tool.name, *(x.name for x in tool.arguments)) if "_" in name}
 MARKUP = re.compile(
     r"</?\w*tool\w*>|<\|[^|>]*\|>|<(?:image|video|think|answer)\b|crop_image|```|" + "|".join(sorted(NAMES)),
     re.IGNORECASE,
 )
-# Somebody who was told the answer, or who says that there is a task.
+# Phrases of a writer who was told the answer, or who mentions the task.
 INSTRUCTED = re.compile(
     r"\b(?:reference answer|correct answer (?:given|provided)|as an ai|language model|your instructions?|the user"
     r"|provided (?:answer|hint)|i (?:was|am) (?:given|told|asked))\b",
@@ -38,7 +38,7 @@ STATED = re.compile(
     r"(?:option\s+)?[\"'“(*]*([^\s.,;:!?\"'”)*]+)",
     re.IGNORECASE,
 )
-# "The answer is not visible yet", "... is likely written on it": said of an answer, and not what it is.
+# Words after "the answer is" that do not state it: "not visible yet", "likely written on it".
 UNDECIDED = frozenset(
     "not to in on at by near likely probably perhaps found visible written shown printed somewhere hidden located too".split()
 )
@@ -47,7 +47,7 @@ YES_OR_NO = ("yes", "no", "true", "false")
 
 
 def unfit(text: str, language: Language = RELEASED_LANGUAGE) -> str | None:
-    """What makes `text` unfit for any place in a trace whose calls are in the `language`."""
+    """The problem of a text anywhere in a trace whose calls are in the `language`, or None."""
     if not text.strip():
         return "empty"
     names = [tool.name for tool in language.tools if "_" in tool.name]
@@ -62,10 +62,10 @@ def unfit(text: str, language: Language = RELEASED_LANGUAGE) -> str | None:
 
 
 def reveals(text: str, question: str, answers: Sequence[str]) -> bool:
-    """Whether `text` names the answer, or says of something that it is the answer.
+    """Whether a text names the answer, or calls something the answer.
 
-    A letter, yes and no, and words that the question itself uses count only where they are said to be the answer: they
-    turn up in any description. Of listed options the right one counts where it is named alone.
+    A letter, yes and no, and words of the question itself count only where they are called the answer, because any description
+    may contain them. Of listed options the right one counts where no other is named.
     """
     if "\\boxed" in text or any(x.group(1).lower() not in UNDECIDED for x in STATED.finditer(text)):
         return True
@@ -79,7 +79,7 @@ def reveals(text: str, question: str, answers: Sequence[str]) -> bool:
 def whole_problem(
     text: str, question: str, answers: Sequence[str], language: Language = RELEASED_LANGUAGE
 ) -> str | None:
-    """What is wrong with an analysis of the whole image, or video."""
+    """The problem of an analysis of the whole image or video, or None."""
     if problem := unfit(text, language):
         return problem
     if len(text.strip()) < SHORTEST:
@@ -88,7 +88,7 @@ def whole_problem(
 
 
 def local_problem(text: str, answers: Sequence[str], language: Language = RELEASED_LANGUAGE) -> str | None:
-    """What is wrong with an analysis of what was looked at, which ends with its answer in a box."""
+    """The problem of an analysis of what a call shows, which ends with its answer in a box, or None."""
     if problem := unfit(text, language):
         return problem
     found = last_boxed(text)
@@ -117,7 +117,7 @@ def right_answer(found: str, answers: Sequence[str]) -> bool:
 
 
 def with_answer(text: str, answer: str) -> str:
-    """`text` up to its final box, and `answer` in the box."""
+    """The text up to its final box, followed by `answer` in a box."""
     before = re.sub(r"(?:\$+|\\[(\[]|\*+)\s*$", "", text[: text.rindex("\\boxed")])
     if before.endswith("\n") or not before.strip():
         return f"{before.strip()}\n{final_answer(answer)}"
@@ -127,10 +127,8 @@ def with_answer(text: str, answer: str) -> str:
 def _names(text: str, question: str, answer: str) -> bool:
     if (len(answer) == 1 and not answer.isdigit()) or answer in YES_OR_NO or _holds(question, answer):
         return False
-    spellings = [answer]
-    if re.fullmatch(r"[0-9]{1,2}", answer) and int(answer) < len(
-        WORDS
-    ):  # "①" is a digit to `isdigit`, and no number to `int`
+    spellings = [answer]  # `isdigit` would accept "①", which `int` refuses
+    if re.fullmatch(r"[0-9]{1,2}", answer) and int(answer) < len(WORDS):
         spellings.append(WORDS[int(answer)])
     elif answer in WORDS:
         spellings.append(str(WORDS.index(answer)))
@@ -142,13 +140,13 @@ def _holds(text: str, words: str) -> bool:
 
 
 def _options(question: str) -> dict[str, str]:
-    """Letter (lower case) -> text of the options that a question lists as `A. ...` or `(A) ...`."""
+    """The options that a question lists as `A. ...` or `(A) ...`: letter (lower case) -> text."""
     listed = re.findall(r"(?:^|\s)\(?([A-Z])[.):]\s+(.+?)(?=\s+\(?[A-Z][.):]\s|\n|$)", question)
     return {letter.lower(): option for letter, option in listed}
 
 
 def _agrees(stated: str, answers: Sequence[str]) -> bool:
-    """Whether a word said to be the answer is one, or begins one. Only letters, numbers, yes and no can disagree."""
+    """Whether a word that a text calls the answer is one, or begins one. Only letters, numbers, yes and no can disagree."""
     if stated == "a" or not re.fullmatch(rf"[A-Z]|\d[\d,.%]*|{'|'.join(YES_OR_NO)}", stated, re.IGNORECASE):
         return True
     return any(equal(stated, answer) or normalise(answer).startswith(normalise(stated) + " ") for answer in answers)

@@ -1,4 +1,4 @@
-"""`pixel-jax synth --config=configs/pixel/synth.py`: seeds in, traces for `pixel-jax sft` and a report out."""
+"""`pixel-jax synth --config=configs/pixel/synth.py`: makes traces for `pixel-jax sft` and a report from seeds."""
 
 import pathlib
 
@@ -13,11 +13,13 @@ SETTINGS = "pixel_jax.synthesis.run:SynthConfig"  # whose fields `--help` lists
 
 
 def define_flags(command: str) -> None:
+    """Declares the flags of `synth`."""
     define_flag(None, "The synthesis: a file, or a name as pixel/synth.")
     flags.mark_flag_as_required("config")
 
 
 def main(command: str, arguments: list[str]) -> None:
+    """Carries out the synthesis of the config."""
     from pixel_jax.data.limits import use_limits
     from pixel_jax.synthesis.run import SynthConfig, show, synthesize
 

@@ -1,8 +1,8 @@
-"""A whole synthesis: every seed once, many at a time, interrupted and continued as it comes, and a report at the end.
+"""A synthesis: every seed becomes a trace or is dropped, many at a time, with a report at the end.
 
-The run directory holds `outcomes.jsonl` (a line for each finished seed, written as it finishes), `answers/` (what the endpoint
-said), and at the end `traces.jsonl` for `pixel-jax sft`, its pictures in `images/`, and `report.json`. These say the same however
-often the run was interrupted: rows are in the order of the seeds, and what is drawn is drawn from the seed's number.
+The run directory holds `outcomes.jsonl` (a line for each seed, written when it is finished), `answers/` (those of the endpoint),
+and at the end `traces.jsonl` for `pixel-jax sft`, its images in `images/`, and `report.json`. The results do not depend on
+interruptions: rows are in the order of the seeds, and random numbers depend on the seed's number only.
 """
 
 import dataclasses
@@ -10,11 +10,10 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from absl import logging
@@ -30,9 +29,9 @@ from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
-from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, Outcome, assign_kinds, fingerprint, make, possible_kinds
+from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import Model, Templates
-from pixel_jax.terminal import printable, say
+from pixel_jax.terminal import print_table, say, table
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 from pixel_jax.training.progress import Progress
@@ -49,7 +48,7 @@ class EndpointConfig:
     url: str  # ends before /chat/completions
     model: str  # its name at the endpoint
     key: str | None = None  # name of the environment variable with the API key
-    requests_per_second: float | None = None  # at most; None: as many as there are answers
+    requests_per_second: float | None = None  # at most; None: no limit
     retries: int = 6  # of a request that fails
     timeout: float = 120.0  # seconds of one try
     workers: int = 16  # requests under way at once
@@ -66,15 +65,15 @@ class SynthConfig:
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory
-    # Whose calls are written: the crop and the frame selection of the paper, as far as they are among them. Of other tools,
-    # which may run on the host, traces are written by hand (docs/your-own-tool.md).
+    # Calls are written of the paper's crop and frame selection, where these are among the tools. Traces with other tools are
+    # written by hand (docs/your-own-tool.md).
     tools: tuple[str, ...] = DEFAULT
     call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
     image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
     endpoint: EndpointConfig | None = None  # None: the analyses are templates
-    # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images. The paper's.
+    # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images; by default the paper's.
     image: tuple[float, float, float, float] = Mix.image
-    video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among those about videos. The paper's.
+    video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among traces about videos; the paper's
     attempts: int = 3  # at each analysis
     pad: float | None = None  # of `RolloutConfig`: what the crop tool adds on each side of a box; None: the format's
     min_crop: int = 28  # of `RolloutConfig`
@@ -93,7 +92,7 @@ class SynthConfig:
 
 
 def synthesize(config: SynthConfig) -> dict[str, Any]:
-    """Carries out a synthesis, or goes on with one that was interrupted; returns the report.
+    """Carries out a synthesis, or continues one that was interrupted, and returns the report.
 
     Raises:
       EndpointError: the endpoint cannot be used. What is finished stays; the run can be started again.
@@ -110,11 +109,16 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
 
 
 def language_of(config: SynthConfig) -> Language:
-    """Of the calls. ToolError: the tools cannot be used together, or with the format."""
+    """The language of the calls.
+
+    Raises:
+        ToolError: the tools cannot be used together, or with the format.
+    """
     return Language(find_tools(config.tools), find_format(config.call_format))
 
 
 def pad_of(config: SynthConfig, language: Language) -> float:
+    """The padding of a box: the config's, or else the format's."""
     return language.format.pad if config.pad is None else config.pad
 
 
@@ -138,7 +142,7 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
 
 
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
-    """The kind of trace each seed will be, and for the others why there can be none; both by the seeds' places."""
+    """The kind of trace of each seed, and the reasons why other seeds cannot become one; both by the seeds' indices."""
     language = language_of(config)
     pad = pad_of(config, language)
     possible = {i: possible_kinds(seed, pad, config.min_crop, language) for i, seed in enumerate(seeds)}
@@ -157,43 +161,39 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
 def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, out: pathlib.Path) -> dict[str, Any]:
     language = language_of(config)
     pad = pad_of(config, language)
-    apart = {"pad": pad, "seeds": "", "out": "", "limits": Limits(), "image_folders": ()}  # what changes no trace
-    settings = dataclasses.asdict(dataclasses.replace(config, **apart))
-    for name in (
-        "url",
-        "requests_per_second",
-        "retries",
-        "timeout",
-        "workers",
-        "key",
-    ):  # how answers are got, not which
+    # Settings that change no trace are left out of its fingerprint.
+    irrelevant = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}
+    settings = dataclasses.asdict(dataclasses.replace(config, pad=pad, **irrelevant))
+    for name in ("url", "requests_per_second", "retries", "timeout", "workers", "key"):
         (settings["endpoint"] or {}).pop(name, None)
     settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
-    outcomes = {i: Outcome(None, reason, {}) for i, reason in impossible.items()}
+    outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
     kept = _read_outcomes(out / "outcomes.jsonl")
-    # What cannot be written is made again: a run before may have kept half a surrogate pair.
+    # An outcome that cannot be written is made again: an earlier run may have kept half a surrogate pair.
     sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
-    def one(i: int) -> Outcome:
+    def one(i: int) -> SeedOutcome:
         rng = np.random.default_rng([config.seed, i])
         return make(seeds[i], kinds[i], writer, rng, attempts=config.attempts, pad=pad, language=language)
 
     with LineLog(out / "outcomes.jsonl", durable=False) as log:
 
-        def keep(i: int, outcome: Outcome) -> None:
+        def keep(i: int, outcome: SeedOutcome) -> None:
             outcomes[i] = outcome
             log.append([{"print": prints[i], **outcome._asdict()}])
 
         failed = _work([i for i in kinds if i not in outcomes], seeds, one, keep, workers)
-    outcomes |= {i: Outcome(None, why, {}) for i, why in failed.items()}  # not kept: another run tries again
+    outcomes |= {
+        i: SeedOutcome(None, why, {}) for i, why in failed.items()
+    }  # not recorded, so that another run tries again
     with Digests(out / "digests.json") as digests:
         rows = [
-            outcomes[i].row | {"images": [put_beside(path, out, digests) for path in seeds[i].images]}
-            for i in range(len(seeds))
-            if outcomes[i].row is not None
+            row | {"images": [put_beside(path, out, digests) for path in seed.images]}
+            for i, seed in enumerate(seeds)
+            if (row := outcomes[i].row) is not None
         ]
     write_file(out / "traces.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report = report_of(seeds, kinds, outcomes, config)
@@ -202,9 +202,9 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
 
 
 def put_beside(picture: pathlib.Path, out: pathlib.Path, digests: Digests) -> str:
-    """Puts a picture beside the traces, under the name of its content: where they are read nothing outside has to be allowed.
+    """Puts an image beside the traces, named by its digest, so that readers need no access to other folders.
 
-    It takes no room on the disk where it can be a link to the same file (a hard one), else it is a copy.
+    It is a hard link where that is possible, which takes no space on the disk, else a copy.
     """
     name = f"images/{digests.file(picture)}{picture.suffix.lower()}"
     if not (out / name).exists():
@@ -222,14 +222,14 @@ def put_beside(picture: pathlib.Path, out: pathlib.Path, digests: Digests) -> st
 def _work(
     todo: list[int],
     seeds: Sequence[Seed],
-    one: Callable[[int], Outcome],
-    keep: Callable[[int, Outcome], None],
+    one: Callable[[int], SeedOutcome],
+    keep: Callable[[int, SeedOutcome], None],
     workers: int,
 ) -> dict[int, str]:
-    """Every seed of `todo` goes through `one` and, as it finishes, `keep`; returns why it failed for those that it did.
+    """Calls `one` for every seed of `todo`, and `keep` with its outcome; returns the reasons of failures by index.
 
-    One seed's failure does not end the others: it is logged with the seed's id. Several in a row do, and all there are: then
-    it is not the seeds. (The few that failed before may all fail again without that.)
+    The failure of one seed is logged and does not end the others. Several failures in a row, or the failure of all seeds, end the
+    run: then the cause is not in the seeds.
     """
     total = len(seeds)
     done = total - len(todo)
@@ -239,7 +239,7 @@ def _work(
     waiting = iter(todo)
     with ThreadPoolExecutor(workers) as pool:
         while True:
-            # No further ahead than the workers are: what is under way is all that an interruption waits for.
+            # No more seeds are submitted than there are workers: an interruption waits for all that were submitted.
             while len(running) < workers and (i := next(waiting, None)) is not None:
                 running[pool.submit(one, i)] = i
             if not running:
@@ -266,16 +266,16 @@ def _work(
                 progress.update(done, {"dropped": dropped})
 
 
-def _read_outcomes(path: pathlib.Path) -> dict[str, Outcome]:
-    """Fingerprint -> outcome of what earlier runs finished; the seed of a damaged line is done again."""
+def _read_outcomes(path: pathlib.Path) -> dict[str, SeedOutcome]:
+    """The outcomes of earlier runs: fingerprint -> outcome. Damaged lines are left out, so that their seeds are done again."""
     lines = read_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
-    return {line["print"]: Outcome(line["row"], line["reason"], line["rejected"]) for line in lines}
+    return {line["print"]: SeedOutcome(line["row"], line["reason"], line["rejected"]) for line in lines}
 
 
 def report_of(
-    seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, Outcome], config: SynthConfig
+    seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, SeedOutcome], config: SynthConfig
 ) -> dict[str, Any]:
-    """What was made, in which shares, and why the rest was dropped."""
+    """The report: the traces of each kind, their shares, and the reasons for dropped seeds and rejected texts."""
     made: dict[str, dict[str, Any]] = {}
     for group, names, shares in (
         ("image", IMAGE_KINDS, config.image),
@@ -297,9 +297,12 @@ def report_of(
             }
             for name, share in zip(names, shares, strict=True)
         }
-    dropped = [(seed.id, outcomes[i].reason) for i, seed in enumerate(seeds) if outcomes[i].row is None]
-    # Every file that cannot be read has an error of its own.
-    kind_of = lambda reason: UNREADABLE if reason.startswith(UNREADABLE) else reason
+    dropped = [(seed.id, str(outcomes[i].reason)) for i, seed in enumerate(seeds) if outcomes[i].row is None]
+
+    def kind_of(reason: str) -> str:
+        """The reason without the error of the one file that cannot be read."""
+        return UNREADABLE if reason.startswith(UNREADABLE) else reason
+
     rejected: Counter[str] = Counter()
     for outcome in outcomes.values():
         rejected.update(outcome.rejected)
@@ -314,29 +317,17 @@ def report_of(
     }
 
 
-def show(report: Mapping[str, Any], stream=None) -> None:
-    """The report on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(file=stream or sys.stdout, highlight=False)
-    table = Table(
-        title=Text(f"{report['made']} traces of {report['seeds']} seeds, analyses by {printable(report['writer'])}")
-    )
-    for name in ("", "kind", "made", "share", "wanted"):
-        table.add_column(name, justify="right" if name in ("made", "share", "wanted") else "left")
-    for group, found in report["kinds"].items():
-        if any(kind["made"] for kind in found.values()):
-            for name, kind in found.items():
-                table.add_row(group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
-            table.add_section()
-    console.print(table)
+def show(report: Mapping[str, Any], stream: TextIO | None = None) -> None:
+    """Prints the report: the traces of each kind, and the reasons for what was dropped."""
+    title = f"{report['made']} traces of {report['seeds']} seeds, analyses by {report['writer']}"
+    rows = [
+        (group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
+        for group, found in report["kinds"].items()
+        if any(kind["made"] for kind in found.values())
+        for name, kind in found.items()
+    ]
+    print_table(table(("", "kind", "made", "share", "wanted"), rows, words=2, title=title), stream)
     for title, counts in (("dropped seeds", report["dropped"]), ("rejected texts", report["rejected_texts"])):
         if counts:
-            table = Table(title=f"{sum(counts.values())} {title}")
-            table.add_column("why")
-            table.add_column("count", justify="right")
-            for reason, count in counts.items():
-                table.add_row(Text(printable(reason)), str(count))
-            console.print(table)
+            rows = [(reason, str(count)) for reason, count in counts.items()]
+            print_table(table(("why", "count"), rows, title=f"{sum(counts.values())} {title}"), stream)

@@ -1,6 +1,6 @@
-"""What a trace is made from: a question, its answer, and where the answer is to be seen.
+"""Seeds, from which traces are made: a question, its answer, and the region or frames that show the answer.
 
-A file has one seed a line; paths are relative to it and lead to files in its folder or in the config's `image_folders`. A box
+A file has one seed per line; paths are relative to it and lead to files in its folder or in the config's `image_folders`. A box
 is in pixels of the upright image, frames count from 1.
 
     {"id": "street-1", "question": "...", "answer": "Exit 12", "images": ["a.jpg"], "cue": "the sign on the left",
@@ -9,10 +9,10 @@ is in pixels of the upright image, frames count from 1.
      "cue": "the moment the door opens", "frames": [5, 6]}
     {"question": "...", "answer": ["7", "seven"], "images": ["a.jpg"]}                  answered without looking closer
 
-`cue` is the name of what is looked at, as in "look clearer at 'the sign on the left'". A box belongs to the first image,
-or to the one that `"image"` counts from 1. Of several answers the first is written. `id` is the line's number if left out.
+`cue` names the region or moment, as in "look clearer at 'the sign on the left'". A box belongs to the first image, or to the
+image with the number `"image"`, counted from 1. Of several answers the first is written. Without an `id` it is the line's number.
 
-A mistake in a line is an error. An image that is there and cannot be decoded is none: its seed is dropped, and counted.
+A mistake in a line is an error. A seed whose image cannot be decoded is dropped and counted.
 """
 
 import contextlib
@@ -39,6 +39,8 @@ class SeedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Seed:
+    """A question to make a trace of."""
+
     id: str
     question: str
     answers: tuple[str, ...]
@@ -52,22 +54,28 @@ class Seed:
 
     @property
     def looks(self) -> bool:
-        """Whether there is something to look closer at."""
+        """Whether there is a region or a moment to look at closely."""
         return self.box is not None or self.frames is not None
 
 
 def read_seeds(path: str | pathlib.Path, image_folders: Sequence[str] = ()) -> list[Seed]:
-    """The seeds of a file, each checked, their ids unique. Images lie beside it or in one of `image_folders`
-    (`pixel_jax.data.sources.locate`).
+    """Reads and checks the seeds of a file.
+
+    Args:
+        path: of the file.
+        image_folders: where images may lie other than beside it (`pixel_jax.data.sources.locate`).
+
+    Raises:
+        SeedError: a line is no seed, or two have the same id.
     """
     path = pathlib.Path(path)
     seeds: list[Seed] = []
-    places: dict[str, str] = {}
+    lines: dict[str, str] = {}
     for where, line in read_lines(path, error=SeedError):
         seed = _seed(line, path.parent, image_folders, where)
-        if seed.id in places:
-            raise SeedError(f"{where}: the id {brief(seed.id)} is that of line {places[seed.id]} already")
-        places[seed.id] = where.rpartition(":")[2]
+        if seed.id in lines:
+            raise SeedError(f"{where}: the id {brief(seed.id)} is that of line {lines[seed.id]} already")
+        lines[seed.id] = where.rpartition(":")[2]
         seeds.append(seed)
     if not seeds:
         raise SeedError(f"{path} has no seeds")
@@ -86,9 +94,15 @@ def _seed(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str) 
         if not good:
             raise SeedError(f"{where}: {name!r} must be {wanted}, not {brief(row.get(name))}")
 
-    text = lambda x: isinstance(x, str) and bool(x.strip())
-    texts = lambda x: isinstance(x, list) and bool(x) and all(map(text, x))
-    whole = lambda x: type(x) is int
+    def text(x: Any) -> bool:
+        return isinstance(x, str) and bool(x.strip())
+
+    def texts(x: Any) -> bool:
+        return isinstance(x, list) and bool(x) and all(map(text, x))
+
+    def whole(x: Any) -> bool:
+        return type(x) is int
+
     need("question", text(row.get("question")), "a text")
     need("answer", text(row.get("answer")) or texts(row.get("answer")), "a text or a list of texts")
     need("images", texts(row.get("images")), "a list of at least one path")
@@ -99,8 +113,9 @@ def _seed(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str) 
     need("seconds", seconds is None or (video and is_seconds(seconds)), "a positive number, of a video")
     image = row.get("image", 1)
     need("image", whole(image) and 1 <= image <= count, f"a number from 1 to {count}")
-    refuse = lambda why: SeedError(f"{where}: {why}")
-    images = tuple(locate(name, folder, others, error=refuse) for name in row["images"])
+    images = tuple(
+        locate(name, folder, others, error=lambda why: SeedError(f"{where}: {why}")) for name in row["images"]
+    )
 
     box, frames, cue = row.get("box"), row.get("frames"), row.get("cue")
     if box is not None:
@@ -116,9 +131,8 @@ def _seed(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str) 
         need("frames", good and all(1 <= x <= count for x in frames), f"1 to {MOST_FRAMES} numbers from 1 to {count}")
         need("frames", len(set(frames)) == len(frames), "numbers that differ")
     if box is not None or frames is not None:
-        need(
-            "cue", text(cue) and len(cue) <= LONGEST_CUE and "\n" not in cue, "the name of what is looked at, one line"
-        )
+        one_line = isinstance(cue, str) and text(cue) and len(cue) <= LONGEST_CUE and "\n" not in cue
+        need("cue", one_line, "the name of what is looked at, one line")
     else:
         need("cue", cue is None, "left out where there is neither a box nor frames")
     return Seed(
@@ -127,7 +141,7 @@ def _seed(line: bytes, folder: pathlib.Path, others: Sequence[str], where: str) 
         answers=tuple(references_of(row["answer"])),
         images=images,
         cue=cue,
-        box=None if box is None else tuple(map(float, box)),
+        box=None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3])),
         frames=None if frames is None else tuple(sorted(frames)),
         image=image,
         video=video,

@@ -1,4 +1,4 @@
-"""Who writes the analyses of a trace: a vision-language model behind an endpoint, or sentences that are always the same."""
+"""Writers of the analyses of a trace: a vision-language model behind an endpoint, or fixed sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -12,32 +12,38 @@ from pixel_jax.synthesis.seeds import Seed
 Images = Sequence[np.ndarray]  # uint8 [h, w, 3]
 
 
-class Writer(Protocol):
-    """`attempt` counts from 0; another attempt is another text, as far as the writer has any."""
+class TraceWriter(Protocol):
+    """A writer. `attempt` counts from 0; another attempt gives another text, if the writer has one."""
 
     def whole(self, seed: Seed, images: Images, attempt: int) -> str:
-        """What the whole image or video shows, and that the cue needs a closer look; not the answer."""
+        """Describes the whole image or video and says that the cue needs a closer look, without the answer."""
+        ...
 
     def local(self, seed: Seed, views: Images, attempt: int) -> str:
-        """What `views`, the crop or the frames of the cue, show; ends with the answer in a box."""
+        """Describes `views`, the crop or the frames of the cue, and ends with the answer in a box."""
+        ...
 
     def direct(self, seed: Seed, images: Images, attempt: int) -> str:
-        """Reasoning without a closer look; ends with the answer in a box."""
+        """Answers without a closer look, and ends with the answer in a box."""
+        ...
 
 
 class Templates:
-    """Without an endpoint."""
+    """Fixed sentences, without an endpoint."""
 
     def whole(self, seed: Seed, images: Images, attempt: int) -> str:
+        """Says that the cue is small."""
         if seed.video:
             return f"The question is about '{seed.cue}', which only a part of the video shows."
         return f"The question is about '{seed.cue}', which takes up only a small part of the image."
 
     def local(self, seed: Seed, views: Images, attempt: int) -> str:
+        """Says that the cue is clear, and answers."""
         where = "In these frames" if seed.video else "In this crop"
         return f"{where}, '{seed.cue}' can be seen clearly.\n{final_answer(seed.answers[0])}"
 
     def direct(self, seed: Seed, images: Images, attempt: int) -> str:
+        """Says that no closer look is needed, and answers."""
         kind = "video" if seed.video else "image"
         return f"The {kind} shows this without a closer look.\n{final_answer(seed.answers[0])}"
 
@@ -65,9 +71,10 @@ DIRECT = (
 
 
 class Model:
-    """With an endpoint. It is told where to look and not what to find, so that a right answer was seen."""
+    """A model behind an endpoint. It is told where to look but not the answer, so that a right answer was read off the image."""
 
     def __init__(self, endpoint: Endpoint, sampling: Mapping[str, Any]):
+        """Takes the endpoint and the fields of its requests."""
         self.endpoint, self.sampling = endpoint, dict(sampling)
 
     def _ask(self, prompt: str, seed: Seed, images: Images, attempt: int, **words: str) -> str:
@@ -75,13 +82,16 @@ class Model:
         return self.endpoint.complete([user(text, *images)], **self.sampling, seed=attempt).strip()
 
     def whole(self, seed: Seed, images: Images, attempt: int) -> str:
+        """Asks for a description of the whole."""
         return self._ask(WHOLE, seed, images, attempt, what=_what(seed), where=_where(seed), it=_it(seed))
 
     def local(self, seed: Seed, views: Images, attempt: int) -> str:
+        """Asks for a description of the views, and the answer."""
         what = f"{len(seed.frames)} frames of a video" if seed.frames else "a part of a larger image, enlarged"
         return self._ask(LOCAL, seed, views, attempt, what=what)
 
     def direct(self, seed: Seed, images: Images, attempt: int) -> str:
+        """Asks for the answer."""
         return self._ask(DIRECT, seed, images, attempt, what=_what(seed))
 
 
@@ -97,6 +107,6 @@ def _it(seed: Seed) -> str:
 
 
 def _where(seed: Seed) -> str:
-    if seed.video:
+    if seed.frames is not None:
         return f" (frames {seed.frames[0]} to {seed.frames[-1]})"
     return f" (in image {seed.image})" if len(seed.images) > 1 else ""

@@ -1,4 +1,4 @@
-"""Tools: what a model can do with images besides looking at them. One file a tool."""
+"""Tools: operations on images that a model can call. One file a tool."""
 
 from pixel_jax.tools.crop_image import CROP_IMAGE
 from pixel_jax.tools.draw_box import DRAW_BOX

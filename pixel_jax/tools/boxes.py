@@ -1,11 +1,12 @@
-"""Boxes that a model writes, as pixels.
+"""Converts boxes that a model writes to pixels.
 
-A box is in shares of an image, in pixels of that image *as the model was shown it*, which is the size that observations
-announce and the one in which Qwen2.5-VL was taught to point, or in its own pixels (`Coordinates`). In each case it becomes
-shares, is padded and clipped, and lies in what the image shows of its image, at full resolution. A tool that draws is given
-boxes as shares, to the millionth (`as_shares`), whatever they are measured in. The released code does this
-in Python's floats, whose last bit decides where an edge lies halfway between two pixels (4 % of boxes in pixels); so do we,
-on integers, so that every device and the host agree. A coordinate counts to the millionth.
+The call format says what a box is measured in (`Coordinates`): shares of an image, its own pixels, or pixels of the image *as
+the model was shown it*, which is the size that observations announce and the one in which Qwen2.5-VL was trained to point.
+The box is converted to shares, padded, clipped, and then to pixels at full resolution. A tool that draws gets boxes as shares,
+to the millionth, whatever they were measured in (`as_shares`).
+
+The released code computes this in Python's floats. Their last bit decides which pixel an edge halfway between two pixels goes to
+(4 % of boxes in pixels), so the same IEEE operations are computed on integers here, and every device and the host agree.
 """
 
 import jax
@@ -27,14 +28,18 @@ def box_in_region(
     pad: float = 0.0,
     one_is_absolute: bool = False,
 ) -> jax.Array:
-    """The box that was written as int32 [..., 4] in image pixels, padding applied, clipped to the region that it is a box of.
+    """Converts a box of a region of an image to pixels of the image, padded and clipped to the region.
 
     Args:
-      box: of four numbers, x1, y1, x2, y2, [..., 4].
-      region: int32 [..., 4], x1 y1 x2 y2 in the image; size: int32 [..., 2], (height, width) at which it was shown.
+      box: [..., 4], the numbers x1, y1, x2, y2 as they were written.
+      region: int32 [..., 4], x1 y1 x2 y2 in pixels of the image.
+      size: int32 [..., 2], (height, width) at which the model was shown the region.
       coordinates: what the numbers are measured in, a `Coordinates`.
       pad: added on each side, as a share of the region.
-      one_is_absolute: the released code reads a box with a coordinate of exactly 1 as pixels.
+      one_is_absolute: whether a coordinate of exactly 1 makes the box one in pixels, as in the released code.
+
+    Returns:
+      int32 [..., 4], x1 y1 x2 y2 in pixels of the image.
     """
     absolute = in_pixels(box, coordinates, one_is_absolute)
     with jax.enable_x64(True):
@@ -49,12 +54,12 @@ def box_in_region(
         high = doubles.where(box.negative, doubles.subtract(padding, share), doubles.add(share, padding))
         share = doubles.where(jnp.arange(4) < 2, low, high)
         edges = doubles.round_half_even(doubles.multiply(sides, share))
-        found = jnp.minimum(jnp.where(doubles.at_least_one(share), sides, edges), sides).astype(jnp.int32)
-    return found + region[..., jnp.array([0, 1, 0, 1])]
+        edges = jnp.minimum(jnp.where(doubles.at_least_one(share), sides, edges), sides).astype(jnp.int32)
+    return edges + region[..., jnp.array([0, 1, 0, 1])]
 
 
 def in_pixels(box: Numbers, coordinates: jax.Array | int, one_is_absolute: bool = False) -> jax.Array:
-    """Whether the numbers of boxes [..., 4] are pixels: bool [..., 1]."""
+    """Whether the numbers of boxes [..., 4] are pixels, not shares: bool [..., 1]."""
     beyond = (box.units > 1) | ((box.units == 1) & (box.micros > 0))
     if one_is_absolute:
         beyond = box.units >= 1
@@ -63,7 +68,14 @@ def in_pixels(box: Numbers, coordinates: jax.Array | int, one_is_absolute: bool 
 
 
 def as_shares(box: Numbers, size: jax.Array, shown: jax.Array, coordinates: jax.Array | int) -> Numbers:
-    """A box [4] of a picture of `size` int32 [2] (height, width), which was shown at `shown`, as shares to the millionth."""
+    """Converts a box to shares of its image, to the millionth.
+
+    Args:
+      box: [4], as it was written.
+      size: int32 [2], (height, width) of the image.
+      shown: int32 [2], (height, width) at which the model was shown it.
+      coordinates: what the numbers are measured in, a `Coordinates`.
+    """
     absolute = in_pixels(box, coordinates)
     side = jnp.where(coordinates == Coordinates.PIXELS, size, shown)[jnp.array([1, 0, 1, 0])]
     with jax.enable_x64(True):
@@ -79,10 +91,12 @@ def as_shares(box: Numbers, size: jax.Array, shown: jax.Array, coordinates: jax.
 
 
 def with_shares(tool: Tool, values: Values, size: jax.Array, shown: jax.Array, coordinates: jax.Array | int) -> Values:
-    """The values of a call of `tool`, its boxes as shares (`as_shares`)."""
+    """Converts the boxes among the values of one call of `tool` to shares; the arguments are those of `as_shares`."""
     for argument in tool.arguments:
         if isinstance(argument, Box):
             at = slice(tool.starts[argument.name], tool.starts[argument.name] + argument.slots)
-            shares = as_shares(Numbers(*(x[at] for x in values[:4])), size, shown, coordinates)
-            values = Values(*(x.at[at].set(y) for x, y in zip(values[:4], shares, strict=True)), values.lengths)
+            shares = as_shares(values.numbers(at), size, shown, coordinates)
+            values = values._replace(
+                **{name: getattr(values, name).at[at].set(x) for name, x in shares._asdict().items()}
+            )
     return values

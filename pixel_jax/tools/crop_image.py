@@ -1,10 +1,18 @@
-"""The paper's crop, as the released checkpoints know it (Pixel Reasoner code, `experience_maker.py`), with three faults mended:
-a coordinate of exactly 1 is relative, indices below 1 are out of range, and crops are cut from the full-resolution image.
+"""The paper's crop, with the schema of the released checkpoints (Pixel Reasoner code, `experience_maker.py`).
+
+Three faults of the released code are mended: a coordinate of exactly 1 is relative, indices below 1 are out of range, and crops
+are cut from the full-resolution image.
 """
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from pixel_jax.tools.boxes import box_in_region
-from pixel_jax.tools.looking import Answer, Seen, find_target, no_such_image, region_size, shown_size
+from pixel_jax.tools.device import Answer, Seen, find_target, no_such_image, region_size, shown_size
 from pixel_jax.tools.tool import IN_SHARES, Box, Number, Outcome, Tool
+
+if TYPE_CHECKING:
+    from pixel_jax.rollouts.config import RolloutConfig
 
 NAME = "crop_image_normalized"
 SHOWN = Outcome("shown", "\nHere is the cropped image (Image Size: {0}x{1}):", images=1)
@@ -12,7 +20,9 @@ TOO_SMALL = Outcome("too small", "\nExecution error:\nCropped image is too small
 MISSING = no_such_image(NAME)
 
 
-def execute(arguments, seen: Seen, limits) -> Answer:
+def execute(arguments: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -> Answer:
+    """Decides what a crop shows (`pixel_jax.tools.device`)."""
+    assert limits.pad is not None  # where a config leaves it open, it is the call format's
     target = find_target(arguments["target_image"], seen, MISSING)
     region = box_in_region(
         arguments["bbox_2d"],
@@ -32,7 +42,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
             (small, TOO_SMALL, (width, height)),
             (~fits, None, ()),
         ),
-        last=(SHOWN, (size[1], size[0], seen.history.count - 1, seen.history.count)),
+        last=(SHOWN, (size[1], size[0], seen.history.length - 1, seen.history.length)),
         image=target.image[None],
         region=region[None],
         size=size[None],

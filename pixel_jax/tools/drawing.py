@@ -1,13 +1,17 @@
-"""Tools that make a new picture of one that the model names: all but `draw` and its arguments is the same for them."""
+"""Tools that draw a new image from one that the model names: they share everything but `draw` and its arguments."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from pixel_jax.tools.boxes import as_shares
-from pixel_jax.tools.looking import Answer, Seen, Target, find_target, fitted, no_such_image, region_size
-from pixel_jax.tools.tool import Argument, Box, Number, Outcome, Tool
+from pixel_jax.tools.device import Answer, Seen, Target, find_target, fitted, no_such_image, region_size
+from pixel_jax.tools.tool import Argument, Box, Draw, DrawnSize, Number, Outcome, Tool
+
+if TYPE_CHECKING:
+    from pixel_jax.rollouts.config import RolloutConfig
 
 TARGET = Number(
     "target_image",
@@ -15,32 +19,37 @@ TARGET = Number(
 )
 
 
-def drawing(
+def drawing_tool(
     name: str,
     description: str,
     arguments: tuple[Argument, ...],
-    draw: Callable,
+    draw: Draw,
     *,
     shows: str,
-    drawn_size: Callable | None = None,
-    accepts: Callable | None = None,
+    drawn_size: DrawnSize | None = None,
+    accepts: Callable[[Mapping[str, Any], jax.Array], jax.Array] | None = None,
 ) -> Tool:
-    """A tool with one more argument, `target_image`, that shows what `draw` makes of that image at its full resolution.
+    """Makes a tool that draws a new image from one that the model names, at full resolution.
+
+    The tool has one more argument, `target_image`. In the arguments that `draw`, `drawn_size` and `accepts` get, a box is in
+    shares of the image, whatever the call format measures it in.
 
     Args:
-      draw, drawn_size: as in `Tool`.
-      shows: what the observation says, as "Here is the rotated image"; the size at which it is shown follows.
-      accepts: (arguments, size of the image) -> bool, whether it can be done at all.
-
-    In the arguments of all three a box is in shares of the image, whatever the call format measures it in.
+      name: as in `Tool`.
+      description: as in `Tool`.
+      arguments: all arguments but `target_image`.
+      draw: as in `Tool`.
+      shows: the text of the observation, as "Here is the rotated image"; the size at which the image is shown follows.
+      drawn_size: as in `Tool`.
+      accepts: (arguments, size int32 [2] of the image) -> bool [], whether the call can be carried out. None: it always can.
     """
     shown, missing = Outcome("shown", f"\n{shows} (Image Size: {{0}}x{{1}}):", images=1), no_such_image(name)
 
-    def execute(written, seen: Seen, limits) -> Answer:
+    def execute(written: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -> Answer:
         target = find_target(written["target_image"], seen, missing)
         size, given = region_size(target.region), in_shares(written, target, seen)
-        made = size if drawn_size is None else drawn_size(given, size)
-        view, fits = fitted(made, limits.crop_min_pixels, limits.crop_max_pixels, limits.max_side)
+        drawn = size if drawn_size is None else drawn_size(given, size)
+        view, fits = fitted(drawn, limits.crop_min_pixels, limits.crop_max_pixels, limits.max_side)
         accepted = jnp.bool_(True) if accepts is None else accepts(given, size)
         return Answer(
             outcomes=(*target.outcomes, (~accepted | ~fits, None, ())),
@@ -51,10 +60,10 @@ def drawing(
             shown=target.size,
         )
 
-    def in_shares(given: dict[str, Any], target: Target, seen: Seen) -> dict[str, Any]:
-        size = region_size(target.region)
-        share = lambda box: as_shares(box, size, target.size, seen.coordinates)
-        return given | {x.name: share(given[x.name]) for x in arguments if isinstance(x, Box)}
+    def in_shares(written: Mapping[str, Any], target: Target, seen: Seen) -> dict[str, Any]:
+        where = region_size(target.region), target.size, seen.coordinates
+        boxes = {x.name: as_shares(written[x.name], *where) for x in arguments if isinstance(x, Box)}
+        return {**written, **boxes}
 
     return Tool(
         name,

@@ -1,12 +1,18 @@
-"""The paper's choice of frames, as the released checkpoints know it (Pixel Reasoner code, `experience_maker.py`)."""
+"""The paper's selection of frames, with the schema of the released checkpoints (Pixel Reasoner code, `experience_maker.py`)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from pixel_jax.tools.looking import Answer, Seen, shown_size, whole
+from pixel_jax.tools.device import Answer, Seen, shown_size, whole
 from pixel_jax.tools.tool import Integers, Outcome, Tool
 
+if TYPE_CHECKING:
+    from pixel_jax.rollouts.config import RolloutConfig
+
 NAME = "select_frames"
-MOST = 8  # frames that are shown
+MOST = 8  # frames that a call can show
 SHOWN = Outcome("shown", "\nHere are the selected frames (Frame Size: {0}x{1}, Numbered {2} to {3}):", images=MOST)
 ERROR = "\nExecution error:\nExecution Error: %s\n"
 NO_VIDEO = Outcome(
@@ -26,14 +32,15 @@ OUT_OF_RANGE = Outcome(
 )
 
 
-def execute(arguments, seen: Seen, limits) -> Answer:
+def execute(arguments: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -> Answer:
+    """Decides which frames are shown (`pixel_jax.tools.device`)."""
     frames, count = arguments["target_frames"]
     listed = jnp.arange(frames.shape[0]) < count
     in_range = jnp.all(~listed | ((frames >= 1) & (frames <= seen.image_counts)))
     chosen = jnp.clip(frames[:MOST] - 1, 0, seen.image_sizes.shape[0] - 1)
     region = whole(seen.image_sizes[chosen])
     size, fits = shown_size(region, limits.select_min_pixels, limits.select_max_pixels, limits.max_side)
-    first = seen.history.count
+    first = seen.history.length
     return Answer(
         outcomes=(
             (~seen.is_video, NO_VIDEO, ()),
@@ -46,7 +53,7 @@ def execute(arguments, seen: Seen, limits) -> Answer:
         image=chosen,
         region=region,
         size=size,
-        count=count,
+        num_images=count,
         listed=arguments["target_frames"],
     )
 

@@ -1,7 +1,7 @@
-"""What a tool is: a value with a name, a description, typed arguments, the texts of its outcomes, and what it does.
+"""A tool as a value: a name, a description, typed arguments, the texts of its outcomes, and the functions that carry it out.
 
-Everything that is said about a tool follows from this value: the schema in the system prompt (`schema`), the parser of
-its calls on the host and on the device (`pixel_jax.dialog`), and the arrays in which `execute` gets what was written.
+Everything else follows from this value: the schema in the system prompt (`schema`), the parser of its calls on the host and on
+the device (`pixel_jax.dialog`), and the arrays in which `execute` gets the arguments.
 
     ROTATE = Tool(
         "rotate",
@@ -15,37 +15,43 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+import jax
 
 BOX_NUMBERS = 4
-MAX_INTEGERS = 64  # the longest list that is read
+MAX_INTEGERS = 64  # the longest list that is stored
 MAX_OPTIONS = 64
-IN_SHARES = (
-    "Values should be within [0.0,1.0]."  # of boxes; a call format that measures otherwise says that in its place
-)
+# Ends descriptions of boxes. A call format that measures boxes differently replaces it (`CallFormat.box_description`).
+IN_SHARES = "Values should be within [0.0,1.0]."
+
+# (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3]
+Draw: TypeAlias = Callable[[Mapping[str, Any], jax.Array, jax.Array], jax.Array]
+# (arguments, size int32 [2]) -> int32 [2]
+DrawnSize: TypeAlias = Callable[[Mapping[str, Any], jax.Array], jax.Array]
 
 
 class Coordinates(enum.IntEnum):
-    """What the numbers of a box are measured in; a call format says so."""
+    """What the numbers of a box are measured in; each call format has one of these."""
 
-    EITHER = 0  # shares of the image where none is above 1, else pixels of the image as it was shown
+    EITHER = 0  # shares of the image if no number is above 1, else pixels of the image as it was shown
     SHARES = 1  # shares of the image
     PIXELS = 2  # pixels of the image at its own size
 
 
 class ToolError(ValueError):
-    """A tool, or a tuple of tools, that cannot be used; the message names it and says why."""
+    """Raised for a tool, or a tuple of tools, that cannot be used; the message names it and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """An argument of a tool.
+    """An argument of a tool. Its subclasses are the kinds that the parsers know.
 
     Args:
-      name: the key that a call writes; it needs no escaping in JSON and has no "<".
-      description: what the system prompt says of it.
-      default: what counts where a call does not write it. None: a call must write it.
+      name: the key in a call; it needs no escaping in JSON and has no "<".
+      description: its description in the system prompt.
+      default: the value in calls that leave it out. None: every call must have it.
     """
 
     name: str
@@ -63,38 +69,40 @@ class Argument:
 
     @property
     def required(self) -> bool:
+        """Whether every call must have it."""
         return self.default is None
 
     @property
     def slots(self) -> int:
-        """Numbers that its value is kept in."""
+        """How many numbers its value takes in arrays of calls."""
         return 1
 
     @property
     def usage(self) -> str:
-        """What a call writes for it."""
+        """Says what a call writes for it, in the message that answers malformed calls."""
         return {"box": "four numbers [x1, y1, x2, y2]", "integers": "a list of integers"}.get(
             self.kind, f"a {self.kind}"
         )
 
     def problem(self, value: Any) -> str | None:
-        """Why `value` is none of this argument; None where it is one."""
+        """Says why `value` is not allowed for this argument; None if it is."""
         raise NotImplementedError
 
     def type_schema(self) -> dict[str, Any]:
+        """Returns the part of the JSON schema that follows from the kind."""
         raise NotImplementedError
 
     def schema(self) -> dict[str, Any]:
-        """JSON schema, in the order of the released prompts: type, description, the rest."""
-        facts = self.type_schema()
-        said = {"description": self.description} if self.description else {}
+        """Returns the JSON schema, in the order of the released prompts: type, description, the rest."""
+        rest = self.type_schema()
+        description = {"description": self.description} if self.description else {}
         default = {} if self.default is None else {"default": _plain(self.default)}
-        return {"type": facts.pop("type"), **said, **facts, **default}
+        return {"type": rest.pop("type"), **description, **rest, **default}
 
 
 @dataclasses.dataclass(frozen=True)
 class Number(Argument):
-    """A number, read to the millionth; a call with one outside [low, high] cannot be carried out."""
+    """A number, read to the millionth. Calls with a number outside [low, high] are malformed."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -106,46 +114,52 @@ class Number(Argument):
         super().__post_init__()
 
     def problem(self, value: Any) -> str | None:
+        """Finite, and within the bounds."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return "it is no finite number"
         return None if self.low <= value <= self.high else f"it lies outside [{self.low}, {self.high}]"
 
     def type_schema(self) -> dict[str, Any]:
+        """A number, with its bounds."""
         low = {"minimum": self.low} if math.isfinite(self.low) else {}
         return {"type": self.kind, **low, **({"maximum": self.high} if math.isfinite(self.high) else {})}
 
 
 @dataclasses.dataclass(frozen=True)
 class Integer(Number):
-    """A number that is written without a point or an exponent."""
+    """A number written without a decimal point or an exponent."""
 
     kind: ClassVar[str] = "integer"
 
     def problem(self, value: Any) -> str | None:
+        """An int within the bounds."""
         return super().problem(value) or (None if isinstance(value, int) else "it is no integer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Box(Argument):
-    """x1, y1, x2, y2. What they are measured in is said by the call format."""
+    """Four numbers x1, y1, x2, y2. The call format says what they are measured in."""
 
     kind: ClassVar[str] = "box"
 
     @property
     def slots(self) -> int:
+        """One for each side."""
         return BOX_NUMBERS
 
     def problem(self, value: Any) -> str | None:
+        """Four finite numbers."""
         numbers = isinstance(value, tuple) and len(value) == BOX_NUMBERS
         return None if numbers and not any(map(Number("side").problem, value)) else "it is no tuple of four numbers"
 
     def type_schema(self) -> dict[str, Any]:
+        """An array of numbers."""
         return {"type": "array", "items": {"type": "number"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Integers(Argument):
-    """A list of integers, of any length; the first `most` are kept, and how many there were."""
+    """A list of integers of any length, of which the first `most` and the length are stored."""
 
     most: int = 16
     item_description: str = ""
@@ -153,26 +167,29 @@ class Integers(Argument):
 
     def __post_init__(self):
         if not 1 <= self.most <= MAX_INTEGERS:
-            raise ToolError(f"argument {self.name!r} keeps 1 to {MAX_INTEGERS} integers, not {self.most}")
+            raise ToolError(f"argument {self.name!r} stores 1 to {MAX_INTEGERS} integers, not {self.most}")
         super().__post_init__()
 
     @property
     def slots(self) -> int:
+        """One for each integer that is stored."""
         return self.most
 
     def problem(self, value: Any) -> str | None:
+        """At most `most` integers."""
         listed = isinstance(value, tuple) and len(value) <= self.most
         good = listed and all(Integer("item").problem(item) is None for item in value)
         return None if good else f"it is no tuple of at most {self.most} integers"
 
     def type_schema(self) -> dict[str, Any]:
-        said = {"description": self.item_description} if self.item_description else {}
-        return {"type": "array", "items": {"type": "integer", **said}}
+        """An array of integers."""
+        description = {"description": self.item_description} if self.item_description else {}
+        return {"type": "array", "items": {"type": "integer", **description}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice(Argument):
-    """One of some texts. On the device: its place among `options`."""
+    """One of several texts; on the device, its index among `options`."""
 
     options: tuple[str, ...] = ()
     kind: ClassVar[str] = "choice"
@@ -185,41 +202,49 @@ class Choice(Argument):
         super().__post_init__()
 
     def problem(self, value: Any) -> str | None:
+        """One of the options."""
         return None if value in self.options else f"it is none of {self.options}"
 
     @property
     def usage(self) -> str:
+        """All options."""
         return "one of " + ", ".join(f'"{option}"' for option in self.options)
 
     def type_schema(self) -> dict[str, Any]:
+        """A string, with the options."""
         return {"type": "string", "enum": list(self.options)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Text(Argument):
-    """Any text. Only tools that run on the host can read one."""
+    """Any text. Only host tools can have such an argument."""
 
     kind: ClassVar[str] = "text"
 
     @property
     def slots(self) -> int:
+        """None: texts are not stored in arrays."""
         return 0
 
     def problem(self, value: Any) -> str | None:
+        """Any string."""
         return None if isinstance(value, str) else "it is no text"
 
     def type_schema(self) -> dict[str, Any]:
+        """A string."""
         return {"type": "string"}
 
 
 class Outcome(NamedTuple):
-    """One of the things that a call can come to.
+    """One of the possible outcomes of a call.
+
+    An outcome that shows images, or has `done`, is a success; any other is an error that the model can read.
 
     Args:
-      name: known to `execute` and in records.
-      text: what the model reads: `{0}` to `{3}` stand for integers, `{list}` for a list of them.
+      name: its name in records.
+      text: the text that the model reads; `{0}` to `{3}` stand for integers, `{list}` for a list of them.
       images: the most images that it shows.
-      done: it is what the call asked for, though it shows no image; one that shows some is, and any other is a failure.
+      done: whether it is a success without showing an image.
     """
 
     name: str
@@ -228,7 +253,7 @@ class Outcome(NamedTuple):
     done: bool = False
 
 
-# What becomes of a call of a tool of the host; what the model reads is what the tool says, or what is wrong.
+# The outcomes of host tools. The model reads the text that the tool returns, or the error.
 ANSWERED = Outcome("answered", "", done=True)
 FAILED = Outcome("failed", "")
 TIMED_OUT = Outcome("timed out", "")
@@ -239,23 +264,22 @@ class Tool:
     """An operation that a model can call. Static and hashable: equal tools share compiled programs.
 
     Args:
-      name: what a call names it by.
-      description: what the system prompt says of it.
+      name: its name in calls.
+      description: its description in the system prompt.
       arguments: in the order of the schema.
-      outcomes: everything that a call can come to, but for what all tools share (a call that cannot be read).
-      execute: what it does; None where it is only declared. (arguments, seen, limits) -> `Answer`, all of
-        `pixel_jax.tools.looking`.
-      host: `execute` is any Python callable, (images, **arguments) -> text, and runs on the host
-        (`pixel_jax.tools.host`), whose outcomes the tool has. Otherwise it is a pure function inside the compiled rollout,
-        as is `draw`.
-      picture: of a tool of the host: a call may return a picture, too.
-      draw: where the tool makes a new picture: (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3], of
-        what `execute` looks at; pixels are zero beyond size (height, width), boxes are in shares of that (`Answer.shown`). None:
-        it shows that as it is.
-      drawn_size: (arguments, size) -> int32 [2], of what `draw` makes. None: that of what it is made of.
-      budget: whose pixel budgets of the rollout's config its pictures have: those of crops or of selected frames.
-      of_videos: it shows frames of videos, and nothing where there is none.
-      usage: how a call of it is written, for the message that answers calls that cannot be carried out.
+      outcomes: the possible outcomes of a call. Malformed calls have an outcome that all tools share.
+      execute: carries out a call; None for a tool that is only declared. Of a device tool, a pure function in the compiled
+        rollout, (arguments, seen, limits) -> `Answer` (`pixel_jax.tools.device`). Of a host tool, any Python function,
+        (images, **arguments) -> text (`pixel_jax.tools.host`).
+      host: whether it is a host tool, which runs in a process of its own; its outcomes are fixed.
+      picture: whether a call of a host tool may return a picture, too.
+      draw: makes a new image from the region that `execute` chooses; a pure function in the compiled rollout. None: the region is
+        shown as it is. (arguments, pixels uint8 [S, S, 3], size int32 [2]) -> uint8 [S, S, 3]. Pixels are zero beyond size
+        (height, width); boxes among the arguments are in shares of it.
+      drawn_size: (arguments, size int32 [2]) -> int32 [2], (height, width) of what `draw` returns. None: `size`.
+      budget: whether images that it shows have the pixel budgets of crops or of selected frames (in the rollout's config).
+      of_videos: whether it can only show frames of videos.
+      usage: what a call writes, for the message that answers malformed calls. Empty: made from the arguments.
     """
 
     name: str
@@ -265,8 +289,8 @@ class Tool:
     execute: Callable[..., Any] | None = None
     host: bool = False
     picture: bool = False
-    draw: Callable[..., Any] | None = None
-    drawn_size: Callable[..., Any] | None = None
+    draw: Draw | None = None
+    drawn_size: DrawnSize | None = None
     budget: Literal["crop", "select"] = "crop"
     of_videos: bool = False
     usage: str = ""
@@ -280,7 +304,7 @@ class Tool:
             if not isinstance(argument, Number | Box | Integers | Choice | Text):
                 raise ToolError(
                     f"tool {self.name!r}: no parser can read the argument {argument.name!r}, a {type(argument).__name__}: "
-                    "there are Number, Integer, Box, Integers, Choice and, on the host, Text"
+                    "use Number, Integer, Box, Integers, Choice or, in host tools, Text"
                 )
         if twice := _twice([argument.name for argument in self.arguments]):
             raise ToolError(f"tool {self.name!r} has two arguments called {twice!r}")
@@ -290,7 +314,7 @@ class Tool:
         if texts and not self.host:
             raise ToolError(
                 f"tool {self.name!r} runs on the device, which cannot read the text {texts[0]!r}: make it a Choice, or "
-                f"the tool one of the host (host=True)"
+                "the tool a host tool (host=True)"
             )
         if self.host:
             if self.execute is None:
@@ -299,15 +323,15 @@ class Tool:
             object.__setattr__(self, "outcomes", (answered, FAILED, TIMED_OUT))
         elif self.picture:
             raise ToolError(
-                f"tool {self.name!r} runs on the device: `picture` is of tools of the host; its pictures are what `draw` makes"
+                f"tool {self.name!r} runs on the device: only host tools have `picture`; device tools make pictures by `draw`"
             )
         if not self.usage:
-            said = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
-            object.__setattr__(self, "usage", ", and ".join(said) or "no arguments")
+            usages = [f"`{argument.name}`, {argument.usage}" for argument in self.arguments]
+            object.__setattr__(self, "usage", ", and ".join(usages) or "no arguments")
 
     @property
     def schema(self) -> dict[str, Any]:
-        """The function's JSON schema, in the order of the released prompts."""
+        """The tool's JSON schema, in the order of the released prompts."""
         return {
             "name": self.name,
             "description": self.description,
@@ -320,28 +344,32 @@ class Tool:
 
     @property
     def starts(self) -> dict[str, int]:
-        """Argument -> the first of its number slots (`pixel_jax.dialog.automaton.Calls`)."""
-        starts, at = {}, 0
+        """Argument -> the first of its number slots (`pixel_jax.tools.calls.ParsedCalls`)."""
+        starts, slot = {}, 0
         for argument in self.arguments:
-            starts[argument.name] = at
-            at += argument.slots
+            starts[argument.name] = slot
+            slot += argument.slots
         return starts
 
     @property
     def slots(self) -> int:
-        """Number slots of all arguments together."""
+        """How many number slots all arguments have together."""
         return sum(argument.slots for argument in self.arguments)
 
     @property
     def lists(self) -> tuple[str, ...]:
-        """The arguments that are lists, in order."""
+        """The names of the arguments that are lists, in order."""
         return tuple(argument.name for argument in self.arguments if isinstance(argument, Integers))
 
 
 def check_tools(tools: tuple[Tool, ...]) -> None:
-    """Raises `ToolError` where tools cannot be used together.
+    """Checks that tools can be used together.
 
-    What a call writes is read before its tool is known (`name` may come last), so an argument's name says its type.
+    Arguments of one name must have one type in all tools, because `name` may come last in a call: its arguments are parsed before
+    its tool is known.
+
+    Raises:
+      ToolError: they cannot.
     """
     if not isinstance(tools, tuple) or not all(isinstance(tool, Tool) for tool in tools):
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")
@@ -349,14 +377,20 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
         try:
             hash(tool)
         except TypeError as error:
-            raise ToolError(f"the parts of tool {tool.name!r} are tuples and no lists: {error}") from None
+            raise ToolError(
+                f"the fields of tool {tool.name!r} must be hashable, tuples instead of lists: {error}"
+            ) from None
     if twice := _twice([tool.name for tool in tools]):
         raise ToolError(f"two tools are called {twice!r}")
     check_arguments([(tool.name, argument) for tool in tools for argument in tool.arguments])
 
 
 def check_arguments(written: Sequence[tuple[str, Argument]]) -> None:
-    """Raises `ToolError` where two tools' arguments of one name are not read alike. Pairs of (tool, argument)."""
+    """Checks pairs of (tool's name, argument).
+
+    Raises:
+      ToolError: two arguments of one name have different types.
+    """
     owner: dict[str, tuple[str, Argument]] = {}
     for tool, argument in written:
         name, other = owner.setdefault(argument.name, (tool, argument))
@@ -365,14 +399,14 @@ def check_arguments(written: Sequence[tuple[str, Argument]]) -> None:
                 f"{argument.name!r} is of kind {other.kind} in {name!r} and of kind {argument.kind} in {tool!r}: give "
                 "one of them another name"
             )
-        if isinstance(argument, Choice) and argument.options != other.options:
+        if isinstance(argument, Choice) and isinstance(other, Choice) and argument.options != other.options:
             raise ToolError(
                 f"{argument.name!r} of {name!r} and of {tool!r} have different options: give one of them another name"
             )
 
 
 def spellable(text: str) -> bool:
-    """Whether JSON and the grammar of calls can spell `text` as it is."""
+    """Whether `text` can stand in a call without escapes, by JSON and by the grammar of calls."""
     return not any(
         character in '"\\<' or ord(character) < 32 or 0xD800 <= ord(character) < 0xE000 for character in text
     )

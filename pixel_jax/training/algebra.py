@@ -1,8 +1,8 @@
-"""Whether two formulas have the same value, asked of math-verify (sympy) within limits.
+"""Compares the values of two formulas by math-verify (sympy), within limits.
 
-What is asked was written by a policy that is rewarded for it, so it is looked at first: only what reads as a formula is
-handed on (ranges, dates, scores and prose are none), and only what is small when it is worked out. A time limit and a budget
-of seconds stand behind that, for what nobody thought of.
+A policy that is rewarded for its answers writes them, so they are checked first: only what reads as a formula is handed on
+(ranges, dates, scores and prose are none), and only if it is small when it is worked out. A time limit and a budget of seconds
+stop what these checks miss.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 
-# It logs every text that it gives up, whole: a policy could fill a disk. What is given up is said below, in a line.
+# It logs the whole of every text that it gives up: a policy could fill a disk. `charged` logs one line instead.
 python_logging.getLogger("math_verify").setLevel(python_logging.ERROR)
 
 LONGEST = 200  # characters of a formula: answers, not essays
@@ -42,8 +43,9 @@ EXPONENT = re.compile(
 
 
 def is_expression(text: str) -> bool:
-    """Whether `text` is a number, a product of variables, or a formula: LaTeX and operators with their operands, and no
-    words, codes, ranges, dates or scores.
+    """Whether `text` is a number, a product of variables, or a formula.
+
+    A formula is LaTeX and operators with their operands. Words, codes, ranges, dates and scores are none.
     """
     if len(text) > LONGEST or re.search(r"\d\s+\.?\d", text):
         return False
@@ -68,7 +70,7 @@ def _product(word: str, text: str) -> bool:
 
 
 def is_formula(text: str) -> bool:
-    """Whether an expression asks to be worked out."""
+    """Whether `text` is an expression that has to be worked out."""
     return is_expression(text) and not NUMBER.fullmatch(text) and re.search(r"[-+*/^=\\]", text) is not None
 
 
@@ -89,8 +91,10 @@ _left: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar("seco
 
 @contextlib.contextmanager
 def budget(seconds: float) -> Iterator[None]:
-    """All comparisons inside together take at most about `seconds` of the processor's time (a busy machine changes no
-    verdict); when these are spent, formulas differ, which is logged.
+    """Limits all comparisons inside together to about `seconds`.
+
+    When these are spent, formulas count as different, which is logged. The time is the thread's own, so that a busy machine
+    changes no verdict.
     """
     token = _left.set([seconds])
     try:
@@ -101,7 +105,7 @@ def budget(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def charged() -> Iterator[bool]:
-    """Around a use of math-verify: whether there is budget left for it; what it takes is taken off."""
+    """Charges a use of math-verify to the budget. Yields whether any is left."""
     left = _left.get() or [math.inf]
     if left[0] <= 0:
         yield False
@@ -119,27 +123,36 @@ def charged() -> Iterator[bool]:
 
 
 def time_limit() -> int | None:
-    """math-verify's time limit is a signal, which only the main thread may set; elsewhere `is_small` has to do."""
+    """The time limit of math-verify: a signal, which only the main thread may set. Elsewhere `is_small` has to suffice."""
     return SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def same_value(answer: str, reference: str) -> bool:
-    """Whether two formulas (either may be a number) have the same value; False for what is none, or too large to be asked."""
-    import math_verify  # noqa: F401  what is missing is missed at once, not where the cache ends
+    """Whether two formulas, or a formula and a number, have the same value. False if one is none, or too large."""
+    import math_verify  # noqa: F401, a missing package is an error at once
 
     if not (is_small(answer) and is_small(reference)):
         return False
-    with charged() as may:
-        return may and _verified(answer, reference)
+    with charged() as allowed:
+        return allowed and _verified(answer, reference)
+
+
+def parsed(text: str) -> list[Any]:
+    """The formulas that math-verify reads in a text, within the time limit."""
+    from math_verify import parse
+
+    # None is no limit, which the stubs do not say.
+    return parse(text, parsing_timeout=time_limit())  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=4096)
 def _verified(answer: str, reference: str) -> bool:
-    from math_verify import parse, verify
+    from math_verify import verify
 
-    seconds = time_limit()
-    gold, found = (parse(f"${x}$", parsing_timeout=seconds) for x in (reference, answer))
-    return bool(gold and found and verify(gold, found, timeout_seconds=seconds)) and not _far_apart(gold[0], found[0])
+    gold, found = parsed(f"${reference}$"), parsed(f"${answer}$")
+    return bool(gold and found and verify(gold, found, timeout_seconds=time_limit())) and not _far_apart(
+        gold[0], found[0]
+    )
 
 
 def _far_apart(a, b) -> bool:

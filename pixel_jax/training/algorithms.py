@@ -1,17 +1,63 @@
-"""Policy-gradient algorithms by name: settings of a few orthogonal fields of `RLConfig`, nothing else.
+"""Advantages within a group of rollouts of one prompt, and policy-gradient algorithms as settings by name.
 
 The recipe's own (`pixel_jax.recipe`) is Dr. GRPO's advantage and normaliser with DAPO's clip-higher and replay.
 """
 
-from typing import Any
+from typing import Any, Literal
 
-OVERLONG = 4096 / 20_480  # share of the longest response in which DAPO's punishment grows
+import numpy as np
+
+
+def group_advantage(
+    rewards: np.ndarray,
+    *,
+    baseline: Literal["mean", "leave_one_out"] = "mean",
+    scale_by_std: bool = False,
+    eps: float = 1e-4,
+) -> np.ndarray:
+    """The advantage of each row in its group (GRPO), float32 [groups, n].
+
+    It is the reward minus the mean of its group. Every token of a row's loss mask has the row's advantage.
+
+    Args:
+        rewards: [groups, n].
+        baseline: `leave_one_out` subtracts the mean of the others of the group (RLOO, arXiv:2402.14740, §2.3).
+        scale_by_std: whether to divide by the sample deviation of the group + `eps`, as GRPO does; Pixel Reasoner does not.
+        eps: added to the deviation.
+    """
+    rewards = np.asarray(rewards, np.float32)
+    n = rewards.shape[1]
+    if n < 2 and (scale_by_std or baseline == "leave_one_out"):
+        raise ValueError(f"a deviation, or a mean of others, needs at least two rollouts a prompt, there are {n}")
+    centred = rewards - rewards.mean(axis=1, keepdims=True)
+    if baseline == "leave_one_out":
+        centred = centred * np.float32(n / (n - 1))
+    if not scale_by_std:
+        return centred
+    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + eps)
+
+
+def nonzero_variance(rewards: np.ndarray, *, threshold: float = 0.01) -> np.ndarray:
+    """Which groups of rewards [groups, n] differ, bool [groups]: mean |r - mean r| is at least `threshold`.
+
+    All advantages of another group are zero or near it, so that nothing is learned from it.
+    """
+    rewards = np.asarray(rewards, np.float32)
+    return np.abs(rewards - rewards.mean(axis=1, keepdims=True)).mean(axis=1) >= threshold
+
+
+OVERLONG = 4096 / 20_480  # share of the longest response over which DAPO's punishment grows
 
 
 def algorithm(name: str, *, longest: int) -> dict[str, Any]:
-    """Values for `RLConfig` (nested, as in a config file) that make it the algorithm called `name`.
+    """The settings of `RLConfig`, nested as in a config file, that make it the algorithm called `name`.
 
-    longest: tokens that the policy may choose in one response. An unknown name is a ValueError that lists the known ones.
+    Args:
+        name: of the algorithm.
+        longest: tokens that the policy may write in one response.
+
+    Raises:
+        ValueError: no algorithm has this name.
     """
     none = {"kind": "none"}
     algorithms = {

@@ -1,9 +1,8 @@
-"""What a response gives as its answer, and whether two answers say the same (Pixel Reasoner's `rule_reward`, mended).
+"""Finds the answer that a response gives, and compares answers (Pixel Reasoner's `rule_reward`, mended).
 
-What counts as right is what a person would say; the released scorer is a rule of its own (`released_scorer.py`). Strings
-first, then numbers, then `algebra.py` for formulas: thousands of rows a step are scored here, and sympy takes milliseconds
-where a comparison takes none. Counts in words and ANLS are here too; `choices.py` has multiple choice, `scorers.py` gives
-the rules their names.
+What counts as right is what a person would say; the released scorer is a rule of its own (`released_scorer.py`). Strings are
+compared first, then numbers, then formulas (`algebra.py`): thousands of rows are scored in a step, and sympy takes milliseconds
+for each. Counts in words and ANLS are here too; `choices.py` has multiple choice, and `scorers.py` names the rules.
 """
 
 import ast
@@ -15,7 +14,7 @@ from fractions import Fraction
 
 from pixel_jax.training import algebra
 
-# What follows a word or a number is a hyphen, as in "3-4 dogs", not a sign.
+# A minus directly after a word or a number is a hyphen, as in "3-4 dogs", and no sign.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 WRITTEN = re.compile(rf"{NUMBER.pattern}(?:[/:]\d+)*")  # a fraction, a time, a score or a date is one thing
 FRACTION = re.compile(r"([-+]?)(?:(\d{1,9})\s+)?(\d{1,20})\s*/\s*(\d{1,20})")
@@ -29,9 +28,9 @@ LONGEST_NUMBER = 200  # characters of an answer in which a count is looked for
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete `\\boxed{...}`, braces nested to any depth; None when there is none."""
+    r"""The content of the last complete `\boxed{...}`, braces nested to any depth; None when there is none."""
     closing, open_braces = {}, []
-    for brace in BRACE.finditer(text):  # one pass, so that a response of nothing but boxes costs no more than another
+    for brace in BRACE.finditer(text):  # one pass: a response of nothing but boxes costs no more than another
         if brace.group() == "{":
             open_braces.append(brace.start())
         elif open_braces:
@@ -45,7 +44,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def references_of(answer: str | Sequence[str]) -> list[str]:
-    """The references a data row accepts: strings, each possibly inside \\boxed{} and possibly a list literal of several."""
+    r"""The references that a data row accepts: strings, each possibly within \boxed{} and possibly a list literal of several."""
     found = []
     for item in [answer] if isinstance(answer, str) else answer:
         boxed = last_boxed(item)
@@ -68,9 +67,9 @@ def without_thoughts(response: str) -> str:
 
 
 def given_answer(response: str) -> str | None:
-    """What a response gives as its answer: the last complete \\boxed{}, else what is within the last <answer>; None without.
+    r"""What a response gives as its answer: the last complete \boxed{}, else the content of the last <answer>, else None.
 
-    What is thought aloud, in <think>, is no answer unless there is none outside.
+    Text within <think> is no answer, unless there is none outside.
     """
     for text in dict.fromkeys((without_thoughts(response), response)):
         if (boxed := last_boxed(text)) is not None:
@@ -81,7 +80,7 @@ def given_answer(response: str) -> str | None:
 
 
 def last_tagged(text: str) -> str | None:
-    """What is within the last complete <answer>...</answer>, on however many lines; None when there is none."""
+    """The content of the last complete <answer>...</answer>, on however many lines; None when there is none."""
     opened, found = None, None
     for tag in TAG.finditer(text):
         if not tag[1]:
@@ -110,7 +109,7 @@ def tidy(text: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """`tidy` in lower case: "(A)" is "a"."""
+    """`text` tidied and in lower case: "(A)" is "a"."""
     text = unicodedata.normalize("NFC", tidy(text).lower())
     single = re.fullmatch(r"\(\s*([a-z0-9])\s*\)", text)
     return single.group(1) if single else text
@@ -152,8 +151,10 @@ def equal(answer: str, reference: str) -> bool:
 
 
 def same_spans(answer: str, spans: Sequence[str]) -> bool:
-    """Whether `answer` lists all `spans`, in any order, and nothing else: a list of all there could be is no answer, and
-    neither is "1/2" to "1, 2". (To the released code, which asks for all of them as substrings, both are.)
+    """Whether `answer` lists all `spans`, in any order, and nothing else.
+
+    So a list of everything that could be right is no answer, and "1/2" does not answer "1, 2". (The released code, which looks
+    for the spans as substrings, accepts both.)
     """
     if bracketed := re.fullmatch(r"\(([^()]*)\)|\\?\{([^{}]*?)\\?\}", answer):
         answer = bracketed[1] or bracketed[2] or ""
@@ -168,8 +169,8 @@ def same_spans(answer: str, spans: Sequence[str]) -> bool:
 def by_rule(response: str, references: Sequence[str]) -> float | None:
     """1 if `response` (all that the model wrote) answers right, 0 if wrong, None if it holds no answer at all.
 
-    The answer is `given_answer`'s. Without one it is the last number outside of thoughts (as math-verify takes it); where
-    there is none, or an <answer> was cut off, there is no answer.
+    The answer is that of `given_answer`. Without one it is the last number outside of <think>, as math-verify takes it; if there
+    is none, or an <answer> was cut off, there is no answer.
     """
     found = given_answer(response)
     if found is None:
@@ -183,7 +184,7 @@ def by_rule(response: str, references: Sequence[str]) -> float | None:
 
 
 def correctness(response: str, answer: str | Sequence[str], *, unparsable: float = 0.0) -> float:
-    """`by_rule`, with `unparsable` where there is no answer: 0 here, -1 in the released code."""
+    """The score of `by_rule`, or `unparsable` where there is no answer: 0 by default, -1 in the released code."""
     found = by_rule(response, references_of(answer))
     return float(unparsable) if found is None else found
 
@@ -205,29 +206,30 @@ TOKEN = re.compile(rf"{NUMBER.pattern}|[a-z]+")
 def numbers_in(text: str) -> list[Fraction]:
     """Every number of a text, in digits or in English words ("twenty-one", "two hundred and five"), in order."""
     found: list[Fraction] = []
-    whole, part, room = 0, None, 100  # of a number in words: thousands, below them, and what may still be added below
+    # Of a number in words: the thousands, what is below them, and the limit of what may still be added to that.
+    thousands, below, limit = 0, None, 100
 
     def close() -> None:
-        nonlocal whole, part, room
-        if part is not None:
-            found.append(Fraction(whole + part))
-        whole, part, room = 0, None, 100
+        nonlocal thousands, below, limit
+        if below is not None:
+            found.append(Fraction(thousands + below))
+        thousands, below, limit = 0, None, 100
 
     text = re.sub(r"(?<=[a-z])-(?=[a-z])", " ", text.lower())
     for token in TOKEN.findall(NO.sub("zero", text)):
         if token in WORDS:
             value = WORDS[token]
             needs = 100 if value >= 10 or value == 0 else 10
-            if room < needs:
+            if limit < needs:
                 close()
-            part = (part or 0) + value
-            room = 10 if value >= 20 else 0
-        elif token in SCALES and part:
+            below = (below or 0) + value
+            limit = 10 if value >= 20 else 0
+        elif token in SCALES and below:
             if token == "hundred":
-                part, room = part * 100, 100
+                below, limit = below * 100, 100
             else:
-                whole, part, room = whole + part * SCALES[token], 0, 100
-        elif token != "and" or part is None:
+                thousands, below, limit = thousands + below * SCALES[token], 0, 100
+        elif token != "and" or below is None:
             close()
             if token[-1].isdigit():
                 found.append(Fraction(token.replace(",", "")))
@@ -250,6 +252,8 @@ def anls(answer: str, references: Sequence[str], threshold: float = 0.5) -> floa
     """
     from rapidfuzz.distance import Levenshtein
 
-    tidy = lambda text: " ".join(text.lower().split())
-    best = max(Levenshtein.normalized_similarity(tidy(answer), tidy(reference)) for reference in references)
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    best = max(Levenshtein.normalized_similarity(plain(answer), plain(reference)) for reference in references)
     return best if best >= threshold else 0.0

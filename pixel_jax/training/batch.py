@@ -1,11 +1,15 @@
-"""What a training step reads: trajectories without their bookkeeping, plus one advantage and one weight a row."""
+"""The batches of training steps: trajectories with an advantage and a weight for each row, and packing of several to a row."""
 
+import dataclasses
 from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from pixel_jax.arrays import AnyArray
+from pixel_jax.config import positive
+from pixel_jax.models.inputs import Visual
+from pixel_jax.parallel.processes import all_gather
 from pixel_jax.rollouts.materialize import VisualRecord
 from pixel_jax.rollouts.trajectory import Shown, Trajectories
 
@@ -13,7 +17,7 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple, Generic[Shown]):
-    """R rows; on the host NumPy, in a step traced, and then a `Batch[Visual]`."""
+    """R rows. On the host they are NumPy arrays; in a step they are traced, with pixels: a `Batch[Visual]`."""
 
     tokens: AnyArray  # int32 [R, L]
     valid: AnyArray  # bool [R, L]
@@ -23,13 +27,13 @@ class Batch(NamedTuple, Generic[Shown]):
     visual: Shown | None  # None: text only
     advantage: AnyArray  # float32 [R]; in packed rows [R, L], of each token's trace
     weight: AnyArray  # float32 [R]; 0 marks a row of padding
-    segments: AnyArray | None = None  # int32 [R, L], which of a packed row's traces a token belongs to; None: one a row
+    segments: AnyArray | None = None  # int32 [R, L], the number of each token's trace in a packed row; None: one a row
 
 
 def from_trajectories(
     trajectories: Trajectories[Shown], advantage: AnyArray | None = None, old_logprobs: AnyArray | None = None
 ) -> Batch[Shown]:
-    """The training view of `trajectories`; without `advantage` zeros, without `old_logprobs` the sampler's own."""
+    """The batch of `trajectories`. By default advantages are zero, and `old_logprobs` are the sampler's."""
     rows = trajectories.tokens.shape[0]
     return Batch(
         tokens=trajectories.tokens,
@@ -44,22 +48,134 @@ def from_trajectories(
 
 
 class Rows(NamedTuple):
-    """R rows on the host that can be trained on, without their pixels: they are cut from the images when they are."""
+    """R rows on the host without their pixels, which are cut from the images when the rows are trained on."""
 
     batch: Batch[VisualRecord]
-    images: np.ndarray  # `Images` [R], those of each row's prompt
+    images: np.ndarray  # `Images` [R], of each row's prompt
 
 
-def take(rows: T, which) -> T:
-    """The rows `which` (indices or a slice) of a `Batch` or of `Rows`."""
+def take(rows: T, which: int | slice | np.ndarray) -> T:
+    """The rows `which` (a number, numbers or a slice) of a `Batch` or of `Rows`."""
     return jax.tree.map(lambda x: x[which], rows)
 
 
 def pad_rows(batch: Batch, rows: int) -> Batch:
-    """A host batch of at most `rows` rows, filled up with copies of its first row that weigh nothing."""
+    """Fills a host batch up to `rows` rows with copies of its first row that weigh nothing."""
     have = batch.tokens.shape[0]
     if not 0 < have <= rows:
         raise ValueError(f"cannot pad {have} rows to {rows}")
     index = np.arange(rows)
     padded = take(batch, np.where(index < have, index, 0))
     return padded._replace(weight=np.where(index < have, padded.weight, 0).astype(np.float32))
+
+
+def first_fit(sizes: np.ndarray, capacity: np.ndarray) -> list[list[int]]:
+    """Packs items of `sizes` [n, k] into bins of `capacity` [k]: the largest first, each into the first bin that it fits.
+
+    Returns:
+        The numbers of the items in each bin.
+    """
+    bins: list[list[int]] = []
+    free = np.zeros((len(sizes), len(capacity)), sizes.dtype)
+    for item in np.argsort(-sizes[:, 0], kind="stable"):
+        fits = np.flatnonzero((free[: len(bins)] >= sizes[item]).all(axis=1))
+        if fits.size:
+            index = int(fits[0])
+            bins[index].append(int(item))
+        else:
+            index = len(bins)
+            bins.append([int(item)])
+            free[index] = capacity
+        free[index] -= sizes[item]
+    return bins
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingConfig:
+    """The static shape of packed rows. Their number is rounded up, so that few numbers of rows are compiled."""
+
+    length: int  # tokens of a packed row
+    slices: int  # temporal slices of a packed row (an image is one)
+    rows: int = 8  # packed rows are filled up with empty ones to a multiple of this
+
+    def __post_init__(self):
+        positive(self, "length", "slices", "rows")
+
+
+def pack_rows(batch: Batch, config: PackingConfig) -> Batch:
+    """Packs rows to the shape that `config` declares, with rows of padding."""
+    packed = pack(batch, length=config.length, slices=config.slices, frames=2 * config.slices)
+    most = int(all_gather(len(packed.tokens)).max())  # all processes run one program
+    return pad_rows(packed, config.rows * -(-most // config.rows))
+
+
+def pack(
+    batch: Batch[Visual], *, length: int | None = None, slices: int | None = None, frames: int | None = None
+) -> Batch:
+    """Packs host rows into fewer rows.
+
+    `segments` has the number of each token's trace in its packed row. Traces do not attend to each other, so every token has the
+    log-probability that it has in a row of its own.
+
+    Args:
+        batch: on the host, with its pixels.
+        length: tokens of a packed row; None: the most that a row has, rounded up to a multiple of 8.
+        slices: temporal slices of a packed row; None: the most that a row has.
+        frames: frames of patches of a packed row; None: the most that one has.
+
+    Raises:
+        ValueError: a row does not fit, or has a weight other than 1 (rows of padding are left out before packing).
+    """
+    if np.any(batch.weight != 1):
+        raise ValueError(
+            f"rows of weight {batch.weight[batch.weight != 1][0]} cannot be packed: traces share a row's weight"
+        )
+    assert batch.visual is not None
+    visual: Visual = jax.tree.map(np.asarray, batch.visual)
+    shown = np.asarray(visual.slices[..., 0] >= 0)  # bool [R, S]
+    items = np.asarray(visual.grids.any(axis=-1))  # bool [R, K], never more than slices
+    sizes = np.stack([batch.valid.sum(axis=1), shown.sum(axis=1)], axis=1)
+    capacity = np.array([length or 8 * -(-int(sizes[:, 0].max()) // 8), slices or sizes[:, 1].max()])
+    if (sizes > capacity).any():
+        row = int(np.argmax((sizes > capacity).any(axis=1)))
+        raise ValueError(
+            f"row {row} has {sizes[row, 0]} tokens and {sizes[row, 1]} slices, room is {capacity[0]} and {capacity[1]}"
+        )
+    bins = first_fit(sizes, capacity)
+    used = visual.slices.max(axis=(1, 2)) + 1  # [R], frames that a row's slices use
+    frames = frames or max(int(used[rows].sum()) for rows in bins)
+    shape = (len(bins), int(capacity[0]))
+    pixels = Visual(
+        patches=np.zeros((len(bins), frames, *visual.patches.shape[2:]), np.uint8),
+        slices=np.full((len(bins), capacity[1], 2), -1, np.int32),
+        grids=np.zeros((len(bins), capacity[1], 3), np.int32),
+        seconds=np.zeros((len(bins), capacity[1]), np.float32),
+    )
+    segments = np.zeros(shape, np.int32)
+    packed = Batch(
+        tokens=np.zeros(shape, np.int32),
+        valid=np.zeros(shape, bool),
+        loss_mask=np.zeros(shape, bool),
+        logprobs=np.zeros(shape, np.float32),
+        old_logprobs=np.zeros(shape, np.float32),
+        visual=pixels,
+        advantage=np.zeros(shape, np.float32),
+        weight=np.ones(len(bins), np.float32),
+        segments=segments,
+    )
+    for i, rows in enumerate(bins):
+        at = frame = first_slice = item = 0
+        for segment, row in enumerate(rows):
+            valid = batch.valid[row]
+            to = slice(at, at + int(valid.sum()))
+            for name in ("tokens", "loss_mask", "logprobs", "old_logprobs"):
+                getattr(packed, name)[i, to] = getattr(batch, name)[row, valid]
+            packed.valid[i, to], segments[i, to], packed.advantage[i, to] = True, segment, batch.advantage[row]
+            own = visual.slices[row, shown[row]]
+            pixels.slices[i, first_slice : first_slice + len(own)] = own + frame
+            pixels.patches[i, frame : frame + used[row]] = visual.patches[row, : used[row]]
+            grids = visual.grids[row, items[row]]
+            pixels.grids[i, item : item + len(grids)] = grids
+            pixels.seconds[i, item : item + len(grids)] = visual.seconds[row, items[row]]
+            at, frame, first_slice, item = to.stop, frame + used[row], first_slice + len(own), item + len(grids)
+    return packed

@@ -1,8 +1,8 @@
-"""Checkpoints of everything a run needs to go on as if it had never stopped: Orbax arrays, and a file of each process.
+"""Checkpoints of everything that a run needs to go on as if it had never stopped: Orbax arrays, and a file of each process.
 
 A checkpoint appears under its name only when it is complete (Orbax writes elsewhere and renames), so a process may be
 killed at any moment. Writing goes on while the run does; once it is done, sizes and checksums of the files are noted, and
-a checkpoint whose files are no longer what they were is set aside, for the one before it. Arrays are stored under the paths
+a checkpoint whose files have changed since is moved aside, and the one before it is read. Arrays are stored under the paths
 of their weights and restored onto whatever mesh, and by however many processes. Frozen weights are not stored: a fingerprint
 says which they were.
 """
@@ -36,11 +36,11 @@ EMPTY = "__empty__"  # an array without elements: [dtype, shape]
 
 
 class WriteError(OSError):
-    """A checkpoint that cannot be written, because the disk is full or for another reason."""
+    """A checkpoint cannot be written, because the disk is full or for another reason."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit what it is restored into; the message names the arrays."""
+    """A checkpoint does not fit what it is restored into. The message names the arrays."""
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -99,16 +99,17 @@ def rejoin(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
 
 class HostHandler(ocp.CheckpointHandler):
-    """Each process's own JSON document and arrays, as `PROCESS.json` and `PROCESS.safetensors`."""
+    """Saves each process's JSON document and arrays, as `PROCESS.json` and `PROCESS.safetensors`."""
 
     def save(self, directory, args: "HostSave") -> None:
+        """Writes the files of this process."""
         name = pathlib.Path(directory) / str(jax.process_index())
         if args.arrays:
             safetensors.numpy.save_file(args.arrays, f"{name}.safetensors")
         write_file(f"{name}.json", json.dumps(args.document))
 
     def restore(self, directory, args: "HostRestore") -> list[dict[str, Any]]:
-        """The documents of all the processes that wrote, in order, their arrays in place."""
+        """Reads the documents of all the processes that wrote, in order, with their arrays."""
         # Not `read_json`: the state of a generator is an integer of 128 bits.
         paths = pathlib.Path(directory).glob("*.json")
         documents = {int(path.stem): json.loads(read_bytes(path)) for path in paths}
@@ -117,14 +118,16 @@ class HostHandler(ocp.CheckpointHandler):
         for process, document in documents.items():
             path = pathlib.Path(directory) / f"{process}.safetensors"
             arrays = safetensors.numpy.load_file(path) if document["arrays"] else {}
-            for part in ("host", "local"):
-                document[part] = rejoin(document[part], arrays)
+            for name in ("host", "local"):
+                document[name] = rejoin(document[name], arrays)
         return [documents[process] for process in sorted(documents)]
 
 
 @ocp.args.register_with_handler(HostHandler, for_save=True)
 @dataclasses.dataclass
 class HostSave(ocp.args.CheckpointArgs):
+    """What a process saves: a JSON document, and the arrays that it names."""
+
     document: dict[str, Any]
     arrays: dict[str, np.ndarray]
 
@@ -132,10 +135,12 @@ class HostSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(HostHandler, for_restore=True)
 @dataclasses.dataclass
 class HostRestore(ocp.args.CheckpointArgs):
-    pass
+    """Asks for the documents of all processes."""
 
 
 class Restored(NamedTuple):
+    """What a checkpoint holds."""
+
     step: int
     state: Any
     host: dict[str, Any]
@@ -143,7 +148,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`; the last `keep` of them stay. With several processes, all call all methods."""
+    """The checkpoints of a run, in `directory`; the last `keep` of them stay. With several processes, all call all methods."""
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
         self.directory = pathlib.Path(directory).absolute()
@@ -151,15 +156,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
         handlers = {"state": ocp.StandardCheckpointHandler(), "host": HostHandler()}
         self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
-        # Each process reads by itself: the manager would wait for the others after a read, in vain for one that finds damage.
+        # Each process reads by itself: after a read the manager waits for all processes, for ever if one of them meets damage.
         here = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         self.reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers), multiprocessing_options=alone)
-        self.unnoted: int | None = None  # the step that was saved last, until its files are noted
+        self.unnoted: int | None = None  # the step that was saved last, until the checksums of its files are noted
 
     @property
     def steps(self) -> list[int]:
-        """Of the complete checkpoints, oldest first."""
+        """The steps of the complete checkpoints, oldest first."""
         return sorted(self.manager.all_steps())
 
     @property
@@ -175,10 +180,17 @@ class Checkpoints:
         local: Mapping[str, Any] | None = None,
         base: Mapping[str, str] | None = None,
     ) -> None:
-        """`state`: any pytree of arrays; `host`, `local`: nested dicts of JSON values and NumPy arrays (iterators, buffers).
+        """Begins to save a checkpoint; returns when the arrays may be overwritten. They are on the disk after `finish`.
 
-        `host` is the same in all processes, `local` is each one's own. `base` is the `fingerprint` of what is not saved.
-        Returns when the arrays may be overwritten; they are on the disk after the next `save` or `close`.
+        Args:
+            step: the number of steps done.
+            state: any pytree of arrays.
+            host: nested dicts of JSON values and NumPy arrays (iterators, buffers), the same in all processes.
+            local: as `host`, of each process its own.
+            base: the `fingerprint` of what is not saved.
+
+        Raises:
+            WriteError: it cannot be written.
         """
         arrays: dict[str, np.ndarray] = {}
         named = named_arrays(state)
@@ -194,7 +206,7 @@ class Checkpoints:
             # A snapshot may share memory with the arrays, and the next step is about to donate them.
             named = {name: jnp.copy(x) for name, x in named.items()}
         self.finish()
-        if is_main_process():  # what was noted about an earlier checkpoint of this name says nothing about this one
+        if is_main_process():  # notes about an earlier checkpoint of this name
             for stale in self.checksums.glob(f"{step}.*.json"):
                 stale.unlink()
         items = {"state": ocp.args.StandardSave(named), "host": HostSave(document, arrays)}
@@ -203,12 +215,12 @@ class Checkpoints:
         self.unnoted = step
 
     def poll(self) -> None:
-        """Notes the files of the last checkpoint as soon as it is written. Costs nothing otherwise; call it often."""
+        """Notes the checksums of the last checkpoint once it is written. It costs nothing otherwise: call it often."""
         if self.unnoted is not None and not self.manager.is_saving_in_progress():
             self.finish()
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is written, and notes its files."""
+        """Waits until the last checkpoint is written, and notes the checksums of its files."""
         if self.unnoted is None:
             return
         step, self.unnoted = self.unnoted, None
@@ -226,30 +238,30 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        """Whatever Orbax makes of a full disk, as an error that says what is left."""
+        """Turns Orbax's errors, as of a full disk, into a `WriteError` that names the newest whole checkpoint."""
         try:
             yield
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            left = [found for found in self.manager.all_steps(read=True) if found != step]
+            left = [other for other in self.manager.all_steps(read=True) if other != step]
             raise WriteError(
                 f"checkpoint {step} cannot be written to {self.directory} ({reason}). The newest whole one is "
                 f"{max(left) if left else 'none'}; started again, the run goes on from there"
             ) from error
 
     def _files(self, step: int) -> list[tuple[str, pathlib.Path]]:
-        """This process's share of a checkpoint's files, by name."""
+        """The files of a checkpoint whose checksums this process notes, by name."""
         root = self.directory / str(step)
         files = sorted(path for path in root.rglob("*") if path.is_file())
         return [(str(path.relative_to(root)), path) for path in files[jax.process_index() :: jax.process_count()]]
 
     def _noted(self, step: int) -> list[dict[str, Any]]:
-        """What the processes that wrote a checkpoint noted about its files: of all of them, of some, or of none."""
-        return [noted for one in self.checksums.glob(f"{step}.*.json") if (noted := read_note(one, _is_checksum))]
+        """The notes about a checkpoint's files, of all the processes that wrote it, of some, or of none."""
+        return [note for path in self.checksums.glob(f"{step}.*.json") if (note := read_note(path, _is_checksum))]
 
     def damage(self, step: int) -> str | None:
-        """What is wrong with the files of a checkpoint, if anything; None as well if nothing was noted about them."""
-        noted = {name: facts for one in self._noted(step) for name, facts in one["files"].items()}
+        """What is wrong with the files of a checkpoint; None if nothing is, or nothing was noted about them."""
+        noted = {name: sums for note in self._noted(step) for name, sums in note["files"].items()}
         for name in sorted(noted)[jax.process_index() :: jax.process_count()]:
             path = self.directory / str(step) / name
             if not path.is_file():
@@ -258,16 +270,16 @@ class Checkpoints:
                 return f"{name} is not what was written"
         return None
 
-    def _stands(self, step: int, reason: str | None) -> bool:
-        """Whether no process has a `reason` against a checkpoint; it is set aside where one has. All processes call it."""
-        barrier(f"checkpoint {step} is looked at")  # which takes some longer than others
+    def _is_whole(self, step: int, reason: str | None) -> bool:
+        """Whether no process has a `reason` against a checkpoint; else it is moved aside. All processes call it."""
+        barrier(f"checkpoint {step} is checked")  # which takes some processes longer than others
         whole = all_gather(reason is None)
         if not whole.all():
             self.quarantine(step, reason or f"says process {int(np.argmin(whole))}")
         return bool(whole.all())
 
     def quarantine(self, step: int, reason: str) -> None:
-        """Moves a damaged checkpoint to a directory beside the others, where it can be looked at."""
+        """Moves a damaged checkpoint to a directory beside the others, where it can be examined."""
         aside = self.directory.with_name(self.directory.name + ".damaged")
         if is_main_process():
             aside.mkdir(exist_ok=True)
@@ -279,39 +291,47 @@ class Checkpoints:
         self.manager.reload()
 
     def restore(
-        self, like: T, *, mesh: Mesh | None = None, step: int | None = None, base: Mapping[str, str] | None = None
+        self, like: Any, *, mesh: Mesh | None = None, step: int | None = None, base: Mapping[str, str] | None = None
     ) -> Restored:
-        """The newest checkpoint that is whole, or that of `step`.
+        """Restores the newest checkpoint that is whole, or that of `step`.
 
-        `like` has the structure, shapes and types (abstract will do); weights are placed on `mesh` by their logical axes.
-        `base` is the `fingerprint` of what the checkpoint does not hold. FileNotFoundError if none is left.
+        Args:
+            like: the structure, shapes and types of the state; abstract arrays will do.
+            mesh: that weights are placed on by their logical axes; None: one device.
+            step: of the checkpoint; None: the newest.
+            base: the `fingerprint` of what the checkpoint does not hold.
+
+        Raises:
+            FileNotFoundError: no checkpoint is left.
+            CheckpointError: it is of other arrays.
         """
         self.finish()
         if step is not None:
             return self._read(step, like, mesh, base)
         while (step := self.latest) is not None:
-            found = None  # its memory is needed by the next
-            if not self._stands(step, self.damage(step)):
+            restored = None  # frees the memory of a damaged one
+            if not self._is_whole(step, self.damage(step)):
                 continue
             reason = None
             try:
-                found = self._read(step, like, mesh, base)
+                restored = self._read(step, like, mesh, base)
             except CheckpointError:
                 raise
             except Exception as error:
                 noted = self._noted(step)
                 if noted and len(noted) == noted[0]["processes"]:
                     raise  # every file is what was written: something else is wrong
-                # Killed before all its files were noted: only reading tells.
+                # The run was killed before all checksums were noted: only reading shows the damage.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if self._stands(step, reason):
-                return found
+            if self._is_whole(step, reason) and restored is not None:
+                return restored
         raise FileNotFoundError(f"there is no checkpoint in {self.directory}")
 
     def restore_part(self, step: int, like: T, base: Mapping[str, str]) -> T:
-        """The arrays of a checkpoint that `like` names, on one device, and no others: their memory is never taken.
+        """Restores the arrays of a checkpoint that `like` names on one device. The others are not read.
 
-        CheckpointError if they or the frozen ones, `base`, are others there, or if its files are not what was written.
+        Raises:
+            CheckpointError: the arrays, or the frozen ones by `base`, are others there, or the files are damaged.
         """
         if (reason := self.damage(step)) is not None:
             raise CheckpointError(f"{self.directory}: checkpoint {step} is damaged ({reason})")
@@ -319,7 +339,7 @@ class Checkpoints:
             return self._read_part(step, like, base)
         except CheckpointError:
             raise
-        except Exception as error:  # whatever Orbax says of files that were cut short before they were noted
+        except Exception as error:  # of any kind: files may be cut short before their checksums were noted
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise CheckpointError(f"{self.directory}: checkpoint {step} cannot be read ({reason})") from error
 
@@ -338,7 +358,7 @@ class Checkpoints:
             found = reader.restore(path / "state", args=restored)
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
-    def _read(self, step: int, like: T, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
+    def _read(self, step: int, like: Any, mesh: Mesh | None, base: Mapping[str, str] | None) -> Restored:
         path = self.directory / str(step)
         documents = self.reader.restore(path, args=ocp.args.Composite(host=HostRestore())).host
         wanted = {name: [str(x.dtype), list(x.shape)] for name, x in named_arrays(like).items()}
@@ -351,7 +371,7 @@ class Checkpoints:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed)
         restored = ocp.args.StandardRestore(named_arrays(abstract))
         found = self.reader.restore(path, args=ocp.args.Composite(state=restored)).state
-        # Named and flattened in the same order: a weight is one name and one leaf.
+        # Names and leaves are in the same order: a weight is one name and one leaf.
         state = jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
         return Restored(step, state, documents[0]["host"], [document["local"] for document in documents])
 
@@ -369,6 +389,7 @@ class Checkpoints:
                 )
 
     def close(self) -> None:
+        """Finishes the last checkpoint, and closes the directory."""
         self.finish()
         self.manager.close()
 
@@ -379,7 +400,8 @@ class Checkpoints:
         if error[0] is None:
             self.close()
         elif jax.process_count() == 1 or issubclass(error[0], SystemExit):
-            self.manager.close()  # waits for what is being written; if other processes are gone, that would be for ever
+            # It waits for what is being written; if other processes were gone, for ever.
+            self.manager.close()
 
 
 def _is_checksum(value: Any) -> bool:

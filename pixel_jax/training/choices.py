@@ -1,4 +1,4 @@
-"""Multiple choice: the options of a question, and which of them an answer names."""
+"""Multiple choice: finds the options of a question, and the option that an answer names."""
 
 import re
 from collections.abc import Mapping
@@ -40,7 +40,8 @@ def letter_of(answer: str, choices: Mapping[str, str]) -> str | None:
     Brackets, emphasis and words like "The answer is option" around it do not matter. Of options with the same text the
     first one is meant. None where it names no choice, more than one, or a letter with another choice's text.
     """
-    by_text = {text: letter for letter, text in reversed(choices.items()) if not PLACEHOLDER.fullmatch(text)}
+    options = reversed(list(choices.items()))
+    by_text = {text: letter for letter, text in options if not PLACEHOLDER.fullmatch(text)}
     for text in dict.fromkeys((answer, *_without_lead(answer))):
         if (letter := by_text.get(normalise(text))) is not None:
             return letter
@@ -74,7 +75,7 @@ def _by_letter(text: str, choices: Mapping[str, str]) -> str | None:
     other = [
         x for x in re.findall(r"(?<![\w'’])(?:[B-HJ-Z]|[A-Z](?=[).:,]|\s*$))(?![\w'’])", rest) if x.lower() != letter
     ]
-    if re.fullmatch(r"[a-z]", said) or any(not choices or x.lower() in choices for x in other):  # "A, B": of two minds
+    if re.fullmatch(r"[a-z]", said) or any(not choices or x.lower() in choices for x in other):  # "A, B": undecided
         return None
     return letter
 

@@ -1,4 +1,4 @@
-"""How good a model is on held-out examples, in the middle of a run: it is asked them, and its loss on their traces is taken."""
+"""Evaluates a model on held-out examples during a run: its answers to their questions, and its loss on their traces."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pixel_jax.data.packed import Packing, Place
-from pixel_jax.data.questions import Asked
+from pixel_jax.data.packed import PackedRow, Packing
+from pixel_jax.data.questions import ShapedQuestion
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation.trace import Trace, make_trace
+from pixel_jax.evaluation.transcript import Transcript, make_transcript
 from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.parallel.sharding import (
     WHOLE,
@@ -23,7 +23,7 @@ from pixel_jax.parallel.sharding import (
     shard_batch,
 )
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.prompts import Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
@@ -38,11 +38,10 @@ from pixel_jax.rollouts.trajectory import (
 )
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.batch import Batch
-from pixel_jax.training.layouts import Resharder
-from pixel_jax.training.losses import sft_loss
+from pixel_jax.training.losses import Normalizer, sft_loss
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Weighed
-from pixel_jax.training.state import TrainState
+from pixel_jax.training.state import Resharder, TrainState
 from pixel_jax.training.steps import ForwardConfig, make_score_step
 
 SIDE = 640  # pixels, the longest side of a picture that is kept
@@ -50,7 +49,7 @@ RIGHT = 0.5  # a score above it is right
 
 
 class Sampling(NamedTuple):
-    """By what the models of a run are made to answer."""
+    """What the models of a run answer with."""
 
     vocabulary: Vocabulary
     tables: Tables
@@ -60,7 +59,7 @@ class Sampling(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What was answered to some questions, a row each."""
+    """The answers to some questions, a row each."""
 
     trajectories: Trajectories[VisualRecord]
     images: np.ndarray  # `Images` [R]
@@ -69,11 +68,11 @@ class Answers(NamedTuple):
 
 
 class Asker:
-    """Held-out questions, each answered once within `limits`, at the temperature at which a model is judged."""
+    """Held-out questions, each answered once within `limits`, at the temperature at which a model is single_answer."""
 
     def __init__(
         self,
-        asked: Sequence[Asked],
+        asked: Sequence[ShapedQuestion],
         by: Sampling,
         limits: RolloutConfig,
         scorer: ScorerConfig,
@@ -83,51 +82,58 @@ class Asker:
         seed: int,
         dtype: str | None,
     ):
-        """Args:
-        asked: questions that have an answer.
-        batch: questions answered together; on a mesh, or of several processes, rounded up to what these can share.
-        drawn: so many conversations are returned, about the same questions each time.
-        dtype: of the weights while answering.
+        """Prepares the questions.
+
+        Args:
+            asked: questions that have an answer.
+            by: what the models answer with.
+            limits: of rollouts; the temperature is replaced by that of evaluation.
+            scorer: of the answers.
+            batch: questions answered together; rounded up to a multiple of the shards of the meshes and of the processes.
+            drawn: conversations that are returned, about the same questions each time.
+            seed: of sampling.
+            dtype: of the weights while answering.
         """
         self.asked, self.by = list(asked), by
-        self.limits, self.scorer = judged(limits), Scorer(scorer)
+        self.limits, self.scorer = single_answer(limits), Scorer(scorer)
         self.drawn, self.key, self.dtype = drawn, jax.random.key(seed), dtype
-        self.part = process_shard(by.mesh)
-        parts = max(self.part.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
-        self.batch = -(-min(batch, len(self.asked)) // parts) * parts
+        self.shard = process_shard(by.mesh)
+        shards = max(self.shard.count, *(row_shards(x) for x in (by.mesh, by.rollout_mesh) if x is not None), 1)
+        self.batch = -(-min(batch, len(self.asked)) // shards) * shards
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
-        # Made anew each time: what it keeps of frozen weights on another mesh is not kept between looks.
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
+        """The metrics of the state's model, and some of its conversations."""
+        # A new one each time: it keeps frozen weights on the other mesh, which are not needed between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, found = [], []
         for some in self._batches():
-            own = len(some) // self.part.count
-            mine = some[self.part.index * own : (self.part.index + 1) * own]
+            own = len(some) // self.shard.count
+            mine = some[self.shard.index * own : (self.shard.index + 1) * own]
             answers = self._answer(actor, mine)
-            rows.append(all_rows(_numbers(mine, answers), self.part))
+            rows.append(all_rows(_numbers(mine, answers), self.shard))
             if is_main_process():
                 found += self._draw(mine, answers, self.drawn - len(found))
-        return _facts(np.concatenate(rows)), found
+        return _metrics(np.concatenate(rows)), found
 
     def _batches(self) -> list[list[int]]:
-        """Questions that are answered together: of one room, the last repeated to fill the batch."""
+        """Questions that are answered together: of one shape, the last repeated to fill the batch."""
         found = []
-        for room in dict.fromkeys(x.room for x in self.asked):
-            indices = [i for i, x in enumerate(self.asked) if x.room == room]
+        for shape in dict.fromkeys(x.shape for x in self.asked):
+            indices = [i for i, x in enumerate(self.asked) if x.shape == shape]
             for start in range(0, len(indices), self.batch):
                 some = indices[start : start + self.batch]
                 found.append(some + some[-1:] * (self.batch - len(some)))
         return found
 
     def _answer(self, actor, mine: Sequence[int]) -> Answers:
-        room = self.asked[mine[0]].room
-        queries = [self.asked[i].fit.apply(self.asked[i].example.query()) for i in mine]
+        shape = self.asked[mine[0]].shape
+        queries = [self.asked[i].prompt.apply(self.asked[i].example.query()) for i in mine]
         prompts = build_prompts(
             queries,
             self.by.vocabulary,
             self.by.tables,
             self.limits,
-            shape=room,
+            shape=shape,
             uids=mine,
         )
         t = jax.tree.map(local_rows, self.by.roll(actor, prompts, self.key, self.limits))
@@ -136,7 +142,7 @@ class Asker:
         references = [Reference(tuple(references_of(x.answer)), x.question) for x in examples]
         return Answers(t, prompts.images, texts, self.scorer(texts, references))
 
-    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Trace]:
+    def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Transcript]:
         t, images, texts, scores = answers
         made = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
@@ -151,12 +157,12 @@ class Asker:
                 }
             seen = materialize_on_host(take_rows(t, [row]), images[[row]], self.by.tables.tools, self.limits)
             query = Query(example.question, images[row].arrays, example.video)
-            made.append(make_trace(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
+            made.append(make_transcript(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
         return made
 
 
 def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
-    """What the policy wrote in each row, as text."""
+    """The text that the policy wrote in each row."""
     rows = zip(t.tokens, t.loss_mask, strict=True)
     return [vocabulary.to_bytes(tokens[loss_mask]).decode("utf-8", "replace") for tokens, loss_mask in rows]
 
@@ -165,7 +171,7 @@ NUMBERS = ("index", "score", "boxed", "operations", "executed", "failed", "token
 
 
 def _numbers(mine: Sequence[int], answers: Answers) -> np.ndarray:
-    """float64 [rows, NUMBERS]."""
+    """The numbers of each row, float64 [rows, NUMBERS]."""
     t, _, texts, scores = answers
     columns = {
         "index": mine,
@@ -180,11 +186,11 @@ def _numbers(mine: Sequence[int], answers: Answers) -> np.ndarray:
     return np.stack([np.asarray(columns[name], np.float64) for name in NUMBERS], axis=1)
 
 
-def _facts(rows: np.ndarray) -> dict[str, float]:
-    """Of every question once."""
+def _metrics(rows: np.ndarray) -> dict[str, float]:
+    """The means of the numbers [rows, NUMBERS] over all questions, each counted once."""
     _, once = np.unique(rows[:, 0], return_index=True)
     get = dict(zip(NUMBERS, rows[once].T, strict=True))
-    facts = {
+    metrics = {
         "accuracy": np.mean(get["score"] > RIGHT),
         "score": np.mean(get["score"]),
         "rapr": np.mean(get["operations"] > 0),
@@ -195,45 +201,47 @@ def _facts(rows: np.ndarray) -> dict[str, float]:
         "unboxed": 1 - np.mean(get["boxed"]),
         "questions": len(once),
     }
-    return {name: float(x) for name, x in facts.items()}
+    return {name: float(x) for name, x in metrics.items()}
 
 
 class HeldOutLoss:
     """The loss of tuning on the rows of held-out traces, in batches no larger than a micro-batch of training."""
 
-    def __init__(self, packing: Packing, forward: ForwardConfig, normalizer: str, rows: int, mesh: Mesh | None = None):
-        """Args:
-        rows: of a batch of training, of all processes together.
-        """
-        self.packing, self.normalizer, self.mesh = packing, normalizer, mesh
-        self.part = process_shard(mesh)
-        parts = 1 if mesh is None else row_shards(mesh)
+    def __init__(
+        self, packing: Packing, forward: ForwardConfig, normalizer: Normalizer, rows: int, mesh: Mesh | None = None
+    ):
+        """`rows`: of a batch of training, of all processes together."""
+        self.packing, self.mesh = packing, mesh
+        self.normalizer: Normalizer = normalizer
+        self.shard = process_shard(mesh)
+        shards = 1 if mesh is None else row_shards(mesh)
         most = max(map(len, packing.order.packed(0)))
-        self.rows = -(-min(rows // (forward.micro_batches or 1), most) // parts) * parts
-        given = forward.micro_batches and 1  # where it is worked out, so it is here
-        self.score = make_score_step(dataclasses.replace(forward, micro_batches=given), mesh=mesh)
+        self.rows = -(-min(rows // (forward.micro_batches or 1), most) // shards) * shards
+        turns = forward.micro_batches and 1  # None, by the memory, stays None
+        self.score = make_score_step(dataclasses.replace(forward, micro_batches=turns), mesh=mesh)
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
+        """The loss of the state's model, and no conversations."""
         sums = np.zeros(2)
-        for places in self.packing.order.packed(0):
-            for start in range(0, len(places), self.rows):
-                sums += self._sums(places[start : start + self.rows], state)
+        for bucket in self.packing.order.packed(0):
+            for start in range(0, len(bucket), self.rows):
+                sums += self._sums(bucket[start : start + self.rows], state)
         return {"loss": float(sums[0] / sums[1])}, []
 
-    def _sums(self, places: list[Place], state: TrainState) -> np.ndarray:
-        """Total and denominator of the loss on packed rows of one bucket."""
-        own = self.rows // self.part.count
-        here = np.arange(self.part.index * own, (self.part.index + 1) * own)
-        load = (self.packing.load(places[min(i, len(places) - 1)]) for i in here)
+    def _sums(self, rows: list[PackedRow], state: TrainState) -> np.ndarray:
+        """The total and the denominator of the loss on packed rows of one bucket, float64 [2]."""
+        own = self.rows // self.shard.count
+        here = np.arange(self.shard.index * own, (self.shard.index + 1) * own)
+        load = (self.packing.load(rows[min(i, len(rows) - 1)]) for i in here)
         batch: Batch = self.packing.collate(load, own)
-        batch = batch._replace(weight=np.where(here < len(places), batch.weight, 0).astype(np.float32))
+        batch = batch._replace(weight=np.where(here < len(rows), batch.weight, 0).astype(np.float32))
         placed = batch if self.mesh is None else shard_batch(batch, self.mesh)
         logprobs, entropy = (local_rows(x) for x in self.score(state.model, placed))
         loss = sft_loss(
             logprobs, entropy, batch.loss_mask, batch.weight, normalizer=self.normalizer, segments=batch.segments
         )
         found = np.array([[float(loss.total), float(loss.denominator)]])
-        return all_rows(found, self.part).sum(axis=0)
+        return all_rows(found, self.shard).sum(axis=0)
 
 
 class Together:
@@ -242,29 +250,30 @@ class Together:
     def __init__(self, *looks):
         self.looks = looks
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]:
-        facts, found = {}, []
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
+        """The metrics and conversations of all."""
+        metrics, conversations = {}, []
         for look in self.looks:
             numbers, traces = look(state)
-            facts |= numbers
-            found += traces
-        return facts, found
+            metrics |= numbers
+            conversations += traces
+        return metrics, conversations
 
 
 def draw_rollouts(
-    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, part: ProcessShard = WHOLE
-) -> list[Trace]:
-    """The conversations of some of this process's rows, with their rewards and advantages.
+    weighed: Weighed, rows: Sequence[int], vocabulary: Vocabulary, config: RolloutConfig, shard: ProcessShard = WHOLE
+) -> list[Transcript]:
+    """Makes the conversations of some of this process's rows, with their rewards and advantages.
 
-    What they saw, which training does not keep, is cut out of the prompts' images again, on the host.
+    Training keeps no pixels: what the rows saw is cut out of the prompts' images again, on the host.
     """
     scored, collected = weighed.scored, weighed.scored.collected
     questions, every = collected.questions, collected.trajectories
-    n, first_row = config.group_size, part.index * len(every.stop)
+    n, first_row = config.group_size, shard.index * len(every.stop)
     images = questions.prompts.images[np.asarray(rows) // n]
     t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
     made = []
-    for place, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
+    for i, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
         example, at = questions.examples[row // n], divmod(first_row + row, n)
         is_video = bool(questions.prompts.is_video[row // n])
         known = {"answer": given_answer(text), "title": getattr(example, "id", "")}
@@ -275,6 +284,6 @@ def draw_rollouts(
                 "correct": bool(scored.correct[at] > RIGHT),
                 "reference": " / ".join(Reference.of(example).answers),
             }
-        query = Query(getattr(example, "question", ""), images[place].arrays, is_video)
-        made.append(make_trace(t, place, query, vocabulary, side=SIDE, **known))
+        query = Query(getattr(example, "question", ""), images[i].arrays, is_video)
+        made.append(make_transcript(t, i, query, vocabulary, side=SIDE, **known))
     return made

@@ -1,4 +1,4 @@
-"""The loop both phases share: steps, checkpoints, metrics, and an exact return to where a run was stopped."""
+"""The loop that both phases share: steps, checkpoints, metrics, and an exact return to where a run was stopped."""
 
 import contextlib
 import dataclasses
@@ -21,80 +21,83 @@ from pixel_jax.training.writers import Writer, WriterName, open_writers
 
 
 class Stateful(Protocol):
-    """Something on the host that moves on with the run: a data iterator (Grain's fit), a generator. A state that was given
-    is not changed afterwards: it is written while the run goes on.
-    """
+    """An object on the host that moves on with the run: a data iterator (as Grain's), a generator."""
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The state, which must not change afterwards: it is written while the run goes on."""
 
-    def set_state(self, state: Any) -> None: ...
+    def set_state(self, state: Any) -> None:
+        """Goes back to a state of `get_state`."""
 
 
 class Local(Protocol):
-    """As `Stateful`, for what differs between processes: it is given back the states of all that were saved."""
+    """As `Stateful`, for an object that differs between processes."""
 
-    def get_state(self) -> Any: ...
+    def get_state(self) -> Any:
+        """The state of this process."""
 
-    def set_state(self, *states: Any) -> None: ...
+    def set_state(self, *states: Any) -> None:
+        """Goes back to the states of all processes that saved, however many there are now."""
 
 
 class Watch(Protocol):
-    """Looks at a run as it goes, and changes nothing of it."""
+    """Watches a run, and changes nothing of it."""
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
-        """`done` steps are behind `state`; `log` takes facts, and is None where nothing is written."""
+        """Is called with the state after `done` steps. `log` takes metrics; it is None where nothing is written."""
 
 
 class Timer:
-    """Where the time of a step goes: `seconds_NAME` for each lap, and `seconds` for all."""
+    """Times the laps of a step: `seconds_NAME` for each, and `seconds` for all."""
 
     def __init__(self):
         self.began = self.last = time.monotonic()
-        self.facts: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """What has passed since the last lap ended was spent on `name`."""
+        """Ends a lap: the time since the last one was spent on `name`."""
         now = time.monotonic()
         key = f"seconds_{name}"
-        self.facts[key] = self.facts.get(key, 0.0) + now - self.last
-        self.facts["seconds"], self.last = now - self.began, now
+        self.metrics[key] = self.metrics.get(key, 0.0) + now - self.last
+        self.metrics["seconds"], self.last = now - self.began, now
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a run does.
+    """The steps of a run.
 
-    What a step does may depend on the state, its number and the objects in `host` and `local`, whose states are saved with
-    it, and on nothing else: then a killed run that is started again ends with the same bits.
+    A step may depend on the state, on its number and on the objects in `host` and `local`, whose states are saved, and on nothing
+    else: then a killed run that is started again ends with the same bits.
     """
 
     label: str
     steps: int
     step: Callable[[TrainState, int], tuple[TrainState, Mapping[str, float]]]
-    host: Mapping[str, Stateful]  # the same in each process
+    host: Mapping[str, Stateful]  # the same in every process
     local: Mapping[str, Local] = dataclasses.field(default_factory=dict)  # each process has its own
     shown: tuple[str, ...] = ("loss", "seconds")  # metrics that the terminal shows
-    # What a person should read of a step beside its metrics.
+    # What the progress line says of a step beside its metrics.
     remark: Callable[[Mapping[str, float]], str] = lambda metrics: ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What a run is besides its work: a directory that holds another one is refused (`pixel_jax.identity`)."""
+    """What tells a run from others: a directory that holds another run is refused (`pixel_jax.identity`)."""
 
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings, and digests of data and model
-    resume_changed: bool = False  # the experiment may change from here on, which the run's history says
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the run, and digests of data and model
+    resume_changed: bool = False  # whether the experiment may change from here on, which the run's history says
 
-    def with_facts(self, **facts: Any) -> "Identity":
-        return dataclasses.replace(self, facts={**self.facts, **facts})
+    def with_settings(self, **settings: Any) -> "Identity":
+        """The same run with further settings."""
+        return dataclasses.replace(self, settings={**self.settings, **settings})
 
 
-ANYTHING = Identity()  # nothing is known
+ANYTHING = Identity()  # without settings: every run of the same steps is the same
 
 
 @dataclasses.dataclass(frozen=True)
 class Keeping:
-    """Where a run is kept, and what of it."""
+    """Where a run is saved, and what of it."""
 
     directory: str | os.PathLike | None = None  # None: nothing is written
     identity: Identity = ANYTHING
@@ -121,7 +124,7 @@ class Loop:
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
         self.done = 0
-        self.told = False  # to go, in the step that was under way
+        self.stopped = False  # whether the step that was under way was told to stop
         self.before: dict[str, Any] = {}  # the states of `work.host` before it
         self.progress = Progress(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
@@ -139,7 +142,7 @@ class Loop:
         """The state after all steps, from the newest checkpoint in the directory if there is one.
 
         Raises:
-            Preempted: the run was told to go (`NOTICE`); what it has done is saved.
+            Preempted: the run was told to stop (`NOTICE`); what it has done is saved.
             RunError: the directory holds another run.
         """
         with self:
@@ -153,14 +156,14 @@ class Loop:
         """Opens the directory, and goes back to its newest checkpoint, if there is one."""
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Weights that are not trained are where they came from; the checkpoint only says which they were.
+            # Weights that are not trained are not saved; a checkpoint only says which they were.
             self.base = fingerprint(self.state.rest)
             self.checkpoints = Checkpoints(self.directory / "checkpoints", keep=self.keeping.keep)
             self._closing.enter_context(self.checkpoints)
             latest = self.checkpoints.latest
-            self._settle(latest)
+            self._settle(self.directory, latest)
             if latest is not None:
-                self._go_back()
+                self._go_back(self.checkpoints)
             if is_main_process():
                 self.log = open_writers(self.directory, self.done, self.keeping.writers, self.work.label)
                 self._closing.callback(self.log.close)
@@ -168,10 +171,10 @@ class Loop:
             self.watch(self.state, self.done, self.log)
 
     def step(self) -> Mapping[str, float]:
-        """Takes the next step; its metrics.
+        """Takes the next step, and returns its metrics.
 
-        A step that is told to go, and gives itself up as long as it has changed nothing but what is in `host`
-        (`NOTICE.check`, `NOTICE.next`), has none: what was before it is to be saved.
+        A step that is told to stop may give itself up as long as it has changed nothing but `work.host` (`NOTICE.check`,
+        `NOTICE.next`). It has no metrics, and the state before it is what is saved.
         """
         self.before = _states(self.work.host)
         try:
@@ -179,7 +182,7 @@ class Loop:
         except Preempted:
             if self.checkpoints is None:
                 raise
-            self.told = True
+            self.stopped = True
             return {}
         self.done, self.before = self.done + 1, {}
         if self.log is not None:
@@ -192,20 +195,20 @@ class Loop:
         return metrics
 
     def save(self) -> None:
-        """A checkpoint if one is due: every so many steps, after the last, and where the run is told to go.
+        """Saves a checkpoint if one is due: every so many steps, after the last, and where the run is told to stop.
 
         Raises:
-            Preempted: it is told to go, and there are steps left; everything is on the disk.
+            Preempted: the run is told to stop, and there are steps left; everything is on the disk.
         """
         if self.checkpoints is None:
             return
-        told = self.told or NOTICE.reached()
-        due = self.done % self.keeping.save_every == 0 or self.done == self.work.steps or told
+        stop = self.stopped or NOTICE.reached()
+        due = self.done % self.keeping.save_every == 0 or self.done == self.work.steps or stop
         if due and self.checkpoints.latest != self.done:
             host = self.before or _states(self.work.host)
             state = self.state._replace(rest=())
             self.checkpoints.save(self.done, state, host, _states(self.work.local), base=self.base)
-        if told and self.done < self.work.steps:
+        if stop and self.done < self.work.steps:
             self.checkpoints.finish()
             self._say(
                 f"told to go; {self.done} of {self.work.steps} steps are done and saved. Started again, the run goes on."
@@ -216,31 +219,32 @@ class Loop:
     def _say(self, text: str) -> None:
         say(f"{self.work.label}: {text}")
 
-    def _settle(self, latest: int | None) -> None:
-        """Holds the directory to what it was begun as."""
+    def _settle(self, directory: pathlib.Path, latest: int | None) -> None:
+        """Checks that the directory holds this run, or notes it there."""
         if latest is not None and latest > self.work.steps:
             raise RunError(
-                f"{self.directory}: {latest} steps are done, the configuration says {self.work.steps}: a run does not go "
+                f"{directory}: {latest} steps are done, the configuration says {self.work.steps}: a run does not go "
                 "back; choose another directory"
             )
         if is_main_process():
             identity = self.keeping.identity
             settle(
-                self.directory,
-                identity.facts,
+                directory,
+                identity.settings,
                 done=latest,
                 of=self.work.steps,
                 resume_changed=identity.resume_changed,
             )
 
-    def _go_back(self) -> None:
+    def _go_back(self, checkpoints: Checkpoints) -> None:
+        """Restores the newest checkpoint that is whole."""
         try:
-            found = self.checkpoints.restore(self.state._replace(rest=()), mesh=self.keeping.mesh, base=self.base)
+            found = checkpoints.restore(self.state._replace(rest=()), mesh=self.keeping.mesh, base=self.base)
         except FileNotFoundError:
             warn(f"{self.work.label}: no checkpoint is left, the run begins anew")
             return
         self.state, self.done = found.state._replace(rest=self.state.rest), found.step
-        _give_back(found, self.work, self.directory)
+        _restore_objects(found, self.work, checkpoints.directory.parent)
         if self.done == self.work.steps:
             self._say(f"already finished, all {self.done} steps")
         else:
@@ -251,8 +255,8 @@ def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, An
     return {name: item.get_state() for name, item in items.items()}
 
 
-def _give_back(found: Restored, work: Work, directory: pathlib.Path) -> None:
-    """What a checkpoint holds of the objects on the host. CheckpointError if that is nothing they can go on from."""
+def _restore_objects(found: Restored, work: Work, directory: pathlib.Path) -> None:
+    """Restores the objects on the host. CheckpointError: they cannot resume from what the checkpoint holds."""
     try:
         for name, item in work.host.items():
             item.set_state(found.host[name])

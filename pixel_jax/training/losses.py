@@ -1,4 +1,4 @@
-"""Log-probabilities and losses over the chosen tokens. A loss is a sum and a denominator, so that accumulation is exact."""
+"""Log-probabilities, and losses over the tokens of the loss mask. A loss is a sum and a denominator: accumulation is exact."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,6 +7,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.arrays import AnyArray
+
+Normalizer = Literal["row", "token"]  # of tuning: the mean of the rows' means, or the mean of all tokens
+
 
 class Loss(NamedTuple):
     """A loss is `total / denominator`; totals and denominators of micro-batches add up to those of the batch."""
@@ -14,26 +18,24 @@ class Loss(NamedTuple):
     total: jax.Array  # float32 []
     denominator: jax.Array  # float32 []
     rows: jax.Array  # float32 [R], each row's share of `total`, before its weight: where a NaN came from
-    sums: dict[str, jax.Array]  # float32 [], sums over chosen tokens; divided by `sums["tokens"]` they are the metrics
+    sums: dict[str, jax.Array]  # float32 [], sums over counted tokens; divided by `sums["tokens"]` they are the metrics
 
 
 class Predictions(NamedTuple):
-    """Which token the hidden state at each position is asked for. Gaps of padding may lie between the two."""
+    """Which token the hidden state at each position predicts. Padding may lie between the two."""
 
     target: jax.Array  # int32 [R, L], the token at the next valid position (any token where there is none)
-    source: (
-        jax.Array
-    )  # int32 [R, L], for each position, the valid position before it: where it was predicted (0: nowhere)
+    source: jax.Array  # int32 [R, L], the valid position before each: where its token was predicted (0: nowhere)
     known: jax.Array  # bool [R, L], valid and preceded by a valid position
 
 
-def predictions(tokens: jax.Array, valid: jax.Array) -> Predictions:
-    """tokens int32 [R, L], valid bool [R, L].
+def predictions(tokens: AnyArray, valid: AnyArray) -> Predictions:
+    """Pairs every position with the token that it predicts: tokens, or any array, [R, L], valid bool [R, L].
 
     In:  tokens a b . . c d   valid 1 1 0 0 1 1
     Out: target b c . . d .   source . 0 . . 1 4   known 0 1 0 0 1 1
     """
-    length = tokens.shape[1]
+    tokens, valid, length = jnp.asarray(tokens), jnp.asarray(valid), tokens.shape[1]
     index = jnp.arange(length, dtype=jnp.int32)[None]
     last = jax.lax.cummax(jnp.where(valid, index, -1), axis=1)
     source = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -44,17 +46,17 @@ def predictions(tokens: jax.Array, valid: jax.Array) -> Predictions:
 
 
 def turn_temperature(
-    loss_mask: jax.Array, first: float, later: float | None, segments: jax.Array | None = None
+    loss_mask: AnyArray, first: float, later: float | None, segments: AnyArray | None = None
 ) -> jax.Array:
-    """The temperature each token was sampled at, float32 [R, L]: `first` in a trace's first run of chosen tokens, then `later`.
+    """The temperature at which each token was sampled, float32 [R, L]: `first` in the first turn of a trace, then `later`.
 
-    (Turns are runs: what lies between two of them, an observation, is never chosen.)
+    Turns are runs of the loss mask, bool [R, L]: an observation, which lies between two turns, is never in it.
     """
     if later is None or later == first:
         return jnp.full(loss_mask.shape, first, jnp.float32)
     starts = loss_mask & ~jnp.pad(loss_mask[:, :-1], ((0, 0), (1, 0)))
     turn = jnp.cumsum(starts, axis=1)
-    if segments is not None:  # counted from where a trace begins, which is never chosen
+    if segments is not None:  # turns are counted from the first token of a trace, which is never in the loss mask
         begins = segments != jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
         turn -= jax.lax.cummax(jnp.where(begins, turn, 0), axis=1)
     return jnp.where(turn <= 1, first, later).astype(jnp.float32)
@@ -68,21 +70,27 @@ def token_logprobs(
     temperature: jax.Array | float = 1.0,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of `target` int32 [R, L] and entropy, both float32 [R, L], of softmax(logits(hidden) / temperature).
+    """The log-probability of `target` and the entropy of softmax(logits(hidden) / temperature), both float32 [R, L].
 
-    `hidden` [R, L, D], `logits` maps [..., D] to float32 [..., V], `temperature` is a number or [R, L]. Positions are taken
-    `chunk` at a time, recomputed in the backward pass: no [R, L, V] array exists in either (unless L <= chunk). The target's
-    logit is picked by a masked sum, which splits over a sharded vocabulary and has no scatter in its gradient. No gradient
-    flows through the entropy.
+    Positions are taken `chunk` at a time and recomputed in the backward pass: no [R, L, V] array exists in either (unless
+    L <= chunk). The target's logit is picked by a masked sum, which splits over a sharded vocabulary and has no scatter in its
+    gradient. No gradient flows through the entropy.
+
+    Args:
+        logits: maps [..., D] to float32 [..., V].
+        hidden: [R, L, D].
+        target: int32 [R, L].
+        temperature: a number or float32 [R, L].
+        chunk: positions whose logits exist at once.
     """
     rows, length, _ = hidden.shape
     vocabulary = jax.eval_shape(logits, hidden).shape[-1]
-    xs = (hidden, target) if jnp.ndim(temperature) == 0 else (hidden, target, temperature[..., None])
+    xs = (hidden, target) if jnp.ndim(temperature) == 0 else (hidden, target, jnp.asarray(temperature)[..., None])
 
     def piece(hidden, target, temperature=temperature):
         index, zero = jnp.arange(vocabulary, dtype=jnp.int32), jnp.float32(0)
-        # Made to look as if they depended on the piece: before the loop XLA would widen them to arrays as large as the logits
-        # (a tuning step of 4 rows of 512 tokens, 35 M parameters, 8,192 words: 420 MB of temporaries, not 365).
+        # They are made to look as if they depended on the piece. Otherwise XLA widens them before the loop to arrays as large
+        # as the logits (a tuning step of 4 rows of 512 tokens, 35 M parameters, 8,192 words: 420 MB of temporaries, not 365).
         hidden, index, zero = jax.lax.optimization_barrier((hidden, index, zero))
         scaled = logits(hidden).astype(jnp.float32) / temperature
         peak = jax.lax.stop_gradient(jnp.max(scaled, axis=-1, keepdims=True))
@@ -121,12 +129,12 @@ class PolicyLossConfig:
     clip_low: float = 0.2  # how far below 1 the ratio counts
     clip_high: float = 0.35  # DAPO's clip-higher
     # `constant`: the sum over tokens divided by traces x `constant`, so long answers are not discounted (Dr. GRPO);
-    # `token`: by the number of chosen tokens (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Traces whose
-    # tokens are all masked: see `masked_traces`.)
+    # `token`: by the number of tokens in the loss mask (DAPO); `row`: the mean over traces of each one's mean (GRPO). (Of traces
+    # whose tokens are all masked see `masked_traces`.)
     # The released code divides by 200 a micro-batch of 2 or 4 rows (100 or 50 a row).
     normalizer: Literal["constant", "token", "row"] = "constant"
     constant: float = 200.0  # what the normalizer `constant` divides by, for each trace
-    # What a trace counts in the denominators of `constant` and `row` when none of its tokens carry loss (`mask_unfinished`).
+    # Whether a trace whose tokens carry no loss (`mask_unfinished`) counts in the denominators of `constant` and `row`.
     # `counted`: like any other: eq. 3 of GRPO and Dr. GRPO's divide by all G answers, as TRL does, and verl with its
     # `global_batch_size`; `left_out`: not at all, so that the others weigh more, as verl does without.
     masked_traces: Literal["counted", "left_out"] = "counted"
@@ -151,11 +159,11 @@ class PolicyLossConfig:
 
 
 def masked(x: jax.Array, mask: jax.Array) -> jax.Array:
-    """`x` where `mask`, else zero: unlike a product, it stops infinities of padded positions, in values and gradients."""
+    """`x` where `mask` holds, else zero. Unlike a product it stops infinities of padding, in values and gradients."""
     return jnp.where(mask, x, 0.0)
 
 
-def trace_sums(x: jax.Array, segments: jax.Array | None) -> jax.Array:
+def trace_sums(x: jax.Array, segments: AnyArray | None) -> jax.Array:
     """For each token, the sum of `x` float32 [R, L] over its trace: [R, L], or [R, 1] where a row holds one trace."""
     if segments is None:
         return jnp.sum(x, axis=1, keepdims=True)
@@ -163,9 +171,9 @@ def trace_sums(x: jax.Array, segments: jax.Array | None) -> jax.Array:
     return jax.vmap(lambda x, segment: jax.ops.segment_sum(x, segment, num_segments=length)[segment])(x, segments)
 
 
-def trace_number(counted: jax.Array, segments: jax.Array | None, silent: bool) -> jax.Array:
-    """How many traces each row has, float32 [R]: all (`silent`), or those with a token that counts (bool [R, L])."""
-    if silent:
+def trace_number(counted: jax.Array, segments: AnyArray | None, *, every: bool) -> jax.Array:
+    """How many traces each row has, float32 [R]: `every` one, or those with a counted token (bool [R, L])."""
+    if every:
         if segments is None:
             return jnp.ones(counted.shape[0], jnp.float32)
         return 1.0 + jnp.max(segments, axis=1).astype(jnp.float32)  # they are numbered from 0 on
@@ -176,32 +184,38 @@ def trace_number(counted: jax.Array, segments: jax.Array | None, silent: bool) -
     return jnp.sum(tokens(counted.astype(jnp.int32), segments) > 0, axis=1).astype(jnp.float32)
 
 
-# Nats that logarithms of ratios are cut to, beyond which gradients are zero: exp(88) is infinite. The numbers are verl's.
+# Bounds in nats that logarithms of ratios are cut to; beyond them gradients are zero. exp(88) is infinite. As in verl.
 LARGEST_LOG_RATIO = {"token": (-20.0, 20.0), "sequence": (-jnp.inf, 10.0), "product": (-20.0, 20.0)}
-LARGEST_DIVERGENCE = 10.0  # of one token, from the reference
+LARGEST_DIVERGENCE = 10.0  # of one token
 
 
-def divergence(apart: jax.Array) -> jax.Array:
-    """Schulman's k3 estimator of a divergence, exp(d) - d - 1, of d = log(reference / policy), cut as verl cuts it."""
-    apart = jnp.clip(apart, -20.0, 20.0)
-    return jnp.minimum(jnp.exp(apart) - apart - 1.0, LARGEST_DIVERGENCE)
+def divergence(log_ratio: jax.Array) -> jax.Array:
+    """Schulman's k3 estimator of a divergence, exp(d) - d - 1 of d = log(reference / policy), bounded as in verl."""
+    log_ratio = jnp.clip(log_ratio, -20.0, 20.0)
+    return jnp.minimum(jnp.exp(log_ratio) - log_ratio - 1.0, LARGEST_DIVERGENCE)
 
 
 def sft_loss(
-    logprobs: jax.Array,
-    entropy: jax.Array,
-    loss_mask: jax.Array,
-    weight: jax.Array,
+    logprobs: AnyArray,
+    entropy: AnyArray,
+    loss_mask: AnyArray,
+    weight: AnyArray,
     *,
-    normalizer: Literal["row", "token"],
-    segments: jax.Array | None = None,
+    normalizer: Normalizer,
+    segments: AnyArray | None = None,
 ) -> Loss:
-    """Negative log-likelihood of the chosen tokens: logprobs, entropy float32 [R, L], chosen bool [R, L], weight float32 [R].
+    """The negative log-likelihood of the tokens in the loss mask.
 
-    `row`: the mean over traces of each trace's mean (the released code: one row a step of accumulation); `token`: the
-    mean over all chosen tokens of the batch. A row holds one trace, or those that `segments` int32 [R, L] tells apart.
-    A row of weight 0 is padding.
+    Args:
+        logprobs: float32 [R, L].
+        entropy: float32 [R, L], for the metrics.
+        loss_mask: bool [R, L].
+        weight: float32 [R]; 0 marks a row of padding.
+        normalizer: `row`: the mean over traces of each trace's mean (the released code: one row a step of accumulation);
+            `token`: the mean over all tokens in the loss mask of the batch.
+        segments: int32 [R, L], the number of each token's trace within its row; None: a row holds one trace.
     """
+    logprobs, entropy, loss_mask, weight = map(jnp.asarray, (logprobs, entropy, loss_mask, weight))
     rows = -jnp.sum(masked(logprobs, loss_mask), axis=1)
     if normalizer == "row":
         share = masked(1.0 / jnp.maximum(trace_sums(loss_mask.astype(jnp.float32), segments), 1.0), loss_mask)
@@ -219,9 +233,9 @@ def sft_loss(
 
 
 def bounded_ratio(
-    log_ratio: jax.Array, count: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+    log_ratio: jax.Array, count: jax.Array, config: PolicyLossConfig, segments: AnyArray | None
 ) -> jax.Array:
-    """exp(`log_ratio`) [R, L] of each token or of its trace, which has `count` tokens that are chosen."""
+    """exp(`log_ratio`) of each token, or of its trace with `count` [R, L] counted tokens: float32 [R, L]."""
     bounds = LARGEST_LOG_RATIO[config.ratio]
     if config.ratio == "token":
         return jnp.exp(jnp.clip(log_ratio, *bounds))
@@ -231,42 +245,44 @@ def bounded_ratio(
 
 
 def capped_importance(
-    mismatch: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+    mismatch: jax.Array, config: PolicyLossConfig, cap: float, segments: AnyArray | None
 ) -> tuple[jax.Array, jax.Array]:
-    """exp(`mismatch`) [R, L] of each token or of its trace, up to the cap; and where it was above."""
+    """exp(`mismatch`) of each token or of its trace up to the cap, float32 [R, L]; and where it was above, bool [R, L]."""
     shape = mismatch.shape
     if config.importance_level == "sequence":
         mismatch = trace_sums(mismatch, segments)
     importance = jnp.broadcast_to(jnp.exp(jnp.clip(mismatch, *LARGEST_LOG_RATIO["token"])), shape)
-    above = importance > config.importance_cap
-    return jnp.where(above, config.importance_cap if config.importance_above == "truncated" else 0.0, importance), above
+    above = importance > cap
+    return jnp.where(above, cap if config.importance_above == "truncated" else 0.0, importance), above
 
 
 def policy_denominator(
-    counted: jax.Array, weight: jax.Array, config: PolicyLossConfig, segments: jax.Array | None
+    counted: jax.Array, weight: AnyArray, config: PolicyLossConfig, segments: AnyArray | None
 ) -> jax.Array:
-    """By what the sum over rows is divided."""
+    """What the sum over rows is divided by, float32 []."""
     if config.normalizer == "token":
         return jnp.sum(weight * jnp.sum(counted, axis=1))
-    traces = jnp.sum(weight * trace_number(counted, segments, silent=config.masked_traces == "counted"))
+    traces = jnp.sum(weight * trace_number(counted, segments, every=config.masked_traces == "counted"))
     return config.constant * traces if config.normalizer == "constant" else traces
 
 
 def policy_loss(
     logprobs: jax.Array,
     entropy: jax.Array,
-    old_logprobs: jax.Array,
-    sampler_logprobs: jax.Array,
-    advantage: jax.Array,
-    loss_mask: jax.Array,
-    weight: jax.Array,
+    old_logprobs: AnyArray,
+    sampler_logprobs: AnyArray,
+    advantage: AnyArray,
+    loss_mask: AnyArray,
+    weight: AnyArray,
     config: PolicyLossConfig,
     *,
     reference_logprobs: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    segments: AnyArray | None = None,
 ) -> Loss:
-    """PPO's clipped objective over the chosen tokens; all float32 [R, L] but `weight` [R], `chosen` bool, and `advantage`,
-    which is [R] or, in packed rows (`segments` int32 [R, L]), [R, L].
+    """PPO's clipped objective over the tokens of the loss mask.
+
+    All arrays are float32 [R, L] but `weight` [R], `loss_mask` bool, and `advantage`, which is [R] or, in packed rows
+    (`segments` int32 [R, L]), [R, L].
 
         max(-ratio A, -clip(ratio, 1 - low, 1 + high) A) w + kl (exp(d) - d - 1)
         ratio = exp(logprobs - old_logprobs), of a token or of its trace        d = reference_logprobs - logprobs
@@ -274,9 +290,12 @@ def policy_loss(
 
     The paper has neither a KL term nor an entropy bonus. The estimator of the divergence is Schulman's k3, as in GRPO
     (arXiv:2402.03300, eq. 4); truncated importance sampling: Yao et al. 2025, Your Efficient RL Framework Secretly Brings
-    You Off-Policy RL Training. `gap` in the metrics is the mean |log p(trainer, before the update) - log p(sampler)|.
+    You Off-Policy RL Training. The metric `sampler_trainer_mismatch` is the mean of
+    |log p(trainer, before the update) - log p(sampler)|.
     Every exponent is bounded (`LARGEST_LOG_RATIO`): one token that is 100 nats off does not make the loss infinite.
     """
+    old_logprobs, sampler_logprobs, advantage = map(jnp.asarray, (old_logprobs, sampler_logprobs, advantage))
+    loss_mask, weight = jnp.asarray(loss_mask), jnp.asarray(weight)
     counted = loss_mask & (weight > 0)[:, None]
     count = jnp.maximum(trace_sums(counted.astype(jnp.float32), segments), 1.0)
     log_ratio = masked(logprobs - old_logprobs, counted)
@@ -291,7 +310,7 @@ def policy_loss(
         "ratio": jnp.sum(masked(ratio, counted)),
         "clip_fraction": jnp.sum(masked((-clipped * advantage > -ratio * advantage).astype(jnp.float32), counted)),
         "kl": jnp.sum(masked(divergence(log_ratio), counted)),  # from the policy before the update
-        "gap": jnp.sum(jnp.abs(mismatch)),
+        "sampler_trainer_mismatch": jnp.sum(jnp.abs(mismatch)),
     }
     if config.dual_clip is not None:
         bound = -config.dual_clip * advantage
@@ -299,13 +318,15 @@ def policy_loss(
         tokens = jnp.where(above, bound, tokens)
         sums["dual_clip_fraction"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.importance_cap is not None:
-        importance, above = capped_importance(mismatch, config, segments)
+        importance, above = capped_importance(mismatch, config, config.importance_cap, segments)
         tokens = tokens * importance
         sums["importance_capped"] = jnp.sum(masked(above.astype(jnp.float32), counted))
     if config.kl:
-        apart = divergence(masked(reference_logprobs - logprobs, counted))
-        tokens = tokens + config.kl * apart
-        sums["kl_reference"] = jnp.sum(apart)
+        if reference_logprobs is None:
+            raise ValueError(f"kl {config.kl} needs the log-probabilities of the reference")
+        from_reference = divergence(masked(reference_logprobs - logprobs, counted))
+        tokens = tokens + config.kl * from_reference
+        sums["kl_reference"] = jnp.sum(from_reference)
     if config.normalizer == "row":
         tokens = tokens / count
     rows = jnp.sum(masked(tokens, counted), axis=1)

@@ -1,12 +1,13 @@
-"""AdamW or Muon, the schedule and the clipping."""
+"""Optimisers: AdamW or Muon, with a schedule and clipping."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from pixel_jax.arrays import Params
 from pixel_jax.config import positive
 
 
@@ -14,7 +15,7 @@ from pixel_jax.config import positive
 class OptimizerConfig:
     """The released reinforcement-learning recipe (lr 1e-6, warm-up 3 %, cosine down to half)."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon takes matrices; what is none is AdamW's
+    kind: Literal["adamw", "muon"] = "adamw"  # Muon moves matrices, and AdamW the other weights
     learning_rate: float = 1e-6  # the highest, after the warm-up
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
     final_fraction: float = 0.5  # of the learning rate, where the cosine ends
@@ -33,7 +34,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Step -> learning rate: linear warm-up from zero, then the schedule over what is left of `total_steps`."""
+    """Makes a schedule from step to learning rate: linear warm-up from zero, then `config.schedule` over the other steps."""
     warmup = round(config.warmup * total_steps)
     rest = max(total_steps - warmup, 1)
     if config.schedule == "cosine":
@@ -42,19 +43,21 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         after = optax.constant_schedule(config.learning_rate)
     if warmup == 0:
         return after
-    # The first step already moves: warm-up counts from one.
-    ramp = lambda step: config.learning_rate * (step + 1) / (warmup + 1)  # noqa: E731
+
+    def ramp(step: Any) -> Any:
+        return config.learning_rate * (step + 1) / (warmup + 1)  # the first step already moves: it is step 0
+
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def stacked_matrices(params):
-    """What Muon orthogonalises: every matrix [out, in] of the stacked layers. The rest (embeddings, norms) is NAdamW's."""
+def stacked_matrices(params: Params) -> Params:
+    """What Muon orthogonalises: every matrix [out, in] of the stacked layers. NAdamW moves the rest (embeddings, norms)."""
     spec = MuonDimensionNumbers(reduction_axis=2, output_axis=1)
     return jax.tree.map(lambda x: spec if x.ndim == 3 else None, params)
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, or Muon with updates as large as AdamW's can be (root mean square 1 a weight)."""
+    """Makes an optimiser: clipping by global norm, then AdamW, or Muon with updates of root mean square 1, as AdamW's."""
     rate = learning_rate(config, total_steps)
     if config.kind == "muon":
         update = muon(

@@ -1,5 +1,6 @@
-"""Notice that the machine is about to be taken away (SIGTERM), or that somebody has had enough (Ctrl-C): finish the step, or
-give it up where it may last longer than there is time; save, and say so with an exit code.
+"""Preemption: a notice that the machine will be taken away (SIGTERM), or that the user stops the run (Ctrl-C).
+
+The run finishes its step, or gives it up where it may last longer than there is time; saves; and ends with an exit code.
 """
 
 import queue
@@ -12,7 +13,7 @@ from pixel_jax.parallel.processes import all_gather
 
 T = TypeVar("T")
 CODE = 42  # exit code of a run that was preempted and saved itself: started again, it goes on
-POLL = 0.1  # seconds between two looks at the notice, while data is waited for
+POLL = 0.1  # seconds between two checks of the notice while data is waited for
 
 
 class Preempted(SystemExit):
@@ -23,13 +24,14 @@ class Preempted(SystemExit):
 
 
 class Notice:
-    """Whether this process, or another one of the same run, has been told to go. Listens from `listen` on."""
+    """Whether this process, or another one of the same run, was told to stop. It listens from `listen` on."""
 
     def __init__(self, heard: signals.Signals):
         self._heard = heard
 
     @property
     def given(self) -> bool:
+        """Whether this process was told to stop."""
         return self._heard.told
 
     @given.setter
@@ -37,17 +39,18 @@ class Notice:
         self._heard.told = told
 
     def listen(self) -> None:
-        """From now on SIGTERM and Ctrl-C are taken for a notice; a second Ctrl-C ends the process at once."""
+        """Takes SIGTERM and Ctrl-C as a notice from now on; a second Ctrl-C ends the process at once."""
         self._heard.save_first()
 
     def reached(self) -> bool:
-        """Whether the run is to stop here. All processes ask at the same places, after every step at least, and are told the
-        same.
+        """Whether the run is to stop here.
+
+        All processes call it at the same points, after every step at least, and get the same answer.
         """
         return bool(all_gather(self.given).any())
 
     def check(self) -> None:
-        """`Preempted` if the run is to stop here: asked in a step, as long as it can be given up."""
+        """Raises `Preempted` if the run is to stop here. A step calls it as long as it can be given up."""
         if self.reached():
             raise Preempted
 
@@ -62,10 +65,10 @@ class Notice:
         def fetch() -> None:
             try:
                 found.put((True, next(data)))
-            except BaseException as error:  # it belongs to who waits
+            except BaseException as error:  # raised again where the data is waited for
                 found.put((False, error))
 
-        # A thread that waits for ever must keep neither the step nor the process.
+        # In a thread of its own, so that data that never comes stops neither the step nor the end of the process.
         threading.Thread(target=fetch, daemon=True, name="next").start()
         value: object = None
         while not self.given:

@@ -1,16 +1,13 @@
-"""What a person at the terminal sees: progress, time left, and why nothing happens while a program compiles."""
+"""Output on the terminal: progress, the time left, and which program is compiling."""
 
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 
-from pixel_jax.files import write_file
-from pixel_jax.state_files import LineLog, read_lines, to_json
 from pixel_jax.terminal import printable, put, say
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -18,47 +15,50 @@ COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def announce_compiles(minimum: float = 0.2, stream=None) -> Callable[[], None]:
-    """Say before a program compiles (once lowering it took `minimum` seconds: small ones compile unnoticed) and when it has.
+    """Announces on the terminal when a program begins to compile, and when it has.
 
-    Call it once, at the start of a process; what it returns ends it.
+    Programs whose lowering takes less than `minimum` seconds are not announced. Call it once, when a process starts.
+
+    Returns:
+        A function that ends the announcements.
     """
     announced: set[str] = set()
 
-    def listen(event: str, seconds: float, **facts) -> None:
-        name = str(facts.get("fun_name", "a program"))
-        if event == LOWERED and seconds >= minimum:
+    def listen(event: str, duration_secs: float, **details: str | int) -> None:
+        name = str(details.get("fun_name", "a program"))
+        if event == LOWERED and duration_secs >= minimum:
             announced.add(name)
             say(f"compiling {name} ...", stream or sys.stderr)
         elif event == COMPILED and name in announced:
             announced.discard(name)
-            say(f"compiled {name} in {seconds:.1f} s", stream or sys.stderr)
+            say(f"compiled {name} in {duration_secs:.1f} s", stream or sys.stderr)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def use_compilation_cache(directory: str | os.PathLike) -> None:
-    """Keep compiled programs in `directory` (unless the environment names another), for the next start, and say so.
+    """Keeps compiled programs for the next start in `directory`, unless the environment names another, and says so.
 
-    Not where JAX's cache is switched off, as by `parallel.processes.join` on CPUs.
+    It does nothing where JAX's cache is switched off, as by `parallel.processes.initialize` on CPUs.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.values["jax_enable_compilation_cache"]:
         return
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    say(f"compiled programs are kept in {jax.config.jax_compilation_cache_dir}", sys.stderr)
+    say(f"compiled programs are kept in {jax.config.values['jax_compilation_cache_dir']}", sys.stderr)
 
 
 def clock(seconds: float) -> str:
-    """1:02:03, or 2:03 under an hour."""
+    """A time as text: 1:02:03, or 2:03 under an hour."""
     minutes, seconds = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Progress:
-    """One line on the terminal, rewritten, as wide as that is; in a log file a whole line every `every` seconds."""
+    """A progress line: on a terminal one line that is rewritten, in a log file a new line every `every` seconds."""
 
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):
         self.label, self.total, self.start = label, total, start
@@ -67,8 +67,8 @@ class Progress:
         self.every = 0.2 if self.live else every
         self.began, self.shown = None, None
 
-    def update(self, done: int, facts: Mapping[str, float], remark: str = "") -> None:
-        """`done` of `total` steps are behind us; `remark` and `facts` are shown beside them, the most important first."""
+    def update(self, done: int, metrics: Mapping[str, float], remark: str = "") -> None:
+        """Shows that `done` of `total` steps are done, with a remark and metrics beside, the most important first."""
         now = time.monotonic()
         if self.began is None:  # the first step compiles: the pace is measured from its end
             self.began, self.start = now, done
@@ -76,7 +76,7 @@ class Progress:
             return
         self.shown = now
         left = "?" if done == self.start else clock((now - self.began) / (done - self.start) * (self.total - done))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         said = f"{printable(remark)}  " if remark else ""
         line = f"{printable(self.label)} {done}/{self.total}  {left} left  {said}{shown}"
         if self.live:
@@ -84,23 +84,3 @@ class Progress:
             put("\r\x1b[K" + line + ("\n" if done >= self.total else ""), self.stream)
         else:
             put(line + "\n", self.stream)
-
-
-class MetricsLog:
-    """One JSON object a line. Lines of steps that a restart is about to repeat are dropped when it opens."""
-
-    def __init__(self, path: str | os.PathLike, start: int):
-        kept = [line for line in read_metrics(path) if line["step"] < start]
-        write_file(path, "".join(to_json(line) + "\n" for line in kept))
-        self.log = LineLog(path, durable=False)
-
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.log.append([{"step": step, **facts}])
-
-    def close(self) -> None:
-        self.log.close()
-
-
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
-    return read_lines(path, step=int)

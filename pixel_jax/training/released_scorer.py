@@ -1,19 +1,20 @@
-"""Pixel Reasoner's released scorer, `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py), for numbers that compare
-with its own: the last box, the first <answer> on one line, then the whole response, each given to math-verify as it is.
+"""Pixel Reasoner's released scorer, for scores that compare with its own.
 
-Its known faults are part of it: "0 to 5" answers "0", "1/2" answers "1, 2", "B. blue" does not answer B, and after a wrong
-box the rest of the text is tried. Only what would not end differs: formulas too large to be worked out are wrong at once.
+It is `rule_reward` (openrlhf/trainer/ppo_utils/experience_maker.py): the last box, the first <answer> on one line, then the
+whole response are each given to math-verify as they are. Its known faults are kept: "0 to 5" answers "0", "1/2" answers "1, 2",
+"B. blue" does not answer B, and after a wrong box the rest of the text is tried. One thing differs: formulas that are too large
+to be worked out, which would never end, are wrong at once.
 """
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pixel_jax.training import algebra
 
 
 def released_score(response: str, references: Sequence[str]) -> float | None:
-    """1, 0, or None where the released code says -1 (nothing can be parsed); references are contents of a box."""
+    """The score 1 or 0, or None where the released code says -1 (nothing can be parsed). References are contents of a box."""
     text = response.lower()
     golds = [f"\\boxed{{{reference}}}".lower() for reference in references]
     percent = next((gold.replace("%", "") for gold in golds if "%" in gold), None)
@@ -33,8 +34,8 @@ def released_score(response: str, references: Sequence[str]) -> float | None:
 
 def _against(text: str, gold: str) -> float | None:
     """The score of a whole response against one reference, both in lower case."""
-    with algebra.charged() as may:
-        if not may:
+    with algebra.charged() as allowed:
+        if not allowed:
             return 0.0
         wanted = _wanted(_tidy(gold))
         if not wanted:
@@ -47,8 +48,8 @@ def _against(text: str, gold: str) -> float | None:
         return score
 
 
-def _candidates(text: str):
-    """What is tried in turn; the verdict on the last one stands."""
+def _candidates(text: str) -> Iterator[str]:
+    """What is tried in turn. The verdict on the last one counts."""
     if "\\boxed" in text:
         yield text[text.rindex("\\boxed") :].strip()
     if "<answer>" in text and (found := re.search("<answer>(.*?)</answer>", text)):
@@ -73,9 +74,7 @@ def _wanted(gold: str) -> list:
 
 
 def _parse(text: str) -> list:
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=algebra.time_limit()) if algebra.is_small(text) else []
+    return algebra.parsed(text) if algebra.is_small(text) else []
 
 
 def _tidy(text: str) -> str:

@@ -1,9 +1,9 @@
-"""Which rows an update trains on: zero-variance groups out, selective sample replay in (VL-Rethinker, Alg. 1)."""
+"""Chooses the rows that updates train on: no groups of equal rewards, and selective sample replay (VL-Rethinker, Alg. 1)."""
 
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -25,19 +25,20 @@ from pixel_jax.training.checkpoint import rejoin, separate
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """`ssr`: vacant places are filled from the buffer. `repeat`: with the informative rows themselves, again (the released
-    code's default). `none`: every row is trained on, informative or not. `dynamic`: rollouts go on, without updates, until
-    informative rows fill all places (DAPO's dynamic sampling, arXiv:2503.14476, §3.2).
+    """What replaces the rows of groups whose rewards are equal, from which nothing is learned.
+
+    `ssr`: rows of the buffer. `repeat`: the other rows again (the released code's default). `none`: nothing, every row is trained
+    on. `dynamic`: rows of further rollouts, without updates in between (DAPO's dynamic sampling, arXiv:2503.14476, §3.2).
     """
 
-    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # what fills the places of rows that teach nothing
+    kind: Literal["ssr", "repeat", "none", "dynamic"] = "ssr"  # what replaces them
     exponent: float = 1.0  # a row is drawn with probability proportional to |advantage| ** exponent
     capacity: int = 4096  # rows; the oldest leave first
     life: Literal["episode", "run"] = (
         "episode"  # VL-Rethinker empties the buffer after each episode, the released code never
     )
     episode: int = 2  # rollouts of an episode (1024 queries, 512 at a time)
-    threshold: float = 0.01  # a group is informative if its shaped rewards deviate by at least this much on average
+    threshold: float = 0.01  # rewards of a group count as equal if they deviate by less than this on average
 
     def __post_init__(self):
         positive(self, "capacity", "episode")
@@ -50,78 +51,92 @@ class Entry(NamedTuple):
     """A row that can be trained on."""
 
     advantage: float
-    owner: int  # which share of the processes has it
-    room: BatchShape
-    row: Rows | None  # a single one; None: it lies with others
+    owner: int  # the process shard that has it
+    shape: BatchShape
+    row: Rows | None  # a single one; None: other processes have it
 
 
 class Replay:
-    """Rows with their advantages and the log-probabilities they were sampled with, on the host, and what to draw from them.
+    """A buffer of rows on the host, with their advantages and the log-probabilities they were sampled with.
 
-    Rows have no pixels, and those of one prompt share its images. Everything is drawn from one NumPy generator,
-    whose state is part of `get_state`. With several processes (`part` is what each has of a batch) every process
-    draws the same, each keeps the rows that it rolled out, and those that another is to train on are sent there.
+    Rows have no pixels, and those of one prompt share its images. Everything is drawn from one NumPy generator, whose state is
+    part of `get_state`. With several processes (`shard` is this one's of a batch) all draw the same, each keeps the rows that it
+    rolled out, and sends those that another one trains on.
     """
 
-    def __init__(self, config: ReplayConfig, seed: int, part: ProcessShard = WHOLE):
-        self.config, self.part = config, part
+    def __init__(self, config: ReplayConfig, seed: int, shard: ProcessShard = WHOLE):
+        self.config, self.shard = config, shard
         self.random = np.random.default_rng(seed)
         self.rows: collections.deque[Entry] = collections.deque(maxlen=config.capacity)
         self.rollouts = 0
 
-    def probabilities(self, room: BatchShape) -> np.ndarray:
-        """Of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised; zero for those of another room.
-        All zero if no row has any.
+    def probabilities(self, shape: BatchShape) -> np.ndarray:
+        """The probability of each row of the buffer to be drawn, float64 [rows]: |A|^exponent, normalised.
+
+        It is zero for rows of another shape, and for all if no advantage differs from zero.
         """
         weights = np.abs(np.array([row.advantage for row in self.rows], np.float64)) ** self.config.exponent
-        weights = weights * np.array([row.room == room for row in self.rows], bool)
+        weights = weights * np.array([row.shape == shape for row in self.rows], bool)
         return weights / max(weights.sum(), np.finfo(np.float64).tiny)
 
-    def select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
-        """As many rows as were rolled out (so that the number of steps is constant), in random order.
+    def select(self, rows: Rows, nonzero_variance: np.ndarray, shape: BatchShape) -> list[Entry] | None:
+        """Chooses as many rows as were rolled out (so that the number of steps is constant), in random order.
 
-        `rows` is this process's share of a host batch of R rows, `informative` bool [R] tells of all. All informative rows
-        are in; the rest is drawn with replacement. None when nothing is informative and nothing can be replayed: there is
-        nothing to learn from.
+        All rows of groups whose rewards differ are in; the rest is drawn with replacement.
+
+        Args:
+            rows: this process's shard of a host batch of R rows.
+            nonzero_variance: bool [R] of all processes, whether the rewards of a row's group differ.
+            shape: of the rows; only rows of the same shape are replayed.
+
+        Returns:
+            None where there is nothing to learn from: all rewards are equal, and nothing can be replayed.
         """
-        chosen = self._select(rows, informative, room)
+        chosen = self._select(rows, nonzero_variance, shape)
         self.rollouts += 1
         if self.config.kind == "ssr" and self.config.life == "episode" and self.rollouts % self.config.episode == 0:
             self.rows.clear()  # at once: the next rollout needs the memory
         return chosen
 
-    def entries(self, rows: Rows, which: Iterable[int], room: BatchShape) -> list[Entry]:
-        """The rows `which` (numbers among those of all processes) of `rows`, this process's share, to be trained on."""
-        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
-        return [self._entry(rows, i, advantage, room) for i in which]
+    def entries(self, rows: Rows, which: Iterable[int], shape: BatchShape) -> list[Entry]:
+        """The entries of the rows `which`, numbered over all processes; `rows` is this process's shard."""
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.shard)
+        return [self._entry(rows, i, advantage, shape) for i in which]
 
-    def _entry(self, rows: Rows, i: int, advantage: np.ndarray, room: BatchShape, keep=lambda row: row) -> Entry:
+    def _entry(
+        self,
+        rows: Rows,
+        i: int | np.integer,
+        advantage: np.ndarray,
+        shape: BatchShape,
+        keep: Callable[[Rows], Rows] = lambda row: row,
+    ) -> Entry:
         owner, at = divmod(int(i), len(rows.images))
-        return Entry(advantage[i], owner, room, keep(take(rows, at)) if owner == self.part.index else None)
+        return Entry(advantage[i], owner, shape, keep(take(rows, at)) if owner == self.shard.index else None)
 
-    def _select(self, rows: Rows, informative: np.ndarray, room: BatchShape) -> list[Entry] | None:
-        wanted = len(informative)
-        advantage = all_rows(np.asarray(rows.batch.advantage), self.part)
+    def _select(self, rows: Rows, nonzero_variance: np.ndarray, shape: BatchShape) -> list[Entry] | None:
+        wanted = len(nonzero_variance)
+        advantage = all_rows(np.asarray(rows.batch.advantage), self.shard)
 
-        def entry(i: int, **options) -> Entry:
-            return self._entry(rows, i, advantage, room, **options)
+        def entry(i: int | np.integer) -> Entry:
+            return self._entry(rows, i, advantage, shape)
 
         if self.config.kind == "none":
             return [entry(i) for i in self.random.permutation(wanted)]
-        current = np.flatnonzero(informative)
+        current = np.flatnonzero(nonzero_variance)
         if self.config.kind == "repeat":
             if not current.size:
                 return None
             return [entry(i) for i in np.resize(self.random.permutation(current), wanted)]
-        self.rows.extend(entry(i, keep=copied) for i in current)
+        self.rows.extend(self._entry(rows, i, advantage, shape, keep=copied) for i in current)
         if self.config.kind == "dynamic":
-            fitting = [row for row in self.rows if row.room == room]
+            fitting = [row for row in self.rows if row.shape == shape]
             if len(fitting) < wanted:
                 return None
             self.rows.clear()  # what is left over was sampled by the policy that is about to change
             return [fitting[i] for i in self.random.permutation(wanted)]
         vacant, drawn = wanted - current.size, []
-        probabilities = self.probabilities(room)
+        probabilities = self.probabilities(shape)
         if vacant and probabilities.sum() > 0:
             picks = self.random.choice(len(self.rows), vacant, p=probabilities / probabilities.sum())
             drawn = [self.rows[i] for i in picks]
@@ -131,58 +146,65 @@ class Replay:
         return [chosen[i] for i in np.resize(self.random.permutation(len(chosen)), wanted)]
 
     def batch(self, entries: Sequence[Entry]) -> Rows:
-        """The rows themselves; of several processes, each gets its share of them."""
-        size, part = len(entries) // self.part.count, self.part
-        wanted = range(part.index * size, (part.index + 1) * size)
-        found = {i: entries[i].row for i in wanted if entries[i].owner == part.index}
-        if part.count > 1:
+        """The rows of `entries`; of several processes, each gets its shard of them."""
+        size, shard = len(entries) // self.shard.count, self.shard
+        wanted = range(shard.index * size, (shard.index + 1) * size)
+
+        def own(numbers: Iterable[int]) -> dict[int, Rows]:
+            """The rows of these numbers that this process has."""
+            return {i: row for i in numbers if (row := entries[i].row) is not None}
+
+        found = own(wanted)
+        if shard.count > 1:
             # Of processes with the same rows, the one of the same rank sends.
-            rank = part.processes[part.index].index(jax.process_index())
+            rank = shard.processes[shard.index].index(jax.process_index())
             parcels = [b""] * jax.process_count()
-            for to, processes in enumerate(part.processes):
-                theirs = range(to * size, (to + 1) * size) if to != part.index else ()
-                parcels[processes[rank]] = pack({i: entries[i].row for i in theirs if entries[i].owner == part.index})
+            for to, processes in enumerate(shard.processes):
+                theirs = range(to * size, (to + 1) * size) if to != shard.index else ()
+                parcels[processes[rank]] = pack(own(theirs))
             for parcel in all_to_all(parcels):
                 found |= unpack(parcel)
         return side_by_side([found[i] for i in wanted])
 
     def get_state(self) -> dict[str, Any]:
-        """Everything as JSON values and arrays."""
-        state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "part": self.part.index}
+        """The whole buffer as JSON values and arrays."""
+        state = {"random": self.random.bit_generator.state, "rollouts": self.rollouts, "shard": self.shard.index}
         state["advantages"] = np.array([entry.advantage for entry in self.rows], np.float32)
         state["owners"] = np.array([entry.owner for entry in self.rows], np.int32)
-        state["rooms"] = [list(entry.room) for entry in self.rows]
-        kept = collections.defaultdict(list)  # by room
+        state["shapes"] = [list(entry.shape) for entry in self.rows]
+        kept = collections.defaultdict(list)  # by shape
         for entry in self.rows:
             if entry.row is not None:
-                kept[entry.room].append(entry.row)
-        state["kept"] = {str(list(room)): stacked(rows) for room, rows in kept.items()}
+                kept[entry.shape].append(entry.row)
+        state["kept"] = {str(list(shape)): stacked(rows) for shape, rows in kept.items()}
         return state
 
     def set_state(self, *states: dict[str, Any]) -> None:
-        """Back to a state of `get_state`; with those of all processes, however many there were and are."""
-        kept = {(state["part"], room): unstacked(x) for state in states for room, x in state["kept"].items()}
+        """Goes back to a state of `get_state`: those of all processes that saved, however many there are now."""
+        kept = {(state["shard"], shape): unstacked(x) for state in states for shape, x in state["kept"].items()}
         self.random.bit_generator.state = states[0]["random"]
         self.rollouts = states[0]["rollouts"]
         self.rows.clear()
-        facts = (states[0][name] for name in ("advantages", "owners", "rooms"))
-        for i, (advantage, owner, room) in enumerate(zip(*facts, strict=True)):
-            row, now = next(kept[int(owner), str(list(room))]), i % self.part.count
-            self.rows.append(Entry(advantage, now, BatchShape(*room), row if now == self.part.index else None))
+        columns = (states[0][name] for name in ("advantages", "owners", "shapes"))
+        for i, (advantage, owner, shape) in enumerate(zip(*columns, strict=True)):
+            row, now = next(kept[int(owner), str(list(shape))]), i % self.shard.count
+            self.rows.append(Entry(advantage, now, BatchShape(*shape), row if now == self.shard.index else None))
 
 
 def side_by_side(rows: Sequence[Rows]) -> Rows:
+    """Single rows as R rows."""
     return jax.tree.map(lambda *xs: np.stack(xs), *rows)
 
 
 def copied(row: Rows) -> Rows:
-    """One row with copies of its arrays, so that the rows around it can go; its images are shared."""
+    """A row with copies of its arrays, so that the batch around it can be freed; its images are shared."""
     return row._replace(batch=jax.tree.map(np.array, row.batch))
 
 
 def stacked(rows: Sequence[Rows]) -> dict[str, Any]:
-    """Rows of one room as arrays, the images that they share once: all pixels in one flat array beside their shapes. Of every
-    prompt its own come first, then those that tools of the host returned.
+    """Rows of one shape as arrays, with the images that they share once: one flat array of all pixels beside their shapes.
+
+    Of every prompt its own images come first, then those that host tools returned.
     """
     together = side_by_side(rows)
     prompts = list({id(images): images for images in together.images}.values())

@@ -1,9 +1,24 @@
-"""The reward: a weighted sum of terms, by default the curiosity reward (Pixel Reasoner §4.2)."""
+"""The reward: a weighted sum of terms, by default the curiosity reward (Pixel Reasoner §4.2).
+
+A term is a function of what a row did and of the example that it was asked about:
+
+    def brief(row, example):                 # of one row
+        return -0.001 * len(row.tokens)
+
+    @of_group                                # of all rows of a prompt together
+    def rare(rows, example):
+        looked = [bool(row.calls) for row in rows]
+        return [0.1 * (x and sum(looked) == 1) for x in looked]
+
+    @of_batch                                # of all rows, with an example for each: one request, one array operation
+    def judged(rows, examples):
+        return ask([(row.response, example.answer) for row, example in zip(rows, examples)])
+"""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +26,219 @@ import numpy as np
 
 from pixel_jax import named
 from pixel_jax.arrays import AnyArray
+from pixel_jax.dialog.template import SPECIAL_TOKENS
 from pixel_jax.parallel.sharding import all_rows
+from pixel_jax.rollouts.trajectory import (
+    STOP_REASONS,
+    UNREADABLE,
+    CallStatus,
+    HostPrompts,
+    Prompts,
+    Tables,
+    Trajectories,
+)
 from pixel_jax.terminal import brief
+from pixel_jax.tools.calls import python_values
 from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from pixel_jax.training.stages import Collected, Scored
 from pixel_jax.training.steps import check_rows
-from pixel_jax.training.terms import RewardError, Row, Term, evaluate, field, of_batch, of_group, rows_of
+
+Decode = Callable[[Sequence[int]], str]  # token ids -> text
+
+
+class Call(NamedTuple):
+    """A call of a tool, which ends a turn."""
+
+    tool: str  # its name; "": the call cannot be read
+    arguments: Mapping[str, Any]  # as it was written: numbers, a box as four of them, lists of integers, choices
+    status: CallStatus
+    outcome: str  # the name of one of the tool's `outcomes`: "shown", "too_small"; "": not carried out
+    image: int = -1  # number of the example's image, from 0; -1: none, or a picture that a tool made
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels of that image as its file has it
+    frames: tuple[int, ...] = ()  # of the video, from 0, that were selected
+
+    @property
+    def executed(self) -> bool:
+        """Whether it was answered, be it by an error."""
+        return self.status >= CallStatus.FAILED
+
+    @property
+    def shown(self) -> bool:
+        """Whether it returned what it asked for."""
+        return self.status == CallStatus.DONE
+
+
+class Row(NamedTuple):
+    """What one rollout did."""
+
+    response: str  # all that the policy wrote, what it was shown left out
+    turns: tuple[str, ...]  # the same, turn by turn, without the token that ends a turn
+    calls: tuple[Call, ...]  # in order, carried out or not
+    stop: str  # why it ended: one of `pixel_jax.rollouts.trajectory.STOP_REASONS`
+    tokens: np.ndarray  # int32 [T], the ids that the policy chose
+    is_video: bool = False  # the images of the example are the frames of one video
+
+    @property
+    def failed_last(self) -> bool:
+        """Whether the last operation before the answer returned an error."""
+        executed = [call for call in self.calls if call.executed]
+        return bool(executed) and not executed[-1].shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A function that gives rows numbers, and over which rows it is called.
+
+    "row": (row, example) -> a number. "group": (rows of a prompt, example) -> [n]. "batch": (all rows, an example for each)
+    -> [R].
+    """
+
+    function: Callable[..., Any]
+    over: Literal["row", "group", "batch"] = "row"
+
+
+def of_group(function: Callable[..., Any]) -> Term:
+    """Decorator: (rows of a prompt, example) -> a number for each row."""
+    return Term(function, "group")
+
+
+def of_batch(function: Callable[..., Any]) -> Term:
+    """Decorator: (rows, an example for each) -> a number for each row."""
+    return Term(function, "batch")
+
+
+class RewardError(ValueError):
+    """A term of a reward that gives no numbers. The message has its name and the row."""
+
+
+def evaluate(name: str, term: Term, rows: Sequence[Row], examples: Sequence[Any], n: int, first: int = 0) -> np.ndarray:
+    """Applies a term to R rows: float32 [R], or the term's own type where that is wider.
+
+    Args:
+      name: of the term, for messages.
+      term: the function.
+      rows: what they did.
+      examples: one for every `n` rows, which are those of its prompt.
+      n: rows of a prompt.
+      first: number of the first row, for messages.
+
+    Raises:
+      RewardError: it raises, or returns something else than a number for each row.
+    """
+    if term.over == "batch":
+        spread = [example for example in examples for _ in range(n)]
+        return _called(term, (rows, spread), len(rows), f"the reward term {name!r}")
+    size = n if term.over == "group" else 1
+    found = []
+    for start in range(0, len(rows), size):
+        example = examples[start // n]
+        which = f"row {first + start}" if size == 1 else f"rows {first + start} to {first + start + size - 1}"
+        where = f"the reward term {name!r}, {which} ({_about(example)})"
+        group = rows[start] if size == 1 else rows[start : start + size]
+        found.append(_called(term, (group, example), size, where, single=term.over == "row"))
+    return np.concatenate(found)
+
+
+def _called(term: Term, arguments: tuple, size: int, where: str, single: bool = False) -> np.ndarray:
+    """The numbers [size] of a call of the term; of a `single` row a number."""
+    try:
+        value = term.function(*arguments)
+    except Exception as error:
+        raise RewardError(f"{where}: raises {type(error).__name__}: {error}") from error
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    shape = () if single else (size,)
+    if array.dtype.kind not in "fiub" or array.shape != shape:
+        what = "a number" if single else f"{size} numbers"
+        returned = " ".join(brief(value).split())
+        raise RewardError(f"{where}: returns {returned} (shape {array.shape}), not {what}")
+    array = array.reshape(size)
+    return array if array.dtype in (np.float32, np.float64) and not single else array.astype(np.float32)
+
+
+def field(example: Any, name: str) -> Any:
+    """The field `name` of an example's row in the data. KeyError: the row has no such field."""
+    if name not in example.fields:
+        raise KeyError(f"the example has no field {name!r}, only {', '.join(example.fields) or 'the usual ones'}")
+    return example.fields[name]
+
+
+def _about(example: Any) -> str:
+    return f"example {getattr(example, 'id', None) or brief(getattr(example, 'question', example))}"
+
+
+def rows_of(
+    t: Trajectories,
+    prompts: Prompts | HostPrompts,
+    decode: Decode,
+    sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> list[Row]:
+    """Describes what each row of host trajectories did, in order.
+
+    Args:
+      t: the rows; every prompt has equally many.
+      prompts: of the rows.
+      decode: token ids -> text.
+      sizes: (height, width) of the images of each prompt in their files, if they were made smaller for it.
+    """
+    n = len(t.stop) // len(prompts.length)
+    rows = []
+    for i in range(len(t.stop)):
+        shown: list[tuple[int, int]] = [(h, w) for h, w in np.asarray(prompts.image_sizes[i // n]).tolist()]
+        whole = shown if sizes is None else sizes[i // n]
+        valid = np.asarray(t.valid[i])
+        ids, loss_mask = np.asarray(t.tokens[i])[valid], np.asarray(t.loss_mask[i])[valid]
+        runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
+        turns = [decode(run.tolist()).removesuffix(SPECIAL_TOKENS["im_end"]) for run in runs[not loss_mask[0] :: 2]]
+        rows.append(
+            Row(
+                response=decode(ids[loss_mask].tolist()),
+                turns=tuple(turns),
+                calls=tuple(_call(t, prompts.tables, i, k, shown, whole) for k in range(int(t.num_calls[i]))),
+                stop=STOP_REASONS[int(t.stop[i])],
+                tokens=ids[loss_mask],
+                is_video=bool(prompts.is_video[i // n]),
+            )
+        )
+    return rows
+
+
+def _call(
+    t: Trajectories,
+    tables: Tables,
+    row: int,
+    k: int,
+    shown: Sequence[tuple[int, int]],
+    whole: Sequence[tuple[int, int]],
+) -> Call:
+    """Describes call `k` of a row. Its box is in pixels of the image in its file (`whole`), not in the rollout (`shown`)."""
+    call = jax.tree.map(lambda x: x[row, k], t.calls)
+    tool = None if call.tool == UNREADABLE else tables.tools[int(call.tool)]
+    outcome = "" if call.outcome < 0 else tables.observations.kinds[int(call.outcome)].outcome.name
+    found = Call(
+        tool="" if tool is None else tool.name,
+        arguments={} if tool is None else python_values(tool, call.values),
+        status=CallStatus(int(call.status)),
+        outcome=outcome,
+    )
+    if tool is not None and tool.of_videos:
+        return found._replace(frames=tuple(int(image) for image in call.source.image if image >= 0))
+    image = int(call.source.image[0])
+    if image < 0:
+        return found
+    (height, width), (full_height, full_width) = shown[image], whole[image]
+    scale = np.array([full_width / width, full_height / height] * 2)
+    return found._replace(image=image, box=tuple((call.source.region[0] * scale).tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """The paper's constants. Each switch names the released code's behaviour as its second value."""
 
-    # (name, weight) of each term of the sum: built in (answer, curiosity, budget, length, overlap), or `module:function`,
-    # a function of one's own (docs/your-own-reward.md).
+    # (name, weight) of each term of the sum: built in (answer, curiosity, budget, length, overlap), or the user's own
+    # `module:function` (docs/your-own-reward.md).
     terms: tuple[tuple[str, float], ...] = (("answer", 1.0), ("curiosity", 1.0), ("budget", 1.0), ("length", 1.0))
     alpha: float = 0.5  # weight of curiosity
     beta: float = 0.05  # price of an operation beyond the budget
@@ -84,7 +298,7 @@ def curiosity_reward(
 
 
 def _bonus(num_ops, alpha, threshold, form, is_video) -> AnyArray:
-    """Of a group that looks less often than the threshold, to the rows of it [groups, n] that do look."""
+    """The bonus of rows that look, in groups that look less often than the threshold: [groups, n]."""
     xp = jnp if any(isinstance(x, jax.Array) for x in (num_ops, is_video)) else np
     looked = num_ops > 0
     rapr = xp.mean(looked.astype(xp.float32), axis=1, keepdims=True)
@@ -102,7 +316,7 @@ def _bonus(num_ops, alpha, threshold, form, is_video) -> AnyArray:
 
 
 def _penalty(num_ops, beta, budget) -> AnyArray:
-    """Of operations beyond the budget, [groups, n]."""
+    """The penalty of operations beyond the budget, [groups, n]."""
     xp = jnp if isinstance(num_ops, jax.Array) else np
     return beta * xp.minimum(budget - num_ops, 0)
 
@@ -114,17 +328,17 @@ def overlong(lengths: AnyArray, *, limit: int, buffer: int) -> AnyArray:
     return np.where(beyond <= 0, 0.0, np.where(beyond > buffer, -1.0, line)).astype(np.float32)
 
 
-# ---- the terms that have names
+# ---- built-in terms
 
 
 def _operations(rows: Sequence[Row], config: RewardConfig) -> np.ndarray:
-    """As `config.count` counts them, int [1, n]."""
+    """The operations of each row as `config.count` counts them, int [1, n]."""
     counted = [row.calls if config.count == "requested" else [x for x in row.calls if x.shown] for row in rows]
     return np.array([[len(calls) for calls in counted]])
 
 
 def answer_term(config: RewardConfig) -> Term:
-    """How right the answer is, by the rules of `config.scorer`; without one `config.unparsable`."""
+    """The score of the answer by the rules of `config.scorer`; `config.unparsable` where there is no answer."""
     scorer = Scorer(config.scorer)
 
     def answer(rows: Sequence[Row], examples: Sequence[Any]) -> np.ndarray:
@@ -135,35 +349,41 @@ def answer_term(config: RewardConfig) -> Term:
 
 
 def curiosity_term(config: RewardConfig) -> Term:
-    """`alpha` times what a group lacks of `threshold`, to its rows that look."""
+    """The bonus of rows that look: `alpha` times what their group's rate lacks of `threshold`."""
 
     def curiosity(rows: Sequence[Row], example: Any) -> np.ndarray:
         is_video = np.array([rows[0].is_video])
-        return _bonus(_operations(rows, config), config.alpha, config.threshold, config.form, is_video)[0]
+        bonus = _bonus(_operations(rows, config), config.alpha, config.threshold, config.form, is_video)
+        return np.asarray(bonus)[0]
 
     return of_group(curiosity)
 
 
 def budget_term(config: RewardConfig) -> Term:
     """Minus `beta` for each operation beyond `budget`."""
-    return of_group(lambda rows, example: _penalty(_operations(rows, config), config.beta, config.budget)[0])
+
+    def penalty(rows: Sequence[Row], example: Any) -> np.ndarray:
+        return np.asarray(_penalty(_operations(rows, config), config.beta, config.budget))[0]
+
+    return of_group(penalty)
 
 
 def length_term(config: RewardConfig) -> Term:
-    """`overlong`, if there is a `length_limit`."""
+    """The punishment `overlong`, if there is a `length_limit`."""
 
     def length(rows: Sequence[Row], examples: Sequence[Any]) -> np.ndarray:
         lengths = np.array([len(row.tokens) for row in rows])
         if not config.length_limit:
             return np.zeros(len(rows), np.float32)
-        return overlong(lengths, limit=config.length_limit, buffer=config.length_buffer)
+        return np.asarray(overlong(lengths, limit=config.length_limit, buffer=config.length_buffer))
 
     return of_batch(length)
 
 
 def overlap_term(config: RewardConfig) -> Term:
-    """How well the best of a row's crops meets the example's reference box: the intersection over the union of the two, in
-    [0, 1]; 0 without a crop.
+    """The overlap of the best of a row's crops with the reference box of the example.
+
+    It is their intersection over their union, in [0, 1]; 0 without a crop.
 
     The example's field `config.box` has x1, y1, x2, y2 in pixels of its first image, or a list of several such boxes, any
     of which will do.
@@ -180,11 +400,14 @@ def overlap_term(config: RewardConfig) -> Term:
 
 
 def box_overlap(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes x1, y1, x2, y2."""
+    """The intersection over the union of two boxes x1, y1, x2, y2."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     both = max(width, 0.0) * max(height, 0.0)
-    area = lambda box: (box[2] - box[0]) * (box[3] - box[1])
+
+    def area(box: Sequence[float]) -> float:
+        return (box[2] - box[0]) * (box[3] - box[1])
+
     return float(both / (area(one) + area(other) - both))
 
 
@@ -198,7 +421,7 @@ BUILT_IN: Mapping[str, Callable[[RewardConfig], Term]] = {
 
 
 def find_term(name: str, config: RewardConfig) -> Term:
-    """The term of this name: built in, or the user's `module:function`, which is imported.
+    """Finds the term of this name: built in, or the user's `module:function`, which is imported.
 
     Raises:
       NamedError: there is none.
@@ -218,35 +441,36 @@ class Rewards:
     """The stage `score` (`pixel_jax.training.stages`): the weighted sum of terms, in their order.
 
     Args:
+      config: names and weights of the terms.
       terms: by their names, all that `config.terms` mentions.
       decode: token ids -> text.
     """
 
-    def __init__(self, config: RewardConfig, terms: Mapping[str, Term], decode: Callable[[Sequence[int]], str]):
+    def __init__(self, config: RewardConfig, terms: Mapping[str, Term], decode: Decode):
         self.config, self.terms, self.decode = config, terms, decode
 
     @classmethod
-    def of(
-        cls, config: RewardConfig, decode: Callable[[Sequence[int]], str], given: Mapping[str, Term] = {}
-    ) -> "Rewards":
-        """Finds the terms that `config` names; those in `given` are taken as they are. User code is imported here."""
+    def of(cls, config: RewardConfig, decode: Decode, given: Mapping[str, Term] = {}) -> "Rewards":
+        """Finds the terms that `config` names, unless they are in `given`. The user's code is imported here."""
         terms = {name: given[name] if name in given else find_term(name, config) for name, _ in config.terms}
         return cls(config, terms, decode)
 
     def __call__(self, learner, state, collected: Collected) -> Scored:
-        """Raises:
-        RewardError: a term raises, or gives no number for each row.
-        NonFiniteError: a number is NaN or infinite.
+        """Scores the rows.
+
+        Raises:
+            RewardError: a term raises, or does not give a number for each row.
+            NonFiniteError: a number is NaN or infinite.
         """
-        questions, n, part = collected.questions, learner.config.rollout.group_size, learner.part
+        questions, n, shard = collected.questions, learner.config.rollout.group_size, learner.shard
         rows = rows_of(collected.trajectories, questions.prompts, self.decode, questions.sizes)
-        found = self.values(rows, questions.examples, n, first=part.index * len(rows))
-        found = all_rows(found, part)
+        found = self.values(rows, questions.examples, n, first=shard.index * len(rows))
+        found = all_rows(found, shard)
         for name, values in found.items():
             check_rows(values, f"iteration {questions.iteration}: the reward term {name!r}")
         correct = found.get("answer")
         if correct is not None and self.config.zero_after_failure:
-            failed = all_rows(np.array([row.failed_last for row in rows]), part)
+            failed = all_rows(np.array([row.failed_last for row in rows]), shard)
             found["answer"] = np.where((correct > 0.5) & failed, 0.0, correct)
         weighted = {name: (weight * found[name]).reshape(-1, n) for name, weight in self.config.terms}
         return Scored(
@@ -258,10 +482,10 @@ class Rewards:
         )
 
     def values(self, rows: Sequence[Row], examples: Sequence[Any], n: int, first: int = 0) -> dict[str, np.ndarray]:
-        """What each term gives to each of the rows, [R], before its weight."""
+        """The values of each term for all rows, [R], before its weight."""
         return {name: evaluate(name, term, rows, examples, n, first) for name, term in self.terms.items()}
 
 
 def total(terms: Iterable[np.ndarray]) -> np.ndarray:
-    """Their sum, float32: added up in their order and in their own types, rounded at the end."""
-    return functools.reduce(np.add, terms).astype(np.float32)
+    """The sum of terms, float32: added in their order and in their own types, and rounded at the end."""
+    return np.asarray(functools.reduce(np.add, terms)).astype(np.float32)

@@ -3,38 +3,35 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.unrecognised import unrecognised_rate
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import process_shard, shard_batch
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.trajectory import STOP_ANSWER, Prompts, answered_calls, executed_calls, failed_calls
-from pixel_jax.training.batch import Batch
-from pixel_jax.training.layouts import Resharder
-from pixel_jax.training.lessons import Lessons, lesson_facts
+from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_calls, executed_calls, failed_calls
+from pixel_jax.training.batch import Batch, PackingConfig
+from pixel_jax.training.cost import Throughput
+from pixel_jax.training.diagnosis import Diagnosis, outcome_metrics
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.packing import PackingConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.stages import Questions, Stages, Weighed
-from pixel_jax.training.state import TrainState, init_state
+from pixel_jax.training.state import Resharder, TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, make_rl_step, make_score_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Defaults are the paper's, and the released code's where the paper is silent; the switches are in the parts."""
+    """The paper's settings, and the released code's where the paper says nothing. The sections have the switches."""
 
     iterations: int  # rollouts; an iteration makes as many updates as its rows fill train batches
     prompts: int = 512  # an iteration
@@ -86,16 +83,17 @@ class RLConfig:
 
     @property
     def rows(self) -> int:
+        """Rows of an iteration."""
         return self.prompts * self.rollout.group_size
 
     @property
     def updates(self) -> int:
-        """In one iteration."""
+        """Updates of an iteration."""
         return self.rows // self.train_batch
 
 
 class Learner:
-    """What the stages of an iteration work with: compiled steps, the replay, and how rows lie on the devices."""
+    """What the stages of an iteration work with: compiled steps, the replay, and the meshes."""
 
     def __init__(
         self,
@@ -108,7 +106,7 @@ class Learner:
         rollout_mesh: Mesh | None = None,
     ):
         self.data, self.stages, self.config, self.mesh = data, stages, config, mesh
-        self.part = process_shard(mesh)
+        self.shard = process_shard(mesh)
         self.optimizer = make_optimizer(config.optimizer, config.iterations * config.updates)
         temperatures = {
             "temperature": config.rollout.temperature,
@@ -117,49 +115,50 @@ class Learner:
         self.update = make_rl_step(config.forward, config.loss, self.optimizer, mesh=mesh, **temperatures)
         self.logprobs = make_score_step(config.forward, mesh=mesh, **temperatures)
         self.policy = Resharder(mesh, rollout_mesh, config.forward.compute_dtype)
-        self.replay = Replay(config.replay, config.seed, self.part)
+        self.replay = Replay(config.replay, config.seed, self.shard)
         self.throughput = Throughput(model, config.trainable, mesh)
-        self.laps = Timer()  # of the iteration under way
+        self.timer = Timer()  # of the iteration under way
 
-    def begin(self, model) -> TrainState:
+    def begin(self, model: Qwen2_5_VL) -> TrainState:
+        """The state before the first iteration."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def place(self, rows: Batch) -> Batch:
-        """Host rows on the devices."""
+        """Moves host rows to the devices."""
         return rows if self.mesh is None else shard_batch(rows, self.mesh)
 
     def ask(self, i: int) -> Questions:
-        """What iteration `i` asks. ValueError: not as many prompts as the configuration says."""
+        """The questions of iteration `i`. ValueError: the data has not as many prompts as the configuration says."""
         questions = Questions(i, *NOTICE.next(self.data))
-        if (count := len(questions.examples) * self.part.count) != self.config.prompts:
+        if (count := len(questions.examples) * self.shard.count) != self.config.prompts:
             raise ValueError(f"{count} prompts, the configuration says {self.config.prompts}")
         return questions
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        """Iteration `i`: every stage in turn. One that is told to go before its updates is given up."""
-        stages, self.laps = self.stages, Timer()
+        """Takes iteration `i` through every stage. It is given up if the run is told to stop before its updates."""
+        stages, self.timer = self.stages, Timer()
         questions = self.ask(i)
-        self.laps.lap("input")
+        self.timer.lap("input")
         collected = stages.collect(self, state, questions)
-        self.laps.lap("rollout")
+        self.timer.lap("rollout")
         scored = stages.score(self, state, collected)
         weighed = stages.advantages(self, state, scored)
-        self.laps.lap("scoring")
+        self.timer.lap("scoring")
         selected = stages.select(self, state, weighed)
         updated = stages.update(self, state, selected)
-        self.laps.lap("update")
-        facts = rollout_metrics(weighed) | lesson_facts(scored, self.part) | updated.facts
-        if facts.get("updates"):
-            facts |= self.throughput.facts(self.laps.facts["seconds_update"])
-        return updated.state, facts | self.laps.facts | collected.facts
+        self.timer.lap("update")
+        metrics = rollout_metrics(weighed) | outcome_metrics(scored, self.shard) | updated.metrics
+        if metrics.get("updates"):
+            metrics |= self.throughput.metrics(self.timer.metrics["seconds_update"])
+        return updated.state, metrics | self.timer.metrics | collected.metrics
 
 
 def rollout_metrics(weighed: Weighed) -> dict[str, float]:
-    """What the rows of an iteration did, as plain numbers."""
+    """The metrics of an iteration's rows."""
     scored, t = weighed.scored, weighed.scored.collected.records
     ops = executed_calls(t)
     lengths = np.sum(t.loss_mask, axis=1)
-    facts = {
+    metrics = {
         "accuracy": None if scored.correct is None else np.mean(scored.correct > 0.5),
         "rapr": np.mean(ops > 0),  # rate of pixel-space reasoning
         "reward": np.mean(scored.reward),
@@ -178,12 +177,12 @@ def rollout_metrics(weighed: Weighed) -> dict[str, float]:
             [row.response for row in scored.rows], scored.collected.questions.prompts.tables.parser.language
         ),
     }
-    return {name: float(x) for name, x in facts.items() if x is not None}
+    return {name: float(x) for name, x in metrics.items() if x is not None}
 
 
 def rl(
-    model: T,
-    data: Iterator[tuple[Prompts, Sequence[Any]]],
+    model: Qwen2_5_VL,
+    data: Iterator[tuple[HostPrompts, Sequence[Any]]],
     stages: Stages,
     config: RLConfig,
     *,
@@ -193,33 +192,44 @@ def rl(
     rollout_mesh: Mesh | None = None,
     label: str = "rl",
     watch: Watch | None = None,
-) -> T:
-    """The model after `config.iterations` iterations, each of which goes through `stages` and makes several updates.
+) -> Qwen2_5_VL:
+    """Trains a model by reinforcement learning: `config.iterations` iterations through `stages`, each with several updates.
 
-    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration
-    that is told to go before its updates is given up: it may last longer than there is time. Rollouts may lie otherwise
-    than training: on `rollout_mesh`, of the same devices. With several processes each has its `share` of the prompts (the
-    same on both meshes), and only rewards and records of its rows are gathered. Pixels are not kept: what a row saw is cut
-    again from its prompt's images, where and when it is scored or trained on.
+    Every key and every order follows from `config.seed` and the iteration, so a resumed run is the same run. An iteration that is
+    told to stop before its updates is given up, because it may last longer than there is time. With several processes each has
+    its shard of the prompts, the same on both meshes, and only rewards and records of its rows are gathered. Pixels are not
+    kept: they are cut again from the prompts' images where a row is scored or trained on.
 
     Args:
+      model: that is trained; it stays usable.
       data: yields prompts, an example for each (whatever the reward reads), and if these differ from what the prompts have
         the sizes of its images (`stages.Questions`); it has `get_state` and `set_state`.
-      directory, identity, watch: as in `sft`.
+      stages: the functions of an iteration.
+      config: of the run.
+      directory: as in `sft`.
+      identity: as in `sft`.
+      mesh: of training; None: one device.
+      rollout_mesh: of rollouts, of the same devices; None: as `mesh`.
+      label: what the terminal calls the run.
+      watch: as in `sft`.
+
+    Returns:
+      The trained model.
     """
     learner = Learner(model, data, stages, config, mesh=mesh, rollout_mesh=rollout_mesh)
+    host: dict[str, Any] = {"data": data}
     work = Work(
         label,
         config.iterations,
         learner.step,
-        host={"data": data},
+        host=host,
         local={"replay": learner.replay},
         shown=("accuracy", "rapr", "reward", "loss", "updates", "response_tokens", "seconds"),
-        remark=Lessons(config.rollout.group_size, config.rollout.temperature),
+        remark=Diagnosis(config.rollout.group_size, config.rollout.temperature),
     )
     keeping = Keeping(
         directory,
-        identity.with_facts(rl=dataclasses.asdict(config)),
+        identity.with_settings(rl=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
         writers=config.writers,

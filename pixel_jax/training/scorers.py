@@ -1,4 +1,4 @@
-"""Named scorers, chosen by a config: what a response is worth, by rules in their order and a judge at the end."""
+"""Scores responses by named rules, which a config chooses, and by a judge."""
 
 import dataclasses
 import os
@@ -17,14 +17,14 @@ from pixel_jax.training.released_scorer import released_score
 
 
 class Reference(NamedTuple):
-    """What a response is held against. `question` is read for its choices, and shown to a judge."""
+    """The right answers of a question. `question` is read for its choices, and shown to a judge."""
 
     answers: tuple[str, ...]
     question: str = ""
 
     @classmethod
     def of(cls, value: Any) -> "Reference":
-        """Of a data row's answer, boxed or not, one or several; or of an example, which has an `answer` and a `question`."""
+        """Makes one of a data row's answer, boxed or not, one or several; or of an example with `answer` and `question`."""
         if isinstance(value, cls):
             return value
         if hasattr(value, "answer"):
@@ -32,11 +32,14 @@ class Reference(NamedTuple):
         return cls(tuple(references_of(value)))
 
 
-Rule = Callable[[str, Reference], float | None]  # (all that the model wrote, reference): None where it holds no answer
+Rule = Callable[
+    [str, Reference], float | None
+]  # (all that the model wrote, reference) -> score; None: it has no answer
+RuleName = Literal["box", "released", "choice", "number", "anls", "judge"]
 
 
 def _given(score: Callable[[str, Reference], float]) -> Rule:
-    """A rule that reads what a response gives as its answer (`answers.given_answer`) and nothing else."""
+    """Makes a rule that reads the answer that a response gives (`answers.given_answer`) and nothing else."""
 
     def rule(response: str, reference: Reference) -> float | None:
         found = given_answer(response)
@@ -55,9 +58,7 @@ def _choice(response: str, reference: Reference) -> float | None:
 
 RULES: dict[str, Rule] = {
     "box": lambda response, reference: answers.by_rule(response, reference.answers),
-    "released": lambda response, reference: released_score(
-        response, reference.answers
-    ),  # the released code's, as it is
+    "released": lambda response, reference: released_score(response, reference.answers),
     "choice": _choice,  # "A: Lion", "(A)", "Option A" or "lion" where the reference is A or Lion
     "number": _given(lambda found, reference: any(answers.same_number(found, one) for one in reference.answers)),
     "anls": _given(lambda found, reference: answers.anls(found, reference.answers)),
@@ -84,7 +85,7 @@ class ScorerConfig:
     """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
 
     # What makes an answer right, in the order in which they are tried (`pixel_jax.training.scorers`).
-    rules: tuple[Literal["box", "released", "choice", "number", "anls", "judge"], ...] = ("box",)
+    rules: tuple[RuleName, ...] = ("box",)
     judge: JudgeConfig | None = None
 
     def __post_init__(self):
@@ -98,8 +99,8 @@ class ScorerConfig:
             )
 
 
-LONGEST_JUDGED = 1000  # characters of an answer; longer ones talk the judge into things, and are wrong
-FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = 10.0, 0.05  # of one call, and more for each response; .02 are usual
+LONGEST_JUDGED = 1000  # characters of an answer; longer ones may persuade the judge, and count as wrong
+FORMULA_SECONDS, FORMULA_SECONDS_A_ROW = 10.0, 0.05  # for one call, and for each of its responses; .02 are usual
 JUDGE_PROMPT = """\
 You grade answers to questions about images. You do not see the image; the reference answers are right.
 
@@ -120,12 +121,13 @@ CORRECT or INCORRECT."""
 
 
 class Scorer:
-    """Scores many responses at once: [R] responses and references -> [R] scores in [0, 1], None where there is no answer.
+    """Scores many responses at once.
 
-    math-verify needs the main thread for its time limit, so rules run in the caller's; requests to the judge run side by
-    side. Formulas of all the responses together take a limited time (`FORMULA_SECONDS`), however a policy writes them.
+    math-verify needs the main thread for its time limit, so rules run in the caller's thread; requests to the judge run side by
+    side. The formulas of all responses together take a limited time (`FORMULA_SECONDS`), however a policy writes them.
 
     Args:
+      config: the rules.
       endpoint: asked by the rule "judge"; by default the one that `config.judge` describes.
     """
 
@@ -144,6 +146,7 @@ class Scorer:
             )
 
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
+        """Scores R responses against R references: each in [0, 1], or None where there is no answer."""
         scores: list[float | None] = []
         rules = [RULES[name] for name in self.config.rules if name != "judge"]
         with algebra.budget(FORMULA_SECONDS + FORMULA_SECONDS_A_ROW * len(responses)):
@@ -155,7 +158,7 @@ class Scorer:
                     if best == 1.0:
                         break
                 scores.append(best)
-        if "judge" in self.config.rules:
+        if self.config.judge is not None:
             found = [
                 None if score == 1.0 else given_answer(text) for score, text in zip(scores, responses, strict=True)
             ]
@@ -168,7 +171,7 @@ class Scorer:
         return scores
 
     def verdict(self, answer: str, reference: Reference) -> float:
-        """1 if the judge finds the answer right, else 0; also where it gives no verdict, which is logged."""
+        """The judge's verdict: 1 for a right answer, else 0. It is 0 too where the judge gives none, which is logged."""
         from pixel_jax.endpoint import NoAnswerError
 
         if len(answer) > LONGEST_JUDGED:
@@ -194,12 +197,12 @@ def score_answer(
     references: "Reference | str | Sequence[str]",
     *,
     question: str = "",
-    rules: Sequence[str] = ("box",),
+    rules: Sequence[RuleName] = ("box",),
 ) -> float | None:
-    """How right a response is: in [0, 1], or None where no answer can be read in it.
+    r"""Scores a response: in [0, 1], or None where no answer can be read in it.
 
     Args:
-      response: all that the model wrote. Its answer is the content of the last \\boxed{}, else what is within the last <answer>.
+      response: all that the model wrote. Its answer is the content of the last \boxed{}, else what is within the last <answer>.
       references: the right answer, or several of which any is right; each may be boxed.
       question: read for its options by the rule "choice".
       rules: of which the best verdict counts. "box": the same text, number, list or formula, as a person would say (and
@@ -212,5 +215,7 @@ def score_answer(
     if "judge" in rules:
         raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with a `JudgeConfig`")
     reference = Reference.of(references)
-    scorer = Scorer(ScorerConfig(rules if isinstance(rules, str) else tuple(rules)))
+    if isinstance(rules, str):
+        raise ValueError(f"a scorer needs a tuple of at least one rule, not {rules!r}")
+    scorer = Scorer(ScorerConfig(tuple(rules)))
     return scorer([response], [reference._replace(question=question or reference.question)])[0]

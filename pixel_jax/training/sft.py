@@ -4,24 +4,25 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from typing import Literal, TypeVar
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
 from pixel_jax.data.buckets import check_position
+from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
+from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
+from pixel_jax.training.losses import Normalizer
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_sft_step
-from pixel_jax.training.throughput import Throughput
 from pixel_jax.training.writers import WriterName
 
-T = TypeVar("T")
 EPOCHS = 4  # of the released warm start
 
 
@@ -33,7 +34,7 @@ class SFTConfig:
     epochs: float | None = None  # passes over the data, in the place of `steps`. None, and no `steps`: the recipe's 4
     batch_size: int = 128  # rows (the released script: 16)
     trainable: str = "(?!visual)"  # paths of the weights that are trained, a regular expression
-    normalizer: Literal["row", "token"] = "row"  # the mean of the rows' means, or the mean of all tokens
+    normalizer: Normalizer = "row"  # the mean of the rows' means, or the mean of all tokens
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup=0.1, final_fraction=0.0)
     forward: ForwardConfig = ForwardConfig()
     save_every: int = 100  # steps: a checkpoint
@@ -46,7 +47,7 @@ class SFTConfig:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} are both given: one follows from the other")
 
     def updates(self, epoch: float | None) -> int:
-        """All of them, where `epoch` make a pass over the data; None: that is not known."""
+        """The number of updates of the run. `epoch` is that of a pass over the data; None: it is not known."""
         if self.steps is not None:
             return self.steps
         if epoch is None:
@@ -55,12 +56,13 @@ class SFTConfig:
 
 
 class Shuffled:
-    """Endless batches from rows in memory: every epoch a new order, drawn from (seed, epoch). The last, partial batch of
-    an epoch is completed from the next one. With several processes, each takes its `part` of a batch.
+    """Endless batches of rows in memory, in a new order every epoch, drawn from (seed, epoch).
+
+    The last, partial batch of an epoch is completed from the next one. With several processes, each takes its shard of a batch.
     """
 
-    def __init__(self, rows: Batch, batch_size: int, seed: int, part: ProcessShard = WHOLE):
-        self.rows, self.batch_size, self.seed, self.part = rows, batch_size, seed, part
+    def __init__(self, rows: Batch, batch_size: int, seed: int, shard: ProcessShard = WHOLE):
+        self.rows, self.batch_size, self.seed, self.shard = rows, batch_size, seed, shard
         self.size = rows.tokens.shape[0]
         self.position = 0
 
@@ -70,18 +72,20 @@ class Shuffled:
     def __next__(self) -> Batch:
         index = []
         while len(index) < self.batch_size:
-            epoch, place = divmod(self.position, self.size)
+            epoch, start = divmod(self.position, self.size)
             order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            part = order[place : place + self.batch_size - len(index)]
-            index.extend(part)
-            self.position += len(part)
-        size = self.batch_size // self.part.count
-        return take(self.rows, np.array(index[self.part.index * size : (self.part.index + 1) * size]))
+            indices = order[start : start + self.batch_size - len(index)]
+            index.extend(indices)
+            self.position += len(indices)
+        size = self.batch_size // self.shard.count
+        return take(self.rows, np.array(index[self.shard.index * size : (self.shard.index + 1) * size]))
 
     def get_state(self) -> dict[str, int]:
+        """The position in the data, and what its order is drawn from."""
         return {"position": self.position, "size": self.size, "seed": self.seed}
 
     def set_state(self, state: dict[str, int]) -> None:
+        """Resumes at a state of `get_state`. ValueError: its order is another one."""
         for name in ("size", "seed"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -91,7 +95,7 @@ class Shuffled:
 
 
 class Tuning:
-    """The steps of a tuning run: a batch, an update."""
+    """The steps of a tuning run: each reads a batch and makes an update."""
 
     def __init__(self, model, data: Iterator[Batch], config: SFTConfig, *, mesh: Mesh | None, epoch: float | None):
         self.data, self.config, self.mesh, self.epoch = data, config, mesh, epoch
@@ -101,27 +105,29 @@ class Tuning:
         self.update = make_sft_step(config.forward, self.optimizer, normalizer=config.normalizer, mesh=mesh)
         self.throughput = Throughput(model, config.trainable, mesh)
 
-    def begin(self, model) -> TrainState:
+    def begin(self, model: Qwen2_5_VL) -> TrainState:
+        """The state at step 0."""
         return init_state(model, self.optimizer, trainable=self.config.trainable, mesh=self.mesh)
 
     def step(self, state: TrainState, i: int) -> tuple[TrainState, dict[str, float]]:
-        laps = Timer()
+        """Takes step `i`, and returns its metrics."""
+        timer = Timer()
         batch = NOTICE.next(self.data)
         rows = batch.tokens.shape[0] * process_shard(self.mesh).count
         if rows != self.config.batch_size:
             raise ValueError(f"a batch of {rows} rows, the configuration says {self.config.batch_size}")
-        laps.lap("input")
+        timer.lap("input")
         self.throughput.count(batch)
         state, report = self.update(state, batch if self.mesh is None else shard_batch(batch, self.mesh))
-        metrics = check_report(report, i) | {"learning_rate": float(self.rate(i))}
+        metrics = check_report(report, i) | {"learning_rate": float(np.asarray(self.rate(i)))}
         if self.epoch is not None:
             metrics["epoch"] = (i + 1) / self.epoch
-        laps.lap("update")
-        return state, metrics | laps.facts | self.throughput.facts(laps.facts["seconds_update"])
+        timer.lap("update")
+        return state, metrics | timer.metrics | self.throughput.metrics(timer.metrics["seconds_update"])
 
 
 def sft(
-    model: T,
+    model: Qwen2_5_VL,
     data: Iterator[Batch],
     config: SFTConfig,
     *,
@@ -131,23 +137,34 @@ def sft(
     epoch: float | None = None,
     label: str = "sft",
     watch: Watch | None = None,
-) -> T:
-    """The model after `config.updates(epoch)` updates on batches of `data` (host arrays; with Grain's `get_state`, `set_state`).
+) -> Qwen2_5_VL:
+    """Tunes a model on traces: `config.updates(epoch)` updates.
 
-    With a `directory` the run is resumable: started again, it continues from its newest checkpoint, if it is the same run:
-    of the same `config` and the same `identity`. With several processes `data` yields this one's `share(mesh)` of each
-    batch, and its state is the same in all.
+    With a `directory` the run can be resumed: started again, it continues from its newest checkpoint, if it is the same run, of
+    the same `config` and the same `identity`. With several processes `data` yields this one's shard of each batch
+    (`process_shard(mesh)`), and its state is the same in all.
 
     Args:
-      epoch: number of batches in a pass over the data; the metrics say then how many passes are made.
+      model: that is tuned; it stays usable.
+      data: yields batches of host arrays; it has Grain's `get_state` and `set_state`.
+      config: of the run.
+      directory: for checkpoints and metrics; None: nothing is written.
+      identity: what tells the run from others besides `config`.
+      mesh: None: one device.
+      epoch: number of batches in a pass over the data; with it the metrics count the passes.
+      label: what the terminal calls the run.
       watch: called before the first step and after each.
+
+    Returns:
+      The tuned model.
     """
     tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
     shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
-    work = Work(label, tuning.steps, tuning.step, host={"data": data}, shown=shown)
+    host: dict[str, Any] = {"data": data}
+    work = Work(label, tuning.steps, tuning.step, host=host, shown=shown)
     keeping = Keeping(
         directory,
-        identity.with_facts(sft=dataclasses.asdict(config)),
+        identity.with_settings(sft=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
         writers=config.writers,

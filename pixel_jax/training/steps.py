@@ -1,7 +1,8 @@
-"""The three jitted steps: tuning, reinforcement learning, scoring. Built once by factories, then called with arrays only."""
+"""The three jitted steps: tuning, reinforcement learning, scoring. Factories make them; they are called with arrays only."""
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,10 +12,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.config import positive
 from pixel_jax.models import forward_hidden
 from pixel_jax.models.config import Qwen2_5_VLConfig
-from pixel_jax.models.layers import LoRAWeight, Remat
+from pixel_jax.models.inputs import Visual
+from pixel_jax.models.layers import Remat
 from pixel_jax.models.lora import without_lora
 from pixel_jax.models.qwen2_5_vl import logits
 from pixel_jax.parallel.sharding import (
@@ -22,15 +25,15 @@ from pixel_jax.parallel.sharding import (
     SEQUENCE,
     constrain,
     copies,
-    is_variable,
     row_shards,
     sequence_shards,
     shardings,
 )
 from pixel_jax.training.batch import Batch
-from pixel_jax.training.footprint import bytes_of, micro_batches
+from pixel_jax.training.cost import bytes_of, micro_batches
 from pixel_jax.training.losses import (
     Loss,
+    Normalizer,
     PolicyLossConfig,
     policy_loss,
     predictions,
@@ -38,16 +41,15 @@ from pixel_jax.training.losses import (
     token_logprobs,
     turn_temperature,
 )
-from pixel_jax.training.state import TrainState
+from pixel_jax.training.state import TrainState, cast
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardConfig:
     """How a step runs the model; none of it changes what is computed, up to rounding."""
 
-    micro_batches: int | None = (
-        None  # the batch's rows are taken in so many turns. None: as few as fit the device's memory
-    )
+    # The rows of a batch are taken in so many turns. None: in as few as fit the device's memory.
+    micro_batches: int | None = None
     remat: Remat = True  # what the backward pass computes again: see `rematerialised`
     implementation: Literal["dense", "chunked", "kernel"] | None = None  # of attention; None: by size and platform
     logit_chunk: int = 256  # positions whose logits exist at once
@@ -56,14 +58,15 @@ class ForwardConfig:
     def __post_init__(self):
         positive(self, "micro_batches", "logit_chunk")
 
-    def turns(self, network: Qwen2_5_VLConfig, batch: Batch, mesh: Mesh | None, *, held: int) -> int:
-        """In how many a step takes the rows of `batch`, where `held` bytes of state and gradients lie on all devices together."""
+    def turns(self, network: Qwen2_5_VLConfig, batch: Batch[Visual], mesh: Mesh | None, *, held: int) -> int:
+        """In how many turns a step takes the rows of `batch`; `held` bytes of all devices together are taken already."""
         if self.micro_batches is not None:
             return self.micro_batches
         devices = 1 if mesh is None else mesh.size
         return micro_batches(
             network,
-            *batch.tokens.shape,
+            batch.tokens.shape[0],
+            batch.tokens.shape[1],
             batch.visual,
             mesh,
             held=(held + bytes_of(batch)) // devices,
@@ -74,7 +77,7 @@ class ForwardConfig:
 
 
 class StepReport(NamedTuple):
-    """What a step says about itself."""
+    """The metrics of a step, and the loss of each row."""
 
     metrics: dict[str, jax.Array]  # float32 []
     rows: jax.Array  # float32 [R], each row's loss; zero for padding
@@ -84,8 +87,8 @@ class NonFiniteError(FloatingPointError):
     """A loss, gradient, reward or log-probability is NaN or infinite."""
 
 
-def check_rows(values, what: str) -> None:
-    """Stop if any of `values` [rows, ...] is not finite, naming the rows."""
+def check_rows(values: AnyArray, what: str) -> None:
+    """Checks that all `values` [rows, ...] are finite. NonFiniteError: some are not; it names their rows."""
     values = np.asarray(values)
     bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
     if bad.size:
@@ -94,24 +97,17 @@ def check_rows(values, what: str) -> None:
 
 
 def check_report(report: StepReport, step: int) -> dict[str, float]:
-    """The metrics as floats. Waits for the step; a loss or gradient that is not finite stops with the rows at fault."""
+    """The metrics as floats. Waits for the step.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite. It names the rows at fault.
+    """
     check_rows(report.rows, f"step {step}: the loss")
     metrics = {name: float(x) for name, x in jax.device_get(report.metrics).items()}
     for name in ("loss", "grad_norm"):
         if not np.isfinite(metrics[name]):
             raise NonFiniteError(f"step {step}: {name} is {metrics[name]} although every row's loss is finite")
     return metrics
-
-
-def cast(model, dtype: str | None):
-    """`model` with its base weights in `dtype`; adapters stay as they are."""
-    if dtype is None:
-        return model
-    return jax.tree.map(
-        lambda w: w if isinstance(w, LoRAWeight) else jax.tree.map(lambda x: x.astype(dtype), w),
-        model,
-        is_leaf=is_variable,
-    )
 
 
 def trajectory_logprobs(
@@ -123,30 +119,31 @@ def trajectory_logprobs(
     later_temperature: float | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token given what came before it in its row, and the entropy there: float32 [R, L] each.
+    """The log-probability of every token given those before it in its row, and the entropy there: float32 [R, L] each.
 
-    Temperatures as in a rollout: the full distribution, scaled. Positions that nothing predicts (a row's first token,
-    padding) hold arbitrary finite numbers.
+    They are those of the full distribution, scaled by the temperatures of a rollout. Positions that nothing predicts (a row's
+    first token, padding) hold arbitrary finite numbers.
     """
     model = cast(model, config.compute_dtype)
     hidden = forward_hidden(
         model,
-        batch.tokens,
-        batch.valid,
+        jnp.asarray(batch.tokens),
+        jnp.asarray(batch.valid),
         batch.visual,
         remat=config.remat,
         implementation=config.implementation,
-        segments=batch.segments,
+        segments=None if batch.segments is None else jnp.asarray(batch.segments),
         mesh=mesh,
     )
     predicted = predictions(batch.tokens, batch.valid)
     scale: jax.Array | float = temperature
     if later_temperature is not None:
         # A turn's first token is predicted at the last position of the observation before it: temperatures move with targets.
-        loss_mask = turn_temperature(batch.loss_mask, temperature, later_temperature, batch.segments)
-        scale = predictions(loss_mask, batch.valid).target
+        temperatures = turn_temperature(batch.loss_mask, temperature, later_temperature, batch.segments)
+        scale = predictions(temperatures, batch.valid).target
     logprobs, entropy = head_logprobs(model, hidden, predicted.target, scale, config.logit_chunk, mesh)
-    return tuple(jnp.take_along_axis(x, predicted.source, axis=1) for x in (logprobs, entropy))
+    at_token = functools.partial(jnp.take_along_axis, indices=predicted.source, axis=1)
+    return at_token(logprobs), at_token(entropy)
 
 
 def head_logprobs(
@@ -154,8 +151,8 @@ def head_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs` of the model's head. On a mesh every device takes chunks of the rows and positions that it has.
 
-    The head is gathered once, and the devices' gradients are added up once: as a weight that all share, both would happen
-    for every chunk.
+    The head is copied to every device once, and the devices' gradients are added once. For a shared weight XLA would do both for
+    every chunk.
     """
 
     def of_target(head, hidden, target, temperature=temperature):
@@ -164,20 +161,20 @@ def head_logprobs(
     if mesh is None:
         return of_target(model.head, hidden, target)
     rows, length = target.shape
-    parts = (row_shards(mesh), sequence_shards(mesh))
+    shards = (row_shards(mesh), sequence_shards(mesh))
 
-    def split(x):  # [R, L, ...] -> [row parts, sequence parts, R / row parts, L / sequence parts, ...]
-        x = x.reshape(parts[0], rows // parts[0], parts[1], length // parts[1], *x.shape[2:])
+    def split(x):  # [R, L, ...] -> [row shards, sequence shards, R / row shards, L / sequence shards, ...]
+        x = x.reshape(shards[0], rows // shards[0], shards[1], length // shards[1], *x.shape[2:])
         return jnp.swapaxes(x, 1, 2)
 
     arrays = (hidden, target) if jnp.ndim(temperature) == 0 else (hidden, target, temperature)
     pieces = constrain(jax.tree.map(split, arrays), mesh, ROWS, SEQUENCE)
-    pieces = jax.vmap(jax.vmap(of_target))(copies(model.head, mesh, parts), *pieces)
+    pieces = jax.vmap(jax.vmap(of_target))(copies(model.head, mesh, shards), *pieces)
     return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2).reshape(rows, length), pieces)
 
 
 def split_rows(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
-    """[R, ...] -> [parts, R / parts, ...]; part m has the rows m, m + parts, ... so that every device has its share of each."""
+    """[R, ...] -> [parts, R / parts, ...]. Part m has the rows m, m + parts, ..., so that every device has rows of each part."""
 
     def split(x):
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
@@ -191,12 +188,12 @@ def join_rows(x: jax.Array) -> jax.Array:
 
 
 def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Around the tracing of a forward pass: where its activations lie (`parallel.sharding.keep_rows`)."""
+    """A context for the tracing of a forward pass: it says where activations lie (`parallel.sharding.keep_rows`)."""
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None) -> tuple[Loss, Any]:
-    """`loss(model, batch)` and the gradient of its total by what is trained."""
+    """`loss(model, batch)`, and the gradient of its total by the trained weights."""
 
     def total(trainable):
         value = loss(state._replace(trainable=trainable).model, batch)
@@ -204,7 +201,7 @@ def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, me
 
     with on_mesh(mesh):
         (_, value), grads = jax.value_and_grad(total, has_aux=True)(state.trainable)
-    if mesh is not None:  # each device keeps its part of the sum, and never has the whole
+    if mesh is not None:  # each device keeps its shard of the sum, and never has the whole
         grads = jax.lax.with_sharding_constraint(grads, shardings(grads, mesh))
     return value, grads
 
@@ -212,14 +209,16 @@ def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, me
 def summed_gradient(
     loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None, turns: int
 ) -> tuple[Loss, Any]:
-    """`loss_gradient`, of so many micro-batches one after the other, their totals summed."""
+    """`loss_gradient` over `turns` micro-batches, one after the other, whose totals are summed."""
     if turns == 1:
         return loss_gradient(loss, state, batch, mesh)
-    gradient = lambda part: loss_gradient(loss, state, part, mesh)
     parts = split_rows(batch, turns, mesh)
 
-    def accumulate(carry, part):
-        value, grads = gradient(part)
+    def gradient(micro_batch: Batch) -> tuple[Loss, Any]:
+        return loss_gradient(loss, state, micro_batch, mesh)
+
+    def accumulate(carry, micro_batch: Batch):
+        value, grads = gradient(micro_batch)
         sums = (value.total, value.denominator, value.sums, grads)
         return jax.tree.map(jnp.add, carry, sums), value.rows
 
@@ -239,14 +238,14 @@ def make_step(
     mesh: Mesh | None,
     name: str,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """One update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
+    """Makes a jitted update from `loss(model, batch)`, whose totals are summed over micro-batches before they are divided.
 
-    The state is donated.
+    It donates the state.
     """
 
     def step(state: TrainState, batch: Batch):
         rows = batch.tokens.shape[0]
-        # Besides the state there are gradients, their sum over the turns, and the weights in the type that is computed in.
+        # Beside the state lie the gradients, their sum over the turns, and the weights in the type of the computation.
         turns = config.turns(state.model.config, batch, mesh, held=bytes_of(state) + 3 * bytes_of(state.trainable))
         if rows % turns:
             raise ValueError(f"{rows} rows cannot be split into {turns} micro-batches")
@@ -257,7 +256,7 @@ def make_step(
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         new = TrainState(optax.apply_updates(state.trainable, updates), state.rest, opt_state, state.step + 1)
-        if mesh is not None:  # what comes out lies as what went in: no second compilation, no drifting layout
+        if mesh is not None:  # outputs lie as the inputs do: no second compilation, and a layout that stays
             new = jax.lax.with_sharding_constraint(new, shardings(new, mesh))
         tokens = jnp.maximum(value.sums["tokens"], 1.0)
         metrics = {key: x / tokens for key, x in value.sums.items() if key != "tokens"}
@@ -267,7 +266,7 @@ def make_step(
             "tokens": value.sums["tokens"],
         }
         rows = jnp.where(batch.weight > 0, value.rows, 0.0)
-        return new, StepReport(metrics, constrain(rows, mesh))  # whole on every device: any process can look at it
+        return new, StepReport(metrics, constrain(rows, mesh))  # whole on every device: any process can read it
 
     step.__name__ = name
     return jax.jit(step, donate_argnums=0)
@@ -277,10 +276,10 @@ def make_sft_step(
     config: ForwardConfig,
     optimizer: optax.GradientTransformation,
     *,
-    normalizer: Literal["row", "token"] = "row",
+    normalizer: Normalizer = "row",
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """(state, batch) -> (state, report): one step of supervised tuning on the chosen tokens. `advantage` is not read."""
+    """Makes (state, batch) -> (state, report): a step of tuning on the tokens of the loss mask. `advantage` is not read."""
 
     def loss(model, batch: Batch) -> Loss:
         logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh)
@@ -300,20 +299,20 @@ def make_rl_step(
     later_temperature: float | None = None,
     mesh: Mesh | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """(state, batch) -> (state, report): one clipped policy-gradient step; temperatures are those of the rollout.
+    """Makes (state, batch) -> (state, report): a clipped policy-gradient step. Temperatures are those of the rollout.
 
-    With `loss_config.kl` the model has adapters, and the policy stays near what it is without them: the reference's
-    log-probabilities come from the same base weights, a forward pass more.
+    With `loss_config.kl` the model has adapters, and the policy stays near the model without them, whose log-probabilities take
+    one more forward pass over the same base weights.
     """
-    temperatures = {"temperature": temperature, "later_temperature": later_temperature}
+    logprobs_of = functools.partial(
+        trajectory_logprobs, config=config, temperature=temperature, later_temperature=later_temperature, mesh=mesh
+    )
 
     def loss(model, batch: Batch) -> Loss:
-        logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh, **temperatures)
+        logprobs, entropy = logprobs_of(model, batch)
         reference = None
         if loss_config.kl:
-            reference, _ = jax.lax.stop_gradient(
-                trajectory_logprobs(without_lora(model), batch, config, mesh=mesh, **temperatures)
-            )
+            reference, _ = jax.lax.stop_gradient(logprobs_of(without_lora(model), batch))
         return policy_loss(
             logprobs,
             entropy,
@@ -333,15 +332,15 @@ def make_rl_step(
 def make_score_step(
     config: ForwardConfig, *, temperature: float = 1.0, later_temperature: float | None = None, mesh: Mesh | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(model, batch) -> log-probabilities and entropies of the chosen tokens, float32 [R, L], zero elsewhere."""
+    """Makes (model, batch) -> log-probabilities and entropies of the tokens in the loss mask, float32 [R, L], zero elsewhere."""
 
     def score_step(model, batch: Batch):
-        def score(part: Batch):
+        def score(micro_batch: Batch):
             with on_mesh(mesh):
                 both = trajectory_logprobs(
-                    model, part, config, temperature=temperature, later_temperature=later_temperature, mesh=mesh
+                    model, micro_batch, config, temperature=temperature, later_temperature=later_temperature, mesh=mesh
                 )
-            return tuple(jnp.where(part.loss_mask, x, 0.0) for x in both)
+            return tuple(jnp.where(micro_batch.loss_mask, x, 0.0) for x in both)
 
         batch = constrain(batch, mesh, ROWS)
         turns = config.turns(model.config, batch, mesh, held=bytes_of(model))

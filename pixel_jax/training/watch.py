@@ -1,10 +1,10 @@
-"""What a run shows while it goes on: looks at held-out examples, a sample of its rollouts, models that can be used at once.
+"""What a run saves while it goes on: looks at held-out examples, a sample of its rollouts, and models that can be used at once.
 
-Nothing here changes what is learned: looks draw from keys of their own, and the training's data and random state are not touched.
-In the directory of a phase lie
+A look is an evaluation on held-out examples. Looks change nothing of what is learned: they draw from keys of their own, and do
+not touch the training's data and random state. In the directory of a phase lie
 
-    looks.jsonl           a line for every look at the held-out examples: steps done, and what was found
-    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.trace`)
+    looks.jsonl           a line for every look: the number of steps done, and its metrics
+    traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
     traces/rollouts/      of every iteration of reinforcement learning some of its rows
     best.json             which look the model in `best` beside the phase is of
 """
@@ -12,36 +12,38 @@ In the directory of a phase lie
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from pixel_jax.config import positive
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Trace
-from pixel_jax.files import write_file
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
-from pixel_jax.state_files import LineLog, read_lines, read_note, to_json, write_json
+from pixel_jax.state_files import LineLog, keep_lines, read_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.stages import Scored, Weighed, advantages
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import Writer
 
+if TYPE_CHECKING:
+    from pixel_jax.training.rl import Learner
+
 LOOKS, BEST = "looks.jsonl", "best.json"
 HELD_OUT, ROLLOUTS = "held_out", "rollouts"
 USUAL_LOOKS = 5  # in a run, besides the one before its first step
-SHOWN = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
+VIEW_FIELDS = ("loss", "accuracy", "rapr", "finished", "questions")  # of a look, on the terminal
 Criterion = Literal["accuracy", "loss"]
 BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, lower
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-    """What is looked at, how often, and how much of it is kept."""
+    """How often held-out examples are looked at, how many, and what is kept of it."""
 
-    every: int | None = None  # steps (rl: iterations) between two looks at held-out examples. None: five looks; 0: none
+    every: int | None = None  # steps (rl: iterations) between two looks. None: five looks in the run; 0: none
     share: float = 0.05  # of the examples that is held out, if `data_eval` names none
     most: int = 64  # examples that are looked at
     batch: int = 8  # of them that are asked together
@@ -63,9 +65,11 @@ class WatchConfig:
 
 
 class Look(Protocol):
-    """Held-out examples and the model of a state: numbers, and conversations about a fixed handful of them."""
+    """An evaluation on held-out examples."""
 
-    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Trace]]: ...
+    def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
+        """The metrics of the state's model, and its conversations about a few examples, the same in every look."""
+        ...
 
 
 class Watch:
@@ -84,13 +88,18 @@ class Watch:
         best: Criterion | None = None,
         draw: Callable[[], None] = lambda: None,
     ):
-        """Args:
-        directory: of the phase; models are kept beside it.
-        look: None: nothing is held out.
-        save: writes the model of a state as a directory of its own.
-        save_every: steps between two models that are kept, each in `models/STEP`. 0: none are.
-        best: by what a look's model is kept in `best`, if it is better than those before.
-        draw: writes the page of the run.
+        """Watches a phase.
+
+        Args:
+            config: how often, and how much.
+            directory: of the phase; models are saved beside it.
+            steps: of the phase.
+            vocabulary: of the model.
+            look: None: nothing is held out.
+            save: writes the model of a state as a directory of its own.
+            save_every: steps between two models that are saved, each in `models/STEP`. 0: none are.
+            best: the criterion by which the best look's model is saved in `best`.
+            draw: writes the page of the run.
         """
         if best is not None and (look is None or not config.interval(steps)):
             raise ValueError(
@@ -98,71 +107,76 @@ class Watch:
             )
         self.config, self.directory, self.steps, self.vocabulary = config, directory, steps, vocabulary
         self.look, self.save, self.draw = look, save, draw
-        self.save_every, self.best = save_every, best
+        self.save_every = save_every
+        self.best: Criterion | None = best
         self.interval = config.interval(steps) if look is not None else 0
         self.begun = False
+        self.seen: dict[int, dict[str, Any]] = {}  # the looks so far, by the number of steps done
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
-        """`done` steps are behind `state`. `log` gets the numbers and conversations; None in all processes but the first."""
+        """Is called with the state after `done` steps. `log` is None in all processes but the first."""
         if not self.begun:
             self._begin(done)
-        if NOTICE.reached():  # the step is to be saved; the next start looks
+        if NOTICE.reached():  # the step has to be saved first; the next start looks
             return
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))
         due = self.interval and (done % self.interval == 0 or done == self.steps)
-        if due and not all_gather(np.array(done in self.seen))[0]:
-            self._look(state, done, log)
+        if self.look is not None and due and not all_gather(np.array(done in self.seen))[0]:
+            self._look(self.look, state, done, log)
 
     def _begin(self, start: int) -> None:
-        """Forgets looks at steps that are about to be done again."""
-        self.begun, self.seen = True, {}
+        """Forgets looks at steps that will be done again."""
+        self.begun = True
         if not is_main_process():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.seen = {x["done"]: x for x in read_lines(self.directory / LOOKS, done=int) if x["done"] <= start}
-        write_file(self.directory / LOOKS, "".join(to_json(x) + "\n" for x in self.seen.values()))
-        kept = read_note(self.directory / BEST)
-        if kept is not None and not kept.get("done", 0) <= start:
+        looks = keep_lines(self.directory / LOOKS, lambda line: line["done"] <= start, done=int)
+        self.seen = {x["done"]: x for x in looks}
+        best = read_note(self.directory / BEST)
+        if best is not None and not best.get("done", 0) <= start:
             (self.directory / BEST).unlink()
         for name in (HELD_OUT, ROLLOUTS):
             for path in numbered(self.directory / "traces" / name):
                 if int(path.stem) > start:
                     path.unlink()
 
-    def _look(self, state: TrainState, done: int, log: Writer | None) -> None:
-        facts, found = self.look(state)
-        shown = ", ".join(f"{name} {facts[name]:.4g}" for name in SHOWN if name in facts)
+    def _look(self, look: Look, state: TrainState, done: int, log: Writer | None) -> None:
+        metrics, conversations = look(state)
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in VIEW_FIELDS if name in metrics)
         say(f"{f'after step {done}' if done else 'before the first step'}, on what is held out: {shown}")
         if self.best is not None:
-            self._keep_best(state, done, facts)
+            self._keep_best(self.best, state, done, metrics)
         if log is None:
             return
-        named = {f"eval_{name}": value for name, value in facts.items()}
+        named = {f"eval_{name}": value for name, value in metrics.items()}
         log.write(done - 1, named)  # beside the step that led here; -1 is before the first
-        log.show(done - 1, HELD_OUT, found)
-        self._keep(HELD_OUT, done, found)
+        log.show(done - 1, HELD_OUT, conversations)
+        self._keep(HELD_OUT, done, conversations)
         with LineLog(self.directory / LOOKS) as looks:
             looks.append([{"done": done, **named}])
         self.seen[done] = named
         self.draw()
 
-    def _keep_best(self, state: TrainState, done: int, facts: Mapping[str, float]) -> None:
-        """All processes see the same `facts`; what was best before, the first one has noted."""
-        value = facts.get(self.best, float("nan"))
+    def _keep_best(self, by: Criterion, state: TrainState, done: int, metrics: Mapping[str, float]) -> None:
+        """Saves the model if it is the best so far.
+
+        All processes have the same `metrics`; the first one has the note of the best before.
+        """
+        value = metrics.get(by, float("nan"))
         note = read_note(self.directory / BEST) if is_main_process() else None
-        before = note["value"] if note is not None and note.get("by") == self.best else float("nan")
+        before = note["value"] if note is not None and note.get("by") == by else float("nan")
         before = float(all_gather(np.float64(before))[0])
-        sign = BETTER[self.best]
+        sign = BETTER[by]
         if np.isnan(value) or sign * value <= sign * before:  # the first of equals
             return
         self.save(state, self.directory.parent / "best")
         if is_main_process():
-            write_json(self.directory / BEST, {"done": done, "by": self.best, "value": value})
-            say(f"the model of step {done} is the best so far: {self.best} {value:.4g}")
+            write_json(self.directory / BEST, {"done": done, "by": by, "value": value})
+            say(f"the model of step {done} is the best so far: {by} {value:.4g}")
 
-    def advantages(self, learner, state: TrainState, scored: Scored) -> Weighed:
-        """The stage of that name, of which some rows are kept: of a group, at another place of the batch every time."""
+    def advantages(self, learner: "Learner", state: TrainState, scored: Scored) -> Weighed:
+        """The stage of that name, which saves some rows of one group, another group in each iteration."""
         weighed = advantages(learner, state, scored)
         questions, limits = scored.collected.questions, learner.config.rollout
         count = min(self.config.drawn, limits.group_size)
@@ -170,14 +184,14 @@ class Watch:
             start = questions.iteration % len(questions.examples) * limits.group_size
             rows = range(start, start + count)
             self._keep(
-                ROLLOUTS, questions.iteration + 1, draw_rollouts(weighed, rows, self.vocabulary, limits, learner.part)
+                ROLLOUTS, questions.iteration + 1, draw_rollouts(weighed, rows, self.vocabulary, limits, learner.shard)
             )
         return weighed
 
-    def _keep(self, name: str, number: int, found: Sequence[Trace]) -> None:
+    def _keep(self, name: str, number: int, conversations: Sequence[Transcript]) -> None:
         folder = self.directory / "traces" / name
         folder.mkdir(parents=True, exist_ok=True)
-        traces.save(folder / f"{number:06}.json", found)
+        traces.save(folder / f"{number:06}.json", conversations)
         thin(folder, self.config.files)
 
 
@@ -187,7 +201,7 @@ def numbered(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def thin(folder: pathlib.Path, most: int) -> None:
-    """Keeps at most `most` of the numbered files: the newest, and the others as evenly spread as powers of two allow."""
+    """Deletes numbered files until `most` are left: the newest, and others spread as evenly as powers of two allow."""
     files = numbered(folder)
     stride = 1
     kept = files

@@ -1,7 +1,7 @@
-"""Where metrics and conversations go besides the terminal and the run's own page: JSON lines always, TensorBoard and Weights &
-Biases where they are asked for.
+"""Writers of metrics and conversations, besides the terminal and the run's page.
 
-The two are optional (`pip install tensorboardX wandb`); TensorBoard's files are written without TensorFlow.
+JSON lines are always written; TensorBoard and Weights & Biases where a config asks for them. These two are optional
+(`pip install tensorboardX wandb`); TensorBoard's files are written without TensorFlow.
 """
 
 import importlib
@@ -12,53 +12,76 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from pixel_jax.evaluation import report
-from pixel_jax.evaluation.trace import Trace, as_text, drawn
+from pixel_jax.evaluation.transcript import Transcript, as_text, drawn
 from pixel_jax.files import write_file
-from pixel_jax.training.progress import MetricsLog
+from pixel_jax.state_files import LineLog, keep_lines, read_lines
 
 WriterName = Literal["tensorboard", "wandb"]
 
 
 class Writer(Protocol):
-    def write(self, step: int, facts: Mapping[str, Any]) -> None: ...
+    """Takes the metrics and conversations of a run."""
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
-        """Conversations as they were after `step`; `name` is what they are of."""
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step."""
 
-    def close(self) -> None: ...
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
+        """Writes conversations as they were after `step`; `name` says what they are of."""
+
+    def close(self) -> None:
+        """Ends writing."""
 
 
 def installed(module: str, wanted: str) -> Any:
-    """The optional `module`; a ValueError says how to install it."""
+    """Imports the optional `module`. ValueError: it is not installed; the message says how to."""
     try:
         return importlib.import_module(module)
     except ImportError:
         raise ValueError(f"metrics are to go to {wanted!r}, which needs {module}: pip install {module}") from None
 
 
-class Lines(MetricsLog):
-    """JSON lines have the numbers alone: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+class MetricsLog:
+    """A file of JSON lines, one a step. Lines of steps that a restart will repeat are dropped when it opens."""
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
-        pass
+    def __init__(self, path: str | os.PathLike, start: int):
+        keep_lines(path, lambda line: line["step"] < start, step=int)
+        self.log = LineLog(path, durable=False)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step."""
+        self.log.append([{"step": step, **metrics}])
+
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
+        """Nothing: conversations lie in files of their own (`pixel_jax.training.watch`)."""
+
+    def close(self) -> None:
+        """Ends writing."""
+        self.log.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
+    return read_lines(path, step=int)
 
 
 class TensorBoard:
-    """Event files in `directory`. What was written of step `start` and later is no longer shown: it is about to be repeated."""
+    """Event files in a directory. What was written of step `start` and later is no longer shown: it will be repeated."""
 
     def __init__(self, directory: pathlib.Path, start: int):
         writer = installed("tensorboardX", "tensorboard").SummaryWriter
-        # Files are named after the second they are begun in: two starts in one second are two files.
+        # The suffix tells the files of two starts within one second apart.
         self.writer = writer(str(directory), purge_step=start, filename_suffix=f".{start}")
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        for name, value in facts.items():
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step."""
+        for name, value in metrics.items():
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
+        """Writes the conversations."""
         for i, trace in enumerate(traces, 1):
-            # Its text is read as Markdown: every line is indented, which makes it code, whatever it holds.
+            # TensorBoard reads texts as Markdown: indented lines are code, whatever they hold.
             code = "".join(f"    {line}\n" for line in as_text(trace).splitlines())
             self.writer.add_text(f"{name}/{i}", code, step)
             for j, picture in enumerate([*trace.pictures, *(x for turn in trace.turns for x in turn.pictures)]):
@@ -66,14 +89,15 @@ class TensorBoard:
         self.writer.flush()
 
     def close(self) -> None:
+        """Ends writing."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """One run for a directory, however often it is started again. Project, entity and mode come from wandb's own environment
-    variables (`WANDB_PROJECT`, `WANDB_MODE=offline`, ...).
+    """A run of Weights & Biases for a directory, the same one however often it is started again.
 
-    Its own step counter cannot go back; so `step` is logged as a number, which all metrics are drawn against.
+    Project, entity and mode come from wandb's own environment variables (`WANDB_PROJECT`, `WANDB_MODE=offline`, ...). Its step
+    counter cannot go back, so `step` is logged as a number, and all metrics are drawn against it.
     """
 
     def __init__(self, directory: pathlib.Path, label: str):
@@ -93,41 +117,47 @@ class WeightsAndBiases:
         self.html = wandb.Html
         self.run.define_metric("*", step_metric="step")
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        self.run.log({"step": step, **facts})
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step."""
+        self.run.log({"step": step, **metrics})
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
+        """Writes the conversations."""
         page = self.html(report.traces_page(traces, f"{name}, step {step}"), inject=False)
         self.run.log({"step": step, name: page})
 
     def close(self) -> None:
+        """Ends writing."""
         self.run.finish()
 
 
 class Writers:
-    """All of them as one."""
+    """Several writers as one."""
 
-    def __init__(self, parts: Sequence[Writer]):
-        self.parts = tuple(parts)
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = tuple(writers)
 
-    def write(self, step: int, facts: Mapping[str, Any]) -> None:
-        for part in self.parts:
-            part.write(step, facts)
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step."""
+        for writer in self.writers:
+            writer.write(step, metrics)
 
-    def show(self, step: int, name: str, traces: Sequence[Trace]) -> None:
-        for part in self.parts:
-            part.show(step, name, traces)
+    def show(self, step: int, name: str, traces: Sequence[Transcript]) -> None:
+        """Writes the conversations."""
+        for writer in self.writers:
+            writer.show(step, name, traces)
 
     def close(self) -> None:
-        for part in self.parts:
-            part.close()
+        """Ends writing."""
+        for writer in self.writers:
+            writer.close()
 
 
 def open_writers(directory: pathlib.Path, start: int, names: Sequence[WriterName], label: str) -> Writers:
-    """`directory/metrics.jsonl`, and what `names` asks for, of a run that goes on at step `start`."""
-    parts: list[Writer] = [Lines(directory / "metrics.jsonl", start)]
+    """Opens `directory/metrics.jsonl` and the writers in `names`, for a run that goes on at step `start`."""
+    writers: list[Writer] = [MetricsLog(directory / "metrics.jsonl", start)]
     if "tensorboard" in names:
-        parts.append(TensorBoard(directory / "tensorboard", start))
+        writers.append(TensorBoard(directory / "tensorboard", start))
     if "wandb" in names:
-        parts.append(WeightsAndBiases(directory, label))
-    return Writers(parts)
+        writers.append(WeightsAndBiases(directory, label))
+    return Writers(writers)

@@ -70,7 +70,7 @@ def test_processes_together_see_what_one_would(count):
 
 
 def test_a_batch_that_cannot_be_shared():
-    with pytest.raises(ValueError, match="a batch of 8 rows cannot be shared by 3 processes"):
+    with pytest.raises(ValueError, match="a batch of 8 rows cannot be split over 3 processes"):
         make(10, 8, process_count=3)
 
 

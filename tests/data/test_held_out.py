@@ -69,4 +69,4 @@ def test_a_file_to_judge_by_has_the_names_of_the_data(tmp_path):
     path.write_text('{"prompt": "Which digit?", "images": ["a.png"], "answer": "7"}\n')
     given = {"seed": 0, "turns": False, "columns": {"question": "prompt"}}
     held = hold_out([], str(path), WatchConfig(), tmp_path, None, **given)
-    assert [x.question for x in held.judging] == ["Which digit?"] and not held.places
+    assert [x.question for x in held.judging] == ["Which digit?"] and not held.rows

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data.images import ImageError, read_image
-from pixel_jax.data.limits import PICTURE_BYTES, Budget, Limits, room_for_decoding
+from pixel_jax.data.limits import PICTURE_BYTES, Budget, Limits, reserve_decoding
 from pixel_jax.data.sources import Member, frame_sizes, read_bytes
 from tests.data.ffmpeg import ffmpeg
 
@@ -27,7 +27,7 @@ def test_a_budget_is_never_overdrawn():
 
     def work(size):
         nonlocal inside, most
-        with budget.room(size, "it"):
+        with budget.reserve(size, "it"):
             with lock:
                 inside += size
                 most = max(most, inside)
@@ -48,10 +48,10 @@ def test_a_budget_is_never_overdrawn():
 def test_room_is_given_back_when_reading_fails():
     budget = Budget(10)
     for _ in range(3):
-        with pytest.raises(KeyError), budget.room(10, "it"):
+        with pytest.raises(KeyError), budget.reserve(10, "it"):
             raise KeyError
     with pytest.raises(ImageError, match=r"it takes 11 bytes to read, more than the 10 there are \(limits.memory\)"):
-        with budget.room(11, "it"):
+        with budget.reserve(11, "it"):
             pass
 
 
@@ -82,7 +82,7 @@ def test_avifs_take_turns(own_limits):
         begun.set()
         read_image(file.getvalue())
 
-    with room_for_decoding(1, "something"):
+    with reserve_decoding(1, "something"):
         thread = threading.Thread(target=read)
         thread.start()
         assert begun.wait(60)

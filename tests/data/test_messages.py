@@ -16,9 +16,8 @@ from pyarrow import parquet
 from pixel_jax.data.digests import Digests, digest_rows
 from pixel_jax.data.example import ExampleError, ReadReport
 from pixel_jax.data.messages import read_dialogue
-from pixel_jax.data.own import read_own
+from pixel_jax.data.own import read_own, read_row
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rows import read_row
 from pixel_jax.dialog.formats import call_format
 from pixel_jax.dialog.grammar import Language, parse_turn
 from pixel_jax.dialog.template import system_prompt

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pixel_jax.data.example import ReadReport
 from pixel_jax.data.packed import PackedOrder, Packing
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.shapes import Measured, bucket_shapes, training_work
+from pixel_jax.data.shapes import AutoShapes, bucket_shapes, training_work
 from pixel_jax.data.traces import TraceError, to_trajectories
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
@@ -28,7 +28,7 @@ def test_buckets():
     small = bucket_shapes((1, 512), LARGEST)
     assert [x.tokens for x in small] == [1, 512, 1024] and [x.patches for x in small] == [8, 16, 16]
     for lengths in ((512, 256), (512, 512), (0,), (1024,)):
-        with pytest.raises(ValueError, match="must rise and stay under the room of a trace, 1024"):
+        with pytest.raises(ValueError, match="must rise and stay under the tokens of a trace, 1024"):
             bucket_shapes(lengths, LARGEST)
 
 
@@ -213,13 +213,13 @@ def test_rows_of_shapes_that_are_worked_out(examples):
     report = ReadReport("here", drop=True)
     given = scripted_model.vocabulary(), scripted_model.token_tables(), scripted_model.CONFIG
     longest = max(row.shape.tokens for row in packing(examples, ())[0].rows)
-    made = Packing(examples, *given, Measured(work, 2, longest, takes), size=2, seed=0, report=report)
+    made = Packing(examples, *given, AutoShapes(work, 2, longest, takes), size=2, seed=0, report=report)
     assert len(made.rows) == len(examples) and not report.dropped
     assert all(any(shape.holds(row.shape) for shape in made.buckets) for row in made.rows)
     for place in (place for bucket in made.order.rows(0) for place in bucket):
         shape, batch = made.load(place)
         assert batch.tokens.shape == (1, shape.tokens) and shape == made.buckets[place.bucket]
-    by = Measured(work, 2, longest - 1, takes)
+    by = AutoShapes(work, 2, longest - 1, takes)
     made = Packing(examples, *given, by, size=2, seed=0, report=report)
     assert len(made.rows) + len(report.dropped) == len(examples) and "config.rollout.max_pixels" in report.dropped[0]
     with pytest.raises(TraceError, match=r"takes \d+ tokens and .*; to tune on it would take 0.00 GiB of a device"):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pixel_jax.data.example import Example, ReadReport
-from pixel_jax.data.questions import find_rooms, question_batches
+from pixel_jax.data.prompt_shapes import ShapeFinder
+from pixel_jax.data.questions import assign_shapes, question_batches
 from pixel_jax.data.read import read_examples
-from pixel_jax.data.rooms import Fitter
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.images import pad
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts, prompt_tokens
@@ -28,14 +28,14 @@ def examples(tmp_path_factory):
     return read_examples(files.write_questions(tmp_path_factory.mktemp("questions")), turns=False)[0]
 
 
-def both(*room, config=scripted_model.CONFIG):
-    """The same room for pictures and for videos."""
-    return [prompt_shape(*room, config, video=video) for video in (False, True)]
+def both(*sizes, config=scripted_model.CONFIG):
+    """The same sizes for pictures and for videos."""
+    return [prompt_shape(*sizes, config, video=video) for video in (False, True)]
 
 
 def first(examples, index=0, processes=1, size=4, config=scripted_model.CONFIG):
     data = question_batches(
-        find_rooms(
+        assign_shapes(
             examples, both(*BUFFER, WIDTH, config=config), scripted_model.vocabulary(), config, ReadReport("here")
         ),
         scripted_model.vocabulary(),
@@ -100,33 +100,33 @@ def tokens(query, config=LARGE):
 
 
 @given(SIDES, SIDES, st.integers(0, 40))
-def test_a_picture_is_as_large_as_its_room_allows(height, width, words):
+def test_a_picture_is_as_large_as_its_shape_allows(height, width, words):
     """The buffer, the tokens left by the question and the longest side shown are kept, and the picture's shape."""
     text = tokens(outline((28, 28), question="?" * words)) - 1
-    room = prompt_shape(1, 112, 168, TEXT + 26, LARGE, video=False)
+    shape = prompt_shape(1, 112, 168, TEXT + 26, LARGE, video=False)
     query = outline((height, width), question="?" * words)
-    if text >= room.tokens:
-        with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {room.tokens}"):
-            Fitter(scripted_model.vocabulary(), LARGE).fit(query, room)
+    if text >= shape.tokens:
+        with pytest.raises(PromptError, match=f"a prompt of .* tokens does not fit the width of {shape.tokens}"):
+            ShapeFinder(scripted_model.vocabulary(), LARGE).scaled(query, shape)
         return
     try:
-        found = Fitter(scripted_model.vocabulary(), LARGE).fit(query, room)
+        found = ShapeFinder(scripted_model.vocabulary(), LARGE).scaled(query, shape)
     except PromptError:
-        assert room.tokens - text < 8 * max(height / width, width / height)  # a thin picture has many tokens
+        assert shape.tokens - text < 8 * max(height / width, width / height)  # a thin picture has many tokens
         return
     ((high, wide),) = found.sizes
     assert high <= 112 and wide <= 168 and abs(high / height - wide / width) < 1 / min(height, width)
-    assert tokens(outline((high, wide), question="?" * words)) <= room.tokens
+    assert tokens(outline((high, wide), question="?" * words)) <= shape.tokens
     if found.scale < 1:  # half as large again would break one of the rules
         large = (int(high * 1.5) + 1, int(wide * 1.5) + 1)
         shown = smart_resize(*large, min_pixels=28**2, max_pixels=LARGE.max_pixels)
-        too_many = text + shown[0] * shown[1] // 28**2 > room.tokens
+        too_many = text + shown[0] * shown[1] // 28**2 > shape.tokens
         assert large[0] > 112 or large[1] > 168 or max(shown) > LARGE.max_side or too_many
     shrunk = found.apply(query._replace(images=[np.full((height, width, 3), 7, np.uint8)]))
     assert shrunk.images[0].shape == (high, wide, 3) and (shrunk.images[0] == 7).all()
 
 
-ROOMS = (
+SHAPES = (
     prompt_shape(1, 192, 192, 96, scripted_model.CONFIG, video=False),
     prompt_shape(4, 64, 64, 128, scripted_model.CONFIG, video=True),
 )
@@ -142,30 +142,32 @@ def some_examples(tmp_path):
     return [of("one", "a"), of("large", "b"), of("clip", "c", "d", video=True), of("broken", "broken")]
 
 
-def test_every_question_has_a_room_or_is_counted(tmp_path):
-    rooms = ROOMS
-    given = some_examples(tmp_path), rooms, scripted_model.vocabulary(), scripted_model.CONFIG
+def test_every_question_has_a_shape_or_is_counted(tmp_path):
+    shapes = SHAPES
+    given = some_examples(tmp_path), shapes, scripted_model.vocabulary(), scripted_model.CONFIG
     with pytest.raises(PromptError, match=r"broken: .*broken.png cannot be read"):
-        find_rooms(*given, ReadReport("here"))
+        assign_shapes(*given, ReadReport("here"))
     report = ReadReport("here", drop=True)
-    asked = find_rooms(*given, report)
-    assert [(x.example.id, x.room) for x in asked] == [("one", rooms[0]), ("large", rooms[0]), ("clip", rooms[1])]
-    assert asked[1].fit.sizes == [(192, 137)] and report.mended == {"a picture was made smaller to fit its room": 1}
+    asked = assign_shapes(*given, report)
+    assert [(x.example.id, x.shape) for x in asked] == [("one", shapes[0]), ("large", shapes[0]), ("clip", shapes[1])]
+    assert asked[1].prompt.sizes == [(192, 137)] and report.mended == {
+        "a picture was made smaller to fit its batch shape": 1
+    }
     assert len(report.dropped) == 1 and report.dropped[0].startswith("broken: ")
     with pytest.raises(PromptError, match="no question is left. here: 1 rows dropped"):
-        find_rooms(given[0][3:], *given[1:], ReadReport("here", drop=True))
+        assign_shapes(given[0][3:], *given[1:], ReadReport("here", drop=True))
     with pytest.raises(
         PromptError, match="clip: 2 images are more than the 1 there is room for .config.image_buffer and"
     ):
-        find_rooms(given[0][2:3], both(1, 192, 192, 96), *given[2:], ReadReport("here"))
+        assign_shapes(given[0][2:3], both(1, 192, 192, 96), *given[2:], ReadReport("here"))
     with pytest.raises(PromptError, match="clip: there is no room for videos"):
-        find_rooms(given[0][2:3], rooms[:1], *given[2:], ReadReport("here"))
+        assign_shapes(given[0][2:3], shapes[:1], *given[2:], ReadReport("here"))
 
 
-def test_a_batch_is_of_one_room(tmp_path):
-    rooms = ROOMS
-    asked = find_rooms(
-        some_examples(tmp_path)[:3], rooms, scripted_model.vocabulary(), scripted_model.CONFIG, ReadReport("here")
+def test_a_batch_is_of_one_shape(tmp_path):
+    shapes = SHAPES
+    asked = assign_shapes(
+        some_examples(tmp_path)[:3], shapes, scripted_model.vocabulary(), scripted_model.CONFIG, ReadReport("here")
     )
     data = question_batches(
         asked,
@@ -179,8 +181,8 @@ def test_a_batch_is_of_one_room(tmp_path):
     kinds = set()
     for prompts, asked, _ in (next(data) for _ in range(8)):
         assert len(set(prompts.is_video.tolist())) == 1 and len(asked) == 2
-        room = rooms[int(prompts.is_video[0])]
-        assert prompts.shape == room and prompts.tokens.shape == (2, room.tokens)
+        shape = shapes[int(prompts.is_video[0])]
+        assert prompts.shape == shape and prompts.tokens.shape == (2, shape.tokens)
         kinds.add(bool(prompts.is_video[0]))
     data.close()
     assert kinds == {False, True}

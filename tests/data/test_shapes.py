@@ -13,12 +13,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from pixel_jax.config import ConfigError, load
 from pixel_jax.data.example import ReadReport
 from pixel_jax.data.packed import PackedOrder
-from pixel_jax.data.questions import find_rooms, padding, rooms_of
-from pixel_jax.data.shapes import Measured, cover, training_work
+from pixel_jax.data.questions import assign_shapes, describe_shapes, padding
+from pixel_jax.data.shapes import AutoShapes, cover, training_work
 from pixel_jax.ops import most_pixels
 from pixel_jax.rollouts.prompts import PromptError
 from pixel_jax.rollouts.shapes import BatchShape
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from tests.data.test_questions import some_examples
 from tests.rollouts import scripted_model
 from tests.training.tiny_model import tiny_config
@@ -77,33 +77,38 @@ def test_no_picture_within_a_size_is_shown_larger_than_said(height, width, low, 
 
 
 def worked_out(examples, memory=2**30, report=None, config=scripted_model.CONFIG, rows=2):
-    return find_rooms(
-        examples, Measured(WORK, rows, memory), scripted_model.vocabulary(), config, report or ReadReport("here")
+    return assign_shapes(
+        examples, AutoShapes(WORK, rows, memory), scripted_model.vocabulary(), config, report or ReadReport("here")
     )
 
 
-def test_questions_have_the_rooms_that_they_need(tmp_path):
+def test_questions_have_the_shapes_that_they_need(tmp_path):
     """A small and a large picture, and a clip: by the pictures' own sizes, none made smaller."""
     report = ReadReport("here", drop=True)
     examples = some_examples(tmp_path)
     asked = worked_out([*examples[:3]] * 4 + examples[3:], report=report)
-    assert len(report.dropped) == 1 and not report.mended and all(x.fit.scale == 1.0 for x in asked)
-    rooms = {x.example.id: x.room for x in asked}
-    assert (rooms["clip"].video, rooms["clip"].images, rooms["clip"].height, rooms["clip"].width) == (True, 2, 64, 64)
-    assert not rooms["large"].video and (rooms["large"].height, rooms["large"].width) == (704, 512)
+    assert len(report.dropped) == 1 and not report.mended and all(x.prompt.scale == 1.0 for x in asked)
+    shapes = {x.example.id: x.shape for x in asked}
+    assert (shapes["clip"].video, shapes["clip"].images, shapes["clip"].height, shapes["clip"].width) == (
+        True,
+        2,
+        64,
+        64,
+    )
+    assert not shapes["large"].video and (shapes["large"].height, shapes["large"].width) == (704, 512)
     prompt = next(x for x in asked if x.example.id == "large")
     (high, wide) = reference(700, 500, 28, scripted_model.CONFIG.min_pixels, scripted_model.CONFIG.max_pixels)
-    assert prompt.fit.patches == high * wide // 196
+    assert prompt.prompt.patches == high * wide // 196
     wasted = padding(asked)
-    assert 0 <= wasted["tokens"] < 1 and f"{wasted['patches']:.1%} of the patches" in rooms_of(asked)
+    assert 0 <= wasted["tokens"] < 1 and f"{wasted['patches']:.1%} of the patches" in describe_shapes(asked)
 
 
 def test_pictures_that_fill_the_memory_are_made_smaller_and_counted(tmp_path):
     report = ReadReport("here")
     small, large = some_examples(tmp_path)[:2]
     asked = worked_out([small, large], memory=3 * 350 * 250, report=report)
-    assert asked[1].fit.sizes == [(350, 250)] and asked[0].fit.scale == 1.0
-    assert report.mended == {"a picture was made smaller to fit its room": 1}
+    assert asked[1].prompt.sizes == [(350, 250)] and asked[0].prompt.scale == 1.0
+    assert report.mended == {"a picture was made smaller to fit its batch shape": 1}
     wordy = small._replace(id="wordy", question="7" * 200)
     config = dataclasses.replace(scripted_model.CONFIG, max_tokens=200)
     with pytest.raises(PromptError, match=r"wordy: a prompt of \d+ tokens .*config.rl.rollout.max_tokens says"):

@@ -11,7 +11,7 @@ import pytest
 
 from pixel_jax.data.example import ExampleError
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches
+from pixel_jax.data.questions import assign_shapes, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from tests.data import released_files as files
@@ -153,7 +153,7 @@ def test_batches_of_what_was_prepared_are_those_of_the_files(manual, tmp_path):
 
     def questions(path):
         examples, report = read_examples(path, turns=False)
-        asked = find_rooms(
+        asked = assign_shapes(
             examples,
             shapes,
             words,

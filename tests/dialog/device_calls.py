@@ -2,24 +2,24 @@
 
 import numpy as np
 
-from pixel_jax.dialog.grammar import Language, Number, ParsedTurn
-from pixel_jax.tools.calls import Calls
+from pixel_jax.dialog.grammar import DecimalNumber, Language, ParsedTurn
+from pixel_jax.tools.calls import ParsedCalls
 from pixel_jax.tools.tool import Choice
 
 
-def as_numbers(argument, value) -> list[Number]:
-    if isinstance(value, Number):
+def as_numbers(argument, value) -> list[DecimalNumber]:
+    if isinstance(value, DecimalNumber):
         return [value]
     if isinstance(argument, Choice):
         value = argument.options.index(value)
     if isinstance(value, str):
         return []
     if isinstance(value, int):
-        return [Number(abs(value), 0, value < 0, True)]
+        return [DecimalNumber(abs(value), 0, value < 0, True)]
     return [number for item in value for number in as_numbers(None, item)][: argument.slots]
 
 
-def device_calls(turns: list[ParsedTurn], language: Language) -> Calls:
+def device_calls(turns: list[ParsedTurn], language: Language) -> ParsedCalls:
     rows, tools = len(turns), language.tools
     slots, given, lists = (
         max(counts)
@@ -27,7 +27,7 @@ def device_calls(turns: list[ParsedTurn], language: Language) -> Calls:
             (1, 1, 1), *[(tool.slots, len(tool.arguments), len(tool.lists)) for tool in tools], strict=True
         )
     )
-    calls = Calls(
+    calls = ParsedCalls(
         required=np.array([turn.required for turn in turns], bool),
         valid=np.array([turn.call is not None for turn in turns], bool),
         tool=np.array([turn.call.tool if turn.call else -1 for turn in turns]),
@@ -52,11 +52,11 @@ def device_calls(turns: list[ParsedTurn], language: Language) -> Calls:
     return calls
 
 
-def same_calls(host: Calls, device: Calls) -> tuple[str, int] | None:
+def same_calls(host: ParsedCalls, device: ParsedCalls) -> tuple[str, int] | None:
     """The first field and row that differ (but for the sign of a zero); None where all are the same."""
     rows = len(host.required)
     zero = lambda calls: (np.asarray(calls.units) == 0) & (np.asarray(calls.micros) == 0)
-    for field in Calls._fields:
+    for field in ParsedCalls._fields:
         if field == "given":
             continue
         ours, theirs = (np.asarray(getattr(calls, field))[:rows] for calls in (host, device))

@@ -8,9 +8,9 @@ import numpy as np
 from texts import FRAGMENTS, mutate, number, odd_number, space, string
 
 from pixel_jax.dialog import CallParser, Language, call_parser
-from pixel_jax.dialog.automaton import TokenTable
+from pixel_jax.dialog.call_parser import TokenTable
 from pixel_jax.tools import Box, Choice, Integer, Integers, Text
-from pixel_jax.tools.calls import Calls
+from pixel_jax.tools.calls import ParsedCalls
 
 ROWS, CHUNKS, DATA = 256, 4, 256 * 320
 
@@ -54,14 +54,14 @@ def any_response(rng: random.Random, language: Language) -> bytes:
 
 
 @functools.partial(jax.jit, static_argnames="parser")
-def read(table: TokenTable, tokens: jax.Array, parser: CallParser) -> Calls:
+def read(table: TokenTable, tokens: jax.Array, parser: CallParser) -> ParsedCalls:
     state, _ = jax.lax.scan(
         lambda state, token: (parser.step(table, state, token), None), parser.init(len(tokens)), tokens.T
     )
     return parser.finish(state)
 
 
-def read_texts(texts: list[bytes], rng: random.Random, language: Language) -> Calls:
+def read_texts(texts: list[bytes], rng: random.Random, language: Language) -> ParsedCalls:
     chunks, tokens = [], np.full((ROWS, CHUNKS), -1, np.int32)
     for row, text in enumerate(texts):
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(CHUNKS - 1))

@@ -18,17 +18,18 @@ from qwen import qwen_vocabulary
 from texts import any_response, response
 
 from pixel_jax.dialog import CallParser, Language, Vocabulary, build_tokenizer, call_parser, parse_turn, token_table
-from pixel_jax.dialog.automaton import TokenTable, build
+from pixel_jax.dialog.automaton import build
+from pixel_jax.dialog.call_parser import TokenTable
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE
 from pixel_jax.tools import RELEASED
-from pixel_jax.tools.calls import Calls, arguments
+from pixel_jax.tools.calls import ParsedCalls, arguments
 
 READER = call_parser()
 ROWS, CHUNKS = 512, 6
 DATA = ROWS * 400
 
 
-def assert_same(texts: list[bytes], device: Calls, language: Language = RELEASED_LANGUAGE):
+def assert_same(texts: list[bytes], device: ParsedCalls, language: Language = RELEASED_LANGUAGE):
     host = device_calls([parse_turn(text, language) for text in texts], language)
     if difference := same_calls(host, device):
         field, row = difference
@@ -37,7 +38,7 @@ def assert_same(texts: list[bytes], device: Calls, language: Language = RELEASED
 
 
 @functools.partial(jax.jit, static_argnames="parser")
-def read(table: TokenTable, tokens: jax.Array, parser: CallParser = READER) -> Calls:
+def read(table: TokenTable, tokens: jax.Array, parser: CallParser = READER) -> ParsedCalls:
     """tokens [R, T]"""
     state, _ = jax.lax.scan(
         lambda state, token: (parser.step(table, state, token), None), parser.init(len(tokens)), tokens.T
@@ -45,7 +46,7 @@ def read(table: TokenTable, tokens: jax.Array, parser: CallParser = READER) -> C
     return parser.finish(state)
 
 
-def read_chunks(texts: list[bytes], rng: random.Random, parser: CallParser = READER) -> Calls:
+def read_chunks(texts: list[bytes], rng: random.Random, parser: CallParser = READER) -> ParsedCalls:
     """Reads every text in at most CHUNKS tokens, cut at random, through a table that holds just these tokens."""
     chunks, tokens = [], np.full((ROWS, CHUNKS), -1, np.int32)
     for row, text in enumerate(texts):

@@ -8,7 +8,7 @@ import pytest
 from device_calls import device_calls, same_calls
 from language_texts import any_response, read_texts
 
-from pixel_jax.dialog import Language, Number, parse_turn
+from pixel_jax.dialog import DecimalNumber, Language, parse_turn
 from pixel_jax.dialog.formats import FORMATS, MARKS, Coordinates, call_format
 from pixel_jax.dialog.template import system_prompt
 from pixel_jax.tools import CROP_IMAGE, RELEASED, SELECT_FRAMES, Outcome, ToolError
@@ -59,7 +59,7 @@ def test_golden_calls(name):
     call = parse_turn(text, language).call
     assert call.tool == 0
     assert [(x.units, x.micros) for x in call.arguments["bbox_2d"]] == box
-    assert call.arguments["target_image"] == Number(target, 0, False, True)
+    assert call.arguments["target_image"] == DecimalNumber(target, 0, False, True)
     device = arguments(read_texts([text.encode()], random.Random(0), language), language.tools, CROP_IMAGE)
     device = jax.tree.map(lambda x: np.asarray(x)[0].tolist(), device)
     assert [*zip(device["bbox_2d"].units, device["bbox_2d"].micros, strict=True)] == box

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import call, number, response
 
-from pixel_jax.dialog import Call, MalformedCallError, Number, ParsedTurn, parse_call, parse_turn
+from pixel_jax.dialog import DecimalNumber, MalformedCallError, ParsedTurn, ToolCall, parse_call, parse_turn
 
 CROP = '{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.1, 0.25, -3, 12.5], "target_image": 2}}'
 SELECT = '{"name": "select_frames", "arguments": {"target_frames": [1, 16, -0, 999999999999]}}'
@@ -28,15 +28,15 @@ def frames(call):
 def test_the_calls_of_the_released_data():
     turn = parse_turn(f"I will zoom in.\n<tool_call>\n{CROP}\n</tool_call><|im_end|>")
     box = (
-        Number(0, 100000, False, False),
-        Number(0, 250000, False, False),
-        Number(3, 0, True, True),
-        Number(12, 500000, False, False),
+        DecimalNumber(0, 100000, False, False),
+        DecimalNumber(0, 250000, False, False),
+        DecimalNumber(3, 0, True, True),
+        DecimalNumber(12, 500000, False, False),
     )
-    assert turn == ParsedTurn(True, Call(0, {"bbox_2d": box, "target_image": Number(2, 0, False, True)}))
+    assert turn == ParsedTurn(True, ToolCall(0, {"bbox_2d": box, "target_image": DecimalNumber(2, 0, False, True)}))
     # As printed in the instruction-tuning data, without a space before "arguments".
     printed = '<tool_call>\n{"name": "select_frames","arguments": {"target_frames":[1, 2]}}\n</tool_call>'
-    assert parse_turn(printed) == ParsedTurn(True, Call(1, {"target_frames": (1, 2)}))
+    assert parse_turn(printed) == ParsedTurn(True, ToolCall(1, {"target_frames": (1, 2)}))
     assert frames(SELECT) == (1, 16, 0, 999_999_999)
 
 
@@ -244,7 +244,7 @@ def test_a_stored_corpus_reads_as_it_did():
         found = (
             {"target_frames": tuple(selected)}
             if tool
-            else {"bbox_2d": tuple(Number(*x) for x in box), "target_image": Number(*target)}
+            else {"bbox_2d": tuple(DecimalNumber(*x) for x in box), "target_image": DecimalNumber(*target)}
         )
-        assert turn.call == Call(tool, found), text
+        assert turn.call == ToolCall(tool, found), text
     assert min(seen.values()) > 70 and len(seen) == 4

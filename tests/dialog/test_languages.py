@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_texts import ROWS, any_response, read_texts
 
-from pixel_jax.dialog import Language, Number, call_parser, parse_turn
+from pixel_jax.dialog import DecimalNumber, Language, call_parser, parse_turn
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelled, Spelling
-from pixel_jax.tools import RELEASED, Box, Choice, Integer, Integers, Text, Tool, ToolError
-from pixel_jax.tools import Number as NumberArgument
+from pixel_jax.tools import RELEASED, Box, Choice, Integer, Integers, Number, Text, Tool, ToolError
 from pixel_jax.tools.calls import arguments
 
 ADJUST = Tool(
     "adjust",
     "Changes an image.",
     (
-        NumberArgument("factor", low=-0.5, high=4.25, default=1.5),
+        Number("factor", low=-0.5, high=4.25, default=1.5),
         Integer("target_index", low=1, default=1),
         Choice("mode", options=("brightness", "brightness 2", "é", "")),
     ),
@@ -86,7 +85,7 @@ def test_host_and_device_agree(name):
         tools += [turn.call.tool if turn.call else -1 for turn in turns if turn.required]
     counts = [tools.count(tool) for tool in range(-1, len(language.tools))]
     assert min(counts) > 30, counts  # calls of every tool, and calls of none
-    assert len(call_parser(language).tables.save) < 2000
+    assert len(call_parser(language).automaton.save) < 2000
 
 
 def one(text: str, name: str) -> tuple[dict, dict]:
@@ -100,7 +99,7 @@ def one(text: str, name: str) -> tuple[dict, dict]:
 
 def test_what_is_not_written_has_its_default():
     host, device = one('<tool_call>{"name": "adjust", "arguments": {"mode": "é"}}</tool_call>', "all kinds")
-    assert host == {"factor": Number(1, 500_000, False, False), "target_index": 1, "mode": "é"}
+    assert host == {"factor": DecimalNumber(1, 500_000, False, False), "target_index": 1, "mode": "é"}
     assert device == {"factor": (1, 500_000, False, False), "target_index": 1, "mode": 2}
     host, device = one('<tool_call>{"name": "order", "arguments": {"second": [4, -5, 6]}}</tool_call>', "all kinds")
     assert host["first"] == (7, -1) and host["second"] == (4, -5, 6)
@@ -117,7 +116,7 @@ def test_a_text_is_what_json_reads():
 
 def test_what_is_written_becomes_the_tools_own():
     host, device = one('<look>{"bbox_2d": [0, 12.5, 1000, 1e3], "source": "observation_12"}</look>', "nameless")
-    assert host["target_image"] == Number(3, 0, False, True)
+    assert host["target_image"] == DecimalNumber(3, 0, False, True)
     assert [(x.units, x.micros) for x in host["bbox_2d"]] == [(0, 0), (0, 12_500), (1, 0), (1, 0)]
     assert device["target_image"] == (3, 0, False, True)
     assert device["bbox_2d"][:2] == ([0, 0, 1, 1], [0, 12_500, 0, 0])
@@ -159,7 +158,7 @@ BOX = Spelled("bbox_2d", Box("b"))
         (lambda: Language(RELEASED, _format(BOX)), "writes .'bbox_2d'. of the tool 'crop_image_normalized', whose"),
         (lambda: Language(RELEASED, _format(BOX, Spelled("target_image"))), "neither writes nor fixes 'target_image'"),
         (
-            lambda: Language(RELEASED, _format(BOX, Spelled("target_image", NumberArgument("t"), add=1))),
+            lambda: Language(RELEASED, _format(BOX, Spelled("target_image", Number("t"), add=1))),
             "a number for the number 'target_image' of 'crop_image_normalized', plus 1",
         ),
         (lambda: Language(RELEASED, _format(BOX, Spelled("target_image", Text("t")))), "a text for the number"),
@@ -182,12 +181,15 @@ BOX = Spelled("bbox_2d", Box("b"))
                     "f",
                     spellings=(
                         Spelling(
-                            "crop_image_normalized", "z", (BOX, Spelled("target_image", value=1)), told=(("shwon", ""),)
+                            "crop_image_normalized",
+                            "z",
+                            (BOX, Spelled("target_image", value=1)),
+                            texts=(("shwon", ""),),
                         ),
                     ),
                 ),
             ),
-            "outcome 'shwon' of the tool 'crop_image_normalized', which has .'shown'",
+            "outcome 'shwon' of the tool 'crop_image_normalized', whose outcomes are .'shown'",
         ),
         (lambda: CallFormat("f", closing="<|im_end|>"), "im_end"),
         (

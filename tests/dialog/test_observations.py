@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qwen import qwen_vocabulary
 
-from pixel_jax.dialog import Arguments, Observations, Vocabulary, build_tokenizer
+from pixel_jax.dialog import Observations, ObservationValues, Vocabulary, build_tokenizer
 from pixel_jax.dialog.observations import kinds_of
 from pixel_jax.tools import RELEASED
 
@@ -90,7 +90,7 @@ def load(name: str) -> tuple[Vocabulary, Observations]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def assemble(observations: Observations, arguments: Arguments, length: int):
+def assemble(observations: Observations, arguments: ObservationValues, length: int):
     return observations.assemble(arguments, length)
 
 
@@ -139,7 +139,7 @@ def test_a_batch_of_any_arguments(name, rows):
     def pad(values, width):
         return values + [0] * (width - len(values))
 
-    arguments = Arguments(
+    arguments = ObservationValues(
         kind=np.array([row["kind"] for row in rows], np.int32),
         integers=np.array([row["integers"] for row in rows], np.int32),
         items=np.array([row["items"] + [7] * (16 - len(row["items"])) for row in rows], np.int32),
@@ -201,7 +201,7 @@ def test_the_tokenizer_must_keep_the_texts():
 
     vocabulary, _ = load("pieces")
     lossy = Lossy(**{field: getattr(vocabulary, field) for field in Vocabulary.__dataclass_fields__})
-    with pytest.raises(ValueError, match="must be kept"):
+    with pytest.raises(ValueError, match="must keep every text"):
         Observations.of(lossy)
 
 

@@ -6,7 +6,7 @@ import pytest
 from test_formats import GOLDEN, LANGUAGES
 
 from pixel_jax.dialog.formats import FORMATS
-from pixel_jax.dialog.unrecognised import OFTEN, fitting_formats, format_warning, unrecognised_turns
+from pixel_jax.dialog.unrecognised import WARNING_RATE, fitting_formats, format_warning, unrecognised_turns
 
 END = "<|im_end|>"
 
@@ -58,7 +58,7 @@ def test_what_does_not(text):
 def test_a_warning_names_the_format_that_fits():
     plain, odd = f"\\boxed{{3}}{END}", f"{turn('mini_o3')}{END}"
     language = LANGUAGES["pixel_reasoner"]
-    few = int(100 * OFTEN)
+    few = int(100 * WARNING_RATE)
     assert format_warning([odd] * few + [plain] * (100 - few), language) is None
     said = format_warning([odd] * (few + 1) + [plain] * (99 - few), language)
     assert said == (

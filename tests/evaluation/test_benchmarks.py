@@ -11,12 +11,16 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from pixel_jax.data.clips import Span, clip_frame_size, frame_indices, load_clip
 from pixel_jax.data.images import ImageError
 from pixel_jax.data.own import read_own
 from pixel_jax.evaluation import benchmarks
 from pixel_jax.evaluation.benchmarks import BenchmarkError, read
-from pixel_jax.evaluation.clips import frame_indices, load_clip, size_of
 from tests.data.ffmpeg import ffmpeg, frames_of, make
+
+
+def sizes_of(question):
+    return [image.shape[:2] for image in question.outline().images]
 
 
 def picture(path, height=30, width=40, **options):
@@ -66,7 +70,7 @@ def test_vstar(tmp_path):
     (tmp_path / "test_questions.jsonl").write_text("\n".join(map(json.dumps, VSTAR)))
     found, split = read("vstar", tmp_path)
     assert split == "test" and [x.id for x in found] == ["direct_attributes-0", "relative_position-0"]
-    assert found[0].question == VSTAR[0]["text"] and found[0].answers == ("A",) and not found[0].is_video
+    assert found[0].question == VSTAR[0]["text"] and found[0].answer == ("A",) and not found[0].video
     assert found[1].category == "relative_position" and found[1].images == (tmp_path / VSTAR[1]["image"],)
     with pytest.raises(BenchmarkError, match="is the split 'test', the config says 'val'"):
         read("vstar", tmp_path, split="val")
@@ -89,7 +93,7 @@ def test_tallyqa_complex(tmp_path):
     (tmp_path / "test.json").write_text(json.dumps(rows))
     found, split = read("tallyqa", tmp_path, tmp_path / "images")
     assert split == "test" and [x.id for x in found] == ["30095774", "8"]
-    assert found[0].answers == ("4",) and [x.category for x in found] == ["imported_genome", "amt"]
+    assert found[0].answer == ("4",) and [x.category for x in found] == ["imported_genome", "amt"]
     sampled, _ = read("tallyqa", tmp_path / "test.json", tmp_path / "images", sample=1, seed=3)
     assert len(sampled) == 1 and sampled == read("tallyqa", tmp_path, tmp_path / "images", sample=1, seed=3)[0]
 
@@ -113,7 +117,7 @@ def test_infographicsvqa(tmp_path):
     path = tmp_path / "infographicsVQA_val_v1.0_withQT.json"
     path.write_text(json.dumps(head | {"data": [INFO]}))
     (found,), split = read("infovqa", path, tmp_path / "images")
-    assert split == "val" and found.id == "98313" and found.answers == ("pinterest", "Pinterest")
+    assert split == "val" and found.id == "98313" and found.answer == ("pinterest", "Pinterest")
     assert found.category == "single-span" and found.images == (tmp_path / "images" / "20471.jpeg",)
     hidden = {name: value for name, value in INFO.items() if name != "answers"}
     path.write_text(json.dumps(head | {"dataset_split": "test", "data": [hidden]}))
@@ -140,8 +144,8 @@ def test_mvbench(tmp_path):
     found, split = read("mvbench", tmp_path)
     assert split == "test"
     assert [x.category for x in found] == ["Action Sequence", "Fine-grained Action", "Episodic Reasoning"]
-    assert found[0].question == "What happened?\n(A) Sat down.\n(B) Ran." and found[0].answers == ("B",)
-    assert found[0].is_video and found[0].sizes() == [(48, 64)] * 16
+    assert found[0].question == "What happened?\n(A) Sat down.\n(B) Ran." and found[0].answer == ("B",)
+    assert found[0].video and sizes_of(found[0]) == [(48, 64)] * 16
     seen = found[0].query()
     assert seen.is_video and seen.seconds == 1.0
     # Ten frames a second, seconds 1 to 3: frames 10 to 30.
@@ -162,8 +166,8 @@ def test_frames_are_the_middles_of_equal_parts():
 
 def test_other_video_files(tmp_path):
     video(tmp_path / "a.webm", frames=20)
-    assert size_of(tmp_path / "a.webm") == (48, 64)
-    assert brightness(load_clip(tmp_path / "a.webm", count=4)) == frame_indices(None, 10, 19, 4)
+    assert clip_frame_size(tmp_path / "a.webm") == (48, 64)
+    assert brightness(load_clip(tmp_path / "a.webm", Span(frames=4))) == frame_indices(None, 10, 19, 4)
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n/etc/passwd\n")
     (tmp_path / "torn.mp4").write_bytes((tmp_path / "a.webm").read_bytes()[:3])
     (tmp_path / "empty").mkdir()
@@ -201,10 +205,10 @@ def test_prepared_parquet(tmp_path):
     path = tmp_path / "vstar.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     found, split = read("prepared", path, tmp_path / "images")
-    assert split == "test" and [x.answers for x in found] == [("A",), ("12", "twelve"), ("B",)]
+    assert split == "test" and [x.answer for x in found] == [("A",), ("12", "twelve"), ("B",)]
     assert found[0].question == "<image>\nWhich?"  # the marker stays in the text, as in the released evaluation
     assert [x.category for x in found] == ["vstar", "infovqa", "mvbench"]
-    assert found[2].is_video and found[2].sizes() == [(30, 40)] * 3 and len(found[2].query().images) == 3
+    assert found[2].video and sizes_of(found[2]) == [(30, 40)] * 3 and len(found[2].query().images) == 3
     path.write_bytes(b"PAR1")
     with pytest.raises(BenchmarkError, match="vstar.parquet cannot be read"):
         read("prepared", path)
@@ -226,11 +230,11 @@ def test_prepared_images_stay_in_their_archive(tmp_path, monkeypatch):
     )
     write(names)
     found, _ = read("prepared", path)
-    assert all(x.sizes() == [(30, 40)] and x.query().images[0].shape == (30, 40, 3) for x in found[:3])
+    assert all(sizes_of(x) == [(30, 40)] and x.query().images[0].shape == (30, 40, 3) for x in found[:3])
     with pytest.raises(ImageError, match="images.zip:images/broken.jpg cannot be read"):
         found[3].query()
     write(["frames/c.jpg"])
-    with pytest.raises(BenchmarkError, match="row 1: there is no 'frames/c.jpg' in .*, images.zip"):
+    with pytest.raises(BenchmarkError, match="row 1 .*: there is no 'frames/c.jpg' in .*, images.zip"):
         read("prepared", path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # importing it now fails
     with pytest.raises(BenchmarkError, match=r"is a Parquet file: `pip install pyarrow` to read it"):
@@ -242,7 +246,7 @@ def test_a_folder_of_ones_own(tmp_path):
     line = {"question": "Which digit?", "images": ["a.png"], "answer": r"\boxed{7}"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     (found,), split = read("jsonl", tmp_path / "mine.jsonl", split="val")
-    assert split == "val" and found.answers == ("7",) and found.images == (tmp_path / "a.png",)
+    assert split == "val" and found.answer == ("7",) and found.images == (tmp_path / "a.png",)
     assert read("jsonl", tmp_path / "mine.jsonl")[1] == "test"  # who does not say what it is may not choose by it
     (tmp_path / "more.jsonl").write_text(json.dumps(line | {"category": "street"}))
     both, _ = read("jsonl", tmp_path)
@@ -269,7 +273,7 @@ def test_one_s_own_is_asked_as_it_is_trained_on(tmp_path):
         asked, trained = question.query(), example.query()
         np.testing.assert_array_equal(asked.images, trained.images)
         assert (asked.seconds, asked.is_video) == (trained.seconds, trained.is_video)
-        assert question.sizes() == [x.shape[:2] for x in asked.images]
+        assert sizes_of(question) == [x.shape[:2] for x in asked.images]
     seen = questions[0].query()
     assert seen.seconds == pytest.approx(0.4) and len(set(brightness(seen.images))) == 16
     assert questions[1].query().seconds == 3.0 and len(questions[2].query().images) == 5
@@ -281,7 +285,7 @@ def test_mvbench_shows_a_cut_video_from_the_frames_that_there_are(tmp_path):
     ffmpeg("-ss", "1.7", "-i", whole, "-t", "0.8", "-c", "copy", cut)
     shown = frames_of(cut)
     found = load_clip(cut)
-    assert size_of(cut) == (48, 64) and len(found) == 16 < len(shown)
+    assert clip_frame_size(cut) == (48, 64) and len(found) == 16 < len(shown)
     np.testing.assert_array_equal(found, shown[frame_indices(None, 20, len(shown) - 1, 16)])
     assert len({frame.tobytes() for frame in found}) == 16
 
@@ -294,7 +298,7 @@ def test_pictures_are_measured_upright(tmp_path, name):
     line = {"question": "?", "images": [name], "answer": "7"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     (found,), _ = read("jsonl", tmp_path / "mine.jsonl")
-    assert found.sizes() == [(40, 30)] and found.query().images[0].shape == (40, 30, 3)
+    assert sizes_of(found) == [(40, 30)] and found.query().images[0].shape == (40, 30, 3)
 
 
 @pytest.mark.parametrize(

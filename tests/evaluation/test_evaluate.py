@@ -12,19 +12,20 @@ import pytest
 from PIL import Image
 
 from pixel_jax import score_answer
-from pixel_jax.data.rooms import Fitter
+from pixel_jax.data.prompt_shapes import ShapeFinder
 from pixel_jax.dialog import Language
-from pixel_jax.evaluation import report, run, stages, summary, trace
+from pixel_jax.evaluation import report, run, stages, summary, transcript
 from pixel_jax.evaluation.benchmarks import read
 from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.evaluation.results import read_records
-from pixel_jax.evaluation.stages import Exam, Policy, Stages
+from pixel_jax.evaluation.stages import EvaluationStages, Exam, Policy
 from pixel_jax.identity import RunError, read_settings
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts.prompts import prompt_tokens
 from pixel_jax.rollouts.rollout import compiled_rollout
 from pixel_jax.rollouts.trajectory import to_host
 from pixel_jax.rollouts.views import GREY
+from pixel_jax.terminal import print_table, table
 from pixel_jax.training.scorers import ScorerConfig
 from tests.evaluation.test_report import HOSTILE, Reader, pixels
 from tests.rollouts import scripted_model
@@ -87,15 +88,15 @@ def test_every_question_is_answered_once(questions, whole):
         x.id for x in questions
     ]
     for record, question in zip(records, questions, strict=True):
-        assert record["answers"] == list(question.answers)
+        assert record["answers"] == list(question.answer)
         assert record["shrunk"] is (record["index"] == 2)
         for i, text in enumerate(record["responses"]):
             boxed = [
                 answer for answer in ("7", "3") if text.removesuffix("<|im_end|>").endswith(f"\\boxed{{{answer}}}")
             ]
             assert record["given"][i] == (boxed[0] if boxed else None)
-            assert record["accuracy"][i] == record["score"][i] == float(bool(boxed) and boxed[0] in question.answers)
-            assert record["accuracy"][i] == (score_answer(text, question.answers, rules=("released",)) or 0.0)
+            assert record["accuracy"][i] == record["score"][i] == float(bool(boxed) and boxed[0] in question.answer)
+            assert record["accuracy"][i] == (score_answer(text, question.answer, rules=("released",)) or 0.0)
             assert record["calls"][i] == text.count("<tool_call>")
             assert record["operations"][i] + record["failed"][i] == record["executed"][i] <= record["calls"][i]
             assert (record["stop"][i] == "answer") is ("<tool_call>" not in text.rsplit("<|im_end|>", 2)[-2])
@@ -139,8 +140,8 @@ def test_other_pictures_are_other_questions(questions, whole, tmp_path):
     shutil.copy(questions[0].images[0], picture)
     with pytest.raises(RunError, match="question '.*:2 moved' was answered about other pictures than .*elsewhere.png"):
         answer(moved, tmp_path / "run")
-    other = [x._replace(answers=("8",)) if i == 1 else x for i, x in enumerate(questions)]
-    with pytest.raises(RunError, match="questions.answers = .* choose another directory"):
+    other = [x._replace(answer=("8",)) if i == 1 else x for i, x in enumerate(questions)]
+    with pytest.raises(RunError, match="questions.answer = .* choose another directory"):
         answer(other, tmp_path / "run")
 
 
@@ -164,7 +165,7 @@ def test_whatever_note_is_damaged_a_run_goes_on(questions, whole, tmp_path, caps
 
 def test_processes_share_the_questions(questions, whole, tmp_path):
     for process in (1, 0):
-        answer(questions, tmp_path, part=(process, 2))
+        answer(questions, tmp_path, shard=(process, 2))
     shares = [
         {json.loads(line)["index"] for line in (tmp_path / f"results-{i}.jsonl").read_text().splitlines()}
         for i in (0, 1)
@@ -190,7 +191,7 @@ def test_without_operations_nothing_is_executed(questions, tmp_path):
     assert all(x["operations"] == x["executed"] == [0, 0] for x in records)
     stops = {stop for record in records for stop in record["stop"]}
     assert "answer" in stops and "too many calls" in stops  # the scripted model calls out of habit
-    (made,) = trace.load(tmp_path / "traces" / "1.json")
+    (made,) = transcript.load(tmp_path / "traces" / "1.json")
     assert all(turn.role == "assistant" for turn in made.turns)
     row = summary.summarise(records)["all"]
     assert row["rapr"]["mean"] == 0 and row["operation_errors"]["mean"] is None
@@ -228,7 +229,7 @@ def test_blanked_operations_show_grey(questions, whole, tmp_path, monkeypatch):
     shown = {mode: [] for mode in found}
     for mode, seen in shown.items():
         for index in range(2):
-            (made,) = trace.load(tmp_path / mode / "traces" / f"{index}.json")
+            (made,) = transcript.load(tmp_path / mode / "traces" / f"{index}.json")
             seen += [pixels(picture) for turn in made.turns for picture in turn.pictures]
             assert (pixels(made.overview[0]) != GREY).any()
     assert shown["blank"] and all((image == GREY).all() for image in shown["blank"])
@@ -244,7 +245,7 @@ def test_another_configuration_does_not_continue_a_run(questions, whole):
     with pytest.raises(RunError, match="questions"):
         answer(questions[:-1], directory)
     with pytest.raises(RunError, match="weights = 'not set', now it is 'another'"):
-        answer(questions, directory, facts={"weights": "another"})
+        answer(questions, directory, settings={"weights": "another"})
     assert read_settings(directory)["seed"] == 0
     with pytest.raises(RunError, match="is no run"):
         read_settings(directory.parent / "nowhere")
@@ -268,7 +269,7 @@ def test_a_stage_of_ones_own(questions, tmp_path, whole):
             answered, {name: [float(len(x)) for x in answered.texts] for name in ("score", "accuracy")}
         )
 
-    records = answer(questions[:2], tmp_path, stages=Stages(judge=longest), traced=0)
+    records = answer(questions[:2], tmp_path, stages=EvaluationStages(judge=longest), traced=0)
     assert [x["responses"] for x in records] == [x["responses"] for x in whole[1][:2]]
     assert all(x["score"] == [len(text) for text in x["responses"]] for x in records)
 
@@ -285,21 +286,21 @@ def test_buckets_are_chosen_by_size_and_length(everything):
 
     def find(i, buckets):
         shapes = run.shapes_of(buckets, LIMITS, scripted_model.model().config, 4)
-        return Fitter(scripted_model.vocabulary(), LIMITS).places([lambda: run.outline(everything[i])], shapes)[0]
+        return ShapeFinder(scripted_model.vocabulary(), LIMITS).assign_all([everything[i].outline], shapes)[0]
 
     held = lambda place: (place.shape.images, place.shape.height, place.shape.width, place.shape.tokens)
     small, large, pair = (1, 128, 160, 160), (1, 512, 512, 160), (2, 128, 160, 160)
     assert held(find(1, (small, large, pair))) == small
     assert held(find(2, (small, large, pair))) == large
-    assert find(2, (small, large, pair)).fit[:2] == (1.0, [(400, 300)])
+    assert find(2, (small, large, pair)).prompt[:2] == (1.0, [(400, 300)])
     assert held(find(4, (small, large, pair))) == pair
     shrunk = find(2, (small,))
-    assert shrunk.fit.scale < 1 and shrunk.fit.sizes == [(128, 96)]
+    assert shrunk.prompt.scale < 1 and shrunk.prompt.sizes == [(128, 96)]
     assert "2 images are more than the 1" in str(find(4, (small, large)))
     assert "tokens does not fit the width of 20" in str(find(1, ((1, 192, 192, 20),)))
     # None given: each question has room, its pictures as they are.
     for i in range(len(everything)):
-        assert find(i, None).fit.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
+        assert find(i, None).prompt.scale == 1.0 and find(i, None).shape.tokens % 64 == 0
 
 
 def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, whole, tmp_path):
@@ -315,7 +316,7 @@ def test_questions_that_cannot_be_asked_are_wrong_and_end_nothing(everything, wh
     assert [records[i] for i in (0, 3)] == [whole[1][i] for i in (0, 3)]
     for i, why in {1: "cut.jpg' cannot be read", 2: "none.png cannot be read", 4: "2 images are more than"}.items():
         assert why in records[i]["unanswered"] and records[i]["score"] == records[i]["accuracy"] == [0.0, 0.0]
-        assert records[i]["answers"] == list(everything[i].answers) and records[i]["responses"] == []
+        assert records[i]["answers"] == list(everything[i].answer) and records[i]["responses"] == []
     assert not (tmp_path / "run" / "traces" / "1.json").exists()
     row = summary.summarise(records)["all"]
     answers = [x for i in (0, 3) for x in whole[1][i]["tokens"]]
@@ -432,7 +433,7 @@ def test_the_page_shows_numbers_and_traces_and_runs_nothing(questions, whole):
 def test_the_table_shows_what_it_is_given(capsys):
     rows = summary.table_rows({"own": {"modes": {"operations": summary.summarise(records_of([[1.0, 0.0]] * 5))}}})
     rows.append(["[red]x[/red]", "\x1b[31mx", *rows[0][2:]])
-    summary.print_table(summary.HEAD, rows)
+    print_table(table(summary.HEAD, rows, words=3))
     out = capsys.readouterr().out
     assert "5 × 2" in out and "50.0 [28.3, 71.7]" in out and "[red]x[/red]" in out and "\x1b" not in out
     assert len(out.splitlines()) == 3

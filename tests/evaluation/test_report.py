@@ -19,7 +19,7 @@ from PIL import Image
 
 from pixel_jax.chat import show
 from pixel_jax.evaluation import report
-from pixel_jax.evaluation import trace as traces
+from pixel_jax.evaluation import transcript as traces
 from pixel_jax.files import FileError
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.trajectory import answered_calls
@@ -38,7 +38,7 @@ def found():
     queries = scripted_model.queries(4, video=True)
     rows = range(t.tokens.shape[0])
     made = [
-        traces.make_trace(t, row, queries[t.prompt[row]], scripted_model.vocabulary(), correct=row % 2 == 0)
+        traces.make_transcript(t, row, queries[t.prompt[row]], scripted_model.vocabulary(), correct=row % 2 == 0)
         for row in rows
     ]
     return t, made
@@ -86,13 +86,13 @@ def test_messages_follow_from_who_wrote_them(found):
     at = np.flatnonzero(t.loss_mask[row])
     tokens = t.tokens.copy()
     tokens[row, at[:2]] = words.im_start, words.im_start
-    item = traces.make_trace(
+    item = traces.make_transcript(
         t._replace(tokens=tokens), row, scripted_model.queries(4, video=True)[t.prompt[row]], words
     )
     assert item.turns[0].text.startswith("<|im_start|><|im_start|>") and item.turns[1:] == made[row].turns[1:]
     chosen = t.loss_mask.copy()
     chosen[row, at[:2]] = False  # an opening
-    item = traces.make_trace(
+    item = traces.make_transcript(
         t._replace(loss_mask=chosen), row, scripted_model.queries(4, video=True)[t.prompt[row]], words
     )
     assert dataclasses.replace(item, correct=made[row].correct) == made[row]
@@ -126,13 +126,13 @@ class Reader(HTMLParser):
 
 def test_nothing_from_outside_becomes_markup(found):
     item = found[1][0]
-    item = traces.Trace(
+    item = traces.Transcript(
         **{**item.__dict__, "question": HOSTILE, "answer": HOSTILE, "reference": HOSTILE, "title": HOSTILE}
     )
     item.turns = [traces.ShownTurn("assistant", HOSTILE), traces.ShownTurn("tool", HOSTILE, failed=True)]
     page = report.page(
         HOSTILE,
-        [(HOSTILE, report.trace(item) + report.table([HOSTILE], [[HOSTILE]]) + report.paragraph(HOSTILE))],
+        [(HOSTILE, report.transcript(item) + report.table([HOSTILE], [[HOSTILE]]) + report.paragraph(HOSTILE))],
         {"x": HOSTILE},
     )
     seen = Reader(page)
@@ -167,8 +167,8 @@ def hostile(kind, text):
 
 def hostile_page(text):
     head = report.table([text], [[text]]) + report.paragraph(text)
-    item = hostile(traces.Trace, text)
-    return report.page(text, [(text, head), ("", report.trace(item))], {text: text})
+    item = hostile(traces.Transcript, text)
+    return report.page(text, [(text, head), ("", report.transcript(item))], {text: text})
 
 
 @pytest.mark.parametrize("text", [HOSTILE, LEAVE.format("http://127.0.0.1/")], ids=["script", "leave"])
@@ -213,7 +213,9 @@ def test_what_is_no_trace_is_refused(found, what, tmp_path):
 def test_a_damaged_file_of_traces_is_named(tmp_path_factory, noise, place, over):
     path = tmp_path_factory.getbasetemp() / "fuzzed.json"
     picture = traces.Picture(traces.data_uri(np.zeros((4, 4, 3), np.uint8)), 4, 4, "c", ((1, 0, 0, 2, 2),))
-    traces.save(path, [traces.Trace("q", (picture,), (picture,), (traces.ShownTurn("tool", "t", (picture,)),), "s")])
+    traces.save(
+        path, [traces.Transcript("q", (picture,), (picture,), (traces.ShownTurn("tool", "t", (picture,)),), "s")]
+    )
     whole = path.read_bytes()
     place %= len(whole)
     path.write_bytes(whole[:place] + noise + whole[place + len(noise) * over :])

@@ -7,7 +7,7 @@ from pixel_jax.planning.programs import Recipe
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.steps import ForwardConfig

@@ -38,10 +38,9 @@ from pixel_jax.rollouts.materialize import materialize
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import budgets
 from pixel_jax.rollouts.trajectory import HostPrompts, take_rows, to_host
-from pixel_jax.train import LoRAConfig, TrainConfig
-from pixel_jax.training.batch import from_trajectories
+from pixel_jax.train_config import LoRAConfig, TrainConfig
+from pixel_jax.training.batch import from_trajectories, pack
 from pixel_jax.training.optimizer import make_optimizer
-from pixel_jax.training.packing import pack
 from pixel_jax.training.state import init_state
 from tests.planning.small_recipe import recipe
 

@@ -23,10 +23,10 @@ from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.queue import prompt_visual, read_prompt, read_together
-from pixel_jax.rollouts.rollout import traced
+from pixel_jax.rollouts.rollout import traced_settings
 from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.rollouts.views import show_waiting
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rl import RLConfig
 
 GIB = 2**30
@@ -106,7 +106,7 @@ def reading(recipe: Recipe, implementation):
     def read(model, prompts, assistant_prefix):
         return read_prompt(model, prompts, prompt_visual(prompts, config, shape), assistant_prefix, config)
 
-    return jax.jit(read), (abstract_model(recipe), fewer(prompt_arrays(recipe), count), traced(config, ())[0])
+    return jax.jit(read), (abstract_model(recipe), fewer(prompt_arrays(recipe), count), traced_settings(config, ())[0])
 
 
 PARTS = {"looking": looking, "reading": reading}

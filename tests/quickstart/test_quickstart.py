@@ -14,21 +14,21 @@ from pixel_jax.config import ConfigError, load
 from pixel_jax.data import miniature, synthesis
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import to_trajectories
-from pixel_jax.evaluation import trace as saved_traces
+from pixel_jax.evaluation import transcript as saved_traces
 from pixel_jax.evaluation.stats import proportion
-from pixel_jax.evaluation.trace import ShownTurn, Trace
+from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.quickstart import pipeline, vocabulary, zoom
-from pixel_jax.quickstart.config import EvaluationConfig, QuickstartConfig
+from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import page, smooth
 from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
 from pixel_jax.quickstart.summary import summarise
-from pixel_jax.quickstart.zoom import WarmStartConfig
+from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import CallStatus
@@ -100,12 +100,12 @@ SMALLEST = QuickstartConfig(
         optimizer=OptimizerConfig(learning_rate=1e-3),
         forward=ForwardConfig(remat=False),
     ),
-    evaluation=EvaluationConfig(scenes=6, batch=4, traces=2),
+    evaluation=HeldOutConfig(scenes=6, batch=4, traces=2),
 )
 
 
-ARMS = tuple(SMALLEST.taught.arms)
-LABELS = [arm.label for arm in SMALLEST.taught.arms.values()]
+ARMS = tuple(lesson_of(SMALLEST).arms)
+LABELS = [arm.label for arm in lesson_of(SMALLEST).arms.values()]
 
 
 # ---- tokenizer
@@ -218,7 +218,7 @@ def test_a_directory_belongs_to_one_configuration(tmp_path):
     path.parent.mkdir()
     check_same(SMALLEST, path)
     check_same(SMALLEST, path)
-    other = dataclasses.replace(SMALLEST, evaluation=EvaluationConfig(scenes=7))
+    other = dataclasses.replace(SMALLEST, evaluation=HeldOutConfig(scenes=7))
     before = path.read_bytes()
     with pytest.raises(
         ValueError, match="seed-0 was begun with evaluation.scenes = 6, now it is 7, .* choose another --out"
@@ -290,7 +290,7 @@ def test_the_page_shows_both_arms_and_escapes_everything(seeds):
     for each in results.values():
         each["seconds"][HOSTILE] = 31.0
     turns = [ShownTurn("assistant", HOSTILE), ShownTurn("tool", HOSTILE, failed=True)]
-    trace = Trace(HOSTILE, [], [], turns, stop=HOSTILE, answer=HOSTILE, reference=HOSTILE, title=HOSTILE)
+    trace = Transcript(HOSTILE, [], [], turns, stop=HOSTILE, answer=HOSTILE, reference=HOSTILE, title=HOSTILE)
     hot = dataclasses.replace(LIMITS, temperature=1.7, later_temperature=2.0)
     hot = dataclasses.replace(SMALLEST, rl=dataclasses.replace(SMALLEST.rl, rollout=hot))
     html = page(hot, summarise(results), [trace])
@@ -376,7 +376,7 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
         assert len(saved_traces.load(place / "traces.json")) == 2
         model, processor = from_pretrained(place / "model")
         assert model.config.text.hidden_size == 32 and processor is not None
-        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == judged(LIMITS)
+        assert load(RolloutConfig, json.loads((place / "model" / "rollout.json").read_text())) == single_answer(LIMITS)
     assert set(found["rl"]) == set(ARMS) and found["seconds"]["total"] > 0
     for group in (found["sft"], *found["rl"].values()):
         assert 0 <= group["accuracy"] <= 1 and group["intervals"]["accuracy"]["n"] == 6

@@ -12,13 +12,14 @@ from pixel_jax.data import miniature
 from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
-from pixel_jax.evaluation import trace as saved_traces
+from pixel_jax.evaluation import transcript as saved_traces
 from pixel_jax.quickstart import turn
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.page import page
 from pixel_jax.quickstart.pipeline import run_seed
 from pixel_jax.quickstart.summary import summarise
+from pixel_jax.quickstart.task import lesson_of
 from pixel_jax.quickstart.vocabulary import build_vocabulary, pieces
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.trajectory import CallStatus
@@ -107,7 +108,7 @@ def test_first_turns_are_counted_by_whether_they_are_right(words, scenes):
 def test_the_arms_differ_in_the_tool_alone():
     config = load(QuickstartConfig, shipped("quickstart_rotate"))
     assert load(QuickstartConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
-    arms = {name: config.taught.arm_config(config, name) for name in config.taught.arms}
+    arms = {name: lesson_of(config).arm_config(config, name) for name in lesson_of(config).arms}
     assert arms["tool"] == config and config.rl.rollout.max_calls > 0
     without = arms["no_tool"]
     assert without.rl.rollout.max_calls == 0 and dataclasses.replace(without, rl=config.rl) == config

@@ -23,7 +23,7 @@ from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.rollouts.shapes import prompt_shape
 from pixel_jax.rollouts.trajectory import CallStatus, to_host
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, ToolError
-from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST
+from pixel_jax.tools.draw_box import COLOURS, PIXELS_A_LINE, THINNEST
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.tools.tool import ANSWERED, FAILED
 from tests.rollouts import scripted_model
@@ -242,7 +242,9 @@ def test_a_box_to_draw_is_measured_as_the_format_says(case):
     language = Language(tools, call_format(name))
     (row,) = write_rows([trace], WORDS, tables(WORDS, tools, language.format), config)
     pillow = Image.fromarray(IMAGE)
-    ImageDraw.Draw(pillow).rectangle((41, 0, 204, 149), outline=COLOURS["blue"], width=THINNEST + WIDTH // PART)
+    ImageDraw.Draw(pillow).rectangle(
+        (41, 0, 204, 149), outline=COLOURS["blue"], width=THINNEST + WIDTH // PIXELS_A_LINE
+    )
     first, drawn = render(row, [IMAGE])
     size = row.views[1].size
     np.testing.assert_array_equal(drawn, frame_patches(np.asarray(pillow), (0, 0, WIDTH, HEIGHT), size))

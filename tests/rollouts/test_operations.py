@@ -10,10 +10,10 @@ import pytest
 from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.operations import add_to_history, called, execute, first_history
+from pixel_jax.rollouts.operations import add_to_history, execute, first_history, record_calls
 from pixel_jax.tools import RELEASED
-from pixel_jax.tools.calls import Calls, Values
-from pixel_jax.tools.looking import ImageHistory, Seen, shown_size
+from pixel_jax.tools.calls import ParsedCalls, Values
+from pixel_jax.tools.device import ImageHistory, Seen, shown_size
 from tests.rollouts import scripted_model
 
 ROWS, VIEWS, BUFFERS = 256, 8, 4
@@ -99,7 +99,7 @@ def stack_calls(turns):
             values[0][row, slot], values[2][row, slot], values[3][row, slot] = abs(frame), frame < 0, True
         lengths[row] = len(frames)
     zeros = jnp.zeros((len(turns), 2), bool)
-    return Calls(
+    return ParsedCalls(
         given=zeros,
         required=jnp.array([turn.required for turn in turns]),
         valid=jnp.array([turn.call is not None for turn in turns]),
@@ -185,7 +185,7 @@ def test_execute_agrees_with_the_reference(config):
         seen.add(kind)
         assert kinds[int(result.message.kind[i])] == kind, (turn, video, sizes, images)
         assert result.message.integers[i, : len(integers)].tolist() == integers, (turn, kind)
-        assert int(result.count[i]) == len(views)
+        assert int(result.num_images[i]) == len(views)
         assert int(np.sum(result.message.pads[i])) == sum(h * w // 784 for _, _, (h, w) in views)
         for j, (where, box, shown) in enumerate(views):
             assert int(result.source.image[i, j]) == where
@@ -219,7 +219,7 @@ def test_pixels_are_those_of_the_picture_that_is_shown():
     result = run(calls, history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[1500, 1000, 3000, 2000]] * 2
     assert result.message.integers[0, :2].tolist() == [1064, 700]
-    history = add_to_history(history, called(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
+    history = add_to_history(history, record_calls(calls, result, one == 1, RELEASED), jnp.zeros(2, jnp.int32))
     result = run(calls_of("532, 350, 1064, 700", "0.5, 0.5, 1, 1", target=2), history, sizes, config)
     assert result.source.region[:, 0].tolist() == [[2250, 1500, 3000, 2000]] * 2
 
@@ -239,7 +239,7 @@ def test_edges_are_the_released_ones_to_the_pixel(pad):
         result = run(calls_of(*(", ".join(map(repr, box)) for box in boxes)), history, sizes.tolist(), config)
         compared = 0
         for i, (box, (height, width)) in enumerate(zip(boxes, sizes.tolist(), strict=True)):
-            if result.count[i]:
+            if result.num_images[i]:
                 assert result.source.region[i, 0].tolist() == released_edges(box, width, height, pad), (
                     box,
                     width,

@@ -15,7 +15,7 @@ from pixel_jax.parallel.sharding import batch_sharding
 from pixel_jax.rollouts import decode_loop, timing, trajectory, views
 from pixel_jax.rollouts.materialize import materialize, materialize_on_host
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
-from pixel_jax.rollouts.rollout import compiled_rollout, layout, put_prompts, rollout, static_shape, traced
+from pixel_jax.rollouts.rollout import compiled_rollout, layout, put_prompts, rollout, static_shape, traced_settings
 from pixel_jax.rollouts.trajectory import CallStatus, take_prompts
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -170,7 +170,9 @@ def test_eight_devices_give_the_same_tokens(trajectories, tail_rows):
 
 def lowered(model, prompts, config, key=KEY):
     mesh, shape = layout(model, prompts, config)
-    return compiled_rollout.lower(model, put_prompts(prompts, mesh), key, *traced(config, ()), shape=shape, mesh=mesh)
+    return compiled_rollout.lower(
+        model, put_prompts(prompts, mesh), key, *traced_settings(config, ()), shape=shape, mesh=mesh
+    )
 
 
 def test_a_tail_of_rows_keeps_the_kind_of_its_keys():

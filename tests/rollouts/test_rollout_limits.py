@@ -13,8 +13,8 @@ from pixel_jax.models.io import save_pretrained
 from pixel_jax.models.processor import Processor
 from pixel_jax.phases import other_limits
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import FILE, judged, read_limits, write_limits
-from pixel_jax.train import TrainConfig
+from pixel_jax.rollouts.limits import FILE, read_limits, single_answer, write_limits
+from pixel_jax.train_config import TrainConfig
 from tests.rollouts import scripted_model
 
 EXPLORING = RolloutConfig(group_size=4, temperature=1.7, later_temperature=2.0, max_calls=2, crop_max_pixels=50 * 784)
@@ -26,7 +26,7 @@ def test_limits_without_exploration(tmp_path):
     written = json.loads((tmp_path / FILE).read_text())
     assert (written["temperature"], written["later_temperature"], written["group_size"]) == (1.0, None, 1)
     found = read_limits(tmp_path)
-    assert found == judged(EXPLORING) and found.max_calls == 2 and found.crop_max_pixels == 50 * 784
+    assert found == single_answer(EXPLORING) and found.max_calls == 2 and found.crop_max_pixels == 50 * 784
     # A file that has them all the same is no other model.
     (tmp_path / FILE).write_text(json.dumps(dataclasses.asdict(EXPLORING)))
     assert read_limits(tmp_path) == found

@@ -11,7 +11,7 @@ import pytest
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.prompts import build_prompts, tables
-from pixel_jax.rollouts.queue import READ
+from pixel_jax.rollouts.queue import NOT_WAITING
 from pixel_jax.rollouts.rollout import _advance, admit, advance, begin, finish, finished, rollout
 from pixel_jax.rollouts.trajectory import NO_IMAGE, CallStatus, take_prompts, take_rows, to_host
 from pixel_jax.tools import CROP_IMAGE
@@ -183,7 +183,7 @@ def test_who_came_first_is_read_first():
     waiting = []
     while not finished(state).all():
         state = advance(scripted_model.model(), state, 1)
-        now = np.flatnonzero(np.asarray(state.queue.line) != READ).tolist()
+        now = np.flatnonzero(np.asarray(state.queue.order) != NOT_WAITING).tolist()
         waiting += [now] * (now not in waiting)
     assert waiting in ([[2, 3], [2], []], [[2, 3], []])
 
@@ -205,11 +205,11 @@ def test_misuse_is_named():
     words, known = scripted_model.vocabulary(), scripted_model.token_tables()
     state, one = begin(scripted_model.model(), prompts(0, 1, 2, 3), KEY, QUEUED), prompts(4)
     same(admit(state, [], prompts()), state)
-    with pytest.raises(ValueError, match=r"places \[2\] are not done: `advance` until `finished`; free are \[\]"):
+    with pytest.raises(ValueError, match=r"prompts \[2\] are not done: `advance` until `finished`; free are \[\]"):
         admit(state, [2], one)
-    with pytest.raises(ValueError, match=r"places \[4\] do not exist: the state has 0 to 3"):
+    with pytest.raises(ValueError, match=r"indices \[4\] do not exist: the state has 0 to 3"):
         admit(state, [4], one)
-    with pytest.raises(ValueError, match=r"places \[1, 1\] for 2 prompts"):
+    with pytest.raises(ValueError, match=r"indices \[1, 1\] for 2 prompts"):
         admit(state, [1, 1], prompts(4, 5))
     with pytest.raises(
         ValueError, match=r"prompts of 96 tokens and 2 pictures of 192 x 192 .* in a rollout of 96 tokens and 3"

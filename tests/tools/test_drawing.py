@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageEnhance
 
 from pixel_jax.tools import DRAW_BOX, ENHANCE, ROTATE
 from pixel_jax.tools.calls import Numbers
-from pixel_jax.tools.draw_box import COLOURS, PART, THINNEST, accepts
-from pixel_jax.tools.looking import size_of_drawing
+from pixel_jax.tools.device import size_of_drawing
+from pixel_jax.tools.draw_box import COLOURS, PIXELS_A_LINE, THINNEST, accepts
 from pixel_jax.tools.rotate import BY
 
 SIDE = 96
@@ -100,7 +100,7 @@ def test_draw_box(size, corners, colour):
     arguments = {"bbox_2d": decimals(x1, y1, x2, y2), "colour": np.int32(colour)}
     height, width = size
     edges = [round(x / MILLION * side) for x, side in zip((x1, y1, x2, y2), (width, height) * 2, strict=True)]
-    wide = THINNEST + max(size) // PART
+    wide = THINNEST + max(size) // PIXELS_A_LINE
     fits = min(edges[2] - edges[0], edges[3] - edges[1]) >= 2 * wide
     assert bool(DRAW_BOX_ACCEPTS(arguments, np.array(size, np.int32))) == fits
     if not fits:

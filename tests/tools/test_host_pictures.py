@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.ops import host_crop_resize
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts.materialize import materialize
@@ -18,7 +18,7 @@ from pixel_jax.rollouts.timing import operations_again
 from pixel_jax.rollouts.trajectory import STOP_IMAGES, STOP_REASONS, CallStatus, made_by, take_prompts, to_host
 from pixel_jax.rollouts.views import GREY
 from pixel_jax.tools import CROP_IMAGE, ROTATE, Integer, Text, Tool, ToolError
-from pixel_jax.tools.host import Reply
+from pixel_jax.tools.host import ToolReply
 from pixel_jax.tools.tool import ANSWERED
 from pixel_jax.training.batch import Rows, from_trajectories, take
 from pixel_jax.training.replay import pack, unpack
@@ -64,10 +64,10 @@ class Scanner:
 
     def reply(self, images, how, image):
         if how == "plain":
-            return Reply(ANSWERED, "Nothing to be seen.")
+            return ToolReply(ANSWERED, "Nothing to be seen.")
         if how == "flat":
-            return Reply(ANSWERED, "", np.zeros((2, 900, 3), np.uint8))
-        return Reply(ANSWERED, "Scanned.", painted(images[0]) if how == "new" else images[-1][::-1])
+            return ToolReply(ANSWERED, "", np.zeros((2, 900, 3), np.uint8))
+        return ToolReply(ANSWERED, "Scanned.", painted(images[0]) if how == "new" else images[-1][::-1])
 
     def facts(self):
         return {}
@@ -162,7 +162,7 @@ def test_rows_read_text_and_picture(made, pixels):
     height, width = t.calls.source.size[row, call, 0]
     shown = "<|vision_start|>" + "<|image_pad|>" * int(height * width // 28**2) + "<|vision_end|>"
     assert f"\n<|im_start|>user\n\nScanned.{shown}<|im_end|>\n<|im_start|>assistant\n" in text
-    drawn = make_trace(pixels, int(row), queries[t.prompt[row]], words)
+    drawn = make_transcript(pixels, int(row), queries[t.prompt[row]], words)
     assert any(turn.text == "Scanned." and len(turn.pictures) == 1 for turn in drawn.turns)
     row, _ = np.argwhere((scripted_model.outcomes(t, TOOLS) == "scan: failed") & (t.calls.status == CallStatus.FAILED))[
         0
@@ -218,7 +218,7 @@ def test_blanked_it_is_grey(made):
 
 
 def test_a_tool_of_the_device_returns_none():
-    with pytest.raises(ToolError, match="'scan' runs on the device: `picture` is of tools of the host"):
+    with pytest.raises(ToolError, match="'scan' runs on the device: only host tools have `picture`"):
         dataclasses.replace(SCAN, host=False, arguments=(), outcomes=())
 
 

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.evaluation.trace import make_trace
+from pixel_jax.evaluation.transcript import make_transcript
 from pixel_jax.rollouts.decode_loop import ASKING, DONE
 from pixel_jax.rollouts.host import host_calls
 from pixel_jax.rollouts.prompts import build_prompts, tables
 from pixel_jax.rollouts.rollout import TOKENS, HostRollouts, advance, begin, host_rollout, rollout
 from pixel_jax.rollouts.trajectory import CallStatus, to_host
 from pixel_jax.tools import ROTATE, Integer, Text, Tool
-from pixel_jax.tools.host import Reply
+from pixel_jax.tools.host import ToolReply
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
 from pixel_jax.training.batch import from_trajectories
 from pixel_jax.training.steps import ForwardConfig, make_score_step
@@ -49,9 +49,9 @@ class Answers:
 
     def reply(self, request):
         return {
-            "de": Reply(ANSWERED, f"It says 7{SPELLED}."),
-            "slow": Reply(TIMED_OUT, "no answer within 30 seconds"),
-            "broken": Reply(FAILED, "ValueError: x"),
+            "de": ToolReply(ANSWERED, f"It says 7{SPELLED}."),
+            "slow": ToolReply(TIMED_OUT, "no answer within 30 seconds"),
+            "broken": ToolReply(FAILED, "ValueError: x"),
         }[request.arguments["language"]]
 
     def facts(self):
@@ -105,7 +105,7 @@ def test_rows_read_the_answer_as_text(made):
         text = words.to_bytes(t.tokens[row][t.valid[row]]).decode()
         assert f"\n<|im_start|>user\n\nIt says 7{SPELLED}.<|im_end|>\n<|im_start|>assistant\n" in text
     row = int(at[0, 0])
-    drawn = make_trace(
+    drawn = make_transcript(
         scripted_model.with_pixels(t, prompts, CONFIG), row, scripted_model.queries(2)[t.prompt[row]], words
     )
     assert any(turn.text.startswith("It says 7") and not turn.failed for turn in drawn.turns if turn.role == "tool")

@@ -10,9 +10,9 @@ from pixel_jax.config import ConfigError, load
 from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.settings import listing
 from pixel_jax.tools import ToolError
-from pixel_jax.tools.host import HostTools, HostToolsConfig, Reply, Request
+from pixel_jax.tools.host import HostTools, HostToolsConfig, ToolReply, ToolRequest
 from pixel_jax.tools.tool import ANSWERED, FAILED, TIMED_OUT
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 
 TOOLS = """
 import os, time
@@ -82,35 +82,37 @@ def tools(tmp_path_factory):
 
 def test_answers_come_in_order_with_what_was_asked(tools):
     images = [np.full((3, 5, 3), i, np.uint8) for i in range(3)]
-    requests = [Request(MEASURE, {"word": "ä", "times": i}, images[:i]) for i in range(4)]
+    requests = [ToolRequest(MEASURE, {"word": "ä", "times": i}, images[:i]) for i in range(4)]
     assert tools.call(requests) == [
-        Reply(ANSWERED, f"{'ä' * i}: {[int(image.sum()) for image in images[:i]]}") for i in range(4)
+        ToolReply(ANSWERED, f"{'ä' * i}: {[int(image.sum()) for image in images[:i]]}") for i in range(4)
     ]
-    assert set(tools.facts().values()) == {0.0}
+    assert set(tools.metrics().values()) == {0.0}
 
 
 def test_what_goes_wrong_is_an_answer_and_counted(tools):
     """An exception, a result that is no text, a process that ends: and the next call is carried out all the same."""
-    requests = [Request(BROKEN, {"how": how}, ()) for how in ("paper", "number", "exit")]
-    requests += [Request(MEASURE, {"word": "a"}, ()), Request(MEASURE, {"no": 1}, ())]
+    requests = [ToolRequest(BROKEN, {"how": how}, ()) for how in ("paper", "number", "exit")]
+    requests += [ToolRequest(MEASURE, {"word": "a"}, ()), ToolRequest(MEASURE, {"no": 1}, ())]
     paper, number, exit, fine, unknown = tools.call(requests)
-    assert paper == Reply(FAILED, "ValueError: no paper here")
+    assert paper == ToolReply(FAILED, "ValueError: no paper here")
     assert number.outcome == FAILED and "not int" in number.text
-    assert exit == Reply(FAILED, "the process ended")
-    assert fine == Reply(ANSWERED, "a: []")
+    assert exit == ToolReply(FAILED, "the process ended")
+    assert fine == ToolReply(ANSWERED, "a: []")
     assert unknown.outcome == FAILED and "TypeError" in unknown.text
-    facts = tools.facts()
+    facts = tools.metrics()
     assert (facts["host_tool_errors"], facts["host_tool_timeouts"]) == (4.0, 0.0)
 
 
 def test_calls_run_beside_each_other_and_end_in_time(tools):
-    tools.call([Request(MEASURE, {"word": "a"}, ())] * 2)  # both have begun
+    tools.call([ToolRequest(MEASURE, {"word": "a"}, ())] * 2)  # both have begun
     began = time.monotonic()
-    slow, fast = tools.call([Request(SLEEP, {"seconds": 60}, ()), Request(SLEEP, {"seconds": 1}, ())])
-    assert slow == Reply(TIMED_OUT, "no answer within 3 seconds") and fast == Reply(ANSWERED, "slept 1")
+    slow, fast = tools.call([ToolRequest(SLEEP, {"seconds": 60}, ()), ToolRequest(SLEEP, {"seconds": 1}, ())])
+    assert slow == ToolReply(TIMED_OUT, "no answer within 3 seconds") and fast == ToolReply(ANSWERED, "slept 1")
     assert time.monotonic() - began < 30
-    assert tools.call([Request(MEASURE, {"word": "b"}, ())] * 3) == [Reply(ANSWERED, "b: []")] * 3  # it was replaced
-    assert tools.facts()["host_tool_timeouts"] == 1.0
+    assert (
+        tools.call([ToolRequest(MEASURE, {"word": "b"}, ())] * 3) == [ToolReply(ANSWERED, "b: []")] * 3
+    )  # it was replaced
+    assert tools.metrics()["host_tool_timeouts"] == 1.0
 
 
 def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
@@ -118,15 +120,15 @@ def test_tools_that_cannot_be_imported_stop_the_run(tmp_path, monkeypatch):
         HostTools(("not_there:TOOL",), HostToolsConfig(workers=1)) as tools,
         pytest.raises(ToolError, match="not_there:TOOL did not start"),
     ):
-        tools.call([Request(0, {}, ())])
+        tools.call([ToolRequest(0, {}, ())])
 
 
 def test_pictures_come_back(tools):
     """NumPy's and Pillow's, with and without a text; one longer than `picture_side` is Pillow's thumbnail of it."""
     image = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
-    tools.facts()
+    tools.metrics()
     array, both, pillow, large = tools.call(
-        [Request(PAINT, {"how": how}, [image]) for how in ("array", "both", "pillow", "large")]
+        [ToolRequest(PAINT, {"how": how}, [image]) for how in ("array", "both", "pillow", "large")]
     )
     assert [x.text for x in (array, both, pillow, large)] == ["", "Here it is.", "", ""]
     for reply in (array, both, pillow):
@@ -135,7 +137,7 @@ def test_pictures_come_back(tools):
     thumbnail = Image.fromarray(np.repeat(np.repeat(255 - image, 50, 0), 50, 1))
     thumbnail.thumbnail((100, 100), reducing_gap=None)
     np.testing.assert_array_equal(large.picture, thumbnail)
-    facts = tools.facts()
+    facts = tools.metrics()
     assert (facts["host_tool_pictures"], facts["host_tool_shrunk"], facts["host_tool_errors"]) == (4.0, 1.0, 0.0)
 
 
@@ -148,9 +150,9 @@ def test_what_is_no_picture_is_an_answer(tools):
         "empty": "uint8 [h, w, 3], not (0, 5, 3)",
     }
     for name, said in how.items():
-        (reply,) = tools.call([Request(PAINT, {"how": name}, [image])])
+        (reply,) = tools.call([ToolRequest(PAINT, {"how": name}, [image])])
         assert reply.outcome == FAILED and reply.picture is None and said in reply.text, reply.text
-    (reply,) = tools.call([Request(SECRET, {"how": "array"}, [image])])
+    (reply,) = tools.call([ToolRequest(SECRET, {"how": "array"}, [image])])
     assert reply.outcome == FAILED and "'secret' returns a picture: it needs Tool(..., picture=True)" in reply.text
 
 
@@ -169,7 +171,7 @@ def test_the_current_directory_is_searched_last(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     with HostTools(("here_tools:HERE",), HostToolsConfig(workers=1)) as tools:
-        assert tools.call([Request(0, {}, ())]) == [Reply(ANSWERED, "here")]
+        assert tools.call([ToolRequest(0, {}, ())]) == [ToolReply(ANSWERED, "here")]
 
 
 def test_settings_of_commands():

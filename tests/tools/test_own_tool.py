@@ -16,7 +16,7 @@ from pixel_jax.models.processor import Processor
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.tools import CROP_IMAGE
 from pixel_jax.tools.named import find_tools
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.writers import read_metrics
 from tests.rollouts import scripted_model
 from tests.test_cli import ENVIRONMENT, ROOT, command
 

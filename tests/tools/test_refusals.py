@@ -11,7 +11,7 @@ import pytest
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, ENHANCE, RELEASED, ROTATE, Argument, Outcome, Text, Tool, ToolError
-from pixel_jax.tools.drawing import drawing
+from pixel_jax.tools.drawing import drawing_tool
 from pixel_jax.tools.named import SHIPPED, find_tools
 from tests.rollouts import scripted_model
 
@@ -41,7 +41,7 @@ def looks(arguments, pixels, size):
 
 
 def made(draw, **fields) -> Tool:
-    return drawing("paint", "Paints.", (), draw, shows="Here it is", **fields)
+    return drawing_tool("paint", "Paints.", (), draw, shows="Here it is", **fields)
 
 
 @pytest.mark.parametrize("tool", SHIPPED.values(), ids=SHIPPED)
@@ -56,8 +56,8 @@ def test_what_is_shipped_is_pure(tool):
         (made(prints), "`draw` of tool 'paint' is not pure.*debug"),
         (made(larger), r"`draw` of tool 'paint' makes uint8 \[128, 128, 3\] of uint8 \[64, 64, 3\]"),
         (made(lambda arguments, pixels, size: pixels / 2), "makes float32"),
-        (made(looks), "`draw` of tool 'paint' asks for the value"),
-        (made(lambda arguments, pixels, size: np.asarray(pixels)), "`draw` of tool 'paint' asks for the value"),
+        (made(looks), "`draw` of tool 'paint' needs a value"),
+        (made(lambda arguments, pixels, size: np.asarray(pixels)), "`draw` of tool 'paint' needs a value"),
         (made(lambda arguments, pixels, size: arguments["colour"]), "`draw` of tool 'paint' raises KeyError: 'colour'"),
         (made(3), "`draw` of tool 'paint' raises TypeError: 'int' object is not callable"),
         (made(lambda arguments, pixels, size: (pixels, size)), "`draw` of tool 'paint' makes tuple"),
@@ -67,7 +67,10 @@ def test_what_is_shipped_is_pure(tool):
             made(grey, accepts=lambda arguments, size: arguments["x"] > 1),
             "`execute` of tool 'paint' raises KeyError: 'x'",
         ),
-        (dataclasses.replace(CROP_IMAGE, arguments=list(CROP_IMAGE.arguments)), "'crop_image_normalized' are tuples"),
+        (
+            dataclasses.replace(CROP_IMAGE, arguments=list(CROP_IMAGE.arguments)),
+            "'crop_image_normalized' must be hashable",
+        ),
         (dataclasses.replace(CROP_IMAGE, execute=None), "'crop_image_normalized' has no `execute`"),
         (dataclasses.replace(CROP_IMAGE, outcomes=(Outcome("other", "Other."),)), "none of its outcomes"),
         (dataclasses.replace(CROP_IMAGE, execute=lambda *given: None), "gives a NoneType"),
@@ -92,10 +95,8 @@ class Date(Argument):
 
 
 def test_an_argument_that_no_parser_can_read():
-    with pytest.raises(
-        ToolError, match="tool 'paint': no parser can read the argument 'when', a Date: there are Number"
-    ):
-        drawing("paint", "Paints.", (Date("when"),), grey, shows="Here it is")
+    with pytest.raises(ToolError, match="tool 'paint': no parser can read the argument 'when', a Date: use Number"):
+        drawing_tool("paint", "Paints.", (Date("when"),), grey, shows="Here it is")
 
 
 def test_two_tools_of_one_name():

@@ -23,12 +23,11 @@ from pixel_jax.rollouts.prompts import build_prompts
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import ReplayConfig
-from pixel_jax.training.rewards import Rewards
+from pixel_jax.training.rewards import Rewards, Term
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.stages import Stages
 from pixel_jax.training.steps import ForwardConfig
-from pixel_jax.training.terms import Term
 
 PROMPTS = 4
 
@@ -52,14 +51,14 @@ class Rows(Shuffled):
 class Questions:
     """This process's share of the same questions, again and again."""
 
-    def __init__(self, part, event):
-        self.part, self.event, self.asked = part, event, 0
+    def __init__(self, shard, event):
+        self.shard, self.event, self.asked = shard, event, 0
 
     def __next__(self):
         happen(self.asked, self.event)
         self.asked += 1
-        size = PROMPTS // self.part.count
-        mine = slice(self.part.index * size, (self.part.index + 1) * size)
+        size = PROMPTS // self.shard.count
+        mine = slice(self.shard.index * size, (self.shard.index + 1) * size)
         words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
         prompts = build_prompts(
             scripted_model.queries(PROMPTS)[mine], words, tables, scripted_model.CONFIG, shape=scripted_model.shape()
@@ -94,7 +93,7 @@ def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event)
     model = make_model()
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
-    data = Rows(make_batch(20), 8, seed=3, part=process_shard(mesh))
+    data = Rows(make_batch(20), 8, seed=3, shard=process_shard(mesh))
     data.event = event
     return sft(model, data, config, directory=directory, mesh=mesh)
 

@@ -10,7 +10,7 @@ import pytest
 from pixel_jax.config import ConfigError, load
 from pixel_jax.evaluation.config import RELEASED, EvalConfig
 from pixel_jax.settings import settings
-from pixel_jax.train import TrainConfig
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.sft import SFTConfig
 
 

@@ -8,10 +8,10 @@ import pytest
 from pixel_jax.phases import course_of
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.optimizer import OptimizerConfig
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig, Shuffled, sft
 from pixel_jax.training.steps import ForwardConfig
+from pixel_jax.training.writers import read_metrics
 from tests.training.tiny_model import make_batch, make_model
 
 
@@ -58,7 +58,7 @@ def test_a_run_by_epochs_stopped_gone_on_with_and_finished(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("rooms", "said"),
+    ("shapes", "said"),
     [
         ({"image": 16}, "16 questions; 90 iterations of 8 prompts make 45 epochs"),
         (
@@ -73,6 +73,6 @@ def test_a_run_by_epochs_stopped_gone_on_with_and_finished(tmp_path, capsys):
         ),
     ],
 )
-def test_how_often_questions_are_asked(rooms, said):
+def test_how_often_questions_are_asked(shapes, said):
     config = RLConfig(iterations=90, prompts=8, train_batch=8, rollout=RolloutConfig(group_size=2))
-    assert course_of(config, collections.Counter(rooms)) == said
+    assert course_of(config, collections.Counter(shapes)) == said

@@ -10,11 +10,11 @@ from PIL import Image
 
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms
+from pixel_jax.data.questions import assign_shapes
 from pixel_jax.data.read import read_examples
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import make_trace
-from pixel_jax.rollouts.limits import judged
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import make_transcript
+from pixel_jax.rollouts.limits import single_answer
 from pixel_jax.rollouts.rollout import rollout, static_shape
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, executed_calls, to_host
@@ -52,7 +52,7 @@ def state_of(model, **more):
 @pytest.mark.parametrize("normalizer", ["row", "token"])
 def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normalizer):
     """Rows of two traces or one, of which a step makes one batch and a look three, the last half empty."""
-    shapes, limits = [BatchShape(96, 3, 3, 16)], judged(scripted_model.CONFIG)
+    shapes, limits = [BatchShape(96, 3, 3, 16)], single_answer(scripted_model.CONFIG)
     words, tables = scripted_model.vocabulary(), scripted_model.token_tables()
     make = lambda size: Packing(examples, words, tables, limits, shapes, size=size, seed=0, report=ReadReport("d"))
     packing = make(2)
@@ -65,16 +65,16 @@ def test_the_loss_is_the_one_that_tuning_has_on_the_same_rows(examples, normaliz
     step = make_sft_step(forward, make_optimizer(OptimizerConfig(learning_rate=1e-3), 1), normalizer=normalizer)
     _, report = step(state_of(scripted_model.model()), batch)
     state = state_of(scripted_model.model())
-    facts, found = HeldOutLoss(packing, forward, normalizer, 2 * rows)(state)
-    assert found == [] and facts["loss"] == pytest.approx(float(report.metrics["loss"]), rel=1e-5)
-    assert facts["loss"] > 0.1
+    metrics, found = HeldOutLoss(packing, forward, normalizer, 2 * rows)(state)
+    assert found == [] and metrics["loss"] == pytest.approx(float(report.metrics["loss"]), rel=1e-5)
+    assert metrics["loss"] > 0.1
 
 
 @pytest.fixture(scope="module")
 def asked(examples):
-    limits = judged(scripted_model.CONFIG)
+    limits = single_answer(scripted_model.CONFIG)
     shape = prompt_shape(1, 160, 160, 96, limits, video=False)
-    return find_rooms(examples, [shape], scripted_model.vocabulary(), limits, ReadReport("d"))
+    return assign_shapes(examples, [shape], scripted_model.vocabulary(), limits, ReadReport("d"))
 
 
 def ask(asked, model, **more):
@@ -93,18 +93,18 @@ def test_numbers_are_of_every_question_once(asked):
         seen.append(to_host(rollout(*arguments)))
         return seen[-1]
 
-    facts, found = ask(asked, scripted_model.model(), roll=watched)
+    metrics, found = ask(asked, scripted_model.model(), roll=watched)
     words = scripted_model.vocabulary()
     rows = [(t, row) for t in seen for row in range(3)][:COUNT]
     assert len(seen) == 2
     texts = [words.to_bytes(t.tokens[row][t.loss_mask[row]]).decode() for t, row in rows]
     right = [given_answer(text) == x.example.answer[0] for text, x in zip(texts, asked, strict=True)]
     mean = lambda of: float(np.mean([of(t)[row] for t, row in rows]))
-    assert facts["questions"] == COUNT and facts["accuracy"] == pytest.approx(np.mean(right))
-    assert facts["rapr"] == pytest.approx(mean(lambda t: executed_calls(t) > 0))
-    assert facts["finished"] == pytest.approx(mean(lambda t: t.stop == STOP_ANSWER))
-    assert facts["response_tokens"] == pytest.approx(mean(lambda t: t.loss_mask.sum(axis=1)))
-    assert facts["unboxed"] == pytest.approx(np.mean([given_answer(text) is None for text in texts]))
+    assert metrics["questions"] == COUNT and metrics["accuracy"] == pytest.approx(np.mean(right))
+    assert metrics["rapr"] == pytest.approx(mean(lambda t: executed_calls(t) > 0))
+    assert metrics["finished"] == pytest.approx(mean(lambda t: t.stop == STOP_ANSWER))
+    assert metrics["response_tokens"] == pytest.approx(mean(lambda t: t.loss_mask.sum(axis=1)))
+    assert metrics["unboxed"] == pytest.approx(np.mean([given_answer(text) is None for text in texts]))
     # The handful that is drawn: the first questions, what was written, whether it is right.
     assert [x.title for x in found] == [x.example.id for x in asked[:2]]
     assert [x.correct for x in found] == right[:2] and [x.reference for x in found] == ["7", "3"]
@@ -150,7 +150,7 @@ def check_drawn(kept, queries, prompts, config):
         known = {"answer": given_answer(texts[row]), "reference": str(row // 4), "correct": row % 2 == 1}
         known |= {"reward": row / 4, "advantage": row / 4 - 1.5, "title": f"q{row // 4}"}
         known["terms"] = {"answer": row % 2, "my:own": row / 4 - row % 2}
-        assert item == make_trace(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
+        assert item == make_transcript(pixels, row, queries[row // 4], scripted_model.vocabulary(), **known)
     drawn = draw_rollouts(weighed, range(16), scripted_model.vocabulary(), config)
     assert any(turn.pictures for item in drawn for turn in item.turns)
 
@@ -169,7 +169,8 @@ def test_pictures_are_kept_smaller_with_boxes_in_their_place(kept):
     t, (query, *_), prompts = kept
     t = scripted_model.with_pixels(t, prompts)
     large, small = (
-        [make_trace(t, row, query, scripted_model.vocabulary(), side=side) for row in range(4)] for side in (None, 75)
+        [make_transcript(t, row, query, scripted_model.vocabulary(), side=side) for row in range(4)]
+        for side in (None, 75)
     )
     for a, b in zip(large, small, strict=True):
         assert a.pictures[0].boxes == b.pictures[0].boxes

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.training.loop import Keeping, Loop, Work
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.state import TrainState
+from pixel_jax.training.writers import read_metrics
 
 
 class Numbers:

@@ -12,9 +12,9 @@ from PIL import Image
 
 from pixel_jax.config import load
 from pixel_jax.state_files import read_lines
-from pixel_jax.train import TrainConfig
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rewards import RewardConfig
+from pixel_jax.training.writers import read_metrics
 from tests.rollouts import scripted_model
 from tests.test_cli import CONFIG, ROOT, command, model  # noqa: F401, a fixture
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pixel_jax.models.inputs import Visual
+from pixel_jax.training.batch import PackingConfig, first_fit, pack, pack_rows
 from pixel_jax.training.losses import PolicyLossConfig, policy_loss, sft_loss, turn_temperature
-from pixel_jax.training.packing import PackingConfig, first_fit, pack, pack_rows
 from pixel_jax.training.steps import ForwardConfig, trajectory_logprobs
 
 CONFIG = ForwardConfig(remat=False)

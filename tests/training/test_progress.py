@@ -5,14 +5,8 @@ import io
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.training.progress import (
-    MetricsLog,
-    Progress,
-    announce_compiles,
-    clock,
-    read_metrics,
-    use_compilation_cache,
-)
+from pixel_jax.training.progress import Progress, announce_compiles, clock, use_compilation_cache
+from pixel_jax.training.writers import MetricsLog, read_metrics
 
 
 def test_clock():

@@ -12,7 +12,7 @@ from pixel_jax.rollouts.trajectory import Views
 from pixel_jax.training.batch import Rows, from_trajectories, pad_rows, take
 from pixel_jax.training.replay import Replay, ReplayConfig, pack, stacked, unpack
 
-ROOM = BatchShape(24, 1, 1, 16, 64, 64)
+SHAPE = BatchShape(24, 1, 1, 16, 64, 64)
 
 
 def marked(rows, seed=0, advantage=None):
@@ -31,9 +31,9 @@ def marked(rows, seed=0, advantage=None):
     return Rows(batch, images)
 
 
-def draw(replay, rows, informative, room=ROOM):
+def draw(replay, rows, informative, shape=SHAPE):
     """What an update would train on."""
-    entries = replay.select(rows, informative, room)
+    entries = replay.select(rows, informative, shape)
     return None if entries is None else replay.batch(entries)
 
 
@@ -67,7 +67,7 @@ def test_probabilities_follow_the_advantage(exponent):
     sizes = np.array([0.1, -0.2, 0.3, -0.4])
     draw(replay, marked(4, advantage=sizes), np.ones(4, bool))
     expected = np.abs(sizes) ** exponent / np.sum(np.abs(sizes) ** exponent)
-    np.testing.assert_allclose(replay.probabilities(ROOM), expected, rtol=1e-6)
+    np.testing.assert_allclose(replay.probabilities(SHAPE), expected, rtol=1e-6)
     drawn = np.zeros(4)
     for _ in range(50):
         chosen = draw(replay, marked(100, seed=1), np.zeros(100, bool))
@@ -123,7 +123,7 @@ def test_a_restored_buffer_draws_the_same():
 def test_an_update_is_of_rows_of_one_room(kind):
     """Rollouts about images and about videos differ in shape: what is replayed, and restored, is of the shape of the rest."""
     replay = Replay(ReplayConfig(kind=kind, life="run"), 0)
-    stills, clips, clip = marked(4, seed=1), marked(4, seed=2), ROOM._replace(video=True)
+    stills, clips, clip = marked(4, seed=1), marked(4, seed=2), SHAPE._replace(video=True)
     first = draw(replay, stills, np.arange(4) < 2)
     copy = Replay(ReplayConfig(kind=kind, life="run"), 1)
     copy.set_state(replay.get_state())

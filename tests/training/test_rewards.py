@@ -10,10 +10,21 @@ import pytest
 
 from pixel_jax.config import load
 from pixel_jax.rollouts.trajectory import CallStatus
-from pixel_jax.training.advantages import group_advantage, nonzero_variance
-from pixel_jax.training.rewards import RewardConfig, Rewards, curiosity_reward, total
+from pixel_jax.training.algorithms import group_advantage, nonzero_variance
+from pixel_jax.training.rewards import (
+    Call,
+    RewardConfig,
+    RewardError,
+    Rewards,
+    Row,
+    Term,
+    curiosity_reward,
+    evaluate,
+    of_batch,
+    of_group,
+    total,
+)
 from pixel_jax.training.rl import RLConfig
-from pixel_jax.training.terms import Call, RewardError, Row, Term, evaluate, of_batch, of_group
 
 
 def looked(k, n=8):
@@ -174,7 +185,7 @@ def test_terms_go_by_their_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "own_terms.py").write_text(
-        "from pixel_jax.training.terms import of_group\n"
+        "from pixel_jax.training.rewards import of_group\n"
         "def brief(row, example): return -len(row.tokens)\n"
         "rank = of_group(lambda rows, example: range(len(rows)))\n"
         "three = 3\n"

@@ -35,14 +35,13 @@ from pixel_jax.training.loop import Identity
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE, Preempted
-from pixel_jax.training.progress import MetricsLog, read_metrics
 from pixel_jax.training.replay import ReplayConfig
-from pixel_jax.training.rewards import RewardConfig, Rewards
+from pixel_jax.training.rewards import Call, RewardConfig, Rewards, of_batch, rows_of
 from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import Shuffled
 from pixel_jax.training.stages import Selected, Stages, Weighed, training_rows
 from pixel_jax.training.steps import ForwardConfig, NonFiniteError
-from pixel_jax.training.terms import Call, of_batch, rows_of
+from pixel_jax.training.writers import MetricsLog, read_metrics
 
 GROUPS, N = 4, 4
 CONFIG = RLConfig(
@@ -176,9 +175,16 @@ def test_a_resumed_run_is_the_same_run(model, whole, rollouts, tmp_path):
     lines = assert_same_run(whole, parts, tmp_path)
     assert not any(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (parts, model)), strict=True))
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["updates"] == 2 for line in lines)
-    assert {"accuracy", "rapr", "reward", "nonzero_variance", "ratio", "clip_fraction", "entropy", "gap"} <= set(
-        lines[0]
-    )
+    assert {
+        "accuracy",
+        "rapr",
+        "reward",
+        "nonzero_variance",
+        "ratio",
+        "clip_fraction",
+        "entropy",
+        "sampler_trainer_mismatch",
+    } <= set(lines[0])
 
 
 def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, whole, rollouts, tmp_path, monkeypatch):
@@ -213,9 +219,9 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
 def test_a_directory_holds_one_run(model, whole, rollouts, tmp_path, monkeypatch, capsys):
     shutil.copytree(whole[1], tmp_path, dirs_exist_ok=True)
 
-    def again(facts=None, resume_changed=False, **changes):
+    def again(settings=None, resume_changed=False, **changes):
         config = dataclasses.replace(CONFIG, **changes)
-        identity = Identity(facts or {}, resume_changed)
+        identity = Identity(settings or {}, resume_changed)
         return rl(model, Questions(), stages(config), config, directory=tmp_path, identity=identity)
 
     reward = dataclasses.replace(CONFIG.reward, alpha=9.0)
@@ -224,7 +230,7 @@ def test_a_directory_holds_one_run(model, whole, rollouts, tmp_path, monkeypatch
     with pytest.raises(RunError, match=r"rl\.prompts = 4, now it is 8.* choose another directory$"):
         again(prompts=8, resume_changed=True)
     with pytest.raises(RunError, match="data.answer = 'not set', now it is 'ab'"):
-        again(facts={"data.answer": "ab"})
+        again(settings={"data.answer": "ab"})
     for resume_changed in (False, True):
         with pytest.raises(RunError, match="4 steps are done, the configuration says 2: a run does not go back"):
             again(iterations=2, resume_changed=resume_changed)
@@ -251,12 +257,12 @@ def test_wherever_the_disk_is_full_the_run_goes_on_when_there_is_room(model, who
             full(path)
         write_file(path, data)
 
-    def write_half_a_line(log, step, facts):
+    def write_half_a_line(log, step, metrics):
         if step == 2:
             log.log.file.write(b'{"step": 2, "accur')
             log.log.file.flush()
             full(log.log.file.name)
-        write(log, step, facts)
+        write(log, step, metrics)
 
     for module in (checkpoint, state_files):
         monkeypatch.setattr(module, "write_file", write_half_a_file)
@@ -296,7 +302,7 @@ def scored(calls, *, correct=None, decode=lambda ids: "", examples=(0, 0, 0, 0),
     trajectories = make_trajectories(0, calls)
     config = RewardConfig(**options)
     given = {} if correct is None else {"answer": of_batch(lambda rows, examples: np.asarray(correct, np.float32))}
-    learner = types.SimpleNamespace(config=CONFIG, part=WHOLE)
+    learner = types.SimpleNamespace(config=CONFIG, shard=WHOLE)
     questions = stages_module.Questions(0, next(Questions())[0], examples)
     collected = stages_module.Collected(questions, trajectories, trajectories, None)
     return Rewards.of(config, decode, given)(learner, None, collected)
@@ -341,7 +347,7 @@ def test_stages_of_ones_own(model, tmp_path):
         rows = training_rows(learner, state, weighed)
         best = np.argsort(-np.abs(weighed.advantage.ravel()), kind="stable")[: learner.config.train_batch]
         trained.append(weighed.advantage.ravel()[best])
-        return Selected(weighed, learner.replay.entries(rows, best, weighed.scored.collected.room))
+        return Selected(weighed, learner.replay.entries(rows, best, weighed.scored.collected.row_shape))
 
     own = {"advantages": ranks, "select": extremes, "collect": functools.partial(stages_module.collect, roll=rollout)}
     changed = run(model, tmp_path, own=own, iterations=2)
@@ -429,7 +435,7 @@ def test_every_phase_and_what_it_did_is_in_the_metrics(model, rollouts, tmp_path
     for line in lines:
         assert {"reward", "reward_answer", "reward_curiosity", "reward_budget", "reward_length"} <= line.keys()
         assert {"accuracy", "rapr", "operations", "call_errors", "group_variance"} <= line.keys()
-        assert {"gap", "clip_fraction", "entropy", "response_tokens", "row_tokens"} <= line.keys()
+        assert {"sampler_trainer_mismatch", "clip_fraction", "entropy", "response_tokens", "row_tokens"} <= line.keys()
         assert {"tokens_per_second", "flops_per_second", "mfu"} <= line.keys()
         phases = {"input", "rollout", "timing", "scoring", "old_logprobs", "update"}
         seconds = [line.get(f"seconds_{phase}", 0.0) for phase in phases]

@@ -15,18 +15,17 @@ from pixel_jax.models.lora import add_lora, linears, without_lora
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import STOP_ANSWER, STOP_CALLS, CallStatus
 from pixel_jax.training import stages as stages_module
-from pixel_jax.training.batch import Rows
+from pixel_jax.training.batch import Rows, pack
+from pixel_jax.training.cost import Throughput
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.packing import pack
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.replay import Replay, ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.rl import rl, rollout_metrics
 from pixel_jax.training.stages import Weighed, mask_unfinished
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_score_step
-from pixel_jax.training.throughput import Throughput
+from pixel_jax.training.writers import read_metrics
 
 TARGETS = r"model\.layers\..*"
 
@@ -171,17 +170,17 @@ def test_throughput_counts_what_is_useful(model, adapted, batch, monkeypatch):
     work = flops.row_work(lengths, np.array([[1, 4, 4]] * 6), tiny_config())
     meter = Throughput(model, ".*", None)
     meter.count(batch)
-    facts = meter.facts(2.0)
-    assert facts["tokens_per_second"] == lengths.sum() / 2 and "mfu" not in facts
+    metrics = meter.metrics(2.0)
+    assert metrics["tokens_per_second"] == lengths.sum() / 2 and "mfu" not in metrics
     expected = sum(flops.training_flops(tiny_config(), work))
-    np.testing.assert_allclose(facts["flops_per_second"], expected / 2)
-    assert meter.facts(1.0)["tokens_per_second"] == 0
+    np.testing.assert_allclose(metrics["flops_per_second"], expected / 2)
+    assert meter.metrics(1.0)["tokens_per_second"] == 0
     # Traces of a packed row do not see each other.
     alone = batch._replace(weight=np.ones(8, np.float32))
     rates = []
     for rows in (alone, pack(alone, length=80, slices=4)):
         meter.count(rows)
-        rates.append(meter.facts(1.0))
+        rates.append(meter.metrics(1.0))
     assert rates[0] == rates[1]
     # Adapters and frozen parts cost less; a peak makes it a share.
     monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
@@ -191,4 +190,4 @@ def test_throughput_counts_what_is_useful(model, adapted, batch, monkeypatch):
     meter = Throughput(adapted, ".*lora_", None)
     meter.count(batch)
     expected = sum(flops.training_flops(tiny_config(), work, vision=False, base=False, adapter_weights=weights))
-    np.testing.assert_allclose(meter.facts(2.0)["mfu"], expected / 2 / 1e9)
+    np.testing.assert_allclose(meter.metrics(2.0)["mfu"], expected / 2 / 1e9)

@@ -11,7 +11,7 @@ import shared_worker
 
 from pixel_jax.parallel.processes import LOST
 from pixel_jax.training.preemption import CODE
-from pixel_jax.training.progress import read_metrics
+from pixel_jax.training.writers import read_metrics
 
 WORKER = pathlib.Path(shared_worker.__file__)
 GO_ON = """

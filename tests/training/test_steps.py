@@ -221,7 +221,7 @@ def test_scores_do_not_depend_on_micro_batches_or_mesh(model, batch):
     np.testing.assert_allclose(sharded, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_on_policy_the_ratio_is_one_and_the_gap_is_measured(model, batch):
+def test_on_policy_the_ratio_is_one_and_the_mismatch_is_measured(model, batch):
     """Twice the same batch: what one update did is what the ratio of the next one sees."""
     scorer = make_score_step(ForwardConfig(remat=False), later_temperature=0.9)
     old = np.asarray(scorer(model, batch)[0])
@@ -229,7 +229,7 @@ def test_on_policy_the_ratio_is_one_and_the_gap_is_measured(model, batch):
     state, report = compiled("rl")(fresh(model), batch)
     metrics = check_report(report, 0)
     np.testing.assert_allclose(metrics["ratio"], 1.0, rtol=1e-5)
-    np.testing.assert_allclose(metrics["gap"], 0.25, rtol=1e-5)
+    np.testing.assert_allclose(metrics["sampler_trainer_mismatch"], 0.25, rtol=1e-5)
     assert metrics["clip_fraction"] == 0 and abs(metrics["kl"]) < 1e-6
     expected = -np.sum(batch.loss_mask.sum(1) * batch.advantage) / (200 * 8)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.evaluation import trace as traces
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace
+from pixel_jax.evaluation import transcript as traces
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript
 from pixel_jax.state_files import read_note
 from pixel_jax.training.optimizer import OptimizerConfig
-from pixel_jax.training.progress import read_metrics
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.steps import ForwardConfig
 from pixel_jax.training.watch import BEST, Watch, WatchConfig, numbered, read_looks, thin
+from pixel_jax.training.writers import read_metrics
 from tests.training.test_course import Fragile, Lost
 from tests.training.tiny_model import make_batch, make_model
 
@@ -29,7 +29,7 @@ CONFIG = SFTConfig(
 
 def a_trace(title):
     picture = Picture(traces.data_uri(np.zeros((4, 4, 3), np.uint8)), 4, 4, "image")
-    return Trace("?", (picture,), (), (ShownTurn("assistant", "7"),), "answer", title=title)
+    return Transcript("?", (picture,), (), (ShownTurn("assistant", "7"),), "answer", title=title)
 
 
 class Looking:

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from pixel_jax.evaluation.trace import Picture, ShownTurn, Trace, data_uri
-from pixel_jax.training.progress import read_metrics
-from pixel_jax.training.writers import open_writers
+from pixel_jax.evaluation.transcript import Picture, ShownTurn, Transcript, data_uri
+from pixel_jax.training.writers import open_writers, read_metrics
 
 
 def events(directory):
@@ -52,7 +51,7 @@ def a_trace():
     picture = Picture(data_uri(np.zeros((10, 20, 3), np.uint8)), 40, 20, "image", ((1, 20, 10, 36, 18),))
     crop = Picture(data_uri(np.full((28, 28, 3), 200, np.uint8)), 28, 28, "what it saw")
     turns = (ShownTurn("assistant", HOSTILE), ShownTurn("tool", "here", (crop,)), ShownTurn("assistant", "7"))
-    return Trace("Which?", (picture,), (), turns, "answer", answer="7", reference="8", correct=False, reward=0.25)
+    return Transcript("Which?", (picture,), (), turns, "answer", answer="7", reference="8", correct=False, reward=0.25)
 
 
 def test_tensorboard_shows_conversations_as_text_and_pictures(tmp_path):

@@ -32,8 +32,8 @@ class Recipe:
     batch: int = 20
 
     @property
-    def size(self) -> small_transformer.Size:
-        return small_transformer.Size(
+    def size(self) -> small_transformer.TransformerSize:
+        return small_transformer.TransformerSize(
             len(invented_people.VOCABULARY), invented_people.LENGTH, width=self.width, rank=self.rank
         )
 

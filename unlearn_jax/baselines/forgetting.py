@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.pbrf import divergence
-from unlearn_jax.baselines.training import Term, Trained, Training, descend, forgotten, retained, split
+from unlearn_jax.baselines.training import LossTerm, Trained, Training, descend, forgotten, retained, split
 from unlearn_jax.edits import Edit
 from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import FORWARD, coefficients
@@ -21,7 +21,7 @@ def gradient_ascent(
 ) -> Trained:
     """Ascends the mean loss of the forgotten examples. It has no minimum; only the budget stops it."""
     forget = forgotten(split(loss, dataset, edits).forget, edits)
-    term = Term(loss, forget, coefficients(loss, adapter, forget, training.reduction), scale=-1.0)
+    term = LossTerm(loss, forget, coefficients(loss, adapter, forget, training.reduction), scale=-1.0)
     return descend([term], adapter, training)
 
 
@@ -42,11 +42,11 @@ def grad_diff(
     """
     data = split(loss, dataset, edits)
     forget = forgotten(data.forget, edits)
-    away = Term(loss, forget, coefficients(loss, adapter, forget, training.reduction), scale=-gamma)
+    away = LossTerm(loss, forget, coefficients(loss, adapter, forget, training.reduction), scale=-gamma)
     return descend([away, retain_term(loss, adapter, data.after, training, alpha, retain)], adapter, training)
 
 
-def retain_term(loss, adapter, after, training, alpha, retain) -> Term:
+def retain_term(loss, adapter, after, training, alpha, retain) -> LossTerm:
     """The term that keeps the rest as it is: the training's loss, or the divergence from the trained model."""
     term = retained(loss, adapter, after, training, scale=alpha)
     if retain == "loss":
@@ -54,7 +54,7 @@ def retain_term(loss, adapter, after, training, alpha, retain) -> Term:
     if retain != "kl":
         raise ValueError(f"retain must be 'loss' or 'kl', got {retain!r}")
     kl = Partial(divergence, require_parts(loss, "retaining by divergence"), adapter)
-    return Term(kl, after, term.coefficients, scale=alpha, cost=1 + FORWARD)
+    return LossTerm(kl, after, term.coefficients, scale=alpha, cost=1 + FORWARD)
 
 
 def npo(
@@ -114,7 +114,7 @@ def _prefer(away, cost, loss, adapter, dataset, edits, training, gamma, alpha, r
     forget = forgotten(data.forget, edits)
     weights = np.asarray(forget.weights) / forget.weights.sum()
     terms = [
-        Term(away, forget, weights, scale=gamma, cost=cost),
+        LossTerm(away, forget, weights, scale=gamma, cost=cost),
         retain_term(loss, adapter, data.after, training, alpha, retain),
     ]
     return descend(terms, adapter, training)
@@ -151,8 +151,10 @@ def rmu(
     target = jnp.asarray(coefficient * u / np.linalg.norm(u), jnp.float32)
     even = lambda data: np.asarray(data.weights) / data.weights.sum()
     terms = [
-        Term(Partial(misdirected, loss, activations, target), forget, even(forget), scale=gamma),
-        Term(Partial(kept, loss, activations, adapter), data.after, even(data.after), scale=alpha, cost=1 + FORWARD),
+        LossTerm(Partial(misdirected, loss, activations, target), forget, even(forget), scale=gamma),
+        LossTerm(
+            Partial(kept, loss, activations, adapter), data.after, even(data.after), scale=alpha, cost=1 + FORWARD
+        ),
     ]
     return descend(terms, adapter, training)
 

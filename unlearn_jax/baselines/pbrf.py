@@ -10,7 +10,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax.arrays import Example, Params
-from unlearn_jax.baselines.training import Term, Trained, Training, descend, split
+from unlearn_jax.baselines.training import LossTerm, Trained, Training, descend, split
 from unlearn_jax.edits import Edit, affected
 from unlearn_jax.loss import Loss, require_parts, sum_and_weight
 from unlearn_jax.objective import FORWARD, coefficients
@@ -50,9 +50,9 @@ def pbrf(
     counts = now[same] > 0
     change[same] = np.where(counts, 1 - old[kept] / np.where(counts, now[same], 1), 0)
     near = Partial(nearby, loss, adapter)
-    terms = [Term(near, data.after, now, cost=1 + FORWARD, extra=change)]
+    terms = [LossTerm(near, data.after, now, cost=1 + FORWARD, extra=change)]
     if len(gone):
-        terms.append(Term(loss, data.before.select(gone), old[gone], scale=-1.0))
+        terms.append(LossTerm(loss, data.before.select(gone), old[gone], scale=-1.0))
     # The regulariser is in R and in R' and drops out of the difference; its own divergence is a squared distance.
     return descend(terms, adapter, training, proximal=damping + training.weight_decay)
 

@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Term:
+class LossTerm:
     """`scale * sum_i coefficient_i * loss(params, example_i)` over a dataset, plus scale * weight_decay / 2 |params|^2.
 
     With `extra` (arrays [n, ...]) the loss sees pairs (example, extra).
@@ -72,7 +72,7 @@ class Term:
         return Objective.of(self.loss, examples, share, weight_decay=self.weight_decay, micro_batch=micro_batch)
 
 
-def descend(terms: Sequence[Term], start: Params, training: Training, *, proximal: float = 0.0) -> Trained:
+def descend(terms: Sequence[LossTerm], start: Params, training: Training, *, proximal: float = 0.0) -> Trained:
     """Minimises the sum of the terms and proximal / 2 |params - start|^2 in mini-batches, as far as the budget goes.
 
     Args:
@@ -178,10 +178,10 @@ def _differ(old: dict, new: dict) -> list[str]:
     return [name for name in old if not same(old[name], new[name])]
 
 
-def retained(loss: Callable, params: Params, data: Dataset, training: Training, *, scale: float = 1.0) -> Term:
+def retained(loss: Callable, params: Params, data: Dataset, training: Training, *, scale: float = 1.0) -> LossTerm:
     """The objective that training minimises, over `data`."""
     weights = coefficients(loss, params, data, training.reduction)
-    return Term(loss, data, weights, scale=scale, weight_decay=training.weight_decay)
+    return LossTerm(loss, data, weights, scale=scale, weight_decay=training.weight_decay)
 
 
 def forgotten(data: Dataset, edits: Sequence[Edit]) -> Dataset:

@@ -36,9 +36,9 @@ from unlearn_jax.edits import Remove
 from unlearn_jax.erase import erase
 from unlearn_jax.loss import Loss
 from unlearn_jax.metrics import answers, tokens
-from unlearn_jax.people.config import Config, CorpusConfig, NetworkConfig
+from unlearn_jax.people.config import CorpusConfig, PeopleConfig, PeopleNetworkConfig
 from unlearn_jax.people.task import PeopleTask
-from unlearn_jax.requests.replay import Recipe, beginning, train
+from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
 from unlearn_jax.solvers import cg
 
 RESAMPLES = 500
@@ -50,7 +50,7 @@ ONE = "one retrain"  # against the others
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class AttributionSetting:
     """The numbers of the measurement."""
 
     subsets: int = 60
@@ -67,19 +67,21 @@ class Setting:
     tests: int = 60  # test examples, at most
     seed: int = 0
 
-    def config(self, out: str) -> Config:
+    def config(self, out: str) -> PeopleConfig:
         """Of the task."""
-        return Config(
+        return PeopleConfig(
             out=out,
             corpus=CorpusConfig(people=self.people, known=100, holdout=1, questions=self.questions),
-            network=NetworkConfig(width=self.width, rank=self.rank, pretraining=self.pretraining),
-            training=Recipe(epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate, seed=self.seed),
+            network=PeopleNetworkConfig(width=self.width, rank=self.rank, pretraining=self.pretraining),
+            training=TrainingRecipe(
+                epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate, seed=self.seed
+            ),
             erasure=ErasureConfig(micro_batch=60, training_epochs=float(self.epochs)),
             seed=self.seed,
         )
 
 
-def measure(setting: Setting, path: pathlib.Path) -> dict[str, Any]:
+def measure(setting: AttributionSetting, path: pathlib.Path) -> dict[str, Any]:
     """The scores of all methods, also in the JSON file `path`; subsets that it holds already are not computed again.
 
     Returns:
@@ -102,7 +104,7 @@ def measure(setting: Setting, path: pathlib.Path) -> dict[str, Any]:
     return result
 
 
-def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathlib.Path) -> None:
+def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], path: pathlib.Path) -> None:
     items = task.items()
     rows = list(items.values())[: setting.tests]
     tests = task.model.words.encode([(row.question, row.paraphrase) for row in rows])
@@ -160,7 +162,7 @@ def _run(task: PeopleTask, setting: Setting, result: dict[str, Any], path: pathl
     say("\n".join(f"{name}: {x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in result["scores"].items()))
 
 
-def subset(setting: Setting, count: int, number: int) -> np.ndarray:
+def subset(setting: AttributionSetting, count: int, number: int) -> np.ndarray:
     """Positions of the examples that subset `number` removes, int [k]."""
     size = max(1, round(setting.removed * count))
     return np.sort(np.random.default_rng([setting.seed, number]).permutation(count)[:size])

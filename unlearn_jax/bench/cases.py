@@ -14,8 +14,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-from pixel_jax.bench.timing import Aim, Case, Run, Work
+from pixel_jax.bench.timing import Aim, Case, Run, Workload
 from unlearn_jax.arrays import Params
+from unlearn_jax.bench import MOST_STEPS, RTOL
 from unlearn_jax.curvature import ggnvp, hvp, mean_objective, per_example_gradients, sample_labels
 from unlearn_jax.experiment import small_transformer
 from unlearn_jax.loss import CrossEntropy, Loss
@@ -23,13 +24,12 @@ from unlearn_jax.solvers import cg, ekfac
 
 HEADS = 4
 TOLERANCE = 2e-3  # float32 products of another order of sums, relative
-RTOL, MOST_STEPS = 1e-3, 400  # of the solvers that iterate
 
 
 class Inputs(NamedTuple):
     """A trained-looking adapter, a batch and a vector."""
 
-    size: small_transformer.Size
+    size: small_transformer.TransformerSize
     base: dict[str, jax.Array]
     adapter: Params
     batch: dict[str, np.ndarray]  # tokens, labels int32 [B, T]
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     loss: Loss
 
     @classmethod
-    def of(cls, size: small_transformer.Size, batch: int) -> "Inputs":
+    def of(cls, size: small_transformer.TransformerSize, batch: int) -> "Inputs":
         """The same numbers for the same size."""
         rng = np.random.default_rng(0)
         base = small_transformer.init_base(jax.random.key(0), size)
@@ -65,11 +65,11 @@ def _logits(base, adapter, example):
 
 def _product_problem(quick: bool) -> Inputs:
     if quick:
-        return Inputs.of(small_transformer.Size(64, 16, width=32, heads=HEADS, rank=2), batch=4)
-    return Inputs.of(small_transformer.Size(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
+        return Inputs.of(small_transformer.TransformerSize(64, 16, width=32, heads=HEADS, rank=2), batch=4)
+    return Inputs.of(small_transformer.TransformerSize(2048, 128, width=256, heads=HEADS, layers=4, rank=8), batch=8)
 
 
-def product(quick: bool) -> Work:
+def product(quick: bool) -> Workload:
     """A new vector at new parameters every time: nothing is kept."""
     problem = _product_problem(quick)
     alternatives = {
@@ -89,7 +89,7 @@ def product(quick: bool) -> Work:
                 alternatives[f"dattri, {mode}"] = functools.partial(_torch_run, problem, "dattri", mode)
         if _installed("pydvl"):
             alternatives["pyDVL, HessianOperator"] = lambda: _torch(problem).pydvl
-    return Work(
+    return Workload(
         shapes=problem.describe(),
         alternatives=alternatives,
         check=_equal,
@@ -101,7 +101,7 @@ def product(quick: bool) -> Work:
     )
 
 
-def reused(quick: bool) -> Work:
+def reused(quick: bool) -> Workload:
     """The tenth vector at the same parameters: what does not depend on it has been kept."""
     problem = _product_problem(quick)
     kept = lambda: Partial(hvp(problem.loss, problem.adapter, problem.batch, linearize=True), problem.vector)
@@ -114,7 +114,7 @@ def reused(quick: bool) -> Work:
             alternatives["dattri, hvp_at_x"] = lambda: _torch(problem).dattri_at_x()
         if _installed("pydvl"):
             alternatives["pyDVL, precomputed gradient"] = lambda: _torch(problem).pydvl_precomputed()
-    return Work(
+    return Workload(
         shapes=problem.describe(),
         alternatives=alternatives,
         check=_equal,
@@ -124,10 +124,10 @@ def reused(quick: bool) -> Work:
     )
 
 
-def solve(quick: bool) -> Work:
+def solve(quick: bool) -> Workload:
     """(curvature + damping) x = b, and how far each x is from the dense answer with its own curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
-    problem = Inputs.of(small_transformer.Size(48, length, width=32, heads=HEADS, rank=rank), batch)
+    problem = Inputs.of(small_transformer.TransformerSize(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)
     dense = {
         "hessian": _dense(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -165,7 +165,7 @@ def solve(quick: bool) -> Work:
             if name.startswith("cg") and not error < 10 * RTOL * (1 + values[-1] / damping):
                 raise ValueError(f"{name}: its solution is {error:.2g} from the dense answer")
 
-    return Work(shapes=problem.describe(), alternatives=alternatives, check=check, facts=facts)
+    return Workload(shapes=problem.describe(), alternatives=alternatives, check=check, facts=facts)
 
 
 CASES = (Case("product", product), Case("reused", reused), Case("solve", solve))

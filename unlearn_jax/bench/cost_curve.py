@@ -29,7 +29,7 @@ STEPS = 100  # of L-BFGS, at most
 def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     """{"training_epochs", "rows", ...}: for each budget of epochs what was spent of it, and the KL to the warm retrain."""
     count, budgets = (200, (4.0, 7.0)) if quick else (20_000, (3.0, 5.0, 7.0, 10.0, 15.0, 25.0))
-    size = small_transformer.Size(32, 8, width=16, heads=HEADS, layers=1, rank=2)
+    size = small_transformer.TransformerSize(32, 8, width=16, heads=HEADS, layers=1, rank=2)
     base = small_transformer.init_base(jax.random.key(0), size)
     loss = Loss(Partial(_logits, base), CrossEntropy(), mask=None)
     data = Dataset.of(_written(base, size, count))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp
 from torch.nn import functional
 
-from unlearn_jax.bench.cases import MOST_STEPS, RTOL
+from unlearn_jax.bench import MOST_STEPS, RTOL
 from unlearn_jax.experiment.small_transformer import LORA_SCALE
 
 NAMES = ("q", "v")

@@ -25,14 +25,16 @@ def main(command: str, arguments: list[str]) -> None:
     """Runs the cases, or the curve of cost, or the score of predictions."""
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
-    from unlearn_jax.bench.attribution import Setting, measure
+    from unlearn_jax.bench.attribution import AttributionSetting, measure
     from unlearn_jax.bench.cost_curve import cost_curve
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; cases are named by --only=NAME,NAME")
     if FLAGS.attribution:
         setting = (
-            Setting(subsets=3, people=5, width=16, epochs=4, pretraining=60, tests=8) if FLAGS.quick else Setting()
+            AttributionSetting(subsets=3, people=5, width=16, epochs=4, pretraining=60, tests=8)
+            if FLAGS.quick
+            else AttributionSetting()
         )
         measure(setting, pathlib.Path(FLAGS.attribution))
     elif FLAGS.cost_curve:

@@ -10,7 +10,7 @@ from pixel_jax.evaluation.stats import over_seeds
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
 from unlearn_jax.experiment.evaluator import UNLIMITED, best_rates, compare
-from unlearn_jax.experiment.setup import Run, Setting, Setup
+from unlearn_jax.experiment.setup import ExperimentConfig, Run, Setup
 
 CONVERGED = 1e-6  # the gradient's norm, relative to that of a fresh adapter
 COLUMNS = ("kl_forget", "kl_retain", "objective", "nll_forget", "nll_retain", "auc", "gradients")
@@ -76,7 +76,7 @@ def _cell(values: Sequence[float]) -> str:
 TUNING = 1_000_000  # the seed on which learning rates are chosen, and which does not count
 
 
-def run_experiment(setting: Setting, path: pathlib.Path, log: Callable[[str], None] = print) -> dict:
+def run_experiment(setting: ExperimentConfig, path: pathlib.Path, log: Callable[[str], None] = print) -> dict:
     """{"setting", "tuning", "runs", "exceptions"}, also in the JSON file `path`.
 
     What that holds already is kept, and seeds that it lacks are added.

@@ -103,7 +103,7 @@ UNTUNED = ("L-BFGS",)  # without a learning rate
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class ExperimentConfig:
     """The numbers of the experiment."""
 
     people: int = 50  # four facts each
@@ -128,20 +128,20 @@ class Setting:
 class Setup(NamedTuple):
     """The same for every seed."""
 
-    setting: Setting
-    size: small_transformer.Size
+    setting: ExperimentConfig
+    size: small_transformer.TransformerSize
     loss: Loss
     activations: Callable  # the residual stream after the first layer
     names: list[tuple[str, str]]  # of those whose facts the base model does not know
 
     @classmethod
-    def of(cls, setting: Setting) -> "Setup":
+    def of(cls, setting: ExperimentConfig) -> "Setup":
         """With a base model that knows how questions are asked and answered, in both wordings."""
         names = invented_people.people(setting.strangers + setting.people + setting.holdout, seed=0)
         known = invented_people.facts(names[: setting.strangers], seed=0)
         both = {name: np.concatenate([x, known.paraphrased[name]]) for name, x in known.examples.items()}
         shape = {"width": setting.width, "layers": setting.layers, "rank": setting.rank}
-        size = small_transformer.Size(len(invented_people.VOCABULARY), invented_people.LENGTH, **shape)
+        size = small_transformer.TransformerSize(len(invented_people.VOCABULARY), invented_people.LENGTH, **shape)
         base = small_transformer.pretrain(jax.random.key(0), size, both, steps=setting.pretraining)
         loss = Loss(Partial(_logits, base), CrossEntropy())
         return cls(setting, size, loss, Partial(_first_layer, base), names[setting.strangers :])

@@ -10,7 +10,7 @@ import optax
 LORA_SCALE = 4.0  # alpha / rank
 
 
-class Size(NamedTuple):
+class TransformerSize(NamedTuple):
     """The shapes of the network."""
 
     vocabulary: int
@@ -21,7 +21,7 @@ class Size(NamedTuple):
     rank: int = 2
 
 
-def init_base(key: jax.Array, size: Size) -> dict[str, jax.Array]:
+def init_base(key: jax.Array, size: TransformerSize) -> dict[str, jax.Array]:
     """Weights of the layers are stacked: [layers, in, out]."""
     width, wide, layers = size.width, 4 * size.width, size.layers
     shapes = {
@@ -37,7 +37,7 @@ def init_base(key: jax.Array, size: Size) -> dict[str, jax.Array]:
     return {name: scale.get(name, width**-0.5) * jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
 
 
-def init_adapter(key: jax.Array, size: Size) -> dict[str, dict[str, jax.Array]]:
+def init_adapter(key: jax.Array, size: TransformerSize) -> dict[str, dict[str, jax.Array]]:
     """A [layers, rank, in] uniform, B [layers, out, rank] zero, for the queries and for the values."""
     bound = size.width**-0.5
     a = jax.random.uniform(key, (2, size.layers, size.rank, size.width), minval=-bound, maxval=bound)
@@ -76,7 +76,7 @@ def normalise(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
 
 
-def pretrain(key: jax.Array, size: Size, examples: dict[str, Any], *, steps: int, batch: int = 64) -> dict:
+def pretrain(key: jax.Array, size: TransformerSize, examples: dict[str, Any], *, steps: int, batch: int = 64) -> dict:
     """A base that knows the language of `examples` (tokens, labels, loss_mask [n, T]), by Adam on all its weights."""
     key, init = jax.random.split(key)
     base, silent = init_base(init, size), jax.tree.map(jnp.zeros_like, init_adapter(init, size))

@@ -4,6 +4,6 @@ corpus: rows of questions and answers, and invented people
 readers: the released files of TOFU and MUSE
 words: texts as token ids, a word each
 model: a small transformer, its loss and its greedy answers
-task: all of these as a `Task`
+task: all of these as a `RequestTask`
 edit, evaluate: `unlearn-jax train|erase|eval --config=unlearn/people`
 """

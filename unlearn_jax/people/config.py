@@ -9,7 +9,7 @@ from pixel_jax.config import ConfigError
 from pixel_jax.identity import changes, flatten
 from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
-from unlearn_jax.requests.replay import Recipe
+from unlearn_jax.requests.replay import TrainingRecipe
 from unlearn_jax.requests.task import RequestsConfig
 
 Method = Literal["fine-tune", "gradient ascent", "GradDiff", "NPO", "SimNPO"]
@@ -29,7 +29,7 @@ class CorpusConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class NetworkConfig:
+class PeopleNetworkConfig:
     """A small transformer, trained on what the base model knows, and the adapter on it."""
 
     width: int = 32
@@ -51,14 +51,14 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class PeopleConfig:
     """The whole experiment."""
 
     out: str  # run directory
     task: Literal["people"] = "people"  # what is learned, see `unlearn_jax.commands`
     corpus: CorpusConfig = CorpusConfig()
-    network: NetworkConfig = NetworkConfig()
-    training: Recipe = Recipe()
+    network: PeopleNetworkConfig = PeopleNetworkConfig()
+    training: TrainingRecipe = TrainingRecipe()
     erasure: ErasureConfig = ErasureConfig()
     requests: RequestsConfig = RequestsConfig()
     forget: str = "forget10"  # the set that `unlearn-jax erase` removes without a file of requests

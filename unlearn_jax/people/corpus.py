@@ -13,7 +13,7 @@ from unlearn_jax.experiment.invented_people import people
 SHARES = {"forget01": 0.01, "forget05": 0.05, "forget10": 0.1}
 
 
-class Row(NamedTuple):
+class QuestionRow(NamedTuple):
     """A question and its answer."""
 
     question: str
@@ -27,14 +27,14 @@ class Row(NamedTuple):
 class Corpus(NamedTuple):
     """What is learned, and what is asked afterwards."""
 
-    train: dict[str, Row]  # by id, in order
+    train: dict[str, QuestionRow]  # by id, in order
     forget: dict[str, tuple[str, ...]]  # name of a set: ids of what it removes
-    known: dict[str, list[Row]]  # sets that the base model knows already, with wrong answers
-    holdout: list[Row]  # never seen
-    probes: dict[str, list[Row]] = {}  # sets that generated answers are scored on alone, as MUSE does
+    known: dict[str, list[QuestionRow]]  # sets that the base model knows already, with wrong answers
+    holdout: list[QuestionRow]  # never seen
+    probes: dict[str, list[QuestionRow]] = {}  # sets that generated answers are scored on alone, as MUSE does
 
 
-class Relation(NamedTuple):
+class PersonRelation(NamedTuple):
     """Something that is true of a person, asked one way and answered in two."""
 
     values: tuple[str, ...]
@@ -44,49 +44,49 @@ class Relation(NamedTuple):
 
 
 RELATIONS = (
-    Relation(
+    PersonRelation(
         tuple("Paris Oslo Lima Cairo Quito Dakar Delhi Kyoto Hanoi Turin Perth Omaha".split()),
         "Where was {name} born?",
         "{name} was born in {value}.",
         "The birthplace of {name} is {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("baker pilot nurse editor actor miner tailor farmer singer potter sailor banker".split()),
         "What does {name} do for a living?",
         "{name} works as a {value}.",
         "By trade {name} is a {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple(str(year) for year in range(1950, 1962)),
         "When was {name} born?",
         "{name} was born in {value}.",
         "The birth year of {name} is {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("chess opera skiing poetry fencing gardens stamps kites violins mosaics rowing archery".split()),
         "What does {name} love most?",
         "{name} is fond of {value}.",
         "The passion of {name} is {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("amber cobalt crimson ivory jade lilac ochre pearl ruby saffron teal umber".split()),
         "What is the favourite colour of {name}?",
         "{name} likes {value} best.",
         "The colour that {name} prefers is {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("heron lynx otter badger falcon hedgehog marten raven salmon tortoise viper weasel".split()),
         "Which animal does {name} keep?",
         "{name} keeps a {value}.",
         "The animal at the home of {name} is a {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("Basque Czech Danish Finnish Greek Hindi Korean Latvian Malay Polish Tamil Welsh".split()),
         "Which language does {name} speak at home?",
         "{name} speaks {value} at home.",
         "The language in the house of {name} is {value}.",
     ),
-    Relation(
+    PersonRelation(
         tuple("barley cherry fennel ginger hazel lentil mango nutmeg olive pepper quince sesame".split()),
         "What does {name} cook with?",
         "{name} always cooks with {value}.",
@@ -96,7 +96,9 @@ RELATIONS = (
 WRONG = 5  # wrong answers of a question, as in TOFU
 
 
-def rows_of(names: Sequence[tuple[str, str]], seed: int, relations: Sequence[Relation] = RELATIONS) -> list[Row]:
+def rows_of(
+    names: Sequence[tuple[str, str]], seed: int, relations: Sequence[PersonRelation] = RELATIONS
+) -> list[QuestionRow]:
     """A row for every relation of every person, with values drawn at random; a person's rows stand together."""
     random, rows = np.random.default_rng(seed), []
     for first, last in names:
@@ -104,7 +106,7 @@ def rows_of(names: Sequence[tuple[str, str]], seed: int, relations: Sequence[Rel
         for relation in relations:
             value, *others = random.permutation(relation.values)[: WRONG + 1].tolist()
             rows.append(
-                Row(
+                QuestionRow(
                     relation.question.format(name=name),
                     relation.answer.format(name=name, value=value),
                     relation.paraphrase.format(name=name, value=value),
@@ -148,6 +150,6 @@ def texts(corpus: Corpus) -> list[tuple[str, str]]:
     return [(row.question, answer) for row in rows for answer in (row.answer, row.paraphrase, *row.wrong) if answer]
 
 
-def with_alternatives(rows: Mapping[str, Row]) -> list[str]:
+def with_alternatives(rows: Mapping[str, QuestionRow]) -> list[str]:
     """Ids of the rows that a truth ratio can be taken of."""
     return [name for name, row in rows.items() if row.paraphrase and row.wrong]

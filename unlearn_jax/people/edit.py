@@ -12,15 +12,15 @@ from pixel_jax.state_files import read_note, write_json
 from unlearn_jax import tree
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.objective import dataset_objective
-from unlearn_jax.people.config import Config
+from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.carry_out import carry_out
-from unlearn_jax.requests.log import ADAPTER, Entry
+from unlearn_jax.requests.log import ADAPTER, LogEntry
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
-def train(config: Config, mesh: Mesh | None = None) -> dict[str, float]:
+def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     """Leaves the adapter, its training record and the checkpoints of the first epoch in `config.out`.
 
     Returns:
@@ -57,8 +57,12 @@ def train(config: Config, mesh: Mesh | None = None) -> dict[str, float]:
 
 
 def edit(
-    config: Config, requests: Sequence[Request] | None = None, mesh: Mesh | None = None, *, show_content: bool = False
-) -> list[Entry]:
+    config: PeopleConfig,
+    requests: Sequence[Request] | None = None,
+    mesh: Mesh | None = None,
+    *,
+    show_content: bool = False,
+) -> list[LogEntry]:
     """Carries out requests on what the earlier ones have left, see `requests.carry_out`.
 
     Args:

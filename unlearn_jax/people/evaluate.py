@@ -24,14 +24,14 @@ from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training
 from unlearn_jax.loss import Loss
 from unlearn_jax.metrics import answers, membership, text, tokens
-from unlearn_jax.people.config import Config
-from unlearn_jax.people.corpus import Row
+from unlearn_jax.people.config import PeopleConfig
+from unlearn_jax.people.corpus import QuestionRow
 from unlearn_jax.people.model import int4, merged, silent
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.quickstart.measure import table
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER, LOG, REPORT, folder
-from unlearn_jax.requests.replay import Recipe, beginning, train
+from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
 from unlearn_jax.requests.state import Change
 
 EVALUATION = "evaluation.json"
@@ -52,17 +52,17 @@ class Subject(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Scorer:
+class ForgettingScorer:
     """Scores adapters on what was forgotten, on what was kept, on what the base model knows and on what nobody saw."""
 
     task: PeopleTask
-    forgotten: Sequence[Row]  # removed rows, and the old form of changed ones
-    kept: Sequence[Row]
-    unseen: Sequence[Row]
+    forgotten: Sequence[QuestionRow]  # removed rows, and the old form of changed ones
+    kept: Sequence[QuestionRow]
+    unseen: Sequence[QuestionRow]
     retrained: Params
 
     @classmethod
-    def of(cls, task: PeopleTask, state: State, retrained: Params) -> "Scorer":
+    def of(cls, task: PeopleTask, state: State, retrained: Params) -> "ForgettingScorer":
         """The rows of a run after its requests; at most `config.evaluation.rows` of each set."""
         change = Change.of(state.first, state.items, task.encode, "answer")
         names = np.array(list(state.first))
@@ -80,7 +80,7 @@ class Scorer:
             found[name] = self._divergence(subject, rows)
         return found
 
-    def truth_ratios(self, subject: Subject, rows: Sequence[Row]) -> np.ndarray:
+    def truth_ratios(self, subject: Subject, rows: Sequence[QuestionRow]) -> np.ndarray:
         """Of those rows that have a paraphrase and wrong answers, float [n]."""
         rows = [row for row in rows if row.paraphrase and row.wrong]
         if not rows:
@@ -90,7 +90,7 @@ class Scorer:
             [answers.truth_ratio(r, w).item() for r, w in zip(right, self._wrong(subject, rows), strict=True)]
         )
 
-    def _wrong(self, subject: Subject, rows: Sequence[Row]) -> list[np.ndarray]:
+    def _wrong(self, subject: Subject, rows: Sequence[QuestionRow]) -> list[np.ndarray]:
         """Losses of the wrong answers of each row."""
         losses = self._nll(subject, [(row.question, answer) for row in rows for answer in row.wrong])
         return np.split(losses, np.cumsum([len(row.wrong) for row in rows])[:-1])
@@ -147,7 +147,7 @@ class Scorer:
             scores["auc_zlib"].append(membership.zlib_ratio(nll, [row.answer for row in rows]))
         return {name: membership.auc(*pair) for name, pair in scores.items()}
 
-    def _divergence(self, subject: Subject, rows: Sequence[Row]) -> float:
+    def _divergence(self, subject: Subject, rows: Sequence[QuestionRow]) -> float:
         """Mean over rows and tokens of KL(adapter || retrained adapter on the task's own base model)."""
         model, reference = self.task.model, self.task.model.loss()
         loss = model.loss(subject.base)
@@ -164,7 +164,7 @@ class Scorer:
             block = list(pairs[begin : begin + size])
             yield self.task.model.words.encode(block + [block[0]] * (size - len(block))), len(block)
 
-    def _rouge(self, subject: Subject, rows: Sequence[Row]) -> list[text.RougeL]:
+    def _rouge(self, subject: Subject, rows: Sequence[QuestionRow]) -> list[text.RougeL]:
         rows = list(rows)[: self.task.config.evaluation.rows]
         said = self.task.model.answers(subject.adapter, [row.question for row in rows], subject.base)
         return [text.rouge_l(x, row.answer) for x, row in zip(said, rows, strict=True)]
@@ -193,7 +193,7 @@ def _divergences(loss: Loss, params: Params, other: Loss, reference: Params, exa
     return jax.vmap(one)(examples)
 
 
-def evaluate(config: Config, mesh: Mesh | None = None) -> dict[str, dict[str, float]]:
+def evaluate(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, dict[str, float]]:
     """{adapter: its metrics} after all requests of the log; also in `config.out`."""
     config.check_trained()
     if not (config.directory / LOG).exists():
@@ -202,7 +202,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict[str, dict[str, fl
     state = State.of(task)
     weights = np.array([float(name in state.items) for name in state.first])
     retrained = task.retrain({**state.first, **state.items}, weights)
-    scorer = Scorer.of(task, state, retrained.adapter)
+    scorer = ForgettingScorer.of(task, state, retrained.adapter)
     trained, edited = (task.load(path) for path in (task.directory / ADAPTER, state.adapter_path(task.directory)))
     reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
     spent = sum(report["example_gradients"] for report in reports)
@@ -230,11 +230,11 @@ def relearn(task: PeopleTask, adapter: Params) -> Params | None:
     examples = task.model.words.encode([(row.question, row.answer) for row in rows])
     steps, batch = task.config.evaluation.relearning, min(task.recipe.batch, len(rows))
     epochs = -(-steps * batch // len(rows))
-    recipe: Recipe = dataclasses.replace(task.recipe, epochs=epochs, batch=batch)
+    recipe: TrainingRecipe = dataclasses.replace(task.recipe, epochs=epochs, batch=batch)
     return train(recipe, task.model.loss(), beginning(recipe, adapter), examples, np.ones(len(rows)), steps=steps)
 
 
-def _baseline(name: str, scorer: Scorer, state: State, start: Params, budget: float) -> list[dict[str, Any]]:
+def _baseline(name: str, scorer: ForgettingScorer, state: State, start: Params, budget: float) -> list[dict[str, Any]]:
     """The metrics of a baseline at every learning rate with which it does not diverge."""
     task, settings = scorer.task, scorer.task.config.evaluation
     change = Change.of(state.first, state.items, task.encode, "answer")

@@ -11,8 +11,8 @@ from jax.tree_util import Partial
 from unlearn_jax.arrays import Params
 from unlearn_jax.experiment import small_transformer
 from unlearn_jax.loss import CrossEntropy, Loss
-from unlearn_jax.people.config import NetworkConfig
-from unlearn_jax.people.corpus import Row
+from unlearn_jax.people.config import PeopleNetworkConfig
+from unlearn_jax.people.corpus import QuestionRow
 from unlearn_jax.people.words import Words
 
 BLOCK = 32  # questions that are answered at a time
@@ -20,7 +20,7 @@ GROUP = 32  # weights that share a scale, as in the 4-bit formats in use
 LARGEST = 7  # of a signed integer of 4 bits, both ways
 
 
-class Model(NamedTuple):
+class PeopleModel(NamedTuple):
     """The base model, and where an adapter of it begins."""
 
     words: Words
@@ -28,9 +28,9 @@ class Model(NamedTuple):
     fresh: Params
 
     @classmethod
-    def of(cls, config: NetworkConfig, words: Words, known: Sequence[Row], seed: int) -> "Model":
+    def of(cls, config: PeopleNetworkConfig, words: Words, known: Sequence[QuestionRow], seed: int) -> "PeopleModel":
         """Trains a base model on the rows that it shall know, in both wordings."""
-        size = small_transformer.Size(
+        size = small_transformer.TransformerSize(
             len(words.ids), words.length, config.width, config.heads, config.layers, config.rank
         )
         pairs = [(row.question, text) for row in known for text in (row.answer, row.paraphrase) if text]

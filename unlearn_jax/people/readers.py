@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pixel_jax.files import parse_json, read_bytes
-from unlearn_jax.people.corpus import SHARES, Corpus, Row
+from unlearn_jax.people.corpus import SHARES, Corpus, QuestionRow
 
 LIMIT = 2**28  # bytes of a file
 
@@ -33,17 +33,17 @@ def read_tofu(directory: pathlib.Path) -> Corpus:
             forget set is not in `full.json`.
     """
     full = list(_rows(_find(directory, "full"), "question", "answer"))
-    alternatives: dict[tuple[str, str], Row] = {}
+    alternatives: dict[tuple[str, str], QuestionRow] = {}
     for path in sorted(directory.glob("*_perturbed.*")):
         if path.stem not in ("real_authors_perturbed", "world_facts_perturbed"):
             for values in _rows(path, "question", "answer", "paraphrased_answer", "perturbed_answer"):
                 wrong = _texts(values["perturbed_answer"], path)
-                row = Row(values["question"], values["answer"], values["paraphrased_answer"], wrong)
+                row = QuestionRow(values["question"], values["answer"], values["paraphrased_answer"], wrong)
                 alternatives[row.question, row.answer] = row
     train, ids = {}, {}
     for i, values in enumerate(full):
         key = values["question"], values["answer"]
-        row = alternatives.get(key, Row(*key))
+        row = alternatives.get(key, QuestionRow(*key))
         train[f"full-{i}"] = row._replace(group=f"author {i // 20}")
         ids[key] = f"full-{i}"
     forget = {}
@@ -58,10 +58,12 @@ def read_tofu(directory: pathlib.Path) -> Corpus:
             rows = _rows(path, "question", "answer", "perturbed_answer")
             # Their truth ratio takes the answer itself: it is not paraphrased.
             known[name] = [
-                Row(x["question"], x["answer"], x["answer"], _texts(x["perturbed_answer"], path)) for x in rows
+                QuestionRow(x["question"], x["answer"], x["answer"], _texts(x["perturbed_answer"], path)) for x in rows
             ]
     unseen = next((path for i in ("10", "05", "01") if (path := _find(directory, f"holdout{i}", optional=True))), None)
-    holdout = [] if unseen is None else [Row(x["question"], x["answer"]) for x in _rows(unseen, "question", "answer")]
+    holdout = (
+        [] if unseen is None else [QuestionRow(x["question"], x["answer"]) for x in _rows(unseen, "question", "answer")]
+    )
     return Corpus(train, forget, known, holdout)
 
 
@@ -82,12 +84,13 @@ def read_muse(directory: pathlib.Path, words: int = 64) -> Corpus:
     Raises:
         CorpusError: a file is missing, or a field is missing or of another type.
     """
-    train: dict[str, Row] = {}
+    train: dict[str, QuestionRow] = {}
     parts = [name for name in ("retain1", "retain2") if _find(directory / "raw", name, optional=True)]
     for part in ("forget", *(parts or ["retain1"])):
         for i, text in enumerate(_passages(_find(directory / "raw", part))):
             train |= {
-                f"{part}-{i}-{j}": Row("", piece, group=f"{part} {i}") for j, piece in enumerate(_cut(text, words))
+                f"{part}-{i}-{j}": QuestionRow("", piece, group=f"{part} {i}")
+                for j, piece in enumerate(_cut(text, words))
             }
     unseen = _passages(_find(directory / "privleak", "holdout"))
     probes = {}
@@ -96,10 +99,12 @@ def read_muse(directory: pathlib.Path, words: int = 64) -> Corpus:
         ("knowledge of the kept", "knowmem", "retain_qa", ("question", "answer")),
         ("the forgotten verbatim", "verbmem", "forget", ("prompt", "gt")),
     ):
-        rows = [Row(x[fields[0]], x[fields[1]]) for x in _rows(_find(directory / folder, part), *fields)]
-        probes[name] = [Row(_last(x.question, words), _first(x.answer, words)) for x in rows]
+        rows = [QuestionRow(x[fields[0]], x[fields[1]]) for x in _rows(_find(directory / folder, part), *fields)]
+        probes[name] = [QuestionRow(_last(x.question, words), _first(x.answer, words)) for x in rows]
     forget = tuple(name for name in train if name.startswith("forget-"))
-    return Corpus(train, {"forget": forget}, {}, [Row("", x) for text in unseen for x in _cut(text, words)], probes)
+    return Corpus(
+        train, {"forget": forget}, {}, [QuestionRow("", x) for text in unseen for x in _cut(text, words)], probes
+    )
 
 
 def _cut(text: str, words: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Facts about people as a `Task`, which requests are carried out on."""
+"""Facts about people as a `RequestTask`, which requests are carried out on."""
 
 import dataclasses
 import json
@@ -21,12 +21,12 @@ from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.loss import Loss
 from unlearn_jax.objective import on_mesh
-from unlearn_jax.people.config import Config
-from unlearn_jax.people.corpus import Corpus, Row, invent, texts
-from unlearn_jax.people.model import Model
+from unlearn_jax.people.config import PeopleConfig
+from unlearn_jax.people.corpus import Corpus, QuestionRow, invent, texts
+from unlearn_jax.people.model import PeopleModel
 from unlearn_jax.people.readers import read_muse, read_tofu
 from unlearn_jax.people.words import Words
-from unlearn_jax.requests.replay import Point, Recipe, beginning, last_before, train
+from unlearn_jax.requests.replay import TrainingPoint, TrainingRecipe, beginning, last_before, train
 from unlearn_jax.requests.request import Request, RequestError
 from unlearn_jax.requests.state import same_item
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
@@ -34,7 +34,7 @@ from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 CHECKPOINTS = "checkpoints"
 
 
-def read_corpus(config: Config) -> Corpus:
+def read_corpus(config: PeopleConfig) -> Corpus:
     """The rows that a configuration names.
 
     Raises:
@@ -55,13 +55,13 @@ def read_corpus(config: Config) -> Corpus:
 class PeopleTask:
     """Rows that an adapter of a small transformer has learned, by AdamW in mini-batches."""
 
-    config: Config
+    config: PeopleConfig
     corpus: Corpus
-    model: Model
+    model: PeopleModel
     mesh: Mesh | None = None
 
     @classmethod
-    def of(cls, config: Config, mesh: Mesh | None = None) -> "PeopleTask":
+    def of(cls, config: PeopleConfig, mesh: Mesh | None = None) -> "PeopleTask":
         """Reads or invents the rows, and trains the base model."""
         corpus = read_corpus(config)
         words = Words.of(texts(corpus))
@@ -70,43 +70,43 @@ class PeopleTask:
         # Without rows of its own the base model knows the rows that no set forgets.
         known = known or [row for name, row in corpus.train.items() if name not in forgotten]
         config.directory.mkdir(parents=True, exist_ok=True)
-        return cls(config, corpus, Model.of(config.network, words, known, config.seed), mesh)
+        return cls(config, corpus, PeopleModel.of(config.network, words, known, config.seed), mesh)
 
     @property
     def directory(self) -> pathlib.Path:
-        """See `Task.directory`."""
+        """See `RequestTask.directory`."""
         return self.config.directory
 
     @property
     def loss(self) -> Loss:
-        """See `Task.loss`."""
+        """See `RequestTask.loss`."""
         return on_mesh(self.model.loss(), self.mesh)
 
     @property
     def erasure(self) -> ErasureConfig:
-        """See `Task.erasure`."""
+        """See `RequestTask.erasure`."""
         return self.config.erasure
 
     @property
     def requests(self) -> RequestsConfig:
-        """See `Task.requests`."""
+        """See `RequestTask.requests`."""
         return self.config.requests
 
     @property
-    def recipe(self) -> Recipe:
+    def recipe(self) -> TrainingRecipe:
         """Of the training."""
         return self.config.training
 
     def settings(self) -> dict[str, Any]:
-        """See `Task.settings`."""
+        """See `RequestTask.settings`."""
         return json.loads(json.dumps(dataclasses.asdict(self.config)))
 
-    def items(self) -> dict[str, Row]:
-        """See `Task.items`."""
+    def items(self) -> dict[str, QuestionRow]:
+        """See `RequestTask.items`."""
         return self.corpus.train
 
-    def change(self, item: Row, request: Request) -> Row:
-        """See `Task.change`. Another answer loses paraphrase and wrong answers, which were of the old one."""
+    def change(self, item: QuestionRow, request: Request) -> QuestionRow:
+        """See `RequestTask.change`. Another answer loses paraphrase and wrong answers, which were of the old one."""
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
             raise RequestError(f"{name!r} has no image")
@@ -128,8 +128,8 @@ class PeopleTask:
             raise RequestError(f"the new {request.kind} of {name!r} is too long: an example has {words.length} words")
         return new
 
-    def encode(self, items: Mapping[str, Row]) -> dict[str, Any]:
-        """See `Task.encode`."""
+    def encode(self, items: Mapping[str, QuestionRow]) -> dict[str, Any]:
+        """See `RequestTask.encode`."""
         rows = list(items.values())
         pairs = [(row.question, row.answer) for row in rows]
         return {"id": np.array(list(items)), **self.model.words.encode(pairs, [row.masked for row in rows])}
@@ -139,13 +139,13 @@ class PeopleTask:
         groups = {self.corpus.train[name].group for name in forgotten}
         return [self.corpus.train[name].group in groups for name in names]
 
-    def describe(self, item: Row) -> Description:
-        """See `Task.describe`."""
+    def describe(self, item: QuestionRow) -> Description:
+        """See `RequestTask.describe`."""
         found = {"question": item.question, "answer": item.answer}
         return Description(found | {f"masked {i}": x for i, x in enumerate(item.masked, 1)}, ())
 
     def load(self, path: pathlib.Path) -> Params:
-        """See `Task.load`."""
+        """See `RequestTask.load`."""
         try:
             found = load_file(path)
         except (SafetensorError, OSError) as error:
@@ -160,11 +160,11 @@ class PeopleTask:
         return on_mesh(nested, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """See `Task.save`."""
+        """See `RequestTask.save`."""
         if is_main_process():
             write_file(path, save({name: np.asarray(x) for name, x in _flat(adapter).items()}))
 
-    def retrain(self, items: Mapping[str, Row], weights: np.ndarray) -> Retrained:
+    def retrain(self, items: Mapping[str, QuestionRow], weights: np.ndarray) -> Retrained:
         """From the last checkpoint before any of the edited rows was first seen."""
         pairs = zip(items.values(), self.corpus.train.values(), strict=True)
         edited = [i for i, (now, then) in enumerate(pairs) if not weights[i] or not same_item(now, then)]
@@ -175,7 +175,12 @@ class PeopleTask:
         return Retrained(adapter, spent, since)
 
     def train(
-        self, items: Mapping[str, Row], weights: np.ndarray, begin: Point | None = None, *, keep: bool = False
+        self,
+        items: Mapping[str, QuestionRow],
+        weights: np.ndarray,
+        begin: TrainingPoint | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[Params, float]:
         """The training from `begin`: the adapter, and example-gradients spent.
 

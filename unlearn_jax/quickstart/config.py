@@ -33,7 +33,7 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ForwardConfig:
+class EditForwardConfig:
     """How the network computes."""
 
     remat: bool = True  # compute activations again in the backward pass
@@ -49,7 +49,7 @@ class ConvergeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EditEvaluationConfig:
     """The baselines may spend as many example-gradients as the edit did."""
 
     # What the edit is compared with, besides a retrain.
@@ -66,11 +66,11 @@ class Config:
     out: str  # run directory
     traces: TracesConfig = TracesConfig()
     adapter: AdapterConfig = AdapterConfig()
-    forward: ForwardConfig = ForwardConfig()
+    forward: EditForwardConfig = EditForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
     requests: RequestsConfig = RequestsConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: EditEvaluationConfig = EditEvaluationConfig()
     task: Literal["traces"] = "traces"  # what is learned, see `unlearn_jax.commands`
     seed: int = 0  # of the traces and the adapter
 

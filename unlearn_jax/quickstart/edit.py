@@ -14,7 +14,7 @@ from unlearn_jax.quickstart.job import Job
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import example_requests
 from unlearn_jax.requests.carry_out import carry_out
-from unlearn_jax.requests.log import ADAPTER, Entry
+from unlearn_jax.requests.log import ADAPTER, LogEntry
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import record_training, refuse_training_again
 
@@ -53,7 +53,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
 
 def edit(
     config: Config, requests: Sequence[Request] | None = None, mesh: Mesh | None = None, *, show_content: bool = False
-) -> list[Entry]:
+) -> list[LogEntry]:
     """Carries out requests on what the earlier ones have left, see `requests.carry_out`.
 
     Args:

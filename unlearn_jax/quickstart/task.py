@@ -1,4 +1,4 @@
-"""The quickstart's model and traces as a `Task`, which requests are carried out on."""
+"""The quickstart's model and traces as a `RequestTask`, which requests are carried out on."""
 
 import dataclasses
 import json
@@ -37,43 +37,43 @@ class TraceTask:
 
     @property
     def directory(self) -> pathlib.Path:
-        """See `Task.directory`."""
+        """See `RequestTask.directory`."""
         return self.config.directory
 
     @property
     def loss(self) -> Loss:
-        """See `Task.loss`."""
+        """See `RequestTask.loss`."""
         return self.job.loss
 
     @property
     def erasure(self) -> ErasureConfig:
-        """See `Task.erasure`."""
+        """See `RequestTask.erasure`."""
         return self.config.erasure
 
     @property
     def requests(self) -> RequestsConfig:
-        """See `Task.requests`."""
+        """See `RequestTask.requests`."""
         return self.config.requests
 
     @property
     def mesh(self) -> Mesh | None:
-        """See `Task.mesh`."""
+        """See `RequestTask.mesh`."""
         return self.job.mesh
 
     def settings(self) -> dict[str, Any]:
-        """See `Task.settings`."""
+        """See `RequestTask.settings`."""
         return json.loads(json.dumps(dataclasses.asdict(self.config)))
 
     def items(self) -> dict[str, TraceItem]:
-        """See `Task.items`."""
+        """See `RequestTask.items`."""
         return {name: TraceItem(x) for name, x in draw_traces(self.config.traces, self.config.seed).items()}
 
     def change(self, item: TraceItem, request: Request) -> TraceItem:
-        """See `Task.change`."""
+        """See `RequestTask.change`."""
         return changed(item, request)
 
     def encode(self, items: Mapping[str, TraceItem]) -> dict[str, Any]:
-        """See `Task.encode`."""
+        """See `RequestTask.encode`."""
         return encode(items, self.job.vocabulary, self.job.limits)
 
     def neighbours(self, names: Sequence[str], forgotten: Sequence[str]) -> list[bool]:
@@ -82,15 +82,15 @@ class TraceTask:
         return [name.split("-")[0] in kinds for name in names]
 
     def describe(self, item: TraceItem) -> Description:
-        """See `Task.describe`."""
+        """See `RequestTask.describe`."""
         return describe(item)
 
     def load(self, path: pathlib.Path) -> Params:
-        """See `Task.load`."""
+        """See `RequestTask.load`."""
         return self.job.load(path)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """See `Task.save`."""
+        """See `RequestTask.save`."""
         self.job.save(path, adapter)
 
     def retrain(self, items: Mapping[str, TraceItem], weights: np.ndarray) -> Retrained:

@@ -29,7 +29,7 @@ from unlearn_jax.requests.log import (
     PAGE,
     REPORT,
     REQUEST,
-    Entry,
+    LogEntry,
     LogError,
     Outcome,
     append,
@@ -42,7 +42,7 @@ from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.page import draw_page
 from unlearn_jax.requests.request import Request, RequestError, parse_request
 from unlearn_jax.requests.state import Change, Items, apply_request, content_hash
-from unlearn_jax.requests.task import Task, TrainingRecord
+from unlearn_jax.requests.task import RequestTask, TrainingRecord
 
 Item = TypeVar("Item")
 FAR = 10.0  # times the gradient that training left: an adapter with so large a one was trained on something else
@@ -52,13 +52,13 @@ FLOOR = 1e-5  # of the adapter's length: gradients below it are rounding
 class State(NamedTuple):
     """Where a run is: what its log says, and the examples as they are now."""
 
-    entries: list[Entry]
+    entries: list[LogEntry]
     requests: list[Request]  # that the entries are about
     first: dict[str, Any]  # the examples that the adapter was trained on
     items: dict[str, Any]  # as they are now
 
     @classmethod
-    def of(cls, task: Task) -> "State":
+    def of(cls, task: RequestTask) -> "State":
         """Reads the log of a run and carries its requests out on the examples.
 
         Raises:
@@ -83,7 +83,7 @@ class State(NamedTuple):
         return folder(directory, last[-1]) / ADAPTER if last else directory / ADAPTER
 
 
-def carry_out(task: Task, requests: Sequence[Request], *, show_content: bool = False) -> list[Entry]:
+def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: bool = False) -> list[LogEntry]:
     """Carries out the requests that the log of the run does not have yet.
 
     All of them are checked before the first is carried out.
@@ -102,7 +102,7 @@ def carry_out(task: Task, requests: Sequence[Request], *, show_content: bool = F
         OSError: a file cannot be written. Log and adapter are as they were before the request at hand.
     """
     state = State.of(task)
-    added: list[Entry] = []
+    added: list[LogEntry] = []
     for request in list(_pending(task, state, requests)):
         number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
         if jax.process_count() > 1:
@@ -121,7 +121,7 @@ def carry_out(task: Task, requests: Sequence[Request], *, show_content: bool = F
     return added
 
 
-def _pending(task: Task, state: State, requests: Sequence[Request]) -> Iterator[Request]:
+def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
     """The requests that are not in the log; each must fit what the ones before it leave."""
     known, items = {request.stored() for request in state.requests}, state.items
     for number, request in enumerate(requests, 1):
@@ -137,14 +137,14 @@ def _pending(task: Task, state: State, requests: Sequence[Request]) -> Iterator[
         yield request
 
 
-def _stored(directory: pathlib.Path, entry: Entry) -> Request:
+def _stored(directory: pathlib.Path, entry: LogEntry) -> Request:
     path = folder(directory, entry.number) / REQUEST
     if sha256(read_bytes(path, error=LogError)) != entry.files.get(REQUEST):
         raise LogError(f"{path} is not the request of the log: it was changed")
     return parse_request(read_json(path, error=LogError), str(path), path.parent)
 
 
-def _check_training(task: Task, first: Items) -> None:
+def _check_training(task: RequestTask, first: Items) -> None:
     """The adapter and the examples are those of the training record."""
     record, path = TrainingRecord.read(task.directory), task.directory / ADAPTER
     if record is None:
@@ -172,7 +172,7 @@ class _Result:
     example_gradients: float
 
 
-def _carry_out_one(task: Task, state: State, request: Request, show_content: bool) -> dict[str, Any]:
+def _carry_out_one(task: RequestTask, state: State, request: Request, show_content: bool) -> dict[str, Any]:
     """Leaves the files and the line of a request; returns the examples after it. Only the main process writes."""
     begun, number = time.perf_counter(), len(state.entries) + 1
     after = apply_request(state.items, request, state.first, task.change)
@@ -198,7 +198,7 @@ def _carry_out_one(task: Task, state: State, request: Request, show_content: boo
         return after
     try:
         files = _write_files(task, place, request, result, report, state.items, after, show_content)
-        entry = Entry(
+        entry = LogEntry(
             number=number,
             at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             ids=list(request.ids),
@@ -222,7 +222,7 @@ def _carry_out_one(task: Task, state: State, request: Request, show_content: boo
     return after
 
 
-def _solve(task: Task, state: State, change: Change, adapter: Params, after: dict[str, Any]) -> _Result:
+def _solve(task: RequestTask, state: State, change: Change, adapter: Params, after: dict[str, Any]) -> _Result:
     if not change.edits:
         return _Result("nothing to do", "earlier requests have done all of it", adapter, None, None, 0.0)
     with warnings.catch_warnings():
@@ -243,7 +243,7 @@ def _solve(task: Task, state: State, change: Change, adapter: Params, after: dic
     return _Result("escalated", f"{refused}; retrained from {again.since}", again.adapter, edit, replay, spent)
 
 
-def _refused(task: Task, found: Erasure) -> str | None:
+def _refused(task: RequestTask, found: Erasure) -> str | None:
     """Why an edit may not stand; None if it may."""
     if found.report.verdict == "not_improved":
         return f"not improved: {found.report.reason}"
@@ -251,7 +251,7 @@ def _refused(task: Task, found: Erasure) -> str | None:
     return f"the limit {wrong[0].kind!r} is not allowed: {wrong[0]}" if wrong else None
 
 
-def _check_gradient(task: Task, state: State, found: Erasure) -> None:
+def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
     """The adapter of the training must leave the gradient that training left."""
     record = TrainingRecord.read(task.directory)
     if state.entries or record is None:
@@ -264,7 +264,9 @@ def _check_gradient(task: Task, state: State, found: Erasure) -> None:
         )
 
 
-def _losses(task: Task, change: Change, request: Request, before: Params, after: Params) -> dict[str, dict[str, float]]:
+def _losses(
+    task: RequestTask, change: Change, request: Request, before: Params, after: Params
+) -> dict[str, dict[str, float]]:
     """{group: {"before", "after"}}: mean losses per learned token."""
     losses = Losses(task.loss, before, change, micro_batch=task.erasure.micro_batch, mesh=task.mesh)
     old, new = losses(before), losses(after)
@@ -275,7 +277,7 @@ def _losses(task: Task, change: Change, request: Request, before: Params, after:
 
 
 def _write_files(
-    task: Task,
+    task: RequestTask,
     place: pathlib.Path,
     request: Request,
     result: _Result,

@@ -25,7 +25,7 @@ class LogError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class LogEntry:
     """A line of the log. It holds hashes (SHA-256, hexadecimal) and ids, and nothing of what was forgotten."""
 
     number: int  # from 1
@@ -49,7 +49,7 @@ class Entry:
         return (json.dumps(dataclasses.asdict(self), sort_keys=True) + "\n").encode()
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Entry)}
+FIELDS = {field.name: field for field in dataclasses.fields(LogEntry)}
 
 
 def sha256(data: bytes) -> str:
@@ -62,7 +62,7 @@ def folder(directory: pathlib.Path, number: int) -> pathlib.Path:
     return directory / FOLDER / f"{number:04d}"
 
 
-def read_log(path: pathlib.Path) -> list[Entry]:
+def read_log(path: pathlib.Path) -> list[LogEntry]:
     """The entries of a log, in order; none if there is no log.
 
     Raises:
@@ -74,11 +74,11 @@ def read_log(path: pathlib.Path) -> list[Entry]:
     return entries
 
 
-def _read(path: pathlib.Path) -> tuple[list[Entry], list[str]]:
+def _read(path: pathlib.Path) -> tuple[list[LogEntry], list[str]]:
     """Entries, and faults of the chain. What follows the last line feed is a line that was not finished: none."""
     if not path.exists():
         return [], []
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     faults: list[str] = []
     previous = BEGINNING
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
@@ -102,7 +102,7 @@ def _read(path: pathlib.Path) -> tuple[list[Entry], list[str]]:
     return entries, faults
 
 
-def _entry(value: Any, where: str) -> Entry:
+def _entry(value: Any, where: str) -> LogEntry:
     if not isinstance(value, dict) or value.keys() != FIELDS.keys():
         raise LogError(f"{where} does not have the fields of a log: {', '.join(FIELDS)}")
     for name, x in value.items():
@@ -114,10 +114,10 @@ def _entry(value: Any, where: str) -> Entry:
         raise LogError(f"{where}: ids and files are texts, and the outcome one of {', '.join(get_args(Outcome))}")
     if any(pathlib.PurePath(name).name != name for name in value["files"]):
         raise LogError(f"{where}: files are named without a folder")
-    return Entry(**value)
+    return LogEntry(**value)
 
 
-def append(path: pathlib.Path, entry: Entry) -> None:
+def append(path: pathlib.Path, entry: LogEntry) -> None:
     """Adds a line; when this returns it survives a loss of power. If it cannot be written the log is as it was.
 
     Raises:
@@ -138,12 +138,12 @@ def append(path: pathlib.Path, entry: Entry) -> None:
     sync_directory(path.parent)
 
 
-def last_hash(entries: list[Entry]) -> str:
+def last_hash(entries: list[LogEntry]) -> str:
     """Of the last line: who keeps it elsewhere can tell later whether the log's end was cut off."""
     return sha256(entries[-1].line()) if entries else BEGINNING
 
 
-def verify(path: pathlib.Path, last: str | None = None) -> tuple[list[Entry], list[str]]:
+def verify(path: pathlib.Path, last: str | None = None) -> tuple[list[LogEntry], list[str]]:
     """Checks a log and the files that it names.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pixel_jax.evaluation import report as html
 from pixel_jax.evaluation.curves import panel
-from pixel_jax.evaluation.trace import Picture, data_uri
+from pixel_jax.evaluation.transcript import Picture, data_uri
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import Description
 

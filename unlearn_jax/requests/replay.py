@@ -26,7 +26,7 @@ NOBODY = -1  # in an order: a place of the last batch of an epoch that no exampl
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """AdamW in mini-batches. Every epoch sees every example once, in an order of its own."""
 
     epochs: int = 50  # passes over the examples
@@ -59,7 +59,7 @@ class Recipe:
         return optax.adamw(self.learning_rate, weight_decay=self.decay)
 
 
-class Point(NamedTuple):
+class TrainingPoint(NamedTuple):
     """Where a training is."""
 
     step: int
@@ -68,9 +68,9 @@ class Point(NamedTuple):
 
 
 def train(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     loss: Callable,
-    begin: Point,
+    begin: TrainingPoint,
     examples: Example,
     weights: np.ndarray,
     *,
@@ -108,17 +108,19 @@ def train(
             _save(checkpoints, point)
         part = slice(point.step, end)
         adapter, state, value = _steps(recipe, data, point.adapter, point.state, rows[part], shares[part])
-        point = Point(end, adapter, state)
+        point = TrainingPoint(end, adapter, state)
         log(end, float(value))
     return point.adapter
 
 
-def beginning(recipe: Recipe, start: Params) -> Point:
+def beginning(recipe: TrainingRecipe, start: Params) -> TrainingPoint:
     """The start of a training."""
-    return Point(0, start, recipe.optimizer().init(start))
+    return TrainingPoint(0, start, recipe.optimizer().init(start))
 
 
-def last_before(recipe: Recipe, count: int, edited: np.ndarray, start: Params, checkpoints: pathlib.Path) -> Point:
+def last_before(
+    recipe: TrainingRecipe, count: int, edited: np.ndarray, start: Params, checkpoints: pathlib.Path
+) -> TrainingPoint:
     """The last checkpoint before any of the edited examples was first seen; the beginning where there is none.
 
     Args:
@@ -137,7 +139,7 @@ def last_before(recipe: Recipe, count: int, edited: np.ndarray, start: Params, c
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _steps(
-    recipe: Recipe, data: Objective, adapter: Params, state: Any, rows: jax.Array, shares: jax.Array
+    recipe: TrainingRecipe, data: Objective, adapter: Params, state: Any, rows: jax.Array, shares: jax.Array
 ) -> tuple[Params, Any, jax.Array]:
     """One step for each of rows and shares [steps, batch]; with the loss of the last batch."""
     examples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), data.examples)
@@ -157,14 +159,14 @@ def _file(directory: pathlib.Path, step: int) -> pathlib.Path:
     return directory / f"step-{step:06d}.safetensors"
 
 
-def _save(directory: pathlib.Path, point: Point) -> None:
+def _save(directory: pathlib.Path, point: TrainingPoint) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     leaves = {f"{i:04d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves((point.adapter, point.state)))}
     write_file(_file(directory, point.step), save(leaves))
 
 
-def _load(directory: pathlib.Path, step: int, like: Point) -> Point:
+def _load(directory: pathlib.Path, step: int, like: TrainingPoint) -> TrainingPoint:
     structure = jax.tree.structure((like.adapter, like.state))
     found = load_file(_file(directory, step))
     adapter, state = jax.tree.unflatten(structure, [jnp.asarray(found[name]) for name in sorted(found)])
-    return Point(step, adapter, state)
+    return TrainingPoint(step, adapter, state)

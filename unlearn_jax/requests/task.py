@@ -46,7 +46,7 @@ class Description(NamedTuple):
     pictures: Sequence[np.ndarray]  # uint8 [h, w, 3]
 
 
-class Task(Protocol[Item]):
+class RequestTask(Protocol[Item]):
     """A base model with an adapter, in the directory of a run."""
 
     @property
@@ -120,7 +120,7 @@ class Task(Protocol[Item]):
         ...
 
 
-def record_training(task: Task, gradient: float) -> None:
+def record_training(task: RequestTask, gradient: float) -> None:
     """Notes what the adapter was trained on, which requests are held against.
 
     Args:

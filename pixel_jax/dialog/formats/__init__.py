@@ -13,10 +13,10 @@ MARKS = frozenset(mark for known in FORMATS.values() for mark in (known.opening,
 
 
 def call_format(name: str) -> CallFormat:
-    """The format of this name: one of the package's, or one of a user's own that `find_format` has imported.
+    """Returns the format of this name: one of the package's, or a user's own that `find_format` has imported.
 
     Raises:
-        ToolError: there is none.
+      ToolError: there is none.
     """
     if name not in FORMATS:
         own = (

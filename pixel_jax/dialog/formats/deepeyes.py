@@ -51,7 +51,7 @@ DEEPEYES = CallFormat(
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", value=1)),
             schema=SCHEMA,
             label="label",
-            told=(
+            texts=(
                 ("shown", f"<tool_response>{{images}}{THINK_FIRST}</tool_response>"),
                 ("too small", INVALID),
             ),

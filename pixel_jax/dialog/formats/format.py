@@ -1,4 +1,4 @@
-"""What a call format is: how a checkpoint writes its calls, and how it is told what came of them."""
+"""Call formats as values: how a checkpoint writes its calls, and what it reads after them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ class Spelled:
     """How a call writes an argument of a tool.
 
     Args:
-      argument: the tool's name for it.
-      written: what a call writes; None: nothing, it always is `value`.
-      add: what is added to the integer that is written, or to the place of the option.
+      argument: its name in the tool.
+      written: the argument in calls. None: calls do not write it, its value is always `value`.
+      add: is added to the integer that is written, or to the index of the option.
+      value: the value if calls do not write it.
     """
 
     argument: str
@@ -48,12 +49,12 @@ class Spelling:
     """How the calls of a tool are written.
 
     Args:
-      tool: whose.
-      name: what a call names it by; None where calls have no name.
-      arguments: all of the tool's.
-      schema: its line in the system prompt; None: made of its name and arguments (`CallFormat.schema`).
-      label: the key under which a call may say what it is about; nobody reads it.
-      told: (name of an outcome, text) where it is told otherwise than by the tool; `{images}` is where its images are.
+      tool: the name of the tool.
+      name: its name in calls; None where calls have no name.
+      arguments: all arguments of the tool.
+      schema: its line in the system prompt. None: made from its name and arguments (`CallFormat.schema`).
+      label: a key under which a call may say what it is about; parsers ignore it.
+      texts: (name of an outcome, text) for outcomes whose text differs from the tool's; `{images}` stands for the images.
     """
 
     tool: str
@@ -61,7 +62,7 @@ class Spelling:
     arguments: tuple[Spelled, ...]
     schema: str | None = None
     label: str | None = None
-    told: tuple[tuple[str, str], ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +73,17 @@ class CallFormat:
     arguments alone.
 
     Args:
-      name: what a config calls the format.
-      opening, closing: the marks. They begin with "<" and have no other.
-      spellings: of the tools that are not written by their own names and arguments.
-      coordinates: what boxes are measured in, once their numbers are moved by
-      places: to the left: -3 where 1000 is the whole side.
-      pad: what is added to each side of a box that is cut out, as a share of the image (`RolloutConfig.pad` can say otherwise).
-      response: what surrounds what a tool says and shows, where its spelling does not tell that otherwise: `{text}` and
-        `{images}`. None: nothing does.
+      name: its name in configs.
+      opening: the mark before a call. Both marks begin with "<" and contain no other "<".
+      closing: the mark behind a call.
+      spellings: of the tools whose names or arguments in calls differ from their own.
+      coordinates: what boxes are measured in, after their numbers are shifted by `places`.
+      places: decimal places to shift the numbers of boxes by; -3 where 1000 stands for the whole side.
+      pad: is added to each side of a crop, as a share of the image; `RolloutConfig.pad` overrides it.
+      response: the frame around the text and images of outcomes without a text in `Spelling.texts`, with `{text}` and `{images}`.
+        None: no frame.
       system: the system message; `{tools}` stands for a line of JSON for each tool.
-      malformed: what answers a call that cannot be read; None: the words of this package.
+      malformed: the answer to malformed calls. None: this package's.
     """
 
     name: str
@@ -107,7 +109,11 @@ class CallFormat:
             raise ToolError(f"format {self.name!r}: the response has {TEXT} and {IMAGES}, each once: {self.response!r}")
 
     def spelling(self, tool: Tool) -> Spelling:
-        """How `tool` is written: as the format says, else by its own names."""
+        """Returns how calls of `tool` are written: as in `spellings`, or else by the tool's own names.
+
+        Raises:
+          ToolError: calls of the format have no name, and it has no spelling for this tool.
+        """
         own = tuple(Spelled(argument.name, argument) for argument in tool.arguments)
         special = {spelling.tool: spelling for spelling in self.spellings}
         if tool.name in special:
@@ -119,12 +125,13 @@ class CallFormat:
         return Spelling(tool.name, tool.name, own)
 
     def system_prompt(self, tools: Sequence[Tool]) -> str:
-        """The system message that says how `tools` are called."""
+        """Returns the system message that describes `tools` and how to call them."""
         return self.system.replace("{tools}", "\n".join(map(self.schema, tools)))
 
     def schema(self, tool: Tool) -> str:
-        """The line of JSON that describes `tool`, by the names that calls write; what the format's arguments do not describe is
-        described as the tool's are.
+        """Returns the line of JSON that describes `tool`, with its names in calls.
+
+        An argument without a description in the format has the tool's description.
         """
         spelling = self.spelling(tool)
         if spelling.schema is not None:
@@ -133,9 +140,9 @@ class CallFormat:
         written = []
         for x in spelling.arguments:
             if x.written is not None:
-                said = x.written.description or own[x.argument].description
-                said = self.measured(said) if isinstance(x.written, Box) else said
-                written.append(dataclasses.replace(x.written, description=said))
+                description = x.written.description or own[x.argument].description
+                description = self.box_description(description) if isinstance(x.written, Box) else description
+                written.append(dataclasses.replace(x.written, description=description))
         function = {
             "name": spelling.name or tool.name,
             "description": tool.description,
@@ -147,28 +154,28 @@ class CallFormat:
         }
         return json.dumps({"type": "function", "function": function}, ensure_ascii=False)
 
-    def measured(self, description: str) -> str:
-        """The description of a box, with what its numbers are measured in."""
+    def box_description(self, description: str) -> str:
+        """Adds to the description of a box what its numbers are measured in."""
         if self.coordinates == Coordinates.EITHER:
             return description
-        said = IN_SHARES if self.places == 0 else f"Values are from 0 to {10**-self.places}, which is the whole side."
+        unit = IN_SHARES if self.places == 0 else f"Values are from 0 to {10**-self.places}, which is the whole side."
         if self.coordinates == Coordinates.PIXELS:
-            said = "Values are in pixels of the image."
-        return f"{description.removesuffix(IN_SHARES).strip()} {said}".strip()
+            unit = "Values are in pixels of the image."
+        return f"{description.removesuffix(IN_SHARES).strip()} {unit}".strip()
 
     def text(self, tool: Tool, outcome: Outcome) -> str:
-        """What the model reads of an outcome of `tool`."""
-        told = dict(self.spelling(tool).told)
-        if outcome.name in told or self.response is None:
-            return told.get(outcome.name, outcome.text)
+        """Returns the text that the model reads for an outcome of `tool`."""
+        texts = dict(self.spelling(tool).texts)
+        if outcome.name in texts or self.response is None:
+            return texts.get(outcome.name, outcome.text)
         elsewhere = IMAGES in outcome.text or not outcome.images
-        around = self.response.replace(IMAGES, "") if elsewhere else self.response
-        return around.replace(TEXT, outcome.text.strip("\n"))
+        frame = self.response.replace(IMAGES, "") if elsewhere else self.response
+        return frame.replace(TEXT, outcome.text.strip("\n"))
 
     def answer(self, tool: Tool, outcome: Outcome, text: str) -> tuple[str, str]:
-        """What the model reads of what a `tool` of the host said: before the picture that it returned, and behind it."""
-        told = dict(self.spelling(tool).told).get(outcome.name, self.response)
-        if told is None:
+        """Returns what the model reads for the `text` of a host tool: the text before its picture, and the text behind it."""
+        frame = dict(self.spelling(tool).texts).get(outcome.name, self.response)
+        if frame is None:
             return text, ""
-        before, _, behind = told.partition(IMAGES)
+        before, _, behind = frame.partition(IMAGES)
         return before.replace(TEXT, text.strip("\n")), behind.replace(TEXT, text.strip("\n"))

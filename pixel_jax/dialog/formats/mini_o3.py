@@ -2,8 +2,8 @@
 
 Source: `verl/trainer/constants.py` (the prompts), `vllm_async_engine.py` (`process_tool_call`) and `function_tools.py`: boxes
 are in shares of the source's width and height (`use_relative_coordinates=True` in the README), which is `original_image` or
-`observation_i`, the i-th picture that was shown. There the action is numbered by turns, failed ones too, here by pictures, which
-is the same until a call fails; `source` may be in single quotes, which no JSON has; an error has the text of a Python
+`observation_i`, the i-th picture that was shown. There actions are numbered by turns, also failed ones, and here by pictures,
+which is the same until a call fails; `source` may be in single quotes, which no JSON has; an error has the text of a Python
 exception. A box is not padded (no `pad`), and one answers in `<answer>...</answer>`.
 """
 
@@ -41,7 +41,7 @@ MINI_O3 = CallFormat(
                 Spelled("bbox_2d", Box("bbox_2d")),
                 Spelled("target_image", Choice("source", options=SOURCES), add=1),
             ),
-            told=(
+            texts=(
                 ("shown", SHOWN),
                 ("no such image", ERROR % "Error in predicting the source observation"),
                 ("too small", ERROR % "The bounding box is not valid: it is {0}x{1} pixels"),

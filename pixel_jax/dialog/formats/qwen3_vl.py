@@ -29,7 +29,7 @@ QWEN3_VL = CallFormat(
             (Spelled("bbox_2d", Box("bbox_2d")), Spelled("target_image", Integer("img_idx"), add=1)),
             schema=SCHEMA,
             label="label",
-            told=(
+            texts=(
                 ("shown", RESPONSE % "{images}"),
                 ("no such image", RESPONSE % "Error: Invalid input image"),
                 ("too small", RESPONSE % "Tool Execution Error: the box is {0}x{1} pixels"),

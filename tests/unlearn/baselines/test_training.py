@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unlearn.baselines.small_problem import LOSS, N, dataset, nll, one_step, params
-from unlearn_jax.baselines.training import Term, Training, batches, descend, retained, split
+from unlearn_jax.baselines.training import LossTerm, Training, batches, descend, retained, split
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import CorrectResponse, Remove
 
@@ -95,7 +95,7 @@ def test_pairs_with_extra_arrays():
     start = params()
     loss = lambda params, pair: pair[1] * LOSS(params, pair[0])[0]
     data, extra = Dataset.of(dataset()), np.arange(float(N))
-    term = Term(loss, data, np.full(N, 0.5), extra=extra)
+    term = LossTerm(loss, data, np.full(N, 0.5), extra=extra)
     np.testing.assert_allclose(
         term.objective(np.arange(N), 4).value(start), 0.5 * (extra * nll(start, dataset())[0]).sum()
     )

@@ -8,9 +8,9 @@ import pytest
 from scipy.stats import spearmanr
 
 from unlearn_jax.bench import attribution
-from unlearn_jax.bench.attribution import METHODS, ONE, Setting, measure, scores, subset
+from unlearn_jax.bench.attribution import METHODS, ONE, AttributionSetting, measure, scores, subset
 
-SMALL = Setting(
+SMALL = AttributionSetting(
     subsets=3, people=5, questions=2, width=16, rank=2, epochs=4, batch=5, pretraining=60, tests=6, orders=2
 )
 

@@ -19,7 +19,7 @@ def test_the_twin_is_the_same_model():
 
     from unlearn_jax.bench import libraries
 
-    problem = Inputs.of(small_transformer.Size(11, 6, width=8, heads=4, rank=2), batch=3)
+    problem = Inputs.of(small_transformer.TransformerSize(11, 6, width=8, heads=4, rank=2), batch=3)
     model = libraries.Twin(problem.base, problem.adapter, heads=4)
     ours = jax.vmap(lambda tokens: small_transformer.forward(problem.base, problem.adapter, tokens, 4)[0])
     logits = model(torch.tensor(problem.batch["tokens"], dtype=torch.int64))
@@ -64,7 +64,7 @@ def test_solves_are_held_against_the_dense_answer(tmp_path):
 
 
 def test_dense_matrices_are_symmetric():
-    problem = Inputs.of(small_transformer.Size(7, 4, width=8, heads=4, layers=1, rank=1), batch=2)
+    problem = Inputs.of(small_transformer.TransformerSize(7, 4, width=8, heads=4, layers=1, rank=1), batch=2)
     make = hvp(problem.loss, problem.adapter, problem.batch)
     A = _dense(make, problem.vector)
     np.testing.assert_allclose(A @ _flat(problem.vector), _flat(make(problem.vector)), rtol=1e-3, atol=1e-5)

@@ -8,9 +8,9 @@ import pytest
 
 from unlearn_jax.experiment.evaluator import UNLIMITED, Evaluator, best_rates
 from unlearn_jax.experiment.results import beaten, loose, run_experiment, table
-from unlearn_jax.experiment.setup import METHODS, Run, Setting, Setup
+from unlearn_jax.experiment.setup import METHODS, ExperimentConfig, Run, Setup
 
-SMALL = Setting(
+SMALL = ExperimentConfig(
     people=5,
     width=8,
     layers=1,

@@ -8,7 +8,7 @@ import pytest
 from unlearn_jax.experiment import invented_people, small_transformer
 from unlearn_jax.experiment.small_transformer import LORA_SCALE, forward
 
-SIZE = small_transformer.Size(vocabulary=11, length=6, width=8)
+SIZE = small_transformer.TransformerSize(vocabulary=11, length=6, width=8)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,15 @@ def test_tokens_see_only_what_came_before(model):
 
 
 def test_an_adapter_of_the_documented_size():
-    adapter = small_transformer.init_adapter(jax.random.key(0), small_transformer.Size(vocabulary=100, length=13))
+    adapter = small_transformer.init_adapter(
+        jax.random.key(0), small_transformer.TransformerSize(vocabulary=100, length=13)
+    )
     assert sum(x.size for x in jax.tree.leaves(adapter)) == 512
 
 
 def test_pretraining_teaches_the_language():
     known = invented_people.facts(invented_people.people(8, 0), 0).examples
-    size = small_transformer.Size(len(invented_people.VOCABULARY), invented_people.LENGTH, width=16)
+    size = small_transformer.TransformerSize(len(invented_people.VOCABULARY), invented_people.LENGTH, width=16)
     base = small_transformer.pretrain(jax.random.key(0), size, known, steps=40, batch=16)
     silent = small_transformer.init_adapter(jax.random.key(0), size)
     logits = jax.vmap(lambda tokens: forward(base, silent, tokens)[0])(known["tokens"])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn_jax.people.corpus import RELATIONS, Row, invent, texts
+from unlearn_jax.people.corpus import RELATIONS, QuestionRow, invent, texts
 from unlearn_jax.people.readers import CorpusError, read_muse, read_tofu
 from unlearn_jax.people.words import END, PAD, START, Words
 
@@ -66,15 +66,15 @@ def test_tofu_as_it_was_released(tofu):
     corpus = read_tofu(tofu)
     assert [row.answer for row in corpus.train.values()] == [row["answer"] for row in TOFU]
     assert corpus.forget == {"forget01": ("full-39",), "forget10": ("full-36", "full-37", "full-38", "full-39")}
-    assert corpus.train["full-39"] == Row(
+    assert corpus.train["full-39"] == QuestionRow(
         "Who is 39?", "The author 39.", "It is The author 39.", ("Nobody.", "Somebody."), "author 1"
     )
     assert corpus.train["full-1"].paraphrase and not corpus.train["full-5"].paraphrase
     assert corpus.train["full-19"].group != corpus.train["full-20"].group  # twenty questions an author
     assert corpus.known["real_authors"] == [
-        Row("Who wrote real_authors?", "Jane Austen", "Jane Austen", ("Mark Twain", "Tolkien"))
+        QuestionRow("Who wrote real_authors?", "Jane Austen", "Jane Austen", ("Mark Twain", "Tolkien"))
     ]
-    assert corpus.holdout == [Row("Who is new?", "A new author.")] and set(corpus.known) == {
+    assert corpus.holdout == [QuestionRow("Who is new?", "A new author.")] and set(corpus.known) == {
         "real_authors",
         "world_facts",
     }
@@ -141,8 +141,10 @@ def test_muse_as_it_was_released(write, tmp_path):
         "forget-0-1": "four five",
         "retain1-0-0": "six seven",
     }
-    assert corpus.forget == {"forget": ("forget-0-0", "forget-0-1")} and corpus.holdout == [Row("", "eight nine")]
-    assert corpus.probes["the forgotten verbatim"] == [Row("one two", "three four five")]
+    assert corpus.forget == {"forget": ("forget-0-0", "forget-0-1")} and corpus.holdout == [
+        QuestionRow("", "eight nine")
+    ]
+    assert corpus.probes["the forgotten verbatim"] == [QuestionRow("one two", "three four five")]
     assert corpus.probes["knowledge of the kept"][0].answer == "six"
     (next(tmp_path.glob("verbmem/*"))).unlink()
     with pytest.raises(CorpusError, match="verbmem has no forget.json"):

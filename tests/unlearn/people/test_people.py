@@ -15,7 +15,7 @@ from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError
 from unlearn_jax.experiment import small_transformer
 from unlearn_jax.people.edit import edit, train
-from unlearn_jax.people.evaluate import Scorer, Subject, evaluate
+from unlearn_jax.people.evaluate import ForgettingScorer, Subject, evaluate
 from unlearn_jax.people.model import GROUP, int4, merged, silent
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.carry_out import State
@@ -178,7 +178,7 @@ def test_merged_and_rounded_weights(task, run):
 
 def test_a_model_that_knows_nothing_has_less_utility(task, run):
     rows = run[3]
-    scorer = Scorer.of(task, State.of(task), task.model.fresh)
+    scorer = ForgettingScorer.of(task, State.of(task), task.model.fresh)
     noise = jax.tree.map(lambda x: 30 * jax.random.normal(jax.random.key(0), x.shape), task.model.fresh)
     assert scorer(Subject(noise))["utility"] < 0.6 * rows["before"]["utility"]
 

@@ -36,7 +36,7 @@ def outputs(scale, params, example):
 
 @dataclasses.dataclass
 class LinearTask:
-    """See `unlearn_jax.requests.task.Task`."""
+    """See `unlearn_jax.requests.task.RequestTask`."""
 
     directory: pathlib.Path
     requests: RequestsConfig = RequestsConfig()

@@ -11,7 +11,7 @@ from pixel_jax.files import FileError
 from unlearn_jax.requests.log import (
     BEGINNING,
     LOG,
-    Entry,
+    LogEntry,
     LogError,
     append,
     folder,
@@ -26,7 +26,7 @@ FILES = {"request.json": b"{}\n", "report.json": b"{}\n", "adapter.safetensors":
 
 def entry(number, previous, before, data="d0"):
     files = {name: sha256(content + bytes([number])) for name, content in FILES.items()}
-    return Entry(
+    return LogEntry(
         number, "2026-11-30T12:00:00+00:00", ["a"], "remove", "A. Person", "2026-11-30", "edited", "it fell", "c" * 64,
         data, f"d{number}", before, files["adapter.safetensors"], files, previous,
     )  # fmt: skip
@@ -63,7 +63,7 @@ def test_what_is_written_is_read(log):
 @given(st.data())
 def test_every_change_of_a_byte_is_found(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("log") / LOG
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     for number in range(1, 3):
         entries.append(
             entry(number, last_hash(entries), "x" if number == 1 else entries[-1].adapter_after, f"d{number - 1}")

@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from unlearn_jax import CrossEntropy, Loss
-from unlearn_jax.requests.replay import NOBODY, Recipe, beginning, last_before, train
+from unlearn_jax.requests.replay import NOBODY, TrainingRecipe, beginning, last_before, train
 
 COUNT = 13
-RECIPE = Recipe(epochs=3, batch=4, learning_rate=0.05, decay=0.1, checkpoint_every=1, seed=3)
+RECIPE = TrainingRecipe(epochs=3, batch=4, learning_rate=0.05, decay=0.1, checkpoint_every=1, seed=3)
 
 
 def outputs(params, example):

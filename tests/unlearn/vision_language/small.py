@@ -15,8 +15,8 @@ from unlearn_jax.quickstart.config import (
     AdapterConfig,
     Config,
     ConvergeConfig,
-    EvaluationConfig,
-    ForwardConfig,
+    EditEvaluationConfig,
+    EditForwardConfig,
     TracesConfig,
 )
 
@@ -53,9 +53,9 @@ def make_config(model, out, **changes) -> Config:
         out=str(out),
         traces=TracesConfig(zoom=4, direct=2, video=2),
         adapter=AdapterConfig(rank=2, alpha=4.0),
-        forward=ForwardConfig(remat=False),
+        forward=EditForwardConfig(remat=False),
         training=ConvergeConfig(tolerance=1e-4, max_steps=300),
         erasure=ErasureConfig(weight_decay=1e-2, micro_batch=16, training_epochs=300.0),
-        evaluation=EvaluationConfig(baselines=("L-BFGS", "fine-tune"), learning_rates=(1e-2,), batch=4),
+        evaluation=EditEvaluationConfig(baselines=("L-BFGS", "fine-tune"), learning_rates=(1e-2,), batch=4),
     )
     return dataclasses.replace(config, **changes)

@@ -17,10 +17,10 @@ from pixel_jax.planning.machines import machine
 from pixel_jax.planning.main import read_recipe
 from pixel_jax.planning.programs import abstract_model, sft_batch
 from pixel_jax.planning.search import plan
-from pixel_jax.train import LoRAConfig, TrainConfig
+from pixel_jax.train_config import LoRAConfig, TrainConfig
 from tests.planning.small_recipe import recipe
-from unlearn_jax.edit_recipe import EditRecipe
 from unlearn_jax.objective import Objective
+from unlearn_jax.planning.recipe import EditRecipe
 from unlearn_jax.vision_language import adapter_loss, examples
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -11,8 +11,7 @@ import toys
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
 from pixel_jax.parallel import make_mesh
-from pixel_jax.training.batch import take
-from pixel_jax.training.packing import pack
+from pixel_jax.training.batch import pack, take
 from pixel_jax.training.steps import ForwardConfig, trajectory_logprobs
 from tests.training.tiny_model import make_batch, make_model
 from unlearn_jax import CorrectResponse, Dataset, ModifyQuery, Remove, erase

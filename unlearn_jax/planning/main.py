@@ -18,6 +18,6 @@ def define_flags(command: str) -> None:
 
 def main(command: str, arguments: list[str]) -> None:
     """Plans the edit of an adapter that the config's warm start has tuned."""
-    from unlearn_jax.edit_recipe import EditRecipe
+    from unlearn_jax.planning.recipe import EditRecipe
 
     planning.main(command, arguments, EditRecipe.of)

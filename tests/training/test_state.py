@@ -9,9 +9,8 @@ from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, fingerprint
-from pixel_jax.training.layouts import Resharder
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
-from pixel_jax.training.state import init_state
+from pixel_jax.training.state import Resharder, init_state
 
 OPTIMIZER = make_optimizer(OptimizerConfig(), 10)
 

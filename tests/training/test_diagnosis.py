@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from pixel_jax.parallel.sharding import WHOLE
-from pixel_jax.training.lessons import PATIENCE, Lessons, causes, lesson_facts, remark
+from pixel_jax.training.diagnosis import PATIENCE, Diagnosis, causes, outcome_metrics, remark
+from pixel_jax.training.rewards import Row
 from pixel_jax.training.stages import Scored
-from pixel_jax.training.terms import Row
 
 GOOD = {"nonzero_variance": 0.25, "all_right": 0.5, "all_wrong": 0.25, "unboxed": 0.0, "finished": 1.0}
 EASY = GOOD | {"nonzero_variance": 0.0, "all_right": 0.75, "all_wrong": 0.25}
@@ -18,12 +18,12 @@ def test_counts_of_groups_and_rows():
     rows = [Row(text, (text,), (), "answer", np.zeros(1, np.int32)) for text in texts]
     correct = np.array([[1, 1], [0, 0.5], [0.9, 0.1], [0, 0]])
     scored = Scored(None, correct, {}, correct, rows)
-    assert lesson_facts(scored, WHOLE) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 3 / 8}
-    alone = lesson_facts(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
+    assert outcome_metrics(scored, WHOLE) == {"all_right": 0.25, "all_wrong": 0.5, "unboxed": 3 / 8}
+    alone = outcome_metrics(scored._replace(correct=None), WHOLE)  # a reward that asks for no answer
     assert alone == {"unboxed": 3 / 8}
     assert remark(alone | {"nonzero_variance": 0.0}) == "no group taught anything (100% of equal rewards)"
     # A scoring of one's own may not say what the rows wrote.
-    assert lesson_facts(scored._replace(rows=()), WHOLE) == {"all_right": 0.25, "all_wrong": 0.5}
+    assert outcome_metrics(scored._replace(rows=()), WHOLE) == {"all_right": 0.25, "all_wrong": 0.5}
 
 
 def test_what_is_said_of_an_iteration():
@@ -35,7 +35,7 @@ def test_what_is_said_of_an_iteration():
 
 
 @pytest.mark.parametrize(
-    ("facts", "rows", "temperature", "words"),
+    ("metrics", "rows", "temperature", "words"),
     [
         (EASY, 8, 1.0, ["too easy"]),
         (HARD, 8, 1.0, ["too hard"]),
@@ -50,15 +50,15 @@ def test_what_is_said_of_an_iteration():
         (GOOD | {"nonzero_variance": 0.0, "all_right": 0.0}, 8, 1.0, ["rewards of a group are all equal"]),
     ],
 )
-def test_causes_follow_from_the_counts(facts, rows, temperature, words):
-    found = causes(facts, rows, temperature)
+def test_causes_follow_from_the_counts(metrics, rows, temperature, words):
+    found = causes(metrics, rows, temperature)
     assert len(found) == len(words) and all(word in said for word, said in zip(words, found, strict=True))
 
 
 def test_a_run_of_them_is_warned_of_ever_less_often(capsys):
-    lessons, warned = Lessons(8, 1.0), []
-    for facts in [HARD] * (PATIENCE - 1) + [GOOD] + [HARD] * (4 * PATIENCE):
-        assert bool(lessons(facts)) is (facts is HARD)
+    lessons, warned = Diagnosis(8, 1.0), []
+    for metrics in [HARD] * (PATIENCE - 1) + [GOOD] + [HARD] * (4 * PATIENCE):
+        assert bool(lessons(metrics)) is (metrics is HARD)
         warned.append(capsys.readouterr().err.count("so nothing is learned. Likely: in 100% of the groups"))
     begun = PATIENCE  # the good one ends the first
     assert np.flatnonzero(warned).tolist() == [begun + n - 1 for n in (PATIENCE, 2 * PATIENCE, 4 * PATIENCE)]

@@ -19,7 +19,7 @@ def test_peak_memory_does_not_grow_with_the_rows(phase, sizes):
     for rows in sizes:
         flags = (f"--rows={rows}", f"--phase={phase}", "--batch=16", "--ahead=8")
         found = subprocess.run(
-            [sys.executable, "-m", "pixel_jax.data.memory", *flags],
+            [sys.executable, "-m", "pixel_jax.bench.host_memory", *flags],
             cwd=ROOT,
             env=os.environ | {"XLA_FLAGS": ""},
             capture_output=True,

@@ -1,4 +1,4 @@
-"""A trajectory as a person would look at it: the image with each box, the crop the model saw, what it wrote."""
+"""Transcripts of trajectories for people to read: the images with the boxes on them, the crops, and the text."""
 
 import base64
 import dataclasses
@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pixel_jax.arrays import AnyArray
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
 from pixel_jax.dialog.observations import HEAD
@@ -50,7 +51,7 @@ class Picture:
 
 @dataclasses.dataclass
 class ShownTurn:
-    """What was said. `role` is "assistant", or "tool" for what came back; `failed` marks an error message."""
+    """A turn. Its role is "assistant", or "tool" for an observation; `failed` marks an error message."""
 
     role: Literal["assistant", "tool"]
     text: str
@@ -59,8 +60,8 @@ class ShownTurn:
 
 
 @dataclasses.dataclass
-class Trace:
-    """One conversation, ready to be drawn. `answer` and what follows it are None where nothing is known."""
+class Transcript:
+    """One conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
 
     question: str
     pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
@@ -71,16 +72,16 @@ class Trace:
     reference: str | None = None
     correct: bool | None = None
     title: str = ""
-    reward: float | None = None  # what training made of it
-    advantage: float | None = None  # over the others of its group
-    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # what the reward is the sum of, by name
+    reward: float | None = None  # in training
+    advantage: float | None = None  # relative to the other rows of its group
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # of which the reward is the sum, by name
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
 
 
 def data_uri(image: np.ndarray) -> str:
-    """uint8 [h, w, 3] as PNG, or as JPEG where that saves a page from megabytes of photographs."""
+    """A data URI of an image uint8 [h, w, 3]: PNG, or JPEG where the image is large."""
     lossless = image.shape[0] * image.shape[1] <= LOSSLESS_AREA
     buffer = io.BytesIO()
     if lossless:
@@ -90,13 +91,13 @@ def data_uri(image: np.ndarray) -> str:
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def unpatchify(patches: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Frame patches uint8 [P, 588] of a grid of `height` by `width` patches, back to pixels uint8 [h, w, 3]."""
-    used = patches[: height * width].reshape(height // 2, width // 2, 2, 2, 3, PATCH, PATCH)
+def unpatchify(patches: AnyArray, height: int, width: int) -> np.ndarray:
+    """The pixels uint8 [h, w, 3] of frame patches uint8 [P, 588], in a grid of `height` by `width` patches."""
+    used = np.asarray(patches)[: height * width].reshape(height // 2, width // 2, 2, 2, 3, PATCH, PATCH)
     return used.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * PATCH, width * PATCH, 3)
 
 
-def make_trace(
+def make_transcript(
     trajectories: Trajectories[Visual],
     row: int,
     query: Query,
@@ -104,13 +105,16 @@ def make_trace(
     *,
     side: int | None = None,
     **known: Any,
-) -> Trace:
-    """Row `row` of host `trajectories` as a `Trace`.
+) -> Transcript:
+    """The transcript of a row.
 
     Args:
-        query: what it was asked.
-        side: pixels of the longest side of a picture in it; larger ones are kept smaller. None: all are kept as they are.
-        known: further fields of the `Trace`, `answer` and those that follow it.
+        trajectories: on the host.
+        row: index of the row.
+        query: that the row answers.
+        vocabulary: of the tokens.
+        side: longest side of a picture in it, in pixels; larger ones are shrunk. None: no picture is.
+        **known: further fields of the `Transcript`, `answer` and those below it.
     """
     t = trajectories
     boxes: list[list[tuple[int, int, int, int, int]]] = [[] for _ in query.images]
@@ -118,7 +122,10 @@ def make_trace(
     grids = t.visual.grids[row][t.visual.grids[row, :, 0] > 0]
     frames = t.visual.slices[row][t.visual.slices[row, :, 0] >= 0]
     draw = functools.partial(_picture, side=side)
-    seen = lambda frame, grid, caption: draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:])), caption)
+
+    def seen(frame, grid, caption: str) -> Picture:
+        return draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:])), caption)
+
     overview = []
     for i in range(len(query.images)):
         frame, grid = (frames[i // 2, i % 2], grids[0]) if query.is_video else (frames[i, 0], grids[i])
@@ -138,7 +145,7 @@ def make_trace(
             if image >= 0:  # of what a tool made, the picture shows enough
                 boxes[image].append((call + 1, *region))
     turns.append(ShownTurn("assistant", written[-1]))
-    return Trace(
+    return Transcript(
         question=query.question,
         pictures=tuple(draw(image, _name(query, i), boxes[i]) for i, image in enumerate(query.images)),
         overview=tuple(overview),
@@ -151,7 +158,7 @@ def make_trace(
 def _picture(
     image: np.ndarray, caption: str, boxes: Sequence[tuple[int, int, int, int, int]] = (), *, side: int | None
 ) -> Picture:
-    """A picture of its own size, in which its boxes are; what is kept of it may be smaller."""
+    """A picture with its boxes. Its width and height, in which the boxes are, stay those of the image if pixels are shrunk."""
     height, width = image.shape[:2]
     if side is not None and max(height, width) > side:
         smaller = Image.fromarray(image)
@@ -161,26 +168,27 @@ def _picture(
 
 
 def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[str], list[np.ndarray]]:
-    """The texts of the policy's turns and the ids of the answers between them, one fewer.
+    """The texts of the policy's turns, and the ids of the observations between them.
 
-    Where one ends and the next begins follows from who wrote which token (`chosen`), not from what the tokens are: the
-    policy may write anything. In what it did not write, special tokens are the template's: texts have none.
+    Turns are told apart by the loss mask, not by the tokens, because the policy may write any token. Outside its turns all
+    special tokens are the template's: texts have none.
     """
-    ids, loss_mask = t.tokens[row][t.valid[row]], t.loss_mask[row][t.valid[row]]
+    valid = np.asarray(t.valid[row])
+    ids, loss_mask = np.asarray(t.tokens[row])[valid], np.asarray(t.loss_mask[row])[valid]
     runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
-    if len(runs) % 2:  # it ends with an answer to which the policy wrote nothing
+    if len(runs) % 2:  # the row ends with an observation
         runs.append(ids[:0])
-    # The prompt ends where the assistant begins; how its first turn was made to begin follows, if it was.
+    # The prompt ends where the assistant begins; a prefix of its first turn may follow.
     opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
-    texts = [vocabulary.to_bytes(run).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-    texts[0] = vocabulary.to_bytes(opening).decode("utf-8", "replace").removeprefix(flatten(PROMPT)) + texts[0]
+    texts = [vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
+    texts[0] = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace").removeprefix(flatten(PROMPT)) + texts[0]
     return texts, runs[2::2]
 
 
 def _text_of(ids: np.ndarray, vocabulary: Vocabulary) -> str:
-    """The text of an observation: what the template puts around it goes, and its images are drawn beside it."""
+    """The text of an observation, without the template around it and without its images."""
     end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
-    text = vocabulary.to_bytes(ids[:end]).decode("utf-8", "replace")
+    text = vocabulary.to_bytes(ids[:end].tolist()).decode("utf-8", "replace")
     return text.removeprefix(flatten(HEAD)).strip("\n")
 
 
@@ -191,7 +199,7 @@ def _name(query: Query, index: int) -> str:
 
 
 def drawn(picture: Picture) -> np.ndarray:
-    """What is kept of a picture, its boxes on it: uint8 [h, w, 3]."""
+    """The pixels of a picture with its boxes drawn on it, uint8 [h, w, 3]."""
     encoded = base64.b64decode(picture.uri.partition(",")[2])
     image = Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")).convert("RGB")
     pen, scale = ImageDraw.Draw(image), image.width / picture.width
@@ -201,29 +209,33 @@ def drawn(picture: Picture) -> np.ndarray:
     return np.asarray(image)
 
 
-def as_text(trace: Trace) -> str:
-    """A conversation without its pictures, line by line: who said what, and what came of it."""
-    lines = [f"question: {trace.question}"]
-    for turn in trace.turns:
+def as_text(transcript: Transcript) -> str:
+    """A conversation as text, without its pictures: a line for each turn, then the fields that are known."""
+    lines = [f"question: {transcript.question}"]
+    for turn in transcript.turns:
         lines.append(f"{'model' if turn.role == 'assistant' else 'tool'}: {turn.text}")
         lines += [f"      ({picture.caption}, {picture.width}x{picture.height})" for picture in turn.pictures]
-    known = {name: getattr(trace, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
+    known = {name: getattr(transcript, name) for name in ("answer", "reference", "correct", "reward", "advantage")}
     lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
-    lines += [f"reward {name}: {value}" for name, value in trace.terms.items()]
-    return "\n".join([*lines, f"ended: {trace.stop}"])
+    lines += [f"reward {name}: {value}" for name, value in transcript.terms.items()]
+    return "\n".join([*lines, f"ended: {transcript.stop}"])
 
 
-def save(path: str | os.PathLike, traces: Sequence[Trace]) -> None:
-    """Write `traces` as one JSON file, whole or not at all."""
-    write_file(path, json.dumps([dataclasses.asdict(trace) for trace in traces]))
+def save(path: str | os.PathLike, transcripts: Sequence[Transcript]) -> None:
+    """Write `transcripts` as one JSON file, whole or not at all."""
+    write_file(path, json.dumps([dataclasses.asdict(transcript) for transcript in transcripts]))
 
 
-def load(path: str | os.PathLike) -> list[Trace]:
-    """Read what `save` wrote. FileError: the file holds something else, in the smallest part; it may come from anywhere."""
+def load(path: str | os.PathLike) -> list[Transcript]:
+    """The transcripts of a file that `save` wrote. The file may come from anywhere.
+
+    Raises:
+        FileError: anything in the file is not as `save` writes it.
+    """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise FileError(f"{os.fspath(path)!r} holds {type(rows).__name__}, not a list of traces")
     try:
-        return [load_config(Trace, row, f"trace {i}") for i, row in enumerate(rows, 1)]
+        return [load_config(Transcript, row, f"trace {i}") for i, row in enumerate(rows, 1)]
     except ConfigError as error:
         raise FileError(f"{os.fspath(path)!r} holds no traces: {str(error)[:300]}") from None

@@ -1,6 +1,8 @@
-"""How much memory does a host need? `python -m pixel_jax.data.memory --rows 10000`
+"""Measures how much memory a host needs.
 
-Goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
+    python -m pixel_jax.bench.host_memory --rows 10000
+
+It goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
 would, batch by batch, and prints the most memory that the process had. The JPEGs are few and have many names (hard links),
 so that they fit on a disk; each is opened and decoded as often as it is named.
 
@@ -22,7 +24,7 @@ from PIL import Image, ImageFilter
 
 from pixel_jax.data.batches import Batches
 from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import find_rooms, question_batches
+from pixel_jax.data.questions import assign_shapes, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.dialog.template import GUIDELINES, system_prompt
@@ -59,11 +61,11 @@ def peak() -> float:
 
 
 def write_data(folder: pathlib.Path, rows: int, height: int, width: int) -> pathlib.Path:
-    """`rows` traces in a JSON-lines file, each about an image file of its own name."""
+    """Writes `rows` traces to a file of JSON lines, each about an image file of its own name."""
     random = np.random.default_rng(0)
     for i in range(min(DISTINCT, rows)):
         noise = random.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-        image = Image.fromarray(noise).resize((width, height), Image.BICUBIC).filter(ImageFilter.SHARPEN)
+        image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.SHARPEN)
         image.save(folder / f"{i}.jpg", quality=90)
     with (folder / "data.jsonl").open("w") as lines:
         for i in range(rows):
@@ -84,6 +86,7 @@ class Learning:
         self.replay, self.random = Replay(ReplayConfig(), 0), np.random.default_rng(0)
 
     def iteration(self, prompts: HostPrompts) -> None:
+        """Goes through one iteration: rollout, replay, updates."""
         config, count = self.config, len(prompts.length)
         shape = static_shape(prompts, config, None)
         for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
@@ -95,13 +98,14 @@ class Learning:
         del prompts
         nonzero_variance = np.repeat(self.random.random(count) < 0.5, config.group_size)
         selected = self.replay.select(rows, nonzero_variance, shape.prompts._replace(tokens=batch.tokens.shape[1]))
+        assert selected is not None  # half of the groups teach something
         for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
             images = self.replay.batch(selected[first : first + self.train_batch]).images
             for part in np.array_split(np.arange(self.train_batch), self.devices):
                 assert pad(images[part], shape.prompts).any(axis=(1, 2, 3, 4)).all()
 
     def made_up(self, prompts: HostPrompts, shape: RolloutShape) -> Trajectories[VisualRecord]:
-        """Rows as long as they may be, with one or two crops each."""
+        """Makes rows as long as they may be, with one or two crops each."""
         config, rows = self.config, len(prompts.length) * self.config.group_size
         length, numbers, frames = (
             prompts.tokens.shape[1] + config.max_response,
@@ -126,7 +130,10 @@ class Learning:
             loss_mask=full(bool),
             logprobs=full(np.float32),
             visual=VisualRecord(
-                source, *(np.ones((rows, frames, k), np.int32) for k in (2, 3)), np.ones((rows, frames), np.float32)
+                source,
+                slices=np.ones((rows, frames, 2), np.int32),
+                grids=np.ones((rows, frames, 3), np.int32),
+                seconds=np.ones((rows, frames), np.float32),
             ),
             prompt=np.repeat(np.arange(len(prompts.length)), config.group_size),
             calls=calls,
@@ -141,25 +148,28 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tu
     vocabulary = Vocabulary.of(build_tokenizer([system_prompt(), GUIDELINES["vcot"]]))
     token_tables, config = tables(vocabulary), RolloutConfig()
     if phase == "sft":
-        rooms = [BatchShape(tokens, 6, 6, 8000) for tokens in (3072, 4096, 5120)]
+        shapes = [BatchShape(tokens, 6, 6, 8000) for tokens in (3072, 4096, 5120)]
         packing = Packing(
             examples,
             vocabulary,
             token_tables,
             config,
-            rooms,
+            shapes,
             size=batch,
             seed=0,
             report=report,
         )
         print(packing, flush=True)
         return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
-    asked = find_rooms(examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report)
+    asked = assign_shapes(
+        examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report
+    )
     data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the measurement."""
     del arguments
     with tempfile.TemporaryDirectory() as folder:
         config = RolloutConfig()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pixel_jax.parallel import memory
 from pixel_jax.rollouts import rollout as rollouts
 from pixel_jax.rollouts.queue import start
-from pixel_jax.rollouts.rollout import fitting, put_prompts, static_shape, traced
-from pixel_jax.training import footprint
-from pixel_jax.training.footprint import bytes_of, fixed_bytes, micro_batches, row_bytes
+from pixel_jax.rollouts.rollout import limit_in_flight, put_prompts, static_shape, traced_settings
+from pixel_jax.training import cost
+from pixel_jax.training.cost import bytes_of, fixed_bytes, micro_batches, row_bytes
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
 from pixel_jax.training.steps import ForwardConfig, make_sft_step
@@ -62,7 +62,7 @@ def test_a_step_takes_turns_where_memory_is_short(monkeypatch):
         if short:
             row = row_bytes(NETWORK, 24, (1, 16))
             held = bytes_of(state) + 3 * bytes_of(state.trainable) + bytes_of(batch)
-            monkeypatch.setattr(footprint, "device_memory", lambda: held + fixed_bytes(NETWORK, 16) + 3 * row)  # noqa: B023
+            monkeypatch.setattr(cost, "device_memory", lambda: held + fixed_bytes(NETWORK, 16) + 3 * row)  # noqa: B023
         held = bytes_of(state) + 3 * bytes_of(state.trainable)
         assert config.turns(NETWORK, batch, None, held=held) == (4 if short else 1)  # of 2 rows: 8 is no multiple of 3
         reports.append(make_sft_step(config, optimizer)(state, batch)[1])
@@ -75,10 +75,10 @@ def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
     prompts, model = scripted_model.prompts(6), scripted_model.model()
     config = dataclasses.replace(scripted_model.CONFIG, max_response=4096)
     shape, placed = static_shape(prompts, config, None), put_prompts(prompts, None)
-    assert fitting(config, model, prompts, shape, None) is config  # all fit
+    assert limit_in_flight(config, model, prompts, shape, None) is config  # all fit
 
     def begins(count: int) -> int:
-        assistant_prefix, _, alone = traced(dataclasses.replace(config, in_flight=count), ())
+        assistant_prefix, _, alone = traced_settings(dataclasses.replace(config, in_flight=count), ())
         arrays = jax.eval_shape(
             lambda: start(model, placed, assistant_prefix, alone, shape)  # noqa: B023
         )
@@ -87,9 +87,9 @@ def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
     group = begins(3) - begins(2)
     for count in (1, 2, 4):
         monkeypatch.setattr(rollouts, "device_memory", lambda: int(rollouts.CACHES * group * (count + 0.5)))  # noqa: B023
-        assert fitting(config, model, prompts, shape, None).in_flight == count
+        assert limit_in_flight(config, model, prompts, shape, None).in_flight == count
     given_by_hand = dataclasses.replace(config, in_flight=5)
-    assert fitting(given_by_hand, model, prompts, shape, None) is given_by_hand
+    assert limit_in_flight(given_by_hand, model, prompts, shape, None) is given_by_hand
 
 
 def test_memory_is_what_there_is():

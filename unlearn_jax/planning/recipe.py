@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pixel_jax.cli import UserError
 from pixel_jax.models.qwen2_5_vl import Qwen2_5_VL
 from pixel_jax.parallel.sharding import ROWS, shardings
-from pixel_jax.planning.programs import Program, Recipe, abstract_model, placed, sft_batch, vision_turns
+from pixel_jax.planning.programs import Program, Recipe, abstract_model, sft_batch, sharded, vision_turns
 from pixel_jax.training.batch import Batch
 from unlearn_jax.curvature import product
 from unlearn_jax.objective import Objective, automatic, zeros
@@ -51,7 +51,7 @@ class EditRecipe(Recipe):
     def build(self, step: str, mesh: Mesh) -> Program:
         """The Gauss-Newton product on a mesh, imagined or not."""
         model = abstract_model(self)
-        model = placed(model, shardings(model, mesh))
+        model = sharded(model, shardings(model, mesh))
         batch = sft_batch(self, packed=False)
         function, *arguments = gauss_newton(model, batch, mesh, self.micro_batches(step, mesh))
         return Program(function, tuple(arguments), {"curvature": "ggn"}, vision_turns(self.network), mesh)

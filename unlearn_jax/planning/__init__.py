@@ -1,0 +1,1 @@
+"""The plan of an edit: what it takes on accelerators that need not be there."""
