@@ -22,10 +22,8 @@ from pixel_jax.config import define_flag
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
-TASKS = {
-    "traces": "unlearn_jax.quickstart",
-    "people": "unlearn_jax.people",
-}  # config.task: package with `config.Config`, `edit` and `evaluate`
+# config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
+TASKS = {"traces": ("unlearn_jax.quickstart", "Config"), "people": ("unlearn_jax.people", "PeopleConfig")}
 
 
 def define_flags(command: str) -> None:
