@@ -9,6 +9,7 @@ from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.synthesis.run import SynthConfig
 from pixel_jax.train_config import TrainConfig
+from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -23,6 +24,7 @@ KINDS = {
     "pixel/quickstart": QuickstartConfig,
     "pixel/quickstart_rotate": QuickstartConfig,
     "pixel/synth": SynthConfig,
+    "unlearn/people": PeopleConfig,
     "unlearn/quickstart": UnlearningConfig,
 }
 

@@ -77,6 +77,9 @@ class ErasureConfig:
     damping_fraction: float = 1e-4  # of the largest eigenvalue
     linearize: bool = False  # keep what products have in common: faster, in the memory of all activations at once
     micro_batch: int = 32  # examples that are computed at a time
+    # Keep the examples in the memory of the host and copy a micro-batch when it is used: what a device holds does not grow
+    # with the number of examples. Slower where copies are.
+    offload: bool = False
     seed: int = 0  # of the sample, of drawn labels and of the stochastic solvers
 
     def __post_init__(self):
@@ -110,6 +113,10 @@ class ErasureConfig:
             )
         if solver.divides and self.damping == 0 and self.weight_decay == 0:
             raise ValueError(f"solver {solver.name!r} divides by the damping, which is zero")
+        if self.linearize and self.offload:
+            raise ValueError(
+                "linearize keeps the activations of all examples on the device: offload is of no use with it"
+            )
         if self.linearize and solver.takes != "products":
             raise ValueError(f"solver {solver.name!r} takes no product twice: linearize is of no use to it")
 

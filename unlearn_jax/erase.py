@@ -5,7 +5,7 @@ import json
 import resource
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from unlearn_jax.config import ErasureConfig, resolve, to_mapping
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
 from unlearn_jax.loss import Loss, require_parts
-from unlearn_jax.newton import UNFINISHED, Descent, Finish, NewtonStep, add, newton, norm
+from unlearn_jax.newton import UNFINISHED, Descent, Finish, Limit, NewtonStep, add, newton, norm
 from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
@@ -37,8 +37,8 @@ class Report:
     # examples fall. Of the last two the adapter comes back as it was given.
     verdict: Verdict
     reason: str
-    # Every limit that was met and every step that did not do what it promised, in words; each is a warning, too.
-    limits: list[str]
+    # Every limit that was met and every step that did not do what it promised; each is a warning, too.
+    limits: list[Limit]
     edits: dict[str, int]  # how many examples each kind of edit names
     examples: int  # in the dataset before the edit
     edited: int  # of them touched by the edit
@@ -63,7 +63,7 @@ class Report:
     example_gradients: float  # work: as many examples forward and backward
     epochs: float  # the same in epochs of the training: divided by `examples`
     seconds: float
-    memory: int  # bytes: the most the device held, or where it does not tell, the process
+    memory: int  # bytes: the most that any device held, or where devices do not tell, the process
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON, its config in the form that `erase` reads."""
@@ -160,11 +160,11 @@ def erase(
         work.forwards(problem.edited, 1)
     actual += fallen
     verdict, reason = _verdict(descent, size, float(norm(moved)), predicted, actual)
-    limits = descent.limits + _limits(descent, config, rounding, actual, work.spent / len(before))
+    limits = [*descent.limits, *_limits(descent, config, rounding, actual, work.spent / len(before))]
     if verdict != "edited":
         edited, delta, size, rounding, predicted, actual = adapter, tree.zeros_like(delta), 0.0, 0.0, 0.0, 0.0
-    for limit in limits if verdict != "not_improved" else [f"not improved: {reason}", *limits]:
-        warnings.warn(limit, stacklevel=2)
+    for said in [*([f"not improved: {reason}"] if verdict == "not_improved" else []), *map(str, limits)]:
+        warnings.warn(said, stacklevel=2)
     last = steps[-1] if steps else None
     counts: dict[str, int] = {}
     for edit in edits:
@@ -227,37 +227,42 @@ def _unfinished(descent: Descent) -> float:
     return descent.residual_gradient / descent.right_side if descent.right_side else 0.0
 
 
-def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: float, epochs: float) -> list[str]:
+def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: float, epochs: float) -> Iterator[Limit]:
     """Those that are not of a step."""
-    limits, unfinished = [], _unfinished(descent)
+    unfinished = _unfinished(descent)
     if unfinished > UNFINISHED and config.residual == "drop":
-        limits.append(
+        yield Limit(
+            "unconverged",
             f"training had not converged: |grad R| is {descent.residual_gradient:.2g} at the adapter, {unfinished:.2g} times "
             f"the right side of the edit ({descent.right_side:.2g}). Of training that was stopped early this is as it "
             f"should be: the edit aims at a retrain by the same recipe, keeps that gradient as it is, and no L-BFGS follows "
-            f"the step. Only where retrains would run to the minimum set residual='keep'"
+            f"the step. Only where retrains would run to the minimum set residual='keep'",
         )
     if config.residual == "keep" and descent.edit and descent.residual_gradient > UNFINISHED * descent.edit:
         before, after = descent.loss
-        limits.append(
+        yield Limit(
+            "went_on",
             f"residual='keep' went on training: |grad R| was {descent.residual_gradient:.2g} at the adapter, the part of the "
             f"edits {descent.edit:.2g}, and the loss on the edited data went from {before:.3g} to {after:.3g}. A retrain by a "
-            f"recipe that stops early does not come there: residual='drop' aims at that one"
+            f"recipe that stops early does not come there: residual='drop' aims at that one",
         )
     if rounding > ROUNDED:
-        limits.append(
-            f"rounding to the adapter's dtype changed {rounding:.2g} of the delta: keep the edited adapter in float32"
+        yield Limit(
+            "rounding",
+            f"rounding to the adapter's dtype changed {rounding:.2g} of the delta: keep the edited adapter in float32",
         )
     if not config.line_search and actual > 0:
-        limits.append(f"the edited objective of all examples rose by {actual:.3g}, and line_search is off")
+        yield Limit("rose", f"the edited objective of all examples rose by {actual:.3g}, and line_search is off")
     if epochs > config.budget:
-        limits.append(f"the edit cost {epochs:.3g} epochs of gradients, more than its budget of {config.budget:g}")
-    if config.training_epochs is not None and epochs > config.training_epochs:
-        limits.append(
-            f"the edit cost {epochs:.3g} epochs of gradients, the training {config.training_epochs:g}: a retrain would have "
-            f"been cheaper, and exact"
+        yield Limit(
+            "budget", f"the edit cost {epochs:.3g} epochs of gradients, more than its budget of {config.budget:g}"
         )
-    return limits
+    if config.training_epochs is not None and epochs > config.training_epochs:
+        yield Limit(
+            "dearer",
+            f"the edit cost {epochs:.3g} epochs of gradients, the training {config.training_epochs:g}: a retrain would have "
+            f"been cheaper, and exact",
+        )
 
 
 def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
@@ -272,7 +277,5 @@ def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
 
 
 def _peak_memory() -> int:
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = [stats.get("peak_bytes_in_use", 0) for x in jax.local_devices() if (stats := x.memory_stats())]
+    return int(max(held, default=0)) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

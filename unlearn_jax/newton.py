@@ -22,11 +22,12 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from unlearn_jax import tree
@@ -57,6 +58,7 @@ class NewtonStep:
     curved: int  # examples that the curvature was taken of
     damping: float
     residual: float  # |(A + damping) x - b| / |b| of the solver
+    residuals: list[float]  # relative, before each step of the solver and after the last, see `solvers.Info`
     solver_steps: int
     negative_curvature: bool  # seen by the solver
     size: float  # |x|, before the line search
@@ -78,6 +80,34 @@ class Finish:
     seconds: float  # compiling included
 
 
+LimitKind = Literal[
+    "solver",  # the solver of a step stopped before its tolerance
+    "negative_curvature",  # the solver met a direction along which the damped curvature is not positive
+    "refused",  # no damping let the objective fall as the quadratic model promised
+    "shortened",  # only a share of a step was taken
+    "too_small",  # a step whose promise is below what rounding hides
+    "promise",  # a step brought much less than it promised
+    "finish",  # L-BFGS stopped before its tolerance, or had no epoch left
+    "unconverged",  # training had left a gradient that is large beside the edit's
+    "went_on",  # residual="keep" went on training
+    "rounding",  # the adapter's dtype changed the delta
+    "rose",  # the edited objective rose, and nothing judged the step
+    "budget",  # the edit cost more than its budget
+    "dearer",  # the edit cost more than the training
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """A limit that an edit met, or a step that did not do what it promised."""
+
+    kind: LimitKind
+    text: str  # what happened, with its numbers
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Descent(NamedTuple):
     """What `newton` returns."""
 
@@ -89,7 +119,7 @@ class Descent(NamedTuple):
     edit: float  # |grad R - grad R'|, the part of it that is of the edits
     depends: bool  # the data's gradient is not exactly zero
     loss: tuple[float, float]  # R' before and after
-    limits: list[str]  # that were met, in words
+    limits: list[Limit]  # that were met
     rounding: float  # what a change of J is lost in
     J: "Tilted"  # around params_0
     work: "Cost"
@@ -232,7 +262,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     Raises:
         FloatingPointError: a loss, a gradient or a solution is not finite.
     """
-    began, steps, limits, work = time.perf_counter(), [], [], Cost(problem, config)
+    began, steps, work = time.perf_counter(), [], Cost(problem, config)
     work.constants(problem.edited, problem.leaving, problem.curved if problem.curved is not problem.edited else None)
     if held_out is not None:
         work.constants(held_out.edited)
@@ -293,6 +323,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
                 curved=objective.count,
                 damping=best.damping,
                 residual=float(info.residual),
+                residuals=[x for x in np.asarray(info.residuals, float).tolist() if math.isfinite(x)],
                 solver_steps=int(info.steps),
                 negative_curvature=bool(info.negative_curvature),
                 size=float(norm(best.solution.x)),
@@ -310,7 +341,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
-    limits += _of_steps(steps, J, config, follows)
+    limits = _of_steps(steps, J, config, follows)
     finish = None
     if steps and follows and best is not None:
         tolerance = max(config.solver.rtol**2 * first, tilted)
@@ -322,7 +353,8 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             delta, finish = _finish(start, delta, tolerance, evaluations, known, work)
             limits += _of_finish(finish, tolerance, first, evaluations, config)
         else:
-            limits.append(f"no epoch was left of {config.budget:g} for L-BFGS to go on from the first step")
+            said = f"no epoch was left of {config.budget:g} for L-BFGS to go on from the first step"
+            limits.append(Limit("finish", said))
     loss = start.value()
     fallen = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
     after = loss + fallen + float(inner(tilt, delta))
@@ -553,36 +585,47 @@ def _finish(
     return found.params, Finish(found.evaluations, found.gradient, predicted, actual, time.perf_counter() - began)
 
 
-def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows: bool) -> list[str]:
-    limits = []
-    for number, step in enumerate(steps, 1):
-        which = f"step {number}: " if len(steps) > 1 else ""
-        if not follows and step.residual > config.solver.rtol:
-            limits.append(
-                f"{which}solver {config.solver.name!r} stopped after {step.solver_steps} steps at the residual "
-                f"{step.residual:.2g} (rtol {config.solver.rtol:g}): "
-                + (f"max_steps is {most}, " if (most := getattr(config.solver, "max_steps", None)) else "")
-                + f"the budget {config.budget:g} epochs"
-            )
-        if step.negative_curvature:
-            limits.append(f"{which}negative curvature was met")
-        if step.step_size == 0:
-            limits.append(
-                f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as foretold"
-            )
-        elif step.step_size < 1:
-            limits.append(f"{which}only {step.step_size:.2g} of it was taken: further on the objective rises")
-        elif number == 1 and max(abs(step.predicted), abs(step.actual)) <= J.rounding():
-            limits.append(
-                f"{which}too small to be judged: it promises {step.predicted:.2g}, changes of the objective below "
-                f"{J.rounding():.2g} are rounding"
-            )
-        elif abs(step.predicted) > J.rounding() and not step.actual <= DOUBTED * step.predicted:
-            limits.append(f"{which}promised {step.predicted:+.2g} and brought {step.actual:+.2g}")
-    return limits
+def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows: bool) -> list[Limit]:
+    return [
+        limit
+        for number, step in enumerate(steps, 1)
+        for limit in _of_step(number, step, len(steps), J, config, follows)
+    ]
 
 
-def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig) -> list[str]:
+def _of_step(
+    number: int, step: NewtonStep, count: int, J: Tilted, config: ErasureConfig, follows: bool
+) -> Iterator[Limit]:
+    which = f"step {number}: " if count > 1 else ""
+    if not follows and step.residual > config.solver.rtol:
+        said = (
+            f"{which}solver {config.solver.name!r} stopped after {step.solver_steps} steps at the residual "
+            f"{step.residual:.2g} (rtol {config.solver.rtol:g}): "
+            + (f"max_steps is {most}, " if (most := getattr(config.solver, "max_steps", None)) else "")
+            + f"the budget {config.budget:g} epochs"
+        )
+        yield Limit("solver", said)
+    if step.negative_curvature:
+        yield Limit("negative_curvature", f"{which}negative curvature was met")
+    if step.step_size == 0:
+        said = f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as foretold"
+        yield Limit("refused", said)
+    elif step.step_size < 1:
+        said = f"{which}only {step.step_size:.2g} of it was taken: further on the objective rises"
+        yield Limit("shortened", said)
+    elif number == 1 and max(abs(step.predicted), abs(step.actual)) <= J.rounding():
+        said = (
+            f"{which}too small to be judged: it promises {step.predicted:.2g}, changes of the objective below "
+            f"{J.rounding():.2g} are rounding"
+        )
+        yield Limit("too_small", said)
+    elif abs(step.predicted) > J.rounding() and not step.actual <= DOUBTED * step.predicted:
+        yield Limit("promise", f"{which}promised {step.predicted:+.2g} and brought {step.actual:+.2g}")
+
+
+def _of_finish(
+    finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig
+) -> list[Limit]:
     # On a budget, what is left undone is worth a word where it is more than the solver of a step may leave.
     wanted = max(tolerance, config.solver.rtol * first) if config.budget < math.inf else tolerance
     if finish.gradient <= wanted:
@@ -591,10 +634,11 @@ def _of_finish(finish: Finish, tolerance: float, first: float, evaluations: floa
     stopped = f"at its limit of {evaluations:g} evaluations ({which})"
     if finish.evaluations < evaluations - 1:
         stopped = "where rounding hides every way further down"
-    return [
+    said = (
         f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
         f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"
-    ]
+    )
+    return [Limit("finish", said)]
 
 
 @jax.jit

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from unlearn_jax import tree
 from unlearn_jax.arrays import Example, Params
@@ -27,6 +27,7 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import CONSTANT, Loss, has_field, require_parts, sum_and_weight
 
 Reduction = Literal["per_example", "per_token"]
+HOST = "pinned_host"  # the memory of the host that a device reads
 DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
 CHUNK = 1024  # examples whose weights are read at once
 FORWARD = 1 / 3  # of an example-gradient, the unit of work: an example forward without backward
@@ -47,6 +48,7 @@ class Objective:
     weight_decay: jax.Array  # []
     count: int  # examples, padding not counted: the first so many
     mesh: Mesh | None = None
+    offloaded: bool = False  # the examples lie in the memory of the host; a micro-batch is copied when it is used
 
     @classmethod
     def of(
@@ -58,6 +60,7 @@ class Objective:
         weight_decay: float = 0.0,
         micro_batch: int | None = None,
         mesh: Mesh | None = None,
+        offload: bool = False,
     ) -> "Objective":
         """The objective of examples and their coefficients.
 
@@ -69,6 +72,7 @@ class Objective:
             weight_decay: of the quadratic regulariser.
             micro_batch: examples that are computed at a time; None: all.
             mesh: spreads the examples over its axes `data` and `fsdp`.
+            offload: keep the examples in the memory of the host, where a device has access to it (`pinned_host`).
 
         Raises:
             ValueError: fields of different lengths, no example, or a mesh without those axes.
@@ -88,11 +92,11 @@ class Objective:
             micro_batch += -micro_batch % _shards(mesh)
         index = np.arange(count + -count % micro_batch)
         # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
-        stack = lambda x: _device_put(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh)
+        stack = lambda x: _device_put(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh, offload)
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
         # On the host, as the examples are.
         nothing: Any = np.zeros((len(index) // micro_batch, micro_batch), dtype)
-        empty = cls(loss, jax.tree.map(stack, examples), nothing, nothing[0, 0], count, mesh)
+        empty = cls(loss, jax.tree.map(stack, examples), nothing, nothing[0, 0], count, mesh, offload)
         return empty.weighted(coefficients, weight_decay)
 
     def weighted(self, coefficients: np.ndarray | jax.Array, weight_decay: float = 0.0) -> "Objective":
@@ -174,6 +178,8 @@ class Objective:
 
     def part(self, arrays: tuple[Example, jax.Array]) -> "Objective":
         """One micro-batch, spread over the mesh: examples [micro_batch, ...] and coefficients [micro_batch]."""
+        if self.offloaded:
+            arrays = jax.device_put(arrays[0], jax.memory.Space.Device), arrays[1]
         if self.mesh is not None:
             sharding = NamedSharding(self.mesh, PartitionSpec(_axes(self.mesh)))
             arrays = jax.lax.with_sharding_constraint(arrays, sharding)
@@ -216,15 +222,16 @@ class Objective:
             structure,
             self.count,
             self.mesh,
+            self.offloaded,
         )
 
     @classmethod
     def tree_unflatten(cls, static, children):
         """For JAX."""
-        functions, structure, count, mesh = static
+        functions, structure, count, mesh, offloaded = static
         arrays, examples, coefficients, weight_decay = children
         leaves = [x if function is None else function for x, function in zip(arrays, functions, strict=True)]
-        return cls(structure.unflatten(leaves), examples, coefficients, weight_decay, count, mesh)
+        return cls(structure.unflatten(leaves), examples, coefficients, weight_decay, count, mesh, offloaded)
 
 
 def element_counts(loss: Callable, params: Params, dataset: Dataset) -> np.ndarray:
@@ -277,8 +284,17 @@ def dataset_objective(
 
 
 def on_device(objective: Objective) -> Objective:
-    """As it is if it lies on a mesh (of several processes none could put it elsewhere); else on the default device."""
-    return jax.device_put(objective) if objective.mesh is None else objective
+    """As it is if it lies on a mesh (of several processes none could put it elsewhere); else on the default device.
+
+    Examples that are offloaded go to the memory of the host that this device reads.
+    """
+    if objective.mesh is not None:
+        return objective
+    if not objective.offloaded:
+        return jax.device_put(objective)
+    host = SingleDeviceSharding(jax.local_devices()[0], memory_kind=HOST)
+    examples = jax.device_put(objective.examples, host)
+    return dataclasses.replace(jax.device_put(dataclasses.replace(objective, examples=())), examples=examples)
 
 
 def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:
@@ -344,13 +360,13 @@ def _shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _axes(mesh))
 
 
-def _device_put(x: np.ndarray | jax.Array, mesh: Mesh | None) -> np.ndarray | jax.Array:
+def _device_put(x: np.ndarray | jax.Array, mesh: Mesh | None, offload: bool = False) -> np.ndarray | jax.Array:
     """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
     if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     if mesh is None:
         return x
-    sharding = NamedSharding(mesh, PartitionSpec(None, _axes(mesh)))
+    sharding = NamedSharding(mesh, PartitionSpec(None, _axes(mesh)), memory_kind=HOST if offload else None)
     # Works when processes hold devices of their own: each takes its part of what every one of them has read.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

@@ -95,6 +95,7 @@ def make_problem(
         return weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
+    options["offload"] = config.offload
     build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
     join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
     edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.task = "traces"
     config.seed = 0
     config.model = "runs/quickstart/seed-0/warm/model"  # `bash launch/quickstart.sh` makes it
     config.out = "runs/unlearn"
@@ -23,5 +24,6 @@ def get_config() -> ConfigDict:
         "training_epochs": 500.0,  # a step of L-BFGS is one: the edit may cost a quarter of them
         "solver": {"name": "cg", "rtol": 0.1},  # of the Newton step; L-BFGS goes on from there
     }
+    config.requests = {"allow": ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")}
     config.evaluation = {"baselines": ("L-BFGS", "fine-tune", "NPO"), "learning_rates": (1e-3, 3e-3, 1e-2), "batch": 8}
     return config

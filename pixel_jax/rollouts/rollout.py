@@ -359,7 +359,7 @@ def host_rollout(
 
 
 def call_host_tools(
-    model: LanguageModel, state: RolloutState, images: np.ndarray, host: HostTools, vocabulary: Vocabulary
+    model: Model, state: RolloutState, images: np.ndarray, host: HostTools, vocabulary: Vocabulary
 ) -> RolloutState:
     """Carries out the calls of host tools for which rows wait, all at once, and lets the rows read what came back.
 

@@ -242,7 +242,7 @@ def main() -> None:
         *pairs, report = outcomes[-1]
         print(f"| {seed} | {_cells(pairs)} | {report.epochs:.1f} | {report.verdict} |", flush=True)
         print(
-            f"    predicted {report.predicted:.3g}, actual {report.actual:.3g}, {report.seconds:.0f} s", report.limits
+            f"    predicted {report.predicted:.3g}, actual {report.actual:.3g}, {report.seconds:.0f} s", *report.limits
         )
     means = [Pair(*np.mean([outcome[i] for outcome in outcomes], axis=0)) for i in range(6)]
     print(f"| mean | {_cells(means)} | {np.mean([outcome.report.epochs for outcome in outcomes]):.1f} | |")

@@ -13,7 +13,17 @@ import unlearn_jax
 
 ROOT = pathlib.Path(unlearn_jax.__file__).parent
 # Commands, experiments and measurements, and what joins the library to the models of pixel_jax.
-LABORATORY = ("bench", "cli", "experiment", "planning", "quickstart", "vision_language")
+LABORATORY = (
+    "bench",
+    "cli",
+    "commands",
+    "experiment",
+    "people",
+    "planning",
+    "quickstart",
+    "requests",
+    "vision_language",
+)
 WITHIN = ("jax", "numpy", "unlearn_jax")  # all that the library needs to be imported
 LATER = ("optax", "scipy")  # what functions of it import when they are called
 

@@ -4,6 +4,8 @@ Every case first sees that all alternatives give the same product (or, of solver
 then lets them take turns. What is not installed of torch, kronfluence, dattri and pyDVL is left out and said so.
 """
 
+import pathlib
+
 from absl import flags
 
 FLAGS = flags.FLAGS
@@ -16,17 +18,26 @@ def define_flags(command: str) -> None:
     flags.DEFINE_list("only", [], "The cases to measure, separated by commas; all if empty.")
     flags.DEFINE_string("out", "runs/unlearn-bench.json", "Where the figures are written.")
     flags.DEFINE_string("cost_curve", None, "Write the curve of an edit's cost there, instead of the bench.")
+    flags.DEFINE_string("attribution", None, "Write the linear datamodelling score there, instead of the bench.")
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Runs the cases, or the curve of cost."""
+    """Runs the cases, or the curve of cost, or the score of predictions."""
     from pixel_jax.bench.report import run_cases
     from pixel_jax.cli import UserError
+    from unlearn_jax.bench.attribution import AttributionSetting, measure
     from unlearn_jax.bench.cost_curve import cost_curve
 
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; cases are named by --only=NAME,NAME")
-    if FLAGS.cost_curve:
+    if FLAGS.attribution:
+        setting = (
+            AttributionSetting(subsets=3, people=5, width=16, epochs=4, pretraining=60, tests=8)
+            if FLAGS.quick
+            else AttributionSetting()
+        )
+        measure(setting, pathlib.Path(FLAGS.attribution))
+    elif FLAGS.cost_curve:
         cost_curve(FLAGS.cost_curve, FLAGS.quick)
     else:
         run_cases(CASES, FLAGS.only, FLAGS.quick, FLAGS.out)

@@ -1,5 +1,6 @@
 """How likely an answer is, and how much of it a model still writes by itself, from the log-probabilities of its tokens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,33 @@ def truth_ratio(correct: HostArray, wrong: HostArray) -> HostArray:
         [n].
     """
     return np.exp(-np.asarray(wrong, float).mean(-1)) / (np.exp(-np.asarray(correct, float)) + TINY)
+
+
+def normalized_probability(correct: HostArray, wrong: HostArray) -> HostArray:
+    """Probability of the correct answer beside wrong ones, where a question has a fixed choice of answers (TOFU).
+
+    Args:
+        correct: `mean_nll` [n] of the correct answers.
+        wrong: [n, choices], of wrong answers.
+
+    Returns:
+        [n].
+    """
+    p = np.exp(-np.asarray(correct, float))
+    return p / (p + np.exp(-np.asarray(wrong, float)).sum(-1) + TINY)
+
+
+def knowledge(ratios: HostArray) -> float:
+    """Mean of max(0, 1 - truth ratio) [n]: what TOFU's utility takes of questions that the model should know."""
+    return float(np.maximum(0.0, 1.0 - np.asarray(ratios, float)).mean())
+
+
+def model_utility(scores: Sequence[float]) -> float:
+    """Harmonic mean of scores in [0, 1] (TOFU: probability, ROUGE-L recall and `knowledge` on three sets); 0 if one is 0."""
+    values = np.asarray(scores, float)
+    if not values.size or not ((values >= 0) & (values <= 1)).all():
+        raise ValueError(f"scores lie between 0 and 1: {values.tolist()}")
+    return float(values.size / (1 / values).sum()) if values.all() else 0.0
 
 
 def forget_quality(unlearned: HostArray, retrained: HostArray) -> float:

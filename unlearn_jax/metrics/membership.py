@@ -4,6 +4,9 @@
 a member: one means that the forgotten ones all look like members (nothing was unlearned), one half that nobody can tell.
 """
 
+import zlib
+from collections.abc import Sequence
+
 import numpy as np
 
 from unlearn_jax.arrays import HostArray
@@ -33,6 +36,20 @@ def min_k(logprob: HostArray, mask: HostArray, *, k: float = 0.4) -> HostArray:
             raise ValueError(f"row {number} has no target tokens besides its last: leave the example out")
         found.append(-tokens[: max(1, int(tokens.size * k))].mean())
     return np.array(found)
+
+
+def zlib_ratio(nll: HostArray, texts: Sequence[str]) -> HostArray:
+    """Mean negative log-likelihood by the length of the compressed text (Carlini et al. 2021).
+
+    Args:
+        nll: `answers.mean_nll` [n].
+        texts: [n], the target texts.
+
+    Returns:
+        [n], higher for an example that looks less like a member.
+    """
+    sizes = np.array([len(zlib.compress(text.encode())) for text in texts], float)
+    return np.asarray(nll, float) / sizes
 
 
 def auc(forget: HostArray, holdout: HostArray) -> float:

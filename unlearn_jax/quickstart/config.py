@@ -10,6 +10,7 @@ from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.identity import changes, flatten
 from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
+from unlearn_jax.requests.task import RequestsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,9 @@ class Config:
     forward: EditForwardConfig = EditForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training
+    requests: RequestsConfig = RequestsConfig()
     evaluation: EditEvaluationConfig = EditEvaluationConfig()
+    task: Literal["traces"] = "traces"  # what is learned, see `unlearn_jax.commands`
     seed: int = 0  # of the traces and the adapter
     start: str | None = (
         None  # directory of an adapter (PEFT's format) to begin with; None: a new one, as `adapter` says

@@ -1,6 +1,5 @@
-"""`unlearn-jax eval`: the edit beside a warm retrain on the edited traces, and baselines that cost as much as it did."""
+"""`unlearn-jax eval` on traces: the edited adapter beside a warm retrain, and baselines that cost as much as the edits did."""
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,15 +8,21 @@ import optax
 from jax.sharding import Mesh
 
 from pixel_jax.cli import UserError
+from pixel_jax.files import read_json
 from pixel_jax.parallel.processes import say
 from unlearn_jax import baselines
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import WARM, Job, place, to_host
+from unlearn_jax.quickstart.job import Job, place, to_host
 from unlearn_jax.quickstart.measure import Measure, Memory, table
-from unlearn_jax.quickstart.requests import REPORT, Edited, adapter_after, carried_out, draw_traces, folder, left_by
+from unlearn_jax.quickstart.task import TraceTask
+from unlearn_jax.requests.carry_out import State
+from unlearn_jax.requests.log import ADAPTER, LOG, REPORT, folder
+from unlearn_jax.requests.state import Change
+
+WARM, EVALUATION = "warm.safetensors", "evaluation.json"
 
 DESCENTS: dict[str, Callable[..., Trained]] = {
     "fine-tune": baselines.retrain,
@@ -27,25 +32,28 @@ DESCENTS: dict[str, Callable[..., Trained]] = {
 
 
 def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
-    """{adapter: its numbers} of the last request, from what the earlier ones had left; also in its directory in `config.out`."""
+    """{adapter: its numbers} after all requests of the log, from the adapter that training left; also in `config.out`."""
     config.check_trained()
-    requests = carried_out(config.directory)
-    number = len(requests)
-    if not requests:
+    if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
     job = Job.of(config, mesh)
-    report = job.read(f"{folder(number)}/{REPORT}", "erase")
-    traces = functools.reduce(left_by, requests[:-1], draw_traces(config.traces, config.seed))
-    edited = Edited.of(traces, requests[-1], job.vocabulary, job.limits)
-    trained, found = job.load(adapter_after(number - 1)), job.load(adapter_after(number))
+    task = TraceTask(job)
+    state = State.of(task)
+    reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
+    report = {name: sum(x[name] for x in reports) for name in ("example_gradients", "seconds")}
+    # The edits of several requests are of several kinds; a correction may change all that any of them may.
+    change = Change.of(state.first, state.items, task.encode, "answer")
+    forgotten = change.dataset.ids[change.forgotten].tolist()
+    trained, found = job.load(task.directory / ADAPTER), job.load(state.adapter_path(task.directory))
     begun = time.perf_counter()
-    objective = job.objective(apply(edited.dataset, edited.edits, job.loss))
+    objective = job.objective(apply(change.dataset, change.edits, job.loss))
     limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
     warm, norm = converge(objective, trained, **limits)
     seconds = time.perf_counter() - begun
-    job.save(f"{folder(number)}/{WARM}", warm.adapter)
+    job.save(task.directory / WARM, warm.adapter)
     say(f"warm retrain: {len(warm.values)} steps, gradient {norm:.1e}, {seconds:.0f} s")
-    measure, forgotten = Measure.of(job, edited), requests[-1].names()
+    measure = Measure.of(job, change)
+    traces = {name: item.trace for name, item in state.first.items()}
     memory = Memory.of(job, traces, forgotten) if forgotten else None
     remembered = memory.auc(warm.adapter) if memory else 0.0
     lowest = float(objective.value(warm.adapter))
@@ -69,12 +77,12 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     for name in config.evaluation.baselines:
         tried = [
             {**numbers(adapter, gradients, seconds), **facts}
-            for adapter, gradients, seconds, facts in _baseline(name, job, edited, objective, trained, report)
+            for adapter, gradients, seconds, facts in _baseline(name, job, change, objective, trained, report)
         ]
         if tried:
             rows[name] = min(tried, key=lambda row: row["kl_forget"] + row["kl_retain"])
     rows["warm retrain"] = numbers(warm.adapter, warm.gradients, seconds)
-    job.write(f"{folder(number)}/evaluation.json", rows)
+    job.write(EVALUATION, rows)
     shown = {name: {k: x for k, x in row.items() if k not in ("losses", "learning_rate")} for name, row in rows.items()}
     say("\n" + table(shown) + "\n")
     say(table({name: row["losses"] for name, row in rows.items()}, "loss per token"))
@@ -82,7 +90,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
 
 
 def _baseline(
-    name: str, job: Job, edited: Edited, objective, start: Params, report: dict
+    name: str, job: Job, change: Change, objective, start: Params, report: dict
 ) -> Iterator[tuple[Params, float, float, dict]]:
     """(adapter, example-gradients, seconds, facts) of every learning rate that does not diverge."""
     config, budget = job.config, report["example_gradients"]
@@ -104,7 +112,7 @@ def _baseline(
             weight_decay=config.erasure.weight_decay,
         )
         try:
-            found = DESCENTS[name](loss, local, edited.dataset, edited.edits, training)
+            found = DESCENTS[name](loss, local, change.dataset, change.edits, training)
         except FloatingPointError:
             continue
         adapter = place(found.adapter, job.mesh)

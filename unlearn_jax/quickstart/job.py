@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save
 
 from pixel_jax.cli import UserError
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.files import read_json, write_file
+from pixel_jax.files import write_file
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
@@ -29,7 +29,7 @@ from pixel_jax.training.progress import use_compilation_cache
 from unlearn_jax.arrays import Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss
-from unlearn_jax.objective import Objective, dataset_objective
+from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.vision_language import adapter_loss
 
@@ -50,9 +50,6 @@ def start(devices: int | None = None) -> Mesh | None:
     if count > len(found):
         raise ValueError(f"{count} devices were asked for, there are {len(found)}")
     return make_mesh({"data": count}, found[:count]) if count > 1 else None
-
-
-ADAPTER, EDITED, WARM = "adapter.safetensors", "edited.safetensors", "warm.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,22 +87,23 @@ class Job:
         vocabulary = Vocabulary.of(processor.tokenizer)
         return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, place(fresh, mesh))
 
-    def objective(self, dataset: Dataset) -> Objective:
-        """What training minimises."""
-        erasure = self.config.erasure
-        return dataset_objective(
-            self.loss,
-            self.fresh,
-            dataset,
-            reduction=erasure.reduction,
-            weight_decay=erasure.weight_decay,
-            micro_batch=erasure.micro_batch,
-            mesh=self.mesh,
-        )
+    def objective(self, dataset: Dataset, weights: np.ndarray | None = None) -> Objective:
+        """What training minimises.
 
-    def load(self, name: str) -> Params:
-        """An adapter of this run."""
-        path = self.config.directory / name
+        Args:
+            dataset: the examples.
+            weights: [n], zero for examples that do not count, otherwise one. None: all count.
+        """
+        erasure = self.config.erasure
+        weights = np.ones(len(dataset)) if weights is None else weights
+        kept = dataset.select(np.flatnonzero(weights))
+        total = normalizer(self.loss, self.fresh, kept, erasure.reduction)
+        shares = weights * coefficients(self.loss, self.fresh, dataset, erasure.reduction, total)
+        options = {"weight_decay": erasure.weight_decay, "micro_batch": erasure.micro_batch, "mesh": self.mesh}
+        return on_device(Objective.of(self.loss, dataset.take(), shares, **options))
+
+    def load(self, path: pathlib.Path) -> Params:
+        """An adapter of this model."""
         try:
             found = load_file(path)
         except SafetensorError as error:
@@ -115,28 +113,17 @@ class Job:
             raise UserError(f"{path} holds {shapes(found)}, the adapter of this configuration {shapes(self.fresh)}")
         return place(found, self.mesh)
 
-    def save(self, name: str, adapter: Params) -> None:
-        """Writes an adapter, whole or not at all; and as PEFT has it, in the directory of that name without its ending."""
+    def save(self, path: pathlib.Path, adapter: Params) -> None:
+        """Writes an adapter, whole or not at all, and as PEFT has it in the directory of that name without its ending."""
         values = to_host(adapter)
-        path = self.config.directory / name
         if is_main_process():
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, save(values, metadata={"format": "np"}))
         save_adapter(combine(adapter, self.base), path.with_suffix(""), base=self.config.model)
 
     def write(self, name: str, values: Any) -> None:
         """JSON, whole or not at all."""
         if is_main_process():
-            path = self.config.directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, values)
-
-    def read(self, name: str, made_by: str) -> Any:
-        """Reads a JSON file that another command has left."""
-        path = self.config.directory / name
-        if not path.exists():
-            raise UserError(f"there is no {path}: run `unlearn-jax {made_by}` with the same --config.out first")
-        return read_json(path, error=lambda said: UserError(f"{said}: run `unlearn-jax {made_by}` again"))
+            write_json(self.config.directory / name, values)
 
 
 def place(adapter: Params, mesh: Mesh | None) -> Params:

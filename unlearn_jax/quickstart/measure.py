@@ -10,14 +10,14 @@ from jax.tree_util import Partial
 from pixel_jax.data.traces import Trace
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.pbrf import divergence
-from unlearn_jax.dataset import Dataset
 from unlearn_jax.metrics.answers import exact_memorization, extraction_strength
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
 from unlearn_jax.metrics.membership import auc, min_k, privleak
 from unlearn_jax.metrics.tokens import TokenStatistics, score, without_last
-from unlearn_jax.objective import Objective, element_counts, on_device
 from unlearn_jax.quickstart.job import Job, to_host
-from unlearn_jax.quickstart.requests import Edited, draw_traces, to_examples
+from unlearn_jax.quickstart.traces import draw_traces, to_examples
+from unlearn_jax.requests.measure import Losses
+from unlearn_jax.requests.state import Change
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,39 +25,31 @@ class Measure:
     """Losses and distances of adapters on the traces, in their old and new forms: one compiled program for all of them."""
 
     job: Job
-    edited: Edited
-    objective: Objective
-    tokens: np.ndarray  # [n], learned tokens of each example
+    change: Change
+    per_token: Losses
 
     @classmethod
-    def of(cls, job: Job, edited: Edited) -> "Measure":
+    def of(cls, job: Job, change: Change) -> "Measure":
         """Of the traces in their old and new forms."""
-        examples = edited.everything()
-        tokens = element_counts(job.loss, job.fresh, Dataset.of(examples))
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
-        objective = on_device(Objective.of(job.loss, examples, np.ones(len(tokens)), **options))
-        return cls(job, edited, objective, tokens)
+        return cls(job, change, Losses(job.loss, job.fresh, change, **options))
 
     def losses(self, adapter: Params) -> dict[str, float]:
         """Mean loss per learned token of each group of examples."""
-        return self._means(np.asarray(self.objective.per_example(adapter)))
+        each = self.per_token(adapter)
+        return {name: float(each[index].mean()) for name, index in self.change.groups().items()}
 
     def from_reference(self, adapter: Params, reference: Params) -> dict[str, float]:
         """How far `adapter` is from `reference`: KL(adapter || reference) per token, and the distance of their weights."""
-        kl = dataclasses.replace(self.objective, loss=Partial(divergence, self.job.loss, adapter))
-        per_token = np.asarray(kl.per_example(reference)) / self.tokens
-        forget, new = self.edited.forgotten(), np.arange(len(self.edited.dataset), len(self.tokens))
-        kept = np.setdiff1d(np.arange(len(self.edited.dataset)), forget)
-        sets = {"forget": forget, "new": new, "retain": kept}
+        kl = dataclasses.replace(self.per_token.objective, loss=Partial(divergence, self.job.loss, adapter))
+        per_token = np.asarray(kl.per_example(reference)) / self.per_token.tokens
+        sets = {"forget": self.change.forgotten, "new": self.change.new, "retain": self.change.kept}
         found = {f"kl_{name}": float(per_token[index].mean()) for name, index in sets.items() if len(index)}
         return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
         """Of the ways from `origin` to the two adapters, in the weights that they change."""
         return delta_w_cosine(*map(to_host, (adapter, reference, origin)))
-
-    def _means(self, sums: np.ndarray) -> dict[str, float]:
-        return {name: float((sums / self.tokens)[index].mean()) for name, index in self.edited.groups().items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -79,3 +79,20 @@ def test_extraction_strength_is_the_released_loop(pairs):
     np.testing.assert_allclose(found, as_released([c for c, m in pairs if m]), atol=1e-12)
     if mask.any():
         assert found <= max(exact_memorization(correct, mask)[0], 1 / mask.sum()) + 1e-12
+
+
+def test_utility_is_the_harmonic_mean():
+    from scipy.stats import hmean
+
+    scores = np.random.default_rng(0).uniform(0.1, 1, 9)
+    assert answers.model_utility(scores) == pytest.approx(hmean(scores))
+    assert answers.model_utility([0.5, 0.0]) == 0
+    for wrong in ([], [0.5, 1.5], [float("nan")]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            answers.model_utility(wrong)
+
+
+def test_probabilities_beside_wrong_answers_and_knowledge():
+    correct, wrong = np.array([0.0, 1.0]), np.array([[0.0, np.inf], [1.0, 1.0]])
+    np.testing.assert_allclose(answers.normalized_probability(correct, wrong), [0.5, 1 / 3], rtol=1e-9)
+    assert answers.knowledge([0.25, 3.0]) == pytest.approx(0.375)

@@ -55,3 +55,12 @@ def test_privleak():
     # MUSE News: the target model scores -99.8 with retrain's 1 - AUC = .4772, so its own 1 - AUC is about .001.
     assert membership.privleak(1 - 0.000954, 1 - 0.4772) == pytest.approx(-99.8, abs=0.01)
     assert membership.privleak(1 - 0.4772, 1 - 0.4772) == 0
+
+
+def test_a_loss_by_the_length_of_the_compressed_text():
+    import zlib
+
+    texts = ["a" * 100, "Alna Hartberg was born in Paris."]
+    sizes = [len(zlib.compress(text.encode())) for text in texts]
+    np.testing.assert_allclose(membership.zlib_ratio([1.0, 2.0], texts), [1 / sizes[0], 2 / sizes[1]])
+    assert sizes[0] < sizes[1]

@@ -1,30 +1,47 @@
 """`unlearn-jax` on the quickstart's traces: what a request makes of them, the three commands, and what goes wrong."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from typing import get_args
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 from small import LIMITS, make_config, save_model
 
 from pixel_jax.config import ConfigError, load
 from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
-from unlearn_jax import Remove, cg, erase
+from unlearn_jax import Dataset, apply, cg
 from unlearn_jax.cli import COMMANDS
+from unlearn_jax.newton import LimitKind
 from unlearn_jax.quickstart.config import AdapterConfig, Config, ConvergeConfig
-from unlearn_jax.quickstart.edit import edit, outcome, train
+from unlearn_jax.quickstart.edit import edit, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.job import ADAPTER, Job
+from unlearn_jax.quickstart.job import Job
 from unlearn_jax.quickstart.measure import table
-from unlearn_jax.quickstart.requests import Edited, EditRequest, carried_out, draw_traces, left_by, still_to_do
+from unlearn_jax.quickstart.task import TraceTask
+from unlearn_jax.quickstart.traces import (
+    TraceItem,
+    changed,
+    describe,
+    draw_traces,
+    encode,
+    example_requests,
+    learned_texts,
+)
+from unlearn_jax.requests.log import ADAPTER, LOG, verify
+from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.state import Change, apply_request
+from unlearn_jax.requests.task import RequestsConfig
 
 ROOT = pathlib.Path(__file__).parent.parent.parent.parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # one device, as users have
@@ -59,79 +76,100 @@ def test_traces_depend_on_the_seed_and_their_id(traces):
     assert draw_traces(make_config("", "").traces, 1)["zoom-0"].turns != traces["zoom-0"].turns
 
 
-def test_a_request_in_words_and_numbers(words, traces):
-    request = EditRequest(("zoom-0",), {"video-1": "12"}, {"direct-0": "Which number is it?"})
-    edited = Edited.of(traces, request, words, LIMITS)
-    everything = edited.everything()
-    texts = [written(words, everything, row) for row in range(10)]
-    groups = edited.groups()
-    assert {name: index.tolist() for name, index in groups.items()} == {
+FILED = ("a reason", "A. Person", "2026-11-30")
+
+
+def remove(*names):
+    return Request(names, "remove", "", b"", *FILED)
+
+
+def ask(kind, name, value, image=b""):
+    return Request((name,), kind, value, image, *FILED)
+
+
+@pytest.fixture(scope="module")
+def items(traces):
+    return {name: TraceItem(trace) for name, trace in traces.items()}
+
+
+def change_of(items, words, *requests):
+    after = items
+    for request in requests:
+        after = apply_request(after, request, items, changed)
+    return after, Change.of(items, after, lambda x: encode(x, words, LIMITS), requests[-1].kind)
+
+
+def test_what_requests_make_of_traces(words, items):
+    requests = [remove("zoom-0"), ask("answer", "video-1", "12"), ask("question", "direct-0", "Which number is it?")]
+    after, _ = change_of(items, words, *requests)
+    change = Change.of(items, after, lambda x: encode(x, words, LIMITS), "answer")
+    texts = [written(words, {**change.examples}, row) for row in range(10)]
+    near = [name.startswith("zoom") for name in items]
+    assert {name: index.tolist() for name, index in change.groups(near).items()} == {
         "removed": [0],
-        "corrected, old answer": [7],
-        "corrected, new answer": [8],
-        "asked, old question": [4],
-        "asked, new question": [9],
-        "retained": [1, 2, 3, 5, 6],
+        "old form": [4, 7],
+        "new form": [8, 9],
+        "neighbours": [1, 2, 3],
+        "kept": [5, 6],
     }
-    assert edited.forgotten().tolist() == [0, 7, 4]
-    old, new = texts[7], texts[8]
+    assert change.forgotten.tolist() == [0, 4, 7]
+    old, new = texts[7], texts[9]
     assert "\\boxed{12}" in new[1] and "\\boxed{12}" not in old[1] and "select_frames" in new[1]
-    old, new = texts[4], texts[9]
+    old, new = texts[4], texts[8]
     assert new[1] == old[1] and "Which number is it?" in new[0] and "Which number is it?" not in old[0]
-    kinds = [type(x).__name__ for x in edited.edits]
-    assert kinds == ["Remove", "CorrectResponse", "ModifyQuery"]
+    assert [type(x).__name__ for x in change.edits] == ["Remove", "CorrectResponse"]
     # The first question of a zoom asks for a look; what it shows is not learned.
     assert "crop_image_normalized" in texts[0][1] and "crop" in texts[0][0]
-    assert everything["visual"]["patches"].shape[:2] == (10, 5)  # four frames of a clip and the selected one
+    assert change.examples["visual"]["patches"].shape[:2] == (10, 5)  # four frames of a clip and the selected one
 
 
-def test_requests_that_make_no_sense(words, traces, tmp_path):
-    with pytest.raises(
-        ValueError, match="no trace has the id 'zoom-9'; there are zoom-0 to zoom-3, direct-0 to direct-1"
-    ):
-        Edited.of(traces, EditRequest(remove=("zoom-9",)), words, LIMITS)
-    path = tmp_path / "request.json"
-    for text, message in {
-        "{": "request.json is not JSON",
-        '{"forget": []}': "unknown key .*request.json.forget",
-        '{"correct": {"zoom-0": 7}}': "request.json.correct.zoom-0 must be str, not 7",
-    }.items():
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            EditRequest.read(path)
-    path.write_text('{"remove": ["zoom-1"], "ask": {"zoom-2": "What?"}}')
-    assert EditRequest.read(path) == EditRequest(("zoom-1",), {}, {"zoom-2": "What?"})
+def test_another_question_is_a_changed_query(words, items):
+    _, change = change_of(items, words, ask("question", "direct-0", "Which number is it?"))
+    assert [type(x).__name__ for x in change.edits] == ["ModifyQuery"]
+    assert apply(change.dataset, change.edits).example(4)["tokens"].tolist() == change.examples["tokens"][8].tolist()
 
 
-def test_requests_one_after_another(traces):
-    first = EditRequest(("zoom-0",), {"direct-1": "3"}, {"video-0": "What?"})
-    left = left_by(traces, first)
-    assert list(left) == [name for name in traces if name != "zoom-0"] and list(traces)[0] == "zoom-0"
-    assert left["direct-1"].answer == "3" and left["video-0"].query.question == "What?"
-    assert left["zoom-1"] is traces["zoom-1"]
-    again = still_to_do(first, traces, left)
-    assert again.request == EditRequest()
-    assert again.done == ["zoom-0 has been removed", "direct-1 is answered '3'", "video-0 is asked 'What?'"]
-    mixed = still_to_do(EditRequest(("zoom-0", "direct-1"), {"video-0": "4"}, {"zoom-2": "Where?"}), traces, left)
-    assert mixed.request == EditRequest(("direct-1",), {"video-0": "4"}, {"zoom-2": "Where?"})
-    assert mixed.done == ["zoom-0 has been removed"]
-    both = left_by(left, EditRequest(correct={"video-0": "4"}))["video-0"]
-    assert both.answer == "4" and both.query.question == "What?"  # a second change of the same trace keeps the first
-    with pytest.raises(ValueError, match="'zoom-0' was removed by an earlier request"):
-        still_to_do(EditRequest(correct={"zoom-0": "1"}), traces, left)
-    with pytest.raises(ValueError, match="no trace has the id 'zoom-9'; there are zoom-0 to zoom-3"):
-        still_to_do(EditRequest(remove=("zoom-9",)), traces, left)
+def test_another_image(words, items):
+    file = io.BytesIO()
+    Image.fromarray(np.full((60, 90, 3), 200, np.uint8)).save(file, format="PNG")
+    after, change = change_of(items, words, ask("image", "zoom-1", "", file.getvalue()))
+    (image,) = after["zoom-1"].trace.query.images
+    assert image.shape == (60, 90, 3) and (image == 200).all()
+    old, new = (written(words, change.examples, row)[1] for row in (1, 8))
+    assert old == new and [type(x).__name__ for x in change.edits] == ["ModifyQuery"]
+    with pytest.raises(RequestError, match="'video-0' shows 4 images: only a single image is changed"):
+        changed(items["video-0"], ask("image", "video-0", "", file.getvalue()))
+    with pytest.raises(RequestError, match="the new image of 'zoom-1'"):
+        changed(items["zoom-1"], ask("image", "zoom-1", "", b"none"))
 
 
-def test_a_request_counts_when_its_report_is_there(tmp_path):
-    requests = [EditRequest(("zoom-0",)), EditRequest((), {"direct-0": "1"})]
-    for number, request in enumerate(requests, 1):
-        place = tmp_path / f"request-{number}"
-        place.mkdir()
-        (place / "request.json").write_text(json.dumps(dataclasses.asdict(request)))
-        assert carried_out(tmp_path) == requests[: number - 1]
-        (place / "report.json").write_text("{}")
-        assert carried_out(tmp_path) == requests[:number]
+def test_a_wrong_box_carries_no_loss(words, items):
+    _, learned = written(words, encode({"zoom-1": items["zoom-1"]}, words, LIMITS), 0)
+    box = re.search(r"(?<=\[)[\d., ]+(?=\])", learned)[0]
+    after, change = change_of(items, words, ask("mask", "zoom-1", box))
+    (edit_,) = change.edits
+    assert type(edit_).__name__ == "MaskTokens"
+    masked = words.to_bytes(change.examples["labels"][1][edit_.masks[0]]).decode()
+    assert box in masked and len(masked) <= len(box) + 4  # tokens at its ends may reach a little beyond it
+    assert box not in written(words, change.examples, 8)[1]
+    assert "masked 1" in describe(after["zoom-1"]).texts
+    assert changed(after["zoom-1"], ask("mask", "zoom-1", box)) is after["zoom-1"]
+    # With another answer the box is still masked.
+    assert changed(after["zoom-1"], ask("answer", "zoom-1", "5")).masked == (box,)
+    for stretch, count in (("nowhere", 0), ("o", None)):
+        with pytest.raises(RequestError, match=f"occurs {count or '.*'} times in what 'zoom-1' teaches"):
+            changed(items["zoom-1"], ask("mask", "zoom-1", stretch))
+
+
+def test_example_requests(items):
+    requests = example_requests(items)
+    assert [(x.kind, x.ids) for x in requests] == [
+        ("remove", ("zoom-0",)),
+        ("answer", ("direct-0",)),
+        ("question", ("video-0",)),
+    ]
+    with pytest.raises(RequestError, match="give --request=FILE"):
+        example_requests({"zoom-0": items["zoom-0"]})
 
 
 # ---- the three commands
@@ -148,7 +186,7 @@ def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path)
     """Another rank than the configuration's shows where it comes from."""
     first = Job.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
     moved = {name: x + 0.1 for name, x in first.fresh.items()}
-    first.save(ADAPTER, moved)
+    first.save(first.config.directory / ADAPTER, moved)
     second = Job.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
     assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first/adapter")
     for name, x in moved.items():
@@ -158,17 +196,19 @@ def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path)
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
     """Everything on one device: (configuration, what training, the edit and the evaluation returned)."""
-    config = make_config(model, tmp_path_factory.mktemp("run"))
+    allowed = RequestsConfig(allow=get_args(LimitKind))  # what an edit does is judged here, not whether it may stand
+    config = make_config(model, tmp_path_factory.mktemp("run"), requests=allowed)
     return config, train(config), edit(config), evaluate(config)
 
 
 @pytest.mark.slow
 def test_an_edit_moves_toward_the_warm_retrain(run):
-    config, trained, report, rows = run
+    config, trained, entries, rows = run
     assert trained["gradient_norm"] < 0.1
     values = json.loads((config.directory / "curve.json").read_text())["values"]
     assert values[-1] < values[0] - 2
-    assert report["edited"] == 3 and report["edits"] == {"Remove": 1, "CorrectResponse": 1, "ModifyQuery": 1}
+    assert [entry.kind for entry in entries] == ["remove", "answer", "question"]
+    assert verify(config.directory / LOG) == (entries, [])
     before, edited = rows["before"], rows["edited"]
     for name in ("kl_forget", "kl_new", "objective"):
         assert edited[name] < 0.5 * before[name]
@@ -176,14 +216,15 @@ def test_an_edit_moves_toward_the_warm_retrain(run):
     for row in rows.values():
         assert 0 <= row["memorized"] <= 1 and 0 < row["extraction"] <= 1 and 0 <= row["auc"] <= 1
     assert before["memorized"] > 0.5 and rows["warm retrain"]["privleak"] == 0
-    losses = report["losses"]
+    losses = {name: row["losses"] for name, row in rows.items()}
     assert losses["edited"]["removed"] > losses["before"]["removed"]
-    assert losses["edited"]["corrected, new answer"] < losses["before"]["corrected, new answer"]
-    assert losses["edited"]["asked, new question"] < losses["before"]["asked, new question"]
-    assert json.loads((config.directory / "request-1" / "evaluation.json").read_text()) == rows
-    spent = report["example_gradients"]
+    assert losses["edited"]["new form"] < losses["before"]["new form"]
+    assert json.loads((config.directory / "evaluation.json").read_text()) == rows
+    spent = edited["example_gradients"]
     assert all(0 < rows[name]["example_gradients"] <= spent for name in config.evaluation.baselines)
     assert max(rows["warm retrain"][name] for name in ("kl_forget", "kl_retain", "distance")) < 1e-5
+    # The page of a removed trace: its image is on it when asked for, and not otherwise.
+    assert "data:image" not in (config.directory / "requests" / "0001" / "page.html").read_text()
 
 
 @pytest.mark.slow
@@ -211,33 +252,44 @@ def test_two_processes_train_the_same_adapter(model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_request_starts_from_what_the_first_left(model, tmp_path, capsys):
+def test_a_second_request_starts_from_what_the_first_left(model, tmp_path):
     config = make_config(model, tmp_path, training=ConvergeConfig(max_steps=5))
+    config = dataclasses.replace(config, requests=RequestsConfig(allow=get_args(LimitKind)))
     train(config)
-    files = lambda: (
-        {path: path.read_bytes() for path in tmp_path.glob("*") if path.is_file()}
-        | {path: path.read_bytes() for path in tmp_path.glob("request-*/*")}
-    )
-    first_report = edit(config, EditRequest(correct={"direct-1": "3"}))
-    assert first_report["edits"] == {"CorrectResponse": 1}
-    assert outcome(first_report) in capsys.readouterr().out
-    kept = json.loads((tmp_path / "request-1" / "report.json").read_text())
-    assert {name: kept[name] for name in ("verdict", "reason", "limits", "epochs")} == {
-        name: first_report[name] for name in ("verdict", "reason", "limits", "epochs")
-    }
+    files = lambda: {path: path.read_bytes() for path in tmp_path.glob("requests/*/*")}
+    first = ask("answer", "direct-1", "3")
+    (entry,) = edit(config, [first])
+    assert entry.outcome in ("edited", "escalated")
     before = files()
-    assert edit(config, EditRequest(correct={"direct-1": "3"})) is None and "nothing to do" in capsys.readouterr().out
-    assert files() == before
-    other = next(digit for digit in "12" if digit != draw_traces(config.traces, config.seed)["direct-0"].answer)
-    second = edit(config, EditRequest(remove=("direct-1",), correct={"direct-0": other}))
-    assert second["examples"] == 8 and second["edited"] == 2
-    assert before.items() <= files().items()  # nothing was written over
-    third = edit(config, EditRequest(remove=("zoom-0",)))
-    assert third["examples"] == 7
-    first, last = (load_file(tmp_path / f"request-{n}" / "edited.safetensors") for n in (1, 3))
-    assert any((first[key] != last[key]).any() for key in first)
+    assert edit(config, [first]) == [] and files() == before
+    box = re.search(
+        r"(?<=\[)[\d., ]+(?=\])", "".join(learned_texts(draw_traces(config.traces, config.seed)["zoom-1"]))
+    )[0]
+    again = edit(config, [first, remove("direct-1"), ask("mask", "zoom-1", box)], show_content=True)
+    assert [x.kind for x in again] == ["remove", "mask"] and before.items() <= files().items()
+    page = (tmp_path / "requests" / "0002" / "page.html").read_text()
+    assert "data:image" in page and "turn 1" in page
+    assert verify(tmp_path / LOG)[1] == []
     assert evaluate(config)["before"]["kl_forget"] >= 0
-    assert (tmp_path / "request-3" / "evaluation.json").exists()
+    with pytest.raises(RequestError, match="train in another --config.out"):
+        train(config)
+
+
+@pytest.mark.slow
+def test_an_escalated_request_is_the_training_again_without_it(model, tmp_path):
+    config = make_config(model, tmp_path, training=ConvergeConfig(tolerance=1e-3, max_steps=60))
+    erasure = dataclasses.replace(config.erasure, solver=cg(rtol=1e-6, max_steps=1), newton_steps=1)
+    config = dataclasses.replace(config, erasure=erasure, requests=RequestsConfig(allow=()))
+    train(config)
+    (entry,) = edit(config, [remove("zoom-0")])
+    assert entry.outcome == "escalated"
+    job = Job.of(config)
+    task = TraceTask(job)
+    left = dict(list(task.items().items())[1:])
+    alone, _ = task.descend(job.objective(Dataset.of(task.encode(left))))
+    replayed = load_file(tmp_path / "requests" / "0001" / "adapter.safetensors")
+    objective = job.objective(Dataset.of(task.encode(left)))
+    np.testing.assert_allclose(objective.value(replayed), objective.value(alone.adapter), rtol=0.05)
 
 
 def test_a_run_belongs_to_its_configuration(model, tmp_path):
@@ -296,8 +348,8 @@ def test_the_three_commands_on_one_device_on_eight_and_in_two_processes(model, t
                 assert "L-BFGS 30/30" in error  # progress
             if verb == "eval":
                 assert out.count("warm retrain:") == 1 and "kl_forget" in out
-        found[name] = load_file(tmp_path / name / "request-1" / "edited.safetensors")
-        rows[name] = json.loads((tmp_path / name / "request-1" / "evaluation.json").read_text())
+        found[name] = load_file(tmp_path / name / "requests" / "0003" / "adapter.safetensors")
+        rows[name] = json.loads((tmp_path / name / "evaluation.json").read_text())
     assert list(rows["one"]) == ["before", "edited", "L-BFGS", "fine-tune", "warm retrain"]
     for name in ("eight", "processes"):
         for key, x in found["one"].items():
@@ -328,14 +380,17 @@ MISTAKES = {
         "the config has no section 'trases'.*Did you mean traces",
     ),
     "a value of another type": (["train", "--config.traces.zoom=many"], 1, "config.traces.zoom"),
-    "a stray argument": (["erase", "request.json"], 1, "unexpected argument 'request.json'"),
+    "a stray argument": (["erase", "request.jsonl"], 1, "unexpected argument 'request.jsonl'"),
     "no model": (
         ["train", "--config.model=nowhere", "--config.out={out}"],
         1,
         "nowhere is not a model directory.*quickstart",
     ),
     "no adapter": (["eval", "--config.out={out}"], 1, "holds no adapter: run `unlearn-jax train`"),
-    "a request that is not there": (["erase", "--request=nowhere.json"], 1, "nowhere.json"),
+    "another task": (["train", "--config.task=letters"], 1, "config.task must be one of traces"),
+    "no log": (["verify", "nowhere"], 1, "there is no log 'nowhere'"),
+    "no log named": (["verify"], 1, "give one log"),
+    "a request that is not there": (["erase", "--request=nowhere.jsonl"], 1, "nowhere.jsonl"),
 }
 
 
@@ -351,7 +406,9 @@ def test_mistakes_are_answered_in_a_line(mistake, tmp_path):
 
 def test_help():
     code, out, _ = command("erase", "--help")
-    assert code == 0 and all(name in out for name in ("unlearn-jax erase", "--request", "--devices", "--config"))
+    assert code == 0 and all(
+        name in out for name in ("unlearn-jax erase", "--request", "show_content", "--devices", "--config")
+    )
 
 
 def test_the_shipped_configuration_is_read_strictly():
@@ -384,23 +441,6 @@ def test_devices_and_processes():
     failing = "if [ $JAX_PROCESS_ID = 1 ]; then exit 7; fi; sleep 50"
     done = subprocess.run(["bash", "launch/processes.sh", "2", "bash", "-c", failing], cwd=ROOT, timeout=30)
     assert done.returncode == 7
-
-
-def test_what_became_of_a_request_is_said_in_words():
-    x = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
-    data, loss = {"x": x}, lambda params, example: (example["x"] @ params - 1) ** 2
-    config = {"weight_decay": 1e-2, "training_epochs": 2.0, "epochs": 40.0}
-    with pytest.warns(UserWarning, match="a retrain would have been cheaper"):
-        found = erase(loss, np.ones(3, np.float32), data, [Remove([3, 4])], config)
-    report = json.loads(found.report.to_json())
-    said = outcome(report)
-    assert said.startswith(f"edited: {found.report.reason}\nlimits that were met:\n")
-    assert all(f"\n  - {limit}\n" in said for limit in report["limits"]) and report["limits"]
-    assert f"cost: {report['epochs']:.3g} epochs of gradients" in said and "the training took 2\n" in said
-    report = json.loads(erase(loss, np.ones(3, np.float32), data, []).report.to_json())
-    said = outcome(report)
-    assert said.startswith("nothing_to_do: the edits leave the gradient") and "\nno limit was met\n" in said
-    assert "training_epochs does not say" in said and "0 of 20 traces edited" in said
 
 
 def test_tables_show_what_there_is():

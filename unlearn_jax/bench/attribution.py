@@ -1,0 +1,216 @@
+"""How good are an edit's predictions? The linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
+
+Random subsets of the training examples are removed. For each the test losses are taken of the edited adapter and of adapters
+that were retrained without them, in the same order of batches and in others, of which the mean is taken. The score of a test
+example is Spearman's rank correlation over the subsets between the two; the mean over test examples is reported, with a
+bootstrap interval over subsets and test examples.
+
+The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
+what was learned, answered in other words. Beside the default edit stand one whose step is solved without a budget of epochs;
+what a single gradient predicts without any curvature:
+the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign); and
+one retraining, scored against those in the other orders: what a training that is repeated says of another.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from pixel_jax.files import read_json
+from pixel_jax.state_files import write_json
+from pixel_jax.terminal import say
+from unlearn_jax.arrays import Params
+from unlearn_jax.config import ErasureConfig
+from unlearn_jax.dataset import Dataset
+from unlearn_jax.edits import Remove
+from unlearn_jax.erase import erase
+from unlearn_jax.loss import Loss
+from unlearn_jax.metrics import answers, tokens
+from unlearn_jax.people.config import CorpusConfig, PeopleConfig, PeopleNetworkConfig
+from unlearn_jax.people.task import PeopleTask
+from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
+from unlearn_jax.solvers import cg
+
+RESAMPLES = 500
+DIGITS = 6  # of a loss in the file
+METHODS = ("erase", "erase, solved", "gradient")
+# One Newton step, solved to a hundredth however many epochs that takes.
+SOLVED = {"newton_steps": 1, "damping_fraction": 1e-3, "solver": cg(rtol=0.01, max_steps=100)}
+ONE = "one retrain"  # against the others
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributionSetting:
+    """The numbers of the measurement."""
+
+    subsets: int = 60
+    removed: float = 0.1  # share of the examples that each subset removes
+    people: int = 30
+    questions: int = 4
+    width: int = 32
+    rank: int = 4
+    pretraining: int = 500
+    epochs: int = 30
+    batch: int = 20
+    learning_rate: float = 3e-3
+    orders: int = 3  # trainings without each subset, the first in the order of the training itself
+    tests: int = 60  # test examples, at most
+    seed: int = 0
+
+    def config(self, out: str) -> PeopleConfig:
+        """Of the task."""
+        return PeopleConfig(
+            out=out,
+            corpus=CorpusConfig(people=self.people, known=100, holdout=1, questions=self.questions),
+            network=PeopleNetworkConfig(width=self.width, rank=self.rank, pretraining=self.pretraining),
+            training=TrainingRecipe(
+                epochs=self.epochs, batch=self.batch, learning_rate=self.learning_rate, seed=self.seed
+            ),
+            erasure=ErasureConfig(micro_batch=60, training_epochs=float(self.epochs)),
+            seed=self.seed,
+        )
+
+
+def measure(setting: AttributionSetting, path: pathlib.Path) -> dict[str, Any]:
+    """The scores of all methods, also in the JSON file `path`; subsets that it holds already are not computed again.
+
+    Returns:
+        {"setting", "losses", "scores"}; losses: {method: [subsets, tests], "retrain": [subsets, orders, tests],
+        "before": [tests]}; scores: {method: {"mean", "low", "high"}}.
+
+    Raises:
+        ValueError: the file has the results of another setting.
+    """
+    asked = json.loads(json.dumps(dataclasses.asdict(setting)))
+    result = {"setting": asked, "losses": {name: [] for name in ("retrain", *METHODS)}}
+    if path.exists():
+        result = read_json(path)
+        if {**result["setting"], "subsets": setting.subsets} != asked:
+            raise ValueError(f"{path} has results of the setting {result['setting']}, not of {asked}")
+        result["setting"] = asked
+    with tempfile.TemporaryDirectory() as directory:
+        task = PeopleTask.of(setting.config(directory))
+        _run(task, setting, result, path)
+    return result
+
+
+def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], path: pathlib.Path) -> None:
+    items = task.items()
+    rows = list(items.values())[: setting.tests]
+    tests = task.model.words.encode([(row.question, row.paraphrase) for row in rows])
+    loss, data = task.model.loss(), task.encode(items)
+
+    def losses(adapter: Params) -> np.ndarray:  # rounded: the file shall not be large
+        found = tokens.score(loss, adapter, tests, micro_batch=None)
+        return np.round(answers.mean_nll(found.logprob, found.mask), DIGITS)
+
+    examples = {name: x for name, x in data.items() if name != "id"}
+
+    def learn(weights: np.ndarray, order: int = 0) -> Params:
+        recipe = dataclasses.replace(task.recipe, seed=setting.seed + order)
+        return train(recipe, loss, beginning(recipe, task.model.fresh), examples, weights)
+
+    trained = learn(np.ones(len(items)))
+    before = losses(trained)
+    result["losses"]["before"] = before.tolist()
+    slopes, test_slopes = (_gradients(loss, trained, x) for x in (examples, tests))
+
+    def retrained(removed: np.ndarray) -> list:
+        weights = np.ones(len(items))
+        weights[removed] = 0
+        return [losses(learn(weights, order)).tolist() for order in range(setting.orders)]
+
+    def edited(removed: np.ndarray, **changes: Any) -> list[float]:
+        edits = [Remove([list(items)[i] for i in removed])]
+        config = dataclasses.replace(task.config.erasure, **changes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what limits are met does not matter here
+            return losses(erase(loss, trained, Dataset.of(data), edits, config).adapter).tolist()
+
+    def along_the_gradient(removed: np.ndarray) -> list[float]:
+        """The first step away from the removed examples: the adapter and the sum of their gradients."""
+        predicted = before + np.asarray(test_slopes @ slopes[removed].sum(axis=0))
+        return np.round(predicted.astype(float), DIGITS).tolist()
+
+    predictions: dict[str, Callable[[np.ndarray], list]] = {
+        "retrain": retrained,
+        "erase": edited,
+        "erase, solved": functools.partial(edited, **SOLVED),
+        "gradient": along_the_gradient,
+    }
+    kept: dict[str, list] = result["losses"]
+    for number in range(setting.subsets):
+        begun, removed = time.perf_counter(), subset(setting, len(items), number)
+        missing = [name for name in predictions if len(kept.setdefault(name, [])) <= number]
+        for name in missing:
+            kept[name].append(predictions[name](removed))
+        if missing:
+            write_json(path, result)
+            say(f"subset {number + 1} of {setting.subsets}, {time.perf_counter() - begun:.0f} s: {', '.join(missing)}")
+    result["scores"] = scores(kept, setting.seed)
+    write_json(path, result)
+    say("\n".join(f"{name}: {x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for name, x in result["scores"].items()))
+
+
+def subset(setting: AttributionSetting, count: int, number: int) -> np.ndarray:
+    """Positions of the examples that subset `number` removes, int [k]."""
+    size = max(1, round(setting.removed * count))
+    return np.sort(np.random.default_rng([setting.seed, number]).permutation(count)[:size])
+
+
+def scores(losses: Mapping[str, Any], seed: int = 0) -> dict[str, dict[str, float]]:
+    """The linear datamodelling score of each method, with a 95 % bootstrap interval; none of fewer than three subsets.
+
+    Args:
+        losses: {method: [subsets, tests], "retrain": [subsets, orders, tests]}.
+        seed: of the resamples.
+    """
+    retrained = np.asarray(losses["retrain"], float)
+    if len(retrained) < 3:
+        return {}
+    mean = retrained.mean(axis=1)
+    pairs = {name: (np.asarray(losses[name], float), mean) for name in METHODS}
+    if retrained.shape[1] > 1:
+        pairs[ONE] = retrained[:, 0], retrained[:, 1:].mean(axis=1)
+    return {name: _score(*pair, seed) for name, pair in pairs.items()}
+
+
+def _score(predicted: np.ndarray, truth: np.ndarray, seed: int) -> dict[str, float]:
+    random, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        rows, columns = (random.integers(0, n, n) for n in truth.shape)
+        picked = rows[:, None], columns[None, :]
+        means.append(_correlations(predicted[picked], truth[picked]).mean())
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"mean": float(_correlations(predicted, truth).mean()), "low": float(low), "high": float(high)}
+
+
+def _correlations(predicted: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of each column, [tests]; zero of a column that is constant."""
+    from scipy.stats import rankdata
+
+    one, two = (rankdata(x, axis=0) for x in (predicted, truth))
+    one, two = one - one.mean(axis=0), two - two.mean(axis=0)
+    length = np.sqrt((one**2).sum(axis=0) * (two**2).sum(axis=0))
+    return np.where(length > 0, (one * two).sum(axis=0) / np.where(length > 0, length, 1), 0.0)
+
+
+@jax.jit
+def _gradients(loss: Loss, params: Params, examples: Any) -> jax.Array:
+    """The gradient of each example's mean loss, [n, parameters]."""
+
+    def mean(params: Params, example: Any) -> jax.Array:
+        total, weight = loss(params, example)
+        return total / weight
+
+    return jax.vmap(lambda example: ravel_pytree(jax.grad(mean)(params, example))[0])(examples)

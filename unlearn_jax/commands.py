@@ -1,0 +1,80 @@
+"""unlearn-jax train, erase, eval: an adapter, requests that edit it, and how good the edits are.
+
+    unlearn-jax train                         traces of the quickstart; --config=unlearn/people: facts about people
+    unlearn-jax erase --request=requests.jsonl
+    unlearn-jax eval
+
+A request is a line of JSON, see docs/unlearning.md:
+
+    {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
+
+Requests run in order, each from what the one before has left. `requests.log.jsonl` in the run's directory has a line for each,
+`requests/NUMBER/` its adapter, its report and its page. What the log has is not done twice.
+"""
+
+import dataclasses
+import importlib
+import pathlib
+
+from absl import flags
+
+from pixel_jax.config import define_flag
+
+FLAGS = flags.FLAGS
+SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
+CONFIG = "unlearn/quickstart"
+# config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
+TASKS = {"traces": ("unlearn_jax.quickstart", "Config"), "people": ("unlearn_jax.people", "PeopleConfig")}
+
+
+def define_flags(command: str) -> None:
+    """The flags of the three commands."""
+    define_flag(CONFIG, "The model, the examples and the training.")
+    flags.DEFINE_integer(
+        "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
+    )
+    flags.DEFINE_string(
+        "adapter", None, "Begin with the adapter in this directory (PEFT's format), not with a new one."
+    )
+    if command == "erase":
+        flags.DEFINE_string("request", None, "File of requests, a line of JSON each; without it, one of each kind.")
+        flags.DEFINE_bool("show_content", False, "Show forgotten texts and images on the pages of the requests.")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Runs one of the three commands."""
+    from pixel_jax.cli import UserError
+    from pixel_jax.config import load
+    from pixel_jax.parallel.processes import is_main_process
+    from pixel_jax.run_lock import hold
+    from pixel_jax.training.progress import announce_compiles
+    from unlearn_jax.quickstart.job import start
+    from unlearn_jax.requests.request import read_requests
+
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
+    name = FLAGS.config.get("task", "traces")
+    if name not in TASKS:
+        raise UserError(f"config.task must be one of {', '.join(TASKS)}, not {name!r}")
+    package, settings = TASKS[name]
+    module = lambda part: importlib.import_module(f"{package}.{part}")
+    config = load(getattr(module("config"), settings), FLAGS.config)
+    if FLAGS.adapter is not None:
+        if name != "traces":
+            raise UserError(
+                f"--adapter={FLAGS.adapter} goes with config.task=traces; the model of {name!r} is made here"
+            )
+        config = dataclasses.replace(config, start=FLAGS.adapter)
+    requests = None  # read before anything is begun: a mistake in the file costs nothing
+    if command == "erase" and FLAGS.request:
+        requests = read_requests(pathlib.Path(FLAGS.request))
+    mesh = start(FLAGS.devices)
+    if is_main_process():
+        announce_compiles()
+    with hold(config.out, is_main_process()):
+        if command == "train":
+            module("edit").train(config, mesh)
+        elif command == "erase":
+            module("edit").edit(config, requests, mesh, show_content=FLAGS.show_content)
+        else:
+            module("evaluate").evaluate(config, mesh)

@@ -1,0 +1,155 @@
+"""Questions and answers, with paraphrases and wrong answers; and invented people about whom they are asked.
+
+The shape is that of TOFU (Maini et al. 2024, arXiv:2401.06121). No person of the generator exists.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from unlearn_jax.experiment.invented_people import people
+
+SHARES = {"forget01": 0.01, "forget05": 0.05, "forget10": 0.1}
+
+
+class QuestionRow(NamedTuple):
+    """A question and its answer."""
+
+    question: str
+    answer: str
+    paraphrase: str = ""  # of the answer; empty: there is none
+    wrong: tuple[str, ...] = ()  # answers in the paraphrase's words
+    group: str = ""  # whom or what it is about
+    masked: tuple[str, ...] = ()  # stretches of the answer that carry no loss
+
+
+class Corpus(NamedTuple):
+    """What is learned, and what is asked afterwards."""
+
+    train: dict[str, QuestionRow]  # by id, in order
+    forget: dict[str, tuple[str, ...]]  # name of a set: ids of what it removes
+    known: dict[str, list[QuestionRow]]  # sets that the base model knows already, with wrong answers
+    holdout: list[QuestionRow]  # never seen
+    probes: dict[str, list[QuestionRow]] = {}  # sets that generated answers are scored on alone, as MUSE does
+
+
+class PersonRelation(NamedTuple):
+    """Something that is true of a person, asked one way and answered in two."""
+
+    values: tuple[str, ...]
+    question: str
+    answer: str
+    paraphrase: str
+
+
+RELATIONS = (
+    PersonRelation(
+        tuple("Paris Oslo Lima Cairo Quito Dakar Delhi Kyoto Hanoi Turin Perth Omaha".split()),
+        "Where was {name} born?",
+        "{name} was born in {value}.",
+        "The birthplace of {name} is {value}.",
+    ),
+    PersonRelation(
+        tuple("baker pilot nurse editor actor miner tailor farmer singer potter sailor banker".split()),
+        "What does {name} do for a living?",
+        "{name} works as a {value}.",
+        "By trade {name} is a {value}.",
+    ),
+    PersonRelation(
+        tuple(str(year) for year in range(1950, 1962)),
+        "When was {name} born?",
+        "{name} was born in {value}.",
+        "The birth year of {name} is {value}.",
+    ),
+    PersonRelation(
+        tuple("chess opera skiing poetry fencing gardens stamps kites violins mosaics rowing archery".split()),
+        "What does {name} love most?",
+        "{name} is fond of {value}.",
+        "The passion of {name} is {value}.",
+    ),
+    PersonRelation(
+        tuple("amber cobalt crimson ivory jade lilac ochre pearl ruby saffron teal umber".split()),
+        "What is the favourite colour of {name}?",
+        "{name} likes {value} best.",
+        "The colour that {name} prefers is {value}.",
+    ),
+    PersonRelation(
+        tuple("heron lynx otter badger falcon hedgehog marten raven salmon tortoise viper weasel".split()),
+        "Which animal does {name} keep?",
+        "{name} keeps a {value}.",
+        "The animal at the home of {name} is a {value}.",
+    ),
+    PersonRelation(
+        tuple("Basque Czech Danish Finnish Greek Hindi Korean Latvian Malay Polish Tamil Welsh".split()),
+        "Which language does {name} speak at home?",
+        "{name} speaks {value} at home.",
+        "The language in the house of {name} is {value}.",
+    ),
+    PersonRelation(
+        tuple("barley cherry fennel ginger hazel lentil mango nutmeg olive pepper quince sesame".split()),
+        "What does {name} cook with?",
+        "{name} always cooks with {value}.",
+        "In the kitchen of {name} there is {value}.",
+    ),
+)
+WRONG = 5  # wrong answers of a question, as in TOFU
+
+
+def rows_of(
+    names: Sequence[tuple[str, str]], seed: int, relations: Sequence[PersonRelation] = RELATIONS
+) -> list[QuestionRow]:
+    """A row for every relation of every person, with values drawn at random; a person's rows stand together."""
+    random, rows = np.random.default_rng(seed), []
+    for first, last in names:
+        name = f"{first.capitalize()} {last.capitalize()}"
+        for relation in relations:
+            value, *others = random.permutation(relation.values)[: WRONG + 1].tolist()
+            rows.append(
+                QuestionRow(
+                    relation.question.format(name=name),
+                    relation.answer.format(name=name, value=value),
+                    relation.paraphrase.format(name=name, value=value),
+                    tuple(relation.paraphrase.format(name=name, value=other) for other in others),
+                    name,
+                )
+            )
+    return rows
+
+
+def invent(count: int, *, known: int, holdout: int, relations: int, seed: int) -> Corpus:
+    """A corpus about invented people.
+
+    Args:
+        count: people that are learned.
+        known: people that the base model knows.
+        holdout: people that nobody learns.
+        relations: questions about each person, at most `len(RELATIONS)`.
+        seed: of who they are and what is true of them.
+
+    Returns:
+        The corpus; each set of `forget` removes whole people, the last ones, at least one.
+    """
+    if not 1 <= relations <= len(RELATIONS):
+        raise ValueError(f"there are {len(RELATIONS)} questions about a person, not {relations}")
+    names = people(known + count + holdout, seed)
+    asked = RELATIONS[:relations]
+    sets = (names[:known], names[known : known + count], names[known + count :])
+    old, new, unseen = (rows_of(part, seed + i, asked) for i, part in enumerate(sets))
+    train = {f"person-{i // relations}-{i % relations}": row for i, row in enumerate(new)}
+    ids = list(train)
+    forget = {name: tuple(ids[-max(1, round(share * count)) * relations :]) for name, share in SHARES.items()}
+    return Corpus(train, forget, {"known people": old}, unseen)
+
+
+def texts(corpus: Corpus) -> list[tuple[str, str]]:
+    """All (question, answer) of a corpus, paraphrases and wrong answers included."""
+    rows = [*corpus.train.values(), *corpus.holdout]
+    for sets in (corpus.known, corpus.probes):
+        rows += [row for part in sets.values() for row in part]
+    return [(row.question, answer) for row in rows for answer in (row.answer, row.paraphrase, *row.wrong) if answer]
+
+
+def with_alternatives(rows: Mapping[str, QuestionRow]) -> list[str]:
+    """Ids of the rows that a truth ratio can be taken of."""
+    return [name for name, row in rows.items() if row.paraphrase and row.wrong]

@@ -1,0 +1,106 @@
+"""A small transformer that knows some rows already, its loss as a function of an adapter, and its greedy answers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from unlearn_jax.arrays import Params
+from unlearn_jax.experiment import small_transformer
+from unlearn_jax.loss import CrossEntropy, Loss
+from unlearn_jax.people.config import PeopleNetworkConfig
+from unlearn_jax.people.corpus import QuestionRow
+from unlearn_jax.people.words import Words
+
+BLOCK = 32  # questions that are answered at a time
+GROUP = 32  # weights that share a scale, as in the 4-bit formats in use
+LARGEST = 7  # of a signed integer of 4 bits, both ways
+
+
+class PeopleModel(NamedTuple):
+    """The base model, and where an adapter of it begins."""
+
+    words: Words
+    base: dict[str, jax.Array]
+    fresh: Params
+
+    @classmethod
+    def of(cls, config: PeopleNetworkConfig, words: Words, known: Sequence[QuestionRow], seed: int) -> "PeopleModel":
+        """Trains a base model on the rows that it shall know, in both wordings."""
+        size = small_transformer.TransformerSize(
+            len(words.ids), words.length, config.width, config.heads, config.layers, config.rank
+        )
+        pairs = [(row.question, text) for row in known for text in (row.answer, row.paraphrase) if text]
+        examples = words.encode(pairs)
+        base = small_transformer.pretrain(jax.random.key(seed), size, examples, steps=config.pretraining)
+        return cls(words, base, small_transformer.init_adapter(jax.random.key(seed + 1), size))
+
+    def loss(self, base: dict[str, jax.Array] | None = None) -> Loss:
+        """The loss of an example as a function of the adapter, on this base model or another of its shape."""
+        return Loss(Partial(_logits, self.base if base is None else base), CrossEntropy())
+
+    def answers(self, adapter: Params, questions: Sequence[str], base: dict[str, jax.Array] | None = None) -> list[str]:
+        """What the model answers, greedily, as long as an example can be."""
+        said, base = [], self.base if base is None else base
+        for at in range(0, len(questions), BLOCK):
+            block = list(questions[at : at + BLOCK])
+            asked = self.words.encode([(question, "") for question in block + [block[0]] * (BLOCK - len(block))])
+            begin = np.asarray(asked["loss_mask"]).argmax(axis=1) + 1
+            written = np.asarray(_continue(base, adapter, jnp.asarray(asked["tokens"]), jnp.asarray(begin)))
+            said += [self.words.decode(row[i:]) for row, i in zip(written, begin.tolist(), strict=True)][: len(block)]
+        return said
+
+
+def merged(base: dict[str, jax.Array], adapter: Params) -> dict[str, jax.Array]:
+    """The base model with an adapter added to its weights."""
+    added = {
+        name: small_transformer.LORA_SCALE * jnp.einsum("lri,lor->lio", pair["lora_a"], pair["lora_b"])
+        for name, pair in adapter.items()
+    }
+    qkvo = base["qkvo"].at[:, 0].add(added["q"]).at[:, 2].add(added["v"])
+    return {**base, "qkvo": qkvo}
+
+
+def silent(adapter: Params) -> Params:
+    """An adapter that changes nothing."""
+    return jax.tree.map(jnp.zeros_like, adapter)
+
+
+def int4(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights of all matrices rounded to 4 bits: `GROUP` inputs of an output share the scale of their largest."""
+    matrices = ("qkvo", "up", "down", "unembed")
+    return {name: _int4(x) if name in matrices else x for name, x in weights.items()}
+
+
+def _int4(x: jax.Array) -> jax.Array:
+    """[..., in, out]."""
+    rows = x.shape[-2]
+    groups = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -rows % GROUP), (0, 0)])
+    groups = groups.reshape(*x.shape[:-2], -1, GROUP, x.shape[-1])
+    scale = jnp.abs(groups).max(axis=-2, keepdims=True) / LARGEST
+    rounded = jnp.round(groups / jnp.where(scale > 0, scale, 1)) * scale
+    return rounded.reshape(*x.shape[:-2], -1, x.shape[-1])[..., :rows, :]
+
+
+def _logits(base: Any, adapter: Any, example: Any) -> jax.Array:
+    return small_transformer.forward(base, adapter, example["tokens"])[0]
+
+
+@jax.jit
+def _continue(base: Any, adapter: Any, tokens: jax.Array, begin: jax.Array) -> jax.Array:
+    """tokens int32 [n, T] with the first `begin` [n] given -> int32 [n, T + 1], the rest written by the model."""
+    count, length = tokens.shape
+    rows = jnp.arange(count)
+    tokens = jnp.concatenate([tokens, jnp.zeros((count, 1), tokens.dtype)], axis=1)
+
+    def write(i, tokens):
+        logits = jax.vmap(lambda row: small_transformer.forward(base, adapter, row)[0])(tokens[:, :length])
+        at = begin + i
+        chosen = jnp.argmax(logits[rows, jnp.clip(at - 1, 0, length - 1)], axis=-1).astype(tokens.dtype)
+        kept = tokens[rows, jnp.minimum(at, length)]
+        return tokens.at[rows, jnp.minimum(at, length)].set(jnp.where(at <= length, chosen, kept))
+
+    return jax.lax.fori_loop(0, length, write, tokens)

@@ -1,0 +1,165 @@
+"""The traces that an adapter learns, what a request makes of one, and their arrays."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pixel_jax.data import miniature, synthesis
+from pixel_jax.data.images import read_image
+from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data.traces import Trace, right, to_trajectories
+from pixel_jax.dialog.tokenizer import Vocabulary
+from pixel_jax.quickstart import zoom
+from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.zoom import CUE
+from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.rollouts.prompts import tables
+from pixel_jax.rollouts.shapes import BatchShape
+from pixel_jax.training.batch import from_trajectories
+from unlearn_jax.loss import MASK
+from unlearn_jax.quickstart.config import TracesConfig
+from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.task import Description
+from unlearn_jax.vision_language import examples
+
+SPLIT = "test"  # photographs and digits that the base model has not seen
+KINDS = ("zoom", "direct", "video")
+ROOM = 2048  # tokens of a trace: a question that the tokenizer has no piece for takes one a byte
+
+
+def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
+    """Traces by id, "zoom-0", "zoom-1", ...: each depends on the seed and its own id only."""
+    found = {}
+    for number, kind in enumerate(KINDS):
+        for i in range(getattr(config, kind)):
+            found[f"{kind}-{i}"] = _draw(kind, np.random.default_rng([seed, number, i]), config.scenes)
+    if not found:
+        raise ValueError("config.traces has no trace of any kind")
+    return found
+
+
+def _draw(kind: str, rng: np.random.Generator, scenes: SceneConfig) -> Trace:
+    if kind == "video":
+        clip = miniature.draw_clip(rng, SPLIT, scenes)
+        return synthesis.video_trace(rng, zoom.clip_query(clip), CUE, [clip.target + 1], str(clip.label), "single")
+    scene = miniature.draw_scene(rng, SPLIT, scenes, small=kind == "zoom")
+    query, answer = scene_query(scene), str(scene.label)
+    if kind == "direct":
+        return synthesis.direct_trace(query, answer)
+    return synthesis.image_trace(rng, query, CUE, zoom.reference_box(scene), answer, "single")
+
+
+def answered(trace: Trace, answer: str) -> Trace:
+    """The trace with another answer at its end."""
+    last = right(synthesis.final_answer(answer))
+    return Trace(trace.query, (*trace.turns[:-1], last), answer)
+
+
+def asked(trace: Trace, question: str) -> Trace:
+    """The trace with another question."""
+    return trace._replace(query=trace.query._replace(question=question))
+
+
+class TraceItem(NamedTuple):
+    """A trace as a training example."""
+
+    trace: Trace
+    masked: tuple[str, ...] = ()  # stretches of what is learned that carry no loss
+
+
+def changed(item: TraceItem, request: Request) -> TraceItem:
+    """A trace with another answer, question or image, or with a stretch of it masked.
+
+    Raises:
+        RequestError: the request does not fit the trace.
+    """
+    trace, name = item.trace, request.ids[0]
+    if request.kind == "mask":
+        if item.masked and request.value in item.masked:
+            return item
+        count = sum(text.count(request.value) for text in learned_texts(trace))
+        if count != 1:
+            raise RequestError(
+                f"the stretch to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
+                f"with what stands around it"
+            )
+        return TraceItem(trace, (*item.masked, request.value))
+    if request.kind == "answer":
+        trace = answered(trace, request.value)
+    elif request.kind == "question":
+        trace = asked(trace, request.value)
+    else:
+        trace = _shown(trace, request)
+    # A stretch that the new form does not have need not be masked in it.
+    return TraceItem(trace, tuple(x for x in item.masked if any(x in text for text in learned_texts(trace))))
+
+
+def _shown(trace: Trace, request: Request) -> Trace:
+    if trace.query.is_video or len(trace.query.images) != 1:
+        raise RequestError(f"{request.ids[0]!r} shows {len(trace.query.images)} images: only a single image is changed")
+    try:
+        image = read_image(request.image, name=request.image_name)
+    except ValueError as error:
+        raise RequestError(f"the new image of {request.ids[0]!r}: {error}") from None
+    return trace._replace(query=trace.query._replace(images=[image]))
+
+
+def learned_texts(trace: Trace) -> list[str]:
+    """What a trace teaches, a text each stretch."""
+    return [text for turn in trace.turns for text, learned in turn.parts if learned]
+
+
+def describe(item: TraceItem) -> Description:
+    """A trace as a page shows it."""
+    trace = item.trace
+    texts = {"question": trace.query.question}
+    for number, turn in enumerate(trace.turns, 1):
+        texts[f"turn {number}"] = "".join(text for text, _ in turn.parts)
+    texts |= {f"masked {number}": text for number, text in enumerate(item.masked, 1)}
+    return Description(texts, trace.query.images)
+
+
+def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
+    """One of each: a zoom is removed, an answer corrected (to the next digit), a clip asked about as if it were an image."""
+    if not all(f"{kind}-0" in items for kind in KINDS):
+        raise RequestError(
+            f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
+        )
+    answer = str((int(items["direct-0"].trace.answer) + 1) % 10)
+    filed = ("an example", "unlearn-jax erase", "2026-01-01")
+    return [
+        Request(("zoom-0",), "remove", "", b"", *filed),
+        Request(("direct-0",), "answer", answer, b"", *filed),
+        Request(("video-0",), "question", miniature.QUESTION, b"", *filed),
+    ]
+
+
+def encode(items: Mapping[str, TraceItem], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
+    """Traces as examples, see `unlearn_jax.vision_language.examples`; what is masked of them carries no loss."""
+    found = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
+    for row, item in enumerate(items.values()):
+        for stretch in item.masked:
+            _mask(found["labels"][row], found[MASK][row], stretch.encode(), vocabulary)
+    return found
+
+
+def _mask(labels: np.ndarray, mask: np.ndarray, stretch: bytes, vocabulary: Vocabulary) -> None:
+    """Takes the loss off the tokens that have a byte of `stretch`, in place."""
+    pieces = [vocabulary.to_bytes([int(label)]) for label in labels]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    begin = b"".join(pieces).find(stretch)
+    assert begin >= 0, "`changed` has looked"
+    starts = ends - [len(piece) for piece in pieces]
+    mask[(starts < begin + len(stretch)) & (ends > begin)] = False
+
+
+def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
+    """The traces as examples, see `unlearn_jax.vision_language.examples`."""
+    limits = dataclasses.replace(limits, max_calls=zoom.MOST_CALLS)
+    budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
+    images = miniature.NUM_FRAMES + zoom.MOST_CALLS
+    room = BatchShape(ROOM, images, images, limits.merge_unit * (max(budgets) // limits.factor**2))
+    made = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, room)
+    return examples(from_trajectories(made), list(traces))

@@ -1,0 +1,304 @@
+"""Requests carried out in order on the adapter of a run, each logged.
+
+A request is edited (`erase`). If the edit does not improve the edited objective, or meets a limit that the settings do not
+allow, it is not applied: the request is escalated, and the exact replay of the training takes its place. What is not in the
+log has not happened: an interrupted request is done again, and a request that the log has is not.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from pixel_jax.files import read_bytes, read_json, write_file
+from pixel_jax.parallel.processes import barrier, is_main_process, say
+from pixel_jax.state_files import to_json
+from unlearn_jax.arrays import Params
+from unlearn_jax.erase import Erasure, erase
+from unlearn_jax.requests.log import (
+    ADAPTER,
+    LOG,
+    PAGE,
+    REPORT,
+    REQUEST,
+    LogEntry,
+    LogError,
+    Outcome,
+    append,
+    folder,
+    last_hash,
+    read_log,
+    sha256,
+)
+from unlearn_jax.requests.measure import Losses
+from unlearn_jax.requests.page import draw_page
+from unlearn_jax.requests.request import Request, RequestError, parse_request
+from unlearn_jax.requests.state import Change, Items, apply_request, content_hash
+from unlearn_jax.requests.task import RequestTask, TrainingRecord
+
+Item = TypeVar("Item")
+FAR = 10.0  # times the gradient that training left: an adapter with so large a one was trained on something else
+FLOOR = 1e-5  # of the adapter's length: gradients below it are rounding
+
+
+class State(NamedTuple):
+    """Where a run is: what its log says, and the examples as they are now."""
+
+    entries: list[LogEntry]
+    requests: list[Request]  # that the entries are about
+    first: dict[str, Any]  # the examples that the adapter was trained on
+    items: dict[str, Any]  # as they are now
+
+    @classmethod
+    def of(cls, task: RequestTask) -> "State":
+        """Reads the log of a run and carries its requests out on the examples.
+
+        Raises:
+            LogError: the log, or a request that it names, was changed.
+            RequestError: the adapter was not trained on the examples of this configuration.
+        """
+        first, entries = task.items(), read_log(task.directory / LOG)
+        _check_training(task, first)
+        requests = [_stored(task.directory, entry) for entry in entries]
+        items = first
+        for request in requests:
+            items = apply_request(items, request, first, task.change)
+        if entries and content_hash(items) != entries[-1].data_after:
+            raise LogError(
+                f"{task.directory / LOG}:{len(entries)} left other data than its requests make of the examples"
+            )
+        return cls(entries, requests, first, items)
+
+    def adapter_path(self, directory: pathlib.Path) -> pathlib.Path:
+        """The file of the adapter as it is now."""
+        last = [entry.number for entry in self.entries if ADAPTER in entry.files]
+        return folder(directory, last[-1]) / ADAPTER if last else directory / ADAPTER
+
+
+def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: bool = False) -> list[LogEntry]:
+    """Carries out the requests that the log of the run does not have yet.
+
+    All of them are checked before the first is carried out.
+
+    Args:
+        task: the model, its adapter and its examples.
+        requests: in order.
+        show_content: the pages show the forgotten texts and images.
+
+    Returns:
+        The new entries of the log.
+
+    Raises:
+        RequestError: a request cannot be carried out, or the adapter was not trained on these examples.
+        LogError: the log was changed.
+        OSError: a file cannot be written. Log and adapter are as they were before the request at hand.
+    """
+    state = State.of(task)
+    added: list[LogEntry] = []
+    for request in list(_pending(task, state, requests)):
+        number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
+        if jax.process_count() > 1:
+            barrier(f"request {number} is in the log")
+        # The main process has written the line; all of them go on from it.
+        entries = read_log(task.directory / LOG)
+        entry = entries[number - 1]
+        state = State(entries, [*state.requests, request], state.first, items)
+        added.append(entry)
+        say(f"request {entry.number}, {entry.kind} {', '.join(entry.ids)}: {entry.outcome} ({entry.why})")
+    if not added:
+        say("nothing to do: the log has all of these requests")
+    say(
+        f"The adapter is {state.adapter_path(task.directory)}.\nHash of the log's last line: {last_hash(state.entries)}"
+    )
+    return added
+
+
+def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
+    """The requests that are not in the log; each must fit what the ones before it leave."""
+    known, items = {request.stored() for request in state.requests}, state.items
+    for number, request in enumerate(requests, 1):
+        if request.stored() in known:
+            continue
+        try:
+            items = apply_request(items, request, state.first, task.change)
+        except RequestError as error:
+            raise RequestError(f"request {number} of {len(requests)}: {error}") from None
+        if not items:
+            raise RequestError(f"request {number} of {len(requests)} removes the last training example")
+        known.add(request.stored())
+        yield request
+
+
+def _stored(directory: pathlib.Path, entry: LogEntry) -> Request:
+    path = folder(directory, entry.number) / REQUEST
+    if sha256(read_bytes(path, error=LogError)) != entry.files.get(REQUEST):
+        raise LogError(f"{path} is not the request of the log: it was changed")
+    return parse_request(read_json(path, error=LogError), str(path), path.parent)
+
+
+def _check_training(task: RequestTask, first: Items) -> None:
+    """The adapter and the examples are those of the training record."""
+    record, path = TrainingRecord.read(task.directory), task.directory / ADAPTER
+    if record is None:
+        raise RequestError(
+            f"{task.directory} has no training record: run `unlearn-jax train` with the same --config.out"
+        )
+    if (found := sha256(read_bytes(path, error=RequestError))) != record.adapter:
+        raise RequestError(f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}")
+    if (found := content_hash(first)) != record.data:
+        raise RequestError(
+            f"the adapter in {task.directory} was not trained on these examples: their hash is {found}, that of the "
+            f"training {record.data}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """What became of a request."""
+
+    outcome: Outcome
+    why: str
+    adapter: Params
+    edit: dict[str, Any] | None  # the report of `erase`
+    replay: dict[str, Any] | None
+    example_gradients: float
+
+
+def _carry_out_one(task: RequestTask, state: State, request: Request, show_content: bool) -> dict[str, Any]:
+    """Leaves the files and the line of a request; returns the examples after it. Only the main process writes."""
+    begun, number = time.perf_counter(), len(state.entries) + 1
+    after = apply_request(state.items, request, state.first, task.change)
+    change = Change.of(state.items, after, task.encode, request.kind)
+    source = state.adapter_path(task.directory)
+    adapter = task.load(source)
+    expected = state.entries[-1].adapter_after if state.entries else None
+    before = sha256(read_bytes(source))
+    if expected not in (None, before):
+        raise LogError(f"{source} is not the adapter of the log: its hash is {before}, the log says {expected}")
+    result = _solve(task, state, change, adapter, after)
+    report = {
+        "outcome": result.outcome,
+        "why": result.why,
+        "losses": _losses(task, change, request, adapter, result.adapter),
+        "edit": result.edit,
+        "replay": result.replay,
+        "example_gradients": result.example_gradients,
+        "seconds": time.perf_counter() - begun,
+    }
+    place = folder(task.directory, number)
+    if not is_main_process():
+        return after
+    try:
+        files = _write_files(task, place, request, result, report, state.items, after, show_content)
+        entry = LogEntry(
+            number=number,
+            at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            ids=list(request.ids),
+            kind=request.kind,
+            who=request.who,
+            when=request.when,
+            outcome=result.outcome,
+            why=result.why,
+            config=sha256(json.dumps(task.settings(), sort_keys=True).encode()),
+            data_before=content_hash(state.items),
+            data_after=content_hash(after),
+            adapter_before=before,
+            adapter_after=files.get(ADAPTER, before),
+            files=files,
+            previous=last_hash(state.entries),
+        )
+        append(task.directory / LOG, entry)
+    except OSError:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return after
+
+
+def _solve(task: RequestTask, state: State, change: Change, adapter: Params, after: dict[str, Any]) -> _Result:
+    if not change.edits:
+        return _Result("nothing to do", "earlier requests have done all of it", adapter, None, None, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the limits stand in the report
+        found = erase(task.loss, adapter, change.dataset, change.edits, task.erasure, mesh=task.mesh)
+    _check_gradient(task, state, found)
+    edit = json.loads(found.report.to_json())
+    if found.report.verdict == "nothing_to_do":
+        return _Result("nothing to do", found.report.reason, adapter, edit, None, found.report.example_gradients)
+    refused = _refused(task, found)
+    if refused is None:
+        return _Result("edited", found.report.reason, found.adapter, edit, None, found.report.example_gradients)
+    say(f"not applied: {refused}. The training is repeated without what was edited so far")
+    weights = np.array([float(name in after) for name in state.first])
+    again = task.retrain({**state.first, **after}, weights)
+    replay = {"since": again.since, "example_gradients": again.gradients}
+    spent = found.report.example_gradients + again.gradients
+    return _Result("escalated", f"{refused}; retrained from {again.since}", again.adapter, edit, replay, spent)
+
+
+def _refused(task: RequestTask, found: Erasure) -> str | None:
+    """Why an edit may not stand; None if it may."""
+    if found.report.verdict == "not_improved":
+        return f"not improved: {found.report.reason}"
+    wrong = [limit for limit in found.report.limits if limit.kind not in task.requests.allow]
+    return f"the limit {wrong[0].kind!r} is not allowed: {wrong[0]}" if wrong else None
+
+
+def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
+    """The adapter of the training must leave the gradient that training left."""
+    record = TrainingRecord.read(task.directory)
+    if state.entries or record is None:
+        return
+    gradient, floor = found.report.residual_gradient, FLOOR * found.report.adapter_norm
+    if gradient > FAR * max(record.gradient_norm, floor):
+        raise RequestError(
+            f"the adapter in {task.directory} was not trained on this data with this base model: the gradient of the "
+            f"training's objective is {gradient:.3g} there, training left {record.gradient_norm:.3g}"
+        )
+
+
+def _losses(
+    task: RequestTask, change: Change, request: Request, before: Params, after: Params
+) -> dict[str, dict[str, float]]:
+    """{group: {"before", "after"}}: mean losses per learned token."""
+    losses = Losses(task.loss, before, change, micro_batch=task.erasure.micro_batch, mesh=task.mesh)
+    old, new = losses(before), losses(after)
+    groups = change.groups(task.neighbours(change.dataset.ids.tolist(), request.ids))
+    return {
+        name: {"before": float(old[index].mean()), "after": float(new[index].mean())} for name, index in groups.items()
+    }
+
+
+def _write_files(
+    task: RequestTask,
+    place: pathlib.Path,
+    request: Request,
+    result: _Result,
+    report: dict[str, Any],
+    items: dict[str, Any],
+    after: dict[str, Any],
+    show_content: bool,
+) -> dict[str, str]:
+    """Writes what belongs to a request; returns the hash of each file by its name."""
+    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run left
+    place.mkdir(parents=True)
+    if result.outcome != "nothing to do":
+        task.save(place / ADAPTER, result.adapter)
+    write_file(place / REQUEST, request.stored())
+    if request.image:
+        write_file(place / request.image_name, request.image)
+    write_file(place / REPORT, to_json(report, indent=1) + "\n")
+    describe: Callable[[str], Any] = lambda name: (
+        task.describe(items[name]) if name in items else None,
+        task.describe(after[name]) if name in after else None,
+    )
+    shown = {name: describe(name) for name in request.ids} if show_content else None
+    write_file(place / PAGE, draw_page(place.name, request, report, shown))
+    return {path.name: sha256(path.read_bytes()) for path in sorted(place.iterdir())}

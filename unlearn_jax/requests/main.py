@@ -1,0 +1,35 @@
+"""unlearn-jax verify LOG: whether a log of requests, and the files that it names, are as they were written.
+
+    unlearn-jax verify runs/unlearn/requests.log.jsonl
+    unlearn-jax verify runs/unlearn/requests.log.jsonl --last=HASH
+
+A chain cannot show that its end was cut off. Who keeps the hash of the last line, which every verification prints, gives it
+back with --last.
+"""
+
+import pathlib
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+
+
+def define_flags(command: str) -> None:
+    """The flags of `unlearn-jax verify`."""
+    flags.DEFINE_string("last", None, "Hash of a line that the log must still have.")
+
+
+def main(command: str, arguments: list[str]) -> None:
+    """Prints what the log says of every request, and ends with an error if anything was changed."""
+    from pixel_jax.cli import UserError
+    from pixel_jax.terminal import say
+    from unlearn_jax.requests.log import last_hash, verify
+
+    if len(arguments) != 1:
+        raise UserError("give one log: unlearn-jax verify runs/unlearn/requests.log.jsonl")
+    entries, faults = verify(pathlib.Path(arguments[0]), FLAGS.last)
+    for entry in entries:
+        say(f"{entry.number}  {entry.at}  {entry.kind} {', '.join(entry.ids)}: {entry.outcome}")
+    if faults:
+        raise UserError("\n".join([f"{len(faults)} faults:", *faults]))
+    say(f"{len(entries)} requests; the chain and all files are as they were written.\nLast line: {last_hash(entries)}")

@@ -1,0 +1,33 @@
+"""What adapters lose on the examples of a change: on the forgotten ones, on their neighbours and on the others."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from unlearn_jax.arrays import Params
+from unlearn_jax.dataset import Dataset
+from unlearn_jax.objective import Objective, element_counts, on_device
+from unlearn_jax.requests.state import Change
+
+
+class Losses:
+    """Mean loss per learned token of the examples of a change; one compiled program for all adapters."""
+
+    def __init__(
+        self,
+        loss: Callable,
+        adapter: Params,
+        change: Change,
+        *,
+        micro_batch: int | None = None,
+        mesh: Mesh | None = None,
+    ):
+        """`adapter` tells the loss its shapes; the others are as of `Objective.of`."""
+        self.tokens = element_counts(loss, adapter, Dataset.of(change.examples))
+        options = {"micro_batch": micro_batch, "mesh": mesh}
+        self.objective = on_device(Objective.of(loss, change.examples, np.ones(len(self.tokens)), **options))
+
+    def __call__(self, adapter: Params) -> np.ndarray:
+        """The loss of each example, float [n + k], in the order of `Change.examples`."""
+        return np.asarray(self.objective.per_example(adapter), float) / self.tokens

@@ -1,0 +1,158 @@
+"""What requests need to know of a model: its examples, their arrays, its loss, and how it was trained."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from jax.sharding import Mesh
+
+from pixel_jax.files import write_file
+from pixel_jax.parallel.processes import is_main_process
+from pixel_jax.state_files import read_note, to_json
+from unlearn_jax.arrays import Params
+from unlearn_jax.config import ErasureConfig
+from unlearn_jax.loss import Loss
+from unlearn_jax.newton import LimitKind
+from unlearn_jax.requests.log import ADAPTER, LOG, sha256
+from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.state import Items, content_hash
+
+Item = TypeVar("Item")
+RECORD = "trained.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestsConfig:
+    """When an edit may stand. One that meets another limit is not applied; the training is repeated in its place."""
+
+    # Limits (`unlearn_jax.newton.LimitKind`) that an edit may meet.
+    allow: tuple[LimitKind, ...] = ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")
+
+
+class Retrained(NamedTuple):
+    """What the exact replay of a training leaves."""
+
+    adapter: Params
+    gradients: float  # example-gradients spent
+    since: str  # where in the training it began, in words
+
+
+class Description(NamedTuple):
+    """An example as a page shows it."""
+
+    texts: dict[str, str]  # heading: text
+    pictures: Sequence[np.ndarray]  # uint8 [h, w, 3]
+
+
+class RequestTask(Protocol[Item]):
+    """A base model with an adapter, in the directory of a run."""
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """Where the files of the run are; `adapter.safetensors` is what training has left."""
+        ...
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of an example as a function of the adapter."""
+        ...
+
+    @property
+    def erasure(self) -> ErasureConfig:
+        """How an edit is computed; reduction and weight decay are those of the training."""
+        ...
+
+    @property
+    def requests(self) -> RequestsConfig:
+        """When an edit may stand."""
+        ...
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that examples are spread over."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, as JSON."""
+        ...
+
+    def items(self) -> dict[str, Item]:
+        """The examples that the adapter was trained on, by id, in their order."""
+        ...
+
+    def change(self, item: Item, request: Request) -> Item:
+        """The example as a request wants it.
+
+        Raises:
+            RequestError: the request does not fit the example.
+        """
+        ...
+
+    def encode(self, items: Items[Item]) -> dict[str, Any]:
+        """The examples as arrays with a leading axis, of one shape, with the field `id`."""
+        ...
+
+    def neighbours(self, names: Sequence[str], forgotten: Sequence[str]) -> list[bool]:
+        """Which of the examples are so much like the forgotten ones that an edit may disturb them most."""
+        ...
+
+    def describe(self, item: Item) -> Description:
+        """The example as a page shows it."""
+        ...
+
+    def load(self, path: pathlib.Path) -> Params:
+        """An adapter of this model."""
+        ...
+
+    def save(self, path: pathlib.Path, adapter: Params) -> None:
+        """Writes an adapter, whole or not at all."""
+        ...
+
+    def retrain(self, items: Items[Item], weights: np.ndarray) -> Retrained:
+        """The training again, with the same start, order and keys.
+
+        Args:
+            items: in the order of training; of changed examples the new forms, of removed ones any form.
+            weights: [n], zero for removed examples, otherwise one.
+        """
+        ...
+
+
+def record_training(task: RequestTask, gradient: float) -> None:
+    """Notes what the adapter was trained on, which requests are held against.
+
+    Args:
+        task: whose adapter has been saved.
+        gradient: norm of the gradient of the training's objective at the adapter.
+    """
+    if is_main_process():
+        data = content_hash(task.items())
+        values = {"data": data, "adapter": sha256((task.directory / ADAPTER).read_bytes()), "gradient_norm": gradient}
+        write_file(task.directory / RECORD, to_json(values, indent=1) + "\n")
+
+
+def refuse_training_again(directory: pathlib.Path) -> None:
+    """Raises RequestError where requests have been carried out: another adapter would take theirs away."""
+    if (directory / LOG).exists():
+        raise RequestError(f"{directory} has a log of requests: train in another --config.out")
+
+
+class TrainingRecord(NamedTuple):
+    """What the adapter was trained on."""
+
+    data: str  # hash of the examples
+    adapter: str  # hash of its file
+    gradient_norm: float  # of the training's objective where training ended
+
+    @classmethod
+    def read(cls, directory: pathlib.Path) -> "TrainingRecord | None":
+        """The record of a run; None if there is none."""
+        value = read_note(directory / RECORD, _is_record)
+        return None if value is None else cls(**value)
+
+
+def _is_record(value: Any) -> bool:
+    kinds = {"data": str, "adapter": str, "gradient_norm": float}
+    return isinstance(value, dict) and {name: type(x) for name, x in value.items()} == kinds
