@@ -1,0 +1,159 @@
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) and the short convolution before it: attention with a state of one size.
+
+A head keeps a matrix S [keys, values], which maps a key to the value that was last written for it. A token fades it, and corrects
+what it holds for the token's key:
+
+    S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   output S^T q
+
+`delta_rule` computes it token by token for one token, and for more of them in chunks, whose tokens are multiplied as matrices.
+Both are the same function, in ordinary JAX, so it is differentiated in any mode and as often as one likes.
+
+A token with g = 0 and beta = 0 leaves S as it was. Where rows hold several segments, each begins with an empty state.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64  # tokens whose products are matrices, as in the original
+# Accelerators round the factors of float32 products otherwise. A state is the sum over all tokens before, and what samples and
+# what is trained compute it in different orders.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent layer keeps of the tokens of each row; zeros before the first.
+
+    tail: [B, K - 1, channels], the last inputs of a convolution over K tokens
+    memory: at least float32 [B, heads, keys, values], the matrices S
+    """
+
+    tail: jax.Array
+    memory: jax.Array
+
+
+def convolution(
+    x: jax.Array, tail: jax.Array, weight: jax.Array, count: jax.Array, segments: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """A causal convolution of each channel over the last K tokens.
+
+    Args:
+        x: [B, T, channels]; a row's tokens come first.
+        tail: [B, K - 1, channels], what comes before.
+        weight: [channels, K], of the oldest token first.
+        count: int32 [B], tokens of each row; those behind them are none.
+        segments: int32 [B, T], a token reads those of its own number only; what comes before all has the number 0. None: one.
+
+    Returns:
+        [B, T, channels] in at least float32, and the tail behind the row's last token.
+    """
+    length, kernel = x.shape[1], weight.shape[1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    whole = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
+    numbers = None if segments is None else jnp.pad(segments, ((0, 0), (kernel - 1, 0)))
+    out = jnp.zeros(x.shape, wide)
+    for place in range(kernel):
+        part = whole[:, place : place + length].astype(wide) * weight[:, place].astype(wide)
+        if numbers is not None and segments is not None:
+            part = jnp.where((numbers[:, place : place + length] == segments)[..., None], part, 0)
+        out = out + part
+    behind = count[:, None] + jnp.arange(kernel - 1)
+    return out, jnp.take_along_axis(whole, behind[..., None], axis=1).astype(tail.dtype)
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    memory: jax.Array,
+    segments: jax.Array | None = None,
+    chunk: int = CHUNK,
+) -> tuple[jax.Array, jax.Array]:
+    """Reads tokens into the matrices of every head.
+
+    Args:
+        q, k: [B, T, heads, keys].
+        v: [B, T, heads, values].
+        g: [B, T, heads], logarithm of what is left of the state, at most 0.
+        beta: [B, T, heads], how much of the correction is written, from 0 to 1.
+        memory: [B, heads, keys, values], the state before.
+        segments: int32 [B, T], never falling: a token knows those of its own number only. The state before has the number 0, and
+            the state after that of the last token. None: one segment.
+        chunk: tokens that are multiplied as matrices.
+
+    Returns:
+        The outputs [B, T, heads, values] and the state after the last token, in the type of `memory`, which everything is
+        computed in.
+    """
+    q, k, v, g, beta = (jnp.swapaxes(x.astype(memory.dtype), 1, 2) for x in (q, k, v, g, beta))
+    if q.shape[2] == 1 and segments is None:
+        out, memory = _one(q[:, :, 0], k[:, :, 0], v[:, :, 0], g[:, :, 0], beta[:, :, 0], memory)
+        return out[:, None], memory
+    out, memory = _chunked(q, k, v, g, beta, memory, segments, min(chunk, q.shape[2]))
+    return jnp.swapaxes(out, 1, 2), memory
+
+
+def _product(form: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(form, x, y, precision=PRECISION)
+
+
+def _one(q, k, v, g, beta, memory) -> tuple[jax.Array, jax.Array]:
+    """One token: q, k [B, H, keys], v [B, H, values], g and beta [B, H]."""
+    memory = memory * jnp.exp(g)[..., None, None]
+    correction = (v - _product("bhkv,bhk->bhv", memory, k)) * beta[..., None]
+    memory = memory + k[..., None] * correction[..., None, :]
+    return _product("bhkv,bhk->bhv", memory, q), memory
+
+
+def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, jax.Array]:
+    """Any number of tokens: q, k [B, H, T, keys], v [B, H, T, values], g and beta [B, H, T].
+
+    Within a chunk, with the fading exp(c_i - c_j) from token j to i, c the running sum of g, the corrections u of its tokens
+    solve a triangular system: u_i = beta_i (v_i - exp(c_i) S^T k_i - sum over j < i of exp(c_i - c_j) (k_j . k_i) u_j). It is
+    solved for all chunks at once, once for what comes from v and once for what S is multiplied with.
+    """
+    length = q.shape[2]
+    spare = -length % size
+
+    def cut(x: jax.Array) -> jax.Array:
+        """[B, H, T, ...] -> [chunks, B, H, size, ...]; what fills up the last chunk is zero, tokens that change nothing."""
+        x = jnp.pad(x, [(0, spare if axis == 2 else 0) for axis in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, size, *x.shape[3:]), 2, 0)
+
+    q, k, v, g, beta = map(cut, (q, k, v, g, beta))
+    total = jnp.cumsum(g, axis=-1)
+    place = jnp.arange(size)
+    seen = place[:, None] >= place
+    reads = keeps = 1.0  # whether a token knows the state before its chunk, and whether the state after it knows the token
+    fades = total[..., -1]
+    if segments is not None:
+        padded = jnp.pad(segments, ((0, 0), (0, spare)), mode="edge")
+        numbers = jnp.moveaxis(padded.reshape(padded.shape[0], -1, size), 1, 0)[:, :, None]  # [chunks, B, 1, size]
+        last = numbers[..., -1:]
+        before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
+        seen = seen & (numbers[..., :, None] == numbers[..., None, :])
+        reads, keeps = ((numbers == other).astype(q.dtype) for other in (before, last))
+        fades = jnp.where((last == before)[..., 0], fades, -jnp.inf)
+    # The mask comes before the exponential, which of positive numbers would be infinite, and NaN in the derivative.
+    fading = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+    system = _product("nbhik,nbhjk->nbhij", k * beta[..., None], k) * fading  # its diagonal is taken for ones
+    weights = _product("nbhik,nbhjk->nbhij", q, k) * fading
+    reading = (jnp.exp(total) * reads)[..., None]
+    sides = jnp.concatenate([v, k * reading], axis=-1) * beta[..., None]
+    solved = jax.lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
+    values, keys = jnp.split(solved, [v.shape[-1]], axis=-1)
+    kept = k * (jnp.exp(total[..., -1:] - total) * keeps)[..., None]
+
+    def read(memory, part):
+        values, keys, queries, weights, kept, fade = part
+        corrections = values - _product("bhik,bhkv->bhiv", keys, memory)
+        out = _product("bhik,bhkv->bhiv", queries, memory) + _product("bhij,bhjv->bhiv", weights, corrections)
+        memory = memory * fade[..., None, None] + _product("bhik,bhiv->bhkv", kept, corrections)
+        return memory, out
+
+    memory, out = jax.lax.scan(read, memory, (values, keys, q * reading, weights, kept, jnp.exp(fades)))
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length], memory
