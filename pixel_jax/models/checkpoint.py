@@ -8,7 +8,7 @@ read; the released one is written.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -42,6 +42,14 @@ def named_weights(model: Params) -> Iterator[tuple[tuple, str, nnx.Variable]]:
         yield path, ".".join(names), weight
 
 
+def layer_numbers(model: Model, key: str, weight: nnx.Variable) -> Sequence[int]:
+    """The numbers of the layers that a weight called `key` has, in the order of its stack; [0] if it is none of layers."""
+    if weight.axes[0] != "layers":
+        return [0]
+    count = weight.shape[0]
+    return model.config.text.layer_numbers(key, count) if key.startswith("model.") else range(count)
+
+
 # What some files hold beside weights: it follows from the configuration.
 BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
@@ -72,9 +80,14 @@ def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
         found = [opened[name][key] for key, name in index.items()]
     else:
         raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+    unread = [tensor.name for tensor in found if names.unread and re.fullmatch(names.unread, tensor.name)]
+    if unread:
+        logging.warning(
+            "%s: %d tensors that this network has no use for are not read: %s", directory, len(unread), few(unread)
+        )
     tensors: dict[str, Tensor] = {}
     for tensor in found:
-        if BUFFERS.fullmatch(tensor.name):
+        if BUFFERS.fullmatch(tensor.name) or tensor.name in unread:
             continue
         twin = tensors.setdefault(names.ours(tensor.name), tensor)
         if twin is not tensor:
@@ -124,8 +137,7 @@ def load_weights(
     """
     wanted = []  # per weight: the keys of its layers, or the one key of an unstacked weight
     for _, key, weight in named_weights(model):
-        stacked = weight.axes[0] == "layers"
-        wanted.append([key.format(i) for i in range(weight.shape[0])] if stacked else [key])
+        wanted.append([key.format(number) for number in layer_numbers(model, key, weight)])
     needed = {key for keys in wanted for key in keys}
     missing = sorted(needed - tensors.keys())
     unused = sorted(tensors.keys() - needed)
@@ -184,13 +196,13 @@ def save_weights(model: Model, directory: Path, dtype=None) -> None:
         if isinstance(weight, LoRAWeight):
             raise ValueError(f"{key}: merge the adapter (`merge_lora`) before saving; the directory holds base weights")
         stacked = weight.axes[0] == "layers"
-        for layer in range(weight.shape[0]) if stacked else [None]:
+        for place, number in enumerate(layer_numbers(model, key, weight)):
             itemsize = jnp.dtype(dtype or weight.dtype).itemsize
             size = itemsize * weight.size // (weight.shape[0] if stacked else 1)
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
-            plan[-1].append((model.config.names.in_file(key.format(layer)), weight, layer))
+            plan[-1].append((model.config.names.in_file(key.format(number)), weight, place if stacked else None))
             sizes[-1] += size
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):

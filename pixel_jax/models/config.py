@@ -10,7 +10,7 @@ in `text_config` and, since transformers 5.0, the rotary fields in `rope_paramet
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -113,6 +113,20 @@ def _check_tokens(value: Any) -> int | tuple[int, ...] | None:
     return tuple(check_whole(x, 2**31 - 1) for x in value) if isinstance(value, list) else _check_token(value)
 
 
+def _check_whole_head(value: Any) -> float:
+    """Returns the one part of a head that is rotated in families that do not declare it."""
+    if value != 1:
+        raise ValueError(f"{shown(value)} is not supported, only 1")
+    return 1.0
+
+
+def check_part(value: Any) -> float:
+    """Returns a number above 0, at most 1; anything else raises ValueError."""
+    if (part := check_positive(value)) > 1:
+        raise ValueError(f"is {shown(value)}, not a number from 0 to 1")
+    return part
+
+
 class RopeScaling(NamedTuple):
     """How the rotary frequencies of a longer context follow from those of training.
 
@@ -157,7 +171,13 @@ class TextConfig:
         False  # time, height and width take turns among the frequencies, instead of one block each
     )
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0  # the part of a head that is rotated, its first numbers
+    output_gate: bool = (
+        False  # what is attended to is multiplied by the sigmoid of as many numbers, which `q_proj` gives, too
+    )
+    centred_norms: bool = False  # weights of RMS norms are what is added to 1
 
+    layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # that the family has
     rope_kinds: ClassVar[tuple[str, ...]] = ("default", "mrope")  # that the family has; the last one is its own
 
     def __post_init__(self):
@@ -172,15 +192,35 @@ class TextConfig:
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(f"mrope_section {self.mrope_section} must add up to half of the head dim {self.head_dim}")
-        if self.head_dim % 2:
-            raise ValueError(f"the head dim {self.head_dim} is odd: rotary positions turn pairs")
+        rotated = "the head dim" if self.partial_rotary_factor == 1 else "the rotated part of a head,"
+        if self.mrope_section is not None and 2 * sum(self.mrope_section) != self.rotary_dim:
+            raise ValueError(f"mrope_section {self.mrope_section} must add up to half of {rotated} {self.rotary_dim}")
+        if self.rotary_dim % 2:
+            raise ValueError(f"{rotated} {self.rotary_dim} is odd: rotary positions turn pairs")
 
     @property
     def head_dim(self) -> int:
         """Numbers in one head."""
         return self.head_size or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers in one head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_layers(self) -> int:
+        """How many layers attend, and keep keys and values."""
+        return self.num_hidden_layers
+
+    def layer_numbers(self, key: str, count: int) -> Sequence[int]:
+        """Returns the layers that have a weight, in the order of its stack.
+
+        Args:
+            key: our name of the weight, or of its module, with `{}` for the layer.
+            count: length of the stack.
+        """
+        return range(count)
 
 
 @dataclass(frozen=True)
@@ -280,9 +320,11 @@ class WeightNames(NamedTuple):
     Args:
         spellings: for each spelling in circulation, the prefixes that differ: (ours, that of the file). The first spelling
             is written, all are read; the last one is that of the modules of transformers, which adapters of PEFT name.
+        unread: pattern of names in files of weights that the network has no use for; "": of none.
     """
 
     spellings: tuple[tuple[tuple[str, str], ...], ...] = ((),)
+    unread: str = ""
 
     def in_file(self, key: str) -> str:
         """Returns our name of a weight as the family's files spell it."""
@@ -428,7 +470,7 @@ def read_text(cls: type[TextConfig], text: dict[str, Any], prefix: str) -> TextC
         ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
         ("use_sliding_window", text.get("use_sliding_window", False), (None, False)),
         ("head_dim", text.get("head_dim"), (None, config.head_dim)),
-        *(("layer_types", kind, ("full_attention",)) for kind in kinds),
+        *(("layer_types", kind, cls.layer_kinds) for kind in kinds),
     ):
         if value not in supported:
             raise ValueError(f"{prefix}{name} {shown(value)} is not supported, only {supported[-1]!r}")
@@ -450,9 +492,10 @@ def _rotary(cls: type[TextConfig], text: dict[str, Any], prefix: str) -> dict[st
     ):
         if field_name in rope and (field_name == "rope_theta" or "mrope" in cls.rope_kinds):
             values[field_name] = check_at(f"{prefix}{field_name}", read, rope[field_name])
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"{where}partial_rotary_factor {shown(rope['partial_rotary_factor'])} is not supported, only 1"
+    if "partial_rotary_factor" in rope:
+        read = next(f.metadata.get("read") for f in dataclasses.fields(cls) if f.name == "partial_rotary_factor")
+        values["partial_rotary_factor"] = check_at(
+            f"{where}partial_rotary_factor", read or _check_whole_head, rope["partial_rotary_factor"]
         )
     if kind in ("linear", "llama3"):
         names = RopeScaling._fields[1:] if kind == "llama3" else ("factor",)
@@ -507,6 +550,8 @@ def write_text(text: TextConfig) -> dict[str, Any]:
         values["rope_scaling"] = {"rope_type" if text.mrope_interleaved else "type": kind, "mrope_section": section_}
         if text.mrope_interleaved:
             values["rope_scaling"]["mrope_interleaved"] = True
+        if "partial_rotary_factor" in values:
+            values["rope_scaling"]["partial_rotary_factor"] = values.pop("partial_rotary_factor")
     elif scaling is not None:
         rope = scaling._asdict()
         values["rope_scaling"] = {

@@ -6,6 +6,7 @@ What the decoder reads, `x`, is [B, T, D], or, where tokens stand for visual fea
 ("deepstack", arXiv:2406.04334), [B, T, (1 + n) D]: the embeddings, and what is added to the output of layer 0, 1, .. n - 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,28 +16,42 @@ from jax.sharding import Mesh
 
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
-from pixel_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, normal, product, rematerialised, stack
+from pixel_jax.models.delta_rule import RecurrentState
+from pixel_jax.models.layers import (
+    CentredRMSNorm,
+    GatedMLP,
+    Linear,
+    Remat,
+    RMSNorm,
+    normal,
+    product,
+    rematerialised,
+    stack,
+    unstack,
+)
 from pixel_jax.models.rope import rotary_angles, rotate
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_rows, split_sequence
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far.
+    """What the layers keep of the tokens seen so far: those that attend their keys and values, recurrent ones a state.
 
-    k, v: one array per layer, [B, kv_heads, L, head_dim]. A tuple, not one stacked array: a stacked cache carried through a
-          loop is copied at every layer.
+    k, v: one array per layer that attends, [B, kv_heads, L, head_dim]. A tuple, not one stacked array: a stacked cache carried
+          through a loop is copied at every layer.
     length: int32 [B], tokens written in each row; further ones go to slots length, length + 1, ...
+    recurrent: one state per recurrent layer, of the row's tokens and of the prefix that it continues
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     length: jax.Array
+    recurrent: tuple[RecurrentState, ...] = ()
 
     @classmethod
     def empty(cls, config: TextConfig, batch: int, capacity: int, dtype) -> "KVCache":
         """Returns a cache of zeros for `capacity` tokens in each of `batch` rows."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
+        zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(config.attention_layers))
         return cls(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
 
 
@@ -46,17 +61,30 @@ class Prefix(NamedTuple):
     k, v: one array per layer, [G, kv_heads, E * L, head_dim], as `KVCache` has them for E = 1
     length: int32 [G, E], tokens of each prefix
     entry: int32 [B], the prefix of its group that a row continues
+    recurrent: one state per recurrent layer, arrays [G, E, ...]
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     length: jax.Array
     entry: jax.Array
+    recurrent: tuple[RecurrentState, ...] = ()
 
     @classmethod
     def of(cls, cache: KVCache, rows: int) -> "Prefix":
         """Each of the cache's rows, continued by equally many of `rows` neighbours."""
-        return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32))
+        recurrent = jax.tree.map(lambda x: x[:, None], cache.recurrent)
+        return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32), recurrent)
+
+    def continued(self, cache: KVCache) -> KVCache:
+        """The empty cache of the B rows, as they begin: attention reads the prefix, recurrent states are copied."""
+        return cache._replace(recurrent=jax.tree.map(self.of_rows, self.recurrent))
+
+    def of_rows(self, x: jax.Array) -> jax.Array:
+        """What belongs to the prefixes, [G, E, ...] -> to the rows that continue them, [B, ...]."""
+        rows = self.entry.shape[0]
+        entry = self.entry.reshape(rows, 1, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(jnp.repeat(x, rows // x.shape[0], axis=0), entry, axis=1)[:, 0]
 
     def mask(self, length: int) -> Mask:
         """For the queries of the B rows, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
@@ -74,34 +102,86 @@ class Prefix(NamedTuple):
         return Mask(queries, keys, continued, jnp.broadcast_to(jnp.arange(entries * room) // room, keys.shape))
 
 
+def norm(config: TextConfig, dim: int, axes: tuple, dtype) -> RMSNorm:
+    """Returns the norm that the family has."""
+    kind = CentredRMSNorm if config.centred_norms else RMSNorm
+    return kind(dim, axes, eps=config.rms_norm_eps, dtype=dtype)
+
+
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; what a family declares decides on biases and norms."""
+    """Grouped-query attention with rotary positions; what a family declares decides on biases, norms and a gate."""
 
     def __init__(self, key: jax.Array, config: TextConfig, dtype):
         keys = jax.random.split(key, 4)
         dim, head_dim = config.hidden_size, config.head_dim
         query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         bias = config.qkv_bias
-        self.q_proj = Linear(keys[0], dim, query, ("heads", "embed"), bias=bias, dtype=dtype)
+        asked = query * (1 + config.output_gate)
+        self.q_proj = Linear(keys[0], dim, asked, ("heads", "embed"), bias=bias, dtype=dtype)
         self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
         self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
         self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=config.output_bias, dtype=dtype)
         self.q_norm, self.k_norm = nnx.data(None), nnx.data(None)
         if config.qk_norm:
-            head_norm = lambda: RMSNorm(head_dim, (None,), eps=config.rms_norm_eps, dtype=dtype)
+            head_norm = lambda: norm(config, head_dim, (None,), dtype)
             self.q_norm, self.k_norm = head_norm(), head_norm()
-        self.head_dim = head_dim
+        self.head_dim, self.gated = head_dim, config.output_gate
 
-    def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim]; q and k rotated."""
+    def __call__(self, x, cos, sin, mask: Mask, implementation: str | None, mesh: Mesh | None = None):
+        """x [B, T, D] -> what is added to it, and keys and values [B, T, kv_heads, head_dim].
+
+        On a mesh with a sequence axis the queries stay split, keys and values are gathered.
+        """
+        q, k, v, gate = self.qkv(x, cos, sin)
+        q = split_sequence(q, mesh, ROWS, SEQUENCE, "tensor")
+        k, v = split_sequence((k, v), mesh, ROWS, None, "tensor")
+        return self.out(attention(q, k, v, mask, causal=True, implementation=implementation), gate), (k, v)
+
+    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
+        """Computes the same onto a cache.
+
+        Args:
+            x: [B, T, D].
+            cos: cosines of the rotation, float32 [B, T, rotary_dim / 2].
+            sin: sines.
+            write: int32 [B, T], the tokens' slots.
+            cache_k: this layer's keys [B, kv_heads, L, head_dim].
+            cache_v: its values.
+            mask: of the cache.
+            used: int32 [], the most slots that a row may look at.
+            prefix: this layer's (k, v) of a `Prefix`, or None.
+            prefix_mask: its mask.
+
+        Returns:
+            What is added to x, cache_k and cache_v.
+        """
+        q, k, v, gate = self.qkv(x, cos, sin)
+        rows = jnp.arange(x.shape[0])[:, None]
+        cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
+        cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
+        own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
+        if prefix is not None and prefix_mask is not None:
+            # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
+            folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
+            out, lse = cached_attention(folded, prefix[0], prefix[1], prefix_mask)
+            own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
+        return self.out(own, gate), cache_k, cache_v
+
+    def qkv(self, x, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """[B, T, D] -> q [B, T, heads, head_dim] and k, v [B, T, kv_heads, head_dim], q and k rotated; a gate like q, or None."""
         split = lambda y: y.reshape(*y.shape[:-1], -1, self.head_dim)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        gate = None
+        if self.gated:  # each head's query and gate lie side by side
+            q, gate = q[..., 0::2, :], q[..., 1::2, :]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return rotate(q, cos, sin), rotate(k, cos, sin), v, gate
 
-    def out(self, attended: jax.Array) -> jax.Array:
+    def out(self, attended: jax.Array, gate: jax.Array | None) -> jax.Array:
         """[B, T, heads, head_dim] -> [B, T, D]."""
+        if gate is not None:
+            attended = attended * jax.nn.sigmoid(gate)
         return self.o_proj(attended.reshape(*attended.shape[:2], -1))
 
 
@@ -113,49 +193,19 @@ class DecoderLayer(nnx.Module):
         dim = config.hidden_size
         self.self_attn = Attention(keys[0], config, dtype)
         self.mlp = GatedMLP(keys[1], dim, config.intermediate_size, ("mlp", "embed"), bias=config.mlp_bias, dtype=dtype)
-        self.input_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
-        self.post_attention_layernorm = RMSNorm(dim, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
+        self.input_layernorm = norm(config, dim, ("embed",), dtype)
+        self.post_attention_layernorm = norm(config, dim, ("embed",), dtype)
 
     def __call__(self, x, cos, sin, mask: Mask, implementation: str | None, mesh: Mesh | None = None):
-        """x [B, T, D] -> x and its keys and values [B, T, kv_heads, head_dim].
+        """x [B, T, D] -> x and its keys and values [B, T, kv_heads, head_dim]; the arguments are those of `Attention`."""
+        attended, keys_and_values = self.self_attn(self.input_layernorm(x), cos, sin, mask, implementation, mesh)
+        x = x + attended
+        return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), keys_and_values
 
-        On a mesh with a sequence axis the queries stay split, keys and values are gathered.
-        """
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-        q = split_sequence(q, mesh, ROWS, SEQUENCE, "tensor")
-        k, v = split_sequence((k, v), mesh, ROWS, None, "tensor")
-        x = x + self.self_attn.out(attention(q, k, v, mask, causal=True, implementation=implementation))
-        return split_sequence(x + self.mlp(self.post_attention_layernorm(x)), mesh, ROWS, SEQUENCE), (k, v)
-
-    def cached(self, x, cos, sin, write, cache_k, cache_v, mask: Mask, used, prefix, prefix_mask: Mask | None):
-        """Computes the same onto a cache.
-
-        Args:
-            x: [B, T, D].
-            cos: cosines of the rotation, float32 [B, T, head_dim / 2].
-            sin: sines.
-            write: int32 [B, T], the tokens' slots.
-            cache_k: this layer's keys [B, kv_heads, L, head_dim].
-            cache_v: its values.
-            mask: of the cache.
-            used: int32 [], the most slots that a row may look at.
-            prefix: this layer's (k, v) of a `Prefix`, or None.
-            prefix_mask: its mask.
-
-        Returns:
-            x, cache_k and cache_v.
-        """
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-        rows = jnp.arange(x.shape[0])[:, None]
-        cache_k = cache_k.at[rows, :, write].set(k.astype(cache_k.dtype), mode="drop")
-        cache_v = cache_v.at[rows, :, write].set(v.astype(cache_v.dtype), mode="drop")
-        own, own_lse = cached_attention(q, cache_k, cache_v, mask, used)
-        if prefix is not None and prefix_mask is not None:
-            # The rows of a group become as many times the queries of one row: its keys are read, never repeated.
-            folded = q.reshape(prefix[0].shape[0], -1, *q.shape[2:])
-            out, lse = cached_attention(folded, prefix[0], prefix[1], prefix_mask)
-            own = merge([(own, own_lse), (out.reshape(q.shape), lse.reshape(q.shape[:-1]))])
-        x = x + self.self_attn.out(own)
+    def cached(self, x, cos, sin, *onto):
+        """Computes the same onto a cache: x, and this layer's keys and values; the arguments are those of `Attention.cached`."""
+        attended, cache_k, cache_v = self.self_attn.cached(self.input_layernorm(x), cos, sin, *onto)
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache_k, cache_v
 
 
@@ -177,11 +227,23 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key)
         self.config = config
         self.embed_tokens = Embedding(keys[0], config, dtype)
-        self.layers = stack(lambda k: DecoderLayer(k, config, dtype), keys[1], config.num_hidden_layers)
-        self.norm = RMSNorm(config.hidden_size, ("embed",), eps=config.rms_norm_eps, dtype=dtype)
+        self.layers = self.make_layers(keys[1], dtype)
+        self.norm = norm(config, config.hidden_size, ("embed",), dtype)
+
+    def make_layers(self, key: jax.Array, dtype) -> nnx.Module:
+        """The layers, stacked."""
+        return stack(lambda k: DecoderLayer(k, self.config, dtype), key, self.config.num_hidden_layers)
+
+    def unstack(self) -> tuple[nnx.Module, ...]:
+        """The layers one by one, for `step`."""
+        return unstack(self.layers, self.config.num_hidden_layers)
+
+    def empty_cache(self, batch: int, capacity: int) -> KVCache:
+        """See `Model.empty_cache`."""
+        return KVCache.empty(self.config, batch, capacity, self.embed_tokens.weight.dtype)
 
     def angles(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Positions int32 [3, B, T] -> cosines and sines of the rotation, float32 [B, T, head_dim / 2]."""
+        """Positions int32 [3, B, T] -> cosines and sines of the rotation, float32 [B, T, rotary_dim / 2]."""
         return rotary_angles(positions, self.config)
 
     def split_deepstack(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -228,6 +290,18 @@ class Decoder(nnx.Module):
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:
         """See `LanguageModel.step`."""
         x, added = self.split_deepstack(x)
+        onto = self.onto(positions, valid, cache, prefix)
+        keys, values = [], []
+        for i, layer in enumerate(layers):
+            x, k, v = layer.cached(x, *onto(i))
+            if added is not None and i < len(added):
+                x = x + added[i]
+            keys.append(k)
+            values.append(v)
+        return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))
+
+    def onto(self, positions, valid, cache: KVCache, prefix: Prefix | None) -> Callable[[int], tuple]:
+        """Returns the arguments of `Attention.cached` behind the first, of the layer with a place in the cache."""
         batch, length = valid.shape
         capacity = cache.k[0].shape[2]
         cos, sin = self.angles(positions)
@@ -237,12 +311,9 @@ class Decoder(nnx.Module):
         # Of the rows that read something: one that is done may be the longest.
         used = jnp.minimum(jnp.max(jnp.where(valid[:, 0], cache.length + length, 0)), capacity)
         prefix_mask = None if prefix is None else prefix.mask(length)
-        keys, values = [], []
-        for i, layer in enumerate(layers):
+
+        def layer(i: int) -> tuple:
             shared = None if prefix is None else (prefix.k[i], prefix.v[i])
-            x, k, v = layer.cached(x, cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask)
-            if added is not None and i < len(added):
-                x = x + added[i]
-            keys.append(k)
-            values.append(v)
-        return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))
+            return cos, sin, write, cache.k[i], cache.v[i], mask, used, shared, prefix_mask
+
+        return layer

@@ -127,7 +127,9 @@ def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, 
     total = jnp.cumsum(g, axis=-1)
     place = jnp.arange(size)
     seen = place[:, None] >= place
-    reads = keeps = 1.0  # whether a token knows the state before its chunk, and whether the state after it knows the token
+    reads = keeps = (
+        1.0  # whether a token knows the state before its chunk, and whether the state after it knows the token
+    )
     fades = total[..., -1]
     if segments is not None:
         padded = jnp.pad(segments, ((0, 0), (0, spare)), mode="edge")

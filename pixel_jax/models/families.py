@@ -12,6 +12,7 @@ from flax import nnx
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models.config import CONFIG, ModelConfig, shown
 from pixel_jax.models.llava import CLIPTower, LlavaConfig
+from pixel_jax.models.qwen3_5 import Qwen3_5Config, Qwen3_5LanguageConfig
 from pixel_jax.models.qwen3_vl import DeepstackTower, Qwen3VLConfig
 from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, Qwen2VLConfig
 from pixel_jax.models.text_families import LlamaConfig, Qwen2Config, Qwen3Config
@@ -48,9 +49,11 @@ for _family in (
     Family(Qwen2_5_VLConfig, VisionTower),
     Family(Qwen2VLConfig, VisionTower),
     Family(Qwen3VLConfig, DeepstackTower),
+    Family(Qwen3_5Config, DeepstackTower),
     Family(LlavaConfig, CLIPTower),
     Family(Qwen2Config),
     Family(Qwen3Config),
+    Family(Qwen3_5LanguageConfig),
     Family(LlamaConfig),
 ):
     register(_family)
@@ -90,7 +93,10 @@ def read_config(directory: Path) -> tuple[ModelConfig, str | None]:
     path = directory / CONFIG
     values = read_json(path, limit=2**24)
     config = config_from_hf(values, str(path))
-    named = values.get("torch_dtype") or values.get("dtype")  # as transformers up to 4.55, and since
+    inner = values.get("text_config")  # where some files have it alone
+    places = (values, inner) if isinstance(inner, dict) else (values,)
+    # As transformers up to 4.55, and since.
+    named = next((x for x in (place.get(key) for place in places for key in ("torch_dtype", "dtype")) if x), None)
     if named is not None and named not in DTYPES:
         raise FileError(f"{path}: torch_dtype is {shown(named)}, not one of {', '.join(DTYPES)}")
     return config, named

@@ -7,7 +7,7 @@ Face layout [out, in]. Layers that repeat are one module whose weights have a le
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 
 from pixel_jax.parallel.sharding import sequence_shards
 
+M = TypeVar("M", bound=nnx.Module)
 INIT_STD = 0.02  # initializer_range of the released configurations
 
 
@@ -122,6 +123,20 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * wide.astype(x.dtype)
 
 
+class CentredRMSNorm(RMSNorm):
+    """A root-mean-square norm whose weight is what is added to 1; all of it in float32 (or wider, if the input is)."""
+
+    def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
+        super().__init__(dim, axes, eps=eps, dtype=dtype)
+        self.weight = Weight(jnp.zeros((dim,), dtype), axes=axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., dim]."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * (1 + self.weight[...].astype(wide.dtype))).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Layer norm over the last dimension; statistics and scaling in float32 (or wider, if the input is)."""
 
@@ -180,7 +195,7 @@ class GatedMLP(nnx.Module):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def stack(make: Callable[[jax.Array], nnx.Module], key: jax.Array, num_layers: int) -> nnx.Module:
+def stack(make: Callable[[jax.Array], M], key: jax.Array, num_layers: int) -> M:
     """`num_layers` modules as one whose weights have a leading axis `layers`. make: key -> module."""
     module = jax.vmap(make)(jax.random.split(key, num_layers))
     for weight in jax.tree.leaves(module, is_leaf=is_variable):
@@ -188,7 +203,7 @@ def stack(make: Callable[[jax.Array], nnx.Module], key: jax.Array, num_layers: i
     return module
 
 
-def unstack(module: nnx.Module, num_layers: int) -> tuple[nnx.Module, ...]:
+def unstack(module: M, num_layers: int) -> tuple[M, ...]:
     """The layers of a stacked module one by one, for an unrolled loop."""
 
     def take(i):

@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from pixel_jax.arrays import AnyArray
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.config import ModelConfig
-from pixel_jax.models.decoder import Decoder, KVCache, Prefix
+from pixel_jax.models.decoder import KVCache, Prefix
 from pixel_jax.models.families import tower_of
+from pixel_jax.models.hybrid import decoder_of
 from pixel_jax.models.inputs import Visual, locate, slice_grids, slice_pixels
-from pixel_jax.models.layers import Linear, Remat, unstack
+from pixel_jax.models.layers import Linear, Remat
 from pixel_jax.models.rope import mrope_positions, text_positions
 from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequence_shards, split_sequence
 
@@ -23,8 +24,9 @@ from pixel_jax.parallel.sharding import ROWS, SEQUENCE, keep_vocabulary, sequenc
 class Model(Protocol):
     """A model of any family: a pytree of weights, whose methods are pure functions.
 
-    Rollouts, training, evaluation, planning and curvature use these members and no others. Every layer of the decoder keeps
-    keys and values of its tokens (`KVCache`), the one kind of state there is.
+    Rollouts, training, evaluation, planning and curvature use these members and no others. A layer of the decoder keeps keys and
+    values of its tokens, or a recurrent state of one size (`KVCache` holds both). Rows that continue a `Prefix` read its keys
+    and values; of its recurrent states they begin with a copy (`Prefix.continued`).
     """
 
     @property
@@ -111,7 +113,10 @@ class Model(Protocol):
         cache: KVCache,
         prefix: Prefix | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """Append tokens to each row's cache and return their hidden states."""
+        """Append tokens to each row's cache and return their hidden states.
+
+        cache: of rows that begin behind a prefix, `prefix.continued` of an empty one.
+        """
         ...
 
     @property
@@ -136,7 +141,7 @@ class LanguageModel(nnx.Module):
         self.visual = nnx.data(None)
         if config.vision is not None:
             self.visual = tower_of(config)(config.vision, keys[0], dtype)
-        self.language_model = Decoder(config.text, keys[1], dtype)
+        self.language_model = decoder_of(config.text)(config.text, keys[1], dtype)
         # Tied: the head reads embed_tokens. A second attribute holding it would be a second leaf with a gradient of its own.
         self.lm_head = nnx.data(None)
         if not config.tie_word_embeddings:
@@ -232,11 +237,11 @@ class LanguageModel(nnx.Module):
 
     def unstack(self) -> tuple[nnx.Module, ...]:
         """The decoder layers one by one, for `step`. Call it once, outside the decoding loop."""
-        return unstack(self.language_model.layers, self.config.text.num_hidden_layers)
+        return self.language_model.unstack()
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
         """Room for `capacity` tokens in each of `batch` rows."""
-        return KVCache.empty(self.config.text, batch, capacity, self.dtype)
+        return self.language_model.empty_cache(batch, capacity)
 
     def step(
         self,

@@ -20,7 +20,7 @@ import regex
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.files import FileError, read_json, write_file
-from pixel_jax.models.checkpoint import few, named_weights, to_host
+from pixel_jax.models.checkpoint import few, layer_numbers, named_weights, to_host
 from pixel_jax.models.layers import Linear, LoRAWeight
 from pixel_jax.models.lora import copied, linears
 from pixel_jax.models.model import Model
@@ -60,7 +60,8 @@ class LayerName(NamedTuple):
 
     name: str  # as transformers calls the layer
     path: str  # of the linear layer it is part of, with `{}` for the number of a stacked layer
-    layer: int | None  # number in the stack; None: not stacked
+    layer: int | None  # place in the stack; None: not stacked
+    key: str  # as we call the layer, with its number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +250,9 @@ def _layer_names(model: Model) -> dict[str, LayerName]:
     names = {}
     for path, linear in linears(model):
         stacked = linear.weight.axes[0] == "layers"
-        for layer in range(linear.weight.shape[0]) if stacked else [None]:
-            key = path.format(layer)
-            names[key] = LayerName(model.config.names.in_transformers(key), path, layer)
+        for place, number in enumerate(layer_numbers(model, f"{path}.weight", linear.weight)):
+            key = path.format(number)
+            names[key] = LayerName(model.config.names.in_transformers(key), path, place if stacked else None, key)
     return names
 
 
@@ -297,7 +298,7 @@ def _ours(model: Model, module: str) -> str:
 def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[LayerName], str]:
     """How the file spells the names of layers, of which it has those `written`."""
     names = model.config.names
-    alternatives = lambda x: names.all_spellings(x.path if x.layer is None else x.path.format(x.layer))
+    alternatives = lambda x: names.all_spellings(x.key)
     votes = Counter(i for x, name in written.items() for i, other in enumerate(alternatives(x)) if other == name)
     chosen = max(votes, key=lambda i: (votes[i], -i), default=0)
     return lambda x: alternatives(x)[chosen]
@@ -374,8 +375,9 @@ def save_adapter(
         if linear.lora_a is None or linear.lora_b is None:
             continue
         a, b = (to_host(x[...], dtype or np.float32) for x in (linear.lora_a, linear.lora_b))
-        for layer, (one, other) in enumerate(_pairs(a, b)):
-            module = model.config.names.in_transformers(name.format(layer))
+        numbers = layer_numbers(model, f"{name}.weight", linear.weight)
+        for number, (one, other) in zip(numbers, _pairs(a, b), strict=True):
+            module = model.config.names.in_transformers(name.format(number))
             tensors[f"{PREFIX}{module}.lora_A.weight"] = one
             tensors[f"{PREFIX}{module}.lora_B.weight"] = other
             if one.size:
@@ -439,5 +441,5 @@ def _targets(model: Model, adapted: set[str]) -> list[str]:
 def _weight_layers(model: Model) -> Iterator[tuple[str, int]]:
     for _, key, weight in named_weights(model):
         if not isinstance(weight, LoRAWeight):
-            for layer in range(weight.shape[0]) if weight.axes[0] == "layers" else [0]:
-                yield key, layer
+            for number in layer_numbers(model, key, weight):
+                yield key, number

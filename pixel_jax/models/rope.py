@@ -16,10 +16,13 @@ from pixel_jax.models.inputs import locate, merged_grids
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the two halves of the last dimension against each other.
+    """Rotate the two halves of the last dimension, or of its first part, against each other.
 
-    x: [..., T, heads, head_dim]; cos, sin: float32 [..., T, head_dim / 2]
+    x: [..., T, heads, head_dim]; cos, sin: float32 [..., T, R / 2]; what is behind the first R numbers stays as it is
     """
+    if 2 * cos.shape[-1] < x.shape[-1]:
+        turned, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
+        return jnp.concatenate([rotate(turned, cos, sin), rest], axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, cos.dtype)), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -55,18 +58,18 @@ def scaled(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 
 def rotary_frequencies(config: TextConfig) -> np.ndarray:
-    """Returns the angles by which one position turns the pairs of a head, float32 [head_dim / 2]."""
-    frequencies = _frequencies(config.head_dim, config.rope_theta)
+    """Returns the angles by which one position turns the pairs of a head, float32 [rotary_dim / 2]."""
+    frequencies = _frequencies(config.rotary_dim, config.rope_theta)
     return frequencies if config.rope_scaling is None else scaled(frequencies, config.rope_scaling)
 
 
 def rotary_angles(positions: jax.Array, config: TextConfig) -> tuple[jax.Array, jax.Array]:
-    """Positions int32 [3, B, T] -> cos, sin float32 [B, T, head_dim / 2].
+    """Positions int32 [3, B, T] -> cos, sin float32 [B, T, rotary_dim / 2].
 
     With an `mrope_section` the frequencies are dealt out to time, height and width, so many to each: in blocks, or in turns.
     Without one all positions of a token are the same number.
     """
-    half, section, frequencies = config.head_dim // 2, config.mrope_section, rotary_frequencies(config)
+    half, section, frequencies = config.rotary_dim // 2, config.mrope_section, rotary_frequencies(config)
     if section is None:
         angles = positions[0].astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles), jnp.sin(angles)

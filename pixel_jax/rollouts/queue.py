@@ -98,7 +98,13 @@ def start(
     pairs = jnp.zeros((count, entries), jnp.int32)
     order = jnp.where(prompts.length > 0, jnp.arange(batch, dtype=jnp.int32), NOT_WAITING)
     queue = Queue(
-        prefix=Prefix(cache.k, cache.v, pairs, jnp.zeros(slots, jnp.int32)),
+        prefix=Prefix(
+            cache.k,
+            cache.v,
+            pairs,
+            jnp.zeros(slots, jnp.int32),
+            jax.tree.map(lambda x: jnp.repeat(x[:, None], entries, axis=1), cache.recurrent),
+        ),
         hidden=jnp.zeros((count, entries, dim), model.dtype),
         next_pos=pairs,
         prompt=pairs,
@@ -226,7 +232,10 @@ def _select(which: jax.Array, new: T, old: T) -> T:
 
 def _replace_slots(which: jax.Array, new: RowState, old: RowState) -> RowState:
     """Replaces the slots `which` (bool [R]) by `new`. Keys and values in their caches stay, beyond the new length."""
-    cache = old.cache._replace(length=jnp.where(which, new.cache.length, old.cache.length))
+    cache = old.cache._replace(
+        length=jnp.where(which, new.cache.length, old.cache.length),
+        recurrent=_select(which, new.cache.recurrent, old.cache.recurrent),
+    )
     return _select(which, new._replace(cache=None), old._replace(cache=None))._replace(cache=cache)
 
 
@@ -262,6 +271,7 @@ def _read(
                 k=tuple(map(put_layer, prefix.k, cache.k)),
                 v=tuple(map(put_layer, prefix.v, cache.v)),
                 length=put(prefix.length, cache.length),
+                recurrent=jax.tree.map(put, prefix.recurrent, cache.recurrent),
             ),
             hidden=put(carry.hidden, hidden),
             next_pos=put(carry.next_pos, next_pos),
@@ -339,7 +349,7 @@ def read_prompt(
 
 
 def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config, shape: RolloutShape) -> RowState:
-    """Returns the state of slots that begin the rows `row` (int32 [R]); its caches are not valid."""
+    """Returns the state of slots that begin the rows `row` (int32 [R]); keys and values in its caches are not valid."""
     slots = row.shape[0]
     fresh = _empty(model, slots, prompts, config, shape)._replace(row=row)
     mine = rows_prompts(fresh, prompts, config, shape)
@@ -348,10 +358,6 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
     )
     written = jnp.sum(assistant_prefix >= 0)
     history = first_history(sizes, counts, is_video, config)
-
-    def of_prompt(x: jax.Array) -> jax.Array:
-        entry = queue.prefix.entry.reshape(slots, 1, *[1] * (x.ndim - 2))
-        return jnp.take_along_axis(jnp.repeat(x, config.group_size, axis=0), entry, axis=1)[:, 0]
 
     parser, _ = jax.lax.scan(
         lambda parser, token: (prompts.tables.parser.step(prompts.tables.bytes, parser, token[None]), None),
@@ -365,8 +371,9 @@ def _begin(model, prompts: Prompts, assistant_prefix, queue: Queue, row, config,
         ),
         length=jnp.full(slots, written, jnp.int32),
         status=jnp.full(slots, WRITING, jnp.int32),
-        hidden=of_prompt(queue.hidden),
-        next_pos=of_prompt(queue.next_pos),
+        hidden=queue.prefix.of_rows(queue.hidden),
+        next_pos=queue.prefix.of_rows(queue.next_pos),
+        cache=queue.prefix.continued(fresh.cache),
         parser=jax.tree.map(lambda x: jnp.broadcast_to(x, (slots, *x.shape[1:])), parser),
         history=history,
         num_images=history.length,

@@ -106,9 +106,7 @@ def test_derivatives_in_both_modes(strong):
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    seed=st.integers(0, 99), length=st.integers(1, 9), count=st.integers(0, 9), borders=st.sets(st.integers(0, 8))
-)
+@given(seed=st.integers(0, 99), length=st.integers(1, 9), count=st.integers(0, 9), borders=st.sets(st.integers(0, 8)))
 def test_convolution(seed, length, count, borders):
     """Against NumPy's, channel by channel and segment by segment; the tail is the last inputs, of fewer tokens the old ones."""
     rng, count = np.random.default_rng(seed), min(count, length)
