@@ -1,4 +1,4 @@
-"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) and the short convolution before it: attention with a state of one size.
+"""The gated delta rule (Yang et al. 2024, arXiv:2412.06464) and the short convolution before it.
 
 A head keeps a matrix S [keys, values], which maps a key to the value that was last written for it. A token fades it, and corrects
 what it holds for the token's key:
@@ -75,7 +75,8 @@ def delta_rule(
     """Reads tokens into the matrices of every head.
 
     Args:
-        q, k: [B, T, heads, keys].
+        q: [B, T, heads, keys].
+        k: [B, T, heads, keys].
         v: [B, T, heads, values].
         g: [B, T, heads], logarithm of what is left of the state, at most 0.
         beta: [B, T, heads], how much of the correction is written, from 0 to 1.

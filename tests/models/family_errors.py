@@ -20,6 +20,8 @@ NAMES = {
     "qwen2_vl": "Qwen2-VL",
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_tied": "Qwen3-VL (tied)",
+    "qwen3_5": "Qwen3.5",
+    "qwen3_5_text": "Qwen3.5, without its tower (tied)",
     "llava": "LLaVA-1.5",
     "llava_full": "LLaVA (Qwen2, two layers of CLIP, class token)",
 }

@@ -9,7 +9,7 @@ from released_configs import PUBLISHED
 
 from pixel_jax.files import FileError
 from pixel_jax.models import config_from_hf
-from pixel_jax.models.checkpoint import named_weights
+from pixel_jax.models.checkpoint import layer_numbers, named_weights
 from pixel_jax.models.released import weight_shapes
 from pixel_jax.models.rope import rotary_frequencies
 
@@ -36,9 +36,8 @@ def test_names_and_shapes_of_weights(published):
     expected = {config.names.ours(key): tuple(weight.shape) for key, weight in theirs.named_parameters()}
     ours = {}
     for _, key, weight in named_weights(weight_shapes(config)):
-        stacked = weight.axes[0] == "layers"
-        for layer in range(weight.shape[0]) if stacked else [0]:
-            ours[key.format(layer)] = weight.shape[1:] if stacked else weight.shape
+        for layer in layer_numbers(weight_shapes(config), key, weight):
+            ours[key.format(layer)] = weight.shape[1:] if "{}" in key else weight.shape
     assert ours == expected
 
 
