@@ -241,7 +241,8 @@ class HybridDecoder(Decoder):
         """
         if (shards := sequence_shards(mesh)) > 1:
             raise ValueError(
-                f"sequence = {shards} splits the tokens of a row, which recurrent layers read one after the other: take sequence = 1"
+                f"sequence = {shards} splits the tokens of a row, which recurrent layers read one after the other: "
+                "take sequence = 1"
             )
         options = {"segments": segments, "remat": remat, "implementation": implementation}
         return self._read(x, positions, valid, keep=False, **options)[0]

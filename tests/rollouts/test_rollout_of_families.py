@@ -1,4 +1,7 @@
-"""Models of other families roll out, are tuned and learn: a Qwen3-VL, with patches of 16 pixels, and a Llama without eyes."""
+"""Models of other families roll out, are tuned and learn.
+
+A Qwen3-VL, with patches of 16 pixels, a Qwen3.5, with recurrent layers, and a Llama without eyes.
+"""
 
 import dataclasses
 
@@ -54,6 +57,35 @@ def qwen3_vl(words, size, hidden):
     )
 
 
+def qwen3_5(words, size, hidden):
+    return config_from_hf(
+        {
+            "model_type": "qwen3_5",
+            "image_token_id": words.image_pad,
+            "video_token_id": words.video_pad,
+            "text_config": {
+                **TEXT,
+                "vocab_size": size,
+                "hidden_size": hidden,
+                "full_attention_interval": 2,
+                "linear_key_head_dim": 8,
+                "linear_value_head_dim": 16,
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]},
+            },
+            "vision_config": {
+                "depth": 1,
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": hidden,
+                "num_position_embeddings": 16,
+            },
+        }
+    )
+
+
 def llama(words, size, hidden):
     return config_from_hf({"model_type": "llama", **TEXT, "vocab_size": size, "hidden_size": hidden})
 
@@ -66,10 +98,10 @@ def visible(model):
     return model
 
 
-def update(model, batch, kind):
+def update(model, batch, kind, targets):
     """The reports of two steps on adapters."""
     optimizer, config = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup=0.0), 10), ForwardConfig()
-    adapted = add_lora(model, jax.random.key(1), rank=2, alpha=4.0, targets=r"model\.layers.*q_proj")
+    adapted = add_lora(model, jax.random.key(1), rank=2, alpha=4.0, targets=targets)
     state = init_state(adapted, optimizer, trainable=r".*lora_[ab]")
     step = make_sft_step(config, optimizer) if kind == "sft" else make_rl_step(config, PolicyLossConfig(), optimizer)
     reports = []
@@ -79,22 +111,26 @@ def update(model, batch, kind):
     return reports
 
 
-def learn(model, t):
+def learn(model, t, targets=r"model\.layers.*q_proj"):
     """Sampler and trainer agree on the rows; one step of tuning and one of reinforcement learning lower their losses."""
     batch = from_trajectories(t, advantage=np.linspace(-1, 1, len(t.stop)).astype(np.float32))
     logprobs = np.asarray(make_score_step(ForwardConfig(remat=False))(model, batch)[0])
     np.testing.assert_allclose(logprobs[t.loss_mask], t.logprobs[t.loss_mask], atol=5e-5)
     for kind in ("sft", "rl"):
-        first, second = update(model, batch, kind)
+        first, second = update(model, batch, kind, targets)
         assert first["grad_norm"] > 0 and second["loss"] < first["loss"], kind
+
+
+PIXELS = {
+    **dict.fromkeys(("max_pixels", "crop_max_pixels"), 4 * 32**2),
+    **dict.fromkeys(("min_pixels", "crop_min_pixels", "select_min_pixels", "video_min_pixels"), 32**2),
+    **dict.fromkeys(("select_max_pixels", "video_max_pixels"), 2 * 32**2),
+}
 
 
 def test_qwen3_vl():
     model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_vl))
-    pixels = dict.fromkeys(("max_pixels", "crop_max_pixels"), 4 * 32**2)
-    low = dict.fromkeys(("min_pixels", "crop_min_pixels", "select_min_pixels", "video_min_pixels"), 32**2)
-    high = dict.fromkeys(("select_max_pixels", "video_max_pixels"), 2 * 32**2)
-    config = dataclasses.replace(scripted_model.CONFIG, **pixels, **low, **high)
+    config = dataclasses.replace(scripted_model.CONFIG, **PIXELS)
     with pytest.raises(
         ValueError, match="patches of 14 pixels, 2 a side of a token; the model has 16 and 2: take config"
     ):
@@ -110,6 +146,18 @@ def test_qwen3_vl():
     learn(model, t)
     blank = trajectory.to_host(rollout(model, prompts, KEY, dataclasses.replace(config, blank=True)))
     assert (blank.logprobs != t.logprobs).any()  # it sees the crops
+
+
+def test_qwen3_5():
+    """Recurrent states of rows begin as their prompt's, also in slots that are filled again: the trainer, which reads whole
+    rows, gives their tokens the probabilities with which they were drawn."""
+    model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_5))
+    config = dataclasses.replace(scripted_model.CONFIG, **PIXELS).for_model(model.config)
+    prompts = scripted_model.prompts(3, config=config)
+    t = trajectory.to_host(rollout(model, prompts, KEY, dataclasses.replace(config, in_flight=1)))
+    assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+    t = scripted_model.with_pixels(t, prompts, config)
+    learn(model, t, r"model\.layers.*(q_proj|in_proj_qkv|in_proj_a|out_proj)")
 
 
 def test_llama():
