@@ -213,6 +213,21 @@ class TextConfig:
         """How many layers attend, and keep keys and values."""
         return self.num_hidden_layers
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of all layers."""
+        heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.num_hidden_layers * self.hidden_size * (2 * heads + 3 * self.intermediate_size)
+
+    @property
+    def recurrence_flops(self) -> int:
+        """Operations of all layers on their recurrent states, for each token."""
+        return 0
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        """Returns the memory of what the layers keep of a row with room for `tokens`, of numbers of `itemsize` bytes."""
+        return 2 * self.attention_layers * self.num_key_value_heads * self.head_dim * tokens * itemsize
+
     def layer_numbers(self, key: str, count: int) -> Sequence[int]:
         """Returns the layers that have a weight, in the order of its stack.
 

@@ -100,16 +100,11 @@ def padded_work(rows: int, length: int, slices: int, patches: int, config: Model
 def forward_flops(config: ModelConfig, work: Work, *, adapter_weights: int = 0) -> Flops:
     """Of one forward pass. `adapter_weights`: numbers in the LoRA matrices of all decoder layers together."""
     text = config.text
-    heads, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    heads = text.num_attention_heads * text.head_dim
     return Flops(
         *(0.0,) * 4 if config.vision is None else _vision_flops(config.vision, work),
-        # query and output, key and value; gate, up, down
-        layers=2.0
-        * work.tokens
-        * text.num_hidden_layers
-        * text.hidden_size
-        * (2 * heads + 2 * shared + 3 * text.intermediate_size),
-        attention=4.0 * work.pairs * text.num_hidden_layers * heads,
+        layers=2.0 * work.tokens * text.layer_weights,
+        attention=4.0 * work.pairs * text.attention_layers * heads + float(work.tokens) * text.recurrence_flops,
         adapters=2.0 * work.tokens * adapter_weights,
         head=2.0 * work.predictions * text.hidden_size * text.vocab_size,
     )
@@ -156,8 +151,8 @@ def training_flops(
     forward = forward_flops(config, work, adapter_weights=adapter_weights)
     seen = 3 if vision else 1
     again = int(remat)
-    heads = (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    down = text.intermediate_size / (2 * heads + 3 * text.intermediate_size)  # its share of a layer
+    # The share of the layers that their last products have.
+    down = text.num_hidden_layers * text.hidden_size * text.intermediate_size / text.layer_weights
     vision_down = 0.0
     if tower is not None:
         vision_down = tower.intermediate_size / (4 * tower.hidden_size + _mlp(tower) * tower.intermediate_size)

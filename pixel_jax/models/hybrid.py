@@ -20,7 +20,7 @@ from flax import nnx
 from pixel_jax.models.attention import Mask
 from pixel_jax.models.config import MAX_LAYERS, TextConfig, field, shown, whole
 from pixel_jax.models.decoder import Attention, Decoder, KVCache, Prefix, norm
-from pixel_jax.models.delta_rule import RecurrentState, convolution, delta_rule
+from pixel_jax.models.delta_rule import CHUNK, RecurrentState, convolution, delta_rule
 from pixel_jax.models.layers import (
     GatedMLP,
     Linear,
@@ -87,6 +87,28 @@ class HybridText(TextConfig):
     def recurrent_layers(self) -> int:
         """How many layers are recurrent."""
         return self.layer_types.count(RECURRENT)
+
+    @property
+    def layer_weights(self) -> int:
+        """See `TextConfig.layer_weights`."""
+        heads, shared = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = (2 + self.output_gate) * heads + 2 * shared
+        recurrent = 2 * self.key_size + 3 * self.value_size + 2 * self.linear_num_value_heads
+        mixers = self.attention_layers * attention + self.recurrent_layers * recurrent
+        return self.hidden_size * (mixers + 3 * self.num_hidden_layers * self.intermediate_size)
+
+    @property
+    def recurrence_flops(self) -> int:
+        """See `TextConfig.recurrence_flops`; of full chunks, the triangular system included."""
+        keys, values = self.linear_key_head_dim, self.linear_value_head_dim
+        within = CHUNK * (2 * keys + (keys + values) / 2 + values)
+        return int(2 * (within + 3 * keys * values) * self.linear_num_value_heads * self.recurrent_layers)
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        """See `TextConfig.cache_bytes`."""
+        state = jax.eval_shape(lambda: self.empty_state(1, jnp.dtype(f"float{8 * itemsize}")))
+        recurrent = sum(x.size * x.dtype.itemsize for x in state)
+        return super().cache_bytes(tokens, itemsize) + self.recurrent_layers * recurrent
 
     def layer_numbers(self, key: str, count: int) -> Sequence[int]:
         """See `TextConfig.layer_numbers`."""

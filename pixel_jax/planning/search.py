@@ -123,8 +123,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     row_shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
         config = recipe.config.learning.rollout
-        cached = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.max_response
-        cached *= slots(recipe) / row_shards / mesh["tensor"]
+        cached = text.cache_bytes(config.max_response, 2) * slots(recipe) / row_shards / mesh["tensor"]
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
@@ -145,9 +144,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
 
 
 def _parameters(text: TextConfig) -> int:
-    heads = (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-    layer = text.hidden_size * (2 * heads + 3 * text.intermediate_size)
-    return text.num_hidden_layers * layer + 2 * text.vocab_size * text.hidden_size
+    return text.layer_weights + 2 * text.vocab_size * text.hidden_size
 
 
 def search(

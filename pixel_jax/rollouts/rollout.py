@@ -448,10 +448,11 @@ def limit_in_flight(
     batch, width = prompts.tokens.shape
     if config.in_flight is not None:
         return config
-    text = model.config.text
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-    token *= model.dtype.itemsize
-    group = config.group_size * config.max_response * token + 2 * (width + PREFIX_STEP) * token
+    row, prefix = (
+        model.config.text.cache_bytes(tokens, model.dtype.itemsize)
+        for tokens in (config.max_response, width + PREFIX_STEP)
+    )
+    group = config.group_size * row + 2 * prefix
     most = max(1, device_memory() // CACHES_DIVISOR // group) * shape.shards
     return config if most >= batch * process_shard(mesh).count else dataclasses.replace(config, in_flight=most)
 

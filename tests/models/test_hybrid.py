@@ -1,5 +1,7 @@
 """Decoders with recurrent layers beside attention: what is no token, segments, caches, blocks of layers, names of weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from pixel_jax.files import FileError
 from pixel_jax.models import LanguageModel, config_from_hf
 from pixel_jax.models.checkpoint import layer_numbers, named_weights
 from pixel_jax.models.decoder import Prefix
+from pixel_jax.models.delta_rule import CHUNK
+from pixel_jax.models.flops import forward_flops, padded_work
 from pixel_jax.models.lora import add_lora
 
 KINDS = ["linear_attention", "linear_attention", "full_attention"]
@@ -131,6 +135,31 @@ def test_stacks_know_their_layers(model):
     assert numbers["model.layers.{}.linear_attn.A_log"] == [0, 1, 3, 4]
     assert numbers["model.layers.{}.mlp.up_proj.weight"] == list(range(6))
     assert numbers["model.norm.weight"] == [0]
+
+
+def test_sizes(model):
+    """Of matrices, of what is kept of a row, and operations, against the arrays and XLA's count of a wide decoder."""
+    text = model.config.text
+    layers = [w for _, key, w in named_weights(model) if ".layers." in key and "conv1d" not in key and w.ndim == 3]
+    assert text.layer_weights == sum(w.size for w in layers)
+    cache = model.empty_cache(1, 50)
+    assert text.cache_bytes(50, 4) == sum(x.nbytes for x in jax.tree.leaves(cache._replace(length=())))
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "linear_key_head_dim": 64, "linear_value_head_dim": 96}
+    wide = dataclasses.replace(text, num_hidden_layers=2, layer_types=tuple(KINDS[1:]), **sizes)
+    config = dataclasses.replace(model.config, text=wide)
+    abstract = jax.eval_shape(lambda key: LanguageModel(config, key), jax.random.key(0))
+    rows, length = 2, 256
+    like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+    x, positions = like(rows, length, 256), like(3, rows, length, dtype=jnp.int32)
+    lowered = backbone.lower(abstract, x, positions, like(rows, length, dtype=bool))
+    work = padded_work(rows, length, 0, 0, config)
+    expected = forward_flops(config, work._replace(predictions=0))
+    # XLA counts the body of the scan over chunks once.
+    heads, chunks = wide.linear_num_value_heads, length // CHUNK
+    turn = 2 * rows * heads * (3 * CHUNK * 64 * 96 + CHUNK**2 * 96)
+    solve = rows * heads * chunks * CHUNK**2 * (64 + 96)  # a call into a library
+    counted = lowered.cost_analysis()["flops"] + (chunks - 1) * turn + solve
+    assert counted == pytest.approx(expected.layers + expected.attention, rel=0.05)
 
 
 def test_adapters_keep_their_layers(model, tmp_path):
