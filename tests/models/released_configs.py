@@ -82,6 +82,33 @@ QWEN3_VL_8B = {  # Qwen/Qwen3-VL-8B-Instruct
     },
     "vision_end_token_id": 151653, "vision_start_token_id": 151652,
 }
+QWEN35_4B = {  # Qwen/Qwen3.5-4B; the tower has the default sizes of transformers
+    "architectures": ["Qwen3_5ForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5",
+    "text_config": {
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+        "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2560,
+        "initializer_range": 0.02, "intermediate_size": 9216,
+        "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+        "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32, "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16,
+        "num_hidden_layers": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000, "rope_type": "default",
+        },
+        "tie_word_embeddings": True, "use_cache": True, "vocab_size": 248320,
+    },
+    "tie_word_embeddings": True, "transformers_version": "4.57.0.dev0", "video_token_id": 248057,
+    "vision_config": {
+        "deepstack_visual_indexes": [], "depth": 2, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+        "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304, "model_type": "qwen3_5",
+        "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2560, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
+    },
+    "vision_end_token_id": 248054, "vision_start_token_id": 248053,
+}
 LLAVA_15_7B = {  # llava-hf/llava-1.5-7b-hf
     "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000,
     "model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu",
@@ -105,5 +132,6 @@ PUBLISHED = {
     "SmolLM2-135M": SMOLLM2_135M,
     "Qwen2-VL-7B": QWEN2_VL_7B,
     "Qwen3-VL-8B": QWEN3_VL_8B,
+    "Qwen3.5-4B": QWEN35_4B,
     "llava-1.5-7b": LLAVA_15_7B,
 }

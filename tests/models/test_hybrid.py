@@ -1,6 +1,7 @@
 """Decoders with recurrent layers beside attention: what is no token, segments, caches, blocks of layers, names of weights."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from pixel_jax.models import LanguageModel, config_from_hf
 from pixel_jax.models.checkpoint import layer_numbers, named_weights
 from pixel_jax.models.decoder import Prefix
 from pixel_jax.models.delta_rule import CHUNK
+from pixel_jax.models.families import read_config
 from pixel_jax.models.flops import forward_flops, padded_work
 from pixel_jax.models.lora import add_lora
 
@@ -36,50 +38,57 @@ def model():
     return jax.tree_util.tree_map_with_path(noise, model)
 
 
+@pytest.fixture
+def wide(model):
+    """The same in float64, in which equal functions do not differ by more than the test can tell."""
+    with jax.enable_x64(True):
+        yield jax.tree.map(lambda w: w.astype(jnp.float64), model)
+
+
 def inputs(model, valid, seed=0):
     """Random embeddings [B, T, D] and the positions of the tokens among them."""
-    x = jnp.array(np.random.default_rng(seed).standard_normal((*valid.shape, 32), dtype=np.float32))
+    x = jnp.array(np.random.default_rng(seed).standard_normal((*valid.shape, 32)), model.dtype)
     zeros = jnp.zeros(valid.shape, jnp.int32)
     nothing = np.zeros((len(valid), 0, 3), np.int32), np.zeros((len(valid), 0))
     return x, model.positions(zeros, jnp.array(valid), *nothing, jnp.zeros(len(valid), jnp.int32))[0]
 
 
-def test_what_is_no_token_changes_nothing(model, rng):
+def test_what_is_no_token_changes_nothing(wide, rng):
     """Padding on either side and gaps: the tokens have the hidden states of a row without them."""
     valid = rng.random((3, LENGTH)) < 0.7
     valid[1, :5] = False
     valid[2, -9:] = False
-    x, positions = inputs(model, valid)
-    got = backbone(model, x, positions, jnp.array(valid))
+    x, positions = inputs(wide, valid)
+    got = backbone(wide, x, positions, jnp.array(valid))
     assert jnp.isfinite(got).all()
     for row in range(3):
         own = np.flatnonzero(valid[row])
         alone, there = np.zeros((1, LENGTH), bool), jnp.zeros((1, LENGTH, 32))
         alone[0, : len(own)] = True
         there = there.at[0, : len(own)].set(x[row, own])
-        positions_alone = inputs(model, alone)[1]
-        expected = backbone(model, there, positions_alone, jnp.array(alone))
-        assert relative(got[row, own], expected[0, : len(own)]) < 1e-5
+        positions_alone = inputs(wide, alone)[1]
+        expected = backbone(wide, there, positions_alone, jnp.array(alone))
+        assert relative(got[row, own], expected[0, : len(own)]) < 1e-10
 
 
-def test_segments_do_not_know_each_other(model):
+def test_segments_do_not_know_each_other(wide):
     """Rows of packed examples, one of which begins at the border of a chunk of tokens, and gaps."""
     segments = np.array([[0, 1, 2]]).repeat([10, 56, 4], axis=1)
     valid = np.ones((1, LENGTH), bool)
     valid[0, [3, 10, 69]] = False
-    x, positions = inputs(model, valid)
-    read = jax.jit(lambda *arrays: LanguageModel.backbone(model, *arrays[:3], segments=arrays[3]))
+    x, positions = inputs(wide, valid)
+    read = jax.jit(lambda *arrays: LanguageModel.backbone(wide, *arrays[:3], segments=arrays[3]))
     got = read(x, positions, jnp.array(valid), jnp.array(segments))
     for number in range(3):
         own = valid & (segments == number)
-        assert relative(got[own], backbone(model, x, positions, jnp.array(own))[own]) < 1e-5
+        assert relative(got[own], backbone(wide, x, positions, jnp.array(own))[own]) < 1e-10
 
 
-def test_steps_equal_the_full_forward(model):
+def test_steps_equal_the_full_forward(wide):
     """Layer by layer as block by block; rows of unlike length behind prefixes of unlike length, which two rows share."""
     valid = np.ones((2, 12), bool)
-    x, positions = inputs(model, valid)
-    full = backbone(model, x, positions, jnp.array(valid))
+    x, positions = inputs(wide, valid)
+    full = backbone(wide, x, positions, jnp.array(valid))
     cuts, ends = np.array([7, 5]), np.array([3, 1, 2, 4])  # tokens of the prefixes, and of the four rows behind them
     before = jnp.arange(7) < cuts[:, None]
     left = np.arange(7) >= 7 - cuts[:, None]  # padded on the left
@@ -87,12 +96,12 @@ def test_steps_equal_the_full_forward(model):
     moved = jnp.take_along_axis(x, jnp.array(at)[..., None], axis=1)
     moved_positions = jnp.take_along_axis(positions, jnp.array(at)[None], axis=2)
     for arrays in ((x[:, :7], positions[:, :, :7], before), (moved, moved_positions, jnp.array(left))):
-        hidden, cache = jax.jit(LanguageModel.prefill)(model, *arrays)
+        hidden, cache = jax.jit(LanguageModel.prefill)(wide, *arrays)
         last = [np.flatnonzero(row)[-1] for row in np.asarray(arrays[2])]
-        assert relative(hidden[jnp.arange(2), jnp.array(last)], full[jnp.arange(2), cuts - 1]) < 1e-5
+        assert relative(hidden[jnp.arange(2), jnp.array(last)], full[jnp.arange(2), cuts - 1]) < 1e-10
         prefix = Prefix.of(cache, 4)
-        own = prefix.continued(model.empty_cache(4, 8))
-        layers, of_row = model.unstack(), np.array([0, 0, 1, 1])
+        own = prefix.continued(wide.empty_cache(4, 8))
+        layers, of_row = wide.unstack(), np.array([0, 0, 1, 1])
         seen = np.zeros(4, int)
         for width in (2, 1, 1):  # a row without a token in a step stays as it is
             now = np.minimum(width, ends - seen)
@@ -101,8 +110,8 @@ def test_steps_equal_the_full_forward(model):
             here = np.arange(width) < now[:, None]
             tokens = x[of_row[:, None], index]
             places = positions[:, of_row[:, None], index]
-            out, after = step(model, layers, tokens, places, jnp.array(here), own, prefix)
-            assert relative(out[here], full[of_row[:, None], index][here]) < 1e-5
+            out, after = step(wide, layers, tokens, places, jnp.array(here), own, prefix)
+            assert relative(out[here], full[of_row[:, None], index][here]) < 1e-10
             for old, new in zip(own.recurrent, after.recurrent, strict=True):
                 for a, b in zip(old, new, strict=True):
                     assert (a[now == 0] == b[now == 0]).all() and (a[now > 0] != b[now > 0]).any()
@@ -197,6 +206,43 @@ def test_what_is_not_supported_is_refused(change, message):
     contents["text_config"].update(change)
     with pytest.raises(FileError, match=message):
         config_from_hf(contents)
+
+
+def test_the_dtype_may_stand_in_the_text_config(tmp_path):
+    """Files of Qwen3.5 name it there, and mix float32 into bfloat16."""
+    contents = values("qwen3_5")
+    contents["text_config"]["dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    assert read_config(tmp_path)[1] == "bfloat16"
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_bfloat16(model, width):
+    """What is kept has one type from step to step, as a loop needs it; the state is float32."""
+    small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), model)
+    valid = np.ones((1, width), bool)
+    x, positions = inputs(small, valid)
+    cache = small.empty_cache(1, width)
+    kinds = lambda cache: jax.tree.map(lambda y: (y.shape, y.dtype), cache)
+    _, prefilled = jax.eval_shape(lambda: small.prefill(x, positions, jnp.array(valid)))
+    out, after = jax.eval_shape(lambda: small.step(small.unstack(), x, positions, jnp.array(valid), cache))
+    assert out.dtype == jnp.bfloat16 and cache.recurrent[0].memory.dtype == jnp.float32
+    assert kinds(after) == kinds(prefilled) == kinds(cache)
+
+
+def test_hessian_vector_product(wide):
+    """Forward mode over the gradient of a whole decoder with rematerialised layers, against finite differences in float64."""
+    valid = np.array([[False, True, True, True, False, True]])
+    x, positions = inputs(wide, valid)
+    tangent = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape, w.dtype), wide)
+    read = lambda m: m.backbone(x, positions, jnp.array(valid), remat=True)[0, jnp.array([1, 2, 3, 5])]
+    gradient = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(read(m)))))
+    moved = lambda step: jax.tree.map(lambda w, t: w + step * t, wide, tangent)
+    _, product = jax.jit(lambda m, t: jax.jvp(gradient, (m,), (t,)))(wide, tangent)
+    above, below = gradient(moved(1e-6)), gradient(moved(-1e-6))
+    for ours, a, b in zip(*map(jax.tree.leaves, (product, above, below)), strict=True):
+        expected = (a - b) / 2e-6
+        np.testing.assert_allclose(ours, expected, atol=1e-5 * max(float(jnp.abs(expected).max()), 1e-3))
 
 
 def test_weights_that_predict_further_tokens_are_passed_over(model, tmp_path, caplog):
