@@ -34,7 +34,7 @@ from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 
 LOADERS = 8  # threads that decode images
 
@@ -97,7 +97,7 @@ def evaluate(
     placed = {i: x for i, x in found.items() if isinstance(x, Assignment)}
     n = session.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
-    progress, finished = Progress(label, len(todo)), len(todo) - len(placed)
+    progress, finished = ProgressLine(label, len(todo)), len(todo) - len(placed)
     # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
     scores = [float(np.mean(kept[i]["score"])) for i in mine if i in kept] + [0.0] * finished
     for loaded in load_batches(questions, placed, exam.batch):

@@ -34,7 +34,7 @@ from pixel_jax.synthesis.writers import Model, Templates
 from pixel_jax.terminal import print_table, say, table
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.named import DEFAULT, find_format, find_tools
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
 DOWN = "the endpoint gave no answer"
@@ -233,7 +233,7 @@ def _work(
     """
     total = len(seeds)
     done = total - len(todo)
-    progress, dropped, in_a_row = Progress("seeds", total, done), 0, 0
+    progress, dropped, in_a_row = ProgressLine("seeds", total, done), 0, 0
     failed: dict[int, str] = {}
     running: dict[Future, int] = {}
     waiting = iter(todo)

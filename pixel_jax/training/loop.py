@@ -15,7 +15,7 @@ from pixel_jax.parallel.processes import is_main_process, say
 from pixel_jax.terminal import warn
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import Writer, WriterName, open_writers
 
@@ -126,7 +126,7 @@ class Loop:
         self.done = 0
         self.stopped = False  # whether the step that was under way was told to stop
         self.before: dict[str, Any] = {}  # the states of `work.host` before it
-        self.progress = Progress(work.label, work.steps) if is_main_process() else None
+        self.progress = ProgressLine(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
         self.checkpoints: Checkpoints | None = None
         self.base: dict[str, str] = {}

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 from pixel_jax.cli import UserError
 from pixel_jax.files import write_file
 from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.loss import Loss
@@ -192,7 +192,7 @@ class PeopleTask:
         """
         begin = beginning(self.recipe, self.model.fresh) if begin is None else begin
         steps = len(self.recipe.order(len(items)))
-        progress = Progress("AdamW", steps)
+        progress = ProgressLine("AdamW", steps)
 
         def log(step: int, value: float) -> None:
             if is_main_process():

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, converge
 from unlearn_jax.config import ErasureConfig
@@ -101,7 +101,7 @@ class TraceTask:
     def descend(self, objective: Objective) -> tuple[Trained, float]:
         """The training: what it arrives at, and the norm of the gradient there."""
         limits = self.config.training
-        progress = Progress("L-BFGS", limits.max_steps)
+        progress = ProgressLine("L-BFGS", limits.max_steps)
 
         def show(step, value, norm):
             if is_main_process():
