@@ -40,8 +40,8 @@ class Local(Protocol):
         """Goes back to the states of all processes that saved, however many there are now."""
 
 
-class Watch(Protocol):
-    """Watches a run, and changes nothing of it."""
+class Observer(Protocol):
+    """A callable that the loop calls as a run proceeds; it changes nothing of the run."""
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
         """Is called with the state after `done` steps. `log` takes metrics; it is None where nothing is written."""
@@ -119,7 +119,7 @@ class Loop:
     With several processes, all take the same steps; the first one writes the metrics.
     """
 
-    def __init__(self, work: Work, state: TrainState, keeping: Keeping | None = None, watch: Watch | None = None):
+    def __init__(self, work: Work, state: TrainState, keeping: Keeping | None = None, watch: Observer | None = None):
         self.work, self.state, self.watch = work, state, watch
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
