@@ -63,7 +63,7 @@ class Timer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class RunSteps:
     """The steps of a run.
 
     A step may depend on the state, on its number and on the objects in `host` and `local`, whose states are saved, and on nothing
@@ -119,7 +119,9 @@ class Loop:
     With several processes, all take the same steps; the first one writes the metrics.
     """
 
-    def __init__(self, work: Work, state: TrainState, keeping: Keeping | None = None, watch: Observer | None = None):
+    def __init__(
+        self, work: RunSteps, state: TrainState, keeping: Keeping | None = None, watch: Observer | None = None
+    ):
         self.work, self.state, self.watch = work, state, watch
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
@@ -255,7 +257,7 @@ def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, An
     return {name: item.get_state() for name, item in items.items()}
 
 
-def _restore_objects(found: Restored, work: Work, directory: pathlib.Path) -> None:
+def _restore_objects(found: Restored, work: RunSteps, directory: pathlib.Path) -> None:
     """Restores the objects on the host. CheckpointError: they cannot resume from what the checkpoint holds."""
     try:
         for name, item in work.host.items():
