@@ -10,7 +10,7 @@ from pixel_jax.parallel.processes import say
 from pixel_jax.state_files import read_note
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import example_requests
 from unlearn_jax.requests.carry_out import carry_out
@@ -24,7 +24,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
     refuse_training_again(config.directory)
-    job = Job.of(config, mesh)
+    job = AdapterRun.of(config, mesh)
     task = TraceTask(job)
     dataset = Dataset.of(task.encode(task.items()))
     size = sum(x.size for x in job.fresh.values())
@@ -66,5 +66,5 @@ def edit(
         The new entries of the log.
     """
     config.check_trained()
-    task = TraceTask(Job.of(config, mesh))
+    task = TraceTask(AdapterRun.of(config, mesh))
     return carry_out(task, example_requests(task.items()) if requests is None else requests, show_content=show_content)

@@ -53,7 +53,7 @@ def start(devices: int | None = None) -> Mesh | None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job:
+class AdapterRun:
     """The base model with a fresh adapter, and the directory of a run."""
 
     config: Config
@@ -65,7 +65,7 @@ class Job:
     fresh: Params  # the adapter before training
 
     @classmethod
-    def of(cls, config: Config, mesh: Mesh | None = None) -> "Job":
+    def of(cls, config: Config, mesh: Mesh | None = None) -> "AdapterRun":
         """Reads the base model and puts the adapter on it."""
         directory = pathlib.Path(config.model)
         if not (directory / "config.json").is_file():

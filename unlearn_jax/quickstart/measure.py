@@ -14,7 +14,7 @@ from unlearn_jax.metrics.answers import exact_memorization, extraction_strength
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
 from unlearn_jax.metrics.membership import auc, min_k, privleak
 from unlearn_jax.metrics.tokens import TokenStatistics, score, without_last
-from unlearn_jax.quickstart.job import Job, to_host
+from unlearn_jax.quickstart.job import AdapterRun, to_host
 from unlearn_jax.quickstart.traces import draw_traces, to_examples
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.state import Change
@@ -24,12 +24,12 @@ from unlearn_jax.requests.state import Change
 class Measure:
     """Losses and distances of adapters on the traces, in their old and new forms: one compiled program for all of them."""
 
-    job: Job
+    job: AdapterRun
     change: Change
     per_token: Losses
 
     @classmethod
-    def of(cls, job: Job, change: Change) -> "Measure":
+    def of(cls, job: AdapterRun, change: Change) -> "Measure":
         """Of the traces in their old and new forms."""
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
         return cls(job, change, Losses(job.loss, job.fresh, change, **options))
@@ -56,12 +56,12 @@ class Measure:
 class Memory:
     """What adapters know by heart of the forgotten traces, beside traces of the same kinds that none of them has seen."""
 
-    job: Job
+    job: AdapterRun
     examples: Example  # the forgotten traces as they were, then the unseen ones
     forgotten: int  # how many of them come first
 
     @classmethod
-    def of(cls, job: Job, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
+    def of(cls, job: AdapterRun, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
         """The unseen traces are drawn as the learned ones were, with another seed."""
         kinds = {name.split("-")[0] for name in forgotten}
         unseen = {

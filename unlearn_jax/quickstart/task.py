@@ -18,7 +18,7 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.traces import TraceItem, changed, describe, draw_traces, encode
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
@@ -28,7 +28,7 @@ from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 class TraceTask:
     """Traces that an adapter of the quickstart's model has learned, by L-BFGS on all of them at once."""
 
-    job: Job
+    job: AdapterRun
 
     @property
     def config(self) -> Config:

@@ -26,7 +26,7 @@ from unlearn_jax.newton import LimitKind
 from unlearn_jax.quickstart.config import AdapterConfig, Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.measure import table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import (
@@ -184,10 +184,10 @@ def model(tmp_path_factory):
 
 def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path):
     """Another rank than the configuration's shows where it comes from."""
-    first = Job.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
+    first = AdapterRun.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
     moved = {name: x + 0.1 for name, x in first.fresh.items()}
     first.save(first.config.directory / ADAPTER, moved)
-    second = Job.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
+    second = AdapterRun.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
     assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first/adapter")
     for name, x in moved.items():
         np.testing.assert_array_equal(second.fresh[name], x)
@@ -283,7 +283,7 @@ def test_an_escalated_request_is_the_training_again_without_it(model, tmp_path):
     train(config)
     (entry,) = edit(config, [remove("zoom-0")])
     assert entry.outcome == "escalated"
-    job = Job.of(config)
+    job = AdapterRun.of(config)
     task = TraceTask(job)
     left = dict(list(task.items().items())[1:])
     alone, _ = task.descend(job.objective(Dataset.of(task.encode(left))))
