@@ -27,7 +27,7 @@ from unlearn_jax.people.model import PeopleModel
 from unlearn_jax.people.readers import read_muse, read_tofu
 from unlearn_jax.people.words import Words
 from unlearn_jax.requests.replay import TrainingPoint, TrainingRecipe, beginning, last_before, train
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import same_item
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 
@@ -109,13 +109,13 @@ class PeopleTask:
         """See `RequestTask.change`. Another answer loses paraphrase and wrong answers, which were of the old one."""
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
-            raise RequestError(f"{name!r} has no image")
+            raise EditRequestError(f"{name!r} has no image")
         if request.kind == "mask":
             if (count := item.answer.count(request.value)) != 1:
-                raise RequestError(f"the stretch to be masked occurs {count} times in the answer of {name!r}")
+                raise EditRequestError(f"the stretch to be masked occurs {count} times in the answer of {name!r}")
             return item if request.value in item.masked else item._replace(masked=(*item.masked, request.value))
         if lacking := words.lacking(request.value):
-            raise RequestError(
+            raise EditRequestError(
                 f"the model's vocabulary has no {lacking[0]!r}, which the new {request.kind} of {name!r} has"
             )
         if request.kind == "answer":
@@ -125,7 +125,9 @@ class PeopleTask:
         else:
             new = item._replace(question=request.value)
         if not words.fits(new.question, new.answer):
-            raise RequestError(f"the new {request.kind} of {name!r} is too long: an example has {words.length} words")
+            raise EditRequestError(
+                f"the new {request.kind} of {name!r} is too long: an example has {words.length} words"
+            )
         return new
 
     def encode(self, items: Mapping[str, QuestionRow]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from unlearn_jax.loss import MASK
 from unlearn_jax.quickstart.config import TracesConfig
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.task import Description
 from unlearn_jax.vision_language import examples
 
@@ -73,7 +73,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
     """A trace with another answer, question or image, or with a stretch of it masked.
 
     Raises:
-        RequestError: the request does not fit the trace.
+        EditRequestError: the request does not fit the trace.
     """
     trace, name = item.trace, request.ids[0]
     if request.kind == "mask":
@@ -81,7 +81,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
             return item
         count = sum(text.count(request.value) for text in learned_texts(trace))
         if count != 1:
-            raise RequestError(
+            raise EditRequestError(
                 f"the stretch to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
                 f"with what stands around it"
             )
@@ -98,11 +98,13 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
 
 def _shown(trace: Trace, request: Request) -> Trace:
     if trace.query.is_video or len(trace.query.images) != 1:
-        raise RequestError(f"{request.ids[0]!r} shows {len(trace.query.images)} images: only a single image is changed")
+        raise EditRequestError(
+            f"{request.ids[0]!r} shows {len(trace.query.images)} images: only a single image is changed"
+        )
     try:
         image = read_image(request.image, name=request.image_name)
     except ValueError as error:
-        raise RequestError(f"the new image of {request.ids[0]!r}: {error}") from None
+        raise EditRequestError(f"the new image of {request.ids[0]!r}: {error}") from None
     return trace._replace(query=trace.query._replace(images=[image]))
 
 
@@ -124,7 +126,7 @@ def describe(item: TraceItem) -> Description:
 def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
     """One of each: a zoom is removed, an answer corrected (to the next digit), a clip asked about as if it were an image."""
     if not all(f"{kind}-0" in items for kind in KINDS):
-        raise RequestError(
+        raise EditRequestError(
             f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
         )
     answer = str((int(items["direct-0"].trace.answer) + 1) % 10)

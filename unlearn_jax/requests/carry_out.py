@@ -40,7 +40,7 @@ from unlearn_jax.requests.log import (
 )
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.page import draw_page
-from unlearn_jax.requests.request import Request, RequestError, parse_request
+from unlearn_jax.requests.request import EditRequestError, Request, parse_request
 from unlearn_jax.requests.state import Change, Items, apply_request, content_hash
 from unlearn_jax.requests.task import RequestTask, TrainingRecord
 
@@ -63,7 +63,7 @@ class State(NamedTuple):
 
         Raises:
             LogError: the log, or a request that it names, was changed.
-            RequestError: the adapter was not trained on the examples of this configuration.
+            EditRequestError: the adapter was not trained on the examples of this configuration.
         """
         first, entries = task.items(), read_log(task.directory / LOG)
         _check_training(task, first)
@@ -97,7 +97,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
         The new entries of the log.
 
     Raises:
-        RequestError: a request cannot be carried out, or the adapter was not trained on these examples.
+        EditRequestError: a request cannot be carried out, or the adapter was not trained on these examples.
         LogError: the log was changed.
         OSError: a file cannot be written. Log and adapter are as they were before the request at hand.
     """
@@ -129,10 +129,10 @@ def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> It
             continue
         try:
             items = apply_request(items, request, state.first, task.change)
-        except RequestError as error:
-            raise RequestError(f"request {number} of {len(requests)}: {error}") from None
+        except EditRequestError as error:
+            raise EditRequestError(f"request {number} of {len(requests)}: {error}") from None
         if not items:
-            raise RequestError(f"request {number} of {len(requests)} removes the last training example")
+            raise EditRequestError(f"request {number} of {len(requests)} removes the last training example")
         known.add(request.stored())
         yield request
 
@@ -148,13 +148,15 @@ def _check_training(task: RequestTask, first: Items) -> None:
     """The adapter and the examples are those of the training record."""
     record, path = TrainingRecord.read(task.directory), task.directory / ADAPTER
     if record is None:
-        raise RequestError(
+        raise EditRequestError(
             f"{task.directory} has no training record: run `unlearn-jax train` with the same --config.out"
         )
-    if (found := sha256(read_bytes(path, error=RequestError))) != record.adapter:
-        raise RequestError(f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}")
+    if (found := sha256(read_bytes(path, error=EditRequestError))) != record.adapter:
+        raise EditRequestError(
+            f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}"
+        )
     if (found := content_hash(first)) != record.data:
-        raise RequestError(
+        raise EditRequestError(
             f"the adapter in {task.directory} was not trained on these examples: their hash is {found}, that of the "
             f"training {record.data}"
         )
@@ -258,7 +260,7 @@ def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
         return
     gradient, floor = found.report.residual_gradient, FLOOR * found.report.adapter_norm
     if gradient > FAR * max(record.gradient_norm, floor):
-        raise RequestError(
+        raise EditRequestError(
             f"the adapter in {task.directory} was not trained on this data with this base model: the gradient of the "
             f"training's objective is {gradient:.3g} there, training left {record.gradient_norm:.3g}"
         )

@@ -13,7 +13,7 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID, Dataset
 from unlearn_jax.edits import CorrectResponse, Edit, MaskTokens, ModifyQuery, Remove
 from unlearn_jax.loss import MASK
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 
 Item = TypeVar("Item")
 Items = Mapping[str, Item]  # by id, in the order of training
@@ -34,16 +34,16 @@ def apply_request(
         The examples that are left, in their order; equal to `items` where everything was done before.
 
     Raises:
-        RequestError: an id that never was, a change of an example that an earlier request removed, or one that does not
+        EditRequestError: an id that never was, a change of an example that an earlier request removed, or one that does not
             fit the example.
     """
     for name in request.ids:
         if name not in first:
             near = difflib.get_close_matches(name, first, n=1)
             known = f"did you mean {near[0]!r}" if near else f"ids are like {next(iter(first))!r}"
-            raise RequestError(f"no training example has the id {name!r}: {known}? There are {len(first)}")
+            raise EditRequestError(f"no training example has the id {name!r}: {known}? There are {len(first)}")
         if name not in items and request.kind != "remove":
-            raise RequestError(
+            raise EditRequestError(
                 f"{name!r} was removed by an earlier request, which this one contradicts: it has no {request.kind} to change"
             )
     if request.kind == "remove":

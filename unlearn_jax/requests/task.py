@@ -16,7 +16,7 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.loss import Loss
 from unlearn_jax.newton import LimitKind
 from unlearn_jax.requests.log import ADAPTER, LOG, sha256
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Items, content_hash
 
 Item = TypeVar("Item")
@@ -86,7 +86,7 @@ class RequestTask(Protocol[Item]):
         """The example as a request wants it.
 
         Raises:
-            RequestError: the request does not fit the example.
+            EditRequestError: the request does not fit the example.
         """
         ...
 
@@ -134,9 +134,9 @@ def record_training(task: RequestTask, gradient: float) -> None:
 
 
 def refuse_training_again(directory: pathlib.Path) -> None:
-    """Raises RequestError where requests have been carried out: another adapter would take theirs away."""
+    """Raises EditRequestError where requests have been carried out: another adapter would take theirs away."""
     if (directory / LOG).exists():
-        raise RequestError(f"{directory} has a log of requests: train in another --config.out")
+        raise EditRequestError(f"{directory} has a log of requests: train in another --config.out")
 
 
 class TrainingRecord(NamedTuple):

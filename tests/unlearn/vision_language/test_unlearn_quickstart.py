@@ -39,7 +39,7 @@ from unlearn_jax.quickstart.traces import (
     learned_texts,
 )
 from unlearn_jax.requests.log import ADAPTER, LOG, verify
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Change, apply_request
 from unlearn_jax.requests.task import RequestsConfig
 
@@ -137,9 +137,9 @@ def test_another_image(words, items):
     assert image.shape == (60, 90, 3) and (image == 200).all()
     old, new = (written(words, change.examples, row)[1] for row in (1, 8))
     assert old == new and [type(x).__name__ for x in change.edits] == ["ModifyQuery"]
-    with pytest.raises(RequestError, match="'video-0' shows 4 images: only a single image is changed"):
+    with pytest.raises(EditRequestError, match="'video-0' shows 4 images: only a single image is changed"):
         changed(items["video-0"], ask("image", "video-0", "", file.getvalue()))
-    with pytest.raises(RequestError, match="the new image of 'zoom-1'"):
+    with pytest.raises(EditRequestError, match="the new image of 'zoom-1'"):
         changed(items["zoom-1"], ask("image", "zoom-1", "", b"none"))
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_box_carries_no_loss(words, items):
     # With another answer the box is still masked.
     assert changed(after["zoom-1"], ask("answer", "zoom-1", "5")).masked == (box,)
     for stretch, count in (("nowhere", 0), ("o", None)):
-        with pytest.raises(RequestError, match=f"occurs {count or '.*'} times in what 'zoom-1' teaches"):
+        with pytest.raises(EditRequestError, match=f"occurs {count or '.*'} times in what 'zoom-1' teaches"):
             changed(items["zoom-1"], ask("mask", "zoom-1", stretch))
 
 
@@ -168,7 +168,7 @@ def test_example_requests(items):
         ("answer", ("direct-0",)),
         ("question", ("video-0",)),
     ]
-    with pytest.raises(RequestError, match="give --request=FILE"):
+    with pytest.raises(EditRequestError, match="give --request=FILE"):
         example_requests({"zoom-0": items["zoom-0"]})
 
 
@@ -271,7 +271,7 @@ def test_a_second_request_starts_from_what_the_first_left(model, tmp_path):
     assert "data:image" in page and "turn 1" in page
     assert verify(tmp_path / LOG)[1] == []
     assert evaluate(config)["before"]["kl_forget"] >= 0
-    with pytest.raises(RequestError, match="train in another --config.out"):
+    with pytest.raises(EditRequestError, match="train in another --config.out"):
         train(config)
 
 
