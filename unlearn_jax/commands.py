@@ -1,4 +1,4 @@
-"""unlearn-jax train, erase, eval: an adapter, requests that edit it, and how good the edits are.
+"""unlearn-jax train, erase, eval: train an adapter, carry out requests that edit it, and evaluate the edits.
 
     unlearn-jax train                         traces of the quickstart; --config=unlearn/people: facts about people
     unlearn-jax erase --request=requests.jsonl
@@ -8,8 +8,8 @@ A request is a line of JSON, see docs/unlearning.md:
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
 
-Requests run in order, each from what the one before has left. `requests.log.jsonl` in the run's directory has a line for each,
-`requests/NUMBER/` its adapter, its report and its page. What the log has is not done twice.
+Requests are carried out in order, each starting from the result of the one before. `requests.log.jsonl` in the run's directory
+has a line for each, `requests/NUMBER/` its adapter, report and page. A request that the log has is not repeated.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def main(command: str, arguments: list[str]) -> None:
                 f"--adapter={FLAGS.adapter} goes with config.task=traces; the model of {name!r} is made here"
             )
         config = dataclasses.replace(config, start=FLAGS.adapter)
-    requests = None  # read before anything is begun: a mistake in the file costs nothing
+    requests = None  # read first, so that a mistake in the file costs no time
     if command == "erase" and FLAGS.request:
         requests = read_requests(pathlib.Path(FLAGS.request))
     mesh = start(FLAGS.devices)

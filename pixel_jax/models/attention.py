@@ -205,9 +205,9 @@ def cached_attention(
     return rows_first(out).reshape(q.shape), rows_first(_finite(top) + jnp.log(total)).reshape(batch, length, heads)
 
 
-# From here on heads come before positions, because the matrices of a batched product are then contiguous, which a CPU multiplies
-# faster (docs/performance.md). q is [B, KV, G, T, D]: the heads of keys and, for each, the G heads of queries that share it; k and
-# v are [B, KV, S, D].
+# From here on heads come before positions: the matrices of a batched product are then contiguous, which is faster on a CPU
+# (docs/performance.md). q is [B, KV, G, T, D]: the heads of keys and, for each, the G heads of queries that share it; k and v
+# are [B, KV, S, D].
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:

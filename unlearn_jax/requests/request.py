@@ -5,7 +5,7 @@
     {"id": "direct-1", "kind": "answer", "answer": "4", ...}   the answer should have been this one
     {"id": "video-0", "kind": "question", "text": "...", ...}  the question should have been this one
     {"id": "zoom-2", "kind": "image", "image": "new.png", ...} the image; its path is relative to the file of requests
-    {"id": "zoom-5", "kind": "mask", "mask": "...", ...}       this stretch of what was learned should not have been
+    {"id": "zoom-5", "kind": "mask", "mask": "...", ...}       this part of the learned text should not have been learned
 
 `when` is a date or a time in ISO 8601. All fields are required and there are no others.
 """
@@ -40,15 +40,15 @@ class EditRequestError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What somebody asked for. Two requests are the same if all fields are."""
+    """A request. Two requests are equal if all fields are."""
 
     ids: tuple[str, ...]  # of training examples
     kind: Kind
-    value: str  # the new text or answer, or the stretch that is masked; empty for the others
+    value: str  # the new text or answer, or the text that is masked; empty for other kinds
     image: bytes  # the file of the new image; empty for the others
     reason: str
-    who: str  # asked
-    when: str  # they asked
+    who: str  # who asked
+    when: str  # when they asked
 
     @property
     def image_name(self) -> str:
@@ -94,7 +94,7 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
 
     Args:
         value: the object of a line.
-        where: what messages call it.
+        where: its place, for messages.
         folder: that the path of an image is relative to.
 
     Raises:
