@@ -65,8 +65,8 @@ class ErasureConfig:
     # had left more than three times the right side.
     newton_steps: int | None = None
     # Evaluate each step by the edited objective on all examples: one whose decrease is below a quarter of the prediction by its
-    # quadratic model is solved again with more damping (where the damping is a number, halved until the objective falls). If False,
-    # steps are taken without evaluation.
+    # quadratic model is solved again with more damping (where the damping is a number, halved until the objective falls). If
+    # False, steps are taken without evaluation.
     line_search: bool = True
 
     # ---- how (curvature + weight_decay + damping) step = b is solved

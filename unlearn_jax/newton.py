@@ -500,16 +500,21 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
     # A damping that the user set is not changed: the step is only halved.
     free = config.line_search and isinstance(config.damping, str)
     best, tried = _attempt(solution(damping), J, config, work), 1
-    # Exceed the budget only until a step reaches the required quarter of its prediction: safety goes before cost.
-    doubtful = lambda: best.came_true < DOUBTED or not J.foretold(best)
-    again = lambda: best.came_true < TRUSTED or not J.foretold(best)
-    affordable = lambda: doubtful() or work.left >= J.objective.count * FORWARD
-    while free and again() and tried <= config.retries and affordable() and not _below(best, J):
+
+    def reaches(share: float) -> bool:
+        """Whether the best attempt decreases J by this share of the prediction."""
+        return best.came_true >= share and J.foretold(best)
+
+    def affordable() -> bool:
+        """The budget is exceeded only until a step reaches the required share of its prediction: safety goes before cost."""
+        return not reaches(DOUBTED) or work.left >= J.objective.count * FORWARD
+
+    while free and not reaches(TRUSTED) and tried <= config.retries and affordable() and not _below(best, J):
         damping *= DAMPING_STEP
         attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
         if (J.foretold(attempt), -attempt.actual) > (J.foretold(best), -best.actual):
             best = attempt
-        elif not doubtful():
+        elif reaches(DOUBTED):
             break
     if free and not J.foretold(best):
         best = best._replace(step_size=0.0, predicted=0.0, actual=0.0)
@@ -525,9 +530,8 @@ def _below(attempt: Attempt, J: Tilted) -> bool:
 def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -> Attempt:
     slope, bend = solution.slope, solution.bend
     most = 0 if isinstance(config.damping, str) else config.halvings  # more damping is better than a share of a step
-    enough = lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
     share, halvings, actual = 1.0, 0, J.change(solution.x)
-    while config.line_search and not actual <= enough(share):
+    while config.line_search and not actual <= ARMIJO * share * min(slope, 0.0) + J.rounding():
         halvings, share = halvings + 1, share / 2
         if halvings > most:
             share, actual = 0.0, 0.0

@@ -86,38 +86,47 @@ def make_problem(
     old, new = before.select(old), after.select(new)
     order = np.random.default_rng(config.seed).permutation(others)
     kept = before.select(order) if stand_in is None else stand_in
-    mass = lambda dataset: normalizer(loss, params, dataset, config.reduction)
-    weigh = lambda dataset, total=None: coefficients(loss, params, dataset, config.reduction, total)
+
+    def normalizer_of(dataset):
+        return normalizer(loss, params, dataset, config.reduction)
+
+    def coefficients_of(dataset, total=None):
+        return coefficients(loss, params, dataset, config.reduction, total)
+
     # Both objectives sum in the same order, so that they are bit-equal where nothing changes.
-    rest = mass(before) - mass(old) if len(others) else 0.0
-    total_before, total_after = rest + mass(old), rest + mass(new)
-    c_old, c_new = (weigh(data, total) for data, total in ((old, total_before), (new, total_after)))
+    rest = normalizer_of(before) - normalizer_of(old) if len(others) else 0.0
+    total_before, total_after = rest + normalizer_of(old), rest + normalizer_of(new)
+    c_old, c_new = (coefficients_of(data, total) for data, total in ((old, total_before), (new, total_after)))
 
     def scaled(dataset, total):
-        return weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
+        return coefficients_of(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
     options["offload"] = config.offload
-    build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
-    join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
+
+    def objective_of(first, second, c):
+        """The objective of the examples of two datasets, one after the other, with coefficients c."""
+        examples = jax.tree.map(lambda *x: np.concatenate(x), first.take(), second.take())
+        return on_device(Objective.of(loss, examples, c, **options)).with_constants()
+
+    edited = objective_of(new, kept, np.concatenate([c_new, scaled(kept, total_after)]))
     both = leaving = entering = first_order = None
     if len(old) + len(new):
-        both = build(join([old.take(), new.take()]), np.zeros(len(old) + len(new)))
+        both = objective_of(old, new, np.zeros(len(old) + len(new)))
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
         entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
 
     def stand_for_all(sampled):
         """R' with some of the kept examples, weighted as all of them."""
         shares = np.concatenate([c_new, scaled(sampled, total_after)])
-        return build(join([new.take(), sampled.take()]), shares)
+        return objective_of(new, sampled, shares)
 
     curved, sampled, shrink = edited, kept, total_after / total_before
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
     if config.formula != "newton":
         parts = np.concatenate([c_old, scaled(sampled, total_before)])
-        curved = build(join([old.take(), sampled.take()]), parts)
+        curved = objective_of(old, sampled, parts)
         if both is not None:
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)

@@ -100,7 +100,10 @@ def _trim(visual: Visual | None) -> Visual | None:
     if visual is None:
         return None
     slices, grids = np.asarray(visual.slices), np.asarray(visual.grids)
-    used = lambda x: int(np.flatnonzero(x.any(axis=0))[-1]) + 1 if x.any() else 0
+
+    def used(x):  # bool [rows, n] -> the number of columns up to the last one with a true value
+        return int(np.flatnonzero(x.any(axis=0))[-1]) + 1 if x.any() else 0
+
     frames, shown, items = int(slices.max(initial=-1)) + 1, used(slices[..., 0] >= 0), used(grids.any(axis=-1))
     if not shown:
         return None

@@ -195,7 +195,10 @@ def _training(evaluator: Evaluator, rate: float, budget: float) -> Training:
 
 def best_rates(rows: list[Row]) -> dict[str, tuple[float, ...]]:
     """Each method's learning rate with the least divergence from the warm retrain, on both sets together."""
-    total = lambda row: row.get("kl_forget", np.inf) + row.get("kl_retain", np.inf)
+
+    def total(row: Row) -> float:
+        return row.get("kl_forget", np.inf) + row.get("kl_retain", np.inf)
+
     tried: dict[str, list[Row]] = {}
     for row in rows:
         if "rate" in row:
