@@ -14,6 +14,9 @@ import unlearn_jax.cli
 from pixel_jax.settings import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
+INSTALLED = pathlib.Path(pixel_jax.cli.__file__).parents[
+    1
+]  # the packages may be installed, without their sources beside the tests
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {"pixel-jax": pixel_jax.cli.COMMANDS, "unlearn-jax": unlearn_jax.cli.COMMANDS}
 
@@ -105,7 +108,7 @@ def is_module(words: list[str]) -> bool:
 )
 def test_a_path_exists(page, name):
     for path in braces(name):
-        assert (ROOT / path).exists(), path
+        assert located(path).exists(), path
 
 
 @pytest.mark.parametrize(
@@ -117,9 +120,15 @@ def test_a_file_exists(page, name):
     assert name.startswith("my_") or any(path.as_posix().endswith(f"/{name}") for path in tracked())
 
 
+def located(path: str) -> pathlib.Path:
+    """A path of the repository."""
+    return (INSTALLED if path.startswith(("pixel_jax", "unlearn_jax")) else ROOT) / path
+
+
 def tracked() -> list[pathlib.Path]:
+    """The Python files and scripts of the repository."""
     folders = ("pixel_jax", "unlearn_jax", "configs", "tests", "launch")
-    return [path for folder in folders for path in (ROOT / folder).rglob("*.[ps][yh]")]
+    return [path for folder in folders for path in located(folder).rglob("*.[ps][yh]")]
 
 
 @pytest.mark.parametrize(("page", "name"), names(r"--config=([\w/]+)(?:\.py)?"))
@@ -146,7 +155,7 @@ def test_the_flags_exist(declared):
             used = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", line[call.start() :] if call else line))
             assert used <= known, f"{page.name}: {line}"
     for name, script in OTHER_FLAGS.items():
-        assert name in (ROOT / script).read_text()
+        assert name in located(script).read_text()
 
 
 def test_the_settings_exist():

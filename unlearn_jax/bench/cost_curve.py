@@ -1,7 +1,7 @@
-"""What an edit costs beside the training that it replaces, and how near it comes to a retrain, as its budget of epochs grows.
+"""The cost curve: how near an edit comes to a retrain as its budget of epochs grows.
 
-A dataset of tokens that a small random network has written, an adapter trained on it by L-BFGS until it is converged, and one
-in a hundred of its examples removed. An epoch is as many gradients as there are examples.
+The dataset has token sequences drawn from a small random network. An adapter is trained on it by L-BFGS until it converges, and
+one per cent of the examples are removed. An epoch is as many gradients as there are examples.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Facts about people as a `RequestTask`, which requests are carried out on."""
+"""Facts about people as a `RequestTask`."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ class PeopleTask:
         words = Words.of(texts(corpus))
         forgotten = {name for ids in corpus.forget.values() for name in ids}
         known = [row for rows in corpus.known.values() for row in rows]
-        # Without rows of its own the base model knows the rows that no set forgets.
+        # If the corpus has no known rows, the base model is trained on the rows that no set forgets.
         known = known or [row for name, row in corpus.train.items() if name not in forgotten]
         config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, corpus, PeopleModel.of(config.network, words, known, config.seed), mesh)
@@ -106,7 +106,7 @@ class PeopleTask:
         return self.corpus.train
 
     def change(self, item: QuestionRow, request: Request) -> QuestionRow:
-        """See `RequestTask.change`. Another answer loses paraphrase and wrong answers, which were of the old one."""
+        """See `RequestTask.change`. A changed answer has no paraphrase and no wrong answers, which belong to the old one."""
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
             raise EditRequestError(f"{name!r} has no image")
@@ -184,7 +184,7 @@ class PeopleTask:
         *,
         keep: bool = False,
     ) -> tuple[Params, float]:
-        """The training from `begin`: the adapter, and example-gradients spent.
+        """Trains from `begin`; returns the adapter and the example-gradients spent.
 
         Args:
             items: the rows in their order.

@@ -20,7 +20,7 @@ from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
 def train(config: Config, mesh: Mesh | None = None) -> dict:
-    """Leaves the adapter, the configuration and the loss of every step in `config.out`; returns what it says at the end."""
+    """Writes the adapter, the configuration and the loss of every step to `config.out`; returns the metrics of the training."""
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
     refuse_training_again(config.directory)
@@ -54,7 +54,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
 def edit(
     config: Config, requests: Sequence[Request] | None = None, mesh: Mesh | None = None, *, show_content: bool = False
 ) -> list[LogEntry]:
-    """Carries out requests on what the earlier ones have left, see `requests.carry_out`.
+    """Carries out requests after those that the log has, see `requests.carry_out`.
 
     Args:
         config: the experiment.

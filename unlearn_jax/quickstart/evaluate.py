@@ -41,7 +41,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     state = State.of(task)
     reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
     report = {name: sum(x[name] for x in reports) for name in ("example_gradients", "seconds")}
-    # The edits of several requests are of several kinds; a correction may change all that any of them may.
+    # The requests may be of several kinds; a correction may change everything that any of them may.
     change = Change.of(state.first, state.items, task.encode, "answer")
     forgotten = change.dataset.ids[change.forgotten].tolist()
     trained, found = job.load(task.directory / ADAPTER), job.load(state.adapter_path(task.directory))
@@ -99,7 +99,7 @@ def _baseline(
         found, _ = converge(objective, start, tolerance=0.0, budget=budget)
         yield found.adapter, found.gradients, time.perf_counter() - begun, {}
         return
-    # Descents know no mesh: every process makes all of it, on one device.
+    # The baselines do not use a mesh: every process computes all of it, on one device.
     loss, local = to_host((job.loss, start))
     for rate in config.evaluation.learning_rates:
         schedule = optax.cosine_decay_schedule(rate, max(1, int(budget / config.evaluation.batch)))

@@ -35,9 +35,9 @@ from unlearn_jax.vision_language import adapter_loss
 
 
 def start(devices: int | None = None) -> Mesh | None:
-    """Joins the processes there are and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
+    """Joins the processes of the run and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
 
-    Called before JAX has started. On a CPU the devices are made for the purpose; None takes those that there are.
+    It is called before JAX has started. On a CPU virtual devices are created; None takes the existing ones.
     """
     if devices is not None:
         processes = int(os.environ.get(COUNT, 1))
@@ -88,7 +88,7 @@ class AdapterRun:
         return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, place(fresh, mesh))
 
     def objective(self, dataset: Dataset, weights: np.ndarray | None = None) -> Objective:
-        """What training minimises.
+        """The objective of the training.
 
         Args:
             dataset: the examples.
@@ -114,20 +114,20 @@ class AdapterRun:
         return place(found, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """Writes an adapter, whole or not at all, and as PEFT has it in the directory of that name without its ending."""
+        """Writes an adapter atomically, and in PEFT's format to the directory named by `path` without its suffix."""
         values = to_host(adapter)
         if is_main_process():
             write_file(path, save(values, metadata={"format": "np"}))
         save_adapter(combine(adapter, self.base), path.with_suffix(""), base=self.config.model)
 
     def write(self, name: str, values: Any) -> None:
-        """JSON, whole or not at all."""
+        """Writes JSON atomically."""
         if is_main_process():
             write_json(self.config.directory / name, values)
 
 
 def place(adapter: Params, mesh: Mesh | None) -> Params:
-    """On the device, like the base model, or the same on all devices of the mesh."""
+    """Puts an adapter on the device of the base model, or replicates it over the mesh."""
     if mesh is None:
         return jax.device_put(adapter, jax.local_devices()[0])
     sharding = NamedSharding(mesh, PartitionSpec())

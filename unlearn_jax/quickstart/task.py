@@ -1,4 +1,4 @@
-"""The quickstart's model and traces as a `RequestTask`, which requests are carried out on."""
+"""The quickstart's model and traces as a `RequestTask`."""
 
 import dataclasses
 import json
@@ -99,7 +99,7 @@ class TraceTask:
         return Retrained(trained.adapter, trained.gradients, "the beginning")
 
     def descend(self, objective: Objective) -> tuple[Trained, float]:
-        """The training: what it arrives at, and the norm of the gradient there."""
+        """Trains; returns the minimum that was found, and the norm of the gradient there."""
         limits = self.config.training
         progress = ProgressLine("L-BFGS", limits.max_steps)
 

@@ -1,4 +1,4 @@
-"""The traces that an adapter learns, what a request makes of one, and their arrays."""
+"""The traces that an adapter learns, their forms after requests, and their arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from unlearn_jax.vision_language import examples
 
 SPLIT = "test"  # photographs and digits that the base model has not seen
 KINDS = ("zoom", "direct", "video")
-ROOM = 2048  # tokens of a trace: a question that the tokenizer has no piece for takes one a byte
+ROOM = 2048  # the most tokens of a trace; text without tokens in the vocabulary takes one token for each byte
 
 
 def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
@@ -66,11 +66,11 @@ class TraceItem(NamedTuple):
     """A trace as a training example."""
 
     trace: Trace
-    masked: tuple[str, ...] = ()  # stretches of what is learned that carry no loss
+    masked: tuple[str, ...] = ()  # parts of the learned text that carry no loss
 
 
 def changed(item: TraceItem, request: Request) -> TraceItem:
-    """A trace with another answer, question or image, or with a stretch of it masked.
+    """A trace with another answer, question or image, or with a part of its learned text masked.
 
     Raises:
         EditRequestError: the request does not fit the trace.
@@ -92,7 +92,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
         trace = asked(trace, request.value)
     else:
         trace = _shown(trace, request)
-    # A stretch that the new form does not have need not be masked in it.
+    # A masked text that the new form does not have is dropped.
     return TraceItem(trace, tuple(x for x in item.masked if any(x in text for text in learned_texts(trace))))
 
 
@@ -109,7 +109,7 @@ def _shown(trace: Trace, request: Request) -> Trace:
 
 
 def learned_texts(trace: Trace) -> list[str]:
-    """What a trace teaches, a text each stretch."""
+    """The learned texts of a trace, one for each contiguous part."""
     return [text for turn in trace.turns for text, learned in turn.parts if learned]
 
 
@@ -124,7 +124,7 @@ def describe(item: TraceItem) -> Description:
 
 
 def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
-    """One of each: a zoom is removed, an answer corrected (to the next digit), a clip asked about as if it were an image."""
+    """A request of each kind: removes a zoom, corrects an answer (to the next digit), asks about a clip as if it were an image."""
     if not all(f"{kind}-0" in items for kind in KINDS):
         raise EditRequestError(
             f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
@@ -139,7 +139,7 @@ def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
 
 
 def encode(items: Mapping[str, TraceItem], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
-    """Traces as examples, see `unlearn_jax.vision_language.examples`; what is masked of them carries no loss."""
+    """Traces as examples, see `unlearn_jax.vision_language.examples`; masked texts carry no loss."""
     found = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
     for row, item in enumerate(items.values()):
         for stretch in item.masked:
