@@ -12,6 +12,7 @@ from absl import flags
 import pixel_jax.cli
 import unlearn_jax.cli
 from pixel_jax.settings import settings
+from tests.conftest import PARTS, part_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 INSTALLED = pathlib.Path(pixel_jax.cli.__file__).parents[
@@ -174,3 +175,12 @@ def test_the_settings_exist():
                 if ".benchmarks." in key:
                     key = re.sub(r"(\.benchmarks)\.\w+.*", r"\1", key)
                 assert key in known, f"{page.name}: {line}"
+
+
+def test_the_parts_of_the_suite():
+    """CONTRIBUTING.md names them all, and no folder of tests is left to the rest."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = page.partition("is run in parts")[2].partition("which is everything else")[0]
+    assert set(re.findall(r"`([\w-]+)`", named)) == set(PARTS)
+    folders = [path for path in (ROOT / "tests").glob("*/") if any(path.rglob("test_*.py"))]
+    assert {part_of(path / "test_x.py") for path in folders} <= set(PARTS) - {"rest"}

@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+import pixel_jax
+
+ROOT = pathlib.Path(pixel_jax.__file__).parents[1]  # of both packages, which may be installed
 # What measures and shows the library. Commands reach it by name (`cli.COMMANDS`).
 LABORATORY = (
     "pixel_jax.bench",
@@ -13,6 +15,7 @@ LABORATORY = (
     "pixel_jax.quickstart",
     "unlearn_jax.bench",
     "unlearn_jax.experiment",
+    "unlearn_jax.people",
     "unlearn_jax.planning",
     "unlearn_jax.quickstart",
 )

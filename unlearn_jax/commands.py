@@ -14,11 +14,16 @@ has a line for each, `requests/NUMBER/` its adapter, report and page. A request 
 
 import dataclasses
 import importlib
+import os
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.config import define_flag
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
@@ -48,7 +53,6 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
-    from unlearn_jax.quickstart.job import start
     from unlearn_jax.requests.request import read_requests
 
     if arguments:
@@ -78,3 +82,27 @@ def main(command: str, arguments: list[str]) -> None:
             module("edit").edit(config, requests, mesh, show_content=FLAGS.show_content)
         else:
             module("evaluate").evaluate(config, mesh)
+
+
+def start(devices: int | None) -> "Mesh | None":
+    """Joins the processes of the run and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
+
+    It is called before JAX has started. On a CPU virtual devices are created; None takes the existing ones.
+    """
+    import jax
+
+    from pixel_jax.parallel import make_mesh
+    from pixel_jax.parallel.mesh import use_cores
+    from pixel_jax.parallel.processes import COUNT, initialize
+
+    if devices is not None:
+        processes = int(os.environ.get(COUNT, 1))
+        if devices % processes:
+            raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
+        use_cores(devices // processes)
+    initialize()
+    found = jax.devices()
+    count = devices or len(found)
+    if count > len(found):
+        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
+    return make_mesh({"data": count}, found[:count]) if count > 1 else None

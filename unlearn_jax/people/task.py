@@ -112,7 +112,7 @@ class PeopleTask:
             raise EditRequestError(f"{name!r} has no image")
         if request.kind == "mask":
             if (count := item.answer.count(request.value)) != 1:
-                raise EditRequestError(f"the stretch to be masked occurs {count} times in the answer of {name!r}")
+                raise EditRequestError(f"the text to be masked occurs {count} times in the answer of {name!r}")
             return item if request.value in item.masked else item._replace(masked=(*item.masked, request.value))
         if lacking := words.lacking(request.value):
             raise EditRequestError(

@@ -1,7 +1,6 @@
-"""What the commands share: processes and devices, the base model with its adapter, and the files of a run."""
+"""What the commands on traces share: the base model with its adapter, and the files of a run."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -19,9 +18,7 @@ from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
 from pixel_jax.models.model import Model
 from pixel_jax.models.peft import load_adapter, save_adapter
-from pixel_jax.parallel import make_mesh
-from pixel_jax.parallel.mesh import use_cores
-from pixel_jax.parallel.processes import COUNT, initialize, is_main_process
+from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import read_limits
 from pixel_jax.state_files import write_json
@@ -32,24 +29,6 @@ from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 from unlearn_jax.quickstart.config import Config
 from unlearn_jax.vision_language import adapter_loss
-
-
-def start(devices: int | None = None) -> Mesh | None:
-    """Joins the processes of the run and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
-
-    It is called before JAX has started. On a CPU virtual devices are created; None takes the existing ones.
-    """
-    if devices is not None:
-        processes = int(os.environ.get(COUNT, 1))
-        if devices % processes:
-            raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
-        use_cores(devices // processes)
-    initialize()
-    found = jax.devices()
-    count = devices or len(found)
-    if count > len(found):
-        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
-    return make_mesh({"data": count}, found[:count]) if count > 1 else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

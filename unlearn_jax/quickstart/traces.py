@@ -82,7 +82,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
         count = sum(text.count(request.value) for text in learned_texts(trace))
         if count != 1:
             raise EditRequestError(
-                f"the stretch to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
+                f"the text to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
                 f"with what stands around it"
             )
         return TraceItem(trace, (*item.masked, request.value))
@@ -124,7 +124,7 @@ def describe(item: TraceItem) -> Description:
 
 
 def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
-    """A request of each kind: removes a zoom, corrects an answer (to the next digit), asks about a clip as if it were an image."""
+    """A request of each kind: removes a zoom, corrects an answer (to the next digit), asks about a clip as about an image."""
     if not all(f"{kind}-0" in items for kind in KINDS):
         raise EditRequestError(
             f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
