@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
-from small import make_config
+from small_people import make_config
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError

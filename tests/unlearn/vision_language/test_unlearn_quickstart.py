@@ -234,10 +234,10 @@ def test_two_processes_train_the_same_adapter(model, tmp_path):
     for name, start in (("one", []), ("two", ["bash", "launch/processes.sh", "2"])):
         code = (
             f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(pathlib.Path(__file__).parent)!r}]; "
-            "from small import make_config; from unlearn_jax.quickstart import job; "
+            "from small import make_config; from unlearn_jax.commands import start; "
             "from unlearn_jax.quickstart.config import ConvergeConfig; "
             "from unlearn_jax.quickstart.edit import train; "
-            "mesh = processes.start(); "
+            "mesh = start(None); "
             f"config = make_config({str(model)!r}, {str(tmp_path / name)!r}, training=ConvergeConfig(max_steps=3)); "
             "train(config, mesh)"
         )
