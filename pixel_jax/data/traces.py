@@ -90,7 +90,7 @@ class View(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-class Row:
+class TraceRow:
     """A row that is being written. Only the sizes of the trace's images are read: `render` cuts the pixels out."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Row:
         return sum(self.views[first].patches for first, _ in self.slices)
 
 
-def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Cuts the row's frames out of `images`: those that it was written for, or others of the same sizes.
 
     Args:
@@ -199,7 +199,9 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
 
 
-def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig) -> list:
+def _answer_calls(
+    rows: list[TraceRow], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig
+) -> list:
     """Appends to every row of a wave the observation of the call it just wrote; returns the image histories after it."""
     most = max(len(row.trace.query.images) for row in rows)
     videos = any(row.trace.query.is_video for row in rows)
@@ -239,7 +241,7 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
     return [ImageHistory(*(x[i] for x in history)) for i in range(len(rows))]
 
 
-def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
+def _first_history(row: TraceRow, config: RolloutConfig, most: int) -> ImageHistory:
     """The images that `row` shows before its first call: `first_history`, without a compilation for each count of rows."""
     slots = config.max_images + most
     region, size = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
@@ -250,13 +252,15 @@ def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
     return ImageHistory._make((images, region, size, np.asarray(count, np.int32)))
 
 
-def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:
+def write_rows(
+    traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig
+) -> list[TraceRow]:
     """Writes traces out as rows, in their order: tokens, and views of their images. No pixel is read.
 
     Every call is answered, but one that ends its trace.
     """
     check_format(tables, config)
-    rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
+    rows = [TraceRow(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
     most = max(len(trace.query.images) for trace in traces)
     histories = {row.index: _first_history(row, config, most) for row in rows}
     turn, active = 0, rows
@@ -284,7 +288,7 @@ def to_trajectories(
 
 
 def assemble(
-    rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
+    rows: Sequence[TraceRow], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
 ) -> Trajectories[Visual]:
     """Puts rows and their rendered frames into arrays.
 

@@ -16,7 +16,7 @@ import jax
 from pixel_jax.models.config import TextConfig
 from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
-from pixel_jax.planning.hlo import Counter
+from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
 from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
 
@@ -275,7 +275,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
             raise
         return Compiled(Plan(**known, fits=False, **_needed(str(error), machine)), {}, time.monotonic() - began)
     seconds = time.monotonic() - began
-    counter = Counter(text, program.turns)
+    counter = WorkCounter(text, program.turns)
     count, per_chip = counter.total(), machine.per_chip
     peak = per_chip * memory
     found = Plan(

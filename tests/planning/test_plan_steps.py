@@ -19,7 +19,7 @@ from pixel_jax.models.released import released
 from pixel_jax.parallel import make_mesh, shard_batch
 from pixel_jax.planning import report
 from pixel_jax.planning import search as search_module
-from pixel_jax.planning.hlo import Counter
+from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import (
     abstract_state,
@@ -133,7 +133,7 @@ def test_a_rollout_counts_its_turns():
 
     def more(scope):
         """Work of one turn more of a loop, on all devices."""
-        once, twice = (Counter(text, {**program.turns, scope: n}).total().flops for n in (1, 2))
+        once, twice = (WorkCounter(text, {**program.turns, scope: n}).total().flops for n in (1, 2))
         return 8 * (twice - once)
 
     def by_hand(tokens, predictions=0, slices=0, patches=0):
