@@ -29,7 +29,7 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
-from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
+from pixel_jax.dialog.template import ABSENT, IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
@@ -188,7 +188,7 @@ class Observations:
                 else:
                     raise ValueError(f"an integer follows the list of {template!r}")
             row += [constant(last[0])] if last[0] else []
-            for index in range(kind.outcome.images):
+            for index in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0):
                 row += image(index)
             rows.append([*row, *([constant(behind)] if behind else []), *map(constant, TAIL)])
         width = max(map(len, rows))

@@ -57,6 +57,8 @@ SPECIAL_TOKENS = {
     "image_pad": "<|image_pad|>",
     "video_pad": "<|video_pad|>",
 }
+VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # which tokenizers of language models may lack
+ABSENT = -1  # the id of a special token that a tokenizer lacks
 
 
 class Special(NamedTuple):
@@ -190,11 +192,13 @@ def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int])
     if no text had spelled a special token.
 
     Raises:
-      ValueError: there is not one pad count for each image or video.
+      ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):
         raise ValueError(f"the dialog shows {len(media)} images and videos, but {len(pads)} pad counts are given")
+    if media and vocabulary.image_pad == ABSENT:
+        raise ValueError(f"the dialog shows {len(media)} images and videos; the tokenizer has no tokens for them")
     ids: list[int] = []
     counts = iter(pads)
     for piece in pieces:

@@ -1,6 +1,6 @@
 """Tokenizers: a view of any byte-level fast tokenizer, and a builder of small ones.
 
-`Vocabulary` reads a Hugging Face tokenizer (Qwen's, or one of `build_tokenizer`): the bytes of every token, and the ids of the
+`Vocabulary` reads a Hugging Face tokenizer (Qwen's, SmolLM2's, or one of `build_tokenizer`): the bytes of every token, and the ids of the
 special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations are assembled
 from ids (`observations.py`).
 
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pixel_jax.dialog.formats import MARKS
-from pixel_jax.dialog.template import CHAT_TEMPLATE, SPECIAL_TOKENS
+from pixel_jax.dialog.template import ABSENT, CHAT_TEMPLATE, SPECIAL_TOKENS, VISUAL_TOKENS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,7 +70,8 @@ class Vocabulary:
     embedding is often padded), has no bytes.
 
     `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are the fields `end_of_text` to
-    `video_pad`, which templates put between texts (`template.to_ids`).
+    `video_pad`, which templates put between texts (`template.to_ids`). The tokenizer of a language model may lack the four of
+    images and videos: their ids are `ABSENT` then, which no text has.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -92,17 +93,21 @@ class Vocabulary:
 
         Raises:
           TypeError: it is no fast tokenizer.
-          ValueError: it is not byte-level, or lacks a special token or a digit.
+          ValueError: it is not byte-level, or lacks a special token or a digit. All four tokens of images and videos may be
+            lacking, not some of them.
         """
         tokens = token_bytes(tokenizer)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
         encoder = text_encoder(tokenizer)
-        special = {}
-        for field, text in SPECIAL_TOKENS.items():
-            if text not in added:
-                raise ValueError(f"the tokenizer has no special token {text}")
-            special[field] = added[text]
-        for text in SPECIAL_TOKENS.values():
+        blind = not any(SPECIAL_TOKENS[name] in added for name in VISUAL_TOKENS)
+        names = [name for name in SPECIAL_TOKENS if not (blind and name in VISUAL_TOKENS)]
+        if missing := [SPECIAL_TOKENS[name] for name in names if SPECIAL_TOKENS[name] not in added]:
+            raise ValueError(
+                f"the tokenizer has no special token {missing[0]}: dialogs are written with <|im_start|> and <|im_end|> "
+                "(ChatML), so take a model that was tuned on them"
+            )
+        special = dict.fromkeys(VISUAL_TOKENS, ABSENT) | {name: added[SPECIAL_TOKENS[name]] for name in names}
+        for text in (SPECIAL_TOKENS[name] for name in names):
             if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
                 raise ValueError(
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
@@ -119,7 +124,7 @@ class Vocabulary:
     @functools.cached_property
     def structure(self) -> frozenset[int]:
         """The tokens that structure a dialog."""
-        return frozenset(getattr(self, name) for name in SPECIAL_TOKENS)
+        return frozenset(getattr(self, name) for name in SPECIAL_TOKENS) - {ABSENT}
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
@@ -179,7 +184,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     decoder = json.loads(backend.to_str())["decoder"] or {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     if kinds != {"ByteLevel"}:
-        raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes")
+        raise ValueError(
+            f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes, which "
+            "calls are read from; take a model with a byte-level tokenizer (Qwen's, SmolLM2's)"
+        )
     alphabet = byte_alphabet()
     vocabulary = backend.get_vocab(with_added_tokens=False)
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
