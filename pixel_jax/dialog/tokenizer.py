@@ -1,8 +1,8 @@
 """Tokenizers: a view of any byte-level fast tokenizer, and a builder of small ones.
 
-`Vocabulary` reads a Hugging Face tokenizer (Qwen's, SmolLM2's, or one of `build_tokenizer`): the bytes of every token, and the ids of the
-special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations are assembled
-from ids (`observations.py`).
+`Vocabulary` reads a Hugging Face tokenizer (Qwen's, SmolLM2's, or one of `build_tokenizer`): the bytes of every token, and the
+ids of the special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations
+are assembled from ids (`observations.py`).
 
 `build_tokenizer` makes a tokenizer whose tokens are the caller's pieces of text and the 256 bytes, so that every text survives
 `decode(encode(text))`.
@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,8 @@ class Vocabulary:
                 f"the tokenizer has no special token {missing[0]}: dialogs are written with <|im_start|> and <|im_end|> "
                 "(ChatML), so take a model that was tuned on them"
             )
-        special = dict.fromkeys(VISUAL_TOKENS, ABSENT) | {name: added[SPECIAL_TOKENS[name]] for name in names}
+        special: dict[str, Any] = dict.fromkeys(VISUAL_TOKENS, ABSENT)
+        special |= {name: added[SPECIAL_TOKENS[name]] for name in names}
         for text in (SPECIAL_TOKENS[name] for name in names):
             if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
                 raise ValueError(

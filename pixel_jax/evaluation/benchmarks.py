@@ -234,6 +234,7 @@ def read(
       sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
       seed: of the sample.
       language: of the calls in conversations of the user's own data.
+      pictures: whether questions of the user's own need them; those for a language model may have none.
 
     Raises:
       BenchmarkError: the files are not there or not as expected, or name another split.

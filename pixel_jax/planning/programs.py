@@ -16,8 +16,8 @@ from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
-from pixel_jax.models.peft import shape_adapter
 from pixel_jax.models.model import LanguageModel, Model
+from pixel_jax.models.peft import shape_adapter
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
