@@ -20,7 +20,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pixel_jax.dialog.formats import MARKS
-from pixel_jax.dialog.template import ABSENT, CHAT_TEMPLATE, SPECIAL_TOKENS, VISUAL_TOKENS
+from pixel_jax.dialog.template import (
+    ABSENT,
+    CHAT_TEMPLATE,
+    CHATML,
+    LAYOUTS,
+    SPECIAL_TOKENS,
+    VISUAL_TOKENS,
+    Layout,
+    spelling,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,7 +80,8 @@ class Vocabulary:
 
     `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are the fields `end_of_text` to
     `video_pad`, which templates put between texts (`template.to_ids`). The tokenizer of a language model may lack the four of
-    images and videos: their ids are `ABSENT` then, which no text has.
+    images and videos: their ids are `ABSENT` then, which no text has. The bytes of all of them are ChatML's spelling, by which
+    parsers, rewards and transcripts know them, whatever the tokenizer calls them.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -85,6 +95,9 @@ class Vocabulary:
     image_pad: int
     video_pad: int
     digits: tuple[int, ...]  # the tokens of "0", "1", ... "9"
+    layout: Layout = CHATML  # how dialogs are written
+    begin: int = ABSENT  # of a dialog, in Llama 3's layout
+    header_end: int = ABSENT  # behind a role, in Llama 3's layout
     known: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)  # texts encoded before
 
     @classmethod
@@ -98,17 +111,20 @@ class Vocabulary:
         """
         tokens = token_bytes(tokenizer)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        encoder = text_encoder(tokenizer)
+        layout = next((x for x in LAYOUTS if x.special["im_start"] in added), CHATML)
+        encoder = text_encoder(tokenizer, layout)
         blind = not any(SPECIAL_TOKENS[name] in added for name in VISUAL_TOKENS)
-        names = [name for name in SPECIAL_TOKENS if not (blind and name in VISUAL_TOKENS)]
-        if missing := [SPECIAL_TOKENS[name] for name in names if SPECIAL_TOKENS[name] not in added]:
+        spelled = {name: text for name, text in layout.special.items() if not (blind and name in VISUAL_TOKENS)}
+        if missing := [text for text in spelled.values() if text not in added]:
             raise ValueError(
                 f"the tokenizer has no special token {missing[0]}: dialogs are written with <|im_start|> and <|im_end|> "
-                "(ChatML), so take a model that was tuned on them"
+                "(ChatML), or as Llama 3 has them, so take a model that was tuned on one of the two"
             )
         special: dict[str, Any] = dict.fromkeys(VISUAL_TOKENS, ABSENT)
-        special |= {name: added[SPECIAL_TOKENS[name]] for name in names}
-        for text in (SPECIAL_TOKENS[name] for name in names):
+        special |= {name: added[text] for name, text in spelled.items()}
+        for name in spelled:
+            tokens[special[name]] = spelling(name).encode()
+        for text in spelled.values():
             if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
                 raise ValueError(
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
@@ -120,12 +136,12 @@ class Vocabulary:
                 f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
             )
         digits = tuple(single[str(digit).encode()] for digit in range(10))
-        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, **special)
+        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, layout=layout, **special)
 
     @functools.cached_property
     def structure(self) -> frozenset[int]:
         """The tokens that structure a dialog."""
-        return frozenset(getattr(self, name) for name in SPECIAL_TOKENS) - {ABSENT}
+        return frozenset(getattr(self, name) for name in self.layout.special) - {ABSENT}
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
@@ -155,7 +171,7 @@ class Vocabulary:
         return b"".join(data[start[index] : start[index] + length[index]].tobytes() for index in known)
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def text_encoder(tokenizer: PreTrainedTokenizerFast, layout: Layout = CHATML) -> Tokenizer:
     """Copies a fast tokenizer so that the spelling of a special token is text like any other.
 
     The tags of calls stay tokens if the tokenizer has them (Qwen's does, not as special ones), because turns are text.
@@ -165,7 +181,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in document["added_tokens"]:
-        special = token["special"] or token["content"] in SPECIAL_TOKENS.values()
+        special = token["special"] or token["content"] in layout.special.values()
         token["special"] = special and token["content"] not in MARKS
     encoder = Tokenizer.from_str(json.dumps(document | {"truncation": None, "padding": None}))
     encoder.encode_special_tokens = True

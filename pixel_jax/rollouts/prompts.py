@@ -79,7 +79,7 @@ def prompt_tokens(
         call_format=call_format(config.call_format),
         text_first=query.text_first,
     )
-    return template.to_ids(template.render(messages), vocabulary, pads)
+    return template.to_ids(template.render(messages, layout=vocabulary.layout), vocabulary, pads)
 
 
 def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> tuple[str, tuple[Tool, ...]]:

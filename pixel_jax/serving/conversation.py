@@ -116,7 +116,7 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
         {"role": "system", "content": told},
         *(_written(message, guidelines, speaker.call_format) for message in spoken),
     ]
-    pieces = template.render(written)
+    pieces = template.render(written, layout=speaker.vocabulary.layout)
     if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
         raise PromptError("only questions may show images or videos")
     return Prompt(query, template.to_ids(pieces, speaker.vocabulary, pads))

@@ -1,4 +1,4 @@
-"""Language models that speak ChatML are talked to, tuned and served as models that see: a tiny Llama with a tokenizer of its own."""
+"""Language models are talked to and tuned as models that see are: tiny Llamas, in ChatML and in the layout of Llama 3."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,10 @@ from test_gguf_files import write
 
 from pixel_jax import phases
 from pixel_jax.chat import Chat, Screen
-from pixel_jax.dialog import Vocabulary
+from pixel_jax.data.example import ExampleError
+from pixel_jax.dialog import Observations, Vocabulary
+from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.dialog.observations import observation_text
 from pixel_jax.dialog.template import ABSENT, GUIDELINES
 from pixel_jax.dialog.tokenizer import byte_alphabet
 from pixel_jax.files import FileError
@@ -37,10 +40,18 @@ TEMPLATE = (
     "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"]
+# Llama 3's own template.
+TEMPLATE3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+KINDS = {"chatml": (CHATML, TEMPLATE), "llama3": (LLAMA3, TEMPLATE3)}
 LIMITS = RolloutConfig(max_new_tokens=12, max_tokens=1024, max_response=64, max_calls=1)
 SHAPE = {
     "model_type": "llama",
-    "vocab_size": 3 + 256,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -51,7 +62,7 @@ SHAPE = {
 }
 
 
-def make_tokenizer(special=CHATML):
+def make_tokenizer(special=CHATML, template=TEMPLATE):
     """The bytes and `special` tokens, with none for images and videos."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -61,20 +72,24 @@ def make_tokenizer(special=CHATML):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    named = {"eos_token": special[-1], "pad_token": special[-1]}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **named)
+    named = {"bos_token": special[0], "eos_token": special[-1], "pad_token": special[-1]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return LanguageModel(config_from_hf(SHAPE), jax.random.key(3))
-
-
-@pytest.fixture(scope="module")
-def directory(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    save_pretrained(model, Processor(make_tokenizer(), family=LlamaConfig, vision=None), folder)
+def save(kind, folder):
+    """A tiny Llama that is talked to in a layout."""
+    special, template = KINDS[kind]
+    config = config_from_hf(SHAPE | {"vocab_size": len(special) + 256})
+    model = LanguageModel(config, jax.random.key(3))
+    save_pretrained(model, Processor(make_tokenizer(special, template), family=LlamaConfig, vision=None), folder)
     write_limits(folder, LIMITS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save("chatml", folder)
     return folder
 
 
@@ -90,28 +105,53 @@ def test_a_tokenizer_without_tokens_of_images():
     assert {words.vision_start, words.vision_end, words.image_pad, words.video_pad} == {ABSENT}
     assert words.structure == {0, 1, 2}
     assert words.to_bytes(words.encode("<|im_end|> 7")) == b"<|im_end|> 7"
-    with pytest.raises(ValueError, match=r"no special token <\|im_start\|>: .* take a model that was tuned on them"):
+    with pytest.raises(ValueError, match=r"no special token <\|im_start\|>: .* take a model that was tuned on one"):
         Vocabulary.of(make_tokenizer(["<|begin_of_text|>", "<|eot_id|>", "<|endoftext|>"]))
+    with pytest.raises(ValueError, match=r"no special token <\|end_of_text\|>"):
+        Vocabulary.of(make_tokenizer(LLAMA3[:-1]))
+
+
+def test_the_layout_of_llama_3():
+    """Observations have its marks; for parsers, rewards and transcripts a turn ends as in ChatML."""
+    tokenizer = make_tokenizer(LLAMA3, TEMPLATE3)
+    words = Vocabulary.of(tokenizer)
+    assert [words.begin, words.im_start, words.header_end, words.im_end, words.end_of_text] == [0, 1, 2, 3, 4]
+    assert words.structure == {0, 1, 2, 3, 4} and words.image_pad == ABSENT
+    assert not words.structure & set(words.encode("".join(LLAMA3)))
+    observations = Observations.of(words)
+    text = observations.kinds[observations.malformed].outcome.text
+    ids = observations.ids(observations.malformed)
+    opening = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    written = opening.format("user") + text + "<|eot_id|>" + opening.format("assistant")
+    assert ids == tokenizer.encode(written, add_special_tokens=False)
+    assert observation_text(np.array(ids), words) == text.strip("\n")
+    assert observations.text(observations.malformed).encode() == words.to_bytes(ids)
+    assert words.to_bytes([words.im_end]) == b"<|im_end|>"
+    call = '<tool_call>{"name": "select_frames", "arguments": {"target_frames": [1]}}</tool_call>'
+    assert parse_turn(words.to_bytes([*words.encode(call), words.im_end])).call is not None
 
 
 @pytest.mark.torch
-def test_a_chat_is_what_transformers_generates(directory):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chat_is_what_transformers_generates(kind, tmp_path):
     import torch
     from transformers import LlamaForCausalLM
 
+    save(kind, tmp_path)
     question = "Wie viele Beine hat eine Katze?"
-    answer, speaker = answers(directory, question)
+    answer, speaker = answers(tmp_path, question)
     words = speaker.vocabulary
     ids = prompt_of([Message("user", (question,))], speaker).ids
     told = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": f"{question}\n\n{GUIDELINES['notool']}"},
     ]
-    theirs = make_tokenizer().apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+    theirs = make_tokenizer(*KINDS[kind]).apply_chat_template(told, add_generation_prompt=True)["input_ids"]
     assert ids == theirs  # nothing is said of images, or of tools that look at them
-    network = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    options = {"eos_token_id": [words.im_end, words.end_of_text], "pad_token_id": 0, "min_new_tokens": 1}
+    network = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    options: dict = {"eos_token_id": [words.im_end, words.end_of_text], "pad_token_id": 0, "min_new_tokens": 1}
     given = torch.tensor([ids])
+    options["attention_mask"] = torch.ones_like(given)  # Llama 3's first token is the one that pads here
     with torch.no_grad():
         out = network.generate(given, do_sample=False, max_new_tokens=LIMITS.max_new_tokens, **options)
     written = [x for x in out[0, len(ids) :].tolist() if x not in options["eos_token_id"]]
@@ -132,6 +172,8 @@ def tuned(path, out, monkeypatch):
 
 
 def test_a_step_of_tuning(directory, tmp_path, monkeypatch):
+    with pytest.raises(ExampleError, match="nowhere.jsonl is not a file or directory"):
+        phases.train("sft", TrainConfig(str(directory), "nowhere.jsonl", str(tmp_path / "none"), sft=SFTConfig()))
     found = tuned(directory, tmp_path, monkeypatch)
     assert np.isfinite(found["loss"]) and found["grad_norm"] > 0
     limits = read_limits(tmp_path / "run" / "model")
@@ -152,9 +194,10 @@ def gguf_file(path, model):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="pip install gguf")
-def test_a_gguf_file_is_a_model(directory, model, tmp_path, monkeypatch):
+def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
     """Chat and tuning take its path; the limits lie beside it."""
-    path = gguf_file(tmp_path / "tiny.gguf", model)
+    directory = tmp_path / "directory"
+    path = gguf_file(tmp_path / "tiny.gguf", save("chatml", directory))
     write_limits(tmp_path, LIMITS)
     answer, speaker = answers(path, "Hm?")
     assert speaker.config.max_new_tokens == LIMITS.max_new_tokens and answer == answers(directory, "Hm?")[0]
