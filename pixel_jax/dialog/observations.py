@@ -174,6 +174,7 @@ class Observations:
             *head, opening = (
                 vocabulary.layout.before
             )  # the last piece is text, which is joined with the message's own text
+            assert isinstance(opening, str)
             row = [constant(piece) for piece in head]
             *stretches, last = _split(opening + template)
             if "{" in behind:

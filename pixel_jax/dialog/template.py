@@ -82,31 +82,35 @@ BEGIN, HEADER_END = Special("begin"), Special("header_end")
 
 
 class Layout(NamedTuple):
-    """How a dialog is written: `begin`, and for each message IM_START, its role, `header`, its content, IM_END, `behind`."""
+    """How a dialog is written: `begin`, and for each message IM_START, its role, `header`, its content, IM_END, `behind`.
+
+    `header` begins and ends with text: that behind the role, and that before the content.
+    """
 
     special: Mapping[str, str]  # field of `Vocabulary`: what the tokenizer calls the token
-    header: tuple[Piece, ...]
-    begin: tuple[Piece, ...] = ()
-    behind: tuple[Piece, ...] = ()
+    header: tuple[str | Special, ...]
+    begin: tuple[str | Special, ...] = ()
+    behind: tuple[str | Special, ...] = ()
 
     @property
-    def prompt(self) -> tuple[Piece, ...]:
+    def prompt(self) -> tuple[str | Special, ...]:
         """Where the assistant begins."""
         return self.opening("assistant")
 
     @property
-    def before(self) -> tuple[Piece, ...]:
+    def before(self) -> tuple[str | Special, ...]:
         """What stands between the end of a turn and the text of an observation; text comes last."""
         return (*self.behind, *self.opening("user"))
 
     @property
-    def after(self) -> tuple[Piece, ...]:
+    def after(self) -> tuple[str | Special, ...]:
         """What follows an observation."""
-        return tuple(join_texts((IM_END, *self.behind, *self.prompt)))
+        return (IM_END, *self.behind, *self.prompt)
 
-    def opening(self, role: str) -> tuple[Piece, ...]:
+    def opening(self, role: str) -> tuple[str | Special, ...]:
         """Where a message begins."""
-        return tuple(join_texts((IM_START, role, *self.header)))
+        assert isinstance(self.header[0], str)
+        return (IM_START, role + self.header[0], *self.header[1:])
 
 
 CHATML = Layout(SPECIAL_TOKENS, header=("\n",), behind=("\n",))
@@ -118,7 +122,7 @@ LLAMA3 = Layout(
         "begin": "<|begin_of_text|>",
         "header_end": "<|end_header_id|>",
     },
-    header=(HEADER_END, "\n\n"),
+    header=("", HEADER_END, "\n\n"),
     begin=(BEGIN,),
 )
 LAYOUTS = (CHATML, LLAMA3)

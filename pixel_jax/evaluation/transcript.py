@@ -185,10 +185,8 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     # The prompt ends where the assistant begins; a prefix of its first turn may follow.
     opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
     texts = [vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-    texts[0] = (
-        vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace").removeprefix(flatten(vocabulary.layout.prompt))
-        + texts[0]
-    )
+    prefix = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace")
+    texts[0] = prefix.removeprefix(flatten(vocabulary.layout.prompt)) + texts[0]
     return texts, runs[2::2]
 
 

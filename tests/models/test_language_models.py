@@ -18,6 +18,8 @@ from pixel_jax.dialog.grammar import parse_turn
 from pixel_jax.dialog.observations import observation_text
 from pixel_jax.dialog.template import ABSENT, GUIDELINES
 from pixel_jax.dialog.tokenizer import byte_alphabet
+from pixel_jax.evaluation import main as evaluation
+from pixel_jax.evaluation.config import BenchmarkConfig, EvalConfig
 from pixel_jax.files import FileError
 from pixel_jax.models import LanguageModel, config_from_hf
 from pixel_jax.models.io import save_pretrained
@@ -29,6 +31,7 @@ from pixel_jax.serving.conversation import Message, prompt_of
 from pixel_jax.serving.speakers import load_speaker
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.optimizer import OptimizerConfig
+from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.writers import read_metrics
 
@@ -180,6 +183,29 @@ def test_a_step_of_tuning(directory, tmp_path, monkeypatch):
     assert limits is not None and limits.max_images == 0
     weights = [x / "model.safetensors" for x in (directory, tmp_path / "run" / "model")]
     assert weights[0].read_bytes() != weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_learning_and_evaluation(directory, tmp_path, monkeypatch):
+    """`pixel-jax rl` and `eval`, whose questions have no images, with tools and without."""
+    monkeypatch.setattr(phases, "use_compilation_cache", lambda _: None)
+    monkeypatch.setattr("pixel_jax.training.progress.use_compilation_cache", lambda _: None)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"question": f"{a} + {a}?", "answer": str(2 * a)}) for a in range(4)))
+    learning = RLConfig(iterations=1, prompts=2, train_batch=4, rollout=dataclasses.replace(LIMITS, group_size=2))
+    learning = dataclasses.replace(learning, replay=dataclasses.replace(learning.replay, kind="none"))
+    phases.train("rl", TrainConfig(str(directory), str(data), str(tmp_path / "rl"), rl=learning))
+    (found,) = read_metrics(tmp_path / "rl" / "rl" / "metrics.jsonl")
+    assert np.isfinite(found["loss"])
+    limits = read_limits(tmp_path / "rl" / "model")
+    assert limits is not None
+    asked = BenchmarkConfig(format="jsonl", data=str(data))
+    config = EvalConfig(
+        model=str(tmp_path / "rl" / "model"), out=str(tmp_path / "eval"), benchmarks={"sums": asked}, rollout=limits
+    )
+    evaluation.answer(dataclasses.replace(config, modes=("tool", "notool"), batch=2))
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["benchmarks"]["sums"]["modes"].keys() == {"tool", "notool"}
 
 
 def gguf_file(path, model):
