@@ -203,9 +203,9 @@ def test_learning_and_evaluation(directory, tmp_path, monkeypatch):
     config = EvalConfig(
         model=str(tmp_path / "rl" / "model"), out=str(tmp_path / "eval"), benchmarks={"sums": asked}, rollout=limits
     )
-    evaluation.answer(dataclasses.replace(config, modes=("tool", "notool"), batch=2))
+    evaluation.answer(dataclasses.replace(config, modes=("operations", "none"), batch=2))
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert metrics["benchmarks"]["sums"]["modes"].keys() == {"tool", "notool"}
+    assert metrics["benchmarks"]["sums"]["modes"].keys() == {"operations", "none"}
 
 
 def gguf_file(path, model):
