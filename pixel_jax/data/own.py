@@ -22,6 +22,8 @@ LLaMA-Factory, with pictures in their parts or, where `<image>` or an empty part
 
 All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \boxed{} is it. A picture
 may be its content, too: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it is encoded.
+For a language model rows need no images (`pictures` of `read_own`).
+
 Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Whatever further fields a row has
 are in `Example.fields`.
 """
