@@ -185,11 +185,10 @@ class Packing:
         all_patches = sum(count * x.slices * x.patches for count, x in zip(rows, self.buckets, strict=True))
         tokens = self.order.sizes[:, 0]
         longest = max(bucket.tokens for bucket in self.buckets)
-        return {
-            "tokens": 1 - tokens.sum() / all_tokens,
-            "patches": 1 - sum(row.patches for row in self.rows) / all_patches,
-            "tokens without packing": 1 - tokens.mean() / longest,
-        }
+        shares = {"tokens": 1 - tokens.sum() / all_tokens}
+        if all_patches:
+            shares["patches"] = 1 - sum(row.patches for row in self.rows) / all_patches
+        return shares | {"tokens without packing": 1 - tokens.mean() / longest}
 
     def __str__(self) -> str:
         rows = [len(x) for x in self.order.packed(0)]

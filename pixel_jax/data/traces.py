@@ -203,7 +203,7 @@ def _answer_calls(
     rows: list[TraceRow], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig
 ) -> list:
     """Appends to every row of a wave the observation of the call it just wrote; returns the image histories after it."""
-    most = max(len(row.trace.query.images) for row in rows)
+    most = max([1, *(len(row.trace.query.images) for row in rows)])
     videos = any(row.trace.query.is_video for row in rows)
     width = 1 << max(4, (max(map(len, turns)) - 1).bit_length())  # few widths: each is a compilation
     padded = np.full((WAVE, width), -1, np.int32)
@@ -261,7 +261,7 @@ def write_rows(
     """
     check_format(tables, config)
     rows = [TraceRow(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
-    most = max(len(trace.query.images) for trace in traces)
+    most = max([1, *(len(trace.query.images) for trace in traces)])  # rows without images have one empty buffer
     histories = {row.index: _first_history(row, config, most) for row in rows}
     turn, active = 0, rows
     while active:
@@ -322,8 +322,8 @@ def assemble(
         loss_mask[i, : len(row.ids)] = row.loss_mask
         for j, patches in enumerate(frames[i]):
             visual.patches[i, j, : len(patches)] = patches
-        visual.slices[i, : len(row.slices)] = row.slices
-        visual.grids[i, : len(row.grids)] = row.grids
+        visual.slices[i, : len(row.slices)] = np.reshape(row.slices, (-1, 2))
+        visual.grids[i, : len(row.grids)] = np.reshape(row.grids, (-1, 3))
         if row.trace.query.is_video:
             visual.seconds[i, 0] = row.trace.query.seconds
         for j, call in enumerate(row.calls):

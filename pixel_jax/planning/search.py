@@ -128,7 +128,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
-    full = recipe.config.lora is None
+    full = not recipe.config.adapts
     # In units of bfloat16 weights: float32 weights and two moments, and to train gradients.
     state = 1 if not full else 6 if step == "score" else 8
     if state * held > chip.memory:
