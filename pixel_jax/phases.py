@@ -24,7 +24,7 @@ from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
 from pixel_jax.models.config import ModelConfig
-from pixel_jax.models.io import dtype_of
+from pixel_jax.models.io import dtype_of, read_network
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
@@ -32,7 +32,7 @@ from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.parallel.processes import barrier, is_main_process, say
 from pixel_jax.parallel.sharding import row_shards, sequence_shards
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.limits import FILE, VIEW_FIELDS, differences, read_limits
+from pixel_jax.rollouts.limits import VIEW_FIELDS, differences, limits_file, read_limits
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
 from pixel_jax.rollouts.shapes import BatchShape
@@ -161,10 +161,10 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
     use_limits(config.limits)
     # The user's own code is imported first: a mistake in it shows at once.
     tools, calls = find_tools(config.tools), find_format(limits_of(command, config).call_format)
+    config = config.for_model(read_network(config.model))
     data = read_data(command, config, Language(tools, calls), resume_changed)
     use_compilation_cache(out / "compiled")
     model, processor, mesh = read_model(config)
-    config = config.for_model(model.config)
     vocabulary = Vocabulary.of(processor.tokenizer)
     with host_rollouts(config.tools, tools, vocabulary, config.host_tools) as rollouts:
         token_tables = tables(vocabulary, tools, calls)
@@ -185,6 +185,7 @@ def limits_of(command: Command, config: TrainConfig) -> RolloutConfig:
 def read_data(command: Command, config: TrainConfig, language: Language, resume_changed: bool) -> PhaseData:
     """Reads the examples, whose calls are in the `language`, and divides them into those to train on and those held out."""
     out, turns = pathlib.Path(config.out), command == "sft"
+    pictures = limits_of(command, config).max_images > 0
     examples, report = read_examples(
         config.data,
         turns=turns,
@@ -192,6 +193,7 @@ def read_data(command: Command, config: TrainConfig, language: Language, resume_
         image_folders=config.image_folders,
         columns=config.columns,
         language=language,
+        pictures=pictures,
     )
     settings: dict[str, Any] = {}
     with Digests(out / "digests.json") if is_main_process() else contextlib.nullcontext() as digests:
@@ -209,6 +211,7 @@ def read_data(command: Command, config: TrainConfig, language: Language, resume_
             image_folders=config.image_folders,
             columns=config.columns,
             language=language,
+            pictures=pictures,
         )
     if turns and not config.corrections:
         examples, judging = without_corrections(examples), without_corrections(judging)
@@ -342,7 +345,7 @@ def other_limits(config: TrainConfig) -> list[str]:
     changed = [name for name in names if getattr(config.rollout, name) != getattr(usual, name)]
     beside_model = read_limits(config.model) or used
     others = {
-        f"{pathlib.Path(config.model) / FILE}": differences(used, beside_model, VIEW_FIELDS),
+        f"{limits_file(config.model)}": differences(used, beside_model, VIEW_FIELDS),
         "config.rollout, which is of tuning": differences(used, config.rollout, changed),
     }
     return [

@@ -57,6 +57,7 @@ def hold_out(
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
 ) -> HeldOut:
     """Divides examples into those to train on and those to evaluate on. With several processes, all call it.
 
@@ -71,10 +72,16 @@ def hold_out(
         image_folders: where the images of `source` may lie.
         columns: names of our fields in `source`, as in the data.
         language: of the calls in `source`.
+        pictures: whether its examples need them.
     """
     if source is not None:
         others, report = read_examples(
-            source, turns=turns, image_folders=image_folders, columns=columns, language=language
+            source,
+            turns=turns,
+            image_folders=image_folders,
+            columns=columns,
+            language=language,
+            pictures=pictures,
         )
         _say_report(report)
         if digests is not None and set(keys_of(examples, digests)) & set(keys_of(others, digests)):

@@ -48,7 +48,9 @@ def pytest_runtest_teardown(item, nextitem):
 # Named parts of the suite, `--all --part=NAME`: the beginnings of paths. A test belongs to the first that fits, or to "rest".
 PARTS = {
     "data": ("data/", "ops/", "evaluation/", "synthesis/"),
-    "rollouts": ("rollouts/", "tools/", "dialog/", "models/"),
+    "models": ("models/",),
+    "rollouts": ("rollouts/", "tools/", "dialog/"),
+    "serving": ("serving/", "test_endpoint.py", "launch/"),
     "training": ("training/", "parallel/", "test_interrupts.py"),
     "quickstart": ("quickstart/", "test_first_run.py", "test_own_data.py"),
     "planning": ("planning/", "bench/"),

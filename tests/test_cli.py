@@ -92,7 +92,7 @@ MISTAKES = {
     ),
     "sft without a required value": (["sft", *GIVEN], 1, "config lacks out, which TrainConfig requires"),
     "a bucket": (["rl", *GIVEN, "--config.out=gs://b/rl"], 1, "config: out is 'gs://b/rl': files are local; mount"),
-    "rl without data": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere.jsonl is not a file"),
+    "rl without a model": (["rl", *GIVEN, "--config.out={out}"], 1, "nowhere is not a model directory"),
     "an unknown key": (
         ["sft", OWN_DATA, "--config.sft.stepz=1"],
         1,

@@ -5,7 +5,9 @@ import pathlib
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+import pixel_jax
+
+ROOT = pathlib.Path(pixel_jax.__file__).parents[1]  # of both packages, which may be installed
 # What measures and shows the library. Commands reach it by name (`cli.COMMANDS`).
 LABORATORY = (
     "pixel_jax.bench",
@@ -13,6 +15,7 @@ LABORATORY = (
     "pixel_jax.quickstart",
     "unlearn_jax.bench",
     "unlearn_jax.experiment",
+    "unlearn_jax.people",
     "unlearn_jax.planning",
     "unlearn_jax.quickstart",
 )
@@ -85,3 +88,10 @@ def test_pixel_jax_does_not_know_unlearn_jax():
     assert {
         (name, x) for name, used in GRAPH.items() if name.startswith("pixel_jax") for x in used if "unlearn" in x
     } == set()
+
+
+def test_the_files_of_tests_have_names_of_their_own():
+    """Folders of tests without an `__init__.py` share one name space: of two files of a name pytest imports only one."""
+    folders = [folder for folder in pathlib.Path(__file__).parent.rglob("*/") if not (folder / "__init__.py").exists()]
+    names = [path.name for folder in folders for path in folder.glob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)

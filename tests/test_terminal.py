@@ -17,7 +17,7 @@ from pixel_jax.parallel import processes
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.serving.session import Saw
 from pixel_jax.terminal import print_table, table
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 
 ROOT = pathlib.Path(__file__).parent.parent
 ESCAPES = "\x1b]0;PWN\x07\x1b[2J\x9b31m\r\x08\x7f\u202e\u2028"
@@ -71,7 +71,7 @@ def test_nobody_listening_is_no_reason_to_end(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         processes.say("The model is in –.")
         monkeypatch.setattr(sys, "stderr", stream)
-        progress = Progress("steps", 2)
+        progress = ProgressLine("steps", 2)
         progress.update(1, {"loss": 1.0})
         progress.update(2, {"loss": 0.5})
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""What would go wrong silently, or with somebody else's message, is refused here in words that say what to set."""
+"""Checks of arguments that would otherwise fail silently, or with a message of JAX or Flax; each error names the remedy."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ def all_finite(tree: Any) -> jax.Array:
 
 @contextlib.contextmanager
 def _flax_errors() -> Iterator[None]:
-    """Around a trace of the loss: what Flax says of a module that changes in it, and what to do."""
+    """A context for a trace of the loss: turns Flax's error about a changed module into one that names the remedy."""
     try:
         yield
     except Exception as error:
@@ -108,7 +108,7 @@ def check_differentiable(objective: Objective, params: Params, curvature: Curvat
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[2:], x.dtype), objective.examples)
     names = set(primitives(jax.make_jaxpr(objective.loss)(params, example).jaxpr))
     try:
-        # JAX has a rule for these, but what it makes of them no TPU or GPU compiles.
+        # JAX has a rule for these, but no TPU or GPU compiles the result.
         if "pallas_call" in names and curvature != "empirical_fisher":
             raise TypeError("nothing, but the derivative of a Pallas kernel is no kernel that a TPU or GPU compiles")
         jax.eval_shape(functools.partial(product, curvature=curvature), shapes, params, zeros(params))

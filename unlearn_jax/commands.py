@@ -1,4 +1,4 @@
-"""unlearn-jax train, erase, eval: an adapter, requests that edit it, and how good the edits are.
+"""unlearn-jax train, erase, eval: train an adapter, carry out requests that edit it, and evaluate the edits.
 
     unlearn-jax train                         traces of the quickstart; --config=unlearn/people: facts about people
     unlearn-jax erase --request=requests.jsonl
@@ -8,17 +8,22 @@ A request is a line of JSON, see docs/unlearning.md:
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
 
-Requests run in order, each from what the one before has left. `requests.log.jsonl` in the run's directory has a line for each,
-`requests/NUMBER/` its adapter, its report and its page. What the log has is not done twice.
+Requests are carried out in order, each starting from the result of the one before. `requests.log.jsonl` in the run's directory
+has a line for each, `requests/NUMBER/` its adapter, report and page. A request that the log has is not repeated.
 """
 
 import dataclasses
 import importlib
+import os
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from pixel_jax.config import define_flag
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
@@ -48,7 +53,6 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.parallel.processes import is_main_process
     from pixel_jax.run_lock import hold
     from pixel_jax.training.progress import announce_compiles
-    from unlearn_jax.quickstart.job import start
     from unlearn_jax.requests.request import read_requests
 
     if arguments:
@@ -65,7 +69,7 @@ def main(command: str, arguments: list[str]) -> None:
                 f"--adapter={FLAGS.adapter} goes with config.task=traces; the model of {name!r} is made here"
             )
         config = dataclasses.replace(config, start=FLAGS.adapter)
-    requests = None  # read before anything is begun: a mistake in the file costs nothing
+    requests = None  # read first, so that a mistake in the file costs no time
     if command == "erase" and FLAGS.request:
         requests = read_requests(pathlib.Path(FLAGS.request))
     mesh = start(FLAGS.devices)
@@ -78,3 +82,27 @@ def main(command: str, arguments: list[str]) -> None:
             module("edit").edit(config, requests, mesh, show_content=FLAGS.show_content)
         else:
             module("evaluate").evaluate(config, mesh)
+
+
+def start(devices: int | None) -> "Mesh | None":
+    """Joins the processes of the run and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
+
+    It is called before JAX has started. On a CPU virtual devices are created; None takes the existing ones.
+    """
+    import jax
+
+    from pixel_jax.parallel import make_mesh
+    from pixel_jax.parallel.mesh import use_cores
+    from pixel_jax.parallel.processes import COUNT, initialize
+
+    if devices is not None:
+        processes = int(os.environ.get(COUNT, 1))
+        if devices % processes:
+            raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
+        use_cores(devices // processes)
+    initialize()
+    found = jax.devices()
+    count = devices or len(found)
+    if count > len(found):
+        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
+    return make_mesh({"data": count}, found[:count]) if count > 1 else None

@@ -13,8 +13,8 @@ from unlearn_jax.objective import Reduction
 from unlearn_jax.solvers import PRECONDITIONERS, SOLVERS, Preconditioner, Solver, adam_qp, cg, sgd_qp
 
 QUARTER = 0.25  # of the training's epochs may be spent on an edit
-SHORT = 7.0  # epochs: of less than 28 epochs of training a quarter would be too few products to tell
-TWICE = 2.0  # the training's epochs is the most that an edit of a short one may cost
+SHORT = 7.0  # epochs: a quarter of less than 28 epochs of training pays for too few products
+TWICE = 2.0  # times the training's epochs: the most that an edit of a short training may cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,61 +26,63 @@ class ErasureConfig:
 
     # ---- the objective that the adapter was trained on, see `objective`
     reduction: Reduction = "per_example"  # what is averaged: examples, or all of their elements
-    # Coefficient of |params|^2 / 2 in the training's objective. An AdamW user gives 0, or the decay times the root mean square
-    # of a coordinate's gradient: its decay acts beside steps that are divided by that root, so where they balance,
-    # weight_decay = decay * root (.01 * 1e-3, say).
+    # Coefficient of |params|^2 / 2 in the training's objective. After AdamW it is 0, or the decay times the root mean square of a
+    # coordinate's gradient: AdamW adds the decay to steps that are divided by this root, so that where the two balance,
+    # weight_decay = decay * root (.01 * 1e-3, for example).
     weight_decay: float = 0.0
-    training_epochs: float | None = None  # that the training took: what an edit may cost, and is held against
+    training_epochs: float | None = (
+        None  # that the training took: the cost of an edit is limited by them, and compared with them
+    )
 
     # ---- what an edit may cost
-    # Of example-gradients, that everything together may cost. "auto": a quarter of the training's epochs, of one of less than
-    # 28 up to 7 but at most twice the training's; 7 where `training_epochs` is not given; no limit where `newton_steps` says
-    # what is to be done. "unlimited": on to the minimum. Budgets below 5 may be exceeded by passes forward, a third of an
-    # epoch each, until a step keeps a quarter of what it promises.
+    # The most that everything together may cost, in epochs of example-gradients. "auto": a quarter of the training's epochs; of a
+    # training of less than 28 up to 7, but at most twice the training's; 7 where `training_epochs` is not given; no limit where
+    # `newton_steps` is set. "unlimited": until the minimum. Budgets below 5 may be exceeded by forward passes, a third of an
+    # epoch each, until a step changes the objective by a quarter of the prediction.
     epochs: float | Literal["auto", "unlimited"] = "auto"
-    finish_evaluations: int = 1000  # of L-BFGS, of the objective and its gradient
-    retries: int = 6  # of a step with ten times the damping
-    halvings: int = 10  # of a step in the line search
+    finish_evaluations: int = 1000  # the most evaluations of the objective and its gradient by L-BFGS
+    retries: int = 6  # the most retries of a step, each with ten times the damping
+    halvings: int = 10  # the most halvings of a step in the line search
 
     # ---- what is solved
     # "newton": (R'' of the edited data) step = grad R - grad R', the exact first Newton step. "influence": both sides to first
     # order in the share of edited examples (R'' of the original). "paper": as "influence", without the regulariser's part:
     # LLMEraser's equations.
     formula: Literal["newton", "influence", "paper"] = "newton"
-    # Of training that had not converged, the normal case of an adapter whose training was stopped early. "drop": leave undone
-    # what was left undone and respond to the edit alone, so that an empty edit changes nothing: the aim is a retrain by the
-    # same recipe, which stops as early. "keep": also go on training, for retrains that run to the minimum: the loss on what is
-    # kept falls far below that of a retrain which stops early.
+    # The treatment of the gradient that training left because it was stopped early. "drop": respond to the edit alone, so that an
+    # empty edit changes nothing; the aim is a retrain by the same recipe, which stops as early. "keep": continue the training,
+    # too; the aim is a retrain that runs to the minimum, and the loss on kept examples falls far below that of an early-stopped
+    # retrain.
     residual: Literal["drop", "keep"] = "drop"
     curvature: Curvature | None = None  # None: "ggn" for a `Loss`, "hessian" for a plain callable
-    # Of how many of the examples that the edits do not touch, drawn at random, the curvature is taken; None: all. The right side
-    # and what judges a step are always of all examples. A sample is for data of which a few products cost too much: with more
-    # parameters than its elements tell apart it throws steps too far, which more damping then mends.
+    # The number of unedited examples, drawn at random, on which the curvature is computed; None: all. The right side and the
+    # evaluation of a step always use all examples. A sample is for data on which a few products cost too much. Where a sample
+    # has fewer elements than there are parameters, steps get too long and are shortened by more damping.
     curvature_examples: int | None = None
-    # How often to solve again at the new parameters, at most: with residual "drop" no step follows one which lets the edited
-    # objective fall by less than the square of the solver's rtol, as a share of what all have. None: once, and L-BFGS goes on
-    # from there with what is left of `epochs`, until the gradient is that square of the edit's right side, or as small as
-    # training had left it; not where that was more than three times the right side.
+    # The most steps. With residual "drop" no step follows one that decreases the edited objective by less than the square of the
+    # solver's rtol, as a share of the decrease of all steps. None: one step, after which L-BFGS spends the rest of `epochs`,
+    # until the gradient is that square times the edit's right side, or as small as training had left it; no L-BFGS where training
+    # had left more than three times the right side.
     newton_steps: int | None = None
-    # Judge a step by the edited objective on all examples: one that keeps less than a quarter of what its quadratic model
-    # promises is solved again with more damping (where the damping is a number, halved until it falls). Without, the step is
-    # taken whatever becomes of the objective.
+    # Evaluate each step by the edited objective on all examples: one whose decrease is below a quarter of the prediction by its
+    # quadratic model is solved again with more damping (where the damping is a number, halved until the objective falls). If
+    # False, steps are taken without evaluation.
     line_search: bool = True
 
     # ---- how (curvature + weight_decay + damping) step = b is solved
-    # A value, or in a file a mapping with its name and fields. Those on per-example gradients hold them in memory.
+    # A value, or in a file a mapping of its name and fields. Solvers on per-example gradients keep these in memory.
     solver: Solver = cg()
-    # A number; "spectrum": `damping_fraction` of the largest eigenvalue, and more where the curvature is negative, then less or
-    # more as the steps go; "held_out": the best of a grid around that on examples that the curvature was not taken of, or no
-    # step, and no L-BFGS after it.
+    # A number; "spectrum": `damping_fraction` times the largest eigenvalue, more where the curvature is negative, adapted after
+    # each step; "held_out": the best value of a grid around that on examples that the curvature does not use, or no step, and no
+    # L-BFGS after it.
     damping: float | Literal["spectrum", "held_out"] = "spectrum"
     damping_fraction: float = 1e-4  # of the largest eigenvalue
-    linearize: bool = False  # keep what products have in common: faster, in the memory of all activations at once
-    micro_batch: int = 32  # examples that are computed at a time
-    # Keep the examples in the memory of the host and copy a micro-batch when it is used: what a device holds does not grow
-    # with the number of examples. Slower where copies are.
+    linearize: bool = False  # keep what products share: faster, but needs memory for the activations of all examples
+    micro_batch: int = 32  # examples per computation
+    # Keep the examples in the memory of the host and copy each micro-batch when it is used, so that the memory on a device does
+    # not grow with the number of examples. Slower where copies are slow.
     offload: bool = False
-    seed: int = 0  # of the sample, of drawn labels and of the stochastic solvers
+    seed: int = 0  # of the sample of examples, of drawn labels and of stochastic solvers
 
     def __post_init__(self):
         for name in ("newton_steps", "finish_evaluations", "micro_batch", "curvature_examples"):
@@ -127,7 +129,7 @@ class ErasureConfig:
             {"weight_decay": .01, "solver": {"name": "cg", "rtol": .01, "preconditioner": {"name": "nystrom", "rank": 50}}}
 
         A solver without a name is the preset's with some fields changed, as in {"solver": {"rtol": .01}}. Values
-        (`unlearn_jax.cg(rtol=.01)`) stand in a mapping, too.
+        (`unlearn_jax.cg(rtol=.01)`) may be in a mapping, too.
 
         Args:
             values: a dictionary, or an `ml_collections.ConfigDict`.
@@ -193,7 +195,7 @@ def preset(name: str, **overrides: Any) -> ErasureConfig:
 
 
 def resolve(config: ErasureConfig | Mapping[str, Any] | None, solver: Solver | None = None) -> ErasureConfig:
-    """What `erase` is given as its configuration, and as its solver, as one `ErasureConfig`.
+    """Returns one `ErasureConfig` for the arguments `config` and `solver` of `erase`.
 
     Raises:
         ValueError: a mapping that is malformed, or that names a solver as well.
@@ -250,7 +252,7 @@ def _converted(hint: Any, value: Any, where: str, default: Any) -> Any:
 
 
 def _named(kinds: Mapping[str, type], fields: dict[str, Any], where: str, default: Any) -> Any:
-    """The solver or preconditioner of a mapping: its name says which, `default` where it says nothing."""
+    """The solver or preconditioner of a mapping: of the kind that it names, or of that of `default`."""
     name = fields.pop("name", getattr(default, "name", None))
     if name not in kinds:
         raise ValueError(f"{where}.name must be one of {', '.join(map(repr, kinds))}, not {name!r}")

@@ -7,12 +7,12 @@
             expectation for cross-entropy and the (half) squared error; or the empirical one, from the data's labels
 
 Each returns a function of v, a pytree like the parameters; the function is a pytree too, so that `jax.jit` can take it as an
-argument. `jax.vmap` of it multiplies a block of vectors at the cost of fewer. One compilation serves every v, batch and
-parameters of the same shapes. With `linearize` all that does not depend on v is computed once and kept: a product is then
-cheaper, and holds the whole batch's activations in memory.
+argument. `jax.vmap` of it multiplies a block of vectors at less than their separate cost. One compilation serves all vectors,
+batches and parameters of the same shapes. With `linearize` all that does not depend on v is computed once and kept: products
+are then cheaper, and the activations of the whole batch stay in memory.
 
 An example's gradient in the Fisher matrix is that of the sum of its element losses, the sequence's log-likelihood, and the
-mean over its elements is taken outside the square. With gradients of means inside, the matrix would shrink with the length.
+mean over its elements is taken outside the square. With the gradient of the mean inside, the matrix would shrink with the length.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def fvp(
         batch: fields [n, ...].
         micro_batch: examples that are computed at a time; None: all.
         kind: "sampled" draws one label per element, the same for every v; "empirical" takes the data's own.
-        key: that the labels are drawn with; None: that of 0.
+        key: for drawing the labels; None: `jax.random.key(0)`.
         linearize: keep the gradients of all examples.
 
     Returns:
@@ -130,7 +130,7 @@ def product(objective: Objective, params: Params, v: Params, curvature: Curvatur
 def micro_batch_product(
     objective: Objective, params: Params, v: Params, index: jax.Array, curvature: Curvature
 ) -> Params:
-    """The same from one micro-batch, an unbiased estimate if the examples lie in random order; `index` wraps around."""
+    """An estimate of `product` from one micro-batch, unbiased if the examples are in random order; `index` wraps around."""
     steps = objective.coefficients.shape[0]
     arrays = jax.tree.map(lambda x: x[index % steps], (objective.examples, objective.coefficients * steps))
     Av = _PRODUCTS[curvature](objective.part(arrays), params, tangent(v, params))
@@ -216,8 +216,8 @@ def _hessian(part: Objective, params: Params, v: Params) -> Params:
 
 
 def _gauss_newton(part: Objective, params: Params, v: Params) -> Params:
-    # Forward mode through the reverse-mode pass, whose auxiliary output is the pullback: an operation with a rule for its
-    # gradient only (`jax.custom_vjp`, as in memory-linear attention) has no other forward mode, and nothing is done twice.
+    # Forward mode is applied to the reverse-mode pass, whose auxiliary output is the pullback: an operation with a rule for its
+    # gradient only (`jax.custom_vjp`, as in memory-linear attention) has no other forward mode, and nothing is computed twice.
     pullback = lambda params: jax.vjp(functools.partial(_outputs, part), params)
     z, dz, pull = jax.jvp(pullback, (params,), (v,), has_aux=True)
     criterion = lambda z: _criterion(part.loss)(z, part.examples, part.coefficients)
@@ -265,7 +265,7 @@ def _criterion(loss: LossFunction) -> Callable:
 
 
 def _gradients(part: Objective, params: Params) -> Params:
-    """Of one micro-batch, each leaf [micro_batch, ...]. First derivatives in reverse mode only: any kernel can do it."""
+    """The gradients of one micro-batch, each leaf [micro_batch, ...], in reverse mode only, which every kernel supports."""
     total = lambda params, example: sum_and_weight(part.loss, params, example)[0]
     return jax.vmap(jax.grad(total), (None, 0))(params, part.examples)
 

@@ -17,7 +17,7 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.loss import has_field
 
 ID = "id"
-MOST = 2**40  # examples; what says it has more repeats without an end
+MOST = 2**40  # examples; a source with a greater length repeats without an end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,14 +33,14 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any, weights: np.ndarray | None = None) -> "Dataset":
-        """Makes a dataset of what `erase` takes for one.
+        """Makes a dataset of any form of data that `erase` takes.
 
         Args:
             data: a pytree of arrays with a leading example axis, a sequence of examples, or a `Dataset`.
             weights: [n], how much each example counts; None: all the same.
 
         Raises:
-            ValueError: no examples, fields of different lengths, two examples of one id, weights that are none.
+            ValueError: no examples, fields of different lengths, two examples with the same id, invalid weights.
         """
         if isinstance(data, Dataset):
             if weights is not None:
@@ -149,7 +149,7 @@ class _Examples:
         if len(data) > MOST:
             raise ValueError(
                 f"the source says it has {len(data)} examples: it repeats without an end (as Grain's `.repeat()`), and an edit "
-                f"looks at every example once; give it as it is before it repeats"
+                f"looks at every example once; give the source without the repetition"
             )
         self.data = data
         for row in sorted({0, len(data) - 1}) if len(data) else ():
@@ -188,7 +188,7 @@ class _Examples:
 
 
 def _check_fields(data: Any, where: str) -> None:
-    """Arrays of numbers, in dictionaries or other containers but lists: JAX takes a list for a container of its elements."""
+    """Checks that fields are arrays of numbers, in containers other than lists: to JAX a list is a container of its elements."""
     for name, field in data.items() if isinstance(data, Mapping) else ():
         if name == ID:
             continue
@@ -217,7 +217,7 @@ def _alike(a: Example, b: Example) -> bool:
 
 
 def _is_tree_of_arrays(data: Any) -> bool:
-    """A list is a sequence of examples, whatever is in it; an object that is no container is a source."""
+    """Whether data is a pytree of arrays. A list is a sequence of examples, and an object that is no container is a source."""
     if isinstance(data, list) or hasattr(data, "__next__"):
         return False
     return isinstance(data, Mapping) or all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(data))

@@ -1,9 +1,9 @@
-"""What shall have been different in the training data. Edits name examples by id; `apply` returns the edited dataset.
+"""Edits: what should have been different in the training data. They name examples by id; `apply` returns the edited dataset.
 
-    Remove([3, 7])                                      the examples were never there
-    ModifyQuery([4], {"tokens": new})                   the question was another one, the answer the same
-    CorrectResponse([5], {"tokens": new, "labels": y})  the answer was another one
-    MaskTokens([6], [[False, True, True]])              these elements carried no loss
+    Remove([3, 7])                                      without these examples
+    ModifyQuery([4], {"tokens": new})                   another question, the same answer
+    CorrectResponse([5], {"tokens": new, "labels": y})  another answer
+    MaskTokens([6], [[False, True, True]])              without loss on these elements
 
 New examples are a batch with a leading axis (or a list of examples) in the order of the ids; fields left out stay as they
 were. A replacement equal to what it replaces changes nothing, and neither does an edit without ids.
@@ -39,21 +39,21 @@ class Edit(abc.ABC):
 
     @abc.abstractmethod
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example] | None:
-        """The new examples, in the order of the ids; None: there are none, the old ones go."""
+        """The new examples, in the order of the ids; None: the old ones are removed."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Remove(Edit):
-    """The examples were never there."""
+    """Removes examples, as if they had never been trained on."""
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> None:
-        """None: the examples go."""
+        """None: the examples are removed."""
         return None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CorrectResponse(Edit):
-    """The answers were others: targets, and with them whatever later elements read of them (teacher forcing)."""
+    """Replaces answers: the targets, and with them the inputs of later elements (teacher forcing)."""
 
     examples: Example | list[Example]
 
@@ -79,7 +79,7 @@ class CorrectResponse(Edit):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModifyQuery(CorrectResponse):
-    """The questions were others. The labels that carry loss must stay: in the same order, wherever they now stand."""
+    """Replaces questions. The labels that carry loss must be the same and in the same order, at any positions."""
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
         """See `Edit.replacements`."""
@@ -99,10 +99,10 @@ class ModifyQuery(CorrectResponse):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskTokens(Edit):
-    """Single elements carried no loss; they stay in the context of the others. The loss must be a `Loss` with a mask."""
+    """Takes the loss off single elements, which stay in the context of the others. The loss must be a `Loss` with a mask."""
 
-    masks: Any  # bool [k, elements], true where an element shall not have counted
-    renormalize: bool = True  # divide the rest by the number of elements that are left; without, by what it was before
+    masks: Any  # bool [k, elements], true where an element should not have counted
+    renormalize: bool = True  # divide the rest by the number of remaining elements; otherwise by the number before
 
     def replacements(self, dataset: Dataset, positions: np.ndarray, loss: Any) -> list[Example]:
         """See `Edit.replacements`."""
@@ -136,14 +136,14 @@ def apply(dataset: Any, edits: Sequence[Edit], loss: Any = None) -> Dataset:
     Args:
         dataset: a `Dataset`, or what `Dataset.of` takes, such as a dictionary of arrays.
         edits: a list, each example in at most one of them.
-        loss: tells which elements carry loss; only a `Loss` can.
+        loss: says which elements carry loss; needed where an edit depends on them, and must be a `Loss` then.
 
     Returns:
         A dataset of the same source; `dataset` is not changed.
 
     Raises:
         ValueError: an unknown id, an example that is edited twice, a replacement that does not fit, nothing left.
-        TypeError: something that is no edit.
+        TypeError: an element of `edits` is not an edit.
     """
     dataset = Dataset.of(dataset)
     for edit in [edits] if isinstance(edits, Edit) else edits:
@@ -180,7 +180,7 @@ def apply(dataset: Any, edits: Sequence[Edit], loss: Any = None) -> Dataset:
 
 
 def affected(before: Dataset, after: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions (in `before`, in `after`) of what differs, and positions in `before` of what both have alike."""
+    """Positions (in `before`, in `after`) of the examples that differ, and positions in `before` of those that are equal."""
     if before.source is not after.source:
         raise ValueError("the two datasets do not come from the same source")
 

@@ -1,4 +1,4 @@
-"""`erase`: an edit of the training data in, a new adapter and a report on it out."""
+"""`erase`: computes a new adapter and a report from an edit of the training data."""
 
 import dataclasses
 import json
@@ -26,30 +26,30 @@ from unlearn_jax.solve import product_kind
 from unlearn_jax.solvers import Solver
 
 Verdict = Literal["edited", "nothing_to_do", "not_improved"]
-ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change without a word
+ROUNDED = 0.1  # share of the delta that rounding to a 16-bit adapter may change before it is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """How an edit went. Norms are over all parameters; J is the edited objective, see `newton`."""
 
-    # "edited"; "nothing_to_do": the edits leave the objective as it was; "not_improved": no step was found that lets J of all
-    # examples fall. Of the last two the adapter comes back as it was given.
+    # "edited"; "nothing_to_do": the edits do not change the objective; "not_improved": no step was found that decreases J on all
+    # examples. With the last two the adapter is returned unchanged.
     verdict: Verdict
     reason: str
-    # Every limit that was met and every step that did not do what it promised; each is a warning, too.
+    # Every limit that was met, and every step that did not change J as predicted; each is also a warning.
     limits: list[Limit]
-    edits: dict[str, int]  # how many examples each kind of edit names
+    edits: dict[str, int]  # number of examples by kind of edit
     examples: int  # in the dataset before the edit
-    edited: int  # of them touched by the edit
-    sampled: int  # others of which the curvature was to be taken; how many a step did take it of, it says itself
+    edited: int  # those that the edit changes or removes
+    sampled: int  # unedited examples meant for the curvature; `steps` say how many each step used
     config: ErasureConfig
     residual_gradient: float  # |grad R| before the edit: how far training was from converged
     right_side: float  # |b| of the first solve
-    unfinished: float  # their ratio: far above one, the edit is small beside what training left undone
+    unfinished: float  # their ratio; far above one, the edit is small relative to the gradient that training left
     delta_norm: float
     adapter_norm: float  # before the edit
-    rounding: float  # |adapter - (adapter given + delta)| / |delta|: what an adapter of 16 bits has lost
+    rounding: float  # |adapter - (adapter given + delta)| / |delta|: the loss by rounding to 16 bits
     residual: float  # the solver's, relative, in the last step; 0 without a step
     negative_curvature: bool  # seen in any step
     damping: float  # of the last step
@@ -57,13 +57,13 @@ class Report:
     predicted: float  # change of J by the quadratic models of the steps and the slopes of L-BFGS
     actual: float  # change of J on all examples, from the adapter given to the one returned
     loss_before: float  # R' of the adapter given, its regulariser included
-    loss_after: float  # and of the one returned
+    loss_after: float  # R' of the one returned
     steps: list[NewtonStep]
-    finish: Finish | None  # what L-BFGS has added
-    example_gradients: float  # work: as many examples forward and backward
-    epochs: float  # the same in epochs of the training: divided by `examples`
+    finish: Finish | None  # of L-BFGS
+    example_gradients: float  # the cost: an example forward and backward is one
+    epochs: float  # the cost in epochs of the training: example_gradients / examples
     seconds: float
-    memory: int  # bytes: the most that any device held, or where devices do not tell, the process
+    memory: int  # bytes: the peak of any device, or of the process where devices do not report theirs
 
     def to_json(self, **options: Any) -> str:
         """The report as JSON, its config in the form that `erase` reads."""
@@ -92,27 +92,28 @@ def erase(
 ) -> Erasure:
     """Changes an adapter so that it is as if it had been trained on the edited data.
 
-    What it aims at is a retrain by the same recipe: training that has converged is taken to the new minimum, training that was
-    stopped early (of AdamW the normal case) keeps what it left undone and responds to the edit alone. An edit that lets the
-    edited objective of all examples not fall is none: the adapter comes back as it was, and `report.verdict` says so.
+    The aim is a retrain by the same recipe. After training that converged, the adapter goes to the new minimum. After training
+    that was stopped early (the normal case with AdamW), the gradient that it left stays and the adapter responds to the edit
+    alone. If an edit does not decrease the edited objective on all examples, the adapter is returned unchanged, and
+    `report.verdict` says so.
 
     Args:
-        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`; without dropout. It is given parameters of
-            float32 or wider, also where the adapter has 16 bits: the edit is rounded once, at its end.
+        loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`; without dropout. Its parameters are
+            float32 or wider, even if the adapter has 16 bits: the edit is rounded once, at the end.
         adapter: a pytree of floating point arrays, trained on `dataset` with the reduction and weight decay of `config`.
         dataset: a dictionary of arrays with a leading example axis, a Grain source, or a `Dataset`.
         edits: a list of `Remove`, `ModifyQuery`, `CorrectResponse`, `MaskTokens`, each example in at most one of them.
         config: an `ErasureConfig`, or a mapping of its fields, with "preset": "best" (default), "paper" or "repo".
-        solver: in the place of the config's, as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`.
+        solver: replaces the config's, such as `unlearn_jax.cg(rtol=.01, preconditioner=unlearn_jax.nystrom(rank=50))`.
         mesh: spreads the examples over its axes `data` and `fsdp`.
         weights: [n], how much each example counted in training.
-        held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature leaves out.
+        held_out: examples like those of the dataset, for damping "held_out"; by default those that the curvature does not use.
 
     Returns:
         The adapter in its dtypes, the delta in float32 or wider, and a report.
 
     Raises:
-        ValueError: nothing sensible can be done: a loss that is not differentiable, not deterministic, or does not depend on
+        ValueError: the edit cannot be computed: a loss that is not differentiable, not deterministic, or does not depend on
             the adapter; edits or a configuration that are malformed.
         FloatingPointError: losses or gradients that are not finite; the examples are named.
 
@@ -144,7 +145,7 @@ def erase(
     if problem.touched and not descent.depends:
         raise ValueError(
             "the gradient of the loss is zero in every parameter of the adapter, on all examples: the loss does not depend on "
-            "the adapter (does it use the params that it is given, or others from around it?)"
+            "the adapter (does it use the params that it is given, or others from an enclosing scope?)"
         )
 
     delta, J, work = descent.delta, descent.J, descent.work
@@ -203,7 +204,7 @@ def erase(
 
 
 def _verdict(descent: Descent, size: float, moved: float, predicted: float, actual: float) -> tuple[Verdict, str]:
-    """And its reason."""
+    """The verdict and the reason for it."""
     config = descent.work.config
     if not descent.right_side:
         return "nothing_to_do", "the edits leave the gradient of the objective exactly as it was"
@@ -228,7 +229,7 @@ def _unfinished(descent: Descent) -> float:
 
 
 def _limits(descent: Descent, config: ErasureConfig, rounding: float, actual: float, epochs: float) -> Iterator[Limit]:
-    """Those that are not of a step."""
+    """The limits that belong to no step."""
     unfinished = _unfinished(descent)
     if unfinished > UNFINISHED and config.residual == "drop":
         yield Limit(

@@ -1,4 +1,4 @@
-"""L-BFGS on a whole objective, with optax's zoom line search: from any start to a minimum, gradients only."""
+"""L-BFGS on a whole objective, with optax's zoom line search; it uses gradients only."""
 
 import functools
 from collections.abc import Callable
@@ -47,15 +47,15 @@ def lbfgs(
 ) -> Minimum:
     """Descends `value` from `start` (Liu and Nocedal 1989).
 
-    Stops at the tolerance on the gradient's norm, where the line search finds no way down any more, or before a step that
-    would exceed a limit. With `known` the first step has the length of a Newton step, not of the gradient.
+    It stops when the gradient's norm reaches the tolerance, when the line search finds no decrease, or before a step that would
+    exceed a limit. With `known` the first step has the length of a Newton step instead of that of the gradient.
 
     Args:
         value: params -> []; a pytree (a `jax.tree_util.Partial`), so that one compiled step serves all of its arrays.
         start: a pytree of parameters.
         tolerance: of the gradient's norm.
         max_evaluations: of the value and its gradient, at most.
-        max_steps: at most so many.
+        max_steps: the most steps.
         memory: pairs of steps and changes of the gradient that are kept.
         known: what is known of the curvature already.
         resolution: differences of the value below it are rounding.
@@ -71,7 +71,7 @@ def lbfgs(
         log(len(values), values[-1], float(norm))
         spent = evaluations + int(after[-1].info.num_linesearch_steps)
         if known is not None and len(values) == 1 and norm > tolerance and not after[-1].value < before:
-            # Between origin and start the curvature was negative, or what was known was wrong: no way down along that.
+            # The known pairs give no descent direction: the curvature between origin and start was negative, or a pair is wrong.
             state, known, values, evaluations = _start(memory, start), None, [], spent + 1
             continue
         if ends is None:
@@ -91,7 +91,7 @@ _norm = jax.jit(tree.norm)
 
 
 def _stands_still(values: list[float], norms: list[float], resolution: float) -> bool:
-    """For so many steps neither the value fell by more than rounding nor the gradient to a half."""
+    """Whether for `PATIENCE` steps the value fell by no more than rounding and the gradient not to a half."""
     if not resolution or len(values) <= PATIENCE:
         return False
     return values[-PATIENCE] - values[-1] <= resolution and min(norms[-PATIENCE:]) > 0.5 * min(norms[:-PATIENCE])
@@ -139,5 +139,5 @@ def _step(memory, value_of, params, state):
 
 
 def _strong(tree: Any) -> Any:
-    """With no weakly typed arrays, which would make a second program of the same step."""
+    """The tree without weakly typed arrays, for which the same step would be compiled a second time."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)

@@ -1,15 +1,15 @@
-"""What an example costs: a sum over its elements (tokens, answers), and how many elements there are.
+"""The loss of an example: a sum over its elements (tokens, answers), and the number of elements.
 
 Any callable `loss(params, example)` that returns a scalar or `(sum, weight)` is a loss; a scalar counts as one element. The
 weight may depend on the example, never on the parameters.
 
-`Loss` keeps the network's outputs and the criterion on them apart. Gauss-Newton products, sampled Fisher products and edits
-of single elements need to know both:
+`Loss` keeps the network's outputs and the criterion on them separate. Gauss-Newton products, sampled Fisher products and edits
+of single elements need both:
 
     loss = Loss(lambda params, example: model(params, example["tokens"]), CrossEntropy("labels"))
 
-Large arrays that are not edited (the base model) belong into arguments, not into closures, which compile them into the
-program. `jax.tree_util.Partial(function, base)` is a callable that carries them as a pytree, here as everywhere in JAX:
+Large arrays that are not edited (the base model) should be arguments. A closure would compile them into the program.
+`jax.tree_util.Partial(function, base)` is a callable that carries them as a pytree, here as everywhere in JAX:
 
     loss = Loss(Partial(lambda base, params, example: model(base, params, example["tokens"]), base), CrossEntropy())
 """
@@ -76,7 +76,7 @@ class Loss:
                which draws labels from the model and returns the example with them (see `CrossEntropy`)
     mask:      the field that weights the elements. Examples without the default field count every element once, as all do
                with None
-    constant:  `constant(example)`, what is the same for all parameters: the hidden states in front of the lowest adapted
+    constant:  `constant(example)`, what does not depend on the parameters, such as the hidden states below the lowest adapted
                layer. `erase` computes it once for every example and keeps it in memory beside them; the outputs are then
                `outputs(params, example, constant)`:
 
@@ -127,15 +127,15 @@ class Loss:
     def _check_labels(self, example: Example, mask: Any = None) -> None:
         """Raises ValueError for a negative label that counts, which would be taken for class 0.
 
-        Traced values are not known and pass: before anything is solved the number of elements of every example is asked for
-        on the host.
+        Traced values are unknown and pass. They are checked all the same, because before anything is solved the number of
+        elements of every example is computed on the host.
         """
         field = getattr(self.criterion, "labels", None)
         labels = example[field] if has_field(example, field) else 0
         if any(isinstance(x, Tracer) for x in (labels, mask)):
             return
         if mask is not None and np.shape(mask) != np.shape(labels):
-            return  # `reduce` says so
+            return  # `reduce` reports it
         counted = np.asarray(labels) if mask is None else np.where(np.asarray(mask) != 0, labels, 0)
         if counted.size and counted.min() < 0:
             raise ValueError(

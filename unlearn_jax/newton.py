@@ -1,21 +1,22 @@
-"""From the parameters that minimised the objective before an edit to those that minimise the one after it.
+"""Newton steps from the parameters that minimised the objective before an edit to those that minimise the one after it.
 
-With R before the edit and R' after it, and both gradients at the trained parameters params_0, what is minimised is
+R is the objective before the edit and R' the one after it. From the trained parameters params_0 the steps minimise
 
     J(params) = R'(params) - tilt . (params - params_0),    tilt = grad R(params_0)  (residual "drop")  or 0  ("keep").
 
-Training that stopped early leaves grad R(params_0) at some value other than zero. The tilt makes params_0 the stationary
-point of J for an edit that changes nothing: J moves by the response to the edit alone. Each step solves
+Training that stopped early leaves a gradient grad R(params_0) that is not zero. With the tilt params_0 is a stationary point of J
+for an edit that changes nothing, so that the steps respond to the edit alone. Each step solves
 
     (J'' + damping) step = -grad J,
 
-and is judged by J on all examples, whatever it was solved on. With a damping from the spectrum the solve is a Krylov space of
-the right side, which holds the solutions for all dampings: a step that does not keep what it promises costs no second solve,
-but a pass forward. On a budget of few epochs the space is small, and its solutions are conjugate gradients stopped early:
-they grow in length from zero, descend on the quadratic model of all examples and leave flat directions alone.
+and is evaluated by J on all examples, whichever examples it was solved on. With a damping from the spectrum the solver builds a
+Krylov space of the right side, which holds the solutions for all dampings: a step that improves J by less than predicted costs no
+second solve, but only a forward pass. With a budget of few epochs the space is small, and its solutions are those of conjugate
+gradients stopped early: they grow in length from zero, descend on the quadratic model of all examples and barely move along flat
+directions.
 
-Where the number of steps is left to us there is one of them, and L-BFGS, which is given the products that the step has
-made, goes on from there towards the minimum of J at the price of a gradient an iteration.
+If the configuration does not set the number of steps, there is one. L-BFGS, which is given the products of that step, then goes
+on towards the minimum of J, for one gradient an iteration.
 """
 
 import dataclasses
@@ -41,18 +42,18 @@ from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
 from unlearn_jax.solvers import Info, Krylov, cg, minres, nystrom
 
-ARMIJO = 1e-4  # share of the slope's promise that a step must keep (Nocedal and Wright, 3.1)
+ARMIJO = 1e-4  # share of the decrease predicted by the slope that a step must reach (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between a damping and the next
-TRUSTED, DOUBTED = 0.75, 0.25  # share of the predicted change that came true, beyond which the damping falls or rises
-EXCEEDED = 1 / TRUSTED  # the share beyond which a fall of a steep J is its tilt's
-UNFINISHED = 3.0  # times the edit's right side, above which what training left undone stands in the way
+TRUSTED, DOUBTED = 0.75, 0.25  # ratio of actual to predicted change above which the damping falls, below which it rises
+EXCEEDED = 1 / TRUSTED  # the ratio above which the decrease of a steep J is due to its tilt
+UNFINISHED = 3.0  # times the edit's right side: a larger gradient left by training counts as a limit
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
-SHARE = 0.25  # of a budget for products, where L-BFGS follows: it has J's curvature from gradients, at 1 an iteration
+SHARE = 0.25  # of a budget is for products where L-BFGS follows, which estimates the curvature of J from gradients
 
 
 @dataclasses.dataclass(frozen=True)
 class NewtonStep:
-    """One solve and what became of it."""
+    """A solve and its result."""
 
     gradient: float  # |grad J| before the step, which is the norm of the right side
     curved: int  # examples that the curvature was taken of
@@ -62,20 +63,20 @@ class NewtonStep:
     solver_steps: int
     negative_curvature: bool  # seen by the solver
     size: float  # |x|, before the line search
-    step_size: float  # the share of x that is taken; 0: no share of it lets J fall
-    predicted: float  # change of J by the quadratic model, damping left out
+    step_size: float  # the share of x that is taken; 0: J decreases with none
+    predicted: float  # change of J by the quadratic model, without the damping
     actual: float  # change of J on all examples
-    tried: int  # dampings
+    tried: int  # number of dampings
     seconds: float  # compiling included
 
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """The way from the last step towards the minimum of J, by L-BFGS."""
+    """What L-BFGS did after the last step, towards the minimum of J."""
 
     evaluations: int  # of J and its gradient
     gradient: float  # |grad J| where it ended
-    predicted: float  # change of J by the trapezoid of its slopes at both ends of the way
+    predicted: float  # change of J by the trapezoidal rule, from the slopes at start and end
     actual: float  # change of J
     seconds: float  # compiling included
 
@@ -83,15 +84,15 @@ class Finish:
 LimitKind = Literal[
     "solver",  # the solver of a step stopped before its tolerance
     "negative_curvature",  # the solver met a direction along which the damped curvature is not positive
-    "refused",  # no damping let the objective fall as the quadratic model promised
+    "refused",  # with no damping did the objective decrease as the quadratic model predicted
     "shortened",  # only a share of a step was taken
-    "too_small",  # a step whose promise is below what rounding hides
-    "promise",  # a step brought much less than it promised
-    "finish",  # L-BFGS stopped before its tolerance, or had no epoch left
-    "unconverged",  # training had left a gradient that is large beside the edit's
-    "went_on",  # residual="keep" went on training
+    "too_small",  # the predicted change of a step is within rounding
+    "promise",  # a step changed the objective by much less than predicted
+    "finish",  # L-BFGS stopped before its tolerance, or had no epochs left
+    "unconverged",  # training had left a gradient that is large relative to the edit's
+    "went_on",  # residual="keep" continued the training
     "rounding",  # the adapter's dtype changed the delta
-    "rose",  # the edited objective rose, and nothing judged the step
+    "rose",  # the edited objective rose, with `judge` off
     "budget",  # the edit cost more than its budget
     "dearer",  # the edit cost more than the training
 ]
@@ -99,7 +100,7 @@ LimitKind = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """A limit that an edit met, or a step that did not do what it promised."""
+    """A limit that an edit met, or a step that did not change the objective as predicted."""
 
     kind: LimitKind
     text: str  # what happened, with its numbers
@@ -116,11 +117,11 @@ class Descent(NamedTuple):
     finish: Finish | None
     residual_gradient: float  # |grad R(params_0)|
     right_side: float  # |b| of the first solve
-    edit: float  # |grad R - grad R'|, the part of it that is of the edits
-    depends: bool  # the data's gradient is not exactly zero
+    edit: float  # |grad R - grad R'|, the part of the right side that the edits cause
+    depends: bool  # whether the gradient of the data's part is not exactly zero
     loss: tuple[float, float]  # R' before and after
     limits: list[Limit]  # that were met
-    rounding: float  # what a change of J is lost in
+    rounding: float  # changes of J below this are rounding
     J: "Tilted"  # around params_0
     work: "Cost"
 
@@ -145,21 +146,21 @@ class Cost:
         return self.limit < math.inf
 
     def gradients(self, objective: Objective | None, times: int = 1) -> None:
-        """Counts so many passes forward and backward over an objective."""
+        """Counts `times` forward and backward passes over an objective."""
         self.spent += times * (objective.count if objective is not None else 0)
 
     def forwards(self, objective: Objective, times: int) -> None:
-        """Counts so many passes forward."""
+        """Counts `times` forward passes."""
         self.spent += times * objective.count * FORWARD
 
     def constants(self, *objectives: Objective | None) -> None:
-        """Of what is the same for all parameters and was computed once an example; at most a pass forward."""
+        """Counts what was computed once for every example, being the same for all parameters: at most a forward pass."""
         for objective in objectives:
             if objective is not None and objective.has_constants:
                 self.forwards(objective, 1)
 
     def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
-        """Counts what building the solver's preconditioner costs."""
+        """Counts the cost of building the solver's preconditioner."""
         preconditioner = getattr(config.solver, "preconditioner", None)
         if isinstance(preconditioner, nystrom):
             self.spent += objective.count * preconditioner.rank * self.PRODUCT[product_kind(config)]
@@ -168,11 +169,11 @@ class Cost:
             self.spent += objective.count * (1 + drawn)
 
     def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
-        """Counts so many curvature products."""
+        """Counts `times` curvature products."""
         self.spent += times * objective.count * self.PRODUCT[product_kind(config)]
 
     def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
-        """Products that a share of what is left pays for, when every retry of the step has been judged; at least one."""
+        """The products that a share of the remaining budget pays for, beside the evaluations of all retries; at least one."""
         assert isinstance(config.solver, cg | minres)
         if not self.limited:
             return config.solver.max_steps
@@ -189,14 +190,14 @@ class Tilted:
     tilt: Params
     params: Params
     sums: jax.Array  # of every example, at params
-    steep: bool  # the tilt is larger than what the edit asks for: far away J falls because of it, where no retrain goes
+    steep: bool  # the tilt is larger than the edit's gradient, so that J may decrease because of the tilt, away from any retrain
 
     def foretold(self, attempt: "Attempt") -> bool:
-        """Whether the fall of J is the response to the edit, as far as the quadratic model can tell."""
+        """Whether the decrease of J is a response to the edit, by the quadratic model."""
         return not self.steep or attempt.came_true <= EXCEEDED
 
     def change(self, step: Params) -> float:
-        """J(params + step) - J(params), from the differences of every example; nan or inf are possible."""
+        """J(params + step) - J(params), summed over the differences of the examples; may be nan or inf."""
         return float(finished(_change(self.objective, self.tilt, self.params, self.sums, step)))
 
     def value(self) -> float:
@@ -204,13 +205,13 @@ class Tilted:
         return float(_value(self.objective, self.params, self.sums))
 
     def rounding(self) -> float:
-        """What `change` cannot resolve."""
+        """The resolution of `change`."""
         scale = _scale(self.objective, self.sums)
         return 4 * float(jnp.finfo(scale.dtype).eps * scale)
 
 
 class Solution(NamedTuple):
-    """What solves (A + damping) x = b."""
+    """A solution of (A + damping) x = b."""
 
     damping: float
     x: Params
@@ -223,7 +224,7 @@ Solve = Callable[[float], Solution]
 
 
 class Attempt(NamedTuple):
-    """A solution, and how far along it J falls."""
+    """A solution, and the change of J along it."""
 
     solution: Solution
     step_size: float
@@ -232,18 +233,18 @@ class Attempt(NamedTuple):
 
     @property
     def damping(self) -> float:
-        """That of the solution."""
+        """The damping of the solution."""
         return self.solution.damping
 
     @property
     def came_true(self) -> float:
-        """The share of the predicted fall of J that came true."""
+        """The ratio of the actual to the predicted change of J."""
         share = self.actual / self.predicted if self.predicted < 0 else 0.0
         return share if math.isfinite(share) else 0.0
 
     @property
     def trusted(self) -> bool:
-        """Whether the quadratic model is to be trusted with a longer step."""
+        """Whether the quadratic model is accurate enough for a longer step."""
         return self.step_size == 1 and self.came_true > TRUSTED and not bool(self.solution.info.negative_curvature)
 
 
@@ -254,10 +255,10 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         problem: the objectives before and after the edit.
         params: the trained parameters, float32 or wider.
         config: with `curvature` set.
-        held_out: the problem on other examples, which then choose among dampings.
+        held_out: the problem on other examples, by which the damping is then chosen.
 
     Returns:
-        The delta, and how it came about.
+        The delta, and how it was computed.
 
     Raises:
         FloatingPointError: a loss, a gradient or a solution is not finite.
@@ -279,7 +280,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
     first = size = float(norm(b))
     tilted = undone if config.residual == "drop" else 0.0
     steep = tilted > UNFINISHED * first
-    # A gradient smaller than the tilt would tell of the tilt: where J is flat that leads far away.
+    # Below the size of the tilt the gradient is mostly the tilt's; following it where J is flat leads far away.
     follows = config.newton_steps is None and not steep and held_out is None
     start = J = Tilted(problem.edited, tilt, params, sums, steep)
     delta, damping, best, pairs = tree.zeros_like(b), None, None, []
@@ -295,17 +296,17 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
                 break
         objective = finished(curved(problem.curved, now, key, config))
         if _by_krylov(config):
-            # Where training was left nearly as far from its minimum as the edit moves it, L-BFGS has next to nothing to do.
+            # Where the gradient that training left is nearly as large as the edit's, L-BFGS would stop almost at once.
             shared = follows and work.limited and tilted <= config.solver.rtol * first
             products = work.affordable(objective, config, SHARE if shared else 1.0)
             whole = problem.curved is problem.edited
             if shared and products == 1 and problem.quarter is not None:
-                # One product gives the step its length, nothing else, and a quarter of the examples tells that.
+                # A single product determines only the length of the step, for which a quarter of the examples suffices.
                 objective, whole = finished(curved(problem.quarter(), now, key, config)), False
                 work.constants(objective)
             space, middle = _krylov(objective, now, b, damping, config, work, products)
             solution = _from(space, objective, b)
-            pairs = space.pairs() if whole else []  # a sample's curvature is not J's
+            pairs = space.pairs() if whole else []  # the curvature of a sample is not that of J
         else:
             middle = _middle(objective, now, damping, key, config, work)
             solution, pairs = _directly(objective, now, b, key, config, work), []
@@ -335,8 +336,8 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             )
         )
         began = ended
-        # Nothing left to gain, or no way down with any damping; J is quadratic in the error that `rtol` is of. Training
-        # that is finished here as well has no such scale.
+        # Stop if nothing is left to gain, or if J decreases with no damping. J is quadratic in the error that `rtol` limits.
+        # With residual "keep" there is no such scale.
         enough = config.solver.rtol**2 * abs(sum(step.actual for step in steps)) if config.residual == "drop" else 0.0
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
@@ -389,7 +390,7 @@ def _first_pass(problem: Problem, params: Params, work: Cost) -> tuple[jax.Array
 
 
 def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
-    """Whether the data says nothing of an array: weight decay makes all of its gradient."""
+    """For each array, whether the data has no gradient in it, so that all of its gradient is weight decay's."""
     decay = float(objective.weight_decay)
 
     def idle(g, p):
@@ -399,13 +400,13 @@ def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
 
 
 def _undone(objective: Objective, params: Params, gradient: Params, residual: Params) -> float:
-    """|grad R| over the arrays that the data says anything of: weight decay alone has not shrunk the others yet."""
+    """|grad R| over the arrays in which the data has a gradient; weight decay alone has not shrunk the others yet."""
     idle = _idle(objective, params, gradient)
     return float(norm(jax.tree.map(lambda idle, r: jnp.zeros_like(r) if idle else r, idle, residual)))
 
 
 def _by_krylov(config: ErasureConfig) -> bool:
-    """Conjugate gradients whose damping is found on the way."""
+    """Whether the solver is conjugate gradients with a damping that is chosen after the solve."""
     solver = config.solver
     return isinstance(solver, cg) and solver.preconditioner is None and isinstance(config.damping, str)
 
@@ -419,7 +420,7 @@ def _krylov(
     work: Cost,
     products: int,
 ) -> tuple[Krylov, float]:
-    """The space of b, until its solution for the damping is good to `rtol` or of so many products; and that damping."""
+    """The Krylov space of b, extended until its solution reaches `rtol` or the products are used up, and the damping."""
     kind, decay = product_kind(config), float(objective.weight_decay)
     if config.linearize:
         matvec = linearized(objective, params, kind)
@@ -454,7 +455,7 @@ def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
 def _middle(
     objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> float:
-    """The damping to begin with, of a solver that works with one at a time."""
+    """The first damping, for a solver that solves for one damping at a time."""
     if damping is not None:
         return damping
     if not isinstance(config.damping, str):
@@ -481,7 +482,7 @@ def _directly(
         work.products(objective, 1 + (1 if config.solver.takes == "gradients" else int(info.steps)), config)
         slope = -float(inner(b, x))
         if isinstance(config.solver, cg) and int(info.steps):
-            # Its residual is orthogonal to its solution, so the curvature along that needs no product of its own.
+            # The residual is orthogonal to the solution, so the curvature along the solution needs no product.
             return Solution(damping, x, info, slope, -slope - damping * float(inner(x, x)))
         Ax = finished(product(objective, params, x, product_kind(config)))
         work.products(objective, 1, config)
@@ -492,23 +493,28 @@ def _directly(
 
 
 def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, work: Cost) -> tuple[Attempt, int]:
-    """The attempt that J takes best to, and how many were made: with more damping, until J falls by less again.
+    """The attempt with the largest decrease of J, and the number of attempts: damping is added until J decreases by less again.
 
-    Where the tilt is steep only a fall as foretold is one: none of it is taken if there is no such attempt.
+    Where the tilt is steep, only decreases as predicted count; if no attempt has one, the step is not taken.
     """
-    # A number is what was asked for: such a step is only halved.
+    # A damping that the user set is not changed: the step is only halved.
     free = config.line_search and isinstance(config.damping, str)
     best, tried = _attempt(solution(damping), J, config, work), 1
-    # Past its budget only until a step keeps the quarter that it has to: safe before cheap.
-    doubtful = lambda: best.came_true < DOUBTED or not J.foretold(best)
-    again = lambda: best.came_true < TRUSTED or not J.foretold(best)
-    affordable = lambda: doubtful() or work.left >= J.objective.count * FORWARD
-    while free and again() and tried <= config.retries and affordable() and not _below(best, J):
+
+    def reaches(share: float) -> bool:
+        """Whether the best attempt decreases J by this share of the prediction."""
+        return best.came_true >= share and J.foretold(best)
+
+    def affordable() -> bool:
+        """The budget is exceeded only until a step reaches the required share of its prediction: safety goes before cost."""
+        return not reaches(DOUBTED) or work.left >= J.objective.count * FORWARD
+
+    while free and not reaches(TRUSTED) and tried <= config.retries and affordable() and not _below(best, J):
         damping *= DAMPING_STEP
         attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
         if (J.foretold(attempt), -attempt.actual) > (J.foretold(best), -best.actual):
             best = attempt
-        elif not doubtful():
+        elif reaches(DOUBTED):
             break
     if free and not J.foretold(best):
         best = best._replace(step_size=0.0, predicted=0.0, actual=0.0)
@@ -516,7 +522,7 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
 
 
 def _below(attempt: Attempt, J: Tilted) -> bool:
-    """Neither what a step promises nor what became of it can be distinguished from rounding."""
+    """Whether both the predicted and the actual change are within rounding."""
     promise = attempt.solution.slope + 0.5 * attempt.solution.bend
     return max(abs(promise), abs(attempt.actual)) <= J.rounding()
 
@@ -524,9 +530,8 @@ def _below(attempt: Attempt, J: Tilted) -> bool:
 def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -> Attempt:
     slope, bend = solution.slope, solution.bend
     most = 0 if isinstance(config.damping, str) else config.halvings  # more damping is better than a share of a step
-    enough = lambda share: ARMIJO * share * min(slope, 0.0) + J.rounding()
     share, halvings, actual = 1.0, 0, J.change(solution.x)
-    while config.line_search and not actual <= enough(share):
+    while config.line_search and not actual <= ARMIJO * share * min(slope, 0.0) + J.rounding():
         halvings, share = halvings + 1, share / 2
         if halvings > most:
             share, actual = 0.0, 0.0
@@ -537,7 +542,7 @@ def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -
 
 
 def _adapted(attempt: Attempt) -> float:
-    """The damping of the next step, by how well the quadratic model foretold this one (Levenberg 1944, Marquardt 1963)."""
+    """The damping of the next step, by the ratio of actual to predicted change of this one (Levenberg 1944, Marquardt 1963)."""
     if attempt.step_size < 1 or attempt.came_true < DOUBTED:
         return attempt.damping * DAMPING_STEP
     return attempt.damping / DAMPING_STEP if attempt.trusted else attempt.damping
@@ -546,7 +551,7 @@ def _adapted(attempt: Attempt) -> float:
 def _choose(
     solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Cost
 ) -> Attempt:
-    """The attempt that lets J of the held-out examples fall the most; none of it where it falls with none."""
+    """The attempt with the largest decrease of J on held-out examples; of size 0 if none decreases it."""
     sums, gradient = finished(held_out.edited.sums_and_gradient(params))
     change = finished(held_out.change(params, gradient))
     tilt = tree.add(gradient, change) if config.residual == "drop" else tree.zeros_like(gradient)
@@ -571,7 +576,7 @@ def _regularised(pairs, problem: Problem) -> list[tuple[Params, Params]]:
 def _finish(
     J: Tilted, delta: Params, tolerance: float, evaluations: float, known: Known | None, work: Cost
 ) -> tuple[Params, Finish]:
-    """From params + delta to where |grad J| is the tolerance."""
+    """Runs L-BFGS from params + delta until |grad J| is at most the tolerance."""
     began = time.perf_counter()
     value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
     options = {"max_evaluations": evaluations, "known": known, "resolution": J.rounding()}
@@ -626,7 +631,7 @@ def _of_step(
 def _of_finish(
     finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig
 ) -> list[Limit]:
-    # On a budget, what is left undone is worth a word where it is more than the solver of a step may leave.
+    # With a budget, a remaining gradient is reported where it is larger than the solver of a step may leave.
     wanted = max(tolerance, config.solver.rtol * first) if config.budget < math.inf else tolerance
     if finish.gradient <= wanted:
         return []
@@ -666,7 +671,7 @@ def add(params: Params, step: Params) -> Params:
     return jax.tree.map(lambda p, s: (p.astype(s.dtype) + s).astype(p.dtype), params, step)
 
 
-# On CPUs, two programs with collectives under way at once can wait for each other's threads for ever.
+# On CPUs, two programs with collectives that run at the same time can deadlock, waiting for each other's threads.
 finished = jax.block_until_ready
 norm = jax.jit(tree.norm)
 inner = jax.jit(tree.vdot)

@@ -5,9 +5,8 @@ Training minimises, over examples i with weights w_i, element losses that sum to
     R = sum_i w_i (S_i / T_i) / sum_i w_i  + weight_decay / 2 |params|^2        reduction "per_example"
     R = sum_i w_i  S_i        / sum_i w_i T_i  + weight_decay / 2 |params|^2    reduction "per_token"
 
-Both are `sum_i c_i S_i` with coefficients c_i that are known before the parameters are. An `Objective` is that: stacked
-examples and their coefficients. An edit changes examples and coefficients; gradients, curvature products and baselines see
-nothing else.
+Both are `sum_i c_i S_i` with coefficients c_i that do not depend on the parameters. An `Objective` holds the stacked examples and
+their coefficients. An edit changes examples and coefficients; gradients, curvature products and baselines use nothing else.
 """
 
 import dataclasses
@@ -28,9 +27,9 @@ from unlearn_jax.loss import CONSTANT, Loss, has_field, require_parts, sum_and_w
 
 Reduction = Literal["per_example", "per_token"]
 HOST = "pinned_host"  # the memory of the host that a device reads
-DATA_AXES = ("data", "fsdp")  # the mesh axes that examples are spread over, those of them that the mesh has
+DATA_AXES = ("data", "fsdp")  # examples are spread over those of these mesh axes that the mesh has
 CHUNK = 1024  # examples whose weights are read at once
-FORWARD = 1 / 3  # of an example-gradient, the unit of work: an example forward without backward
+FORWARD = 1 / 3  # cost of a forward pass of an example, in example-gradients (forward and backward), the unit of cost
 
 
 @jax.tree_util.register_pytree_node_class
@@ -46,9 +45,9 @@ class Objective:
     examples: Example  # [micro-batches, micro_batch, ...]
     coefficients: jax.Array  # [micro-batches, micro_batch]; zero for padding
     weight_decay: jax.Array  # []
-    count: int  # examples, padding not counted: the first so many
+    count: int  # number of examples; those after it are padding
     mesh: Mesh | None = None
-    offloaded: bool = False  # the examples lie in the memory of the host; a micro-batch is copied when it is used
+    offloaded: bool = False  # the examples are in the memory of the host; a micro-batch is copied when it is used
 
     @classmethod
     def of(
@@ -66,8 +65,8 @@ class Objective:
 
         Args:
             loss: `loss(params, example)` -> a scalar or (sum, weight), or a `Loss`.
-            examples: fields [n, ...], on the host or traced. Without a mesh they stay on the host: whoever uses them again
-                and again takes them `on_device`.
+            examples: fields [n, ...], on the host or traced. Without a mesh they stay on the host: for repeated use
+                move them with `on_device`.
             coefficients: [n].
             weight_decay: of the quadratic regulariser.
             micro_batch: examples that are computed at a time; None: all.
@@ -91,7 +90,7 @@ class Objective:
             mesh = automatic(mesh)
             micro_batch += -micro_batch % _shards(mesh)
         index = np.arange(count + -count % micro_batch)
-        # Padding repeats examples, which are as good as any to differentiate; zeros might not be.
+        # Padding repeats examples, because a loss need not be differentiable at zeros.
         stack = lambda x: _device_put(x[index % count].reshape(-1, micro_batch, *x.shape[1:]), mesh, offload)
         dtype = jax.dtypes.canonicalize_dtype(float)  # float64 where it is enabled
         # On the host, as the examples are.
@@ -109,14 +108,14 @@ class Objective:
         )
 
     def with_constants(self) -> "Objective":
-        """What a `Loss` says is the same for all parameters is computed now, once, and kept beside the examples."""
+        """The objective whose examples hold `Loss.constant`, which is the same for all parameters and is computed once, here."""
         if not isinstance(self.loss, Loss) or self.loss.constant is None:
             return self
         return dataclasses.replace(self, examples={**self.examples, CONSTANT: jax.block_until_ready(self._constants())})
 
     @property
     def has_constants(self) -> bool:
-        """Whether the examples carry what is the same for all parameters."""
+        """Whether the examples hold `Loss.constant`."""
         return has_field(self.examples, CONSTANT)
 
     @jax.jit
@@ -194,7 +193,7 @@ class Objective:
         return jax.lax.scan(add, start, (self.examples, self.coefficients))[0]
 
     def each(self, function: Callable[["Objective"], Any]) -> Any:
-        """What `function` returns for every micro-batch, stacked: [micro-batches, ...]."""
+        """The results of `function` for all micro-batches, stacked: [micro-batches, ...]."""
         return jax.lax.map(lambda arrays: function(self.part(arrays)), (self.examples, self.coefficients))
 
     def whole(self, x: jax.Array) -> jax.Array:
@@ -235,7 +234,7 @@ class Objective:
 
 
 def element_counts(loss: Callable, params: Params, dataset: Dataset) -> np.ndarray:
-    """T_i of every example, float64 [n]; an example of which nothing counts is an error."""
+    """T_i of every example, float64 [n]; an example without an element that counts is an error."""
     counts = [np.zeros(0)]
     for start in range(0, len(dataset), CHUNK):
         chunk = np.arange(start, min(start + CHUNK, len(dataset)))
@@ -252,7 +251,7 @@ def element_counts(loss: Callable, params: Params, dataset: Dataset) -> np.ndarr
 
 
 def normalizer(loss: Callable, params: Params, dataset: Dataset, reduction: Reduction) -> float:
-    """What the sum over examples is divided by: sum_i w_i, or sum_i w_i T_i per token."""
+    """The divisor of the sum over examples: sum_i w_i, or sum_i w_i T_i per token."""
     if reduction == "per_example":
         return float(dataset.weights.sum())
     return float((dataset.weights * element_counts(loss, params, dataset)).sum())
@@ -277,16 +276,16 @@ def dataset_objective(
     micro_batch: int | None = None,
     mesh: Mesh | None = None,
 ) -> Objective:
-    """R of a whole dataset. `params` only tell the loss their shapes."""
+    """R of a whole dataset. Of `params` only the shapes are used."""
     weights = coefficients(loss, params, dataset, reduction)
     options = {"weight_decay": weight_decay, "micro_batch": micro_batch, "mesh": mesh}
     return on_device(Objective.of(loss, dataset.take(), weights, **options))
 
 
 def on_device(objective: Objective) -> Objective:
-    """As it is if it lies on a mesh (of several processes none could put it elsewhere); else on the default device.
+    """The objective on the default device; one on a mesh is returned as it is.
 
-    Examples that are offloaded go to the memory of the host that this device reads.
+    Offloaded examples are put into the memory of the host that this device reads.
     """
     if objective.mesh is not None:
         return objective
@@ -313,12 +312,12 @@ def _weights(loss: Callable, params: Params, examples: Example) -> np.ndarray:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """Under the axis type Explicit, JAX's default, every gather in a loss would have to name its sharding."""
+    """The mesh with axes of type Auto: with Explicit, JAX's default, every gather in a loss would have to name its sharding."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
-    """A pytree whose arrays all lie on the mesh; those that did not are copied to every device of it."""
+    """A pytree with all arrays on the mesh; those that are not on it yet are copied to all of its devices."""
     if mesh is None:
         return arrays
     everywhere = NamedSharding(automatic(mesh), PartitionSpec())
@@ -336,7 +335,7 @@ def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
 
 
 def widest(params: Params) -> jnp.dtype:
-    """The dtype that sums over examples run in."""
+    """The dtype of sums over examples."""
     return jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
 
@@ -361,12 +360,12 @@ def _shards(mesh: Mesh) -> int:
 
 
 def _device_put(x: np.ndarray | jax.Array, mesh: Mesh | None, offload: bool = False) -> np.ndarray | jax.Array:
-    """[micro-batches, micro_batch, ...] spread over the mesh by example; as it is without one."""
+    """[micro-batches, micro_batch, ...], sharded over the mesh by example; unchanged without a mesh."""
     if isinstance(x, Tracer) or (mesh is None and isinstance(x, jax.Array)):
         return x
     x = np.asarray(x, jax.dtypes.canonicalize_dtype(x.dtype))
     if mesh is None:
         return x
     sharding = NamedSharding(mesh, PartitionSpec(None, _axes(mesh)), memory_kind=HOST if offload else None)
-    # Works when processes hold devices of their own: each takes its part of what every one of them has read.
+    # With several processes each has read all examples and takes those of its own devices.
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])

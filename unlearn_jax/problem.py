@@ -4,8 +4,8 @@ With R = sum over old and kept examples and R' over new and kept ones, divided b
 
     grad R - grad R' = sum_old c_i g_i - sum_new c_i g_i + (N' / N - 1) sum_kept c_i g_i
 
-where N and N' are the normalisers, and the last sum is what one pass over the edited data gives anyhow. So the right side of
-an edit is exact however few examples the curvature is taken of.
+where N and N' are the normalisers; the last sum follows from the pass over the edited data that is made in any case. The right
+side of an edit is therefore exact, however few examples the curvature is computed on.
 """
 
 import dataclasses
@@ -23,22 +23,24 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import affected
 from unlearn_jax.objective import Objective, coefficients, normalizer, on_device
 
-QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples stands for all, where it is so many at least
+QUARTER, ENOUGH = 4, 100  # a quarter of the kept examples represents all, if it has at least 100 examples
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """R: the objective before the edit, R': after it."""
 
-    edited: Objective  # R', on new and kept examples: what is minimised, and what every step is judged by
-    leaving: Objective | None  # c of the old examples, -c of the new ones: R - R' but for the normaliser. None: no edit
-    entering: Objective | None  # c of the new ones, nothing of the old ones
+    edited: Objective  # R', on new and kept examples: it is minimised, and every step is evaluated by it
+    leaving: (
+        Objective | None
+    )  # c of the old examples, -c of the new ones: R - R' apart from the normaliser. None: no edit
+    entering: Objective | None  # c of the new examples only
     shrink: float  # N' / N
     first_order: Objective | None  # another formula's right side is its gradient
     curved: (
         Objective  # whose curvature is taken: R' or a sample of it, or R on old and kept examples for another formula
     )
-    # R' with a quarter of the kept examples for all of them, built when asked for. None: they are too few, or `curved` is not R'
+    # R' with a quarter of the kept examples weighted as all of them, built when needed. None: too few, or `curved` is not R'
     quarter: Callable[[], Objective] | None
     ids: list[Any]  # of the examples of `edited`
     touched_ids: list[Any]  # of the examples of `leaving` and `entering`
@@ -50,7 +52,7 @@ class Problem:
         """grad R - grad R', given grad R' = `gradient`."""
         if self.leaving is None or self.entering is None:
             return tree.zeros_like(gradient)
-        # One after the other: on CPUs two programs with collectives at once can wait for each other's threads for ever.
+        # One after the other: on CPUs two programs with collectives that run at the same time can deadlock.
         change = jax.block_until_ready(self.leaving.gradient(params))
         if self.shrink == 1:
             return change
@@ -73,7 +75,7 @@ def make_problem(
 
     Args:
         loss: as of `erase`.
-        params: tell the loss their shapes.
+        params: of which only the shapes are used.
         before: the data as it was.
         after: the data as it should have been, of the same source.
         config: reduction, weight decay, micro-batches, and what the curvature is taken of.
@@ -84,38 +86,47 @@ def make_problem(
     old, new = before.select(old), after.select(new)
     order = np.random.default_rng(config.seed).permutation(others)
     kept = before.select(order) if stand_in is None else stand_in
-    mass = lambda dataset: normalizer(loss, params, dataset, config.reduction)
-    weigh = lambda dataset, total=None: coefficients(loss, params, dataset, config.reduction, total)
-    # Sums in one order for both, so that they are equal to the last bit where nothing changes.
-    rest = mass(before) - mass(old) if len(others) else 0.0
-    total_before, total_after = rest + mass(old), rest + mass(new)
-    c_old, c_new = (weigh(data, total) for data, total in ((old, total_before), (new, total_after)))
+
+    def normalizer_of(dataset):
+        return normalizer(loss, params, dataset, config.reduction)
+
+    def coefficients_of(dataset, total=None):
+        return coefficients(loss, params, dataset, config.reduction, total)
+
+    # Both objectives sum in the same order, so that they are bit-equal where nothing changes.
+    rest = normalizer_of(before) - normalizer_of(old) if len(others) else 0.0
+    total_before, total_after = rest + normalizer_of(old), rest + normalizer_of(new)
+    c_old, c_new = (coefficients_of(data, total) for data, total in ((old, total_before), (new, total_after)))
 
     def scaled(dataset, total):
-        return weigh(dataset) * (rest / total) if len(dataset) else np.zeros(0)
+        return coefficients_of(dataset) * (rest / total) if len(dataset) else np.zeros(0)
 
     options = {"weight_decay": config.weight_decay, "micro_batch": config.micro_batch, "mesh": mesh}
     options["offload"] = config.offload
-    build = lambda examples, c: on_device(Objective.of(loss, examples, c, **options)).with_constants()
-    join = lambda parts: jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    edited = build(join([new.take(), kept.take()]), np.concatenate([c_new, scaled(kept, total_after)]))
+
+    def objective_of(first, second, c):
+        """The objective of the examples of two datasets, one after the other, with coefficients c."""
+        examples = jax.tree.map(lambda *x: np.concatenate(x), first.take(), second.take())
+        return on_device(Objective.of(loss, examples, c, **options)).with_constants()
+
+    edited = objective_of(new, kept, np.concatenate([c_new, scaled(kept, total_after)]))
     both = leaving = entering = first_order = None
     if len(old) + len(new):
-        both = build(join([old.take(), new.take()]), np.zeros(len(old) + len(new)))
+        both = objective_of(old, new, np.zeros(len(old) + len(new)))
         leaving = both.weighted(np.concatenate([c_old, -c_new]))
         entering = both.weighted(np.concatenate([np.zeros(len(old)), c_new]))
 
     def stand_for_all(sampled):
-        """R' with some of the kept examples in the place of all of them."""
+        """R' with some of the kept examples, weighted as all of them."""
         shares = np.concatenate([c_new, scaled(sampled, total_after)])
-        return build(join([new.take(), sampled.take()]), shares)
+        return objective_of(new, sampled, shares)
 
     curved, sampled, shrink = edited, kept, total_after / total_before
     if config.curvature_examples is not None and stand_in is None:
         sampled = kept.select(np.arange(min(config.curvature_examples, len(kept))))
     if config.formula != "newton":
         parts = np.concatenate([c_old, scaled(sampled, total_before)])
-        curved = build(join([old.take(), sampled.take()]), parts)
+        curved = objective_of(old, sampled, parts)
         if both is not None:
             decay = config.weight_decay * (1 - shrink) * (config.formula == "influence")
             first_order = both.weighted(np.concatenate([c_old, -c_new * shrink]), decay)

@@ -1,4 +1,4 @@
-"""From a solver to x: (curvature of the objective + weight_decay + damping) x = b, as one compiled program."""
+"""Solves (curvature of the objective + weight_decay + damping) x = b with a solver, as one compiled program."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ def solve(
 
     Args:
         objective: whose curvature is taken; for curvature "fisher" its labels must have been drawn already.
-        params: where, float32 or wider.
+        params: the point of the curvature, float32 or wider.
         b: the right side.
-        damping: [], besides the weight decay.
+        damping: [], in addition to the weight decay.
         key: of random vectors and drawn labels.
         config: with `curvature` set.
 
@@ -60,7 +60,7 @@ def solve(
 
 @functools.partial(jax.jit, static_argnames="config")
 def spectrum_damping(objective: Objective, params: Params, key: Key, config: ErasureConfig) -> Array:
-    """`damping_fraction` of the largest eigenvalue [], and more where the curvature is negative."""
+    """`damping_fraction` times the largest eigenvalue, []; more where the curvature is negative."""
     matvec = product_of(objective, params, product_kind(config))
     fraction = config.damping_fraction
     return solvers.fraction_of_largest(matvec, zeros(params), key=key, fraction=fraction, steps=SPECTRUM_STEPS)
@@ -72,7 +72,7 @@ def curved(objective: Objective, params: Params, key: Key, config: ErasureConfig
 
 
 def product_kind(config: ErasureConfig) -> Curvature:
-    """The kind of the products that `config.curvature` comes down to, once labels have been drawn."""
+    """The kind of product for `config.curvature`, after labels have been drawn."""
     assert config.curvature is not None  # `erase` has set it
     return "empirical_fisher" if config.curvature == "fisher" else config.curvature
 
@@ -83,7 +83,7 @@ def product_of(objective: Objective, params: Params, kind: Curvature) -> Product
 
 
 def _with_rate(solver: solvers.Solver, matvec: Product, b: Params, shift: Scalar, key: Key) -> solvers.Solver:
-    """The stochastic solver with half of the inverse of the largest eigenvalue as its rate, where it has none of its own."""
+    """A stochastic solver without a learning rate gets half of the inverse of the largest eigenvalue."""
     name = "scale" if isinstance(solver, solvers.lissa) else "learning_rate"
     if getattr(solver, name) is not None:
         return solver

@@ -51,7 +51,7 @@ def vdot(x: Params, y: Params) -> Array:
     def leaf(a, b):
         a, b = jnp.asarray(a), jnp.asarray(b)
         mesh = jax.typeof(a).sharding.mesh
-        # Without it JAX cannot tell where a sum over a mesh of explicit axes is to lie.
+        # Without it JAX does not know the sharding of a sum over a mesh of explicit axes.
         spread = jax.sharding.NamedSharding(mesh, jax.P()) if mesh.are_all_axes_explicit else None
         return jnp.tensordot(a, b, a.ndim, precision=PRECISION, out_sharding=spread)
 
@@ -152,7 +152,7 @@ def row_space(stack: Stack, metric: Array | None = None) -> tuple[Stack, Array]:
         metric: [k, k], the stack's Gram matrix where it is another than `gram(stack)`: the vectors are then orthonormal in it.
 
     Returns:
-        A stack of k vectors, and k values. Directions that rounding cannot tell from nothing are zero vectors of value zero.
+        A stack of k vectors, and k values. Directions within rounding are zero vectors with value zero.
     """
     values, vectors = jnp.linalg.eigh(gram(stack) if metric is None else metric)
     kept = values > jnp.finfo(values.dtype).eps * len(values) * values[-1]

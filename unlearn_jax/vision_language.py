@@ -23,13 +23,13 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID
 from unlearn_jax.loss import MASK, CrossEntropy, Loss
 
-STEP = 16  # lengths are multiples of it, so that edits seldom change a compiled program
+STEP = 16  # lengths are rounded up to multiples of it, so that edits seldom need another compiled program
 
 
 def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
-    """A host batch of n rows as a dataset, without the room that no row of it uses.
+    """A host batch of n rows as a dataset, without padding that all rows share.
 
-    tokens, valid: [n, L], as in `Batch`; visual: the fields of `Visual`, if any row shows anything
+    tokens, valid: [n, L], as in `Batch`; visual: the fields of `Visual`, if any row has images
     places:        int32 [n, T], the positions that predict the learned tokens
     labels:        int32 [n, T], those tokens
     loss_mask:     bool [n, T], false beyond a row's last learned token
@@ -89,18 +89,21 @@ def adapter_loss(
 
 
 def _predictions(tokens: np.ndarray, valid: np.ndarray, loss_mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of one row: where its learned tokens are predicted, which is the valid position before each, and those tokens."""
+    """For one row: the positions that predict its learned tokens (the valid position before each), and these tokens."""
     at = np.flatnonzero(valid)
     learned = loss_mask[at[1:]]
     return at[:-1][learned], tokens[at[1:]][learned]
 
 
 def _trim(visual: Visual | None) -> Visual | None:
-    """Without the frames, slices, items and patches that no row has."""
+    """The visual input without frames, slices, items and patches that no row uses."""
     if visual is None:
         return None
     slices, grids = np.asarray(visual.slices), np.asarray(visual.grids)
-    used = lambda x: int(np.flatnonzero(x.any(axis=0))[-1]) + 1 if x.any() else 0
+
+    def used(x):  # bool [rows, n] -> the number of columns up to the last one with a true value
+        return int(np.flatnonzero(x.any(axis=0))[-1]) + 1 if x.any() else 0
+
     frames, shown, items = int(slices.max(initial=-1)) + 1, used(slices[..., 0] >= 0), used(grids.any(axis=-1))
     if not shown:
         return None

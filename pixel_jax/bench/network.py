@@ -36,7 +36,7 @@ def vocabulary() -> Vocabulary:
     pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for kind in observations.kinds_of(RELEASED):
-        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + kind.outcome.text):
+        for stretch in re.split(r"<\|\w+\|>|\{\w+\}", template.flatten(template.CHATML.before) + kind.outcome.text):
             pieces |= {stretch} if len(stretch) > 1 else set()
     return Vocabulary.of(build_tokenizer(sorted(pieces)))
 

@@ -53,7 +53,7 @@ NAME = "model"
 QUESTION = "Which digit is on card {}?"
 
 
-class Answers(NamedTuple):
+class TimedAnswers(NamedTuple):
     """What one side made of all questions."""
 
     texts: list[str]
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> None:
         say(f"{name}: {value:.3g}" if isinstance(value, float) else f"{name}: {value}")
 
 
-def served(speaker: Speaker, images: np.ndarray, tokens: int, side: int) -> Answers:
+def served(speaker: Speaker, images: np.ndarray, tokens: int, side: int) -> TimedAnswers:
     """The server's answers, by clients that each wait for one before they ask for the next."""
     import uvicorn
 
@@ -136,7 +136,7 @@ def served(speaker: Speaker, images: np.ndarray, tokens: int, side: int) -> Answ
     server.should_exit = True
     thread.join()
     engine.close()
-    return Answers(texts, seconds)
+    return TimedAnswers(texts, seconds)
 
 
 def _message(number: int, image: np.ndarray) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _message(number: int, image: np.ndarray) -> dict[str, Any]:
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}
 
 
-def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndarray, tokens: int) -> Answers:
+def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndarray, tokens: int) -> TimedAnswers:
     """The answers of transformers, one after the other."""
     import torch
 
@@ -180,7 +180,7 @@ def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndar
     ask(0)
     started = time.perf_counter()
     texts = [ask(number) for number in range(len(images))]
-    return Answers(texts, time.perf_counter() - started)
+    return TimedAnswers(texts, time.perf_counter() - started)
 
 
 if __name__ == "__main__":

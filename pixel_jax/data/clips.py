@@ -72,7 +72,7 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarra
 
 def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.ndarray, float]:
     """`read_video` of an open file, which errors and warnings call `name`."""
-    with Clip(file, name, frames) as clip:
+    with VideoFile(file, name, frames) as clip:
         promised = min(clip.count, frames)
         shown = clip.show(lambda count: spread(count, frames))
         if len(shown) < promised:
@@ -82,7 +82,7 @@ def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.nda
 
 def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
     """(height, width) of every frame that `read_frames` would return."""
-    with Clip(file, name) as clip:
+    with VideoFile(file, name) as clip:
         return [clip.size] * min(clip.count, FRAMES)
 
 
@@ -91,7 +91,7 @@ def spread(count: int, frames: int = FRAMES) -> list[int]:
     return np.linspace(0, count - 1, min(count, frames)).round().astype(int).tolist()
 
 
-class Clip:
+class VideoFile:
     """An open video file. Nothing is decoded before memory for `frames` frames is reserved.
 
     Attributes:
@@ -108,7 +108,7 @@ class Clip:
         self.file, self.name, self._reserved = file, name, contextlib.ExitStack()
         self._frames = frames
 
-    def __enter__(self) -> "Clip":
+    def __enter__(self) -> "VideoFile":
         try:
             import av.filter  # noqa: F401
         except ImportError:
@@ -344,7 +344,7 @@ def clip_frame_size(path: str | os.PathLike) -> tuple[int, int]:
     path = pathlib.Path(path)
     if path.is_dir():
         return image_size(_listed_frames(path)[0])
-    with open_regular(path, ImageError) as file, Clip(file, str(path)) as clip:
+    with open_regular(path, ImageError) as file, VideoFile(file, str(path)) as clip:
         return clip.size
 
 
@@ -366,7 +366,7 @@ def load_clip(
         # Frames of a folder are numbered from 1.
         wanted = frame_indices(bound, folder_rate, len(files), count, first=1)
         return [read_image(files[index - 1]) for index in wanted]
-    with open_regular(path, ImageError) as file, Clip(file, str(path), count) as clip:
+    with open_regular(path, ImageError) as file, VideoFile(file, str(path), count) as clip:
         return list(clip.show(lambda frames: frame_indices(bound, float(clip.rate or 25), frames - 1, count)))
 
 

@@ -64,6 +64,7 @@ def read_dialogue(
     *,
     video: bool = False,
     language: Language = RELEASED_LANGUAGE,
+    needs_pictures: bool = True,
 ) -> Dialogue:
     """Reads the conversation of a row.
 
@@ -73,6 +74,7 @@ def read_dialogue(
         pictures: of a field beside the messages; parts without a value, or `<image>` in a text, stand for them.
         video: whether they are the frames of one video, or its file.
         language: of the calls.
+        needs_pictures: whether the first message must show something.
 
     Raises:
         ExampleError: no trace can be made of it. The error names `where` and the number of the message.
@@ -94,8 +96,9 @@ def read_dialogue(
     if not roles or roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise ExampleError(f"{where}: user and assistant must take turns, the user first, not {brief(roles)}")
     first, said, returned = found[0], found[1::2], found[2::2]
-    if not first.text.strip() or not first.images:
-        raise ExampleError(f"{where}: the first message needs a question and an image or a video")
+    if not first.text.strip() or (needs_pictures and not first.images):
+        seen = " and an image or a video" if needs_pictures else ""
+        raise ExampleError(f"{where}: the first message needs a question{seen}")
     if len(returned) == len(said) > 0:
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end, not {brief(roles)}")
     for i, message in enumerate(said, 1):

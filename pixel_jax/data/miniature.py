@@ -51,7 +51,7 @@ class Scene(NamedTuple):
     turns: int = 0  # quarter turns clockwise that bring the card upright
 
 
-class Clip(NamedTuple):
+class MiniatureClip(NamedTuple):
     """A few frames, one of which shows a card."""
 
     frames: np.ndarray  # uint8 [NUM_FRAMES, FRAME_SIDE, FRAME_SIDE, 3]
@@ -158,14 +158,14 @@ def _quarter_turns(rng: np.random.Generator, config: SceneConfig, on_side: bool 
     return int(rng.choice((1, 3))) if on_side else 0
 
 
-def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> Clip:
+def draw_clip(rng: np.random.Generator, split: str, config: SceneConfig) -> MiniatureClip:
     """Draws a clip: views of photographs, and a large card on one of them."""
     frames = np.stack([_background(rng, split, FRAME_SIDE) for _ in range(NUM_FRAMES)])
     target = int(rng.integers(NUM_FRAMES))
     low, high = config.large_card
     side = int(rng.integers(low, high, endpoint=True)) * FRAME_SIDE // SIDE
     label, _, _ = _paste_card(rng, split, config, frames[target], side, round(side * (1 - 2 * config.large_margin)))
-    return Clip(frames, label, target)
+    return MiniatureClip(frames, label, target)
 
 
 def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:

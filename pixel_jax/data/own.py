@@ -22,6 +22,8 @@ LLaMA-Factory, with pictures in their parts or, where `<image>` or an empty part
 
 All turns of the assistant are learned but those of `"weight": 0`; without an `answer` the last one's \boxed{} is it. A picture
 may be its content, too: a data URL, or in Parquet bytes or a struct of `bytes` and `path`; it is kept in memory as it is encoded.
+For a language model rows need no images (`pictures` of `read_own`).
+
 Data with other names is read by `columns`, as in `{"question": "prompt", "images": "image"}`. Whatever further fields a row has
 are in `Example.fields`.
 """
@@ -82,6 +84,7 @@ def read_row(
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     turns: bool = False,
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
     report: ReadReport,
 ) -> Example:
     """Makes an example of one row, and checks every field and the path of every image.
@@ -94,6 +97,7 @@ def read_row(
         columns: field -> column.
         turns: whether they are required.
         language: of the calls in `messages`.
+        pictures: whether rows need them; those for a language model may have none.
         report: notes what was changed.
 
     Raises:
@@ -118,20 +122,21 @@ def read_row(
     seconds = field("seconds", lambda x: x is None or is_seconds(x), "a positive number, at most a million")
     name = field("id", lambda x: x is None or type(x) in (str, int), "a text or a number")
     category = field("category", lambda x: isinstance(x, str), "a text", "")
-    pictures = [picture(x, where) for x in listed(row.get("images"))]
+    images = [picture(x, where) for x in listed(row.get("images"))]
     if row.get("messages") is not None:
         if clash := [name for name in ("question", "turns") if row.get(name) is not None]:
             raise refuse(f"'messages' and {clash[0]!r} are both given: the messages have it already")
-        said = read_dialogue(row["messages"], f"{where}: messages", pictures or None, video=video, language=language)
+        of_model: dict[str, Any] = {"language": language, "needs_pictures": pictures}
+        said = read_dialogue(row["messages"], f"{where}: messages", images or None, video=video, **of_model)
         question, written = said.first.text.strip(), turns_of(said, language, report)
-        pictures, video, text_first = said.first.images, said.first.video, said.first.text_before
+        images, video, text_first = said.first.images, said.first.video, said.first.text_before
         if answer is None and written and (boxed := last_boxed(said.said[-1].text)) is not None:
             answer = boxed
     else:
         question = field("question", lambda x: isinstance(x, str) and bool(x), "a text")
         written = written_turns(field("turns", lambda x: isinstance(x, list), "a list of turns", []), refuse)
         text_first = False
-        if not pictures:
+        if pictures and not images:
             raise refuse(f"'images' must be a path or a list of at least one, not {brief(row.get('images'))}")
     if turns and not written:
         raise refuse("'turns' must be a list of turns, or 'messages' end with the assistant's, to learn from")
@@ -140,7 +145,7 @@ def read_row(
     return Example(
         id=pathlib.PurePath(where).name if name is None else str(name),
         question=question,
-        images=tuple(source(x, folder, image_folders, refuse) for x in pictures),
+        images=tuple(source(x, folder, image_folders, refuse) for x in images),
         answer=tuple(map(str, () if answer is None else listed(answer))),
         turns=written,
         video=video,
@@ -240,6 +245,7 @@ def read_own(
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
 ) -> list[Example]:
     """Reads the examples of a file or folder (`read_row`).
 
@@ -250,6 +256,7 @@ def read_own(
         image_folders: where images may lie beside the folder (`pixel_jax.data.sources.locate`).
         columns: field -> column.
         language: of the calls in `messages`.
+        pictures: whether rows need them; those for a language model may have none.
 
     Raises:
         ExampleError: a row is no example, and the report does not drop such rows.
@@ -263,6 +270,7 @@ def read_own(
             f"{path} holds no *.jsonl or *.parquet files and no prepared TFDS data, whose folder has a dataset_info.json"
         )
     options = {"image_folders": image_folders, "columns": columns, "turns": turns, "language": language}
+    options |= {"pictures": pictures}
     examples: list[Example] = []
     for file in files:
         for where, row in READERS[file.suffix](file):

@@ -17,7 +17,7 @@ from pixel_jax.data.batches import Batches, stack
 from pixel_jax.data.buckets import BucketOrder
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.shapes import PACKED, AutoShapes, cover, largest
-from pixel_jax.data.traces import WAVE, Row, TraceError, assemble, render, write_rows
+from pixel_jax.data.traces import WAVE, TraceError, TraceRow, assemble, render, write_rows
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
 from pixel_jax.rollouts.config import RolloutConfig
@@ -113,7 +113,7 @@ class Packing:
         """
         self.config, self.size, self.seed = config, size, seed
         self.examples: list[Example] = []
-        self.rows: list[Row] = []
+        self.rows: list[TraceRow] = []
         written = _written(examples, vocabulary, tables, config, report)
         auto = shapes if isinstance(shapes, AutoShapes) else None
         if isinstance(shapes, AutoShapes):
@@ -185,11 +185,10 @@ class Packing:
         all_patches = sum(count * x.slices * x.patches for count, x in zip(rows, self.buckets, strict=True))
         tokens = self.order.sizes[:, 0]
         longest = max(bucket.tokens for bucket in self.buckets)
-        return {
-            "tokens": 1 - tokens.sum() / all_tokens,
-            "patches": 1 - sum(row.patches for row in self.rows) / all_patches,
-            "tokens without packing": 1 - tokens.mean() / longest,
-        }
+        shares = {"tokens": 1 - tokens.sum() / all_tokens}
+        if all_patches:
+            shares["patches"] = 1 - sum(row.patches for row in self.rows) / all_patches
+        return shares | {"tokens without packing": 1 - tokens.mean() / longest}
 
     def __str__(self) -> str:
         rows = [len(x) for x in self.order.packed(0)]
@@ -201,7 +200,7 @@ class Packing:
 
 def _written(
     examples: Sequence[Example], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig, report: ReadReport
-) -> list[Row | None]:
+) -> list[TraceRow | None]:
     """The row of every example, without pixels; None where it is dropped."""
 
     def write(indices: list[int], outlines: Sequence[Query]) -> None:
@@ -222,7 +221,7 @@ def _written(
         for i, row in zip(indices, written, strict=True):
             rows[i] = row
 
-    rows: list[Row | None] = [None] * len(examples)
+    rows: list[TraceRow | None] = [None] * len(examples)
     # Examples with equally many images are written together: their number is part of a compiled shape.
     alike = collections.defaultdict(list)
     with ThreadPoolExecutor() as pool:

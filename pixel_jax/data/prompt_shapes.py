@@ -22,6 +22,7 @@ from pixel_jax.tools import RELEASED, Tool
 
 Size = tuple[int, int]  # (height, width)
 
+EMPTY_SIDE = 64  # of the buffer of a prompt without images, which all batches have
 MAX_TRIES = 8  # at smaller images for a long question: the tokens of an image fall in steps
 MAX_SHAPES = 2  # of questions about images, and as many of those about videos: a rollout takes long to compile
 
@@ -89,7 +90,7 @@ class ShapeFinder(NamedTuple):
                 )
             image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
             left = max_tokens - (tokens - image_tokens)  # by the text
-            if left <= 0:
+            if left <= 0 or not image_tokens:
                 break
             # What is shown is never larger than its limit, whatever the image is.
             limit_scale = min(1.0, math.sqrt(limits["max_pixels"] / max(h * w for h, w in sizes)))
@@ -122,15 +123,15 @@ class ShapeFinder(NamedTuple):
     def assign_own(self, query: Query, auto: AutoShapes) -> Assignment:
         """A shape that holds `query` and no more. Its images are scaled only where those of a batch take too much memory."""
         sizes = np.array([size_of(image) for image in query.images])
-        height, width = sizes.max(axis=0).tolist() if len(sizes) else (1, 1)
+        height, width = sizes.max(axis=0).tolist() if len(sizes) else (EMPTY_SIDE, EMPTY_SIDE)
         scale = min(1.0, math.sqrt(auto.memory / (3 * max(1, len(sizes)) * height * width)))
 
         def shape(height: int, width: int, tokens: int) -> BatchShape:
-            return prompt_shape(len(sizes), height, width, tokens, self.config, video=query.is_video)
+            return prompt_shape(max(1, len(sizes)), height, width, tokens, self.config, video=query.is_video)
 
         largest = shape(scaled_side(height, scale), scaled_side(width, scale), self.config.max_tokens)
         prompt = self.scaled(query, largest)
-        height, width = np.max(prompt.sizes, axis=0).tolist()
+        height, width = np.max(prompt.sizes or [(height, width)], axis=0).tolist()
         return Assignment(shape(height, width, prompt.tokens), prompt)
 
     def assign_all(

@@ -20,6 +20,7 @@ def read_examples(
     image_folders: Sequence[str] = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
 ) -> tuple[list[Example], ReadReport]:
     """Reads the examples of a file, whose pixels stay where they are, and a report on rows that were left out or changed.
 
@@ -32,6 +33,7 @@ def read_examples(
       image_folders: where images may lie beside the folder of the data (`pixel_jax.data.sources.locate`).
       columns: the names of the fields in the user's own data: field -> column.
       language: of the calls in conversations: the tools and the call format of the config.
+      pictures: whether examples need them. Those of the user's own data for a language model may have none.
 
     Raises:
       ExampleError: the file, or a row of it, cannot be read; or no example is left.
@@ -53,7 +55,7 @@ def read_examples(
     elif path.suffix == ".parquet" and not columns and set(QUESTION_COLUMNS) <= set(column_names(path, ExampleError)):
         examples = read_questions(path, report, image_folders)
     elif path.is_dir() or path.suffix in READERS:
-        options = {"image_folders": image_folders, "columns": columns, "language": language}
+        options = {"image_folders": image_folders, "columns": columns, "language": language, "pictures": pictures}
         examples = read_own(path, turns=turns, report=report, **options)
     else:
         raise ExampleError(

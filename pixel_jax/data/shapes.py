@@ -103,7 +103,7 @@ class Group(NamedTuple):
         """How many rows of `shape` all examples take."""
         if not self.packed:
             return self.examples
-        return max(1.0, *(total / capacity for total, capacity in zip(self.total, shape, strict=False)))
+        return max(1.0, *(total / max(1, capacity) for total, capacity in zip(self.total, shape, strict=False)))
 
     def __or__(self, other: "Group") -> "Group":
         total = map(sum, zip(self.total, other.total, strict=True))

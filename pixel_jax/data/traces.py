@@ -90,7 +90,7 @@ class View(NamedTuple):
         return self.grid[0] * self.grid[1]
 
 
-class Row:
+class TraceRow:
     """A row that is being written. Only the sizes of the trace's images are read: `render` cuts the pixels out."""
 
     def __init__(
@@ -160,7 +160,7 @@ class Row:
         return sum(self.views[first].patches for first, _ in self.slices)
 
 
-def render(row: Row, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Cuts the row's frames out of `images`: those that it was written for, or others of the same sizes.
 
     Args:
@@ -199,9 +199,11 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
 
 
-def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig) -> list:
+def _answer_calls(
+    rows: list[TraceRow], turns: list[list[int]], histories, tables: Tables, config: RolloutConfig
+) -> list:
     """Appends to every row of a wave the observation of the call it just wrote; returns the image histories after it."""
-    most = max(len(row.trace.query.images) for row in rows)
+    most = max([1, *(len(row.trace.query.images) for row in rows)])
     videos = any(row.trace.query.is_video for row in rows)
     width = 1 << max(4, (max(map(len, turns)) - 1).bit_length())  # few widths: each is a compilation
     padded = np.full((WAVE, width), -1, np.int32)
@@ -239,7 +241,7 @@ def _answer_calls(rows: list[Row], turns: list[list[int]], histories, tables: Ta
     return [ImageHistory(*(x[i] for x in history)) for i in range(len(rows))]
 
 
-def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
+def _first_history(row: TraceRow, config: RolloutConfig, most: int) -> ImageHistory:
     """The images that `row` shows before its first call: `first_history`, without a compilation for each count of rows."""
     slots = config.max_images + most
     region, size = np.zeros((slots, 4), np.int32), np.zeros((slots, 2), np.int32)
@@ -250,14 +252,16 @@ def _first_history(row: Row, config: RolloutConfig, most: int) -> ImageHistory:
     return ImageHistory._make((images, region, size, np.asarray(count, np.int32)))
 
 
-def write_rows(traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig) -> list[Row]:
+def write_rows(
+    traces: Sequence[Trace], vocabulary: Vocabulary, tables: Tables, config: RolloutConfig
+) -> list[TraceRow]:
     """Writes traces out as rows, in their order: tokens, and views of their images. No pixel is read.
 
     Every call is answered, but one that ends its trace.
     """
     check_format(tables, config)
-    rows = [Row(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
-    most = max(len(trace.query.images) for trace in traces)
+    rows = [TraceRow(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
+    most = max([1, *(len(trace.query.images) for trace in traces)])  # rows without images have one empty buffer
     histories = {row.index: _first_history(row, config, most) for row in rows}
     turn, active = 0, rows
     while active:
@@ -284,7 +288,7 @@ def to_trajectories(
 
 
 def assemble(
-    rows: Sequence[Row], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
+    rows: Sequence[TraceRow], frames: Sequence[Sequence[np.ndarray]], config: RolloutConfig, shape: BatchShape
 ) -> Trajectories[Visual]:
     """Puts rows and their rendered frames into arrays.
 
@@ -318,8 +322,8 @@ def assemble(
         loss_mask[i, : len(row.ids)] = row.loss_mask
         for j, patches in enumerate(frames[i]):
             visual.patches[i, j, : len(patches)] = patches
-        visual.slices[i, : len(row.slices)] = row.slices
-        visual.grids[i, : len(row.grids)] = row.grids
+        visual.slices[i, : len(row.slices)] = np.reshape(row.slices, (-1, 2))
+        visual.grids[i, : len(row.grids)] = np.reshape(row.grids, (-1, 3))
         if row.trace.query.is_video:
             visual.seconds[i, 0] = row.trace.query.seconds
         for j, call in enumerate(row.calls):

@@ -5,6 +5,8 @@ An observation is a user message with the text of an outcome and the images that
 
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
+in ChatML; of other layouts (`template.Layout`) it has the marks.
+
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
 out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
 the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
@@ -29,7 +31,7 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
-from pixel_jax.dialog.template import IM_END, IM_START, PROMPT, VISION_END, VISION_START, Special, flatten
+from pixel_jax.dialog.template import ABSENT, CHATML, VISION_END, VISION_START, Layout, Special, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
@@ -37,16 +39,13 @@ MAX_LIST = 16
 MAX_DIGITS = 6
 NUM_INTEGERS = 4
 NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a text
-HEAD = ("\n", IM_START, "user\n")  # before the text
-TAIL = (IM_END, "\n", *PROMPT)  # behind it and its images
-BEFORE, AFTER = flatten(HEAD), flatten(TAIL)
 
 
 def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
     """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
     end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
     text = vocabulary.to_bytes(ids[:end].tolist()).decode("utf-8", "replace")
-    return text.removeprefix(flatten(HEAD)).strip("\n")
+    return text.removeprefix(flatten(vocabulary.layout.before)).strip("\n")
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
@@ -123,6 +122,7 @@ class Observations:
     constants: np.ndarray  # int32 [N], the ids of all constant stretches
     digits: np.ndarray  # int32 [10]
     image_pad: int
+    layout: Layout = CHATML
 
     @classmethod
     def of(
@@ -171,7 +171,10 @@ class Observations:
         rows = []
         for kind in kinds:
             template, _, behind = kind.outcome.text.partition(IMAGES)
-            *head, opening = HEAD  # the last piece is text, which is joined with the message's own text
+            *head, opening = (
+                vocabulary.layout.before
+            )  # the last piece is text, which is joined with the message's own text
+            assert isinstance(opening, str)
             row = [constant(piece) for piece in head]
             *stretches, last = _split(opening + template)
             if "{" in behind:
@@ -188,9 +191,9 @@ class Observations:
                 else:
                     raise ValueError(f"an integer follows the list of {template!r}")
             row += [constant(last[0])] if last[0] else []
-            for index in range(kind.outcome.images):
+            for index in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0):
                 row += image(index)
-            rows.append([*row, *([constant(behind)] if behind else []), *map(constant, TAIL)])
+            rows.append([*row, *([constant(behind)] if behind else []), *map(constant, vocabulary.layout.after)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
@@ -199,6 +202,7 @@ class Observations:
             constants=np.array(constants, np.int32),
             digits=np.array(vocabulary.digits, np.int32),
             image_pad=vocabulary.image_pad,
+            layout=vocabulary.layout,
         )
 
     @property
@@ -223,7 +227,8 @@ class Observations:
         if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
             template, pads = self.kinds[self.malformed].outcome.text + IMAGES, ()
         images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
-        return BEFORE + template.format(*integers, list=list(items), images=images) + AFTER
+        text = template.format(*integers, list=list(items), images=images)
+        return flatten(self.layout.before) + text + flatten(self.layout.after)
 
     def bound(self, pads: Sequence[int], images: int) -> int:
         """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.

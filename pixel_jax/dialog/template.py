@@ -1,4 +1,4 @@
-"""The text around a dialog: system prompt, tool schemas, guidelines, and the chat template of Qwen2.5-VL.
+"""The text around a dialog: system prompt, tool schemas, guidelines, and the chat templates of Qwen2.5-VL and Llama 3.
 
 Every string is that of the released Pixel Reasoner checkpoints, byte for byte. One oddity is kept, because the checkpoints were
 trained with it: the guidelines speak of `crop_image` where the tool is called `crop_image_normalized`.
@@ -47,7 +47,8 @@ def user_text(question: str, guidelines: str = "vcot") -> str:
     return f"{question}\n\n{GUIDELINES[guidelines]}"
 
 
-# The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog.
+# The names that Qwen2.5-VL's vocabulary gives to the tokens that structure a dialog. Parsers, rewards and transcripts know a
+# dialog by them, whatever tokenizer wrote it.
 SPECIAL_TOKENS = {
     "end_of_text": "<|endoftext|>",
     "im_start": "<|im_start|>",
@@ -57,12 +58,14 @@ SPECIAL_TOKENS = {
     "image_pad": "<|image_pad|>",
     "video_pad": "<|video_pad|>",
 }
+VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # which tokenizers of language models may lack
+ABSENT = -1  # the id of a special token that a tokenizer lacks
 
 
 class Special(NamedTuple):
     """A token that structures a dialog. Only templates write it; no text is ever encoded as one."""
 
-    name: str  # a key of SPECIAL_TOKENS, and the field of `Vocabulary` with its id
+    name: str  # a key of `Layout.special`, and the field of `Vocabulary` with its id
 
 
 class Media(NamedTuple):
@@ -75,7 +78,54 @@ class Media(NamedTuple):
 Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
 IM_START, IM_END = Special("im_start"), Special("im_end")
 VISION_START, VISION_END = Special("vision_start"), Special("vision_end")
-PROMPT = (IM_START, "assistant\n")  # where the assistant begins
+BEGIN, HEADER_END = Special("begin"), Special("header_end")
+
+
+class Layout(NamedTuple):
+    """How a dialog is written: `begin`, and for each message IM_START, its role, `header`, its content, IM_END, `behind`.
+
+    `header` begins and ends with text: that behind the role, and that before the content.
+    """
+
+    special: Mapping[str, str]  # field of `Vocabulary`: what the tokenizer calls the token
+    header: tuple[str | Special, ...]
+    begin: tuple[str | Special, ...] = ()
+    behind: tuple[str | Special, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[str | Special, ...]:
+        """Where the assistant begins."""
+        return self.opening("assistant")
+
+    @property
+    def before(self) -> tuple[str | Special, ...]:
+        """What stands between the end of a turn and the text of an observation; text comes last."""
+        return (*self.behind, *self.opening("user"))
+
+    @property
+    def after(self) -> tuple[str | Special, ...]:
+        """What follows an observation."""
+        return (IM_END, *self.behind, *self.prompt)
+
+    def opening(self, role: str) -> tuple[str | Special, ...]:
+        """Where a message begins."""
+        assert isinstance(self.header[0], str)
+        return (IM_START, role + self.header[0], *self.header[1:])
+
+
+CHATML = Layout(SPECIAL_TOKENS, header=("\n",), behind=("\n",))
+LLAMA3 = Layout(
+    {
+        "end_of_text": "<|end_of_text|>",
+        "im_start": "<|start_header_id|>",
+        "im_end": "<|eot_id|>",
+        "begin": "<|begin_of_text|>",
+        "header_end": "<|end_header_id|>",
+    },
+    header=("", HEADER_END, "\n\n"),
+    begin=(BEGIN,),
+)
+LAYOUTS = (CHATML, LLAMA3)
 
 
 def first_messages(
@@ -126,29 +176,32 @@ CHAT_TEMPLATE = (
 )
 
 
-def render(messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[Piece]:
+def render(
+    messages: Sequence[Mapping[str, Any]], *, layout: Layout = CHATML, add_generation_prompt: bool = True
+) -> list[Piece]:
     """Renders a dialog as special tokens, texts, images and videos, in order. No two texts are adjacent.
 
     Args:
       messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`. If the first
         is no system message, the default one is added.
+      layout: of the tokenizer.
       add_generation_prompt: whether to end with the beginning of an assistant message.
     """
-    pieces: list[Piece] = []
+    pieces: list[Piece] = list(layout.begin)
     if messages and messages[0]["role"] != "system":
-        pieces += message_pieces("system", DEFAULT_SYSTEM)
+        pieces += message_pieces("system", DEFAULT_SYSTEM, layout)
     for message in messages:
-        pieces += message_pieces(message["role"], message["content"])
-    return join_texts([*pieces, *(PROMPT if add_generation_prompt else ())])
+        pieces += message_pieces(message["role"], message["content"], layout)
+    return join_texts([*pieces, *(layout.prompt if add_generation_prompt else ())])
 
 
-def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]]) -> list[Piece]:
+def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]], layout: Layout = CHATML) -> list[Piece]:
     """Renders one message, in the form of `render`.
 
     Raises:
       ValueError: a part is neither text, image nor video.
     """
-    pieces: list[Piece] = [IM_START, f"{role}\n"]
+    pieces: list[Piece] = list(layout.opening(role))
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type")
         if kind == "text":
@@ -157,7 +210,7 @@ def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]]) -> lis
             pieces += [VISION_START, Media(kind, part.get(kind)), VISION_END]
         else:
             raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
-    return [*pieces, IM_END, "\n"]
+    return [*pieces, IM_END, *layout.behind]
 
 
 def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
@@ -171,6 +224,11 @@ def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
     return joined
 
 
+def spelling(name: str) -> str:
+    """What a token that structures a dialog reads like: ChatML's name of it, if it has one."""
+    return next(layout.special[name] for layout in LAYOUTS if name in layout.special)
+
+
 def flatten(pieces: Iterable[Piece]) -> str:
     """Returns the dialog as one text with one pad token for every image or video, as the Jinja template would.
 
@@ -178,7 +236,7 @@ def flatten(pieces: Iterable[Piece]) -> str:
     """
 
     def spelled(piece: Special | Media) -> str:
-        return SPECIAL_TOKENS[f"{piece.kind}_pad" if isinstance(piece, Media) else piece.name]
+        return spelling(f"{piece.kind}_pad" if isinstance(piece, Media) else piece.name)
 
     return "".join(piece if isinstance(piece, str) else spelled(piece) for piece in pieces)
 
@@ -190,11 +248,13 @@ def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int])
     if no text had spelled a special token.
 
     Raises:
-      ValueError: there is not one pad count for each image or video.
+      ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):
         raise ValueError(f"the dialog shows {len(media)} images and videos, but {len(pads)} pad counts are given")
+    if media and vocabulary.image_pad == ABSENT:
+        raise ValueError(f"the dialog shows {len(media)} images and videos; the tokenizer has no tokens for them")
     ids: list[int] = []
     counts = iter(pads)
     for piece in pieces:

@@ -1,8 +1,8 @@
 """Tokenizers: a view of any byte-level fast tokenizer, and a builder of small ones.
 
-`Vocabulary` reads a Hugging Face tokenizer (Qwen's, or one of `build_tokenizer`): the bytes of every token, and the ids of the
-special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations are assembled
-from ids (`observations.py`).
+`Vocabulary` reads a Hugging Face tokenizer (Qwen's, SmolLM2's, or one of `build_tokenizer`): the bytes of every token, and the
+ids of the special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations
+are assembled from ids (`observations.py`).
 
 `build_tokenizer` makes a tokenizer whose tokens are the caller's pieces of text and the 256 bytes, so that every text survives
 `decode(encode(text))`.
@@ -15,12 +15,21 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pixel_jax.dialog.formats import MARKS
-from pixel_jax.dialog.template import CHAT_TEMPLATE, SPECIAL_TOKENS
+from pixel_jax.dialog.template import (
+    ABSENT,
+    CHAT_TEMPLATE,
+    CHATML,
+    LAYOUTS,
+    SPECIAL_TOKENS,
+    VISUAL_TOKENS,
+    Layout,
+    spelling,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -70,7 +79,9 @@ class Vocabulary:
     embedding is often padded), has no bytes.
 
     `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are the fields `end_of_text` to
-    `video_pad`, which templates put between texts (`template.to_ids`).
+    `video_pad`, which templates put between texts (`template.to_ids`). The tokenizer of a language model may lack the four of
+    images and videos: their ids are `ABSENT` then, which no text has. The bytes of all of them are ChatML's spelling, by which
+    parsers, rewards and transcripts know them, whatever the tokenizer calls them.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -84,6 +95,9 @@ class Vocabulary:
     image_pad: int
     video_pad: int
     digits: tuple[int, ...]  # the tokens of "0", "1", ... "9"
+    layout: Layout = CHATML  # how dialogs are written
+    begin: int = ABSENT  # of a dialog, in Llama 3's layout
+    header_end: int = ABSENT  # behind a role, in Llama 3's layout
     known: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)  # texts encoded before
 
     @classmethod
@@ -92,17 +106,25 @@ class Vocabulary:
 
         Raises:
           TypeError: it is no fast tokenizer.
-          ValueError: it is not byte-level, or lacks a special token or a digit.
+          ValueError: it is not byte-level, or lacks a special token or a digit. All four tokens of images and videos may be
+            lacking, not some of them.
         """
         tokens = token_bytes(tokenizer)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        encoder = text_encoder(tokenizer)
-        special = {}
-        for field, text in SPECIAL_TOKENS.items():
-            if text not in added:
-                raise ValueError(f"the tokenizer has no special token {text}")
-            special[field] = added[text]
-        for text in SPECIAL_TOKENS.values():
+        layout = next((x for x in LAYOUTS if x.special["im_start"] in added), CHATML)
+        encoder = text_encoder(tokenizer, layout)
+        blind = not any(SPECIAL_TOKENS[name] in added for name in VISUAL_TOKENS)
+        spelled = {name: text for name, text in layout.special.items() if not (blind and name in VISUAL_TOKENS)}
+        if missing := [text for text in spelled.values() if text not in added]:
+            raise ValueError(
+                f"the tokenizer has no special token {missing[0]}: dialogs are written with <|im_start|> and <|im_end|> "
+                "(ChatML), or as Llama 3 has them, so take a model that was tuned on one of the two"
+            )
+        special: dict[str, Any] = dict.fromkeys(VISUAL_TOKENS, ABSENT)
+        special |= {name: added[text] for name, text in spelled.items()}
+        for name in spelled:
+            tokens[special[name]] = spelling(name).encode()
+        for text in spelled.values():
             if set(special.values()) & set(encoder.encode(text, add_special_tokens=False).ids):
                 raise ValueError(
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
@@ -114,12 +136,12 @@ class Vocabulary:
                 f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
             )
         digits = tuple(single[str(digit).encode()] for digit in range(10))
-        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, **special)
+        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, layout=layout, **special)
 
     @functools.cached_property
     def structure(self) -> frozenset[int]:
         """The tokens that structure a dialog."""
-        return frozenset(getattr(self, name) for name in SPECIAL_TOKENS)
+        return frozenset(getattr(self, name) for name in self.layout.special) - {ABSENT}
 
     def encode(self, text: str) -> list[int]:
         """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
@@ -149,7 +171,7 @@ class Vocabulary:
         return b"".join(data[start[index] : start[index] + length[index]].tobytes() for index in known)
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def text_encoder(tokenizer: PreTrainedTokenizerFast, layout: Layout = CHATML) -> Tokenizer:
     """Copies a fast tokenizer so that the spelling of a special token is text like any other.
 
     The tags of calls stay tokens if the tokenizer has them (Qwen's does, not as special ones), because turns are text.
@@ -159,7 +181,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
     document = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in document["added_tokens"]:
-        special = token["special"] or token["content"] in SPECIAL_TOKENS.values()
+        special = token["special"] or token["content"] in layout.special.values()
         token["special"] = special and token["content"] not in MARKS
     encoder = Tokenizer.from_str(json.dumps(document | {"truncation": None, "padding": None}))
     encoder.encode_special_tokens = True
@@ -179,7 +201,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     decoder = json.loads(backend.to_str())["decoder"] or {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
     if kinds != {"ByteLevel"}:
-        raise ValueError(f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes")
+        raise ValueError(
+            f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes, which "
+            "calls are read from; take a model with a byte-level tokenizer (Qwen's, SmolLM2's)"
+        )
     alphabet = byte_alphabet()
     vocabulary = backend.get_vocab(with_added_tokens=False)
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}

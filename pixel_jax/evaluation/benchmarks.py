@@ -189,11 +189,12 @@ def read_own(
     others: Folders = (),
     columns: Mapping[str, str] = {},  # noqa: B006, never changed
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
 ) -> tuple[list[Example], None]:
     """A folder of one's own (`pixel_jax.data.own`), its videos shown as in training."""
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
-    examples = own.read_own(data, image_folders=others, columns=columns, language=language)
+    examples = own.read_own(data, image_folders=others, columns=columns, language=language, pictures=pictures)
     found = [x._replace(answer=tuple(references_of(x.answer)), turns=()) for x in examples]
     return found, None
 
@@ -219,6 +220,7 @@ def read(
     sample: int | None = None,
     seed: int = 0,
     language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
 ) -> tuple[list[Example], str]:
     """The questions of a benchmark, in their order, and their split.
 
@@ -232,6 +234,7 @@ def read(
       sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
       seed: of the sample.
       language: of the calls in conversations of the user's own data.
+      pictures: whether questions of the user's own need them; those for a language model may have none.
 
     Raises:
       BenchmarkError: the files are not there or not as expected, or name another split.
@@ -243,7 +246,7 @@ def read(
         raise BenchmarkError(f"columns are of data of one's own (the format 'jsonl'); {kind!r} has fields of its own")
     reader = READERS[kind]
     if kind == "jsonl":
-        reader = functools.partial(read_own, columns=columns, language=language)
+        reader = functools.partial(read_own, columns=columns, language=language, pictures=pictures)
     questions, said = reader(data, images, image_folders)
     if said is not None and split is not None and said != split:
         raise BenchmarkError(f"{data} is the split {said!r}, the config says {split!r}")

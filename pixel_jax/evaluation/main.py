@@ -114,11 +114,13 @@ def answer(config: EvalConfig) -> None:
     from pixel_jax.data.limits import use_limits
     from pixel_jax.dialog import Language
     from pixel_jax.evaluation.benchmarks import read
+    from pixel_jax.models.io import read_network
     from pixel_jax.parallel.processes import barrier, is_main_process
     from pixel_jax.tools.named import find_format, find_tools
 
     use_limits(config.limits)
     language = Language(find_tools(config.tools), find_format(config.rollout.call_format))
+    limits = config.rollout.for_model(read_network(config.model))
     # Everything is read before anything is answered: a mistake in the last benchmark shows at once.
     data = {
         name: read(
@@ -131,6 +133,7 @@ def answer(config: EvalConfig) -> None:
             sample=x.sample,
             seed=config.seed,
             language=language,
+            pictures=limits.max_images > 0,
         )
         for name, x in config.benchmarks.items()
         if x.data is not None

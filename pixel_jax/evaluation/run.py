@@ -19,12 +19,12 @@ from pixel_jax.evaluation.config import Bucket
 from pixel_jax.evaluation.results import Results, read_records
 from pixel_jax.evaluation.stages import (
     USUAL,
+    EvaluationContext,
     EvaluationStages,
     Exam,
     Policy,
     QuestionBatch,
     Record,
-    Session,
     guidelines,
     unanswered,
 )
@@ -34,7 +34,7 @@ from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 
 LOADERS = 8  # threads that decode images
 
@@ -88,20 +88,20 @@ def evaluate(
     results, todo = Results(directory, process), [i for i in mine if i not in kept]
     if not todo:
         return
-    session = Session(policy, exam, directory, len(questions), scorer)
+    context = EvaluationContext(policy, exam, directory, len(questions), scorer)
 
     def keep(records: Iterable[Record]) -> None:
         results.append({**x, "pictures": pictures[x["index"]]} for x in records)
 
     found = find_shapes(policy, questions, exam, todo)
     placed = {i: x for i, x in found.items() if isinstance(x, Assignment)}
-    n = session.limits.group_size
+    n = context.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
-    progress, finished = Progress(label, len(todo)), len(todo) - len(placed)
+    progress, finished = ProgressLine(label, len(todo)), len(todo) - len(placed)
     # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
     scores = [float(np.mean(kept[i]["score"])) for i in mine if i in kept] + [0.0] * finished
     for loaded in load_batches(questions, placed, exam.batch):
-        records = answer_batch(session, stages, questions, placed, loaded)
+        records = answer_batch(context, stages, questions, placed, loaded)
         keep(records)
         finished += len(loaded)
         scores += [float(np.mean(x["score"])) for x in records]
@@ -193,19 +193,19 @@ def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i
 
 
 def answer_batch(
-    session: Session,
+    context: EvaluationContext,
     stages: EvaluationStages,
     questions: Sequence[Example],
     placed: Mapping[int, Assignment],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
     """The records of a batch after all stages; a question that could not be read is recorded as wrong."""
-    n = session.limits.group_size
+    n = context.limits.group_size
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
         asked = QuestionBatch(
             list(queries), [questions[i] for i in queries], list(queries.values()), [placed[i] for i in queries]
         )
-        records += stages.record(session, stages.judge(session, stages.answer(session, asked)))
+        records += stages.record(context, stages.judge(context, stages.answer(context, asked)))
     return records

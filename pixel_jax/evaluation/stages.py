@@ -2,7 +2,7 @@
 
     QuestionBatch -> answer -> Answered -> judge -> Judged -> record -> records
 
-Each stage is a function `stage(session, value)`; `EvaluationStages` names them, so that any can be replaced.
+Each stage is a function `stage(context, value)`; `EvaluationStages` names them, so that any can be replaced.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def guidelines(mode: Mode) -> str:
     return "notool" if mode == "none" else "vcot"
 
 
-class Session:
+class EvaluationContext:
     """The context in which the stages work."""
 
     def __init__(
@@ -129,15 +129,17 @@ class Judged(NamedTuple):
 Record = dict[str, Any]
 
 
-def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajectories] | None = None) -> Answered:
+def answer(
+    context: EvaluationContext, asked: QuestionBatch, *, roll: Callable[..., Trajectories] | None = None
+) -> Answered:
     """Asks the questions. An answer depends on the question's number, the seed and the limits, not on other questions.
 
     Args:
-        session: with the policy.
+        context: with the policy.
         asked: the questions.
         roll: a function in place of `rollout`; `functools.partial(answer, roll=...)` is a stage, too.
     """
-    exam, (model, vocabulary, tables) = session.exam, session.policy
+    exam, (model, vocabulary, tables) = context.exam, context.policy
     shape, spare = asked.places[0].shape, exam.batch - len(asked.numbers)  # repeats of the last keep the shape
 
     def padded(items: Sequence[Any]) -> list[Any]:
@@ -147,13 +149,13 @@ def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajec
         padded(asked.queries),
         vocabulary,
         tables,
-        session.limits,
+        context.limits,
         shape=shape,
         uids=padded(asked.numbers),
         guidelines=guidelines(exam.mode),
     )
-    made = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), session.limits))
-    t = take_rows(made, slice(len(asked.numbers) * session.limits.group_size))
+    made = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), context.limits))
+    t = take_rows(made, slice(len(asked.numbers) * context.limits.group_size))
     texts = [
         vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace")
         for ids, mask in zip(t.tokens, t.loss_mask, strict=True)
@@ -161,24 +163,22 @@ def answer(session: Session, asked: QuestionBatch, *, roll: Callable[..., Trajec
     return Answered(asked, t, prompts.images, texts)
 
 
-def judge(session: Session, answered: Answered) -> Judged:
+def judge(context: EvaluationContext, answered: Answered) -> Judged:
     """Scores each answer."""
-    n = session.limits.group_size
+    n = context.limits.group_size
     references = [Reference(x.answer, x.question) for x in answered.asked.questions for _ in range(n)]
-    return Judged(answered, {name: score(answered.texts, references) for name, score in session.scorers.items()})
+    return Judged(answered, {name: score(answered.texts, references) for name, score in context.scorers.items()})
 
 
-def record(session: Session, single_answer: Judged) -> list[Record]:
+def record(context: EvaluationContext, judged: Judged) -> list[Record]:
     """The record of each question; some transcripts are saved, too."""
-    asked, n = single_answer.answered.asked, session.limits.group_size
+    asked, n = judged.answered.asked, context.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
-        found = record_of(
-            number, question, single_answer, slice(at * n, (at + 1) * n), session.policy.tables.parser.language
-        )
+        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), context.policy.tables.parser.language)
         records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
-        if number in session.drawn:
-            draw(session, single_answer, at, found)
+        if number in context.drawn:
+            draw(context, judged, at, found)
     return records
 
 
@@ -186,9 +186,9 @@ def record(session: Session, single_answer: Judged) -> list[Record]:
 class EvaluationStages:
     """The functions that a batch goes through."""
 
-    answer: Callable[[Session, QuestionBatch], Answered] = answer
-    judge: Callable[[Session, Answered], Judged] = judge
-    record: Callable[[Session, Judged], list[Record]] = record
+    answer: Callable[[EvaluationContext, QuestionBatch], Answered] = answer
+    judge: Callable[[EvaluationContext, Answered], Judged] = judge
+    record: Callable[[EvaluationContext, Judged], list[Record]] = record
 
 
 USUAL = EvaluationStages()
@@ -212,13 +212,13 @@ def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
     return {**about(index, question), **wrong, **nothing, "shrunk": False, "unanswered": why}
 
 
-def record_of(index: int, question: Example, single_answer: Judged, rows: slice, language: Language) -> Record:
+def record_of(index: int, question: Example, judged: Judged, rows: slice, language: Language) -> Record:
     """What is kept of a question: lists have an entry an answer."""
-    t, texts = take_rows(single_answer.answered.trajectories, rows), single_answer.answered.texts[rows]
+    t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
-        **{name: [value or 0.0 for value in found[rows]] for name, found in single_answer.scores.items()},
+        **{name: [value or 0.0 for value in found[rows]] for name, found in judged.scores.items()},
         "operations": executed_calls(t).tolist(),
         "executed": answered_calls(t).tolist(),
         "failed": failed_calls(t).tolist(),
@@ -230,20 +230,20 @@ def record_of(index: int, question: Example, single_answer: Judged, rows: slice,
     }
 
 
-def draw(session: Session, single_answer: Judged, at: int, found: Record) -> None:
+def draw(context: EvaluationContext, judged: Judged, at: int, found: Record) -> None:
     """Saves the transcript of the first answer to the question at index `at` of its batch."""
-    asked = single_answer.answered.asked
+    asked = judged.answered.asked
     question = asked.questions[at]
-    first = take_rows(single_answer.answered.trajectories, [at * session.limits.group_size])
-    tools, query = session.policy.tables.tools, asked.queries[at]
+    first = take_rows(judged.answered.trajectories, [at * context.limits.group_size])
+    tools, query = context.policy.tables.tools, asked.queries[at]
     made = transcript.make_transcript(
-        materialize_on_host(first, single_answer.answered.images[[at]], tools, session.limits),
+        materialize_on_host(first, judged.answered.images[[at]], tools, context.limits),
         0,
         query,
-        session.policy.vocabulary,
+        context.policy.vocabulary,
         answer=found["given"][0],
         reference=" / ".join(question.answer),
         correct=found["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )
-    transcript.save(session.directory / "traces" / f"{asked.numbers[at]}.json", [made])
+    transcript.save(context.directory / "traces" / f"{asked.numbers[at]}.json", [made])

@@ -19,7 +19,7 @@ from pixel_jax.arrays import AnyArray
 from pixel_jax.config import ConfigError
 from pixel_jax.config import load as load_config
 from pixel_jax.dialog.observations import observation_text
-from pixel_jax.dialog.template import PROMPT, SPECIAL_TOKENS, flatten
+from pixel_jax.dialog.template import SPECIAL_TOKENS, flatten
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation.curves import COLORS
 from pixel_jax.files import FileError, read_json, write_file
@@ -185,7 +185,8 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     # The prompt ends where the assistant begins; a prefix of its first turn may follow.
     opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
     texts = [vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-    texts[0] = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace").removeprefix(flatten(PROMPT)) + texts[0]
+    prefix = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace")
+    texts[0] = prefix.removeprefix(flatten(vocabulary.layout.prompt)) + texts[0]
     return texts, runs[2::2]
 
 

@@ -1,6 +1,6 @@
-"""The one door to attention.
+"""Attention: all models call it through this module.
 
-Who may look where is data, not code: every query and every key carries an order number, and a key is visible to a query
+Which keys a query sees is data, not code: every query and every key carries an order number, and a key is visible to a query
 iff `0 <= key <= query`. Two tiny examples for four tokens, the last one padding:
 
     causal:         q_order [0, 1, 2, 3]   k_order [0, 1, 2, -1]
@@ -13,7 +13,7 @@ keys, forward and backward, in ordinary JAX. Kernels have no forward-mode deriva
 JAX can be pushed through `jax.jvp(jax.grad(...))`, and forward mode keeps no residuals: a Hessian-vector product is linear in
 memory too.
 
-On TPUs and GPUs 'kernel' is the fused kernel there is (`kernels.py`), for everything that is differentiated once or not at all.
+On TPUs and GPUs 'kernel' is the platform's fused kernel (`kernels.py`), for what is differentiated at most once.
 """
 
 import functools
@@ -26,8 +26,8 @@ from pixel_jax.models import kernels
 from pixel_jax.parallel.sharding import sequence_shards
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
-# Queries and keys that a step of the chunked implementation looks at, at most. With 512 keys none of a causal row of 512 could
-# be passed over: 27 ms instead of 13 on a CPU (4 rows, 8 heads); of one of 4,096 all the same.
+# The most queries and keys in a tile of the chunked implementation. With tiles of 512 keys no tile of a causal row of 512 tokens
+# could be skipped; for rows of 4,096 tokens larger tiles are no faster (docs/performance.md).
 TILE = (256, 256)
 CACHE_TILE = 512  # keys of a cache that are read together
 
@@ -76,8 +76,8 @@ def attention(
     """softmax(q k^T / sqrt(head_dim)) v over the visible keys, softmax in float32.
 
     q: [B, T, heads, head_dim]; k, v: [B, S, kv_heads, head_dim], each key head shared by heads / kv_heads query heads
-    causal: what a kernel has to know beforehand about the order in `mask`. True: places, those of keys or negative, T = S;
-            False: no key that is not negative comes after a query
+    causal: what a kernel has to know statically about the orders in `mask`. True: a query's and a key's order is its position,
+            or negative for a key, and T = S; False: no visible key has an order above a query's
     implementation: 'dense' (an array of scores [.., T, S]); 'chunked' (memory linear in T and S; see `chunked_attention`);
             'kernel', the platform's own, where there is none 'chunked'. On GPUs a query whose own key is invisible returns
             zeros. Rows and heads that a mesh does not divide evenly, or positions that it splits, are 'chunked', too.
@@ -104,13 +104,13 @@ def attention(
 
 
 def chosen(implementation: str | None, queries: int, keys: int) -> str:
-    """The implementation that attention of so many queries to so many keys takes.
+    """Returns the implementation for this number of queries and of keys.
 
-    None is 'dense' where a row's scores are no more than one tile of the chunked implementation, which needs as much memory
-    then, and 'kernel' for all that is larger: memory linear in the length on every platform.
+    None is 'dense' where the scores of a row fit into one tile of the chunked implementation, which needs the same memory
+    then, and otherwise 'kernel', whose memory is linear in the length on every platform.
 
     Raises:
-        ValueError: an implementation that there is not.
+        ValueError: an unknown implementation.
     """
     if implementation is None:
         return "dense" if queries * keys <= TILE[0] * TILE[1] else "kernel"
@@ -144,7 +144,7 @@ def visible(mask: Mask) -> jax.Array:
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """What exponents are shifted by: -inf - -inf would be NaN, so where no key is seen the maximum counts as 0."""
+    """Returns the shift of exponents: the maximum, or 0 where no key is seen, because -inf - -inf would be NaN."""
     return jnp.where(jnp.isfinite(x), x, 0.0)
 
 
@@ -153,13 +153,11 @@ def cached_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`attention` over a cache: k, v [B, kv_heads, S, head_dim] -> output like q, log-sum-exp float32 [B, T, heads].
 
-    used: int32 [], keys from this place on are invisible to all. They are not read, but for the rest of a `CACHE_TILE`: a cache
-          has room for the longest response there may be, and rows are mostly short. A token of 8 rows with room for 8,192
-          takes 35 ms instead of 87 on a CPU at the beginning, as long when half is used, and 1.5 times as long at the end.
+    used: int32 [], keys from this index on are invisible to all queries and are not read, except those that share the last
+          `CACHE_TILE` with visible ones. A cache has the size of the longest response that is allowed, and most rows are short.
 
-    Not to be differentiated, so it can do without what keeps the derivative finite, and divides the output, not the
-    weights: on a CPU, for 64 rows (own cache of 320, one of 384 for eight) 3.1 ms a layer and token instead of 6.8, for
-    8 rows .20 instead of .60.
+    It is not to be differentiated. It therefore omits what keeps the derivative finite, and divides the output and not the
+    weights, which is faster (docs/performance.md).
     """
     batch, length, heads, head_dim = q.shape
     kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
@@ -207,9 +205,9 @@ def cached_attention(
     return rows_first(out).reshape(q.shape), rows_first(_finite(top) + jnp.log(total)).reshape(batch, length, heads)
 
 
-# From here on heads come before positions: a CPU multiplies matrices that lie next to each other, and attention of 4 rows of
-# 512 positions (8 heads, 2 of keys) takes 35 ms instead of 94, with the gradient 76 instead of 194. q is [B, KV, G, T, D]: heads
-# of keys and, of each, the G heads of queries that share it; k and v are [B, KV, S, D].
+# From here on heads come before positions: the matrices of a batched product are then contiguous, which is faster on a CPU
+# (docs/performance.md). q is [B, KV, G, T, D]: the heads of keys and, for each, the G heads of queries that share it; k and v
+# are [B, KV, S, D].
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -287,15 +285,16 @@ def _joined(x: jax.Array, axis: int, strided: bool = False) -> jax.Array:
 
 
 class _Tiles:
-    """The tiles of T queries by S keys: the pieces of what belongs to queries and to keys, and which tiles anybody sees into.
+    """The tiles of T queries by S keys: arrays cut by queries or by keys, and which tiles have a visible key.
 
-    needed: bool [T / queries, S / keys]. By the ranges of orders and segments, so some tiles nobody sees into count, too. What
-            is not needed is not computed: half of what is causal, and most of rows that are packed out of short ones.
+    needed: bool [T / queries, S / keys]; False: no query of the tile sees a key of it, so that it is skipped (half of the tiles
+            of a causal row, and most tiles of rows packed from short ones). It is decided by the ranges of orders and segments,
+            so some tiles without a visible key are computed, too.
     """
 
     def __init__(self, queries: int, keys: int, mask: Mask):
         self.queries, self.keys = queries, keys
-        # Where positions are split over a mesh every block has a part of every device.
+        # Where a mesh splits positions, every block has positions of every device, so that all devices have work.
         self.strided = sequence_shards(jax.sharding.get_abstract_mesh()) > 1
         self.q_mask = self.of_queries((mask.q_order, mask.q_segment), 1)
         self.k_mask = self.of_keys((mask.k_order, mask.k_segment), 1)
@@ -331,12 +330,12 @@ def _tile(q, k, q_mask, k_mask) -> jax.Array:
 def _forward(queries, keys, q, k, v, mask):
     """A scan over blocks of queries of a scan over chunks of keys.
 
-    One over keys alone would do for the memory, but its tiles, [T, keys], fit in no memory on the chip: of the 77 GB that a
-    layer of the 7B model then moves for 12,288 positions, .2 are left (v5e and v6e, compiled; v5p keeps tiles in its main
-    memory all the same). A CPU takes half the time at 8,192 positions.
+    A scan over keys alone would need as little memory, but its tiles, [T, keys], do not fit into the memory on a chip. With
+    blocks of queries a layer of the 7B model moves .2 GB for 12,288 positions instead of 77 (compiled for v5e and v6e; v5p
+    keeps tiles in its main memory in both forms).
     """
-    # Made to look as if it depended on q: in a gradient of a scan over layers JAX computes what does not depend on the layer
-    # beforehand and keeps it, here the masks of all tiles, [T, S] for every head (12,288 positions of the 7B model: 4 GB).
+    # The barrier makes the mask depend on q. In the gradient of a scan over layers JAX computes in advance, and keeps, what does
+    # not depend on the layer: here the masks of all tiles, [T, S] for every head (12,288 positions of the 7B model: 4 GB).
     q, mask = jax.lax.optimization_barrier((q, mask))
     tiles = _Tiles(queries, keys, mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)

@@ -73,6 +73,21 @@ def from_pretrained(
     return model, processor
 
 
+def read_network(path: str | os.PathLike[str]) -> ModelConfig:
+    """Reads the configuration of what `from_pretrained` reads, and no weights.
+
+    Raises:
+        FileNotFoundError: it is no model directory.
+        FileError: a file is not what it should be.
+    """
+    directory = Path(path)
+    if (directory / CONFIG).exists():
+        return read_config(directory)[0]
+    if (gguf := find_gguf(directory)) is not None:
+        return read_gguf(gguf)[0]
+    raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
+
+
 def _what_it_is(directory: Path) -> str:
     """What is there instead of a model."""
     if (directory / ADAPTER).is_file():

@@ -52,19 +52,20 @@ def rematerialised(block: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(block, policy=dots if remat == "dots" else None)
 
 
-FEW = 64  # tokens
+FEW = 64  # tokens, up to which W x^T is faster on a CPU than x W^T
 
 
 def product(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
-    """x W^T: [..., in] and [out, in] -> [..., out]; dtype: of the result, that of x if None.
+    """Computes x W^T: [..., in] and [out, in] -> [..., out]; dtype: of the result, that of x if None.
 
-    For a CPU the tokens are the rows of one matrix. XLA would else bring the cotangent of [rows, tokens, out] into another order
-    for the weight's gradient, within the fusion that computes it: a gated MLP with its gradient takes 181 ms instead of 108
-    (4 rows of 512 tokens, 512 and 1,408 wide, float32). Elsewhere, and where a mesh splits both, rows and tokens stay apart.
+    On a CPU the tokens of all rows are the rows of one matrix, because otherwise XLA transposes the cotangent
+    [rows, tokens, out] inside the fusion that computes the weight's gradient. On other platforms, and where a mesh splits
+    positions, rows and tokens remain two axes.
 
-    Few tokens are multiplied as W x^T there, which copies the tokens into the order its kernel reads, and not the weights:
-    a whole decoding step takes 1.2 times less for 8 rows, 1.06 for 32 (jax 0.10; for 128 it would take 1.1 more). The barrier
-    keeps XLA from turning the product back.
+    On a CPU up to `FEW` tokens are multiplied as W x^T, because XLA then copies the tokens, and not the weights, into the
+    layout that its kernel reads. The barrier keeps XLA from transposing the product back.
+
+    docs/performance.md has the measurements ("Forms chosen for CPUs").
     """
     dtype = dtype or x.dtype
     tokens = x.size // x.shape[-1]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import regex
 from jax.sharding import Mesh, NamedSharding
@@ -223,7 +224,16 @@ def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
             or the model has no layer for them. The message says which and what to do.
         ValueError: the model has an adapter already.
     """
-    directory = Path(path)
+    return _adapted(model, Path(path), _attach)
+
+
+def shape_adapter(model: M, path: str | os.PathLike[str]) -> M:
+    """As `load_adapter`, with zeros for the factors, whose values are not read: for a model that is traced, not computed."""
+    return _adapted(model, Path(path), _attach_zeros)
+
+
+def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
+    """The model with the adapter in a directory; `attach` gives a linear layer its factors."""
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} is no adapter of PEFT: it has no {CONFIG}")
     config = PEFTConfig.read(directory / CONFIG)
@@ -239,7 +249,7 @@ def load_adapter(model: M, path: str | os.PathLike[str]) -> M:
         found = _factors(model, open_safetensors(directory / WEIGHTS), config, directory)
         for name, linear in layers.items():
             if of_layer := {place.layer: place for place in found if place.path == name}:
-                _attach(linear, of_layer, found, config)
+                attach(linear, of_layer, found, config)
     except ValueError as error:  # of a pattern
         raise error if isinstance(error, FileError) else FileError(f"{directory / CONFIG}: {error}") from None
     return model
@@ -343,6 +353,18 @@ def _attach(
     linear.lora_a = LoRAWeight(_put(a, (*layer_axis, None, in_axis), linear), axes=(*layer_axis, None, in_axis))
     linear.lora_b = LoRAWeight(_put(b, (*layer_axis, out_axis, None), linear), axes=(*layer_axis, out_axis, None))
     linear.lora_scale = scale
+
+
+def _attach_zeros(
+    linear: Linear, places: dict[int | None, LayerName], found: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
+) -> None:
+    """As `_attach`, with zeros."""
+    *layers, out_dim, in_dim = linear.weight.shape
+    *layer_axis, out_axis, in_axis = linear.weight.axes
+    rank = max(found[place]["A"].shape[0] for place in places.values())
+    linear.lora_a = LoRAWeight(jnp.zeros((*layers, rank, in_dim)), axes=(*layer_axis, None, in_axis))
+    linear.lora_b = LoRAWeight(jnp.zeros((*layers, out_dim, rank)), axes=(*layer_axis, out_axis, None))
+    linear.lora_scale = max((config.scale_of(place.name) for place in places.values()), key=abs)
 
 
 def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:

@@ -1,12 +1,11 @@
-"""The vision towers of the Qwen-VL families: patches of a temporal slice in, visual tokens out.
+"""The vision tower of the Qwen-VL families: from the patches of a temporal slice to visual tokens.
 
-One compilation serves any grid.
-
-In Qwen2.5-VL most blocks attend within windows of `window_size` pixels, a few over the whole slice; in the other families all
-attend over the whole slice. The grid (height, width) is a traced
-value: only the number of patches P is static. Patches come in merge order (the four patches of a visual token contiguous, the
-tokens in raster order) and are put into the order of their windows once, at the start, as the original does; the visual
-tokens are put back at the end. A window then lies in at most two neighbouring blocks of as many patches as a window can have.
+The grid (height, width) is a traced value and only the number of patches P is static, so one compilation serves all grids. In
+Qwen2.5-VL most blocks attend within windows of `window_size` pixels, a few over the whole slice; in the other families all
+attend over the whole slice. Patches come in merge order: the four patches of a visual token are contiguous, the tokens in raster
+order. With windows, patches are put into the order of their windows once, at the start, as the original does, and the visual
+tokens are put back at the end. A window then spans at most two neighbouring blocks, if a block has as many patches as a full
+window.
 """
 
 from typing import NamedTuple
@@ -40,8 +39,8 @@ class Layout:
     """Where the patches of a batch of slices lie: in merge order, or, in a tower with windows, in the order of these.
 
     valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
-    With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], which visual
-    token in raster order lies at a place.
+    With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], the number in
+    raster order of the visual token at each index.
     """
 
     def __init__(self, hw: jax.Array, num_patches: int, config: TowerConfig):
@@ -68,7 +67,7 @@ class Layout:
 
 
 class Blocks(NamedTuple):
-    """How windowed attention cuts up P patches: `number` blocks of `size`, each of which sees `reach` more on either side."""
+    """How windowed attention divides P patches: `number` blocks of `size`, each of which sees `reach` blocks on either side."""
 
     number: int
     size: int
@@ -78,7 +77,7 @@ class Blocks(NamedTuple):
     def of(cls, num_patches: int, config: TowerConfig) -> "Blocks":
         """Returns the cut of `num_patches` patches."""
         size = config.window_cells**2 * config.merge_unit
-        # A block and its neighbours would be all of them (a tower for 8 images of 144 patches, on a CPU: 118 ms, not 132).
+        # A block and its two neighbours would be all patches, and one block is faster (docs/performance.md).
         if num_patches <= 3 * size:
             return cls(1, num_patches, 0)
         return cls(-(-num_patches // size), size, 1)

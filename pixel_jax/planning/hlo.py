@@ -183,7 +183,7 @@ def _array(dtype: str, shape: str, layout: str | None) -> Array:
     return Array(dtype, dims, space is not None and space[1] != "0")
 
 
-class Counter:
+class WorkCounter:
     """Counts the work of a program."""
 
     def __init__(self, text: str, turns: Mapping[str, float] = {}):  # noqa: B006, never changed

@@ -156,6 +156,7 @@ def read_recipe(config, console):
     from pixel_jax.dialog.tokenizer import Vocabulary
     from pixel_jax.models.config import CONFIG
     from pixel_jax.models.families import read_config
+    from pixel_jax.models.gguf_files import find_gguf, read_gguf
     from pixel_jax.models.processor import Processor
     from pixel_jax.models.released import released
     from pixel_jax.planning.programs import Recipe
@@ -164,9 +165,13 @@ def read_recipe(config, console):
     from pixel_jax.tools.named import find_format
 
     directory, vocabulary = pathlib.Path(config.model), None
-    if (directory / CONFIG).exists():
-        network, _ = read_config(directory)
-        processor = Processor.from_directory(directory, network)
+    gguf = None if (directory / CONFIG).exists() else find_gguf(directory)
+    if gguf is not None or (directory / CONFIG).exists():
+        if gguf is not None:
+            network, _, processor = read_gguf(gguf)
+        else:
+            network, _ = read_config(directory)
+            processor = Processor.from_directory(directory, network)
         vocabulary = Vocabulary.of(processor.tokenizer) if processor else None
     elif config.architecture is None:
         raise UserError(f"{config.model} is no model directory, and the config names no architecture")

@@ -17,6 +17,7 @@ from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.inputs import Visual
 from pixel_jax.models.lora import add_lora
 from pixel_jax.models.model import LanguageModel, Model
+from pixel_jax.models.peft import shape_adapter
 from pixel_jax.ops.crop_resize import ROW_BLOCK, tiles
 from pixel_jax.parallel.sharding import ROWS, shardings
 from pixel_jax.rollouts import decode_loop
@@ -150,7 +151,9 @@ def abstract_model(recipe: Recipe) -> Model:
 
     def build(key):
         model = LanguageModel(recipe.network, key, dtype=jnp.dtype(recipe.dtype))
-        lora = recipe.config.lora
+        lora, adapter = recipe.config.lora, recipe.config.adapter
+        if adapter is not None:
+            return shape_adapter(model, adapter)
         return model if lora is None else add_lora(model, key, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
 
     return jax.eval_shape(build, jax.random.key(0))

@@ -16,7 +16,7 @@ import jax
 from pixel_jax.models.config import TextConfig
 from pixel_jax.parallel.mesh import make_mesh
 from pixel_jax.parallel.sharding import undivided
-from pixel_jax.planning.hlo import Counter
+from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import Machine
 from pixel_jax.planning.programs import RUN, Program, Recipe, abstract_model, resident
 
@@ -127,7 +127,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
         if held + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
-    full = recipe.config.lora is None
+    full = not recipe.config.adapts
     # In units of bfloat16 weights: float32 weights and two moments, and to train gradients.
     state = 1 if not full else 6 if step == "score" else 8
     if state * held > chip.memory:
@@ -272,7 +272,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
             raise
         return Compiled(Plan(**known, fits=False, **_needed(str(error), machine)), {}, time.monotonic() - began)
     seconds = time.monotonic() - began
-    counter = Counter(text, program.turns)
+    counter = WorkCounter(text, program.turns)
     count, per_chip = counter.total(), machine.per_chip
     peak = per_chip * memory
     found = Plan(

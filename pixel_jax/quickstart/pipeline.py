@@ -28,7 +28,7 @@ from pixel_jax.rollouts.limits import write_limits
 from pixel_jax.run_lock import hold
 from pixel_jax.signals import SIGNALS
 from pixel_jax.state_files import read_note, write_json
-from pixel_jax.training.progress import Progress, announce_compiles, use_compilation_cache
+from pixel_jax.training.progress import ProgressLine, announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import rl
 from pixel_jax.training.sft import Shuffled, sft
@@ -212,7 +212,7 @@ class SideBySide(contextlib.ExitStack):
         self.arms = tuple(lesson_of(config).arms)
         self.done_before = {arm: len(self.iterations(arm)) for arm in self.arms if read_note(self.result(arm)) is None}
         self.total = config.rl.iterations * len(self.done_before)
-        self.progress, self.shown = Progress("rl", self.total), None
+        self.progress, self.shown = ProgressLine("rl", self.total), None
 
     def result(self, phase: str) -> pathlib.Path:
         """The file with the result of a phase."""

@@ -29,7 +29,7 @@ def reference_box(scene: miniature.Scene) -> synthesis.Box:
     return synthesis.outward((x1 - MARGIN, y1 - MARGIN, x2 + MARGIN, y2 + MARGIN), miniature.SIDE, miniature.SIDE)
 
 
-def clip_query(clip: miniature.Clip) -> Query:
+def clip_query(clip: miniature.MiniatureClip) -> Query:
     """The question about a video."""
     return Query(miniature.VIDEO_QUESTION, list(clip.frames), is_video=True)
 

@@ -128,7 +128,8 @@ def encode_replies(
         text = f"\n{reply.text}" if answered else ERROR.format(tool.name, reply.text)
         before, behind = call_format.answer(tool, reply.outcome, text)
         parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
-        pieces = ["\n", *template.message_pieces("user", parts), *template.PROMPT]
+        layout = vocabulary.layout
+        pieces = [*layout.behind, *template.message_pieces("user", parts, layout), *layout.prompt]
         ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
         outcome[row] = kinds.index((tool.name, reply.outcome.name))
         status[row] = CallStatus.DONE if answered else CallStatus.FAILED

@@ -33,14 +33,23 @@ def write_limits(directory: str | os.PathLike, config: RolloutConfig) -> None:
     write_json(pathlib.Path(directory) / FILE, dataclasses.asdict(single_answer(config)))
 
 
+def limits_file(model: str | os.PathLike) -> pathlib.Path:
+    """Where the limits of a model lie: in its directory, or in that of its GGUF file."""
+    path = pathlib.Path(model)
+    return (path.parent if path.suffix == ".gguf" else path) / FILE
+
+
 def read_limits(directory: str | os.PathLike) -> RolloutConfig | None:
-    """Reads the limits beside the model in `directory`, with the sampling of evaluation; None if there is no file.
+    """Reads the limits beside a model, with the sampling of evaluation; None if there is no file.
+
+    Args:
+      directory: of the model, or its GGUF file, beside which they lie.
 
     Raises:
       ConfigError: a field is wrong; the message names it and the file.
       FileError: the file is damaged.
     """
-    path = pathlib.Path(directory) / FILE
+    path = limits_file(directory)
     return single_answer(load(RolloutConfig, read_json(path), str(path))) if path.exists() else None
 
 

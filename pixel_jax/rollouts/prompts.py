@@ -70,15 +70,27 @@ def prompt_tokens(
     if not query.images and config.max_images:
         raise PromptError(f"the question {query.question!r} comes without an image or frame")
     media, pads = shown_media(query, config)
+    guidelines, tools = offered(guidelines, tools, config)
     messages = template.first_messages(
         query.question,
         media,
         guidelines=guidelines,
-        tools=() if guidelines == "notool" else tools,
+        tools=tools,
         call_format=call_format(config.call_format),
         text_first=query.text_first,
     )
-    return template.to_ids(template.render(messages), vocabulary, pads)
+    return template.to_ids(template.render(messages, layout=vocabulary.layout), vocabulary, pads)
+
+
+def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> tuple[str, tuple[Tool, ...]]:
+    """The guidelines that a prompt has, and the tools that it tells of.
+
+    Where rows have no images (`max_images` is 0), tools that look at them and guidelines that speak of them are left out.
+    """
+    if not config.max_images:
+        tools = tuple(tool for tool in tools if tool.host)
+        guidelines = "default" if tools and guidelines != "notool" else "notool"
+    return guidelines, () if guidelines == "notool" else tools
 
 
 def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Media], list[int]]:

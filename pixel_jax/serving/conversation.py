@@ -17,7 +17,7 @@ from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.prompts import PromptError, Query, place_prompts, shown_media
+from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 
@@ -110,9 +110,13 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     if query.images and not speaker.config.max_images:
         raise PromptError(f"{len(query.images)} images are shown, and this model sees none: ask without them")
     media, pads = shown_media(query, speaker.config) if query.images else ([], [])
-    told = "\n\n".join([template.system_prompt(speaker.tables.tools, speaker.call_format), *(x.text for x in system)])
-    written = [{"role": "system", "content": told}, *(_written(message, speaker) for message in spoken)]
-    pieces = template.render(written)
+    guidelines, tools = offered(speaker.guidelines, speaker.tables.tools, speaker.config)
+    told = "\n\n".join([template.system_prompt(tools, speaker.call_format), *(x.text for x in system)])
+    written = [
+        {"role": "system", "content": told},
+        *(_written(message, guidelines, speaker.call_format) for message in spoken),
+    ]
+    pieces = template.render(written, layout=speaker.vocabulary.layout)
     if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
         raise PromptError("only questions may show images or videos")
     return Prompt(query, template.to_ids(pieces, speaker.vocabulary, pads))
@@ -130,10 +134,10 @@ def _query(spoken: Sequence[Message]) -> Query:
     return Query(spoken[-1].text, [part for part in shown if isinstance(part, np.ndarray)])
 
 
-def _written(message: Message, speaker: Speaker) -> dict[str, Any]:
+def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
     """A message as templates have it: a question with the guidelines behind it, of an answer the last turn."""
     if message.role == "assistant":
-        return {"role": "assistant", "content": last_turn(message.text, speaker.call_format)}
+        return {"role": "assistant", "content": last_turn(message.text, call_format)}
     parts: list[dict[str, Any]] = []
     for part in message.parts:
         if isinstance(part, str):
@@ -141,7 +145,7 @@ def _written(message: Message, speaker: Speaker) -> dict[str, Any]:
         else:
             kind = "video" if isinstance(part, Clip) else "image"
             parts.append({"type": kind, kind: None})
-    parts.append({"type": "text", "text": template.user_text("", speaker.guidelines)})
+    parts.append({"type": "text", "text": template.user_text("", guidelines)})
     return {"role": "user", "content": parts}
 
 

@@ -30,11 +30,11 @@ from pixel_jax.run_lock import hold
 from pixel_jax.state_files import LineLog, read_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
-from pixel_jax.synthesis.writers import Model, Templates
+from pixel_jax.synthesis.writers import EndpointWriter, Templates
 from pixel_jax.terminal import print_table, say, table
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools.named import DEFAULT, find_format, find_tools
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 
 MOST_FAILURES = 8  # seeds in a row for which the endpoint could not be used, before the run stops
 DOWN = "the endpoint gave no answer"
@@ -137,7 +137,7 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
         cache=out / "answers",
     )
     with ask:
-        writer = Model(ask, {"temperature": at.temperature, "max_tokens": at.max_tokens})
+        writer = EndpointWriter(ask, {"temperature": at.temperature, "max_tokens": at.max_tokens})
         return _run(seeds, kinds, impossible, writer, at.workers, config, out)
 
 
@@ -233,7 +233,7 @@ def _work(
     """
     total = len(seeds)
     done = total - len(todo)
-    progress, dropped, in_a_row = Progress("seeds", total, done), 0, 0
+    progress, dropped, in_a_row = ProgressLine("seeds", total, done), 0, 0
     failed: dict[int, str] = {}
     running: dict[Future, int] = {}
     waiting = iter(todo)

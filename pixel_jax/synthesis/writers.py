@@ -70,8 +70,8 @@ DIRECT = (
 )
 
 
-class Model:
-    """A model behind an endpoint. It is told where to look but not the answer, so that a right answer was read off the image."""
+class EndpointWriter:
+    """A writer that asks a model behind an endpoint. The model is told where to look but not the answer, which it has to read."""
 
     def __init__(self, endpoint: Endpoint, sampling: Mapping[str, Any]):
         """Takes the endpoint and the fields of its requests."""

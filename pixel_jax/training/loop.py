@@ -15,7 +15,7 @@ from pixel_jax.parallel.processes import is_main_process, say
 from pixel_jax.terminal import warn
 from pixel_jax.training.checkpoint import CheckpointError, Checkpoints, Restored, fingerprint
 from pixel_jax.training.preemption import NOTICE, Preempted
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import Writer, WriterName, open_writers
 
@@ -40,8 +40,8 @@ class Local(Protocol):
         """Goes back to the states of all processes that saved, however many there are now."""
 
 
-class Watch(Protocol):
-    """Watches a run, and changes nothing of it."""
+class Observer(Protocol):
+    """A callable that the loop calls as a run proceeds; it changes nothing of the run."""
 
     def __call__(self, state: TrainState, done: int, log: Writer | None) -> None:
         """Is called with the state after `done` steps. `log` takes metrics; it is None where nothing is written."""
@@ -63,7 +63,7 @@ class Timer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class RunSteps:
     """The steps of a run.
 
     A step may depend on the state, on its number and on the objects in `host` and `local`, whose states are saved, and on nothing
@@ -119,14 +119,16 @@ class Loop:
     With several processes, all take the same steps; the first one writes the metrics.
     """
 
-    def __init__(self, work: Work, state: TrainState, keeping: Keeping | None = None, watch: Watch | None = None):
+    def __init__(
+        self, work: RunSteps, state: TrainState, keeping: Keeping | None = None, watch: Observer | None = None
+    ):
         self.work, self.state, self.watch = work, state, watch
         self.keeping = keeping = keeping or Keeping()
         self.directory = None if keeping.directory is None else pathlib.Path(keeping.directory)
         self.done = 0
         self.stopped = False  # whether the step that was under way was told to stop
         self.before: dict[str, Any] = {}  # the states of `work.host` before it
-        self.progress = Progress(work.label, work.steps) if is_main_process() else None
+        self.progress = ProgressLine(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
         self.checkpoints: Checkpoints | None = None
         self.base: dict[str, str] = {}
@@ -255,7 +257,7 @@ def _states(items: Mapping[str, Stateful] | Mapping[str, Local]) -> dict[str, An
     return {name: item.get_state() for name, item in items.items()}
 
 
-def _restore_objects(found: Restored, work: Work, directory: pathlib.Path) -> None:
+def _restore_objects(found: Restored, work: RunSteps, directory: pathlib.Path) -> None:
     """Restores the objects on the host. CheckpointError: they cannot resume from what the checkpoint holds."""
     try:
         for name, item in work.host.items():

@@ -12,7 +12,7 @@ from pixel_jax.arrays import AnyArray
 Normalizer = Literal["row", "token"]  # of tuning: the mean of the rows' means, or the mean of all tokens
 
 
-class Loss(NamedTuple):
+class LossSum(NamedTuple):
     """A loss is `total / denominator`; totals and denominators of micro-batches add up to those of the batch."""
 
     total: jax.Array  # float32 []
@@ -203,7 +203,7 @@ def sft_loss(
     *,
     normalizer: Normalizer,
     segments: AnyArray | None = None,
-) -> Loss:
+) -> LossSum:
     """The negative log-likelihood of the tokens in the loss mask.
 
     Args:
@@ -229,7 +229,7 @@ def sft_loss(
         "nll": -jnp.sum(masked(logprobs, counted)),
         "entropy": jnp.sum(masked(entropy, counted)),
     }
-    return Loss(total, denominator, rows, jax.lax.stop_gradient(sums))
+    return LossSum(total, denominator, rows, jax.lax.stop_gradient(sums))
 
 
 def bounded_ratio(
@@ -278,7 +278,7 @@ def policy_loss(
     *,
     reference_logprobs: jax.Array | None = None,
     segments: AnyArray | None = None,
-) -> Loss:
+) -> LossSum:
     """PPO's clipped objective over the tokens of the loss mask.
 
     All arrays are float32 [R, L] but `weight` [R], `loss_mask` bool, and `advantage`, which is [R] or, in packed rows
@@ -331,4 +331,4 @@ def policy_loss(
         tokens = tokens / count
     rows = jnp.sum(masked(tokens, counted), axis=1)
     total = jnp.sum(masked(rows * weight, weight > 0))
-    return Loss(total, policy_denominator(counted, weight, config, segments), rows, jax.lax.stop_gradient(sums))
+    return LossSum(total, policy_denominator(counted, weight, config, segments), rows, jax.lax.stop_gradient(sums))

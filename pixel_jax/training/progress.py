@@ -57,7 +57,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class Progress:
+class ProgressLine:
     """A progress line: on a terminal one line that is rewritten, in a log file a new line every `every` seconds."""
 
     def __init__(self, label: str, total: int, start: int = 0, *, stream=None, every: float = 10.0):

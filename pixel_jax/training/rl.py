@@ -17,7 +17,7 @@ from pixel_jax.rollouts.trajectory import STOP_ANSWER, HostPrompts, answered_cal
 from pixel_jax.training.batch import Batch, PackingConfig
 from pixel_jax.training.cost import Throughput
 from pixel_jax.training.diagnosis import Diagnosis, outcome_metrics
-from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Observer, RunSteps, Timer
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.preemption import NOTICE
@@ -191,7 +191,7 @@ def rl(
     mesh: Mesh | None = None,
     rollout_mesh: Mesh | None = None,
     label: str = "rl",
-    watch: Watch | None = None,
+    watch: Observer | None = None,
 ) -> Model:
     """Trains a model by reinforcement learning: `config.iterations` iterations through `stages`, each with several updates.
 
@@ -218,7 +218,7 @@ def rl(
     """
     learner = Learner(model, data, stages, config, mesh=mesh, rollout_mesh=rollout_mesh)
     host: dict[str, Any] = {"data": data}
-    work = Work(
+    work = RunSteps(
         label,
         config.iterations,
         learner.step,

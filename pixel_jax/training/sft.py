@@ -15,7 +15,7 @@ from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
 from pixel_jax.training.batch import Batch, take
 from pixel_jax.training.cost import Throughput
-from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Timer, Watch, Work
+from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Observer, RunSteps, Timer
 from pixel_jax.training.losses import Normalizer
 from pixel_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from pixel_jax.training.preemption import NOTICE
@@ -136,7 +136,7 @@ def sft(
     mesh: Mesh | None = None,
     epoch: float | None = None,
     label: str = "sft",
-    watch: Watch | None = None,
+    watch: Observer | None = None,
 ) -> Model:
     """Tunes a model on traces: `config.updates(epoch)` updates.
 
@@ -161,7 +161,7 @@ def sft(
     tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
     shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
     host: dict[str, Any] = {"data": data}
-    work = Work(label, tuning.steps, tuning.step, host=host, shown=shown)
+    work = RunSteps(label, tuning.steps, tuning.step, host=host, shown=shown)
     keeping = Keeping(
         directory,
         identity.with_settings(sft=dataclasses.asdict(config)),

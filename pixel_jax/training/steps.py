@@ -32,7 +32,7 @@ from pixel_jax.parallel.sharding import (
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.cost import bytes_of, micro_batches
 from pixel_jax.training.losses import (
-    Loss,
+    LossSum,
     Normalizer,
     PolicyLossConfig,
     policy_loss,
@@ -192,7 +192,9 @@ def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None) -> tuple[Loss, Any]:
+def loss_gradient(
+    loss: Callable[..., LossSum], state: TrainState, batch: Batch, mesh: Mesh | None
+) -> tuple[LossSum, Any]:
     """`loss(model, batch)`, and the gradient of its total by the trained weights."""
 
     def total(trainable):
@@ -207,14 +209,14 @@ def loss_gradient(loss: Callable[..., Loss], state: TrainState, batch: Batch, me
 
 
 def summed_gradient(
-    loss: Callable[..., Loss], state: TrainState, batch: Batch, mesh: Mesh | None, turns: int
-) -> tuple[Loss, Any]:
+    loss: Callable[..., LossSum], state: TrainState, batch: Batch, mesh: Mesh | None, turns: int
+) -> tuple[LossSum, Any]:
     """`loss_gradient` over `turns` micro-batches, one after the other, whose totals are summed."""
     if turns == 1:
         return loss_gradient(loss, state, batch, mesh)
     parts = split_rows(batch, turns, mesh)
 
-    def gradient(micro_batch: Batch) -> tuple[Loss, Any]:
+    def gradient(micro_batch: Batch) -> tuple[LossSum, Any]:
         return loss_gradient(loss, state, micro_batch, mesh)
 
     def accumulate(carry, micro_batch: Batch):
@@ -228,11 +230,11 @@ def summed_gradient(
         (shapes[0].total, shapes[0].denominator, shapes[0].sums, shapes[1]),
     )
     (total, denominator, sums, grads), rows = jax.lax.scan(accumulate, zeros, parts)
-    return Loss(total, denominator, join_rows(rows), sums), grads
+    return LossSum(total, denominator, join_rows(rows), sums), grads
 
 
 def make_step(
-    loss: Callable[..., Loss],
+    loss: Callable[..., LossSum],
     optimizer: optax.GradientTransformation,
     config: ForwardConfig,
     mesh: Mesh | None,
@@ -281,7 +283,7 @@ def make_sft_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
     """Makes (state, batch) -> (state, report): a step of tuning on the tokens of the loss mask. `advantage` is not read."""
 
-    def loss(model, batch: Batch) -> Loss:
+    def loss(model, batch: Batch) -> LossSum:
         logprobs, entropy = trajectory_logprobs(model, batch, config, mesh=mesh)
         return sft_loss(
             logprobs, entropy, batch.loss_mask, batch.weight, normalizer=normalizer, segments=batch.segments
@@ -308,7 +310,7 @@ def make_rl_step(
         trajectory_logprobs, config=config, temperature=temperature, later_temperature=later_temperature, mesh=mesh
     )
 
-    def loss(model, batch: Batch) -> Loss:
+    def loss(model, batch: Batch) -> LossSum:
         logprobs, entropy = logprobs_of(model, batch)
         reference = None
         if loss_config.kl:

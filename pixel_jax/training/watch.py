@@ -166,7 +166,7 @@ class Watch:
         value = metrics.get(by, float("nan"))
         note = read_note(self.directory / BEST) if is_main_process() else None
         before = note["value"] if note is not None and note.get("by") == by else float("nan")
-        before = float(all_gather(np.float64(before))[0])
+        before = float(all_gather(np.asarray(before, np.float64))[0])
         sign = BETTER[by]
         if np.isnan(value) or sign * value <= sign * before:  # the first of equals
             return

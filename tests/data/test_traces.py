@@ -208,7 +208,7 @@ def test_placeholders_are_as_many_as_the_features():
 @pytest.mark.torch
 def test_transformers_accepts_these_placeholders_and_refuses_obeyed_ones():
     import torch
-    from transformers.models.model.modeling_qwen2_5_vl import Qwen2_5_VLModel
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
     words, t = scripted_model.vocabulary(), compile_traces(spelled())
     like = types.SimpleNamespace(

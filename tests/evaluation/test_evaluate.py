@@ -264,7 +264,7 @@ def test_the_scorer_is_the_benchmarks(questions, tmp_path, whole):
 
 
 def test_a_stage_of_ones_own(questions, tmp_path, whole):
-    def longest(session, answered):
+    def longest(context, answered):
         return stages.Judged(
             answered, {name: [float(len(x)) for x in answered.texts] for name in ("score", "accuracy")}
         )

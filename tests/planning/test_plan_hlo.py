@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pixel_jax.parallel import make_mesh
-from pixel_jax.planning.hlo import Counter, HLOError
+from pixel_jax.planning.hlo import HLOError, WorkCounter
 
 LAYERS, WIDTH, ROWS = 6, 32, 16
 
@@ -17,7 +17,7 @@ def f32(*shape):
 
 
 def counted(function, *arguments, **turns):
-    return Counter(jax.jit(function).lower(*arguments).compile().as_text(), turns).total()
+    return WorkCounter(jax.jit(function).lower(*arguments).compile().as_text(), turns).total()
 
 
 def chain(x, weights, unroll=1):
@@ -129,12 +129,12 @@ ENTRY %main (p: f32[40,512], i: s32[], v: f32[512]) -> f32[512] {
 
 def test_slices_in_fusions_inside_a_fusion():
     """As compilers for TPUs write them: a row of the matrix, the index, the vector, and the result."""
-    assert Counter(FUSIONS).total().bytes == 3 * 4 * 512 + 4
+    assert WorkCounter(FUSIONS).total().bytes == 3 * 4 * 512 + 4
     whole = FUSIONS.replace(
         "ROOT %sum = f32[512]{0} add(%row, %v)",
         "%all = f32[40,512]{1,0} negate(%q)\n  ROOT %sum = f32[512]{0} add(%row, %v)",
     )
-    assert Counter(whole).total().bytes == 4 * (40 * 512 + 2 * 512) + 4
+    assert WorkCounter(whole).total().bytes == 4 * (40 * 512 + 2 * 512) + 4
 
 
 WRITING = """
@@ -163,7 +163,7 @@ ENTRY %main (p: f32[40,512], i: s32[3,1], v: f32[3,512]) -> f32[40,512] {
 
 def test_what_a_fusion_scatters_into_is_not_moved():
     """Three rows are read and written, as a cache takes a token of each row; the array around them stays where it is."""
-    assert Counter(WRITING).total().bytes == 4 * (2 * 3 * 512 + 3)
+    assert WorkCounter(WRITING).total().bytes == 4 * (2 * 3 * 512 + 3)
 
 
 WINDOWS = """
@@ -193,17 +193,17 @@ ENTRY %main (p: (f32[8,16], f32[16,32], f32[8,32], u32[])) -> (f32[8,16], f32[16
 def test_a_loop_without_a_stated_count():
     """As compilers for TPUs write a product cut into windows: the counter goes up by two, so to 5 the loop runs thrice."""
     once = 2 * 8 * 16 * 32
-    assert Counter(WINDOWS).total().flops == 3 * once
+    assert WorkCounter(WINDOWS).total().flops == 3 * once
     product, count_on, compare = 4 * (8 * 16 + 16 * 32 + 8 * 32), 4 + 4 + 4, 4 + 4 + 1
-    assert Counter(WINDOWS).total().bytes == 3 * (
+    assert WorkCounter(WINDOWS).total().bytes == 3 * (
         product + count_on + compare
     )  # of a tuple only the element that is used
-    assert Counter(WINDOWS.replace("constant(2)", "constant(1)")).total().flops == 5 * once
+    assert WorkCounter(WINDOWS.replace("constant(2)", "constant(1)")).total().flops == 5 * once
     copied = WINDOWS.replace("%next = ", "%more = ").replace("  ROOT %out", "  %next = u32[] copy(%more)\n  ROOT %out")
-    assert "copy(" in copied and Counter(copied).total().flops == 3 * once  # as the compiler for a TPU7x writes it
+    assert "copy(" in copied and WorkCounter(copied).total().flops == 3 * once  # as the compiler for a TPU7x writes it
     for unclear in (("direction=LT", "direction=NE"), ("add(%s#3, %two)", "add(%s#3, %s#3)")):
         with pytest.raises(HLOError, match="while runs is not known"):
-            Counter(WINDOWS.replace(*unclear)).total()
+            WorkCounter(WINDOWS.replace(*unclear)).total()
 
 
 KERNEL = """
@@ -227,13 +227,13 @@ def test_attention_kernels(kind, products, again):
 
     The product after the kernel is counted, too, although the kernel's attributes go over several lines.
     """
-    after = Counter(KERNEL.replace("splash", "unknown")).total()
+    after = WorkCounter(KERNEL.replace("splash", "unknown")).total()
     assert after.flops == 2 * 2 * 8 * 2048 * 2048 * 128
-    found = Counter(KERNEL.replace("fwd", kind)).total()
+    found = WorkCounter(KERNEL.replace("fwd", kind)).total()
     flops, moved = found.flops - after.flops, found.bytes - after.bytes
     assert flops == products * 2 * 2 * 8 * 2048 * 3072 * 128
     one = KERNEL.replace("fwd", kind).replace("[2,8,", "[8,").replace("[2,2,", "[2,")  # without the batch
-    assert Counter(one.replace("={3}", "={2}")).total().flops == found.flops / 2
+    assert WorkCounter(one.replace("={3}", "={2}")).total().flops == found.flops / 2
     assert moved == 2 * (2 * 2 * 8 * again * 128)  # numbers of two bytes
 
 
@@ -266,4 +266,4 @@ def test_what_devices_send(mesh):
 
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(HLOError, match="entry"):
-        Counter("nothing")
+        WorkCounter("nothing")

@@ -15,11 +15,13 @@ from pixel_jax.config import load
 from pixel_jax.models import LanguageModel
 from pixel_jax.models.attention import CACHE_TILE
 from pixel_jax.models.flops import Work, forward_flops, padded_work, training_flops
+from pixel_jax.models.lora import add_lora
+from pixel_jax.models.peft import save_adapter
 from pixel_jax.models.released import released
 from pixel_jax.parallel import make_mesh, shard_batch
 from pixel_jax.planning import report
 from pixel_jax.planning import search as search_module
-from pixel_jax.planning.hlo import Counter
+from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.planning.machines import CHIPS, machine, slices
 from pixel_jax.planning.programs import (
     abstract_state,
@@ -133,7 +135,7 @@ def test_a_rollout_counts_its_turns():
 
     def more(scope):
         """Work of one turn more of a loop, on all devices."""
-        once, twice = (Counter(text, {**program.turns, scope: n}).total().flops for n in (1, 2))
+        once, twice = (WorkCounter(text, {**program.turns, scope: n}).total().flops for n in (1, 2))
         return 8 * (twice - once)
 
     def by_hand(tokens, predictions=0, slices=0, patches=0):
@@ -183,6 +185,20 @@ def test_memory_is_the_programs_and_what_stays_beside_it():
     assert resident(lora, "update", mesh, rows) == frozen
     assert resident(lora, "score", mesh, rows) == frozen + moments
     assert resident(lora, "update", mesh, mesh) == 0
+
+
+def test_an_adapter_that_is_gone_on_with_is_planned_by_its_own_ranks(tmp_path):
+    fresh, mesh = adapters_alone(), make_mesh(MESH)
+    lora = fresh.config.lora
+    model = LanguageModel(recipe().network, jax.random.key(0))
+    save_adapter(add_lora(model, jax.random.key(1), **dataclasses.asdict(lora)), tmp_path)
+    config = dataclasses.replace(fresh.config, lora=None, adapter=str(tmp_path))
+    found = dataclasses.replace(fresh, config=config)
+    known, planned = (jax.tree.leaves(abstract_state(x, x.config.rl, 1, mesh)) for x in (fresh, found))
+    assert [(x.shape, x.dtype, x.sharding) for x in planned] == [(x.shape, x.dtype, x.sharding) for x in known]
+    nowhere = dataclasses.replace(found, config=dataclasses.replace(config, adapter="nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere is no adapter of PEFT"):
+        abstract_state(nowhere, config.rl, 1, mesh)
 
 
 def test_candidates_divide_everything():

@@ -72,7 +72,7 @@ def pieces() -> list[str]:
 
 def stretches(text: str) -> list[str]:
     """The constant parts of an observation."""
-    return re.split(r"<\|\w+\|>|\{\w+\}", observations.BEFORE + text)
+    return re.split(r"<\|\w+\|>|\{\w+\}", template.flatten(template.CHATML.before) + text)
 
 
 def vocabulary_of(chain, tools) -> Vocabulary:

@@ -63,6 +63,7 @@ def test_chat_samples_as_the_model_is_judged(directory, monkeypatch, greedy, tem
         seed=0,
         tools=None,
         call_format=None,
+        adapter=None,
         tool_workers=4,
         tool_seconds=30.0,
         html=None,

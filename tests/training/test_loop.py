@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax.training.loop import Keeping, Loop, Work
+from pixel_jax.training.loop import Keeping, Loop, RunSteps
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import read_metrics
 
@@ -33,7 +33,7 @@ def make(directory, watch=None):
         return state._replace(trainable={"w": state.trainable["w"] * 2 + found}), {"loss": float(found), "at": float(i)}
 
     state = TrainState({"w": jnp.zeros(3)}, (), (), jnp.zeros((), jnp.int32))
-    return Loop(Work("toy", 5, step, {"numbers": numbers}), state, Keeping(directory, save_every=2), watch)
+    return Loop(RunSteps("toy", 5, step, {"numbers": numbers}), state, Keeping(directory, save_every=2), watch)
 
 
 def weights(loop):

@@ -5,7 +5,7 @@ import io
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.training.progress import Progress, announce_compiles, clock, use_compilation_cache
+from pixel_jax.training.progress import ProgressLine, announce_compiles, clock, use_compilation_cache
 from pixel_jax.training.writers import MetricsLog, read_metrics
 
 
@@ -15,7 +15,7 @@ def test_clock():
 
 def test_a_log_file_gets_whole_lines_and_the_last_one():
     stream = io.StringIO()
-    progress = Progress("sft", 3, stream=stream, every=1e9)
+    progress = ProgressLine("sft", 3, stream=stream, every=1e9)
     for done in (1, 2, 3):
         progress.update(done, {"loss": 1 / done})
     lines = stream.getvalue().splitlines()
@@ -25,7 +25,7 @@ def test_a_log_file_gets_whole_lines_and_the_last_one():
 
 def test_a_remark_stands_before_the_numbers():
     stream = io.StringIO()
-    Progress("rl", 2, stream=stream).update(1, {"loss": 1.0}, "no group taught anything\x1b[2J")
+    ProgressLine("rl", 2, stream=stream).update(1, {"loss": 1.0}, "no group taught anything\x1b[2J")
     assert stream.getvalue() == "rl 1/2  ? left  no group taught anything\\x1b[2J  loss 1\n"
 
 
@@ -33,7 +33,7 @@ def test_a_terminal_gets_as_much_as_it_has_room_for(monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setenv("COLUMNS", "40")
-    Progress("rl", 2, stream=stream).update(1, {"accuracy": 0.5, **{f"metric_{i}": i for i in range(30)}})
+    ProgressLine("rl", 2, stream=stream).update(1, {"accuracy": 0.5, **{f"metric_{i}": i for i in range(30)}})
     (line,) = stream.getvalue().split("\x1b[K")[1:]
     assert line.startswith("rl 1/2  ? left  accuracy 0.5  metric_0") and len(line) == 39
 

@@ -12,7 +12,7 @@ from pixel_jax.models import forward_hidden
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh, shard, shard_batch, shardings
 from pixel_jax.parallel.sharding import value_of
-from pixel_jax.planning.hlo import Counter
+from pixel_jax.planning.hlo import WorkCounter
 from pixel_jax.training.losses import PolicyLossConfig
 from pixel_jax.training.optimizer import OptimizerConfig, make_optimizer
 from pixel_jax.training.state import init_state
@@ -106,7 +106,7 @@ def test_the_head_is_gathered_once_however_many_chunks(model):
         return jax.lax.with_sharding_constraint(jax.grad(loss)(model), places).head
 
     def sent(chunk):
-        return sum(Counter(gradient.lower(model, hidden, target, chunk).compile().as_text()).total().sent.values())
+        return sum(WorkCounter(gradient.lower(model, hidden, target, chunk).compile().as_text()).total().sent.values())
 
     head = value_of(model.head.weight)
     assert sent(4) < 1.2 * sent(32)

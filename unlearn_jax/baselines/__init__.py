@@ -1,4 +1,4 @@
-"""What else could be done: retraining, and the first-order methods of the field, on the same loss, dataset and edits.
+"""Baselines for an edit: retraining and first-order methods, on the same loss, dataset and edits.
 
     training = Training(optax.adam(1e-4), budget=20_000, weight_decay=1e-3)
     npo(loss, adapter, dataset, [Remove([3, 7])], training).adapter
@@ -6,13 +6,13 @@
 All of them take the same arguments first, and return a `Trained`:
 
     loss      as of `unlearn_jax.erase`
-    adapter   where they start: the trained adapter, of `retrain` any
-    dataset   what it was trained on
+    adapter   the start: the trained adapter, for `retrain` any
+    dataset   the data that it was trained on
     edits     as of `erase`
-    training  how they descend, and for how many example-gradients
+    training  the optimizer and the number of example-gradients
 
-Methods that drive examples away take for these the old form of whatever the edits remove or replace, and of `MaskTokens` the
-elements that it masks.
+The forgotten examples of the other methods are the old forms of all examples that the edits remove or replace, and for
+`MaskTokens` the elements that it masks.
 """
 
 from unlearn_jax.baselines.forgetting import grad_diff, gradient_ascent, npo, rmu, simnpo

@@ -1,4 +1,4 @@
-"""Methods that drive examples away: ascent, negative preference and misdirection, with a term that retains the rest."""
+"""Methods that raise the loss of forgotten examples (ascent, negative preference, misdirection), with a retain term."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -47,7 +47,7 @@ def grad_diff(
 
 
 def retain_term(loss, adapter, after, training, alpha, retain) -> LossTerm:
-    """The term that keeps the rest as it is: the training's loss, or the divergence from the trained model."""
+    """The term for the kept examples: the loss of the training, or the divergence from the trained model."""
     term = retained(loss, adapter, after, training, scale=alpha)
     if retain == "loss":
         return term
@@ -91,7 +91,7 @@ def simnpo(
     alpha: float = 1.0,
     retain: Literal["loss", "kl"] = "loss",
 ) -> Trained:
-    """The same without reference model (Fan et al. 2024, arXiv:2410.07163): the mean loss of an answer less `delta`."""
+    """NPO without a reference model (Fan et al. 2024, arXiv:2410.07163): the mean loss of an answer less `delta`."""
     away = Partial(simnpo_loss, loss, _positive(beta), jnp.asarray(delta))
     return _prefer(away, 1.0, loss, adapter, dataset, edits, training, gamma, alpha, retain)
 

@@ -1,4 +1,4 @@
-"""The proximal Bregman response (Bae et al. 2022, arXiv:2209.05364): what an influence function is an approximation of."""
+"""The proximal Bregman response function, which influence functions approximate (Bae et al. 2022, arXiv:2209.05364)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -37,15 +37,15 @@ def pbrf(
 
     D' is the divergence of the outputs from the trained adapter's on the edited data, R and R' are the objectives before
     and after the edits. To first order in R' - R the minimiser is adapter - (G' + weight_decay + damping)^-1 grad (R' - R),
-    G' being the Gauss-Newton matrix: the damped edit that keeps the residual of training. Unlike it this one cannot leave
-    the region where the outputs are what they were.
+    G' being the Gauss-Newton matrix: the damped edit that keeps the residual of training. Unlike that edit, the minimiser
+    stays where the outputs are close to the original ones.
     """
     require_parts(loss, "the proximal Bregman objective")
     data = split(loss, dataset, edits)
     gone, new, kept = affected(data.before, data.after)
     old = coefficients(loss, adapter, data.before, training.reduction)
     now = coefficients(loss, adapter, data.after, training.reduction)
-    change = np.ones(len(data.after))  # of an example's coefficient, relative to what it is now: all of it if it is new
+    change = np.ones(len(data.after))  # of an example's coefficient, relative to its new value; 1 for new examples
     same = np.setdiff1d(np.arange(len(data.after)), new)
     counts = now[same] > 0
     change[same] = np.where(counts, 1 - old[kept] / np.where(counts, now[same], 1), 0)

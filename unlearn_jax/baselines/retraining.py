@@ -22,8 +22,8 @@ from unlearn_jax.objective import Objective
 def retrain(loss: Callable, start: Params, dataset: Any, edits: Sequence[Edit], training: Training) -> Trained:
     """Mini-batch descent of the edited objective.
 
-    From a fresh adapter it is retraining, from the trained one a warm restart; at the price of an edit it is fine-tuning on
-    the edited data, the baseline that costs no thought.
+    From a fresh adapter it is retraining, from the trained one a warm restart; with the budget of an edit it is fine-tuning on
+    the edited data, the simplest baseline.
     """
     after = apply(Dataset.of(dataset), edits, loss)
     return descend([retained(loss, start, after, training)], start, training)
@@ -41,15 +41,15 @@ def converge(
     """Minimises an objective by L-BFGS.
 
     Args:
-        objective: what is minimised.
+        objective: to be minimised.
         start: a pytree of parameters.
         tolerance: of the gradient's norm.
-        max_steps: at most so many.
+        max_steps: the most steps.
         budget: example-gradients, at most.
         log: called in every step with its number, the value and the gradient's norm.
 
     Returns:
-        What the descent arrives at, and the norm of the gradient there.
+        The minimum that was found, and the norm of the gradient there.
     """
     value, evaluations = Partial(Objective.value, objective), budget / objective.count
     found = lbfgs(value, start, tolerance=tolerance, max_evaluations=evaluations, max_steps=max_steps, log=log)
@@ -63,12 +63,12 @@ class Sisa:
 
     loss: Callable
     start: Params
-    training: Training  # of each shard; its budget is one of them all, each shard's its share of the examples
+    training: Training  # of each shard; the budget is divided among shards by their numbers of examples
     dataset: Dataset
     shards: np.ndarray  # int [rows of the source], the shard of each
     adapters: tuple[Params, ...]
     gradients: float  # example-gradients spent by the last training or edit
-    retrained: tuple[int, ...]  # the shards it trained
+    retrained: tuple[int, ...]  # the shards that were trained then
 
     @classmethod
     def train(cls, loss: Callable, start: Params, dataset: Any, training: Training, *, shards: int = 4) -> "Sisa":
@@ -82,7 +82,7 @@ class Sisa:
         return empty._fit(dataset, tuple(range(shards)))
 
     def edit(self, edits: Sequence[Edit]) -> "Sisa":
-        """With the touched shards retrained from the start on what is left of them; the others keep their adapters."""
+        """Retrains the shards with edited examples from the start; the others keep their adapters."""
         after = apply(self.dataset, edits, self.loss)
         gone, new, _ = affected(self.dataset, after)
         rows = np.union1d(self.dataset.rows[gone], after.rows[new])

@@ -174,7 +174,11 @@ def split(loss: Callable, dataset: Any, edits: Sequence[Edit]) -> Split:
 
 
 def _differ(old: dict, new: dict) -> list[str]:
-    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    """The fields of two examples whose arrays differ."""
+
+    def same(a, b):
+        return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
     return [name for name in old if not same(old[name], new[name])]
 
 

@@ -1,3 +1,3 @@
-"""What products and solves cost beside other implementations of them, and what an edit costs beside retraining."""
+"""The cost of products and solves compared with other implementations, and of an edit compared with retraining."""
 
-RTOL, MOST_STEPS = 1e-3, 400  # of the solvers that iterate: ours, and those of other libraries
+RTOL, MOST_STEPS = 1e-3, 400  # of iterative solvers, here and in other libraries

@@ -1,15 +1,14 @@
-"""How good are an edit's predictions? The linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
+"""Quality of an edit's predictions by the linear datamodelling score (Park et al. 2023, arXiv:2303.14186).
 
-Random subsets of the training examples are removed. For each the test losses are taken of the edited adapter and of adapters
-that were retrained without them, in the same order of batches and in others, of which the mean is taken. The score of a test
-example is Spearman's rank correlation over the subsets between the two; the mean over test examples is reported, with a
-bootstrap interval over subsets and test examples.
+Random subsets of the training examples are removed. For each subset the test losses of the edited adapter are compared with the
+mean test losses of adapters retrained without it, in the same order of batches and in others. The score of a test example is
+Spearman's rank correlation over the subsets between the two; the mean over test examples is reported, with a bootstrap interval
+over subsets and test examples.
 
 The model is the small transformer of `unlearn_jax.people`, a LoRA adapter trained by AdamW and stopped early; test examples are
-what was learned, answered in other words. Beside the default edit stand one whose step is solved without a budget of epochs;
-what a single gradient predicts without any curvature:
-the loss's gradient at a test example times the sum of those of the removed ones (TracIn's last checkpoint, with its sign); and
-one retraining, scored against those in the other orders: what a training that is repeated says of another.
+the learned facts in other words. Three more predictions are scored: an edit whose step is solved without a budget of epochs; the
+gradient of the loss at a test example times the sum of those of the removed ones, without curvature (TracIn's last checkpoint,
+with its sign); and one retraining, compared with those in the other orders.
 """
 
 import dataclasses
@@ -44,7 +43,7 @@ from unlearn_jax.solvers import cg
 RESAMPLES = 500
 DIGITS = 6  # of a loss in the file
 METHODS = ("erase", "erase, solved", "gradient")
-# One Newton step, solved to a hundredth however many epochs that takes.
+# One Newton step, solved to a relative residual of .01 without a budget.
 SOLVED = {"newton_steps": 1, "damping_fraction": 1e-3, "solver": cg(rtol=0.01, max_steps=100)}
 ONE = "one retrain"  # against the others
 
@@ -110,7 +109,7 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
     tests = task.model.words.encode([(row.question, row.paraphrase) for row in rows])
     loss, data = task.model.loss(), task.encode(items)
 
-    def losses(adapter: Params) -> np.ndarray:  # rounded: the file shall not be large
+    def losses(adapter: Params) -> np.ndarray:  # rounded, to keep the file small
         found = tokens.score(loss, adapter, tests, micro_batch=None)
         return np.round(answers.mean_nll(found.logprob, found.mask), DIGITS)
 
@@ -134,7 +133,7 @@ def _run(task: PeopleTask, setting: AttributionSetting, result: dict[str, Any], 
         edits = [Remove([list(items)[i] for i in removed])]
         config = dataclasses.replace(task.config.erasure, **changes)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what limits are met does not matter here
+            warnings.simplefilter("ignore")  # limits do not matter here
             return losses(erase(loss, trained, Dataset.of(data), edits, config).adapter).tolist()
 
     def along_the_gradient(removed: np.ndarray) -> list[float]:

@@ -1,6 +1,7 @@
-"""The cases of `unlearn-jax bench`: a Hessian-vector product, the same with what can be kept kept, and damped solves.
+"""The cases of `unlearn-jax bench`: Hessian-vector products, products with a kept linearisation, and damped solves.
 
-All on one language model with low-rank adapters (`testbed`), in torch with the same weights (`twin`), float32.
+All use one language model with low-rank adapters (`experiment.small_transformer`), in torch with the same weights
+(`libraries.Twin`), in float32.
 """
 
 import functools
@@ -70,7 +71,7 @@ def _product_problem(quick: bool) -> Inputs:
 
 
 def product(quick: bool) -> Workload:
-    """A new vector at new parameters every time: nothing is kept."""
+    """Products with a new vector at new parameters every time, so that nothing can be kept."""
     problem = _product_problem(quick)
     alternatives = {
         "hvp": lambda: Partial(hvp(problem.loss, problem.adapter, problem.batch), problem.vector),
@@ -102,7 +103,7 @@ def product(quick: bool) -> Workload:
 
 
 def reused(quick: bool) -> Workload:
-    """The tenth vector at the same parameters: what does not depend on it has been kept."""
+    """Products with another vector at the same parameters, where all that does not depend on the vector is kept."""
     problem = _product_problem(quick)
     kept = lambda: Partial(hvp(problem.loss, problem.adapter, problem.batch, linearize=True), problem.vector)
     alternatives: dict[str, Callable[[], Run]] = {"hvp, linearize": kept, "one gradient": lambda: _gradient(problem)}
@@ -125,7 +126,7 @@ def reused(quick: bool) -> Workload:
 
 
 def solve(quick: bool) -> Workload:
-    """(curvature + damping) x = b, and how far each x is from the dense answer with its own curvature matrix."""
+    """Solves of (curvature + damping) x = b, with the error of each x from the dense solution by its own curvature matrix."""
     rank, length, batch = (1, 8, 4) if quick else (2, 16, 32)
     problem = Inputs.of(small_transformer.TransformerSize(48, length, width=32, heads=HEADS, rank=rank), batch)
     b, unravel = ravel_pytree(problem.vector)

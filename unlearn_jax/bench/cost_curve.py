@@ -1,7 +1,7 @@
-"""What an edit costs beside the training that it replaces, and how near it comes to a retrain, as its budget of epochs grows.
+"""The cost curve: how near an edit comes to a retrain as its budget of epochs grows.
 
-A dataset of tokens that a small random network has written, an adapter trained on it by L-BFGS until it is converged, and one
-in a hundred of its examples removed. An epoch is as many gradients as there are examples.
+The dataset has token sequences drawn from a small random network. An adapter is trained on it by L-BFGS until it converges, and
+one per cent of the examples are removed. An epoch is as many gradients as there are examples.
 """
 
 import pathlib
@@ -41,10 +41,14 @@ def cost_curve(path: str | pathlib.Path, quick: bool = False) -> dict:
     after = apply(data, edits)
     warm, warm_norm = converge(objective(after), trained.adapter, tolerance=1e-5, max_steps=STEPS)
     sets = {"forget": data.select(removed).take(), "retain": after.select(np.arange(min(1000, len(after)))).take()}
-    kl = lambda adapter: {
-        f"kl_{name}": float(tokens.kl_to(loss, adapter, warm.adapter, rows, micro_batch=None).mean())
-        for name, rows in sets.items()
-    }
+
+    def kl(adapter):
+        """KL to the warm retrain on each set."""
+        return {
+            f"kl_{name}": float(tokens.kl_to(loss, adapter, warm.adapter, examples, micro_batch=None).mean())
+            for name, examples in sets.items()
+        }
+
     rows = [{"budget": 0.0, "epochs": 0.0, **kl(trained.adapter)}]
     for budget in budgets:
         config = {"weight_decay": WEIGHT_DECAY, "micro_batch": 500, "epochs": budget}

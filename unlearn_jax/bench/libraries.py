@@ -102,12 +102,12 @@ def _linear(weight: np.ndarray) -> nn.Linear:
     return layer.to(layer.weight.dtype)
 
 
-# Of its conjugate gradients, which look at no tolerance: beyond the solution they divide zero by zero.
+# Steps of its conjugate gradients, which have no tolerance: beyond the solution they divide zero by zero.
 DATTRI_STEPS = 30
 
 
 class Torch:
-    """One batch and one vector, and what torch and the libraries make of them."""
+    """One batch and one vector, with products and solves by torch and the libraries."""
 
     def __init__(self, base: Mapping[str, Any], adapter: Any, heads: int, batch: Mapping[str, np.ndarray], vector: Any):
         self.model = Twin(base, adapter, heads)

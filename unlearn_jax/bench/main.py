@@ -1,7 +1,7 @@
 """`unlearn-jax bench`: curvature products and solves beside other libraries, and what an edit costs beside retraining.
 
-Every case first sees that all alternatives give the same product (or, of solvers, how far each is from the dense answer),
-then lets them take turns. What is not installed of torch, kronfluence, dattri and pyDVL is left out and said so.
+Every case first checks that all alternatives give the same product (for solvers, the error from the dense solution), and then
+measures them in turn. Libraries among torch, kronfluence, dattri and pyDVL that are not installed are left out and named.
 """
 
 import pathlib

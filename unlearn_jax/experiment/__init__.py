@@ -1,9 +1,9 @@
-"""Which method comes nearest to retraining, at the same price? On a language model that is retrained in seconds.
+"""Compares methods with retraining at the same cost, on a language model that is retrained in seconds.
 
-An adapter learns facts about invented people to convergence; a share of them is removed; every method may spend as many
-example-gradients as `erase` did; and each is compared with a warm restart on the facts that are left, converged too
-(float64, until the gradient is a millionth of what it was), and with a cold one. Learning rates are the best of a grid, each
-method's for each share, on a seed that does not count.
+An adapter learns facts about invented people to convergence, and a share of the facts is removed. Every method may spend as many
+example-gradients as `erase` did. Each result is compared with a warm restart on the remaining facts, converged too (in float64,
+until the gradient is a millionth of its start), and with a cold one. The learning rate of each method and share is the best of a
+grid on a further seed, whose results do not count.
 
     python -m unlearn_jax.experiment results.json
 """

@@ -1,4 +1,4 @@
-"""Every method on one seed and one share, at the price of the erasure, held against retraining."""
+"""All methods on one seed and one share, at the cost of the edit, compared with retraining."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,11 @@ from unlearn_jax.objective import Objective
 
 
 class Evaluator(NamedTuple):
-    """Holds adapters against retraining, warm and cold, on one seed and share."""
+    """Compares adapters with retraining, warm and cold, on one seed and share."""
 
     setup: Setup
     run: Run
-    forgotten: int  # how many facts are to be forgotten: the first ones
+    forgotten: int  # number of facts to be forgotten, which come first
     retain: dict[str, np.ndarray]
     edited: Objective
     warm: Params
@@ -35,7 +35,7 @@ class Evaluator(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup, run: Run, share: float) -> "Evaluator":
-        """Retrains on what is left when `share` of the facts is removed."""
+        """Retrains on the remaining facts when `share` of them is removed."""
         data = Dataset.of(run.facts.examples)
         count = max(1, round(share * len(data)))
         after = apply(data, [Remove(np.arange(count))])
@@ -53,7 +53,7 @@ class Evaluator(NamedTuple):
     def __call__(self, adapter: Params) -> dict[str, float]:
         """All numbers of an adapter; its distances are those of the weights that it changes.
 
-        "objective" is what the edited objective is above that of the warm retrain.
+        "objective" is the edited objective less that of the warm retrain.
         """
         loss = self.setup.loss
         found = {
@@ -66,7 +66,7 @@ class Evaluator(NamedTuple):
         return found if np.isnan(cosine) else {**found, "cosine": cosine}
 
     def ensemble(self, sisa: Sisa) -> dict[str, float]:
-        """Of what shards say together; there is no adapter to measure a distance to."""
+        """The numbers of the shards' ensemble, which is no adapter and has no distance."""
         loss, alone = ensemble(self.setup.loss), jax.tree.map(lambda x: x[None], self.warm)
         return {**self._divergences(loss, sisa.stacked(), alone), **self._answers(loss, sisa.stacked())}
 
@@ -106,7 +106,7 @@ def _first(rows: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 
 
 SHARDS = 4
-UNLIMITED = ("erase, unlimited", "L-BFGS, unlimited")  # on to the minimum, at a price that the others are not given
+UNLIMITED = ("erase, unlimited", "L-BFGS, unlimited")  # until the minimum, with a budget that the others do not have
 Row = dict[str, Any]
 Rates = Mapping[str, tuple[float, ...]]  # learning rates to try, of every method that has one
 
@@ -195,7 +195,10 @@ def _training(evaluator: Evaluator, rate: float, budget: float) -> Training:
 
 def best_rates(rows: list[Row]) -> dict[str, tuple[float, ...]]:
     """Each method's learning rate with the least divergence from the warm retrain, on both sets together."""
-    total = lambda row: row.get("kl_forget", np.inf) + row.get("kl_retain", np.inf)
+
+    def total(row: Row) -> float:
+        return row.get("kl_forget", np.inf) + row.get("kl_retain", np.inf)
+
     tried: dict[str, list[Row]] = {}
     for row in rows:
         if "rate" in row:

@@ -1,4 +1,4 @@
-"""Invented people and what is true of them, in the manner of TOFU (Maini et al. 2024): facts that only training can teach.
+"""Facts about invented people, in the manner of TOFU (Maini et al. 2024), which a model can only know from training.
 
 Words are tokens. Each fact has a question and an answer, a paraphrase of both, and wrong answers in the paraphrase's words.
 """
@@ -13,7 +13,7 @@ LAST = [f"{a}{b}" for a in ("hart", "lin", "mor", "oak", "pell", "quin") for b i
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """Something that is true of a person, and how it is asked and answered in two wordings."""
+    """A relation of a person to a value, with question and answer in two wordings."""
 
     values: tuple[str, ...]
     question: str
@@ -67,7 +67,7 @@ VOCABULARY = _vocabulary()
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Of n facts. `examples` and the others are {"tokens", "labels", "loss_mask"}: int32, int32, float32 [n, T].
+    """The arrays of n facts. `examples` and the others are {"tokens", "labels", "loss_mask"}: int32, int32, float32 [n, T].
 
     logits[t] of tokens[:t + 1] predict labels[t]; loss_mask is one on the answer and its end.
     """
@@ -77,7 +77,7 @@ class Facts:
     wrong: dict[str, np.ndarray]  # [n, WRONG, T]
     corrected: dict[str, np.ndarray]  # the same questions with another answer
     answers: list[str]
-    person: np.ndarray  # int [n], whom it is about
+    person: np.ndarray  # int [n], the person of each fact
 
 
 def people(count: int, seed: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The whole experiment, written down as it goes, and its results as text."""
+"""Runs the whole experiment, saving results as it goes, and shows them as text."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ def table(runs: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> s
 
 
 def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
-    """Where erasing is not the nearest to the warm retrain in `name` (a divergence), as sentences.
+    """Sentences about where `erase` is not the nearest to the warm retrain in `name` (a divergence).
 
     By the mean over seeds of the paired difference to each baseline, with its 95 % interval.
     """
@@ -57,7 +57,7 @@ def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
 
 
 def loose(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Where training or a reference stopped before it had converged, as sentences: distances from there mean little."""
+    """Sentences about where training or a reference stopped before it converged, so that distances mean little."""
     return [
         f"seed {run['seed']}, {run['share']:.1%} removed: {name} stopped at a gradient of {norm:.1e} of a fresh adapter's"
         for run in runs
@@ -79,7 +79,7 @@ TUNING = 1_000_000  # the seed on which learning rates are chosen, and which doe
 def run_experiment(setting: ExperimentConfig, path: pathlib.Path, log: Callable[[str], None] = print) -> dict:
     """{"setting", "tuning", "runs", "exceptions"}, also in the JSON file `path`.
 
-    What that holds already is kept, and seeds that it lacks are added.
+    The results in the file are kept, and missing seeds are added.
     """
     asked = json.loads(json.dumps(dataclasses.asdict(setting)))
     result = {"setting": asked, "tuning": [], "runs": []}

@@ -1,4 +1,4 @@
-"""The setup: a base model, people it has never heard of, adapters that have learned about them, and how those are trained."""
+"""The setup: a base model, people whom it does not know, and adapters that are trained on facts about them."""
 
 import dataclasses
 import functools
@@ -30,14 +30,13 @@ class Converged(NamedTuple):
 
 
 def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps: int) -> Converged:
-    """A minimum tight enough to be held against: an edit's distance from it must not be the reference's own error.
+    """Minimises an objective tightly, so that the distance of an edit from the minimum is not the reference's own error.
 
-    SciPy's L-BFGS-B goes most of the way, and its trust-region Newton method, on exact Hessian products, the rest, past what
-    saddles there are; Newton steps by its conjugate gradients end it. None of it is code that is evaluated here but the
-    gradients and products themselves.
+    SciPy's L-BFGS-B comes first, then its trust-region Newton method on exact Hessian products, which passes saddle points, and
+    finally Newton steps by its conjugate gradients. Of the code that is evaluated here only gradients and products are used.
 
     Args:
-        objective: what is minimised.
+        objective: to be minimised.
         start: float64 parameters.
         tolerance: of the gradient's norm; rounding may end it earlier.
         max_steps: of L-BFGS.
@@ -59,7 +58,7 @@ def minimise(objective: Objective, start: Params, *, tolerance: float, max_steps
     options = {"maxiter": NEWTON_STEPS, "gtol": tolerance}
     found = minimize(value_and_gradient, found.x, jac=True, hessp=hessian_product, method="trust-ncg", options=options)
     x, gradient = found.x, found.jac
-    # The trust region compares values, and their rounding ends it early: the gradient's norm still tells steps apart.
+    # The trust-region method compares values and ends early by their rounding; the gradient's norm resolves further steps.
     while np.linalg.norm(gradient) > tolerance:
         hessian = _operator(x.size, functools.partial(hessian_product, x))
         step, _ = cg(hessian, -gradient, rtol=1e-6)
@@ -136,7 +135,7 @@ class Setup(NamedTuple):
 
     @classmethod
     def of(cls, setting: ExperimentConfig) -> "Setup":
-        """With a base model that knows how questions are asked and answered, in both wordings."""
+        """Trains a base model on questions about other people, in both wordings."""
         names = invented_people.people(setting.strangers + setting.people + setting.holdout, seed=0)
         known = invented_people.facts(names[: setting.strangers], seed=0)
         both = {name: np.concatenate([x, known.paraphrased[name]]) for name, x in known.examples.items()}

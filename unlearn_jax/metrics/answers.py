@@ -1,4 +1,4 @@
-"""How likely an answer is, and how much of it a model still writes by itself, from the log-probabilities of its tokens."""
+"""Probability of an answer, and the share of it that a model reproduces, from the log-probabilities of its tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from unlearn_jax.arrays import HostArray
 
-TINY = 1e-10  # what the released evaluation of TOFU adds to denominators
+TINY = 1e-10  # added to denominators, as in the released evaluation of TOFU
 
 
 def mean_nll(logprob: HostArray, mask: HostArray) -> HostArray:
@@ -31,10 +31,10 @@ def mean_nll(logprob: HostArray, mask: HostArray) -> HostArray:
 
 
 def truth_ratio(correct: HostArray, wrong: HostArray) -> HostArray:
-    """P(wrong) / P(correct) of each question, small where the model knows (TOFU: Maini et al. 2024, arXiv:2401.06121).
+    """P(wrong) / P(correct) of each question, small where the model knows the answer (TOFU: Maini et al. 2024, arXiv:2401.06121).
 
-    Two truth ratios circulate under one name. This is that of open-unlearning and of TOFU's `aggregate_eval_stat.py`, which
-    makes the published tables: geometric means, exp(-mean nll), also over the wrong answers. The paper's formula takes the
+    There are two definitions. This one is that of open-unlearning and of TOFU's `aggregate_eval_stat.py`, by which the
+    published tables were made: geometric means, exp(-mean nll), also over the wrong answers. The paper's formula takes the
     arithmetic mean of these, which is never smaller.
 
     Args:
@@ -102,7 +102,7 @@ def exact_memorization(correct: HostArray, mask: HostArray) -> HostArray:
 
 
 def extraction_strength(correct: HostArray, mask: HostArray) -> HostArray:
-    """1 - k/N, where k is the shortest prefix after which the rest of the N tokens comes by itself.
+    """1 - k/N, where k is the shortest prefix after which greedy decoding gives the rest of the N tokens.
 
     As in the released code a last token that is wrong counts as k = N - 1, so the least value is 1/N.
 

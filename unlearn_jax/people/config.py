@@ -1,4 +1,4 @@
-"""All that can be set about facts about people; `configs/unlearn/people.py` fills it in."""
+"""The configuration of facts about people; `configs/unlearn/people.py` sets it."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ class CorpusConfig:
     directory: str = ""  # of the released files of TOFU or MUSE
     people: int = 50  # invented ones that are learned
     known: int = 150  # invented ones that the base model knows
-    holdout: int = 40  # invented ones that nobody learns; the second half of their facts is relearned
+    holdout: int = 40  # invented ones that are not learned; adapters are trained further on half of their facts
     questions: int = 4  # about each of them
     passage: int = 64  # words of an example of MUSE
 
@@ -41,7 +41,7 @@ class PeopleNetworkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What an edit is held against. Baselines may spend as many example-gradients as the edits did."""
+    """How edits are evaluated. Baselines may spend as many example-gradients as the edits did."""
 
     baselines: tuple[Method, ...] = ("fine-tune", "GradDiff", "NPO")
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)  # of Adam; what is shown is each baseline's best

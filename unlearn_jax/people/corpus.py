@@ -35,7 +35,7 @@ class Corpus(NamedTuple):
 
 
 class PersonRelation(NamedTuple):
-    """Something that is true of a person, asked one way and answered in two."""
+    """A relation of a person to a value: one question, and two ways to answer."""
 
     values: tuple[str, ...]
     question: str
@@ -125,7 +125,7 @@ def invent(count: int, *, known: int, holdout: int, relations: int, seed: int) -
         known: people that the base model knows.
         holdout: people that nobody learns.
         relations: questions about each person, at most `len(RELATIONS)`.
-        seed: of who they are and what is true of them.
+        seed: of the people and of the facts.
 
     Returns:
         The corpus; each set of `forget` removes whole people, the last ones, at least one.

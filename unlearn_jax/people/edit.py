@@ -21,10 +21,10 @@ from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
 def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
-    """Leaves the adapter, its training record and the checkpoints of the first epoch in `config.out`.
+    """Writes the adapter, its training record and the checkpoints of the first epoch to `config.out`.
 
     Returns:
-        What it says at the end.
+        The metrics of the training.
     """
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
@@ -63,7 +63,7 @@ def edit(
     *,
     show_content: bool = False,
 ) -> list[LogEntry]:
-    """Carries out requests on what the earlier ones have left, see `requests.carry_out`.
+    """Carries out requests after those that the log has, see `requests.carry_out`.
 
     Args:
         config: the experiment.

@@ -45,7 +45,7 @@ DESCENTS: Mapping[str, Callable[..., Trained]] = {
 
 
 class Subject(NamedTuple):
-    """What is scored: an adapter on a base model."""
+    """An adapter on a base model, to be scored."""
 
     adapter: Params
     base: dict[str, jax.Array] | None = None  # None: the task's own
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ForgettingScorer:
-    """Scores adapters on what was forgotten, on what was kept, on what the base model knows and on what nobody saw."""
+    """Scores adapters on forgotten rows, on kept ones, on those that the base model knows and on unseen ones."""
 
     task: PeopleTask
     forgotten: Sequence[QuestionRow]  # removed rows, and the old form of changed ones

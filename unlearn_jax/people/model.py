@@ -1,4 +1,4 @@
-"""A small transformer that knows some rows already, its loss as a function of an adapter, and its greedy answers."""
+"""A small transformer that is trained on some rows, its loss as a function of an adapter, and its greedy answers."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,11 +17,11 @@ from unlearn_jax.people.words import Words
 
 BLOCK = 32  # questions that are answered at a time
 GROUP = 32  # weights that share a scale, as in the 4-bit formats in use
-LARGEST = 7  # of a signed integer of 4 bits, both ways
+LARGEST = 7  # magnitude of a signed 4-bit integer
 
 
 class PeopleModel(NamedTuple):
-    """The base model, and where an adapter of it begins."""
+    """The base model, and an adapter before training."""
 
     words: Words
     base: dict[str, jax.Array]
@@ -29,7 +29,7 @@ class PeopleModel(NamedTuple):
 
     @classmethod
     def of(cls, config: PeopleNetworkConfig, words: Words, known: Sequence[QuestionRow], seed: int) -> "PeopleModel":
-        """Trains a base model on the rows that it shall know, in both wordings."""
+        """Trains a base model on the known rows, in both wordings."""
         size = small_transformer.TransformerSize(
             len(words.ids), words.length, config.width, config.heads, config.layers, config.rank
         )
@@ -43,7 +43,7 @@ class PeopleModel(NamedTuple):
         return Loss(Partial(_logits, self.base if base is None else base), CrossEntropy())
 
     def answers(self, adapter: Params, questions: Sequence[str], base: dict[str, jax.Array] | None = None) -> list[str]:
-        """What the model answers, greedily, as long as an example can be."""
+        """The greedy answers of the model, at most as long as an example."""
         said, base = [], self.base if base is None else base
         for at in range(0, len(questions), BLOCK):
             block = list(questions[at : at + BLOCK])

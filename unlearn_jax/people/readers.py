@@ -22,7 +22,7 @@ LIMIT = 2**28  # bytes of a file
 
 
 class CorpusError(ValueError):
-    """Files that are not what was released. The message names the file and the remedy."""
+    """Files that differ from the released ones. The message names the file and the remedy."""
 
 
 def read_tofu(directory: pathlib.Path) -> Corpus:
@@ -79,7 +79,7 @@ def read_muse(directory: pathlib.Path, words: int = 64) -> Corpus:
 
     Args:
         directory: with the folders `raw`, `knowmem`, `verbmem` and `privleak`.
-        words: of a training example: texts are cut into pieces of so many.
+        words: of a training example: texts are cut into pieces of this length.
 
     Raises:
         CorpusError: a file is missing, or a field is missing or of another type.

@@ -1,4 +1,4 @@
-"""Facts about people as a `RequestTask`, which requests are carried out on."""
+"""Facts about people as a `RequestTask`."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save
 from pixel_jax.cli import UserError
 from pixel_jax.files import write_file
 from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.loss import Loss
@@ -27,7 +27,7 @@ from unlearn_jax.people.model import PeopleModel
 from unlearn_jax.people.readers import read_muse, read_tofu
 from unlearn_jax.people.words import Words
 from unlearn_jax.requests.replay import TrainingPoint, TrainingRecipe, beginning, last_before, train
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import same_item
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 
@@ -67,7 +67,7 @@ class PeopleTask:
         words = Words.of(texts(corpus))
         forgotten = {name for ids in corpus.forget.values() for name in ids}
         known = [row for rows in corpus.known.values() for row in rows]
-        # Without rows of its own the base model knows the rows that no set forgets.
+        # If the corpus has no known rows, the base model is trained on the rows that no set forgets.
         known = known or [row for name, row in corpus.train.items() if name not in forgotten]
         config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, corpus, PeopleModel.of(config.network, words, known, config.seed), mesh)
@@ -106,16 +106,16 @@ class PeopleTask:
         return self.corpus.train
 
     def change(self, item: QuestionRow, request: Request) -> QuestionRow:
-        """See `RequestTask.change`. Another answer loses paraphrase and wrong answers, which were of the old one."""
+        """See `RequestTask.change`. A changed answer has no paraphrase and no wrong answers, which belong to the old one."""
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
-            raise RequestError(f"{name!r} has no image")
+            raise EditRequestError(f"{name!r} has no image")
         if request.kind == "mask":
             if (count := item.answer.count(request.value)) != 1:
-                raise RequestError(f"the stretch to be masked occurs {count} times in the answer of {name!r}")
+                raise EditRequestError(f"the text to be masked occurs {count} times in the answer of {name!r}")
             return item if request.value in item.masked else item._replace(masked=(*item.masked, request.value))
         if lacking := words.lacking(request.value):
-            raise RequestError(
+            raise EditRequestError(
                 f"the model's vocabulary has no {lacking[0]!r}, which the new {request.kind} of {name!r} has"
             )
         if request.kind == "answer":
@@ -125,7 +125,9 @@ class PeopleTask:
         else:
             new = item._replace(question=request.value)
         if not words.fits(new.question, new.answer):
-            raise RequestError(f"the new {request.kind} of {name!r} is too long: an example has {words.length} words")
+            raise EditRequestError(
+                f"the new {request.kind} of {name!r} is too long: an example has {words.length} words"
+            )
         return new
 
     def encode(self, items: Mapping[str, QuestionRow]) -> dict[str, Any]:
@@ -182,7 +184,7 @@ class PeopleTask:
         *,
         keep: bool = False,
     ) -> tuple[Params, float]:
-        """The training from `begin`: the adapter, and example-gradients spent.
+        """Trains from `begin`; returns the adapter and the example-gradients spent.
 
         Args:
             items: the rows in their order.
@@ -192,7 +194,7 @@ class PeopleTask:
         """
         begin = beginning(self.recipe, self.model.fresh) if begin is None else begin
         steps = len(self.recipe.order(len(items)))
-        progress = Progress("AdamW", steps)
+        progress = ProgressLine("AdamW", steps)
 
         def log(step: int, value: float) -> None:
             if is_main_process():

@@ -1,4 +1,4 @@
-"""Texts as token ids: a word or a mark each, of a vocabulary that is made of the texts themselves."""
+"""Texts as token ids: each word or punctuation mark is a token, of a vocabulary made from the texts."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,7 +39,7 @@ class Words(NamedTuple):
 
         Args:
             pairs: questions and answers whose words are known.
-            masked: of each pair, stretches of the answer whose words carry no loss.
+            masked: for each pair, parts of the answer whose words carry no loss.
         """
         shape = len(pairs), self.length
         tokens, labels, mask = np.full(shape, PAD, np.int32), np.full(shape, PAD, np.int32), np.zeros(shape, np.float32)

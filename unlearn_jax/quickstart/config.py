@@ -1,4 +1,4 @@
-"""All that can be set about it; `configs/unlearn/quickstart.py` fills it in."""
+"""The configuration of edits on the quickstart's model; `configs/unlearn/quickstart.py` sets it."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from unlearn_jax.requests.task import RequestsConfig
 
 @dataclasses.dataclass(frozen=True)
 class TracesConfig:
-    """What the adapter learns: so many traces of each kind, on photographs that the quickstart does not train on."""
+    """The numbers of traces of each kind that the adapter learns, on photographs that the quickstart does not train on."""
 
     zoom: int = 16  # a small digit, read after a look at it
     direct: int = 8  # a large digit, read at once
@@ -34,7 +34,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EditForwardConfig:
-    """How the network computes."""
+    """Rematerialisation and attention of the network."""
 
     remat: bool = True  # compute activations again in the backward pass
     implementation: Literal["dense", "chunked"] = "dense"  # attention
@@ -42,7 +42,7 @@ class EditForwardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ConvergeConfig:
-    """Of the training and of the warm retrain: L-BFGS on all traces."""
+    """L-BFGS on all traces, for the training and the warm retrain."""
 
     tolerance: float = 1e-4  # of the gradient's norm
     max_steps: int = 500  # of L-BFGS
@@ -50,7 +50,7 @@ class ConvergeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EditEvaluationConfig:
-    """The baselines may spend as many example-gradients as the edit did."""
+    """The baselines, which may spend as many example-gradients as the edit did."""
 
     # What the edit is compared with, besides a retrain.
     baselines: tuple[Literal["L-BFGS", "fine-tune", "GradDiff", "NPO"], ...] = ("L-BFGS", "fine-tune", "NPO")
@@ -92,7 +92,7 @@ class Config:
         }
 
     def check_trained(self) -> None:
-        """The adapter in `out` was trained with this configuration."""
+        """Raises ConfigError unless the adapter in `out` was trained with this configuration."""
         path = self.directory / "config.json"
         trained = read_note(path)
         if trained is None:

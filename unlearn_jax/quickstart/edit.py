@@ -10,7 +10,7 @@ from pixel_jax.parallel.processes import say
 from pixel_jax.state_files import read_note
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import example_requests
 from unlearn_jax.requests.carry_out import carry_out
@@ -20,11 +20,11 @@ from unlearn_jax.requests.task import record_training, refuse_training_again
 
 
 def train(config: Config, mesh: Mesh | None = None) -> dict:
-    """Leaves the adapter, the configuration and the loss of every step in `config.out`; returns what it says at the end."""
+    """Writes the adapter, the configuration and the loss of every step to `config.out`; returns the metrics of the training."""
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
     refuse_training_again(config.directory)
-    job = Job.of(config, mesh)
+    job = AdapterRun.of(config, mesh)
     task = TraceTask(job)
     dataset = Dataset.of(task.encode(task.items()))
     size = sum(x.size for x in job.fresh.values())
@@ -54,7 +54,7 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
 def edit(
     config: Config, requests: Sequence[Request] | None = None, mesh: Mesh | None = None, *, show_content: bool = False
 ) -> list[LogEntry]:
-    """Carries out requests on what the earlier ones have left, see `requests.carry_out`.
+    """Carries out requests after those that the log has, see `requests.carry_out`.
 
     Args:
         config: the experiment.
@@ -66,5 +66,5 @@ def edit(
         The new entries of the log.
     """
     config.check_trained()
-    task = TraceTask(Job.of(config, mesh))
+    task = TraceTask(AdapterRun.of(config, mesh))
     return carry_out(task, example_requests(task.items()) if requests is None else requests, show_content=show_content)

@@ -15,7 +15,7 @@ from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import Job, place, to_host
+from unlearn_jax.quickstart.job import AdapterRun, place, to_host
 from unlearn_jax.quickstart.measure import Measure, Memory, table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.requests.carry_out import State
@@ -36,12 +36,12 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     config.check_trained()
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
-    job = Job.of(config, mesh)
+    job = AdapterRun.of(config, mesh)
     task = TraceTask(job)
     state = State.of(task)
     reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
     report = {name: sum(x[name] for x in reports) for name in ("example_gradients", "seconds")}
-    # The edits of several requests are of several kinds; a correction may change all that any of them may.
+    # The requests may be of several kinds; a correction may change everything that any of them may.
     change = Change.of(state.first, state.items, task.encode, "answer")
     forgotten = change.dataset.ids[change.forgotten].tolist()
     trained, found = job.load(task.directory / ADAPTER), job.load(state.adapter_path(task.directory))
@@ -90,7 +90,7 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
 
 
 def _baseline(
-    name: str, job: Job, change: Change, objective, start: Params, report: dict
+    name: str, job: AdapterRun, change: Change, objective, start: Params, report: dict
 ) -> Iterator[tuple[Params, float, float, dict]]:
     """(adapter, example-gradients, seconds, facts) of every learning rate that does not diverge."""
     config, budget = job.config, report["example_gradients"]
@@ -99,7 +99,7 @@ def _baseline(
         found, _ = converge(objective, start, tolerance=0.0, budget=budget)
         yield found.adapter, found.gradients, time.perf_counter() - begun, {}
         return
-    # Descents know no mesh: every process makes all of it, on one device.
+    # The baselines do not use a mesh: every process computes all of it, on one device.
     loss, local = to_host((job.loss, start))
     for rate in config.evaluation.learning_rates:
         schedule = optax.cosine_decay_schedule(rate, max(1, int(budget / config.evaluation.batch)))

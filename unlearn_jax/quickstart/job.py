@@ -1,7 +1,6 @@
-"""What the commands share: processes and devices, the base model with its adapter, and the files of a run."""
+"""What the commands on traces share: the base model with its adapter, and the files of a run."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -19,9 +18,7 @@ from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, split
 from pixel_jax.models.model import Model
 from pixel_jax.models.peft import load_adapter, save_adapter
-from pixel_jax.parallel import make_mesh
-from pixel_jax.parallel.mesh import use_cores
-from pixel_jax.parallel.processes import COUNT, initialize, is_main_process
+from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import read_limits
 from pixel_jax.state_files import write_json
@@ -34,26 +31,8 @@ from unlearn_jax.quickstart.config import Config
 from unlearn_jax.vision_language import adapter_loss
 
 
-def start(devices: int | None = None) -> Mesh | None:
-    """Joins the processes there are and returns a mesh of `devices` devices, whose axis `data` has them all; None for one.
-
-    Called before JAX has started. On a CPU the devices are made for the purpose; None takes those that there are.
-    """
-    if devices is not None:
-        processes = int(os.environ.get(COUNT, 1))
-        if devices % processes:
-            raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
-        use_cores(devices // processes)
-    initialize()
-    found = jax.devices()
-    count = devices or len(found)
-    if count > len(found):
-        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
-    return make_mesh({"data": count}, found[:count]) if count > 1 else None
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job:
+class AdapterRun:
     """The base model with a fresh adapter, and the directory of a run."""
 
     config: Config
@@ -65,7 +44,7 @@ class Job:
     fresh: Params  # the adapter before training
 
     @classmethod
-    def of(cls, config: Config, mesh: Mesh | None = None) -> "Job":
+    def of(cls, config: Config, mesh: Mesh | None = None) -> "AdapterRun":
         """Reads the base model and puts the adapter on it."""
         directory = pathlib.Path(config.model)
         if not (directory / "config.json").is_file():
@@ -88,7 +67,7 @@ class Job:
         return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, place(fresh, mesh))
 
     def objective(self, dataset: Dataset, weights: np.ndarray | None = None) -> Objective:
-        """What training minimises.
+        """The objective of the training.
 
         Args:
             dataset: the examples.
@@ -114,20 +93,20 @@ class Job:
         return place(found, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """Writes an adapter, whole or not at all, and as PEFT has it in the directory of that name without its ending."""
+        """Writes an adapter atomically, and in PEFT's format to the directory named by `path` without its suffix."""
         values = to_host(adapter)
         if is_main_process():
             write_file(path, save(values, metadata={"format": "np"}))
         save_adapter(combine(adapter, self.base), path.with_suffix(""), base=self.config.model)
 
     def write(self, name: str, values: Any) -> None:
-        """JSON, whole or not at all."""
+        """Writes JSON atomically."""
         if is_main_process():
             write_json(self.config.directory / name, values)
 
 
 def place(adapter: Params, mesh: Mesh | None) -> Params:
-    """On the device, like the base model, or the same on all devices of the mesh."""
+    """Puts an adapter on the device of the base model, or replicates it over the mesh."""
     if mesh is None:
         return jax.device_put(adapter, jax.local_devices()[0])
     sharding = NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""What an adapter says about the traces: losses and distances, what it still knows by heart; and numbers as text."""
+"""Measures of adapters on the traces: losses, distances, memorisation; and tables of numbers as text."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from unlearn_jax.metrics.answers import exact_memorization, extraction_strength
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
 from unlearn_jax.metrics.membership import auc, min_k, privleak
 from unlearn_jax.metrics.tokens import TokenStatistics, score, without_last
-from unlearn_jax.quickstart.job import Job, to_host
+from unlearn_jax.quickstart.job import AdapterRun, to_host
 from unlearn_jax.quickstart.traces import draw_traces, to_examples
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.state import Change
@@ -24,13 +24,13 @@ from unlearn_jax.requests.state import Change
 class Measure:
     """Losses and distances of adapters on the traces, in their old and new forms: one compiled program for all of them."""
 
-    job: Job
+    job: AdapterRun
     change: Change
     per_token: Losses
 
     @classmethod
-    def of(cls, job: Job, change: Change) -> "Measure":
-        """Of the traces in their old and new forms."""
+    def of(cls, job: AdapterRun, change: Change) -> "Measure":
+        """Measures on the traces in their old and new forms."""
         options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
         return cls(job, change, Losses(job.loss, job.fresh, change, **options))
 
@@ -40,7 +40,7 @@ class Measure:
         return {name: float(each[index].mean()) for name, index in self.change.groups().items()}
 
     def from_reference(self, adapter: Params, reference: Params) -> dict[str, float]:
-        """How far `adapter` is from `reference`: KL(adapter || reference) per token, and the distance of their weights."""
+        """KL(adapter || reference) per token, and the distance of their weights."""
         kl = dataclasses.replace(self.per_token.objective, loss=Partial(divergence, self.job.loss, adapter))
         per_token = np.asarray(kl.per_example(reference)) / self.per_token.tokens
         sets = {"forget": self.change.forgotten, "new": self.change.new, "retain": self.change.kept}
@@ -48,20 +48,20 @@ class Measure:
         return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
-        """Of the ways from `origin` to the two adapters, in the weights that they change."""
+        """The cosine between the changes of the two adapters from `origin`, in the weights that they change."""
         return delta_w_cosine(*map(to_host, (adapter, reference, origin)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Memory:
-    """What adapters know by heart of the forgotten traces, beside traces of the same kinds that none of them has seen."""
+    """Memorisation of the forgotten traces, compared with unseen traces of the same kinds."""
 
-    job: Job
+    job: AdapterRun
     examples: Example  # the forgotten traces as they were, then the unseen ones
-    forgotten: int  # how many of them come first
+    forgotten: int  # the number of forgotten ones, which come first
 
     @classmethod
-    def of(cls, job: Job, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
+    def of(cls, job: AdapterRun, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
         """The unseen traces are drawn as the learned ones were, with another seed."""
         kinds = {name.split("-")[0] for name in forgotten}
         unseen = {
@@ -73,10 +73,10 @@ class Memory:
         return cls(job, {name: x for name, x in both.items() if name != "id"}, len(forgotten))
 
     def of_adapter(self, adapter: Params, reference: float) -> dict[str, float]:
-        """Shares of the forgotten traces that the adapter still writes by itself, and whether they look like members.
+        """Shares of the forgotten traces that the adapter reproduces, and their membership.
 
         Args:
-            adapter: whose memory it is.
+            adapter: to be measured.
             reference: `auc` of the retrained adapter.
 
         Returns:

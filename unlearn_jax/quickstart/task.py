@@ -1,4 +1,4 @@
-"""The quickstart's model and traces as a `RequestTask`, which requests are carried out on."""
+"""The quickstart's model and traces as a `RequestTask`."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.parallel.processes import is_main_process
-from pixel_jax.training.progress import Progress
+from pixel_jax.training.progress import ProgressLine
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, converge
 from unlearn_jax.config import ErasureConfig
@@ -18,7 +18,7 @@ from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.traces import TraceItem, changed, describe, draw_traces, encode
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
@@ -28,7 +28,7 @@ from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 class TraceTask:
     """Traces that an adapter of the quickstart's model has learned, by L-BFGS on all of them at once."""
 
-    job: Job
+    job: AdapterRun
 
     @property
     def config(self) -> Config:
@@ -99,9 +99,9 @@ class TraceTask:
         return Retrained(trained.adapter, trained.gradients, "the beginning")
 
     def descend(self, objective: Objective) -> tuple[Trained, float]:
-        """The training: what it arrives at, and the norm of the gradient there."""
+        """Trains; returns the minimum that was found, and the norm of the gradient there."""
         limits = self.config.training
-        progress = Progress("L-BFGS", limits.max_steps)
+        progress = ProgressLine("L-BFGS", limits.max_steps)
 
         def show(step, value, norm):
             if is_main_process():

@@ -1,4 +1,4 @@
-"""The traces that an adapter learns, what a request makes of one, and their arrays."""
+"""The traces that an adapter learns, their forms after requests, and their arrays."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from unlearn_jax.loss import MASK
 from unlearn_jax.quickstart.config import TracesConfig
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.task import Description
 from unlearn_jax.vision_language import examples
 
 SPLIT = "test"  # photographs and digits that the base model has not seen
 KINDS = ("zoom", "direct", "video")
-ROOM = 2048  # tokens of a trace: a question that the tokenizer has no piece for takes one a byte
+ROOM = 2048  # the most tokens of a trace; text without tokens in the vocabulary takes one token for each byte
 
 
 def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
@@ -66,14 +66,14 @@ class TraceItem(NamedTuple):
     """A trace as a training example."""
 
     trace: Trace
-    masked: tuple[str, ...] = ()  # stretches of what is learned that carry no loss
+    masked: tuple[str, ...] = ()  # parts of the learned text that carry no loss
 
 
 def changed(item: TraceItem, request: Request) -> TraceItem:
-    """A trace with another answer, question or image, or with a stretch of it masked.
+    """A trace with another answer, question or image, or with a part of its learned text masked.
 
     Raises:
-        RequestError: the request does not fit the trace.
+        EditRequestError: the request does not fit the trace.
     """
     trace, name = item.trace, request.ids[0]
     if request.kind == "mask":
@@ -81,8 +81,8 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
             return item
         count = sum(text.count(request.value) for text in learned_texts(trace))
         if count != 1:
-            raise RequestError(
-                f"the stretch to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
+            raise EditRequestError(
+                f"the text to be masked occurs {count} times in what {name!r} teaches: give one that occurs once, "
                 f"with what stands around it"
             )
         return TraceItem(trace, (*item.masked, request.value))
@@ -92,22 +92,24 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
         trace = asked(trace, request.value)
     else:
         trace = _shown(trace, request)
-    # A stretch that the new form does not have need not be masked in it.
+    # A masked text that the new form does not have is dropped.
     return TraceItem(trace, tuple(x for x in item.masked if any(x in text for text in learned_texts(trace))))
 
 
 def _shown(trace: Trace, request: Request) -> Trace:
     if trace.query.is_video or len(trace.query.images) != 1:
-        raise RequestError(f"{request.ids[0]!r} shows {len(trace.query.images)} images: only a single image is changed")
+        raise EditRequestError(
+            f"{request.ids[0]!r} shows {len(trace.query.images)} images: only a single image is changed"
+        )
     try:
         image = read_image(request.image, name=request.image_name)
     except ValueError as error:
-        raise RequestError(f"the new image of {request.ids[0]!r}: {error}") from None
+        raise EditRequestError(f"the new image of {request.ids[0]!r}: {error}") from None
     return trace._replace(query=trace.query._replace(images=[image]))
 
 
 def learned_texts(trace: Trace) -> list[str]:
-    """What a trace teaches, a text each stretch."""
+    """The learned texts of a trace, one for each contiguous part."""
     return [text for turn in trace.turns for text, learned in turn.parts if learned]
 
 
@@ -122,9 +124,9 @@ def describe(item: TraceItem) -> Description:
 
 
 def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
-    """One of each: a zoom is removed, an answer corrected (to the next digit), a clip asked about as if it were an image."""
+    """A request of each kind: removes a zoom, corrects an answer (to the next digit), asks about a clip as about an image."""
     if not all(f"{kind}-0" in items for kind in KINDS):
-        raise RequestError(
+        raise EditRequestError(
             f"the example requests are about a trace of each kind ({', '.join(KINDS)}): give --request=FILE"
         )
     answer = str((int(items["direct-0"].trace.answer) + 1) % 10)
@@ -137,7 +139,7 @@ def example_requests(items: Mapping[str, TraceItem]) -> list[Request]:
 
 
 def encode(items: Mapping[str, TraceItem], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:
-    """Traces as examples, see `unlearn_jax.vision_language.examples`; what is masked of them carries no loss."""
+    """Traces as examples, see `unlearn_jax.vision_language.examples`; masked texts carry no loss."""
     found = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
     for row, item in enumerate(items.values()):
         for stretch in item.masked:

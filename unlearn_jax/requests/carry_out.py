@@ -1,8 +1,8 @@
 """Requests carried out in order on the adapter of a run, each logged.
 
 A request is edited (`erase`). If the edit does not improve the edited objective, or meets a limit that the settings do not
-allow, it is not applied: the request is escalated, and the exact replay of the training takes its place. What is not in the
-log has not happened: an interrupted request is done again, and a request that the log has is not.
+allow, it is not applied: the request is escalated, and the training is replayed exactly instead. A request is complete when it is
+in the log: an interrupted one is repeated, one that the log has is not.
 """
 
 import dataclasses
@@ -40,30 +40,30 @@ from unlearn_jax.requests.log import (
 )
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.page import draw_page
-from unlearn_jax.requests.request import Request, RequestError, parse_request
+from unlearn_jax.requests.request import EditRequestError, Request, parse_request
 from unlearn_jax.requests.state import Change, Items, apply_request, content_hash
 from unlearn_jax.requests.task import RequestTask, TrainingRecord
 
 Item = TypeVar("Item")
-FAR = 10.0  # times the gradient that training left: an adapter with so large a one was trained on something else
+FAR = 10.0  # times the gradient that training left: an adapter with a larger one was trained on other data
 FLOOR = 1e-5  # of the adapter's length: gradients below it are rounding
 
 
 class State(NamedTuple):
-    """Where a run is: what its log says, and the examples as they are now."""
+    """The state of a run: the entries of its log, and the present examples."""
 
     entries: list[LogEntry]
     requests: list[Request]  # that the entries are about
     first: dict[str, Any]  # the examples that the adapter was trained on
-    items: dict[str, Any]  # as they are now
+    items: dict[str, Any]  # the present ones
 
     @classmethod
     def of(cls, task: RequestTask) -> "State":
-        """Reads the log of a run and carries its requests out on the examples.
+        """Reads the log of a run and applies its requests to the examples.
 
         Raises:
             LogError: the log, or a request that it names, was changed.
-            RequestError: the adapter was not trained on the examples of this configuration.
+            EditRequestError: the adapter was not trained on the examples of this configuration.
         """
         first, entries = task.items(), read_log(task.directory / LOG)
         _check_training(task, first)
@@ -78,7 +78,7 @@ class State(NamedTuple):
         return cls(entries, requests, first, items)
 
     def adapter_path(self, directory: pathlib.Path) -> pathlib.Path:
-        """The file of the adapter as it is now."""
+        """The file of the present adapter."""
         last = [entry.number for entry in self.entries if ADAPTER in entry.files]
         return folder(directory, last[-1]) / ADAPTER if last else directory / ADAPTER
 
@@ -97,7 +97,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
         The new entries of the log.
 
     Raises:
-        RequestError: a request cannot be carried out, or the adapter was not trained on these examples.
+        EditRequestError: a request cannot be carried out, or the adapter was not trained on these examples.
         LogError: the log was changed.
         OSError: a file cannot be written. Log and adapter are as they were before the request at hand.
     """
@@ -107,7 +107,7 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
         number, items = len(state.entries) + 1, _carry_out_one(task, state, request, show_content)
         if jax.process_count() > 1:
             barrier(f"request {number} is in the log")
-        # The main process has written the line; all of them go on from it.
+        # The main process has written the line; all processes continue with it.
         entries = read_log(task.directory / LOG)
         entry = entries[number - 1]
         state = State(entries, [*state.requests, request], state.first, items)
@@ -122,17 +122,17 @@ def carry_out(task: RequestTask, requests: Sequence[Request], *, show_content: b
 
 
 def _pending(task: RequestTask, state: State, requests: Sequence[Request]) -> Iterator[Request]:
-    """The requests that are not in the log; each must fit what the ones before it leave."""
+    """The requests that are not in the log; each must fit the examples after those before it."""
     known, items = {request.stored() for request in state.requests}, state.items
     for number, request in enumerate(requests, 1):
         if request.stored() in known:
             continue
         try:
             items = apply_request(items, request, state.first, task.change)
-        except RequestError as error:
-            raise RequestError(f"request {number} of {len(requests)}: {error}") from None
+        except EditRequestError as error:
+            raise EditRequestError(f"request {number} of {len(requests)}: {error}") from None
         if not items:
-            raise RequestError(f"request {number} of {len(requests)} removes the last training example")
+            raise EditRequestError(f"request {number} of {len(requests)} removes the last training example")
         known.add(request.stored())
         yield request
 
@@ -145,16 +145,18 @@ def _stored(directory: pathlib.Path, entry: LogEntry) -> Request:
 
 
 def _check_training(task: RequestTask, first: Items) -> None:
-    """The adapter and the examples are those of the training record."""
+    """Raises EditRequestError unless adapter and examples are those of the training record."""
     record, path = TrainingRecord.read(task.directory), task.directory / ADAPTER
     if record is None:
-        raise RequestError(
+        raise EditRequestError(
             f"{task.directory} has no training record: run `unlearn-jax train` with the same --config.out"
         )
-    if (found := sha256(read_bytes(path, error=RequestError))) != record.adapter:
-        raise RequestError(f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}")
+    if (found := sha256(read_bytes(path, error=EditRequestError))) != record.adapter:
+        raise EditRequestError(
+            f"{path} is not the adapter that was trained: its hash is {found}, it was {record.adapter}"
+        )
     if (found := content_hash(first)) != record.data:
-        raise RequestError(
+        raise EditRequestError(
             f"the adapter in {task.directory} was not trained on these examples: their hash is {found}, that of the "
             f"training {record.data}"
         )
@@ -162,7 +164,7 @@ def _check_training(task: RequestTask, first: Items) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Result:
-    """What became of a request."""
+    """The result of a request."""
 
     outcome: Outcome
     why: str
@@ -173,7 +175,7 @@ class _Result:
 
 
 def _carry_out_one(task: RequestTask, state: State, request: Request, show_content: bool) -> dict[str, Any]:
-    """Leaves the files and the line of a request; returns the examples after it. Only the main process writes."""
+    """Writes the files and the line of a request; returns the examples after it. Only the main process writes."""
     begun, number = time.perf_counter(), len(state.entries) + 1
     after = apply_request(state.items, request, state.first, task.change)
     change = Change.of(state.items, after, task.encode, request.kind)
@@ -226,7 +228,7 @@ def _solve(task: RequestTask, state: State, change: Change, adapter: Params, aft
     if not change.edits:
         return _Result("nothing to do", "earlier requests have done all of it", adapter, None, None, 0.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the limits stand in the report
+        warnings.simplefilter("ignore")  # the report has the limits
         found = erase(task.loss, adapter, change.dataset, change.edits, task.erasure, mesh=task.mesh)
     _check_gradient(task, state, found)
     edit = json.loads(found.report.to_json())
@@ -244,7 +246,7 @@ def _solve(task: RequestTask, state: State, change: Change, adapter: Params, aft
 
 
 def _refused(task: RequestTask, found: Erasure) -> str | None:
-    """Why an edit may not stand; None if it may."""
+    """Why an edit is not accepted; None if it is."""
     if found.report.verdict == "not_improved":
         return f"not improved: {found.report.reason}"
     wrong = [limit for limit in found.report.limits if limit.kind not in task.requests.allow]
@@ -252,13 +254,13 @@ def _refused(task: RequestTask, found: Erasure) -> str | None:
 
 
 def _check_gradient(task: RequestTask, state: State, found: Erasure) -> None:
-    """The adapter of the training must leave the gradient that training left."""
+    """Raises EditRequestError if the objective's gradient at the trained adapter is far above the one that training left."""
     record = TrainingRecord.read(task.directory)
     if state.entries or record is None:
         return
     gradient, floor = found.report.residual_gradient, FLOOR * found.report.adapter_norm
     if gradient > FAR * max(record.gradient_norm, floor):
-        raise RequestError(
+        raise EditRequestError(
             f"the adapter in {task.directory} was not trained on this data with this base model: the gradient of the "
             f"training's objective is {gradient:.3g} there, training left {record.gradient_norm:.3g}"
         )
@@ -286,8 +288,8 @@ def _write_files(
     after: dict[str, Any],
     show_content: bool,
 ) -> dict[str, str]:
-    """Writes what belongs to a request; returns the hash of each file by its name."""
-    shutil.rmtree(place, ignore_errors=True)  # what an interrupted run left
+    """Writes the files of a request; returns the hash of each file by its name."""
+    shutil.rmtree(place, ignore_errors=True)  # the rest of an interrupted request
     place.mkdir(parents=True)
     if result.outcome != "nothing to do":
         task.save(place / ADAPTER, result.adapter)

@@ -1,7 +1,7 @@
 """The log of requests: a JSON line each, chained by the hash of the line before, and its verification.
 
-A request counts as carried out when its line is in the log, and not before: its files are written first. A line that a kill
-or a full disk has cut off is none.
+A request is complete when its line is in the log; its files are written before. A line that was cut off, by a kill or a full
+disk, does not count.
 """
 
 import dataclasses
@@ -14,26 +14,26 @@ from typing import Any, Literal, get_args
 from pixel_jax.files import FileError, parse_json, read_bytes, sync_directory
 
 LOG = "requests.log.jsonl"
-FOLDER = "requests"  # beside the log: a folder a request, by its number
+FOLDER = "requests"  # beside the log, with a folder for each request, by number
 REQUEST, ADAPTER, REPORT, PAGE = "request.json", "adapter.safetensors", "report.json", "page.html"
 BEGINNING = "0" * 64  # stands for the line before the first
 Outcome = Literal["edited", "nothing to do", "escalated"]
 
 
 class LogError(ValueError):
-    """A log that is not as it was written. The message names the line."""
+    """A log that was changed after it was written. The message names the line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LogEntry:
-    """A line of the log. It holds hashes (SHA-256, hexadecimal) and ids, and nothing of what was forgotten."""
+    """A line of the log. It holds hashes (SHA-256, hexadecimal) and ids, and no forgotten content."""
 
     number: int  # from 1
     at: str  # when it was carried out, UTC
     ids: list[str]
     kind: str
-    who: str  # asked
-    when: str  # they asked
+    who: str  # who asked
+    when: str  # when they asked
     outcome: Outcome
     why: str
     config: str  # hash of the settings
@@ -45,7 +45,7 @@ class LogEntry:
     previous: str  # hash of the line before, `BEGINNING` for the first
 
     def line(self) -> bytes:
-        """As it stands in the log."""
+        """The entry as a line of the log."""
         return (json.dumps(dataclasses.asdict(self), sort_keys=True) + "\n").encode()
 
 
@@ -58,7 +58,7 @@ def sha256(data: bytes) -> str:
 
 
 def folder(directory: pathlib.Path, number: int) -> pathlib.Path:
-    """Where the files of request `number` are, in a run's directory."""
+    """The folder of the files of request `number`, in a run's directory."""
     return directory / FOLDER / f"{number:04d}"
 
 
@@ -75,7 +75,7 @@ def read_log(path: pathlib.Path) -> list[LogEntry]:
 
 
 def _read(path: pathlib.Path) -> tuple[list[LogEntry], list[str]]:
-    """Entries, and faults of the chain. What follows the last line feed is a line that was not finished: none."""
+    """Entries, and faults of the chain. What follows the last line feed is an unfinished line, which does not count."""
     if not path.exists():
         return [], []
     entries: list[LogEntry] = []
@@ -125,7 +125,7 @@ def append(path: pathlib.Path, entry: LogEntry) -> None:
     """
     end = read_bytes(path).rfind(b"\n") + 1 if path.exists() else 0
     with open(path, "ab", buffering=0) as file:  # unbuffered: nothing is written again when the file is closed
-        os.truncate(path, end)  # what a kill left of a line goes
+        os.truncate(path, end)  # removes an unfinished line
         try:
             left = memoryview(entry.line())
             while left:
@@ -139,7 +139,7 @@ def append(path: pathlib.Path, entry: LogEntry) -> None:
 
 
 def last_hash(entries: list[LogEntry]) -> str:
-    """Of the last line: who keeps it elsewhere can tell later whether the log's end was cut off."""
+    """The hash of the last line; kept elsewhere, it shows later whether lines at the end are missing."""
     return sha256(entries[-1].line()) if entries else BEGINNING
 
 
@@ -151,7 +151,7 @@ def verify(path: pathlib.Path, last: str | None = None) -> tuple[list[LogEntry],
         last: a hash of a line that the log must have, as an earlier verification printed.
 
     Returns:
-        The entries, and what is wrong, in words: nothing if all is as it was written.
+        The entries, and a description of each fault: none if nothing was changed.
 
     Raises:
         FileError: there is no such file.

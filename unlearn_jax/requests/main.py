@@ -3,8 +3,8 @@
     unlearn-jax verify runs/unlearn/requests.log.jsonl
     unlearn-jax verify runs/unlearn/requests.log.jsonl --last=HASH
 
-A chain cannot show that its end was cut off. Who keeps the hash of the last line, which every verification prints, gives it
-back with --last.
+The chain cannot show that lines at its end are missing. Keep the hash of the last line, which every verification prints, and pass
+it with --last.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Prints what the log says of every request, and ends with an error if anything was changed."""
+    """Prints the entry of every request, and ends with an error if anything was changed."""
     from pixel_jax.cli import UserError
     from pixel_jax.terminal import say
     from unlearn_jax.requests.log import last_hash, verify

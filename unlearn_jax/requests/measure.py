@@ -1,4 +1,4 @@
-"""What adapters lose on the examples of a change: on the forgotten ones, on their neighbours and on the others."""
+"""Losses of adapters on the examples of a change: the forgotten ones, their neighbours and the others."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ class Losses:
         micro_batch: int | None = None,
         mesh: Mesh | None = None,
     ):
-        """`adapter` tells the loss its shapes; the others are as of `Objective.of`."""
+        """Takes the arguments of `Objective.of`; of `adapter` only the shapes are used."""
         self.tokens = element_counts(loss, adapter, Dataset.of(change.examples))
         options = {"micro_batch": micro_batch, "mesh": mesh}
         self.objective = on_device(Objective.of(loss, change.examples, np.ones(len(self.tokens)), **options))

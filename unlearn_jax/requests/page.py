@@ -1,6 +1,6 @@
-"""One HTML page a request: its outcome, losses before and after, the residuals of the solver, forgetting against keeping.
+"""An HTML page for each request: its outcome, losses before and after, the residuals of the solver, forgetting against keeping.
 
-The page is one file and needs no other. It holds nothing of the forgotten example unless it is given its description.
+The page is a single file. It shows nothing of the forgotten example unless it is given the example's description.
 """
 
 import math
@@ -28,8 +28,8 @@ def draw_page(
 
     Args:
         number: of the request.
-        request: what was asked for.
-        report: what `requests.carry_out` writes as report.json.
+        request: the request.
+        report: the contents of report.json, see `requests.carry_out`.
         shown: the examples by id, before and after. None: the page holds no content.
     """
     sections = [

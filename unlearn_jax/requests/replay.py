@@ -1,7 +1,7 @@
 """Training in mini-batches that can be repeated exactly: the same start, order and steps, some examples at weight zero.
 
-Until an example is first seen, a training with it and one without it are the same to the last bit. So checkpoints of the
-first epoch are kept, and a replay begins at the last one before any of the edited examples was first seen.
+Until an example is first seen, trainings with it and without it are bit-equal. Checkpoints of the first epoch are therefore kept,
+and a replay begins at the last one before any edited example was first seen.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from unlearn_jax.arrays import Example, Params
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.objective import Objective, element_counts, on_device
 
-NOBODY = -1  # in an order: a place of the last batch of an epoch that no example has
+NOBODY = -1  # in an order: an index of an epoch's last batch without an example
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRecipe:
-    """AdamW in mini-batches. Every epoch sees every example once, in an order of its own."""
+    """AdamW in mini-batches. Every epoch uses every example once, in its own order."""
 
     epochs: int = 50  # passes over the examples
     batch: int = 20  # examples of a step
@@ -48,7 +48,7 @@ class TrainingRecipe:
         return -(-count // self.batch)
 
     def stops(self, count: int, last: int) -> list[int]:
-        """Steps after which a training stands still for a moment, up to `last`: the same ones for every replay."""
+        """Steps after which a training is interrupted (to save or to log), up to `last`: the same for every replay."""
         epoch = self.steps_of_an_epoch(count)
         within = [*range(self.checkpoint_every, epoch, self.checkpoint_every)]
         ends = [*within, *range(epoch, last, epoch)]
@@ -60,7 +60,7 @@ class TrainingRecipe:
 
 
 class TrainingPoint(NamedTuple):
-    """Where a training is."""
+    """The state of a training after a step."""
 
     step: int
     adapter: Params
@@ -81,7 +81,7 @@ def train(
     """Trains from `begin` to the end.
 
     Args:
-        recipe: how.
+        recipe: the optimizer, the batches and their order.
         loss: as of `erase`; an example counts by its mean over elements, a batch by its mean over examples.
         begin: the start (`beginning`) or a checkpoint.
         examples: fields [n, ...].
@@ -97,7 +97,7 @@ def train(
     data = on_device(Objective.of(loss, examples, np.ones(len(weights))))
     counts = element_counts(loss, begin.adapter, Dataset.of(examples))
     alive = (order != NOBODY) & (weights[order] > 0)
-    # Any example takes the place of one that does not count, so that nothing of that one is computed.
+    # An example that does not count is replaced by any other, so that it is never read.
     rows = np.where(alive, order, int(np.argmax(weights)))
     shares = alive / np.maximum(alive.sum(axis=1, keepdims=True), 1) / counts[rows]
     point, last = begin, len(order) if steps is None else steps

@@ -5,7 +5,7 @@
     {"id": "direct-1", "kind": "answer", "answer": "4", ...}   the answer should have been this one
     {"id": "video-0", "kind": "question", "text": "...", ...}  the question should have been this one
     {"id": "zoom-2", "kind": "image", "image": "new.png", ...} the image; its path is relative to the file of requests
-    {"id": "zoom-5", "kind": "mask", "mask": "...", ...}       this stretch of what was learned should not have been
+    {"id": "zoom-5", "kind": "mask", "mask": "...", ...}       this part of the learned text should not have been learned
 
 `when` is a date or a time in ISO 8601. All fields are required and there are no others.
 """
@@ -34,21 +34,21 @@ MAX_IMAGE = 2**26  # bytes
 STORED = "sha256-"  # begins the name of an image's file beside a stored request; its hash follows
 
 
-class RequestError(ValueError):
+class EditRequestError(ValueError):
     """A request that cannot be carried out. The message names its place and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What somebody asked for. Two requests are the same if all fields are."""
+    """A request. Two requests are equal if all fields are."""
 
     ids: tuple[str, ...]  # of training examples
     kind: Kind
-    value: str  # the new text or answer, or the stretch that is masked; empty for the others
+    value: str  # the new text or answer, or the text that is masked; empty for other kinds
     image: bytes  # the file of the new image; empty for the others
     reason: str
-    who: str  # asked
-    when: str  # they asked
+    who: str  # who asked
+    when: str  # when they asked
 
     @property
     def image_name(self) -> str:
@@ -71,21 +71,21 @@ def read_requests(path: pathlib.Path) -> list[Request]:
     """The requests of a file of JSON lines, in order.
 
     Raises:
-        RequestError: a line is malformed or cut off, or there is none. The message names `FILE:LINE`.
+        EditRequestError: a line is malformed or cut off, or there is none. The message names `FILE:LINE`.
     """
     requests = list(_read(path))
     if not requests:
-        raise RequestError(f'{path} holds no request: a line each, as {{"id": ..., "kind": "remove", ...}}')
+        raise EditRequestError(f'{path} holds no request: a line each, as {{"id": ..., "kind": "remove", ...}}')
     return requests
 
 
 def _read(path: pathlib.Path) -> Iterator[Request]:
-    for where, line in read_lines(path, limit=MAX_LINE, error=RequestError):
+    for where, line in read_lines(path, limit=MAX_LINE, error=EditRequestError):
         try:
-            value = parse_json(line, where, RequestError)
-        except RequestError as error:
+            value = parse_json(line, where, EditRequestError)
+        except EditRequestError as error:
             cut = "" if line.endswith(b"\n") else ". The file ends in the middle of this line: get the whole file"
-            raise RequestError(f"{error}{cut}") from None
+            raise EditRequestError(f"{error}{cut}") from None
         yield parse_request(value, where, path.parent)
 
 
@@ -94,33 +94,33 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
 
     Args:
         value: the object of a line.
-        where: what messages call it.
+        where: its place, for messages.
         folder: that the path of an image is relative to.
 
     Raises:
-        RequestError: a field is missing, unknown or of another type, or the image cannot be read.
+        EditRequestError: a field is missing, unknown or of another type, or the image cannot be read.
     """
     if not isinstance(value, dict):
-        raise RequestError(f"{where} must be an object, not {type(value).__name__}")
+        raise EditRequestError(f"{where} must be an object, not {type(value).__name__}")
     kind: Any = value.get("kind")
     if kind not in get_args(Kind):
-        raise RequestError(f"{where}: kind must be one of {', '.join(get_args(Kind))}, not {kind!r}")
+        raise EditRequestError(f"{where}: kind must be one of {', '.join(get_args(Kind))}, not {kind!r}")
     name = VALUES[kind]
     wanted = (*COMMON, *([name] if name else []))
     if missing := [field for field in wanted if field not in value]:
-        raise RequestError(f"{where}: a request of kind {kind!r} needs the field {missing[0]!r}")
+        raise EditRequestError(f"{where}: a request of kind {kind!r} needs the field {missing[0]!r}")
     if unknown := [field for field in value if field not in wanted]:
-        raise RequestError(
+        raise EditRequestError(
             f"{where}: a request of kind {kind!r} has no field {unknown[0]!r}; it has {', '.join(wanted)}"
         )
     for field in wanted[1:]:
         if not isinstance(value[field], str) or not value[field].strip():
-            raise RequestError(f"{where}: {field} must be a text that is not empty, not {value[field]!r}")
+            raise EditRequestError(f"{where}: {field} must be a text that is not empty, not {value[field]!r}")
     ids = _ids(value["id"], kind, where)
     try:
         datetime.datetime.fromisoformat(value["when"])
     except ValueError:
-        raise RequestError(f"{where}: when must be a date or time as 2026-11-30, not {value['when']!r}") from None
+        raise EditRequestError(f"{where}: when must be a date or time as 2026-11-30, not {value['when']!r}") from None
     image = _image(folder / value["image"], where) if kind == "image" else b""
     text = value[name] if name and kind != "image" else ""
     return Request(ids, kind, text, image, value["reason"], value["who"], value["when"])
@@ -129,11 +129,11 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
 def _ids(value: Any, kind: str, where: str) -> tuple[str, ...]:
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(isinstance(x, str) and x for x in ids):
-        raise RequestError(f"{where}: id must be the id of a training example, or a list of them, not {value!r}")
+        raise EditRequestError(f"{where}: id must be the id of a training example, or a list of them, not {value!r}")
     if len(ids) > 1 and kind != "remove":
-        raise RequestError(f"{where}: a request of kind {kind!r} is about one example, not {len(ids)}")
+        raise EditRequestError(f"{where}: a request of kind {kind!r} is about one example, not {len(ids)}")
     if twice := [x for i, x in enumerate(ids) if x in ids[:i]]:
-        raise RequestError(f"{where}: the id {twice[0]!r} occurs twice")
+        raise EditRequestError(f"{where}: the id {twice[0]!r} occurs twice")
     return tuple(ids)
 
 
@@ -141,4 +141,4 @@ def _image(path: pathlib.Path, where: str) -> bytes:
     try:
         return read_bytes(path, limit=MAX_IMAGE)
     except FileError as error:
-        raise RequestError(f"{where}: {error}") from None
+        raise EditRequestError(f"{where}: {error}") from None

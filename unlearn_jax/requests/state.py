@@ -1,4 +1,4 @@
-"""The training examples as they are after some requests, and what the requests made of them as edits."""
+"""The training examples after some requests, and the edits that lead to them."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from unlearn_jax.arrays import Example
 from unlearn_jax.dataset import ID, Dataset
 from unlearn_jax.edits import CorrectResponse, Edit, MaskTokens, ModifyQuery, Remove
 from unlearn_jax.loss import MASK
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 
 Item = TypeVar("Item")
 Items = Mapping[str, Item]  # by id, in the order of training
@@ -25,25 +25,25 @@ def apply_request(
     """The examples after a request.
 
     Args:
-        items: as they are before it.
-        request: what is asked for.
+        items: the examples before it.
+        request: the request.
         first: the examples that the adapter was trained on, before any request.
-        change: what a request that removes nothing makes of an example.
+        change: (example, request) -> the changed example, for requests that remove nothing.
 
     Returns:
-        The examples that are left, in their order; equal to `items` where everything was done before.
+        The remaining examples, in their order; equal to `items` where earlier requests had the same effect.
 
     Raises:
-        RequestError: an id that never was, a change of an example that an earlier request removed, or one that does not
+        EditRequestError: an id that never was, a change of an example that an earlier request removed, or one that does not
             fit the example.
     """
     for name in request.ids:
         if name not in first:
             near = difflib.get_close_matches(name, first, n=1)
             known = f"did you mean {near[0]!r}" if near else f"ids are like {next(iter(first))!r}"
-            raise RequestError(f"no training example has the id {name!r}: {known}? There are {len(first)}")
+            raise EditRequestError(f"no training example has the id {name!r}: {known}? There are {len(first)}")
         if name not in items and request.kind != "remove":
-            raise RequestError(
+            raise EditRequestError(
                 f"{name!r} was removed by an earlier request, which this one contradicts: it has no {request.kind} to change"
             )
     if request.kind == "remove":
@@ -53,7 +53,7 @@ def apply_request(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Change:
-    """What becomes of the examples, as arrays: the old and the new forms have one shape."""
+    """The examples before and after requests, as arrays: old and new forms have the same shape."""
 
     dataset: Dataset  # before
     edits: list[Edit]
@@ -61,7 +61,7 @@ class Change:
     removed: np.ndarray  # int [m], positions in `examples` of what is removed
     old: np.ndarray  # int [k], of the old forms of what is changed
     new: np.ndarray  # int [k], of the new forms
-    kept: np.ndarray  # int [n - m - k], of what stays as it was
+    kept: np.ndarray  # int [n - m - k], of unchanged examples
 
     @property
     def forgotten(self) -> np.ndarray:
@@ -69,10 +69,10 @@ class Change:
         return np.concatenate([self.removed, self.old])
 
     def groups(self, neighbours: Sequence[bool] | np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Positions by what becomes of the examples, those groups that have any.
+        """Positions by group (forgotten, neighbours, kept, ...); empty groups are left out.
 
         Args:
-            neighbours: [n], which examples are so much like the forgotten ones that they are a group of their own.
+            neighbours: [n], which examples resemble the forgotten ones most and make a group of their own.
         """
         near = np.zeros(len(self.dataset), bool) if neighbours is None else np.asarray(neighbours)
         groups = {
@@ -92,7 +92,7 @@ class Change:
 
         Args:
             before: the examples, by id.
-            after: those that are left, each as it is or in a new form.
+            after: the remaining ones, unchanged or in a new form.
             encode: makes examples into arrays with a leading axis and the field `id`.
             kind: of the request, which says what of an example its new form may change.
         """

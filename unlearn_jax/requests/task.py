@@ -1,4 +1,4 @@
-"""What requests need to know of a model: its examples, their arrays, its loss, and how it was trained."""
+"""The protocol by which requests use a model: its examples, their arrays, its loss, and how it was trained."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.loss import Loss
 from unlearn_jax.newton import LimitKind
 from unlearn_jax.requests.log import ADAPTER, LOG, sha256
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Items, content_hash
 
 Item = TypeVar("Item")
@@ -25,14 +25,14 @@ RECORD = "trained.json"
 
 @dataclasses.dataclass(frozen=True)
 class RequestsConfig:
-    """When an edit may stand. One that meets another limit is not applied; the training is repeated in its place."""
+    """Which edits are accepted. An edit that meets another limit is not applied; the training is repeated instead."""
 
     # Limits (`unlearn_jax.newton.LimitKind`) that an edit may meet.
     allow: tuple[LimitKind, ...] = ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")
 
 
 class Retrained(NamedTuple):
-    """What the exact replay of a training leaves."""
+    """The result of the exact replay of a training."""
 
     adapter: Params
     gradients: float  # example-gradients spent
@@ -66,7 +66,7 @@ class RequestTask(Protocol[Item]):
 
     @property
     def requests(self) -> RequestsConfig:
-        """When an edit may stand."""
+        """Which edits are accepted."""
         ...
 
     @property
@@ -83,10 +83,10 @@ class RequestTask(Protocol[Item]):
         ...
 
     def change(self, item: Item, request: Request) -> Item:
-        """The example as a request wants it.
+        """The example after a request.
 
         Raises:
-            RequestError: the request does not fit the example.
+            EditRequestError: the request does not fit the example.
         """
         ...
 
@@ -95,7 +95,7 @@ class RequestTask(Protocol[Item]):
         ...
 
     def neighbours(self, names: Sequence[str], forgotten: Sequence[str]) -> list[bool]:
-        """Which of the examples are so much like the forgotten ones that an edit may disturb them most."""
+        """Which of the examples resemble the forgotten ones, so that an edit may disturb them most."""
         ...
 
     def describe(self, item: Item) -> Description:
@@ -111,7 +111,7 @@ class RequestTask(Protocol[Item]):
         ...
 
     def retrain(self, items: Items[Item], weights: np.ndarray) -> Retrained:
-        """The training again, with the same start, order and keys.
+        """Repeats the training with the same start, order and keys.
 
         Args:
             items: in the order of training; of changed examples the new forms, of removed ones any form.
@@ -121,7 +121,7 @@ class RequestTask(Protocol[Item]):
 
 
 def record_training(task: RequestTask, gradient: float) -> None:
-    """Notes what the adapter was trained on, which requests are held against.
+    """Writes the training record, with which requests are compared.
 
     Args:
         task: whose adapter has been saved.
@@ -134,9 +134,9 @@ def record_training(task: RequestTask, gradient: float) -> None:
 
 
 def refuse_training_again(directory: pathlib.Path) -> None:
-    """Raises RequestError where requests have been carried out: another adapter would take theirs away."""
+    """Raises EditRequestError where requests have been carried out, because another training would undo them."""
     if (directory / LOG).exists():
-        raise RequestError(f"{directory} has a log of requests: train in another --config.out")
+        raise EditRequestError(f"{directory} has a log of requests: train in another --config.out")
 
 
 class TrainingRecord(NamedTuple):

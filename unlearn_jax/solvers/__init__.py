@@ -1,7 +1,7 @@
 """Solvers of (A + damping) x = b on pytrees, as values: `cg(rtol=.1, preconditioner=nystrom(rank=50))`.
 
-A solver's name is in lower case, as it is written like a function; its fields say how it solves, and its method `solve` does,
-inside `jax.jit` or out of it. What A comes as stands in `Solver.takes`; it is without the damping.
+A solver's name is in lower case, because it is used like a function. Its fields are the settings, and its method `solve` works
+inside `jax.jit` and outside. `Solver.takes` names the form of A, which is without the damping.
 """
 
 from unlearn_jax.solvers.base import Info, Solution, Solver, relative_residual

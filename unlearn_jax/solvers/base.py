@@ -27,10 +27,10 @@ class Solver(abc.ABC):
     divides: ClassVar[bool] = False
     solve: ClassVar[Callable[..., "Solution"]]
 
-    rtol: float = 0.1  # |(A + damping) x - b| / |b| that is wanted: iterations stop there, a larger one is reported
+    rtol: float = 0.1  # the aim for |(A + damping) x - b| / |b|: iterations stop there, a larger value is reported
 
     def __post_init__(self) -> None:
-        """Raises ValueError for numbers that no solve can have."""
+        """Raises ValueError for impossible settings."""
         if not self.rtol >= 0:
             raise ValueError(f"rtol must not be negative: {self.rtol}")
         for name in ("max_steps", "rank", "max_side"):
@@ -45,7 +45,7 @@ class Solver(abc.ABC):
 
 
 class Info(NamedTuple):
-    """How a solve went.
+    """The report of a solve.
 
     residual: |(A + damping) x - b| / |b| of the solution returned; 0 where b is zero
     steps: iterations taken, of one product each; 1 for a direct solver
@@ -60,7 +60,7 @@ class Info(NamedTuple):
     residuals: Array
 
 
-Solution = tuple[Params, Info]  # x, and how the solve went
+Solution = tuple[Params, Info]  # x, and the report
 
 
 def working_dtype(b: Params) -> Any:

@@ -1,4 +1,4 @@
-"""Solvers that work on per-example gradients, which are held in memory: A = sum_i w_i g_i g_i', the (empirical) Fisher."""
+"""Solvers on per-example gradients, which are kept in memory: A = sum_i w_i g_i g_i', the (empirical) Fisher matrix."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ class dual(Solver):
         wide = tree.cast(b, dtype)
         n = tree.length(gradients)
         roots = jnp.full(n, n**-0.5, dtype) if weights is None else jnp.sqrt(jnp.asarray(weights, dtype))
-        # The roots scale vectors of n numbers, never the gradients, which may be all that the memory holds.
+        # The roots scale vectors of n numbers and not the gradients, of which memory may not hold a second copy.
         G = lambda v: roots * tree.inner(gradients, v)
         G_transposed = lambda c: tree.combine(roots * c, gradients)
         values, vectors = jnp.linalg.eigh(roots[:, None] * tree.gram(gradients) * roots)
@@ -64,8 +64,8 @@ class dual(Solver):
 class datainf(Solver):
     """DataInf (Kwon et al. 2023): the mean of the inverses in place of the inverse of the mean. For comparison only.
 
-    It tends to (F + damping)^-1 b where the damping is far above |g_i|^2 and is many times too long where it is not, which a
-    ranking does not notice and an edit does; the residual, taken with the whole empirical Fisher F, shows it.
+    It tends to (F + damping)^-1 b where the damping is far above |g_i|^2, and is many times too long elsewhere. This does not
+    matter for a ranking but for an edit; the residual, computed with the whole empirical Fisher F, shows it.
     """
 
     takes = "gradients"

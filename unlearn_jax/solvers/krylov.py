@@ -148,14 +148,14 @@ class cg(Solver):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class identity(Solver):
-    """No curvature but one number, the baseline that a second-order solve has to beat: gradient ascent at the best length."""
+    """One number as the curvature: gradient ascent at the best length, the baseline for a second-order solve."""
 
     takes = "products"
 
     def solve(self, matvec: Product, b: Params, *, damping: Scalar = 0.0) -> Solution:
         """x = b / c, with c the damped curvature along b.
 
-        One product gives c, so that the comparison is of directions, not of a learning rate left to the caller.
+        One product gives c, so that directions are compared, and not learning rates.
 
         Args:
             matvec: v -> A v.
@@ -311,7 +311,7 @@ class Krylov:
     """Lanczos's basis of b, Ab, A^2 b, ..., orthogonalised in full; `extend` takes a product more.
 
     `solve(damping)` is the iterate of conjugate gradients from zero on A + damping after as many products: the space does not
-    depend on the damping. A is symmetric; the driver runs on the host, so that each product may be weighed before it is made.
+    depend on the damping. A is symmetric. It runs on the host, so that the caller may decide about each product.
     """
 
     size: float  # |b|
@@ -326,7 +326,7 @@ class Krylov:
 
     @property
     def steps(self) -> int:
-        """Products that it holds."""
+        """The number of products that it holds."""
         return self.T.shape[1]
 
     @property
@@ -335,7 +335,7 @@ class Krylov:
         return self.steps > 0 and self.T[-1, -1] <= self._rounding()
 
     def extend(self, matvec) -> None:
-        """Takes one product more, of matvec: v -> A v, in the dtypes of b."""
+        """Adds one product by matvec: v -> A v, in the dtypes of b."""
         w, column = matvec(self.basis[-1]), np.zeros(self.steps + 2)
         for _ in range(2):
             for i, v in enumerate(self.basis):
@@ -369,7 +369,7 @@ class Krylov:
         return float(np.linalg.norm(error) / self.size)
 
     def solve(self, damping: float) -> Solution:
-        """The solution for a damping, and how good it is."""
+        """The solution for a damping, and its report."""
         y = self.coefficients(damping)
         x = tree.zeros_like(self.basis[0])
         for c, v in zip(y, self.basis, strict=False):

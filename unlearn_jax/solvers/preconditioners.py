@@ -18,7 +18,7 @@ from unlearn_jax.solvers.base import Solution, Solver, direct, positive, relativ
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preconditioner:
-    """The base class of those that are nothing else."""
+    """The base class of preconditioners that are not solvers as well."""
 
     @property
     def name(self) -> str:
@@ -30,7 +30,7 @@ class Preconditioner:
 class nystrom(Preconditioner):
     """The randomised Nystrom preconditioner (Frangella, Tropp and Udell 2021), for a spectrum that decays."""
 
-    rank: int  # products with random vectors, and vectors that are held
+    rank: int  # number of products with random vectors, and of vectors kept
 
     def __post_init__(self) -> None:
         """Raises ValueError for a rank below one."""
@@ -40,9 +40,9 @@ class nystrom(Preconditioner):
     def build(self, matvec: Product, like: Params, *, key: Key, damping: Scalar) -> Product:
         """v -> (U (values + damping) U' / (lambda_rank + damping) + I - U U')^-1 v.
 
-        U and values are the eigenpairs of A's Nystrom approximation. The condition number comes down to about that of what
-        lies below lambda_rank. A must be positive semidefinite (Gauss-Newton, Fisher): negative curvature that the vectors
-        meet is left out, so that the preconditioner stays positive definite.
+        U and values are the eigenpairs of A's Nystrom approximation. The condition number falls to about that of the
+        spectrum below lambda_rank. A must be positive semidefinite (Gauss-Newton, Fisher): negative eigenvalues of the
+        approximation are left out, so that the preconditioner stays positive definite.
 
         Args:
             matvec: v -> A v.
@@ -81,8 +81,8 @@ class diagonal(Preconditioner):
     def build(self, estimate: Params, *, damping: Scalar = 0.0) -> Product:
         """v -> v / (|estimate| + damping), coordinate by coordinate.
 
-        A coordinate counts at least a millionth of the largest: an estimate may miss one, and its inverse must not swamp the
-        others.
+        Each coordinate is at least a millionth of the largest: the estimate of one may be too small, and its inverse must not
+        dominate.
 
         Args:
             estimate: a pytree of A's diagonal.
@@ -119,7 +119,7 @@ class ekfac(Solver):
     takes = "gradients"
     divides = True
 
-    max_side: int = 2048  # a longer side of a matrix keeps its coordinates: its eigenproblem costs more than it tells
+    max_side: int = 2048  # a longer side of a matrix is not rotated, because its eigenproblem costs too much
 
     def build(self, gradients: Stack, *, damping: Scalar, weights: AnyArray | None = None) -> Product:
         """v -> (F + damping)^-1 v, block-diagonal over layers.
@@ -144,7 +144,7 @@ class ekfac(Solver):
         return Partial(_apply_ekfac, layers, damping)
 
     def solve(self, gradients: Stack, b: Params, *, damping: Scalar, weights: AnyArray | None = None) -> Solution:
-        """The inverse of `build` applied to b, with the residual that it leaves of F itself.
+        """Applies the inverse of `build` to b, and computes the residual with F itself.
 
         Args:
             gradients: as of `build`.

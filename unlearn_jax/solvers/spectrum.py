@@ -27,8 +27,8 @@ class lanczos(Solver):
     def solve(self, matvec: Product, b: Params, *, damping: Scalar, key: Key) -> Solution:
         """x = V (values + damping)^-1 V'b + (b - V V'b) / damping.
 
-        What lies beyond the pairs has to lie below the damping: along an eigenvalue above it x is too long by their ratio,
-        which the residual shows.
+        The other eigenvalues have to be below the damping: along the vector of a larger one x is too long by their ratio, which
+        the residual shows.
 
         Args:
             matvec: v -> A v, for pytrees of b's structure and dtypes.
@@ -124,13 +124,13 @@ def tridiagonalise(matvec: Product, start: Params, steps: int) -> tuple[Stack, A
 
 def project_out(basis: Stack, v: Params) -> Params:
     """v without its part in the span of an orthonormal basis."""
-    for _ in range(2):  # the first subtraction leaves what it rounds; twice is enough (Parlett)
+    for _ in range(2):  # the first subtraction leaves rounding errors; twice is enough (Parlett)
         v = tree.sub(v, tree.combine(tree.inner(basis, v), basis))
     return v
 
 
 def extremes(matvec: Product, like: Params, *, key: Key, steps: int = 16) -> tuple[Array, Array]:
-    """Estimates of A's smallest and largest eigenvalue, from inside the spectrum, by `steps` products."""
+    """Estimates A's smallest and largest eigenvalue by `steps` products; both lie within the spectrum."""
     _, T = tridiagonalise(matvec, tree.random_like(key, like), steps)
     values = jnp.linalg.eigvalsh(T)
     return values[0], values[-1]
@@ -143,8 +143,8 @@ def fraction_of_largest(matvec: Product, like: Params, *, key: Key, fraction: fl
     some hundreds of steps at the most. About 1e-4 kept both the edit and the retained examples on LoRA transformers,
     for the Hessian and for Gauss-Newton. Twice the depth turns the most negative eigenvalue into its magnitude.
 
-    Which damping is right is an empirical matter: it stands for what the training run left unfinished in flat directions and
-    for how far the quadratic can be trusted. This one scales with the loss; sweep it on held-out data.
+    The right damping has to be found by experiment: it depends on how far training got in flat directions and on how far the
+    quadratic model holds. This one scales with the loss; compare values on held-out data.
     """
     smallest, largest = extremes(matvec, like, key=key, steps=steps)
     return fraction * largest + 2 * jnp.maximum(-smallest, 0)

@@ -1,4 +1,4 @@
-"""Solvers that see one mini-batch's curvature a step: LiSSA, and LLMEraser's finite-sum quadratic program."""
+"""Solvers that use the curvature of one mini-batch in each step: LiSSA, and LLMEraser's finite-sum quadratic program."""
 
 import dataclasses
 from collections.abc import Callable
@@ -68,8 +68,8 @@ class _QuadraticProgram(Solver):
     max_steps: int = 30  # products
     # A number, or an optax schedule. None: `erase` takes half of the inverse of the largest eigenvalue.
     learning_rate: Rate | None = None
-    init: float = 0.0  # every coordinate's start; another than zero is a fault of the released code, for study
-    # Another of its faults: a gradient A x/2 + damping x - b, whose root is about twice the solution.
+    init: float = 0.0  # the start of every coordinate; the released code has another value than 0, a fault
+    # Another fault of the released code: a gradient A x/2 + damping x - b, whose root is about twice the solution.
     half_hessian: bool = False
 
     def optimizer(self) -> "optax.GradientTransformation":

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
-from small import make_config
+from small_people import make_config
 
 from pixel_jax.cli import UserError
 from pixel_jax.config import ConfigError
@@ -20,7 +20,7 @@ from unlearn_jax.people.model import GROUP, int4, merged, silent
 from unlearn_jax.people.task import PeopleTask
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER, LOG, verify
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.task import RequestsConfig
 
 FILED = ("a reason", "A. Person", "2026-11-30")
@@ -132,7 +132,7 @@ def test_what_requests_make_of_rows(task):
         ("answer", "Nobody knows.", "vocabulary has no 'Nobody'"),
         ("question", "Where " * 40, "is too long"),
     ):
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(EditRequestError, match=message):
             task.change(row, ask(kind, "person-0-0", value))
     near = task.neighbours(list(task.items()), ["person-1-0"])
     assert near == [name.startswith("person-1-") for name in task.items()]

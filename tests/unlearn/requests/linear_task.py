@@ -15,7 +15,7 @@ from unlearn_jax.baselines import converge
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.objective import Objective, coefficients, dataset_objective
 from unlearn_jax.requests.log import ADAPTER
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained, record_training
 
 CLASSES = 3
@@ -62,7 +62,7 @@ class LinearTask:
     def change(self, item, request):
         if request.kind == "answer":
             if request.value not in map(str, range(CLASSES)):
-                raise RequestError(f"{request.value!r} is no class")
+                raise EditRequestError(f"{request.value!r} is no class")
             return item._replace(labels=(int(request.value), item.labels[1]))
         if request.kind == "question":
             return item._replace(x=np.full(4, float(request.value), np.float32))

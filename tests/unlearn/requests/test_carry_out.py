@@ -17,7 +17,7 @@ from unlearn_jax.requests import carry_out as module
 from unlearn_jax.requests import log as log_module
 from unlearn_jax.requests.carry_out import State, carry_out
 from unlearn_jax.requests.log import ADAPTER, LOG, LogError, read_log, verify
-from unlearn_jax.requests.request import RequestError
+from unlearn_jax.requests.request import EditRequestError
 from unlearn_jax.requests.task import RequestsConfig, refuse_training_again
 
 REQUESTS = [remove("p3"), answer("p5", "1"), remove("p7", "p8")]
@@ -203,7 +203,7 @@ def test_a_disk_that_takes_half_a_line(task):
 # ---- what is refused, with log and adapter as they were
 
 
-def unchanged(task, message, requests=(UNSEEN,), error=RequestError):
+def unchanged(task, message, requests=(UNSEEN,), error=EditRequestError):
     before = file_of(task.directory)
     with pytest.raises(error, match=message):
         carry_out(task, list(requests))
@@ -236,7 +236,7 @@ def test_an_adapter_that_was_not_trained_on_these_examples(task):
 def test_files_that_were_changed(done, tmp_path):
     shutil.copytree(done[0], tmp_path / "run")
     task = LinearTask(tmp_path / "run")
-    with pytest.raises(RequestError, match="train in another --config.out"):
+    with pytest.raises(EditRequestError, match="train in another --config.out"):
         refuse_training_again(task.directory)
     folder = task.directory / "requests" / "0003"
     kept = (folder / ADAPTER).read_bytes()

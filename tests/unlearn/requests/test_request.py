@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unlearn_jax.requests.request import Request, RequestError, parse_request, read_requests
+from unlearn_jax.requests.request import EditRequestError, Request, parse_request, read_requests
 
 FILED = {"reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
 REMOVE = {"id": "a", "kind": "remove", **FILED}
@@ -68,7 +68,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_named_with_their_line(name, tmp_path):
     values, message = MISTAKES[name]
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(EditRequestError, match=message):
         read_requests(write(tmp_path / "requests.jsonl", *values))
 
 
@@ -77,9 +77,9 @@ def test_a_file_cut_off_in_the_middle(tmp_path):
     path = tmp_path / "requests.jsonl"
     for end in range(len(json.dumps(REMOVE)) + 2, len(whole)):
         path.write_text(whole[:end])
-        with pytest.raises(RequestError, match=r"jsonl:2 .*The file ends in the middle of this line"):
+        with pytest.raises(EditRequestError, match=r"jsonl:2 .*The file ends in the middle of this line"):
             read_requests(path)
-    with pytest.raises(RequestError, match="cannot be opened"):
+    with pytest.raises(EditRequestError, match="cannot be opened"):
         read_requests(tmp_path / "nowhere.jsonl")
 
 
@@ -92,7 +92,7 @@ values = st.recursive(
 def test_anything_is_read_or_refused(value):
     try:
         request = parse_request(value, "here", pathlib.Path("nowhere"))
-    except RequestError as error:
+    except EditRequestError as error:
         assert str(error).startswith("here")
     else:
         assert parse_request(json.loads(request.stored()), "again", pathlib.Path("nowhere")) == request

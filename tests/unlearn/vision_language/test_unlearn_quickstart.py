@@ -26,7 +26,7 @@ from unlearn_jax.newton import LimitKind
 from unlearn_jax.quickstart.config import AdapterConfig, Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.job import Job
+from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.measure import table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import (
@@ -39,7 +39,7 @@ from unlearn_jax.quickstart.traces import (
     learned_texts,
 )
 from unlearn_jax.requests.log import ADAPTER, LOG, verify
-from unlearn_jax.requests.request import Request, RequestError
+from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Change, apply_request
 from unlearn_jax.requests.task import RequestsConfig
 
@@ -137,9 +137,9 @@ def test_another_image(words, items):
     assert image.shape == (60, 90, 3) and (image == 200).all()
     old, new = (written(words, change.examples, row)[1] for row in (1, 8))
     assert old == new and [type(x).__name__ for x in change.edits] == ["ModifyQuery"]
-    with pytest.raises(RequestError, match="'video-0' shows 4 images: only a single image is changed"):
+    with pytest.raises(EditRequestError, match="'video-0' shows 4 images: only a single image is changed"):
         changed(items["video-0"], ask("image", "video-0", "", file.getvalue()))
-    with pytest.raises(RequestError, match="the new image of 'zoom-1'"):
+    with pytest.raises(EditRequestError, match="the new image of 'zoom-1'"):
         changed(items["zoom-1"], ask("image", "zoom-1", "", b"none"))
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_box_carries_no_loss(words, items):
     # With another answer the box is still masked.
     assert changed(after["zoom-1"], ask("answer", "zoom-1", "5")).masked == (box,)
     for stretch, count in (("nowhere", 0), ("o", None)):
-        with pytest.raises(RequestError, match=f"occurs {count or '.*'} times in what 'zoom-1' teaches"):
+        with pytest.raises(EditRequestError, match=f"occurs {count or '.*'} times in what 'zoom-1' teaches"):
             changed(items["zoom-1"], ask("mask", "zoom-1", stretch))
 
 
@@ -168,7 +168,7 @@ def test_example_requests(items):
         ("answer", ("direct-0",)),
         ("question", ("video-0",)),
     ]
-    with pytest.raises(RequestError, match="give --request=FILE"):
+    with pytest.raises(EditRequestError, match="give --request=FILE"):
         example_requests({"zoom-0": items["zoom-0"]})
 
 
@@ -184,10 +184,10 @@ def model(tmp_path_factory):
 
 def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path):
     """Another rank than the configuration's shows where it comes from."""
-    first = Job.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
+    first = AdapterRun.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
     moved = {name: x + 0.1 for name, x in first.fresh.items()}
     first.save(first.config.directory / ADAPTER, moved)
-    second = Job.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
+    second = AdapterRun.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
     assert second.fresh.keys() == moved.keys() and second.config.trained()["start"] == str(tmp_path / "first/adapter")
     for name, x in moved.items():
         np.testing.assert_array_equal(second.fresh[name], x)
@@ -234,10 +234,10 @@ def test_two_processes_train_the_same_adapter(model, tmp_path):
     for name, start in (("one", []), ("two", ["bash", "launch/processes.sh", "2"])):
         code = (
             f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(pathlib.Path(__file__).parent)!r}]; "
-            "from small import make_config; from unlearn_jax.quickstart import job; "
+            "from small import make_config; from unlearn_jax.commands import start; "
             "from unlearn_jax.quickstart.config import ConvergeConfig; "
             "from unlearn_jax.quickstart.edit import train; "
-            "mesh = processes.start(); "
+            "mesh = start(None); "
             f"config = make_config({str(model)!r}, {str(tmp_path / name)!r}, training=ConvergeConfig(max_steps=3)); "
             "train(config, mesh)"
         )
@@ -271,7 +271,7 @@ def test_a_second_request_starts_from_what_the_first_left(model, tmp_path):
     assert "data:image" in page and "turn 1" in page
     assert verify(tmp_path / LOG)[1] == []
     assert evaluate(config)["before"]["kl_forget"] >= 0
-    with pytest.raises(RequestError, match="train in another --config.out"):
+    with pytest.raises(EditRequestError, match="train in another --config.out"):
         train(config)
 
 
@@ -283,7 +283,7 @@ def test_an_escalated_request_is_the_training_again_without_it(model, tmp_path):
     train(config)
     (entry,) = edit(config, [remove("zoom-0")])
     assert entry.outcome == "escalated"
-    job = Job.of(config)
+    job = AdapterRun.of(config)
     task = TraceTask(job)
     left = dict(list(task.items().items())[1:])
     alone, _ = task.descend(job.objective(Dataset.of(task.encode(left))))
