@@ -214,6 +214,11 @@ class TextConfig:
         return self.num_hidden_layers
 
     @property
+    def recurrent_layers(self) -> int:
+        """How many layers are recurrent, and keep a state of one size."""
+        return 0
+
+    @property
     def layer_weights(self) -> int:
         """Numbers in the matrices of all layers."""
         heads = (self.num_attention_heads + self.num_key_value_heads) * self.head_dim

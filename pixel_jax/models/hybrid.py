@@ -85,7 +85,7 @@ class HybridText(TextConfig):
 
     @property
     def recurrent_layers(self) -> int:
-        """How many layers are recurrent."""
+        """See `TextConfig.recurrent_layers`."""
         return self.layer_types.count(RECURRENT)
 
     @property

@@ -11,6 +11,7 @@ import pytest
 
 from pixel_jax.models import config_from_hf
 from pixel_jax.models.lora import add_lora
+from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts import trajectory
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
@@ -154,6 +155,8 @@ def test_qwen3_5():
     model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_5))
     config = dataclasses.replace(scripted_model.CONFIG, **PIXELS).for_model(model.config)
     prompts = scripted_model.prompts(3, config=config)
+    with pytest.raises(ValueError, match="has recurrent layers, run on one device, not on a mesh of 8"):
+        rollout(shard(model, make_mesh({"data": 8})), prompts, KEY, config)
     t = trajectory.to_host(rollout(model, prompts, KEY, dataclasses.replace(config, in_flight=1)))
     assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
     t = scripted_model.with_pixels(t, prompts, config)
