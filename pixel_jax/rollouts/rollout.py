@@ -503,10 +503,10 @@ def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[M
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     assert mesh is None or isinstance(mesh, Mesh)  # as that of every array
     if mesh is not None and model.config.text.recurrent_layers:
-        # On two virtual devices of a CPU such a rollout does not end: the devices wait for each other. The cause is not known.
+        # On two virtual devices of a CPU such a rollout did not end within minutes. The cause is not known.
         raise ValueError(
-            f"rollouts of the family {model.config.model_type!r}, which has recurrent layers, run on one device, not on a mesh of "
-            f"{mesh.size}: read the model without a mesh"
+            f"rollouts of the family {model.config.model_type!r}, which has recurrent layers, run on one device, "
+            f"not on a mesh of {mesh.size}: read the model without a mesh"
         )
     shards = row_shards(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * process_shard(mesh).count
