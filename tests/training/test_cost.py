@@ -86,7 +86,7 @@ def test_as_many_prompts_are_in_flight_as_fit(monkeypatch):
 
     group = begins(3) - begins(2)
     for count in (1, 2, 4):
-        monkeypatch.setattr(rollouts, "device_memory", lambda: int(rollouts.CACHES * group * (count + 0.5)))  # noqa: B023
+        monkeypatch.setattr(rollouts, "device_memory", lambda: int(rollouts.CACHES_DIVISOR * group * (count + 0.5)))  # noqa: B023
         assert limit_in_flight(config, model, prompts, shape, None).in_flight == count
     given_by_hand = dataclasses.replace(config, in_flight=5)
     assert limit_in_flight(given_by_hand, model, prompts, shape, None) is given_by_hand
