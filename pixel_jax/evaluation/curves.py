@@ -57,7 +57,9 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
     x_low, x_high = min(0.0, *xs), max(1.0, *xs)
     y_low, y_high = bounds or (min(ys), max(ys))
     if y_high - y_low < 1e-12 * max(abs(y_high), 1e-12):  # a level line lies in the middle
-        y_low, y_high = y_low - (abs(y_low) or 1) / 2, y_high + (abs(y_high) or 1) / 2
+        margin = max(abs(y_low), abs(y_high)) / 2
+        margin = margin if margin > 1e-300 else 0.5  # half of the smallest numbers is nothing
+        y_low, y_high = y_low - margin, y_high + margin
 
     def place_x(x: float) -> float:
         return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)

@@ -148,6 +148,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen()  # who reads the address and comes at once waits, and is not refused
     except OSError as error:
         raise UserError(f"--host={host} --port={port} cannot be listened at: {error.strerror or error}") from None
     return listener

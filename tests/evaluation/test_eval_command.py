@@ -221,7 +221,7 @@ def test_the_best_of_a_run_is_found_among_its_models(tmp_path, monkeypatch, caps
         "seed": 3,
         "benchmarks": {"own": {"format": "jsonl", "data": "d"}},
     }
-    monkeypatch.setattr(main, "FLAGS", argparse.Namespace(config=ml_collections.ConfigDict(config)))
+    monkeypatch.setattr(main, "FLAGS", argparse.Namespace(config=ml_collections.ConfigDict(config), adapter=None))
     found = main.select_within(pathlib.Path("runs/rl"))
     assert asked == [(f"runs/rl/models/{step}", str(tmp_path / f"out/step-{step}"), 3) for step in right]
     assert found["step"] == 20 and "The best is step 20" in capsys.readouterr().out

@@ -247,7 +247,7 @@ def test_a_box_to_draw_is_measured_as_the_format_says(case):
     )
     first, drawn = render(row, [IMAGE])
     size = row.views[1].size
-    np.testing.assert_array_equal(drawn, frame_patches(np.asarray(pillow), (0, 0, WIDTH, HEIGHT), size))
+    np.testing.assert_array_equal(drawn, frame_patches(np.asarray(pillow), (0, 0, WIDTH, HEIGHT), size, config))
     assert len(row.views) == 2 and row.calls[1].status == CallStatus.FAILED  # nothing is drawn beyond the image
     call = parse_turn(draw, language).call
     written = [x.units + x.micros / 10**6 for x in call.arguments["bbox_2d"]]
@@ -282,9 +282,9 @@ ZOOM = CallFormat(
             "crop_image_normalized",
             "zoom",
             (Spelled("bbox_2d", Box("box")), Spelled("target_image", Integer("picture"), add=1)),
-            told=(("shown", "Part {3}:{images}!"), ("too small", "{0} by {1} is too little.")),
+            texts=(("shown", "Part {3}:{images}!"), ("too small", "{0} by {1} is too little.")),
         ),
-        Spelling("read_text", "ocr", (Spelled("language", Text("in")),), told=(("failed", "No text{images}."),)),
+        Spelling("read_text", "ocr", (Spelled("language", Text("in")),), texts=(("failed", "No text{images}."),)),
     ),
     coordinates=Coordinates.SHARES,
     places=-2,

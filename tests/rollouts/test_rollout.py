@@ -312,7 +312,7 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 def test_operations_carried_out_again_show_the_same_pixels(which, mesh, at_once, request, monkeypatch):
     """What is timed as operations is what the rollout did; crops made one after another are those made at once."""
     if not at_once:
-        monkeypatch.setattr(views, "AT_ONCE", 0)
+        monkeypatch.setattr(views, "MAX_VMAP_PIXELS", 0)
         timing._show.clear_cache()
         request.addfinalizer(timing._show.clear_cache)
     model = shard(scripted_model.model(), make_mesh(mesh)) if mesh else scripted_model.model()
