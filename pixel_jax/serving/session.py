@@ -154,7 +154,7 @@ class Reader:
 
     Args:
       max_tokens: of the model's own; where they are reached the answer is cut. None: no other limit than the rollout's.
-      stop: texts that end the answer in front of them, wherever they begin.
+      stop: texts that end the answer: it is cut in front of the one that is complete first.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, max_tokens: int | None = None, stop: Sequence[str] = ()):
@@ -218,9 +218,10 @@ class Reader:
         if self.ended is not None or not text:
             return
         text = self._held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        # Of several stop texts, the one that is complete first ends the answer, as it would if every character were a token.
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
-            text, self._held = text[: min(found)], ""
+            text, self._held = text[: min(found)[1]], ""
             self.ended, self.reason = "stop", "stop sequence"
         else:
             keep = max((_overlap(text, stop) for stop in self.stops), default=0)
