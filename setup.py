@@ -55,6 +55,7 @@ setup(
         "tfds": TFDS,
         "gguf": GGUF,
         "plan": ["libtpu>=0.0.41"],
+        "plan-gpu": ["jax[cuda12]" + JAX],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "serve": SERVE,
         "metrics": METRICS,

@@ -1,7 +1,7 @@
-"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and four markers.
+"""Shared by all tests: eight virtual CPU devices, a persistent compilation cache, and five markers.
 
-`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed, and
-`chromium` where the browser is not.
+`slow` runs with `--all` only; `torch` and `libtpu` are deselected where the package of that name is not installed, `cuda` where
+JAX's CUDA plugin is not, and `chromium` where the browser is not.
 """
 
 import gc
@@ -29,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # How long an example takes says how busy the machine is, not whether it is right.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+PACKAGES = {"torch": "torch", "libtpu": "libtpu", "cuda": "jax_cuda12_plugin"}  # marker -> what its tests import
 
 MOST_MAPS = 30_000  # of memory; Linux allows a process 65,530
 
@@ -75,7 +77,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     part = config.getoption("--part")
     unwanted = set() if config.getoption("--all") else {"slow"}
-    unwanted |= {name for name in ("torch", "libtpu") if importlib.util.find_spec(name) is None}
+    unwanted |= {mark for mark, package in PACKAGES.items() if importlib.util.find_spec(package) is None}
     unwanted |= set() if shutil.which("chromium") else {"chromium"}
     out = [
         item

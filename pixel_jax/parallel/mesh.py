@@ -23,7 +23,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
       devices: None: all of them.
 
     Raises:
-      ValueError: an unknown axis, sizes that do not fit the devices, or devices of several slices.
+      ValueError: an unknown axis, sizes that do not fit the devices, or TPUs of several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = {"fsdp": -1} if shape is None else dict(shape)
@@ -42,7 +42,9 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if wanted > len(devices):
         raise ValueError(f"mesh {shape} needs {wanted} devices, there are {len(devices)}")
     devices = devices[:wanted]
-    if len(slices := {getattr(device, "slice_index", 0) for device in devices}) > 1:
+    # JAX also counts the nodes of GPUs as slices. They come node by node, so that the last axes lie inside a node.
+    slices = {getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}
+    if len(slices) > 1:
         raise ValueError(f"the devices lie on {len(slices)} slices; a mesh here is one slice")
     # As `jax.make_mesh`, which refuses an axis of 4 on a torus of 16 x 16 (except on v5e).
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

@@ -9,7 +9,7 @@ the program; those that the data decides come from the caller, by the `jax.named
   outside a fusion; of an operand that is only sliced, the slices (also in fusions inside the fusion); of an array that is
   updated in place, the update. Buffers in on-chip memory are free.
 * Collectives count the bytes that a device sends by the ring algorithm: (n - 1) / n of the whole array in a group of n, and
-  twice that for an all-reduce.
+  twice that for an all-reduce. In a group that spans nodes of k devices each, 1 / k of them go to another node.
 """
 
 import collections
@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ FREE = frozenset(
 )
 KERNEL = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of two matrices of an attention kernel
+TRITON = "__gpu$xla.gpu.triton"  # the custom call of a Pallas kernel on a GPU
+TRITON_PRODUCTS = {"mha_forward": 2, "mha_preprocess_backward": 0, "mha_backward": 3 + 4}
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^{}]*)\})?")
 
 
@@ -102,11 +104,13 @@ class Count:
     bytes: float = 0.0
     sent: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
     calls: dict[str, float] = dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+    between_nodes: float = 0.0  # of the bytes sent, those that go to another node
 
     def add(self, other: "Count", times: float = 1.0) -> None:
         """Adds other work, done so many times."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
+        self.between_nodes += times * other.between_nodes
         for mine, others in ((self.sent, other.sent), (self.calls, other.calls)):
             for kind, x in others.items():
                 mine[kind] += times * x
@@ -186,15 +190,22 @@ def _array(dtype: str, shape: str, layout: str | None) -> Array:
 class WorkCounter:
     """Counts the work of a program."""
 
-    def __init__(self, text: str, turns: Mapping[str, float] = {}):  # noqa: B006, never changed
+    def __init__(
+        self,
+        text: str,
+        turns: Mapping[str, float] = {},  # noqa: B006, never changed
+        nodes: Sequence[int] | None = None,
+    ):
         """Parses a program.
 
         Args:
             text: optimised HLO.
             turns: scope -> how often a loop's body runs, or the share of times that a branch is taken.
+            nodes: the node of each device of the program, in its order. None: all are neighbours.
         """
         self.computations, self.entry = parse(text)
         self.turns = dict(turns)
+        self.nodes = None if nodes is None else np.asarray(nodes)
         self.assumed: set[str] = set()  # scopes of `turns` that were needed
         self.known: dict[str, Count] = {}
 
@@ -232,17 +243,25 @@ class WorkCounter:
                     count.sent[as_kind] += sent / (2 if as_kind != collective else 1)
                     count.calls[as_kind] += inside.calls[collective]
                 count.flops += inside.flops
+                count.between_nodes += inside.between_nodes
                 count.bytes += self.fusion_bytes(x, self.computations[name], within)
         elif kind in COLLECTIVES:
             moved = sum(array.bytes for name in x.operands for array in within[name].arrays)
             size = sum(_stored(array) for name in x.operands for array in within[name].arrays)
-            count.sent[kind] += size * _share_sent(kind, _group_size(x))
+            groups = _groups(x)
+            sent = size * _share_sent(kind, groups.shape[1])
+            count.sent[kind] += sent
             count.calls[kind] += 1
+            if self.nodes is not None:
+                count.between_nodes += sent * _share_between(kind, self.nodes[groups])
             count.bytes += 2 * moved if kind != "all-gather" else moved + _result_bytes(x)
         elif x.opcode.endswith("-done") or x.opcode in FREE:
             pass
         elif x.opcode == "custom-call" and (kernel := KERNEL.match(x.name)):
             self.attention_kernel(x, kernel[1], within, count)
+        elif x.opcode == "custom-call" and f'"{TRITON}"' in x.attributes:
+            count.flops += _triton_kernel(x, within)
+            count.bytes += self.plain_bytes(x, within)  # what tiles read again, the cache of the second level holds
         else:
             count.flops += self.product(x, within)
             count.bytes += self.plain_bytes(x, within)
@@ -412,21 +431,49 @@ def _result_bytes(x: Instruction) -> float:
     return sum(array.bytes for array in x.arrays)
 
 
-def _group_size(x: Instruction) -> int:
-    """The number of devices that take part in one collective."""
+def _triton_kernel(x: Instruction, within: Computation) -> float:
+    """FLOPs of an attention kernel on a GPU, of q and k [B, T, heads, D] and [B, S, heads, D].
+
+    Raises:
+        HLOError: it is another kernel.
+    """
+    names = [name for name in TRITON_PRODUCTS if re.search(rf"\b{name}\b", x.op_name)]
+    if not names:
+        raise HLOError(f"the work of the kernel {x.op_name} is not known; there are {', '.join(TRITON_PRODUCTS)}")
+    q, k = (within[name].arrays[0].shape for name in x.operands[:2])
+    if not TRITON_PRODUCTS[names[0]]:
+        return 0.0
+    batch, length, heads, dim = q
+    return 2.0 * TRITON_PRODUCTS[names[0]] * batch * heads * length * k[1] * dim
+
+
+def _groups(x: Instruction) -> np.ndarray:
+    """The devices of each group of a collective, int [groups, devices of a group]; of a permutation the pairs."""
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes):
-        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']*)'=(\d+)", found[1])}
-        parts = re.findall(
-            r"'([^']*)'(?::\(\d+\)(\d+))?", found[2]
-        )  # an axis, or a factor of one as 'axis':(before)size
-        return math.prod(int(part) if part else sizes[axis] for axis, part in parts)
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", x.attributes):
-        return int(found[2])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", x.attributes):
-        return len(found[1].split(","))
-    if "source_target_pairs" in x.attributes:
-        return 2
+        return _mesh_groups(found[1], found[2])
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", x.attributes):
+        dims = [int(d) for d in found[3].split(",")]
+        devices = np.arange(math.prod(dims)).reshape(dims)
+        order = [int(d) for d in found[4].split(",")] if found[4] else None
+        return devices.transpose(order).reshape(int(found[1]), int(found[2]))
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", x.attributes):
+        return np.array([[int(d) for d in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])])
     raise HLOError(f"the collective {x.name} does not say between whom: {x.attributes[:200]}")
+
+
+def _mesh_groups(sizes: str, along: str) -> np.ndarray:
+    """Groups along some axes of a mesh, as in `'data'=2,'tensor'=4` and `'tensor'`, or of a factor, `'tensor':(2)2`."""
+    shape: list[int] = []
+    inside: list[int] = []  # dimensions of the groups
+    factors = {axis: (before, size) for axis, before, size in re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", along)}
+    for axis, size in re.findall(r"'([^']*)'=(\d+)", sizes):
+        before, part = factors.get(axis, ("1", "1"))
+        before, part = (int(before), int(part)) if part else (1, int(size))
+        inside += [len(shape) + 1] * (axis in factors)
+        shape += [before, part, int(size) // before // part]
+    devices = np.arange(math.prod(shape)).reshape(shape)
+    outside = [i for i in range(len(shape)) if i not in inside]
+    return devices.transpose(outside + inside).reshape(-1, math.prod(shape[i] for i in inside))
 
 
 def _share_sent(kind: str, n: int) -> float:
@@ -434,6 +481,23 @@ def _share_sent(kind: str, n: int) -> float:
     if kind == "collective-permute":
         return 1.0
     return {"all-gather": n - 1.0, "all-reduce": 2 * (n - 1) / n}.get(kind, (n - 1) / n)
+
+
+def _share_between(kind: str, nodes: np.ndarray) -> float:
+    """The share of what a device sends that goes to another node.
+
+    A library of collectives runs as many rings as a node has devices in the group, and each ring leaves the node at another one.
+
+    Args:
+        kind: of collective.
+        nodes: int [groups, n], the node of each device of each group.
+    """
+    if kind == "collective-permute":
+        return float(np.mean(nodes[:, 0] != nodes[:, 1]))
+    n, together = nodes.shape[1], nodes.shape[1] / len(np.unique(nodes[0]))
+    if together == n:
+        return 0.0
+    return (n - together) / (n - 1) if "all-to-all" in kind else 1 / together
 
 
 def _convolution(x: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...]) -> float:

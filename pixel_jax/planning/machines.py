@@ -3,11 +3,13 @@
 import math
 import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
 from pixel_jax.models.flops import PEAK_FLOPS
+from pixel_jax.planning.gpus import GPUS, MEMORY_FRACTION, imagine
 
 
 class Chip(NamedTuple):
@@ -16,9 +18,12 @@ class Chip(NamedTuple):
     memory: float  # bytes that XLA gives the programs of a chip
     bandwidth: float  # of its memory, bytes a second
     links: float  # to its neighbours, all ports together, one direction, bytes a second
-    dims: int  # of the torus
+    dims: int  # of the torus of a slice; of GPUs the nodes, and the GPUs of a node
     source: str
     flops: float | None = None  # bfloat16 FLOP a second; None: that of `models.flops.PEAK_FLOPS`
+    network: float | None = (
+        None  # to chips of other nodes, one direction, bytes a second; None: every chip is a neighbour
+    )
 
 
 GIB = 2**30
@@ -32,36 +37,53 @@ CHIPS = {
     "v6e": Chip(31.24 * GIB, 1600e9, 3200e9 / 8, 2, DOCS + "v6e"),
     "tpu7x": Chip(2 * 94.74 * GIB, 7380e9, 4800e9 / 8, 3, DOCS + "tpu7x"),
     "cpu": Chip(4 * GIB, 20e9, 5e9, 1, "invented, to try the planner on virtual devices", 50e9),
+    **{
+        name: Chip(MEMORY_FRACTION * gpu.memory, gpu.bandwidth, gpu.nvlink, 2, gpu.source, network=gpu.network)
+        for name, gpu in GPUS.items()
+    },
 }
 SLICES = {2: {8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}}
 SLICES[3] = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 SLICES[3][1024] = "8x8x16"
+NODE = 8  # GPUs of a node
 
 
 class Machine(NamedTuple):
-    """A slice of chips. A chip may be several JAX devices."""
+    """A slice of TPU chips, or nodes of GPUs. A chip may be several JAX devices."""
 
-    name: str  # as in v5p:4x4x4
+    name: str  # as in v5p:4x4x4, or h100:2x8 (nodes x GPUs)
     chip: Chip
     chips: int
     devices: list
     flops: float  # a second, of one chip
+
+    node: int | None = None  # chips of a node, between which the network lies; None: all are neighbours
 
     @property
     def per_chip(self) -> float:
         """The number of devices of a chip."""
         return len(self.devices) / self.chips
 
+    def nodes(self, devices: Sequence[jax.Device]) -> list[int] | None:  # pyright: ignore[reportInvalidTypeForm], an alias without a stub
+        """The node of each device; None where all are neighbours."""
+        return None if self.node is None else [self.devices.index(device) // self.node for device in devices]
+
 
 def machine(name: str) -> Machine:
-    """The machine called `KIND:AxB[xC]`, imagined with libtpu, or `cpu:N`, virtual devices of this host.
+    """Finds a machine by its name.
+
+    It is `KIND:AxB[xC]`, a TPU slice that libtpu compiles for; `KIND:[NODESx]GPUS`, for which JAX's CUDA plugin compiles; or
+    `cpu:N`, virtual devices of this host.
 
     Raises:
         ValueError: there is no such machine, or it cannot be imagined.
     """
     found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not found or found[1] not in CHIPS:
-        raise ValueError(f"topology {name!r} is not of the form KIND:AxB, KIND one of {', '.join(CHIPS)}")
+        raise ValueError(
+            f"topology {name!r} is neither of the form KIND:AxB, as v5e:4x4, nor, of GPUs, KIND:NODESxGPUS, as h100:2x8; "
+            f"KIND is one of {', '.join(CHIPS)}"
+        )
     kind, chip, chips = found[1], CHIPS[found[1]], math.prod(map(int, found[2].split("x")))
     if kind == "cpu":
         devices = jax.devices("cpu")
@@ -69,6 +91,12 @@ def machine(name: str) -> Machine:
             raise ValueError(f"{name} needs {chips} devices, there are {len(devices)}: set XLA_FLAGS")
         assert chip.flops is not None  # it is invented
         return Machine(name, chip, chips, devices[:chips], chip.flops)
+    if kind in GPUS:
+        *nodes, each = map(int, found[2].split("x"))
+        if len(nodes) > 1 or not chips or each > NODE:
+            raise ValueError(f"{name} is not NODESxGPUS with 1 to {NODE} GPUs a node, as {kind}:2x{NODE}")
+        devices = imagine(GPUS[kind], chips // each, each)
+        return Machine(name, chip, chips, devices, PEAK_FLOPS[GPUS[kind].kind], node=each)
     dims = found[2].count("x") + 1
     if dims != chip.dims:
         raise ValueError(f"{name} has {dims} dimensions, a {kind} slice has {chip.dims}")
@@ -90,11 +118,13 @@ def _imagined(name: str) -> list:
 
 
 def slices(kind: str) -> dict[int, str]:
-    """Slices of a kind by their number of chips, from 8 to 1024 or the largest there is.
+    """Slices of a kind, or nodes of GPUs, by their number of chips: from 8 to 1024 or the largest there is.
 
     Raises:
         ValueError: there are no slices of this kind.
     """
     if kind not in CHIPS or kind == "cpu":
-        raise ValueError(f"there are no slices of {kind!r}; there are of {', '.join(set(CHIPS) - {'cpu'})}")
+        raise ValueError(f"there are no slices of {kind!r}; there are of {', '.join(x for x in CHIPS if x != 'cpu')}")
+    if kind in GPUS:
+        return {NODE << i: f"{kind}:{1 << i}x{NODE}" for i in range(8)}
     return {chips: f"{kind}:{shape}" for chips, shape in SLICES[CHIPS[kind].dims].items()}

@@ -1,7 +1,7 @@
 """Predicts memory and time of a recipe's steps on a machine that need not be there: `pixel-jax plan --config=... --topology=...`.
 
-Compiles the steps that training runs, from shapes alone, for imagined TPU slices (with `pip install
-libtpu`), counts what they compute, move and send, and divides by published peak rates: a lower bound on the time, and a
+Compiles the steps that training runs, from shapes alone, for TPU slices and nodes of GPUs that are not there (extras `plan` and
+`plan-gpu`), counts what they compute, move and send, and divides by published peak rates: a lower bound on the time, and a
 prediction only as far as the hardware reaches its peaks.
 """
 
@@ -28,7 +28,12 @@ def define_flags(command: str) -> None:
     """Declares the flags of `plan`."""
     define_flag(None, "The experiment: a file, or a name as pixel/qwen2_5_vl_7b_rl.")
     flags.mark_flag_as_required("config")
-    flags.DEFINE_list("topology", [], "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), comma-separated.")
+    flags.DEFINE_list(
+        "topology",
+        [],
+        "Slices, as v6e:16x16 or v5p:4x4x4 (v4, v5e, v5p, v6e, tpu7x), or nodes x GPUs, as h100:8 or h200:2x8 (a100, h100, h200, "
+        "b200), comma-separated.",
+    )
     flags.DEFINE_list(
         "steps", [], "Those to plan, of the steps that the config has: sft, rollout, score, update. Default: all."
     )
@@ -59,7 +64,7 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; settings are given as --config.NAME=VALUE")
     if not FLAGS.topology and not FLAGS.scaling:
-        raise UserError("name a machine, as in --topology=v6e:16x16, or --scaling=v5p")
+        raise UserError("name a machine, as in --topology=v6e:16x16 or --topology=h100:8, or --scaling=v5p")
     if min(FLAGS.fitting, FLAGS.most) < 1:
         raise UserError(f"--fitting={FLAGS.fitting} and --most={FLAGS.most} must be positive")
     if FLAGS.json and not pathlib.Path(FLAGS.json).parent.is_dir():

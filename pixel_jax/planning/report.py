@@ -12,7 +12,7 @@ from pixel_jax.planning.search import Compiled, Plan
 from pixel_jax.planning.weak_scaling import Point
 
 LOWER_BOUND = (
-    "Seconds are counted work over published peak rates, the largest of the three: a prediction, not a measurement."
+    "Seconds are counted work over published peak rates, the largest of them: a prediction, not a measurement."
 )
 
 
@@ -63,7 +63,18 @@ def line(compiled: Compiled) -> str:
 
 def table(made: Sequence[Compiled], best: Best) -> Table:
     """The best plan of each step on each machine."""
-    head = ("topology", "step", "sharding", "memory", "TFLOP", "GB moved", "GB sent", "seconds", "bound")
+    head = (
+        "topology",
+        "step",
+        "sharding",
+        "memory",
+        "TFLOP",
+        "GB moved",
+        "GB sent",
+        "to other nodes",
+        "seconds",
+        "bound",
+    )
     rows, caption = [], [LOWER_BOUND]
     for topology, steps in best.items():
         for step in dict.fromkeys(c.plan.step for c in made if c.plan.topology == topology):
@@ -72,7 +83,8 @@ def table(made: Sequence[Compiled], best: Best) -> Table:
                 continue
             compiled, plan = steps[step], steps[step].plan
             flops, moved, sent = plan.counted
-            numbers = (f"{x:.4g}" for x in (flops / 1e12, moved / 1e9, sent / 1e9, plan.predicted_seconds))
+            counted = flops / 1e12, moved / 1e9, sent / 1e9, plan.between_nodes / 1e9, plan.predicted_seconds
+            numbers = (f"{x:.4g}" for x in counted)
             rows.append((topology, step, mesh(plan), gib(plan.bytes_per_chip), *numbers, str(plan.bound)))
             if compiled.assumed:
                 turns = ", ".join(f"{scope} {times:.4g}" for scope, times in compiled.assumed.items())
@@ -82,7 +94,17 @@ def table(made: Sequence[Compiled], best: Best) -> Table:
 
 def scaling_table(points: Iterable[Point], step: str) -> Table:
     """A table of weak scaling; the efficiency is relative to the rate of the first slice that fits."""
-    head = ("topology", "sharding", "memory", "compute s", "memory s", "links s", "tokens / s / chip", "efficiency")
+    head = (
+        "topology",
+        "sharding",
+        "memory",
+        "compute s",
+        "memory s",
+        "links s",
+        "network s",
+        "tokens / s / chip",
+        "efficiency",
+    )
     rows, first = [], None
     for point in points:
         plan, times, rate = point.compiled.plan, point.times, point.rate

@@ -36,7 +36,8 @@ class Plan:
     bytes_moved: float | None  # to and from its memory
     collectives: dict[str, dict[str, float]] | None  # kind -> count, and bytes that it sends
     seconds: float | None
-    bound: str | None  # the resource that takes these seconds: "compute", "memory" or "links"
+    bound: str | None  # the resource that takes these seconds: "compute", "memory", "links" or "network"
+    between_nodes: float = 0.0  # of the bytes that it sends, those that go to other nodes, over the network
 
     @property
     def counted(self) -> tuple[float, float, float]:
@@ -66,12 +67,15 @@ class Times(NamedTuple):
     compute: float
     memory: float
     links: float
+    network: float = 0.0  # between nodes
 
 
 def times(plan: Plan, machine: Machine) -> Times:
     """The seconds of a plan that fits, by resource."""
     flops, moved, sent = plan.counted
-    return Times(flops / machine.flops, moved / machine.chip.bandwidth, sent / machine.chip.links)
+    chip, between = machine.chip, plan.between_nodes
+    network = between / chip.network if chip.network else 0.0
+    return Times(flops / machine.flops, moved / chip.bandwidth, (sent - between) / chip.links, network)
 
 
 def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, int]]:
@@ -272,7 +276,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
             raise
         return Compiled(Plan(**known, fits=False, **_needed(str(error), machine)), {}, time.monotonic() - began)
     seconds = time.monotonic() - began
-    counter = WorkCounter(text, program.turns)
+    counter = WorkCounter(text, program.turns, machine.nodes(list(mesh.devices.flat)))
     count, per_chip = counter.total(), machine.per_chip
     peak = per_chip * memory
     found = Plan(
@@ -286,6 +290,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
         },
         seconds=None,
         bound=None,
+        between_nodes=per_chip * count.between_nodes,
     )
     each = times(found, machine)._asdict()
     bound = max(each, key=lambda resource: each[resource])

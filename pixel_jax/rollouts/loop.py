@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar, cast
 
 import jax
@@ -109,10 +110,9 @@ def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> Roll
         waiting, rows, decoding, left = carry
         # This is outside the token loop, where the caches would be copied at every token.
         with jax.named_scope("fill"):
-            waiting, rows = jax.lax.cond(
+            waiting, rows = when(
                 jnp.any(takes(waiting, rows)) & ~decoding,
                 lambda carry: queue.refill(model, prompts, state.assistant_prefix, carry[0], carry[1], config, shape),
-                lambda carry: carry,
                 (waiting, rows),
             )
         waiting, rows = constrain_rows((waiting, rows), mesh)
@@ -123,10 +123,9 @@ def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> Roll
             model, layers, shared, rows, functools.partial(takes, waiting), left, config, shape
         )
         with jax.named_scope("observe"):
-            rows = jax.lax.cond(
+            rows = when(
                 jnp.any(rows.status == WAITING) & ~decoding,
                 lambda rows: decode_loop.observe(model, layers, shared, rows, config, shape),
-                lambda rows: rows,
                 rows,
             )
         return waiting, constrain_rows(rows, mesh), decoding, left
@@ -140,6 +139,19 @@ def advance(model: Model, state: RolloutState, budget: jax.Array | None) -> Roll
         carry = state.queue, state.rows, state.decoding, budget
         waiting, rows, decoding, _ = jax.lax.while_loop(going, turn, carry)
     return dataclasses.replace(state, queue=waiting, rows=rows, decoding=decoding)
+
+
+def when(condition: jax.Array, change: Callable[[T], T], state: T) -> T:
+    """Returns `change(state)` where the condition (bool []) holds, else the state.
+
+    It is a loop of at most one turn, because a loop updates its state in place. `jax.lax.cond` does not on GPUs: there both
+    branches copy the caches of all rows.
+    """
+
+    def turn(carry):
+        return jnp.bool_(False), change(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (condition, state))[1]
 
 
 def answer(model: Model, state: RolloutState, replies: decode_loop.HostAnswers) -> RolloutState:

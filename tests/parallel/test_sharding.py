@@ -1,5 +1,7 @@
 """The mesh and the one table that places weights on it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,24 @@ def test_mesh_axes_are_auto_and_minus_one_takes_the_rest(mesh):
 def test_bad_meshes_are_named(shape, words):
     with pytest.raises(ValueError, match=words):
         make_mesh(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A device that is not there, of one of two slices; JAX counts the nodes of GPUs as slices."""
+
+    id: int
+    platform: str
+    device_kind: str = "a kind"
+    process_index = property(lambda self: self.id // 4)
+    slice_index = process_index
+
+
+def test_a_mesh_may_span_nodes_of_gpus_but_not_slices_of_tpus():
+    mesh = make_mesh({"fsdp": -1, "tensor": 4}, [Device(i, "gpu") for i in range(8)])
+    assert [[device.process_index for device in row] for row in mesh.devices.reshape(2, 4)] == [[0] * 4, [1] * 4]
+    with pytest.raises(ValueError, match="the devices lie on 2 slices"):
+        make_mesh({"fsdp": -1}, [Device(i, "tpu") for i in range(8)])
 
 
 def test_weights_and_moments_go_where_their_axes_say(mesh):

@@ -264,6 +264,62 @@ def test_what_devices_send(mesh):
     assert found.calls["all-reduce"] == 1
 
 
+COLLECTIVE = """HloModule m
+
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %x = f32[64]{{0}} parameter(0)
+  ROOT %y = f32[64]{{0}} {}
+}}"""
+
+
+@pytest.mark.parametrize("groups, size, between", [
+    ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4, 0),
+    ("replica_groups=[2,4]<=[8]", 4, 0),
+    ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, 1),
+    ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", 2, 1),
+    ("replica_groups=[1,8]<=[8]", 8, 1 / 4),
+    ("replica_groups=mesh['data'=2,'tensor'=4] {'tensor'}", 4, 0),
+    ("replica_groups=mesh['data'=2,'tensor'=4] {'data'}", 2, 1),
+    ("replica_groups=mesh['data'=4,'tensor'=2] {'data':(1)2}", 2, 1),
+    ("replica_groups=mesh['data'=4,'tensor'=2] {'data':(2)2}", 2, 0),
+    ("replica_groups=mesh['data'=4,'tensor'=2] {'data':(2)2,'tensor'}", 4, 0),
+])  # fmt: skip
+def test_what_goes_to_other_nodes(groups, size, between):
+    """Two nodes of four devices. In a group of all eight, four rings leave a node, each at another device."""
+    text = COLLECTIVE.format(f"all-reduce(%x), {groups}, to_apply=%add")
+    found = WorkCounter(text, nodes=[0, 0, 0, 0, 1, 1, 1, 1]).total()
+    assert found.sent["all-reduce"] == 2 * 256 * (size - 1) / size
+    assert found.between_nodes == between * found.sent["all-reduce"]
+    assert WorkCounter(text).total().between_nodes == 0
+
+
+def test_what_goes_to_other_nodes_one_to_one():
+    nodes = [0, 0, 0, 0, 1, 1, 1, 1]
+    pairs = "source_target_pairs={{0,1},{1,2},{2,3},{3,4},{4,5},{5,6},{6,7},{7,0}}"
+    found = WorkCounter(COLLECTIVE.format(f"collective-permute(%x), {pairs}"), nodes=nodes).total()
+    assert (found.sent["collective-permute"], found.between_nodes) == (256, 64)
+    found = WorkCounter(COLLECTIVE.format("all-to-all(%x), replica_groups=[1,8]<=[8]"), nodes=nodes).total()
+    assert found.between_nodes == 256 * 4 / 8  # half of what a device holds is for the other node
+
+
+GPU_KERNEL = """HloModule m
+
+ENTRY %main (q: bf16[1,1024,4,128], k: bf16[1,512,4,128]) -> bf16[1,1024,4,128] {{
+  %q = bf16[1,1024,4,128]{{3,2,1,0}} parameter(0)
+  %k = bf16[1,512,4,128]{{3,2,1,0}} parameter(1)
+  ROOT %y = bf16[1,1024,4,128]{{3,2,1,0}} custom-call(%q, %k), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={{op_name="jit(f)/{}/pallas_call"}}
+}}"""
+
+
+def test_kernels_of_gpus():
+    product = 2 * 1024 * 512 * 4 * 128
+    for name, products in (("mha_forward", 2), ("transpose(jvp(mha_backward))", 7), ("mha_preprocess_backward", 0)):
+        assert WorkCounter(GPU_KERNEL.format(name)).total().flops == products * product
+    with pytest.raises(HLOError, match="the work of the kernel jit.f./paged/pallas_call is not known"):
+        WorkCounter(GPU_KERNEL.format("paged")).total()
+
+
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(HLOError, match="entry"):
         WorkCounter("nothing")

@@ -49,7 +49,7 @@ from tests.planning.small_recipe import recipe
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "pixel"
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 FIELDS = ("topology", "step", "sharding", "fits", "bytes_per_chip", "flops_per_chip", "bytes_moved", "collectives")
-FIELDS += ("seconds", "bound")
+FIELDS += ("seconds", "bound", "between_nodes")
 
 
 @functools.cache
