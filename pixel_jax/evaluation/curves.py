@@ -21,8 +21,9 @@ def ticks(low: float, high: float, count: int = TICKS, *, whole: bool = False) -
     """
     step = _step((high - low) / count) if high > low else 1.0
     step = max(step, 1.0) if whole else step
-    first = math.ceil(low / step - 1e-9)
-    return [(first + i) * step for i in range(int(math.floor(high / step + 1e-9)) - first + 1)]
+    slack = 1e-9 * (high - low) / step  # a tick at an end may miss it by rounding
+    first = math.ceil(low / step - slack)
+    return [(first + i) * step for i in range(int(math.floor(high / step + slack)) - first + 1)]
 
 
 def _step(rough: float) -> float:
