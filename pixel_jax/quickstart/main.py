@@ -40,7 +40,7 @@ def write_card(config, path: pathlib.Path) -> None:
 
 def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str]) -> str:
     """A command for a shell in this folder that asks the model about the picture; it activates the virtual environment."""
-    from pixel_jax.data.miniature import QUESTION
+    from pixel_jax.quickstart.miniature import QUESTION
     from pixel_jax.tools.named import DEFAULT
 
     named = [] if tuple(tools) == DEFAULT else [f"--tools={','.join(tools)}"]

@@ -9,10 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import jax
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import make_transcript
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Lesson, scene_query
 from pixel_jax.quickstart.turn import TURN

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import Trace, Turn, right
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import RELEASED

@@ -11,17 +11,17 @@ import pytest
 
 from pixel_jax import read_image
 from pixel_jax.config import ConfigError, load
-from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.evaluation import transcript as saved_traces
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained
-from pixel_jax.quickstart import pipeline, vocabulary, zoom
+from pixel_jax.quickstart import miniature, pipeline, vocabulary, zoom
 from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import page, smooth
 from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning

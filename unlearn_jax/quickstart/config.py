@@ -6,8 +6,8 @@ import pathlib
 from typing import Any, Literal
 
 from pixel_jax.config import ConfigError
-from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.identity import changes, flatten
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.state_files import read_note
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests.task import RequestsConfig

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.data.images import read_image
-from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.quickstart import zoom
+from pixel_jax.quickstart import miniature, zoom
 from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.zoom import CUE
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
