@@ -63,7 +63,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
     return value
 
 
-def read_log(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
+def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, in order.
 
     A last line without a line feed is still being written, or was when its process was killed: it is left out. Any other
@@ -93,9 +93,11 @@ def read_log(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     return found
 
 
-def filter_log(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any) -> list[dict[str, Any]]:
-    """Rewrites a file of JSON lines (`read_log`) without the lines that `keep` refuses, and returns the others."""
-    lines = [line for line in read_log(path, **fields) if keep(line)]
+def filter_json_lines(
+    path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any
+) -> list[dict[str, Any]]:
+    """Rewrites a file of JSON lines (`read_json_lines`) without the lines that `keep` refuses, and returns the others."""
+    lines = [line for line in read_json_lines(path, **fields) if keep(line)]
     write_file(path, "".join(to_json(line) + "\n" for line in lines))
     return lines
 

@@ -27,7 +27,7 @@ from pixel_jax.endpoint import Endpoint, EndpointError, is_text
 from pixel_jax.files import write_file
 from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
-from pixel_jax.state_files import LineLog, read_log
+from pixel_jax.state_files import LineLog, read_json_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import EndpointWriter, Templates
@@ -268,7 +268,7 @@ def _work(
 
 def _read_outcomes(path: pathlib.Path) -> dict[str, SeedOutcome]:
     """The outcomes of earlier runs: fingerprint -> outcome. Damaged lines are left out, so that their seeds are done again."""
-    lines = read_log(path, print=str, row=dict | None, reason=str | None, rejected=dict)
+    lines = read_json_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
     return {line["print"]: SeedOutcome(line["row"], line["reason"], line["rejected"]) for line in lines}
 
 

@@ -21,7 +21,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
-from pixel_jax.state_files import LineLog, filter_log, read_log, read_note, write_json
+from pixel_jax.state_files import LineLog, filter_json_lines, read_json_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.stages import Scored, Weighed, advantages
@@ -131,7 +131,7 @@ class Watch:
         if not is_main_process():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        looks = filter_log(self.directory / LOOKS, lambda line: line["done"] <= start, done=int)
+        looks = filter_json_lines(self.directory / LOOKS, lambda line: line["done"] <= start, done=int)
         self.seen = {x["done"]: x for x in looks}
         best = read_note(self.directory / BEST)
         if best is not None and not best.get("done", 0) <= start:
@@ -215,4 +215,4 @@ def thin(folder: pathlib.Path, most: int) -> None:
 
 def read_looks(directory: pathlib.Path) -> list[dict[str, Any]]:
     """The looks of a phase, in order."""
-    return read_log(directory / LOOKS, done=int)
+    return read_json_lines(directory / LOOKS, done=int)
