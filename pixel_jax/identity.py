@@ -44,6 +44,8 @@ KINDS: Mapping[str, ChangeKind] = {
         ("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), ChangeKind.FREE
     ),
     "host_tools.workers": ChangeKind.FREE,
+    **dict.fromkeys(("*.judge.key", "*.judge.requests_per_second", "*.judge.retries"), ChangeKind.FREE),
+    **dict.fromkeys(("*.judge.timeout", "*.judge.workers", "*.judge.cache"), ChangeKind.FREE),
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), ChangeKind.FREE),
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), ChangeKind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), ChangeKind.FREE),

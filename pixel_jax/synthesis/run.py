@@ -23,7 +23,7 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.dialog.grammar import Language
-from pixel_jax.endpoint import Endpoint, EndpointError, is_text
+from pixel_jax.endpoint import EndpointConfig, EndpointError, is_text
 from pixel_jax.files import write_file
 from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
@@ -42,24 +42,6 @@ FAILED = "an error, which the log has"
 
 
 @dataclasses.dataclass(frozen=True)
-class EndpointConfig:
-    """An OpenAI-compatible chat-completions endpoint (`pixel_jax.endpoint`)."""
-
-    url: str  # ends before /chat/completions
-    model: str  # its name at the endpoint
-    key: str | None = None  # name of the environment variable with the API key
-    requests_per_second: float | None = None  # at most; None: no limit
-    retries: int = 6  # of a request that fails
-    timeout: float = 120.0  # seconds of one try
-    workers: int = 16  # requests under way at once
-    temperature: float = 0.7  # of sampling
-    max_tokens: int = 600  # of one analysis
-
-    def __post_init__(self):
-        positive(self, "requests_per_second", "timeout", "workers", "max_tokens")
-
-
-@dataclasses.dataclass(frozen=True)
 class SynthConfig:
     """One synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
@@ -70,7 +52,9 @@ class SynthConfig:
     tools: tuple[str, ...] = DEFAULT
     call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
     image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
-    endpoint: EndpointConfig | None = None  # None: the analyses are templates
+    endpoint: EndpointConfig | None = None  # that writes the analyses; None: they are templates
+    temperature: float = 0.7  # of the endpoint's sampling
+    max_tokens: int = 600  # of one analysis by the endpoint
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images; by default the paper's.
     image: tuple[float, float, float, float] = Mix.image
     video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among traces about videos; the paper's
@@ -81,6 +65,7 @@ class SynthConfig:
     seed: int = 0  # of the kinds of traces, and of the wrong places in them
 
     def __post_init__(self):
+        positive(self, "max_tokens")
         for name in ("image", "video"):
             shares = getattr(self, name)
             if min(shares) < 0 or not sum(shares) > 0:
@@ -126,19 +111,9 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
     kinds, impossible = plan(seeds, config)
     if config.endpoint is None:
         return _run(seeds, kinds, impossible, Templates(), 1, config, out)
-    at = config.endpoint
-    ask = Endpoint(
-        at.url,
-        at.model,
-        key=at.key,
-        requests_per_second=at.requests_per_second,
-        retries=at.retries,
-        timeout=at.timeout,
-        cache=out / "answers",
-    )
-    with ask:
-        writer = EndpointWriter(ask, {"temperature": at.temperature, "max_tokens": at.max_tokens})
-        return _run(seeds, kinds, impossible, writer, at.workers, config, out)
+    with config.endpoint.connect(cache=out / "answers") as endpoint:
+        writer = EndpointWriter(endpoint, {"temperature": config.temperature, "max_tokens": config.max_tokens})
+        return _run(seeds, kinds, impossible, writer, config.endpoint.workers, config, out)
 
 
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
@@ -164,8 +139,8 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     # Settings that change no trace are left out of its fingerprint.
     irrelevant = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}
     settings = dataclasses.asdict(dataclasses.replace(config, pad=pad, **irrelevant))
-    for name in ("url", "requests_per_second", "retries", "timeout", "workers", "key"):
-        (settings["endpoint"] or {}).pop(name, None)
+    sampling = {name: settings.pop(name) for name in ("temperature", "max_tokens")}
+    settings["endpoint"] = config.endpoint and {"model": config.endpoint.model, **sampling}
     settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}

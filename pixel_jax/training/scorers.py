@@ -1,7 +1,6 @@
 """Scores responses by named rules, which a config chooses, and by a judge."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from absl import logging
 
-from pixel_jax.config import positive
+from pixel_jax.endpoint import EndpointConfig, NoAnswerError
 from pixel_jax.training import algebra, answers
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.choices import choices_of, same_choice, stated_choice
@@ -66,27 +65,12 @@ RULES: dict[str, Rule] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """A language model behind an OpenAI-compatible endpoint (`pixel_jax.endpoint`)."""
-
-    url: str  # ends before /chat/completions
-    model: str  # its name at the endpoint
-    key: str | None = None  # name of the environment variable that holds the API key
-    requests_per_second: float | None = None  # at most; None: as many as there are answers
-    workers: int = 16  # requests under way at a time
-    cache: str | None = None  # directory of verdicts
-
-    def __post_init__(self):
-        positive(self, "requests_per_second", "workers")
-
-
-@dataclasses.dataclass(frozen=True)
 class ScorerConfig:
     """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
 
     # What makes an answer right, in the order in which they are tried (`pixel_jax.training.scorers`).
     rules: tuple[RuleName, ...] = ("box",)
-    judge: JudgeConfig | None = None
+    judge: EndpointConfig | None = None  # the language model that is asked by the rule "judge"
 
     def __post_init__(self):
         if not self.rules or isinstance(self.rules, str):
@@ -134,16 +118,7 @@ class Scorer:
     def __init__(self, config: ScorerConfig, endpoint: Any = None):
         self.config, self.endpoint = config, endpoint
         if config.judge is not None and endpoint is None:
-            from pixel_jax.endpoint import Endpoint
-
-            judge = config.judge
-            self.endpoint = Endpoint(
-                judge.url,
-                judge.model,
-                key=judge.key,
-                requests_per_second=judge.requests_per_second,
-                cache=judge.cache and os.path.expanduser(judge.cache),
-            )
+            self.endpoint = config.judge.connect()
 
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
         """Scores R responses against R references: each in [0, 1], or None where there is no answer."""
@@ -172,8 +147,6 @@ class Scorer:
 
     def verdict(self, answer: str, reference: Reference) -> float:
         """The judge's verdict: 1 for a right answer, else 0. It is 0 too where the judge gives none, which is logged."""
-        from pixel_jax.endpoint import NoAnswerError
-
         if len(answer) > LONGEST_JUDGED:
             return 0.0
         prompt = JUDGE_PROMPT.format(
@@ -213,7 +186,7 @@ def score_answer(
       ValueError: an unknown rule, or no reference.
     """
     if "judge" in rules:
-        raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with a `JudgeConfig`")
+        raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with an `EndpointConfig`")
     reference = Reference.of(references)
     if isinstance(rules, str):
         raise ValueError(f"a scorer needs a tuple of at least one rule, not {rules!r}")
