@@ -1,15 +1,16 @@
 """Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from pixel_jax.data.batches import read_ahead
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.example import Example
 from pixel_jax.data.images import ImageError
@@ -176,12 +177,10 @@ def load_batches(
         by_shape.setdefault(place.shape, []).append(i)
     batches = [some[at : at + batch] for some in by_shape.values() for at in range(0, len(some), batch)]
     load = functools.partial(load_query, questions, placed)
-    with ThreadPoolExecutor(LOADERS) as pool:
-        ahead = [pool.submit(load, i) for i in batches[0]] if batches else []
-        for some, following in zip(batches, [*batches[1:], []], strict=True):
-            loaded = {i: future.result() for i, future in zip(some, ahead, strict=True)}
-            ahead = [pool.submit(load, i) for i in following]
-            yield loaded
+    queries = read_ahead([i for some in batches for i in some], load, threads=LOADERS, ahead=batch)
+    with contextlib.closing(queries):
+        for some in batches:
+            yield dict(zip(some, queries, strict=False))
 
 
 def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
