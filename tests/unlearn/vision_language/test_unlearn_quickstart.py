@@ -22,7 +22,7 @@ from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax import Dataset, apply, cg
 from unlearn_jax.cli import COMMANDS
-from unlearn_jax.newton import LimitKind
+from unlearn_jax.limits import LimitKind
 from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, train
