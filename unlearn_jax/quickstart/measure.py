@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.tree_util import Partial
 
+from pixel_jax import terminal
 from pixel_jax.data.traces import Trace
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.pbrf import divergence
@@ -44,8 +45,8 @@ class Measure:
         kl = dataclasses.replace(self.per_token.objective, loss=Partial(divergence, self.run.loss, adapter))
         per_token = np.asarray(kl.per_example(reference)) / self.per_token.tokens
         sets = {"forget": self.change.forgotten, "new": self.change.new, "retain": self.change.kept}
-        found = {f"kl_{name}": float(per_token[index].mean()) for name, index in sets.items() if len(index)}
-        return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
+        kls = {f"kl_{name}": float(per_token[index].mean()) for name, index in sets.items() if len(index)}
+        return {**kls, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
         """The cosine between the changes of the two adapters from `origin`, in the weights that they change."""
@@ -83,9 +84,9 @@ class Memory:
             memorized: mean of `exact_memorization`; extraction: mean of `extraction_strength`; auc, privleak: see
             `metrics.membership`.
         """
-        found = self._statistics(adapter)
-        mask, correct = without_last(found.mask)[: self.forgotten], found.correct[: self.forgotten]
-        area = self._auc(found)
+        statistics = self._statistics(adapter)
+        mask, correct = without_last(statistics.mask)[: self.forgotten], statistics.correct[: self.forgotten]
+        area = self._auc(statistics)
         return {
             "memorized": float(np.nanmean(exact_memorization(correct, mask))),
             "extraction": float(extraction_strength(correct, mask).mean()),
@@ -97,8 +98,8 @@ class Memory:
         """Membership of the forgotten traces beside the unseen ones, by min-40 %."""
         return self._auc(self._statistics(adapter))
 
-    def _auc(self, found: TokenStatistics) -> float:
-        lowest = min_k(found.logprob, without_last(found.mask))
+    def _auc(self, statistics: TokenStatistics) -> float:
+        lowest = min_k(statistics.logprob, without_last(statistics.mask))
         return auc(lowest[: self.forgotten], lowest[self.forgotten :])
 
     def _statistics(self, adapter: Params) -> TokenStatistics:
@@ -109,18 +110,8 @@ class Memory:
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """{row: {column: value}} as lines; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [[corner, *columns]] + [
-        [name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
-    return "\n".join(_line(line, widths) for line in cells)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = cells
-    return "  ".join(
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-    )
+    cells = [(name, *(_cell(row.get(column)) for column in columns)) for name, row in rows.items()]
+    return terminal.table_text(terminal.table((corner, *columns), cells))
 
 
 def _cell(value: Any) -> str:
