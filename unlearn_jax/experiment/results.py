@@ -30,7 +30,7 @@ def table(runs: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> s
             own = [row for row in rows if row["method"] == method]
             diverged = any(row.get("diverged") for row in own)
             lines.append([method, *("diverged" if diverged else _cell([r[x] for r in own if x in r]) for x in columns)])
-        tables.append(terminal.table_text(terminal.table(("", *columns), lines, title=title)) + "\n")
+        tables.append(terminal.table_text(terminal.table((title, *columns), lines)) + "\n")
     return "\n".join(tables)
 
 
