@@ -177,11 +177,11 @@ class Endpoint:
         body = {"model": self.model, "messages": list(messages), **sampling}
         if not is_text(json.dumps(body, ensure_ascii=False)):
             raise NoAnswerError("a message is no text that can be sent: it has half a surrogate pair")
-        kept = self._kept({"url": self.url, **body})
-        text = _read(kept)
+        file = self._kept({"url": self.url, **body})
+        text = _read(file)
         if text is None or self._reveals(text):
             text = self._ask(body)
-            _write(kept, text)
+            _write(file, text)
         return text
 
     def close(self) -> None:

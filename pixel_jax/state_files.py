@@ -75,7 +75,7 @@ def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, An
     """
     if not os.path.lexists(path):
         return []
-    found, wrong = [], []
+    objects, wrong = [], []
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         where = f"{os.fspath(path)}:{number}"
         try:
@@ -85,12 +85,12 @@ def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, An
         except FileError as error:
             wrong.append(str(error))
         else:
-            found.append(value)
+            objects.append(value)
     for error in wrong[:MAX_LINES_SAID]:
         warn(f"{error}. The line is dropped")
     if len(wrong) > MAX_LINES_SAID:
         warn(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
-    return found
+    return objects
 
 
 def filter_json_lines(

@@ -31,9 +31,9 @@ class Results:
 
 def read_records(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of all processes, in the order of the questions. A record with answers replaces one without."""
-    found: dict[int, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     for path in sorted(pathlib.Path(directory).glob("results-*.jsonl")):
         for record in read_json_lines(path, **FIELDS):
-            if "unanswered" not in record or record["index"] not in found:
-                found[record["index"]] = record
-    return [found[index] for index in sorted(found)]
+            if "unanswered" not in record or record["index"] not in records:
+                records[record["index"]] = record
+    return [records[index] for index in sorted(records)]

@@ -49,8 +49,8 @@ def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
     values = read_note(path, _is_timed)
     if values is None:
         began = time.monotonic()
-        made = work()
-        write_json(path, {**made, "seconds": time.monotonic() - began})
+        result = work()
+        write_json(path, {**result, "seconds": time.monotonic() - began})
         values = read_json(path)
     return values
 

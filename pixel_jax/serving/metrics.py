@@ -93,5 +93,5 @@ class Metrics:
         lines = [line for x in vars(self).values() for line in x.lines()]
         of = lambda index: [({"model": name}, pair[index]) for name, pair in counts.items()]
         lines += gauge("pixel_jax_running", "Answers that are being written.", of(0))
-        lines += gauge("pixel_jax_waiting", "Answers that wait for a place.", of(1))
+        lines += gauge("pixel_jax_waiting", "Answers that wait for a slot.", of(1))
         return "\n".join(lines) + "\n"

@@ -121,8 +121,8 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
     language = language_of(config)
     pad = pad_of(config, language)
     possible = {i: possible_kinds(seed, pad, config.min_crop, language) for i, seed in enumerate(seeds)}
-    impossible = {i: found for i, found in possible.items() if isinstance(found, str)}
-    kinds = {i: DIRECT for i, found in possible.items() if found == (DIRECT,)}
+    impossible = {i: reason for i, reason in possible.items() if isinstance(reason, str)}
+    kinds = {i: DIRECT for i, names in possible.items() if names == (DIRECT,)}
     for video, names, of_mix in ((False, IMAGE_KINDS, config.image), (True, VIDEO_KINDS, config.video)):
         shares = {name: share for name, share in zip(names, of_mix, strict=True) if share > 0}
         here = [i for i in possible if i not in impossible and i not in kinds and seeds[i].video == video]
@@ -145,9 +145,11 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
-    kept = _read_outcomes(out / "outcomes.jsonl")
+    outcomes_before = _read_outcomes(out / "outcomes.jsonl")
     # An outcome that cannot be written is made again: an earlier run may have kept half a surrogate pair.
-    sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
+    sound = {
+        mark: outcome for mark, outcome in outcomes_before.items() if is_text(json.dumps(outcome, ensure_ascii=False))
+    }
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
     def one(i: int) -> SeedOutcome:
@@ -251,7 +253,7 @@ def report_of(
     seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, SeedOutcome], config: SynthConfig
 ) -> dict[str, Any]:
     """The report: the traces of each kind, their shares, and the reasons for dropped seeds and rejected texts."""
-    made: dict[str, dict[str, Any]] = {}
+    kinds_made: dict[str, dict[str, Any]] = {}
     for group, names, shares in (
         ("image", IMAGE_KINDS, config.image),
         ("video", VIDEO_KINDS, config.video),
@@ -264,7 +266,7 @@ def report_of(
             and (not seed.looks if group == "without a look" else seed.looks and seed.video == (group == "video"))
         ]
         counts = Counter(here)
-        made[group] = {
+        kinds_made[group] = {
             name: {
                 "made": counts[name],
                 "share": round(counts[name] / len(here), 4) if here else None,
@@ -284,7 +286,7 @@ def report_of(
     return {
         "seeds": len(seeds),
         "made": len(seeds) - len(dropped),
-        "kinds": made,
+        "kinds": kinds_made,
         "dropped": dict(Counter(kind_of(reason) for _, reason in dropped).most_common()),
         "rejected_texts": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
         "dropped_seeds": [{"id": name, "reason": reason} for name, reason in dropped],
@@ -297,9 +299,9 @@ def show(report: Mapping[str, Any], stream: TextIO | None = None) -> None:
     title = f"{report['made']} traces of {report['seeds']} seeds, analyses by {report['writer']}"
     rows = [
         (group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
-        for group, found in report["kinds"].items()
-        if any(kind["made"] for kind in found.values())
-        for name, kind in found.items()
+        for group, kinds in report["kinds"].items()
+        if any(kind["made"] for kind in kinds.values())
+        for name, kind in kinds.items()
     ]
     print_table(table(("", "kind", "made", "share", "wanted"), rows, words=2, title=title), stream)
     for title, counts in (("dropped seeds", report["dropped"]), ("rejected texts", report["rejected_texts"])):

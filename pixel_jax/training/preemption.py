@@ -60,23 +60,23 @@ class Notice:
         Raises:
             Preempted: the run is to stop here, also if the data never comes.
         """
-        found: queue.SimpleQueue[tuple[bool, object]] = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[bool, object]] = queue.SimpleQueue()
 
         def fetch() -> None:
             try:
-                found.put((True, next(data)))
+                results.put((True, next(data)))
             except BaseException as error:  # raised again where the data is waited for
-                found.put((False, error))
+                results.put((False, error))
 
         # In a thread of its own, so that data that never comes stops neither the step nor the end of the process.
         threading.Thread(target=fetch, daemon=True, name="next").start()
         value: object = None
         while not self.given:
             try:
-                came, value = found.get(timeout=POLL)
+                arrived, value = results.get(timeout=POLL)
             except queue.Empty:
                 continue
-            if not came:
+            if not arrived:
                 raise value  # type: ignore[misc]
             break
         self.check()

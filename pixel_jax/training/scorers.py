@@ -41,18 +41,18 @@ def _given(score: Callable[[str, Reference], float]) -> Rule:
     """Makes a rule that reads the answer that a response gives (`answers.given_answer`) and nothing else."""
 
     def rule(response: str, reference: Reference) -> float | None:
-        found = given_answer(response)
-        return None if found is None else float(score(found, reference))
+        answer = given_answer(response)
+        return None if answer is None else float(score(answer, reference))
 
     return rule
 
 
 def _choice(response: str, reference: Reference) -> float | None:
     choices = choices_of(reference.question)
-    found = given_answer(response)
-    if found is None:
-        found = stated_choice(response, choices)
-    return None if found is None else float(any(same_choice(found, one, choices) for one in reference.answers))
+    answer = given_answer(response)
+    if answer is None:
+        answer = stated_choice(response, choices)
+    return None if answer is None else float(any(same_choice(answer, one, choices) for one in reference.answers))
 
 
 RULES: dict[str, Rule] = {
@@ -134,13 +134,13 @@ class Scorer:
                         break
                 scores.append(best)
         if self.config.judge is not None:
-            found = [
+            to_judge = [
                 None if score == 1.0 else given_answer(text) for score, text in zip(scores, responses, strict=True)
             ]
-            asked = {(x, reference) for x, reference in zip(found, references, strict=True) if x is not None}
+            asked = {(x, reference) for x, reference in zip(to_judge, references, strict=True) if x is not None}
             with ThreadPoolExecutor(self.config.judge.workers) as pool:
                 verdicts = dict(zip(asked, pool.map(lambda pair: self.verdict(*pair), asked), strict=True))
-            for i, (x, reference) in enumerate(zip(found, references, strict=True)):
+            for i, (x, reference) in enumerate(zip(to_judge, references, strict=True)):
                 if x is not None:
                     scores[i] = max(scores[i] or 0.0, verdicts[x, reference])
         return scores

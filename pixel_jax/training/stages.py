@@ -215,13 +215,13 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ro
 
 def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: Collected) -> np.ndarray:
     """Log-probabilities of the rows under the policy that is about to be trained, float32 [R, L]."""
-    model, found = state.model, []
+    model, logprobs = state.model, []
     size = learner.config.train_batch // learner.shard.count
     for start in range(0, len(rows.images), size):
         NOTICE.check()
         batch = with_pixels(learner, take(rows, slice(start, start + size)), collected)
-        found.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
-    return np.concatenate(found)
+        logprobs.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
+    return np.concatenate(logprobs)
 
 
 def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:

@@ -204,12 +204,12 @@ def thin(folder: pathlib.Path, most: int) -> None:
     """Deletes numbered files until `most` are left: the newest, and others spread as evenly as powers of two allow."""
     files = numbered(folder)
     stride = 1
-    kept = files
-    while len(kept) > most:
+    remaining = files
+    while len(remaining) > most:
         stride *= 2
-        kept = [path for path in files if int(path.stem) % stride == 0 or path == files[-1]]
+        remaining = [path for path in files if int(path.stem) % stride == 0 or path == files[-1]]
     for path in files:
-        if path not in kept:
+        if path not in remaining:
             path.unlink()
 
 
