@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 BUDGET = 8  # tokens between two looks at what was written
-TOKENS = 512  # room for prompts grows in these steps: each is compiled once
-SIDE = 64  # room for images grows in these steps, in pixels
+TOKENS = 512  # widths of prompts are multiples of it, because each width is compiled
+SIDE = 64  # pixels: sides of image buffers are multiples of it
 FILE = re.compile(r"""(?<!\S)@(?!@)(?:"([^"]+)"|'([^']+)'|(\S+))\s*""")
 HELP = "A question; @FILE for an image or a video; /new for another conversation; /quit or Ctrl-D to end."
 

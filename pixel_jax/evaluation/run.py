@@ -43,7 +43,7 @@ LOADERS = 8  # threads that decode images
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
 ) -> Sequence[BatchShape] | AutoShapes:
-    """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
+    """The batch shapes of prompts: those of the buckets, for pictures and for videos, or how they are worked out."""
     if buckets is None:
         return AutoShapes(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
@@ -157,7 +157,7 @@ def check_pictures(
 def find_shapes(
     policy: Policy, questions: Sequence[Example], exam: Exam, todo: Sequence[int]
 ) -> dict[int, Assignment | ValueError]:
-    """Where each of the questions `todo` runs, or why it cannot."""
+    """The batch shape of each of the questions `todo`, or the error that says why it has none."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.

@@ -204,7 +204,7 @@ def about(index: int, question: Example) -> Record:
 
 
 def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
-    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
+    """The record of a question that could not be asked: it is wrong, and counts in no rate of operations."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
     )
@@ -213,7 +213,7 @@ def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
 
 
 def record_of(index: int, question: Example, judged: Judged, rows: slice, language: Language) -> Record:
-    """What is kept of a question: lists have an entry an answer."""
+    """The record of a question: lists have an entry for each answer."""
     t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
     return {
         **about(index, question),

@@ -49,7 +49,7 @@ RIGHT = 0.5  # a score above it is right
 
 
 class Sampling(NamedTuple):
-    """What the models of a run answer with."""
+    """What a rollout needs besides the model: vocabulary, tables, meshes and the function that rolls out."""
 
     vocabulary: Vocabulary
     tables: Tables
@@ -68,7 +68,7 @@ class Answers(NamedTuple):
 
 
 class Asker:
-    """Held-out questions, each answered once within `limits`, at the temperature at which a model is single_answer."""
+    """Held-out questions, each answered once within `limits`, at the temperature of evaluation (`single_answer`)."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Asker:
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The metrics of the state's model, and some of its conversations."""
-        # A new one each time: it keeps frozen weights on the other mesh, which are not needed between looks.
+        # Made anew for each look: it keeps frozen weights on the other mesh, whose memory is free between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
         rows, conversations = [], []
         for some in self._batches():

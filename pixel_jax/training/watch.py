@@ -1,7 +1,7 @@
-"""What a run saves while it goes on: looks at held-out examples, a sample of its rollouts, and models that can be used at once.
+"""What a run saves while it trains: evaluations on held-out examples ("looks"), a sample of its rollouts, and models.
 
-A look is an evaluation on held-out examples. Looks change nothing of what is learned: they draw from keys of their own, and do
-not touch the training's data and random state. In the directory of a phase lie
+Looks change nothing of what is learned: they draw from keys of their own, and do not touch the training's data and random
+state. In the directory of a phase are
 
     looks.jsonl           a line for every look: the number of steps done, and its metrics
     traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
@@ -41,7 +41,7 @@ BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, l
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-    """How often held-out examples are looked at, how many, and what is kept of it."""
+    """How often held-out examples are evaluated, how many, and which results are kept."""
 
     every: int | None = None  # steps (rl: iterations) between two looks. None: five looks in the run; 0: none
     share: float = 0.05  # of the examples that is held out, if `data_eval` names none
@@ -117,7 +117,7 @@ class Watch:
         """Is called with the state after `done` steps. `log` is None in all processes but the first."""
         if not self.begun:
             self._begin(done)
-        if NOTICE.reached():  # the step has to be saved first; the next start looks
+        if NOTICE.reached():  # the step is saved first; the next start makes the look
             return
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))

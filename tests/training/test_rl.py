@@ -194,7 +194,7 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
     def watched(place, function):
         def call(*arguments, **options):
             calls[place] += 1
-            monkeypatch.setattr(NOTICE, "given", NOTICE.given or (place, calls[place]) == moment)
+            monkeypatch.setattr(NOTICE, "requested", NOTICE.requested or (place, calls[place]) == moment)
             return function(*arguments, **options)
 
         return call
