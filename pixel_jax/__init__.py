@@ -94,9 +94,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'pixel_jax' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"pixel_jax.{_WHERE[name]}"), name)
-    globals()[name] = found
-    return found
+    value = getattr(importlib.import_module(f"pixel_jax.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

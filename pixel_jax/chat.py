@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FLAGS
 BUDGET = 8  # tokens between two looks at what was written
-TOKENS = 512  # room for prompts grows in these steps: each is compiled once
-SIDE = 64  # room for images grows in these steps, in pixels
+TOKENS = 512  # widths of prompts are multiples of it, because each width is compiled
+SIDE = 64  # pixels: sides of image buffers are multiples of it
 FILE = re.compile(r"""(?<!\S)@(?!@)(?:"([^"]+)"|'([^']+)'|(\S+))\s*""")
 HELP = "A question; @FILE for an image or a video; /new for another conversation; /quit or Ctrl-D to end."
 
@@ -88,7 +88,7 @@ def converse(chat: "Chat", parts: list["Part"]) -> None:
     """Answers line by line; `parts` are shown with the first question. What is wrong with a line is said, and the next read."""
     if sys.stdin.isatty():
         say(HELP)
-    for line in read_lines():
+    for line in typed_lines():
         command = line.strip()
         if command in ("/quit", "/exit"):
             return
@@ -106,7 +106,7 @@ def converse(chat: "Chat", parts: list["Part"]) -> None:
                 warn(f"pixel-jax chat: {error}")
 
 
-def read_lines() -> Iterator[str]:
+def typed_lines() -> Iterator[str]:
     """Lines that are typed, or come from a file or a pipe. UserError: one is not UTF-8."""
     if sys.stdin.isatty():
         import readline  # noqa: F401, `input` edits lines with it

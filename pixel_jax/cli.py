@@ -113,8 +113,8 @@ def key_errors(name: str):
         yield
     except (AttributeError, KeyError) as error:
         key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
-        given = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
-        said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in given[:1])
+        matching = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
+        said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in matching[:1])
         say(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
         sys.exit(1)
 
@@ -124,9 +124,9 @@ def all_settings(name: str, where: str) -> str:
     from pixel_jax.settings import listing
 
     module, _, cls = where.partition(":")
-    given = [argument for argument in sys.argv[2:] if argument not in ("-h", "--help")]
+    arguments = [argument for argument in sys.argv[2:] if argument not in ("-h", "--help")]
     with key_errors(name), contextlib.suppress(flags.Error):  # a config that help does not need is missing
-        flags.FLAGS([name, *given])
+        flags.FLAGS([name, *arguments])
     values = flags.FLAGS["config"].value
     return listing(getattr(importlib.import_module(module), cls), values)
 
@@ -134,11 +134,11 @@ def all_settings(name: str, where: str) -> str:
 def out_of_memory(name: str, error: Exception) -> str | None:
     """The message for an error that a device's full memory caused in the command `name`; None for any other error."""
     # The text of the error is XLA's; its class depends on where it was raised.
-    found = re.search(r"RESOURCE_EXHAUSTED.*", str(error))
-    if not found:
+    message = re.search(r"RESOURCE_EXHAUSTED.*", str(error))
+    if not message:
         return None
     remedies = LESS_MEMORY.get(name, ("give it less to do at a time",))
-    return f"the memory of a device is full ({found[0][:200]}). What helps, the most first: {'; '.join(remedies)}."
+    return f"the memory of a device is full ({message[0][:200]}). What helps, the most first: {'; '.join(remedies)}."
 
 
 def run_program(program: str, commands: Commands) -> None:

@@ -39,8 +39,8 @@ def find_config(name: str) -> pathlib.Path:
     path, shipped = pathlib.Path(name), shipped_configs()
     if path.is_file():
         return path
-    if found := shipped.get(name.removesuffix(".py")):
-        return found
+    if config := shipped.get(name.removesuffix(".py")):
+        return config
     raise ConfigError(
         f"there is no file {str(path.absolute())!r}, and no config in {str(SHIPPED)!r} is called {name!r}; "
         f"those there are {', '.join(shipped) or 'none'}"

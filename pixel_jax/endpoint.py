@@ -6,6 +6,7 @@ with Endpoint("http://localhost:8000/v1", "Qwen/Qwen2.5-VL-72B-Instruct", key="M
 
 import asyncio
 import base64
+import dataclasses
 import datetime
 import email.utils
 import hashlib
@@ -27,6 +28,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from pixel_jax.config import positive
 from pixel_jax.files import write_file
 
 # At lower levels they write the headers of responses, and an endpoint may repeat the key there.
@@ -39,6 +41,37 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds between tries; doubled each time
 LONGEST_RETRY_AFTER = 600.0  # seconds an endpoint may ask us to wait
 AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses that another try may mend
 SETUP = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405}  # statuses that every request would get
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointConfig:
+    """A model behind an OpenAI-compatible chat-completions endpoint, and how often it may be asked."""
+
+    url: str  # ends before /chat/completions
+    model: str  # its name at the endpoint
+    key: str | None = None  # name of the environment variable that holds the API key
+    requests_per_second: float | None = None  # at most; None: no limit
+    retries: int = 6  # of a request that fails
+    timeout: float = 120.0  # seconds of one try
+    workers: int = 16  # requests under way at a time
+    cache: str | None = None  # directory of answers. None: a synthesis has it in its run directory, a judge has none
+
+    def __post_init__(self):
+        positive(self, "requests_per_second", "timeout", "workers")
+        if self.retries < 0:
+            raise ValueError(f"retries must not be negative: {self.retries}")
+
+    def connect(self, cache: str | os.PathLike | None = None) -> "Endpoint":
+        """Makes a client. `cache` is the directory of its answers where the config names none."""
+        return Endpoint(
+            self.url,
+            self.model,
+            key=self.key,
+            requests_per_second=self.requests_per_second,
+            retries=self.retries,
+            timeout=self.timeout,
+            cache=cache if self.cache is None else os.path.expanduser(self.cache),
+        )
 
 
 class EndpointError(OSError):
@@ -144,11 +177,11 @@ class Endpoint:
         body = {"model": self.model, "messages": list(messages), **sampling}
         if not is_text(json.dumps(body, ensure_ascii=False)):
             raise NoAnswerError("a message is no text that can be sent: it has half a surrogate pair")
-        kept = self._kept({"url": self.url, **body})
-        text = _read(kept)
+        file = self._kept({"url": self.url, **body})
+        text = _read(file)
         if text is None or self._reveals(text):
             text = self._ask(body)
-            _write(kept, text)
+            _write(file, text)
         return text
 
     def close(self) -> None:

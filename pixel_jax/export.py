@@ -49,11 +49,11 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
     Raises:
         UserError: there is none, or more than one.
     """
-    found = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
-    if len(found) != 1:
-        which = f"has several phases, choose one: {', '.join(map(str, found))}" if found else "has no checkpoints"
+    phases = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
+    if len(phases) != 1:
+        which = f"has several phases, choose one: {', '.join(map(str, phases))}" if phases else "has no checkpoints"
         raise UserError(f"{run} {which}")
-    return found[0]
+    return phases[0]
 
 
 def is_model(directory: pathlib.Path) -> bool:
@@ -65,14 +65,14 @@ def candidates(run: pathlib.Path) -> dict[int, pathlib.Path]:
     """The models that a run has or can make from its checkpoints: step -> the directory where each is or will be."""
     phase = phase_of(run)
     steps = {int(x.name) for x in (phase / "checkpoints").iterdir() if x.name.isdecimal()}
-    kept = {int(x.name) for x in (phase.parent / "models").glob("*") if x.name.isdecimal() and is_model(x)}
-    found = {step: phase.parent / "models" / str(step) for step in sorted(steps | kept)}
+    saved = {int(x.name) for x in (phase.parent / "models").glob("*") if x.name.isdecimal() and is_model(x)}
+    models = {step: phase.parent / "models" / str(step) for step in sorted(steps | saved)}
     last = max(steps, default=None)
     history = read_history(phase)
     ended = bool(history) and history[-1].get("of") == last
     if last is not None and ended and is_model(phase.parent / "model"):
-        found[last] = phase.parent / "model"
-    return found
+        models[last] = phase.parent / "model"
+    return models
 
 
 def model_directory(name: str) -> pathlib.Path:
@@ -88,17 +88,17 @@ def model_directory(name: str) -> pathlib.Path:
     run, step = split_step(name)
     if step is None and (is_model(run) or not any((run / x / "checkpoints").is_dir() for x in ("", *PHASES))):
         return pathlib.Path(name)  # where it is neither a run, its reader says so
-    found = candidates(run)
-    step = max(found, default=None) if step is None else step
-    if step not in found:
+    models = candidates(run)
+    step = max(models, default=None) if step is None else step
+    if step not in models:
         raise UserError(
-            f"{run} has no model or checkpoint of step {step}; it has {', '.join(map(str, found)) or 'none'}"
+            f"{run} has no model or checkpoint of step {step}; it has {', '.join(map(str, models)) or 'none'}"
         )
-    if is_main_process() and not is_model(found[step]):
-        export(phase_of(run), str(found[step]), step=step)
+    if is_main_process() and not is_model(models[step]):
+        export(phase_of(run), str(models[step]), step=step)
     barrier(f"the model of step {step} is there")
-    say(f"{name} is the model of step {step}: {found[step]}")
-    return found[step]
+    say(f"{name} is the model of step {step}: {models[step]}")
+    return models[step]
 
 
 def write_model(model, processor, out, dtype: str, *, adapter_of: str | None, limits) -> None:
@@ -186,8 +186,8 @@ def export(
         like = {
             path: jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32)) for path, x in trained.items()
         }
-        found = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
+        restored = checkpoints.restore_part(step, {"trainable": like}, base=fingerprint(rest))["trainable"]
     limits = section.rollout if command == "rl" else config.rollout
-    whole = combine(cast(dict[str, jax.Array], found), rest)  # `like`, with its arrays
+    whole = combine(cast(dict[str, jax.Array], restored), rest)  # `like`, with its arrays
     write_model(whole, processor, out, dtype, adapter_of=config.model if config.adapts else None, limits=limits)
     return step, steps

@@ -135,12 +135,12 @@ def _refuse_utf16(data: bytes, where: str, error: Callable[[str], Exception]) ->
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice[:80]!r} occurs twice")
-    return found
+    return value
 
 
 def _integer(digits: str, largest: int) -> int:

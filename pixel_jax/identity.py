@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pixel_jax.provenance import circumstances
-from pixel_jax.state_files import LineLog, read_lines, read_note, write_json
+from pixel_jax.state_files import LineLog, read_json_lines, read_note, write_json
 from pixel_jax.terminal import warn
 
 RUN, HISTORY = "run.json", "history.jsonl"
@@ -44,6 +44,8 @@ KINDS: Mapping[str, ChangeKind] = {
         ("mesh.*", "rollout_mesh.*", "architecture", "read_threads", "read_ahead", "limits.*"), ChangeKind.FREE
     ),
     "host_tools.workers": ChangeKind.FREE,
+    **dict.fromkeys(("*.judge.key", "*.judge.requests_per_second", "*.judge.retries"), ChangeKind.FREE),
+    **dict.fromkeys(("*.judge.timeout", "*.judge.workers", "*.judge.cache"), ChangeKind.FREE),
     **dict.fromkeys(("*forward.micro_batches", "*forward.remat", "*forward.logit_chunk"), ChangeKind.FREE),
     **dict.fromkeys(("*forward.implementation", "*rollout.implementation"), ChangeKind.FREE),
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), ChangeKind.FREE),
@@ -159,7 +161,7 @@ def _write_history(directory: pathlib.Path, start: Mapping[str, Any]) -> None:
 
 def read_history(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The starts of a run in order: "time", "host", "what", "done", "of", "changed", and the keys of `circumstances`."""
-    return read_lines(pathlib.Path(directory) / HISTORY, time=str, host=str, what=str, changed=dict)
+    return read_json_lines(pathlib.Path(directory) / HISTORY, time=str, host=str, what=str, changed=dict)
 
 
 def read_settings(directory: str | os.PathLike) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def find(name: str) -> Any:
     module, _, path = name.partition(":")
     with _LOCK, _current_directory_last():
         try:
-            found = importlib.import_module(module)
+            value = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise NamedError(f"{name!r}: {module} imports {error.name!r}, which is not installed") from error
@@ -49,11 +49,11 @@ def find(name: str) -> Any:
         except Exception as error:
             raise NamedError(f"{name!r}: importing {module} failed: {type(error).__name__}: {error}") from error
     for part in path.split("."):
-        if not hasattr(found, part):
-            known = ", ".join(x for x in dir(found) if not x.startswith("_"))
+        if not hasattr(value, part):
+            known = ", ".join(x for x in dir(value) if not x.startswith("_"))
             raise NamedError(f"{name!r}: {module} ({_file(module)}) has no {part!r}; it has {known[:500]}")
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def digest(name: str) -> str:

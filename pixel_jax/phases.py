@@ -275,13 +275,13 @@ def tune(phase: Phase, model: Any) -> Any:
 
 def learn(phase: Phase, model: Any) -> Any:
     """`model` after reinforcement learning."""
-    config, section, given, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
+    config, section, phase_data, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
     by = config.prompt_shapes or phase.auto_shapes(section.prompts)
-    questions = assign_shapes(given.examples, by, vocabulary, phase.limits, given.report, phase.tables.tools)
+    questions = assign_shapes(phase_data.examples, by, vocabulary, phase.limits, phase_data.report, phase.tables.tools)
     course = course_of(section, collections.Counter(x.shape for x in questions))
-    announce(pathlib.Path(config.out), given, f"{course}; {describe_shapes(questions)}")
+    announce(pathlib.Path(config.out), phase_data, f"{course}; {describe_shapes(questions)}")
     data = question_batches(
         questions,
         vocabulary,
@@ -292,7 +292,7 @@ def learn(phase: Phase, model: Any) -> Any:
         **phase.reader_options,
     )
     shapes = list(dict.fromkeys(x.shape for x in questions))
-    look = phase.looks.of_learning(given.held_out, shapes) if given.held_out else None
+    look = phase.looks.of_learning(phase_data.held_out, shapes) if phase_data.held_out else None
     watch = phase.watch(section.iterations, look)
     stages = Stages(
         Rewards.of(section.reward, lambda ids: vocabulary.to_bytes(ids).decode("utf-8", "replace")),

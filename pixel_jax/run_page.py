@@ -78,11 +78,7 @@ def _summary(phase: pathlib.Path, lines: Sequence[Mapping[str, Any]], history, r
     of = next((x["of"] for x in reversed(history) if x.get("of") is not None), None)
     done = max((x["step"] + 1 for x in lines), default=0)
     rows = [(f"{unit}s", f"{done} of {of}" if of is not None else str(done))]
-    rows += (
-        [("data", f"{read['source']}: {read['data']}"), ("single_answer by", read["judged_by"])]
-        if _is_read(read)
-        else []
-    )
+    rows += [("data", f"{read['source']}: {read['data']}"), ("judged by", read["judged_by"])] if _is_read(read) else []
     best = read_note(phase / BEST)
     if best is not None:
         rows.append(("best model", f"after {best.get('done')} {unit}s, by {best.get('by')}: {best.get('value')}"))

@@ -63,7 +63,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
     return value
 
 
-def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
+def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, in order.
 
     A last line without a line feed is still being written, or was when its process was killed: it is left out. Any other
@@ -75,7 +75,7 @@ def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
     """
     if not os.path.lexists(path):
         return []
-    found, wrong = [], []
+    objects, wrong = [], []
     for number, line in enumerate(read_bytes(path).split(b"\n")[:-1], 1):
         where = f"{os.fspath(path)}:{number}"
         try:
@@ -85,17 +85,19 @@ def read_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, Any]]:
         except FileError as error:
             wrong.append(str(error))
         else:
-            found.append(value)
+            objects.append(value)
     for error in wrong[:MAX_LINES_SAID]:
         warn(f"{error}. The line is dropped")
     if len(wrong) > MAX_LINES_SAID:
         warn(f"{os.fspath(path)}: {len(wrong) - MAX_LINES_SAID} more damaged lines are dropped")
-    return found
+    return objects
 
 
-def keep_lines(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any) -> list[dict[str, Any]]:
-    """Rewrites a file of JSON lines (`read_lines`) without the lines that `keep` refuses, and returns the others."""
-    lines = [line for line in read_lines(path, **fields) if keep(line)]
+def filter_json_lines(
+    path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool], **fields: Any
+) -> list[dict[str, Any]]:
+    """Rewrites a file of JSON lines (`read_json_lines`) without the lines that `keep` refuses, and returns the others."""
+    lines = [line for line in read_json_lines(path, **fields) if keep(line)]
     write_file(path, "".join(to_json(line) + "\n" for line in lines))
     return lines
 

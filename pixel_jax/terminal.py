@@ -77,7 +77,7 @@ def table(
     from rich.table import Table
     from rich.text import Text
 
-    found = Table(
+    content = Table(
         title=Text(printable(title)) if title else None,
         title_justify="left",
         caption=Text(printable(caption)) if caption else None,
@@ -86,17 +86,24 @@ def table(
         pad_edge=False,
     )
     for i, name in enumerate(head):
-        found.add_column(Text(name), justify="left" if i < words else "right", no_wrap=True)
+        content.add_column(Text(name), justify="left" if i < words else "right", no_wrap=True)
     for row in rows:
-        found.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in row))
-    return found
+        content.add_row(*(Text(printable(cell).replace("\n", "\\n")) for cell in row))
+    return content
 
 
-def print_table(found: "Table", stream: TextIO | None = None) -> None:
+def print_table(content: "Table", stream: TextIO | None = None) -> None:
     """Prints a table. A narrow terminal, or a file, gets long lines rather than cut cells."""
     from rich.console import Console
 
-    Console(file=stream, highlight=False, width=1000).print(found)
+    Console(file=stream, highlight=False, width=1000).print(content)
+
+
+def table_text(content: "Table") -> str:
+    """A table as `print_table` writes it to a file, without the line feed at its end."""
+    text = io.StringIO()
+    print_table(content, text)
+    return text.getvalue().rstrip("\n")
 
 
 NAMES = {1: "output", 2: "error"}

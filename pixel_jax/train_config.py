@@ -73,17 +73,19 @@ class TrainConfig:
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     # The same for rollouts, which may lie otherwise on the same devices; none: as above.
     rollout_mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-    bad_rows: Literal["error", "drop"] = "error"  # "drop" leaves out what cannot be read or has no room, and counts it
+    bad_rows: Literal["error", "drop"] = (
+        "error"  # "drop" leaves out what cannot be read or fits no batch shape, and counts it
+    )
     limits: Limits = Limits()  # of the size of a picture, and of the memory that reading takes in a process
     read_threads: int = 16  # that read and decode files
     read_ahead: int = 32  # rows (of prompts or packed traces) whose pixels wait in memory
-    # Shapes of batches. None: worked out from the data. By hand, for tuning: the room of a row of one or more traces.
+    # Shapes of batches. None: worked out from the data. By hand, for tuning: the size of a row of one or more traces.
     trace_tokens: int | None = None
-    trace_frames: int | None = None  # room for pictures in a row: images, frames and crops
+    trace_frames: int | None = None  # the most pictures of a row: images, frames and crops
     trace_patches: int | None = None  # of one frame
     buckets: tuple[int, ...] = ()  # shorter rows for shorter traces, in tokens: a compilation and less padding for each
     video_frames: int | None = (
-        None  # room of a row of traces that need more frames than `trace_frames`; None: there are none
+        None  # the size of a row of traces that need more frames than `trace_frames`; None: there are none
     )
     video_patches: int | None = None  # of one frame of such a row
     # By hand, for reinforcement learning: images of a prompt, and the largest one's height and width.

@@ -126,15 +126,15 @@ class HeldOutLooks(NamedTuple):
         report.dropped = [f"{x.id} has no answer" for x in judging if not x.answer]
         scored = [x for x in judging if x.answer]
         try:
-            given = (self.by.vocabulary, limits, report, self.by.tables.tools)
-            asked = assign_shapes(scored, shapes, *given) if scored else []
+            vocabulary, tools = self.by.vocabulary, self.by.tables.tools
+            shaped = assign_shapes(scored, shapes, vocabulary, limits, report, tools) if scored else []
         except PromptError:  # none is left
-            asked = []
+            shaped = []
         _say_report(report)
-        if not asked:
+        if not shaped:
             return []
         options = {"batch": watch.batch, "drawn": watch.drawn, "seed": self.config.seed}
-        return [Asker(asked, self.by, limits, scorer, dtype=dtype, **options)]
+        return [Asker(shaped, self.by, limits, scorer, dtype=dtype, **options)]
 
     def of_tuning(self, judging: Sequence[Example], packing: Packing) -> Look | None:
         """Looks at held-out traces: their loss, and, if `watch.answers` says so, what the model answers to their questions.

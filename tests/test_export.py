@@ -11,6 +11,7 @@ import pytest
 
 import pixel_jax
 from pixel_jax.cli import UserError
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.data.digests import Digests
 from pixel_jax.export import candidates, export, model_directory, phase_of, split_step
 from pixel_jax.identity import flatten
@@ -22,7 +23,7 @@ from pixel_jax.train_config import LoRAConfig, TrainConfig, recorded, run_settin
 from pixel_jax.training.checkpoint import CheckpointError
 from pixel_jax.training.loop import Identity
 from pixel_jax.training.optimizer import OptimizerConfig
-from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.steps import ForwardConfig
 from tests.rollouts import scripted_model
 from tests.training.tiny_model import make_batch
@@ -66,7 +67,7 @@ def tune(base, out, lora, adapter=None):
         model, _ = pixel_jax.from_pretrained(base, adapter=adapter)
         if lora is not None:
             model = add_lora(model, jax.random.key(config.seed), **dataclasses.asdict(lora))
-        data = Shuffled(make_batch(8)._replace(visual=None), 4, seed=0)
+        data = MemoryBatches(make_batch(8)._replace(visual=None), 4, seed=0)
         models.append(
             sft(
                 model,

@@ -115,7 +115,9 @@ def test_kinds_are_declared_for_settings_that_there_are():
         "rollout_mesh": {"data": 1},
         "columns": {"question": "q"},
     }
-    values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}, "rl": {"iterations": 1}}
+    values |= {"lora": LoRAConfig(1, 1.0, "x"), "sft": {"steps": 1}}
+    judge = {"rules": ("box", "judge"), "judge": {"url": "http://localhost:1/v1", "model": "m"}}
+    values |= {"rl": {"iterations": 1, "reward": {"scorer": judge}}}
     names = set(flatten(dataclasses.asdict(load(TrainConfig, values)))) | {"weights", "adapter_weights", "tokenizer"}
     for pattern in KINDS:
         assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern

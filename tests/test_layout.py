@@ -42,9 +42,7 @@ def imports(name: str) -> set[str]:
     return (found & MODULES.keys()) - {name}
 
 
-# TFDS builds from what `read` reads, and `read` reads what TFDS has built, which it imports where a directory is such.
-TFDS = ("pixel_jax.data.read", "pixel_jax.data.tfds_builders")
-GRAPH = {name: imports(name) - {TFDS[1]} if name == TFDS[0] else imports(name) for name in MODULES}
+GRAPH = {name: imports(name) for name in MODULES}
 
 
 def in_laboratory(name: str) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pixel_jax.state_files import LineLog, read_lines, read_note, to_json, write_json
+from pixel_jax.state_files import LineLog, read_json_lines, read_note, to_json, write_json
 
 DAMAGE = {
     "empty": lambda data: b"",
@@ -47,12 +47,12 @@ def test_bad_lines_are_dropped_and_said(tmp_path, capsys):
         log.append({"step": i} for i in range(3))
     whole = path.read_bytes()
     path.write_bytes(b"\0" * 9 + b'\n{"step": "4"}\n' + whole + b"[]\nx\n{\n" + b'{"step": 9')
-    assert read_lines(path, step=int) == [{"step": 0}, {"step": 1}, {"step": 2}]
+    assert read_json_lines(path, step=int) == [{"step": 0}, {"step": 1}, {"step": 2}]
     said = capsys.readouterr().err
     assert f"{path}:1 is not JSON" in said and f"{path}:2 does not hold" in said and "2 more damaged lines" in said
     with LineLog(path) as log:  # the last line, cut by a kill, is taken off
         log.append([{"step": 3}])
-    assert read_lines(path, step=int)[-1] == {"step": 3} and path.read_bytes().endswith(b'{\n{"step": 3}\n')
+    assert read_json_lines(path, step=int)[-1] == {"step": 3} and path.read_bytes().endswith(b'{\n{"step": 3}\n')
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
@@ -63,7 +63,7 @@ def test_lines_are_what_was_appended_whatever_they_hold(tmp_path, values):
     path.unlink(missing_ok=True)
     with LineLog(path, durable=False) as log:
         log.append(values)
-    assert read_lines(path) == values
+    assert read_json_lines(path) == values
 
 
 def test_what_is_no_number_is_null():

@@ -101,8 +101,8 @@ def start(devices: int | None) -> "Mesh | None":
             raise ValueError(f"{devices} devices cannot be spread over {processes} processes evenly")
         use_cores(devices // processes)
     initialize()
-    found = jax.devices()
-    count = devices or len(found)
-    if count > len(found):
-        raise ValueError(f"{count} devices were asked for, there are {len(found)}")
-    return make_mesh({"data": count}, found[:count]) if count > 1 else None
+    available = jax.devices()
+    count = devices or len(available)
+    if count > len(available):
+        raise ValueError(f"{count} devices were asked for, there are {len(available)}")
+    return make_mesh({"data": count}, available[:count]) if count > 1 else None

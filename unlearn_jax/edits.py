@@ -1,4 +1,4 @@
-"""Edits: what should have been different in the training data. They name examples by id; `apply` returns the edited dataset.
+"""Edits: changes of the training data, as it should have been. They name examples by id; `apply` returns the edited dataset.
 
     Remove([3, 7])                                      without these examples
     ModifyQuery([4], {"tokens": new})                   another question, the same answer

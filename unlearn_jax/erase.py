@@ -18,8 +18,9 @@ from unlearn_jax.checks import check_differentiable, check_loss, check_params, c
 from unlearn_jax.config import ErasureConfig, resolve, to_mapping
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.edits import Edit, affected, apply
+from unlearn_jax.limits import Finish, Limit, NewtonStep
 from unlearn_jax.loss import Loss, require_parts
-from unlearn_jax.newton import UNFINISHED, Descent, Finish, Limit, NewtonStep, add, newton, norm
+from unlearn_jax.newton import UNFINISHED, Descent, add, newton, norm
 from unlearn_jax.objective import on_mesh, widen
 from unlearn_jax.problem import Problem, make_problem
 from unlearn_jax.solve import product_kind
@@ -154,12 +155,12 @@ def erase(
     moved = tree.sub(widen(edited), wide)
     predicted = sum(step.predicted for step in steps) + (finish.predicted if finish else 0.0)
     actual = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
-    size, rounding, fallen = float(norm(delta)), 0.0, 0.0
+    size, rounding, by_rounding = float(norm(delta)), 0.0, 0.0
     if any(p.dtype != w.dtype for p, w in zip(jax.tree.leaves(adapter), jax.tree.leaves(wide), strict=True)) and size:
         rounding = float(norm(tree.sub(moved, delta))) / size
-        fallen = J.change(moved) - actual
+        by_rounding = J.change(moved) - actual  # the change of J by rounding
         work.forwards(problem.edited, 1)
-    actual += fallen
+    actual += by_rounding
     verdict, reason = _verdict(descent, size, float(norm(moved)), predicted, actual)
     limits = [*descent.limits, *_limits(descent, config, rounding, actual, work.spent / len(before))]
     if verdict != "edited":
@@ -192,7 +193,7 @@ def erase(
         predicted=predicted,
         actual=actual,
         loss_before=descent.loss[0],
-        loss_after=descent.loss[1] + fallen if verdict == "edited" else descent.loss[0],
+        loss_after=descent.loss[1] + by_rounding if verdict == "edited" else descent.loss[0],
         steps=steps,
         finish=finish,
         example_gradients=work.spent,
@@ -216,8 +217,8 @@ def _verdict(descent: Descent, size: float, moved: float, predicted: float, actu
         return "edited", f"by the step that was asked for, unjudged: the edited objective changed by {actual:+.3g}"
     if abs(actual) <= descent.rounding and abs(predicted) <= descent.rounding:
         return "edited", (
-            f"by a step too small to be judged: it promises {predicted:+.2g} of the edited objective, and changes below "
-            f"{descent.rounding:.2g} are rounding"
+            f"by a step too small to be judged: the predicted change of the edited objective is {predicted:+.2g}, and changes "
+            f"below {descent.rounding:.2g} are rounding"
         )
     if not actual < 0:
         return "not_improved", f"the edited objective of all examples would have changed by {actual:+.3g}"
@@ -278,5 +279,5 @@ def _left_out(before: Dataset, after: Dataset, problem: Problem) -> Dataset:
 
 
 def _peak_memory() -> int:
-    held = [stats.get("peak_bytes_in_use", 0) for x in jax.local_devices() if (stats := x.memory_stats())]
-    return int(max(held, default=0)) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = [stats.get("peak_bytes_in_use", 0) for x in jax.local_devices() if (stats := x.memory_stats())]
+    return int(max(peaks, default=0)) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -26,7 +26,7 @@ class Minimum(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of the curvature before the first step."""
+    """Curvature that is known before the first step."""
 
     origin: Params  # another point than the start
     gradient: Params  # of the value, there
@@ -66,7 +66,7 @@ def lbfgs(
         state = (_seeded(state[0], known, memory), *state[1:])
     ends, value_there, norms = None, None, []
     while len(values) < max_steps and (evaluations < max_evaluations or not values):
-        before, norm, moved, found, after = _step(memory, value, params, state)
+        before, norm, moved, stepped, after = _step(memory, value, params, state)
         values.append(float(before))
         log(len(values), values[-1], float(norm))
         spent = evaluations + int(after[-1].info.num_linesearch_steps)
@@ -78,7 +78,7 @@ def lbfgs(
             ends, value_there = (after[0].updates, after[0].updates), before
         if norm <= tolerance or not moved > 0 or spent > max_evaluations:
             break
-        params, state, evaluations, norm = found, after, spent, _norm(after[-1].grad)
+        params, state, evaluations, norm = stepped, after, spent, _norm(after[-1].grad)
         ends, value_there = (ends[0], after[-1].grad), after[-1].value
         norms.append(float(norm))
         if norm <= tolerance or _stands_still(values, norms, resolution):
@@ -91,7 +91,7 @@ _norm = jax.jit(tree.norm)
 
 
 def _stands_still(values: list[float], norms: list[float], resolution: float) -> bool:
-    """Whether for `PATIENCE` steps the value fell by no more than rounding and the gradient not to a half."""
+    """Whether in `PATIENCE` steps the value fell by no more than rounding and the gradient was not halved."""
     if not resolution or len(values) <= PATIENCE:
         return False
     return values[-PATIENCE] - values[-1] <= resolution and min(norms[-PATIENCE:]) > 0.5 * min(norms[:-PATIENCE])
@@ -100,16 +100,16 @@ def _stands_still(values: list[float], norms: list[float], resolution: float) ->
 def _seeded(state: Any, known: Known, memory: int) -> Any:
     """The state of optax's L-BFGS after steps along the known pairs; its next pair is that from the origin to the start."""
     bends = [float(tree.vdot(s, y)) for s, y in known.pairs]
-    kept = [(s, y, 1 / bend) for (s, y), bend in zip(known.pairs, bends, strict=True) if bend > 0][: memory - 1]
+    positive = [(s, y, 1 / bend) for (s, y), bend in zip(known.pairs, bends, strict=True) if bend > 0][: memory - 1]
     steps, changes, weights = state.diff_params_memory, state.diff_updates_memory, state.weights_memory
 
     def put(stack, i, x):
         return jax.tree.map(lambda stack, x: stack.at[i].set(x.astype(stack.dtype)), stack, x)
 
-    for i, (s, y, weight) in enumerate(kept):
+    for i, (s, y, weight) in enumerate(positive):
         steps, changes, weights = put(steps, i, s), put(changes, i, y), weights.at[i].set(weight)
     return state._replace(
-        count=jnp.asarray(len(kept) + 1, state.count.dtype),
+        count=jnp.asarray(len(positive) + 1, state.count.dtype),
         params=tree.cast_like(known.origin, state.params),
         updates=tree.cast_like(known.gradient, state.updates),
         diff_params_memory=steps,

@@ -23,8 +23,8 @@ import dataclasses
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,78 +35,22 @@ from unlearn_jax import tree
 from unlearn_jax.arrays import Params
 from unlearn_jax.checks import all_finite, check_finite, check_gradient
 from unlearn_jax.config import ErasureConfig
+from unlearn_jax.cost import Cost
 from unlearn_jax.curvature import linearized, product
 from unlearn_jax.lbfgs import Known, lbfgs
+from unlearn_jax.limits import DOUBTED, Finish, Limit, NewtonStep, limits_of_finish, limits_of_steps
 from unlearn_jax.objective import FORWARD, Objective, widen
 from unlearn_jax.problem import Problem
 from unlearn_jax.solve import SPECTRUM_STEPS, curved, product_kind, solve, spectrum_damping
-from unlearn_jax.solvers import Info, Krylov, cg, minres, nystrom
+from unlearn_jax.solvers import Info, Krylov, cg, minres
 
 ARMIJO = 1e-4  # share of the decrease predicted by the slope that a step must reach (Nocedal and Wright, 3.1)
 DAMPING_STEP = 10.0  # between a damping and the next
-TRUSTED, DOUBTED = 0.75, 0.25  # ratio of actual to predicted change above which the damping falls, below which it rises
+TRUSTED = 0.75  # ratio of actual to predicted change above which the damping falls; below `DOUBTED` it rises
 EXCEEDED = 1 / TRUSTED  # the ratio above which the decrease of a steep J is due to its tilt
 UNFINISHED = 3.0  # times the edit's right side: a larger gradient left by training counts as a limit
 GRID = (1e-2, 1e-1, 1.0, 1e1, 1e2)  # dampings tried on held-out data, times that of the spectrum
 SHARE = 0.25  # of a budget is for products where L-BFGS follows, which estimates the curvature of J from gradients
-
-
-@dataclasses.dataclass(frozen=True)
-class NewtonStep:
-    """A solve and its result."""
-
-    gradient: float  # |grad J| before the step, which is the norm of the right side
-    curved: int  # examples that the curvature was taken of
-    damping: float
-    residual: float  # |(A + damping) x - b| / |b| of the solver
-    residuals: list[float]  # relative, before each step of the solver and after the last, see `solvers.Info`
-    solver_steps: int
-    negative_curvature: bool  # seen by the solver
-    size: float  # |x|, before the line search
-    step_size: float  # the share of x that is taken; 0: J decreases with none
-    predicted: float  # change of J by the quadratic model, without the damping
-    actual: float  # change of J on all examples
-    tried: int  # number of dampings
-    seconds: float  # compiling included
-
-
-@dataclasses.dataclass(frozen=True)
-class Finish:
-    """What L-BFGS did after the last step, towards the minimum of J."""
-
-    evaluations: int  # of J and its gradient
-    gradient: float  # |grad J| where it ended
-    predicted: float  # change of J by the trapezoidal rule, from the slopes at start and end
-    actual: float  # change of J
-    seconds: float  # compiling included
-
-
-LimitKind = Literal[
-    "solver",  # the solver of a step stopped before its tolerance
-    "negative_curvature",  # the solver met a direction along which the damped curvature is not positive
-    "refused",  # with no damping did the objective decrease as the quadratic model predicted
-    "shortened",  # only a share of a step was taken
-    "too_small",  # the predicted change of a step is within rounding
-    "promise",  # a step changed the objective by much less than predicted
-    "finish",  # L-BFGS stopped before its tolerance, or had no epochs left
-    "unconverged",  # training had left a gradient that is large relative to the edit's
-    "went_on",  # residual="keep" continued the training
-    "rounding",  # the adapter's dtype changed the delta
-    "rose",  # the edited objective rose, with `judge` off
-    "budget",  # the edit cost more than its budget
-    "dearer",  # the edit cost more than the training
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Limit:
-    """A limit that an edit met, or a step that did not change the objective as predicted."""
-
-    kind: LimitKind
-    text: str  # what happened, with its numbers
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Descent(NamedTuple):
@@ -126,62 +70,6 @@ class Descent(NamedTuple):
     work: "Cost"
 
 
-class Cost:
-    """Counts example-gradients: one is an example forward and backward. Products count as measured."""
-
-    PRODUCT = {"hessian": 2.1, "ggn": 1.6, "empirical_fisher": 1.0}
-
-    def __init__(self, problem: Problem, config: ErasureConfig):
-        self.config, self.spent, self.epoch = config, 0.0, problem.examples
-        self.limit = config.budget * problem.examples
-
-    @property
-    def left(self) -> float:
-        """Example-gradients that may still be spent."""
-        return self.limit - self.spent
-
-    @property
-    def limited(self) -> bool:
-        """Whether there is a budget."""
-        return self.limit < math.inf
-
-    def gradients(self, objective: Objective | None, times: int = 1) -> None:
-        """Counts `times` forward and backward passes over an objective."""
-        self.spent += times * (objective.count if objective is not None else 0)
-
-    def forwards(self, objective: Objective, times: int) -> None:
-        """Counts `times` forward passes."""
-        self.spent += times * objective.count * FORWARD
-
-    def constants(self, *objectives: Objective | None) -> None:
-        """Counts what was computed once for every example, being the same for all parameters: at most a forward pass."""
-        for objective in objectives:
-            if objective is not None and objective.has_constants:
-                self.forwards(objective, 1)
-
-    def preconditioner(self, objective: Objective, config: ErasureConfig) -> None:
-        """Counts the cost of building the solver's preconditioner."""
-        preconditioner = getattr(config.solver, "preconditioner", None)
-        if isinstance(preconditioner, nystrom):
-            self.spent += objective.count * preconditioner.rank * self.PRODUCT[product_kind(config)]
-        elif preconditioner is not None:
-            drawn = FORWARD if config.curvature != "empirical_fisher" else 0  # the labels
-            self.spent += objective.count * (1 + drawn)
-
-    def products(self, objective: Objective, times: int, config: ErasureConfig) -> None:
-        """Counts `times` curvature products."""
-        self.spent += times * objective.count * self.PRODUCT[product_kind(config)]
-
-    def affordable(self, objective: Objective, config: ErasureConfig, share: float) -> int:
-        """The products that a share of the remaining budget pays for, beside the evaluations of all retries; at least one."""
-        assert isinstance(config.solver, cg | minres)
-        if not self.limited:
-            return config.solver.max_steps
-        judging = (1 + config.retries) * FORWARD * self.epoch
-        paid = share * (self.left - judging) / (objective.count * self.PRODUCT[product_kind(config)])
-        return max(1, min(config.solver.max_steps, int(paid)))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tilted:
     """J, around the parameters of the current step."""
@@ -192,9 +80,9 @@ class Tilted:
     sums: jax.Array  # of every example, at params
     steep: bool  # the tilt is larger than the edit's gradient, so that J may decrease because of the tilt, away from any retrain
 
-    def foretold(self, attempt: "Attempt") -> bool:
+    def responds(self, attempt: "Attempt") -> bool:
         """Whether the decrease of J is a response to the edit, by the quadratic model."""
-        return not self.steep or attempt.came_true <= EXCEEDED
+        return not self.steep or attempt.ratio <= EXCEEDED
 
     def change(self, step: Params) -> float:
         """J(params + step) - J(params), summed over the differences of the examples; may be nan or inf."""
@@ -237,15 +125,15 @@ class Attempt(NamedTuple):
         return self.solution.damping
 
     @property
-    def came_true(self) -> float:
+    def ratio(self) -> float:
         """The ratio of the actual to the predicted change of J."""
-        share = self.actual / self.predicted if self.predicted < 0 else 0.0
-        return share if math.isfinite(share) else 0.0
+        ratio = self.actual / self.predicted if self.predicted < 0 else 0.0
+        return ratio if math.isfinite(ratio) else 0.0
 
     @property
     def trusted(self) -> bool:
         """Whether the quadratic model is accurate enough for a longer step."""
-        return self.step_size == 1 and self.came_true > TRUSTED and not bool(self.solution.info.negative_curvature)
+        return self.step_size == 1 and self.ratio > TRUSTED and not bool(self.solution.info.negative_curvature)
 
 
 def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Problem | None = None) -> Descent:
@@ -269,7 +157,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         work.constants(held_out.edited)
     sums, gradient, change = _first_pass(problem, params, work)
     residual = tree.add(gradient, change)
-    undone = _undone(problem.edited, params, gradient, residual)
+    residual_gradient = _residual_norm(problem.edited, params, gradient, residual)
     if config.residual == "drop":
         tilt, b = residual, change
     else:
@@ -278,7 +166,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         b = finished(problem.first_order.gradient(params))
         work.gradients(problem.first_order)
     first = size = float(norm(b))
-    tilted = undone if config.residual == "drop" else 0.0
+    tilted = residual_gradient if config.residual == "drop" else 0.0
     steep = tilted > UNFINISHED * first
     # Below the size of the tilt the gradient is mostly the tilt's; following it where J is flat leads far away.
     follows = config.newton_steps is None and not steep and held_out is None
@@ -304,16 +192,16 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
                 # A single product determines only the length of the step, for which a quarter of the examples suffices.
                 objective, whole = finished(curved(problem.quarter(), now, key, config)), False
                 work.constants(objective)
-            space, middle = _krylov(objective, now, b, damping, config, work, products)
-            solution = _from(space, objective, b)
+            space, initial = _krylov_space(objective, now, b, damping, config, work, products)
+            solution = _by_space(space, objective, b)
             pairs = space.pairs() if whole else []  # the curvature of a sample is not that of J
         else:
-            middle = _middle(objective, now, damping, key, config, work)
-            solution, pairs = _directly(objective, now, b, key, config, work), []
+            initial = _initial_damping(objective, now, damping, key, config, work)
+            solution, pairs = _by_solver(objective, now, b, key, config, work), []
         if held_out is not None and damping is None:
-            best, tried = _choose(solution, middle, J, held_out, now, config, work), len(GRID)
+            best, tried = _choose(solution, initial, J, held_out, now, config, work), len(GRID)
         else:
-            best, tried = _descend(solution, middle, J, config, work)
+            best, tried = _descend(solution, initial, J, config, work)
         info = best.solution.info
         damping = best.damping if isinstance(config.damping, float | int) else _adapted(best)
         delta = tree.add_scale(delta, best.step_size, best.solution.x)
@@ -342,7 +230,7 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
         stuck = best.step_size == 0 and damping > best.damping
         if abs(best.actual) <= max(J.rounding(), enough) and not stuck:
             break
-    limits = _of_steps(steps, J, config, follows)
+    limits = limits_of_steps(steps, J.rounding(), config, follows)
     finish = None
     if steps and follows and best is not None:
         tolerance = max(config.solver.rtol**2 * first, tilted)
@@ -352,18 +240,19 @@ def newton(problem: Problem, params: Params, config: ErasureConfig, held_out: Pr
             if best.step_size:
                 known = Known(tree.zeros_like(b), tree.scale(-1, b), _regularised(pairs, problem))
             delta, finish = _finish(start, delta, tolerance, evaluations, known, work)
-            limits += _of_finish(finish, tolerance, first, evaluations, config)
+            limits += limits_of_finish(finish, tolerance, first, evaluations, config)
         else:
-            said = f"no epoch was left of {config.budget:g} for L-BFGS to go on from the first step"
-            limits.append(Limit("finish", said))
+            limits.append(
+                Limit("finish", f"the budget of {config.budget:g} epochs left none for L-BFGS after the first step")
+            )
     loss = start.value()
-    fallen = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
-    after = loss + fallen + float(inner(tilt, delta))
+    change_of_J = sum(step.actual for step in steps) + (finish.actual if finish else 0.0)
+    after = loss + change_of_J + float(inner(tilt, delta))
     return Descent(
         delta=delta,
         steps=steps,
         finish=finish,
-        residual_gradient=undone,
+        residual_gradient=residual_gradient,
         right_side=first,
         edit=float(norm(change)),
         depends=any(not idle for idle in jax.tree.leaves(_idle(problem.edited, params, gradient))),
@@ -399,7 +288,7 @@ def _idle(objective: Objective, params: Params, gradient: Params) -> Params:
     return jax.tree.map(idle, gradient, params)
 
 
-def _undone(objective: Objective, params: Params, gradient: Params, residual: Params) -> float:
+def _residual_norm(objective: Objective, params: Params, gradient: Params, residual: Params) -> float:
     """|grad R| over the arrays in which the data has a gradient; weight decay alone has not shrunk the others yet."""
     idle = _idle(objective, params, gradient)
     return float(norm(jax.tree.map(lambda idle, r: jnp.zeros_like(r) if idle else r, idle, residual)))
@@ -411,7 +300,7 @@ def _by_krylov(config: ErasureConfig) -> bool:
     return isinstance(solver, cg) and solver.preconditioner is None and isinstance(config.damping, str)
 
 
-def _krylov(
+def _krylov_space(
     objective: Objective,
     params: Params,
     b: Params,
@@ -441,7 +330,7 @@ def _krylov(
             return space, mu
 
 
-def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
+def _by_space(space: Krylov, objective: Objective, b: Params) -> Solve:
     decay = float(objective.weight_decay)
 
     def solution(damping):
@@ -452,7 +341,7 @@ def _from(space: Krylov, objective: Objective, b: Params) -> Solve:
     return solution
 
 
-def _middle(
+def _initial_damping(
     objective: Objective, params: Params, damping: float | None, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> float:
     """The first damping, for a solver that solves for one damping at a time."""
@@ -464,7 +353,7 @@ def _middle(
     return float(spectrum_damping(objective, params, key, config))
 
 
-def _directly(
+def _by_solver(
     objective: Objective, params: Params, b: Params, key: jax.Array, config: ErasureConfig, work: Cost
 ) -> Solve:
     if work.limited and isinstance(config.solver, cg | minres):
@@ -503,7 +392,7 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
 
     def reaches(share: float) -> bool:
         """Whether the best attempt decreases J by this share of the prediction."""
-        return best.came_true >= share and J.foretold(best)
+        return best.ratio >= share and J.responds(best)
 
     def affordable() -> bool:
         """The budget is exceeded only until a step reaches the required share of its prediction: safety goes before cost."""
@@ -512,19 +401,19 @@ def _descend(solution: Solve, damping: float, J: Tilted, config: ErasureConfig, 
     while free and not reaches(TRUSTED) and tried <= config.retries and affordable() and not _below(best, J):
         damping *= DAMPING_STEP
         attempt, tried = _attempt(solution(damping), J, config, work), tried + 1
-        if (J.foretold(attempt), -attempt.actual) > (J.foretold(best), -best.actual):
+        if (J.responds(attempt), -attempt.actual) > (J.responds(best), -best.actual):
             best = attempt
         elif reaches(DOUBTED):
             break
-    if free and not J.foretold(best):
+    if free and not J.responds(best):
         best = best._replace(step_size=0.0, predicted=0.0, actual=0.0)
     return best, tried
 
 
 def _below(attempt: Attempt, J: Tilted) -> bool:
     """Whether both the predicted and the actual change are within rounding."""
-    promise = attempt.solution.slope + 0.5 * attempt.solution.bend
-    return max(abs(promise), abs(attempt.actual)) <= J.rounding()
+    predicted = attempt.solution.slope + 0.5 * attempt.solution.bend
+    return max(abs(predicted), abs(attempt.actual)) <= J.rounding()
 
 
 def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -> Attempt:
@@ -543,20 +432,20 @@ def _attempt(solution: Solution, J: Tilted, config: ErasureConfig, work: Cost) -
 
 def _adapted(attempt: Attempt) -> float:
     """The damping of the next step, by the ratio of actual to predicted change of this one (Levenberg 1944, Marquardt 1963)."""
-    if attempt.step_size < 1 or attempt.came_true < DOUBTED:
+    if attempt.step_size < 1 or attempt.ratio < DOUBTED:
         return attempt.damping * DAMPING_STEP
     return attempt.damping / DAMPING_STEP if attempt.trusted else attempt.damping
 
 
 def _choose(
-    solution: Solve, middle: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Cost
+    solution: Solve, initial: float, J: Tilted, held_out: Problem, params: Params, config: ErasureConfig, work: Cost
 ) -> Attempt:
     """The attempt with the largest decrease of J on held-out examples; of size 0 if none decreases it."""
     sums, gradient = finished(held_out.edited.sums_and_gradient(params))
     change = finished(held_out.change(params, gradient))
     tilt = tree.add(gradient, change) if config.residual == "drop" else tree.zeros_like(gradient)
     unseen = Tilted(held_out.edited, tilt, params, sums, J.steep)
-    attempts = [_attempt(solution(middle * factor), J, config, work) for factor in GRID]
+    attempts = [_attempt(solution(initial * factor), J, config, work) for factor in GRID]
     scores = [unseen.change(tree.scale(attempt.step_size, attempt.solution.x)) for attempt in attempts]
     work.gradients(held_out.edited)
     work.forwards(held_out.edited, len(attempts))
@@ -580,70 +469,14 @@ def _finish(
     began = time.perf_counter()
     value = Partial(_change, J.objective, J.tilt, J.params, J.sums)
     options = {"max_evaluations": evaluations, "known": known, "resolution": J.rounding()}
-    found = lbfgs(value, delta, tolerance=tolerance, **options)
-    work.gradients(J.objective, found.evaluations)
-    actual = found.value - float(found.values[0])
+    minimum = lbfgs(value, delta, tolerance=tolerance, **options)
+    work.gradients(J.objective, minimum.evaluations)
+    actual = minimum.value - float(minimum.values[0])
     if not actual <= 0:
-        return delta, Finish(found.evaluations, found.gradient, 0.0, 0.0, time.perf_counter() - began)
-    way = tree.sub(found.params, delta)
-    predicted = 0.5 * float(inner(tree.add(*found.ends), way))
-    return found.params, Finish(found.evaluations, found.gradient, predicted, actual, time.perf_counter() - began)
-
-
-def _of_steps(steps: list[NewtonStep], J: Tilted, config: ErasureConfig, follows: bool) -> list[Limit]:
-    return [
-        limit
-        for number, step in enumerate(steps, 1)
-        for limit in _of_step(number, step, len(steps), J, config, follows)
-    ]
-
-
-def _of_step(
-    number: int, step: NewtonStep, count: int, J: Tilted, config: ErasureConfig, follows: bool
-) -> Iterator[Limit]:
-    which = f"step {number}: " if count > 1 else ""
-    if not follows and step.residual > config.solver.rtol:
-        said = (
-            f"{which}solver {config.solver.name!r} stopped after {step.solver_steps} steps at the residual "
-            f"{step.residual:.2g} (rtol {config.solver.rtol:g}): "
-            + (f"max_steps is {most}, " if (most := getattr(config.solver, "max_steps", None)) else "")
-            + f"the budget {config.budget:g} epochs"
-        )
-        yield Limit("solver", said)
-    if step.negative_curvature:
-        yield Limit("negative_curvature", f"{which}negative curvature was met")
-    if step.step_size == 0:
-        said = f"{which}refused: with none of {step.tried} dampings up to {step.damping:.2g} the objective falls as foretold"
-        yield Limit("refused", said)
-    elif step.step_size < 1:
-        said = f"{which}only {step.step_size:.2g} of it was taken: further on the objective rises"
-        yield Limit("shortened", said)
-    elif number == 1 and max(abs(step.predicted), abs(step.actual)) <= J.rounding():
-        said = (
-            f"{which}too small to be judged: it promises {step.predicted:.2g}, changes of the objective below "
-            f"{J.rounding():.2g} are rounding"
-        )
-        yield Limit("too_small", said)
-    elif abs(step.predicted) > J.rounding() and not step.actual <= DOUBTED * step.predicted:
-        yield Limit("promise", f"{which}promised {step.predicted:+.2g} and brought {step.actual:+.2g}")
-
-
-def _of_finish(
-    finish: Finish, tolerance: float, first: float, evaluations: float, config: ErasureConfig
-) -> list[Limit]:
-    # With a budget, a remaining gradient is reported where it is larger than the solver of a step may leave.
-    wanted = max(tolerance, config.solver.rtol * first) if config.budget < math.inf else tolerance
-    if finish.gradient <= wanted:
-        return []
-    which = "the budget of epochs" if evaluations < config.finish_evaluations else "finish_evaluations"
-    stopped = f"at its limit of {evaluations:g} evaluations ({which})"
-    if finish.evaluations < evaluations - 1:
-        stopped = "where rounding hides every way further down"
-    said = (
-        f"L-BFGS stopped {stopped}, after {finish.evaluations}: the gradient is {finish.gradient:.2g} there, "
-        f"{finish.gradient / first:.2g} of the edit's right side; wanted was {tolerance:.2g}"
-    )
-    return [Limit("finish", said)]
+        return delta, Finish(minimum.evaluations, minimum.gradient, 0.0, 0.0, time.perf_counter() - began)
+    moved = tree.sub(minimum.params, delta)
+    predicted = 0.5 * float(inner(tree.add(*minimum.ends), moved))
+    return minimum.params, Finish(minimum.evaluations, minimum.gradient, predicted, actual, time.perf_counter() - began)
 
 
 @jax.jit

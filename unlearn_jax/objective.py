@@ -320,18 +320,18 @@ def on_mesh(arrays: Any, mesh: Mesh | None) -> Any:
     """A pytree with all arrays on the mesh; those that are not on it yet are copied to all of its devices."""
     if mesh is None:
         return arrays
-    everywhere = NamedSharding(automatic(mesh), PartitionSpec())
+    replicated = NamedSharding(automatic(mesh), PartitionSpec())
 
-    def place(x):
+    def put(x):
         if callable(x):
             return x
-        place = x.sharding if isinstance(x, jax.Array) else None
-        if not isinstance(place, NamedSharding) or place.device_set != everywhere.device_set:
-            return jax.device_put(x, everywhere)
-        assert isinstance(place.mesh, Mesh)  # an array's is not abstract
-        return jax.device_put(x, NamedSharding(automatic(place.mesh), place.spec))
+        sharding = x.sharding if isinstance(x, jax.Array) else None
+        if not isinstance(sharding, NamedSharding) or sharding.device_set != replicated.device_set:
+            return jax.device_put(x, replicated)
+        assert isinstance(sharding.mesh, Mesh)  # an array's is not abstract
+        return jax.device_put(x, NamedSharding(automatic(sharding.mesh), sharding.spec))
 
-    return jax.tree.map(place, arrays)
+    return jax.tree.map(put, arrays)
 
 
 def widest(params: Params) -> jnp.dtype:

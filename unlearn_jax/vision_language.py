@@ -38,8 +38,8 @@ def examples(batch: Batch, ids: Sequence[Any] | None = None) -> dict[str, Any]:
     if batch.segments is not None:
         raise ValueError("packed rows hold several examples each: make examples of rows before they are packed")
     valid, loss_mask = np.asarray(batch.valid), np.asarray(batch.loss_mask)
-    count, room = valid.shape
-    length = min(room, _up(int(np.flatnonzero(valid.any(axis=0))[-1]) + 1))
+    count, width = valid.shape
+    length = min(width, _up(int(np.flatnonzero(valid.any(axis=0))[-1]) + 1))
     rows = [_predictions(*row) for row in zip(np.asarray(batch.tokens), valid, loss_mask, strict=True)]
     width = _up(max(len(places) for places, _ in rows))
     places, labels = np.zeros((2, count, width), np.int32)

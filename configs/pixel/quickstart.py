@@ -3,7 +3,7 @@ and its data. Every value can be set on the command line, `--config.rl.iteration
 
 from ml_collections import ConfigDict
 
-from pixel_jax.data.miniature import BENFORD
+from pixel_jax.quickstart.miniature import BENFORD
 
 
 def get_config() -> ConfigDict:

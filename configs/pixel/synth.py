@@ -29,8 +29,8 @@ def get_config(writer: str = "templates") -> ConfigDict:
         )  # the name of the environment variable that holds the API key
         config.endpoint.requests_per_second = config_dict.placeholder(float)
         config.endpoint.workers = 16
-        config.endpoint.temperature = 0.7
-        config.endpoint.max_tokens = 600
+        config.temperature = 0.7
+        config.max_tokens = 600
     elif writer != "templates":
         raise ValueError(f"the analyses are written by 'templates' or by an 'endpoint', not by {writer!r}")
     return config

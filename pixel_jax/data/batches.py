@@ -1,4 +1,4 @@
-"""Batches for training, read ahead by Grain: an endless order of rows, of which every process takes its shard.
+"""Rows and batches, read ahead by Grain: for training an endless order of rows, of which every process takes its shard.
 
 What batch k holds follows from the order alone. So the state of a run is the number of batches it has read: it may resume
 with another number of processes, and all processes together read what one would.
@@ -12,7 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from pixel_jax.data.buckets import ENDLESS, check_position
+from pixel_jax.data.buckets import ENDLESS, ShuffledRows, check_position
 
 T = TypeVar("T")
 
@@ -39,6 +39,16 @@ class ProcessRows:
         return self.order[batch * self.size + self.index * self.own + row]
 
 
+def read_ahead(keys: Any, load: Callable[[Any], Any], *, threads: int, ahead: int, start: int = 0) -> Any:
+    """Iterates over `load(key)` for the keys of a sequence, in order, from number `start` on.
+
+    `load` runs in threads, and at most `ahead` results wait, so memory is bounded whatever the consumer does. The iterator's
+    `close` ends the threads.
+    """
+    reading = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+    return iter(grain.MapDataset.source(keys).map(load)[start:].to_iter_dataset(reading))
+
+
 def stack(rows: Iterator[T], count: int, enlarge: Callable[[T], T] = lambda like: like) -> T:
     """Stacks `count` rows, trees of arrays [1, ...], to one tree of arrays [count, ...].
 
@@ -61,7 +71,7 @@ class Batches:
     """Endless batches `collate(rows, count)`, where `rows` iterates over `load(key)` for the keys of an order.
 
     `size` counts the rows of all processes together, `count` those of this one. `load` runs in threads; at most `ahead` rows
-    wait for their batch, so memory is bounded whatever the consumer does.
+    wait for their batch (`read_ahead`).
     """
 
     def __init__(
@@ -78,11 +88,11 @@ class Batches:
         ahead: int = 32,
     ):
         """`same`: the numbers that the order is drawn from; `set_state` refuses a state with others."""
-        self.rows = grain.MapDataset.source(ProcessRows(order, size, process_index, process_count)).map(load)
+        self.keys = ProcessRows(order, size, process_index, process_count)
         self.own = size // process_count
-        self.collate = collate
+        self.load, self.collate = load, collate
         self.same = {"size": size, **same}
-        self.reading = grain.ReadOptions(num_threads=min(threads, ahead), prefetch_buffer_size=ahead)
+        self.reading = {"threads": threads, "ahead": ahead}
         self.position = 0  # batches read
         self.iterator = None
 
@@ -91,7 +101,7 @@ class Batches:
 
     def __next__(self) -> Any:
         if self.iterator is None:
-            self.iterator = iter(self.rows[self.position * self.own :].to_iter_dataset(self.reading))
+            self.iterator = read_ahead(self.keys, self.load, start=self.position * self.own, **self.reading)
         batch = self.collate(itertools.islice(self.iterator, self.own), self.own)
         self.position += 1
         return batch
@@ -113,3 +123,21 @@ class Batches:
                 raise ValueError(f"the checkpoint was made with {state.get(name)} for {name}, now it is {value}")
         self.close()
         self.position = check_position(state.get("position"))
+
+
+class MemoryBatches(Batches):
+    """Endless batches of `size` rows that are in memory, in a new order every epoch (`ShuffledRows`)."""
+
+    def __init__(self, rows: Any, size: int, seed: int, *, process_index: int = 0, process_count: int = 1):
+        """`rows`: a tree of arrays [n, ...]."""
+        rows = jax.tree.map(np.asarray, rows)
+        count = len(jax.tree.leaves(rows)[0])
+        super().__init__(
+            ShuffledRows(count, seed),
+            lambda i: jax.tree.map(lambda x: x[i : i + 1], rows),
+            stack,
+            size,
+            same={"rows": count, "seed": seed},
+            process_index=process_index,
+            process_count=process_count,
+        )

@@ -1,9 +1,10 @@
-"""The endless order of rows in buckets, each of one static shape: all rows of a batch come from one bucket.
+"""Endless orders of rows. Of rows in buckets, each of one static shape, all rows of a batch come from one bucket.
 
 Every epoch has each row once. The rows of an epoch that do not fill a batch begin the next epoch.
 """
 
 import bisect
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -20,6 +21,21 @@ def check_position(position: Any) -> int:
     if type(position) is not int or not 0 <= position < ENDLESS:
         raise ValueError(f"the position in the data is {position!r}, not a whole number from 0")
     return position
+
+
+class ShuffledRows:
+    """The endless order of the numbers below `count`: each epoch has them all, as (seed, epoch) shuffles them.
+
+    A batch may have the end of an epoch and the beginning of the next.
+    """
+
+    def __init__(self, count: int, seed: int):
+        shuffle = lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
+        self.count, self.epoch = count, functools.lru_cache(2)(shuffle)  # threads read ahead, into the next epoch
+
+    def __getitem__(self, position: int) -> int:
+        epoch, index = divmod(int(position), self.count)
+        return int(self.epoch(epoch)[index])
 
 
 class BucketOrder(Generic[T]):

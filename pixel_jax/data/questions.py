@@ -21,8 +21,8 @@ from pixel_jax.tools import RELEASED, Tool
 Sizes = list[Size]  # of the images of a question, as their files have them
 
 BY_HAND = (
-    "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) say how much "
-    "room there is; without them it is worked out"
+    "config.image_buffer and config.prompt_width (of videos config.video_buffer and config.video_prompt_width) fix the "
+    "batch shapes; without them these are worked out"
 )
 WORKED_OUT = (
     "config.rl.rollout.max_tokens says how long a row may be, max_pixels and video_max_pixels there how large pictures "

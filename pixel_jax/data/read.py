@@ -42,7 +42,7 @@ def read_examples(
     report = ReadReport(str(path), drop)
     if (path / "dataset_info.json").is_file():
         try:
-            from pixel_jax.data.tfds_builders import read_prepared
+            from pixel_jax.data.prepared import read_prepared
         except ImportError as error:
             raise ExampleError(
                 f"{path} was prepared by TFDS: `pip install tensorflow-datasets importlib-resources` to read it ({error})"

@@ -37,11 +37,11 @@ def read_vstar(
 ) -> tuple[list[Example], str]:
     """V* (`craigwu/vstar_bench`): `test_questions.jsonl` with image, text (options included), label, category."""
     path = data / "test_questions.jsonl" if data.is_dir() else data
-    found = []
+    examples = []
     for where, row in _json_lines(path):
         get = _fields(where, row)
         category = get("category", str)
-        found.append(
+        examples.append(
             Example(
                 id=f"{category}-{get('question_id', str | int)}",
                 question=get("text", str),
@@ -50,7 +50,7 @@ def read_vstar(
                 category=category,
             )
         )
-    return found, "test"
+    return examples, "test"
 
 
 def read_tallyqa(
@@ -58,12 +58,12 @@ def read_tallyqa(
 ) -> tuple[list[Example], str]:
     """TallyQA-Complex: the rows of `test.json` (or `train.json`) whose `issimple` is false."""
     path = data / "test.json" if data.is_dir() else data
-    found = []
+    examples = []
     for where, row in _json_list(path, read_json(path, error=BenchmarkError)):
         get = _fields(where, row)
         if get("issimple", bool):
             continue
-        found.append(
+        examples.append(
             Example(
                 id=str(get("question_id", int | str)),
                 question=get("question", str),
@@ -72,7 +72,7 @@ def read_tallyqa(
                 category=get("data_source", str),
             )
         )
-    return found, "train" if path.stem.startswith("train") else "test"
+    return examples, "train" if path.stem.startswith("train") else "test"
 
 
 def read_infovqa(
@@ -81,14 +81,14 @@ def read_infovqa(
     """InfographicVQA (`infographicsVQA_val_v1.0_withQT.json` and its like): the released test split has no answers."""
     document = read_json(data, error=BenchmarkError)
     get = _fields(str(data), document if isinstance(document, dict) else {})
-    split, found = get("dataset_split", str), []
+    split, examples = get("dataset_split", str), []
     for where, row in _json_list(data, get("data", list)):
         get = _fields(where, row)
         if "answers" not in row:
             raise BenchmarkError(f"{where} has no answers (split {split!r}): only the benchmark's server can score it")
         kinds = row.get("answer_type") or []
         kinds = _texts(where, "answer_type", [kinds] if isinstance(kinds, str) else kinds)
-        found.append(
+        examples.append(
             Example(
                 id=str(get("questionId", int | str)),
                 question=get("question", str),
@@ -97,7 +97,7 @@ def read_infovqa(
                 category=" + ".join(kinds),
             )
         )
-    return found, split
+    return examples, split
 
 
 # Folder under video/, and whether the question is about a part of the video only. Names of the files follow the task's.
@@ -132,8 +132,8 @@ def read_mvbench(
 
     Options are lettered below the question, and the letter is the answer, as in the prepared data.
     """
-    folder, videos, found = data / "json", images or data / "video", []
-    for task, (place, bounded) in MVBENCH.items():
+    folder, videos, examples = data / "json", images or data / "video", []
+    for task, (subfolder, bounded) in MVBENCH.items():
         path = folder / f"{task.lower().replace(' ', '_').replace('-', '_')}.json"
         if not path.is_file():
             continue
@@ -147,21 +147,23 @@ def read_mvbench(
             bound = (float(get("start", int | float)), float(get("end", int | float))) if bounded else None
             if bound and not all(abs(x) <= MOST_SECONDS for x in bound):
                 raise BenchmarkError(f"{where}: 'start' and 'end' are seconds of a video, not {bound}")
-            found.append(
+            examples.append(
                 Example(
                     id=f"{path.stem}-{number}",
                     question="\n".join([get("question", str), *letters]),
                     answer=(chr(ord("A") + options.index(answer)),),
-                    images=(_image(where, get("video", str), videos / place, (str(videos), *others), directory=True),),
+                    images=(
+                        _image(where, get("video", str), videos / subfolder, (str(videos), *others), directory=True),
+                    ),
                     category=task,
                     video=True,
                     seconds=USUAL_SECONDS,
                     span=Span(bound),
                 )
             )
-    if not found:
+    if not examples:
         raise BenchmarkError(f"{folder} holds none of MVBench's files, such as action_sequence.json")
-    return found, "test"
+    return examples, "test"
 
 
 def read_prepared(
@@ -176,11 +178,11 @@ def read_prepared(
         examples = read_questions(data, ReadReport(str(data)), others, images)
     except (ExampleError, SourceError) as error:
         raise BenchmarkError(str(error)) from None
-    found = [
+    relabelled = [
         x._replace(answer=tuple(references_of(x.answer)), category=x.id.partition("-")[0], seconds=USUAL_SECONDS)
         for x in examples
     ]
-    return found, "test"
+    return relabelled, "test"
 
 
 def read_own(
@@ -195,8 +197,8 @@ def read_own(
     if images is not None:
         raise BenchmarkError("images of one's own lie where the JSON lines say: `images` is not needed")
     examples = own.read_own(data, image_folders=others, columns=columns, language=language, pictures=pictures)
-    found = [x._replace(answer=tuple(references_of(x.answer)), turns=()) for x in examples]
-    return found, None
+    questions = [x._replace(answer=tuple(references_of(x.answer)), turns=()) for x in examples]
+    return questions, None
 
 
 READERS: Mapping[str, Read] = {

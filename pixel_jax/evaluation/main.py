@@ -39,11 +39,11 @@ def main(command: str, arguments: list[str]) -> None:
     """Evaluates, compares or selects, as the arguments say."""
     match arguments:
         case ["compare", first, second]:
-            found = compare_runs(first, second)
+            result = compare_runs(first, second)
         case ["select", training] if FLAGS.config is not None:
-            found = select_within(pathlib.Path(training))
+            result = select_within(pathlib.Path(training))
         case ["select", _, _, *_]:
-            found = select(arguments[1:])
+            result = select(arguments[1:])
         case ["compare" | "select", *_]:
             raise UserError(
                 "compare needs two run directories"
@@ -54,8 +54,8 @@ def main(command: str, arguments: list[str]) -> None:
             raise UserError(f"unexpected argument {other!r}; settings are given as --config.NAME=VALUE")
         case _:
             return run()
-    if FLAGS.json and found:
-        write_json(FLAGS.json, found)
+    if FLAGS.json and result:
+        write_json(FLAGS.json, result)
 
 
 def run() -> None:
@@ -104,9 +104,9 @@ def select_within(training: pathlib.Path) -> dict[str, Any]:
             answer(dataclasses.replace(config, model=str(model_directory(f"{training}@{step}")), out=out))
         if not is_main_process():
             return {}
-        found = select(list(steps))
-        say(f"The best is step {steps[found['best']]}: {found['model']}")
-        return {**found, "step": steps[found["best"]]}
+        result = select(list(steps))
+        say(f"The best is step {steps[result['best']]}: {result['model']}")
+        return {**result, "step": steps[result["best"]]}
 
 
 def answer(config: EvalConfig) -> None:
@@ -221,15 +221,17 @@ def report(config: EvalConfig, data: Data, directories: Directories) -> None:
     )
     metrics: dict[str, Any] = {"model": config.model, "first_mode": config.modes[0], "benchmarks": {}, "warnings": []}
     for name, (questions, split) in data.items():
-        found = {mode: complete_records(directories[name, mode], len(questions)) for mode in config.modes}
+        by_mode = {mode: complete_records(directories[name, mode], len(questions)) for mode in config.modes}
         metrics["benchmarks"][name] = {
             "split": split,
             "rules": list(config.benchmarks[name].scorer.rules),
-            "modes": {mode: summary.summarise(records) for mode, records in found.items()},
-            "unanswered": {mode: summary.unanswered(records) for mode, records in found.items()},
-            "differences": {mode: summary.compare(found[config.modes[0]], found[mode]) for mode in config.modes[1:]},
+            "modes": {mode: summary.summarise(records) for mode, records in by_mode.items()},
+            "unanswered": {mode: summary.unanswered(records) for mode, records in by_mode.items()},
+            "differences": {
+                mode: summary.compare(by_mode[config.modes[0]], by_mode[mode]) for mode in config.modes[1:]
+            },
         }
-        metrics["warnings"] += summary.format_warnings(name, found, language)
+        metrics["warnings"] += summary.format_warnings(name, by_mode, language)
     write_json(out / "metrics.json", metrics)
     summary.redraw(out)
     print_table(table(summary.HEAD, summary.table_rows(metrics["benchmarks"]), words=3))
@@ -266,13 +268,13 @@ def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]
 
 def runs_in(directory: str) -> dict[str, pathlib.Path]:
     """The benchmarks in a run directory: {"BENCHMARK MODE": directory}."""
-    found = {
+    directories = {
         f"{path.parent.parent.name} {path.parent.name}": path.parent
         for path in sorted(pathlib.Path(directory).glob("*/*/run.json"))
     }
-    if not found:
+    if not directories:
         raise UserError(f"{directory} holds no runs of benchmarks")
-    return found
+    return directories
 
 
 def compare_runs(first: str, second: str) -> dict[str, Any]:
@@ -284,11 +286,11 @@ def compare_runs(first: str, second: str) -> dict[str, Any]:
     shared = [name for name in one if name in other]
     if not shared:
         raise UserError(f"{first} ({', '.join(one)}) and {second} ({', '.join(other)}) have no benchmark in common")
-    found = {}
+    tests = {}
     for name in shared:
-        found[name] = summary.compare(read_records(one[name]), read_records(other[name]))
-        say(f"{name}: {summary.sentence(first, second, found[name])}")
-    return {"first": first, "second": second, "tests": found}
+        tests[name] = summary.compare(read_records(one[name]), read_records(other[name]))
+        say(f"{name}: {summary.sentence(first, second, tests[name])}")
+    return {"first": first, "second": second, "tests": tests}
 
 
 def select(directories: Sequence[str]) -> dict[str, Any]:

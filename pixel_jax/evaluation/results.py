@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pixel_jax.state_files import LineLog, read_lines
+from pixel_jax.state_files import LineLog, read_json_lines
 
 # Fields of every record, with their types.
 FIELDS = {"index": int, "id": str, "category": str, "answers": list, "score": list, "stop": list}
@@ -31,9 +31,9 @@ class Results:
 
 def read_records(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of all processes, in the order of the questions. A record with answers replaces one without."""
-    found: dict[int, dict[str, Any]] = {}
+    records: dict[int, dict[str, Any]] = {}
     for path in sorted(pathlib.Path(directory).glob("results-*.jsonl")):
-        for record in read_lines(path, **FIELDS):
-            if "unanswered" not in record or record["index"] not in found:
-                found[record["index"]] = record
-    return [found[index] for index in sorted(found)]
+        for record in read_json_lines(path, **FIELDS):
+            if "unanswered" not in record or record["index"] not in records:
+                records[record["index"]] = record
+    return [records[index] for index in sorted(records)]

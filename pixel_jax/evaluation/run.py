@@ -1,15 +1,16 @@
 """Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from pixel_jax.data.batches import read_ahead
 from pixel_jax.data.digests import Digests, digest_rows, digest_sources
 from pixel_jax.data.example import Example
 from pixel_jax.data.images import ImageError
@@ -42,7 +43,7 @@ LOADERS = 8  # threads that decode images
 def shapes_of(
     buckets: Sequence[Bucket] | None, config: RolloutConfig, network: ModelConfig, batch: int
 ) -> Sequence[BatchShape] | AutoShapes:
-    """The shapes of prompts that buckets are, for pictures and for videos; or by what they are worked out."""
+    """The batch shapes of prompts: those of the buckets, for pictures and for videos, or how they are worked out."""
     if buckets is None:
         return AutoShapes(training_work(network), batch, device_memory() // PICTURES_DIVISOR // batch)
     return [prompt_shape(*bucket, config, video=video) for bucket in buckets for video in (False, True)]
@@ -80,12 +81,12 @@ def evaluate(
     """
     directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)
-    kept = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
+    answered = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
     mine = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
         pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
-    check_pictures(directory, questions, kept, pictures)
-    results, todo = Results(directory, process), [i for i in mine if i not in kept]
+    check_pictures(directory, questions, answered, pictures)
+    results, todo = Results(directory, process), [i for i in mine if i not in answered]
     if not todo:
         return
     context = EvaluationContext(policy, exam, directory, len(questions), scorer)
@@ -93,15 +94,15 @@ def evaluate(
     def keep(records: Iterable[Record]) -> None:
         results.append({**x, "pictures": pictures[x["index"]]} for x in records)
 
-    found = find_shapes(policy, questions, exam, todo)
-    placed = {i: x for i, x in found.items() if isinstance(x, Assignment)}
+    assigned = find_shapes(policy, questions, exam, todo)
+    runnable = {i: x for i, x in assigned.items() if isinstance(x, Assignment)}
     n = context.limits.group_size
-    keep(unanswered(i, questions[i], str(x), n) for i, x in found.items() if i not in placed)
-    progress, finished = ProgressLine(label, len(todo)), len(todo) - len(placed)
+    keep(unanswered(i, questions[i], str(x), n) for i, x in assigned.items() if i not in runnable)
+    progress, finished = ProgressLine(label, len(todo)), len(todo) - len(runnable)
     # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
-    scores = [float(np.mean(kept[i]["score"])) for i in mine if i in kept] + [0.0] * finished
-    for loaded in load_batches(questions, placed, exam.batch):
-        records = answer_batch(context, stages, questions, placed, loaded)
+    scores = [float(np.mean(answered[i]["score"])) for i in mine if i in answered] + [0.0] * finished
+    for loaded in load_batches(questions, runnable, exam.batch):
+        records = answer_batch(context, stages, questions, runnable, loaded)
         keep(records)
         finished += len(loaded)
         scores += [float(np.mean(x["score"])) for x in records]
@@ -131,22 +132,22 @@ def restore(directory: pathlib.Path, settings: Mapping[str, Any], process: int, 
     Raises:
         RunError: the directory holds another run.
     """
-    kept = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
+    records = {entry["index"]: entry for entry in read_records(directory) if "unanswered" not in entry}
     if process == 0:
-        settle(directory, settings, done=len(kept) or None, of=count)
-    return kept
+        settle(directory, settings, done=len(records) or None, of=count)
+    return records
 
 
 def check_pictures(
-    directory: pathlib.Path, questions: Sequence[Example], kept: Mapping[int, Record], pictures: Mapping[int, Any]
+    directory: pathlib.Path, questions: Sequence[Example], records: Mapping[int, Record], pictures: Mapping[int, Any]
 ) -> None:
     """Checks that questions were answered about the images that they have now.
 
     Raises:
         RunError: an image has changed.
     """
-    for i, found in pictures.items():
-        if i in kept and kept[i].get("pictures", found) != found:
+    for i, digest in pictures.items():
+        if i in records and records[i].get("pictures", digest) != digest:
             raise RunError(
                 f"{directory}: question {questions[i].id!r} was answered about other pictures than {questions[i].images[0]} "
                 "now holds: choose another directory"
@@ -156,38 +157,36 @@ def check_pictures(
 def find_shapes(
     policy: Policy, questions: Sequence[Example], exam: Exam, todo: Sequence[int]
 ) -> dict[int, Assignment | ValueError]:
-    """Where each of the questions `todo` runs, or why it cannot."""
+    """The batch shape of each of the questions `todo`, or the error that says why it has none."""
     limits = exam.limits
     shapes = shapes_of(exam.benchmark.buckets, limits, policy.model.config, exam.batch)
     # Shapes that are worked out follow from all questions, so that a run that goes on has those that it had.
     wanted = range(len(questions)) if isinstance(shapes, AutoShapes) else todo
     outlines = [questions[i].outline for i in wanted]
     finder = ShapeFinder(policy.vocabulary, limits, guidelines(exam.mode), policy.tables.tools)
-    found = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
-    return {i: found[i] for i in todo}
+    assigned = dict(zip(wanted, finder.assign_all(outlines, shapes), strict=True))
+    return {i: assigned[i] for i in todo}
 
 
 def load_batches(
-    questions: Sequence[Example], placed: Mapping[int, Assignment], batch: int
+    questions: Sequence[Example], assigned: Mapping[int, Assignment], batch: int
 ) -> Iterator[dict[int, Query | ImageError]]:
     """Batches of one shape with their pixels, or the reason why they cannot be read; the next batch is read ahead."""
     by_shape: dict[BatchShape, list[int]] = {}
-    for i, place in placed.items():
-        by_shape.setdefault(place.shape, []).append(i)
+    for i, assignment in assigned.items():
+        by_shape.setdefault(assignment.shape, []).append(i)
     batches = [some[at : at + batch] for some in by_shape.values() for at in range(0, len(some), batch)]
-    load = functools.partial(load_query, questions, placed)
-    with ThreadPoolExecutor(LOADERS) as pool:
-        ahead = [pool.submit(load, i) for i in batches[0]] if batches else []
-        for some, following in zip(batches, [*batches[1:], []], strict=True):
-            loaded = {i: future.result() for i, future in zip(some, ahead, strict=True)}
-            ahead = [pool.submit(load, i) for i in following]
-            yield loaded
+    load = functools.partial(load_query, questions, assigned)
+    queries = read_ahead([i for some in batches for i in some], load, threads=LOADERS, ahead=batch)
+    with contextlib.closing(queries):
+        for some in batches:
+            yield dict(zip(some, queries, strict=False))
 
 
-def load_query(questions: Sequence[Example], placed: Mapping[int, Assignment], i: int) -> Query | ImageError:
+def load_query(questions: Sequence[Example], assigned: Mapping[int, Assignment], i: int) -> Query | ImageError:
     """The query of question `i` with its pixels, or the reason why they cannot be read."""
     try:
-        return placed[i].prompt.apply(questions[i].query())
+        return assigned[i].prompt.apply(questions[i].query())
     except ImageError as error:
         return error
 
@@ -196,7 +195,7 @@ def answer_batch(
     context: EvaluationContext,
     stages: EvaluationStages,
     questions: Sequence[Example],
-    placed: Mapping[int, Assignment],
+    assigned: Mapping[int, Assignment],
     loaded: Mapping[int, Query | ImageError],
 ) -> list[Record]:
     """The records of a batch after all stages; a question that could not be read is recorded as wrong."""
@@ -205,7 +204,7 @@ def answer_batch(
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
         asked = QuestionBatch(
-            list(queries), [questions[i] for i in queries], list(queries.values()), [placed[i] for i in queries]
+            list(queries), [questions[i] for i in queries], list(queries.values()), [assigned[i] for i in queries]
         )
         records += stages.record(context, stages.judge(context, stages.answer(context, asked)))
     return records

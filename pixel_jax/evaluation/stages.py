@@ -154,8 +154,8 @@ def answer(
         uids=padded(asked.numbers),
         guidelines=guidelines(exam.mode),
     )
-    made = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), context.limits))
-    t = take_rows(made, slice(len(asked.numbers) * context.limits.group_size))
+    trajectories = to_host((roll or rollout)(model, prompts, jax.random.key(exam.seed), context.limits))
+    t = take_rows(trajectories, slice(len(asked.numbers) * context.limits.group_size))
     texts = [
         vocabulary.to_bytes(ids[mask]).decode("utf-8", "replace")
         for ids, mask in zip(t.tokens, t.loss_mask, strict=True)
@@ -175,10 +175,10 @@ def record(context: EvaluationContext, judged: Judged) -> list[Record]:
     asked, n = judged.answered.asked, context.limits.group_size
     records = []
     for at, (number, question) in enumerate(zip(asked.numbers, asked.questions, strict=True)):
-        found = record_of(number, question, judged, slice(at * n, (at + 1) * n), context.policy.tables.parser.language)
-        records.append({**found, "shrunk": asked.places[at].prompt.scale < 1.0})
+        entry = record_of(number, question, judged, slice(at * n, (at + 1) * n), context.policy.tables.parser.language)
+        records.append({**entry, "shrunk": asked.places[at].prompt.scale < 1.0})
         if number in context.drawn:
-            draw(context, judged, at, found)
+            draw(context, judged, at, entry)
     return records
 
 
@@ -204,7 +204,7 @@ def about(index: int, question: Example) -> Record:
 
 
 def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
-    """What is kept of a question that could not be asked: it is wrong, and did nothing that a rate could be made of."""
+    """The record of a question that could not be asked: it is wrong, and counts in no rate of operations."""
     nothing = dict.fromkeys(
         ("operations", "executed", "failed", "calls", "unrecognised", "tokens", "stop", "responses"), []
     )
@@ -213,12 +213,12 @@ def unanswered(index: int, question: Example, why: str, answers: int) -> Record:
 
 
 def record_of(index: int, question: Example, judged: Judged, rows: slice, language: Language) -> Record:
-    """What is kept of a question: lists have an entry an answer."""
+    """The record of a question: lists have an entry for each answer."""
     t, texts = take_rows(judged.answered.trajectories, rows), judged.answered.texts[rows]
     return {
         **about(index, question),
         "given": [given_answer(text) for text in texts],
-        **{name: [value or 0.0 for value in found[rows]] for name, found in judged.scores.items()},
+        **{name: [value or 0.0 for value in values[rows]] for name, values in judged.scores.items()},
         "operations": executed_calls(t).tolist(),
         "executed": answered_calls(t).tolist(),
         "failed": failed_calls(t).tolist(),
@@ -230,20 +230,20 @@ def record_of(index: int, question: Example, judged: Judged, rows: slice, langua
     }
 
 
-def draw(context: EvaluationContext, judged: Judged, at: int, found: Record) -> None:
+def draw(context: EvaluationContext, judged: Judged, at: int, entry: Record) -> None:
     """Saves the transcript of the first answer to the question at index `at` of its batch."""
     asked = judged.answered.asked
     question = asked.questions[at]
     first = take_rows(judged.answered.trajectories, [at * context.limits.group_size])
     tools, query = context.policy.tables.tools, asked.queries[at]
-    made = transcript.make_transcript(
+    conversation = transcript.make_transcript(
         materialize_on_host(first, judged.answered.images[[at]], tools, context.limits),
         0,
         query,
         context.policy.vocabulary,
-        answer=found["given"][0],
+        answer=entry["given"][0],
         reference=" / ".join(question.answer),
-        correct=found["score"][0] >= 0.5,
+        correct=entry["score"][0] >= 0.5,
         title=f"{question.id}: {question.category}" if question.category else question.id,
     )
-    transcript.save(context.directory / "traces" / f"{asked.numbers[at]}.json", [made])
+    transcript.save(context.directory / "traces" / f"{asked.numbers[at]}.json", [conversation])

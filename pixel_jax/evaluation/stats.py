@@ -65,12 +65,12 @@ def bootstrap(
     ratios = values[weights > 0] / weights[weights > 0]
     if bounds is not None and np.all(ratios == ratios[0]):
         return _alike(float(ratios[0]), n, len(ratios), bounds, confidence)
-    rng, found = np.random.default_rng(seed), []
+    rng, means = np.random.default_rng(seed), []
     for start in range(0, RESAMPLES, CHUNK):
         drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(CHUNK, RESAMPLES - start))
         above, below = drawn @ values, drawn @ weights
-        found.append(above[below > 0] / below[below > 0])
-    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
+        means.append(above[below > 0] / below[below > 0])
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return {"mean": float(values.sum() / weights.sum()), "low": float(low), "high": float(high), "n": n}
 
 
@@ -108,7 +108,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
     elif np.allclose(np.abs(moved), np.abs(moved[0])):
         p = float(binomtest(better, better + worse).pvalue)
     else:
-        found = permutation_test(
+        test = permutation_test(
             (moved,),
             lambda x, axis: np.mean(x, axis=axis),
             permutation_type="samples",
@@ -117,7 +117,7 @@ def paired(first: Sequence[float], second: Sequence[float], *, seed: int = 0) ->
             batch=CHUNK,
             rng=np.random.default_rng(seed),
         )
-        p = float(found.pvalue)
+        p = float(test.pvalue)
     interval = bootstrap(difference, bounds=(-1, 1), seed=seed)
     return {
         "first": float(one.mean()),

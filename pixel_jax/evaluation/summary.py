@@ -53,7 +53,7 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
     if len(categories) > 1:
         for name in categories:
             groups[f"{ALL} (category)" if name == ALL else name] = [x for x in records if x["category"] == name]
-    found = {}
+    rows = {}
     for name, group in groups.items():
         added = [sums(record) for record in group]
         row: dict[str, Any] = {
@@ -66,8 +66,8 @@ def summarise(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
             bounds = None if rate in COUNTS else (0, 1)
             interval = bootstrap([x[above] for x in added], [x[below] for x in added], bounds=bounds)
             row[rate] = {key: None if math.isnan(interval[key]) else interval[key] for key in ("mean", "low", "high")}
-        found[name] = row
-    return found
+        rows[name] = row
+    return rows
 
 
 def unanswered(records: Sequence[Record]) -> dict[str, str]:
@@ -75,12 +75,12 @@ def unanswered(records: Sequence[Record]) -> dict[str, str]:
     return {record["id"]: record["unanswered"] for record in records if "unanswered" in record}
 
 
-def format_warnings(name: str, found: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
+def format_warnings(name: str, runs: Mapping[str, Sequence[Record]], language: Language) -> list[str]:
     """Warnings about a benchmark's runs {mode: records} whose calls are often in another format.
 
     The mode "none" is left out: without tools a model is not asked to call one.
     """
-    texts = {mode: [text for record in records for text in record["responses"]] for mode, records in found.items()}
+    texts = {mode: [text for record in records for text in record["responses"]] for mode, records in runs.items()}
     warnings = {mode: format_warning(some, language) for mode, some in texts.items() if mode != "none"}
     return [f"{name} {mode}: {warning}" for mode, warning in warnings.items() if warning is not None]
 

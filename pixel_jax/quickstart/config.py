@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from pixel_jax.data import synthesis
-from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pixel_jax.data.miniature import QUESTION, Scene, SceneConfig
 from pixel_jax.data.traces import Trace
 from pixel_jax.quickstart.config import QuickstartConfig
+from pixel_jax.quickstart.miniature import QUESTION, Scene, SceneConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.tools import Tool

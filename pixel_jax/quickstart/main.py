@@ -40,7 +40,7 @@ def write_card(config, path: pathlib.Path) -> None:
 
 def chat_command(model: pathlib.Path, picture: pathlib.Path, tools: Sequence[str]) -> str:
     """A command for a shell in this folder that asks the model about the picture; it activates the virtual environment."""
-    from pixel_jax.data.miniature import QUESTION
+    from pixel_jax.quickstart.miniature import QUESTION
     from pixel_jax.tools.named import DEFAULT
 
     named = [] if tuple(tools) == DEFAULT else [f"--tools={','.join(tools)}"]
@@ -78,8 +78,8 @@ def main(command: str, arguments: list[str]) -> None:
         report.write(out / "report.html", page(config, metrics, traces))
     numbers = metrics["rl"]
     for name, arm in arms.items():
-        found = numbers[name]
-        say(f"{arm.label}: accuracy {found['accuracy']:.3f}, {lesson_of(config).rows['rapr']} {found['rapr']:.3f}")
+        result = numbers[name]
+        say(f"{arm.label}: accuracy {result['accuracy']:.3f}, {lesson_of(config).rows['rapr']} {result['rapr']:.3f}")
     say(f"\n{out / 'metrics.json'} has the numbers, {out / 'report.html'} the curves and traces.")
     write_card(config, out / "card.png")
     say(f"Talk to the model about {out / 'card.png'}, a scene it has not seen (it knows this one question):")

@@ -52,11 +52,11 @@ def interval(metrics: Mapping, group: str, name: str, mean: float | None) -> str
     if mean is None:
         return "–"
     if metrics["intervals_over_seeds"]:
-        found = metrics["intervals_over_seeds"][group][name]
-        return f"{mean:.2f} [{max(found['low'], 0):.2f}, {min(found['high'], 1):.2f}]"
+        bounds = metrics["intervals_over_seeds"][group][name]
+        return f"{mean:.2f} [{max(bounds['low'], 0):.2f}, {min(bounds['high'], 1):.2f}]"
     (result,) = metrics["per_seed"].values()
-    found = (result["sft"] if group == "sft" else result["rl"][group])["intervals"].get(name)
-    return f"{mean:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else f"{mean:.2f}"
+    bounds = (result["sft"] if group == "sft" else result["rl"][group])["intervals"].get(name)
+    return f"{mean:.2f} [{bounds['low']:.2f}, {bounds['high']:.2f}]" if bounds else f"{mean:.2f}"
 
 
 def verdict(config: QuickstartConfig, metrics: Mapping) -> str:

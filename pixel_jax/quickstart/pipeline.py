@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from pixel_jax import terminal
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.evaluation import transcript
 from pixel_jax.files import read_json
 from pixel_jax.identity import RunError, changes, describe, flatten
@@ -31,7 +32,7 @@ from pixel_jax.state_files import read_note, write_json
 from pixel_jax.training.progress import ProgressLine, announce_compiles, use_compilation_cache
 from pixel_jax.training.rewards import Rewards
 from pixel_jax.training.rl import rl
-from pixel_jax.training.sft import Shuffled, sft
+from pixel_jax.training.sft import sft
 from pixel_jax.training.stages import Stages
 from pixel_jax.training.writers import read_metrics
 
@@ -48,8 +49,8 @@ def once(path: pathlib.Path, work: Callable[[], dict]) -> dict:
     values = read_note(path, _is_timed)
     if values is None:
         began = time.monotonic()
-        made = work()
-        write_json(path, {**made, "seconds": time.monotonic() - began})
+        result = work()
+        write_json(path, {**result, "seconds": time.monotonic() - began})
         values = read_json(path)
     return values
 
@@ -115,19 +116,21 @@ def run_tuning(config: QuickstartConfig, directory: pathlib.Path) -> None:
 
     def ground() -> dict:
         say(f"[seed {config.seed}] 1/4 ground and read: {config.ground.steps} steps")
-        rows = Shuffled(task.ground_rows(), config.ground.batch_size, config.seed)
+        rows = MemoryBatches(task.ground_rows(), config.ground.batch_size, config.seed)
         model = new_model(model_config(config.network, task.vocabulary), jax.random.key(config.seed))
         mesh = all_devices(config.ground.batch_size)
         model = sft(model, rows, config.ground, directory=directory / "ground", mesh=mesh, label="ground and read")
+        rows.close()
         save(task, model, directory / "ground" / "model")
         return {}
 
     def warm() -> dict:
         say(f"[seed {config.seed}] 2/4 warm start: {config.warm.steps} steps on traces")
-        rows = Shuffled(task.warm_rows(), config.warm.batch_size, config.seed)
+        rows = MemoryBatches(task.warm_rows(), config.warm.batch_size, config.seed)
         model, _ = from_pretrained(directory / "ground" / "model")
         mesh = all_devices(config.warm.batch_size)
         model = sft(model, rows, config.warm, directory=directory / "warm", mesh=mesh, label="warm start")
+        rows.close()
         save(task, model, directory / "warm" / "model")
         return {}
 

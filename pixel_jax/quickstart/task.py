@@ -9,10 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import jax
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import WAVE, Trace, to_trajectories
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import make_transcript
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Lesson, scene_query
 from pixel_jax.quickstart.turn import TURN
@@ -182,8 +183,8 @@ def ask(
         batch = list(scenes[start : start + size])
         padded = batch + batch[:1] * (size - len(batch))
         prompts = task.prompts(padded, range(start, start + size))
-        made = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, assistant_prefix=ids))
-        batches.append(take_rows(made, slice(len(batch))))
+        trajectories = to_host(rollout(model, prompts, jax.random.key(EVALUATION_SEED), limits, assistant_prefix=ids))
+        batches.append(take_rows(trajectories, slice(len(batch))))
     t = concatenate(batches)
     response = t.valid & (np.arange(t.tokens.shape[1]) >= task.config.width)
     texts = [task.decode(row[mask]) for row, mask in zip(t.tokens, response, strict=True)]
@@ -237,7 +238,7 @@ def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
     picked = []
     while len(picked) < task.config.evaluation.traces and any(queues):
         picked += [int(queue.pop(0)) for queue in queues if queue]
-    made, lesson = [], task.lesson
+    conversations, lesson = [], task.lesson
 
     def name(scene: miniature.Scene) -> str:
         return (lesson.hard if lesson.is_hard(scene) else lesson.easy).replace("_", " ")
@@ -246,7 +247,7 @@ def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
         scene = task.held_out[row]
         query = scene_query(scene)
         seen = take_rows(answers.trajectories, [row])
-        made.append(
+        conversations.append(
             make_transcript(
                 materialize_on_host(seen, ragged([query.images]), task.tables.tools, task.config.rl.rollout),
                 0,
@@ -258,4 +259,4 @@ def pick_traces(task: Task, answers: ScoredScenes, label: str) -> list:
                 title=f"{label}: scene {row + 1}, {name(scene)}",
             )
         )
-    return made
+    return conversations

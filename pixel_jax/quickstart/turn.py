@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.miniature import Scene, SceneConfig
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import Trace, Turn, right, wrong
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
+from pixel_jax.quickstart.miniature import Scene, SceneConfig
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import ROTATE
 from pixel_jax.tools.calls import read

@@ -12,7 +12,7 @@ from pixel_jax.quickstart.zoom import ZOOM
 def pieces(lesson: Lesson = ZOOM) -> list[str]:
     """The phrases that are one token each: parts of the prompt, of observations and of calls, and coordinates."""
     tools = lesson.tools
-    found = [
+    phrases = [
         "system\n" + template.system_prompt(tools),
         "assistant\n",
         "user\n",
@@ -27,10 +27,10 @@ def pieces(lesson: Lesson = ZOOM) -> list[str]:
     for kind in [*(kind for kind in kinds if kind.outcome.images), *failures, kinds[-1]]:
         # Numbers are written digit by digit; the text between them is constant.
         stretches = re.split(r"\{(?:\d|list)\}", "user\n" + kind.outcome.text)
-        found += [stretch for stretch in stretches if len(stretch.encode()) > 1]
+        phrases += [stretch for stretch in stretches if len(stretch.encode()) > 1]
     hundredths = [f"{x / 100:.2f}" for x in range(101)]
-    found += [f"{x}, " for x in hundredths] + hundredths
-    return list(dict.fromkeys(found))
+    phrases += [f"{x}, " for x in hundredths] + hundredths
+    return list(dict.fromkeys(phrases))
 
 
 def build_vocabulary(lesson: Lesson = ZOOM) -> Vocabulary:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data import synthesis
 from pixel_jax.data.traces import Trace, Turn, right
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.config import QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import Arm, Lesson, scene_query
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.rollouts.prompts import Query
 from pixel_jax.rollouts.trajectory import CallStatus, Trajectories
 from pixel_jax.tools import RELEASED
@@ -97,15 +98,15 @@ def without_curiosity(config: RLConfig) -> RLConfig:
 
 def first_box_iou(trajectories: Trajectories, scenes: Sequence[miniature.Scene]) -> dict[str, float]:
     """The mean overlap (IoU) of the first box with the reference box; 0 where nothing was cropped."""
-    calls, found = trajectories.calls, np.zeros(len(scenes))
+    calls, overlaps = trajectories.calls, np.zeros(len(scenes))
     for i, scene in enumerate(scenes):
         if calls.status[i, 0] != CallStatus.DONE:
             continue
         x1, y1, x2, y2 = calls.source.region[i, 0, 0]
         a1, b1, a2, b2 = synthesis.in_pixels(reference_box(scene), miniature.SIDE, miniature.SIDE)
         both = max(min(x2, a2) - max(x1, a1), 0) * max(min(y2, b2) - max(y1, b1), 0)
-        found[i] = both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both)
-    return {"zoom_iou": float(found.mean())}
+        overlaps[i] = both / ((x2 - x1) * (y2 - y1) + (a2 - a1) * (b2 - b1) - both)
+    return {"zoom_iou": float(overlaps.mean())}
 
 
 def arrangement(config: QuickstartConfig) -> list[str]:

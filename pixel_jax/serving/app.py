@@ -1,4 +1,4 @@
-"""The HTTP side of the server: who may ask, how much, and how answers are sent."""
+"""The HTTP side of the server: authorisation, limits, and how answers are sent."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
 class Gate:
-    """Lets in what comes from a known Host and Origin, with the key where there is one.
+    """Accepts requests from a known Host and Origin, with the key if one is set.
 
     A page in a browser can send requests to any address, also to one that a foreign name was made to mean (DNS rebinding):
     its Host or Origin is foreign then.
@@ -67,7 +67,7 @@ class Gate:
             self.metrics.durations.observe(time.monotonic() - started)
 
     def check(self, scope: Scope) -> None:
-        """RequestError: it is not let in."""
+        """Checks a request. RequestError: it is refused."""
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)
@@ -237,13 +237,13 @@ class Completions:
 
 
 async def _disconnected(receive: Receive) -> None:
-    """Returns when the client has gone."""
+    """Returns when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def _until(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> AsyncIterator[Event]:
-    """Events up to the last. ConnectionResetError: nobody hears them any more."""
+    """Events up to the last. ConnectionResetError: the client has disconnected."""
     while True:
         event = asyncio.ensure_future(events.get())
         await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -256,7 +256,7 @@ async def _until(events: asyncio.Queue[Event], gone: asyncio.Future[None]) -> As
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body of a request. RequestError: it is no JSON, too long, or does not come."""
+    """The body of a request. RequestError: it is no JSON, too long, or does not arrive in time."""
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -281,7 +281,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
                 length += len(piece)
                 if length <= limit:
                     body += piece
-                # A little too much is read to its end: who is still sending does not hear what is answered.
+                # A body that is a little too long is read to its end: a client that is still sending misses the response.
                 if length > 2 * limit or (length > limit and not more):
                     raise too_long
                 if not more:
@@ -294,7 +294,7 @@ def refusal(error: RequestError) -> Response:
     """The response that says why a request is refused."""
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     headers |= {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    # What is left of the body is not read: the connection cannot be used again.
+    # The rest of the body is not read, so the connection cannot be used again.
     headers |= {"Connection": "close"} if error.status in (408, 413, 415) else {}
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 

@@ -1,8 +1,8 @@
-"""A conversation, and the prompt that it is for the model's next answer.
+"""A conversation, and the prompt made of it for the model's next answer.
 
-An earlier answer stands in the prompt with the text of its last turn: what was called and looked at on the way is left out, as
-the reasoning of earlier answers is in the chat templates of models that think. So a conversation grows by what was said, and
-the model looks again where it has to. Everything that people wrote is text: no letter of it becomes a structural token.
+Of an earlier answer the prompt has the text of the last turn only: calls and observations are left out, as the chat templates of
+reasoning models leave out the reasoning of earlier answers. A conversation thus grows by what was said, and the model looks at
+images again where it has to. What people wrote is encoded as text: no part of it becomes a structural token.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ Role = Literal["system", "user", "assistant"]
 
 
 class Clip(NamedTuple):
-    """A video that is talked about."""
+    """A video of a conversation."""
 
     frames: Sequence[np.ndarray]  # uint8 [h, w, 3] each
     seconds: float  # that two frames cover
@@ -35,7 +35,7 @@ Part = str | np.ndarray | Clip  # of a message: a text, an image uint8 [h, w, 3]
 
 
 class Message(NamedTuple):
-    """What was said by one side."""
+    """A message of one side."""
 
     role: Role
     parts: tuple[Part, ...]
@@ -48,7 +48,7 @@ class Message(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """A model that answers, and all that its prompts are made with.
+    """A model that answers, with what its prompts are made of.
 
     Args:
       model: the weights.
@@ -111,9 +111,9 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
         raise PromptError(f"{len(query.images)} images are shown, and this model sees none: ask without them")
     media, pads = shown_media(query, speaker.config) if query.images else ([], [])
     guidelines, tools = offered(speaker.guidelines, speaker.tables.tools, speaker.config)
-    told = "\n\n".join([template.system_prompt(tools, speaker.call_format), *(x.text for x in system)])
+    system_text = "\n\n".join([template.system_prompt(tools, speaker.call_format), *(x.text for x in system)])
     written = [
-        {"role": "system", "content": told},
+        {"role": "system", "content": system_text},
         *(_written(message, guidelines, speaker.call_format) for message in spoken),
     ]
     pieces = template.render(written, layout=speaker.vocabulary.layout)
@@ -135,7 +135,7 @@ def _query(spoken: Sequence[Message]) -> Query:
 
 
 def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
-    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn."""
+    """A message as templates take it: a question is followed by the guidelines, an answer is its last turn."""
     if message.role == "assistant":
         return {"role": "assistant", "content": last_turn(message.text, call_format)}
     parts: list[dict[str, Any]] = []
@@ -150,5 +150,5 @@ def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict
 
 
 def last_turn(answer: str, call_format: CallFormat) -> str:
-    """What a model wrote after its last call: its answer, without how it got there."""
+    """The text that a model wrote after its last call."""
     return answer.rpartition(call_format.closing)[2].lstrip("\n")

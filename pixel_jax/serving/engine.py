@@ -1,6 +1,6 @@
-"""The thread that advances rollouts while requests come, wait, are read and leave.
+"""The thread that advances the rollouts of the server, admits requests to them and delivers their answers.
 
-It alone touches the devices. Others give it jobs (`Engine.submit`) and hear of them by calls of `Job.deliver`, in its thread.
+No other thread uses the devices. Others submit jobs (`Engine.submit`); `Job.deliver` is called in this thread with their events.
 """
 
 import collections
@@ -38,13 +38,13 @@ Event = Wrote | Saw | Ended
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """One answer that is wanted.
+    """A request for one answer.
 
     Args:
       model: name of the session that writes it.
       prompts: the one prompt.
-      reader: makes text of its row, and says when that is enough.
-      deliver: is called with each event, `Ended` at last and once.
+      reader: makes text of its row, and says when the answer ends.
+      deliver: called with each event; the last is `Ended`.
       record: whether `Ended` has the row.
     """
 
@@ -65,7 +65,7 @@ class Engine:
     Args:
       sessions: of each model. Those of equal shapes share their compiled programs.
       limit: jobs at a time, written or waiting; `enter` refuses more.
-      budget: tokens that rows write between two looks at who came and what was written.
+      budget: tokens that rows write before jobs are admitted and rows are read again.
     """
 
     def __init__(self, sessions: Mapping[str, Session], *, limit: int, budget: int, metrics: Metrics):
@@ -83,10 +83,11 @@ class Engine:
         self._thread.start()
 
     def enter(self) -> None:
-        """Reserves room for a request, before its body is read; `leave` gives it back.
+        """Counts a request, before its body is read, against the limit; `leave` ends that.
 
         Raises:
-          BusyError, ClosedError: there is none.
+          BusyError: the limit is reached.
+          ClosedError: the engine takes no more requests.
         """
         with self._changed:
             if self._closing or self.failed is not None:
@@ -96,13 +97,13 @@ class Engine:
             self._entered += 1
 
     def leave(self) -> None:
-        """Gives back what `enter` has reserved, when all of a request's answer is on its way."""
+        """Counts a request no longer, once its whole answer has been sent."""
         with self._changed:
             self._entered -= 1
             self._changed.notify_all()
 
     def submit(self, job: Job) -> None:
-        """Adds a job to those that wait. ClosedError: the engine has failed."""
+        """Queues a job. ClosedError: the engine has failed."""
         with self._changed:
             if self.failed is not None:
                 raise ClosedError(f"it has failed: {self.failed}")
@@ -110,13 +111,13 @@ class Engine:
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
-        """Says that nobody waits for a job any more: its slot is free after the tokens that are being written."""
+        """Cancels a job: its slot is freed after the tokens that are being written."""
         with self._changed:
             job.cancelled = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets no more requests in; those that are in are answered."""
+        """Refuses further requests; those that have entered are answered."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -136,7 +137,7 @@ class Engine:
         self._thread.join(timeout)
 
     def counts(self) -> dict[str, tuple[int, int]]:
-        """Of each model how many jobs are being written and how many wait."""
+        """The numbers of jobs that are being written and that wait, by model."""
         with self._changed:
             return {name: (len(self._running[name]), len(self._waiting[name])) for name in self.sessions}
 
@@ -157,7 +158,7 @@ class Engine:
                         session.advance(self.budget)
                         self._read(name, session)
                         self.metrics.advances.observe(time.monotonic() - started)
-        except Exception as error:  # of the runtime: what was donated is gone, nothing can go on
+        except Exception as error:  # of the runtime: the donated state is lost, so nothing can go on
             logging.exception("the engine has failed")
             with self._changed:
                 self.failed = error
@@ -167,10 +168,10 @@ class Engine:
                 job.deliver(Ended(None, error))
 
     def _admit(self, name: str, session: Session) -> None:
-        """Jobs that wait get free places; those that nobody waits for leave theirs."""
+        """Frees the slots of cancelled jobs, and admits waiting jobs to free slots."""
         running = self._running[name]
-        for place in [place for place, job in running.items() if job.cancelled]:
-            self._let_go(name, session, place)
+        for slot in [slot for slot, job in running.items() if job.cancelled]:
+            self._let_go(name, session, slot)
         while True:
             with self._changed:
                 waiting = self._waiting[name]
@@ -179,31 +180,31 @@ class Engine:
                 if not (waiting and session.free):
                     return
                 job = waiting.popleft()
-            place = session.admit(job.prompts, job.temperature)
+            slot = session.admit(job.prompts, job.temperature)
             with self._changed:
-                running[place] = job
+                running[slot] = job
             self.metrics.tokens.add(int(job.prompts.length[0]), kind="prompt", model=name)
 
     def _read(self, name: str, session: Session) -> None:
-        """Tells jobs what their rows have come to, and lets go of rows that are done."""
+        """Delivers what rows have written since the last time, and drops rows that are done."""
         rows = session.read()
-        for place, job in list(self._running[name].items()):
+        for slot, job in list(self._running[name].items()):
             if job.cancelled:
                 continue
-            for event in job.reader.read(rows[place]):
+            for event in job.reader.read(rows[slot]):
                 if job.first_text is None and isinstance(event, Wrote):
                     job.first_text = time.monotonic()
                     self.metrics.first_text.observe(job.first_text - job.submitted)
                 job.deliver(event)
             if job.reader.ended is not None:
-                self._let_go(name, session, place)
+                self._let_go(name, session, slot)
 
-    def _let_go(self, name: str, session: Session, place: int) -> None:
-        job = self._running[name][place]
-        row = session.row(place) if job.record and not job.cancelled else None
-        session.drop(place)
+    def _let_go(self, name: str, session: Session, slot: int) -> None:
+        job = self._running[name][slot]
+        row = session.row(slot) if job.record and not job.cancelled else None
+        session.drop(slot)
         with self._changed:
-            del self._running[name][place]
+            del self._running[name][slot]
         self.metrics.tokens.add(job.reader.written, kind="written", model=name)
         self.metrics.tokens.add(job.reader.shown, kind="shown", model=name)
         job.deliver(Ended(row))

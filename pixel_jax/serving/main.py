@@ -127,13 +127,13 @@ def named_directories(arguments: Sequence[str]) -> Mapping[str, str]:
 
 
 def with_sampling(speaker: "Speaker") -> "Speaker":
-    """The same model, drawn from as --top_p and --top_k say."""
+    """The same model, sampled as --top_p and --top_k say."""
     given = {name: value for name in ("top_p", "top_k") if (value := getattr(FLAGS, name)) is not None}
     return dataclasses.replace(speaker, config=dataclasses.replace(speaker.config, **given))
 
 
 def shape_of(speaker: "Speaker") -> "BatchShape":
-    """What prompts have to fit, from the flags."""
+    """The batch shape that prompts must fit, from the flags."""
     from pixel_jax.rollouts.shapes import prompt_shape
 
     # A model that sees no images has one small empty buffer, so that all arrays have the same axes.
@@ -142,13 +142,13 @@ def shape_of(speaker: "Speaker") -> "BatchShape":
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. UserError: the address cannot be had."""
+    """A socket that listens. UserError: the address cannot be bound."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen()  # who reads the address and comes at once waits, and is not refused
+        listener.listen()  # a client that connects before requests are answered waits, and is not refused
     except OSError as error:
         raise UserError(f"--host={host} --port={port} cannot be listened at: {error.strerror or error}") from None
     return listener

@@ -14,7 +14,7 @@ def _labels(labels: dict[str, str]) -> str:
 
 
 class Counter:
-    """A sum that only grows, of each combination of labels."""
+    """A counter: a sum that only grows, for each combination of labels."""
 
     def __init__(self, name: str, what: str):
         self.name, self.what = name, what
@@ -37,7 +37,7 @@ class Counter:
 
 
 class Histogram:
-    """How many durations were no longer than each of some bounds, in seconds."""
+    """A histogram of durations: how many were no longer than each of some bounds, in seconds."""
 
     def __init__(self, name: str, what: str, bounds: Sequence[float] = SECONDS):
         self.name, self.what, self.bounds = name, what, tuple(bounds)
@@ -65,7 +65,7 @@ class Histogram:
 
 
 def gauge(name: str, what: str, values: Iterable[tuple[dict[str, str], float]]) -> Iterable[str]:
-    """The lines of values that go up and down, each with its labels."""
+    """The lines of a gauge: values that go up and down, each with its labels."""
     yield from _head(name, what, "gauge")
     for labels, value in values:
         yield f"{name}{_labels(labels)} {float(value)!r}"
@@ -77,7 +77,7 @@ def _head(name: str, what: str, kind: str) -> Iterable[str]:
 
 
 class Metrics:
-    """What a server counts."""
+    """The metrics of a server."""
 
     def __init__(self) -> None:
         self.requests = Counter("pixel_jax_requests_total", "Requests by path and status.")
@@ -89,9 +89,9 @@ class Metrics:
         )
 
     def text(self, counts: dict[str, tuple[int, int]]) -> str:
-        """All of it; `counts` of each model are the answers that are being written and those that wait."""
+        """All metrics as text. `counts` has for each model the answers that are being written and those that wait."""
         lines = [line for x in vars(self).values() for line in x.lines()]
         of = lambda index: [({"model": name}, pair[index]) for name, pair in counts.items()]
         lines += gauge("pixel_jax_running", "Answers that are being written.", of(0))
-        lines += gauge("pixel_jax_waiting", "Answers that wait for a place.", of(1))
+        lines += gauge("pixel_jax_waiting", "Answers that wait for a slot.", of(1))
         return "\n".join(lines) + "\n"

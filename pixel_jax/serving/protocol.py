@@ -29,7 +29,7 @@ MAX_STOPS, MAX_STOP = 4, 200  # texts that end an answer, and their characters
 MAX_MESSAGES, MAX_PARTS = 256, 256
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.IGNORECASE)
 WITHOUT_MEANING = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# What can be given one value only, and why.
+# Fields that may have one value only, and the reason.
 FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "n": ((1,), "send as many requests as you want answers"),
     "frequency_penalty": ((0,), "leave it out"),
@@ -68,13 +68,13 @@ class RequestError(ValueError):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """The JSON document that says so."""
+        """The JSON document of the error."""
         kind = "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 class ChatRequest(NamedTuple):
-    """A request that has been understood."""
+    """A request that was read and checked."""
 
     model: str
     prompt: Prompt
@@ -87,7 +87,7 @@ class ChatRequest(NamedTuple):
     pictures: bool  # whether the transcript comes with it, with pictures
 
     def reader(self, speaker: Speaker) -> Reader:
-        """What makes text of the row that answers it."""
+        """A reader of the row that answers the request."""
         return Reader(speaker.vocabulary, max_tokens=self.max_tokens, stop=self.stop)
 
 
@@ -162,11 +162,11 @@ def _max_tokens(values: Mapping[str, Any], prompt: int, speaker: Speaker) -> int
         raise RequestError("max_tokens and max_completion_tokens are the same: give one", param=given[1])
     if not given:
         return None
-    room = min(speaker.config.max_response, speaker.config.max_tokens - prompt)
+    left = min(speaker.config.max_response, speaker.config.max_tokens - prompt)
     wanted = _integer(values, given[0], 1, MAX_SEED)
     assert wanted is not None
-    if wanted > room:
-        raise _refusal(given[0], wanted, f"behind this prompt of {prompt} tokens there is room for {room}: give less")
+    if wanted > left:
+        raise _refusal(given[0], wanted, f"behind this prompt of {prompt} tokens there is room for {left}: give less")
     return wanted
 
 
@@ -187,7 +187,7 @@ def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]
     messages = values.get("messages")
     if not isinstance(messages, list) or not 0 < len(messages) <= MAX_MESSAGES:
         raise _refusal("messages", messages, f"give a list of 1 to {MAX_MESSAGES} messages")
-    left = shape.images  # so many more images may come
+    left = shape.images  # images that may still follow
     found = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -321,7 +321,7 @@ def _integer(values: Mapping[str, Any], name: str, low: int, high: int) -> int |
 
 
 class Answer:
-    """An answer as it comes, and the documents of the protocol that tell of it."""
+    """An answer while it is written, and its documents in the protocol."""
 
     def __init__(self, request: ChatRequest, reader: Reader):
         self.request, self.reader = request, reader
@@ -337,7 +337,7 @@ class Answer:
             self._between = True
             return
         self.content += event.text
-        # Before a later turn stands a line break, which is of the content and of no turn.
+        # The line break before a later turn belongs to the content and to no turn.
         self.turns[-1]["text"] += event.text.removeprefix("\n") if self._between else event.text
         self._between = False
 

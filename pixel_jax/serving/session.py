@@ -1,9 +1,10 @@
-"""A rollout whose rows come and go: prompts are admitted, rows are read while they write, and let go.
+"""A rollout that prompts are admitted to, and rows are read and dropped from, while it runs.
 
 session = Session(speaker, shape, slots=8)
-place = session.admit(prompt, temperature=0.0)
-while not (answer := session.read()[place]).done:
+slot = session.admit(prompt, temperature=0.0)
+while session.read()[slot].stop < 0:
     session.advance(16)
+session.drop(slot)
 """
 
 import codecs
@@ -35,23 +36,23 @@ from pixel_jax.tools.host import HostTools
 
 
 class Progress(NamedTuple):
-    """What a row has come to so far, on the host."""
+    """What a row has written and seen so far, on the host."""
 
     ids: np.ndarray  # int32 [n], what follows its prompt
-    chosen: np.ndarray  # bool [n], the model wrote it; others are what it was shown
+    by_model: np.ndarray  # bool [n], the model wrote it; others are what it was shown
     failed: np.ndarray  # bool [N], calls that were answered with an error
     regions: np.ndarray  # int32 [N, V, 5], what calls looked at: the image, -1 for none, and x1 y1 x2 y2 in its pixels
     stop: int  # see `STOP_REASONS`; -1: it is not done
 
 
 class Session:
-    """Places in which rows of one model are written together.
+    """Slots in which rows of one model are written together.
 
     Args:
       speaker: the model, and how it is talked to.
       shape: what every prompt has to fit.
-      slots: rows that are written at the same time. As many prompts again may wait on the device, so that a slot that gets
-        free does not stand empty until the host is asked.
+      slots: rows that are written at the same time. As many prompts again may wait on the device, so that no slot is empty
+        until the host next admits one.
       host: carries out calls of tools that run on the host.
       seed: of what is sampled; rows also draw from their prompts' `uid`.
     """
@@ -69,12 +70,12 @@ class Session:
         self.config = config
 
     def warm_up(self) -> None:
-        """Compiles all that is called later, with a row of its own that is dropped again."""
-        place = self.admit(self._nothing(), 1.0)
+        """Compiles all programs of a session, by a row that is dropped again."""
+        slot = self.admit(self._nothing(), 1.0)
         self.advance(1)
         self.read()
-        self.row(place)
-        self.drop(place)
+        self.row(slot)
+        self.drop(slot)
 
     def _nothing(self) -> HostPrompts:
         """A prompt of one letter."""
@@ -82,18 +83,18 @@ class Session:
         return prompt.placed(self.speaker, self.shape)
 
     def admit(self, prompts: HostPrompts, temperature: float) -> int:
-        """The place that the one prompt is given. There must be a free one; its answer follows from its `uid` and no other."""
-        place = self.free.pop()
+        """Admits one prompt and returns its slot, of which one must be free. The answer depends on the prompt's `uid` alone."""
+        slot = self.free.pop()
         try:
-            self._state = admit(self._state, [place], prompts, temperatures=[temperature])
+            self._state = admit(self._state, [slot], prompts, temperatures=[temperature])
         except Exception:
-            self.free.append(place)
+            self.free.append(slot)
             raise
-        self._images[place] = prompts.images[0]
-        return place
+        self._images[slot] = prompts.images[0]
+        return slot
 
     def advance(self, budget: int) -> None:
-        """All rows go on, by at most `budget` tokens each; calls of tools that run on the host are answered."""
+        """Advances all rows by at most `budget` tokens each, and answers calls of tools that run on the host."""
         self._state = advance(self.speaker.model, self._state, budget, donate=True)
         if self.host is not None:
             self._state = call_host_tools(
@@ -101,17 +102,17 @@ class Session:
             )
 
     def read(self) -> list[Progress]:
-        """What the row of every place has come to."""
+        """The progress of the row of every slot."""
         rows, width = finish(self._state), self.shape.tokens
-        tokens, valid, chosen = (np.asarray(x)[:, width:] for x in (rows.tokens, rows.valid, rows.loss_mask))
+        tokens, valid, by_model = (np.asarray(x)[:, width:] for x in (rows.tokens, rows.valid, rows.loss_mask))
         status, stop = np.asarray(rows.calls.status), np.asarray(rows.stop)
         source = jax.tree.map(np.asarray, rows.calls.source)
         regions = np.concatenate([source.image[..., None], source.region], axis=-1)
-        there = valid.sum(axis=1)
+        lengths = valid.sum(axis=1)
         return [
             Progress(
-                tokens[i, : there[i]],
-                chosen[i, : there[i]],
+                tokens[i, : lengths[i]],
+                by_model[i, : lengths[i]],
                 status[i] == CallStatus.FAILED,
                 regions[i],
                 int(stop[i]),
@@ -119,20 +120,20 @@ class Session:
             for i in range(len(stop))
         ]
 
-    def row(self, place: int) -> Trajectories[VisualRecord]:
-        """The record of the row at a place, on the host, as `rollout` would return it."""
-        return to_host(_row(finish(self._state), np.int32(place)))
+    def row(self, slot: int) -> Trajectories[VisualRecord]:
+        """The record of the row in a slot, on the host, as `rollout` would return it."""
+        return to_host(_row(finish(self._state), np.int32(slot)))
 
-    def drop(self, place: int) -> None:
-        """Frees a place, whether its row is done or not."""
-        self._state = drop(self._state, [place])
-        self._images[place] = ragged([()])[0]
-        self.free.append(place)
+    def drop(self, slot: int) -> None:
+        """Frees a slot, whether its row is done or not."""
+        self._state = drop(self._state, [slot])
+        self._images[slot] = ragged([()])[0]
+        self.free.append(slot)
 
 
 @jax.jit
-def _row(rows: Trajectories, place: jax.Array) -> Trajectories:
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place, 1), rows)
+def _row(rows: Trajectories, slot: jax.Array) -> Trajectories:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, slot, 1), rows)
 
 
 class Wrote(NamedTuple):
@@ -142,7 +143,7 @@ class Wrote(NamedTuple):
 
 
 class Saw(NamedTuple):
-    """What came back from a call, after which the model begins another turn."""
+    """The observation that answers a call, after which the model begins another turn."""
 
     text: str
     failed: bool
@@ -150,10 +151,10 @@ class Saw(NamedTuple):
 
 
 class Reader:
-    """The text of a row as it comes, token by token: the same whichever pieces it is read in.
+    """Makes text of a row as its tokens come. The text is the same however often it is read.
 
     Args:
-      max_tokens: of the model's own; where they are reached the answer is cut. None: no other limit than the rollout's.
+      max_tokens: tokens of the model after which the answer is cut. None: no other limit than the rollout's.
       stop: texts that end the answer: it is cut in front of the one that is complete first.
     """
 
@@ -162,20 +163,20 @@ class Reader:
         self.written = self.shown = 0  # tokens of the model, and of what it was shown
         self.calls = 0
         self.ended: str | None = None  # why: "stop" or "length", as OpenAI's protocol has it
-        self.reason = ""  # the same as the rollout says it
-        self._held = ""  # may be the beginning of a text that ends the answer
+        self.reason = ""  # why, in the words of the rollout
+        self._held = ""  # text that may be the beginning of a stop text
         self._next_turn = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self, progress: Progress) -> list[Wrote | Saw]:
-        """What is new since the last time. Nothing follows once `ended` says why."""
+        """The events since the last time; none once `ended` has the reason."""
         events: list[Wrote | Saw] = []
-        ids, chosen = progress.ids, progress.chosen
+        ids, by_model = progress.ids, progress.by_model
         while self.ended is None and (at := self.written + self.shown) < len(ids):
-            if chosen[at]:
+            if by_model[at]:
                 self._take(int(ids[at]), events)
                 continue
-            end = at + int(np.argmax(np.append(chosen[at:], True)))
+            end = at + int(np.argmax(np.append(by_model[at:], True)))
             self._finish_turn(events)
             if self.ended is not None:
                 break
@@ -193,7 +194,7 @@ class Reader:
         return _joined(events)
 
     def _take(self, token: int, events: list[Wrote | Saw]) -> None:
-        """One token of the model's."""
+        """Adds a token that the model wrote."""
         self.written += 1
         if self._next_turn:
             self._add("\n", events)
@@ -206,7 +207,7 @@ class Reader:
                 self.ended, self.reason = "length", "max_tokens"
 
     def _finish_turn(self, events: list[Wrote | Saw]) -> None:
-        """What was held back is text after all."""
+        """Adds the text that was held back, at the end of a turn."""
         self._add(self._decoder.decode(b"", final=True), events)
         self._decoder.reset()
         if self.ended is None and self._held:
@@ -214,18 +215,18 @@ class Reader:
             self._held = ""
 
     def _add(self, text: str, events: list[Wrote | Saw]) -> None:
-        """Text of the model's, but for what may be the beginning of a text that ends the answer."""
+        """Adds text of the model, and holds back an end that may be the beginning of a stop text."""
         if self.ended is not None or not text:
             return
         text = self._held + text
-        # Of several stop texts, the one that is complete first ends the answer, as it would if every character were a token.
-        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            text, self._held = text[: min(found)[1]], ""
+        # The stop text that is complete first ends the answer, as it would if every character were a token.
+        ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            text, self._held = text[: min(ends)[1]], ""
             self.ended, self.reason = "stop", "stop sequence"
         else:
-            keep = max((_overlap(text, stop) for stop in self.stops), default=0)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+            held_back = max((_overlap(text, stop) for stop in self.stops), default=0)
+            text, self._held = text[: len(text) - held_back], text[len(text) - held_back :]
         if text:
             events.append(Wrote(text))
 
@@ -236,7 +237,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _joined(events: list[Wrote | Saw]) -> list[Wrote | Saw]:
-    """The same with texts that follow each other made one."""
+    """The events, with consecutive texts joined."""
     joined: list[Wrote | Saw] = []
     for event in events:
         last = joined[-1] if joined else None

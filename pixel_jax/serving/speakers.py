@@ -1,4 +1,4 @@
-"""From directories and flags to models that answer."""
+"""Makes models that answer (`Speaker`) from directories and flags."""
 
 import contextlib
 import dataclasses
@@ -62,7 +62,9 @@ def load_speaker(
         raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
     config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if call_format:
-        find_format(call_format)  # imported on the word of the command line, not of the model
+        find_format(
+            call_format
+        )  # imported because the command line names it; what a model's files name is not imported
         config = dataclasses.replace(config, call_format=call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
     return Speaker(model, vocabulary, tables(vocabulary, known, formats.call_format(config.call_format)), config)

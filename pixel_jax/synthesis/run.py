@@ -23,11 +23,11 @@ from pixel_jax.data.digests import Digests
 from pixel_jax.data.limits import Limits
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.dialog.grammar import Language
-from pixel_jax.endpoint import Endpoint, EndpointError, is_text
+from pixel_jax.endpoint import EndpointConfig, EndpointError, is_text
 from pixel_jax.files import write_file
 from pixel_jax.named import digest, is_name
 from pixel_jax.run_lock import hold
-from pixel_jax.state_files import LineLog, read_lines
+from pixel_jax.state_files import LineLog, read_json_lines
 from pixel_jax.synthesis.seeds import Seed, read_seeds
 from pixel_jax.synthesis.traces import DIRECT, UNREADABLE, SeedOutcome, assign_kinds, fingerprint, make, possible_kinds
 from pixel_jax.synthesis.writers import EndpointWriter, Templates
@@ -42,24 +42,6 @@ FAILED = "an error, which the log has"
 
 
 @dataclasses.dataclass(frozen=True)
-class EndpointConfig:
-    """An OpenAI-compatible chat-completions endpoint (`pixel_jax.endpoint`)."""
-
-    url: str  # ends before /chat/completions
-    model: str  # its name at the endpoint
-    key: str | None = None  # name of the environment variable with the API key
-    requests_per_second: float | None = None  # at most; None: no limit
-    retries: int = 6  # of a request that fails
-    timeout: float = 120.0  # seconds of one try
-    workers: int = 16  # requests under way at once
-    temperature: float = 0.7  # of sampling
-    max_tokens: int = 600  # of one analysis
-
-    def __post_init__(self):
-        positive(self, "requests_per_second", "timeout", "workers", "max_tokens")
-
-
-@dataclasses.dataclass(frozen=True)
 class SynthConfig:
     """One synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
@@ -70,7 +52,9 @@ class SynthConfig:
     tools: tuple[str, ...] = DEFAULT
     call_format: str = "pixel_reasoner"  # of `RolloutConfig`: how calls are written
     image_folders: tuple[str, ...] = ()  # where else than beside the seeds images may lie: ("/",) allows all
-    endpoint: EndpointConfig | None = None  # None: the analyses are templates
+    endpoint: EndpointConfig | None = None  # that writes the analyses; None: they are templates
+    temperature: float = 0.7  # of the endpoint's sampling
+    max_tokens: int = 600  # of one analysis by the endpoint
     # Shares of single-pass, recrop, recrop twice and further zoom-in among traces about images; by default the paper's.
     image: tuple[float, float, float, float] = Mix.image
     video: tuple[float, float] = Mix.video  # shares of single-pass and reselect among traces about videos; the paper's
@@ -81,6 +65,7 @@ class SynthConfig:
     seed: int = 0  # of the kinds of traces, and of the wrong places in them
 
     def __post_init__(self):
+        positive(self, "max_tokens")
         for name in ("image", "video"):
             shares = getattr(self, name)
             if min(shares) < 0 or not sum(shares) > 0:
@@ -126,19 +111,9 @@ def _synthesize(seeds: list[Seed], config: SynthConfig, out: pathlib.Path) -> di
     kinds, impossible = plan(seeds, config)
     if config.endpoint is None:
         return _run(seeds, kinds, impossible, Templates(), 1, config, out)
-    at = config.endpoint
-    ask = Endpoint(
-        at.url,
-        at.model,
-        key=at.key,
-        requests_per_second=at.requests_per_second,
-        retries=at.retries,
-        timeout=at.timeout,
-        cache=out / "answers",
-    )
-    with ask:
-        writer = EndpointWriter(ask, {"temperature": at.temperature, "max_tokens": at.max_tokens})
-        return _run(seeds, kinds, impossible, writer, at.workers, config, out)
+    with config.endpoint.connect(cache=out / "answers") as endpoint:
+        writer = EndpointWriter(endpoint, {"temperature": config.temperature, "max_tokens": config.max_tokens})
+        return _run(seeds, kinds, impossible, writer, config.endpoint.workers, config, out)
 
 
 def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[int, str]]:
@@ -146,8 +121,8 @@ def plan(seeds: list[Seed], config: SynthConfig) -> tuple[dict[int, str], dict[i
     language = language_of(config)
     pad = pad_of(config, language)
     possible = {i: possible_kinds(seed, pad, config.min_crop, language) for i, seed in enumerate(seeds)}
-    impossible = {i: found for i, found in possible.items() if isinstance(found, str)}
-    kinds = {i: DIRECT for i, found in possible.items() if found == (DIRECT,)}
+    impossible = {i: reason for i, reason in possible.items() if isinstance(reason, str)}
+    kinds = {i: DIRECT for i, names in possible.items() if names == (DIRECT,)}
     for video, names, of_mix in ((False, IMAGE_KINDS, config.image), (True, VIDEO_KINDS, config.video)):
         shares = {name: share for name, share in zip(names, of_mix, strict=True) if share > 0}
         here = [i for i in possible if i not in impossible and i not in kinds and seeds[i].video == video]
@@ -164,15 +139,17 @@ def _run(seeds, kinds, impossible, writer, workers: int, config: SynthConfig, ou
     # Settings that change no trace are left out of its fingerprint.
     irrelevant = {"seeds": "", "out": "", "limits": Limits(), "image_folders": ()}
     settings = dataclasses.asdict(dataclasses.replace(config, pad=pad, **irrelevant))
-    for name in ("url", "requests_per_second", "retries", "timeout", "workers", "key"):
-        (settings["endpoint"] or {}).pop(name, None)
+    sampling = {name: settings.pop(name) for name in ("temperature", "max_tokens")}
+    settings["endpoint"] = config.endpoint and {"model": config.endpoint.model, **sampling}
     settings["code"] = {name: digest(name) for name in (*config.tools, config.call_format) if is_name(name)}
     with Digests(out / "digests.json") as digests:
         prints = {i: fingerprint(seeds[i], kind, {**settings, "place": i}, digests) for i, kind in kinds.items()}
     outcomes = {i: SeedOutcome(None, reason, {}) for i, reason in impossible.items()}
-    kept = _read_outcomes(out / "outcomes.jsonl")
+    outcomes_before = _read_outcomes(out / "outcomes.jsonl")
     # An outcome that cannot be written is made again: an earlier run may have kept half a surrogate pair.
-    sound = {mark: outcome for mark, outcome in kept.items() if is_text(json.dumps(outcome, ensure_ascii=False))}
+    sound = {
+        mark: outcome for mark, outcome in outcomes_before.items() if is_text(json.dumps(outcome, ensure_ascii=False))
+    }
     outcomes |= {i: sound[mark] for i, mark in prints.items() if mark in sound}
 
     def one(i: int) -> SeedOutcome:
@@ -268,7 +245,7 @@ def _work(
 
 def _read_outcomes(path: pathlib.Path) -> dict[str, SeedOutcome]:
     """The outcomes of earlier runs: fingerprint -> outcome. Damaged lines are left out, so that their seeds are done again."""
-    lines = read_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
+    lines = read_json_lines(path, print=str, row=dict | None, reason=str | None, rejected=dict)
     return {line["print"]: SeedOutcome(line["row"], line["reason"], line["rejected"]) for line in lines}
 
 
@@ -276,7 +253,7 @@ def report_of(
     seeds: list[Seed], kinds: Mapping[int, str], outcomes: Mapping[int, SeedOutcome], config: SynthConfig
 ) -> dict[str, Any]:
     """The report: the traces of each kind, their shares, and the reasons for dropped seeds and rejected texts."""
-    made: dict[str, dict[str, Any]] = {}
+    kinds_made: dict[str, dict[str, Any]] = {}
     for group, names, shares in (
         ("image", IMAGE_KINDS, config.image),
         ("video", VIDEO_KINDS, config.video),
@@ -289,7 +266,7 @@ def report_of(
             and (not seed.looks if group == "without a look" else seed.looks and seed.video == (group == "video"))
         ]
         counts = Counter(here)
-        made[group] = {
+        kinds_made[group] = {
             name: {
                 "made": counts[name],
                 "share": round(counts[name] / len(here), 4) if here else None,
@@ -309,7 +286,7 @@ def report_of(
     return {
         "seeds": len(seeds),
         "made": len(seeds) - len(dropped),
-        "kinds": made,
+        "kinds": kinds_made,
         "dropped": dict(Counter(kind_of(reason) for _, reason in dropped).most_common()),
         "rejected_texts": dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
         "dropped_seeds": [{"id": name, "reason": reason} for name, reason in dropped],
@@ -322,9 +299,9 @@ def show(report: Mapping[str, Any], stream: TextIO | None = None) -> None:
     title = f"{report['made']} traces of {report['seeds']} seeds, analyses by {report['writer']}"
     rows = [
         (group, name, str(kind["made"]), f"{kind['share']:.1%}", f"{kind['wanted']:.0%}")
-        for group, found in report["kinds"].items()
-        if any(kind["made"] for kind in found.values())
-        for name, kind in found.items()
+        for group, kinds in report["kinds"].items()
+        if any(kind["made"] for kind in kinds.values())
+        for name, kind in kinds.items()
     ]
     print_table(table(("", "kind", "made", "share", "wanted"), rows, words=2, title=title), stream)
     for title, counts in (("dropped seeds", report["dropped"]), ("rejected texts", report["rejected_texts"])):

@@ -64,18 +64,18 @@ def possible_kinds(
         return "the reference is the whole image"
     if not _can_name(language, seed.image):
         return f"the format {language.format.name} cannot name image {seed.image}"
-    found = ["single"]
+    kinds = ["single"]
     shares = [(reference[2] - reference[0], width), (reference[3] - reference[1], height)]
     padded = grown(reference, pad)
     if (padded[2] - padded[0]) * (padded[3] - padded[1]) <= MOST_MISSED and min(size) * (0.1 + pad) > min_crop + 1:
-        found += ["recrop", "recrop_twice"]
+        kinds += ["recrop", "recrop_twice"]
     # The smallest side of the second crop of a trace: its padding is a share of the first, loose crop, and both are cut off
     # on one side where the reference lies in a corner.
     least = min(side * (share + pad * min(3 * share + pad, 1)) for share, side in shares)
     nameable = _can_name(language, len(seed.images) + 1)
     if nameable and shares[0][0] * shares[1][0] <= MOST_LOOSE and least > min_crop + 1:
-        found += ["further"]
-    return tuple(found)
+        kinds += ["further"]
+    return tuple(kinds)
 
 
 def _can_name(language: Language, image: int) -> bool:

@@ -35,30 +35,30 @@ def last_boxed(text: str) -> str | None:
             open_braces.append(brace.start())
         elif open_braces:
             closing[open_braces.pop()] = brace.start()
-    found = None
+    content = None
     for box in BOX.finditer(text):
         opening = box.end() - 1
         if opening in closing:
-            found = text[opening + 1 : closing[opening]]
-    return found
+            content = text[opening + 1 : closing[opening]]
+    return content
 
 
 def references_of(answer: str | Sequence[str]) -> list[str]:
     r"""The references that a data row accepts: strings, each possibly within \boxed{} and possibly a list literal of several."""
-    found = []
+    references = []
     for item in [answer] if isinstance(answer, str) else answer:
         boxed = last_boxed(item)
         item = item if boxed is None else boxed
         if re.match(r"\s*\[\s*['\"]", item):
             try:
-                found.extend(str(x) for x in ast.literal_eval(item.strip()))
+                references.extend(str(x) for x in ast.literal_eval(item.strip()))
                 continue
             except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested thousands deep
                 pass
-        found.append(item)
-    if not found:
+        references.append(item)
+    if not references:
         raise ValueError("a question without a reference answer cannot be scored")
-    return found
+    return references
 
 
 def without_thoughts(response: str) -> str:
@@ -81,13 +81,13 @@ def given_answer(response: str) -> str | None:
 
 def last_tagged(text: str) -> str | None:
     """The content of the last complete <answer>...</answer>, on however many lines; None when there is none."""
-    opened, found = None, None
+    opened, content = None, None
     for tag in TAG.finditer(text):
         if not tag[1]:
             opened = tag.end()
         elif opened is not None:
-            found, opened = text[opened : tag.start()], None
-    return found
+            content, opened = text[opened : tag.start()], None
+    return content
 
 
 def tidy(text: str) -> str:
@@ -159,10 +159,10 @@ def same_spans(answer: str, spans: Sequence[str]) -> bool:
     if bracketed := re.fullmatch(r"\(([^()]*)\)|\\?\{([^{}]*?)\\?\}", answer):
         answer = bracketed[1] or bracketed[2] or ""
     for span in sorted(spans, key=len, reverse=True):
-        found = re.search(rf"(?<!\w){re.escape(span)}(?!\w)", answer)
-        if found is None:
+        match = re.search(rf"(?<!\w){re.escape(span)}(?!\w)", answer)
+        if match is None:
             return False
-        answer = f"{answer[: found.start()]},{answer[found.end() :]}"
+        answer = f"{answer[: match.start()]},{answer[match.end() :]}"
     return re.fullmatch(r"(?:[\s,;\"']|\band\b|&)*", answer) is not None
 
 
@@ -172,21 +172,21 @@ def by_rule(response: str, references: Sequence[str]) -> float | None:
     The answer is that of `given_answer`. Without one it is the last number outside of <think>, as math-verify takes it; if there
     is none, or an <answer> was cut off, there is no answer.
     """
-    found = given_answer(response)
-    if found is None:
+    answer = given_answer(response)
+    if answer is None:
         said = without_thoughts(response)
         numbers = [] if TAG.search(said) else WRITTEN.findall(said)
         if not numbers:
             return None
-        found = numbers[-1]
+        answer = numbers[-1]
         references = [x for x in references if number_of(normalise(x))]
-    return float(any(equal(found, reference) for reference in references))
+    return float(any(equal(answer, reference) for reference in references))
 
 
 def correctness(response: str, answer: str | Sequence[str], *, unparsable: float = 0.0) -> float:
     """The score of `by_rule`, or `unparsable` where there is no answer: 0 by default, -1 in the released code."""
-    found = by_rule(response, references_of(answer))
-    return float(unparsable) if found is None else found
+    score = by_rule(response, references_of(answer))
+    return float(unparsable) if score is None else score
 
 
 ONES = (

@@ -27,10 +27,10 @@ def choices_of(question: str) -> dict[str, str]:
     "(A) rubber" anywhere, or "A. rubber", "A: rubber", "A) rubber" on lines of their own; lettered from A on.
     """
     for options in (IN_PARENTHESES, ON_LINES):
-        found = options.findall(question)
-        letters = "".join(letter for letter, _ in found)
+        options_found = options.findall(question)
+        letters = "".join(letter for letter, _ in options_found)
         if len(letters) > 1 and "ABCDEFGHIJKLMNOPQRSTUVWXYZ".startswith(letters):
-            return {letter.lower(): normalise(text) for letter, text in found}
+            return {letter.lower(): normalise(text) for letter, text in options_found}
     return {}
 
 
@@ -61,10 +61,10 @@ def _without_lead(answer: str) -> list[str]:
 
 
 def _by_letter(text: str, choices: Mapping[str, str]) -> str | None:
-    found = CHOICE.fullmatch(tidy(text)) if len(text) <= LONGEST else None
-    if not found or (choices and found[1].lower() not in choices):
+    match = CHOICE.fullmatch(tidy(text)) if len(text) <= LONGEST else None
+    if not match or (choices and match[1].lower() not in choices):
         return None
-    letter, rest = found[1].lower(), found[2].strip()
+    letter, rest = match[1].lower(), match[2].strip()
     said = normalise(rest)
     if not said or CLAIMED.fullmatch(said) or choices.get(letter) == said:
         return letter
@@ -82,13 +82,13 @@ def _by_letter(text: str, choices: Mapping[str, str]) -> str | None:
 
 def same_choice(answer: str, reference: str, choices: Mapping[str, str]) -> bool:
     """Whether `answer` and `reference` name the same choice, each by letter, text or both; options of one text are one."""
-    wanted, found = letter_of(reference, choices), letter_of(answer, choices)
-    if wanted is None or found is None:
+    wanted, given = letter_of(reference, choices), letter_of(answer, choices)
+    if wanted is None or given is None:
         return False
-    if wanted == found:
+    if wanted == given:
         return True
     text = choices.get(wanted, "")
-    return text == choices.get(found) and not PLACEHOLDER.fullmatch(text)
+    return text == choices.get(given) and not PLACEHOLDER.fullmatch(text)
 
 
 def stated_choice(response: str, choices: Mapping[str, str]) -> str | None:

@@ -41,9 +41,9 @@ def remark(metrics: Mapping[str, float]) -> str:
     """What the progress line says of an iteration beside its metrics: nothing, if rewards differ in any group."""
     if metrics["nonzero_variance"] > 0:
         return ""
-    found = {"all right": metrics.get("all_right", 0.0), "all wrong": metrics.get("all_wrong", 0.0)}
-    found["of equal rewards"] = 1 - sum(found.values())
-    shares = [f"{share:.0%} {name}" for name, share in found.items() if share > 1e-6]
+    kinds = {"all right": metrics.get("all_right", 0.0), "all wrong": metrics.get("all_wrong", 0.0)}
+    kinds["of equal rewards"] = 1 - sum(kinds.values())
+    shares = [f"{share:.0%} {name}" for name, share in kinds.items() if share > 1e-6]
     return f"no group taught anything ({', '.join(shares)})"
 
 
@@ -55,28 +55,28 @@ def causes(metrics: Mapping[str, float], rows: int, temperature: float) -> list[
         rows: of a group.
         temperature: of sampling.
     """
-    found = []
+    reasons = []
     if metrics["finished"] < 1 - MANY:
-        found.append(
+        reasons.append(
             f"{1 - metrics['finished']:.0%} of the rows ran out of room before they answered: raise max_new_tokens, "
             "max_response or max_calls in config.rl.rollout, or tune the model first"
         )
     if metrics.get("unboxed", 0.0) > MANY:
-        found.append(
+        reasons.append(
             f"{metrics['unboxed']:.0%} of the rows give no answer in \\boxed{{}} or <answer>: tune the model on traces that do"
         )
     elif metrics.get("all_wrong", 0.0) > MANY:
-        found.append(
+        reasons.append(
             f"in {metrics['all_wrong']:.0%} of the groups all answers are wrong: the questions are too hard for this model, or "
             "the references are written in another way than it answers; traces/rollouts in the run's directory show which"
         )
     if metrics.get("all_right", 0.0) > MANY:
-        found.append(f"in {metrics['all_right']:.0%} of the groups all answers are right: the questions are too easy")
+        reasons.append(f"in {metrics['all_right']:.0%} of the groups all answers are right: the questions are too easy")
     if rows < FEW_ROWS:
-        found.append(f"{rows} rows a group seldom differ: raise config.rl.rollout.group_size")
+        reasons.append(f"{rows} rows a group seldom differ: raise config.rl.rollout.group_size")
     if temperature < COLD:
-        found.append(f"at temperature {temperature:g} rows are much alike: raise config.rl.rollout.temperature")
-    return found or ["rewards of a group are all equal: raise config.rl.rollout.group_size or temperature"]
+        reasons.append(f"at temperature {temperature:g} rows are much alike: raise config.rl.rollout.temperature")
+    return reasons or ["rewards of a group are all equal: raise config.rl.rollout.group_size or temperature"]
 
 
 class Diagnosis:

@@ -49,7 +49,7 @@ RIGHT = 0.5  # a score above it is right
 
 
 class Sampling(NamedTuple):
-    """What the models of a run answer with."""
+    """What a rollout needs besides the model: vocabulary, tables, meshes and the function that rolls out."""
 
     vocabulary: Vocabulary
     tables: Tables
@@ -68,7 +68,7 @@ class Answers(NamedTuple):
 
 
 class Asker:
-    """Held-out questions, each answered once within `limits`, at the temperature at which a model is single_answer."""
+    """Held-out questions, each answered once within `limits`, at the temperature of evaluation (`single_answer`)."""
 
     def __init__(
         self,
@@ -103,27 +103,27 @@ class Asker:
 
     def __call__(self, state: TrainState) -> tuple[dict[str, float], list[Transcript]]:
         """The metrics of the state's model, and some of its conversations."""
-        # A new one each time: it keeps frozen weights on the other mesh, which are not needed between looks.
+        # Made anew for each look: it keeps frozen weights on the other mesh, whose memory is free between looks.
         actor = Resharder(self.by.mesh, self.by.rollout_mesh, self.dtype)(state)
-        rows, found = [], []
+        rows, conversations = [], []
         for some in self._batches():
             own = len(some) // self.shard.count
             mine = some[self.shard.index * own : (self.shard.index + 1) * own]
             answers = self._answer(actor, mine)
             rows.append(all_rows(_numbers(mine, answers), self.shard))
             if is_main_process():
-                found += self._draw(mine, answers, self.drawn - len(found))
-        return _metrics(np.concatenate(rows)), found
+                conversations += self._draw(mine, answers, self.drawn - len(conversations))
+        return _metrics(np.concatenate(rows)), conversations
 
     def _batches(self) -> list[list[int]]:
         """Questions that are answered together: of one shape, the last repeated to fill the batch."""
-        found = []
+        batches = []
         for shape in dict.fromkeys(x.shape for x in self.asked):
             indices = [i for i, x in enumerate(self.asked) if x.shape == shape]
             for start in range(0, len(indices), self.batch):
                 some = indices[start : start + self.batch]
-                found.append(some + some[-1:] * (self.batch - len(some)))
-        return found
+                batches.append(some + some[-1:] * (self.batch - len(some)))
+        return batches
 
     def _answer(self, actor, mine: Sequence[int]) -> Answers:
         shape = self.asked[mine[0]].shape
@@ -144,7 +144,7 @@ class Asker:
 
     def _draw(self, mine: Sequence[int], answers: Answers, most: int) -> list[Transcript]:
         t, images, texts, scores = answers
-        made = []
+        conversations = []
         for row, i in list(enumerate(mine))[: max(most, 0)]:
             example = self.asked[i].example
             if i in mine[:row]:  # it fills the batch
@@ -157,8 +157,8 @@ class Asker:
                 }
             seen = materialize_on_host(take_rows(t, [row]), images[[row]], self.by.tables.tools, self.limits)
             query = Query(example.question, images[row].arrays, example.video)
-            made.append(make_transcript(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
-        return made
+            conversations.append(make_transcript(seen, 0, query, self.by.vocabulary, side=SIDE, **known))
+        return conversations
 
 
 def written(t: Trajectories, vocabulary: Vocabulary) -> list[str]:
@@ -235,13 +235,13 @@ class HeldOutLoss:
         load = (self.packing.load(rows[min(i, len(rows) - 1)]) for i in here)
         batch: Batch = self.packing.collate(load, own)
         batch = batch._replace(weight=np.where(here < len(rows), batch.weight, 0).astype(np.float32))
-        placed = batch if self.mesh is None else shard_batch(batch, self.mesh)
-        logprobs, entropy = (local_rows(x) for x in self.score(state.model, placed))
+        on_device = batch if self.mesh is None else shard_batch(batch, self.mesh)
+        logprobs, entropy = (local_rows(x) for x in self.score(state.model, on_device))
         loss = sft_loss(
             logprobs, entropy, batch.loss_mask, batch.weight, normalizer=self.normalizer, segments=batch.segments
         )
-        found = np.array([[float(loss.total), float(loss.denominator)]])
-        return all_rows(found, self.shard).sum(axis=0)
+        sums = np.array([[float(loss.total), float(loss.denominator)]])
+        return all_rows(sums, self.shard).sum(axis=0)
 
 
 class Together:
@@ -272,7 +272,7 @@ def draw_rollouts(
     n, first_row = config.group_size, shard.index * len(every.stop)
     images = questions.prompts.images[np.asarray(rows) // n]
     t = materialize_on_host(take_rows(every, np.asarray(rows)), images, questions.prompts.tables.tools, config)
-    made = []
+    conversations = []
     for i, (row, text) in enumerate(zip(rows, written(t, vocabulary), strict=True)):
         example, at = questions.examples[row // n], divmod(first_row + row, n)
         is_video = bool(questions.prompts.is_video[row // n])
@@ -285,5 +285,5 @@ def draw_rollouts(
                 "reference": " / ".join(Reference.of(example).answers),
             }
         query = Query(getattr(example, "question", ""), images[i].arrays, is_video)
-        made.append(make_transcript(t, i, query, vocabulary, side=SIDE, **known))
-    return made
+        conversations.append(make_transcript(t, i, query, vocabulary, side=SIDE, **known))
+    return conversations

@@ -1,6 +1,6 @@
 """Preemption: a notice that the machine will be taken away (SIGTERM), or that the user stops the run (Ctrl-C).
 
-The run finishes its step, or gives it up where it may last longer than there is time; saves; and ends with an exit code.
+The run finishes its step, or abandons a step that may last too long; saves; and ends with an exit code.
 """
 
 import queue
@@ -24,19 +24,19 @@ class Preempted(SystemExit):
 
 
 class Notice:
-    """Whether this process, or another one of the same run, was told to stop. It listens from `listen` on."""
+    """The request to stop, of this process or of another one of the same run. Signals count from `listen` on."""
 
     def __init__(self, heard: signals.Signals):
         self._heard = heard
 
     @property
-    def given(self) -> bool:
+    def requested(self) -> bool:
         """Whether this process was told to stop."""
         return self._heard.told
 
-    @given.setter
-    def given(self, told: bool) -> None:
-        self._heard.told = told
+    @requested.setter
+    def requested(self, value: bool) -> None:
+        self._heard.told = value
 
     def listen(self) -> None:
         """Takes SIGTERM and Ctrl-C as a notice from now on; a second Ctrl-C ends the process at once."""
@@ -47,36 +47,36 @@ class Notice:
 
         All processes call it at the same points, after every step at least, and get the same answer.
         """
-        return bool(all_gather(self.given).any())
+        return bool(all_gather(self.requested).any())
 
     def check(self) -> None:
-        """Raises `Preempted` if the run is to stop here. A step calls it as long as it can be given up."""
+        """Raises `Preempted` if the run is to stop here. A step calls it as long as it can be abandoned."""
         if self.reached():
             raise Preempted
 
     def next(self, data: Iterator[T]) -> T:
-        """The next of `data`, for a step that can still be given up.
+        """The next of `data`, for a step that can still be abandoned.
 
         Raises:
-            Preempted: the run is to stop here, also if the data never comes.
+            Preempted: the run is to stop here, even if the data never arrives.
         """
-        found: queue.SimpleQueue[tuple[bool, object]] = queue.SimpleQueue()
+        results: queue.SimpleQueue[tuple[bool, object]] = queue.SimpleQueue()
 
         def fetch() -> None:
             try:
-                found.put((True, next(data)))
+                results.put((True, next(data)))
             except BaseException as error:  # raised again where the data is waited for
-                found.put((False, error))
+                results.put((False, error))
 
-        # In a thread of its own, so that data that never comes stops neither the step nor the end of the process.
+        # In a thread of its own, so that data that never arrives blocks neither the step nor the end of the process.
         threading.Thread(target=fetch, daemon=True, name="next").start()
         value: object = None
-        while not self.given:
+        while not self.requested:
             try:
-                came, value = found.get(timeout=POLL)
+                arrived, value = results.get(timeout=POLL)
             except queue.Empty:
                 continue
-            if not came:
+            if not arrived:
                 raise value  # type: ignore[misc]
             break
         self.check()

@@ -52,8 +52,8 @@ def _candidates(text: str) -> Iterator[str]:
     """What is tried in turn. The verdict on the last one counts."""
     if "\\boxed" in text:
         yield text[text.rindex("\\boxed") :].strip()
-    if "<answer>" in text and (found := re.search("<answer>(.*?)</answer>", text)):
-        yield f"\\boxed{{{found[1]}}}"
+    if "<answer>" in text and (tagged := re.search("<answer>(.*?)</answer>", text)):
+        yield f"\\boxed{{{tagged[1]}}}"
     yield text
 
 
@@ -62,10 +62,10 @@ def _verdict(said: str, wanted: list) -> float | None:
 
     if not algebra.is_small(said):
         return 0.0
-    found = _parse(said)
-    if not found:
+    formulas = _parse(said)
+    if not formulas:
         return None
-    return float(verify(found, wanted, timeout_seconds=algebra.time_limit()))
+    return float(verify(formulas, wanted, timeout_seconds=algebra.time_limit()))
 
 
 @functools.lru_cache(maxsize=1024)

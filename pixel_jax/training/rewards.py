@@ -129,14 +129,14 @@ def evaluate(name: str, term: Term, rows: Sequence[Row], examples: Sequence[Any]
         spread = [example for example in examples for _ in range(n)]
         return _called(term, (rows, spread), len(rows), f"the reward term {name!r}")
     size = n if term.over == "group" else 1
-    found = []
+    values = []
     for start in range(0, len(rows), size):
         example = examples[start // n]
         which = f"row {first + start}" if size == 1 else f"rows {first + start} to {first + start + size - 1}"
         where = f"the reward term {name!r}, {which} ({_about(example)})"
         group = rows[start] if size == 1 else rows[start : start + size]
-        found.append(_called(term, (group, example), size, where, single=term.over == "row"))
-    return np.concatenate(found)
+        values.append(_called(term, (group, example), size, where, single=term.over == "row"))
+    return np.concatenate(values)
 
 
 def _called(term: Term, arguments: tuple, size: int, where: str, single: bool = False) -> np.ndarray:
@@ -217,20 +217,20 @@ def _call(
     call = jax.tree.map(lambda x: x[row, k], t.calls)
     tool = None if call.tool == UNREADABLE else tables.tools[int(call.tool)]
     outcome = "" if call.outcome < 0 else tables.observations.kinds[int(call.outcome)].outcome.name
-    found = Call(
+    record = Call(
         tool="" if tool is None else tool.name,
         arguments={} if tool is None else python_values(tool, call.values),
         status=CallStatus(int(call.status)),
         outcome=outcome,
     )
     if tool is not None and tool.of_videos:
-        return found._replace(frames=tuple(int(image) for image in call.source.image if image >= 0))
+        return record._replace(frames=tuple(int(image) for image in call.source.image if image >= 0))
     image = int(call.source.image[0])
     if image < 0:
-        return found
+        return record
     (height, width), (full_height, full_width) = shown[image], whole[image]
     scale = np.array([full_width / width, full_height / height] * 2)
-    return found._replace(image=image, box=tuple((call.source.region[0] * scale).tolist()))
+    return record._replace(image=image, box=tuple((call.source.region[0] * scale).tolist()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,8 +342,8 @@ def answer_term(config: RewardConfig) -> Term:
     scorer = Scorer(config.scorer)
 
     def answer(rows: Sequence[Row], examples: Sequence[Any]) -> np.ndarray:
-        found = scorer([row.response for row in rows], [Reference.of(example) for example in examples])
-        return np.array([config.unparsable if x is None else x for x in found], np.float32)
+        scores = scorer([row.response for row in rows], [Reference.of(example) for example in examples])
+        return np.array([config.unparsable if x is None else x for x in scores], np.float32)
 
     return of_batch(answer)
 
@@ -429,12 +429,12 @@ def find_term(name: str, config: RewardConfig) -> Term:
     """
     if name in BUILT_IN:
         return BUILT_IN[name](config)
-    found = named.find(name)
-    if isinstance(found, Term):
-        return found
-    if not callable(found):
-        raise RewardError(f"the reward term {name!r} is {brief(found)}, not a function of a row and its example")
-    return Term(found)
+    function = named.find(name)
+    if isinstance(function, Term):
+        return function
+    if not callable(function):
+        raise RewardError(f"the reward term {name!r} is {brief(function)}, not a function of a row and its example")
+    return Term(function)
 
 
 class Rewards:
@@ -450,9 +450,9 @@ class Rewards:
         self.config, self.terms, self.decode = config, terms, decode
 
     @classmethod
-    def of(cls, config: RewardConfig, decode: Decode, given: Mapping[str, Term] = {}) -> "Rewards":
-        """Finds the terms that `config` names, unless they are in `given`. The user's code is imported here."""
-        terms = {name: given[name] if name in given else find_term(name, config) for name, _ in config.terms}
+    def of(cls, config: RewardConfig, decode: Decode, own: Mapping[str, Term] = {}) -> "Rewards":
+        """Finds the terms that `config` names, unless they are in `own`. The user's code is imported here."""
+        terms = {name: own[name] if name in own else find_term(name, config) for name, _ in config.terms}
         return cls(config, terms, decode)
 
     def __call__(self, learner, state, collected: Collected) -> Scored:
@@ -464,15 +464,15 @@ class Rewards:
         """
         questions, n, shard = collected.questions, learner.config.rollout.group_size, learner.shard
         rows = rows_of(collected.trajectories, questions.prompts, self.decode, questions.sizes)
-        found = self.values(rows, questions.examples, n, first=shard.index * len(rows))
-        found = all_rows(found, shard)
-        for name, values in found.items():
+        by_term = self.values(rows, questions.examples, n, first=shard.index * len(rows))
+        by_term = all_rows(by_term, shard)
+        for name, values in by_term.items():
             check_rows(values, f"iteration {questions.iteration}: the reward term {name!r}")
-        correct = found.get("answer")
+        correct = by_term.get("answer")
         if correct is not None and self.config.zero_after_failure:
             failed = all_rows(np.array([row.failed_last for row in rows]), shard)
-            found["answer"] = np.where((correct > 0.5) & failed, 0.0, correct)
-        weighted = {name: (weight * found[name]).reshape(-1, n) for name, weight in self.config.terms}
+            by_term["answer"] = np.where((correct > 0.5) & failed, 0.0, correct)
+        weighted = {name: (weight * by_term[name]).reshape(-1, n) for name, weight in self.config.terms}
         return Scored(
             collected,
             total(weighted.values()),

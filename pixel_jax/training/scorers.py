@@ -1,7 +1,6 @@
 """Scores responses by named rules, which a config chooses, and by a judge."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from absl import logging
 
-from pixel_jax.config import positive
+from pixel_jax.endpoint import EndpointConfig, NoAnswerError
 from pixel_jax.training import algebra, answers
 from pixel_jax.training.answers import given_answer, references_of
 from pixel_jax.training.choices import choices_of, same_choice, stated_choice
@@ -42,18 +41,18 @@ def _given(score: Callable[[str, Reference], float]) -> Rule:
     """Makes a rule that reads the answer that a response gives (`answers.given_answer`) and nothing else."""
 
     def rule(response: str, reference: Reference) -> float | None:
-        found = given_answer(response)
-        return None if found is None else float(score(found, reference))
+        answer = given_answer(response)
+        return None if answer is None else float(score(answer, reference))
 
     return rule
 
 
 def _choice(response: str, reference: Reference) -> float | None:
     choices = choices_of(reference.question)
-    found = given_answer(response)
-    if found is None:
-        found = stated_choice(response, choices)
-    return None if found is None else float(any(same_choice(found, one, choices) for one in reference.answers))
+    answer = given_answer(response)
+    if answer is None:
+        answer = stated_choice(response, choices)
+    return None if answer is None else float(any(same_choice(answer, one, choices) for one in reference.answers))
 
 
 RULES: dict[str, Rule] = {
@@ -66,27 +65,12 @@ RULES: dict[str, Rule] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeConfig:
-    """A language model behind an OpenAI-compatible endpoint (`pixel_jax.endpoint`)."""
-
-    url: str  # ends before /chat/completions
-    model: str  # its name at the endpoint
-    key: str | None = None  # name of the environment variable that holds the API key
-    requests_per_second: float | None = None  # at most; None: as many as there are answers
-    workers: int = 16  # requests under way at a time
-    cache: str | None = None  # directory of verdicts
-
-    def __post_init__(self):
-        positive(self, "requests_per_second", "workers")
-
-
-@dataclasses.dataclass(frozen=True)
 class ScorerConfig:
     """The rules are tried in order and the best score counts; the judge is asked only where they do not give 1."""
 
     # What makes an answer right, in the order in which they are tried (`pixel_jax.training.scorers`).
     rules: tuple[RuleName, ...] = ("box",)
-    judge: JudgeConfig | None = None
+    judge: EndpointConfig | None = None  # the language model that is asked by the rule "judge"
 
     def __post_init__(self):
         if not self.rules or isinstance(self.rules, str):
@@ -134,16 +118,7 @@ class Scorer:
     def __init__(self, config: ScorerConfig, endpoint: Any = None):
         self.config, self.endpoint = config, endpoint
         if config.judge is not None and endpoint is None:
-            from pixel_jax.endpoint import Endpoint
-
-            judge = config.judge
-            self.endpoint = Endpoint(
-                judge.url,
-                judge.model,
-                key=judge.key,
-                requests_per_second=judge.requests_per_second,
-                cache=judge.cache and os.path.expanduser(judge.cache),
-            )
+            self.endpoint = config.judge.connect()
 
     def __call__(self, responses: Sequence[str], references: Sequence[Reference]) -> list[float | None]:
         """Scores R responses against R references: each in [0, 1], or None where there is no answer."""
@@ -159,21 +134,19 @@ class Scorer:
                         break
                 scores.append(best)
         if self.config.judge is not None:
-            found = [
+            to_judge = [
                 None if score == 1.0 else given_answer(text) for score, text in zip(scores, responses, strict=True)
             ]
-            asked = {(x, reference) for x, reference in zip(found, references, strict=True) if x is not None}
+            asked = {(x, reference) for x, reference in zip(to_judge, references, strict=True) if x is not None}
             with ThreadPoolExecutor(self.config.judge.workers) as pool:
                 verdicts = dict(zip(asked, pool.map(lambda pair: self.verdict(*pair), asked), strict=True))
-            for i, (x, reference) in enumerate(zip(found, references, strict=True)):
+            for i, (x, reference) in enumerate(zip(to_judge, references, strict=True)):
                 if x is not None:
                     scores[i] = max(scores[i] or 0.0, verdicts[x, reference])
         return scores
 
     def verdict(self, answer: str, reference: Reference) -> float:
         """The judge's verdict: 1 for a right answer, else 0. It is 0 too where the judge gives none, which is logged."""
-        from pixel_jax.endpoint import NoAnswerError
-
         if len(answer) > LONGEST_JUDGED:
             return 0.0
         prompt = JUDGE_PROMPT.format(
@@ -213,7 +186,7 @@ def score_answer(
       ValueError: an unknown rule, or no reference.
     """
     if "judge" in rules:
-        raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with a `JudgeConfig`")
+        raise ValueError("a judge needs an endpoint: use `pixel_jax.training.scorers.Scorer` with an `EndpointConfig`")
     reference = Reference.of(references)
     if isinstance(rules, str):
         raise ValueError(f"a scorer needs a tuple of at least one rule, not {rules!r}")

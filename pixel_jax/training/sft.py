@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
-from pixel_jax.data.buckets import check_position
 from pixel_jax.models.model import Model
-from pixel_jax.parallel.sharding import WHOLE, ProcessShard, process_shard, shard_batch
-from pixel_jax.training.batch import Batch, take
+from pixel_jax.parallel.sharding import process_shard, shard_batch
+from pixel_jax.training.batch import Batch
 from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Observer, RunSteps, Timer
 from pixel_jax.training.losses import Normalizer
@@ -53,45 +52,6 @@ class SFTConfig:
         if epoch is None:
             raise ValueError("it is not known how many steps make an epoch: give steps")
         return math.ceil(round((EPOCHS if self.epochs is None else self.epochs) * epoch, 6))
-
-
-class Shuffled:
-    """Endless batches of rows in memory, in a new order every epoch, drawn from (seed, epoch).
-
-    The last, partial batch of an epoch is completed from the next one. With several processes, each takes its shard of a batch.
-    """
-
-    def __init__(self, rows: Batch, batch_size: int, seed: int, shard: ProcessShard = WHOLE):
-        self.rows, self.batch_size, self.seed, self.shard = rows, batch_size, seed, shard
-        self.size = rows.tokens.shape[0]
-        self.position = 0
-
-    def __iter__(self) -> "Shuffled":
-        return self
-
-    def __next__(self) -> Batch:
-        index = []
-        while len(index) < self.batch_size:
-            epoch, start = divmod(self.position, self.size)
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-            indices = order[start : start + self.batch_size - len(index)]
-            index.extend(indices)
-            self.position += len(indices)
-        size = self.batch_size // self.shard.count
-        return take(self.rows, np.array(index[self.shard.index * size : (self.shard.index + 1) * size]))
-
-    def get_state(self) -> dict[str, int]:
-        """The position in the data, and what its order is drawn from."""
-        return {"position": self.position, "size": self.size, "seed": self.seed}
-
-    def set_state(self, state: dict[str, int]) -> None:
-        """Resumes at a state of `get_state`. ValueError: its order is another one."""
-        for name in ("size", "seed"):
-            if state[name] != getattr(self, name):
-                raise ValueError(
-                    f"the data had {name} {state[name]} when the checkpoint was made, now {getattr(self, name)}"
-                )
-        self.position = check_position(state["position"])
 
 
 class Tuning:

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 class Questions(NamedTuple):
-    """What an iteration asks: this process's shard of it."""
+    """The questions of an iteration: this process's shard."""
 
     iteration: int
     prompts: HostPrompts
-    examples: Sequence[Any]  # what each prompt was made of, whatever the reward reads of it
+    examples: Sequence[Any]  # what each prompt was made of; the reward reads it
     sizes: Sequence[Sequence[tuple[int, int]]] | None = (
         None  # (height, width) of its images in their files, if these differ
     )
@@ -54,7 +54,7 @@ class Collected(NamedTuple):
     questions: Questions
     trajectories: Trajectories[VisualRecord]  # this process's rows
     records: Trajectories[VisualRecord]  # of all processes
-    shape: RolloutShape  # what is static about the rollout
+    shape: RolloutShape  # the static sizes of the rollout
     metrics: Mapping[str, float] = {}  # for the metrics
 
     @property
@@ -68,9 +68,9 @@ class Scored(NamedTuple):
 
     collected: Collected
     reward: np.ndarray  # float32, what the policy is trained on
-    terms: Mapping[str, np.ndarray]  # what it is the sum of, weighted, by the names of the terms
+    terms: Mapping[str, np.ndarray]  # the weighted terms whose sum it is, by name
     correct: np.ndarray | None = None  # float32, the score of each answer; None: the reward does not ask for it
-    rows: Sequence["Row"] = ()  # what each of this process's rows did, as the terms saw it
+    rows: Sequence["Row"] = ()  # this process's rows as the terms saw them
 
 
 class Weighed(NamedTuple):
@@ -104,7 +104,7 @@ def collect(
       learner: of the run.
       state: whose policy answers.
       questions: of this process.
-      roll: replaces `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
+      roll: is called instead of `rollout`, with its arguments: `functools.partial(collect, roll=...)` is a stage, too.
 
     Raises:
       Preempted: the run is to stop here; a rollout may last longer than there is time.
@@ -215,13 +215,13 @@ def training_rows(learner: "Learner", state: TrainState, weighed: Weighed) -> Ro
 
 def old_logprobs(learner: "Learner", state: TrainState, rows: Rows, collected: Collected) -> np.ndarray:
     """Log-probabilities of the rows under the policy that is about to be trained, float32 [R, L]."""
-    model, found = state.model, []
+    model, logprobs = state.model, []
     size = learner.config.train_batch // learner.shard.count
     for start in range(0, len(rows.images), size):
         NOTICE.check()
         batch = with_pixels(learner, take(rows, slice(start, start + size)), collected)
-        found.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
-    return np.concatenate(found)
+        logprobs.append(local_rows(learner.logprobs(model, learner.place(batch))[0]))
+    return np.concatenate(logprobs)
 
 
 def with_pixels(learner: "Learner", rows: Rows, collected: Collected) -> Batch[Visual]:

@@ -1,7 +1,7 @@
-"""What a run saves while it goes on: looks at held-out examples, a sample of its rollouts, and models that can be used at once.
+"""What a run saves while it trains: evaluations on held-out examples ("looks"), a sample of its rollouts, and models.
 
-A look is an evaluation on held-out examples. Looks change nothing of what is learned: they draw from keys of their own, and do
-not touch the training's data and random state. In the directory of a phase lie
+Looks change nothing of what is learned: they draw from keys of their own, and do not touch the training's data and random
+state. In the directory of a phase are
 
     looks.jsonl           a line for every look: the number of steps done, and its metrics
     traces/held_out/      what the model did with a fixed handful of them at each look (`pixel_jax.evaluation.transcript`)
@@ -21,7 +21,7 @@ from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.evaluation import transcript as traces
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.parallel.processes import all_gather, is_main_process, say
-from pixel_jax.state_files import LineLog, keep_lines, read_lines, read_note, write_json
+from pixel_jax.state_files import LineLog, filter_json_lines, read_json_lines, read_note, write_json
 from pixel_jax.training.looks import draw_rollouts
 from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.stages import Scored, Weighed, advantages
@@ -41,7 +41,7 @@ BETTER: Mapping[Criterion, float] = {"accuracy": 1.0, "loss": -1.0}  # higher, l
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-    """How often held-out examples are looked at, how many, and what is kept of it."""
+    """How often held-out examples are evaluated, how many, and which results are kept."""
 
     every: int | None = None  # steps (rl: iterations) between two looks. None: five looks in the run; 0: none
     share: float = 0.05  # of the examples that is held out, if `data_eval` names none
@@ -117,7 +117,7 @@ class Watch:
         """Is called with the state after `done` steps. `log` is None in all processes but the first."""
         if not self.begun:
             self._begin(done)
-        if NOTICE.reached():  # the step has to be saved first; the next start looks
+        if NOTICE.reached():  # the step is saved first; the next start makes the look
             return
         if self.save_every and done and done % self.save_every == 0:
             self.save(state, self.directory.parent / "models" / str(done))
@@ -131,7 +131,7 @@ class Watch:
         if not is_main_process():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        looks = keep_lines(self.directory / LOOKS, lambda line: line["done"] <= start, done=int)
+        looks = filter_json_lines(self.directory / LOOKS, lambda line: line["done"] <= start, done=int)
         self.seen = {x["done"]: x for x in looks}
         best = read_note(self.directory / BEST)
         if best is not None and not best.get("done", 0) <= start:
@@ -204,15 +204,15 @@ def thin(folder: pathlib.Path, most: int) -> None:
     """Deletes numbered files until `most` are left: the newest, and others spread as evenly as powers of two allow."""
     files = numbered(folder)
     stride = 1
-    kept = files
-    while len(kept) > most:
+    remaining = files
+    while len(remaining) > most:
         stride *= 2
-        kept = [path for path in files if int(path.stem) % stride == 0 or path == files[-1]]
+        remaining = [path for path in files if int(path.stem) % stride == 0 or path == files[-1]]
     for path in files:
-        if path not in kept:
+        if path not in remaining:
             path.unlink()
 
 
 def read_looks(directory: pathlib.Path) -> list[dict[str, Any]]:
     """The looks of a phase, in order."""
-    return read_lines(directory / LOOKS, done=int)
+    return read_json_lines(directory / LOOKS, done=int)

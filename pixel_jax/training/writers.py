@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from pixel_jax.evaluation import report
 from pixel_jax.evaluation.transcript import Transcript, as_text, drawn
 from pixel_jax.files import write_file
-from pixel_jax.state_files import LineLog, keep_lines, read_lines
+from pixel_jax.state_files import LineLog, filter_json_lines, read_json_lines
 
 WriterName = Literal["tensorboard", "wandb"]
 
@@ -44,7 +44,7 @@ class MetricsLog:
     """A file of JSON lines, one a step. Lines of steps that a restart will repeat are dropped when it opens."""
 
     def __init__(self, path: str | os.PathLike, start: int):
-        keep_lines(path, lambda line: line["step"] < start, step=int)
+        filter_json_lines(path, lambda line: line["step"] < start, step=int)
         self.log = LineLog(path, durable=False)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -60,8 +60,8 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order (`pixel_jax.state_files.read_lines`)."""
-    return read_lines(path, step=int)
+    """The lines of a metrics file, in order (`pixel_jax.state_files.read_json_lines`)."""
+    return read_json_lines(path, step=int)
 
 
 class TensorBoard:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.data.synthesis import IMAGE_KINDS, VIDEO_KINDS, Mix
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.grammar import parse_turn
+from pixel_jax.quickstart import miniature
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from pixel_jax.quickstart.zoom import CUE
 from pixel_jax.rollouts.config import RolloutConfig

@@ -132,7 +132,7 @@ def test_what_an_older_version_prepared_is_refused(manual, tmp_path, monkeypatch
 def test_without_tfds_the_extra_is_named(tmp_path, monkeypatch):
     (tmp_path / "dataset_info.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it now fails
-    monkeypatch.delitem(sys.modules, "pixel_jax.data.tfds_builders", raising=False)
+    monkeypatch.delitem(sys.modules, "pixel_jax.data.prepared", raising=False)
     with pytest.raises(
         ExampleError, match=r"was prepared by TFDS: `pip install tensorflow-datasets importlib-resources` to read it"
     ):

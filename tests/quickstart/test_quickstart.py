@@ -11,17 +11,18 @@ import pytest
 
 from pixel_jax import read_image
 from pixel_jax.config import ConfigError, load
-from pixel_jax.data import miniature, synthesis
-from pixel_jax.data.miniature import SceneConfig
+from pixel_jax.data import synthesis
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.data.traces import to_trajectories
 from pixel_jax.evaluation import transcript as saved_traces
 from pixel_jax.evaluation.stats import proportion
 from pixel_jax.evaluation.transcript import ShownTurn, Transcript
 from pixel_jax.models.io import from_pretrained
-from pixel_jax.quickstart import pipeline, vocabulary, zoom
+from pixel_jax.quickstart import miniature, pipeline, vocabulary, zoom
 from pixel_jax.quickstart.config import HeldOutConfig, QuickstartConfig, WarmStartConfig
 from pixel_jax.quickstart.lesson import scene_query
 from pixel_jax.quickstart.main import chat_command, write_card
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.network import NetworkConfig
 from pixel_jax.quickstart.page import page, smooth
 from pixel_jax.quickstart.pipeline import check_same, once, run_seed, run_tuning
@@ -37,7 +38,7 @@ from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.rl import RLConfig
-from pixel_jax.training.sft import SFTConfig, Shuffled
+from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.steps import ForwardConfig
 from tests.evaluation.test_report import HOSTILE, Reader
 
@@ -396,14 +397,14 @@ def test_a_run_and_the_same_run_interrupted(tmp_path, monkeypatch):
             with pytest.raises(Interrupted):
                 work(SMALLEST, directory)
 
-    following = Shuffled.__next__
+    following = MemoryBatches.__next__
 
     def stop_at_second_batch(self):
         if self.position:
             raise Interrupted
         return following(self)
 
-    interrupted(run_tuning, Shuffled, "__next__", stop_at_second_batch)
+    interrupted(run_tuning, MemoryBatches, "__next__", stop_at_second_batch)
     assert (directory / "ground" / "checkpoints" / "1").exists() and not (directory / "ground.json").exists()
 
     saving = pipeline.save

@@ -8,14 +8,13 @@ import pytest
 from PIL import Image
 
 from pixel_jax.config import load
-from pixel_jax.data import miniature
-from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.shapes import BatchShape
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.evaluation import transcript as saved_traces
-from pixel_jax.quickstart import turn
+from pixel_jax.quickstart import miniature, turn
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.page import page
 from pixel_jax.quickstart.pipeline import run_seed
 from pixel_jax.quickstart.summary import summarise

@@ -128,21 +128,21 @@ def progress(turns, stop=0):
     """A row of turns, with observations between them."""
     observation = [WORDS.im_end, *WORDS.encode("\n"), WORDS.im_start, *WORDS.encode("user\n"), *WORDS.encode("Seen.")]
     observation += [WORDS.im_end, *WORDS.encode("\n"), WORDS.im_start, *WORDS.encode("assistant\n")]
-    ids, chosen = [], []
+    ids, by_model = [], []
     for i, turn in enumerate(turns):
         between = observation[1:] if i else []
         ids += [*between, *turn, WORDS.im_end]
-        chosen += [False] * len(between) + [True] * (len(turn) + 1)
+        by_model += [False] * len(between) + [True] * (len(turn) + 1)
     regions = np.full((4, 1, 5), -1)
-    return Progress(np.array(ids), np.array(chosen), np.zeros(4, bool), regions, stop)
+    return Progress(np.array(ids), np.array(by_model), np.zeros(4, bool), regions, stop)
 
 
 def pieces_of(whole, cuts):
     for cut in [*sorted(min(cut, len(whole.ids)) for cut in cuts)]:
         # An observation is read at once.
-        while 0 < cut < len(whole.ids) and not whole.chosen[cut] and not whole.chosen[cut - 1]:
+        while 0 < cut < len(whole.ids) and not whole.by_model[cut] and not whole.by_model[cut - 1]:
             cut += 1
-        yield whole._replace(ids=whole.ids[:cut], chosen=whole.chosen[:cut], stop=-1)
+        yield whole._replace(ids=whole.ids[:cut], by_model=whole.by_model[:cut], stop=-1)
     yield whole
 
 
@@ -186,7 +186,7 @@ def test_half_a_character_is_not_shown_before_its_rest():
     ids = WORDS.encode("é")
     assert len(ids) == 2
     reader, whole = Reader(WORDS), progress([ids])
-    assert reader.read(whole._replace(ids=whole.ids[:1], chosen=whole.chosen[:1], stop=-1)) == []
+    assert reader.read(whole._replace(ids=whole.ids[:1], by_model=whole.by_model[:1], stop=-1)) == []
     assert reader.read(whole) == [Wrote("é")]
     cut = Reader(WORDS, max_tokens=1)
     assert cut.read(whole) == [Wrote("\ufffd")] and (cut.ended, cut.reason) == ("length", "max_tokens")

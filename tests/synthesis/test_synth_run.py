@@ -19,9 +19,9 @@ from PIL import Image
 
 from pixel_jax import endpoint
 from pixel_jax.data.own import read_own
-from pixel_jax.endpoint import EndpointError
+from pixel_jax.endpoint import EndpointConfig, EndpointError
 from pixel_jax.synthesis import run
-from pixel_jax.synthesis.run import EndpointConfig, SynthConfig, show, synthesize
+from pixel_jax.synthesis.run import SynthConfig, show, synthesize
 from tests.chat_server import Reply, chat_server, endless
 from tests.synthesis import seed_files
 from tests.test_cli import ENVIRONMENT, ROOT, command

@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from tiny_model import make_batch, make_model
 
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.training.batch import Batch
 from pixel_jax.training.checkpoint import Checkpoints
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.preemption import NOTICE
-from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.steps import ForwardConfig
 
 SAVE_EVERY = 2
@@ -32,13 +33,13 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Deadly(Shuffled):
+class Deadly(MemoryBatches):
     """Data that does something when its batch number `deadline` is asked for."""
 
     deadline = -1
 
     def __next__(self) -> Batch:
-        if self.position == self.deadline * self.batch_size:
+        if self.position == self.deadline:
             self.act()
         return super().__next__()
 

@@ -16,6 +16,7 @@ import numpy as np
 import scripted_model
 from tiny_model import make_batch, make_model
 
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh, process_shard, replicate
 from pixel_jax.parallel.processes import fail_together, initialize, is_main_process
@@ -25,7 +26,7 @@ from pixel_jax.training.preemption import NOTICE
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import Rewards, Term
 from pixel_jax.training.rl import RLConfig, rl
-from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.stages import Stages
 from pixel_jax.training.steps import ForwardConfig
 
@@ -38,13 +39,13 @@ def happen(batch, event):
         os.kill(os.getpid(), event["signal"])
 
 
-class Rows(Shuffled):
+class Rows(MemoryBatches):
     """The same rows again and again."""
 
     event: dict = {}
 
     def __next__(self):
-        happen(self.position / self.batch_size, self.event)
+        happen(self.position, self.event)
         return super().__next__()
 
 
@@ -93,7 +94,8 @@ def tune(directory, mesh, steps, *, trainable="(?!visual)", lora=False, **event)
     model = make_model()
     if lora:
         model = add_lora(model, jax.random.key(1), rank=2, alpha=4, targets=r"model\..*")
-    data = Rows(make_batch(20), 8, seed=3, shard=process_shard(mesh))
+    shard = process_shard(mesh)
+    data = Rows(make_batch(20), 8, seed=3, process_index=shard.index, process_count=shard.count)
     data.event = event
     return sft(model, data, config, directory=directory, mesh=mesh)
 

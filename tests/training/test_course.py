@@ -5,11 +5,12 @@ import math
 
 import pytest
 
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.phases import course_of
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.rl import RLConfig
-from pixel_jax.training.sft import SFTConfig, Shuffled, sft
+from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.steps import ForwardConfig
 from pixel_jax.training.writers import read_metrics
 from tests.training.tiny_model import make_batch, make_model
@@ -19,13 +20,13 @@ class Lost(Exception):
     """A process ends here."""
 
 
-class Fragile(Shuffled):
+class Fragile(MemoryBatches):
     """Data that is lost before batch number `end`."""
 
     end = -1
 
     def __next__(self):
-        if self.position == self.end * self.batch_size:
+        if self.position == self.end:
             raise Lost
         return super().__next__()
 

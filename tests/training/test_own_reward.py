@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from pixel_jax.config import load
-from pixel_jax.state_files import read_lines
+from pixel_jax.state_files import read_json_lines
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.rewards import RewardConfig
 from pixel_jax.training.writers import read_metrics
@@ -77,4 +77,4 @@ def test_a_reward_of_ones_own_trains_a_model(folder, model):  # noqa: F811
     (folder / "my_rewards.py").write_text("def iou(row, example):\n    return float('nan')\n")
     code, out, error = start(3, "--resume_changed")
     assert code == 1 and "iteration 2: the reward term 'my_rewards:iou' of" in error and "nan" in error
-    assert len(read_lines(folder / "runs/mine/rl/history.jsonl")) >= 1
+    assert len(read_json_lines(folder / "runs/mine/rl/history.jsonl")) >= 1

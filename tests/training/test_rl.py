@@ -14,6 +14,7 @@ import pytest
 from tiny_model import make_batch
 
 from pixel_jax import state_files
+from pixel_jax.data.batches import MemoryBatches
 from pixel_jax.data.buckets import check_position
 from pixel_jax.dialog import call_parser
 from pixel_jax.dialog.observations import kinds_of
@@ -38,7 +39,6 @@ from pixel_jax.training.preemption import NOTICE, Preempted
 from pixel_jax.training.replay import ReplayConfig
 from pixel_jax.training.rewards import Call, RewardConfig, Rewards, of_batch, rows_of
 from pixel_jax.training.rl import RLConfig, rl
-from pixel_jax.training.sft import Shuffled
 from pixel_jax.training.stages import Selected, Stages, Weighed, training_rows
 from pixel_jax.training.steps import ForwardConfig, NonFiniteError
 from pixel_jax.training.writers import MetricsLog, read_metrics
@@ -194,7 +194,7 @@ def test_an_iteration_that_is_told_to_go_before_its_updates_is_given_up(model, w
     def watched(place, function):
         def call(*arguments, **options):
             calls[place] += 1
-            monkeypatch.setattr(NOTICE, "given", NOTICE.given or (place, calls[place]) == moment)
+            monkeypatch.setattr(NOTICE, "requested", NOTICE.requested or (place, calls[place]) == moment)
             return function(*arguments, **options)
 
         return call
@@ -416,14 +416,14 @@ def test_released_constants_are_one_switch_each():
 def test_shuffled_data_sees_every_row_once_an_epoch_and_resumes():
     rows = make_batch(10)
     rows.tokens[:, 0] = np.arange(10)
-    data = Shuffled(rows, 4, seed=1)
+    data = MemoryBatches(rows, 4, seed=1)
     seen = np.concatenate([next(data).tokens[:, 0] for _ in range(5)])
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10].tolist() != seen[10:].tolist()
-    again = Shuffled(rows, 4, seed=1)
-    again.set_state({"position": 8, "size": 10, "seed": 1})
+    again = MemoryBatches(rows, 4, seed=1)
+    again.set_state({"position": 2, "size": 4, "rows": 10, "seed": 1})
     np.testing.assert_array_equal(next(again).tokens[:, 0], seen[8:12])
-    with pytest.raises(ValueError, match="seed 1 .* now 2"):
-        Shuffled(rows, 4, seed=2).set_state(data.get_state())
+    with pytest.raises(ValueError, match="with 1 for seed, now it is 2"):
+        MemoryBatches(rows, 4, seed=2).set_state(data.get_state())
 
 
 def test_every_phase_and_what_it_did_is_in_the_metrics(model, rollouts, tmp_path, monkeypatch):

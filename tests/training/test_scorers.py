@@ -8,10 +8,10 @@ import time
 import pytest
 
 from pixel_jax import endpoint
-from pixel_jax.endpoint import EndpointError
+from pixel_jax.endpoint import EndpointConfig, EndpointError
 from pixel_jax.training.answers import anls, numbers_in, same_number
 from pixel_jax.training.choices import choices_of, letter_of, same_choice
-from pixel_jax.training.scorers import JudgeConfig, Reference, Scorer, ScorerConfig
+from pixel_jax.training.scorers import Reference, Scorer, ScorerConfig
 from tests.chat_server import Reply, chat_server
 
 QUESTION = "What is in the photo?\n(A) a cat\n(B) Lion\n(C) a red car\nAnswer with the option's letter."
@@ -216,7 +216,7 @@ class Judge:
         return self.reply(messages[0]["content"]) if callable(self.reply) else self.reply
 
 
-JUDGED = ScorerConfig(("box", "judge"), JudgeConfig("http://localhost:1/v1", "m"))
+JUDGED = ScorerConfig(("box", "judge"), EndpointConfig("http://localhost:1/v1", "m"))
 
 
 def test_the_judge_is_asked_only_where_the_rules_fail():
@@ -242,7 +242,7 @@ def test_a_judge_needs_its_section():
     with pytest.raises(ValueError, match="go together"):
         ScorerConfig(("judge",))
     with pytest.raises(ValueError, match="go together"):
-        ScorerConfig(("box",), JudgeConfig("http://localhost:1/v1", "m"))
+        ScorerConfig(("box",), EndpointConfig("http://localhost:1/v1", "m"))
 
 
 LION = Reference(("Lion",), "What is it?")
@@ -270,7 +270,7 @@ def test_a_judge_over_http(quick, monkeypatch, tmp_path, caplog):
     failing = [Reply("busy", 503), Reply("slow down", 429, {"retry-after": "0"}), Reply(b"<html>")]
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with chat_server(lambda number, body: failing[number] if number < 3 else said[graded(body)]) as server:
-        judge = JudgeConfig(server.url, "a-judge", key="JUDGE_KEY", workers=1, cache=str(tmp_path / "verdicts"))
+        judge = EndpointConfig(server.url, "a-judge", key="JUDGE_KEY", workers=1, cache=str(tmp_path / "verdicts"))
         responses = [rf"\boxed{{{answer}}}" for answer in said] + [r"\boxed{lion}", "no box"]
         score = lambda: Scorer(ScorerConfig(("box", "judge"), judge))(responses, [LION] * len(responses))
         assert score() == [1.0, 0.0, 0.0, 0.0, 1.0, None]
@@ -286,7 +286,7 @@ def test_a_judge_over_http(quick, monkeypatch, tmp_path, caplog):
 
 def test_a_judge_is_asked_no_faster_than_it_allows(quick):
     with chat_server(lambda number, body: "CORRECT") as server:
-        judge = JudgeConfig(server.url, "a-judge", requests_per_second=20.0)
+        judge = EndpointConfig(server.url, "a-judge", requests_per_second=20.0)
         began = time.monotonic()
         responses = [rf"\boxed{{{i} lions}}" for i in range(5)]
         assert Scorer(ScorerConfig(("judge",), judge))(responses, [LION] * 5) == [1.0] * 5
@@ -297,7 +297,7 @@ def test_a_judge_that_cannot_be_used_is_an_error_and_no_verdict(quick, monkeypat
     score = lambda judge: Scorer(ScorerConfig(("judge",), judge))([r"\boxed{lion}"], [LION])
     with chat_server(lambda number, body: Reply("wrong key", 401)) as server:
         with pytest.raises(EndpointError, match="answers 401: .*wrong key"):
-            score(JudgeConfig(server.url, "a-judge"))
+            score(EndpointConfig(server.url, "a-judge"))
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(EndpointError, match="JUDGE_KEY does not hold an API key"):
-        score(JudgeConfig(server.url, "a-judge", key="JUDGE_KEY"))
+        score(EndpointConfig(server.url, "a-judge", key="JUDGE_KEY"))

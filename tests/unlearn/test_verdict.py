@@ -12,8 +12,8 @@ import toys
 from unlearn_jax import CorrectResponse, CrossEntropy, Dataset, Loss, ModifyQuery, Remove, apply, erase
 from unlearn_jax.checks import primitives
 from unlearn_jax.config import resolve
+from unlearn_jax.cost import Cost
 from unlearn_jax.lbfgs import Known, lbfgs
-from unlearn_jax.newton import Cost
 from unlearn_jax.objective import FORWARD
 from unlearn_jax.problem import make_problem
 from unlearn_jax.solvers import Krylov, cg
@@ -96,11 +96,11 @@ def test_near_the_retrain_of_more_examples():
 def test_without_a_limit_the_default_goes_on_to_the_retrain(as_many_parameters):
     # How far float32 tells J from rounding differs by the release of JAX; a limit for another reason is none here.
     error, _, report = as_many_parameters.erase(epochs="unlimited", solver={"rtol": 0.03})
-    assert error < 1e-2 and all("where rounding hides" in str(limit) for limit in report.limits)
+    assert error < 1e-2 and all("within rounding" in str(limit) for limit in report.limits)
     # What float32 cannot resolve ends it, and not a thousand evaluations.
     error, _, report = as_many_parameters.erase(epochs="unlimited", solver={"rtol": 1e-3})
     assert error < 2e-3 and report.finish.evaluations < 400
-    assert any("where rounding hides" in str(limit) for limit in report.limits)
+    assert any("within rounding" in str(limit) for limit in report.limits)
 
 
 def test_a_large_share_is_removed(fewer_parameters):

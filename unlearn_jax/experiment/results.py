@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pixel_jax import terminal
 from pixel_jax.evaluation.stats import over_seeds
 from pixel_jax.files import read_json
 from pixel_jax.state_files import write_json
@@ -18,20 +19,19 @@ COLUMNS = ("kl_forget", "kl_retain", "objective", "nll_forget", "nll_retain", "a
 
 def table(runs: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> str:
     """Means over seeds with the half width of their 95 % interval, for every share and method."""
-    lines = []
+    tables = []
     for share in sorted({run["share"] for run in runs}):
-        mine = [run for run in runs if run["share"] == share]
-        seeds = len({run["seed"] for run in mine})
-        lines.append(f"{share:.1%} removed, {seeds} seed{'s' if seeds > 1 else ''}")
-        lines.append(f"{'':20}" + "".join(f"{name:>18}" for name in columns))
-        rows = [row for run in mine for row in run["rows"]]
+        of_share = [run for run in runs if run["share"] == share]
+        seeds = len({run["seed"] for run in of_share})
+        title = f"{share:.1%} removed, {seeds} seed{'s' if seeds > 1 else ''}"
+        rows = [row for run in of_share for row in run["rows"]]
+        lines = []
         for method in dict.fromkeys(row["method"] for row in rows):
             own = [row for row in rows if row["method"] == method]
             diverged = any(row.get("diverged") for row in own)
-            cells = ["diverged" if diverged else _cell([row[x] for row in own if x in row]) for x in columns]
-            lines.append(f"{method:20}" + "".join(f"{cell:>18}" for cell in cells))
-        lines.append("")
-    return "\n".join(lines)
+            lines.append([method, *("diverged" if diverged else _cell([r[x] for r in own if x in r]) for x in columns)])
+        tables.append(terminal.table_text(terminal.table((title, *columns), lines)) + "\n")
+    return "\n".join(tables)
 
 
 def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
@@ -41,13 +41,13 @@ def beaten(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
     """
     sentences = []
     for share in sorted({run["share"] for run in runs}):
-        mine = [{row["method"]: row for row in run["rows"]} for run in runs if run["share"] == share]
-        for method in mine[0]:
+        by_method = [{row["method"]: row for row in run["rows"]} for run in runs if run["share"] == share]
+        for method in by_method[0]:
             if method in ("erase", "cold retrain", *UNLIMITED) or not all(
-                name in rows.get(method, {}) for rows in mine
+                name in rows.get(method, {}) for rows in by_method
             ):
                 continue  # a method that diverged on one seed is not the nearest
-            gap = over_seeds([rows[method][name] - rows["erase"][name] for rows in mine])
+            gap = over_seeds([rows[method][name] - rows["erase"][name] for rows in by_method])
             if not gap["mean"] > 0:
                 sentences.append(
                     f"{share:.1%} removed: {method} is nearer in {name}, by {-gap['mean']:.3g} "

@@ -81,8 +81,8 @@ def forget_quality(unlearned: HostArray, retrained: HostArray) -> float:
     """
     from scipy.stats import ks_2samp
 
-    found: Any = ks_2samp(1 / (np.asarray(unlearned, float) + TINY), 1 / (np.asarray(retrained, float) + TINY))
-    return float(found.pvalue)
+    test: Any = ks_2samp(1 / (np.asarray(unlearned, float) + TINY), 1 / (np.asarray(retrained, float) + TINY))
+    return float(test.pvalue)
 
 
 def exact_memorization(correct: HostArray, mask: HostArray) -> HostArray:
@@ -113,10 +113,10 @@ def extraction_strength(correct: HostArray, mask: HostArray) -> HostArray:
     Returns:
         [n]; zero for a row without tokens.
     """
-    found = []
+    strengths = []
     for row, keep in zip(np.asarray(correct, bool), np.asarray(mask) != 0, strict=True):
         tokens = row[keep]
         wrong = np.flatnonzero(~tokens)
         suffix = tokens.size - (wrong[-1] + 1 if wrong.size else 0)
-        found.append(max(suffix, 1) / tokens.size if tokens.size else 0.0)
-    return np.array(found)
+        strengths.append(max(suffix, 1) / tokens.size if tokens.size else 0.0)
+    return np.array(strengths)

@@ -1,4 +1,4 @@
-"""How far two adapters are apart as changes of the weights.
+"""Distances of two adapters as changes of the weights.
 
 A and B of a low-rank change B A are defined up to (M^-1 A, B M), so they are never compared themselves. Neither is B A
 formed: B of all adapters together has at most k r directions, and so has A. In orthonormal bases of these each change is a
@@ -16,7 +16,7 @@ Scales = float | Mapping[str, float]
 
 
 class _Factor(NamedTuple):
-    """What a leaf's path says of it: which factor of which module it is."""
+    """The factor that a leaf is, by its path."""
 
     module: str  # the path without the factor's name and what follows
     key: str  # that two factors of one change share
@@ -80,13 +80,8 @@ def compress(
     return [np.concatenate(vector) for vector in vectors]
 
 
-def delta_w_norm(adapter: Adapter, **options: Any) -> float:
-    """Frobenius norm of the change of all weights; options as those of `compress`."""
-    return float(np.linalg.norm(compress([adapter], **options)[0]))
-
-
 def delta_w_distance(adapter: Adapter, other: Adapter, **options: Any) -> float:
-    """Frobenius norm of the difference of two adapters' changes."""
+    """Frobenius norm of the difference of two adapters' changes; options as those of `compress`."""
     one, two = compress([adapter, other], **options)
     return float(np.linalg.norm(one - two))
 
@@ -113,7 +108,7 @@ def _oriented(a, b, path, partner):
         ranks = [(a.shape[i], i) for i, j in ((-2, -1), (-1, -2)) if a.shape[i] == b.shape[j]]
     if not ranks:
         raise ValueError(f"{path} {a.shape} and {partner} {b.shape} do not multiply")
-    turned = min(ranks, key=lambda found: found[0])[1] == -1
+    turned = min(ranks, key=lambda rank: rank[0])[1] == -1
     return (np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)) if turned else (a, b)
 
 
@@ -140,14 +135,14 @@ def _name(key):
 def _factor(path: str, a: str, b: str) -> _Factor | None:
     """None: the leaf is no factor. PEFT calls those of an embedding lora_embedding_A and lora_embedding_B."""
     parts = path.split(".")
-    for place in range(len(parts) - 1, -1, -1):
-        word = parts[place].lower().replace("lora_embedding_", "lora_")
+    for i in range(len(parts) - 1, -1, -1):
+        word = parts[i].lower().replace("lora_embedding_", "lora_")
         for name in (a, b):
             if word.endswith(name.lower()):
                 before = word.removesuffix(name.lower())
                 return _Factor(
-                    ".".join([*parts[:place], *[before] * bool(before)]),
-                    ".".join([*parts[:place], before, *parts[place + 1 :]]),
+                    ".".join([*parts[:i], *[before] * bool(before)]),
+                    ".".join([*parts[:i], before, *parts[i + 1 :]]),
                     name == a,
                 )
     return None

@@ -29,13 +29,13 @@ def min_k(logprob: HostArray, mask: HostArray, *, k: float = 0.4) -> HostArray:
     """
     if not 0 < k <= 1:
         raise ValueError(f"k is a share of the tokens, in (0, 1], got {k}")
-    found = []
+    means = []
     for number, (row, keep) in enumerate(zip(np.asarray(logprob), np.asarray(mask) != 0, strict=True)):
         tokens = np.sort(row[keep])
         if not tokens.size:
             raise ValueError(f"row {number} has no target tokens besides its last: leave the example out")
-        found.append(-tokens[: max(1, int(tokens.size * k))].mean())
-    return np.array(found)
+        means.append(-tokens[: max(1, int(tokens.size * k))].mean())
+    return np.array(means)
 
 
 def zlib_ratio(nll: HostArray, texts: Sequence[str]) -> HostArray:

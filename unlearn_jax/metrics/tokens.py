@@ -104,8 +104,8 @@ def _statistics(objective: Objective, params: Params) -> TokenStatistics:
         logits = loss.z(params, example)
         return token_statistics(logits, example[loss.criterion.labels], _mask(loss, example, logits))
 
-    found = objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
-    return jax.tree.map(objective.whole, found)
+    statistics = objective.each(lambda part: jax.vmap(lambda example: one(part.loss, example))(part.examples))
+    return jax.tree.map(objective.whole, statistics)
 
 
 @jax.jit

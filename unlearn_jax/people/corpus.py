@@ -3,7 +3,7 @@
 The shape is that of TOFU (Maini et al. 2024, arXiv:2401.06121). No person of the generator exists.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -148,8 +148,3 @@ def texts(corpus: Corpus) -> list[tuple[str, str]]:
     for sets in (corpus.known, corpus.probes):
         rows += [row for part in sets.values() for row in part]
     return [(row.question, answer) for row in rows for answer in (row.answer, row.paraphrase, *row.wrong) if answer]
-
-
-def with_alternatives(rows: Mapping[str, QuestionRow]) -> list[str]:
-    """Ids of the rows that a truth ratio can be taken of."""
-    return [name for name, row in rows.items() if row.paraphrase and row.wrong]

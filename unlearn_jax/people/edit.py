@@ -42,7 +42,7 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
     record_training(task, norm)
     if is_main_process():
         write_json(config.directory / "config.json", config.trained())
-    found = {
+    metrics = {
         "examples": float(len(items)),
         "example_gradients": spent,
         "objective": float(objective.value(adapter)),
@@ -50,10 +50,10 @@ def train(config: PeopleConfig, mesh: Mesh | None = None) -> dict[str, float]:
         "seconds": time.perf_counter() - begun,
     }
     say(
-        f"{len(items)} rows in {found['seconds']:.0f} s: loss {found['objective']:.4f}, gradient {norm:.1e}\n"
+        f"{len(items)} rows in {metrics['seconds']:.0f} s: loss {metrics['objective']:.4f}, gradient {norm:.1e}\n"
         f"The adapter is {config.directory / ADAPTER}."
     )
-    return found
+    return metrics
 
 
 def edit(

@@ -73,12 +73,12 @@ class ForgettingScorer:
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         """All metrics of an adapter, see docs/unlearning.md."""
-        found = {**self._forgetting(subject), **self._utility(subject), **self._membership(subject)}
+        metrics = {**self._forgetting(subject), **self._utility(subject), **self._membership(subject)}
         for name, rows in self.task.corpus.probes.items():
-            found[f"ROUGE-L F, {name}"] = float(np.mean([x.fmeasure for x in self._rouge(subject, rows)]))
+            metrics[f"ROUGE-L F, {name}"] = float(np.mean([x.fmeasure for x in self._rouge(subject, rows)]))
         for name, rows in (("kl_forget", self.forgotten), ("kl_retain", self.kept)):
-            found[name] = self._divergence(subject, rows)
-        return found
+            metrics[name] = self._divergence(subject, rows)
+        return metrics
 
     def truth_ratios(self, subject: Subject, rows: Sequence[QuestionRow]) -> np.ndarray:
         """Of those rows that have a paraphrase and wrong answers, float [n]."""
@@ -96,14 +96,14 @@ class ForgettingScorer:
         return np.split(losses, np.cumsum([len(row.wrong) for row in rows])[:-1])
 
     def _forgetting(self, subject: Subject) -> dict[str, float]:
-        found = self._score(subject, [(row.question, row.answer) for row in self.forgotten])
-        inner = tokens.without_last(found.mask)
+        statistics = self._score(subject, [(row.question, row.answer) for row in self.forgotten])
+        inner = tokens.without_last(statistics.mask)
         ratios = self.truth_ratios(subject, self.forgotten)
         scores = {
-            "probability": float(np.exp(-answers.mean_nll(found.logprob, found.mask)).mean()),
+            "probability": float(np.exp(-answers.mean_nll(statistics.logprob, statistics.mask)).mean()),
             "ROUGE-L": float(np.mean([x.recall for x in self._rouge(subject, self.forgotten)])),
-            "extraction": float(answers.extraction_strength(found.correct, inner).mean()),
-            "memorized": float(np.nanmean(answers.exact_memorization(found.correct, inner))),
+            "extraction": float(answers.extraction_strength(statistics.correct, inner).mean()),
+            "memorized": float(np.nanmean(answers.exact_memorization(statistics.correct, inner))),
         }
         if ratios.size:
             retrained = self.truth_ratios(Subject(self.retrained), self.forgotten)
@@ -140,10 +140,10 @@ class ForgettingScorer:
         """Areas under the curve of three attacks: one, the forgotten rows all look like members."""
         scores: dict[str, list[np.ndarray]] = {"auc_loss": [], "auc_min_k": [], "auc_zlib": []}
         for rows in (self.forgotten, self.unseen):
-            found = self._score(subject, [(row.question, row.answer) for row in rows])
-            nll = answers.mean_nll(found.logprob, found.mask)
+            statistics = self._score(subject, [(row.question, row.answer) for row in rows])
+            nll = answers.mean_nll(statistics.logprob, statistics.mask)
             scores["auc_loss"].append(nll)
-            scores["auc_min_k"].append(membership.min_k(found.logprob, tokens.without_last(found.mask)))
+            scores["auc_min_k"].append(membership.min_k(statistics.logprob, tokens.without_last(statistics.mask)))
             scores["auc_zlib"].append(membership.zlib_ratio(nll, [row.answer for row in rows]))
         return {name: membership.auc(*pair) for name, pair in scores.items()}
 
@@ -170,16 +170,16 @@ class ForgettingScorer:
         return [text.rouge_l(x, row.answer) for x, row in zip(said, rows, strict=True)]
 
     def _nll(self, subject: Subject, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        found = self._score(subject, pairs)
-        return answers.mean_nll(found.logprob, found.mask)
+        statistics = self._score(subject, pairs)
+        return answers.mean_nll(statistics.logprob, statistics.mask)
 
     def _score(self, subject: Subject, pairs: Sequence[tuple[str, str]]) -> tokens.TokenStatistics:
         loss = self.task.model.loss(subject.base)
-        found = [
+        blocks = [
             [x[:count] for x in tokens.score(loss, subject.adapter, examples, micro_batch=None)]
             for examples, count in self._blocks(pairs)
         ]
-        return tokens.TokenStatistics(*(np.concatenate(x) for x in zip(*found, strict=True)))
+        return tokens.TokenStatistics(*(np.concatenate(x) for x in zip(*blocks, strict=True)))
 
 
 @jax.jit
@@ -238,7 +238,7 @@ def _baseline(name: str, scorer: ForgettingScorer, state: State, start: Params, 
     """The metrics of a baseline at every learning rate with which it does not diverge."""
     task, settings = scorer.task, scorer.task.config.evaluation
     change = Change.of(state.first, state.items, task.encode, "answer")
-    found = []
+    rows = []
     for rate in settings.learning_rates:
         schedule = optax.cosine_decay_schedule(rate, max(1, int(budget / settings.batch)))
         training = Training(optax.adam(schedule), budget, settings.batch, seed=task.config.seed)
@@ -246,5 +246,5 @@ def _baseline(name: str, scorer: ForgettingScorer, state: State, start: Params, 
             trained = DESCENTS[name](task.model.loss(), start, change.dataset, change.edits, training)
         except FloatingPointError:
             continue
-        found.append({"gradients": trained.gradients, "learning_rate": rate, **scorer(Subject(trained.adapter))})
-    return found
+        rows.append({"gradients": trained.gradients, "learning_rate": rate, **scorer(Subject(trained.adapter))})
+    return rows

@@ -6,9 +6,10 @@ import pathlib
 from typing import Any, Literal
 
 from pixel_jax.config import ConfigError
-from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.identity import changes, flatten
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.state_files import read_note
+from pixel_jax.train_config import LoRAConfig
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.requests.task import RequestsConfig
 
@@ -21,15 +22,6 @@ class TracesConfig:
     direct: int = 8  # a large digit, read at once
     video: int = 8  # a digit on one of the frames of a clip, which is selected first
     scenes: SceneConfig = SceneConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """See `pixel_jax.models.lora.add_lora`."""
-
-    rank: int = 4  # of the two factors
-    alpha: float = 8.0  # the product is scaled by alpha / rank
-    targets: str = r"model\.layers\..*\.(q_proj|v_proj)"  # regular expression, the linear layers that get one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Config:
     model: str  # directory of the base model, one that the quickstart left
     out: str  # run directory
     traces: TracesConfig = TracesConfig()
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: LoRAConfig = LoRAConfig(rank=4, alpha=8.0, targets=r"model\.layers\..*\.(q_proj|v_proj)")
     forward: EditForwardConfig = EditForwardConfig()
     training: ConvergeConfig = ConvergeConfig()
     erasure: ErasureConfig = ErasureConfig()  # its `reduction` and `weight_decay` are those of the training

@@ -9,8 +9,8 @@ from pixel_jax.cli import UserError
 from pixel_jax.parallel.processes import say
 from pixel_jax.state_files import read_note
 from unlearn_jax.dataset import Dataset
+from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import example_requests
 from unlearn_jax.requests.carry_out import carry_out
@@ -24,13 +24,13 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
     if read_note(config.directory / "config.json") is not None:
         config.check_trained()  # an adapter is there: it is made again, not replaced by another
     refuse_training_again(config.directory)
-    job = AdapterRun.of(config, mesh)
-    task = TraceTask(job)
+    run = AdapterRun.of(config, mesh)
+    task = TraceTask(run)
     dataset = Dataset.of(task.encode(task.items()))
-    size = sum(x.size for x in job.fresh.values())
+    size = sum(x.size for x in run.fresh.values())
     say(f"{len(dataset)} traces, an adapter of {size} numbers; at most {config.training.max_steps} steps of L-BFGS")
     begun = time.perf_counter()
-    trained, norm = task.descend(job.objective(dataset))
+    trained, norm = task.descend(run.objective(dataset))
     if not norm < float("inf"):
         raise UserError(f"training diverged: the gradient's norm is {norm}; set a larger --config.erasure.weight_decay")
     numbers = {
@@ -40,10 +40,10 @@ def train(config: Config, mesh: Mesh | None = None) -> dict:
         "example_gradients": trained.gradients,
         "seconds": time.perf_counter() - begun,
     }
-    job.save(config.directory / ADAPTER, trained.adapter)
+    run.save(config.directory / ADAPTER, trained.adapter)
     record_training(task, norm)
-    job.write("curve.json", {**numbers, "values": trained.values.tolist()})
-    job.write("config.json", config.trained())
+    run.write("curve.json", {**numbers, "values": trained.values.tolist()})
+    run.write("config.json", config.trained())
     say(
         f"{numbers['steps']} steps in {numbers['seconds']:.0f} s: objective {trained.values[0]:.4f} -> "
         f"{numbers['objective']:.4f}, gradient {norm:.1e}\nThe adapter is in {config.directory / ADAPTER}."

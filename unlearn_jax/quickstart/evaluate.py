@@ -14,8 +14,8 @@ from unlearn_jax import baselines
 from unlearn_jax.arrays import Params
 from unlearn_jax.baselines import Trained, Training, converge
 from unlearn_jax.edits import apply
+from unlearn_jax.quickstart.adapter_run import AdapterRun, put, to_host
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import AdapterRun, place, to_host
 from unlearn_jax.quickstart.measure import Measure, Memory, table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.requests.carry_out import State
@@ -36,25 +36,25 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
     config.check_trained()
     if not (config.directory / LOG).exists():
         raise UserError(f"{config.out} holds no edit: run `unlearn-jax erase` with the same --config.out first")
-    job = AdapterRun.of(config, mesh)
-    task = TraceTask(job)
+    run = AdapterRun.of(config, mesh)
+    task = TraceTask(run)
     state = State.of(task)
     reports = [read_json(folder(task.directory, entry.number) / REPORT) for entry in state.entries]
     report = {name: sum(x[name] for x in reports) for name in ("example_gradients", "seconds")}
     # The requests may be of several kinds; a correction may change everything that any of them may.
     change = Change.of(state.first, state.items, task.encode, "answer")
     forgotten = change.dataset.ids[change.forgotten].tolist()
-    trained, found = job.load(task.directory / ADAPTER), job.load(state.adapter_path(task.directory))
+    trained, edited = run.load(task.directory / ADAPTER), run.load(state.adapter_path(task.directory))
     begun = time.perf_counter()
-    objective = job.objective(apply(change.dataset, change.edits, job.loss))
+    objective = run.objective(apply(change.dataset, change.edits, run.loss))
     limits = {"tolerance": config.training.tolerance, "max_steps": config.training.max_steps}
     warm, norm = converge(objective, trained, **limits)
     seconds = time.perf_counter() - begun
-    job.save(task.directory / WARM, warm.adapter)
+    run.save(task.directory / WARM, warm.adapter)
     say(f"warm retrain: {len(warm.values)} steps, gradient {norm:.1e}, {seconds:.0f} s")
-    measure = Measure.of(job, change)
+    measure = Measure.of(run, change)
     traces = {name: item.trace for name, item in state.first.items()}
-    memory = Memory.of(job, traces, forgotten) if forgotten else None
+    memory = Memory.of(run, traces, forgotten) if forgotten else None
     remembered = memory.auc(warm.adapter) if memory else 0.0
     lowest = float(objective.value(warm.adapter))
 
@@ -72,17 +72,17 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
 
     rows = {
         "before": numbers(trained, 0.0, 0.0),
-        "edited": numbers(found, report["example_gradients"], report["seconds"]),
+        "edited": numbers(edited, report["example_gradients"], report["seconds"]),
     }
     for name in config.evaluation.baselines:
         tried = [
-            {**numbers(adapter, gradients, seconds), **facts}
-            for adapter, gradients, seconds, facts in _baseline(name, job, change, objective, trained, report)
+            {**numbers(adapter, gradients, seconds), **settings}
+            for adapter, gradients, seconds, settings in _baseline(name, run, change, objective, trained, report)
         ]
         if tried:
             rows[name] = min(tried, key=lambda row: row["kl_forget"] + row["kl_retain"])
     rows["warm retrain"] = numbers(warm.adapter, warm.gradients, seconds)
-    job.write(EVALUATION, rows)
+    run.write(EVALUATION, rows)
     shown = {name: {k: x for k, x in row.items() if k not in ("losses", "learning_rate")} for name, row in rows.items()}
     say("\n" + table(shown) + "\n")
     say(table({name: row["losses"] for name, row in rows.items()}, "loss per token"))
@@ -90,17 +90,17 @@ def evaluate(config: Config, mesh: Mesh | None = None) -> dict:
 
 
 def _baseline(
-    name: str, job: AdapterRun, change: Change, objective, start: Params, report: dict
+    name: str, run: AdapterRun, change: Change, objective, start: Params, report: dict
 ) -> Iterator[tuple[Params, float, float, dict]]:
-    """(adapter, example-gradients, seconds, facts) of every learning rate that does not diverge."""
-    config, budget = job.config, report["example_gradients"]
+    """(adapter, example-gradients, seconds, settings) of every learning rate that does not diverge."""
+    config, budget = run.config, report["example_gradients"]
     begun = time.perf_counter()
     if name == "L-BFGS":
-        found, _ = converge(objective, start, tolerance=0.0, budget=budget)
-        yield found.adapter, found.gradients, time.perf_counter() - begun, {}
+        trained, _ = converge(objective, start, tolerance=0.0, budget=budget)
+        yield trained.adapter, trained.gradients, time.perf_counter() - begun, {}
         return
     # The baselines do not use a mesh: every process computes all of it, on one device.
-    loss, local = to_host((job.loss, start))
+    loss, local = to_host((run.loss, start))
     for rate in config.evaluation.learning_rates:
         schedule = optax.cosine_decay_schedule(rate, max(1, int(budget / config.evaluation.batch)))
         training = Training(
@@ -112,9 +112,9 @@ def _baseline(
             weight_decay=config.erasure.weight_decay,
         )
         try:
-            found = DESCENTS[name](loss, local, change.dataset, change.edits, training)
+            trained = DESCENTS[name](loss, local, change.dataset, change.edits, training)
         except FloatingPointError:
             continue
-        adapter = place(found.adapter, job.mesh)
-        yield adapter, found.gradients, time.perf_counter() - begun, {"learning_rate": rate}
+        adapter = put(trained.adapter, run.mesh)
+        yield adapter, trained.gradients, time.perf_counter() - begun, {"learning_rate": rate}
         begun = time.perf_counter()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.tree_util import Partial
 
+from pixel_jax import terminal
 from pixel_jax.data.traces import Trace
 from unlearn_jax.arrays import Example, Params
 from unlearn_jax.baselines.pbrf import divergence
@@ -14,7 +15,7 @@ from unlearn_jax.metrics.answers import exact_memorization, extraction_strength
 from unlearn_jax.metrics.distance import delta_w_cosine, delta_w_distance
 from unlearn_jax.metrics.membership import auc, min_k, privleak
 from unlearn_jax.metrics.tokens import TokenStatistics, score, without_last
-from unlearn_jax.quickstart.job import AdapterRun, to_host
+from unlearn_jax.quickstart.adapter_run import AdapterRun, to_host
 from unlearn_jax.quickstart.traces import draw_traces, to_examples
 from unlearn_jax.requests.measure import Losses
 from unlearn_jax.requests.state import Change
@@ -24,15 +25,15 @@ from unlearn_jax.requests.state import Change
 class Measure:
     """Losses and distances of adapters on the traces, in their old and new forms: one compiled program for all of them."""
 
-    job: AdapterRun
+    run: AdapterRun
     change: Change
     per_token: Losses
 
     @classmethod
-    def of(cls, job: AdapterRun, change: Change) -> "Measure":
+    def of(cls, run: AdapterRun, change: Change) -> "Measure":
         """Measures on the traces in their old and new forms."""
-        options = {"micro_batch": job.config.erasure.micro_batch, "mesh": job.mesh}
-        return cls(job, change, Losses(job.loss, job.fresh, change, **options))
+        options = {"micro_batch": run.config.erasure.micro_batch, "mesh": run.mesh}
+        return cls(run, change, Losses(run.loss, run.fresh, change, **options))
 
     def losses(self, adapter: Params) -> dict[str, float]:
         """Mean loss per learned token of each group of examples."""
@@ -41,11 +42,11 @@ class Measure:
 
     def from_reference(self, adapter: Params, reference: Params) -> dict[str, float]:
         """KL(adapter || reference) per token, and the distance of their weights."""
-        kl = dataclasses.replace(self.per_token.objective, loss=Partial(divergence, self.job.loss, adapter))
+        kl = dataclasses.replace(self.per_token.objective, loss=Partial(divergence, self.run.loss, adapter))
         per_token = np.asarray(kl.per_example(reference)) / self.per_token.tokens
         sets = {"forget": self.change.forgotten, "new": self.change.new, "retain": self.change.kept}
-        found = {f"kl_{name}": float(per_token[index].mean()) for name, index in sets.items() if len(index)}
-        return {**found, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
+        kls = {f"kl_{name}": float(per_token[index].mean()) for name, index in sets.items() if len(index)}
+        return {**kls, "distance": delta_w_distance(to_host(adapter), to_host(reference))}
 
     def cosine(self, adapter: Params, reference: Params, origin: Params) -> float:
         """The cosine between the changes of the two adapters from `origin`, in the weights that they change."""
@@ -56,21 +57,21 @@ class Measure:
 class Memory:
     """Memorisation of the forgotten traces, compared with unseen traces of the same kinds."""
 
-    job: AdapterRun
+    run: AdapterRun
     examples: Example  # the forgotten traces as they were, then the unseen ones
     forgotten: int  # the number of forgotten ones, which come first
 
     @classmethod
-    def of(cls, job: AdapterRun, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
+    def of(cls, run: AdapterRun, traces: Mapping[str, Trace], forgotten: Sequence[str]) -> "Memory":
         """The unseen traces are drawn as the learned ones were, with another seed."""
         kinds = {name.split("-")[0] for name in forgotten}
         unseen = {
             f"unseen {name}": trace
-            for name, trace in draw_traces(job.config.traces, job.config.seed + 1).items()
+            for name, trace in draw_traces(run.config.traces, run.config.seed + 1).items()
             if name.split("-")[0] in kinds
         }
-        both = to_examples({**{name: traces[name] for name in forgotten}, **unseen}, job.vocabulary, job.limits)
-        return cls(job, {name: x for name, x in both.items() if name != "id"}, len(forgotten))
+        both = to_examples({**{name: traces[name] for name in forgotten}, **unseen}, run.vocabulary, run.limits)
+        return cls(run, {name: x for name, x in both.items() if name != "id"}, len(forgotten))
 
     def of_adapter(self, adapter: Params, reference: float) -> dict[str, float]:
         """Shares of the forgotten traces that the adapter reproduces, and their membership.
@@ -83,9 +84,9 @@ class Memory:
             memorized: mean of `exact_memorization`; extraction: mean of `extraction_strength`; auc, privleak: see
             `metrics.membership`.
         """
-        found = self._statistics(adapter)
-        mask, correct = without_last(found.mask)[: self.forgotten], found.correct[: self.forgotten]
-        area = self._auc(found)
+        statistics = self._statistics(adapter)
+        mask, correct = without_last(statistics.mask)[: self.forgotten], statistics.correct[: self.forgotten]
+        area = self._auc(statistics)
         return {
             "memorized": float(np.nanmean(exact_memorization(correct, mask))),
             "extraction": float(extraction_strength(correct, mask).mean()),
@@ -97,30 +98,20 @@ class Memory:
         """Membership of the forgotten traces beside the unseen ones, by min-40 %."""
         return self._auc(self._statistics(adapter))
 
-    def _auc(self, found: TokenStatistics) -> float:
-        lowest = min_k(found.logprob, without_last(found.mask))
+    def _auc(self, statistics: TokenStatistics) -> float:
+        lowest = min_k(statistics.logprob, without_last(statistics.mask))
         return auc(lowest[: self.forgotten], lowest[self.forgotten :])
 
     def _statistics(self, adapter: Params) -> TokenStatistics:
-        job = self.job
-        return score(job.loss, adapter, self.examples, micro_batch=job.config.erasure.micro_batch, mesh=job.mesh)
+        run = self.run
+        return score(run.loss, adapter, self.examples, micro_batch=run.config.erasure.micro_batch, mesh=run.mesh)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], corner: str = "") -> str:
     """{row: {column: value}} as lines; columns in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    cells = [[corner, *columns]] + [
-        [name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()
-    ]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
-    return "\n".join(_line(line, widths) for line in cells)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *rest = cells
-    return "  ".join(
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-    )
+    cells = [(name, *(_cell(row.get(column)) for column in columns)) for name, row in rows.items()]
+    return terminal.table_text(terminal.table((corner, *columns), cells))
 
 
 def _cell(value: Any) -> str:

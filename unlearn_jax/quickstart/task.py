@@ -17,8 +17,8 @@ from unlearn_jax.config import ErasureConfig
 from unlearn_jax.dataset import Dataset
 from unlearn_jax.loss import Loss
 from unlearn_jax.objective import Objective
+from unlearn_jax.quickstart.adapter_run import AdapterRun
 from unlearn_jax.quickstart.config import Config
-from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.traces import TraceItem, changed, describe, draw_traces, encode
 from unlearn_jax.requests.request import Request
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
@@ -28,12 +28,12 @@ from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 class TraceTask:
     """Traces that an adapter of the quickstart's model has learned, by L-BFGS on all of them at once."""
 
-    job: AdapterRun
+    run: AdapterRun
 
     @property
     def config(self) -> Config:
         """Of the experiment."""
-        return self.job.config
+        return self.run.config
 
     @property
     def directory(self) -> pathlib.Path:
@@ -43,7 +43,7 @@ class TraceTask:
     @property
     def loss(self) -> Loss:
         """See `RequestTask.loss`."""
-        return self.job.loss
+        return self.run.loss
 
     @property
     def erasure(self) -> ErasureConfig:
@@ -58,7 +58,7 @@ class TraceTask:
     @property
     def mesh(self) -> Mesh | None:
         """See `RequestTask.mesh`."""
-        return self.job.mesh
+        return self.run.mesh
 
     def settings(self) -> dict[str, Any]:
         """See `RequestTask.settings`."""
@@ -74,7 +74,7 @@ class TraceTask:
 
     def encode(self, items: Mapping[str, TraceItem]) -> dict[str, Any]:
         """See `RequestTask.encode`."""
-        return encode(items, self.job.vocabulary, self.job.limits)
+        return encode(items, self.run.vocabulary, self.run.limits)
 
     def neighbours(self, names: Sequence[str], forgotten: Sequence[str]) -> list[bool]:
         """Traces of the same kinds."""
@@ -87,15 +87,15 @@ class TraceTask:
 
     def load(self, path: pathlib.Path) -> Params:
         """See `RequestTask.load`."""
-        return self.job.load(path)
+        return self.run.load(path)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
         """See `RequestTask.save`."""
-        self.job.save(path, adapter)
+        self.run.save(path, adapter)
 
     def retrain(self, items: Mapping[str, TraceItem], weights: np.ndarray) -> Retrained:
         """Every step of L-BFGS sees all traces, so the replay begins with the fresh adapter."""
-        trained, _ = self.descend(self.job.objective(Dataset.of(self.encode(items)), weights))
+        trained, _ = self.descend(self.run.objective(Dataset.of(self.encode(items)), weights))
         return Retrained(trained.adapter, trained.gradients, "the beginning")
 
     def descend(self, objective: Objective) -> tuple[Trained, float]:
@@ -107,4 +107,4 @@ class TraceTask:
             if is_main_process():
                 progress.update(step, {"objective": value, "gradient": norm})
 
-        return converge(objective, self.job.fresh, tolerance=limits.tolerance, max_steps=limits.max_steps, log=show)
+        return converge(objective, self.run.fresh, tolerance=limits.tolerance, max_steps=limits.max_steps, log=show)

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data import miniature, synthesis
+from pixel_jax.data import synthesis
 from pixel_jax.data.images import read_image
-from pixel_jax.data.miniature import SceneConfig
 from pixel_jax.data.traces import Trace, right, to_trajectories
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.quickstart import zoom
+from pixel_jax.quickstart import miniature, zoom
 from pixel_jax.quickstart.lesson import scene_query
+from pixel_jax.quickstart.miniature import SceneConfig
 from pixel_jax.quickstart.zoom import CUE
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import tables
@@ -26,7 +26,7 @@ from unlearn_jax.vision_language import examples
 
 SPLIT = "test"  # photographs and digits that the base model has not seen
 KINDS = ("zoom", "direct", "video")
-ROOM = 2048  # the most tokens of a trace; text without tokens in the vocabulary takes one token for each byte
+MAX_TOKENS = 2048  # of a trace; text without tokens in the vocabulary takes one token for each byte
 
 
 def draw_traces(config: TracesConfig, seed: int) -> dict[str, Trace]:
@@ -162,6 +162,6 @@ def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: Rol
     limits = dataclasses.replace(limits, max_calls=zoom.MOST_CALLS)
     budgets = (limits.max_pixels, limits.crop_max_pixels, limits.select_max_pixels, limits.video_max_pixels)
     images = miniature.NUM_FRAMES + zoom.MOST_CALLS
-    room = BatchShape(ROOM, images, images, limits.merge_unit * (max(budgets) // limits.factor**2))
-    made = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, room)
-    return examples(from_trajectories(made), list(traces))
+    shape = BatchShape(MAX_TOKENS, images, images, limits.merge_unit * (max(budgets) // limits.factor**2))
+    rows = to_trajectories(list(traces.values()), vocabulary, tables(vocabulary), limits, shape)
+    return examples(from_trajectories(rows), list(traces))

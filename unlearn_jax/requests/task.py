@@ -13,8 +13,8 @@ from pixel_jax.parallel.processes import is_main_process
 from pixel_jax.state_files import read_note, to_json
 from unlearn_jax.arrays import Params
 from unlearn_jax.config import ErasureConfig
+from unlearn_jax.limits import LimitKind
 from unlearn_jax.loss import Loss
-from unlearn_jax.newton import LimitKind
 from unlearn_jax.requests.log import ADAPTER, LOG, sha256
 from unlearn_jax.requests.request import EditRequestError, Request
 from unlearn_jax.requests.state import Items, content_hash
@@ -27,7 +27,7 @@ RECORD = "trained.json"
 class RequestsConfig:
     """Which edits are accepted. An edit that meets another limit is not applied; the training is repeated instead."""
 
-    # Limits (`unlearn_jax.newton.LimitKind`) that an edit may meet.
+    # Limits (`unlearn_jax.limits.LimitKind`) that an edit may meet.
     allow: tuple[LimitKind, ...] = ("unconverged", "solver", "shortened", "negative_curvature", "finish", "budget")
 
 

@@ -10,6 +10,11 @@ from hypothesis import strategies as st
 from unlearn_jax.metrics import distance
 
 
+def delta_w_norm(adapter, **options):
+    """The length of the vector by which distances are taken."""
+    return np.linalg.norm(distance.compress([adapter], **options)[0])
+
+
 def adapter(seed, rank=2, rows=6, columns=5, layers=()):
     rng = np.random.default_rng(seed)
     pair = lambda: {
@@ -40,7 +45,7 @@ def test_lengths_and_angles_are_the_dense_ones(seed, rank, layers):
     """Rank 4 of three adapters exceeds both sides of the matrix."""
     one, two, start = (adapter(seed + i, rank, layers=layers) for i in range(3))
     d1, d2, d0 = dense(one), dense(two), dense(start)
-    assert distance.delta_w_norm(one) == pytest.approx(np.linalg.norm(d1), rel=1e-10)
+    assert delta_w_norm(one) == pytest.approx(np.linalg.norm(d1), rel=1e-10)
     assert distance.delta_w_distance(one, two) == pytest.approx(np.linalg.norm(d1 - d2), rel=1e-10)
     cosine = (d1 - d0) @ (d2 - d0) / np.linalg.norm(d1 - d0) / np.linalg.norm(d2 - d0)
     assert distance.delta_w_cosine(one, two, start) == pytest.approx(cosine, abs=1e-10)
@@ -51,7 +56,7 @@ def test_lengths_and_angles_are_the_dense_ones(seed, rank, layers):
 def test_the_basis_of_the_rank_does_not_matter(seed):
     one, two, start = (adapter(seed + i) for i in range(3))
     turned = regauge(one, seed)
-    size = distance.delta_w_norm(one)
+    size = delta_w_norm(one)
     assert distance.delta_w_distance(one, turned) < 1e-10 * size
     assert distance.delta_w_distance(turned, two) == pytest.approx(distance.delta_w_distance(one, two), rel=1e-8)
     cosines = [distance.delta_w_cosine(x, two, start) for x in (one, turned)]
@@ -77,15 +82,15 @@ def test_flat_names_with_their_layer():
     """Paths of pixel_jax: one dictionary whose names end in lora_a and lora_b."""
     tree = adapter(0)
     flat = {f"layers.{k}.lora_{x}": tree[k][f"lora_{x}"] for k in "qv" for x in "ab"} | {"bias": tree["bias"]}
-    assert distance.delta_w_norm(flat) == pytest.approx(np.linalg.norm(dense(tree)))
+    assert delta_w_norm(flat) == pytest.approx(np.linalg.norm(dense(tree)))
 
 
 def test_other_names():
     tree = {"down": np.ones((2, 3)), "up": np.ones((4, 2))}
-    assert distance.delta_w_norm(tree, a="down", b="up") == pytest.approx(2 * np.sqrt(12))
+    assert delta_w_norm(tree, a="down", b="up") == pytest.approx(2 * np.sqrt(12))
     with pytest.raises(ValueError, match="no leaf is called 'lora_a' or 'lora_b'; there are down, up"):
-        distance.delta_w_norm(tree)
-    assert distance.delta_w_norm(tree, a=None, b=None) == pytest.approx(np.sqrt(14))
+        delta_w_norm(tree)
+    assert delta_w_norm(tree, a=None, b=None) == pytest.approx(np.sqrt(14))
 
 
 def peft(tree, name=""):
@@ -117,8 +122,8 @@ def test_names_of_peft_and_of_flax(names, shape):
     """The same change in another basis of the rank is at distance 0; square weights do not tell which way round they lie."""
     one, two = (adapter(seed, rows=shape[0], columns=shape[1]) for seed in range(2))
     expected = adapter_only if names is of_nnx else lambda tree: tree
-    size = distance.delta_w_norm(expected(one))
-    assert distance.delta_w_norm(names(one)) == pytest.approx(size, rel=1e-5)
+    size = delta_w_norm(expected(one))
+    assert delta_w_norm(names(one)) == pytest.approx(size, rel=1e-5)
     assert distance.delta_w_distance(names(one), names(regauge(one, 7))) < 1e-5 * size
     apart = distance.delta_w_distance(expected(one), expected(two))
     assert distance.delta_w_distance(names(one), names(two)) == pytest.approx(apart, rel=1e-5)
@@ -132,16 +137,16 @@ def test_embeddings_of_peft():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 30)), rng.normal(size=(8, 2))  # A [r, words], B [width, r]
     tree = {"m.embed_tokens.lora_embedding_A": a, "m.embed_tokens.lora_embedding_B": b}
-    assert distance.delta_w_norm(tree) == pytest.approx(np.linalg.norm(b @ a))
+    assert delta_w_norm(tree) == pytest.approx(np.linalg.norm(b @ a))
 
 
 def test_what_is_no_plain_low_rank_change_is_refused():
     magnitude = peft(adapter(0)) | {"base_model.model.x.lora_magnitude_vector": np.ones(3)}
     with pytest.raises(ValueError, match="lora_magnitude_vector belongs to an adapter"):
-        distance.delta_w_norm(magnitude)
+        delta_w_norm(magnitude)
     convolution = {"x.lora_A.weight": np.ones((2, 3, 3, 3)), "x.lora_B.weight": np.ones((4, 2, 1, 1))}
     with pytest.raises(ValueError, match="do not multiply"):
-        distance.delta_w_norm(convolution)
+        delta_w_norm(convolution)
 
 
 def test_scales_by_module():
@@ -156,21 +161,21 @@ def test_scales_by_module():
     moved = [x - scaled[2] for x in scaled[:2]]
     cosine = moved[0] @ moved[1] / np.linalg.norm(moved[0]) / np.linalg.norm(moved[1])
     assert distance.delta_w_cosine(one, two, start, scales=scales) == pytest.approx(cosine)
-    assert distance.delta_w_norm(one, scales=2.0) == pytest.approx(2 * distance.delta_w_norm(one))
+    assert delta_w_norm(one, scales=2.0) == pytest.approx(2 * delta_w_norm(one))
     base = "base_model.model.model.layers.0.self_attn"
     named = {f"{base}.{k}_proj": scale for k, scale in scales.items()}
     flat = {name: x for name, x in peft(adapter(0)).items() if "lora" in name}
-    assert distance.delta_w_norm(flat, scales=named) == pytest.approx(distance.delta_w_norm(one, scales=scales))
+    assert delta_w_norm(flat, scales=named) == pytest.approx(delta_w_norm(one, scales=scales))
     with pytest.raises(ValueError, match="scales are of other modules.*k_proj, v"):
-        distance.delta_w_norm(one, scales={"q": 1.0, "k_proj": 1.0})
+        delta_w_norm(one, scales={"q": 1.0, "k_proj": 1.0})
 
 
 def test_mismatches_are_named():
     with pytest.raises(ValueError, match="lora_a"):
-        distance.delta_w_norm({"lora_a": np.ones((2, 3))})
+        delta_w_norm({"lora_a": np.ones((2, 3))})
     with pytest.raises(ValueError, match="lora_b"):
-        distance.delta_w_norm({"lora_b": np.ones((2, 3))})
+        delta_w_norm({"lora_b": np.ones((2, 3))})
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(4, 3\)"):
-        distance.delta_w_norm({"lora_a": np.ones((2, 3)), "lora_b": np.ones((4, 3))})
+        delta_w_norm({"lora_a": np.ones((2, 3)), "lora_b": np.ones((4, 3))})
     with pytest.raises(ValueError, match="bias"):
         distance.delta_w_distance(adapter(0), {k: v for k, v in adapter(0).items() if k != "bias"})

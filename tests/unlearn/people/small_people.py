@@ -3,7 +3,7 @@
 import dataclasses
 
 from unlearn_jax.config import ErasureConfig
-from unlearn_jax.newton import LimitKind
+from unlearn_jax.limits import LimitKind
 from unlearn_jax.people.config import CorpusConfig, EvaluationConfig, PeopleConfig, PeopleNetworkConfig
 from unlearn_jax.requests.replay import TrainingRecipe
 from unlearn_jax.requests.task import RequestsConfig

@@ -12,7 +12,6 @@ from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.limits import write_limits
 from unlearn_jax.config import ErasureConfig
 from unlearn_jax.quickstart.config import (
-    AdapterConfig,
     Config,
     ConvergeConfig,
     EditEvaluationConfig,
@@ -52,7 +51,7 @@ def make_config(model, out, **changes) -> Config:
         model=str(model),
         out=str(out),
         traces=TracesConfig(zoom=4, direct=2, video=2),
-        adapter=AdapterConfig(rank=2, alpha=4.0),
+        adapter=dataclasses.replace(Config.adapter, rank=2, alpha=4.0),
         forward=EditForwardConfig(remat=False),
         training=ConvergeConfig(tolerance=1e-4, max_steps=300),
         erasure=ErasureConfig(weight_decay=1e-2, micro_batch=16, training_epochs=300.0),

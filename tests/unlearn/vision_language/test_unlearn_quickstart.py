@@ -22,11 +22,11 @@ from pixel_jax.parallel.processes import address
 from pixel_jax.quickstart.vocabulary import build_vocabulary
 from unlearn_jax import Dataset, apply, cg
 from unlearn_jax.cli import COMMANDS
-from unlearn_jax.newton import LimitKind
-from unlearn_jax.quickstart.config import AdapterConfig, Config, ConvergeConfig
+from unlearn_jax.limits import LimitKind
+from unlearn_jax.quickstart.adapter_run import AdapterRun
+from unlearn_jax.quickstart.config import Config, ConvergeConfig
 from unlearn_jax.quickstart.edit import edit, train
 from unlearn_jax.quickstart.evaluate import evaluate
-from unlearn_jax.quickstart.job import AdapterRun
 from unlearn_jax.quickstart.measure import table
 from unlearn_jax.quickstart.task import TraceTask
 from unlearn_jax.quickstart.traces import (
@@ -184,7 +184,9 @@ def model(tmp_path_factory):
 
 def test_an_adapter_leaves_in_the_format_of_peft_and_comes_back(model, tmp_path):
     """Another rank than the configuration's shows where it comes from."""
-    first = AdapterRun.of(make_config(model, tmp_path / "first", adapter=AdapterConfig(rank=3, alpha=5.0)))
+    first = AdapterRun.of(
+        make_config(model, tmp_path / "first", adapter=dataclasses.replace(Config.adapter, rank=3, alpha=5.0))
+    )
     moved = {name: x + 0.1 for name, x in first.fresh.items()}
     first.save(first.config.directory / ADAPTER, moved)
     second = AdapterRun.of(make_config(model, tmp_path / "second", start=str(tmp_path / "first/adapter")))
@@ -283,12 +285,12 @@ def test_an_escalated_request_is_the_training_again_without_it(model, tmp_path):
     train(config)
     (entry,) = edit(config, [remove("zoom-0")])
     assert entry.outcome == "escalated"
-    job = AdapterRun.of(config)
-    task = TraceTask(job)
+    run = AdapterRun.of(config)
+    task = TraceTask(run)
     left = dict(list(task.items().items())[1:])
-    alone, _ = task.descend(job.objective(Dataset.of(task.encode(left))))
+    alone, _ = task.descend(run.objective(Dataset.of(task.encode(left))))
     replayed = load_file(tmp_path / "requests" / "0001" / "adapter.safetensors")
-    objective = job.objective(Dataset.of(task.encode(left)))
+    objective = run.objective(Dataset.of(task.encode(left)))
     np.testing.assert_allclose(objective.value(replayed), objective.value(alone.adapter), rtol=0.05)
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.data import miniature
-from pixel_jax.data.miniature import CARD, FRAME_SIDE, NUM_FRAMES, SIDE, SPLITS, SceneConfig
+from pixel_jax.quickstart import miniature
+from pixel_jax.quickstart.miniature import CARD, FRAME_SIDE, NUM_FRAMES, SIDE, SPLITS, SceneConfig
 
 CONFIG = SceneConfig(small_share=0.5)
 

@@ -64,7 +64,7 @@ class AdapterRun:
         loss, fresh = adapter_loss(model, **dataclasses.asdict(config.forward))
         base = split(model, LoRAWeight)[1]
         vocabulary = Vocabulary.of(processor.tokenizer)
-        return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, place(fresh, mesh))
+        return cls(config, mesh, vocabulary, read_limits(directory) or RolloutConfig(), base, loss, put(fresh, mesh))
 
     def objective(self, dataset: Dataset, weights: np.ndarray | None = None) -> Objective:
         """The objective of the training.
@@ -75,8 +75,8 @@ class AdapterRun:
         """
         erasure = self.config.erasure
         weights = np.ones(len(dataset)) if weights is None else weights
-        kept = dataset.select(np.flatnonzero(weights))
-        total = normalizer(self.loss, self.fresh, kept, erasure.reduction)
+        counted = dataset.select(np.flatnonzero(weights))
+        total = normalizer(self.loss, self.fresh, counted, erasure.reduction)
         shares = weights * coefficients(self.loss, self.fresh, dataset, erasure.reduction, total)
         options = {"weight_decay": erasure.weight_decay, "micro_batch": erasure.micro_batch, "mesh": self.mesh}
         return on_device(Objective.of(self.loss, dataset.take(), shares, **options))
@@ -84,13 +84,13 @@ class AdapterRun:
     def load(self, path: pathlib.Path) -> Params:
         """An adapter of this model."""
         try:
-            found = load_file(path)
+            adapter = load_file(path)
         except SafetensorError as error:
             raise UserError(f"{path}: truncated or damaged ({error})") from None
         shapes = lambda adapter: {key: (x.shape, str(x.dtype)) for key, x in adapter.items()}
-        if shapes(found) != shapes(self.fresh):
-            raise UserError(f"{path} holds {shapes(found)}, the adapter of this configuration {shapes(self.fresh)}")
-        return place(found, self.mesh)
+        if shapes(adapter) != shapes(self.fresh):
+            raise UserError(f"{path} holds {shapes(adapter)}, the adapter of this configuration {shapes(self.fresh)}")
+        return put(adapter, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
         """Writes an adapter atomically, and in PEFT's format to the directory named by `path` without its suffix."""
@@ -105,13 +105,13 @@ class AdapterRun:
             write_json(self.config.directory / name, values)
 
 
-def place(adapter: Params, mesh: Mesh | None) -> Params:
+def put(adapter: Params, mesh: Mesh | None) -> Params:
     """Puts an adapter on the device of the base model, or replicates it over the mesh."""
     if mesh is None:
         return jax.device_put(adapter, jax.local_devices()[0])
     sharding = NamedSharding(mesh, PartitionSpec())
-    put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-    return jax.tree.map(put, to_host(adapter))
+    replicate = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(replicate, to_host(adapter))
 
 
 def to_host(tree: Any) -> Any:
