@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, cast, overload
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.models import kernels
+from pixel_jax.models import cpu_forms, kernels
 from pixel_jax.parallel.sharding import sequence_shards
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
@@ -213,21 +213,7 @@ def cached_attention(
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Scaled, at least float32, [B, KV, G, T, S]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return _product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
-
-
-def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
-    """An einsum in which the queries that share a head of keys (g, t) are the rows of one matrix; x is [B, KV, G, T, ..].
-
-    Where a mesh splits positions they stay apart.
-    """
-    if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
-        return jnp.einsum(form, x, y, preferred_element_type=dtype)
-    operands, result = form.split("->")
-    fold = lambda z, axes: z.reshape(*z.shape[:2], -1, z.shape[-1]) if "gt" in axes else z
-    folded = map(fold, (x, y), operands.split(","))
-    out = jnp.einsum(form.replace("gt", "x"), *folded, preferred_element_type=dtype)
-    return out.reshape(*x.shape[:4], -1) if "gt" in result else out
+    return cpu_forms.attention_product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
@@ -238,7 +224,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out = _product("bkgts,bksd->bkgtd", (p / total).astype(v.dtype), v)
+    out = cpu_forms.attention_product("bkgts,bksd->bkgtd", (p / total).astype(v.dtype), v)
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
@@ -353,7 +339,7 @@ def _forward(queries, keys, q, k, v, mask):
                 shift = _finite(new_top)
                 fade = jnp.exp(top - shift)
                 p = jnp.exp(s - shift[..., None])
-                part = _product("bkgts,bksd->bkgtd", p.astype(v.dtype), v, wide)
+                part = cpu_forms.attention_product("bkgts,bksd->bkgtd", p.astype(v.dtype), v, wide)
                 return new_top, fade * total + p.sum(axis=-1), fade[..., None] * out + part
 
             return jax.lax.cond(needed, tile, lambda *carry: carry, *carry), None
@@ -398,11 +384,11 @@ def _attend_backward(queries, keys, residuals, cotangents):
 
             def tile(d_q, d_k, d_v):
                 p = jnp.exp(_tile(q, k, q_mask, k_mask) - shift[..., None])
-                d_v = d_v + _product("bkgts,bkgtd->bksd", p.astype(v.dtype), d_out, wide)
-                d_p = _product("bkgtd,bksd->bkgts", d_out, v, wide)
+                d_v = d_v + cpu_forms.attention_product("bkgts,bkgtd->bksd", p.astype(v.dtype), d_out, wide)
+                d_p = cpu_forms.attention_product("bkgtd,bksd->bkgts", d_out, v, wide)
                 d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-                d_k = d_k + _product("bkgts,bkgtd->bksd", d_s, q, wide)
-                d_q = d_q + _product("bkgts,bksd->bkgtd", d_s, k, wide)
+                d_k = d_k + cpu_forms.attention_product("bkgts,bkgtd->bksd", d_s, q, wide)
+                d_q = d_q + cpu_forms.attention_product("bkgts,bksd->bkgtd", d_s, k, wide)
                 return d_q, d_k, d_v
 
             d_q, d_k, d_v = jax.lax.cond(needed, tile, lambda *sums: sums, d_q, d_k, d_v)

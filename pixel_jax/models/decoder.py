@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pixel_jax.models import cpu_forms
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.delta_rule import RecurrentState
@@ -24,7 +25,6 @@ from pixel_jax.models.layers import (
     Remat,
     RMSNorm,
     normal,
-    product,
     rematerialised,
     stack,
     unstack,
@@ -217,7 +217,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
         """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
-        return product(hidden, self.weight[...], dtype)
+        return cpu_forms.product(hidden, self.weight[...], dtype)
 
 
 class Decoder(nnx.Module):
