@@ -40,20 +40,20 @@ def top_values(x: jax.Array, k: int) -> jax.Array:
     return jax.lax.top_k(x, k)[0]
 
 
-USUAL = {"product": {"product": product}, "product, up to FEW tokens": {"FEW": 0}}
-USUAL |= {form.__name__: {form.__name__: form} for form in (attention_product, first_largest, top_values)}
+# What is replaced in `cpu_forms`, and by what.
+USUAL: dict[str, tuple[str, Any]] = {"product, up to FEW tokens": ("FEW", 0)}
+USUAL |= {form.__name__: (form.__name__, form) for form in (product, attention_product, first_largest, top_values)}
 
 
 def alternatives(make: Callable[[], Run], *names: str) -> dict[str, Callable[[], Run]]:
     """The run that `make` compiles as written, and without each of the forms `names` (of `USUAL`)."""
 
-    def without(replaced: Mapping[str, Any]) -> Run:
-        jax.clear_caches()  # of functions that were traced with the other form
-        with mock.patch.multiple(cpu_forms, **replaced):
+    def without(name: str) -> Run:
+        jax.clear_caches()  # functions may have been traced with the form
+        with mock.patch.object(cpu_forms, *USUAL[name]):
             return make()
 
-    chosen = {"pixel_jax": {}} | {f"without {name}": USUAL[name] for name in names}
-    return {name: functools.partial(without, replaced) for name, replaced in chosen.items()}
+    return {"pixel_jax": make} | {f"without {name}": functools.partial(without, name) for name in names}
 
 
 def build_sampling(quick: bool) -> Workload:

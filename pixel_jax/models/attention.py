@@ -120,13 +120,16 @@ def chosen(implementation: str | None, queries: int, keys: int) -> str:
 
 
 def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) -> jax.Array:
-    """By the platform that the function is lowered for."""
+    """Computes attention with the kernel of the platform that the function is lowered for, on CPUs in tiles."""
     segment = lambda x, like: jnp.zeros_like(like) if x is None else x
     q_segment = segment(mask.q_segment, mask.q_order)
     k_segment = jnp.where(mask.k_order >= 0, segment(mask.k_segment, mask.k_order), kernels.INVISIBLE)
 
     def on_shards(kernel):
-        return lambda *given: kernels.on_shards(functools.partial(kernel, causal=causal), *given[:3], *given[4:])
+        def attend(q, k, v, mask, *segments):
+            return kernels.on_shards(functools.partial(kernel, causal=causal), q, k, v, *segments)
+
+        return attend
 
     def chunked(q, k, v, mask, *segments):
         return attention(q, k, v, mask, causal=causal, implementation="chunked")
@@ -136,7 +139,7 @@ def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) 
 
 
 def visible(mask: Mask) -> jax.Array:
-    """bool [B, T, S]."""
+    """Says which keys each query sees: bool [B, T, S]."""
     seen = (mask.k_order >= 0)[:, None, :] & (mask.k_order[:, None, :] <= mask.q_order[:, :, None])
     if mask.q_segment is not None and mask.k_segment is not None:
         seen &= mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
@@ -156,11 +159,11 @@ def cached_attention(
     used: int32 [], keys from this index on are invisible to all queries and are not read, except those that share the last
           `CACHE_TILE` with visible ones. A cache has the size of the longest response that is allowed, and most rows are short.
 
-    It is not to be differentiated. It therefore omits what keeps the derivative finite, and divides the output and not the
-    weights, which is faster (docs/performance.md).
+    It must not be differentiated: it omits what keeps the derivative finite. It divides the output by the sum of the weights, and
+    not the weights, which is faster (docs/performance.md).
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
+    kv_heads, capacity, tile = *k.shape[1:3], CACHE_TILE
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
 
@@ -180,16 +183,16 @@ def cached_attention(
         return top, total + fade * before[1], out + fade * before[2]
 
     def add_tile(i, before):
-        # The last tile overlaps the one before it, where `room` is no multiple.
-        start = jnp.minimum(i * tile, room - tile)
+        # The last tile overlaps the one before it, where `capacity` is no multiple of `tile`.
+        start = jnp.minimum(i * tile, capacity - tile)
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
         order = jnp.where(start + jnp.arange(tile) >= i * tile, cut(mask.k_order, 1), -1)
-        part = mask._replace(k_order=order)
+        of_tile = mask._replace(k_order=order)
         if mask.k_segment is not None:
-            part = part._replace(k_segment=cut(mask.k_segment, 1))
-        return add(cut(k, 2), cut(v, 2), part, before)
+            of_tile = of_tile._replace(k_segment=cut(mask.k_segment, 1))
+        return add(cut(k, 2), cut(v, 2), of_tile, before)
 
-    if used is None or room <= tile:
+    if used is None or capacity <= tile:
         top, total, out = add(k, v, mask)
     else:
         shape = (batch, kv_heads, heads // kv_heads, length)
@@ -211,13 +214,13 @@ def cached_attention(
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled, at least float32, [B, KV, G, T, S]."""
+    """Computes q k^T / sqrt(D) in at least float32: [B, KV, G, T, S]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     return cpu_forms.attention_product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, log-sum-exp [B, KV, G, T]."""
+    """Computes attention from one array of scores: output like q, log-sum-exp [B, KV, G, T]."""
     s = jnp.where(visible(mask)[:, None, None], scores(q, k), -jnp.inf)
     top = jax.lax.stop_gradient(_finite(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)))
     p = jnp.exp(s - top)
@@ -231,9 +234,9 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tup
 def chunked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, queries: int, keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, and log-sum-exp float32 [B, KV, G, T] (-inf: no key).
+    """Computes attention tile by tile: output like q, log-sum-exp float32 [B, KV, G, T] (-inf: no key).
 
-    queries, keys: of a tile of scores, at most
+    queries, keys: the most that a tile has
     """
     length = q.shape[3]
     evenly = lambda size, most: -(-size // -(-size // most))  # 576 by at most 256 are 3 x 192, not 3 x 256

@@ -134,13 +134,13 @@ def _config(path: Path, fields: dict[str, Any], reader: "GGUFReader") -> ModelCo
 
 
 def _llama3(path: Path, values: dict[str, Any], reader: "GGUFReader") -> dict[str, Any]:
-    """The rotary scaling of Llama 3.1 (a factor of 8) or 3.2 (of 32), which the file has as the numbers it leads to."""
-    found = np.asarray(next(x.data for x in reader.tensors if x.name == FREQUENCIES), np.float32)
-    half = len(found)
+    """The rotary scaling of Llama 3.1 (a factor of 8) or 3.2 (of 32). The file has only the divisors of the frequencies."""
+    divisors = np.asarray(next(x.data for x in reader.tensors if x.name == FREQUENCIES), np.float32)
+    half = len(divisors)
     frequencies = (1 / values.get("rope_theta", 1e4) ** (np.arange(half) / half)).astype(np.float32)
     for factor in (8.0, 32.0):
         scaling = RopeScaling("llama3", factor)
-        if np.allclose(frequencies / scaled(frequencies, scaling), found, rtol=1e-3):
+        if np.allclose(frequencies / scaled(frequencies, scaling), divisors, rtol=1e-3):
             return {"rope_type": "llama3", **{name: x for name, x in scaling._asdict().items() if name != "kind"}}
     raise FileError(f"{path}: tensor {FREQUENCIES!r} is that of no scaling of rotary frequencies that is supported")
 
@@ -161,15 +161,15 @@ def _tensors(path: Path, config: ModelConfig, reader: "GGUFReader") -> dict[str,
 
 
 def _values(tensor: Any, shape: tuple[int, ...], heads: int | None) -> Callable[[], np.ndarray]:
-    """What dequantises a tensor. heads: how many heads' rows lie as llama.cpp turns them, by pairs; None: they do not."""
+    """Returns a function that dequantises a tensor. heads: how many heads have their rows in llama.cpp's order; None: none."""
 
     def values() -> np.ndarray:
         from gguf import dequantize
 
-        found = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        weights = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         if heads is None:
-            return found
-        return found.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+            return weights
+        return weights.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
     return values
 
