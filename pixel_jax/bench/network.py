@@ -32,7 +32,7 @@ QUESTION = "Which digit is on the card that lies beside the tree? Look at the im
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    """A vocabulary in which every phrase of a dialog is one token or a few: the tokenizer is not what is measured."""
+    """A vocabulary in which every phrase of a dialog is one token or a few, because the tokenizer is not measured."""
     pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for kind in observations.kinds_of(RELEASED):

@@ -1,8 +1,8 @@
 """Forms of computations that XLA's CPU compiler runs faster than the usual ones.
 
-The models and the sampler call each function in one place. Values are those of the usual form; sums of products differ in their
-rounding. docs/performance.md ("Forms chosen for CPUs") says what removing each one costs, and `pixel-jax bench
---only=cpu-forms-decoding,cpu-forms-tuning` measures it.
+Linear layers, attention and sampling call them and have no form for CPUs of their own. Values are those of the usual form, but
+sums of products may be rounded differently. docs/performance.md ("Forms chosen for CPUs") says what removing each one costs, and
+`bench/forms.py` measures it.
 """
 
 import jax
@@ -68,9 +68,8 @@ def first_largest(x: jax.Array) -> jax.Array:
     XLA's argmax reduces pairs of value and index, on a CPU one after the other; two reductions of numbers are vectorized.
     """
     size = x.shape[-1]
-    largest = jax.lax.optimization_barrier(jnp.max(x, axis=-1, keepdims=True))
-    indices = jnp.where(x == largest, jnp.arange(size, dtype=jnp.int32), size - 1)
-    return jnp.min(indices, axis=-1)
+    is_largest = x == jnp.max(x, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest, jnp.arange(size, dtype=jnp.int32), size - 1), axis=-1)
 
 
 def top_values(x: jax.Array, k: int) -> jax.Array:

@@ -72,22 +72,22 @@ class Prefix(NamedTuple):
 
     @classmethod
     def of(cls, cache: KVCache, rows: int) -> "Prefix":
-        """Each of the cache's rows, continued by equally many of `rows` neighbours."""
+        """Makes a prefix of each of the cache's rows, which equally many neighbours of `rows` rows continue."""
         recurrent = jax.tree.map(lambda x: x[:, None], cache.recurrent)
         return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32), recurrent)
 
     def continued(self, cache: KVCache) -> KVCache:
-        """The empty cache of the B rows, as they begin: attention reads the prefix, recurrent states are copied."""
+        """Returns the rows' empty `cache` with the recurrent states of their prefixes, which each row changes on its own."""
         return cache._replace(recurrent=jax.tree.map(self.of_rows, self.recurrent))
 
     def of_rows(self, x: jax.Array) -> jax.Array:
-        """What belongs to the prefixes, [G, E, ...] -> to the rows that continue them, [B, ...]."""
+        """Takes for each row the value of the prefix that it continues: [G, E, ...] -> [B, ...]."""
         rows = self.entry.shape[0]
         entry = self.entry.reshape(rows, 1, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(jnp.repeat(x, rows // x.shape[0], axis=0), entry, axis=1)[:, 0]
 
     def mask(self, length: int) -> Mask:
-        """For the queries of the B rows, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
+        """Returns the mask of the B rows' queries, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
         groups, entries = self.length.shape
         rows = self.entry.shape[0]
         if rows % groups:
@@ -216,7 +216,7 @@ class Embedding(nnx.Module):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
-        """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
+        """Applies the table as the head of a network that ties the two: [..., D] -> [..., vocab]."""
         return cpu_forms.product(hidden, self.weight[...], dtype)
 
 

@@ -146,7 +146,7 @@ def dtype_of(model: Model) -> str:
 
 
 def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
-    """Moves a saved model to where it belongs, and removes what is left of another; with `sides` its side files, too."""
+    """Moves a saved model into its directory, and removes the files of an older one; with `sides` its side files, too."""
     names = {str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()}
     for name in names:
         settle(unfinished / name)

@@ -91,7 +91,7 @@ class RMSNorm(nnx.Module):
 
 
 class CentredRMSNorm(RMSNorm):
-    """A root-mean-square norm whose weight is what is added to 1; all of it in float32 (or wider, if the input is)."""
+    """A root-mean-square norm that scales by 1 + weight; computed in float32 (or wider, if the input is)."""
 
     def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
         super().__init__(dim, axes, eps=eps, dtype=dtype)

@@ -57,7 +57,7 @@ INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class LayerName(NamedTuple):
-    """Where the adapter of one layer belongs."""
+    """The names of a linear layer that may have an adapter."""
 
     name: str  # as transformers calls the layer
     path: str  # of the linear layer it is part of, with `{}` for the number of a stacked layer
@@ -199,7 +199,7 @@ def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _match(pattern: str, name: str) -> Any:
-    """The match of the whole name. Patterns are from files: what takes too long or is none is a ValueError."""
+    """Matches the whole name. Patterns come from files: one that is invalid or takes too long raises ValueError."""
     try:
         return regex.fullmatch(pattern, name, timeout=SECONDS)
     except TimeoutError:
@@ -317,7 +317,7 @@ def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[Layer
 
 
 def _check_base(tensor: Tensor, model: Model) -> None:
-    """PEFT saves embedding and head beside their adapters: what is the model's own is passed over, anything else refused."""
+    """Checks a tensor that is no factor: PEFT saves embedding and head beside their adapters, which must be the model's own."""
     module = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = {key: weight for _, key, weight in named_weights(model)}.get(model.config.names.ours(module))
     if own is None:

@@ -86,9 +86,9 @@ class Processor:
         return processor
 
     def save(self, directory: Path) -> None:
-        """Writes the files it was read from as they were.
+        """Writes the files that the processor was read from, unchanged.
 
-        In the place of what has changed since it writes files that all releases of transformers read.
+        Files whose values have changed since are written anew, in a form that all releases of transformers read.
         """
         files = dict(self._files)
         tokenizer, limits = self._as_read or (None, None)

@@ -30,7 +30,7 @@ MAX_TEMPLATES = 100
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a path, relative to a model directory, is one of these files."""
+    """Whether a path, relative to a model directory, is a file of its tokenizer, preprocessor or generation settings."""
     return name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) or is_template(name)
 
 
@@ -69,7 +69,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
 
 
 def json_object(files: dict[str, bytes], name: str, directory: Path) -> dict[str, Any]:
-    """The fields of a JSON file; FileError if it holds none."""
+    """Returns the fields of a JSON file; FileError if it is no object."""
     # In files of transformers int(1e30) stands for "no limit" of a text's length.
     values = parse_json(files[name], str(directory / name), largest=int(1e30))
     if not isinstance(values, dict):

@@ -36,7 +36,7 @@ EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
 class Layout:
-    """Where the patches of a batch of slices lie: in merge order, or, in a tower with windows, in the order of these.
+    """The order of the patches of a batch of slices: merge order, or, in a tower with windows, window by window.
 
     valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
     With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], the number in

@@ -10,7 +10,7 @@ from pixel_jax.planning.search import Compiled, Times, search, times
 
 
 class Point(NamedTuple):
-    """The first plan that fits a slice (if none does, the last), and what it is compared by."""
+    """A point of the curve: the first plan that fits a slice (if none does, the last), its times and tokens."""
 
     compiled: Compiled
     times: Times | None

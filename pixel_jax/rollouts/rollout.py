@@ -224,9 +224,9 @@ def admit(
 
 
 def drop(state: RolloutState, indices: Sequence[int] | np.ndarray) -> RolloutState:
-    """Empties prompts of a rollout, done or not: their rows stop, and what they wrote is forgotten.
+    """Empties prompts of a rollout, done or not: their rows stop, and their output is discarded.
 
-    Other rows write what they would have written. Each number of prompts has a compiled program.
+    Other rows are not affected. Each number of prompts has a compiled program.
 
     Args:
       state: of the rollout.
