@@ -21,7 +21,6 @@ from pixel_jax.tools import RELEASED
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it
 HAS_TRL = HAS_TORCH and bool(importlib.util.find_spec("trl"))
-HAS_PILLOW = bool(importlib.util.find_spec("PIL"))
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 CLOSE = '], "target_image": 1}}\n</tool_call>'

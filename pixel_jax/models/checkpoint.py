@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from pixel_jax.arrays import Params
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models.config import WeightNames
-from pixel_jax.models.layers import LoRAWeight, is_variable
+from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.loading import Wanted, load_arrays
 from pixel_jax.models.model import Model
 from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
+from pixel_jax.parallel.sharding import is_variable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixel_jax.models import cpu_forms
+from pixel_jax.parallel.sharding import is_variable
 
 M = TypeVar("M", bound=nnx.Module)
 INIT_STD = 0.02  # initializer_range of the released configurations
@@ -25,11 +26,6 @@ class Weight(nnx.Param):
 
 class LoRAWeight(nnx.Param):
     """A weight of a low-rank adapter; metadata as in `Weight`."""
-
-
-def is_variable(x) -> bool:
-    """Whether a leaf is a weight with its metadata."""
-    return isinstance(x, nnx.Variable)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixel_jax.models.checkpoint import named_weights
-from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
+from pixel_jax.models.layers import Linear, LoRAWeight, Weight
 from pixel_jax.models.model import Model
-from pixel_jax.parallel.sharding import value_of
+from pixel_jax.parallel.sharding import is_variable, value_of
 
 M = TypeVar("M", bound=Model | nnx.Module)
 Filter = type | Callable[[str, nnx.Variable], bool]

@@ -85,7 +85,7 @@ def rollout(
 def compiled_rollout(
     model, prompts, key, assistant_prefix, temperature, config: RolloutConfig, *, shape: RolloutShape, mesh: Mesh | None
 ) -> Trajectories[VisualRecord]:
-    """Is the whole rollout as one program, without the host in its loop."""
+    """Runs the whole rollout as one program, without the host in its loop."""
     state = loop.start(model, prompts, key, assistant_prefix, temperature, config, shape, mesh)
     return loop.finish(loop.advance(model, state, None))
 
@@ -132,9 +132,7 @@ def begin(
     inputs = _program_inputs(model, batch, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
         state = _start(model, *inputs, shape=shape, mesh=mesh)
-    if (
-        mesh is None
-    ):  # bound to the model's device, as what `advance` returns is: otherwise its second call compiles again
+    if mesh is None:  # on the model's device, as the results of `advance` are, whose second call would compile again
         state = jax.device_put(state, next(iter(jax.tree.leaves(model)[0].devices())))
     if any(tool.picture for tool in shape.tools):
         state = dataclasses.replace(state, pictures=_pictures(prompts.images, mesh))
@@ -327,9 +325,9 @@ def host_rollout(
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Trajectories[VisualRecord]:
-    """Is `rollout` with tools that may run on the host: the same steps, driven from the host.
+    """Runs a rollout whose tools may run on the host: the steps of `rollout`, driven from the host.
 
-    What host tools return need not be the same for the same key, and then rows are not the same either.
+    Rows are only reproducible from the key if the host tools always return the same.
 
     Args:
       model: as for `rollout`.
