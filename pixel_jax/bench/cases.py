@@ -1,5 +1,5 @@
 """All cases of `pixel-jax bench`, in the order of the table."""
 
-from pixel_jax.bench import conversation, inference, operations, startup, training
+from pixel_jax.bench import conversation, forms, inference, operations, startup, training
 
-CASES = (*operations.CASES, *inference.CASES, *conversation.CASES, *training.CASES, *startup.CASES)
+CASES = (*operations.CASES, *inference.CASES, *conversation.CASES, *training.CASES, *forms.CASES, *startup.CASES)

@@ -81,16 +81,16 @@ def run_part(command: list[str], seconds: float) -> dict[str, Any]:
     """The figures of a part, with its status: "passed", "failed" or "out of time"."""
     began = time.monotonic()
 
-    def ended(status: str, wrong: list[str], **found: Any) -> dict[str, Any]:
-        return {"status": status, "seconds": time.monotonic() - began, "wrong": wrong, **found}
+    def ended(status: str, wrong: list[str], **record: Any) -> dict[str, Any]:
+        return {"status": status, "seconds": time.monotonic() - began, "wrong": wrong, **record}
 
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
     except subprocess.TimeoutExpired:
         return ended("out of time", [f"not done after {seconds:.0f} s"])
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
-        wrong = found.pop("wrong")
+        record = json.loads(done.stdout.splitlines()[-1])
+        wrong = record.pop("wrong")
     except (IndexError, KeyError, ValueError):
         return ended("failed", [f"it ended with {done.returncode}: {done.stderr[-MAX_ERROR:]}"])
-    return ended("failed" if wrong or done.returncode else "passed", wrong, **found)
+    return ended("failed" if wrong or done.returncode else "passed", wrong, **record)

@@ -37,15 +37,15 @@ LAYERS = 4  # of the decoder and of the vision tower: float32 weights and moment
 # numbers as TF32, which has 10 bits.
 TOLERANCE = {"bfloat16": 2e-2, "float32": 5e-3}
 PLANNED = (0.7, 1.1)  # allowed ratio of a step's real to its planned memory
-Found = tuple[dict[str, Any], list[str]]
+PartResult = tuple[dict[str, Any], list[str]]  # figures, and what is wrong
 
 
-def machine(quick: bool) -> Found:
+def machine(quick: bool) -> PartResult:
     """The peak rates of the machine, with which other parts are compared."""
     return dataclasses.asdict(measure_machine(quick)), []
 
 
-def attention_kernels(quick: bool) -> Found:
+def attention_kernels(quick: bool) -> PartResult:
     """Compares the platform's attention kernel with dense attention: values and gradients, at the shapes of a 7B."""
     figures, wrong = {}, []
     for kind in ("causal", "packed", "vision"):
@@ -90,7 +90,7 @@ def _kernel_error(kind: str, dtype: str, quick: bool) -> float:
     def both(attend):
         return jax.jit(jax.grad(functools.partial(loss, attend), (0, 1, 2), has_aux=True))
 
-    found = both(kernel)(q, k, v)
+    ours = both(kernel)(q, k, v)
     with jax.default_matmul_precision("highest"):
         dense = functools.partial(attention, mask=mask, causal=causal)
         expected = both(dense)(*(x.astype(jnp.float32) for x in (q, k, v)))
@@ -98,10 +98,10 @@ def _kernel_error(kind: str, dtype: str, quick: bool) -> float:
     def difference(a, b):
         return jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b))
 
-    return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(difference, found, expected)))))
+    return float(jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(difference, ours, expected)))))
 
 
-def crops(quick: bool) -> Found:
+def crops(quick: bool) -> PartResult:
     """Compares crops of random boxes with Pillow's bit for bit, in the order of passes of the installed Pillow."""
     import PIL
     from PIL import Image
@@ -140,7 +140,7 @@ def few_layers(name: str, quick: bool) -> Qwen2_5_VLConfig:
     )
 
 
-def update(name: str, quick: bool) -> Found:
+def update(name: str, quick: bool) -> PartResult:
     """An RL update of all weights: its time, its utilisation (MFU), and its memory compared with the planned."""
     network, before = few_layers(name, quick), taken()
     rows, length, side, turns = (2, 24, 56, 1) if quick else (8, 2048, 784, 4)
@@ -182,7 +182,7 @@ def update(name: str, quick: bool) -> Found:
     return figures, wrong
 
 
-def decode(quick: bool) -> Found:
+def decode(quick: bool) -> PartResult:
     """Decoding of 8 rows at a 7B's shapes: bytes of weights and caches read per second, and their share of the peak rate."""
     model = jax.jit(
         functools.partial(LanguageModel, few_layers("7b", quick), dtype=jnp.float32 if quick else jnp.bfloat16)
@@ -195,7 +195,7 @@ def decode(quick: bool) -> Found:
     return figures | {"share_of_read": work.bytes / seconds / ceiling}, []
 
 
-PARTS: dict[str, Callable[[bool], Found]] = {
+PARTS: dict[str, Callable[[bool], PartResult]] = {
     "machine": machine,
     "kernels": attention_kernels,
     "crops": crops,

@@ -133,10 +133,10 @@ def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cac
                 torch.multinomial(scores.exp(), 1)  # its own choice; the turn goes on with ours
                 at = [min(row.turns[turn].start + step, row.turns[turn].end - 1) for row in rows]
                 token = torch.tensor([row.tokens[i] for row, i in zip(rows, at, strict=True)])[:, None]
-                found = scores.gather(1, token)[:, 0].numpy()
+                of_tokens = scores.gather(1, token)[:, 0].numpy()
                 going = np.array([row.turns[turn].start + step < row.turns[turn].end for row in rows])
                 for r in np.flatnonzero(going):
-                    logprobs[r, rows[r].indices[at[r]]] = found[r]
+                    logprobs[r, rows[r].indices[at[r]]] = of_tokens[r]
                 more = np.array([row.turns[turn].start + step + 1 < row.turns[turn].end for row in rows])
                 if not more.any():
                     break

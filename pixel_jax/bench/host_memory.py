@@ -3,11 +3,12 @@
     python -m pixel_jax.bench.host_memory --rows 10000
 
 It goes through that many traces with crops, or trajectories, about images of two megapixels as `pixel-jax sft` and `pixel-jax rl`
-would, batch by batch, and prints the most memory that the process had. The JPEGs are few and have many names (hard links),
-so that they fit on a disk; each is opened and decoded as often as it is named.
+would, batch by batch, and prints the peak of the process's memory. A few JPEG files have many names (hard links), so that they
+fit on a disk; each is opened and decoded under every name.
 
-Devices are left out, whose memory would be the host's on a CPU: trajectories are made up (every row calls once or twice, half of
-the groups teach something) and then kept, replayed and padded, for one of `--devices` after the other, as those of a rollout.
+Nothing is put on devices, whose memory would be the host's on a CPU. Trajectories are random: every row calls once or twice, and
+half of the groups have nonzero variance. They are replayed and padded as those of a rollout, for one of `--devices` after the
+other.
 """
 
 import json
@@ -79,7 +80,7 @@ def write_data(folder: pathlib.Path, rows: int, height: int, width: int) -> path
 
 
 class Learning:
-    """What `training.rl` keeps of its rows, from iteration to iteration; defaults are the paper's."""
+    """What `training.rl` has in memory from iteration to iteration; defaults are the paper's."""
 
     def __init__(self, config: RolloutConfig, train_batch: int, devices: int):
         self.config, self.train_batch, self.devices = config, train_batch, devices
@@ -91,20 +92,20 @@ class Learning:
         shape = static_shape(prompts, config, None)
         for part in np.array_split(np.arange(count), self.devices):  # as they go to the devices
             assert len(pad(prompts.images[part], shape.prompts)) == len(part)
-        made = self.made_up(prompts, shape)
+        trajectories = self.random_rows(prompts, shape)
         advantage = self.random.normal(size=count * config.group_size).astype(np.float32)
-        batch = from_trajectories(made, advantage, np.array(made.logprobs))
+        batch = from_trajectories(trajectories, advantage, np.array(trajectories.logprobs))
         rows = Rows(batch, np.repeat(prompts.images, config.group_size))
         del prompts
         nonzero_variance = np.repeat(self.random.random(count) < 0.5, config.group_size)
         selected = self.replay.select(rows, nonzero_variance, shape.prompts._replace(tokens=batch.tokens.shape[1]))
-        assert selected is not None  # half of the groups teach something
+        assert selected is not None  # half of the groups have nonzero variance
         for first in range(0, len(selected) // self.train_batch * self.train_batch, self.train_batch):
             images = self.replay.batch(selected[first : first + self.train_batch]).images
             for part in np.array_split(np.arange(self.train_batch), self.devices):
                 assert pad(images[part], shape.prompts).any(axis=(1, 2, 3, 4)).all()
 
-    def made_up(self, prompts: HostPrompts, shape: RolloutShape) -> Trajectories[VisualRecord]:
+    def random_rows(self, prompts: HostPrompts, shape: RolloutShape) -> Trajectories[VisualRecord]:
         """Makes rows as long as they may be, with one or two crops each."""
         config, rows = self.config, len(prompts.length) * self.config.group_size
         length, numbers, frames = (
@@ -112,12 +113,12 @@ class Learning:
             config.max_calls + 1,
             1 + config.max_calls,
         )
-        made = np.arange(numbers) < self.random.integers(1, 3, (rows, 1))
-        crops = np.where(made, 0, -1).astype(np.int32)
-        box = np.where(made[..., None], np.array([100, 100, 900, 700]), 0).astype(np.int32)
-        size = np.where(made[..., None], np.array([616, 812]), 0).astype(np.int32)
+        called = np.arange(numbers) < self.random.integers(1, 3, (rows, 1))
+        crops = np.where(called, 0, -1).astype(np.int32)
+        box = np.where(called[..., None], np.array([100, 100, 900, 700]), 0).astype(np.int32)
+        size = np.where(called[..., None], np.array([616, 812]), 0).astype(np.int32)
         calls = no_calls(rows, numbers, 1, RELEASED)._replace(
-            status=np.where(made, CallStatus.DONE, CallStatus.NONE).astype(np.int32),
+            status=np.where(called, CallStatus.DONE, CallStatus.NONE).astype(np.int32),
             tool=crops,
             outcome=crops,
             source=Views(crops[..., None], box[..., None, :], size[..., None, :]),
@@ -137,7 +138,7 @@ class Learning:
             ),
             prompt=np.repeat(np.arange(len(prompts.length)), config.group_size),
             calls=calls,
-            num_calls=made.sum(axis=1),
+            num_calls=called.sum(axis=1),
             stop=np.zeros(rows, np.int32),
         )
 

@@ -78,8 +78,8 @@ def main(module: str, case: str, alternative: str, quick: bool) -> None:
     build = {case.name: case.build for case in importlib.import_module(module).CASES}[case]
     prepare = build(quick).alternatives[alternative]
     before = taken()
-    found = highest(prepare(), before)
-    print("unknown" if found is None else found)
+    peak = highest(prepare(), before)
+    print("unknown" if peak is None else peak)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from pixel_jax.tools import RELEASED
 
 HAS_TORCH = bool(importlib.util.find_spec("torch"))  # transformers' models need it
 HAS_TRL = HAS_TORCH and bool(importlib.util.find_spec("trl"))
-HAS_PILLOW = bool(importlib.util.find_spec("PIL"))
 
 CROP = '<tool_call>\n{"name": "crop_image_normalized", "arguments": {"bbox_2d": ['
 CLOSE = '], "target_image": 1}}\n</tool_call>'
@@ -32,7 +31,7 @@ QUESTION = "Which digit is on the card that lies beside the tree? Look at the im
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    """A vocabulary in which every phrase of a dialog is one token or a few: the tokenizer is not what is measured."""
+    """A vocabulary in which every phrase of a dialog is one token or a few, because the tokenizer is not measured."""
     pieces = {CROP, CLOSE, *BOX, THOUGHT, START, "system\n", "user\n", template.GUIDELINES["vcot"]}
     pieces |= set(re.findall(r"\S+\s*", template.system_prompt() + QUESTION))
     for kind in observations.kinds_of(RELEASED):

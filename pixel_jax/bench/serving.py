@@ -174,8 +174,8 @@ def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndar
                 pad_token_id=words.end_of_text,
                 suppress_tokens=[words.image_pad, words.video_pad],
             )
-        kept = [x for x in written[0, ids.shape[1] :].tolist() if x not in (words.im_end, words.end_of_text)]
-        return words.to_bytes(kept).decode("utf-8", "replace")
+        answer = [x for x in written[0, ids.shape[1] :].tolist() if x not in (words.im_end, words.end_of_text)]
+        return words.to_bytes(answer).decode("utf-8", "replace")
 
     ask(0)
     started = time.perf_counter()

@@ -117,10 +117,10 @@ class TorchStep:
     def logprobs(self):
         """Log-probabilities float32 [R, L], zero at the first token."""
         logits = self.twin(**self.inputs).logits[:, :-1]
-        found = -self.torch.nn.functional.cross_entropy(
+        logprobs = -self.torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), self.ids[:, 1:].flatten(), reduction="none"
         )
-        return self.torch.nn.functional.pad(found.view(len(self.ids), -1), (1, 0))
+        return self.torch.nn.functional.pad(logprobs.view(len(self.ids), -1), (1, 0))
 
     def scores(self) -> np.ndarray:
         """Log-probabilities float32 [R, L] of the tokens that carry loss, zero elsewhere."""
@@ -195,13 +195,13 @@ def trl_rl(model, batch: Batch[Visual]) -> Run:
     ids, mask = step.ids, step.inputs["attention_mask"]
     seen = {name: step.inputs[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
     seen["num_images"] = [1] * rows
-    given = {"prompt_ids": ids[:, :prompt], "prompt_mask": mask[:, :prompt], "advantages": step.advantage} | seen
-    given |= {"completion_ids": ids[:, prompt:], "completion_mask": mask[:, prompt:]}
+    inputs = {"prompt_ids": ids[:, :prompt], "prompt_mask": mask[:, :prompt], "advantages": step.advantage} | seen
+    inputs |= {"completion_ids": ids[:, prompt:], "completion_mask": mask[:, prompt:]}
 
     def run():
         with step.torch.no_grad():
             old, *_ = trainer._get_per_token_logps_and_entropies(step.twin, ids, mask, ids.shape[1] - prompt, **seen)
-        return step.update(trainer._compute_loss(step.twin, given | {"old_per_token_logps": old}))
+        return step.update(trainer._compute_loss(step.twin, inputs | {"old_per_token_logps": old}))
 
     return run
 

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, cast, overload
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.models import kernels
+from pixel_jax.models import cpu_forms, kernels
 from pixel_jax.parallel.sharding import sequence_shards
 
 IMPLEMENTATIONS = ("dense", "chunked", "kernel")
@@ -120,13 +120,16 @@ def chosen(implementation: str | None, queries: int, keys: int) -> str:
 
 
 def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) -> jax.Array:
-    """By the platform that the function is lowered for."""
+    """Computes attention with the kernel of the platform that the function is lowered for, on CPUs in tiles."""
     segment = lambda x, like: jnp.zeros_like(like) if x is None else x
     q_segment = segment(mask.q_segment, mask.q_order)
     k_segment = jnp.where(mask.k_order >= 0, segment(mask.k_segment, mask.k_order), kernels.INVISIBLE)
 
     def on_shards(kernel):
-        return lambda *given: kernels.on_shards(functools.partial(kernel, causal=causal), *given[:3], *given[4:])
+        def attend(q, k, v, mask, *segments):
+            return kernels.on_shards(functools.partial(kernel, causal=causal), q, k, v, *segments)
+
+        return attend
 
     def chunked(q, k, v, mask, *segments):
         return attention(q, k, v, mask, causal=causal, implementation="chunked")
@@ -136,7 +139,7 @@ def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, causal: bool) 
 
 
 def visible(mask: Mask) -> jax.Array:
-    """bool [B, T, S]."""
+    """Says which keys each query sees: bool [B, T, S]."""
     seen = (mask.k_order >= 0)[:, None, :] & (mask.k_order[:, None, :] <= mask.q_order[:, :, None])
     if mask.q_segment is not None and mask.k_segment is not None:
         seen &= mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
@@ -156,11 +159,11 @@ def cached_attention(
     used: int32 [], keys from this index on are invisible to all queries and are not read, except those that share the last
           `CACHE_TILE` with visible ones. A cache has the size of the longest response that is allowed, and most rows are short.
 
-    It is not to be differentiated. It therefore omits what keeps the derivative finite, and divides the output and not the
-    weights, which is faster (docs/performance.md).
+    It must not be differentiated: it omits what keeps the derivative finite. It divides the output by the sum of the weights, and
+    not the weights, which is faster (docs/performance.md).
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads, room, tile = *k.shape[1:3], CACHE_TILE
+    kv_heads, capacity, tile = *k.shape[1:3], CACHE_TILE
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
 
@@ -180,16 +183,16 @@ def cached_attention(
         return top, total + fade * before[1], out + fade * before[2]
 
     def add_tile(i, before):
-        # The last tile overlaps the one before it, where `room` is no multiple.
-        start = jnp.minimum(i * tile, room - tile)
+        # The last tile overlaps the one before it, where `capacity` is no multiple of `tile`.
+        start = jnp.minimum(i * tile, capacity - tile)
         cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
         order = jnp.where(start + jnp.arange(tile) >= i * tile, cut(mask.k_order, 1), -1)
-        part = mask._replace(k_order=order)
+        of_tile = mask._replace(k_order=order)
         if mask.k_segment is not None:
-            part = part._replace(k_segment=cut(mask.k_segment, 1))
-        return add(cut(k, 2), cut(v, 2), part, before)
+            of_tile = of_tile._replace(k_segment=cut(mask.k_segment, 1))
+        return add(cut(k, 2), cut(v, 2), of_tile, before)
 
-    if used is None or room <= tile:
+    if used is None or capacity <= tile:
         top, total, out = add(k, v, mask)
     else:
         shape = (batch, kv_heads, heads // kv_heads, length)
@@ -211,43 +214,29 @@ def cached_attention(
 
 
 def scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Scaled, at least float32, [B, KV, G, T, S]."""
+    """Computes q k^T / sqrt(D) in at least float32: [B, KV, G, T, S]."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return _product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
-
-
-def _product(form: str, x: jax.Array, y: jax.Array, dtype=None) -> jax.Array:
-    """An einsum in which the queries that share a head of keys (g, t) are the rows of one matrix; x is [B, KV, G, T, ..].
-
-    Where a mesh splits positions they stay apart.
-    """
-    if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
-        return jnp.einsum(form, x, y, preferred_element_type=dtype)
-    operands, result = form.split("->")
-    fold = lambda z, axes: z.reshape(*z.shape[:2], -1, z.shape[-1]) if "gt" in axes else z
-    folded = map(fold, (x, y), operands.split(","))
-    out = jnp.einsum(form.replace("gt", "x"), *folded, preferred_element_type=dtype)
-    return out.reshape(*x.shape[:4], -1) if "gt" in result else out
+    return cpu_forms.attention_product("bkgtd,bksd->bkgts", q, k, wide) * q.shape[-1] ** -0.5
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, log-sum-exp [B, KV, G, T]."""
+    """Computes attention from one array of scores: output like q, log-sum-exp [B, KV, G, T]."""
     s = jnp.where(visible(mask)[:, None, None], scores(q, k), -jnp.inf)
     top = jax.lax.stop_gradient(_finite(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf)))
     p = jnp.exp(s - top)
     total = p.sum(axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
-    out = _product("bkgts,bksd->bkgtd", (p / total).astype(v.dtype), v)
+    out = cpu_forms.attention_product("bkgts,bksd->bkgtd", (p / total).astype(v.dtype), v)
     return out, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
 def chunked_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, queries: int, keys: int
 ) -> tuple[jax.Array, jax.Array]:
-    """-> output like q, and log-sum-exp float32 [B, KV, G, T] (-inf: no key).
+    """Computes attention tile by tile: output like q, log-sum-exp float32 [B, KV, G, T] (-inf: no key).
 
-    queries, keys: of a tile of scores, at most
+    queries, keys: the most that a tile has
     """
     length = q.shape[3]
     evenly = lambda size, most: -(-size // -(-size // most))  # 576 by at most 256 are 3 x 192, not 3 x 256
@@ -353,7 +342,7 @@ def _forward(queries, keys, q, k, v, mask):
                 shift = _finite(new_top)
                 fade = jnp.exp(top - shift)
                 p = jnp.exp(s - shift[..., None])
-                part = _product("bkgts,bksd->bkgtd", p.astype(v.dtype), v, wide)
+                part = cpu_forms.attention_product("bkgts,bksd->bkgtd", p.astype(v.dtype), v, wide)
                 return new_top, fade * total + p.sum(axis=-1), fade[..., None] * out + part
 
             return jax.lax.cond(needed, tile, lambda *carry: carry, *carry), None
@@ -398,11 +387,11 @@ def _attend_backward(queries, keys, residuals, cotangents):
 
             def tile(d_q, d_k, d_v):
                 p = jnp.exp(_tile(q, k, q_mask, k_mask) - shift[..., None])
-                d_v = d_v + _product("bkgts,bkgtd->bksd", p.astype(v.dtype), d_out, wide)
-                d_p = _product("bkgtd,bksd->bkgts", d_out, v, wide)
+                d_v = d_v + cpu_forms.attention_product("bkgts,bkgtd->bksd", p.astype(v.dtype), d_out, wide)
+                d_p = cpu_forms.attention_product("bkgtd,bksd->bkgts", d_out, v, wide)
                 d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-                d_k = d_k + _product("bkgts,bkgtd->bksd", d_s, q, wide)
-                d_q = d_q + _product("bkgts,bksd->bkgtd", d_s, k, wide)
+                d_k = d_k + cpu_forms.attention_product("bkgts,bkgtd->bksd", d_s, q, wide)
+                d_q = d_q + cpu_forms.attention_product("bkgts,bksd->bkgtd", d_s, k, wide)
                 return d_q, d_k, d_v
 
             d_q, d_k, d_v = jax.lax.cond(needed, tile, lambda *sums: sums, d_q, d_k, d_v)

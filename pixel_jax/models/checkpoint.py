@@ -1,6 +1,6 @@
 """Safetensors directories in the Hugging Face layout, tensor by tensor.
 
-The place of a weight in the module tree is its key: `language_model.layers.self_attn.q_proj.weight`, whose first axis is
+The path of a weight in the module tree is its key: `language_model.layers.self_attn.q_proj.weight`, whose first axis is
 `layers`, holds `model.layers.{i}.self_attn.q_proj.weight` for every i. Two spellings of keys are in circulation and both are
 read; the released one is written.
 """
@@ -21,10 +21,11 @@ from safetensors.numpy import save_file
 from pixel_jax.arrays import Params
 from pixel_jax.files import FileError, read_json
 from pixel_jax.models.config import WeightNames
-from pixel_jax.models.layers import LoRAWeight, is_variable
+from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.loading import Wanted, load_arrays
 from pixel_jax.models.model import Model
 from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
+from pixel_jax.parallel.sharding import is_variable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -50,7 +51,7 @@ def layer_numbers(model: Model, key: str, weight: nnx.Variable) -> Sequence[int]
     return model.config.text.layer_numbers(key, count) if key.startswith("model.") else range(count)
 
 
-# What some files hold beside weights: it follows from the configuration.
+# Tensors in some files that are no weights: they follow from the configuration.
 BUFFERS = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
 
 
@@ -70,23 +71,23 @@ def open_weights(directory: Path, names: WeightNames) -> dict[str, Tensor]:
     if os.path.lexists(directory / SINGLE):
         if os.path.lexists(directory / INDEX):
             logging.warning("%s is read; %s beside it is not", directory / SINGLE, INDEX)
-        found = list(open_safetensors(directory / SINGLE).values())
+        stored = list(open_safetensors(directory / SINGLE).values())
     elif os.path.lexists(directory / INDEX):
         index = _read_index(directory)
         opened = {name: open_safetensors(directory / name) for name in sorted(set(index.values()))}
         for key, name in index.items():
             if key not in opened[name]:
                 raise FileError(f"{directory / INDEX} says that {name!r} holds tensor {key!r}, which it does not")
-        found = [opened[name][key] for key, name in index.items()]
+        stored = [opened[name][key] for key, name in index.items()]
     else:
         raise FileNotFoundError(f"{directory} holds neither {SINGLE} nor {INDEX}")
-    unread = [tensor.name for tensor in found if names.unread and re.fullmatch(names.unread, tensor.name)]
+    unread = [tensor.name for tensor in stored if names.unread and re.fullmatch(names.unread, tensor.name)]
     if unread:
         logging.warning(
             "%s: %d tensors that this network has no use for are not read: %s", directory, len(unread), few(unread)
         )
     tensors: dict[str, Tensor] = {}
-    for tensor in found:
+    for tensor in stored:
         if BUFFERS.fullmatch(tensor.name) or tensor.name in unread:
             continue
         twin = tensors.setdefault(names.ours(tensor.name), tensor)
@@ -157,8 +158,8 @@ def load_weights(
             tensors[key].check(shape)
             by_dtype.setdefault(FLOATS[tensors[key].dtype].name, key)
     dtype = jnp.dtype(_one_dtype(by_dtype, where, config_dtype) if dtype is None else dtype)
-    places = jax.tree.leaves(shardings)
-    weights = [Wanted(array.shape, place, each) for array, place, each in zip(abstract, places, parts, strict=True)]
+    sources = zip(abstract, jax.tree.leaves(shardings), parts, strict=True)
+    weights = [Wanted(array.shape, sharding, tensors) for array, sharding, tensors in sources]
     return jax.tree.unflatten(structure, load_arrays(weights, dtype, f"reading {where}"))
 
 
@@ -196,13 +197,13 @@ def save_weights(model: Model, directory: Path, dtype=None) -> None:
         if isinstance(weight, LoRAWeight):
             raise ValueError(f"{key}: merge the adapter (`merge_lora`) before saving; the directory holds base weights")
         stacked = weight.axes[0] == "layers"
-        for place, number in enumerate(layer_numbers(model, key, weight)):
+        for index, number in enumerate(layer_numbers(model, key, weight)):
             itemsize = jnp.dtype(dtype or weight.dtype).itemsize
             size = itemsize * weight.size // (weight.shape[0] if stacked else 1)
             if sizes[-1] and sizes[-1] + size > MAX_SHARD_BYTES:
                 plan.append([])
                 sizes.append(0)
-            plan[-1].append((model.config.names.in_file(key.format(number)), weight, place if stacked else None))
+            plan[-1].append((model.config.names.in_file(key.format(number)), weight, index if stacked else None))
             sizes[-1] += size
     weight_map = {}
     for number, tensors in enumerate(plan, start=1):

@@ -328,7 +328,7 @@ class TowerConfig:
 
     @property
     def feature_size(self) -> int:
-        """Numbers that the decoder gets of a visual token: those of its input, and what is added to its first layers."""
+        """Size of a visual token's features: of the decoder's input, and of what is added in its first layers."""
         return self.out_hidden_size * (1 + len(self.deepstack_visual_indexes))
 
 
@@ -546,7 +546,7 @@ def read_tower(cls: type[TowerConfig], vision: dict[str, Any]) -> TowerConfig:
 
 
 def read_fields(cls: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the arguments of a dataclass that a JSON object gives; what is missing keeps its default."""
+    """Returns the arguments of a dataclass that are in a JSON object; the others have their defaults."""
     chosen = {}
     for spec in dataclasses.fields(cls):
         key = spec.metadata.get("key") or spec.name

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pixel_jax.models import cpu_forms
 from pixel_jax.models.attention import Mask, attention, cached_attention, merge
 from pixel_jax.models.config import TextConfig
 from pixel_jax.models.delta_rule import RecurrentState
@@ -24,7 +25,6 @@ from pixel_jax.models.layers import (
     Remat,
     RMSNorm,
     normal,
-    product,
     rematerialised,
     stack,
     unstack,
@@ -72,34 +72,34 @@ class Prefix(NamedTuple):
 
     @classmethod
     def of(cls, cache: KVCache, rows: int) -> "Prefix":
-        """Each of the cache's rows, continued by equally many of `rows` neighbours."""
+        """Makes a prefix of each of the cache's rows, which equally many neighbours of `rows` rows continue."""
         recurrent = jax.tree.map(lambda x: x[:, None], cache.recurrent)
         return cls(cache.k, cache.v, cache.length[:, None], jnp.zeros(rows, jnp.int32), recurrent)
 
     def continued(self, cache: KVCache) -> KVCache:
-        """The empty cache of the B rows, as they begin: attention reads the prefix, recurrent states are copied."""
+        """Returns the rows' empty `cache` with the recurrent states of their prefixes, which each row changes on its own."""
         return cache._replace(recurrent=jax.tree.map(self.of_rows, self.recurrent))
 
     def of_rows(self, x: jax.Array) -> jax.Array:
-        """What belongs to the prefixes, [G, E, ...] -> to the rows that continue them, [B, ...]."""
+        """Takes for each row the value of the prefix that it continues: [G, E, ...] -> [B, ...]."""
         rows = self.entry.shape[0]
         entry = self.entry.reshape(rows, 1, *[1] * (x.ndim - 2))
         return jnp.take_along_axis(jnp.repeat(x, rows // x.shape[0], axis=0), entry, axis=1)[:, 0]
 
     def mask(self, length: int) -> Mask:
-        """For the queries of the B rows, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
+        """Returns the mask of the B rows' queries, `length` each, folded into groups: [G, B / G * length] by [G, E * L]."""
         groups, entries = self.length.shape
         rows = self.entry.shape[0]
         if rows % groups:
             raise ValueError(f"{rows} rows cannot share the prefixes of {groups} groups evenly")
-        room = self.k[0].shape[2] // entries
-        index = jnp.arange(room)
+        capacity = self.k[0].shape[2] // entries
+        index = jnp.arange(capacity)
         keys = jnp.where(index < self.length[..., None], index, -1).reshape(groups, -1)
-        queries = jnp.full((groups, rows // groups * length), room)
+        queries = jnp.full((groups, rows // groups * length), capacity)
         if entries == 1:
             return Mask(queries, keys)
         continued = jnp.repeat(self.entry.reshape(groups, -1), length, axis=1)
-        return Mask(queries, keys, continued, jnp.broadcast_to(jnp.arange(entries * room) // room, keys.shape))
+        return Mask(queries, keys, continued, jnp.broadcast_to(jnp.arange(entries * capacity) // capacity, keys.shape))
 
 
 def norm(config: TextConfig, dim: int, axes: tuple, dtype) -> RMSNorm:
@@ -116,8 +116,8 @@ class Attention(nnx.Module):
         dim, head_dim = config.hidden_size, config.head_dim
         query, shared = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         bias = config.qkv_bias
-        asked = query * (1 + config.output_gate)
-        self.q_proj = Linear(keys[0], dim, asked, ("heads", "embed"), bias=bias, dtype=dtype)
+        queries_and_gate = query * (1 + config.output_gate)
+        self.q_proj = Linear(keys[0], dim, queries_and_gate, ("heads", "embed"), bias=bias, dtype=dtype)
         self.k_proj = Linear(keys[1], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
         self.v_proj = Linear(keys[2], dim, shared, ("kv", "embed"), bias=bias, dtype=dtype)
         self.o_proj = Linear(keys[3], query, dim, ("embed", "heads"), bias=config.output_bias, dtype=dtype)
@@ -216,8 +216,8 @@ class Embedding(nnx.Module):
         self.weight = normal(key, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype)
 
     def __call__(self, hidden: jax.Array, dtype) -> jax.Array:
-        """As the head of a network that ties the two: [..., D] -> [..., vocab]."""
-        return product(hidden, self.weight[...], dtype)
+        """Applies the table as the head of a network that ties the two: [..., D] -> [..., vocab]."""
+        return cpu_forms.product(hidden, self.weight[...], dtype)
 
 
 class Decoder(nnx.Module):
@@ -270,7 +270,7 @@ class Decoder(nnx.Module):
     def _layers(
         self, x, positions, valid, keep, *, segments=None, remat=False, implementation: str | None = None, mesh=None
     ):
-        """Hidden states after the last norm, and what `keep` keeps of every layer's keys and values, stacked."""
+        """Hidden states after the last norm, and `keep(keys_and_values)` of every layer, stacked."""
         x, added = self.split_deepstack(split_sequence(x, mesh, ROWS, SEQUENCE))
         cos, sin = self.angles(positions)
         order = jnp.broadcast_to(jnp.arange(x.shape[1]), valid.shape)
@@ -284,8 +284,8 @@ class Decoder(nnx.Module):
             return keep_rows(x), keep(keys_and_values)
 
         numbers = None if added is None else jnp.arange(self.config.num_hidden_layers)
-        x, kept = jax.lax.scan(rematerialised(block, remat), keep_rows(x), (self.layers, numbers))
-        return self.norm(x), kept
+        x, by_layer = jax.lax.scan(rematerialised(block, remat), keep_rows(x), (self.layers, numbers))
+        return self.norm(x), by_layer
 
     def step(self, layers, x, positions, valid, cache: KVCache, prefix: Prefix | None) -> tuple[jax.Array, KVCache]:
         """See `LanguageModel.step`."""
@@ -301,14 +301,14 @@ class Decoder(nnx.Module):
         return self.norm(x), KVCache(tuple(keys), tuple(values), cache.length + valid.sum(axis=1, dtype=jnp.int32))
 
     def onto(self, positions, valid, cache: KVCache, prefix: Prefix | None) -> Callable[[int], tuple]:
-        """Returns the arguments of `Attention.cached` behind the first, of the layer with a place in the cache."""
+        """Returns a function from the index of a layer in the cache to the arguments of `Attention.cached` after `x`."""
         batch, length = valid.shape
         capacity = cache.k[0].shape[2]
         cos, sin = self.angles(positions)
         order = cache.length[:, None] + jnp.arange(length)
         write = jnp.where(valid, order, capacity)  # out of range: dropped
         mask = Mask(order, jnp.broadcast_to(jnp.arange(capacity), (batch, capacity)))
-        # Of the rows that read something: one that is done may be the longest.
+        # Only of the rows that read something, because a row that is done may be the longest.
         used = jnp.minimum(jnp.max(jnp.where(valid[:, 0], cache.length + length, 0)), capacity)
         prefix_mask = None if prefix is None else prefix.mask(length)
 

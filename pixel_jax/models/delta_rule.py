@@ -1,12 +1,12 @@
 """The gated delta rule (Yang et al. 2024, arXiv:2412.06464) and the short convolution before it.
 
-A head keeps a matrix S [keys, values], which maps a key to the value that was last written for it. A token fades it, and corrects
-what it holds for the token's key:
+A head has a matrix S [keys, values], which maps a key to the value that was last written for it. A token fades it, and corrects
+the value of the token's key:
 
     S <- exp(g) S;   S <- S + k (beta (v - S^T k))^T;   output S^T q
 
 `delta_rule` computes it token by token for one token, and for more of them in chunks, whose tokens are multiplied as matrices.
-Both are the same function, in ordinary JAX, so it is differentiated in any mode and as often as one likes.
+Both compute the same function in ordinary JAX, so it can be differentiated in any mode and any number of times.
 
 A token with g = 0 and beta = 0 leaves S as it was. Where rows hold several segments, each begins with an empty state.
 """
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 CHUNK = 64  # tokens whose products are matrices, as in the original
-# Accelerators round the factors of float32 products otherwise. A state is the sum over all tokens before, and what samples and
-# what is trained compute it in different orders.
+# Otherwise accelerators round the factors of float32 products. A state is a sum over all earlier tokens, which sampling and
+# training compute in different orders, so that rounding would make them differ.
 PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -53,11 +53,11 @@ def convolution(
     whole = jnp.concatenate([tail.astype(x.dtype), x], axis=1)
     numbers = None if segments is None else jnp.pad(segments, ((0, 0), (kernel - 1, 0)))
     out = jnp.zeros(x.shape, wide)
-    for place in range(kernel):
-        part = whole[:, place : place + length].astype(wide) * weight[:, place].astype(wide)
+    for offset in range(kernel):
+        product = whole[:, offset : offset + length].astype(wide) * weight[:, offset].astype(wide)
         if numbers is not None and segments is not None:
-            part = jnp.where((numbers[:, place : place + length] == segments)[..., None], part, 0)
-        out = out + part
+            product = jnp.where((numbers[:, offset : offset + length] == segments)[..., None], product, 0)
+        out = out + product
     behind = count[:, None] + jnp.arange(kernel - 1)
     return out, jnp.take_along_axis(whole, behind[..., None], axis=1).astype(tail.dtype)
 
@@ -126,11 +126,10 @@ def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, 
 
     q, k, v, g, beta = map(cut, (q, k, v, g, beta))
     total = jnp.cumsum(g, axis=-1)
-    place = jnp.arange(size)
-    seen = place[:, None] >= place
-    reads = keeps = (
-        1.0  # whether a token knows the state before its chunk, and whether the state after it knows the token
-    )
+    index = jnp.arange(size)
+    seen = index[:, None] >= index
+    # Whether a token reads the state before its chunk, and whether it is written into the state after the chunk.
+    reads = writes = 1.0
     fades = total[..., -1]
     if segments is not None:
         padded = jnp.pad(segments, ((0, 0), (0, spare)), mode="edge")
@@ -138,7 +137,7 @@ def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, 
         last = numbers[..., -1:]
         before = jnp.concatenate([jnp.zeros_like(last[:1]), last[:-1]])
         seen = seen & (numbers[..., :, None] == numbers[..., None, :])
-        reads, keeps = ((numbers == other).astype(q.dtype) for other in (before, last))
+        reads, writes = ((numbers == other).astype(q.dtype) for other in (before, last))
         fades = jnp.where((last == before)[..., 0], fades, -jnp.inf)
     # The mask comes before the exponential, which of positive numbers would be infinite, and NaN in the derivative.
     fading = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
@@ -148,15 +147,15 @@ def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, 
     sides = jnp.concatenate([v, k * reading], axis=-1) * beta[..., None]
     solved = jax.lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
     values, keys = jnp.split(solved, [v.shape[-1]], axis=-1)
-    kept = k * (jnp.exp(total[..., -1:] - total) * keeps)[..., None]
+    written = k * (jnp.exp(total[..., -1:] - total) * writes)[..., None]
 
-    def read(memory, part):
-        values, keys, queries, weights, kept, fade = part
+    def read(memory, chunk):
+        values, keys, queries, weights, written, fade = chunk
         corrections = values - _product("bhik,bhkv->bhiv", keys, memory)
         out = _product("bhik,bhkv->bhiv", queries, memory) + _product("bhij,bhjv->bhiv", weights, corrections)
-        memory = memory * fade[..., None, None] + _product("bhik,bhiv->bhkv", kept, corrections)
+        memory = memory * fade[..., None, None] + _product("bhik,bhiv->bhkv", written, corrections)
         return memory, out
 
-    memory, out = jax.lax.scan(read, memory, (values, keys, q * reading, weights, kept, jnp.exp(fades)))
+    memory, out = jax.lax.scan(read, memory, (values, keys, q * reading, weights, written, jnp.exp(fades)))
     out = jnp.moveaxis(out, 0, 2)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])[:, :, :length], memory

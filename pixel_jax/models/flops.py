@@ -1,4 +1,7 @@
-"""Floating-point operations of the network, by formula from its shapes: the one count behind MFU, the planner and the bench.
+"""Floating-point operations (FLOPs) of the network, by formula from its shapes.
+
+MFU, the bench and the choice of batch shapes use this count, and the planner the peak rates. What a compiled program computes,
+padding and recomputation included, is counted by `planning.hlo`.
 
 A product of [m, k] and [k, n] is 2 m k n. Only matrix products count: what else there is (norms, rotary angles, softmax) is
 linear in the width and below one per cent of a layer at the released sizes. Attention counts every pair of a query and a key,
@@ -30,7 +33,7 @@ PEAK_FLOPS = {
 
 
 class Work(NamedTuple):
-    """What one forward pass is given. Sums over rows; two of them add up field by field."""
+    """The size of one forward pass. Fields are sums over rows; the work of two passes adds up field by field."""
 
     tokens: float  # that enter the decoder
     pairs: float  # queries x keys: length ** 2 of a row without a cache
@@ -41,7 +44,7 @@ class Work(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Operations by what they are spent on; `sum` is the total."""
+    """FLOPs by part of the network; their `sum` is the total."""
 
     patch_embed: float
     vision_layers: float  # linear layers of the blocks
@@ -98,7 +101,7 @@ def padded_work(rows: int, length: int, slices: int, patches: int, config: Model
 
 
 def forward_flops(config: ModelConfig, work: Work, *, adapter_weights: int = 0) -> Flops:
-    """Of one forward pass. `adapter_weights`: numbers in the LoRA matrices of all decoder layers together."""
+    """Returns the FLOPs of one forward pass. `adapter_weights`: numbers in the LoRA matrices of all decoder layers together."""
     text = config.text
     heads = text.num_attention_heads * text.head_dim
     return Flops(
@@ -140,9 +143,9 @@ def training_flops(
     adapter_weights: int = 0,
     remat: bool = False,
 ) -> Flops:
-    """Of one forward and backward pass: a product's backward pass is two products of its size, one for each factor.
+    """Returns the FLOPs of one forward and backward pass: that of a product is two products, one for each factor's gradient.
 
-    vision: the tower is trained (else nothing behind it is differentiated)
+    vision: the tower is trained (else there is no backward pass through it)
     base:   the decoder's own weights are trained (else only the gradient of their inputs is computed, for adapters)
     remat:  count also what is computed twice to save memory: the layers up to their last product, whose result nobody needs,
             and the logits. Utilisation (MFU) leaves it out.

@@ -57,13 +57,13 @@ FREQUENCIES = "rope_freqs.weight"  # by what the rotary frequencies of Llama 3.1
 LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CUTS = {"llama-bpe": rf"{LETTERS}\p{{N}}{{1,3}}{REST}", "qwen2": rf"{LETTERS}\p{{N}}{REST}"}
-OF_GPT2 = ("gpt-2", "default", "smollm")  # cut as GPT-2 does; smollm every digit on its own
+OF_GPT2 = ("gpt-2", "default", "smollm")  # text is split as in GPT-2; in smollm every digit is split off
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tokens: transformers' name, that of the file
-CONTROL, USER = 3, 4  # types of tokens: that text never becomes, and that it becomes as a whole
+CONTROL, USER = 3, 4  # types of tokens: text never becomes a CONTROL token; a USER token is matched as a whole
 
 
 def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that a path means: itself, or the only one in a directory; None if there is none."""
+    """Returns the GGUF file at a path: the path itself, or the only GGUF file of a directory; None if it has none."""
     if path.suffix == SUFFIX:
         return path
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
@@ -73,7 +73,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def read_gguf(path: Path) -> tuple[ModelConfig, dict[str, Tensor], Processor | None]:
-    """Reads what is in a GGUF file.
+    """Reads configuration, tensors and processor from a GGUF file.
 
     Returns:
         The configuration; the tensors by our names of them, dequantised when they are asked for; and the processor, None if
@@ -134,13 +134,13 @@ def _config(path: Path, fields: dict[str, Any], reader: "GGUFReader") -> ModelCo
 
 
 def _llama3(path: Path, values: dict[str, Any], reader: "GGUFReader") -> dict[str, Any]:
-    """The rotary scaling of Llama 3.1 (a factor of 8) or 3.2 (of 32), which the file has as the numbers it leads to."""
-    found = np.asarray(next(x.data for x in reader.tensors if x.name == FREQUENCIES), np.float32)
-    half = len(found)
+    """The rotary scaling of Llama 3.1 (a factor of 8) or 3.2 (of 32). The file has only the divisors of the frequencies."""
+    divisors = np.asarray(next(x.data for x in reader.tensors if x.name == FREQUENCIES), np.float32)
+    half = len(divisors)
     frequencies = (1 / values.get("rope_theta", 1e4) ** (np.arange(half) / half)).astype(np.float32)
     for factor in (8.0, 32.0):
         scaling = RopeScaling("llama3", factor)
-        if np.allclose(frequencies / scaled(frequencies, scaling), found, rtol=1e-3):
+        if np.allclose(frequencies / scaled(frequencies, scaling), divisors, rtol=1e-3):
             return {"rope_type": "llama3", **{name: x for name, x in scaling._asdict().items() if name != "kind"}}
     raise FileError(f"{path}: tensor {FREQUENCIES!r} is that of no scaling of rotary frequencies that is supported")
 
@@ -161,15 +161,15 @@ def _tensors(path: Path, config: ModelConfig, reader: "GGUFReader") -> dict[str,
 
 
 def _values(tensor: Any, shape: tuple[int, ...], heads: int | None) -> Callable[[], np.ndarray]:
-    """What dequantises a tensor. heads: how many heads' rows lie as llama.cpp turns them, by pairs; None: they do not."""
+    """Returns a function that dequantises a tensor. heads: how many heads have their rows in llama.cpp's order; None: none."""
 
     def values() -> np.ndarray:
         from gguf import dequantize
 
-        found = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        weights = dequantize(tensor.data, tensor.tensor_type).reshape(shape)
         if heads is None:
-            return found
-        return found.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+            return weights
+        return weights.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
 
     return values
 
@@ -201,7 +201,7 @@ def _processor(path: Path, config: ModelConfig, fields: dict[str, Any]) -> Proce
 
 
 def _byte_level(tokens: list[str], merges: list[str], types: list[int], cut: str) -> "Tokenizer":
-    """A byte-level BPE tokenizer; ValueError if a token is there twice, or a merge is none."""
+    """Builds a byte-level BPE tokenizer; ValueError if a token is repeated, or a merge has no such tokens."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
     numbers = {token: i for i, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""What the model sees, row by row."""
+"""The images and videos of a batch as the model reads them, and which visual token belongs to which of them."""
 
 from typing import NamedTuple
 

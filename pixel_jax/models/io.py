@@ -60,8 +60,8 @@ def from_pretrained(
         raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
     abstract = jax.eval_shape(functools.partial(LanguageModel, config), jax.random.key(0))
     if mesh is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: place, abstract)
+        one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: one_device, abstract)
     else:
         from pixel_jax.parallel.sharding import shardings as shardings_of
 
@@ -146,7 +146,7 @@ def dtype_of(model: Model) -> str:
 
 
 def _put_in_place(unfinished: Path, directory: Path, sides: bool) -> None:
-    """Moves a saved model to where it belongs, and removes what is left of another; with `sides` its side files, too."""
+    """Moves a saved model into its directory, and removes the files of an older one; with `sides` its side files, too."""
     names = {str(path.relative_to(unfinished)) for path in unfinished.rglob("*") if path.is_file()}
     for name in names:
         settle(unfinished / name)
@@ -296,21 +296,21 @@ def _row_items(row: int, tokens: np.ndarray, images: _Items, videos: _Items, con
     """The items that the placeholder tokens of a row stand for, in order of appearance."""
     assert config.vision is not None
     visual = tokens[np.isin(tokens, config.visual_tokens)]
-    found, at = [], 0
+    row_items, at = [], 0
     while at < len(visual):
         items = images if visual[at] == config.visual_tokens[0] else videos
         if items.used == len(items.grids):
             raise ValueError(f"row {row} shows more {items.kind}s than the {len(items.grids)} given")
-        found.append(items.next())
-        need = math.prod(config.vision.token_grid(tuple(found[-1][0].tolist()))) // config.vision.merge_unit
+        row_items.append(items.next())
+        need = math.prod(config.vision.token_grid(tuple(row_items[-1][0].tolist()))) // config.vision.merge_unit
         have = int((visual[at : at + need] == visual[at]).sum())
         if have != need:
-            grid = found[-1][0].tolist()
+            grid = row_items[-1][0].tolist()
             raise ValueError(
                 f"row {row}: {items.kind} {items.used - 1} with grid {grid} needs {need} tokens, has {have}"
             )
         at += need
-    return found
+    return row_items
 
 
 def _pack(rows: list[list], config: ModelConfig):

@@ -1,8 +1,8 @@
-"""Attention kernels that others keep: Pallas' splash attention on TPUs, its Triton kernel on GPUs.
+"""Attention kernels that come with JAX: Pallas' splash attention on TPUs, its Triton kernel on GPUs.
 
-They move no scores through main memory. They have no forward-mode derivative: curvature products need 'chunked' or 'dense'.
-Both know which keys a query sees from two things: whether the order is causal, which is static, and segments. A key that
-nobody may see gets a segment of its own.
+Scores stay in on-chip memory. The kernels have no forward-mode derivative: curvature products need 'chunked' or 'dense'. Two
+things say which keys a query sees: whether the order is causal, which is static, and segments. Keys that no query may see have
+the segment `INVISIBLE`.
 """
 
 from typing import cast
@@ -17,9 +17,9 @@ from pixel_jax.parallel.sharding import ROWS, row_shards, sequence_shards
 LANES = 128  # a TPU's registers: heads and blocks are padded to multiples
 TPU_BLOCKS = (1024, 512)  # queries and keys of a tile
 GPU_BLOCK = 128
-INVISIBLE = -1  # the segment of keys that nobody sees
-# One more score of every softmax, so small that it only counts where there is no other: then the output is zero, not a mean
-# of values nobody may see. The kernel's own score of a hidden key is smaller still.
+INVISIBLE = -1  # the segment of keys that no query sees
+# One more score in every softmax, whose value is zero. It is so small that it only counts where a query sees no key: the output
+# is then zero, and not the mean of invisible values, because the kernel's own score of an invisible key is smaller still.
 SINK = -1e30
 
 
@@ -36,13 +36,13 @@ def splash(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = Fal
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)
     segments = splash_attention_kernel.SegmentIds(q_segment, k_segment)
     sinks = jnp.full(q.shape[2], SINK)
-    attend = jax.vmap(lambda *given: kernel(*given, sinks))
+    attend = jax.vmap(lambda *arrays: kernel(*arrays, sinks))
     out = attend(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(out)[:, :length, :, :head_dim]
 
 
 def _block(size: int) -> int:
-    """Of a tile: what pads least, of equals the largest, which reads keys and values least often."""
+    """Returns the size of a tile: what pads least; of equals the largest, which reads keys and values least often."""
     size = -(-size // LANES) * LANES
     return min((min(block, size) for block in TPU_BLOCKS), key=lambda block: (-size % block, -block))
 
@@ -70,11 +70,12 @@ def _splash_kernel(heads, length, keys, block_q, block_kv, causal, interpret):
 
 def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = False) -> jax.Array:
     """As `splash`, for as many keys as queries, each key of the segment of its query or invisible: then its query gives zeros."""
-    # Not above: jax 0.12 means to give it to another package, and warns of it.
+    # Imported here, because jax 0.12 warns that it will move to another package.
     from jax.experimental.pallas.ops.gpu import attention as triton_attention
 
     length, groups = q.shape[1], q.shape[2] // k.shape[2]
-    # Padded queries see the padded keys and nothing else does: a segment of its own for them is a segment of its own for keys.
+    # This kernel has one segment for a query and the key at its position. Where the key is invisible or padding, it is INVISIBLE:
+    # these queries see only each other's keys, no other query sees them, and their output is set to zero or cut off.
     segments = _pad(jnp.where(k_segment == INVISIBLE, INVISIBLE, q_segment), GPU_BLOCK, fill=INVISIBLE)
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     q, k, v = (_pad(x, GPU_BLOCK) for x in (q, k, v))
@@ -84,7 +85,7 @@ def triton(q, k, v, q_segment, k_segment, *, causal: bool, interpret: bool = Fal
 
 
 def _pad(x: jax.Array, length: int, last: int | None = None, fill: int = 0) -> jax.Array:
-    """Positions (axis 1), and with `last` the last axis, to multiples."""
+    """Pads positions (axis 1) to a multiple of `length`, and the last axis to one of `last`, unless that is None."""
     widths = [(0, 0)] * x.ndim
     widths[1] = (0, -x.shape[1] % length)
     if last is not None:
@@ -93,7 +94,7 @@ def _pad(x: jax.Array, length: int, last: int | None = None, fill: int = 0) -> j
 
 
 def on_shards(kernel, q, k, v, q_segment, k_segment) -> jax.Array:
-    """`kernel` on every device's rows and heads, where a mesh is set: the compiler cannot split a kernel."""
+    """Runs `kernel` on every device's rows and heads, where a mesh is set: the compiler cannot split a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, k, v, q_segment, k_segment)

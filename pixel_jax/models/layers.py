@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixel_jax.parallel.sharding import sequence_shards
+from pixel_jax.models import cpu_forms
+from pixel_jax.parallel.sharding import is_variable
 
 M = TypeVar("M", bound=nnx.Module)
 INIT_STD = 0.02  # initializer_range of the released configurations
@@ -25,11 +26,6 @@ class Weight(nnx.Param):
 
 class LoRAWeight(nnx.Param):
     """A weight of a low-rank adapter; metadata as in `Weight`."""
-
-
-def is_variable(x) -> bool:
-    """Whether a leaf is a weight with its metadata."""
-    return isinstance(x, nnx.Variable)
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], axes: tuple, dtype) -> Weight:
@@ -52,40 +48,6 @@ def rematerialised(block: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(block, policy=dots if remat == "dots" else None)
 
 
-FEW = 64  # tokens, up to which W x^T is faster on a CPU than x W^T
-
-
-def product(x: jax.Array, weight: jax.Array, dtype=None) -> jax.Array:
-    """Computes x W^T: [..., in] and [out, in] -> [..., out]; dtype: of the result, that of x if None.
-
-    On a CPU the tokens of all rows are the rows of one matrix, because otherwise XLA transposes the cotangent
-    [rows, tokens, out] inside the fusion that computes the weight's gradient. On other platforms, and where a mesh splits
-    positions, rows and tokens remain two axes.
-
-    On a CPU up to `FEW` tokens are multiplied as W x^T, because XLA then copies the tokens, and not the weights, into the
-    layout that its kernel reads. The barrier keeps XLA from transposing the product back.
-
-    docs/performance.md has the measurements ("Forms chosen for CPUs").
-    """
-    dtype = dtype or x.dtype
-    tokens = x.size // x.shape[-1]
-
-    def plain(x, weight):
-        return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=dtype)
-
-    def matrix(x, weight):
-        return plain(x.reshape(tokens, -1), weight).reshape(*x.shape[:-1], -1)
-
-    def turned(x, weight):
-        y = jnp.einsum("oi,ti->ot", weight, x.reshape(tokens, -1), preferred_element_type=dtype)
-        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
-
-    if sequence_shards(jax.sharding.get_abstract_mesh()) > 1:
-        return plain(x, weight)
-    cpu = turned if 1 < tokens <= FEW else matrix
-    return jax.lax.platform_dependent(x, weight, cpu=cpu, default=plain)
-
-
 class Linear(nnx.Module):
     """y = x W^T + b, with W [out, in]; with an adapter y += scale * (x A^T) B^T, computed in float32.
 
@@ -101,7 +63,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, dtype=None) -> jax.Array:
         """[..., in] -> [..., out]; dtype: of the result, that of x if None."""
-        y = product(x, self.weight[...], dtype)
+        y = cpu_forms.product(x, self.weight[...], dtype)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
@@ -125,7 +87,7 @@ class RMSNorm(nnx.Module):
 
 
 class CentredRMSNorm(RMSNorm):
-    """A root-mean-square norm whose weight is what is added to 1; all of it in float32 (or wider, if the input is)."""
+    """A root-mean-square norm that scales by 1 + weight; computed in float32 (or wider, if the input is)."""
 
     def __init__(self, dim: int, axes: tuple, *, eps: float, dtype):
         super().__init__(dim, axes, eps=eps, dtype=dtype)

@@ -1,6 +1,6 @@
-"""From files to devices, shard by shard: the next one is read while one is on its way.
+"""Loads weights from files to devices, shard by shard: the next shard is read while one is transferred.
 
-The host never has more than two shards of any weight beside what the devices hold.
+Besides what the devices hold, the host has at most two shards in memory.
 """
 
 import contextlib
@@ -24,13 +24,11 @@ SHOWN = 2**28  # bytes from which on a progress bar is drawn
 
 @dataclass(frozen=True)
 class Wanted:
-    """A weight, and where it comes from and goes to."""
+    """A weight to load: the tensors it is read from, and its sharding."""
 
     shape: tuple[int, ...]
     sharding: Sharding
-    tensors: Sequence[
-        Tensor
-    ]  # one for each layer of a stack, whose axis is the first; or the one of a weight that is none
+    tensors: Sequence[Tensor]  # of a stacked weight, one for each layer; of another, one
 
     @property
     def stacked(self) -> bool:
@@ -90,8 +88,8 @@ def _local_shards(number: int, weight: Wanted) -> list[Shard]:
         ranges = [x.indices(size)[:2] for x, size in zip(index or (), weight.shape, strict=True)]
         devices.setdefault(tuple(ranges), []).append(SingleDeviceSharding(device))
     return [
-        Shard(number, tuple(slice(*x) for x in ranges), tuple(found), tuple(stop - start for start, stop in ranges))
-        for ranges, found in devices.items()
+        Shard(number, tuple(slice(*x) for x in ranges), tuple(holders), tuple(stop - start for start, stop in ranges))
+        for ranges, holders in devices.items()
     ]
 
 
@@ -108,7 +106,7 @@ def _read(weight: Wanted, shard: Shard, dtype: np.dtype, readers: ThreadPoolExec
 
 
 def _copy(tensor: Tensor, index: tuple[slice, ...], out: np.ndarray) -> None:
-    """Part of a tensor, converted, into `out`; block by block, so that a file in another type needs no room of its own."""
+    """Copies and converts part of a tensor into `out`, block by block, so that no second copy of it is in memory."""
     values = tensor.values()[index]
     if not values.ndim:
         values, out = values.reshape(1), out.reshape(1)

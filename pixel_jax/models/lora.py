@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixel_jax.models.checkpoint import named_weights
-from pixel_jax.models.layers import Linear, LoRAWeight, Weight, is_variable
+from pixel_jax.models.layers import Linear, LoRAWeight, Weight
 from pixel_jax.models.model import Model
-from pixel_jax.parallel.sharding import value_of
+from pixel_jax.parallel.sharding import is_variable, value_of
 
 M = TypeVar("M", bound=Model | nnx.Module)
 Filter = type | Callable[[str, nnx.Variable], bool]
@@ -90,11 +90,11 @@ def unmerge_lora(model: M) -> M:
 
 def without_lora(model: M) -> M:
     """The model with its adapters switched off: the same base weights, not a copy. Raises if it has no adapters."""
-    model, found = copied(model), False
+    model, had_adapters = copied(model), False
     for _, linear in linears(model):
-        found |= linear.lora_a is not None
+        had_adapters |= linear.lora_a is not None
         linear.lora_a, linear.lora_b, linear.lora_scale = None, None, 0.0
-    if not found:
+    if not had_adapters:
         raise ValueError("the model has no adapters to switch off")
     return model
 
@@ -135,7 +135,7 @@ def combine(selected: dict[str, jax.Array], rest: M) -> M:
             raise ValueError(f"{key} is {'missing from' if empty else 'in both'} the weights to combine")
         whole.append(weight.replace(selected.pop(key)) if empty else weight)
     if selected:
-        raise ValueError(f"the model has no place for {sorted(selected)}")
+        raise ValueError(f"the model has no weights {sorted(selected)}")
     return jax.tree.unflatten(jax.tree.structure(rest, is_leaf=is_variable), whole)
 
 

@@ -189,7 +189,7 @@ class LanguageModel(nnx.Module):
         The j-th visual token of the row takes the j-th feature; one beyond the row's items keeps its own embedding.
         """
         table = self.language_model.embed_tokens.weight[...]
-        # What is sent is the table or the result, whichever is less.
+        # On a mesh either the table or the result is sent between devices, whichever is smaller.
         x = (keep_vocabulary(table) if tokens.size > table.shape[0] else table)[tokens]
         if features is None or grids is None or grids.shape[1] == 0:
             return x
@@ -197,13 +197,13 @@ class LanguageModel(nnx.Module):
         batch, _, tokens_per_slice, dim = features.shape
         is_visual = self.is_visual(tokens)
         rank = jnp.asarray(seen).reshape(-1, 1) + jnp.cumsum(is_visual, axis=1) - 1
-        place = locate(rank, grids, self.config.vision.spatial_merge_size)
-        index = place.slice * tokens_per_slice + place.offset
+        located = locate(rank, grids, self.config.vision.spatial_merge_size)
+        index = located.slice * tokens_per_slice + located.offset
         flat = features.reshape(batch, -1, dim)
         chosen = jnp.take_along_axis(flat, index[..., None], axis=1, mode="fill", fill_value=0)
-        if dim > x.shape[-1]:  # text has no parts for the first layers
+        if dim > x.shape[-1]:  # for text, nothing is added in the first layers
             x = jnp.pad(x, ((0, 0), (0, 0), (0, dim - x.shape[-1])))
-        return jnp.where((is_visual & place.known)[..., None], chosen.astype(x.dtype), x)
+        return jnp.where((is_visual & located.known)[..., None], chosen.astype(x.dtype), x)
 
     def backbone(
         self,
@@ -229,9 +229,9 @@ class LanguageModel(nnx.Module):
     def prefill(
         self, x: jax.Array, positions: jax.Array, valid: jax.Array, *, implementation: str | None = None
     ) -> tuple[jax.Array, KVCache]:
-        """As `backbone`, and the cache of the tokens, left-aligned, for `step` to go on from or, as a `Prefix`, to read.
+        """As `backbone`, and the cache of the tokens, left-aligned, which `step` can read as a `Prefix`.
 
-        The cache has no room for more.
+        Its capacity is T tokens: nothing can be appended.
         """
         return self.language_model.prefill(x, positions, valid, implementation=implementation)
 
@@ -240,7 +240,7 @@ class LanguageModel(nnx.Module):
         return self.language_model.unstack()
 
     def empty_cache(self, batch: int, capacity: int) -> KVCache:
-        """Room for `capacity` tokens in each of `batch` rows."""
+        """See `Model.empty_cache`."""
         return self.language_model.empty_cache(batch, capacity)
 
     def step(

@@ -52,16 +52,16 @@ REMEDIES = {
     "trainable_token_indices": "it trains embeddings too; merge it with PEFT (merge_and_unload), and load the merged model",
 }
 MERGE = "merge it with PEFT (merge_and_unload), and load the merged model"
-# Other ways to begin change the base weights, and PEFT changes them again when it loads the adapter.
-BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Other initialisations change the base weights, and PEFT changes them again when it loads the adapter.
+INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class LayerName(NamedTuple):
-    """Where the adapter of one layer belongs."""
+    """The names of a linear layer that may have an adapter."""
 
     name: str  # as transformers calls the layer
     path: str  # of the linear layer it is part of, with `{}` for the number of a stacked layer
-    layer: int | None  # place in the stack; None: not stacked
+    layer: int | None  # index in the stack; None: not stacked
     key: str  # as we call the layer, with its number
 
 
@@ -85,7 +85,7 @@ class PEFTConfig:
         """Reads an `adapter_config.json`.
 
         Raises:
-            FileError: a field has a value that is none, or asks for what is not supported. The message says what to do.
+            FileError: a field has a value of the wrong kind, or asks for what is not supported. The message says what to do.
         """
         values = read_json(path, limit=2**24)
         if not isinstance(values, dict):
@@ -104,7 +104,7 @@ class PEFTConfig:
         for name, value in values.items():
             if name not in PASSED_OVER | UNDERSTOOD and value:
                 raise ValueError(f"{name} is {value!r}, which is not supported: {REMEDIES.get(name, MERGE)}"[:400])
-        if (start := values.get("init_lora_weights", True)) not in BEGINNINGS:
+        if (start := values.get("init_lora_weights", True)) not in INITIALISATIONS:
             raise ValueError(
                 f"init_lora_weights is {start!r}, which changes the base weights: save the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion"
@@ -199,7 +199,7 @@ def _of_pattern(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 
 
 def _match(pattern: str, name: str) -> Any:
-    """The match of the whole name. Patterns are from files: what takes too long or is none is a ValueError."""
+    """Matches the whole name. Patterns come from files: one that is invalid or takes too long raises ValueError."""
     try:
         return regex.fullmatch(pattern, name, timeout=SECONDS)
     except TimeoutError:
@@ -246,10 +246,10 @@ def _adapted(model: M, directory: Path, attach: Callable[..., None]) -> M:
     if adapted := [name for name, linear in layers.items() if linear.lora_a is not None]:
         raise ValueError(f"the model has an adapter already, on {few(adapted)}: merge it first (`merge_lora`)")
     try:
-        found = _factors(model, open_safetensors(directory / WEIGHTS), config, directory)
+        factors = _factors(model, open_safetensors(directory / WEIGHTS), config, directory)
         for name, linear in layers.items():
-            if of_layer := {place.layer: place for place in found if place.path == name}:
-                attach(linear, of_layer, found, config)
+            if names := {x.layer: x for x in factors if x.path == name}:
+                attach(linear, names, factors, config)
     except ValueError as error:  # of a pattern
         raise error if isinstance(error, FileError) else FileError(f"{directory / CONFIG}: {error}") from None
     return model
@@ -260,9 +260,9 @@ def _layer_names(model: Model) -> dict[str, LayerName]:
     names = {}
     for path, linear in linears(model):
         stacked = linear.weight.axes[0] == "layers"
-        for place, number in enumerate(layer_numbers(model, f"{path}.weight", linear.weight)):
+        for index, number in enumerate(layer_numbers(model, f"{path}.weight", linear.weight)):
             key = path.format(number)
-            names[key] = LayerName(model.config.names.in_transformers(key), path, place if stacked else None, key)
+            names[key] = LayerName(model.config.names.in_transformers(key), path, index if stacked else None, key)
     return names
 
 
@@ -271,7 +271,7 @@ def _factors(
 ) -> dict[LayerName, dict[str, Tensor]]:
     """The tensors lora_A and lora_B of every layer that has an adapter, checked against the configuration and the model."""
     known = _layer_names(model)
-    found: dict[LayerName, dict[str, Tensor]] = {}
+    factors: dict[LayerName, dict[str, Tensor]] = {}
     written: dict[LayerName, str] = {}  # the names that the file has for them
     for key, tensor in tensors.items():
         module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")
@@ -283,21 +283,23 @@ def _factors(
             raise tensor.error(f"belongs to {module!r}, which is no linear layer of this model")
         if not config.targeted(module):
             raise tensor.error("is not among the target_modules of the configuration")
-        if found.setdefault(layer, {}).setdefault(kind[0], tensor) is not tensor:
+        if factors.setdefault(layer, {}).setdefault(kind[0], tensor) is not tensor:
             raise tensor.error("is there twice, in two spellings")
         written[layer] = module
     spelling = _spelling(model, written)
     wanted = [x for x in known.values() if config.targeted(spelling(x)) and config.targets != "all-linear"]
-    missing = [f"{spelling(x)}.lora_{kind}" for x in {*wanted, *found} for kind in "AB" if kind not in found.get(x, {})]
-    if missing or not found:
+    missing = [
+        f"{spelling(x)}.lora_{kind}" for x in {*wanted, *factors} for kind in "AB" if kind not in factors.get(x, {})
+    ]
+    if missing or not factors:
         raise FileError(f"{directory / WEIGHTS}: {len(missing)} missing tensors: {few(sorted(missing))}")
     shapes = {path: linear.weight.shape[-2:] for path, linear in linears(model)}
-    for layer, pair in found.items():
+    for layer, pair in factors.items():
         (out_dim, in_dim), rank = shapes[layer.path], config.rank_of(written[layer])
         pair["A"].check((rank, in_dim))
         pair["B"].check((out_dim, rank))
     # From here on under the names that the configuration's patterns are about.
-    return {layer._replace(name=written[layer]): pair for layer, pair in found.items()}
+    return {layer._replace(name=written[layer]): pair for layer, pair in factors.items()}
 
 
 def _ours(model: Model, module: str) -> str:
@@ -315,7 +317,7 @@ def _spelling(model: Model, written: Mapping[LayerName, str]) -> Callable[[Layer
 
 
 def _check_base(tensor: Tensor, model: Model) -> None:
-    """PEFT saves embedding and head beside their adapters: what is the model's own is passed over, anything else refused."""
+    """Checks a tensor that is no factor: PEFT saves embedding and head beside their adapters, which must be the model's own."""
     module = tensor.name.removeprefix(PREFIX).replace(".base_layer.", ".")
     own = {key: weight for _, key, weight in named_weights(model)}.get(model.config.names.ours(module))
     if own is None:
@@ -332,17 +334,17 @@ def _check_base(tensor: Tensor, model: Model) -> None:
 
 
 def _attach(
-    linear: Linear, places: dict[int | None, LayerName], found: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
+    linear: Linear, names: dict[int | None, LayerName], factors: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
 ) -> None:
-    """Gives a linear layer, stacked or not, the factors of its layers."""
+    """Gives a linear layer, stacked or not, the factors of its layers, whose `names` are by index in the stack."""
     *layers, out_dim, in_dim = linear.weight.shape
     *layer_axis, out_axis, in_axis = linear.weight.axes
-    rank = max(found[place]["A"].shape[0] for place in places.values())
-    scale = max((config.scale_of(place.name) for place in places.values()), key=abs)
+    rank = max(factors[name]["A"].shape[0] for name in names.values())
+    scale = max((config.scale_of(x.name) for x in names.values()), key=abs)
     a, b = np.zeros((*layers, rank, in_dim), np.float32), np.zeros((*layers, out_dim, rank), np.float32)
-    for layer, place in places.items():
-        pair, at = found[place], () if layer is None else (layer,)
-        own, ratio = pair["A"].shape[0], config.scale_of(place.name) / scale if scale else 1.0
+    for layer, name in names.items():
+        pair, at = factors[name], () if layer is None else (layer,)
+        own, ratio = pair["A"].shape[0], config.scale_of(name.name) / scale if scale else 1.0
         for tensor in pair.values():
             if not is_finite(np.ascontiguousarray(tensor.values())):
                 raise tensor.error("holds NaN or infinity")
@@ -356,23 +358,23 @@ def _attach(
 
 
 def _attach_zeros(
-    linear: Linear, places: dict[int | None, LayerName], found: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
+    linear: Linear, names: dict[int | None, LayerName], factors: dict[LayerName, dict[str, Tensor]], config: PEFTConfig
 ) -> None:
     """As `_attach`, with zeros."""
     *layers, out_dim, in_dim = linear.weight.shape
     *layer_axis, out_axis, in_axis = linear.weight.axes
-    rank = max(found[place]["A"].shape[0] for place in places.values())
+    rank = max(factors[name]["A"].shape[0] for name in names.values())
     linear.lora_a = LoRAWeight(jnp.zeros((*layers, rank, in_dim)), axes=(*layer_axis, None, in_axis))
     linear.lora_b = LoRAWeight(jnp.zeros((*layers, out_dim, rank)), axes=(*layer_axis, out_axis, None))
-    linear.lora_scale = max((config.scale_of(place.name) for place in places.values()), key=abs)
+    linear.lora_scale = max((config.scale_of(x.name) for x in names.values()), key=abs)
 
 
 def _put(values: np.ndarray, axes: tuple, linear: Linear) -> jax.Array:
     """An array on the devices of the layer's weight, laid out by its own axes."""
-    place = linear.weight[...].sharding
-    if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh):
-        place = NamedSharding(place.mesh, partition_spec(axes, values.shape, place.mesh))
-    return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+    sharding = linear.weight[...].sharding
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        sharding = NamedSharding(sharding.mesh, partition_spec(axes, values.shape, sharding.mesh))
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 def save_adapter(

@@ -74,9 +74,9 @@ class Processor:
             return None
         tokenizer = load_tokenizer(directory)
         for token, expected in zip(config.placeholders, config.visual_tokens, strict=True):
-            found = tokenizer.convert_tokens_to_ids(token)
-            if found != expected:
-                raise FileError(f"{directory}: {token} is token {found} of the tokenizer, {expected} of config.json")
+            number = tokenizer.convert_tokens_to_ids(token)
+            if number != expected:
+                raise FileError(f"{directory}: {token} is token {number} of the tokenizer, {expected} of config.json")
         limits = {} if config.vision is None else _read_limits(files, directory, config.vision)
         try:
             processor = cls(tokenizer, family=type(config), vision=config.vision, **limits)
@@ -86,9 +86,9 @@ class Processor:
         return processor
 
     def save(self, directory: Path) -> None:
-        """Writes the files it was read from as they were.
+        """Writes the files that the processor was read from, unchanged.
 
-        In the place of what has changed since it writes files that all releases of transformers read.
+        Files whose values have changed since are written anew, in a form that all releases of transformers read.
         """
         files = dict(self._files)
         tokenizer, limits = self._as_read or (None, None)
@@ -126,10 +126,10 @@ class Processor:
         texts = [text] if isinstance(text, str) else list(text)
         out: dict[str, np.ndarray] = {}
         shown: dict[str, list[str]] = {}  # placeholder -> what stands for its items
-        given = [[[image] for image in images or []], [list(video) for video in videos or []]]
+        items_by_kind = [[[image] for image in images or []], [list(video) for video in videos or []]]
         names = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
         for kind, items, placeholder, keys in zip(
-            ("image", "video"), given, (*self.family.placeholders, None, None), names, strict=False
+            ("image", "video"), items_by_kind, (*self.family.placeholders, None, None), names, strict=False
         ):
             count = sum(t.count(placeholder) for t in texts) if placeholder else 0
             if count != len(items):
@@ -245,10 +245,10 @@ def _expand(text: str, shown: dict[str, list[str]]) -> str:
     """
     pieces, at = [], 0
     while True:
-        found = [(text.find(pad, at), pad) for pad in shown if text.find(pad, at) >= 0]
-        if not found:
+        ahead = [(text.find(pad, at), pad) for pad in shown if text.find(pad, at) >= 0]
+        if not ahead:
             return "".join([*pieces, text[at:]])
-        start, pad = min(found)
+        start, pad = min(ahead)
         end, item = start + len(pad), shown[pad].pop(0)
         before = text[at:start]
         if VISION_START in item and before.endswith(VISION_START) and text.startswith(VISION_END, end):
@@ -319,7 +319,7 @@ def _check_square(values: dict[str, Any], vision: TowerConfig, where: Path) -> N
 
 
 def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
-    found = values.get(name) or {}
-    if not isinstance(found, dict):
-        raise FileError(f"{where}: {name} is {shown(found)}, not an object of fields")
-    return found
+    inner = values.get(name) or {}
+    if not isinstance(inner, dict):
+        raise FileError(f"{where}: {name} is {shown(inner)}, not an object of fields")
+    return inner

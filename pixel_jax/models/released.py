@@ -50,12 +50,12 @@ def weight_shapes(config: ModelConfig, dtype=None) -> Model:
 
 def check_architecture(model: Model, name: str, where: str) -> None:
     """ValueError unless the weights of `model`, read from `where`, have the shapes of the network called `name`."""
-    expected, found = (
+    expected, actual = (
         {key: weight.shape for _, key, weight in named_weights(x)} for x in (weight_shapes(released(name)), model)
     )
-    for key in sorted(expected.keys() | found.keys()):
-        if expected.get(key) != found.get(key):
+    for key in sorted(expected.keys() | actual.keys()):
+        if expected.get(key) != actual.get(key):
             raise ValueError(
-                f"{where} does not hold the network {name}: {key} has shape {found.get(key)}, not {expected.get(key)}; "
+                f"{where} does not hold the network {name}: {key} has shape {actual.get(key)}, not {expected.get(key)}; "
                 "set architecture to None for another network"
             )

@@ -118,18 +118,18 @@ def mrope_positions(
     assert config.vision is not None
     merge, rate = config.vision.spatial_merge_size, config.vision.tokens_per_second
     rank = jnp.cumsum(is_visual, axis=1) - 1
-    place = locate(rank, grids, merge)
-    is_visual = is_visual & place.known  # a visual token that belongs to no item is text
+    located = locate(rank, grids, merge)
+    is_visual = is_visual & located.known  # a visual token that belongs to no item is text
     t, h, w = jnp.moveaxis(merged_grids(grids, merge), -1, 0)
-    take = lambda x: jnp.take_along_axis(x, place.item, axis=1)
+    take = lambda x: jnp.take_along_axis(x, located.item, axis=1)
 
     def time_to_ids(index):  # [B, T] slices since the item's first -> positions
         return index if rate is None else (index.astype(jnp.float32) * take(seconds) * rate).astype(jnp.int32)
 
     t, h, w = take(t), jnp.maximum(take(h), 1), jnp.maximum(take(w), 1)
     span = jnp.maximum(jnp.maximum(h, w), time_to_ids(t - 1) + 1)
-    last = place.within == t * h * w - 1
+    last = located.within == t * h * w - 1
     increment = jnp.where(is_visual, jnp.where(last, span, 0), 1) * valid
     base = start[:, None] + jnp.cumsum(increment, axis=1) - increment
-    inside = jnp.stack([time_to_ids(place.within // (h * w)), place.within // w % h, place.within % w])
+    inside = jnp.stack([time_to_ids(located.within // (h * w)), located.within // w % h, located.within % w])
     return (base + inside * is_visual).astype(jnp.int32), (start + increment.sum(axis=1)).astype(jnp.int32)

@@ -30,7 +30,7 @@ MAX_TEMPLATES = 100
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a path, relative to a model directory, is one of these files."""
+    """Whether a path, relative to a model directory, is a file of its tokenizer, preprocessor or generation settings."""
     return name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) or is_template(name)
 
 
@@ -48,16 +48,16 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
     """
     names = [name for name in (*TOKENIZER_FILES, *PREPROCESSOR_FILES, GENERATION) if os.path.lexists(directory / name)]
     if (directory / TEMPLATES).is_dir():
-        found = sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).iterdir())
-        names += filter(is_template, found)
-        if len(found) > MAX_TEMPLATES:
-            raise FileError(f"{directory / TEMPLATES} holds {len(found)} files, more than {MAX_TEMPLATES}")
+        templates = sorted(f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).iterdir())
+        names += filter(is_template, templates)
+        if len(templates) > MAX_TEMPLATES:
+            raise FileError(f"{directory / TEMPLATES} holds {len(templates)} files, more than {MAX_TEMPLATES}")
     root = directory.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     files = {}
     for name in names:
         target = (directory / name).resolve()
-        if not any(target.is_relative_to(place) for place in roots):
+        if not any(target.is_relative_to(folder) for folder in roots):
             raise FileError(
                 f"{directory / name} is a link to {target}, outside the model directory: put the file itself in its place"
             )
@@ -69,7 +69,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
 
 
 def json_object(files: dict[str, bytes], name: str, directory: Path) -> dict[str, Any]:
-    """The fields of a JSON file; FileError if it holds none."""
+    """Returns the fields of a JSON file; FileError if it is no object."""
     # In files of transformers int(1e30) stands for "no limit" of a text's length.
     values = parse_json(files[name], str(directory / name), largest=int(1e30))
     if not isinstance(values, dict):

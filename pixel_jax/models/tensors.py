@@ -41,11 +41,11 @@ class Tensor:
     values: Callable[[], np.ndarray]  # all of it; of a mapped file a view, which reads what is indexed
 
     def error(self, problem: str) -> FileError:
-        """What is wrong with it, as an error that names tensor and file."""
+        """Returns an error about the tensor, which names it and its file."""
         return FileError(f"{self.file.parent}: tensor {self.name!r} in {self.file.name} {problem}")
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raises FileError if it has another shape or is none of floating-point numbers."""
+        """Raises FileError if the tensor has another shape, or its numbers are not floating-point."""
         if self.shape != shape:
             raise self.error(f"has shape {self.shape}, expected {shape}")
         if self.dtype not in FLOATS:
@@ -125,7 +125,7 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 def to_safetensors(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """A safetensors file of these tensors, as transformers and PEFT read it."""
+    """Returns the bytes of a safetensors file with these tensors, as transformers and PEFT read it."""
     from safetensors.numpy import save
 
     return save(dict(tensors), metadata={"format": "pt"})

@@ -36,7 +36,7 @@ EPS = 1e-6  # fixed in the original, not a field of its configuration
 
 
 class Layout:
-    """Where the patches of a batch of slices lie: in merge order, or, in a tower with windows, in the order of these.
+    """The order of the patches of a batch of slices: merge order, or, in a tower with windows, window by window.
 
     valid: bool [N, P]; row, column: int32 [N, P], patch coordinates
     With windows also `window`, int32 [N, P], the number of the patch's window, and `order`, int32 [N, P / 4], the number in
@@ -45,20 +45,20 @@ class Layout:
 
     def __init__(self, hw: jax.Array, num_patches: int, config: TowerConfig):
         merge, unit = config.spatial_merge_size, config.merge_unit
-        place = jnp.arange(num_patches // unit)[None]
+        index = jnp.arange(num_patches // unit)[None]
         down, across = hw[:, :1] // merge, jnp.maximum(hw[:, 1:] // merge, 1)
         patches = lambda x: jnp.repeat(x, unit, axis=1, total_repeat_length=num_patches)
-        valid = place < down * across
+        valid = index < down * across
         if config.window_size is None:
-            row, column = jnp.divmod(place, across)
+            row, column = jnp.divmod(index, across)
         else:
             cells = config.window_cells
             left = lambda size, windows: jnp.clip(size - windows * cells, 1, cells)  # the last of a line may be cut
-            band, rest = jnp.divmod(place, across * cells)
+            band, rest = jnp.divmod(index, across * cells)
             beside, rest = jnp.divmod(rest, left(down, band) * cells)
             row, column = jnp.divmod(rest, left(across, beside))
             row, column = row + band * cells, column + beside * cells
-            self.order = jnp.where(valid, row * across + column, place)
+            self.order = jnp.where(valid, row * across + column, index)
             self.window = patches(band * across + beside)
         sub = jnp.arange(num_patches)[None] % unit
         self.valid = patches(valid)
@@ -110,7 +110,7 @@ class PatchEmbed(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Attention over a slice, or, in a tower with windows, within these."""
+    """Attention over a slice; in most blocks of a tower with windows only within the window."""
 
     def __init__(self, key: jax.Array, config: TowerConfig, dtype):
         keys = jax.random.split(key)
@@ -182,7 +182,7 @@ class PatchMerger(nnx.Module):
         keys = jax.random.split(key)
         wide = config.hidden_size * config.merge_unit
         self.ln_q = norm(config, dtype)
-        # The names are places in the original's Sequential(Linear, GELU, Linear).
+        # The names are indices in the original's Sequential(Linear, GELU, Linear).
         first = Linear(keys[0], wide, wide, ("vision_mlp", "vision_embed"), bias=True, dtype=dtype)
         last = Linear(keys[1], wide, config.out_hidden_size, ("embed", "vision_mlp"), bias=True, dtype=dtype)
         self.mlp = nnx.Dict({"0": first, "2": last})
@@ -235,7 +235,7 @@ class VisionTower(nnx.Module):
         return keep_rows(self.merge(x, () if taps is None else taps, layout))
 
     def embed(self, pixels: jax.Array, hw: jax.Array, layout: Layout) -> jax.Array:
-        """Pixels [N, P, patch_dim] in merge order -> what the first block reads, [N, P, hidden], in that of `layout`."""
+        """Pixels [N, P, patch_dim] in merge order -> the input of the first block, [N, P, hidden], in the order of `layout`."""
         x = keep_rows(self.patch_embed(keep_rows(pixels)))
         if self.config.window_size is None:
             return x

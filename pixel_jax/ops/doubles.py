@@ -73,8 +73,8 @@ def divide(a: Double, b: Double) -> Double:
     more = digits * DIGIT - MANTISSA
     rest = ((quotient & ((1 << more) - 1)) | remainder) != 0
     exponent = a.exponent - b.exponent - borrow - MANTISSA
-    found = _round_to_double(quotient >> more, exponent, rest.astype(jnp.int64))
-    return found._replace(mantissa=jnp.where(a.mantissa == 0, 0, found.mantissa))
+    rounded = _round_to_double(quotient >> more, exponent, rest.astype(jnp.int64))
+    return rounded._replace(mantissa=jnp.where(a.mantissa == 0, 0, rounded.mantissa))
 
 
 def sqrt(a: Double) -> Double:
@@ -125,14 +125,14 @@ def _add(a: Double, b: Double, sign: int) -> Double:
     aligned = value >> shift
     rest = (aligned << shift != value).astype(jnp.int64)
     total = (large.mantissa << GUARD) + sign * aligned
-    # The bits of `b` below the last bit of the difference are subtracted, too: the next lower integer remains, and a rest.
+    # Bits of `b` below the last bit of the difference are subtracted, too: that gives the next lower integer, and a rest.
     total = total - rest if sign < 0 else total
     drop = (64 - lax.clz(total)) - (MANTISSA + 1)
-    kept = total >> jnp.maximum(drop, 0)
-    rest |= (kept << jnp.maximum(drop, 0) != total).astype(jnp.int64)
-    found = _round_to_double(kept << jnp.maximum(-drop, 0), large.exponent - GUARD + drop, rest)
-    none = (total == 0) | swap if sign < 0 else total == 0
-    return found._replace(mantissa=jnp.where(none, 0, found.mantissa))
+    high = total >> jnp.maximum(drop, 0)
+    rest |= (high << jnp.maximum(drop, 0) != total).astype(jnp.int64)
+    rounded = _round_to_double(high << jnp.maximum(-drop, 0), large.exponent - GUARD + drop, rest)
+    zero = (total == 0) | swap if sign < 0 else total == 0
+    return rounded._replace(mantissa=jnp.where(zero, 0, rounded.mantissa))
 
 
 def round_half_even(a: Double) -> jax.Array:

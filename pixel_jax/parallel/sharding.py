@@ -320,5 +320,5 @@ def sequence_shards(mesh: Mesh | AbstractMesh | None) -> int:
 
 
 def split_sequence(tree: T, mesh: Mesh | None, *spec) -> T:
-    """Is `constrain` where the positions of a row are split; elsewhere, returns `tree`."""
+    """Constrains `tree` as `constrain` does where the positions of a row are split; elsewhere, returns `tree`."""
     return constrain(tree, mesh, *spec) if sequence_shards(mesh) > 1 else tree

@@ -1,6 +1,6 @@
 """Work counted from the text of a compiled program (optimised HLO): what one device computes, moves and sends.
 
-XLA's own analysis counts the body of a loop once. Here a body counts as often as it runs: known trip counts are read from
+`compiled.cost_analysis()` counts the body of a loop once. Here a body counts as often as it runs: known trip counts are read from
 the program; those that the data decides come from the caller, by the `jax.named_scope` around the loop.
 
 * FLOPs are those of matrix products (`dot`, and `convolution`, into which TPUs turn it), by the convention of MFU.

@@ -28,8 +28,8 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 DOCS = "docs.cloud.google.com/tpu/docs/"
-# Newer pages give links in both directions: twice these numbers. Memory is less than the pages say, it is what libtpu 0.0.52
-# says of a program that is too large: "exceeds available HBM (15.75G)". It counts a device, and a TPU7x has two.
+# Newer pages give the rate of links in both directions, twice these numbers. Memory is less than on the pages: it is what libtpu
+# 0.0.52 allows a program ("exceeds available HBM (15.75G)"), of one device, of which a TPU7x has two.
 CHIPS = {
     "v4": Chip(30.75 * GIB, 1228e9, 2400e9 / 8, 3, DOCS + "v4"),
     "v5e": Chip(15.75 * GIB, 819e9, 1600e9 / 8, 2, DOCS + "v5e"),
@@ -78,13 +78,13 @@ def machine(name: str) -> Machine:
     Raises:
         ValueError: there is no such machine, or it cannot be imagined.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if not found or found[1] not in CHIPS:
+    parsed = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not parsed or parsed[1] not in CHIPS:
         raise ValueError(
             f"topology {name!r} is neither of the form KIND:AxB, as v5e:4x4, nor, of GPUs, KIND:NODESxGPUS, as h100:2x8; "
             f"KIND is one of {', '.join(CHIPS)}"
         )
-    kind, chip, chips = found[1], CHIPS[found[1]], math.prod(map(int, found[2].split("x")))
+    kind, chip, chips = parsed[1], CHIPS[parsed[1]], math.prod(map(int, parsed[2].split("x")))
     if kind == "cpu":
         devices = jax.devices("cpu")
         if len(devices) < chips:
@@ -92,12 +92,12 @@ def machine(name: str) -> Machine:
         assert chip.flops is not None  # it is invented
         return Machine(name, chip, chips, devices[:chips], chip.flops)
     if kind in GPUS:
-        *nodes, each = map(int, found[2].split("x"))
+        *nodes, each = map(int, parsed[2].split("x"))
         if len(nodes) > 1 or not chips or each > NODE:
             raise ValueError(f"{name} is not NODESxGPUS with 1 to {NODE} GPUs a node, as {kind}:2x{NODE}")
         devices = imagine(GPUS[kind], chips // each, each)
         return Machine(name, chip, chips, devices, PEAK_FLOPS[GPUS[kind].kind], node=each)
-    dims = found[2].count("x") + 1
+    dims = parsed[2].count("x") + 1
     if dims != chip.dims:
         raise ValueError(f"{name} has {dims} dimensions, a {kind} slice has {chip.dims}")
     devices = _imagined(name)

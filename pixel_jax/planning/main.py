@@ -89,26 +89,26 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
     if "rollout" in wanted and not {"update", "score"} & set(wanted):
         console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
     learning = [step for step in wanted if step in RUN]
-    made: list[Compiled] = []
+    plans: list[Compiled] = []
     best: dict[str, dict[str, Compiled]] = {}
     points: list[Point] = []
 
     def keep() -> None:
         if FLAGS.json:
-            write_json(FLAGS.json, report.document(made, best, points))
+            write_json(FLAGS.json, report.document(plans, best, points))
 
     def note(compiled) -> None:
         console.print(report.line(compiled))
-        made.append(compiled)
+        plans.append(compiled)
         keep()
 
     for target in machines:
         best[target.name] = {}
         for steps in [[step] for step in wanted if step not in RUN] + [learning] * bool(learning):
-            best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, note=note)
+            best[target.name] |= search(recipe, steps, target, fitting=FLAGS.fitting, most=FLAGS.most, report=note)
             keep()
-    if made:
-        print_table(report.table(made, best))
+    if plans:
+        print_table(report.table(plans, best))
     if FLAGS.scaling:
         step = "update" if "update" in recipe.steps else recipe.steps[0]
         for point in weak_scaling(recipe, step, FLAGS.scaling, most=FLAGS.most):

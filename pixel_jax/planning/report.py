@@ -19,7 +19,7 @@ LOWER_BOUND = (
 Best = Mapping[str, Mapping[str, Compiled]]  # topology -> step -> its plan
 
 
-def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
+def document(plans: Sequence[Compiled], best: Best, points: Sequence[Point] = ()) -> dict[str, Any]:
     """The content of the JSON file.
 
     `plans` is a list of all plans; `best`, topology -> step -> the index of its plan and the assumed numbers of turns;
@@ -29,10 +29,10 @@ def document(made: Sequence[Compiled], best: Best, points: Sequence[Point] = ())
         {**dataclasses.asdict(p.compiled.plan), "times": p.times and p.times._asdict(), "rate": p.rate} for p in points
     ]
     return {
-        "plans": [dataclasses.asdict(compiled.plan) for compiled in made],
+        "plans": [dataclasses.asdict(compiled.plan) for compiled in plans],
         "best": {
             topology: {
-                step: {"plan": made.index(compiled), "assumed_turns": compiled.assumed}
+                step: {"plan": plans.index(compiled), "assumed_turns": compiled.assumed}
                 for step, compiled in steps.items()
             }
             for topology, steps in best.items()
@@ -61,7 +61,7 @@ def line(compiled: Compiled) -> str:
     return f"{plan.topology} {plan.step}: {mesh(plan)}: {fits}; compiled in {compiled.seconds:.0f} s"
 
 
-def table(made: Sequence[Compiled], best: Best) -> Table:
+def table(plans: Sequence[Compiled], best: Best) -> Table:
     """The best plan of each step on each machine."""
     head = (
         "topology",
@@ -77,7 +77,7 @@ def table(made: Sequence[Compiled], best: Best) -> Table:
     )
     rows, caption = [], [LOWER_BOUND]
     for topology, steps in best.items():
-        for step in dict.fromkeys(c.plan.step for c in made if c.plan.topology == topology):
+        for step in dict.fromkeys(c.plan.step for c in plans if c.plan.topology == topology):
             if step not in steps:
                 rows.append((topology, step, "none of those compiled fits, with the run's other steps"))
                 continue

@@ -88,7 +88,7 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
     text, rows, devices = recipe.network.text, recipe.rows(step), len(machine.devices)
     if step == "rollout":
         rows = slots(recipe) // recipe.config.learning.rollout.group_size  # a prompt's rows stay together
-    found = []
+    meshes = []
     for tensor in TENSOR:
         if text.num_key_value_heads % tensor or text.num_attention_heads % tensor or devices % tensor:
             continue
@@ -102,9 +102,9 @@ def candidates(recipe: Recipe, step: str, machine: Machine) -> list[dict[str, in
             for fsdp in (f for f in range(1, row_shards + 1) if row_shards % f == 0):
                 mesh = {"data": row_shards // fsdp, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
                 if not undivided(model, mesh):
-                    found.append(mesh)
-    found.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
-    return found
+                    meshes.append(mesh)
+    meshes.sort(key=lambda mesh: expected_seconds(recipe, step, machine, mesh))
+    return meshes
 
 
 def slots(recipe: Recipe) -> int:
@@ -122,19 +122,19 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     weights = 2.0 * _parameters(text)
     sequence = mesh.get("sequence", 1)
     split = mesh["fsdp"] * sequence
-    held = weights / (split * mesh["tensor"])
+    stored = weights / (split * mesh["tensor"])
     gathered = weights / mesh["tensor"] * (split - 1) / split  # to read every weight once
     row_shards = mesh["data"] * mesh["fsdp"]
     if step == "rollout":
         config = recipe.config.learning.rollout
         cached = text.cache_bytes(config.max_response, 2) * slots(recipe) / row_shards / mesh["tensor"]
-        if held + cached > chip.memory:
+        if stored + cached > chip.memory:
             return math.inf
         return config.max_response * (weights / mesh["tensor"] / chip.bandwidth + gathered / chip.links)
     full = not recipe.config.adapts
     # In units of bfloat16 weights: float32 weights and two moments, and to train gradients.
     state = 1 if not full else 6 if step == "score" else 8
-    if state * held > chip.memory:
+    if state * stored > chip.memory:
         return math.inf
     full &= step != "score"
     tokens = recipe.rows(step) / row_shards * recipe.length(step) / sequence
@@ -142,7 +142,7 @@ def expected_seconds(recipe: Recipe, step: str, machine: Machine, mesh: Mapping[
     passes = 1 if step == "score" else 3 + full  # forward, forward again, backward, and gradients the other way
     megatron = 4 * (passes / 2) * 2 * tokens * text.hidden_size * (mesh["tensor"] - 1) / mesh["tensor"]
     keys = 4 * passes * tokens * (sequence - 1) * text.num_key_value_heads * text.head_dim / mesh["tensor"]
-    replicas = 2 * 4 * held * (mesh["data"] > 1) * full
+    replicas = 2 * 4 * stored * (mesh["data"] > 1) * full
     sent = passes * turns * gathered + text.num_hidden_layers * (megatron + keys) + replicas
     return sent / chip.links
 
@@ -158,7 +158,7 @@ def search(
     *,
     fitting: int,
     most: int,
-    note: Callable[[Compiled], object] = lambda compiled: None,
+    report: Callable[[Compiled], object] = lambda compiled: None,
 ) -> dict[str, Compiled]:
     """The plans of a run's steps: the fastest of the first `fitting` layouts that fit.
 
@@ -171,45 +171,45 @@ def search(
         machine: whose memory and peak rates count.
         fitting: the number of layouts that fit after which the search ends.
         most: meshes to compile for each step. Meshes that cannot fit, because a mesh that needs no more did not, are left out.
-        note: called with every plan as soon as it is made.
+        report: called with every plan as soon as it is compiled.
 
     Returns:
         Step -> plan; empty where no layout fits.
     """
     alone: dict[str, list[tuple[dict[str, int], Compiled]]] = {step: [] for step in steps}  # (mesh, its program alone)
-    noted: list[Compiled] = []
+    reported: list[Compiled] = []
     runs: list[dict[str, Compiled]] = []
 
-    def tell(compiled: Compiled) -> None:
-        if compiled not in noted:
-            noted.append(compiled)
-            note(compiled)
+    def report_once(compiled: Compiled) -> None:
+        if compiled not in reported:
+            reported.append(compiled)
+            report(compiled)
 
     for meshes in layouts(recipe, steps, machine):
-        ready = {step: found for step in steps for mesh, found in alone[step] if mesh == meshes[step]}
+        ready = {step: compiled for step in steps for mesh, compiled in alone[step] if mesh == meshes[step]}
         run = {}
         for step in sorted(steps, key=lambda step: step not in ready):
             if fresh := step not in ready:
-                tight = [mesh for mesh, found in alone[step] if not found.plan.fits]
+                tight = [mesh for mesh, compiled in alone[step] if not compiled.plan.fits]
                 if len(alone[step]) == most or any(needs_no_less(meshes[step], other) for other in tight):
                     break
                 ready[step] = plan(recipe, step, machine, meshes[step])
                 alone[step].append((meshes[step], ready[step]))
-            run[step] = beside(ready[step], held(recipe, step, machine, meshes), machine)
+            run[step] = beside(ready[step], resident_bytes(recipe, step, machine, meshes), machine)
             if fresh:
-                tell(run[step])
+                report_once(run[step])
             if not run[step].plan.fits:
                 break
         else:
-            for found in run.values():  # a rollout may be beside another state now than when it was compiled
-                tell(found)
+            for compiled in run.values():  # a rollout may be beside another state now than when it was compiled
+                report_once(compiled)
             runs.append(run)
             if len(runs) == fitting:
                 break
 
     def iteration_seconds(run: dict[str, Compiled]) -> float:
         calls = {step: recipe.config.learning.updates if step in ("update", "score") else 1 for step in run}
-        return sum(calls[step] * found.plan.predicted_seconds for step, found in run.items())
+        return sum(calls[step] * compiled.plan.predicted_seconds for step, compiled in run.items())
 
     return min(runs, key=iteration_seconds, default={})
 
@@ -223,14 +223,14 @@ def layouts(recipe: Recipe, steps: Sequence[str], machine: Machine) -> Iterator[
     kinds = [[step for step in steps if (step == "rollout") == rollout] for rollout in (True, False)]
     kinds = [kind for kind in kinds if kind]
     choices = [candidates(recipe, kind[0], machine) for kind in kinds]
-    for (step, *_), found in zip(kinds, choices, strict=True):
-        if not found:
+    for (step, *_), meshes in zip(kinds, choices, strict=True):
+        if not meshes:
             raise ValueError(f"{step}: {recipe.rows(step)} rows and the weights cannot be split over {machine.name}")
     for meshes in itertools.product(*choices):
         yield {step: mesh for kind, mesh in zip(kinds, meshes, strict=True) for step in kind}
 
 
-def held(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
+def resident_bytes(recipe: Recipe, step: str, machine: Machine, meshes: Mapping[str, Mapping[str, int]]) -> int:
     """The `resident` bytes beside a step of a layout. A mesh that the layout lacks is the config's."""
     if step not in RUN:
         return 0
@@ -279,7 +279,7 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
     counter = WorkCounter(text, program.turns, machine.nodes(list(mesh.devices.flat)))
     count, per_chip = counter.total(), machine.per_chip
     peak = per_chip * memory
-    found = Plan(
+    compiled = Plan(
         **known,
         fits=peak <= machine.chip.memory,
         bytes_per_chip=peak,
@@ -292,10 +292,10 @@ def plan(recipe: Recipe, step: str, machine: Machine, mesh_shape: Mapping[str, i
         bound=None,
         between_nodes=per_chip * count.between_nodes,
     )
-    each = times(found, machine)._asdict()
+    each = times(compiled, machine)._asdict()
     bound = max(each, key=lambda resource: each[resource])
-    found = dataclasses.replace(found, seconds=each[bound], bound=bound)
-    return Compiled(found, {scope: program.turns[scope] for scope in sorted(counter.assumed)}, seconds)
+    compiled = dataclasses.replace(compiled, seconds=each[bound], bound=bound)
+    return Compiled(compiled, {scope: program.turns[scope] for scope in sorted(counter.assumed)}, seconds)
 
 
 def compile_to_text(program: Program) -> tuple[float, str]:
@@ -317,8 +317,8 @@ def peak_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes of a device's memory, as the compiler planned it: arguments, results, temporaries and the program."""
     memory = compiled.memory_analysis()
     assert memory is not None  # TPUs, GPUs and CPUs have one
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arrays + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
 
 
 @contextlib.contextmanager

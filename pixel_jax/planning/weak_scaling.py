@@ -10,7 +10,7 @@ from pixel_jax.planning.search import Compiled, Times, search, times
 
 
 class Point(NamedTuple):
-    """The first plan that fits a slice (if none does, the last), and what it is compared by."""
+    """A point of the curve: the first plan that fits a slice (if none does, the last), its times and tokens."""
 
     compiled: Compiled
     times: Times | None
@@ -34,11 +34,11 @@ def with_rows(recipe: Recipe, rows: int) -> Recipe:
 
 
 def weak_scaling(recipe: Recipe, step: str, kind: str, *, most: int) -> Iterator[Point]:
-    """For every slice of a kind, each compiled for itself."""
+    """Yields the plan of every slice of a kind, each compiled on its own."""
     for chips, name in slices(kind).items():
         target = machine(name)
         scaled = with_rows(recipe, chips)
-        made: list[Compiled] = []
-        search(scaled, (step,), target, fitting=1, most=most, note=made.append)
-        each = times(made[-1].plan, target) if made[-1].plan.fits else None
-        yield Point(made[-1], each, scaled.length(step))
+        plans: list[Compiled] = []
+        search(scaled, (step,), target, fitting=1, most=most, report=plans.append)
+        each = times(plans[-1].plan, target) if plans[-1].plan.fits else None
+        yield Point(plans[-1], each, scaled.length(step))

@@ -93,9 +93,9 @@ def _traced(tool: Tool, part: str, function: Callable[..., Any], *arguments: Any
     except Exception as error:
         said = (str(error).splitlines() or [""])[0]
         raise ToolError(f"`{part}` of tool {tool.name!r} raises {type(error).__name__}: {said}") from error
-    if found := next((name for name in _primitives(program) if any(word in name for word in HOST)), None):
+    if operation := next((name for name in _primitives(program) if any(word in name for word in HOST)), None):
         raise ToolError(
-            f"`{part}` of tool {tool.name!r} is not pure: it communicates with the host ({found}). Make it a host tool "
+            f"`{part}` of tool {tool.name!r} is not pure: it communicates with the host ({operation}). Make it a host tool "
             "(host=True)"
         )
     return result

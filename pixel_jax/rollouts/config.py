@@ -26,7 +26,7 @@ class RolloutConfig:
     max_images: int = 16  # images of a row; a video counts as one. 0: prompts are text only
     # Prompt and response together: 12 * 1024 - 200, where the released loop stops a row. (Its training is shorter: `recipe`.)
     max_tokens: int = 12_088
-    max_response: int = 10_000  # room kept for what follows the prompt, observations included
+    max_response: int = 10_000  # capacity for the tokens after the prompt, observations included
     min_pixels: int = 4 * TOKEN_PIXELS  # of an image, shown in at least this area
     max_pixels: int = 2000 * TOKEN_PIXELS  # of an image, at most
     crop_min_pixels: int = 4 * TOKEN_PIXELS  # of a crop, at least

@@ -23,7 +23,7 @@ from pixel_jax.tools.tool import Tool
 
 
 class Drawings(NamedTuple):
-    """From what and how each of N calls drew an image: [..., N]."""
+    """The images that N calls drew: tool, arguments, and the region that was drawn from, [..., N]."""
 
     tool: AnyArray  # int32 [..., N], index into the tools
     values: Values  # [..., N, ...], the arguments

@@ -100,11 +100,11 @@ def _result(
     """Computes the result of one row's call of `tool`."""
     assert tool.execute is not None  # `check_device_tool` makes sure
     answer: Answer = tool.execute(read(tool, values), seen, config)
-    drawn, cases, given = jnp.zeros(2, jnp.int32), list(answer.outcomes), values
+    drawn, cases, recorded = jnp.zeros(2, jnp.int32), list(answer.outcomes), values
     if tool.draw is not None:
         size = region_size(answer.region[0])
-        given = with_shares(tool, values, size, size if answer.shown is None else answer.shown, seen.coordinates)
-        drawn = size_of_drawing(tool, read(tool, given), size)
+        recorded = with_shares(tool, values, size, size if answer.shown is None else answer.shown, seen.coordinates)
+        drawn = size_of_drawing(tool, read(tool, recorded), size)
         # Buffers are as large as the longest side of the prompt's images and of pictures that host tools returned.
         side = jnp.maximum(jnp.max(seen.image_sizes), jnp.max(region_size(answer.region[0])))
         cases.append((jnp.max(drawn) > side, None, ()))
@@ -138,7 +138,7 @@ def _result(
         jnp.where(count > 0, drawn, 0),
         done | (count > 0),
         count,
-        jax.tree.map(lambda x, y: jnp.where(count > 0, x, y), given, values),
+        jax.tree.map(lambda x, y: jnp.where(count > 0, x, y), recorded, values),
     )
 
 

@@ -85,7 +85,7 @@ def rollout(
 def compiled_rollout(
     model, prompts, key, assistant_prefix, temperature, config: RolloutConfig, *, shape: RolloutShape, mesh: Mesh | None
 ) -> Trajectories[VisualRecord]:
-    """Is the whole rollout as one program, without the host in its loop."""
+    """Runs the whole rollout as one program, without the host in its loop."""
     state = loop.start(model, prompts, key, assistant_prefix, temperature, config, shape, mesh)
     return loop.finish(loop.advance(model, state, None))
 
@@ -132,9 +132,7 @@ def begin(
     inputs = _program_inputs(model, batch, key, config, assistant_prefix, shape, mesh)
     with on_mesh(mesh):
         state = _start(model, *inputs, shape=shape, mesh=mesh)
-    if (
-        mesh is None
-    ):  # bound to the model's device, as what `advance` returns is: otherwise its second call compiles again
+    if mesh is None:  # on the model's device, as the results of `advance` are, whose second call would compile again
         state = jax.device_put(state, next(iter(jax.tree.leaves(model)[0].devices())))
     if any(tool.picture for tool in shape.tools):
         state = dataclasses.replace(state, pictures=_pictures(prompts.images, mesh))
@@ -198,11 +196,11 @@ def admit(
     Raises:
       ValueError: an index is out of range, repeated or not done; the prompts have another shape or other tables.
     """
-    places = np.asarray(indices, np.int32).reshape(-1)
+    numbers = np.asarray(indices, np.int32).reshape(-1)
     count, have = prompts.tokens.shape[0], state.prompts.tokens.shape[0]
-    if len(places) != count or len(set(places.tolist())) != count:
-        raise ValueError(f"indices {places.tolist()} for {count} prompts: name one index for each, none twice")
-    if outside := [place for place in places.tolist() if not 0 <= place < have]:
+    if len(numbers) != count or len(set(numbers.tolist())) != count:
+        raise ValueError(f"indices {numbers.tolist()} for {count} prompts: name one index for each, none twice")
+    if outside := [index for index in numbers.tolist() if not 0 <= index < have]:
         raise ValueError(
             f"indices {outside} do not exist: the state has 0 to {have - 1}; begin with a larger `capacity`"
         )
@@ -213,21 +211,20 @@ def admit(
         raise ValueError(f"temperatures {list(temperatures)} for {count} prompts: give one for each, 0 or more")
     with on_mesh(state.mesh):
         free = np.asarray(_free(state))
-        if busy := [place for place in places.tolist() if not free[place]]:
+        if busy := [index for index in numbers.tolist() if not free[index]]:
             raise ValueError(f"prompts {busy} are not done: `advance` until `finished`; free are {_list(free)}")
         arrays = _with_buffers(prompts, pad(prompts.images, prompts.shape))._replace(tables=())
-        where = places
         if state.mesh is not None:
-            where, arrays = replicate((places, arrays), state.mesh)
-        given = [state.temperature] * count if temperatures is None else [(x, x) for x in temperatures]
-        pairs = jnp.asarray(given, jnp.float32)
-        return _admit(state, where, arrays._replace(tables=state.prompts.tables), pairs)
+            numbers, arrays = replicate((numbers, arrays), state.mesh)
+        pairs = [state.temperature] * count if temperatures is None else [(x, x) for x in temperatures]
+        arrays = arrays._replace(tables=state.prompts.tables)
+        return _admit(state, numbers, arrays, jnp.asarray(pairs, jnp.float32))
 
 
 def drop(state: RolloutState, indices: Sequence[int] | np.ndarray) -> RolloutState:
-    """Empties prompts of a rollout, done or not: their rows stop, and what they wrote is forgotten.
+    """Empties prompts of a rollout, done or not: their rows stop, and their output is discarded.
 
-    Other rows write what they would have written. Each number of prompts has a compiled program.
+    Other rows are not affected. Each number of prompts has a compiled program.
 
     Args:
       state: of the rollout.
@@ -239,13 +236,13 @@ def drop(state: RolloutState, indices: Sequence[int] | np.ndarray) -> RolloutSta
     Raises:
       ValueError: an index is out of range.
     """
-    places, have = np.asarray(indices, np.int32).reshape(-1), state.prompts.tokens.shape[0]
-    if outside := [place for place in places.tolist() if not 0 <= place < have]:
+    numbers, have = np.asarray(indices, np.int32).reshape(-1), state.prompts.tokens.shape[0]
+    if outside := [index for index in numbers.tolist() if not 0 <= index < have]:
         raise ValueError(f"indices {outside} do not exist: the state has 0 to {have - 1}")
-    if not len(places):
+    if not len(numbers):
         return state
     with on_mesh(state.mesh):
-        return _drop(state, places if state.mesh is None else replicate(places, state.mesh))
+        return _drop(state, numbers if state.mesh is None else replicate(numbers, state.mesh))
 
 
 def finished(state: RolloutState) -> np.ndarray:
@@ -328,9 +325,9 @@ def host_rollout(
     host: HostTools | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> Trajectories[VisualRecord]:
-    """Is `rollout` with tools that may run on the host: the same steps, driven from the host.
+    """Runs a rollout whose tools may run on the host: the steps of `rollout`, driven from the host.
 
-    What host tools return need not be the same for the same key, and then rows are not the same either.
+    Rows are only reproducible from the key if the host tools always return the same.
 
     Args:
       model: as for `rollout`.

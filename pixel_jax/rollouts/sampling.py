@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pixel_jax.models import cpu_forms
+
 
 def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
     """Sets `logits` [R, V] outside the `top_k` largest, and then outside the nucleus `top_p`, to -inf.
@@ -14,8 +16,7 @@ def truncate(logits: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
         if top_p == 1.0:
             return logits
         top_k = vocab
-    # Without the barrier XLA sees that only the last one is needed and sorts the whole vocabulary, which is slow on CPUs.
-    largest = jax.lax.optimization_barrier(jax.lax.top_k(logits, top_k)[0])
+    largest = cpu_forms.top_values(logits, top_k)
     threshold = largest[:, -1:]
     if top_p < 1.0:
         probabilities = jax.nn.softmax(largest)
@@ -56,21 +57,9 @@ def sample(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         return drawable + jnp.where((temperature > 0)[:, None], noise, 0.0)
 
-    # The condition spares greedy decoding the noise, and keeps XLA from fusing it with the argmax, where a CPU would compute it
-    # number by number.
     drawable = truncate(drawable, top_k=top_k, top_p=top_p)
+    # Greedy decoding needs no noise, which takes longer to draw than the rest of this function.
     drawable = jax.lax.cond(jnp.any(temperature > 0), perturbed, lambda drawable: drawable, drawable)
-    choice = first_largest(drawable)
+    choice = cpu_forms.first_largest(drawable)
     chosen = jnp.take_along_axis(scaled, choice[:, None], axis=-1)[:, 0]
     return choice, chosen - jax.nn.logsumexp(scaled, axis=-1)
-
-
-def first_largest(x: jax.Array) -> jax.Array:
-    """Computes `jnp.argmax` over the last axis, int32; the last index for a row with a NaN.
-
-    XLA's argmax reduces pairs of value and index, one after the other on a CPU; two reductions of numbers are faster.
-    """
-    size = x.shape[-1]
-    largest = jax.lax.optimization_barrier(jnp.max(x, axis=-1, keepdims=True))
-    indices = jnp.where(x == largest, jnp.arange(size, dtype=jnp.int32), size - 1)
-    return jnp.min(indices, axis=-1)

@@ -102,7 +102,7 @@ CallNumber = TypeVar("CallNumber", int, jax.Array, np.ndarray, AnyArray)
 
 
 class Views(NamedTuple):
-    """K regions of images, as they are shown to rows, [..., K]."""
+    """K regions of images that are shown to rows, [..., K]."""
 
     image: (
         AnyArray  # int32 [..., K], index among the prompt's images; `made_by(n)`: the image of call n; NO_IMAGE: none

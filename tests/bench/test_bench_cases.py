@@ -9,7 +9,7 @@ import pytest
 from pixel_jax.bench.cases import CASES
 from pixel_jax.bench.report import run_cases
 
-FAST = ("crop-resize", "crop-within-one-one-core", "gather-frames", "patchify", "decode-1")
+FAST = ("crop-resize", "crop-within-one-one-core", "gather-frames", "patchify", "decode-1", "cpu-forms-sampling")
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -89,7 +89,7 @@ def test_split_and_combine_any_subset(model):
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(model), strict=True))
     with pytest.raises(ValueError, match="visual.* is missing from the weights"):
         combine({}, rest)
-    with pytest.raises(ValueError, match="no place for .*nonsense"):
+    with pytest.raises(ValueError, match="no weights .*nonsense"):
         combine({**chosen, "nonsense": jnp.zeros(1)}, rest)
     with pytest.raises(ValueError, match="model.norm.weight is in both"):
         combine({**chosen, "model.norm.weight": jnp.zeros(1)}, rest)

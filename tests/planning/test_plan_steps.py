@@ -32,7 +32,7 @@ from pixel_jax.planning.programs import (
     rollout_shape,
     sft_batch,
 )
-from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, held, plan, search, times
+from pixel_jax.planning.search import Compiled, Plan, candidates, compile_to_text, plan, resident_bytes, search, times
 from pixel_jax.planning.weak_scaling import Point, with_rows
 from pixel_jax.rollouts.decode_loop import READ_CHUNK
 from pixel_jax.rollouts.images import ragged
@@ -221,10 +221,10 @@ def test_candidates_divide_everything():
 
 def test_the_search_stops_when_enough_fit_and_reports_what_does_not():
     target, made = machine("cpu:8"), []
-    best = search(recipe(), ["score"], target, fitting=1, most=3, note=made.append)
+    best = search(recipe(), ["score"], target, fitting=1, most=3, report=made.append)
     assert [c.plan.fits for c in made] == [True] and best == {"score": made[0]}
     small, made = target._replace(chip=target.chip._replace(memory=1000)), []
-    assert search(recipe(), ["score"], small, fitting=1, most=2, note=made.append) == {}
+    assert search(recipe(), ["score"], small, fitting=1, most=2, report=made.append) == {}
     assert [c.plan.fits for c in made] == [False, False]
 
 
@@ -274,11 +274,11 @@ def test_a_rollout_must_fit_beside_the_state_that_is_trained(monkeypatch):
     of = lambda **sizes: {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 1, **sizes}
     rolled, meshes = of(data=4, tensor=2), [of(data=8), of(data=4, fsdp=2), of(fsdp=8)]
     monkeypatch.setattr(search_module, "candidates", lambda recipe, step, _: [rolled] if step == "rollout" else meshes)
-    state = lambda mesh: held(small, "rollout", target, {"update": mesh, "rollout": rolled})
+    state = lambda mesh: resident_bytes(small, "rollout", target, {"update": mesh, "rollout": rolled})
     assert state(meshes[0]) > state(meshes[1]) > (least := state(meshes[2]))
     room = target._replace(chip=target.chip._replace(memory=1e9 + least))
     compiler = Compiler(monkeypatch, lambda step: 1e9 if step == "rollout" else 0.0)
-    best = search(small, LEARNING, room, fitting=1, most=2, note=made.append)
+    best = search(small, LEARNING, room, fitting=1, most=2, report=made.append)
     found = best["update"].plan.sharding
     assert found == meshes[2] and best["rollout"].plan.bytes_per_chip == 1e9 + least
     assert compiler.tried == [
@@ -301,15 +301,17 @@ def test_frozen_weights_that_are_there_twice_count_in_a_plan(monkeypatch):
     Compiler(monkeypatch, lambda step: 0.0)
     lora, target = adapters_alone(), machine("cpu:8")
     meshes = {step: found.plan.sharding for step, found in search(lora, LEARNING, target, fitting=1, most=1).items()}
-    assert meshes["update"] != meshes["rollout"] and held(lora, "update", target, meshes) > 0
+    assert meshes["update"] != meshes["rollout"] and resident_bytes(lora, "update", target, meshes) > 0
     odd = dataclasses.replace(lora, config=dataclasses.replace(lora.config, mesh={"fsdp": 3}))
-    assert held(odd, "sft", target, {"sft": meshes["update"]}) == 0  # nothing of the config's own mesh
+    assert resident_bytes(odd, "sft", target, {"sft": meshes["update"]}) == 0  # nothing of the config's own mesh
     # Without a plan of the rollout, the config says where it is: on the same mesh, if it says nothing.
     del meshes["rollout"]
-    assert held(lora, "update", target, meshes) == 0
+    assert resident_bytes(lora, "update", target, meshes) == 0
     config = dataclasses.replace(lora.config, rollout_mesh={"data": 8})
     moved = {"update": {"fsdp": 8}}
-    assert held(dataclasses.replace(lora, config=config), "update", target, moved) > held(lora, "update", target, moved)
+    assert resident_bytes(dataclasses.replace(lora, config=config), "update", target, moved) > resident_bytes(
+        lora, "update", target, moved
+    )
 
 
 def test_the_document_has_the_promised_fields():

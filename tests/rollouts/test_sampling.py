@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax.rollouts.sampling import first_largest, sample, truncate
+from pixel_jax.models.cpu_forms import first_largest
+from pixel_jax.rollouts.sampling import sample, truncate
 
 
 def allowed(logits, top_k, top_p):
