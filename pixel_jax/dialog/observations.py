@@ -5,12 +5,13 @@ An observation is a user message with the text of an outcome and the images that
 
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
-in ChatML; of other layouts (`template.Layout`) it has the marks.
+in ChatML; of other layouts (`template.Layout`) it has the marks, and where they put the images of a message before its text, so do
+observations. What stands behind such an image is encoded apart from the text.
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
 out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
 the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
-tokens the tokenizer has. An image is `<|vision_start|>`, its pad tokens, `<|vision_end|>`. With Qwen2.5's tokenizer, which splits
+tokens the tokenizer has. An image is its pad tokens between the marks of the layout (`<|vision_start|>`, `<|vision_end|>`). With Qwen2.5's tokenizer, which splits
 digits, the ids are those of the whole text.
 
 One function, `assemble`, joins them for a batch, under jit or not. Instruction tuning, the device rollout and its host twin all
@@ -31,7 +32,7 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
-from pixel_jax.dialog.template import ABSENT, CHATML, VISION_END, VISION_START, Layout, Special, flatten
+from pixel_jax.dialog.template import ABSENT, CHATML, Layout, Special, flatten, join_texts
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
@@ -43,9 +44,13 @@ NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a t
 
 def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
     """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
-    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
-    text = vocabulary.to_bytes(ids[:end].tolist()).decode("utf-8", "replace")
-    return text.removeprefix(flatten(vocabulary.layout.before)).strip("\n")
+    layout, decode = vocabulary.layout, lambda ids: vocabulary.to_bytes(ids.tolist()).decode("utf-8", "replace")
+    if layout.images_first:
+        behind = np.max(np.flatnonzero(ids == vocabulary.image_pad), initial=-1) + 1
+        text = decode(ids[behind:]).lstrip(" ").removesuffix(flatten(layout.after))
+    else:
+        text = decode(ids[: np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]])
+    return text.removeprefix(flatten(layout.before)).strip("\n")
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
@@ -134,7 +139,7 @@ class Observations:
           ToolError: a text has unknown braces, or braces behind its images.
           ValueError: the tokenizer changes a text.
         """
-        kinds = kinds_of(tools, call_format)
+        kinds, layout = kinds_of(tools, call_format), vocabulary.layout
         constants: list[int] = []
 
         def constant(text: str | Special, **guard) -> _Segment:
@@ -160,22 +165,23 @@ class Observations:
                 segments += integer(stretch, NUM_INTEGERS + item, guard=_ITEMS, at=item)
             return [*segments, constant("]" + after, guard=_ITEMS)]
 
+        def marks(pieces: Sequence[str | Special], **guard) -> list[_Segment]:
+            """Pieces that each stand behind a special token."""
+            return [constant(vocabulary.spaced(x) if isinstance(x, str) else x, **guard) for x in pieces]
+
         def image(index: int) -> list[_Segment]:
-            guard = {"guard": _IMAGES, "at": index}
-            return [
-                constant(VISION_START, **guard),
-                _Segment(_PADS, source=index, **guard),
-                constant(VISION_END, **guard),
-            ]
+            guard, (before, behind) = {"guard": _IMAGES, "at": index}, layout.image
+            return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(behind, **guard)]
 
         rows = []
         for kind in kinds:
             template, _, behind = kind.outcome.text.partition(IMAGES)
-            *head, opening = (
-                vocabulary.layout.before
-            )  # the last piece is text, which is joined with the message's own text
+            *head, opening = layout.before  # the last piece is text, which is joined with the message's own text
             assert isinstance(opening, str)
-            row = [constant(piece) for piece in head]
+            row, opening = marks(head), vocabulary.spaced(opening)
+            images = [x for i in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0) for x in image(i)]
+            if images and layout.images_first:
+                row, opening, images = [*row, constant(opening), *images], "", []
             *stretches, last = _split(opening + template)
             if "{" in behind:
                 raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")
@@ -190,10 +196,13 @@ class Observations:
                     row, last = [*row, *listed(before, last[0])], ("", "")
                 else:
                     raise ValueError(f"an integer follows the list of {template!r}")
-            row += [constant(last[0])] if last[0] else []
-            for index in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0):
-                row += image(index)
-            rows.append([*row, *([constant(behind)] if behind else []), *map(constant, vocabulary.layout.after)])
+            if images:
+                row += [*([constant(last[0])] if last[0] else []), *images]
+                row += marks(join_texts([behind, *layout.after] if behind else layout.after))
+            else:  # one text, which goes over into what follows it
+                rest = join_texts([last[0] + behind, *layout.after])
+                row += [*([constant(rest[0])] if rest[0] else []), *marks(rest[1:])]
+            rows.append(row)
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
@@ -202,7 +211,7 @@ class Observations:
             constants=np.array(constants, np.int32),
             digits=np.array(vocabulary.digits, np.int32),
             image_pad=vocabulary.image_pad,
-            layout=vocabulary.layout,
+            layout=layout,
         )
 
     @property
@@ -220,15 +229,19 @@ class Observations:
         return next(i for i, kind in enumerate(self.kinds) if kind.tool == tool and kind.outcome.name == outcome)
 
     def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
-        """Returns an observation as text; `pads` are the pad counts of the images it shows."""
+        """Returns an observation as text, without spaces that the tokenizer adds; `pads` are the pad counts of its images."""
         template = self.kinds[kind].outcome.text
         template += "" if IMAGES in template else IMAGES
         written = [*integers, *items] if "{list}" in template else list(integers)
         if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
             template, pads = self.kinds[self.malformed].outcome.text + IMAGES, ()
-        images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
+        before, behind = map(flatten, self.layout.image)
+        images = "".join(before + "<|image_pad|>" * count + behind for count in pads)
+        opening = flatten(self.layout.before)
+        if self.layout.images_first:
+            opening, images = opening + images, ""
         text = template.format(*integers, list=list(items), images=images)
-        return flatten(self.layout.before) + text + flatten(self.layout.after)
+        return opening + text + flatten(self.layout.after)
 
     def bound(self, pads: Sequence[int], images: int) -> int:
         """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.

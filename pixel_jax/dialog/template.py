@@ -1,4 +1,4 @@
-"""The text around a dialog: system prompt, tool schemas, guidelines, and the chat templates of Qwen2.5-VL and Llama 3.
+"""The text around a dialog: system prompt, tool schemas, guidelines, and the chat templates of Qwen2.5-VL, Llama 3 and LLaVA-1.5.
 
 Every string is that of the released Pixel Reasoner checkpoints, byte for byte. One oddity is kept, because the checkpoints were
 trained with it: the guidelines speak of `crop_image` where the tool is called `crop_image_normalized`.
@@ -6,7 +6,7 @@ trained with it: the guidelines speak of `crop_image` where the tool is called `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
@@ -79,41 +79,52 @@ Piece = str | Special | Media  # of a rendered dialog; a str is text and never c
 IM_START, IM_END = Special("im_start"), Special("im_end")
 VISION_START, VISION_END = Special("vision_start"), Special("vision_end")
 BEGIN, HEADER_END = Special("begin"), Special("header_end")
+Marks = tuple[str | Special, ...]  # that a layout puts around contents
 
 
 class Layout(NamedTuple):
-    """How a dialog is written: `begin`, and for each message IM_START, its role, `header`, its content, IM_END, `behind`.
-
-    `header` begins and ends with text: that behind the role, and that before the content.
-    """
+    """How a dialog is written: `begin`, and for each message its `opening`, its content and its `closing`."""
 
     special: Mapping[str, str]  # field of `Vocabulary`: what the tokenizer calls the token
-    header: tuple[str | Special, ...]
-    begin: tuple[str | Special, ...] = ()
-    behind: tuple[str | Special, ...] = ()
+    known_by: str  # the one of these tokens by which a tokenizer of this layout is known
+    opening: Callable[[str], Marks]  # role -> marks; text comes last
+    closing: Callable[[str], Marks]  # role -> marks; of the assistant's, IM_END is first, which ends a turn
+    begin: Marks = ()
+    image: tuple[Marks, Marks] = ((VISION_START,), (VISION_END,))  # before and behind an image or a video
+    images_first: bool = False  # whether those of a message stand before all its text
+    lead: str = ""  # between the marks and the text of the assistant, which writes it itself
 
     @property
-    def prompt(self) -> tuple[str | Special, ...]:
+    def prompt(self) -> Marks:
         """Where the assistant begins."""
         return self.opening("assistant")
 
     @property
-    def before(self) -> tuple[str | Special, ...]:
+    def behind(self) -> Marks:
+        """What stands between the end of a turn and the next message."""
+        return self.closing("assistant")[1:]
+
+    @property
+    def before(self) -> Marks:
         """What stands between the end of a turn and the text of an observation; text comes last."""
         return (*self.behind, *self.opening("user"))
 
     @property
-    def after(self) -> tuple[str | Special, ...]:
+    def after(self) -> Marks:
         """What follows an observation."""
-        return (IM_END, *self.behind, *self.prompt)
+        return (*self.closing("user"), *self.prompt)
 
-    def opening(self, role: str) -> tuple[str | Special, ...]:
-        """Where a message begins."""
-        assert isinstance(self.header[0], str)
-        return (IM_START, role + self.header[0], *self.header[1:])
+    def turn(self, text: str) -> str:
+        """Returns what the assistant writes to say `text`."""
+        return self.lead + text.removeprefix(self.lead)
 
 
-CHATML = Layout(SPECIAL_TOKENS, header=("\n",), behind=("\n",))
+CHATML = Layout(
+    SPECIAL_TOKENS,
+    known_by="im_start",
+    opening=lambda role: (IM_START, f"{role}\n"),
+    closing=lambda role: (IM_END, "\n"),
+)
 LLAMA3 = Layout(
     {
         "end_of_text": "<|end_of_text|>",
@@ -122,10 +133,26 @@ LLAMA3 = Layout(
         "begin": "<|begin_of_text|>",
         "header_end": "<|end_header_id|>",
     },
-    header=("", HEADER_END, "\n\n"),
+    known_by="im_start",
+    opening=lambda role: (IM_START, role, HEADER_END, "\n\n"),
+    closing=lambda role: (IM_END,),
     begin=(BEGIN,),
 )
-LAYOUTS = (CHATML, LLAMA3)
+# That of Vicuna 1.1 (`llava-hf/llava-1.5-7b-hf`). Its template writes a space where an answer of an earlier turn ends, and LLaVA was
+# trained with the token that ends it; it stands here, because the model has written it. No token marks where a person's turn
+# begins, so a person's text can spell that.
+VICUNA_ROLES = {"system": "", "user": "USER: ", "assistant": "ASSISTANT:"}
+VICUNA = Layout(
+    {"begin": "<s>", "end_of_text": "</s>", "im_end": "</s>", "image_pad": "<image>"},
+    known_by="image_pad",
+    opening=lambda role: (VICUNA_ROLES[role],),
+    closing=lambda role: (IM_END,) if role == "assistant" else (" ",),
+    begin=(BEGIN,),
+    image=((), ("\n",)),
+    images_first=True,
+    lead=" ",
+)
+LAYOUTS = (CHATML, LLAMA3, VICUNA)
 
 
 def first_messages(
@@ -201,16 +228,20 @@ def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]], layout
     Raises:
       ValueError: a part is neither text, image nor video.
     """
-    pieces: list[Piece] = list(layout.opening(role))
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+    if isinstance(content, str):
+        content = [{"type": "text", "text": layout.turn(content) if role == "assistant" else content}]
+    pieces: list[Piece] = []
+    images: list[Piece] = []
+    for part in content:
         kind = part.get("type")
         if kind == "text":
             pieces.append(part["text"])
         elif kind in ("image", "video"):
-            pieces += [VISION_START, Media(kind, part.get(kind)), VISION_END]
+            before, behind = layout.image
+            (images if layout.images_first else pieces).extend((*before, Media(kind, part.get(kind)), *behind))
         else:
             raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
-    return [*pieces, IM_END, *layout.behind]
+    return [*layout.opening(role), *images, *pieces, *layout.closing(role)]
 
 
 def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
@@ -244,8 +275,8 @@ def flatten(pieces: Iterable[Piece]) -> str:
 def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int]) -> list[int]:
     """Encodes a rendered dialog, with `pads[i]` pad tokens for the i-th image or video, and no other pad tokens.
 
-    The neighbours of a text are special tokens. So encoding each text on its own gives the ids that the whole dialog would have
-    if no text had spelled a special token.
+    The neighbours of a text are special tokens, or it is the last. So encoding each text on its own gives the ids that the whole
+    dialog would have if no text had spelled a special token.
 
     Raises:
       ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
@@ -253,13 +284,13 @@ def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int])
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):
         raise ValueError(f"the dialog shows {len(media)} images and videos, but {len(pads)} pad counts are given")
-    if media and vocabulary.image_pad == ABSENT:
+    if any(getattr(vocabulary, f"{item.kind}_pad") == ABSENT for item in media):
         raise ValueError(f"the dialog shows {len(media)} images and videos; the tokenizer has no tokens for them")
     ids: list[int] = []
     counts = iter(pads)
-    for piece in pieces:
+    for i, piece in enumerate(pieces):
         if isinstance(piece, str):
-            ids += vocabulary.encode(piece)
+            ids += vocabulary.encode(vocabulary.spaced(piece, first=pieces[:i] == [BEGIN] or i == 0))
         elif isinstance(piece, Media):
             ids += [getattr(vocabulary, f"{piece.kind}_pad")] * next(counts)
         else:

@@ -1,4 +1,4 @@
-"""Tokenizers: a view of any byte-level fast tokenizer, and a builder of small ones.
+"""Tokenizers: a view of fast tokenizers whose tokens are bytes, and a builder of small ones.
 
 `Vocabulary` reads a Hugging Face tokenizer (Qwen's, SmolLM2's, or one of `build_tokenizer`): the bytes of every token, and the
 ids of the special tokens and of the ten digits. The bytes serve to parse the text of a policy (`call_parser.py`); observations
@@ -15,7 +15,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -73,7 +73,7 @@ class TokenBytes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """The ids of a byte-level fast tokenizer.
+    """The ids of a fast tokenizer whose tokens are bytes: a byte-level one, or one of SentencePiece with byte fallback.
 
     `table` covers the ids 0..len(tokenizer)-1. An id that the tokenizer does not use, and any id beyond (a model's
     embedding is often padded), has no bytes.
@@ -85,7 +85,8 @@ class Vocabulary:
     """
 
     tokenizer: PreTrainedTokenizerFast
-    encoder: Tokenizer  # the same tokenizer, for which the spelling of a special token is ordinary text
+    # The same tokenizer, for which the spelling of a special token is ordinary text, and which adds no space (`spaced`).
+    encoder: Tokenizer
     table: TokenBytes
     end_of_text: int
     im_start: int
@@ -98,6 +99,7 @@ class Vocabulary:
     layout: Layout = CHATML  # how dialogs are written
     begin: int = ABSENT  # of a dialog, in Llama 3's layout
     header_end: int = ABSENT  # behind a role, in Llama 3's layout
+    prefix: Prefix = "never"  # where the tokenizer puts a space before a text
     known: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict, repr=False)  # texts encoded before
 
     @classmethod
@@ -106,21 +108,21 @@ class Vocabulary:
 
         Raises:
           TypeError: it is no fast tokenizer.
-          ValueError: it is not byte-level, or lacks a special token or a digit. All four tokens of images and videos may be
+          ValueError: its tokens are not bytes, or it lacks a special token or a digit. All tokens of images and videos may be
             lacking, not some of them.
         """
         tokens = token_bytes(tokenizer)
         added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        layout = next((x for x in LAYOUTS if x.special["im_start"] in added), CHATML)
+        layout = next((x for x in LAYOUTS if x.special[x.known_by] in added), CHATML)
         encoder = text_encoder(tokenizer, layout)
-        blind = not any(SPECIAL_TOKENS[name] in added for name in VISUAL_TOKENS)
+        blind = not any(layout.special.get(name) in added for name in VISUAL_TOKENS)
         spelled = {name: text for name, text in layout.special.items() if not (blind and name in VISUAL_TOKENS)}
         if missing := [text for text in spelled.values() if text not in added]:
             raise ValueError(
                 f"the tokenizer has no special token {missing[0]}: dialogs are written with <|im_start|> and <|im_end|> "
-                "(ChatML), or as Llama 3 has them, so take a model that was tuned on one of the two"
+                "(ChatML), or as Llama 3 or LLaVA-1.5 have them, so take a model that was tuned on one of these"
             )
-        special: dict[str, Any] = dict.fromkeys(VISUAL_TOKENS, ABSENT)
+        special: dict[str, Any] = dict.fromkeys(("im_start", *VISUAL_TOKENS), ABSENT)
         special |= {name: added[text] for name, text in spelled.items()}
         for name in spelled:
             tokens[special[name]] = spelling(name).encode()
@@ -129,22 +131,27 @@ class Vocabulary:
                 raise ValueError(
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
                 )
-        single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
-        missing = [character for character in "0123456789" if character.encode() not in single]
+        # As the tokenizer writes it: SentencePiece has a second token for the byte.
+        written = {digit: encoder.encode(digit, add_special_tokens=False).ids for digit in "0123456789"}
+        missing = [digit for digit, ids in written.items() if len(ids) != 1 or tokens[ids[0]] != digit.encode()]
         if missing:
             raise ValueError(
                 f"the tokenizer has no token for {missing} alone: numbers in observations are written digit by digit"
             )
-        digits = tuple(single[str(digit).encode()] for digit in range(10))
-        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, layout=layout, **special)
+        digits, prefix = tuple(ids[0] for ids in written.values()), prefix_of(tokenizer)
+        return cls(tokenizer, encoder, TokenBytes.of(tokens), digits=digits, layout=layout, prefix=prefix, **special)
 
     @functools.cached_property
     def structure(self) -> frozenset[int]:
         """The tokens that structure a dialog."""
         return frozenset(getattr(self, name) for name in self.layout.special) - {ABSENT}
 
+    def spaced(self, text: str, *, first: bool = False) -> str:
+        """Returns `text` with the space that the tokenizer puts before one behind a special token, or before the `first` one."""
+        return " " + text if self.prefix == "always" or (first and self.prefix == "first") else text
+
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
+        """Returns the token ids of `text`, to the byte. A special token spelled out in it is encoded as its letters.
 
         Raises:
           ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer encodes a special token in spite of that.
@@ -180,6 +187,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, layout: Layout = CHATML) ->
     from tokenizers import Tokenizer
 
     document = json.loads(tokenizer.backend_tokenizer.to_str())
+    _without_prefix(document)
     for token in document["added_tokens"]:
         special = token["special"] or token["content"] in layout.special.values()
         token["special"] = special and token["content"] not in MARKS
@@ -188,22 +196,55 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast, layout: Layout = CHATML) ->
     return encoder
 
 
+SPACE = "▁"  # as SentencePiece writes it
+Prefix: TypeAlias = Literal["never", "first", "always"]  # before no text, the first of an input, or every one
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerFast) -> Prefix:
+    """Returns before which texts a tokenizer puts a space."""
+    return _without_prefix(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def _without_prefix(document: dict[str, Any]) -> Prefix:
+    """Changes a `tokenizer.json` so that no space is put before texts; returns before which one was."""
+    normalizer, split = document.get("normalizer") or {}, document.get("pre_tokenizer") or {}
+    if split.get("type") == "Metaspace":
+        scheme = split.get("prepend_scheme", "always")
+        split["prepend_scheme"] = "never"
+        return scheme
+    steps = normalizer.get("normalizers", [])
+    if {"type": "Prepend", "prepend": SPACE} not in steps:
+        return "never"
+    normalizer["normalizers"] = [step for step in steps if step.get("type") != "Prepend"]
+    return "always"
+
+
+def sentencepiece_token(text: str) -> bytes:
+    """Returns the bytes of a token of SentencePiece with byte fallback."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", text)
+    return bytes([int(byte[1], 16)]) if byte else text.replace(SPACE, " ").encode()
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
-    """Returns the bytes of every token id of a byte-level fast tokenizer; b"" for ids that are not used.
+    """Returns the bytes of every token id of a fast tokenizer; b"" for ids that are not used.
 
     Raises:
       TypeError: it is no fast tokenizer.
-      ValueError: it is not byte-level.
+      ValueError: its tokens are not bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TypeError(f"{type(tokenizer).__name__} is not a fast tokenizer: it has no tokenizer.json behind it")
-    decoder = json.loads(backend.to_str())["decoder"] or {}
+    document = json.loads(backend.to_str())
+    decoder = document["decoder"] or {}
     kinds = {part.get("type") for part in decoder.get("decoders", [decoder])}
-    if kinds != {"ByteLevel"}:
+    # Of SentencePiece: the space that `Strip` takes away is the one that is put before a text.
+    fallback = document["model"].get("byte_fallback") and {"Replace", "ByteFallback"} <= kinds
+    fallback = fallback and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip"}
+    if kinds != {"ByteLevel"} and not fallback:
         raise ValueError(
-            f"the tokenizer's decoder is {decoder.get('type')}, not ByteLevel: its tokens are not bytes, which "
-            "calls are read from; take a model with a byte-level tokenizer (Qwen's, SmolLM2's)"
+            f"the tokenizer's decoder is {decoder.get('type')}, neither ByteLevel nor that of SentencePiece with byte fallback: "
+            "its tokens are not bytes, which calls are read from; take a model with such a tokenizer (Qwen's, LLaVA's)"
         )
     alphabet = byte_alphabet()
     vocabulary = backend.get_vocab(with_added_tokens=False)
@@ -211,7 +252,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     tokens = [b""] * (max([*vocabulary.values(), *added]) + 1)
     for text, index in vocabulary.items():
         try:
-            tokens[index] = bytes([alphabet[character] for character in text])
+            tokens[index] = sentencepiece_token(text) if fallback else bytes([alphabet[x] for x in text])
         except KeyError as error:
             raise ValueError(f"token {index} {text!r} has {error}, which is outside the byte alphabet") from None
     for index, text in added.items():

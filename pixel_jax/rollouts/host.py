@@ -9,7 +9,6 @@ import numpy as np
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, HostAnswers
 from pixel_jax.rollouts.drawings import row_images
@@ -148,8 +147,8 @@ def text_part(text: str) -> dict[str, str]:
 
 def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:
     """Returns the (height, width) at which a picture is shown; None if no size is within the budgets of `tool`."""
-    low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
+    sizes = config.sizes(tool.budget)
     if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
         return None
-    height, width = smart_resize(*picture.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
-    return (height, width) if height * width <= high and max(height, width) <= config.max_side else None
+    height, width = sizes.of(*picture.shape[:2])
+    return (height, width) if height * width <= sizes.max_pixels and max(height, width) <= sizes.max_side else None

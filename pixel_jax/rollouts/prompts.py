@@ -12,7 +12,6 @@ from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import ragged
@@ -102,15 +101,13 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
             )
     pads = []
     kind = "video" if query.is_video else "image"
-    low, high = (
-        (config.video_min_pixels, config.video_max_pixels) if query.is_video else (config.min_pixels, config.max_pixels)
-    )
+    sizes = config.sizes("video" if query.is_video else "")
     for i, image in enumerate(query.images):
-        height, width = smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
-        if height * width > high or max(height, width) > config.max_side:
+        height, width = sizes.of(*image.shape[:2])
+        if height * width > sizes.max_pixels or max(height, width) > sizes.max_side:
             raise PromptError(
                 f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "
-                f"{width}x{height}, over the limit of {high} pixels or {config.max_side} a side: crop it first"
+                f"{width}x{height}, over the limit of {sizes.max_pixels} pixels or {sizes.max_side} a side: crop it first"
             )
         pads.append(height * width // config.factor**2)
     media = [template.Media(kind, None)] * len(query.images)
