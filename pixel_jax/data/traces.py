@@ -114,6 +114,8 @@ class TraceRow:
             last = len(query.images) - 1
             self.slices = [(i, min(i + 1, last)) for i in range(0, len(query.images), 2)]
             self.grids = [(len(self.slices), *whole[0].grid)]
+            if config.split_videos:
+                self.grids = [(1, *whole[0].grid)] * len(self.slices)
             self.views = whole
         else:
             for view in whole:

@@ -5,14 +5,14 @@ An observation is a user message with the text of an outcome and the images that
 
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
-in ChatML; of other layouts (`template.Layout`) it has the marks, and where they put the images of a message before its text, so do
-observations. What stands behind such an image is encoded apart from the text.
+in ChatML; of other layouts (`template.Layout`) it has the marks, and where they put the images of a message before its text, so
+do observations. The text behind several such images is encoded apart from the mark between.
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
 out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
 the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
-tokens the tokenizer has. An image is its pad tokens between the marks of the layout (`<|vision_start|>`, `<|vision_end|>`). With Qwen2.5's tokenizer, which splits
-digits, the ids are those of the whole text.
+tokens the tokenizer has. An image is its pad tokens between the marks of the layout (`<|vision_start|>`, `<|vision_end|>`). With
+Qwen2.5's and LLaVA's tokenizers, which split digits, the ids are those of the whole text.
 
 One function, `assemble`, joins them for a batch, under jit or not. Instruction tuning, the device rollout and its host twin all
 take their ids from it. `Observations.text` returns the same observation as text.
@@ -169,9 +169,9 @@ class Observations:
             """Pieces that each stand behind a special token."""
             return [constant(vocabulary.spaced(x) if isinstance(x, str) else x, **guard) for x in pieces]
 
-        def image(index: int) -> list[_Segment]:
-            guard, (before, behind) = {"guard": _IMAGES, "at": index}, layout.image
-            return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(behind, **guard)]
+        def image(index: int, behind: Sequence[str | Special]) -> list[_Segment]:
+            guard = {"guard": _IMAGES, "at": index}
+            return [*marks(layout.image[0], **guard), _Segment(_PADS, source=index, **guard), *marks(behind, **guard)]
 
         rows = []
         for kind in kinds:
@@ -179,9 +179,12 @@ class Observations:
             *head, opening = layout.before  # the last piece is text, which is joined with the message's own text
             assert isinstance(opening, str)
             row, opening = marks(head), vocabulary.spaced(opening)
-            images = [x for i in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0) for x in image(i)]
+            count, mark = kind.outcome.images if vocabulary.image_pad != ABSENT else 0, layout.image[1]
+            joined = layout.images_first and count == 1  # what stands behind the image, with the text
+            images = [x for i in range(count) for x in image(i, () if joined else mark)]
             if images and layout.images_first:
                 row, opening, images = [*row, constant(opening), *images], "", []
+                opening = vocabulary.spaced("".join(map(str, mark))) if joined else ""
             *stretches, last = _split(opening + template)
             if "{" in behind:
                 raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")

@@ -73,6 +73,12 @@ class Media(NamedTuple):
 
     kind: str  # "image" or "video"
     value: Any  # the message's value: an array, a path, an index, None
+    before: str = ""  # text in front of it: the time of a temporal patch, of which each is an item (`timestamps`)
+
+    @property
+    def part(self) -> dict[str, Any]:
+        """It as a part of a message."""
+        return {"type": self.kind, self.kind: self.value} | ({"before": self.before} if self.before else {})
 
 
 Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
@@ -138,9 +144,9 @@ LLAMA3 = Layout(
     closing=lambda role: (IM_END,),
     begin=(BEGIN,),
 )
-# That of Vicuna 1.1 (`llava-hf/llava-1.5-7b-hf`). Its template writes a space where an answer of an earlier turn ends, and LLaVA was
-# trained with the token that ends it; it stands here, because the model has written it. No token marks where a person's turn
-# begins, so a person's text can spell that.
+# That of Vicuna 1.1 (`llava-hf/llava-1.5-7b-hf`). Its template writes a space where an answer of an earlier turn ends; here is
+# the token that ends it, because the model has written that, and LLaVA was trained with it. No token marks where a person's
+# turn begins, so a person's text can spell it.
 VICUNA_ROLES = {"system": "", "user": "USER: ", "assistant": "ASSISTANT:"}
 VICUNA = Layout(
     {"begin": "<s>", "end_of_text": "</s>", "im_end": "</s>", "image_pad": "<image>"},
@@ -170,11 +176,22 @@ def first_messages(
     them after the text (`text_first`).
     """
     text = [{"type": "text", "text": user_text(question, guidelines)}]
-    shown = [{"type": item.kind, item.kind: item.value} for item in media]
+    shown = [item.part for item in media]
     return [
         {"role": "system", "content": system_prompt(tools, call_format)},
         {"role": "user", "content": text + shown if text_first else shown + text},
     ]
+
+
+def timestamps(frames: int, seconds: float) -> list[str]:
+    """Returns the texts in front of the temporal patches of a video, where each of them is an item (Qwen3-VL).
+
+    Args:
+      frames: of the video. The last one is repeated if their number is odd.
+      seconds: that two frames cover.
+    """
+    times = [min(i, frames - 1) / (2 / seconds) for i in range(frames + frames % 2)]
+    return [f"<{(first + second) / 2:.1f} seconds>" for first, second in zip(times[::2], times[1::2], strict=True)]
 
 
 # Qwen2.5-VL's own chat template, without its option to number the pictures. Observations are user messages, and roles
@@ -209,8 +226,8 @@ def render(
     """Renders a dialog as special tokens, texts, images and videos, in order. No two texts are adjacent.
 
     Args:
-      messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`. If the first
-        is no system message, the default one is added.
+      messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`; an image or
+        a video may have a text "before" it. If the first is no system message, the default one is added.
       layout: of the tokenizer.
       add_generation_prompt: whether to end with the beginning of an assistant message.
     """
@@ -238,7 +255,9 @@ def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]], layout
             pieces.append(part["text"])
         elif kind in ("image", "video"):
             before, behind = layout.image
-            (images if layout.images_first else pieces).extend((*before, Media(kind, part.get(kind)), *behind))
+            media = Media(kind, part.get(kind), part.get("before", ""))
+            text = [media.before] if media.before else []
+            (images if layout.images_first else pieces).extend((*text, *before, media, *behind))
         else:
             raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
     return [*layout.opening(role), *images, *pieces, *layout.closing(role)]

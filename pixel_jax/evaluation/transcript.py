@@ -137,14 +137,17 @@ def make_transcript(
     for i in range(len(query.images)):
         frame, grid = (frames[i // 2, i % 2], grids[0]) if query.is_video else (frames[i, 0], grids[i])
         overview.append(seen(frame, grid, f"{_name(query, i)} as the model first sees it"))
-    items = 1 if query.is_video else len(query.images)
-    shown = iter(zip(frames[int(grids[:items, 0].sum()) :, 0], grids[items:], strict=True))
+    slices = -(-len(query.images) // 2) if query.is_video else len(query.images)
+    items = int(np.searchsorted(np.cumsum(grids[:, 0]), slices, side="left")) + 1 if slices else 0  # of the prompt
+    shown = iter(zip(frames[slices:, 0], grids[items:], strict=True))
 
     written, answered = _messages(t, row, vocabulary)
     turns = []
     for call, ids in enumerate(answered):
         turns.append(ShownTurn("assistant", written[call]))
-        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (ids == vocabulary.image_pad)  # the first of each image
+        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (
+            ids == vocabulary.image_pad
+        )  # the first of each image
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))

@@ -83,8 +83,8 @@ def crop_resize(
 
     Returns:
       uint8 [H, W, channels], zero beyond `size`. All are zero where a traced box is empty or reaches outside the image, a traced
-      size is empty or exceeds the canvas (without an origin), a traced origin is negative, or "matmul" would shrink the image more
-      than 128 times.
+      size is empty or, without an origin, exceeds the canvas, a traced origin is negative, or "matmul" would shrink the image
+      more than 128 times.
 
     Raises:
       ValueError: a concrete box or size is such a one, or the image is no uint8 [h, w, channels].

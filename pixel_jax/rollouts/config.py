@@ -1,12 +1,12 @@
 """Settings of a rollout. Defaults are the released recipe (Pixel Reasoner §4.2, App., and its code)."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pixel_jax.config import positive
 
 if TYPE_CHECKING:  # importing them takes seconds, and configurations are read by commands that need no model
-    from pixel_jax.models.config import ModelConfig, TowerConfig
+    from pixel_jax.models.config import ModelConfig
     from pixel_jax.ops import Sizes
 
 GRID = (1, 2, 2)  # of any image, in patches
@@ -42,6 +42,8 @@ class RolloutConfig:
     # Pixels along a side of every picture, where the model's vision tower has one size (`for_model`): the middle of an image, of
     # which the shorter side is resized to this, whatever the budgets are. None: sizes within the budgets.
     square: int | None = None
+    # Whether each temporal patch of a video is an item of its own behind its time in the text (`for_model`).
+    split_videos: bool = False
     max_side: int = 3584  # longest side of any image that is shown, in pixels
     pad: float | None = None  # added on each side of a box, as a share of the image; None: what the call format says
     min_crop: int = 28  # a crop must have more pixels than this on both sides, before it is resized
@@ -90,7 +92,7 @@ class RolloutConfig:
         return 3 * self.patch_size**2
 
     def sizes(self, kind: str = "") -> "Sizes":
-        """Returns the sizes at which images of a kind are shown: "" of the prompt, "crop", "select" (a `Tool.budget`), "video"."""
+        """Returns the sizes at which images of a kind are shown: "" (of the prompt), "video", or a `Tool.budget`."""
         from pixel_jax.ops import Sizes
 
         if self.square is not None:
@@ -102,8 +104,7 @@ class RolloutConfig:
         """Returns these settings with what a model's vision tower takes; without one, rows have no images."""
         if network.vision is None:
             return dataclasses.replace(self, max_images=0)
-        patch, merge, square = _tower_sizes(network.vision)
-        return dataclasses.replace(self, patch_size=patch, merge_size=merge, square=square)
+        return dataclasses.replace(self, **_settings_of(network))
 
     def check_model(self, network: "ModelConfig", *, videos: bool) -> None:
         """Checks that a model sees what these settings show.
@@ -111,18 +112,16 @@ class RolloutConfig:
         Raises:
             ValueError: it has other patches, or no vision tower for videos as one item.
         """
-        vision, taken = network.vision, (self.patch_size, self.merge_size, self.square)
+        vision = network.vision
         if vision is None and self.max_images:
             raise ValueError(
                 f"a model of the family {network.model_type!r} sees no images, but rows may have {self.max_images}: take "
                 "config.for_model(model.config), which sets max_images to 0"
             )
-        if vision is not None and taken != (has := _tower_sizes(vision)):
-            square = "images of any size" if has[2] is None else f"images of {has[2]} x {has[2]} pixels"
-            raise ValueError(
-                f"the rollout cuts patches of {self.patch_size} pixels, {self.merge_size} a side of a token, square="
-                f"{self.square}; the model has {has[0]} and {has[1]}, and {square}: take config.for_model(model.config)"
-            )
+        needed = {} if vision is None else _settings_of(network)
+        if wrong := {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}:
+            has, needs = (", ".join(f"{name}={values[name]}" for name in wrong) for values in (wrong, needed))
+            raise ValueError(f"the rollout has {has}; the model needs {needs}: take config.for_model(model.config)")
         if vision is not None and vision.token_grid(GRID) != GRID:
             raise ValueError(
                 f"this model of the family {network.model_type!r} reads the class token beside the patches "
@@ -130,13 +129,15 @@ class RolloutConfig:
             )
         if videos and len(network.placeholders) < 2:
             raise ValueError(f"the family {network.model_type!r} sees images and no videos: ask about their frames")
-        if videos and network.splits_videos:
-            raise ValueError(
-                f"videos are not supported in rollouts of the family {network.model_type!r}: show their frames"
-            )
 
 
-def _tower_sizes(vision: "TowerConfig") -> tuple[int, int, int | None]:
-    """Returns the values of `patch_size`, `merge_size` and `square` for a vision tower."""
-    side = None if vision.fixed_grid is None else vision.fixed_grid[0] * vision.patch_size
-    return vision.patch_size, vision.spatial_merge_size, side
+def _settings_of(network: "ModelConfig") -> dict[str, Any]:
+    """Returns the fields that follow from what a model with a vision tower takes."""
+    vision = network.vision
+    assert vision is not None
+    return {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "square": None if vision.fixed_grid is None else vision.fixed_grid[0] * vision.patch_size,
+        "split_videos": network.splits_videos,
+    }

@@ -93,7 +93,11 @@ def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> 
 
 
 def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Media], list[int]]:
-    """The images of a query, or its one video, and how many pad tokens stand for each. PromptError: they cannot be shown."""
+    """The images of a query, or its one video or the temporal patches of that, and how many pad tokens stand for each.
+
+    Raises:
+      PromptError: they cannot be shown.
+    """
     for i, image in enumerate(query.images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise PromptError(
@@ -114,7 +118,12 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
     if query.is_video:
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
-        media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
+        slices = -(-len(query.images) // 2)
+        if config.split_videos:
+            times = template.timestamps(len(query.images), query.seconds)
+            media, pads = [template.Media(kind, None, time) for time in times], pads[:1] * slices
+        else:
+            media, pads = media[:1], [pads[0] * slices]
     return media, pads
 
 

@@ -114,7 +114,7 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     told = "\n\n".join([template.system_prompt(tools, speaker.call_format), *(x.text for x in system)])
     written = [
         {"role": "system", "content": told},
-        *(_written(message, guidelines, speaker.call_format) for message in spoken),
+        *(_written(message, guidelines, speaker.call_format, media) for message in spoken),
     ]
     pieces = template.render(written, layout=speaker.vocabulary.layout)
     if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
@@ -134,8 +134,11 @@ def _query(spoken: Sequence[Message]) -> Query:
     return Query(spoken[-1].text, [part for part in shown if isinstance(part, np.ndarray)])
 
 
-def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
-    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn."""
+def _written(message: Message, guidelines: str, call_format: CallFormat, media: Sequence[Media]) -> dict[str, Any]:
+    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn.
+
+    A conversation has one video at most: what stands for it is all of `media`.
+    """
     if message.role == "assistant":
         return {"role": "assistant", "content": last_turn(message.text, call_format)}
     parts: list[dict[str, Any]] = []
@@ -143,8 +146,7 @@ def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
         else:
-            kind = "video" if isinstance(part, Clip) else "image"
-            parts.append({"type": kind, kind: None})
+            parts += [item.part for item in (media if isinstance(part, Clip) else [Media("image", None)])]
     parts.append({"type": "text", "text": template.user_text("", guidelines)})
     return {"role": "user", "content": parts}
 

@@ -42,9 +42,7 @@ def tokenizer_of(pieces):
     pattern = "|".join([*(re.sub(r"([^\w\s])", r"\\\1", x) for x in spelled), "<"])
     core.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     strip = decoders.Strip(content=" ", left=1, right=0)
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **named)
@@ -52,7 +50,11 @@ def tokenizer_of(pieces):
 
 @functools.cache
 def vocabulary() -> Vocabulary:
-    pieces = {text for text in CHAIN if len(text) > 1} | {template.system_prompt(), template.GUIDELINES["vcot"], "USER:"}
+    pieces = {text for text in CHAIN if len(text) > 1} | {
+        template.system_prompt(),
+        template.GUIDELINES["vcot"],
+        "USER:",
+    }
     for kind in observations.kinds_of(RELEASED):
         pieces |= {text for text in scripted_model.stretches(kind.outcome.text) if len(text) > 1}
     return Vocabulary.of(tokenizer_of({piece for piece in pieces if "<|im_" not in piece}))

@@ -69,7 +69,9 @@ def test_rolls_out_and_learns(model, config):
 
 
 def test_what_does_not_fit_is_named(model, config):
-    with pytest.raises(ValueError, match="square=None; the model has 14 and 1, and images of 28 x 28 pixels: take config"):
+    with pytest.raises(
+        ValueError, match="square=None; the model has 14 and 1, and images of 28 x 28 pixels: take config"
+    ):
         rollout(model, asked(config), KEY, scripted_model.CONFIG)
     with pytest.raises((PromptError, ValueError), match="the tokenizer has no tokens for them"):
         asked(config, [Query("Which frame?", [QUERIES[0].images[0]] * 2, is_video=True)])
@@ -118,7 +120,9 @@ class TheirConversation:
         options = {"max_new_tokens": scripted_model.CONFIG.max_new_tokens, "min_new_tokens": 1, "eos_token_id": 2}
         banned = [self.tokenizer.convert_tokens_to_ids("<image>")]
         with self.torch.no_grad():
-            out = self.network.generate(given, **arrays, **options, do_sample=False, suppress_tokens=banned, pad_token_id=0)
+            out = self.network.generate(
+                given, **arrays, **options, do_sample=False, suppress_tokens=banned, pad_token_id=0
+            )
         return out[0, len(ids) :].tolist()
 
     def encode(self, text, behind):
@@ -127,8 +131,14 @@ class TheirConversation:
 
     def write(self, query, max_calls):
         """The ids of a conversation, where its answer begins, and all images."""
-        question = [*({"type": "image"} for _ in query.images), {"type": "text", "text": f"{query.question}\n\n{GUIDE}"}]
-        told = [{"role": "system", "content": [{"type": "text", "text": SYSTEM}]}, {"role": "user", "content": question}]
+        question = [
+            *({"type": "image"} for _ in query.images),
+            {"type": "text", "text": f"{query.question}\n\n{GUIDE}"},
+        ]
+        told = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+            {"role": "user", "content": question},
+        ]
         text = self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
         ids, images = [1, *self.encode(text, "<s>")], list(query.images)
         begin = len(ids)
@@ -189,10 +199,15 @@ def trained(legacy):
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), digits])
     initial = [*llava.SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=initial, show_progress=False)
-    core.train_from_iterator([SYSTEM.replace("\n", " "), GUIDE, "USER: ASSISTANT: Here is the cropped image 0123456789"], trainer)
+    core.train_from_iterator(
+        [SYSTEM.replace("\n", " "), GUIDE, "USER: ASSISTANT: Here is the cropped image 0123456789"], trainer
+    )
     learned = json.loads(core.to_str())["model"]
     made = LlamaTokenizer(
-        vocab=learned["vocab"], merges=[tuple(x) for x in learned["merges"]], legacy=legacy, chat_template=llava.CHAT_TEMPLATE
+        vocab=learned["vocab"],
+        merges=[tuple(x) for x in learned["merges"]],
+        legacy=legacy,
+        chat_template=llava.CHAT_TEMPLATE,
     )
     made.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
     return made
@@ -212,8 +227,11 @@ def test_dialogs_are_those_of_the_released_template(legacy, config):
     safe = query._replace(question=query.question.replace("<s>", ""))
     ids = encode(text.replace("<s>", ""))
     assert prompt_tokens(safe, words, config) == [words.begin, *ids]
-    assert set(prompt_tokens(query, words, config)) >= {words.begin} and prompt_tokens(query, words, config).count(1) == 1
-    call = '<tool_call>{"name": "crop_image_normalized", "arguments": {"bbox_2d": [0.1, 0.1, 0.7, 0.8], "target_image": 1}}</tool_call>'
+    assert (
+        set(prompt_tokens(query, words, config)) >= {words.begin} and prompt_tokens(query, words, config).count(1) == 1
+    )
+    arguments = '{"bbox_2d": [0.1, 0.1, 0.7, 0.8], "target_image": 1}'
+    call = f'<tool_call>{{"name": "crop_image_normalized", "arguments": {arguments}}}</tool_call>'
     trace = Trace(safe, (right(call), right("It is \\boxed{7}.")), "7")
     rows = to_trajectories([trace], words, tables(words), config, BatchShape(2400, 3, 3, PADS))
     shown = f"USER: <image>\n\nHere is the cropped image (Image Size: {llava.SIDE}x{llava.SIDE}):"
@@ -224,7 +242,9 @@ def test_dialogs_are_those_of_the_released_template(legacy, config):
 
 
 def directory(model, config, folder):
-    save_pretrained(model, Processor(llava.vocabulary().tokenizer, family=LlavaConfig, vision=model.config.vision), folder)
+    save_pretrained(
+        model, Processor(llava.vocabulary().tokenizer, family=LlavaConfig, vision=model.config.vision), folder
+    )
     write_limits(folder, config)
     return folder
 
