@@ -182,11 +182,10 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     runs = np.split(ids, np.flatnonzero(np.diff(loss_mask)) + 1)
     if len(runs) % 2:  # the row ends with an observation
         runs.append(ids[:0])
-    # The prompt ends where the assistant begins; a prefix of its first turn may follow.
-    opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
     texts = [vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-    prefix = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace")
-    texts[0] = prefix.removeprefix(flatten(vocabulary.layout.prompt)) + texts[0]
+    # The prompt ends where the assistant begins; a prefix of its first turn may follow.
+    prompt = vocabulary.to_bytes(runs[0].tolist()).decode("utf-8", "replace")
+    texts[0] = prompt.rpartition(flatten(vocabulary.layout.after))[2] + texts[0]
     return texts, runs[2::2]
 
 
