@@ -130,8 +130,14 @@ class TraceRow:
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
         """Appends a turn; returns the ids of the turn that is carried out."""
         ids, loss_mask = [], []
-        for i, (text, learned) in enumerate(turn.parts):
-            piece = vocabulary.encode(text if i else vocabulary.layout.turn(text))
+        layout = vocabulary.layout
+        parts = [[text, learned] for text, learned in turn.parts]
+        if parts and layout.lead and not parts[0][0].startswith(layout.lead):
+            parts[0][0] = layout.lead + parts[0][0]
+        if parts and turn.ends and layout.tail and not parts[-1][0].endswith(layout.tail):
+            parts[-1][0] += layout.tail
+        for text, learned in parts:
+            piece = vocabulary.encode(text)
             ids += piece
             loss_mask += [learned] * len(piece)
         if turn.ends:

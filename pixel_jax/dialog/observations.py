@@ -5,14 +5,13 @@ An observation is a user message with the text of an outcome and the images that
 
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
-in ChatML; of other layouts (`template.Layout`) it has the marks, and where they put the images of a message before its text, so
-do observations. The text behind several such images is encoded apart from the mark between.
+in ChatML; of other layouts (`layout.Layout`) it has the marks, and the order of text and images.
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
 out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
 the minus sign that may follow it, because tokenizers join the two. An integer has a token for every digit, whatever longer
-tokens the tokenizer has. An image is its pad tokens between the marks of the layout (`<|vision_start|>`, `<|vision_end|>`). With
-Qwen2.5's and LLaVA's tokenizers, which split digits, the ids are those of the whole text.
+tokens the tokenizer has. An image is `<|vision_start|>`, its pad tokens, `<|vision_end|>`. With Qwen2.5's tokenizer, which splits
+digits, the ids are those of the whole text.
 
 One function, `assemble`, joins them for a batch, under jit or not. Instruction tuning, the device rollout and its host twin all
 take their ids from it. `Observations.text` returns the same observation as text.
@@ -32,7 +31,8 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
-from pixel_jax.dialog.template import ABSENT, CHATML, Layout, Special, flatten, join_texts
+from pixel_jax.dialog.layout import Layout, Marks, Place, Special
+from pixel_jax.dialog.template import ABSENT, SPECIAL_TOKENS, flatten, to_ids
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
@@ -44,13 +44,19 @@ NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a t
 
 def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
     """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
-    layout, decode = vocabulary.layout, lambda ids: vocabulary.to_bytes(ids.tolist()).decode("utf-8", "replace")
-    if layout.images_first:
-        behind = np.max(np.flatnonzero(ids == vocabulary.image_pad), initial=-1) + 1
-        text = decode(ids[behind:]).lstrip(" ").removesuffix(flatten(layout.after))
-    else:
-        text = decode(ids[: np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]])
-    return text.removeprefix(flatten(layout.before)).strip("\n")
+    layout = vocabulary.layout
+
+    def spelled(marks: Marks, place: Place) -> bytes:
+        return vocabulary.to_bytes(to_ids(marks, vocabulary, (), place))
+
+    opening, closing = spelled(layout.before, Place.SPECIAL), spelled(layout.after, Place.TEXT)
+    pads = np.flatnonzero((ids == vocabulary.image_pad) | (ids == vocabulary.video_pad))
+    if len(pads) and layout.images_first:
+        ids, opening = ids[pads[-1] + 1 :], spelled(layout.image[1], Place.SPECIAL)
+    elif len(pads):
+        ids, closing = ids[: pads[0]], spelled(layout.image[0], Place.TEXT)
+    said = vocabulary.to_bytes(ids.tolist()).removeprefix(opening).removesuffix(closing)
+    return said.decode("utf-8", "replace").strip("\n")
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
@@ -127,7 +133,7 @@ class Observations:
     constants: np.ndarray  # int32 [N], the ids of all constant stretches
     digits: np.ndarray  # int32 [10]
     image_pad: int
-    layout: Layout = CHATML
+    layout: Layout
 
     @classmethod
     def of(
@@ -139,73 +145,80 @@ class Observations:
           ToolError: a text has unknown braces, or braces behind its images.
           ValueError: the tokenizer changes a text.
         """
-        kinds, layout = kinds_of(tools, call_format), vocabulary.layout
+        kinds = kinds_of(tools, call_format)
         constants: list[int] = []
 
-        def constant(text: str | Special, **guard) -> _Segment:
-            ids = [getattr(vocabulary, text.name)] if isinstance(text, Special) else vocabulary.encode(text)
-            if isinstance(text, str) and vocabulary.to_bytes(ids) != text.encode():
-                raise ValueError(
-                    f"the tokenizer changes {text!r} to {vocabulary.to_bytes(ids)!r}: it must keep every text"
-                )
+        def constant(text: str | Special, place: Place = Place.TEXT, **guard) -> _Segment:
+            ids = [vocabulary.special[text.name]] if isinstance(text, Special) else vocabulary.encode(text, place)
+            spelled = vocabulary.to_bytes(ids)
+            same = [] if isinstance(text, Special) else [text.encode()]
+            if place is Place.SPECIAL:  # where some tokenizers put a space
+                same += [b" " + x for x in same]
+            if same and spelled not in same:
+                raise ValueError(f"the tokenizer changes {text!r} to {spelled!r}: it must keep every text")
             constants.extend(ids)
             return _Segment(_CONSTANT, len(constants) - len(ids), len(ids), **guard)
 
-        def integer(before: str, source: int, **guard) -> list[_Segment]:
+        def marks(pieces: Marks, **guard) -> list[_Segment]:
+            return [constant(piece, Place.SPECIAL, **guard) for piece in pieces]
+
+        def integer(before: str, source: int, place: Place = Place.TEXT, **guard) -> list[_Segment]:
             return [
-                constant(before, source=source, sign=_POSITIVE, **guard),
-                constant(before + "-", source=source, sign=_NEGATIVE, **guard),
+                constant(before, place, source=source, sign=_POSITIVE, **guard),
+                constant(before + "-", place, source=source, sign=_NEGATIVE, **guard),
                 _Segment(_INTEGER, source=source, **guard),
             ]
 
-        def listed(before: str, after: str) -> list[_Segment]:
-            segments = [constant(f"{before}[]{after}", guard=_NO_ITEMS)]
+        def listed(before: str, after: str, place: Place) -> list[_Segment]:
+            segments = [constant(f"{before}[]{after}", place, guard=_NO_ITEMS)]
             for item in range(MAX_LIST):
-                stretch = ", " if item else before + "["
-                segments += integer(stretch, NUM_INTEGERS + item, guard=_ITEMS, at=item)
+                stretch, place = (", ", Place.TEXT) if item else (before + "[", place)
+                segments += integer(stretch, NUM_INTEGERS + item, place, guard=_ITEMS, at=item)
             return [*segments, constant("]" + after, guard=_ITEMS)]
 
-        def marks(pieces: Sequence[str | Special], **guard) -> list[_Segment]:
-            """Pieces that each stand behind a special token."""
-            return [constant(vocabulary.spaced(x) if isinstance(x, str) else x, **guard) for x in pieces]
-
-        def image(index: int, behind: Sequence[str | Special]) -> list[_Segment]:
+        def image(index: int) -> list[_Segment]:
             guard = {"guard": _IMAGES, "at": index}
-            return [*marks(layout.image[0], **guard), _Segment(_PADS, source=index, **guard), *marks(behind, **guard)]
+            before, after = layout.image
+            return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
 
+        def said(text: str, place: Place) -> list[_Segment]:
+            """A text with braces."""
+            row: list[_Segment] = []
+            *stretches, last = _split(text)
+            for i, (before, what) in enumerate(stretches):
+                if what != "list":
+                    row += integer(before, int(what), place)
+                elif i + 1 == len(stretches):
+                    return [*row, *listed(before, last[0], place)]
+                else:
+                    raise ValueError(f"an integer follows the list of {text!r}")
+                place = Place.TEXT
+            return [*row, constant(last[0], place)] if last[0] else row
+
+        layout = vocabulary.layout
+        head, opening = _text_last(layout.before)
+        closing, rest = _text_first(layout.after)
         rows = []
         for kind in kinds:
-            template, _, behind = kind.outcome.text.partition(IMAGES)
-            *head, opening = layout.before  # the last piece is text, which is joined with the message's own text
-            assert isinstance(opening, str)
-            row, opening = marks(head), vocabulary.spaced(opening)
-            count, mark = kind.outcome.images if vocabulary.image_pad != ABSENT else 0, layout.image[1]
-            joined = layout.images_first and count == 1  # what stands behind the image, with the text
-            images = [x for i in range(count) for x in image(i, () if joined else mark)]
-            if images and layout.images_first:
-                row, opening, images = [*row, constant(opening), *images], "", []
-                opening = vocabulary.spaced("".join(map(str, mark))) if joined else ""
-            *stretches, last = _split(opening + template)
+            text, _, behind = kind.outcome.text.partition(IMAGES)
             if "{" in behind:
                 raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")
-            if wrong := [what for _, what in stretches if what not in NAMES]:
+            if wrong := [what for _, what in _split(text)[:-1] if what not in NAMES]:
                 raise ToolError(
                     f"the text of {kind} has {{{wrong[0]}}} in it: braces hold {', '.join(NAMES)} and no more"
                 )
-            for i, (before, what) in enumerate(stretches):
-                if what != "list":
-                    row += integer(before, int(what))
-                elif i + 1 == len(stretches):
-                    row, last = [*row, *listed(before, last[0])], ("", "")
-                else:
-                    raise ValueError(f"an integer follows the list of {template!r}")
-            if images:
-                row += [*([constant(last[0])] if last[0] else []), *images]
-                row += marks(join_texts([behind, *layout.after] if behind else layout.after))
-            else:  # one text, which goes over into what follows it
-                rest = join_texts([last[0] + behind, *layout.after])
-                row += [*([constant(rest[0])] if rest[0] else []), *marks(rest[1:])]
-            rows.append(row)
+            shown = range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0)
+            images = [segment for index in shown for segment in image(index)]
+            row = marks(head)
+            if not images:
+                row += said(opening + text + behind + closing, Place.SPECIAL)
+            elif layout.images_first:
+                row += [*marks((opening,) if opening else ()), *images]
+                row += said(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
+            else:
+                row += [*said(opening + text, Place.SPECIAL), *images]
+                row += marks((behind + closing,) if behind + closing else ())
+            rows.append([*row, *marks(rest)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
@@ -214,7 +227,7 @@ class Observations:
             constants=np.array(constants, np.int32),
             digits=np.array(vocabulary.digits, np.int32),
             image_pad=vocabulary.image_pad,
-            layout=layout,
+            layout=vocabulary.layout,
         )
 
     @property
@@ -232,19 +245,18 @@ class Observations:
         return next(i for i, kind in enumerate(self.kinds) if kind.tool == tool and kind.outcome.name == outcome)
 
     def text(self, kind: int, integers: Sequence[int] = (), items: Sequence[int] = (), pads: Sequence[int] = ()) -> str:
-        """Returns an observation as text, without spaces that the tokenizer adds; `pads` are the pad counts of its images."""
+        """Returns an observation as text; `pads` are the pad counts of the images it shows."""
         template = self.kinds[kind].outcome.text
         template += "" if IMAGES in template else IMAGES
         written = [*integers, *items] if "{list}" in template else list(integers)
         if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
             template, pads = self.kinds[self.malformed].outcome.text + IMAGES, ()
-        before, behind = map(flatten, self.layout.image)
-        images = "".join(before + "<|image_pad|>" * count + behind for count in pads)
-        opening = flatten(self.layout.before)
+        before, after = map(flatten, self.layout.image)
+        images = "".join(before + SPECIAL_TOKENS["image_pad"] * count + after for count in pads)
         if self.layout.images_first:
-            opening, images = opening + images, ""
+            images, template = "", images + template
         text = template.format(*integers, list=list(items), images=images)
-        return opening + text + flatten(self.layout.after)
+        return flatten(self.layout.before) + text + flatten(self.layout.after)
 
     def bound(self, pads: Sequence[int], images: int) -> int:
         """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.
@@ -361,6 +373,16 @@ class Observations:
 
 
 _assemble = jax.jit(Observations.assemble, static_argnums=(0, 2))
+
+
+def _text_last(marks: Marks) -> tuple[Marks, str]:
+    """Takes the text off their end."""
+    return (marks[:-1], marks[-1]) if marks and isinstance(marks[-1], str) else (marks, "")
+
+
+def _text_first(marks: Marks) -> tuple[str, Marks]:
+    """Takes the text off their beginning."""
+    return (marks[0], marks[1:]) if marks and isinstance(marks[0], str) else ("", marks)
 
 
 def _split(template: str) -> list[tuple[str, str]]:

@@ -192,7 +192,7 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     # The prompt ends where the assistant begins; a prefix of its first turn may follow.
     decode = lambda run: vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace")
     texts = [decode(run).removesuffix(END) for run in runs[1::2]]
-    texts[0] = decode(runs[0]).rpartition(flatten(vocabulary.layout.prompt))[2] + texts[0]
+    texts[0] = decode(runs[0]).rpartition(flatten(vocabulary.layout.after))[2] + texts[0]
     return texts, runs[2::2]
 
 

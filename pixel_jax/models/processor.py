@@ -24,6 +24,7 @@ from pixel_jax.models.side_files import (
     is_template,
     json_object,
     load_tokenizer,
+    processor_template,
     read_side_files,
     tokenizer_files,
 )
@@ -73,6 +74,8 @@ class Processor:
         if not any(name in files for name in (TOKENIZER, "vocab.json", TOKENIZER_CONFIG)):
             return None
         tokenizer = load_tokenizer(directory)
+        if config.vision is not None and (template := processor_template(files, directory)) is not None:
+            tokenizer.chat_template = template
         for token, expected in zip(config.placeholders, config.visual_tokens, strict=True):
             found = tokenizer.convert_tokens_to_ids(token)
             if found != expected:

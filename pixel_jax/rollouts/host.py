@@ -8,6 +8,7 @@ import numpy as np
 
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
+from pixel_jax.dialog.layout import Place
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, HostAnswers
@@ -127,9 +128,7 @@ def encode_replies(
         text = f"\n{reply.text}" if answered else ERROR.format(tool.name, reply.text)
         before, behind = call_format.answer(tool, reply.outcome, text)
         parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
-        layout = vocabulary.layout
-        pieces = [*layout.behind, *template.message_pieces("user", parts, layout), *layout.prompt]
-        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
+        ids[row] = template.to_ids(vocabulary.layout.observation(parts), vocabulary, pads, Place.SPECIAL)
         outcome[row] = kinds.index((tool.name, reply.outcome.name))
         status[row] = CallStatus.DONE if answered else CallStatus.FAILED
     lengths = np.array([len(x) for x in ids], np.int32)

@@ -78,7 +78,15 @@ def prompt_tokens(
         call_format=call_format(config.call_format),
         text_first=query.text_first,
     )
-    return template.to_ids(template.render(messages, layout=vocabulary.layout), vocabulary, pads)
+    pieces = with_times(template.render(messages, layout=vocabulary.layout), query, config)
+    return template.to_ids(pieces, vocabulary, pads)
+
+
+def with_times(pieces: list[template.Piece], query: Query, config: RolloutConfig) -> list[template.Piece]:
+    """A rendered dialog about `query`, with each temporal patch of its video behind its time where the model has it so."""
+    if not (query.is_video and config.split_videos):
+        return pieces
+    return template.in_patches(pieces, template.timestamps(len(query.images), query.seconds))
 
 
 def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> tuple[str, tuple[Tool, ...]]:
@@ -93,7 +101,7 @@ def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> 
 
 
 def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Media], list[int]]:
-    """The images of a query, or its one video or the temporal patches of that, and how many pad tokens stand for each.
+    """The images of a query, or its one video, and how many pad tokens stand for each, or for each temporal patch.
 
     Raises:
       PromptError: they cannot be shown.
@@ -119,11 +127,7 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
         slices = -(-len(query.images) // 2)
-        if config.split_videos:
-            times = template.timestamps(len(query.images), query.seconds)
-            media, pads = [template.Media(kind, None, time) for time in times], pads[:1] * slices
-        else:
-            media, pads = media[:1], [pads[0] * slices]
+        media, pads = media[:1], pads[:1] * slices if config.split_videos else [pads[0] * slices]
     return media, pads
 
 

@@ -17,7 +17,7 @@ from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media
+from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media, with_times
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 
@@ -114,12 +114,12 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     told = "\n\n".join([template.system_prompt(tools, speaker.call_format), *(x.text for x in system)])
     written = [
         {"role": "system", "content": told},
-        *(_written(message, guidelines, speaker.call_format, media) for message in spoken),
+        *(_written(message, guidelines, speaker.call_format) for message in spoken),
     ]
     pieces = template.render(written, layout=speaker.vocabulary.layout)
     if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
         raise PromptError("only questions may show images or videos")
-    return Prompt(query, template.to_ids(pieces, speaker.vocabulary, pads))
+    return Prompt(query, template.to_ids(with_times(pieces, query, speaker.config), speaker.vocabulary, pads))
 
 
 def _query(spoken: Sequence[Message]) -> Query:
@@ -134,11 +134,8 @@ def _query(spoken: Sequence[Message]) -> Query:
     return Query(spoken[-1].text, [part for part in shown if isinstance(part, np.ndarray)])
 
 
-def _written(message: Message, guidelines: str, call_format: CallFormat, media: Sequence[Media]) -> dict[str, Any]:
-    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn.
-
-    A conversation has one video at most: what stands for it is all of `media`.
-    """
+def _written(message: Message, guidelines: str, call_format: CallFormat) -> dict[str, Any]:
+    """A message as templates have it: a question with the guidelines behind it, of an answer the last turn."""
     if message.role == "assistant":
         return {"role": "assistant", "content": last_turn(message.text, call_format)}
     parts: list[dict[str, Any]] = []
@@ -146,7 +143,8 @@ def _written(message: Message, guidelines: str, call_format: CallFormat, media: 
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
         else:
-            parts += [item.part for item in (media if isinstance(part, Clip) else [Media("image", None)])]
+            kind = "video" if isinstance(part, Clip) else "image"
+            parts.append({"type": kind, kind: None})
     parts.append({"type": "text", "text": template.user_text("", guidelines)})
     return {"role": "user", "content": parts}
 

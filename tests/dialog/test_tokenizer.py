@@ -165,7 +165,7 @@ def test_what_is_missing_is_named():
         Vocabulary.of(byte_level(alphabet, [token for token in special if token != "<|image_pad|>"]))
     with pytest.raises(ValueError, match=r"no token for \['0', '7'\] alone"):
         Vocabulary.of(byte_level([character for character in alphabet if character not in "70"], special))
-    with pytest.raises(ValueError, match="decoder is Fuse, neither ByteLevel nor"):
+    with pytest.raises(ValueError, match="decoder is Fuse, not ByteLevel"):
         Vocabulary.of(byte_level(alphabet, special, decoders.Fuse()))
     with pytest.raises(ValueError, match="outside the byte alphabet"):
         Vocabulary.of(byte_level([*alphabet, "日"], special))

@@ -30,7 +30,7 @@ def tokenizer_of(pieces):
     """A tokenizer as the file of LLaVA-1.5 has it, with `pieces` as tokens, and bytes for everything else."""
     import re
 
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     spelled = sorted({piece.replace(" ", "▁") for piece in pieces} | {"▁"}, key=lambda x: (-len(x), x))
@@ -44,6 +44,7 @@ def tokenizer_of(pieces):
     strip = decoders.Strip(content=" ", left=1, right=0)
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE, **named)
 

@@ -69,9 +69,7 @@ def test_rolls_out_and_learns(model, config):
 
 
 def test_what_does_not_fit_is_named(model, config):
-    with pytest.raises(
-        ValueError, match="square=None; the model has 14 and 1, and images of 28 x 28 pixels: take config"
-    ):
+    with pytest.raises(ValueError, match="merge_size=2, square=None; the model needs merge_size=1, square=28: take"):
         rollout(model, asked(config), KEY, scripted_model.CONFIG)
     with pytest.raises((PromptError, ValueError), match="the tokenizer has no tokens for them"):
         asked(config, [Query("Which frame?", [QUERIES[0].images[0]] * 2, is_video=True)])
@@ -150,7 +148,7 @@ class TheirConversation:
                 break
             said, crop = answered(json.loads(found[1])["arguments"], images)
             images += [crop] * (crop is not None)
-            ids += self.encode("USER: " + "<image>\n" * (crop is not None) + said + " ASSISTANT:", "</s>")
+            ids += self.encode(" USER: " + "<image>\n" * (crop is not None) + said + " ASSISTANT:", "</s>")
         return begin, ids, images
 
 
@@ -199,8 +197,9 @@ def trained(legacy):
     core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), digits])
     initial = [*llava.SPECIAL[:3], *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=initial, show_progress=False)
+    # No token has a line break, as in the vocabulary of LLaMA.
     core.train_from_iterator(
-        [SYSTEM.replace("\n", " "), GUIDE, "USER: ASSISTANT: Here is the cropped image 0123456789"], trainer
+        " ".join([SYSTEM, GUIDE, "USER: ASSISTANT: Here is the cropped image 0123456789"]).split("\n"), trainer
     )
     learned = json.loads(core.to_str())["model"]
     made = LlamaTokenizer(
@@ -226,17 +225,15 @@ def test_dialogs_are_those_of_the_released_template(legacy, config):
     text = theirs.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
     safe = query._replace(question=query.question.replace("<s>", ""))
     ids = encode(text.replace("<s>", ""))
-    assert prompt_tokens(safe, words, config) == [words.begin, *ids]
-    assert (
-        set(prompt_tokens(query, words, config)) >= {words.begin} and prompt_tokens(query, words, config).count(1) == 1
-    )
+    assert prompt_tokens(safe, words, config) == [1, *ids]
+    assert prompt_tokens(query, words, config).count(1) == 1  # the text has letters
     arguments = '{"bbox_2d": [0.1, 0.1, 0.7, 0.8], "target_image": 1}'
     call = f'<tool_call>{{"name": "crop_image_normalized", "arguments": {arguments}}}</tool_call>'
     trace = Trace(safe, (right(call), right("It is \\boxed{7}.")), "7")
     rows = to_trajectories([trace], words, tables(words), config, BatchShape(2400, 3, 3, PADS))
-    shown = f"USER: <image>\n\nHere is the cropped image (Image Size: {llava.SIDE}x{llava.SIDE}):"
+    shown = f" USER: <image>\n\nHere is the cropped image (Image Size: {llava.SIDE}x{llava.SIDE}):"
     whole = text.replace("<s>", "") + f" {call}</s>{shown} ASSISTANT: It is \\boxed{{7}}.</s>"
-    assert rows.tokens[0][rows.valid[0]].tolist() == [words.begin, *encode(whole)]
+    assert rows.tokens[0][rows.valid[0]].tolist() == [1, *encode(whole)]
     learned = words.to_bytes(rows.tokens[0][rows.loss_mask[0]].tolist()).decode()
     assert learned == f" {call}<|im_end|> It is \\boxed{{7}}.<|im_end|>"
 
