@@ -71,7 +71,7 @@ def test_rolls_out_and_learns(model, config):
 def test_what_does_not_fit_is_named(model, config):
     with pytest.raises(ValueError, match="merge_size=2, square=None; the model needs merge_size=1, square=28: take"):
         rollout(model, asked(config), KEY, scripted_model.CONFIG)
-    with pytest.raises((PromptError, ValueError), match="the tokenizer has no tokens for them"):
+    with pytest.raises((PromptError, ValueError), match="the dialog shows 1 videos"):
         asked(config, [Query("Which frame?", [QUERIES[0].images[0]] * 2, is_video=True)])
     values = model.config.to_hf() | {"vision_feature_select_strategy": "full"}
     with pytest.raises(ValueError, match="reads the class token beside the patches"):
@@ -206,6 +206,7 @@ def trained(legacy):
         vocab=learned["vocab"],
         merges=[tuple(x) for x in learned["merges"]],
         legacy=legacy,
+        add_bos_token=True,
         chat_template=llava.CHAT_TEMPLATE,
     )
     made.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
