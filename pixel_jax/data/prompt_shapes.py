@@ -14,7 +14,7 @@ import numpy as np
 
 from pixel_jax.data.shapes import AutoShapes, cover
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import host_crop_resize, smart_resize
+from pixel_jax.ops import Sizes, host_crop_resize
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.prompts import PromptError, Query, prompt_tokens
 from pixel_jax.rollouts.shapes import BatchShape, prompt_shape
@@ -56,16 +56,9 @@ class ShapeFinder(NamedTuple):
     guidelines: str = "vcot"
     tools: tuple[Tool, ...] = RELEASED
 
-    def pixel_limits(self, query: Query) -> dict[str, int]:
-        """`min_pixels` and `max_pixels` of an image of `query` as it is shown."""
-        config = self.config
-        if query.is_video:
-            return {
-                "factor": config.factor,
-                "min_pixels": config.video_min_pixels,
-                "max_pixels": config.video_max_pixels,
-            }
-        return {"factor": config.factor, "min_pixels": config.min_pixels, "max_pixels": config.max_pixels}
+    def sizes(self, query: Query) -> Sizes:
+        """The sizes at which images of `query` are shown."""
+        return self.config.sizes("video" if query.is_video else "")
 
     def scaled(self, query: Query, shape: BatchShape) -> ScaledPrompt:
         """`query` with the largest images that fit `shape`.
@@ -76,8 +69,8 @@ class ShapeFinder(NamedTuple):
         sizes = [size_of(image) for image in query.images]
         if len(sizes) > shape.images:
             raise PromptError(f"{len(sizes)} images are more than the {shape.images} there is room for")
-        limits, vocabulary = self.pixel_limits(query), self.vocabulary
-        scale = min((scale_for(size, shape, self.config.max_side, limits) for size in sizes), default=1.0)
+        limits, vocabulary = self.sizes(query), self.vocabulary
+        scale = min((scale_for(size, shape, limits) for size in sizes), default=1.0)
         max_tokens, tokens = min(shape.tokens, self.config.max_tokens - 1), 0
         for _ in range(MAX_TRIES):
             sizes = [(scaled_side(h, scale), scaled_side(w, scale)) for h, w in map(size_of, query.images)]
@@ -90,10 +83,10 @@ class ShapeFinder(NamedTuple):
                 )
             image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
             left = max_tokens - (tokens - image_tokens)  # by the text
-            if left <= 0 or not image_tokens:
+            if left <= 0 or not image_tokens or limits.square:  # no image takes fewer tokens
                 break
             # What is shown is never larger than its limit, whatever the image is.
-            limit_scale = min(1.0, math.sqrt(limits["max_pixels"] / max(h * w for h, w in sizes)))
+            limit_scale = min(1.0, math.sqrt(limits.max_pixels / max(h * w for h, w in sizes)))
             scale *= limit_scale * 0.99 * math.sqrt(left / image_tokens)
         raise PromptError(f"a prompt of {tokens} tokens does not fit the width of {max_tokens}")
 
@@ -178,19 +171,19 @@ def scaled_side(length: int, scale: float) -> int:
     return max(1, int(length * scale))
 
 
-def shown(sizes: Sequence[Size], limits: dict[str, int]) -> list[Size]:
+def shown(sizes: Sequence[Size], limits: Sizes) -> list[Size]:
     """The sizes at which images of these sizes are shown."""
-    return [smart_resize(*size, **limits) for size in sizes]
+    return [limits.of(*size) for size in sizes]
 
 
-def scale_for(size: Size, shape: BatchShape, max_side: int, limits: dict[str, int]) -> float:
-    """The largest scale at which an image of `size` fits the shape's image buffer and is shown within `max_side`."""
+def scale_for(size: Size, shape: BatchShape, limits: Sizes) -> float:
+    """The largest scale at which an image of `size` fits the shape's image buffer and is shown within the longest side."""
     height, width = size
     scale = min(1.0, shape.height / height, shape.width / width)
     ((high, wide),) = shown([(scaled_side(height, scale), scaled_side(width, scale))], limits)
-    if max(high, wide) > max_side:  # the image is much longer than wide
-        max_pixels = limits["max_pixels"]
-        scale = min(scale, (max_pixels / (height * width)) ** 0.5) * (max_side - limits["factor"]) / max(high, wide)
+    if max(high, wide) > limits.max_side:  # the image is much longer than wide
+        least = min(scale, (limits.max_pixels / (height * width)) ** 0.5)
+        scale = least * (limits.max_side - limits.factor) / max(high, wide)
     return scale
 
 

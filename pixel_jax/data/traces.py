@@ -16,7 +16,6 @@ import numpy as np
 
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.inputs import Visual
-from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts import decode_loop
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import row_images
@@ -105,15 +104,8 @@ class TraceRow:
         self.slices: list[tuple[int, int]] = []
         self.grids: list[tuple[int, int, int]] = []
         self.calls: list[Calls] = []  # each of one call
-        low, high = (
-            (config.video_min_pixels, config.video_max_pixels)
-            if query.is_video
-            else (config.min_pixels, config.max_pixels)
-        )
-        sizes = [
-            smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
-            for image in query.images
-        ]
+        limits = config.sizes("video" if query.is_video else "")
+        sizes = [limits.of(*image.shape[:2]) for image in query.images]
         whole = [
             View(i, (0, 0, image.shape[1], image.shape[0]), size, config.patch_size)
             for i, (image, size) in enumerate(zip(query.images, sizes, strict=True))
@@ -122,6 +114,8 @@ class TraceRow:
             last = len(query.images) - 1
             self.slices = [(i, min(i + 1, last)) for i in range(0, len(query.images), 2)]
             self.grids = [(len(self.slices), *whole[0].grid)]
+            if config.split_videos:
+                self.grids = [(1, *whole[0].grid)] * len(self.slices)
             self.views = whole
         else:
             for view in whole:
@@ -136,7 +130,13 @@ class TraceRow:
     def write(self, turn: Turn, vocabulary: Vocabulary) -> list[int]:
         """Appends a turn; returns the ids of the turn that is carried out."""
         ids, loss_mask = [], []
-        for text, learned in turn.parts:
+        layout = vocabulary.layout
+        parts = [[text, learned] for text, learned in turn.parts]
+        if parts and layout.lead and not parts[0][0].startswith(layout.lead):
+            parts[0][0] = layout.lead + parts[0][0]
+        if parts and turn.ends and layout.tail and not parts[-1][0].endswith(layout.tail):
+            parts[-1][0] += layout.tail
+        for text, learned in parts:
             piece = vocabulary.encode(text)
             ids += piece
             loss_mask += [learned] * len(piece)

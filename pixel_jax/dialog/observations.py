@@ -5,7 +5,7 @@ An observation is a user message with the text of an outcome and the images that
 
     \n<|im_start|>user\n  text  images  text  <|im_end|>\n<|im_start|>assistant\n
 
-in ChatML; of other layouts (`template.Layout`) it has the marks.
+in ChatML; of other layouts (`layout.Layout`) it has the marks, and the order of text and images.
 
 Its text is that of one of the outcomes of the tools (`pixel_jax.tools`), or the shared one for calls that cannot be carried
 out, with a few integers in it. The constant stretches of text between the integers are tokenised once, each with and without
@@ -31,7 +31,8 @@ import numpy as np
 
 from pixel_jax.arrays import AnyArray
 from pixel_jax.dialog.formats import IMAGES, PIXEL_REASONER, CallFormat
-from pixel_jax.dialog.template import ABSENT, CHATML, VISION_END, VISION_START, Layout, Special, flatten
+from pixel_jax.dialog.layout import Layout, Marks, Place, Special
+from pixel_jax.dialog.template import ABSENT, SPECIAL_TOKENS, flatten, to_ids
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.tools import RELEASED, Outcome, Tool, ToolError
 
@@ -43,9 +44,19 @@ NAMES = (*map(str, range(NUM_INTEGERS)), "list")  # allowed in the braces of a t
 
 def observation_text(ids: np.ndarray, vocabulary: Vocabulary) -> str:
     """What the observation `ids` (int32 [n]) says: without what the template puts around it, and without its images."""
-    end = np.flatnonzero((ids == vocabulary.vision_start) | (ids == vocabulary.im_end))[0]
-    text = vocabulary.to_bytes(ids[:end].tolist()).decode("utf-8", "replace")
-    return text.removeprefix(flatten(vocabulary.layout.before)).strip("\n")
+    layout = vocabulary.layout
+
+    def spelled(marks: Marks, place: Place) -> bytes:
+        return vocabulary.to_bytes(to_ids(marks, vocabulary, (), place))
+
+    opening, closing = spelled(layout.before, Place.SPECIAL), spelled(layout.after, Place.TEXT)
+    pads = np.flatnonzero((ids == vocabulary.image_pad) | (ids == vocabulary.video_pad))
+    if len(pads) and layout.images_first:
+        ids, opening = ids[pads[-1] + 1 :], spelled(layout.image[1], Place.SPECIAL)
+    elif len(pads):
+        ids, closing = ids[: pads[0]], spelled(layout.image[0], Place.TEXT)
+    said = vocabulary.to_bytes(ids.tolist()).removeprefix(opening).removesuffix(closing)
+    return said.decode("utf-8", "replace").strip("\n")
 
 
 def malformed(tools: Sequence[Tool], call_format: CallFormat = PIXEL_REASONER) -> Outcome:
@@ -122,7 +133,7 @@ class Observations:
     constants: np.ndarray  # int32 [N], the ids of all constant stretches
     digits: np.ndarray  # int32 [10]
     image_pad: int
-    layout: Layout = CHATML
+    layout: Layout
 
     @classmethod
     def of(
@@ -137,63 +148,77 @@ class Observations:
         kinds = kinds_of(tools, call_format)
         constants: list[int] = []
 
-        def constant(text: str | Special, **guard) -> _Segment:
-            ids = [getattr(vocabulary, text.name)] if isinstance(text, Special) else vocabulary.encode(text)
-            if isinstance(text, str) and vocabulary.to_bytes(ids) != text.encode():
-                raise ValueError(
-                    f"the tokenizer changes {text!r} to {vocabulary.to_bytes(ids)!r}: it must keep every text"
-                )
+        def constant(text: str | Special, place: Place = Place.TEXT, **guard) -> _Segment:
+            ids = [vocabulary.special[text.name]] if isinstance(text, Special) else vocabulary.encode(text, place)
+            spelled = vocabulary.to_bytes(ids)
+            same = [] if isinstance(text, Special) else [text.encode()]
+            if place is Place.SPECIAL:  # where some tokenizers put a space
+                same += [b" " + x for x in same]
+            if same and spelled not in same:
+                raise ValueError(f"the tokenizer changes {text!r} to {spelled!r}: it must keep every text")
             constants.extend(ids)
             return _Segment(_CONSTANT, len(constants) - len(ids), len(ids), **guard)
 
-        def integer(before: str, source: int, **guard) -> list[_Segment]:
+        def marks(pieces: Marks, **guard) -> list[_Segment]:
+            return [constant(piece, Place.SPECIAL, **guard) for piece in pieces]
+
+        def integer(before: str, source: int, place: Place = Place.TEXT, **guard) -> list[_Segment]:
             return [
-                constant(before, source=source, sign=_POSITIVE, **guard),
-                constant(before + "-", source=source, sign=_NEGATIVE, **guard),
+                constant(before, place, source=source, sign=_POSITIVE, **guard),
+                constant(before + "-", place, source=source, sign=_NEGATIVE, **guard),
                 _Segment(_INTEGER, source=source, **guard),
             ]
 
-        def listed(before: str, after: str) -> list[_Segment]:
-            segments = [constant(f"{before}[]{after}", guard=_NO_ITEMS)]
+        def listed(before: str, after: str, place: Place) -> list[_Segment]:
+            segments = [constant(f"{before}[]{after}", place, guard=_NO_ITEMS)]
             for item in range(MAX_LIST):
-                stretch = ", " if item else before + "["
-                segments += integer(stretch, NUM_INTEGERS + item, guard=_ITEMS, at=item)
+                stretch, place = (", ", Place.TEXT) if item else (before + "[", place)
+                segments += integer(stretch, NUM_INTEGERS + item, place, guard=_ITEMS, at=item)
             return [*segments, constant("]" + after, guard=_ITEMS)]
 
         def image(index: int) -> list[_Segment]:
             guard = {"guard": _IMAGES, "at": index}
-            return [
-                constant(VISION_START, **guard),
-                _Segment(_PADS, source=index, **guard),
-                constant(VISION_END, **guard),
-            ]
+            before, after = layout.image
+            return [*marks(before, **guard), _Segment(_PADS, source=index, **guard), *marks(after, **guard)]
 
+        def said(text: str, place: Place) -> list[_Segment]:
+            """A text with braces."""
+            row: list[_Segment] = []
+            *stretches, last = _split(text)
+            for i, (before, what) in enumerate(stretches):
+                if what != "list":
+                    row += integer(before, int(what), place)
+                elif i + 1 == len(stretches):
+                    return [*row, *listed(before, last[0], place)]
+                else:
+                    raise ValueError(f"an integer follows the list of {text!r}")
+                place = Place.TEXT
+            return [*row, constant(last[0], place)] if last[0] else row
+
+        layout = vocabulary.layout
+        head, opening = _text_last(layout.before)
+        closing, rest = _text_first(layout.after)
         rows = []
         for kind in kinds:
-            template, _, behind = kind.outcome.text.partition(IMAGES)
-            *head, opening = (
-                vocabulary.layout.before
-            )  # the last piece is text, which is joined with the message's own text
-            assert isinstance(opening, str)
-            row = [constant(piece) for piece in head]
-            *stretches, last = _split(opening + template)
+            text, _, behind = kind.outcome.text.partition(IMAGES)
             if "{" in behind:
                 raise ToolError(f"the text of {kind} has braces behind its images: {behind!r}")
-            if wrong := [what for _, what in stretches if what not in NAMES]:
+            if wrong := [what for _, what in _split(text)[:-1] if what not in NAMES]:
                 raise ToolError(
                     f"the text of {kind} has {{{wrong[0]}}} in it: braces hold {', '.join(NAMES)} and no more"
                 )
-            for i, (before, what) in enumerate(stretches):
-                if what != "list":
-                    row += integer(before, int(what))
-                elif i + 1 == len(stretches):
-                    row, last = [*row, *listed(before, last[0])], ("", "")
-                else:
-                    raise ValueError(f"an integer follows the list of {template!r}")
-            row += [constant(last[0])] if last[0] else []
-            for index in range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0):
-                row += image(index)
-            rows.append([*row, *([constant(behind)] if behind else []), *map(constant, vocabulary.layout.after)])
+            shown = range(kind.outcome.images if vocabulary.image_pad != ABSENT else 0)
+            images = [segment for index in shown for segment in image(index)]
+            row = marks(head)
+            if not images:
+                row += said(opening + text + behind + closing, Place.SPECIAL)
+            elif layout.images_first:
+                row += [*marks((opening,) if opening else ()), *images]
+                row += said(text + behind + closing, Place.TEXT if _text_last(layout.image[1])[1] else Place.SPECIAL)
+            else:
+                row += [*said(opening + text, Place.SPECIAL), *images]
+                row += marks((behind + closing,) if behind + closing else ())
+            rows.append([*row, *marks(rest)])
         width = max(map(len, rows))
         segments = np.array([row + [_Segment()] * (width - len(row)) for row in rows], np.int32)
         return cls(
@@ -226,7 +251,10 @@ class Observations:
         written = [*integers, *items] if "{list}" in template else list(integers)
         if len(items) > MAX_LIST or any(abs(integer) >= 10**MAX_DIGITS for integer in written):
             template, pads = self.kinds[self.malformed].outcome.text + IMAGES, ()
-        images = "".join("<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in pads)
+        before, after = map(flatten, self.layout.image)
+        images = "".join(before + SPECIAL_TOKENS["image_pad"] * count + after for count in pads)
+        if self.layout.images_first:
+            images, template = "", images + template
         text = template.format(*integers, list=list(items), images=images)
         return flatten(self.layout.before) + text + flatten(self.layout.after)
 
@@ -345,6 +373,16 @@ class Observations:
 
 
 _assemble = jax.jit(Observations.assemble, static_argnums=(0, 2))
+
+
+def _text_last(marks: Marks) -> tuple[Marks, str]:
+    """Takes the text off their end."""
+    return (marks[:-1], marks[-1]) if marks and isinstance(marks[-1], str) else (marks, "")
+
+
+def _text_first(marks: Marks) -> tuple[str, Marks]:
+    """Takes the text off their beginning."""
+    return (marks[0], marks[1:]) if marks and isinstance(marks[0], str) else ("", marks)
 
 
 def _split(template: str) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """The text around a dialog: system prompt, tool schemas, guidelines, and the chat templates of Qwen2.5-VL and Llama 3.
 
+The last two are for tokenizers without a template of their own; a model's own template goes first (`layout.py`).
+
 Every string is that of the released Pixel Reasoner checkpoints, byte for byte. One oddity is kept, because the checkpoints were
 trained with it: the guidelines speak of `crop_image` where the tool is called `crop_image_normalized`.
 """
@@ -7,9 +9,10 @@ trained with it: the guidelines speak of `crop_image` where the tool is called `
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat
+from pixel_jax.dialog.layout import Layout, Media, Piece, Place, Special, join_texts
 from pixel_jax.tools import RELEASED, Tool
 
 if TYPE_CHECKING:
@@ -60,72 +63,8 @@ SPECIAL_TOKENS = {
 }
 VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # which tokenizers of language models may lack
 ABSENT = -1  # the id of a special token that a tokenizer lacks
-
-
-class Special(NamedTuple):
-    """A token that structures a dialog. Only templates write it; no text is ever encoded as one."""
-
-    name: str  # a key of `Layout.special`, and the field of `Vocabulary` with its id
-
-
-class Media(NamedTuple):
-    """The position of an image or a video in a rendered dialog."""
-
-    kind: str  # "image" or "video"
-    value: Any  # the message's value: an array, a path, an index, None
-
-
-Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
-IM_START, IM_END = Special("im_start"), Special("im_end")
-VISION_START, VISION_END = Special("vision_start"), Special("vision_end")
-BEGIN, HEADER_END = Special("begin"), Special("header_end")
-
-
-class Layout(NamedTuple):
-    """How a dialog is written: `begin`, and for each message IM_START, its role, `header`, its content, IM_END, `behind`.
-
-    `header` begins and ends with text: that behind the role, and that before the content.
-    """
-
-    special: Mapping[str, str]  # field of `Vocabulary`: what the tokenizer calls the token
-    header: tuple[str | Special, ...]
-    begin: tuple[str | Special, ...] = ()
-    behind: tuple[str | Special, ...] = ()
-
-    @property
-    def prompt(self) -> tuple[str | Special, ...]:
-        """Where the assistant begins."""
-        return self.opening("assistant")
-
-    @property
-    def before(self) -> tuple[str | Special, ...]:
-        """What stands between the end of a turn and the text of an observation; text comes last."""
-        return (*self.behind, *self.opening("user"))
-
-    @property
-    def after(self) -> tuple[str | Special, ...]:
-        """What follows an observation."""
-        return (IM_END, *self.behind, *self.prompt)
-
-    def opening(self, role: str) -> tuple[str | Special, ...]:
-        """Where a message begins."""
-        assert isinstance(self.header[0], str)
-        return (IM_START, role + self.header[0], *self.header[1:])
-
-
-CHATML = Layout(SPECIAL_TOKENS, header=("\n",), behind=("\n",))
-LLAMA3 = Layout(
-    {
-        "end_of_text": "<|end_of_text|>",
-        "im_start": "<|start_header_id|>",
-        "im_end": "<|eot_id|>",
-        "begin": "<|begin_of_text|>",
-        "header_end": "<|end_header_id|>",
-    },
-    header=("", HEADER_END, "\n\n"),
-    begin=(BEGIN,),
-)
-LAYOUTS = (CHATML, LLAMA3)
+# What other tokenizers call the same.
+OTHER_SPELLINGS = {"<|end_of_text|>": "end_of_text", "<image>": "image_pad", "<video>": "video_pad"}
 
 
 def first_messages(
@@ -148,6 +87,30 @@ def first_messages(
         {"role": "system", "content": system_prompt(tools, call_format)},
         {"role": "user", "content": text + shown if text_first else shown + text},
     ]
+
+
+def timestamps(frames: int, seconds: float) -> list[str]:
+    """Returns the texts in front of the temporal patches of a video, where each of them is an item (Qwen3-VL).
+
+    Args:
+      frames: of the video. The last one is repeated if their number is odd.
+      seconds: that two frames cover.
+    """
+    times = [min(i, frames - 1) / (2 / seconds) for i in range(frames + frames % 2)]
+    return [f"<{(first + second) / 2:.1f} seconds>" for first, second in zip(times[::2], times[1::2], strict=True)]
+
+
+def in_patches(pieces: Sequence[Piece], times: Sequence[str]) -> list[Piece]:
+    """Writes a rendered dialog about a video with its temporal patches: each behind its time, between the video's marks."""
+    written: list[Piece] = []
+    for i, piece in enumerate(pieces):
+        if isinstance(piece, Media) and piece.kind == "video":
+            before, behind = written.pop(), pieces[i + 1]
+            patches = [part for time in times for part in (time, before, piece, behind)]
+            written += patches[:-1]  # the last mark comes by itself
+        else:
+            written.append(piece)
+    return join_texts(written)
 
 
 # Qwen2.5-VL's own chat template, without its option to number the pictures. Observations are user messages, and roles
@@ -176,57 +139,27 @@ CHAT_TEMPLATE = (
 )
 
 
+CHATML = Layout.from_template(CHAT_TEMPLATE, {text: name for name, text in SPECIAL_TOKENS.items()})
+
+# Llama 3's, for tokenizers with its tokens and without a template: Llama 3 (base) is one.
+LLAMA3_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
 def render(
     messages: Sequence[Mapping[str, Any]], *, layout: Layout = CHATML, add_generation_prompt: bool = True
 ) -> list[Piece]:
-    """Renders a dialog as special tokens, texts, images and videos, in order. No two texts are adjacent.
-
-    Args:
-      messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`. If the first
-        is no system message, the default one is added.
-      layout: of the tokenizer.
-      add_generation_prompt: whether to end with the beginning of an assistant message.
-    """
-    pieces: list[Piece] = list(layout.begin)
-    if messages and messages[0]["role"] != "system":
-        pieces += message_pieces("system", DEFAULT_SYSTEM, layout)
-    for message in messages:
-        pieces += message_pieces(message["role"], message["content"], layout)
-    return join_texts([*pieces, *(layout.prompt if add_generation_prompt else ())])
-
-
-def message_pieces(role: str, content: str | Sequence[Mapping[str, Any]], layout: Layout = CHATML) -> list[Piece]:
-    """Renders one message, in the form of `render`.
-
-    Raises:
-      ValueError: a part is neither text, image nor video.
-    """
-    pieces: list[Piece] = list(layout.opening(role))
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        kind = part.get("type")
-        if kind == "text":
-            pieces.append(part["text"])
-        elif kind in ("image", "video"):
-            pieces += [VISION_START, Media(kind, part.get(kind)), VISION_END]
-        else:
-            raise ValueError(f"a message's part is of type text, image or video, not {kind!r}: {part}")
-    return [*pieces, IM_END, *layout.behind]
-
-
-def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
-    """Joins adjacent texts, because a token may reach from one into the next."""
-    joined: list[Piece] = []
-    for piece in pieces:
-        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += piece
-        else:
-            joined.append(piece)
-    return joined
+    """Renders a dialog: `Layout.render`."""
+    return layout.render(messages, add_generation_prompt=add_generation_prompt)
 
 
 def spelling(name: str) -> str:
     """What a token that structures a dialog reads like: ChatML's name of it, if it has one."""
-    return next(layout.special[name] for layout in LAYOUTS if name in layout.special)
+    return SPECIAL_TOKENS.get(name, name)
 
 
 def flatten(pieces: Iterable[Piece]) -> str:
@@ -241,11 +174,19 @@ def flatten(pieces: Iterable[Piece]) -> str:
     return "".join(piece if isinstance(piece, str) else spelled(piece) for piece in pieces)
 
 
-def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int]) -> list[int]:
+def to_ids(
+    pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int], place: Place = Place.DIALOG
+) -> list[int]:
     """Encodes a rendered dialog, with `pads[i]` pad tokens for the i-th image or video, and no other pad tokens.
 
     The neighbours of a text are special tokens. So encoding each text on its own gives the ids that the whole dialog would have
     if no text had spelled a special token.
+
+    Args:
+      pieces: of the dialog, or of a part of one.
+      vocabulary: of the tokenizer.
+      pads: as above.
+      place: where the first piece stands.
 
     Raises:
       ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
@@ -253,15 +194,17 @@ def to_ids(pieces: Sequence[Piece], vocabulary: Vocabulary, pads: Sequence[int])
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):
         raise ValueError(f"the dialog shows {len(media)} images and videos, but {len(pads)} pad counts are given")
-    if media and vocabulary.image_pad == ABSENT:
+    if any(getattr(vocabulary, f"{item.kind}_pad") == ABSENT for item in media):
         raise ValueError(f"the dialog shows {len(media)} images and videos; the tokenizer has no tokens for them")
-    ids: list[int] = []
     counts = iter(pads)
+    begin = vocabulary.layout.begin if place is Place.DIALOG else None
+    start = [] if begin is None or Special(begin) in pieces[:1] else [vocabulary.special[begin]]
+    ids: list[int] = []
     for piece in pieces:
         if isinstance(piece, str):
-            ids += vocabulary.encode(piece)
+            ids += vocabulary.encode(piece, Place.SPECIAL if ids else place)
         elif isinstance(piece, Media):
             ids += [getattr(vocabulary, f"{piece.kind}_pad")] * next(counts)
         else:
-            ids.append(getattr(vocabulary, piece.name))
-    return ids
+            ids.append(vocabulary.special[piece.name])
+    return start + ids

@@ -91,7 +91,7 @@ def data_uri(image: np.ndarray) -> str:
     return f"data:image/{'png' if lossless else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def unpatchify(patches: AnyArray, height: int, width: int, merge: int = 2) -> np.ndarray:
+def unpatchify(patches: AnyArray, height: int, width: int, merge: int) -> np.ndarray:
     """The pixels uint8 [h, w, 3] of frame patches uint8 [P, 3 p p], in a grid of `height` by `width` patches.
 
     The merge x merge patches of a token stand in a row.
@@ -127,21 +127,28 @@ def make_transcript(
     frames = t.visual.slices[row][t.visual.slices[row, :, 0] >= 0]
     draw = functools.partial(_picture, side=side)
 
+    pads = np.isin(t.tokens[row][t.valid[row]], (vocabulary.image_pad, vocabulary.video_pad))
+    merge = math.isqrt(int(grids.prod(axis=1).sum()) // max(1, int(pads.sum())))
+
     def seen(frame, grid, caption: str) -> Picture:
-        return draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:])), caption)
+        return draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:]), merge), caption)
 
     overview = []
     for i in range(len(query.images)):
         frame, grid = (frames[i // 2, i % 2], grids[0]) if query.is_video else (frames[i, 0], grids[i])
         overview.append(seen(frame, grid, f"{_name(query, i)} as the model first sees it"))
-    items = 1 if query.is_video else len(query.images)
-    shown = iter(zip(frames[int(grids[:items, 0].sum()) :, 0], grids[items:], strict=True))
+    slices = -(-len(query.images) // 2) if query.is_video else len(query.images)
+    items = int(np.searchsorted(np.cumsum(grids[:, 0]), slices, side="left")) + 1 if slices else 0  # of the prompt
+    shown = iter(zip(frames[slices:, 0], grids[items:], strict=True))
 
     written, answered = _messages(t, row, vocabulary)
     turns = []
     for call, ids in enumerate(answered):
         turns.append(ShownTurn("assistant", written[call]))
-        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(ids == vocabulary.vision_start))))
+        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (
+            ids == vocabulary.image_pad
+        )  # the first of each image
+        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
@@ -183,10 +190,9 @@ def _messages(t: Trajectories, row: int, vocabulary: Vocabulary) -> tuple[list[s
     if len(runs) % 2:  # the row ends with an observation
         runs.append(ids[:0])
     # The prompt ends where the assistant begins; a prefix of its first turn may follow.
-    opening = runs[0][np.flatnonzero(runs[0] == vocabulary.im_start)[-1] :]
-    texts = [vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace").removesuffix(END) for run in runs[1::2]]
-    prefix = vocabulary.to_bytes(opening.tolist()).decode("utf-8", "replace")
-    texts[0] = prefix.removeprefix(flatten(vocabulary.layout.prompt)) + texts[0]
+    decode = lambda run: vocabulary.to_bytes(run.tolist()).decode("utf-8", "replace")
+    texts = [decode(run).removesuffix(END) for run in runs[1::2]]
+    texts[0] = decode(runs[0]).rpartition(flatten(vocabulary.layout.after))[2] + texts[0]
     return texts, runs[2::2]
 
 

@@ -24,10 +24,11 @@ from pixel_jax.models.side_files import (
     is_template,
     json_object,
     load_tokenizer,
+    processor_template,
     read_side_files,
     tokenizer_files,
 )
-from pixel_jax.ops import host_crop_resize, smart_resize, temporal_slices
+from pixel_jax.ops import host_crop_resize, smart_resize, square_window, temporal_slices
 from pixel_jax.pictures import rgb
 
 QWEN2_5_TOWER = VisionConfig()
@@ -73,6 +74,8 @@ class Processor:
         if not any(name in files for name in (TOKENIZER, "vocab.json", TOKENIZER_CONFIG)):
             return None
         tokenizer = load_tokenizer(directory)
+        if config.vision is not None and (template := processor_template(files, directory)) is not None:
+            tokenizer.chat_template = template
         for token, expected in zip(config.placeholders, config.visual_tokens, strict=True):
             number = tokenizer.convert_tokens_to_ids(token)
             if number != expected:
@@ -204,10 +207,8 @@ class Processor:
         assert vision.fixed_grid is not None
         image = _rgb(image)
         side, (width, height) = vision.fixed_grid[0] * vision.patch_size, image.size
-        shorter = min(width, height)
-        high, wide = (side if size == shorter else int(side * size / shorter) for size in (height, width))
-        seen = host_crop_resize(np.asarray(image), (0, 0, width, height), (high, wide))
-        top, left = (high - side) // 2, (wide - side) // 2
+        whole, (top, left) = square_window(height, width, side)
+        seen = host_crop_resize(np.asarray(image), (0, 0, width, height), whole)
         return _normalised(seen[top : top + side, left : left + side], vision).transpose(2, 0, 1)
 
     def _preprocessor(self, vision: TowerConfig) -> dict[str, Any]:

@@ -19,10 +19,11 @@ TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
 GENERATION = "generation_config.json"
+OLD_TEMPLATE = "chat_template.json"  # of processors, before transformers 5
 TEMPLATES = "additional_chat_templates"  # a folder of them
 TOKENIZER_FILES = (
     *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.json", "chat_template.jinja"),
+    *(OLD_TEMPLATE, "chat_template.jinja"),
 )
 PREPROCESSOR_FILES = (PREPROCESSOR, NESTED, "video_preprocessor_config.json")
 MAX_BYTES = 2**28  # of one file
@@ -62,7 +63,7 @@ def read_side_files(directory: Path) -> dict[str, bytes]:
                 f"{directory / name} is a link to {target}, outside the model directory: put the file itself in its place"
             )
         files[name] = read_bytes(directory / name, limit=MAX_BYTES)
-    for name in (TOKENIZER_CONFIG, "chat_template.json", *PREPROCESSOR_FILES):
+    for name in (TOKENIZER_CONFIG, OLD_TEMPLATE, *PREPROCESSOR_FILES):
         if name in files:
             _check_templates(json_object(files, name, directory).get("chat_template"), directory / name)
     return files
@@ -88,6 +89,14 @@ def _check_templates(templates: Any, path: Path) -> None:
     for name in templates:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise FileError(f"{path}: a chat template is called {name[:80]!r}, which is no plain name")
+
+
+def processor_template(files: dict[str, bytes], directory: Path) -> Any:
+    """The processor's chat template if it has a file of its own, `chat_template.json`, which goes first in transformers."""
+    if OLD_TEMPLATE not in files:
+        return None
+    templates = json_object(files, OLD_TEMPLATE, directory).get("chat_template")
+    return {x["name"]: x["template"] for x in templates} if isinstance(templates, list) else templates
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":

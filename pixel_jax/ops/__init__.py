@@ -3,6 +3,7 @@
 from pixel_jax.ops.crop_resize import crop_resize
 from pixel_jax.ops.host_crop_resize import host_crop_resize
 from pixel_jax.ops.patchify import FRAME_PATCH, IMAGE_MEAN, IMAGE_STD, MERGE, PATCH, patchify, pixel_values
+from pixel_jax.ops.sizes import Sizes, square_window
 from pixel_jax.ops.smart_resize import most_pixels, smart_resize
 from pixel_jax.ops.video import gather_frames, sample_frames, temporal_slices
 
@@ -12,6 +13,7 @@ __all__ = [
     "IMAGE_STD",
     "MERGE",
     "PATCH",
+    "Sizes",
     "crop_resize",
     "gather_frames",
     "host_crop_resize",
@@ -20,5 +22,6 @@ __all__ = [
     "pixel_values",
     "sample_frames",
     "smart_resize",
+    "square_window",
     "temporal_slices",
 ]

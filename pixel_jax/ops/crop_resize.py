@@ -57,6 +57,7 @@ def crop_resize(
     size: AnyArray | Sequence[int],
     canvas: Sequence[int],
     *,
+    origin: AnyArray | Sequence[int] | None = None,
     order: str = "horizontal_first",
     exact: bool = True,
     implementation: str | None = None,
@@ -69,7 +70,9 @@ def crop_resize(
       image: uint8 [h, w, channels]; may be padded: pixels outside the box have no influence.
       box: int32 [4]: x1, y1, x2, y2 in pixels, x2 and y2 exclusive; traced or concrete.
       size: int32 [2]: height and width of the result; traced or concrete.
-      canvas: static (H, W), at least `size`.
+      canvas: static (H, W), at least `size` where there is no `origin`.
+      origin: int32 [2]: row and column of the result at which the canvas begins, traced or concrete, so that only a part of the
+        result is computed. None: the canvas holds all of it.
       order: "horizontal_first" as Pillow up to 12, under which the released models were trained and with whose bits
         transformers was tested; or "pillow13", which goes vertically first where that saves work (crops that shrink and are
         much taller than wide). It matters because the image is rounded to 8 bits in between: up to a fifth of the
@@ -80,7 +83,8 @@ def crop_resize(
 
     Returns:
       uint8 [H, W, channels], zero beyond `size`. All are zero where a traced box is empty or reaches outside the image, a traced
-      size is empty or exceeds the canvas, or "matmul" would shrink the image more than 128 times.
+      size is empty or, without an origin, exceeds the canvas, a traced origin is negative, or "matmul" would shrink the image
+      more than 128 times.
 
     Raises:
       ValueError: a concrete box or size is such a one, or the image is no uint8 [h, w, channels].
@@ -99,13 +103,20 @@ def crop_resize(
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"canvas must be a height and a width of at least one pixel, got {sides}")
     box, size = integers("box", box, 4), integers("size", size, 2)
-    _check_concrete(image.shape, box, size, sides, implementation)
     options = {"canvas": sides, "order": order, "exact": exact, "implementation": implementation}
-    return on_automatic_axes(functools.partial(_crop_resize, **options), image, box, size)
+    cut = functools.partial(_crop_resize, **options)
+    if origin is None:
+        _check_concrete(image.shape, box, size, sides, implementation)
+        return on_automatic_axes(cut, image, box, size)
+    origin = integers("origin", origin, 2)
+    if is_concrete(origin) and min(np.asarray(origin).tolist()) < 0:
+        raise ValueError(f"origin (row, column) {tuple(np.asarray(origin).tolist())} is negative")
+    _check_concrete(image.shape, box, size, None, implementation)
+    return on_automatic_axes(cut, image, box, size, origin)
 
 
 def _check_concrete(
-    shape: Sequence[int], box: AnyArray, size: AnyArray, canvas: tuple[int, int], implementation: str | None
+    shape: Sequence[int], box: AnyArray, size: AnyArray, canvas: tuple[int, int] | None, implementation: str | None
 ) -> None:
     height, width = shape[:2]
     corners = np.asarray(box).tolist() if is_concrete(box) else None
@@ -115,8 +126,10 @@ def _check_concrete(
             raise ValueError(f"box {(x1, y1, x2, y2)} is empty or outside the image of width {width}, height {height}")
     if is_concrete(size):
         out_height, out_width = np.asarray(size).tolist()
-        if not (1 <= out_height <= canvas[0] and 1 <= out_width <= canvas[1]):
-            raise ValueError(f"size (height, width) {(out_height, out_width)} is empty or exceeds the canvas {canvas}")
+        most = canvas or (out_height, out_width)
+        if not (1 <= out_height <= most[0] and 1 <= out_width <= most[1]):
+            exceeds = f" or exceeds the canvas {canvas}" if canvas else ""
+            raise ValueError(f"size (height, width) {(out_height, out_width)} is empty{exceeds}")
         if implementation == "matmul" and corners is not None:
             x1, y1, x2, y2 = corners
             if y2 - y1 > MAX_SCALE * out_height or x2 - x1 > MAX_SCALE * out_width:
@@ -135,17 +148,26 @@ class _Crop(NamedTuple):
     out_width: jax.Array
     out_height: jax.Array
     vertical_first: jax.Array
+    row: jax.Array | None  # of the result at which the canvas begins; None: the first
+    column: jax.Array | None
 
 
 @jax.jit(static_argnames=("canvas", "order", "exact", "implementation"))
-def _crop_resize(image, box, size, canvas, order, exact, implementation):
+def _crop_resize(image, box, size, origin=None, *, canvas, order, exact, implementation):
     # Box and size may be of any integer type; what does not fit int32 is outside every image.
     big = jnp.iinfo(jnp.int32).max
     x1, y1, x2, y2 = (jnp.clip(value, -1, big).astype(jnp.int32) for value in box)
     out_height, out_width = (jnp.clip(value, -1, big).astype(jnp.int32) for value in size)
     height, width = image.shape[:2]
     allowed = (0 <= x1) & (x1 < x2) & (x2 <= width) & (0 <= y1) & (y1 < y2) & (y2 <= height)
-    allowed &= (1 <= out_height) & (out_height <= canvas[0]) & (1 <= out_width) & (out_width <= canvas[1])
+    row = column = None
+    if origin is None:
+        allowed &= (1 <= out_height) & (out_height <= canvas[0]) & (1 <= out_width) & (out_width <= canvas[1])
+    else:
+        row, column = (jnp.clip(value, -1, big).astype(jnp.int32) for value in origin)
+        allowed &= (1 <= out_height) & (1 <= out_width) & (row >= 0) & (column >= 0)
+        # A canvas behind the last row or column is zero; larger numbers would only overflow.
+        row, column = jnp.clip(row, 0, out_height), jnp.clip(column, 0, out_width)
     x1, y1, x2, y2, out_height, out_width = (
         jnp.where(allowed, value, 0) for value in (x1, y1, x2, y2, out_height, out_width)
     )
@@ -154,7 +176,7 @@ def _crop_resize(image, box, size, canvas, order, exact, implementation):
     shrinks = crop_height > out_height
     vertical_first = shrinks & (crop_height - out_height > 2 * (crop_width - out_width))
     vertical_first &= order == "pillow13"
-    crop = _Crop(x1, y1, crop_width, crop_height, out_width, out_height, vertical_first)
+    crop = _Crop(x1, y1, crop_width, crop_height, out_width, out_height, vertical_first, row, column)
 
     def banded(image, crop):
         return _banded(image, crop, canvas, order, exact)
@@ -174,13 +196,19 @@ def _to_pixels(sums):
     return jnp.clip((sums + (1 << (FRACTION_BITS - 1))) >> FRACTION_BITS, 0, 255).astype(jnp.uint8)
 
 
+def _outputs(count, origin):
+    """The numbers of the outputs along an axis of the canvas: int32 [count]."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return numbers if origin is None else numbers + origin
+
+
 # For matrix units.
 
 
-def _dense_digits(start, length, out_length, in_size, out_size):
+def _dense_digits(start, length, out_length, in_size, out_size, origin):
     """Digits of the weights of every output (rows) for every pixel of the image (columns): bfloat16 [3, out, in]."""
     with jax.enable_x64(True):
-        outputs = jnp.arange(out_size, dtype=jnp.int32)[:, None]
+        outputs = _outputs(out_size, origin)[:, None]
         pixels = jnp.arange(in_size, dtype=jnp.int32) - start
         weights = bicubic(pixels, window(outputs, length, out_length))
         weights = weights / jnp.sum(weights, axis=1, keepdims=True)
@@ -205,8 +233,8 @@ def _dense_product(equation, digits, image):
 
 
 def _matmul(image, crop: _Crop, canvas, order):
-    across = _dense_digits(crop.x, crop.width, crop.out_width, image.shape[1], canvas[1])
-    down = _dense_digits(crop.y, crop.height, crop.out_height, image.shape[0], canvas[0])
+    across = _dense_digits(crop.x, crop.width, crop.out_width, image.shape[1], canvas[1], crop.column)
+    down = _dense_digits(crop.y, crop.height, crop.out_height, image.shape[0], canvas[0], crop.row)
 
     def horizontal(image):
         return _dense_product("dow,hwc->dhoc", across, image)
@@ -245,10 +273,10 @@ def tiles(in_size: int, out_size: int) -> int:
     return blocks + (in_size + 3 * in_size // OUT_BLOCK + 5 * blocks) // TAP_BLOCK + 1
 
 
-def _band(length, out_length, in_size, out_size, exact) -> _Band:
+def _band(length, out_length, in_size, out_size, origin, exact) -> _Band:
     blocks = -(-out_size // OUT_BLOCK)
     with jax.enable_x64(True):
-        outputs = jnp.arange(blocks * OUT_BLOCK, dtype=jnp.int32).reshape(blocks, OUT_BLOCK)
+        outputs = _outputs(blocks * OUT_BLOCK, origin).reshape(blocks, OUT_BLOCK)
         seen = window(jnp.minimum(outputs, out_length - 1), length, out_length)
         first, last = seen.first[:, 0], seen.last[:, -1]
         needed = jnp.where(outputs[:, 0] < out_length, (last - first + TAP_BLOCK - 1) // TAP_BLOCK, 0)
@@ -270,8 +298,8 @@ def _band(length, out_length, in_size, out_size, exact) -> _Band:
 
 
 def _banded(image, crop: _Crop, canvas, order, exact):
-    across = _band(crop.width, crop.out_width, image.shape[1], canvas[1], exact=True)
-    down = _band(crop.height, crop.out_height, image.shape[0], canvas[0], exact=exact or order == "pillow13")
+    across = _band(crop.width, crop.out_width, image.shape[1], canvas[1], crop.column, exact=True)
+    down = _band(crop.height, crop.out_height, image.shape[0], canvas[0], crop.row, exact=exact or order == "pillow13")
 
     # Weights of a batch are computed together. The passes run one crop after another under vmap: together, all loops would run
     # as long as the longest, and slices at different positions would become gathers.
@@ -284,7 +312,10 @@ def _banded(image, crop: _Crop, canvas, order, exact):
         def vertical_first():
             padded = jnp.pad(image, ((0, TAP_BLOCK), (0, 0), (0, 0)))
             rows = _resize_rows(padded, crop.y, down, canvas[0])
-            rows = _resize_columns(rows, jnp.int32(0), crop.out_height, crop.x, crop.width, across, canvas[1])
+            height = crop.out_height
+            if crop.row is not None:
+                height = jnp.minimum(height - crop.row, canvas[0])
+            rows = _resize_columns(rows, jnp.int32(0), height, crop.x, crop.width, across, canvas[1])
             return rows[: canvas[0]]
 
         if order == "horizontal_first":

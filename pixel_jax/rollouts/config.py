@@ -1,13 +1,15 @@
 """Settings of a rollout. Defaults are the released recipe (Pixel Reasoner §4.2, App., and its code)."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pixel_jax.config import positive
 
-if TYPE_CHECKING:  # importing it takes seconds, and configurations are read by commands that need no model
+if TYPE_CHECKING:  # importing them takes seconds, and configurations are read by commands that need no model
     from pixel_jax.models.config import ModelConfig
+    from pixel_jax.ops import Sizes
 
+GRID = (1, 2, 2)  # of any image, in patches
 TOKEN_PIXELS = 28**2  # of a visual token of Qwen2.5-VL: the unit of the released budgets
 
 
@@ -37,6 +39,11 @@ class RolloutConfig:
     video_max_pixels: int = 512 * TOKEN_PIXELS  # of a frame of a video in the prompt, at most
     patch_size: int = 14  # of the model's vision tower, as is the next (`for_model`); pixels along a side
     merge_size: int = 2  # patches along a side of a visual token
+    # Pixels along a side of every picture, where the model's vision tower has one size (`for_model`): the middle of an image, of
+    # which the shorter side is resized to this, whatever the budgets are. None: sizes within the budgets.
+    square: int | None = None
+    # Whether each temporal patch of a video is an item of its own behind its time in the text (`for_model`).
+    split_videos: bool = False
     max_side: int = 3584  # longest side of any image that is shown, in pixels
     pad: float | None = None  # added on each side of a box, as a share of the image; None: what the call format says
     min_crop: int = 28  # a crop must have more pixels than this on both sides, before it is resized
@@ -60,7 +67,7 @@ class RolloutConfig:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
         positive(self, "group_size", "max_new_tokens", "max_tokens", "max_response", "max_side")
-        positive(self, "in_flight", "observe_chunk", "tail_rows", "patch_size", "merge_size")
+        positive(self, "in_flight", "observe_chunk", "tail_rows", "patch_size", "merge_size", "square")
         for name in ("temperature", "top_k", "min_tokens", "max_calls", "max_images", "min_crop"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
@@ -84,12 +91,20 @@ class RolloutConfig:
         """Bytes of a patch of one frame."""
         return 3 * self.patch_size**2
 
+    def sizes(self, kind: str = "") -> "Sizes":
+        """Returns the sizes at which images of a kind are shown: "" (of the prompt), "video", or a `Tool.budget`."""
+        from pixel_jax.ops import Sizes
+
+        if self.square is not None:
+            return Sizes(self.factor, self.square**2, self.square**2, self.square, square=True)
+        low, high = (getattr(self, f"{kind}{'_' if kind else ''}{bound}_pixels") for bound in ("min", "max"))
+        return Sizes(self.factor, low, high, self.max_side)
+
     def for_model(self, network: "ModelConfig") -> "RolloutConfig":
-        """Returns these settings with the sizes of patches of a model's vision tower; without one, rows have no images."""
+        """Returns these settings with what a model's vision tower takes; without one, rows have no images."""
         if network.vision is None:
             return dataclasses.replace(self, max_images=0)
-        sizes = {"patch_size": network.vision.patch_size, "merge_size": network.vision.spatial_merge_size}
-        return dataclasses.replace(self, **sizes)
+        return dataclasses.replace(self, **_settings_of(network))
 
     def check_model(self, network: "ModelConfig", *, videos: bool) -> None:
         """Checks that a model sees what these settings show.
@@ -103,16 +118,26 @@ class RolloutConfig:
                 f"a model of the family {network.model_type!r} sees no images, but rows may have {self.max_images}: take "
                 "config.for_model(model.config), which sets max_images to 0"
             )
-        if vision is not None and (self.patch_size, self.merge_size) != (vision.patch_size, vision.spatial_merge_size):
+        needed = {} if vision is None else _settings_of(network)
+        if wrong := {name: getattr(self, name) for name, value in needed.items() if getattr(self, name) != value}:
+            has, needs = (", ".join(f"{name}={values[name]}" for name in wrong) for values in (wrong, needed))
+            raise ValueError(f"the rollout has {has}; the model needs {needs}: take config.for_model(model.config)")
+        if vision is not None and vision.token_grid(GRID) != GRID:
             raise ValueError(
-                f"the rollout cuts patches of {self.patch_size} pixels, {self.merge_size} a side of a token; the model has "
-                f"{vision.patch_size} and {vision.spatial_merge_size}: take config.for_model(model.config)"
+                f"this model of the family {network.model_type!r} reads the class token beside the patches "
+                "(vision_feature_select_strategy 'full'), which rollouts do not show"
             )
-        if vision is not None and vision.fixed_grid is not None:
-            raise ValueError(
-                f"rollouts of the family {network.model_type!r} are not supported: its images have one size"
-            )
-        if videos and network.splits_videos:
-            raise ValueError(
-                f"videos are not supported in rollouts of the family {network.model_type!r}: show their frames"
-            )
+        if videos and len(network.placeholders) < 2:
+            raise ValueError(f"the family {network.model_type!r} sees images and no videos: ask about their frames")
+
+
+def _settings_of(network: "ModelConfig") -> dict[str, Any]:
+    """Returns the fields that follow from what a model with a vision tower takes."""
+    vision = network.vision
+    assert vision is not None
+    return {
+        "patch_size": vision.patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "square": None if vision.fixed_grid is None else vision.fixed_grid[0] * vision.patch_size,
+        "split_videos": network.splits_videos,
+    }

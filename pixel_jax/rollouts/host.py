@@ -8,8 +8,8 @@ import numpy as np
 
 from pixel_jax.dialog import template
 from pixel_jax.dialog.grammar import DecimalNumber, parse_turn
+from pixel_jax.dialog.layout import Place
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.decode_loop import ASKING, HostAnswers
 from pixel_jax.rollouts.drawings import row_images
@@ -128,9 +128,7 @@ def encode_replies(
         text = f"\n{reply.text}" if answered else ERROR.format(tool.name, reply.text)
         before, behind = call_format.answer(tool, reply.outcome, text)
         parts = [text_part(before), *({"type": "image"} for _ in pads), text_part(behind)]
-        layout = vocabulary.layout
-        pieces = [*layout.behind, *template.message_pieces("user", parts, layout), *layout.prompt]
-        ids[row] = template.to_ids(template.join_texts(pieces), vocabulary, pads)
+        ids[row] = template.to_ids(vocabulary.layout.observation(parts), vocabulary, pads, Place.SPECIAL)
         outcome[row] = kinds.index((tool.name, reply.outcome.name))
         status[row] = CallStatus.DONE if answered else CallStatus.FAILED
     lengths = np.array([len(x) for x in ids], np.int32)
@@ -148,8 +146,8 @@ def text_part(text: str) -> dict[str, str]:
 
 def size_shown(picture: np.ndarray, tool: Tool, config: RolloutConfig) -> tuple[int, int] | None:
     """Returns the (height, width) at which a picture is shown; None if no size is within the budgets of `tool`."""
-    low, high = (getattr(config, f"{tool.budget}_{bound}_pixels") for bound in ("min", "max"))
+    sizes = config.sizes(tool.budget)
     if max(picture.shape[:2]) > MAX_RATIO * min(picture.shape[:2]):
         return None
-    height, width = smart_resize(*picture.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
-    return (height, width) if height * width <= high and max(height, width) <= config.max_side else None
+    height, width = sizes.of(*picture.shape[:2])
+    return (height, width) if height * width <= sizes.max_pixels and max(height, width) <= sizes.max_side else None

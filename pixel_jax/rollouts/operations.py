@@ -34,10 +34,8 @@ class ToolResults(NamedTuple):
 
 def overview_size(image_sizes: AnyArray, is_video: AnyArray, config: RolloutConfig) -> jax.Array:
     """Returns the size int32 [..., 2] at which a prompt shows images of `image_sizes` [..., 2]; `is_video` bool [...]."""
-    as_image, _ = shown_size(whole(image_sizes), config.min_pixels, config.max_pixels, config.max_side, config.factor)
-    as_frame, _ = shown_size(
-        whole(image_sizes), config.video_min_pixels, config.video_max_pixels, config.max_side, config.factor
-    )
+    as_image, _ = shown_size(whole(image_sizes), config.sizes())
+    as_frame, _ = shown_size(whole(image_sizes), config.sizes("video"))
     return jnp.where(is_video[..., None], as_frame, as_image)
 
 

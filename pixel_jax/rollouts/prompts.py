@@ -12,7 +12,6 @@ from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, call_format
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.observations import Observations
 from pixel_jax.dialog.tokenizer import Vocabulary
-from pixel_jax.ops import smart_resize
 from pixel_jax.rollouts.checks import check_device_tool
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.images import ragged
@@ -79,7 +78,15 @@ def prompt_tokens(
         call_format=call_format(config.call_format),
         text_first=query.text_first,
     )
-    return template.to_ids(template.render(messages, layout=vocabulary.layout), vocabulary, pads)
+    pieces = with_times(template.render(messages, layout=vocabulary.layout), query, config)
+    return template.to_ids(pieces, vocabulary, pads)
+
+
+def with_times(pieces: list[template.Piece], query: Query, config: RolloutConfig) -> list[template.Piece]:
+    """A rendered dialog about `query`, with each temporal patch of its video behind its time where the model has it so."""
+    if not (query.is_video and config.split_videos):
+        return pieces
+    return template.in_patches(pieces, template.timestamps(len(query.images), query.seconds))
 
 
 def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> tuple[str, tuple[Tool, ...]]:
@@ -94,7 +101,11 @@ def offered(guidelines: str, tools: tuple[Tool, ...], config: RolloutConfig) -> 
 
 
 def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Media], list[int]]:
-    """The images of a query, or its one video, and how many pad tokens stand for each. PromptError: they cannot be shown."""
+    """The images of a query, or its one video, and how many pad tokens stand for each, or for each temporal patch.
+
+    Raises:
+      PromptError: they cannot be shown.
+    """
     for i, image in enumerate(query.images):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise PromptError(
@@ -102,22 +113,21 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
             )
     pads = []
     kind = "video" if query.is_video else "image"
-    low, high = (
-        (config.video_min_pixels, config.video_max_pixels) if query.is_video else (config.min_pixels, config.max_pixels)
-    )
+    sizes = config.sizes("video" if query.is_video else "")
     for i, image in enumerate(query.images):
-        height, width = smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
-        if height * width > high or max(height, width) > config.max_side:
+        height, width = sizes.of(*image.shape[:2])
+        if height * width > sizes.max_pixels or max(height, width) > sizes.max_side:
             raise PromptError(
                 f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "
-                f"{width}x{height}, over the limit of {high} pixels or {config.max_side} a side: crop it first"
+                f"{width}x{height}, over the limit of {sizes.max_pixels} pixels or {sizes.max_side} a side: crop it first"
             )
         pads.append(height * width // config.factor**2)
     media = [template.Media(kind, None)] * len(query.images)
     if query.is_video:
         if len({image.shape for image in query.images}) > 1:
             raise PromptError(f"the frames of {query.question!r} differ in size")
-        media, pads = media[:1], [pads[0] * -(-len(query.images) // 2)]
+        slices = -(-len(query.images) // 2)
+        media, pads = media[:1], pads[:1] * slices if config.split_videos else [pads[0] * slices]
     return media, pads
 
 

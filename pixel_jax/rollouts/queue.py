@@ -314,7 +314,11 @@ def prompt_items(prompts: Prompts, config: RolloutConfig) -> tuple[jax.Array, ja
     grid = seen.size // config.patch_size
     one = jnp.where(present, 1, 0)
     first = index == 0
-    frames = jnp.where(video[..., 0], jnp.where(first, pairs[:, None], 0), one)
+    frames = jnp.where(
+        video[..., 0],
+        jnp.where(index < pairs[:, None], 1, 0) if config.split_videos else jnp.where(first, pairs[:, None], 0),
+        one,
+    )
     grids = jnp.where(frames[..., None] > 0, jnp.concatenate([frames[..., None], grid], axis=-1), 0)
     seconds = jnp.where(first, prompts.seconds[:, None], 0.0)
     return slices.astype(jnp.int32), grids, seconds

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 
-from pixel_jax.ops import most_pixels
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.tools.tool import Tool
 
@@ -60,9 +59,7 @@ def prompt_shape(
 
 def most_patches(buffer: tuple[int, int], budget: str, config: RolloutConfig) -> int:
     """Returns the most patches of a region of a buffer (height, width), within a budget: "crop", "select", "video" or ""."""
-    low, high = (getattr(config, f"{budget}{'_' if budget else ''}{bound}_pixels") for bound in ("min", "max"))
-    most = most_pixels(*buffer, factor=config.factor, min_pixels=low, max_pixels=high)
-    return config.merge_unit * (most // config.factor**2)
+    return config.merge_unit * (config.sizes(budget).most(*buffer) // config.factor**2)
 
 
 class RolloutShape(NamedTuple):
@@ -107,6 +104,7 @@ class ViewBudget(NamedTuple):
     patches: int
     patch_size: int = 14
     merge_size: int = 2
+    square: int | None = None  # as in `RolloutConfig`
 
     @property
     def buffer(self) -> tuple[int, int]:
@@ -125,7 +123,7 @@ def budgets(config: RolloutConfig, shape: RolloutShape) -> tuple[ViewBudget, Vie
     if observed is None:
         observed = unit * (max((budget_of(tool, config) for tool in shape.showing), default=token) // token)
     prompt, observation = (
-        ViewBudget(x // unit * token, config.max_side, x, config.patch_size, config.merge_size)
+        ViewBudget(x // unit * token, config.sizes().max_side, x, config.patch_size, config.merge_size, config.square)
         for x in (shape.prompts.patches, observed)
     )
     return prompt, observation
@@ -133,4 +131,4 @@ def budgets(config: RolloutConfig, shape: RolloutShape) -> tuple[ViewBudget, Vie
 
 def budget_of(tool: Tool, config: RolloutConfig) -> int:
     """Returns the largest area, in pixels, of an image that `tool` shows."""
-    return getattr(config, f"{tool.budget}_max_pixels")
+    return config.sizes(tool.budget).max_pixels

@@ -10,7 +10,7 @@ import numpy as np
 from pixel_jax.models.attention import chosen
 from pixel_jax.models.inputs import slice_pixels
 from pixel_jax.models.model import Model
-from pixel_jax.ops import crop_resize, host_crop_resize, patchify
+from pixel_jax.ops import crop_resize, host_crop_resize, patchify, square_window
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.drawings import Drawings, ReturnedPictures, buffer_index, calls_needed, draw, largest_side
 from pixel_jax.rollouts.rows import Chunk, for_chunks
@@ -28,14 +28,23 @@ def render(buffer: jax.Array, region: jax.Array, size: jax.Array, budget: ViewBu
 
     They are zero for a size of zero.
     """
-    view = crop_resize(buffer, region, size, canvas=budget.buffer)
+    if budget.square is None:
+        view = crop_resize(buffer, region, size, canvas=budget.buffer)
+    else:
+        whole, origin = square_window(region[3] - region[1], region[2] - region[0], budget.square)
+        view = crop_resize(buffer, region, jnp.stack(whole), canvas=budget.buffer, origin=jnp.stack(origin))
     return patchify(view, size, max_patches=budget.patches, patch=budget.patch_size, merge=budget.merge_size)
 
 
 def frame_patches(image: np.ndarray, region: Sequence[int], size: Sequence[int], config: RolloutConfig) -> np.ndarray:
     """Does the same on the host: `region` of uint8 [h, w, 3] at `size` (height, width) -> patches uint8 [P, 3 p p]."""
     height, width = (int(side) for side in size)
-    view = host_crop_resize(image, region, (height, width))
+    if config.square is None:
+        view = host_crop_resize(image, region, (height, width))
+    else:
+        x1, y1, x2, y2 = region
+        whole, (top, left) = square_window(y2 - y1, x2 - x1, config.square)
+        view = host_crop_resize(image, region, whole)[top : top + height, left : left + width]
     factor, merge, patch = config.factor, config.merge_size, config.patch_size
     grid = view.reshape(height // factor, merge, patch, width // factor, merge, patch, 3)
     return grid.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, config.patch_bytes)

@@ -17,7 +17,7 @@ from pixel_jax.dialog.template import Media
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models.model import Model
 from pixel_jax.rollouts.config import RolloutConfig
-from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media
+from pixel_jax.rollouts.prompts import PromptError, Query, offered, place_prompts, shown_media, with_times
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import HostPrompts, Tables
 
@@ -119,7 +119,7 @@ def prompt_of(messages: Sequence[Message], speaker: Speaker) -> Prompt:
     pieces = template.render(written, layout=speaker.vocabulary.layout)
     if len([piece for piece in pieces if isinstance(piece, Media)]) != len(media):
         raise PromptError("only questions may show images or videos")
-    return Prompt(query, template.to_ids(pieces, speaker.vocabulary, pads))
+    return Prompt(query, template.to_ids(with_times(pieces, query, speaker.config), speaker.vocabulary, pads))
 
 
 def _query(spoken: Sequence[Message]) -> Query:

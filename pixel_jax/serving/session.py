@@ -167,6 +167,7 @@ class Reader:
         self._held = ""  # text that may be the beginning of a stop text
         self._next_turn = False
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._opening: str | None = ""  # the text of the present turn, as long as it may be the layout's lead
 
     def read(self, progress: Progress) -> list[Wrote | Saw]:
         """The events since the last time; none once `ended` has the reason."""
@@ -200,16 +201,28 @@ class Reader:
             self._add("\n", events)
             self._next_turn = False
         if token not in (self.vocabulary.im_end, self.vocabulary.end_of_text):
-            self._add(self._decoder.decode(self.vocabulary.to_bytes([token])), events)
+            self._add(self._without_lead(self._decoder.decode(self.vocabulary.to_bytes([token]))), events)
         if self.ended is None and self.written == self.max_tokens:
             self._finish_turn(events)
             if self.ended is None:
                 self.ended, self.reason = "length", "max_tokens"
 
+    def _without_lead(self, text: str) -> str:
+        """The text of a turn without the space that the layout begins turns with; it waits until that is decided."""
+        if self._opening is None:
+            return text
+        lead, text = self.vocabulary.layout.lead, self._opening + text
+        if len(text) < len(lead) and lead.startswith(text):
+            self._opening = text
+            return ""
+        self._opening = None
+        return text.removeprefix(lead)
+
     def _finish_turn(self, events: list[Wrote | Saw]) -> None:
         """Adds the text that was held back, at the end of a turn."""
-        self._add(self._decoder.decode(b"", final=True), events)
+        self._add((self._opening or "") + self._decoder.decode(b"", final=True), events)
         self._decoder.reset()
+        self._opening = ""
         if self.ended is None and self._held:
             events.append(Wrote(self._held))
             self._held = ""

@@ -33,7 +33,7 @@ def execute(arguments: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -
         one_is_absolute=limits.one_is_absolute,
     )
     height, width = region_size(region)
-    size, fits = shown_size(region, limits.crop_min_pixels, limits.crop_max_pixels, limits.max_side, limits.factor)
+    size, fits = shown_size(region, limits.sizes("crop"))
     small = (width <= limits.min_crop) | (height <= limits.min_crop)
     return Answer(
         outcomes=(

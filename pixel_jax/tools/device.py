@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax.arrays import AnyArray
-from pixel_jax.ops import smart_resize
+from pixel_jax.ops import Sizes
 from pixel_jax.tools.calls import Lists, Numbers
 from pixel_jax.tools.tool import Coordinates, Outcome, Tool
 
@@ -64,27 +64,25 @@ class Answer(NamedTuple):
     listed: Lists | None = None  # the integers of {list} in the outcome's text
 
 
-def shown_size(
-    region: jax.Array, min_pixels: int, max_pixels: int, max_side: int, factor: int
-) -> tuple[jax.Array, jax.Array]:
+def shown_size(region: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """Returns the size (height, width), int32 [..., 2], at which `region` [..., 4] is shown, and bool [...]: whether it can be.
+
+    `sizes` are those of the tool's budget: `limits.sizes("crop")`, or `limits.sizes("select")`.
 
     It cannot where the rounded size exceeds the budget, or where a region is too long and thin (`MAX_RATIO`) or empty.
     """
     height, width = region[..., 3] - region[..., 1], region[..., 2] - region[..., 0]
-    return fitted(jnp.stack([height, width], axis=-1), min_pixels, max_pixels, max_side, factor)
+    return fitted(jnp.stack([height, width], axis=-1), sizes)
 
 
-def fitted(
-    size: jax.Array, min_pixels: int, max_pixels: int, max_side: int, factor: int
-) -> tuple[jax.Array, jax.Array]:
+def fitted(size: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """Returns the same as `shown_size` for images of `size` [..., 2]."""
     height, width = size[..., 0], size[..., 1]
     short, long = jnp.minimum(height, width), jnp.maximum(height, width)
     possible = (short > 0) & (long <= MAX_RATIO * short)
-    height, width = jnp.where(possible, height, factor), jnp.where(possible, width, factor)
-    size = jnp.stack(smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels), axis=-1)
-    fits = (size[..., 0] * size[..., 1] <= max_pixels) & (jnp.max(size, axis=-1) <= max_side)
+    height, width = jnp.where(possible, height, sizes.factor), jnp.where(possible, width, sizes.factor)
+    size = jnp.stack(sizes.of(height, width), axis=-1)
+    fits = (size[..., 0] * size[..., 1] <= sizes.max_pixels) & (jnp.max(size, axis=-1) <= sizes.max_side)
     return size, possible & fits
 
 

@@ -49,7 +49,7 @@ def drawing_tool(
         target = find_target(written["target_image"], seen, missing)
         size, given = region_size(target.region), in_shares(written, target, seen)
         drawn = size if drawn_size is None else drawn_size(given, size)
-        view, fits = fitted(drawn, limits.crop_min_pixels, limits.crop_max_pixels, limits.max_side, limits.factor)
+        view, fits = fitted(drawn, limits.sizes("crop"))
         accepted = jnp.bool_(True) if accepts is None else accepts(given, size)
         return Answer(
             outcomes=(*target.outcomes, (~accepted | ~fits, None, ())),

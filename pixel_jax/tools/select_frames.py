@@ -39,7 +39,7 @@ def execute(arguments: Mapping[str, Any], seen: Seen, limits: "RolloutConfig") -
     in_range = jnp.all(~listed | ((frames >= 1) & (frames <= seen.image_counts)))
     chosen = jnp.clip(frames[:MOST] - 1, 0, seen.image_sizes.shape[0] - 1)
     region = whole(seen.image_sizes[chosen])
-    size, fits = shown_size(region, limits.select_min_pixels, limits.select_max_pixels, limits.max_side, limits.factor)
+    size, fits = shown_size(region, limits.sizes("select"))
     first = seen.history.length
     return Answer(
         outcomes=(

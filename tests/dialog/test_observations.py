@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qwen import qwen_vocabulary
 
 from pixel_jax.dialog import Observations, ObservationValues, Vocabulary, build_tokenizer
+from pixel_jax.dialog.layout import Place
 from pixel_jax.dialog.observations import kinds_of
 from pixel_jax.tools import RELEASED
 
@@ -196,8 +197,8 @@ def test_the_bound_is_the_length_of_the_longest(name):
 
 def test_the_tokenizer_must_keep_the_texts():
     class Lossy(Vocabulary):
-        def encode(self, text):
-            return super().encode(text.lower())
+        def encode(self, text, place=Place.TEXT):
+            return super().encode(text, place.lower())
 
     vocabulary, _ = load("pieces")
     lossy = Lossy(**{field: getattr(vocabulary, field) for field in Vocabulary.__dataclass_fields__})

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+from published_templates import QWEN2_5
 from qwen import qwen_vocabulary
 
 from pixel_jax.dialog import Media, Vocabulary, build_tokenizer, first_messages, flatten, render, to_ids
@@ -41,20 +42,6 @@ GUIDELINES = (
     "\n\n\n\nGuidelines: Understand the given visual information and the user query. Determine if it is beneficial to employ"
     " the given visual operations (tools). For a video, we can look closer by `select_frames`. For an image, we can look"
     " closer by `crop_image`. Reason with the visual information step by step, and put your final answer within \\boxed{}."
-)
-
-# As in Qwen2.5-VL's tokenizer_config.json.
-QWEN_TEMPLATE = (
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content"
-    " or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture"
-    " {{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video'"
-    " or 'video' in content %}{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video"
-    " {{ video_count.value }}: {% endif %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
-    "<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -98,7 +85,7 @@ def test_images_come_first_or_last():
 TEXT, IMAGE, VIDEO = {"type": "text", "text": "<image>\n é{{x}}"}, {"type": "image"}, {"type": "video", "video": "v"}
 
 
-@pytest.mark.parametrize("template", [QWEN_TEMPLATE, None], ids=["qwen", "ours"])
+@pytest.mark.parametrize("template", [QWEN2_5, None], ids=["qwen", "ours"])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_render_is_the_jinja_template(template, prompt):
     tokenizer = build_tokenizer([])

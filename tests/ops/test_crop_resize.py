@@ -140,6 +140,26 @@ def test_equals_pillow_13(form, crop):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("order", ORDERS)
+@settings(max_examples=25, deadline=None)
+@given(crop=crops(), data=st.data())
+def test_a_part_of_the_result(form, order, crop, data):
+    """From an origin on the canvas has the same pixels, zeros behind the last ones."""
+    box, size = crop
+    row, column = (data.draw(st.integers(0, side)) for side in size)
+    whole = np.pad(pillow(IMAGE, box, size, CANVAS, order), ((0, 20), (0, 30), (0, 0)))
+    out = crop_resize(IMAGE, box, size, (20, 30), origin=(row, column), order=order, implementation=form)
+    np.testing.assert_array_equal(out, whole[row : row + 20, column : column + 30])
+
+
+def test_an_origin_that_is_refused():
+    with pytest.raises(ValueError, match=r"origin \(row, column\) \(-1, 0\) is negative"):
+        crop_resize(IMAGE, (0, 0, 9, 9), (9, 9), (5, 5), origin=(-1, 0))
+    with pytest.raises(ValueError, match=r"\(0, 9\) is empty$"):
+        crop_resize(IMAGE, (0, 0, 9, 9), (0, 9), (5, 5), origin=(0, 0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", ORDERS)
 @settings(max_examples=120, deadline=None)
 @given(crop=crops(), stripes=st.booleans())
 @example(crop=((0, 0, 90, 2), (21, 81)), stripes=True)  # two equal rows, both near ties after the first pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.dialog.grammar import parse_turn
-from pixel_jax.ops import smart_resize
+from pixel_jax.ops import Sizes, smart_resize
 from pixel_jax.rollouts.config import RolloutConfig
 from pixel_jax.rollouts.operations import add_to_history, execute, first_history, record_calls
 from pixel_jax.tools import RELEASED
@@ -261,7 +261,7 @@ def released_edges(box, img_x, img_y, padding):
 
 def test_a_sliver_cannot_be_shown():
     regions = jnp.array([[0, 0, 6001, 30], [0, 0, 6000, 30], [5, 5, 5, 9]], jnp.int32)
-    size, fits = shown_size(regions, 784, 2000 * 784, 10_000, 28)
+    size, fits = shown_size(regions, Sizes(28, 784, 2000 * 784, 10_000))
     assert fits.tolist() == [False, True, False]
     assert tuple(size[1].tolist()) == smart_resize(30, 6000, min_pixels=784, max_pixels=2000 * 784)
     assert math.prod(size[1].tolist()) <= 2000 * 784

@@ -1,0 +1,343 @@
+"""How a model's dialogs are written: its chat template, and what of it stands around a turn.
+
+A whole dialog is rendered by the template itself. Between the turns of a compiled rollout stand pieces that must be known
+beforehand: they are found by rendering short dialogs of made-up words and taking what stands between the words.
+
+A rendered dialog is a list of pieces: texts, special tokens, images and videos. Special tokens are those that the template
+wrote, never letters of a message: a text that spells one is taken apart before it is rendered and put together behind.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pixel_jax.dialog.sandbox import TemplateError, render_source
+
+
+class Special(NamedTuple):
+    """A token that structures a dialog. Only templates write it; no text is ever encoded as one."""
+
+    name: str  # a key of `Layout.special`
+
+
+class Media(NamedTuple):
+    """The position of an image or a video in a rendered dialog."""
+
+    kind: str  # "image" or "video"
+    value: Any  # the message's value: an array, a path, an index, None
+
+
+class Place(enum.Enum):
+    """Where a text stands, on which its ids depend with tokenizers that put a space before some texts."""
+
+    DIALOG = enum.auto()  # at the very beginning
+    SPECIAL = enum.auto()  # behind a special token
+    TEXT = enum.auto()  # behind another text
+
+
+Piece = str | Special | Media  # of a rendered dialog; a str is text and never contains special tokens
+Marks = tuple[str | Special, ...]  # pieces that the template writes itself
+IM_END = Special("im_end")
+VISUAL = {"image_pad": "image", "video_pad": "video"}
+
+# Words that no template has in it, of a system message, questions and an answer.
+SYSTEM, FIRST, ANSWER, SECOND, CAPTION = "Sqvfoa", "Uwpkeb", "Azmtic", "Oxjgud", "Chqlye"
+NEVER = re.compile(r"<\|\w+\|>")  # what looks like a special token
+
+
+class Layout(NamedTuple):
+    """A chat template, with what it writes around turns.
+
+    Attributes:
+      source: the template.
+      special: name -> what the tokenizer calls the token. `im_end` is the token that ends a turn of the model's.
+      variables: what the template calls tokens (`bos_token`, ...).
+      before: what stands between the end of a turn and the text of an observation, which is a message of the user's.
+      after: what follows an observation or a question, up to where the model begins.
+      lead: what an answer begins with where others wrote it; the model writes it itself.
+      tail: what stands between an answer and `im_end`; likewise.
+      image: what stands before and behind each image.
+      images_first: whether a message's images stand before its text, wherever the message has them.
+      lists: whether messages of text are lists of parts for the template, not texts.
+      system: whether it knows system messages; if not, they are put in front of the first question.
+      begin: name of a token that the tokenizer puts before every dialog that does not begin with it (`to_ids`).
+    """
+
+    source: str
+    special: Mapping[str, str]
+    variables: Mapping[str, str]
+    before: Marks = ()
+    after: Marks = ()
+    lead: str = ""
+    tail: str = ""
+    image: tuple[Marks, Marks] = ((), ())
+    images_first: bool = False
+    lists: bool = False
+    system: bool = True
+    begin: str | None = None
+
+    @classmethod
+    def from_template(
+        cls,
+        source: str,
+        names: Mapping[str, str],
+        *,
+        tokens: Collection[str] = (),
+        variables: Mapping[str, str] | None = None,
+        begin: str | None = None,
+    ) -> Layout:
+        """Finds what a template writes around turns.
+
+        Args:
+          source: the template.
+          names: what the tokenizer calls a special token -> its name. Tokens with the names `image_pad` and `video_pad` stand
+            for images and videos; any may have its own spelling for a name.
+          tokens: all others, which text may have, too.
+          variables: what the template calls tokens; `eos_token` ends a turn where the template does not write what does.
+          begin: spelling of the token that the tokenizer puts before every text.
+
+        Raises:
+          TemplateError: nothing of the kind can be found; the message says what it writes, and what to do.
+        """
+        try:
+            layout = cls(source, {name: text for text, name in names.items()}, dict(variables or {}))
+            return _derive(layout, tokens, begin)
+        except TemplateError as error:
+            remedy = "put one that transformers can render with these roles into chat_template.jinja"
+            raise TemplateError(f"the model's chat template cannot be used: {error}; {remedy}") from None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[Piece]:
+        """Renders a dialog as special tokens, texts, images and videos, in order. No two texts are adjacent.
+
+        Args:
+          messages: `{"role": ..., "content": text, or a list of {"type": "text" | "image" | "video", <type>: value}}`.
+          add_generation_prompt: whether to end where the model begins.
+
+        Raises:
+          ValueError: a part is neither text, image nor video, or the template does not show an image of the messages.
+          TemplateError: the template refuses the messages.
+        """
+        parts = [part for x in messages for part in ([] if isinstance(x["content"], str) else x["content"])]
+        for part in parts:
+            if part.get("type") not in ("text", *VISUAL.values()):
+                raise ValueError(f"a message's part is of type text, image or video, not {part.get('type')!r}: {part}")
+        given = [x["content"] for x in messages if isinstance(x["content"], str)]
+        marker = _unused("".join([self.source, *given, *(part.get("text", "") for part in parts)]))
+        text = self._write(messages, add_generation_prompt, marker)
+        shown = {
+            kind: [Media(kind, part.get(kind)) for part in parts if part["type"] == kind] for kind in VISUAL.values()
+        }
+        return self._pieces(text, shown, marker)
+
+    def _write(self, messages: Sequence[Mapping[str, Any]], prompt: bool, marker: str = "") -> str:
+        """What the template writes, with a marker in texts that spell special tokens."""
+        written = [
+            {**message, "content": self._content(message["content"], marker)}
+            for message in (messages if self.system else _without_system(messages))
+        ]
+        values = {"messages": written, "tools": None, "documents": None, "add_generation_prompt": prompt}
+        return render_source(self.source, {**self.variables, **values})
+
+    def _content(self, content: str | Sequence[Mapping[str, Any]], marker: str) -> str | list[dict[str, Any]]:
+        """The content of a message as templates have it, without special tokens in its texts."""
+        opaque = functools.partial(_opaque, spellings=tuple(self.special.values()), marker=marker)
+        if isinstance(content, str):
+            return [{"type": "text", "text": opaque(content)}] if self.lists else opaque(content)
+        if not self.lists and all(part["type"] == "text" for part in content):
+            return opaque("".join(part["text"] for part in content))
+        return [
+            {"type": "text", "text": opaque(part["text"])} if part["type"] == "text" else {"type": part["type"]}
+            for part in content
+        ]
+
+    def _pieces(self, text: str, shown: Mapping[str, Sequence[Media]], marker: str = "") -> list[Piece]:
+        """What the template wrote, taken apart at its special tokens."""
+        names = {spelling: name for name, spelling in self.special.items()}
+        left = {kind: iter(media) for kind, media in shown.items()}
+        counts = dict.fromkeys(shown, 0)
+        pieces: list[Piece] = []
+        for i, piece in enumerate(_splitter(tuple(names)).split(text) if names else [text]):
+            if i % 2 == 0:
+                if plain := piece.replace(marker, "") if marker else piece:
+                    pieces.append(plain)
+                continue
+            kind = VISUAL.get(names[piece])
+            if kind is None:
+                pieces.append(Special(names[piece]))
+                continue
+            counts[kind] = counts.get(kind, 0) + 1
+            pieces.append(next(left.get(kind, iter(())), Media(kind, None)))
+        if wrong := [kind for kind, media in shown.items() if counts[kind] != len(media)]:
+            kind, where = wrong[0], "has no token for them" if not counts[wrong[0]] else "repeats or drops some"
+            raise ValueError(
+                f"the dialog shows {len(shown[kind])} {kind}s, the chat template {counts[kind]}: it {where}"
+            )
+        return pieces
+
+    def observation(self, content: Sequence[Mapping[str, Any]]) -> list[Piece]:
+        """What stands between the end of a turn and the next one, if a tool answers with these parts: texts and images."""
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        if self.images_first:
+            content = [*(part for part in content if part["type"] != "text"), {"type": "text", "text": "".join(texts)}]
+        shown = [
+            [part["text"]]
+            if part["type"] == "text"
+            else [*self.image[0], Media(part["type"], part.get(part["type"])), *self.image[1]]
+            for part in content
+        ]
+        return join_texts([*self.before, *(piece for pieces in shown for piece in pieces), *self.after])
+
+
+def join_texts(pieces: Iterable[Piece]) -> list[Piece]:
+    """Joins adjacent texts, because a token may reach from one into the next."""
+    joined: list[Piece] = []
+    for piece in pieces:
+        if isinstance(piece, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += piece
+        elif piece != "":
+            joined.append(piece)
+    return joined
+
+
+def _without_system(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with the system message in front of the first question, an empty line between the two."""
+    if len(messages) < 2 or messages[0]["role"] != "system":
+        return list(messages)
+    told, asked, *others = messages
+    parts = [
+        [{"type": "text", "text": x["content"]}] if isinstance(x["content"], str) else list(x["content"])
+        for x in (told, asked)
+    ]
+    return [{**asked, "content": [*parts[0], {"type": "text", "text": "\n\n"}, *parts[1]]}, *others]
+
+
+@functools.lru_cache(maxsize=64)
+def _splitter(spellings: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches special tokens, of two that begin alike the longer one, as tokenizers do."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(spellings, key=len, reverse=True))) + ")")
+
+
+@functools.lru_cache(maxsize=64)
+def _edges(spellings: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What may follow the beginning of a special token, and what may stand before the rest of one."""
+    return tuple({x[i:] for x in spellings for i in range(1, len(x))}), tuple(
+        {x[:i] for x in spellings for i in range(1, len(x))}
+    )
+
+
+def _opaque(text: str, spellings: tuple[str, ...], marker: str) -> str:
+    """The text, with a marker around each character if it spells a special token or could be a part of one.
+
+    White space around it stays outside, because templates take it off.
+    """
+    core = text.strip()
+    rests, starts = _edges(spellings)
+    if not core or not (core.startswith(rests) or core.endswith(starts) or _splitter(spellings).search(core)):
+        return text
+    at = text.index(core)
+    return text[:at] + marker + marker.join(core) + marker + text[at + len(core) :]
+
+
+def _unused(text: str) -> str:
+    """A character of the private use area that a text does not have."""
+    return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+
+
+def _says(role: str, *parts: str | None) -> dict[str, Any]:
+    """A message of a text, or of texts and (None) images."""
+    if len(parts) == 1 and parts[0] is not None:
+        return {"role": role, "content": parts[0]}
+    return {
+        "role": role,
+        "content": [{"type": "image"} if text is None else {"type": "text", "text": text} for text in parts],
+    }
+
+
+def _derive(layout: Layout, tokens: Collection[str], begin: str | None) -> Layout:
+    """`Layout.from_template`, for a layout that has no more than a template and the names of tokens."""
+    names = {spelling: name for name, spelling in layout.special.items()}
+    if short := [spelling for spelling in names if len(spelling) == 1]:
+        raise TemplateError(f"the special token {short[0]!r} is one character, which every text may have")
+    layout = _reads(layout)
+    asked, answered, again = _says("user", FIRST), _says("assistant", ANSWER), _says("user", SECOND)
+    told = [_says("system", SYSTEM)] if layout.system else []
+    first = layout._write([*told, asked], True)
+    whole = layout._write([*told, asked, answered, again], True)
+    ended = layout._write([*told, asked, answered], False)
+    if unknown := [x for x in NEVER.findall(whole) if x not in names and x not in tokens]:
+        raise TemplateError(f"it writes {unknown[0]}, and the tokenizer has no special token {unknown[0]}")
+    for word in (FIRST, ANSWER, SECOND):
+        if whole.count(word) != 1:
+            raise TemplateError(f"it writes a message {whole.count(word)} times, not once")
+    after, closing, between = (
+        text.partition(word)[2] for text, word in ((first, FIRST), (ended, ANSWER), (whole, ANSWER))
+    )
+    answers, between, after_second = whole.partition(FIRST)[2].partition(ANSWER)[0], *between.split(SECOND)
+    if after != after_second:
+        raise TemplateError(f"behind the first question it writes {after!r}, behind a later one {after_second!r}")
+
+    split = functools.partial(_marks, layout)
+    ends = [piece for piece in split(closing) if isinstance(piece, Special)]
+    if ends:
+        end = layout.special[ends[0].name]
+        tail, _, behind = between.partition(end)
+        if closing.partition(end)[0] != tail:
+            raise TemplateError(f"behind an answer it writes {closing!r} at the end, and {between!r} before a question")
+    elif end := layout.variables.get("eos_token", ""):
+        if end not in names:
+            raise TemplateError(f"the tokenizer's eos_token {end!r} is no special token of it")
+        tail, behind = "", between
+    else:
+        raise TemplateError("it writes no special token behind an answer, and the tokenizer names no eos_token")
+    names = {x: x if name == "im_end" else name for x, name in names.items()} | {end: "im_end"}
+    layout = layout._replace(special={name: spelling for spelling, name in names.items()})
+    split = functools.partial(_marks, layout)
+    lead = answers.removeprefix(after) if answers.startswith(after) else ""
+    if any(isinstance(piece, Special) for piece in (*split(lead), *split(tail))):
+        lead, tail = "", ""
+    layout = layout._replace(before=split(behind), after=split(after), lead=lead, tail=tail)
+    if "image_pad" in layout.special:
+        layout = _with_images(layout, told)
+    return layout._replace(begin=None if begin is None else names.get(begin))
+
+
+def _reads(layout: Layout) -> Layout:
+    """Whether the template reads texts or lists of parts, and system messages."""
+    asked, told, tried = _says("user", FIRST), _says("system", SYSTEM), []
+    for lists in (False, True):
+        for system in (True, False):
+            layout = layout._replace(lists=lists, system=system)
+            try:
+                text = layout._write([told, asked], True)
+            except TemplateError as error:
+                tried.append(error)
+                continue
+            if SYSTEM in text and FIRST in text:
+                return layout
+    raise tried[0] if tried else TemplateError("it does not write the text of a question")
+
+
+def _with_images(layout: Layout, told: list[dict[str, Any]]) -> Layout:
+    """With what stands around images, if the template shows any."""
+    try:
+        text = layout._write([*told, _says("user", FIRST, None, None, CAPTION)], True)
+    except TemplateError:
+        return layout
+    pad = layout.special["image_pad"]
+    if text.count(pad) != 2:
+        return layout
+    before, between, behind = text.split(pad)
+    size = next(i for i in range(len(between), -1, -1) if behind.startswith(between[:i]))
+    split = functools.partial(_marks, layout)
+    return layout._replace(image=(split(between[size:]), split(between[:size])), images_first=FIRST not in before)
+
+
+def _marks(layout: Layout, text: str) -> Marks:
+    """A stretch of what the template wrote, as pieces."""
+    names = {spelling: name for name, spelling in layout.special.items()}
+    parts = _splitter(tuple(names)).split(text) if names else [text]
+    return tuple(Special(names[part]) if i % 2 else part for i, part in enumerate(parts) if part)
