@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pixel_jax.files import FileError
 from pixel_jax.models.config import TowerConfig, shown
 from pixel_jax.models.side_files import NESTED, PREPROCESSOR, VIDEO_PREPROCESSOR, json_object
@@ -45,6 +47,16 @@ class Sampling(NamedTuple):
     frames: int | None = None
     least: int = 4
     most: int = 768
+
+    def indices(self, count: int, rate: float) -> list[int]:
+        """The numbers of the frames that are shown of `count`, `rate` a second: evenly spread (Qwen3-VL's processor)."""
+        if self.frames is not None:
+            number = self.frames
+        elif self.fps is not None:
+            number = min(max(int(count / rate * self.fps), self.least), self.most)
+        else:
+            number = min(max(count, self.least), self.most)
+        return np.linspace(0, count - 1, min(number, count)).round().astype(int).tolist()
 
 
 class Preprocessors(NamedTuple):
