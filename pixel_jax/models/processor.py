@@ -164,7 +164,8 @@ class Processor:
             ]
         if videos and self.vision is not None and not self.family.splits_videos:
             out["second_per_grid_ts"] = np.full(len(videos), self.vision.temporal_patch_size / fps, np.float32)
-        rows = [self.tokenizer.encode(_expand(t, shown), add_special_tokens=False) for t in texts]
+        # With the token that some tokenizers put before every text (LLaVA's does), as transformers' processors.
+        rows = [self.tokenizer.encode(_expand(t, shown)) for t in texts]
         length = max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id or 0
         out["input_ids"] = np.full((len(rows), length), pad_id, np.int32)
