@@ -141,7 +141,9 @@ def make_transcript(
     turns = []
     for call, ids in enumerate(answered):
         turns.append(ShownTurn("assistant", written[call]))
-        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (ids == vocabulary.image_pad)  # the first of each image
+        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (
+            ids == vocabulary.image_pad
+        )  # the first of each image
         images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
