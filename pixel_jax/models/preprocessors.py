@@ -83,7 +83,7 @@ def read_preprocessors(
       FileError: a file is malformed, or asks for something else than the model sees; the message names field and value.
     """
     own = {} if NESTED not in files else json_object(dict(files), NESTED, directory)
-    sections = {}
+    sections: dict[str, tuple[dict[str, Any], Path]] = {}
     for name, file in (("image_processor", PREPROCESSOR), ("video_processor", VIDEO_PREPROCESSOR)):
         section = _section(own, name, directory / NESTED)
         if section or file in files:
@@ -97,10 +97,10 @@ def read_preprocessors(
     image = sections.get("image_processor")
     if vision.fixed_grid is not None:
         if image is not None:
-            _check(*image, vision)
-            _check_square(*image, vision)
+            _check(image[0], image[1], vision)
+            _check_square(image[0], image[1], vision)
         return Preprocessors()
-    limits = None if image is None else _limits(*image, vision, usual)
+    limits = None if image is None else _limits(image[0], image[1], vision, usual)
     if "video_processor" not in sections:
         return Preprocessors(limits, None, Sampling(fps=rate))
     values, where = sections["video_processor"]
