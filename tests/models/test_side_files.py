@@ -185,3 +185,19 @@ def test_malformed(copy, name, content, message):
     (copy / name).write_text(content)
     with pytest.raises(FileError, match=message):
         read(copy)
+
+
+def test_the_chat_template_is_the_one_that_transformers_takes(copy):
+    """Of a processor's own file, a file of the tokenizer and a field, whichever are there."""
+    from transformers import ProcessorMixin
+
+    (copy / "additional_chat_templates" / "tool_use.jinja").unlink()
+    (copy / "additional_chat_templates").rmdir()
+    (copy / "chat_template.jinja").write_text("of the tokenizer")
+    for name in ("chat_template.json", "chat_template.jinja"):
+        theirs = ProcessorMixin.get_processor_dict(copy)[0]["chat_template"]
+        assert read(copy).tokenizer.chat_template == theirs
+        (copy / name).unlink()
+    values = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": "of a field"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(values))
+    assert read(copy).tokenizer.chat_template == "of a field"
