@@ -2,7 +2,7 @@ from setuptools import find_packages, setup
 
 # Every lower bound is a version that `.ci/run` installs and tests, and has no known hole that is reached here:
 # transformers before 5.10 writes chat templates outside the directory it is told, httpx2 before 2.12 unpacks without a limit,
-# Pillow before 12.3 and pyarrow before 23.0.1 read beyond damaged files.
+# jinja2 before 3.1.6 lets templates out of its sandbox, Pillow before 12.3 and pyarrow before 23.0.1 read beyond damaged files.
 JAX = ">=0.10.2"
 DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training data and of benchmarks
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
@@ -34,6 +34,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "transformers>=5.21.1",
+        "jinja2>=3.1.6",
         "safetensors>=0.8",
         "ml-collections>=1.1",
         "absl-py>=2.3",
@@ -67,7 +68,6 @@ setup(
             *GGUF,
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
-            "jinja2>=3.1.6",
             "hypothesis>=6.130",
             "ruff>=0.17",
             "pyright[nodejs]>=1.1.414,<1.1.415",  # one version, as what it finds changes with each; nodejs brings node

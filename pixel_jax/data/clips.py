@@ -47,12 +47,14 @@ def is_clip(head: bytes) -> bool:
     return container_of(head) is not None
 
 
-def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarray, float]:
+def read_video(path: str | os.PathLike, frames: int = FRAMES, *, fps: float | None = None) -> tuple[np.ndarray, float]:
     """Reads frames of a video file, evenly spread over it, as a player shows them.
 
     Args:
       path: of a local file (MP4, QuickTime, Matroska, WebM or AVI).
       frames: how many; all, if it has fewer.
+      fps: how many of a second: those that a player shows at these times, whatever the file's own rate is and however it varies;
+        fewer, evenly spread over the time, if they were more than `frames`. None: the number alone counts, whatever the times.
 
     Returns:
       uint8 [frames, height, width, 3], RGB, and the seconds from one frame to the next (for `Processor`, `fps=1 / seconds`;
@@ -66,8 +68,21 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES) -> tuple[np.ndarra
     """
     if frames < 1:
         raise ValueError(f"frames must be positive, not {frames}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps must be positive, not {fps}")
     with open_regular(path, ImageError) as file:
-        return read_frames(file, repr(os.fspath(path)), frames)
+        name = repr(os.fspath(path))
+        return read_frames(file, name, frames) if fps is None else _at_times(file, name, frames, fps)
+
+
+def _at_times(file: BinaryIO, name: str, frames: int, fps: float) -> tuple[np.ndarray, float]:
+    """The frames that are seen at equal steps of time, `fps` a second, or fewer so that there are no more than `frames`."""
+    with VideoFile(file, name, frames) as clip:
+        step = max(1 / fps, clip.seconds / frames)
+        # The last bits of a quotient must not make one of two frames.
+        times = step * np.arange(max(1, min(frames, math.ceil(clip.seconds / step - 1e-6))))
+        seen = lambda count: np.searchsorted(clip.times[:count], times + 1e-6, side="right") - 1
+        return clip.show(lambda count: np.maximum(seen(count), 0).tolist()), step
 
 
 def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.ndarray, float]:
@@ -99,6 +114,7 @@ class VideoFile:
         count: of its frames; of a long clip those that the container promises, until `show` has decoded fewer.
         rate: frames a second, on average; 0: the file does not say.
         seconds: its length; half a second a frame if the file does not say.
+        times: when each frame begins to be seen, in seconds from the first one, float64 [count].
 
     Raises:
         ImageError: it is no video, is too large or too long, or nothing of it can be decoded.
@@ -129,7 +145,10 @@ class VideoFile:
             self._picture = _Picture(first, self.shape, self.name)
             self.size = self._picture.pixels(first).shape[:2]
             if self.count <= COUNTED * self._frames:
-                self._found(1 + sum(1 for _ in decoded))
+                seen = [first.time, *(frame.time for frame in decoded)]
+                self._found(len(seen))
+                if None not in seen and self._timed:
+                    self.times = np.array(seen) - seen[0]
             decoded.close()
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -214,11 +233,16 @@ class VideoFile:
             raise ImageError(f"{self.name} has no frames")
         self.packets = self.count
         self.rate = float(stream.average_rate or 0)
-        if len(times) == self.count and max(times) > min(times):
+        self._timed = len(times) == self.count and max(times) > min(times)
+        if self._timed:
             # What the container says of itself may be about hidden frames, too, or about the ticks of its clock.
             seen = (self.count - 1) / float((max(times) - min(times)) * stream.time_base)
             self.rate = self.rate if math.isclose(self.rate, seen, rel_tol=0.01) else seen
         self.seconds = self.count / (self.rate or 2)
+        self.times = np.arange(self.count) / (self.rate or 2)
+        if self._timed:
+            shown = np.sort(times) * float(stream.time_base)
+            self.times = shown - shown[0]
         whole = float((stream.duration or 0) * stream.time_base) or (container.duration or 0) / av.time_base
         if self.seconds < min(0.9 * whole, whole - 1):
             announce(f"{self.name} shall last {whole:.1f} s, but its pictures end after {self.seconds:.1f}")

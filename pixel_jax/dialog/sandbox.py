@@ -73,7 +73,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.steps = _Steps()
         kept = {name: call for name, call in self.filters.items() if name not in NO_FILTERS}
         own = {"tojson": _to_json, "replace": _replace, "join": _join, "indent": _indent}
-        self.filters = {name: self._counted(call) for name, call in (kept | own).items()}
+        self.filters: dict[str, Any] = {name: self._counted(call) for name, call in (kept | own).items()}
         self.filters["turns of a loop"] = self._turns
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
         self.globals["raise_exception"] = _raise
@@ -102,8 +102,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(text, str):
             if name in WIDENING:
                 raise TemplateError(f"it calls {name!r}, which is not allowed: write the text out")
-            if name in ("replace", "join"):
-                return _replace(text, *args, **kwargs) if name == "replace" else _join(*args, text)
+            if name == "replace":
+                return _replace(text, *args, **kwargs)
+            if name == "join" and len(args) == 1:
+                return _join(args[0], text)
         return _measured(super().call(context, what, *args, **kwargs))
 
     def call_binop(self, context, operator, left, right):

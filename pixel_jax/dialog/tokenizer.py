@@ -218,9 +218,8 @@ def read_layout(tokenizer: PreTrainedTokenizerFast) -> Layout:
     }
     first = tokenizer.encode("a", add_special_tokens=True)[:1]
     own = names.get("<image>") == "image_pad" and first == [tokenizer.bos_token_id]
-    layout = Layout.from_template(
-        source, names, tokens=[*added], variables=named, begin=tokenizer.bos_token if own else None
-    )
+    begin = named.get("bos_token") if own else None
+    layout = Layout.from_template(source, names, tokens=[*added], variables=named, begin=begin)
     for name in {piece.name for piece in (*layout.before, *layout.after) if isinstance(piece, Special)}:
         if (token := added[layout.special[name]]).lstrip or token.rstrip:
             raise ValueError(

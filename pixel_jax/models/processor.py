@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.files import FileError
-from pixel_jax.models.config import ModelConfig, TowerConfig, shown
+from pixel_jax.models.config import ModelConfig, TowerConfig
+from pixel_jax.models.preprocessors import PixelLimits, Sampling, read_preprocessors
 from pixel_jax.models.qwen_vl import Qwen2_5_VLConfig, VisionConfig
 from pixel_jax.models.side_files import (
     NESTED,
@@ -20,15 +21,16 @@ from pixel_jax.models.side_files import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
+    VIDEO_PREPROCESSOR,
     as_json,
     is_template,
-    json_object,
     load_tokenizer,
     processor_template,
     read_side_files,
     tokenizer_files,
 )
 from pixel_jax.ops import host_crop_resize, smart_resize, square_window, temporal_slices
+from pixel_jax.ops.smart_resize import MAX_RATIO
 from pixel_jax.pictures import rgb
 
 QWEN2_5_TOWER = VisionConfig()
@@ -44,6 +46,8 @@ class Processor:
         vision: sizes of patches, and how pixels are normalised; None: the model sees nothing.
         min_pixels, max_pixels: area of an image as the model sees it. Defaults are those of the Hugging Face image processor.
             A family whose images have one size passes over them.
+        video: of each frame of a video, or of all its frames together where a family puts them behind times; None: as of images.
+        sampling: which frames of a video a model is used to (`Sampling`).
     """
 
     def __init__(
@@ -54,12 +58,15 @@ class Processor:
         vision: TowerConfig | None = QWEN2_5_TOWER,
         min_pixels: int = 56 * 56,
         max_pixels: int = 28 * 28 * 1280,
+        video: PixelLimits | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008, never changed
     ):
         if not 0 < min_pixels <= max_pixels:
             raise ValueError(f"need 0 < min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
         self.tokenizer, self.family, self.vision = tokenizer, family, vision
         self.min_pixels = min_pixels
         self.max_pixels = max_pixels
+        self.video, self.sampling = video, sampling
         self._files: dict[str, bytes] = {}  # those it was read from
         self._as_read: tuple | None = None  # what they say of the tokenizer and of the limits
 
@@ -77,14 +84,16 @@ class Processor:
         if config.vision is not None and (template := processor_template(files, directory)) is not None:
             tokenizer.chat_template = template
         for token, expected in zip(config.placeholders, config.visual_tokens, strict=True):
-            number = tokenizer.convert_tokens_to_ids(token)
-            if number != expected:
-                raise FileError(f"{directory}: {token} is token {number} of the tokenizer, {expected} of config.json")
-        limits = {} if config.vision is None else _read_limits(files, directory, config.vision)
-        try:
-            processor = cls(tokenizer, family=type(config), vision=config.vision, **limits)
-        except ValueError as error:
-            raise FileError(f"{directory}: the preprocessor: {error}") from None
+            found = tokenizer.convert_tokens_to_ids(token)
+            if found != expected:
+                raise FileError(f"{directory}: {token} is token {found} of the tokenizer, {expected} of config.json")
+        processor = cls(tokenizer, family=type(config), vision=config.vision)
+        if config.vision is not None:
+            usual, rate = PixelLimits(processor.min_pixels, processor.max_pixels), 2.0 if config.splits_videos else None
+            image, processor.video, processor.sampling = read_preprocessors(
+                files, directory, config.vision, usual, rate
+            )
+            processor.min_pixels, processor.max_pixels = image or usual
         processor._files, processor._as_read = files, (_state(tokenizer), processor._limits())
         return processor
 
@@ -104,12 +113,14 @@ class Processor:
         if self.vision is not None and (self._limits() != limits or not has_preprocessor):
             files = {name: data for name, data in files.items() if name not in PREPROCESSOR_FILES}
             files[PREPROCESSOR] = as_json(self._preprocessor(self.vision))
+            if self.video is not None:
+                files[VIDEO_PREPROCESSOR] = as_json(self._video_preprocessor(self.vision, self.video))
         for name, data in files.items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
 
-    def _limits(self) -> tuple[int, int]:
-        return self.min_pixels, self.max_pixels
+    def _limits(self) -> tuple:
+        return self.min_pixels, self.max_pixels, self.video, self.sampling
 
     def __call__(
         self, text: str | list[str], images: list | None = None, videos: list | None = None, fps: float = 2.0
@@ -145,7 +156,7 @@ class Processor:
                 out[keys[0]] = np.stack([self._square(frames[0], self.vision) for frames in items])
                 grids = [(1, *self.vision.fixed_grid)] * len(items)
             else:
-                pixels, grids = zip(*(self.patches(frames) for frames in items), strict=True)
+                pixels, grids = zip(*(self.patches(frames, kind == "video") for frames in items), strict=True)
                 out[keys[0]], out[keys[1]] = np.concatenate(pixels), np.array(grids, np.int32)
             shown[placeholder] = [
                 self._shown(grid, placeholder, kind, len(frames), fps)
@@ -153,7 +164,8 @@ class Processor:
             ]
         if videos and self.vision is not None and not self.family.splits_videos:
             out["second_per_grid_ts"] = np.full(len(videos), self.vision.temporal_patch_size / fps, np.float32)
-        rows = [self.tokenizer.encode(_expand(t, shown), add_special_tokens=False) for t in texts]
+        # With the token that some tokenizers put before every text (LLaVA's does), as transformers' processors.
+        rows = [self.tokenizer.encode(_expand(t, shown)) for t in texts]
         length = max(map(len, rows))
         pad_id = self.tokenizer.pad_token_id or 0
         out["input_ids"] = np.full((len(rows), length), pad_id, np.int32)
@@ -175,8 +187,12 @@ class Processor:
         pads = VISION_START + placeholder * (count // grid[0]) + VISION_END
         return "".join(f"<{time:.1f} seconds>{pads}" for time in times)
 
-    def patches(self, frames: list) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Returns what the vision tower reads of frames of one size (one: a still image).
+    def patches(self, frames: list, is_video: bool = False) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Returns what the vision tower reads of frames of one size.
+
+        Args:
+            frames: of a video, or one: a still image.
+            is_video: whose limits count.
 
         Returns:
             float32 [t * h * w, patch_dim] in merge order, and the grid (t, h, w).
@@ -193,8 +209,13 @@ class Processor:
         if len({frame.size for frame in frames}) > 1:
             raise ValueError(f"frames of one video differ in size: {sorted({frame.size for frame in frames})}")
         width, height = frames[0].size
-        limits = {"factor": vision.factor, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        high, wide = smart_resize(height, width, **limits)
+        limits = PixelLimits(self.min_pixels, self.max_pixels)
+        limits = (self.video or limits) if is_video else limits
+        if is_video and self.family.splits_videos:
+            high, wide = volume_size(len(frames), height, width, vision.factor, limits)
+        else:
+            least, most = limits
+            high, wide = smart_resize(height, width, factor=vision.factor, min_pixels=least, max_pixels=most)
         seen = np.stack([host_crop_resize(np.asarray(frame), (0, 0, width, height), (high, wide)) for frame in frames])
         pairs = _normalised(seen, vision)[temporal_slices(len(frames))]  # [t, 2, high, wide, 3]
         side, merge = vision.patch_size, vision.spatial_merge_size
@@ -210,6 +231,22 @@ class Processor:
         whole, (top, left) = square_window(height, width, side)
         seen = host_crop_resize(np.asarray(image), (0, 0, width, height), whole)
         return _normalised(seen[top : top + side, left : left + side], vision).transpose(2, 0, 1)
+
+    def _video_preprocessor(self, vision: TowerConfig, limits: PixelLimits) -> dict[str, Any]:
+        """The fields of the Hugging Face video processor."""
+        sampling = {"fps": self.sampling.fps, "num_frames": self.sampling.frames}
+        return {
+            "processor_class": self.family.processor,
+            "image_mean": list(vision.pixel_mean),
+            "image_std": list(vision.pixel_std),
+            "size": {"shortest_edge": limits.least, "longest_edge": limits.most},
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+            **{name: value for name, value in sampling.items() if value is not None},
+            "min_frames": self.sampling.least,
+            "max_frames": self.sampling.most,
+        }
 
     def _preprocessor(self, vision: TowerConfig) -> dict[str, Any]:
         """The fields of the Hugging Face image processor."""
@@ -231,6 +268,23 @@ class Processor:
             "temporal_patch_size": vision.temporal_patch_size,
             "merge_size": vision.spatial_merge_size,
         }
+
+
+def volume_size(frames: int, height: int, width: int, factor: int, limits: PixelLimits) -> tuple[int, int]:
+    """The (height, width) at which frames are seen, so that all of them together have so many pixels (Qwen3-VL's processor)."""
+    scale = max(1.0, factor / height, factor / width)
+    height, width, frames = int(height * scale), int(width * scale), max(frames, 2)
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise ValueError(f"a video of {width} x {height} pixels: one side may be {MAX_RATIO} times the other, no more")
+    high, wide = (round(side / factor) * factor for side in (height, width))
+    area = round(frames / 2) * 2 * high * wide
+    if area > limits.most:
+        shrink = math.sqrt(frames * height * width / limits.most)
+        high, wide = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif area < limits.least:
+        grow = math.sqrt(limits.least / (frames * height * width))
+        high, wide = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return high, wide
 
 
 def _normalised(pixels: np.ndarray, vision: TowerConfig) -> np.ndarray:
@@ -270,57 +324,3 @@ def _rgb(image: Any) -> Image.Image:
 def _state(tokenizer) -> tuple:
     """What changes when tokens or a template are added."""
     return len(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map
-
-
-def _read_limits(files: dict[str, bytes], directory: Path, vision: TowerConfig) -> dict[str, int]:
-    """min_pixels and max_pixels of the directory's preprocessor, whose other fields must be those of the model."""
-    name = next((name for name in (PREPROCESSOR, NESTED) if name in files), None)
-    if name is None:
-        return {}
-    values, where = json_object(files, name, directory), directory / name
-    if name == NESTED:
-        values = _section(values, "image_processor", where) or values
-    if vision.fixed_grid is not None:
-        _check_square(values, vision, where)
-        return {}
-    for field, expected in (
-        ("patch_size", vision.patch_size),
-        ("temporal_patch_size", vision.temporal_patch_size),
-        ("merge_size", vision.spatial_merge_size),
-        ("image_mean", list(vision.pixel_mean)),
-        ("image_std", list(vision.pixel_std)),
-    ):
-        if values.get(field, expected) != expected:
-            raise FileError(f"{where}: the preprocessor has {field} {shown(values[field])}, the model {expected}")
-    size = _section(values, "size", where)
-    limits = {}
-    for field, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        value = size.get(edge) if values.get(field) is None else values[field]
-        if value is not None:
-            if type(value) is not int or not 0 < value < 2**31:
-                raise FileError(f"{where}: {field} is {shown(value)}, not a positive number of pixels")
-            limits[field] = value
-    return limits
-
-
-def _check_square(values: dict[str, Any], vision: TowerConfig, where: Path) -> None:
-    """FileError unless the preprocessor makes images of the model's one size."""
-    assert vision.fixed_grid is not None
-    side = vision.fixed_grid[0] * vision.patch_size
-    size, crop = values.get("size", side), values.get("crop_size", side)
-    for field, value, expected in (
-        ("size", size, (side, {"shortest_edge": side})),
-        ("crop_size", crop, (side, {"height": side, "width": side})),
-        ("do_pad", values.get("do_pad", False), (False, None)),
-        ("image_mean", values.get("image_mean"), (list(vision.pixel_mean), None)),
-        ("image_std", values.get("image_std"), (list(vision.pixel_std), None)),
-    ):
-        if value not in expected:
-            raise FileError(f"{where}: the preprocessor has {field} {shown(value)}, the model {expected[0]}")
-
-
-def _section(values: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
-    inner = values.get(name) or {}
-    if not isinstance(inner, dict):
-        raise FileError(f"{where}: {name} is {shown(inner)}, not an object of fields")
-    return inner

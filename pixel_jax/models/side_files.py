@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, VIDEO_PREPROCESSOR = "preprocessor_config.json", "video_preprocessor_config.json"
 NESTED = "processor_config.json"  # where transformers 5 keeps the same fields, under "image_processor"
 GENERATION = "generation_config.json"
 OLD_TEMPLATE = "chat_template.json"  # of processors, before transformers 5
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     *(TOKENIZER, TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *(OLD_TEMPLATE, "chat_template.jinja"),
 )
-PREPROCESSOR_FILES = (PREPROCESSOR, NESTED, "video_preprocessor_config.json")
+PREPROCESSOR_FILES = (PREPROCESSOR, NESTED, VIDEO_PREPROCESSOR)
 MAX_BYTES = 2**28  # of one file
 MAX_TEMPLATES = 100
 

@@ -332,3 +332,45 @@ def test_of_broken_files_as_much_is_shown_as_by_ffmpeg(container, original, tmp_
         assert found == expected
         outcomes.add(found)
     assert len(outcomes) > 1
+
+
+def at_rate(path, rate):
+    """What ffmpeg shows at a steady rate: at each time the last frame that has begun."""
+    return frames_of(path, f"fps={rate}:round=up")
+
+
+@pytest.mark.parametrize("rate", [2.5, 20])
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("-vf", "select='lt(n,20)+not(mod(n,7))'", "-fps_mode", "vfr"),
+        ("-vf", "setpts='N*N/400/TB'", "-fps_mode", "vfr"),
+    ],
+    ids=["steady", "gaps", "slower and slower"],
+)
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_frames_by_rate_are_those_seen_at_the_times(container, how, rate, tmp_path):
+    path = make(tmp_path / f"a.{container}", *H264, *how, count=60)
+    expected = at_rate(path, rate)
+    found, seconds = pixel_jax.read_video(path, frames=1000, fps=rate)
+    # How long the last frame is seen is the average here, and what the file says of it there.
+    assert seconds == pytest.approx(1 / rate) and abs(len(found) - len(expected)) <= 2 + 0.3 * rate
+    least = min(len(found), len(expected))
+    # A container's clock may place a frame a tick behind a time that it stands on.
+    same = (found[:least] == expected[:least]).all(axis=(1, 2, 3))
+    assert same.mean() > 0.9 and same[0]
+
+
+def test_frames_by_rate_and_number(original):
+    """80 frames in four seconds; a turned picture comes out upright."""
+    found, seconds = pixel_jax.read_video(original, frames=8, fps=20)
+    assert len(found) == 8 and seconds == pytest.approx(0.5)
+    np.testing.assert_array_equal(found, pixel_jax.read_video(original, frames=80)[0][::10])
+    found, seconds = pixel_jax.read_video(original, frames=100, fps=2)
+    assert len(found) == 8 and seconds == 0.5
+    found, seconds = pixel_jax.read_video(original, fps=0.01)
+    assert len(found) == 1 and seconds == 100
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="fps must be positive"):
+            pixel_jax.read_video(original, fps=wrong)

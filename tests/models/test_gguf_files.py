@@ -11,6 +11,7 @@ import tiny_families
 from tiny_qwen import relative
 
 import pixel_jax
+from pixel_jax.dialog import Vocabulary, render, to_ids
 from pixel_jax.files import FileError
 from pixel_jax.models.gguf_files import CUTS, MODULES
 from pixel_jax.models.lora import linears
@@ -190,6 +191,8 @@ def test_smollm2_goes_on_as_in_torch(tmp_path):
     chat = [{"role": "user", "content": "What is the capital of France? Then count from 1 to 10."}]
     ids = mine.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    words = Vocabulary.of(mine)
+    assert to_ids(render(chat, layout=words.layout), words, ()) == ids
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits.numpy()
         written = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0].tolist()

@@ -1,4 +1,4 @@
-"""Language models are talked to and tuned as models that see are: tiny Llamas, in ChatML and in the layout of Llama 3."""
+"""Language models are talked to and tuned as models that see are: tiny Llamas, in ChatML and in the layouts of Llama 2 and 3."""
 
 import dataclasses
 import importlib.util
@@ -34,6 +34,8 @@ from pixel_jax.training.optimizer import OptimizerConfig
 from pixel_jax.training.rl import RLConfig
 from pixel_jax.training.sft import SFTConfig
 from pixel_jax.training.writers import read_metrics
+from tests.dialog.published_templates import LLAMA2
+from tests.dialog.spaced import spaced
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # in SmolLM2's order
 # SmolLM2's own template.
@@ -51,7 +53,8 @@ TEMPLATE3 = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-KINDS = {"chatml": (CHATML, TEMPLATE), "llama3": (LLAMA3, TEMPLATE3)}
+# Llama 2's, of which the tokenizer is one of SentencePiece.
+KINDS = {"chatml": (CHATML, TEMPLATE), "llama3": (LLAMA3, TEMPLATE3), "llama2": (["<s>", "</s>"], LLAMA2)}
 LIMITS = RolloutConfig(max_new_tokens=12, max_tokens=1024, max_response=64, max_calls=1)
 SHAPE = {
     "model_type": "llama",
@@ -79,12 +82,16 @@ def make_tokenizer(special=CHATML, template=TEMPLATE):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
 
 
+def tokenizer_of(kind):
+    return spaced("normalizer") if kind == "llama2" else make_tokenizer(*KINDS[kind])
+
+
 def save(kind, folder):
     """A tiny Llama that is talked to in a layout."""
-    special, template = KINDS[kind]
-    config = config_from_hf(SHAPE | {"vocab_size": len(special) + 256})
+    tokenizer = tokenizer_of(kind)
+    config = config_from_hf(SHAPE | {"vocab_size": len(tokenizer)})
     model = LanguageModel(config, jax.random.key(3))
-    save_pretrained(model, Processor(make_tokenizer(special, template), family=LlamaConfig, vision=None), folder)
+    save_pretrained(model, Processor(tokenizer, family=LlamaConfig, vision=None), folder)
     write_limits(folder, LIMITS)
     return model
 
@@ -147,7 +154,7 @@ def test_a_chat_is_what_transformers_generates(kind, tmp_path):
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": f"{question}\n\n{GUIDELINES['notool']}"},
     ]
-    theirs = make_tokenizer(*KINDS[kind]).apply_chat_template(told, add_generation_prompt=True)["input_ids"]
+    theirs = tokenizer_of(kind).apply_chat_template(told, add_generation_prompt=True)["input_ids"]
     assert ids == theirs  # nothing is said of images, or of tools that look at them
     network = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     options: dict = {"eos_token_id": [words.im_end, words.end_of_text], "pad_token_id": 0, "min_new_tokens": 1}
@@ -156,7 +163,8 @@ def test_a_chat_is_what_transformers_generates(kind, tmp_path):
     with torch.no_grad():
         out = network.generate(given, do_sample=False, max_new_tokens=LIMITS.max_new_tokens, **options)
     written = [x for x in out[0, len(ids) :].tolist() if x not in options["eos_token_id"]]
-    assert len(written) > 3 and answer == words.to_bytes(written).decode("utf-8", "replace")
+    said = words.to_bytes(written).decode("utf-8", "replace").removeprefix(words.layout.lead)
+    assert len(written) > 3 and answer == said
 
 
 def tuned(path, out, monkeypatch):
@@ -170,6 +178,13 @@ def tuned(path, out, monkeypatch):
     phases.train("sft", TrainConfig(str(path), str(out / "data.jsonl"), str(out / "run"), sft=tuning, rollout=LIMITS))
     (found,) = read_metrics(out / "run" / "sft" / "metrics.jsonl")
     return found
+
+
+def test_a_step_of_tuning_in_llama_2_s_layout(tmp_path, monkeypatch):
+    save("llama2", tmp_path)
+    found = tuned(tmp_path, tmp_path, monkeypatch)
+    assert np.isfinite(found["loss"]) and found["grad_norm"] > 0
+    assert answers(tmp_path / "run" / "model", "Hm?")[0] != ""
 
 
 def test_a_step_of_tuning(directory, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import tiny_families
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pixel_jax.models.processor import Processor
@@ -30,6 +30,8 @@ def words(*special):
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, "look", "?"])}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.add_special_tokens(list(special))
+    if "<s>" in special:  # which LLaVA's tokenizer puts before every text
+        core.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", special.index("<s>"))])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], unk_token="?")
 
 
@@ -63,7 +65,7 @@ def test_llava(size):
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    ours, image = processor_of("llava", "<pad>", "<image>"), picture(size)
+    ours, image = processor_of("llava", "<pad>", "<image>", "<s>"), picture(size)
     side = 28  # two patches of 14 pixels
     known = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     height, width = np.asarray(CLIPImageProcessorPil(**known, do_center_crop=False)(image)["pixel_values"]).shape[-2:]
@@ -71,7 +73,7 @@ def test_llava(size):
     shown = resized(image, width, height)
     made = LlavaProcessor(
         image_processor=cut,
-        tokenizer=words("<pad>", "<image>"),
+        tokenizer=words("<pad>", "<image>", "<s>"),
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

@@ -14,7 +14,7 @@ from tests.rollouts import scripted_model
 CAME = {
     "generation_config.json": '{"do_sample": true,  "eos_token_id": [3, 5]}\n',
     "special_tokens_map.json": '{"eos_token": {"content": "<|im_end|>", "lstrip": false}}',
-    "video_preprocessor_config.json": '{"size": {"longest_edge": 12}, "note": "caf\u00e9"}',
+    "video_preprocessor_config.json": '{"size": {"longest_edge": 12544},  "note": {"by": "caf\u00e9"}}',
     "chat_template.json": '{"chat_template": "{{ messages }}"}',
     "additional_chat_templates/tool_use.jinja": "{% for m in messages %}{{ m }}{% endfor %}\r\n",
 }
@@ -88,7 +88,7 @@ def test_what_was_changed_since_is_written_anew(copy, tmp_path):
     )
     changed = {"preprocessor_config.json", "video_preprocessor_config.json"}
     assert {name: came[name] for name in came.keys() - changed} == {n: d for n, d in went.items() if n not in changed}
-    assert read(tmp_path).max_pixels == 9 * 784 and "video_preprocessor_config.json" not in went
+    assert read(tmp_path).max_pixels == 9 * 784 and read(tmp_path).video == read(copy).video == (784, 12544)
     found.tokenizer.add_tokens(["zoom"])
     found.save(tmp_path)
     assert read(tmp_path).tokenizer.encode("zoom") == [len(found.tokenizer) - 1]
@@ -185,3 +185,19 @@ def test_malformed(copy, name, content, message):
     (copy / name).write_text(content)
     with pytest.raises(FileError, match=message):
         read(copy)
+
+
+def test_the_chat_template_is_the_one_that_transformers_takes(copy):
+    """Of a processor's own file, a file of the tokenizer and a field, whichever are there."""
+    from transformers import ProcessorMixin
+
+    (copy / "additional_chat_templates" / "tool_use.jinja").unlink()
+    (copy / "additional_chat_templates").rmdir()
+    (copy / "chat_template.jinja").write_text("of the tokenizer")
+    for name in ("chat_template.json", "chat_template.jinja"):
+        theirs = ProcessorMixin.get_processor_dict(copy)[0]["chat_template"]
+        assert read(copy).tokenizer.chat_template == theirs
+        (copy / name).unlink()
+    values = json.loads((copy / "tokenizer_config.json").read_text()) | {"chat_template": "of a field"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(values))
+    assert read(copy).tokenizer.chat_template == "of a field"

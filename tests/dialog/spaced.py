@@ -3,9 +3,10 @@
 import functools
 import json
 
-from published_templates import LLAMA2
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.dialog.published_templates import LLAMA2
 
 SPACE = "\u2581"
 WORDS = (
@@ -16,7 +17,7 @@ KINDS = ("normalizer", "first", "always", "never")
 
 
 @functools.cache
-def sentencepiece(kind, template=LLAMA2, extra=()):
+def spaced(kind, template=LLAMA2, extra=()):
     """A tokenizer that puts spaces before texts as Llama 2's first files did ("normalizer"), or by a scheme of Metaspace."""
     known = ["<unk>", "<s>", "</s>"]
     size = 3 + 256

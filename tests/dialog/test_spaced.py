@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_templates import LLAMA2, LLAVA
-from sentencepiece import KINDS, sentencepiece
+from spaced import KINDS, spaced
 from tokenizers.processors import TemplateProcessing
 
 from pixel_jax.dialog import Media, Observations, Vocabulary, call_parser, render, to_ids, token_table
@@ -14,7 +14,7 @@ from pixel_jax.dialog.layout import Place
 from pixel_jax.dialog.observations import observation_text
 from pixel_jax.serving.session import Reader, Saw, Wrote
 
-VOCABULARIES = {kind: Vocabulary.of(sentencepiece(kind)) for kind in KINDS}
+VOCABULARIES = {kind: Vocabulary.of(spaced(kind)) for kind in KINDS}
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(["The cat", " sat", "  ", "\n", "[INST]", "12", "é", "日本", "<0x41>", "\u2581", "</s>", "\0"]),
@@ -34,7 +34,7 @@ def ids_of(tokenizer, text):
 @given(TEXTS)
 def test_ids_and_bytes(kind, text):
     """Of a text in each place; U+2581 reads as a space, as in the library."""
-    vocabulary, theirs = VOCABULARIES[kind], sentencepiece(kind)
+    vocabulary, theirs = VOCABULARIES[kind], spaced(kind)
     ids = vocabulary.encode(text, Place.TEXT)
     assert vocabulary.to_bytes(ids).decode() == text.replace("\u2581", " ")
     if "</s>" in text:
@@ -57,7 +57,7 @@ SAID = st.text(st.sampled_from("ab \n1é<>[]/"), min_size=1, max_size=10).filter
 @settings(max_examples=50, deadline=None)
 @given(st.lists(SAID, min_size=1, max_size=4), st.booleans())
 def test_dialogs(kind, texts, system):
-    vocabulary, theirs = VOCABULARIES[kind], sentencepiece(kind)
+    vocabulary, theirs = VOCABULARIES[kind], spaced(kind)
     roles = ["user", "assistant", "user", "assistant"]
     messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
     messages = [{"role": "system", "content": "Be kind."}] * system + messages
@@ -68,7 +68,7 @@ def test_dialogs(kind, texts, system):
 @pytest.mark.parametrize("kind", KINDS)
 def test_observations(kind):
     """The ids are those of the conversation; a number has a token for each digit."""
-    vocabulary, theirs = VOCABULARIES[kind], sentencepiece(kind)
+    vocabulary, theirs = VOCABULARIES[kind], spaced(kind)
     observations = Observations.of(vocabulary)
     assert (vocabulary.im_end, vocabulary.end_of_text) == (2, 2)
     assert vocabulary.to_bytes([2]) == b"<|im_end|>" and vocabulary.to_bytes([*vocabulary.digits]) == b"0123456789"
@@ -123,7 +123,7 @@ def test_streamed_text(kind, texts):
             continue
         events += reader.read(Row(ids[:end], chosen[:end]))
     events += reader.read(Row(ids, chosen, stop=0))
-    first, second = (theirs.removesuffix("</s>") for theirs in (sentencepiece("first").decode(turn) for turn in turns))
+    first, second = (theirs.removesuffix("</s>") for theirs in (spaced("first").decode(turn) for turn in turns))
     written = "".join(event.text for event in events if isinstance(event, Wrote))
     assert written == f"{first}\n{second}"
     assert [event.text for event in events if isinstance(event, Saw)] == ["Seen."]
@@ -136,7 +136,7 @@ def test_llava_s_processor_writes_the_beginning(kind):
     from PIL import Image
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    tokenizer = sentencepiece(kind, LLAVA, ("<image>",))
+    tokenizer = spaced(kind, LLAVA, ("<image>",))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     vocabulary = Vocabulary.of(tokenizer)
     known = {"size": {"shortest_edge": 14}, "crop_size": {"height": 14, "width": 14}}
