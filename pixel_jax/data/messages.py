@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 from pixel_jax.data.example import ExampleError
 from pixel_jax.data.sources import Embedded
 from pixel_jax.dialog import grammar
+from pixel_jax.dialog.formats import Body
 from pixel_jax.dialog.grammar import RELEASED_LANGUAGE, Language
 from pixel_jax.dialog.unrecognised import fitting_formats
+from pixel_jax.dialog.writing import Json, UnwritableError, write_members
+from pixel_jax.files import parse_json
 from pixel_jax.terminal import brief
 
 KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
@@ -237,10 +240,11 @@ def written_calls(calls: Any, where: str, language: Language = RELEASED_LANGUAGE
     call = fields(
         fields(calls[0], ("function",), f"{where}: a call")["function"], ("name", "arguments"), f"{where}: a call"
     )
-    arguments = call["arguments"]
+    arguments, written = call["arguments"], language.format
+    if written.body == Body.TAGS:
+        return f"\n{_between_tags(call['name'], arguments, where, language)}"
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
-    written = language.format
     if not language.named:  # of the one tool that such a format can write
         (tool,) = language.tools
         if call["name"] != tool.name:
@@ -251,3 +255,20 @@ def written_calls(calls: Any, where: str, language: Language = RELEASED_LANGUAGE
         return f"\n{written.opening}{arguments}{written.closing}"
     name = json.dumps(call["name"], ensure_ascii=False)
     return f'\n{written.opening}\n{{"name": {name}, "arguments": {arguments}}}\n{written.closing}'
+
+
+def _between_tags(name: Any, arguments: Any, where: str, language: Language) -> str:
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, f"{where}: the text of a call's arguments", ExampleError)
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise ExampleError(
+            f"{where}: a call has a name and an object of arguments, not {brief(name)}, {brief(arguments)}"
+        )
+    members = {
+        key: value if isinstance(value, str) else Json(json.dumps(value, ensure_ascii=False))
+        for key, value in arguments.items()
+    }
+    try:
+        return write_members(language.format, name, members)
+    except UnwritableError as reason:
+        raise ExampleError(f"{where}: {reason}") from None

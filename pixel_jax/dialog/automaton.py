@@ -4,9 +4,9 @@ It is a finite automaton over the bytes of the tokens that a policy writes, with
 The final state says whether a text is a call. The name, the keys and the numbers of the call are stored in integer registers, by
 the action of each state that is entered.
 
-Three marks begin with "<" and contain no other "<", so one state tells how much of a mark has been read. The opening mark
-starts a call anew, wherever it appears; the closing mark ends one. `<|im_end|>` is removed from the text, so the automaton
-goes back to the state before its "<", which is all that has to be remembered.
+All marks, and the tags of a call, begin with "<" and contain no other "<", so one state tells how much of a mark has been read.
+The opening mark starts a call anew, wherever it appears; the closing mark ends one. `<|im_end|>` is removed from the text, so the
+automaton goes back to the state before its "<", which is all that has to be remembered.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from pixel_jax.dialog.formats import Body
 from pixel_jax.dialog.grammar import END, RELEASED_LANGUAGE, WHITE_SPACE, Language
 from pixel_jax.tools import tool as kinds
 from pixel_jax.tools.tool import BOX_NUMBERS, Argument, ToolError
@@ -29,6 +30,7 @@ NOTHING = 0  # the state outside of any mark or call
 DIGITS = b"0123456789"
 # Bytes of strings without escapes: all but the quotation mark, the backslash, control characters, and the beginning of a mark.
 _PLAIN = bytes(byte for byte in range(32, 256) if byte not in b'"\\<')
+_NO_MARK = bytes(byte for byte in range(256) if byte != ord("<"))
 
 
 class Register(NamedTuple):
@@ -123,7 +125,10 @@ class _Builder:
         start, accepted = self.spaced(), self.spaced()
         self.less = self.marks(start, [])
         self.edges[accepted][ord("<")] = self.marks(start, self.complete)
-        (self.call if language.named else self.nameless)(start, accepted)
+        if language.format.body == Body.TAGS:
+            self.tagged(start, accepted)
+        else:
+            (self.call if language.named else self.nameless)(start, accepted)
 
     def state(self, action: Action[int] = NO_ACTION) -> int:
         """Adds a state."""
@@ -151,14 +156,17 @@ class _Builder:
             self.edges[between[text[:-1]]][text[-1]] = target
         return between
 
-    def marks(self, start: int, ends: list[int]) -> int:
-        """Adds and returns a state after a "<"; the state to which a closing mark leads from there is appended to `ends`."""
+    def marks(self, start: int, ends: list[int], tags: Mapping[bytes, int] | None = None) -> int:
+        """Adds and returns a state after a "<"; the state to which a closing mark leads from there is appended to `ends`.
+
+        Each of the `tags`, without its "<", leads to its state.
+        """
         required = self.spaced()
         self.required.append(required)
         ends.append(required)
         less, barred = self.state(), self.state()
         for state in (less, barred):
-            self.spell(state, {self.opening[1:]: start, self.closing[1:]: required})
+            self.spell(state, {self.opening[1:]: start, self.closing[1:]: required, **(tags or {})})
         self.spell(less, {END[1:]: self.restore})
         # <|im_end|> is removed in one pass: one that only appears after another was removed stays. So after going back to a
         # "<", in the state `barred`, no <|im_end|> may begin there.
@@ -181,33 +189,72 @@ class _Builder:
         """Adds a call that is its arguments alone, from `start` to `accepted`."""
         self.edges[start][ord("{")] = self.arguments(accepted, NO_ACTION._replace(arguments=1, name=1))
 
+    def tagged(self, start: int, accepted: int) -> None:
+        """Adds a call between tags, from `start` to `accepted`."""
+        members, name, key, ended, ignored = self.spaced(), self.state(), self.state(), self.spaced(), self.state()
+        tag = lambda tags: self.marks(start, [], tags)
+        self.edges[start][ord("<")] = tag({b"function=": name})
+        self.edges[members][ord("<")] = tag({b"parameter=": key, b"/function>": accepted})
+        self.edges[ended][ord("<")] = tag({b"/parameter>": members})
+        spellings = enumerate(self.language.spellings, 1)
+        names = {x.name: self.like(members, NO_ACTION._replace(arguments=1, name=i)) for i, x in spellings if x.name}
+        self.spell(name, {b"%s>" % text.encode(): state for text, state in names.items()})
+
+        self.edges[ignored] |= dict.fromkeys(_NO_MARK, ignored) | {ord("<"): self.edges[ended][ord("<")]}
+        other = self.state()
+        self.edges[other] |= dict.fromkeys(_PLAIN, other) | {ord(">"): ignored}
+        starts = {register: self.state() for register in self.layout.registers}
+        spelled = self.spell(key, {b"%s>" % text.encode(): state for text, state in starts.items()})
+        for state in spelled.values():
+            self.edges[state] = self.edges[other] | self.edges[state]
+        for begin, register in zip(starts.values(), self.layout.registers.values(), strict=True):
+            match register.argument:
+                case kinds.Choice():
+                    self.edges[begin][ord("\n")] = line = self.state()
+                    self.spell(line, {x + b"\n": end for x, end in self.options(register, ended).items()})
+                case kinds.Text():
+                    self.edges[begin][ord("\n")] = line = self.state()
+                    feed = self.state()
+                    for state in (line, feed):
+                        self.edges[state] |= dict.fromkeys(_NO_MARK, line) | {ord("\n"): feed}
+                    behind = self.like(members, NO_ACTION._replace(key=register.bit))
+                    self.edges[feed][ord("<")] = tag({b"/parameter>": behind})
+                case _:
+                    self.edges[begin] |= dict.fromkeys(WHITE_SPACE, begin)
+                    self.value(begin, ended, register)
+
+    def options(self, register: Register, after: int) -> dict[bytes, int]:
+        """Adds a state for each option of a choice, like `after`."""
+        action = NO_ACTION._replace(slot=register.start, key=register.bit)
+        options = enumerate(register.argument.options, 1) if isinstance(register.argument, kinds.Choice) else ()
+        return {option.encode(): self.like(after, action._replace(option=i)) for i, option in options}
+
     def arguments(self, closed: int, action: Action[int]) -> int:
         """Adds the object of the arguments, which ends in `closed`; returns the state behind its "{"."""
         after = self.spaced()
         starts = {key.encode(): self.spaced() for key in self.layout.registers}
         behind = self.object(after, closed, starts, action)
         for start, register in zip(starts.values(), self.layout.registers.values(), strict=True):
-            match register.argument:
-                case kinds.Box() | kinds.Integers():
-                    mark = {"list": 1 + register.list, "clear": 1} if register.list >= 0 else {}
-                    self.edges[start][ord("[")] = opened = self.spaced(NO_ACTION._replace(key=register.bit, **mark))
-                    if register.list < 0:
-                        self.box(opened, after, register)
-                    else:
-                        self.edges[opened][ord("]")] = after
-                        self.numbers(opened, after, register)
-                case kinds.Choice():
-                    options = enumerate(register.argument.options, 1)
-                    ends = {
-                        option: self.like(after, NO_ACTION._replace(slot=register.start, key=register.bit, option=i))
-                        for i, option in options
-                    }
-                    self.spell(start, {b'"%s"' % option.encode(): end for option, end in ends.items()})
-                case kinds.Text():
-                    self.string(start, self.like(after, NO_ACTION._replace(key=register.bit)))
-                case _:
-                    self.number(start, after, register, key=register.bit)
+            self.value(start, after, register)
         return behind
+
+    def value(self, start: int, after: int, register: Register) -> None:
+        """Adds the JSON value of an argument, from `start` to `after`."""
+        match register.argument:
+            case kinds.Box() | kinds.Integers():
+                mark = {"list": 1 + register.list, "clear": 1} if register.list >= 0 else {}
+                self.edges[start][ord("[")] = opened = self.spaced(NO_ACTION._replace(key=register.bit, **mark))
+                if register.list < 0:
+                    self.box(opened, after, register)
+                else:
+                    self.edges[opened][ord("]")] = after
+                    self.numbers(opened, after, register)
+            case kinds.Choice():
+                self.spell(start, {b'"%s"' % x: end for x, end in self.options(register, after).items()})
+            case kinds.Text():
+                self.string(start, self.like(after, NO_ACTION._replace(key=register.bit)))
+            case _:
+                self.number(start, after, register, key=register.bit)
 
     def like(self, state: int, action: Action[int]) -> int:
         """Adds a state with the edges of `state`."""

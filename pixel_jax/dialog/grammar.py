@@ -23,9 +23,17 @@ of this language:
     ws        = any count of space, tab, line feed, carriage return; also between all tokens of the objects and arrays
 
 and has a name and all required arguments of this tool, within their bounds. Where a format's calls have no name, the call
-is the object of the arguments. If a key appears twice, the last value counts. Everything else gets one fixed error
-message. A number is read as whole units, clipped to `MAX_UNITS`, and millionths; further decimals are cut off before the
-exponent is applied.
+is the object of the arguments. Where calls are written between tags (`Body.TAGS`), it is
+
+    call      = ws "<function=" name ">" ws (parameter ws)* "</function>" ws
+    parameter = "<parameter=" key ">" value "</parameter>"     one of these keys, or any other with a text, which is ignored
+    value     = ws number ws, and so for integer, box and integers
+              | LF option LF ws | LF text LF
+    text      = any bytes without "<"
+
+with a key without quotation mark, backslash, "<", ">" and control characters. If a key appears twice, the last value counts.
+Everything else gets one fixed error message. A number is read as whole units, clipped to `MAX_UNITS`, and millionths; further
+decimals are cut off before the exponent is applied.
 
 With the tools and the format of the released checkpoints these are the calls that the released code carries out (by
 `json.loads`), with a few exceptions that a finite automaton cannot decide or nobody writes. Refused here, and accepted there,
@@ -46,7 +54,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelling
+from pixel_jax.dialog.formats import PIXEL_REASONER, Body, CallFormat, Spelling
 from pixel_jax.tools import RELEASED
 from pixel_jax.tools import tool as kinds
 from pixel_jax.tools.tool import BOX_NUMBERS, Argument, Tool, ToolError, check_arguments, check_tools
@@ -236,7 +244,9 @@ def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> ToolCall:
       MalformedCallError: it is no valid call.
     """
     text = _Text(body)
-    if language.named:
+    if language.format.body == Body.TAGS:
+        tool, written = _tagged(text, language)
+    elif language.named:
         tool, written = _named(text, language)
     else:
         tool, written = 0, dict(_arguments(text, language))
@@ -267,6 +277,37 @@ def _named(text: _Text, language: Language) -> tuple[int, dict[str, Written]]:
             f"a call has a name and arguments; this one lacks {'name' if tool is None else 'arguments'}"
         )
     return tool, arguments
+
+
+def _tagged(text: _Text, language: Language) -> tuple[int, dict[str, Written]]:
+    names = [spelling.name for spelling in language.spellings]
+    if (name := text.read(rb"<function=([^<>]*)>").decode("utf-8", "replace")) not in names:
+        raise MalformedCallError(f"no tool is called {name!r}")
+    text.read(SPACE)
+    arguments: dict[str, Written] = {}
+    while not text.starts(b"</function>"):
+        key = text.read(rb'<parameter=([^<>"\\\x00-\x1f]*)>').decode("utf-8", "replace")
+        argument = language.keys.get(key)
+        match argument:
+            case None:
+                text.read(rb"[^<]*")
+            case kinds.Text():
+                written = text.read(rb"\n([^<]*)\n").decode("utf-8", "replace")
+                arguments[key] = json.dumps(written).encode()
+            case kinds.Choice():
+                option = text.read(rb"\n([^<\n]*)\n").decode("utf-8", "replace")
+                if option not in argument.options:
+                    raise MalformedCallError(f"{key} is one of {argument.options}, not {option!r}")
+                arguments[key] = argument.options.index(option)
+                text.read(SPACE)
+            case _:
+                text.read(SPACE)
+                arguments[key] = _written(text, argument, language.format.places)
+        text.read(b"</parameter>")
+        text.read(SPACE)
+    text.read(b"</function>")
+    text.read(SPACE)
+    return names.index(name), arguments
 
 
 def _arguments(text: _Text, language: Language) -> Iterator[tuple[str, Written]]:
@@ -337,6 +378,9 @@ def _value(source: ArgumentSource, written: Mapping[str, Written], language: Lan
     return number.signed_units() if isinstance(argument, kinds.Integer) else number
 
 
+SPACE = rb"[ \t\n\r]*"
+
+
 class _Text:
     """The text of a call, read token by token."""
 
@@ -346,16 +390,22 @@ class _Text:
         rb"|(?P<literal>true|false|null)"
         rb'|(?P<string>"(?:[^"\\<\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*")'
     )
-    SPACE = re.compile(rb"[ \t\n\r]*")
 
     def __init__(self, body: bytes):
         self.body, self.at = body, 0
-        self._skip_space()
+        self.read(SPACE)
 
-    def _skip_space(self) -> None:
-        space = self.SPACE.match(self.body, self.at)
-        assert space is not None  # it may be empty
-        self.at = space.end()
+    def starts(self, text: bytes) -> bool:
+        """Whether `text` comes next."""
+        return self.body.startswith(text, self.at)
+
+    def read(self, pattern: bytes) -> bytes:
+        """Reads what must match `pattern`; returns its group, or all of it where there is none."""
+        found = re.compile(pattern).match(self.body, self.at)
+        if found is None:
+            raise MalformedCallError(f"{pattern!r} is expected at {self.body[self.at : self.at + 20]!r}")
+        self.at = found.end()
+        return found[found.re.groups]
 
     def take(self, *kinds: str) -> bytes:
         """Reads the next token, which must be of one of these kinds. Each mark is a kind, too."""
@@ -364,7 +414,7 @@ class _Text:
         if token is None or kind not in kinds:
             raise MalformedCallError(f"one of {kinds} is expected at {self.body[self.at : self.at + 20]!r}")
         self.at = token.end()
-        self._skip_space()
+        self.read(SPACE)
         return token.group()
 
     def members(self) -> Iterator[bytes]:

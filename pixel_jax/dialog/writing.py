@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pixel_jax.dialog.formats import Coordinates, Spelled
+from pixel_jax.dialog.formats import Body, CallFormat, Coordinates, Spelled
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.tools import tool as kinds
 
@@ -38,31 +38,56 @@ def write_call(
     pairs = [pair for x in spelling.arguments if (pair := _member(language, x, values[x.argument], size))]
     members = dict(pairs)
     if spelling.label is not None and label:
-        members[spelling.label] = _string(label)
-    arguments = "{" + ", ".join(f"{_string(key)}: {text}" for key, text in members.items()) + "}"
-    opening, closing = language.format.opening, language.format.closing
-    if spelling.name is None:
+        # It is not looked at, so where no "<" can be written, one that looks like it is as good.
+        members[spelling.label] = label.replace("<", "\u2039") if language.format.body == Body.TAGS else label
+    return write_members(language.format, spelling.name, members)
+
+
+class Json(str):
+    """The text of a value that is no text."""
+
+
+def write_members(call_format: CallFormat, name: str | None, members: Mapping[str, str | Json]) -> str:
+    """Returns the text of a call.
+
+    Args:
+      call_format: of the call.
+      name: None: the format's calls have none.
+      members: values by key: texts, or JSON.
+
+    Raises:
+      UnwritableError: the format cannot write it.
+    """
+    opening, closing = call_format.opening, call_format.closing
+    if call_format.body == Body.TAGS:
+        if cut := [text for text in members.values() if "<" in text]:
+            raise UnwritableError(f"a value in the format {call_format.name!r} has no '<': {cut[0]!r}")
+        lines = [f"<parameter={key}>\n{text}\n</parameter>" for key, text in members.items()]
+        return "\n".join([opening, f"<function={name}>", *lines, "</function>", closing])
+    texts = {key: text if isinstance(text, Json) else _string(text) for key, text in members.items()}
+    arguments = "{" + ", ".join(f"{_string(key)}: {text}" for key, text in texts.items()) + "}"
+    if name is None:
         return f"{opening}{arguments}{closing}"
-    return f'{opening}\n{{"name": {_string(spelling.name)}, "arguments": {arguments}}}\n{closing}'
+    return f'{opening}\n{{"name": {_string(name)}, "arguments": {arguments}}}\n{closing}'
 
 
-def _member(language: Language, spelled: Spelled, value: Any, size: tuple[int, int]) -> tuple[str, str] | None:
-    """Returns key and text of an argument; None where calls do not write it."""
+def _member(language: Language, spelled: Spelled, value: Any, size: tuple[int, int]) -> tuple[str, str | Json] | None:
+    """Returns key and value of an argument; None where calls do not write it."""
     argument, known = spelled.written, language.format.name
     if argument is None:
         if value != spelled.value:
             raise UnwritableError(f"{spelled.argument} is always {spelled.value} in the format {known!r}, not {value}")
         return None
     if isinstance(argument, kinds.Box):
-        return argument.name, f"[{written_box(language, value, size)}]"
+        return argument.name, Json(f"[{written_box(language, value, size)}]")
     if isinstance(argument, kinds.Choice):
         index = value - spelled.add if isinstance(value, int) else argument.options.index(value)
         if not 0 <= index < len(argument.options):
             raise UnwritableError(f"{spelled.argument} {value} has no name in the format {known!r}")
-        return argument.name, _string(argument.options[index])
+        return argument.name, argument.options[index]
     if isinstance(argument, kinds.Integers):
-        return argument.name, json.dumps(list(value))
-    return argument.name, _string(value) if isinstance(value, str) else json.dumps(value - spelled.add)
+        return argument.name, Json(json.dumps(list(value)))
+    return argument.name, value if isinstance(value, str) else Json(json.dumps(value - spelled.add))
 
 
 def _string(text: str) -> str:

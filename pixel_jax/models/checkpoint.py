@@ -25,6 +25,7 @@ from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.loading import Wanted, load_arrays
 from pixel_jax.models.model import Model
 from pixel_jax.models.tensors import FLOATS, Tensor, open_safetensors
+from pixel_jax.parallel.processes import barrier
 from pixel_jax.parallel.sharding import is_variable
 
 INDEX = "model.safetensors.index.json"
@@ -227,6 +228,12 @@ def to_host(x: jax.Array, dtype=None) -> np.ndarray:
 
         x = multihost_utils.process_allgather(x, tiled=True)
     return np.ascontiguousarray(x)
+
+
+def wait_until_written(model: Model, directory: Path) -> None:
+    """Waits for the process that writes, where the weights are spread over several, which all take part in saving."""
+    if not all(x.is_fully_addressable for x in jax.tree.leaves(model)):
+        barrier(f"{directory} is written")
 
 
 def few(names: list[str]) -> str:

@@ -109,6 +109,24 @@ def _one(q, k, v, g, beta, memory) -> tuple[jax.Array, jax.Array]:
     return _product("bhkv,bhk->bhv", memory, q), memory
 
 
+def _unit_lower_inverse(system: jax.Array) -> jax.Array:
+    """Inverts the triangular matrices that have ones on the diagonal and below it what `system` [..., N, N] has there.
+
+    Two inverted blocks on the diagonal, A and B, and the block C between them give the inverse of both together, in which
+    -B C A stands in the place of C: so blocks of 1, 2, 4, ... are inverted, all at once. It is no `triangular_solve`, which on
+    CPUs waits, on a thread of XLA's, for others that the same pool of threads has to compute: with as many devices as cores each
+    thread waits, for ever. And products suit accelerators better.
+    """
+    place = jnp.arange(system.shape[-1])
+    inverse = jnp.broadcast_to(jnp.eye(len(place), dtype=system.dtype), system.shape)
+    for level in range((len(place) - 1).bit_length()):
+        block = place >> level
+        between = (block[:, None] % 2 == 1) & (block[:, None] == block + 1)
+        right = _product("...ij,...jk->...ik", jnp.where(between, system, 0), inverse)
+        inverse = inverse - _product("...ij,...jk->...ik", inverse, right)
+    return inverse
+
+
 def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, jax.Array]:
     """Any number of tokens: q, k [B, H, T, keys], v [B, H, T, values], g and beta [B, H, T].
 
@@ -141,11 +159,11 @@ def _chunked(q, k, v, g, beta, memory, segments, size: int) -> tuple[jax.Array, 
         fades = jnp.where((last == before)[..., 0], fades, -jnp.inf)
     # The mask comes before the exponential, which of positive numbers would be infinite, and NaN in the derivative.
     fading = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
-    system = _product("nbhik,nbhjk->nbhij", k * beta[..., None], k) * fading  # its diagonal is taken for ones
+    system = _product("nbhik,nbhjk->nbhij", k * beta[..., None], k) * fading
     weights = _product("nbhik,nbhjk->nbhij", q, k) * fading
     reading = (jnp.exp(total) * reads)[..., None]
     sides = jnp.concatenate([v, k * reading], axis=-1) * beta[..., None]
-    solved = jax.lax.linalg.triangular_solve(system, sides, left_side=True, lower=True, unit_diagonal=True)
+    solved = _product("nbhij,nbhjk->nbhik", _unit_lower_inverse(system), sides)
     values, keys = jnp.split(solved, [v.shape[-1]], axis=-1)
     written = k * (jnp.exp(total[..., -1:] - total) * writes)[..., None]
 

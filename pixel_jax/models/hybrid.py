@@ -99,10 +99,11 @@ class HybridText(TextConfig):
 
     @property
     def recurrence_flops(self) -> int:
-        """See `TextConfig.recurrence_flops`; of full chunks, the triangular system included."""
+        """See `TextConfig.recurrence_flops`; of full chunks, the inverse of the triangular system included."""
         keys, values = self.linear_key_head_dim, self.linear_value_head_dim
-        within = CHUNK * (2 * keys + (keys + values) / 2 + values)
-        return int(2 * (within + 3 * keys * values) * self.linear_num_value_heads * self.recurrent_layers)
+        inverse = 2 * (CHUNK - 1).bit_length() * CHUNK
+        within = CHUNK * (inverse + 3 * keys + 2 * values)
+        return 2 * (within + 3 * keys * values) * self.linear_num_value_heads * self.recurrent_layers
 
     def cache_bytes(self, tokens: int, itemsize: int) -> int:
         """See `TextConfig.cache_bytes`."""

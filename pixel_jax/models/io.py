@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.files import FileError, read_json, settle, sync_directory
-from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights
+from pixel_jax.models.checkpoint import is_weight_file, load_weights, open_weights, save_weights, wait_until_written
 from pixel_jax.models.config import CONFIG, ModelConfig
 from pixel_jax.models.families import read_config
 from pixel_jax.models.gguf_files import find_gguf, read_gguf
@@ -116,7 +116,8 @@ def save_pretrained(model: Model, processor: Processor | None, path: str | os.Pa
     """Writes the same format back (adapters merged beforehand).
 
     The directory holds this model afterwards and no part of one that lay there. Until all of the new one is on the disk, the
-    old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either.
+    old one is whole; from then until the new one is in place there is no `config.json`, and nobody reads either. If the
+    weights are spread over several processes, all call it, the first writes, and none returns before the model is there.
 
     Args:
         model: without adapters.
@@ -138,6 +139,7 @@ def save_pretrained(model: Model, processor: Processor | None, path: str | os.Pa
         if processor is not None:
             processor.save(unfinished)
         _put_in_place(unfinished, directory, sides=processor is not None)
+    wait_until_written(model, directory)
 
 
 def dtype_of(model: Model) -> str:

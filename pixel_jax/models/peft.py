@@ -21,7 +21,7 @@ import regex
 from jax.sharding import Mesh, NamedSharding
 
 from pixel_jax.files import FileError, read_json, write_file
-from pixel_jax.models.checkpoint import few, layer_numbers, named_weights, to_host
+from pixel_jax.models.checkpoint import few, layer_numbers, named_weights, to_host, wait_until_written
 from pixel_jax.models.layers import Linear, LoRAWeight
 from pixel_jax.models.lora import copied, linears
 from pixel_jax.models.model import Model
@@ -431,6 +431,7 @@ def save_adapter(
         (directory / CONFIG).unlink(missing_ok=True)  # until both files are there, there is no adapter
         write_file(directory / WEIGHTS, to_safetensors(tensors))
         write_file(directory / CONFIG, json.dumps(config, indent=2))
+    wait_until_written(model, directory)
 
 
 def _pairs(a: np.ndarray, b: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:

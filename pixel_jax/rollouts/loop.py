@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pixel_jax.models.decoder import KVCache, Prefix
+from pixel_jax.models.delta_rule import RecurrentState
 from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import ROWS, constrain, partition_spec
 from pixel_jax.rollouts import decode_loop, queue
@@ -200,7 +201,7 @@ def finish(state: RolloutState) -> Trajectories[VisualRecord]:
 
 
 def constrain_rows(tree: T, mesh: Mesh | None) -> T:
-    """Splits every array of `tree` by rows, and keys and values by heads, too, as the layers that write them are split."""
+    """Splits every array of `tree` by rows; keys, values and recurrent states, too, as the layers that write them are split."""
     if mesh is None:
         return tree
 
@@ -212,7 +213,13 @@ def constrain_rows(tree: T, mesh: Mesh | None) -> T:
             return constrain(x, mesh, ROWS)
         heads = partition_spec((None, "kv"), x.k[0].shape[:2], mesh)
         by_head = constrain((x.k, x.v), mesh, ROWS, *heads[1:])
-        rest = constrain(x._replace(k=(), v=()), mesh, ROWS)
-        return rest._replace(k=by_head[0], v=by_head[1])
+        states = tuple(RecurrentState(by_width(s.tail, -1), by_width(s.memory, -3)) for s in x.recurrent)
+        rest = constrain(x._replace(k=(), v=(), recurrent=()), mesh, ROWS)
+        return rest._replace(k=by_head[0], v=by_head[1], recurrent=states)
+
+    def by_width(x, axis: int):
+        names = [None] * x.ndim
+        names[axis] = "heads"
+        return constrain(x, mesh, ROWS, *partition_spec(tuple(names), x.shape, mesh)[1:])
 
     return jax.tree.map(split, tree, is_leaf=is_cache)

@@ -493,18 +493,11 @@ def layout(model: Model, prompts: HostPrompts, config: RolloutConfig) -> tuple[M
     """Returns the mesh of the model's weights (None: one device), and the static shape for it and the prompts.
 
     Raises:
-      ValueError: the prompts cannot be split over the mesh, the model sees other images than `config` shows, or it has recurrent
-        layers and there is a mesh.
+      ValueError: the prompts cannot be split over the mesh, or the model sees other images than `config` shows.
     """
     sharding = jax.tree.leaves(model)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1 else None
     assert mesh is None or isinstance(mesh, Mesh)  # as that of every array
-    if mesh is not None and model.config.text.recurrent_layers:
-        # On two virtual devices of a CPU such a rollout did not end within minutes. The cause is not known.
-        raise ValueError(
-            f"rollouts of the family {model.config.model_type!r}, which has recurrent layers, run on one device, "
-            f"not on a mesh of {mesh.size}: read the model without a mesh"
-        )
     shards = row_shards(mesh) if mesh is not None else 1
     batch = prompts.tokens.shape[0] * process_shard(mesh).count
     if batch % shards:

@@ -257,6 +257,15 @@ IN_FORMAT = {
         },
         [0.25, 0.5, 0.75, 1.0],
     ),
+    "qwen3_5": (
+        "<tool_call>\n<function=image_zoom_in_tool>\n<parameter=bbox_2d>\n[250, 500, 750, 1000]\n</parameter>\n"
+        "<parameter=label>\nsign\n</parameter>\n<parameter=img_idx>\n0\n</parameter>\n</function>\n</tool_call>\n",
+        {
+            "name": "image_zoom_in_tool",
+            "arguments": '{"bbox_2d": [250, 500, 750, 1000], "label": "sign", "img_idx": 0}',
+        },
+        [0.25, 0.5, 0.75, 1.0],
+    ),
     "crop_image": (
         '<tool_call>\n{"name": "crop_image", "arguments": {"bbox_2d": [4, 5, 30, 20.5], "target_image": 1}}\n</tool_call>',
         {"name": "crop_image", "arguments": '{"bbox_2d": [4, 5, 30, 20.5], "target_image": 1}'},
@@ -299,6 +308,21 @@ def test_conversations_are_read_in_the_format_of_the_config(folder, name):
         call = parse_turn(example.turns[0].parts[0][0], language).call
         numbers = [x.units + x.micros / 10**6 for x in call.arguments["bbox_2d"]]
         assert call.tool == 0 and numbers == box and language.tools[0] == CROP_IMAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"bbox_2d": [0, 0, 1', "the text of a call's arguments"),
+        ("[1]", "a call has a name and an object of arguments"),
+        ({"label": "a < b"}, "a value in the format 'qwen3_5' has no '<': 'a < b'"),
+    ],
+)
+def test_what_cannot_stand_between_tags(folder, arguments, message):
+    call = {"type": "function", "function": {"name": "image_zoom_in_tool", "arguments": arguments}}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": [call]}, USER, TURN]
+    with pytest.raises(ExampleError, match=message):
+        read_row({"messages": messages}, "here:1", folder, language=LANGUAGES["qwen3_5"], report=ReadReport("here"))
 
 
 def test_a_format_without_names_writes_one_tool(folder):

@@ -9,6 +9,7 @@ from texts import FRAGMENTS, mutate, number, odd_number, space, string
 
 from pixel_jax.dialog import CallParser, Language, call_parser
 from pixel_jax.dialog.call_parser import TokenTable
+from pixel_jax.dialog.formats import Body
 from pixel_jax.tools import Box, Choice, Integer, Integers, Text
 from pixel_jax.tools.calls import ParsedCalls
 
@@ -32,6 +33,22 @@ def written(rng: random.Random, argument, odd: float) -> str:
     return rng.choice([f"{rng.uniform(-1, 5):.3f}", "-0.5", "4.25", "4.250001", "-0.500001", number(rng)])
 
 
+def tagged(rng: random.Random, language: Language, tool, members: list, odd: float) -> str:
+    """A call between tags, with these arguments in any order."""
+
+    def value(x) -> str:
+        text = written(rng, x, odd)
+        if isinstance(x, Choice | Text):  # texts have no quotation marks, or only such as are part of them
+            text = text[1:-1] if text.startswith('"') else text
+            text = rng.choice([f"\n{text}\n"] * 4 + [f"\n\n{text}\n", text, f"\n{text} \n", f"\n{text}\n\n"])
+        return f"<parameter={x.name}>{space(rng)}{text}" if rng.random() < odd else f"<parameter={x.name}>{text}"
+
+    parts = [value(x) + space(rng) * (not isinstance(x, Text)) for x in rng.sample(members, len(members))]
+    parts += [f"<parameter={rng.choice(['label', 'bbox', 'a b', ''])}>{string(rng)}"] if rng.random() < 0.3 else []
+    name = tool.name if tool and rng.random() > odd else "x"
+    return f"<function={name}>{space(rng)}" + "".join(f"{x}</parameter>{space(rng)}" for x in parts) + "</function>"
+
+
 def response(rng: random.Random, language: Language, odd: float) -> str:
     keys = [*language.keys.values()]
     tool = rng.choice(language.spellings) if language.spellings else None
@@ -40,7 +57,9 @@ def response(rng: random.Random, language: Language, odd: float) -> str:
     pairs = [f'"{x.name}"{space(rng)}:{space(rng)}{written(rng, x, odd)}' for x in rng.sample(members, len(members))]
     pairs += [f'"label":{string(rng)}'] if rng.random() < 0.3 or not pairs else []
     body = "{" + f"{space(rng)},{space(rng)}".join(pairs) + "}"
-    if language.named:
+    if language.format.body == Body.TAGS:
+        body = tagged(rng, language, tool, members, odd)
+    elif language.named:
         outer = [f'"name":{space(rng)}"{tool.name if tool and rng.random() > odd else "x"}"', f'"arguments": {body}']
         body = "{" + ",".join(rng.sample(outer, 2)) + "}"
     before = "".join(rng.choices(FRAGMENTS, k=rng.choice([0, 0, 4])))

@@ -49,6 +49,13 @@ GOLDEN = {
         [(0, 574_000), (0, 301_000), (0, 660_000), (0, 468_000)],
         1,
     ),
+    "qwen3_5": (  # the same call, as the chat template of Qwen3.5-35B-A3B renders it behind a text
+        "I will zoom in.\n\n<tool_call>\n<function=image_zoom_in_tool>\n<parameter=label>\nmain hanging sign for Hop Inn\n"
+        "</parameter>\n<parameter=bbox_2d>\n[574, 301, 660, 468]\n</parameter>\n<parameter=img_idx>\n0\n</parameter>\n"
+        "</function>\n</tool_call>",
+        [(0, 574_000), (0, 301_000), (0, 660_000), (0, 468_000)],
+        1,
+    ),
 }
 
 
@@ -86,6 +93,9 @@ def test_host_and_device_agree(name):
     assert seen > 300
 
 
+BOX = "<parameter=bbox_2d>[1, 2, 3, 4]</parameter>"
+
+
 @pytest.mark.parametrize(
     ("name", "body"),
     [
@@ -98,6 +108,13 @@ def test_host_and_device_agree(name):
         ("qwen3_vl", '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 3, 4], "label": "x"}}'),
         ("qwen3_vl", '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 3, 4], "img_idx": 0.0}}'),
         ("crop_image", '{"name": "crop_image_normalized", "arguments": {"bbox_2d": [1, 2, 3, 4], "target_image": 1}}'),
+        ("qwen3_5", '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [1, 2, 3, 4], "img_idx": 0}}'),
+        ("qwen3_5", "<function=image_zoom_in_tool></function>"),
+        ("qwen3_5", f"<function=image_zoom_in_tool>{BOX}"),
+        ("qwen3_5", f"<function=image_zoom_in_tool>{BOX}<parameter=img_idx>0.0</parameter></function>"),
+        ("qwen3_5", f"<function=image_zoom_in_tool>{BOX}<parameter=img_idx>0</parameter></function> so"),
+        ("qwen3_5", f"<function=zoom>{BOX}<parameter=img_idx>0</parameter></function>"),
+        ("qwen3_5", f"<function=image_zoom_in_tool>{BOX}<parameter=img_idx>0<parameter=label>a</parameter></function>"),
     ],
 )
 def test_what_is_no_call(name, body):
@@ -138,6 +155,21 @@ def test_system_prompts():
         " name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
         '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
     )
+    # As the chat template renders tools without a system message. That the family knows this zoom is not verified.
+    tagged = FORMATS["qwen3_5"].system_prompt(CROP)
+    assert tagged.startswith(
+        '# Tools\n\nYou have access to the following functions:\n\n<tools>\n{"type": "function", "function": {"name": "image_'
+    )
+    assert tagged.endswith(
+        '"required": ["bbox_2d", "label", "img_idx"]}}}\n</tools>\n\nIf you choose to call a function ONLY reply in the following'
+        " format with NO suffix:\n\n<tool_call>\n<function=example_function_name>\n<parameter=example_parameter_1>\nvalue_1\n"
+        "</parameter>\n<parameter=example_parameter_2>\nThis is the value for the second parameter\nthat can span\n"
+        "multiple lines\n</parameter>\n</function>\n</tool_call>\n\n<IMPORTANT>\nReminder:\n- Function calls MUST follow the "
+        "specified format: an inner <function=...></function> block must be nested within <tool_call></tool_call> XML tags\n"
+        "- Required parameters MUST be specified\n- You may provide optional reasoning for your function call in natural "
+        "language BEFORE the function call, but NOT after\n- If there is no function call available, answer the question like "
+        "normal with your current knowledge and do not tell the user about function calls\n</IMPORTANT>"
+    )
     assert "zoom in a specific region in the given image to see more clearly by outputting <grounding>{" in (
         FORMATS["mini_o3"].system_prompt(CROP)
     )
@@ -164,7 +196,7 @@ def test_what_is_told():
         " final answer inside <answer> and </answer>."
     )
     for known in FORMATS.values():
-        response = "<tool_response>\nours\n</tool_response>" if known.name == "qwen3_vl" else "ours"
+        response = "<tool_response>\nours\n</tool_response>" if known.name.startswith("qwen3") else "ours"
         assert known.text(CROP_IMAGE, other) == response
     assert FORMATS["deepeyes"].text(SELECT_FRAMES, shown) == "ours"
 
@@ -180,6 +212,7 @@ def test_formats_by_name():
         "deepeyes": (Coordinates.PIXELS, 0),
         "mini_o3": (Coordinates.SHARES, 0),
         "qwen3_vl": (Coordinates.SHARES, -3),
+        "qwen3_5": (Coordinates.SHARES, -3),
     }
     with pytest.raises(ToolError, match="can only write .'crop_image_normalized'., not 'select_frames'"):
         Language(RELEASED, FORMATS["mini_o3"])

@@ -1,5 +1,6 @@
 """Any tools in any call format: host parser and automaton agree, and read what was written."""
 
+import dataclasses
 import json
 import random
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from language_texts import ROWS, any_response, read_texts
 
 from pixel_jax.dialog import DecimalNumber, Language, call_parser, parse_turn
-from pixel_jax.dialog.formats import PIXEL_REASONER, CallFormat, Spelled, Spelling
+from pixel_jax.dialog.formats import PIXEL_REASONER, Body, CallFormat, Spelled, Spelling
 from pixel_jax.tools import RELEASED, Box, Choice, Integer, Integers, Number, Text, Tool, ToolError
 from pixel_jax.tools.calls import arguments
 
@@ -61,7 +62,9 @@ SHIFTED = CallFormat(
         ),
     ),
 )
+TAGGED = CallFormat("tagged", body=Body.TAGS)
 LANGUAGES = {
+    "tagged": Language((ADJUST, ORDER, SHORT, READ, STILL), TAGGED),
     "all kinds": Language((ADJUST, ORDER, SHORT, READ, STILL)),
     "nameless": Language(RELEASED[:1], NAMELESS),
     "shifted": Language((*RELEASED, STILL), SHIFTED),
@@ -127,6 +130,21 @@ def test_what_is_written_becomes_the_tools_own():
         assert device["target_image"] == tuple(host["target_image"])
 
 
+def test_texts_between_tags():
+    """A text is what stands between the first line feed and the last one; an option is a line."""
+    box = "<parameter=bbox_2d>[1,2,3,4]</parameter>"
+    call = f"<tool_call><function=read>\n<parameter=query>\n%s\n</parameter>{box}</function></tool_call>"
+    for text in ("", "two\nlines\n", 'a "quoted" \\n\t>', "é"):
+        host, device = one(call % text, "tagged")
+        assert host["query"] == text and {*device} == {"bbox_2d"}
+    call = "<tool_call><function=adjust><parameter=mode>%s</parameter></function></tool_call>"
+    for number, text in enumerate(("brightness", "brightness 2", "é", "")):
+        host, device = one(call % f"\n{text}\n", "tagged")
+        assert host["mode"] == text and device["mode"] == number
+    for text in ("brightness", "\n brightness\n", "\nbright\n"):
+        assert parse_turn(call % text, LANGUAGES["tagged"]) == (True, None)
+
+
 @pytest.mark.parametrize("text", ["4.25", "-0.5", "-0", "0.4e1"])
 def test_within_bounds(text):
     call = f'<tool_call>{{"name": "adjust", "arguments": {{"factor": {text}, "mode": ""}}}}</tool_call>'
@@ -172,6 +190,7 @@ BOX = Spelled("bbox_2d", Box("b"))
         ),
         (lambda: Language(tuple(Tool(f"t{i}", "", (Integer(f"a{i}"),)) for i in range(32))), "32 arguments"),
         (lambda: CallFormat("f", opening="look>"), "'look>'"),
+        (lambda: dataclasses.replace(NAMELESS, body=Body.TAGS), "have a name, which a spelling lacks"),
         (lambda: CallFormat("f", closing="<a<"), "'<a<'"),
         (lambda: CallFormat("f", opening="<look>", closing="<look>"), "one mark begins with the other"),
         (

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from pixel_jax.dialog.formats import FORMATS, CallFormat, Coordinates, Spelled, Spelling
 from pixel_jax.dialog.grammar import Language, parse_turn
 from pixel_jax.dialog.writing import UnwritableError, as_written, write_call
-from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, SELECT_FRAMES, Box, Integer
+from pixel_jax.tools import CROP_IMAGE, DRAW_BOX, RELEASED, ROTATE, SELECT_FRAMES, Box, Integer, Text, Tool
 
 SIZE = (300, 410)
+SEARCH = Tool("search", "Searches.", (Text("words"),), execute=print, host=True)
 PERCENT = CallFormat(
     "percent",
     opening="<look>",
@@ -46,6 +47,10 @@ GOLDEN = {
     "qwen3_vl": (
         '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [100, 250, 500, 1000], "img_idx": 0, '
         '"label": "a \\u003cb> é"}}\n</tool_call>'
+    ),
+    "qwen3_5": (
+        "<tool_call>\n<function=image_zoom_in_tool>\n<parameter=bbox_2d>\n[100, 250, 500, 1000]\n</parameter>\n"
+        "<parameter=img_idx>\n0\n</parameter>\n<parameter=label>\na \u2039b> é\n</parameter>\n</function>\n</tool_call>"
     ),
     "percent": (
         '<look>\n{"name": "look", "arguments": {"box": [1.0, 2.5, 5.0, 10.0], "picture": 0, "at": "a \\u003cb> é"}}'
@@ -87,6 +92,20 @@ def test_other_arguments():
     assert '"bbox_2d": [100, 0, 1000, 1000], "colour": "red", "target_image": 1' in drawn
     frames = write_call(language, "select_frames", {"target_frames": [1, 12]})
     assert frames == '<tool_call>\n{"name": "select_frames", "arguments": {"target_frames": [1, 12]}}\n</tool_call>'
+
+
+def test_other_arguments_between_tags():
+    language = Language((ROTATE, SELECT_FRAMES, SEARCH), FORMATS["qwen3_5"])
+    for tool, values, body in (
+        ("rotate", {"by": "90", "target_image": 2}, "<parameter=by>\n90\n</parameter>\n<parameter=target_image>\n2\n"),
+        ("select_frames", {"target_frames": [1, 12]}, "<parameter=target_frames>\n[1, 12]\n"),
+        ("search", {"words": "two\nlines"}, "<parameter=words>\ntwo\nlines\n"),
+    ):
+        text = f"<tool_call>\n<function={tool}>\n{body}</parameter>\n</function>\n</tool_call>"
+        assert write_call(language, tool, values) == text
+        assert parse_turn(text, language).call is not None
+    with pytest.raises(UnwritableError, match="a value in the format 'qwen3_5' has no '<': 'a < b'"):
+        write_call(language, "search", {"words": "a < b"})
 
 
 def test_what_a_format_has_no_words_for():

@@ -10,6 +10,7 @@ FRAGMENTS = [
     " ", "\n", "\t", "\r", "-", ".", "0", "1", "9", "0.5", "1e3", "E", "+", "null", "true", "NaN", "-Infinity", "é",
     "日", "\\n", "\\u00e9", "e-3", ',"label": "x"', "\x00", "\x0b", "\xa0", "\u2028",
     "\ufeff", "'", "//", "Now", "zoom in", "\\u006e", "\ud800",
+    "<function=", "</function>", "<parameter=label>", "</parameter>", "/parameter>",
 ]  # fmt: skip
 
 LARGE = ["99999999", "999999989", "999999990", "999999999", "1000000000", "999999999999"]  # about where units saturate

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixel_jax.models.delta_rule import _unit_lower_inverse as delta_rule_inverse
 from pixel_jax.models.delta_rule import convolution, delta_rule
 
 HEADS, KEYS, VALUES, KERNEL = 2, 3, 4, 4
@@ -128,3 +129,20 @@ def test_convolution(seed, length, count, borders):
             expected = np.convolve(stretch[:, channel], weight[channel, ::-1], mode="valid")
             np.testing.assert_allclose(out[0, own, channel], expected, atol=1e-12)
     np.testing.assert_array_equal(behind[0], before[count : count + KERNEL - 1])
+
+
+def test_a_chunk_waits_for_no_thread():
+    """XLA's kernels of LAPACK wait in one of its threads for another one. With as many devices as threads none is free."""
+    *tokens, memory = inputs(0, 8, rows=2)
+    program = jax.jit(lambda *x: delta_rule(*x)).lower(*tokens, memory).compile().as_text()
+    assert "custom-call" not in program
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_the_inverse_of_a_chunk_keeps_its_precision(size):
+    """Also where all keys are the same, and powers of what stands below the diagonal exceed float32."""
+    rng = np.random.default_rng(0)
+    below = np.stack([np.ones((size, size)), rng.uniform(-1, 1, (size, size)) / np.sqrt(size)])
+    exact = np.linalg.inv(np.tril(below, -1) + np.eye(size))
+    found = jax.jit(delta_rule_inverse)(jnp.asarray(below, jnp.float32))
+    np.testing.assert_allclose(found, exact, atol=1e-5 * np.abs(exact).max())

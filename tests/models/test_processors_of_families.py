@@ -1,4 +1,4 @@
-"""The processors of Qwen3-VL and LLaVA against transformers' (Pillow backend), on random pictures of random sizes."""
+"""The processors of Qwen3-VL, Qwen3.5 and LLaVA against transformers' (Pillow backend), on random pictures of random sizes."""
 
 import numpy as np
 import pytest
@@ -40,13 +40,14 @@ def processor_of(name, *special, **limits):
     return Processor(words(*special), family=type(config), vision=config.vision, **limits)
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
 @settings(max_examples=25, deadline=None)
 @given(SIZES)
-def test_qwen3_vl(size):
+def test_qwen3_vl(name, size):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    ours, image = processor_of("qwen3_vl", *marks, **LIMITS), picture(size)
+    ours, image = processor_of(name, *marks, **LIMITS), picture(size)
     known = {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     limits = {"shortest_edge": LIMITS["min_pixels"], "longest_edge": LIMITS["max_pixels"]}
     theirs = Qwen2VLImageProcessorPil(size=limits, **known)(images=[image])

@@ -97,6 +97,23 @@ def test_qwen3_vl_counts_to_a_thousand_and_from_zero():
     assert text.startswith("<|im_start|>system\n# Tools\n\nYou may call")
 
 
+def test_qwen3_5_writes_the_same_between_tags():
+    call = (
+        "<tool_call>\n<function=image_zoom_in_tool>\n<parameter=label>\na\n</parameter>\n<parameter=bbox_2d>\n%s\n</parameter>\n"
+        "<parameter=img_idx>\n%s\n</parameter>\n</function>\n</tool_call>"
+    )
+    calls = (("[100, 200, 900, 700]", 0), ("[500, 0, 1000, 1500]", 1), ("[0, 0, 1]", 0))
+    regions, text = written("qwen3_5", *(call % values for values in calls))
+    assert regions == [(41, 60, 369, 210), (205, 60, 369, 210)]
+    told = text.split("<|im_start|>user\n")
+    assert told[2].startswith("<tool_response>\n<|vision_start|><|image_pad|>")
+    assert "<|im_end|>\n<|im_start|>assistant\n<tool_call>\n<function=image_zoom_in_tool>\n" in text
+    assert told[4].startswith(
+        "<tool_response>\nTool Execution Error: the call cannot be read\n</tool_response><|im_end|>\n"
+    )
+    assert text.startswith("<|im_start|>system\n# Tools\n\nYou have access to")
+
+
 def test_the_older_crop_takes_pixels_as_shown():
     crop = tool_call("crop_image", '"bbox_2d": [42, 0, 210, 154], "target_image": 1')
     regions, text = written("crop_image", crop, tool_call("crop_image_normalized", '"bbox_2d": [0, 0, 1, 1]'))

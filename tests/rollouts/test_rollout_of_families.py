@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from pixel_jax.models import config_from_hf
+from pixel_jax.models.decoder import KVCache
 from pixel_jax.models.lora import add_lora
 from pixel_jax.parallel import make_mesh, shard
 from pixel_jax.rollouts import trajectory
+from pixel_jax.rollouts.loop import constrain_rows
 from pixel_jax.rollouts.prompts import PromptError, Query, build_prompts
 from pixel_jax.rollouts.rollout import rollout
 from pixel_jax.training.batch import from_trajectories
@@ -160,16 +162,38 @@ def test_qwen3_vl():
 
 def test_qwen3_5():
     """Recurrent states of rows begin as their prompt's, also in slots that are filled again: the trainer, which reads whole
-    rows, gives their tokens the probabilities with which they were drawn."""
+    rows, gives their tokens the probabilities with which they were drawn. On a mesh, whose devices have some of the rows and
+    of the heads, rows are the same."""
     model = visible(scripted_model.network(scripted_model.vocabulary(), make_config=qwen3_5))
     config = dataclasses.replace(scripted_model.CONFIG, **PIXELS).for_model(model.config)
-    prompts = scripted_model.prompts(3, config=config)
-    with pytest.raises(ValueError, match="has recurrent layers, run on one device, not on a mesh of 8"):
-        rollout(shard(model, make_mesh({"data": 8})), prompts, KEY, config)
+    prompts = scripted_model.prompts(4, config=config)
     t = trajectory.to_host(rollout(model, prompts, KEY, dataclasses.replace(config, in_flight=1)))
     assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
+
+    mesh = make_mesh({"data": 2, "tensor": 2})
+    split = rollout(shard(model, mesh), prompts, KEY, dataclasses.replace(config, in_flight=2))
+    assert len(split.tokens.sharding.device_set) == 4
+    split = trajectory.to_host(split)
+    for name in ("tokens", "valid", "loss_mask", "stop", "num_calls"):
+        np.testing.assert_array_equal(getattr(split, name), getattr(t, name), name)
+    np.testing.assert_allclose(split.logprobs, t.logprobs, atol=5e-5)
+
     t = scripted_model.with_pixels(t, prompts, config)
     learn(model, t, r"model\.layers.*(q_proj|in_proj_qkv|in_proj_a|out_proj)")
+
+
+def test_recurrent_states_are_split_by_rows_and_heads():
+    """No device holds the whole state of a row."""
+    mesh, words = make_mesh({"data": 4, "tensor": 2}), scripted_model.vocabulary()
+    config = qwen3_5(words, 64, 64)
+    of_rows = config.text.empty_state(4, np.float32)
+    for state, lead in ((of_rows, (1,)), (jax.tree.map(lambda x: np.stack([x, x], axis=1), of_rows), (1, 2))):
+        keys = (np.zeros((4, 2, 8, 16), np.float32),)
+        cache = KVCache(keys, keys, np.zeros(4, np.int32), (state,))
+        placed = jax.jit(lambda x: constrain_rows(x, mesh))(cache)
+        tail, memory = (x.sharding.shard_shape(x.shape) for x in placed.recurrent[0])
+        heads, channels = config.text.linear_num_value_heads, 2 * config.text.key_size + config.text.value_size
+        assert memory == (*lead, heads // 2, 8, 16) and tail == (*lead, 3, channels // 2)
 
 
 def test_llama():

@@ -190,7 +190,7 @@ def test_references_of_every_size_and_place_make_sound_traces(tmp_path):
         assert x1 <= box[0] and y1 <= box[1] and x2 >= box[2] and y2 >= box[3], (rows[i], kinds[i])
 
 
-FORMATS = ("crop_image", "deepeyes", "mini_o3", "qwen3_vl")
+FORMATS = ("crop_image", "deepeyes", "mini_o3", "qwen3_vl", "qwen3_5")
 
 
 @pytest.mark.parametrize("name", FORMATS)

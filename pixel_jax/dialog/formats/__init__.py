@@ -2,13 +2,14 @@
 
 from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
 from pixel_jax.dialog.formats.deepeyes import DEEPEYES
-from pixel_jax.dialog.formats.format import IMAGES, CallFormat, Spelled, Spelling
+from pixel_jax.dialog.formats.format import IMAGES, Body, CallFormat, Spelled, Spelling
 from pixel_jax.dialog.formats.mini_o3 import MINI_O3
 from pixel_jax.dialog.formats.pixel_reasoner import PIXEL_REASONER
+from pixel_jax.dialog.formats.qwen3_5 import QWEN3_5
 from pixel_jax.dialog.formats.qwen3_vl import QWEN3_VL
 from pixel_jax.tools.tool import Coordinates, ToolError
 
-FORMATS = {known.name: known for known in (PIXEL_REASONER, CROP_IMAGE_PIXELS, DEEPEYES, MINI_O3, QWEN3_VL)}
+FORMATS = {known.name: known for known in (PIXEL_REASONER, CROP_IMAGE_PIXELS, DEEPEYES, MINI_O3, QWEN3_VL, QWEN3_5)}
 MARKS = frozenset(mark for known in FORMATS.values() for mark in (known.opening, known.closing))
 
 
@@ -34,7 +35,9 @@ __all__ = [
     "MARKS",
     "MINI_O3",
     "PIXEL_REASONER",
+    "QWEN3_5",
     "QWEN3_VL",
+    "Body",
     "CallFormat",
     "Coordinates",
     "Spelled",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,18 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 TEXT, IMAGES = "{text}", "{images}"
 SYSTEM = "You are a helpful assistant.\n\n" + TOOLS_PROMPT
+
+
+class Body(enum.Enum):
+    """What stands between the marks of a call.
+
+    JSON: an object, `{"name": ..., "arguments": {...}}`, or, where calls have no name, the arguments alone
+    TAGS: `<function=NAME>`, for each argument `<parameter=KEY>`, its value and `</parameter>`, and `</function>`, each on a line
+        of its own. Texts and options are written as they are, other values as JSON.
+    """
+
+    JSON = "json"
+    TAGS = "tags"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +82,13 @@ class Spelling:
 class CallFormat:
     """How calls are written. Static and hashable.
 
-    A call is one JSON object between two marks: `{"name": ..., "arguments": {...}}`, or, where calls have no name, the
-    arguments alone.
+    A call stands between two marks, in the form that `body` says.
 
     Args:
       name: its name in configs.
       opening: the mark before a call. Both marks begin with "<" and contain no other "<".
       closing: the mark behind a call.
+      body: what stands between them. Only in JSON can calls be without a name.
       spellings: of the tools whose names or arguments in calls differ from their own.
       coordinates: what boxes are measured in, after their numbers are shifted by `places`.
       places: decimal places to shift the numbers of boxes by; -3 where 1000 stands for the whole side.
@@ -89,6 +102,7 @@ class CallFormat:
     name: str
     opening: str = "<tool_call>"
     closing: str = "</tool_call>"
+    body: Body = Body.JSON
     spellings: tuple[Spelling, ...] = ()
     coordinates: Coordinates = Coordinates.EITHER
     places: int = 0
@@ -103,6 +117,8 @@ class CallFormat:
                 raise ToolError(f"format {self.name!r}: a mark begins with its only '<' and is no token: {mark!r}")
         if self.opening.startswith(self.closing) or self.closing.startswith(self.opening):
             raise ToolError(f"format {self.name!r}: one mark begins with the other: {self.opening!r}, {self.closing!r}")
+        if self.body == Body.TAGS and any(spelling.name is None for spelling in self.spellings):
+            raise ToolError(f"format {self.name!r}: calls between tags have a name, which a spelling lacks")
         if not 0 <= self.pad <= 1:
             raise ToolError(f"format {self.name!r}: pad is a share of the image, in [0, 1]: {self.pad}")
         if self.response is not None and any(self.response.count(x) != 1 for x in (TEXT, IMAGES)):
