@@ -175,7 +175,6 @@ class Chat:
         from pixel_jax.dialog.template import SPECIAL_TOKENS
         from pixel_jax.dialog.unrecognised import format_warning
         from pixel_jax.evaluation.transcript import make_transcript
-        from pixel_jax.rollouts.images import ragged
         from pixel_jax.rollouts.materialize import materialize_on_host
         from pixel_jax.serving.conversation import Message, prompt_of
         from pixel_jax.serving.session import Reader, Wrote
@@ -186,7 +185,8 @@ class Chat:
         prompt = prompt_of(asked, speaker)
         query = prompt.query
         session = self._session_for(prompt)
-        place = session.admit(prompt.placed(speaker, session.shape, len(self.transcripts)), speaker.config.temperature)
+        placed = prompt.placed(speaker, session.shape, len(self.transcripts))
+        place = session.admit(placed, speaker.config.temperature)
         screen.question(question, query, len(parts))
         reader, turns = Reader(speaker.vocabulary), [""]
         while reader.ended is None:
@@ -200,7 +200,8 @@ class Chat:
                     screen.saw(event, query)
         row = session.row(place)
         session.drop(place)
-        seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
+        # What tools on the host have drawn lies beside the images that were placed.
+        seen = materialize_on_host(row, placed.images, speaker.tables.tools, speaker.config)
         answer = "".join(turns)
         boxed = last_boxed(answer)
         screen.answer(boxed, reader.reason)

@@ -74,7 +74,6 @@ def check_directory(model: str) -> None:
     from pixel_jax.cli import UserError
     from pixel_jax.config import load
     from pixel_jax.train_config import TrainConfig
-    from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
     out, data = pathlib.Path(FLAGS.out), FLAGS.data or FLAGS.config.get("data")
     values = {**FLAGS.config, "model": model, "data": data or "", "out": FLAGS.config.get("out") or str(out.parent)}
@@ -82,8 +81,6 @@ def check_directory(model: str) -> None:
     if FLAGS.adapter is not None:
         config = dataclasses.replace(config, adapter=FLAGS.adapter, lora=None)
     out.parent.mkdir(parents=True, exist_ok=True)
-    announce_compiles()
-    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
     if wrong := check_model(config, data=data is not None, out=out):
         raise UserError(f"wrong: {', '.join(wrong)}. {out} has the record")
     print(f"All is well; the record is in {out}.")

@@ -64,6 +64,7 @@ from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.batch import Batch, from_trajectories
 from pixel_jax.training.cost import fixed_bytes, row_bytes
 from pixel_jax.training.optimizer import make_optimizer
+from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_sft_step
 
@@ -139,7 +140,12 @@ def check_model(config: TrainConfig, *, data: bool, out: pathlib.Path) -> list[s
 
     Returns:
         The names of what is wrong.
+
+    Raises:
+        UserError: the config has no phase.
     """
+    if not phases_of(config):
+        raise UserError("the config has neither a section 'sft' nor a section 'rl' to check a model for")
     checks = Checklist(out)
     machine_lines(checks, config)
     files = tools = calls = mesh = None
@@ -167,6 +173,12 @@ def check_model(config: TrainConfig, *, data: bool, out: pathlib.Path) -> list[s
     if fits is not None and not (data and rows is None):
         trial_lines(checks, config, vocabulary, known, rows, fits)
     return checks.wrong
+
+
+def phases_of(config: TrainConfig) -> list[Kind]:
+    """The phases that a config has settings for."""
+    phases: tuple[Kind, ...] = ("sft", "rl")
+    return [kind for kind in phases if getattr(config, kind) is not None]
 
 
 def machine_lines(checks: Checklist, config: TrainConfig) -> None:
@@ -260,7 +272,7 @@ def data_lines(
     }
     found: dict[Kind, tuple[list[Example], ReadReport]] = {}
     unreadable: ValueError | None = None
-    for kind in ("sft", "rl"):
+    for kind in phases_of(config):
         report = ReadReport(config.data, drop=True)
         try:
             found[kind] = read_rows(config.data, report, turns=kind == "sft", **options), report
@@ -351,7 +363,7 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
     if weights > room:
         return None
     fits: dict[Kind, bool] = {}
-    for kind in ("sft", "rl") if rows is None else (rows.kind,):
+    for kind in phases_of(config) if rows is None else [rows.kind]:
         with checks.item("memory"):
             parts = tuning_bytes(recipe, mesh, rows) if kind == "sft" else learning_bytes(recipe, mesh, rows)
             needs["phases"][kind] = parts
@@ -425,6 +437,8 @@ def trial_lines(
     fits: dict[Kind, bool],
 ) -> None:
     """The weights are read; the model looks; it writes and is changed once."""
+    announce_compiles()
+    use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
     model: Any = None
     with checks.item("weights", "download or save the model again"):
         began = time.monotonic()
@@ -432,7 +446,7 @@ def trial_lines(
         checks.add("weights", f"all there, all finite; read in {time.monotonic() - began:.0f} s")
     if model is None or not look(checks, model, processor, rows) or vocabulary is None or known is None:
         return
-    kind: Kind = rows.kind if rows is not None else "rl" if config.rl is not None else "sft"
+    kind = rows.kind if rows is not None else phases_of(config)[-1]
     batch = None
     with checks.item("rollout", "chat, serve, rl and eval need rollouts: see docs/families.md for what a family can"):
         batch = write(checks, model, config, kind, vocabulary, known, rows, mesh)

@@ -51,8 +51,9 @@ def asked(question, *images):
 class Running:
     """A server in a thread, as `pixel-jax serve` runs it, and what stops it as SIGTERM does."""
 
-    def __init__(self, speaker, *, limit=300, key=None, hosts=(), body_bytes=1 << 20):
-        sessions = {name: Session(speaker, SHAPE, slots=2) for name in ("tiny", "again")}
+    def __init__(self, speaker, *, limit=300, key=None, hosts=(), body_bytes=1 << 20, host=None):
+        names = ("tiny", "again") if host is None else ("tiny",)
+        sessions = {name: Session(speaker, SHAPE, slots=2, host=host) for name in names}
         self.engine = Engine(sessions, limit=limit, budget=16, metrics=Metrics())
         app = make_app(self.engine, dict.fromkeys(sessions, speaker), hosts=hosts, key=key, body_bytes=body_bytes)
         listener = main.listen("127.0.0.1", 0)
