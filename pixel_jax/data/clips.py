@@ -139,7 +139,8 @@ class VideoFile:
     def __exit__(self, kind, error, traceback) -> None:
         self._reserved.close()
         if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
-            raise ImageError(f"{self.name} cannot be read: {error}") from error
+            said = getattr(error, "strerror", None) or error  # PyAV's own text has a number and a descriptor
+            raise ImageError(f"{self.name} cannot be read: {said}") from error
 
     def show(self, choose: Callable[[int], list[int]]) -> np.ndarray:
         """Decodes the frames that `choose` picks.

@@ -92,6 +92,8 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     try:
         with contextlib.ExitStack() as stack:
             head = file.read(32)
+            if not head:
+                raise ImageError(f"{name} is empty (0 bytes): copy it again")
             file.seek(0)
             if head[:6] in (b"GIF87a", b"GIF89a"):
                 file = io.BytesIO(file.read())
@@ -112,6 +114,8 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError:
         raise ImageError(f"{name} {UNKNOWN}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large: make it smaller ({error})") from None
     except Exception as error:  # a decoder fed with hostile bytes raises errors of every kind
         raise ImageError(f"{name} cannot be read: {error}") from error
 

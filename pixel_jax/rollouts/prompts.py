@@ -106,7 +106,10 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
         (config.video_min_pixels, config.video_max_pixels) if query.is_video else (config.min_pixels, config.max_pixels)
     )
     for i, image in enumerate(query.images):
-        height, width = smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
+        try:
+            height, width = smart_resize(*image.shape[:2], factor=config.factor, min_pixels=low, max_pixels=high)
+        except ValueError as error:  # it is much longer than wide
+            raise PromptError(f"{kind} {i + 1} of {query.question!r} cannot be shown: {error}: crop it first") from None
         if height * width > high or max(height, width) > config.max_side:
             raise PromptError(
                 f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "

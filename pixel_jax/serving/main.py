@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import socket
@@ -150,7 +151,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()  # who reads the address and comes at once waits, and is not refused
     except OSError as error:
-        raise UserError(f"--host={host} --port={port} cannot be listened at: {error.strerror or error}") from None
+        why = f"--host={host} --port={port} cannot be listened at: {error.strerror or error}"
+        raise UserError(why + "; --port=0 takes one that is free" * (error.errno == errno.EADDRINUSE)) from None
     return listener
 
 

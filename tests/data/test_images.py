@@ -288,6 +288,7 @@ def test_other_files_are_refused(tmp_path):
         (tmp_path / "missing.png", "missing.png' cannot be opened: No such file"),
         (tmp_path, "is not a regular file"),
         ("https://example.org/image.png", "https://example.org/image.png' cannot be opened: No such file"),
+        (b"", "image of 0 bytes is empty .0 bytes.: copy it again"),
         (b"P6 1 1 255 rgb", "image of 14 bytes cannot be read: it is no picture .*Convert a picture to PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "image of 47 bytes cannot be read"),
     ]:
