@@ -134,9 +134,16 @@ def with_sampling(speaker: "Speaker") -> "Speaker":
 
 
 def shape_of(speaker: "Speaker") -> "BatchShape":
-    """What prompts have to fit, from the flags."""
+    """What prompts have to fit, from the flags. UserError: none would."""
     from pixel_jax.rollouts.shapes import prompt_shape
+    from pixel_jax.serving.conversation import Message, prompt_of
 
+    shortest = len(prompt_of([Message("user", ("?",))], speaker).ids)
+    if shortest >= FLAGS.prompt_tokens:
+        raise UserError(
+            f"--prompt_tokens={FLAGS.prompt_tokens}: a question of one letter and no image has {shortest} tokens, with the "
+            "system message and the tools; give more"
+        )
     # A model that sees no images has one small empty buffer, so that all arrays have the same axes.
     images, side = (FLAGS.images, FLAGS.image_side) if speaker.config.max_images else (1, EMPTY_SIDE)
     return prompt_shape(images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)

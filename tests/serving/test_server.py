@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from pixel_jax.cli import UserError
 from pixel_jax.config import load
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.rollouts.prompts import Query
@@ -469,3 +470,13 @@ def test_a_model_that_fails_says_so(server, speaker):
             ask(other.client(), "Which?", IMAGES[0])
         other.thread.join(20)
         assert not other.thread.is_alive() and isinstance(other.engine.failed, RuntimeError)
+
+
+def test_a_prompt_that_nothing_fits_is_refused(speaker, monkeypatch):
+    """Before anything is compiled: the tools and the system message alone are longer."""
+    flags = types.SimpleNamespace(prompt_tokens=8, images=1, image_side=192)
+    monkeypatch.setattr(main, "FLAGS", flags)
+    with pytest.raises(UserError, match=r"--prompt_tokens=8: a question of one letter and no image has \d+ tokens"):
+        main.shape_of(speaker)
+    flags.prompt_tokens = 256
+    assert main.shape_of(speaker).tokens == 256
