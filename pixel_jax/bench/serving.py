@@ -43,7 +43,7 @@ from pixel_jax.terminal import say
 
 FLAGS = flags.FLAGS
 flags.DEFINE_bool("quick", False, "A tiny model and few requests: whether it works, not how fast.")
-flags.DEFINE_integer("requests", 64, "Questions that are asked.", lower_bound=1)
+flags.DEFINE_integer("requests", 48, "Questions that are asked.", lower_bound=1)
 flags.DEFINE_integer("clients", 32, "Requests that are under way at a time.", lower_bound=1)
 flags.DEFINE_integer("slots", 16, "Rows that the server writes at a time.", lower_bound=1)
 flags.DEFINE_integer("tokens", 48, "Most tokens of an answer.", lower_bound=1)

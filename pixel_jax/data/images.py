@@ -97,7 +97,7 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         with contextlib.ExitStack() as stack:
             head = file.read(32)
             if not head:
-                raise ImageError(f"{name} is empty (0 bytes): copy it again")
+                raise ImageError(f"{name} cannot be read: it is empty (0 bytes), so copy it again")
             file.seek(0)
             if head[:6] in (b"GIF87a", b"GIF89a"):
                 file = io.BytesIO(file.read())
@@ -118,11 +118,13 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError:
         if container_of(head) is not None:
-            what = "is a video, where a picture is meant: give frames of it as pictures, or say that it is a video"
+            what = (
+                "cannot be read: it is a video, where a picture is meant; give frames of it, or say that it is a video"
+            )
             raise ImageError(f"{name} {what}") from None
         raise ImageError(f"{name} {UNKNOWN}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} is too large: make it smaller ({error})") from None
+        raise ImageError(f"{name} cannot be read: make it smaller ({error})") from None
     except Exception as error:  # a decoder fed with hostile bytes raises errors of every kind
         raise ImageError(f"{name} cannot be read: {error}") from error
 
