@@ -4,7 +4,8 @@
 
 Both answer the same questions, each about an image of its own, greedily and with the same number of tokens at most. The server is
 asked over HTTP by many clients at a time; the loop takes one question after the other, as a server around `generate` does. No
-tool is called, which `generate` could not answer. Answers of both are compared before anything is said about speed.
+tool is called, which `generate` could not answer. Answers of both are compared before anything is said about speed. The loop
+is spared HTTP and the decoding of PNGs, has all cores, and is not batched; a server that batches `generate` would be between.
 """
 
 import base64
