@@ -1,6 +1,7 @@
 """Tools of the user's own that run on the host, called by a model behind the server and in a chat: `docs/your-own-tool.md`."""
 
 import asyncio
+import base64
 import dataclasses
 import io
 import re
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from pixel_jax.chat import Chat, Screen
 from pixel_jax.config import load
 from pixel_jax.evaluation.transcript import Transcript
+from pixel_jax.ops import host_crop_resize
 from pixel_jax.rollouts.prompts import tables
 from pixel_jax.serving import main
 from pixel_jax.serving.conversation import Speaker
@@ -48,6 +51,7 @@ def mirror(images, image):
 MEASURE = Tool("measure", "Measures.", (Text("word"),), execute=measure, host=True)
 MIRROR = Tool("mirror", "Mirrors.", (Integer("image"),), execute=mirror, host=True, picture=True)
 """
+pytestmark = pytest.mark.slow  # a minute of compiling
 NAMES = ("my_host_tools:MEASURE", "my_host_tools:MIRROR")
 CALL = '<tool_call>\n{"name": "%s", "arguments": {%s}}\n</tool_call>'
 GOOD, BROKEN, SLOW = (CALL % ("measure", f'"word": "{word}"') for word in ("good", "broken", "slow"))
@@ -149,7 +153,11 @@ def test_pictures_that_a_tool_has_drawn_are_in_the_transcript(server):
         trace = load(Transcript, answer.model_extra["pixel_jax"]["transcript"], "transcript")
         pictures = [picture for turn in trace.turns for picture in turn.pictures]
         drawn += len(pictures)
-        assert {(x.height, x.width) for x in pictures} <= {image.shape[:2]}
+        for picture in pictures:
+            size = (picture.height, picture.width)
+            expected = host_crop_resize(image[:, ::-1], (0, 0, image.shape[1], image.shape[0]), size)
+            file = io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))
+            np.testing.assert_array_equal(np.asarray(Image.open(file)), expected)
     assert drawn > 0
 
 
