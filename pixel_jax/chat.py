@@ -10,12 +10,14 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, TextIO
 
 from absl import flags
 
 from pixel_jax.cli import UserError
 from pixel_jax.serving.speakers import define_speaker_flags, host_tools, load_speaker
+from pixel_jax.signals import SIGNALS
 from pixel_jax.terminal import printable, say, warn
 
 if TYPE_CHECKING:
@@ -55,8 +57,11 @@ def main(command: str, arguments: list[str]) -> None:
     from pixel_jax.tools.named import DEFAULT, find_tools
     from pixel_jax.training.progress import announce_compiles, use_compilation_cache
 
+    for name, path in (("--html", FLAGS.html), ("--json", FLAGS.json)):
+        if path and not pathlib.Path(path).absolute().parent.is_dir():
+            raise UserError(f"{name}={path}: there is no directory {str(pathlib.Path(path).parent)!r}")
     question = None if FLAGS.question is None else as_utf8(FLAGS.question, "--question")
-    parts = load_parts([pathlib.Path(path) for path in arguments[1:]], FLAGS.video)
+    parts = load_parts(list(map(local_path, arguments[1:])), FLAGS.video)
     find_tools(FLAGS.tools or DEFAULT)
     announce_compiles()
     temperature = FLAGS.temperature if FLAGS.temperature is not None else 0.0 if FLAGS.greedy else 1.0
@@ -86,7 +91,8 @@ def main(command: str, arguments: list[str]) -> None:
 
 def converse(chat: "Chat", parts: list["Part"]) -> None:
     """Answers line by line; `parts` are shown with the first question. What is wrong with a line is said, and the next read."""
-    if sys.stdin.isatty():
+    typed = sys.stdin.isatty()
+    if typed:
         say(HELP)
     for line in typed_lines():
         command = line.strip()
@@ -99,10 +105,15 @@ def converse(chat: "Chat", parts: list["Part"]) -> None:
         elif command:
             try:
                 names, question = split_line(line)
-                shown = [*parts, *load_parts([pathlib.Path(name) for name in names], False)]
-                chat.ask(question, shown)
+                shown = [*parts, *load_parts(list(map(local_path, names)), False)]
+                with (
+                    SIGNALS.stoppable("The answer is stopped; Ctrl-C again ends the program.")
+                    if typed
+                    else nullcontext()
+                ):
+                    chat.ask(question, shown)
                 parts = []
-            except (ValueError, OSError) as error:
+            except (UserError, ValueError, OSError) as error:
                 warn(f"pixel-jax chat: {error}")
 
 
@@ -134,12 +145,28 @@ def split_line(line: str) -> tuple[list[str], str]:
     return names, re.sub(r"(?<!\S)@@", "@", FILE.sub("", line)).strip()
 
 
+def local_path(name: str) -> pathlib.Path:
+    """The file that a person names, in whose own folder `~` may stand for it. UserError: it is an address."""
+    if "://" in name:
+        raise UserError(f"{name!r} is an address, and nothing is fetched: save the picture and give the file's name")
+    return pathlib.Path(name).expanduser()
+
+
 def load_parts(paths: Sequence[pathlib.Path], video: bool) -> list["Part"]:
-    """The images and videos in files; with `video`, all files together are the frames of one. ImageError: one is neither."""
+    """The images and videos in files; with `video`, all files together are the frames of one.
+
+    Raises:
+      ImageError: a file is neither.
+      UserError: `video`, and the files are not those of one.
+    """
     from pixel_jax.data.sources import load_frames, shows_clip
     from pixel_jax.serving.conversation import Clip
 
     if video:
+        if not paths:
+            raise UserError("--video: name the frames of the video, in their order, or the video file")
+        if len(paths) > 1 and (film := next(filter(shows_clip, paths), None)) is not None:
+            raise UserError(f"--video: {str(film)!r} is a video file: give it alone, or only frames")
         frames, seconds = load_frames(paths, True)
         return [Clip(frames, seconds or 1.0)]
     parts: list[Part] = []
@@ -171,11 +198,11 @@ class Chat:
 
         Raises:
           PromptError: the question has no text, or the conversation cannot be shown; it is as it was before.
+          UserError: `SIGNALS` was told to stop; the conversation is as it was before.
         """
         from pixel_jax.dialog.template import SPECIAL_TOKENS
         from pixel_jax.dialog.unrecognised import format_warning
         from pixel_jax.evaluation.transcript import make_transcript
-        from pixel_jax.rollouts.images import ragged
         from pixel_jax.rollouts.materialize import materialize_on_host
         from pixel_jax.serving.conversation import Message, prompt_of
         from pixel_jax.serving.session import Reader, Wrote
@@ -186,21 +213,30 @@ class Chat:
         prompt = prompt_of(asked, speaker)
         query = prompt.query
         session = self._session_for(prompt)
-        place = session.admit(prompt.placed(speaker, session.shape, len(self.transcripts)), speaker.config.temperature)
+        placed = prompt.placed(speaker, session.shape, len(self.transcripts))
+        place = session.admit(placed, speaker.config.temperature)
         screen.question(question, query, len(parts))
         reader, turns = Reader(speaker.vocabulary), [""]
-        while reader.ended is None:
-            session.advance(BUDGET)
-            for event in reader.read(session.read()[place]):
-                if isinstance(event, Wrote):
-                    turns[-1] += event.text
-                    screen.wrote(event.text)
-                else:
-                    turns.append("")
-                    screen.saw(event, query)
+        try:
+            while reader.ended is None:
+                session.advance(BUDGET)
+                for event in reader.read(session.read()[place]):
+                    if isinstance(event, Wrote):
+                        turns[-1] += event.text
+                        screen.wrote(event.text)
+                    else:
+                        turns.append("")
+                        screen.saw(event, query)
+                if SIGNALS.told:
+                    raise UserError("the answer was stopped; the conversation is as it was before the question")
+        except BaseException:
+            self._session = None  # whatever state it is in
+            screen.end()
+            raise
         row = session.row(place)
         session.drop(place)
-        seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
+        # What tools on the host have drawn lies beside the images that were placed.
+        seen = materialize_on_host(row, placed.images, speaker.tables.tools, speaker.config)
         answer = "".join(turns)
         boxed = last_boxed(answer)
         screen.answer(boxed, reader.reason)
@@ -263,7 +299,7 @@ class Screen:
 
     def saw(self, event: "Saw", query: "Query") -> None:
         """What a call looked at, and what came back."""
-        self._end()
+        self.end()
         for image, x1, y1, x2, y2 in event.regions:
             height, width = query.images[image].shape[:2]
             name = f"{'frame' if query.is_video else 'image'} {image + 1}"
@@ -273,10 +309,11 @@ class Screen:
 
     def answer(self, answer: str | None, reason: str) -> None:
         """What was answered in the end; None: nothing, for this reason."""
-        self._end()
+        self.end()
         self._line("answer", answer if answer is not None else f"none ({reason})", "bold")
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Ends the line of what is being written."""
         if self._writing:
             self.console.print()
         self._writing = False

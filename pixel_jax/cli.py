@@ -20,7 +20,10 @@ COMMANDS: Commands = {
         "pixel_jax.quickstart.main",
         "train and compare two small models from scratch, in minutes, on a CPU",
     ),
-    "check": ("pixel_jax.bench.check", "whether this machine's accelerator computes what it should, in 8 minutes"),
+    "check": (
+        "pixel_jax.bench.check",
+        "whether a model, the data and this machine go together; without a model, whether the accelerator is right",
+    ),
     "chat": ("pixel_jax.chat", "ask a trained model about an image and see how it looks at it"),
     "serve": (
         "pixel_jax.serving.main",

@@ -117,8 +117,7 @@ class Phase:
 
     def auto_shapes(self, rows: int) -> AutoShapes:
         """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
-        memory = device_memory() // PICTURES_DIVISOR * (1 if self.mesh is None else row_shards(self.mesh))
-        return AutoShapes(training_work(self.network), rows, memory // rows)
+        return question_shapes(self.network, self.mesh, rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
         """What is evaluated and saved during a run of `steps`."""
@@ -302,6 +301,12 @@ def learn(phase: Phase, model: Any) -> Any:
         stages = dataclasses.replace(stages, collect=functools.partial(collect_on_host, phase.rollouts))
     pause("the data is written out")
     return rl(model, data, stages, section, rollout_mesh=phase.rollout_mesh, watch=watch, **phase.run_options)
+
+
+def question_shapes(network: ModelConfig, mesh: Mesh | None, rows: int) -> AutoShapes:
+    """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+    memory = device_memory() // PICTURES_DIVISOR * (1 if mesh is None else row_shards(mesh))
+    return AutoShapes(training_work(network), rows, memory // rows)
 
 
 def tuning_shapes(config: SFTConfig, network: ModelConfig, mesh: Mesh | None) -> AutoShapes:

@@ -27,6 +27,7 @@ class Signals:
         self.name: str | None = None
         self._saves = False
         self._interrupts = 0
+        self._words = "It saves and ends; Ctrl-C again ends it at once."
         self._pipe: tuple[socket.socket, socket.socket] | None = None
         self._last: list[Callable[[], None]] = []
 
@@ -52,6 +53,18 @@ class Signals:
         self.listen(self.name)
         self._saves = True
         signal.signal(signal.SIGTERM, self._take)
+
+    @contextlib.contextmanager
+    def stoppable(self, words: str) -> Iterator[None]:
+        """Makes the first Ctrl-C within the block only set `told` and say `words`; a second one ends the program."""
+        before = self._saves, self._words
+        self.told, self._interrupts = False, 0
+        self._saves, self._words = True, words
+        try:
+            yield
+        finally:
+            self._saves, self._words = before
+            self.told, self._interrupts = False, 0
 
     @contextlib.contextmanager
     def at_end(self, work: Callable[[], None]) -> Iterator[None]:
@@ -80,7 +93,7 @@ class Signals:
         if not self._saves or self._interrupts > 1:
             end(INTERRUPTED, f"{self.name}: interrupted" if self.name else "", self._last)
         self.told = True
-        _within(WORDS, lambda: print("\nIt saves and ends; Ctrl-C again ends it at once.", file=sys.stderr, flush=True))
+        _within(WORDS, lambda: print(f"\n{self._words}", file=sys.stderr, flush=True))
 
 
 def end(code: int, words: str = "", last: Sequence[Callable[[], None]] = ()) -> NoReturn:

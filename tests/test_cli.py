@@ -65,6 +65,13 @@ MISTAKES = {
         1,
         "no part kernel; the parts are machine, kernels",
     ),
+    "a check of no model": (["check", "nowhere", "--out={out}"], 1, "wrong: model. .*out has the record"),
+    "a check of data alone": (
+        ["check", "--data=a.jsonl"],
+        1,
+        "are checked with a model: pixel-jax check DIR --data=FILE",
+    ),
+    "a check of two models": (["check", "a", "b"], 1, "unexpected argument 'b': give one model"),
     "export of nothing": (["export", "nowhere", "--out=x"], 1, "nowhere has no checkpoints"),
     "view without a file": (["view"], 1, "give one directory of a run"),
     "view of nothing": (["view", "nowhere.json"], 1, "nowhere.json"),

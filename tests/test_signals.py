@@ -97,3 +97,26 @@ def test_a_forked_child_is_not_heard_twice():
         code, "time.sleep(0.3); os.kill(child, 2); os.waitpid(child, 0); print(SIGNALS.told, file=sys.stderr)"
     )
     assert process.communicate(timeout=30)[1] == "False\n"
+
+
+def test_one_stops_what_is_stoppable_and_the_next_ends_the_command():
+    code = """
+SIGNALS.listen("pixel-jax chat")
+for _ in range(2):
+    with SIGNALS.stoppable("It is stopped."):
+        print("works", file=sys.stderr, flush=True)
+        while not SIGNALS.told: time.sleep(0.01)
+        time.sleep(0.2)
+    assert not SIGNALS.told
+print("goes on", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+    process = start("pass", code)
+    for _ in range(2):
+        assert process.stderr.readline() == "works\n"
+        process.send_signal(signal.SIGINT)
+        assert [process.stderr.readline() for _ in range(2)] == ["\n", "It is stopped.\n"]
+    assert process.stderr.readline() == "goes on\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == INTERRUPTED and error == "pixel-jax chat: interrupted\n"

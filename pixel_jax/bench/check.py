@@ -1,9 +1,16 @@
-"""`pixel-jax check`: whether an accelerator computes correctly, and how close it comes to its peak rates, as one JSON file.
+"""`pixel-jax check DIR [--data=FILE]`: whether a model, the data and this machine go together.
 
-It compares attention kernels with dense attention and crops with Pillow bit for bit, and measures the memory rate of decoding
-and, for updates at the shapes of a 3B and a 7B with random weights and few layers, utilisation and planned against real memory.
-Every part has its own process and time limit; a part that fails or takes too long is reported, and the others go on. On a CPU
-shapes are tiny and the figures have no meaning.
+With a model (a directory, or a GGUF file): devices and versions, the model's files, what answering and training take of the
+memory, the rows of the data and their faults, whether the model sees (else it stops), one rollout and one update at small
+shapes. Settings of training are those of `sft` and `rl`: --config=pixel/own_data:lora checks the tuning of adapters.
+
+Without one: whether an accelerator computes correctly, and how close it comes to its peak rates. It compares attention kernels
+with dense attention and crops with Pillow bit for bit, and measures the memory rate of decoding and, for updates at the shapes
+of a 3B and a 7B with random weights and few layers, utilisation and planned against real memory. Every part has its own process
+and time limit; a part that fails or takes too long is reported, and the others go on. On a CPU shapes are tiny and the figures
+have no meaning.
+
+Either way the record is one JSON file.
 """
 
 import json
@@ -16,6 +23,8 @@ from typing import Any
 
 from absl import flags
 
+from pixel_jax.config import define_flag
+
 FLAGS = flags.FLAGS
 # The shares of the time of the parts (`check_parts.PARTS`); most of it is spent on compilation.
 SHARES = {"machine": 1, "kernels": 3, "crops": 2, "decode": 3, "update-3b": 3, "update-7b": 3}
@@ -24,6 +33,9 @@ MAX_ERROR = 2000  # characters of a failed part's last output
 
 def define_flags(command: str) -> None:
     """Declares the flags of `check`."""
+    define_flag("pixel/own_data", "With a model: the experiment, as for `sft` and `rl`.")
+    flags.DEFINE_string("data", None, "With a model: what it is to be trained on, in the place of config.data.")
+    flags.DEFINE_string("adapter", None, "With a model: directory of an adapter (PEFT's format) to put on it.")
     flags.DEFINE_bool("quick", False, "Tiny shapes also where there is an accelerator: whether it works, not how fast.")
     flags.DEFINE_integer("seconds", 480, "The most that all parts may take together.", lower_bound=1)
     flags.DEFINE_list("only", [], "The parts to run, separated by commas; all if empty.")
@@ -31,11 +43,17 @@ def define_flags(command: str) -> None:
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Runs the parts; one that does not pass is an error at the end."""
+    """Checks the model of the command line or, without one, the accelerator; what does not pass is an error at the end."""
     from pixel_jax.cli import UserError
 
-    if arguments:
-        raise UserError(f"unexpected argument {arguments[0]!r}; parts are named by --only=NAME,NAME")
+    if len(arguments) > 1:
+        raise UserError(f"unexpected argument {arguments[1]!r}: give one model, a directory or a GGUF file")
+    model = arguments[0] if arguments else FLAGS.config.get("model")
+    if model is not None:
+        check_directory(model)
+        return
+    if FLAGS.data is not None or FLAGS.adapter is not None:
+        raise UserError("--data and --adapter are checked with a model: pixel-jax check DIR --data=FILE")
     if unknown := sorted(set(FLAGS.only) - set(SHARES)):
         raise UserError(f"there is no part {', '.join(unknown)}; the parts are {', '.join(SHARES)}")
     shares = {name: SHARES[name] for name in FLAGS.only or SHARES}
@@ -46,6 +64,26 @@ def main(command: str, arguments: list[str]) -> None:
     if failed:
         raise UserError(f"{', '.join(failed)} of {len(record['parts'])} parts did not pass; {out} says why")
     print(f"All parts passed on {record['device']}; their figures are in {out}.")
+
+
+def check_directory(model: str) -> None:
+    """Checks a model, and the data if there is some. UserError: something is wrong."""
+    import dataclasses
+
+    from pixel_jax.bench.check_model import check_model
+    from pixel_jax.cli import UserError
+    from pixel_jax.config import load
+    from pixel_jax.train_config import TrainConfig
+
+    out, data = pathlib.Path(FLAGS.out), FLAGS.data or FLAGS.config.get("data")
+    values = {**FLAGS.config, "model": model, "data": data or "", "out": FLAGS.config.get("out") or str(out.parent)}
+    config = load(TrainConfig, values)
+    if FLAGS.adapter is not None:
+        config = dataclasses.replace(config, adapter=FLAGS.adapter, lora=None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if wrong := check_model(config, data=data is not None, out=out):
+        raise UserError(f"wrong: {', '.join(wrong)}. {out} has the record")
+    print(f"All is well; the record is in {out}.")
 
 
 def part_command(name: str, quick: bool) -> list[str]:

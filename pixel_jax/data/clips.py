@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from pixel_jax.data.images import UNKNOWN, image_size, read_image
+from pixel_jax.data.images import UNKNOWN, container_of, image_size, read_image
 from pixel_jax.data.limits import limits, reserve_decoding
 from pixel_jax.files import open_regular
 from pixel_jax.pictures import ImageError, announce
@@ -26,20 +26,7 @@ MAX_PACKETS = 1 << 18  # an hour and more at sixty frames a second
 COUNTED = 4  # times the frames that are taken: a clip of fewer packets is decoded to count its frames
 DECODER_FRAMES = 24  # that a decoder keeps at most: 16 to refer to, and some in work and in conversion (measured: 21)
 
-# By their first bytes. The demuxer is named, never guessed: playlists, which open other files, are not among them.
-BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # the first of MP4, and of old QuickTime
-STILL = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"hevc", b"hevx")  # brands of pictures in the same boxes
-
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions (ITU-T H.273) of more light than a picture of 8 bits can show
-
-
-def container_of(head: bytes) -> str | None:
-    """ffmpeg's name of the container that begins with these bytes; None: no video that can be read."""
-    if head[4:8] in BOXES and not (head[4:8] == b"ftyp" and head[8:12] in STILL):
-        return "mp4"
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return "matroska"
-    return "avi" if head[:4] == b"RIFF" and head[8:11] == b"AVI" else None
 
 
 def is_clip(head: bytes) -> bool:
@@ -158,7 +145,8 @@ class VideoFile:
     def __exit__(self, kind, error, traceback) -> None:
         self._reserved.close()
         if isinstance(error, Exception) and not isinstance(error, ImageError):  # a decoder's own, of every kind
-            raise ImageError(f"{self.name} cannot be read: {error}") from error
+            said = getattr(error, "strerror", None) or error  # PyAV's own text has a number and a descriptor
+            raise ImageError(f"{self.name} cannot be read: {said}") from error
 
     def show(self, choose: Callable[[int], list[int]]) -> np.ndarray:
         """Decodes the frames that `choose` picks.

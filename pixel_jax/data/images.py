@@ -32,6 +32,10 @@ UNKNOWN = (
     "WebM or AVI). Convert a picture to PNG, and a video by `ffmpeg -i FILE -c copy FILE.mkv`"
 )
 
+# By their first bytes. The demuxer is named, never guessed: playlists, which open other files, are not among them.
+BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")  # the first of MP4, and of old QuickTime
+STILL = (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix", b"hevc", b"hevx")  # brands of pictures in the same boxes
+
 
 def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) -> np.ndarray:
     """Reads the pixels of an image file, as a person would see it (`pixel_jax.pictures.rgb`).
@@ -92,6 +96,8 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     try:
         with contextlib.ExitStack() as stack:
             head = file.read(32)
+            if not head:
+                raise ImageError(f"{name} cannot be read: it is empty (0 bytes), so copy it again")
             file.seek(0)
             if head[:6] in (b"GIF87a", b"GIF89a"):
                 file = io.BytesIO(file.read())
@@ -111,7 +117,14 @@ def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     except ImageError:
         raise
     except UnidentifiedImageError:
+        if container_of(head) is not None:
+            what = (
+                "cannot be read: it is a video, where a picture is meant; give frames of it, or say that it is a video"
+            )
+            raise ImageError(f"{name} {what}") from None
         raise ImageError(f"{name} {UNKNOWN}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name} cannot be read: make it smaller ({error})") from None
     except Exception as error:  # a decoder fed with hostile bytes raises errors of every kind
         raise ImageError(f"{name} cannot be read: {error}") from error
 
@@ -134,6 +147,15 @@ def _decoded_size(image: Image.Image) -> tuple[int, int]:
 def _reserved(width: int, height: int, name: str, wary: int = 0) -> contextlib.AbstractContextManager[None]:
     limits().check(width, height, name)
     return reserve_decoding(width * height * PICTURE_BYTES, name, wary=wary)
+
+
+def container_of(head: bytes) -> str | None:
+    """ffmpeg's name of the container that begins with these bytes; None: no video that can be read."""
+    if head[4:8] in BOXES and not (head[4:8] == b"ftyp" and head[8:12] in STILL):
+        return "mp4"
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "avi" if head[:4] == b"RIFF" and head[8:11] == b"AVI" else None
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:

@@ -38,8 +38,32 @@ def read_examples(
     Raises:
       ExampleError: the file, or a row of it, cannot be read; or no example is left.
     """
-    path = pathlib.Path(path)
     report = ReadReport(str(path), drop)
+    options = {"image_folders": image_folders, "columns": columns, "language": language, "pictures": pictures}
+    examples = read_rows(path, report, turns=turns, **options)
+    if drop:
+        examples = readable(examples, report)
+    if not examples:
+        raise ExampleError(f"{report.source} has no examples. {report}")
+    return examples, report
+
+
+def read_rows(
+    path: str | pathlib.Path,
+    report: ReadReport,
+    *,
+    turns: bool,
+    image_folders: Sequence[str] = (),
+    columns: Mapping[str, str] = {},  # noqa: B006, never changed
+    language: Language = RELEASED_LANGUAGE,
+    pictures: bool = True,
+) -> list[Example]:
+    """As `read_examples`, but no image is decoded, and there may be no examples.
+
+    Raises:
+      ExampleError: the file, or a row of it that `report` does not drop, cannot be read.
+    """
+    path = pathlib.Path(path)
     if (path / "dataset_info.json").is_file():
         try:
             from pixel_jax.data.prepared import read_prepared
@@ -67,11 +91,7 @@ def read_examples(
         )
     if turns and (lacking := [x.id for x in examples if not x.turns]):
         raise ExampleError(f"{path}: {len(lacking)} examples have no turns to learn, the first one is {lacking[0]}")
-    if drop:
-        examples = readable(examples, report)
-    if not examples:
-        raise ExampleError(f"{path} has no examples. {report}")
-    return examples, report
+    return examples
 
 
 def readable(examples: list[Example], report: ReadReport) -> list[Example]:

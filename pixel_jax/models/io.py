@@ -5,7 +5,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from pixel_jax.models.peft import CONFIG as ADAPTER
 from pixel_jax.models.peft import FOLDER, WEIGHTS, PEFTConfig, load_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.models.side_files import is_side_file
+from pixel_jax.models.tensors import Tensor
 from pixel_jax.terminal import warn
 
 ADAPTER_FILES = (f"{FOLDER}/{ADAPTER}", f"{FOLDER}/{WEIGHTS}")  # of a model that it was merged into
@@ -49,15 +52,7 @@ def from_pretrained(
         FileError: a file is not what it should be. The message names it, and the field or tensor at fault.
     """
     directory = Path(path)
-    gguf = None if (directory / CONFIG).exists() else find_gguf(directory)
-    if gguf is not None:
-        config, tensors, processor = read_gguf(gguf)
-        config_dtype = None
-    elif (directory / CONFIG).exists():
-        config, config_dtype = read_config(directory)
-        tensors, processor = open_weights(directory, config.names), Processor.from_directory(directory, config)
-    else:
-        raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
+    config, tensors, processor, config_dtype = open_model(directory)
     abstract = jax.eval_shape(functools.partial(LanguageModel, config), jax.random.key(0))
     if mesh is None:
         one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -71,6 +66,32 @@ def from_pretrained(
         _warn_of_another(directory, Path(adapter))
         model = load_adapter(model, adapter)
     return model, processor
+
+
+class ModelFiles(NamedTuple):
+    """What `from_pretrained` reads, with no weight read yet."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]  # by our names of them
+    processor: Processor | None
+    config_dtype: str | None  # that `config.json` names
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFiles:
+    """Opens a directory or a GGUF file, and reads everything but the weights.
+
+    Raises:
+        FileNotFoundError: it is no model directory.
+        FileError: a file is not what it should be.
+    """
+    directory = Path(path)
+    if (directory / CONFIG).exists():
+        config, config_dtype = read_config(directory)
+        tensors = open_weights(directory, config.names)
+        return ModelFiles(config, tensors, Processor.from_directory(directory, config), config_dtype)
+    if (gguf := find_gguf(directory)) is not None:
+        return ModelFiles(*read_gguf(gguf), None)
+    raise FileNotFoundError(f"{directory} is not a model directory: it has no {CONFIG}{_what_it_is(directory)}")
 
 
 def read_network(path: str | os.PathLike[str]) -> ModelConfig:

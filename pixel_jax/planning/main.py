@@ -86,6 +86,10 @@ def main(command: str, arguments: list[str], of_recipe: Callable[["Recipe"], "Re
         slices(FLAGS.scaling)  # an unknown kind stops before anything is compiled
     machines = [machine(name) for name in FLAGS.topology]
     wanted = [step for step in recipe.steps if not FLAGS.steps or step in FLAGS.steps]
+    if set(wanted) & set(RUN):
+        config = recipe.config
+        assert config.rl is not None and config.image_buffer is not None
+        config.rl.rollout.check_model(recipe.network, videos=config.image_buffer[0] > 1 and FLAGS.video)
     if "rollout" in wanted and not {"update", "score"} & set(wanted):
         console.print("Without a plan of the update its state is counted as the config's mesh has it.", style="dim")
     learning = [step for step in wanted if step in RUN]

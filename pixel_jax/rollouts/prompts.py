@@ -115,7 +115,10 @@ def shown_media(query: Query, config: RolloutConfig) -> tuple[list[template.Medi
     kind = "video" if query.is_video else "image"
     sizes = config.sizes("video" if query.is_video else "")
     for i, image in enumerate(query.images):
-        height, width = sizes.of(*image.shape[:2])
+        try:
+            height, width = sizes.of(*image.shape[:2])
+        except ValueError as error:  # it is much longer than wide
+            raise PromptError(f"{kind} {i + 1} of {query.question!r} cannot be shown: {error}: crop it first") from None
         if height * width > sizes.max_pixels or max(height, width) > sizes.max_side:
             raise PromptError(
                 f"{kind} {i + 1} of {query.question!r} is {image.shape[1]}x{image.shape[0]} pixels and would be shown at "

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -17,7 +18,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pixel_jax.evaluation.transcript import as_document, make_transcript
-from pixel_jax.rollouts.images import ragged
 from pixel_jax.rollouts.materialize import VisualRecord, materialize_on_host
 from pixel_jax.rollouts.trajectory import Trajectories
 from pixel_jax.serving.conversation import Speaker
@@ -168,9 +168,9 @@ class Completions:
                 raise RequestError(f"the server takes no requests: {error}", status=503, code="unavailable") from None
             pieces = _until(events, gone)
             if request.stream:
-                await self._stream(answer, speaker, pieces, send)
+                await self._stream(answer, speaker, pieces, job.prompts.images, send)
             else:
-                await self._whole(answer, speaker, pieces, scope, receive, send)
+                await self._whole(answer, speaker, pieces, job.prompts.images, scope, receive, send)
         finally:
             gone.cancel()
             self.engine.cancel(job)
@@ -180,6 +180,7 @@ class Completions:
         answer: Answer,
         speaker: Speaker,
         events: AsyncIterator[Event],
+        images: np.ndarray,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -188,12 +189,14 @@ class Completions:
             if isinstance(event, Ended):
                 if event.error is not None:
                     raise RequestError(f"the model has failed: {event.error}"[:500], status=500, code="failed")
-                transcript = await self._transcript(answer.request, speaker, event.row)
+                transcript = await self._transcript(answer.request, speaker, event.row, images)
                 await JSONResponse(answer.completion(transcript))(scope, receive, send)
             else:
                 answer.add(event)
 
-    async def _stream(self, answer: Answer, speaker: Speaker, events: AsyncIterator[Event], send: Send) -> None:
+    async def _stream(
+        self, answer: Answer, speaker: Speaker, events: AsyncIterator[Event], images: np.ndarray, send: Send
+    ) -> None:
         """Server-sent events: a chunk for each piece of text and each turn of a tool."""
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -212,7 +215,7 @@ class Completions:
                     answer.add(event)
                     await write(answer.chunk({}, pixel_jax={"turn": answer.shown(event)}))
                 case Ended(error=None):
-                    transcript = await self._transcript(answer.request, speaker, event.row)
+                    transcript = await self._transcript(answer.request, speaker, event.row, images)
                     await write(answer.chunk({}, answer.reader.ended, pixel_jax=answer.extension(transcript)))
                     if answer.request.usage:
                         await write(answer.usage_chunk())
@@ -222,15 +225,18 @@ class Completions:
                     await write(failure.body(), more=False)
 
     async def _transcript(
-        self, request: ChatRequest, speaker: Speaker, row: Trajectories[VisualRecord] | None
+        self, request: ChatRequest, speaker: Speaker, row: Trajectories[VisualRecord] | None, images: np.ndarray
     ) -> dict[str, Any] | None:
-        """The row of an answer with its pictures, as `pixel_jax.evaluation.transcript.Transcript` has it."""
+        """The row of an answer with its pictures, as `pixel_jax.evaluation.transcript.Transcript` has it.
+
+        `images`: `Images` [1] of its prompt, beside which lies what tools on the host have drawn.
+        """
         if row is None:
             return None
         query = request.prompt.query
 
         def drawn() -> dict[str, Any]:
-            seen = materialize_on_host(row, ragged([query.images]), speaker.tables.tools, speaker.config)
+            seen = materialize_on_host(row, images, speaker.tables.tools, speaker.config)
             return as_document(make_transcript(seen, 0, query, speaker.vocabulary))
 
         return await asyncio.get_running_loop().run_in_executor(self.threads, drawn)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import socket
@@ -133,9 +134,20 @@ def with_sampling(speaker: "Speaker") -> "Speaker":
 
 
 def shape_of(speaker: "Speaker") -> "BatchShape":
-    """The batch shape that prompts must fit, from the flags."""
-    from pixel_jax.rollouts.shapes import prompt_shape
+    """The batch shape that prompts must fit, from the flags.
 
+    Raises:
+        UserError: no prompt would fit.
+    """
+    from pixel_jax.rollouts.shapes import prompt_shape
+    from pixel_jax.serving.conversation import Message, prompt_of
+
+    shortest = len(prompt_of([Message("user", ("?",))], speaker).ids)
+    if shortest >= FLAGS.prompt_tokens:
+        raise UserError(
+            f"--prompt_tokens={FLAGS.prompt_tokens}: a question of one letter and no image has {shortest} tokens, with the "
+            "system message and the tools; give more"
+        )
     # A model that sees no images has one small empty buffer, so that all arrays have the same axes.
     images, side = (FLAGS.images, FLAGS.image_side) if speaker.config.max_images else (1, EMPTY_SIDE)
     return prompt_shape(images, side, side, FLAGS.prompt_tokens, speaker.config, video=False)
@@ -150,7 +162,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.bind(address)
         listener.listen()  # a client that connects before requests are answered waits, and is not refused
     except OSError as error:
-        raise UserError(f"--host={host} --port={port} cannot be listened at: {error.strerror or error}") from None
+        why = f"--host={host} --port={port} cannot be listened at: {error.strerror or error}"
+        raise UserError(why + "; --port=0 takes one that is free" * (error.errno == errno.EADDRINUSE)) from None
     return listener
 
 

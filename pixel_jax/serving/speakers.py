@@ -59,7 +59,9 @@ def load_speaker(
     known = find_tools(tools or DEFAULT)
     model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
     if processor is None:
-        raise UserError(f"{directory} has no tokenizer: it can be trained from, but not talked to")
+        raise UserError(
+            f"{directory} has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it"
+        )
     config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if call_format:
         find_format(

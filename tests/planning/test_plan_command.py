@@ -78,3 +78,13 @@ def test_mistakes_are_said_before_anything_is_compiled(tmp_path):
     }.items():
         run = plan(tmp_path, *arguments)
         assert run.returncode == 1 and run.stderr.count("\n") == 1 and message in run.stderr
+
+
+def test_rollouts_that_a_family_cannot_make_are_not_planned(tmp_path):
+    """Of LLaVA, whose images have one size: by name, before anything is compiled."""
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "model").mkdir()
+    values = {"model_type": "llava", "text_config": {"model_type": "llama"}, "vision_config": {}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(values))
+    run = plan(tmp_path, "--topology=cpu:8")
+    assert run.returncode == 1 and "rollouts of the family 'llava' are not supported" in run.stderr

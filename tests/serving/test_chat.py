@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import types
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from pixel_jax import chat
 from pixel_jax.chat import Chat, Screen, converse, split_line
+from pixel_jax.cli import UserError
 from pixel_jax.evaluation import transcript
 from pixel_jax.serving.session import Session
 from tests.data import ffmpeg
@@ -128,3 +130,44 @@ def test_a_video(speaker, tmp_path, capsys):
     assert len(talker.messages) == 4
     transcript.save(tmp_path / "talk.json", talker.transcripts)
     assert transcript.load(tmp_path / "talk.json") == talker.transcripts
+
+
+def test_names_of_files(tmp_path, monkeypatch):
+    """A person's own folder, addresses, and what --video cannot be about."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert chat.local_path("~/a.png") == tmp_path / "a.png"
+    with pytest.raises(
+        UserError, match="'https://x.org/a.png' is an address, and nothing is fetched: save the picture"
+    ):
+        chat.local_path("https://x.org/a.png")
+    film = ffmpeg.make(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match="--video: .*a.mp4' is a video file: give it alone, or only frames"):
+        chat.load_parts([film, film], True)
+    with pytest.raises(UserError, match="--video: name the frames of the video"):
+        chat.load_parts([], True)
+    (clip,) = chat.load_parts([film], True)
+    assert len(clip.frames) == 16
+
+
+def test_an_answer_that_is_stopped_or_fails(speaker, talk, monkeypatch, capsys):
+    """The conversation is as it was before, and goes on: no place in the rollout is lost."""
+    talker, stream = talk
+    image = scripted_model.image(1, 120, 150)
+    answer = talker.ask("Which digit?", [image])
+    asked = list(talker.messages)
+    monkeypatch.setattr(chat, "SIGNALS", types.SimpleNamespace(told=True))
+    with pytest.raises(UserError, match="the answer was stopped; the conversation is as it was"):
+        talker.ask("Are you sure?")
+    monkeypatch.undo()
+
+    def fail(self, budget):
+        raise ValueError("a worker for the tools did not start")
+
+    monkeypatch.setattr(Session, "advance", fail)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="a worker"):
+            talker.ask("Are you sure?")
+    monkeypatch.undo()
+    assert talker.messages == asked and len(talker.transcripts) == 1
+    talker.messages = []
+    assert talker.ask("Which digit?", [image]) == answer

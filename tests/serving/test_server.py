@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from pixel_jax.cli import UserError
 from pixel_jax.config import load
 from pixel_jax.evaluation.transcript import Transcript
 from pixel_jax.rollouts.prompts import Query
@@ -51,8 +52,9 @@ def asked(question, *images):
 class Running:
     """A server in a thread, as `pixel-jax serve` runs it, and what stops it as SIGTERM does."""
 
-    def __init__(self, speaker, *, limit=300, key=None, hosts=(), body_bytes=1 << 20):
-        sessions = {name: Session(speaker, SHAPE, slots=2) for name in ("tiny", "again")}
+    def __init__(self, speaker, *, limit=300, key=None, hosts=(), body_bytes=1 << 20, host=None):
+        names = ("tiny", "again") if host is None else ("tiny",)
+        sessions = {name: Session(speaker, SHAPE, slots=2, host=host) for name in names}
         self.engine = Engine(sessions, limit=limit, budget=16, metrics=Metrics())
         app = make_app(self.engine, dict.fromkeys(sessions, speaker), hosts=hosts, key=key, body_bytes=body_bytes)
         listener = main.listen("127.0.0.1", 0)
@@ -468,3 +470,13 @@ def test_a_model_that_fails_says_so(server, speaker):
             ask(other.client(), "Which?", IMAGES[0])
         other.thread.join(20)
         assert not other.thread.is_alive() and isinstance(other.engine.failed, RuntimeError)
+
+
+def test_a_prompt_that_nothing_fits_is_refused(speaker, monkeypatch):
+    """Before anything is compiled: the tools and the system message alone are longer."""
+    flags = types.SimpleNamespace(prompt_tokens=8, images=1, image_side=192)
+    monkeypatch.setattr(main, "FLAGS", flags)
+    with pytest.raises(UserError, match=r"--prompt_tokens=8: a question of one letter and no image has \d+ tokens"):
+        main.shape_of(speaker)
+    flags.prompt_tokens = 256
+    assert main.shape_of(speaker).tokens == 256
