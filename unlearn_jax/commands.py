@@ -29,7 +29,11 @@ FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
 # config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
-TASKS = {"traces": ("unlearn_jax.quickstart", "Config"), "people": ("unlearn_jax.people", "PeopleConfig")}
+TASKS = {
+    "traces": ("unlearn_jax.quickstart", "Config"),
+    "people": ("unlearn_jax.people", "PeopleConfig"),
+    "recommendation": ("unlearn_jax.recommendation", "RecommendationConfig"),
+}
 
 
 def define_flags(command: str) -> None:
