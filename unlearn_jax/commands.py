@@ -4,6 +4,7 @@
     unlearn-jax erase --request=requests.jsonl
     unlearn-jax eval
 
+With --config=unlearn/movielens_tallrec (or _llara) they fill in the table of a comparison instead, and carry out no requests.
 A request is a line of JSON, see docs/unlearning.md:
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}

@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     }
     config.form = "llara"
     config.adapter = {"layers": 2, "rank": 8, "alpha": 32.0, "targets": r"model\.layers\..*"}
-    config.training = {"epochs": 8, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
-    config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 5.0}
+    config.training = {"epochs": 6, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
+    config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 4.0}
     config.edits = ("query_removal", "query_replacement", "response")
     config.shares = (0.05, 0.1)
     config.seeds = (0, 1, 2)

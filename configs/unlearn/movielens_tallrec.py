@@ -27,8 +27,8 @@ def get_config() -> ConfigDict:
     }
     config.form = "tallrec"
     config.adapter = {"layers": 2, "rank": 8, "alpha": 16.0, "targets": r".*\.(q_proj|v_proj)"}
-    config.training = {"epochs": 12, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
-    config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 5.0}
+    config.training = {"epochs": 6, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
+    config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 4.0}
     config.edits = ("remove",)
     config.shares = (0.05, 0.1)
     config.seeds = (0, 1, 2)

@@ -5,6 +5,8 @@ topmost layer only keys and values are computed at all positions, the rest where
 """
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +87,16 @@ class Recommender:
     def loss(self) -> Loss:
         """The loss of an example, which has `hidden` beside `places`, `labels` and the mask, as a function of the adapter."""
         return Loss(Partial(_answer_logits, self.upper), CrossEntropy())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the weights of both parts, and of where they were parted."""
+        found = hashlib.sha256()
+        for part in (self.lower, self.upper):
+            for x in jax.tree.leaves(part):
+                found.update(repr((x.shape, str(x.dtype))).encode())
+                found.update(np.ascontiguousarray(x).tobytes())
+        return found.hexdigest()[:32]
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text, none of which is a special one."""

@@ -75,7 +75,7 @@ class Study:
         recommender = Recommender.of(
             model, tokenizer, **dataclasses.asdict(config.adapter), key=jax.random.key(data.seed)
         )
-        (config.directory / "hidden").mkdir(parents=True, exist_ok=True)
+        config.directory.mkdir(parents=True, exist_ok=True)
         return cls(config, ratings, FORMS[config.form], recommender, users, tested)
 
     def rows(self, seed: int) -> list[Row]:
@@ -112,7 +112,9 @@ class Study:
     def hidden(self, tokens: np.ndarray) -> np.ndarray:
         """What the lower layers make of tokens int32 [n, T], float32 [n, T, D]; kept in a file for each text."""
         names = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in tokens]
-        paths = [self.config.directory / "hidden" / f"{name}.safetensors" for name in names]
+        directory = self.config.directory / self.recommender.digest
+        directory.mkdir(exist_ok=True)
+        paths = [directory / f"{name}.safetensors" for name in names]
         missing = [i for i, path in enumerate(paths) if not path.exists() and path not in paths[:i]]
         progress = ProgressLine("texts read by the lower layers", len(missing))
         for at in range(0, len(missing), BLOCK):
@@ -157,10 +159,12 @@ class Study:
         start = self.recommender.fresh(seed) if start is None else start
         recipe = dataclasses.replace(self.config.training, seed=1000 * order + seed)
         spent = float(recipe.epochs * np.count_nonzero(weights))
-        path = self.config.directory / f"{_digest(recipe, rows, weights, start)}.safetensors"
+        path = self.config.directory / f"{_digest(self.recommender.digest, recipe, rows, weights, start)}.safetensors"
         if path.exists():
             return {name: jnp.asarray(x) for name, x in load_file(path).items()}, spent
-        adapter = train(recipe, self.recommender.loss, beginning(recipe, start), rows, weights)
+        progress = ProgressLine("training, steps", len(recipe.order(len(weights))))
+        log = lambda step, value: progress.update(step, {"loss": value})
+        adapter = train(recipe, self.recommender.loss, beginning(recipe, start), rows, weights, log=log)
         write_file(path, save({name: np.asarray(x) for name, x in adapter.items()}))
         return adapter, spent
 
@@ -284,8 +288,8 @@ def _take(rows: Arrays, positions: np.ndarray) -> Arrays:
     return {name: x[positions] for name, x in rows.items()}
 
 
-def _digest(recipe: TrainingRecipe, rows: Arrays, weights: np.ndarray, start: Mapping[str, Any]) -> str:
-    found = hashlib.sha256(repr(recipe).encode())
+def _digest(model: str, recipe: TrainingRecipe, rows: Arrays, weights: np.ndarray, start: Mapping[str, Any]) -> str:
+    found = hashlib.sha256(f"{model} {recipe}".encode())
     for part in (*(rows[name] for name in sorted(rows)), weights, *(start[name] for name in sorted(start))):
         found.update(np.ascontiguousarray(part).tobytes())
     return found.hexdigest()[:32]

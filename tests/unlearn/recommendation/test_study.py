@@ -14,6 +14,7 @@ from pixel_jax.config import ConfigError
 from unlearn_jax.recommendation import cells, edit
 from unlearn_jax.recommendation.cells import Cell, best_rate, cells_of, read_cell, run_cells
 from unlearn_jax.recommendation.methods import METHODS, REFERENCES
+from unlearn_jax.recommendation.page import write_page
 from unlearn_jax.recommendation.study import Study, alone
 from unlearn_jax.recommendation.table import REPORTED, rows_of, text
 
@@ -140,6 +141,21 @@ def test_the_table_shows_means_and_intervals(run):
     diverged = [{**done[-1], "row": {"rate": 1.0, "diverged": True}}]
     assert "diverged" in text(rows_of(diverged))
     assert REPORTED[2].error == pytest.approx(0.052, abs=1e-3)  # the difference of the methods is one of 92 users
+
+
+def test_the_page_has_what_is_there_and_says_what_is_not(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    config, _ = run
+    config = dataclasses.replace(config, seeds=(0, 7))
+    write_page({"tiny": config}, tmp_path / "page")
+    page = (tmp_path / "page.md").read_text()
+    assert f"{len(METHODS)} of {2 * len(METHODS)} cells are done" in page and "| erase | 1 |" in page
+    assert "- remove, 20%: corrupted, retrain, cold," in page and "(seeds 7)" in page
+    assert "0.4565 | 0.052 (42 of 92)" in page and "![" in page
+    assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
+    numbers = json.loads((tmp_path / "page.json").read_text())
+    erased = next(x for x in numbers["studies"]["tiny"]["rows"] if x["method"] == "erase")
+    assert erased["values"]["auc"]["mean"] == row(config, "erase")["auc"]
 
 
 def test_what_a_study_cannot_do_is_said(tmp_path):
