@@ -115,7 +115,10 @@ class Recommender:
         for i, (question, said) in enumerate(pairs):
             asked, target = self.ids(question), self.ids(said)
             if len(asked) + len(target) > length or len(target) > answer:
-                raise ValueError(f"{question!r} with {said!r} has {len(asked)} + {len(target)} tokens, over {length}")
+                raise ValueError(
+                    f"{question!r} with {said!r} has {len(asked)} + {len(target)} tokens, over {length} or {answer}: raise "
+                    f"config.data.length or config.data.answer"
+                )
             tokens[i, : len(asked) + len(target)] = [*asked, *target]
             lengths[i] = len(asked)
             places[i, : len(target)] = len(asked) - 1 + np.arange(len(target))

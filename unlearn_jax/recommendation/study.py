@@ -127,13 +127,17 @@ class Study:
     @functools.cached_property
     def questions(self) -> ReadQuestions:
         """The test questions."""
-        encoded = self.encode(self.tested)
+        encoded = self._tests
         return ReadQuestions(self.recommender, encoded.tokens, encoded.lengths, self.hidden(encoded.tokens))
+
+    @functools.cached_property
+    def _tests(self) -> Encoded:
+        return self.encode(self.tested)
 
     @functools.cached_property
     def unseen(self) -> Arrays:
         """The test rows as examples, which nobody trains on."""
-        return examples(self.encode(self.tested), self.questions.hidden)
+        return examples(self._tests, self.questions.hidden)
 
     def case(self, edit: str, share: float, seed: int) -> "Case":
         """The rows of a seed, `share` of which an edit is about."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from unlearn_jax.recommendation.forms import llara, tallrec
 from unlearn_jax.requests.replay import TrainingRecipe
 
 FILMS, USERS = 40, 24
-PIECES = [*tallrec.ALPACA.replace("{instruction}", "\0").replace("{input}", "\0").split("\0"), tallrec.INSTRUCTION]
+PIECES = [*re.split(r"\{\w+\}", tallrec.ALPACA), tallrec.INSTRUCTION]
 PIECES += [
     "User Preference: ",
     "\nUser Unpreference: ",
@@ -23,7 +24,7 @@ PIECES += [
     "Yes.",
     "No.",
 ]
-PIECES += [*llara.PROMPT.replace("{history}", "\0").replace("{candidates}", "\0").split("\0"), ", ", '", "', "Film "]
+PIECES += [*re.split(r"\{\w+\}", llara.PROMPT), ", ", '", "', "Film "]
 
 
 def write_ratings(directory):
@@ -56,6 +57,9 @@ def model():
     return LanguageModel(LlamaConfig(text=text, tie_word_embeddings=True), jax.random.key(0))
 
 
+FEW = ("corrupted", "retrain, cold", "erase", "L-BFGS", "NPO")  # methods that take little time
+
+
 def make_config(tmp_path, **changes) -> RecommendationConfig:
     config = RecommendationConfig(
         out=str(tmp_path / "out"),
@@ -66,7 +70,7 @@ def make_config(tmp_path, **changes) -> RecommendationConfig:
             length=64, answer=6,
         ),
         adapter=AdapterConfig(layers=2, rank=2, alpha=4.0, targets=r".*\.(q_proj|v_proj|up_proj)"),
-        training=TrainingRecipe(epochs=2, batch=4, learning_rate=0.02),
+        training=TrainingRecipe(epochs=2, batch=4, learning_rate=0.1),
         erasure=ErasureConfig(micro_batch=6),
         shares=(0.2,),
         seeds=(0,),

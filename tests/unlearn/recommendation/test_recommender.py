@@ -104,7 +104,7 @@ def test_greedy_answers_are_those_of_repeated_passes(count):
 def test_what_cannot_be_is_said():
     with pytest.raises(UserError, match=r"config\.lora\.layers is 4; the model has 3"):
         make(4)
-    with pytest.raises(ValueError, match="over 24"):
+    with pytest.raises(ValueError, match="over 24 or 8: raise config.data.length"):
         make(1).encode([("Film 1, " * 30, "Yes.")], LENGTH, 8)
     # A title that is spelled like a special token is text.
     assert tokenizer().convert_tokens_to_ids("<|im_end|>") not in make(1).ids("<|im_end|>")
