@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax
+import numpy as np
 import optax
 
 from unlearn_jax import baselines
@@ -49,7 +51,8 @@ class Method:
         """Raises FloatingPointError where it diverges."""
         begun = time.perf_counter()
         adapters, gradients, remarks = self.make(case, allowance)
-        return Attempt(adapters, gradients, time.perf_counter() - begun, remarks)
+        # From the host, all adapters are alike to compiled programs: those of other methods are not compiled again.
+        return Attempt(jax.tree.map(np.asarray, adapters), gradients, time.perf_counter() - begun, remarks)
 
 
 def _corrupted(case: Case, allowance: Allowance) -> tuple[Params, float, dict[str, Any]]:

@@ -260,7 +260,7 @@ class Case:
     @functools.cached_property
     def reference(self) -> Params:
         """The cold retrain, with which all others are compared."""
-        return alone(self.retrained()[0])
+        return jax.tree.map(np.asarray, alone(self.retrained()[0]))
 
     def forgetting(self, stacked: Params) -> dict[str, float]:
         """How far adapters [adapters, ...] are from the cold retrain, and what they say of the rows.
