@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "test_share": 0.2,
         "history": 10,
         "length": 240,
-        "answer": 16,
+        "answer": 25,
         "candidates": 20,
     }
     config.form = "llara"

@@ -6,7 +6,7 @@ writes docs/unlearn-movielens.md, .json and .png from the cells that are there; 
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pixel_jax.files import write_file
@@ -85,7 +85,7 @@ def _study(name: str, config: RecommendationConfig, rows: Sequence[TableRow], do
     return "\n".join(said)
 
 
-def _missing(config: RecommendationConfig, rows: Sequence[TableRow]):
+def _missing(config: RecommendationConfig, rows: Sequence[TableRow]) -> Iterator[str]:
     """A line for each part of the table with cells that are not done."""
     done = {(row.edit, row.share, row.method): row.seeds for row in rows}
     for edit in config.edits:
@@ -95,9 +95,9 @@ def _missing(config: RecommendationConfig, rows: Sequence[TableRow]):
                 seeds = tuple(seed for seed in config.seeds if seed not in done.get((edit, share, method), []))
                 lacking.setdefault(seeds, []).append(method)
             lacking.pop((), None)
-            said = [f"{', '.join(names)} (seeds {', '.join(map(str, seeds))})" for seeds, names in lacking.items()]
-            if said:
-                yield f"{edit.replace('_', ' ')}, {share:.0%}: {'; '.join(said)}"
+            for seeds, names in lacking.items():
+                where = f"{edit.replace('_', ' ')}, {share:.0%}, seeds {', '.join(map(str, seeds))}"
+                yield f"{where}: {'; '.join(names)}"
 
 
 def draw(studies: Sequence[tuple[str, RecommendationConfig, Sequence[TableRow]]], path: pathlib.Path) -> None:

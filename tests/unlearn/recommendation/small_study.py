@@ -67,7 +67,7 @@ def make_config(tmp_path, **changes) -> RecommendationConfig:
         model="tiny",
         data=RatingsConfig(
             path=str(write_ratings(tmp_path / "ratings")), examples=12, test_share=0.4, history=4, candidates=4,
-            length=64, answer=6,
+            length=64, answer=8,
         ),
         adapter=AdapterConfig(layers=2, rank=2, alpha=4.0, targets=r".*\.(q_proj|v_proj|up_proj)"),
         training=TrainingRecipe(epochs=2, batch=4, learning_rate=0.1),

@@ -48,9 +48,9 @@ def check_methods(config, methods):
         if METHODS[name].cost == "edit":
             assert 0 < found["gradients"] <= row(config, "erase")["gradients"] * 1.001
         assert ("rate" in found) == METHODS[name].tuned
-    assert row(config, "retrain, cold")["kl_forget"] == pytest.approx(0, abs=1e-6)
+    assert row(config, "retrain, cold")["kl_forget"] == pytest.approx(0, abs=1e-7)
     assert row(config, "retrain, cold")["gradients"] == 2 * 10 and row(config, "corrupted")["gradients"] == 0
-    assert row(config, "corrupted")["kl_forget"] > 1e-4
+    assert row(config, "corrupted")["kl_forget"] > 1e-6
 
 
 def test_every_cell_is_there_and_costs_no_more_than_the_edit(run):
@@ -62,8 +62,8 @@ def test_every_method_has_its_cell(tmp_path):
     config = make_config(tmp_path)
     run_cells(make_study(config), cells_of(config))
     check_methods(config, METHODS)
-    assert row(config, "retrain, other order")["kl_forget"] > 1e-4
-    assert row(config, "SISA")["shards"] >= 1 and row(config, "retrain, warm")["kl_forget"] > 1e-4
+    assert row(config, "retrain, other order")["kl_forget"] > 1e-6
+    assert row(config, "SISA")["shards"] >= 1 and row(config, "retrain, warm")["kl_forget"] > 1e-6
 
 
 def test_the_learning_rate_is_the_best_of_the_tuning_seed(run):
@@ -126,7 +126,7 @@ def test_corrected_rows_are_asked_and_answered_as_they_should_be(tmp_path, kind)
     for numbers in found.values():
         assert 0 <= numbers["valid_ratio"] <= 1
         assert numbers["hit_ratio_of_all"] == pytest.approx(numbers["hit_ratio"] * numbers["valid_ratio"])
-    assert found["retrain, cold"]["kl_right"] == pytest.approx(0, abs=1e-6) < found["corrupted"]["kl_right"]
+    assert found["retrain, cold"]["kl_right"] == pytest.approx(0, abs=1e-7) < found["corrupted"]["kl_right"]
     case = study.case(kind, 0.2, 0)
     (change,) = case.edits
     assert change.ids == [case.rows[i].name for i in case.touched]
@@ -142,8 +142,8 @@ def test_corrected_rows_are_asked_and_answered_as_they_should_be(tmp_path, kind)
 
 def test_the_table_shows_means_and_intervals(run):
     config, _ = run
-    done = [read_cell(config, cell) for cell in cells_of(config)]
-    second = json.loads(json.dumps([{**cell, "seed": 1} for cell in done if cell["seed"] == 0]))
+    done = [read_cell(config, cell) for cell in cells_of(config) if cell.seed == 0]
+    second = json.loads(json.dumps([{**cell, "seed": 1} for cell in done]))
     for cell in second:
         cell["row"]["auc"] += 0.1
     (corrupted,) = [x for x in rows_of([*done, *second]) if x.method == "corrupted"]
@@ -163,7 +163,7 @@ def test_the_page_has_what_is_there_and_says_what_is_not(run, tmp_path):
     write_page({"tiny": config}, tmp_path / "page")
     page = (tmp_path / "page.md").read_text()
     assert f"{len(FEW)} of {2 * len(FEW)} cells are done" in page and "| erase | 1 |" in page
-    assert "- remove, 20%: corrupted, retrain, cold," in page and "(seeds 7)" in page
+    assert "- remove, 20%, seeds 7: corrupted; retrain, cold; erase" in page
     assert "0.4565 | 0.052 (42 of 92)" in page and "![" in page
     assert (tmp_path / "page.png").read_bytes()[:4] == b"\x89PNG"
     numbers = json.loads((tmp_path / "page.json").read_text())
