@@ -11,6 +11,7 @@ from pixel_jax.synthesis.run import SynthConfig
 from pixel_jax.train_config import TrainConfig
 from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
+from unlearn_jax.recommendation.config import RecommendationConfig
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # What a command line has to add before a config is whole.
@@ -24,6 +25,9 @@ KINDS = {
     "pixel/quickstart": QuickstartConfig,
     "pixel/quickstart_rotate": QuickstartConfig,
     "pixel/synth": SynthConfig,
+    "unlearn/movielens_llara": RecommendationConfig,
+    "unlearn/movielens_tallrec": RecommendationConfig,
+    "unlearn/movielens_tallrec_all": RecommendationConfig,
     "unlearn/people": PeopleConfig,
     "unlearn/quickstart": UnlearningConfig,
 }

@@ -18,6 +18,7 @@ LABORATORY = (
     "unlearn_jax.people",
     "unlearn_jax.planning",
     "unlearn_jax.quickstart",
+    "unlearn_jax.recommendation",
 )
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -4,6 +4,7 @@
     unlearn-jax erase --request=requests.jsonl
     unlearn-jax eval
 
+With --config=unlearn/movielens_tallrec (or _llara) they fill in the table of a comparison instead, and carry out no requests.
 A request is a line of JSON, see docs/unlearning.md:
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
@@ -29,7 +30,11 @@ FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
 # config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
-TASKS = {"traces": ("unlearn_jax.quickstart", "Config"), "people": ("unlearn_jax.people", "PeopleConfig")}
+TASKS = {
+    "traces": ("unlearn_jax.quickstart", "Config"),
+    "people": ("unlearn_jax.people", "PeopleConfig"),
+    "recommendation": ("unlearn_jax.recommendation", "RecommendationConfig"),
+}
 
 
 def define_flags(command: str) -> None:

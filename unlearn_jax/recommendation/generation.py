@@ -1,0 +1,127 @@
+"""Greedy answers of a model with an adapter, or of the mean of several, to questions whose lower part is computed once."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixel_jax.models.attention import Mask
+from pixel_jax.models.lora import combine
+from unlearn_jax.arrays import Params
+from unlearn_jax.recommendation.recommender import (
+    KeysAndValues,
+    Recommender,
+    above,
+    angles_of,
+    blocks,
+    finish,
+    queries,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadQuestions:
+    """n questions, as the lower layers have read them; what lies behind a question is not looked at."""
+
+    recommender: Recommender
+    tokens: np.ndarray  # int32 [n, T]
+    lengths: np.ndarray  # int32 [n]
+    hidden: np.ndarray  # float32 [n, T, D]
+
+    @functools.cached_property
+    def kept(self) -> list[KeysAndValues]:
+        """What the lower layers keep of each block, float16 [layers, BLOCK, T, kv_heads, head_dim]; answers need it."""
+        return [self.recommender.keys_and_values(block) for block, _ in blocks(self.tokens)]
+
+    def first_logits(self, adapters: Params) -> np.ndarray:
+        """Logits of the answers' first tokens, [n, vocabulary]; those of several adapters' mean."""
+        found = [
+            np.asarray(_first(self.recommender.upper, adapters, hidden, lengths - 1)[0])[:real]
+            for (hidden, real), (lengths, _) in zip(blocks(self.hidden), blocks(self.lengths), strict=True)
+        ]
+        return np.concatenate(found)
+
+    def answers(self, adapters: Params, most: int, stop: Sequence[int]) -> list[str]:
+        """Greedy answers of at most `most` tokens, each up to the first token of `stop`."""
+        lower, upper = self.recommender.lower, self.recommender.upper
+        rows, ends = [], jnp.array(stop, jnp.int32)
+        for (hidden, real), (lengths, _), kept in zip(
+            blocks(self.hidden), blocks(self.lengths), self.kept, strict=True
+        ):
+            logits, own = _first(upper, adapters, hidden, lengths - 1)
+            written = _continue(lower, upper, adapters, lengths, kept, own, logits, ends, most)
+            rows += np.asarray(written)[:real].tolist()
+        return [self.recommender.tokenizer.decode(_until(row, stop)) for row in rows]
+
+
+def _until(row: list[int], stop: Sequence[int]) -> list[int]:
+    end = next((i for i, token in enumerate(row) if token in stop), len(row))
+    return row[:end]
+
+
+def _mean(logits: jax.Array) -> jax.Array:
+    """Logarithms of the mean of the adapters' probabilities, [adapters, ..., vocabulary] -> [..., vocabulary]."""
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(logits.shape[0])
+
+
+@jax.jit
+def _first(upper: Any, adapters: Params, hidden: jax.Array, last: jax.Array) -> tuple[jax.Array, KeysAndValues]:
+    """Logits [B, vocabulary] behind the questions, and each adapter's keys and values [adapters, layers, ...]."""
+    logits, kept = jax.vmap(lambda adapter: above(upper, adapter, hidden, last[:, None]))(adapters)
+    return _mean(logits[:, :, 0]), kept
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def _continue(lower, upper, adapters, lengths, kept, above_kept, logits, stop, most: int) -> jax.Array:
+    """int32 [B, most], what is written behind questions of `lengths`; behind a token of `stop` it means nothing."""
+    rows, room = lengths.shape[0], kept.k.shape[2]
+    wide = KeysAndValues(*(x.astype(lower.dtype) for x in kept))
+    asked = jnp.arange(room)
+    asked = jnp.where(asked < lengths[:, None], asked, -1)
+
+    def empty(like):  # room for what is written, beside the question's
+        return KeysAndValues(*(jnp.zeros((*x.shape[:-3], most, *x.shape[-2:]), x.dtype) for x in like))
+
+    def stack(model, layers, x, order, step, question, written):
+        """x [B, 1, D] behind stacked layers, and their keys and values with this step's."""
+        angles = angles_of(model, order)
+        new = jnp.where(jnp.arange(most) <= step, lengths[:, None] + jnp.arange(most), -1)
+        mask = Mask(order, jnp.concatenate([asked, new], axis=1))
+
+        def block(x, scanned):
+            layer, question, written = scanned
+            q, k, v, gate = queries(layer, x, angles)
+            put = lambda all, one: jax.lax.dynamic_update_slice_in_dim(all, one.astype(all.dtype), step, axis=1)
+            written = KeysAndValues(put(written.k, k), put(written.v, v))
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(question, written, strict=True))
+            return finish(layer, x, q, k, v, gate, mask), written
+
+        return jax.lax.scan(block, x, (layers, question, written))
+
+    def top(adapter, x, order, step, question, written):
+        model = combine(adapter, upper)
+        x, written = stack(model, model.language_model.layers, x, order, step, question, written)
+        return model.logits(model.language_model.norm(x))[:, 0], written
+
+    def body(carry):
+        step, logits, said, done, below, over = carry
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        said, done = said.at[:, step].set(token), done | jnp.isin(token, stop)
+        order = (lengths + step)[:, None]
+        x, below = stack(lower, lower.language_model.layers, lower.embed(token[:, None]), order, step, wide, below)
+        logits, over = jax.vmap(top, in_axes=(0, None, None, None, 0, 0))(adapters, x, order, step, above_kept, over)
+        return step + 1, _mean(logits), said, done, below, over
+
+    start = (
+        jnp.int32(0),
+        logits,
+        jnp.full((rows, most), stop[0]),
+        jnp.zeros(rows, bool),
+        empty(wide),
+        empty(above_kept),
+    )
+    return jax.lax.while_loop(lambda carry: (carry[0] < most) & ~carry[3].all(), body, start)[2]

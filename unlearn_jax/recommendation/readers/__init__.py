@@ -1,0 +1,10 @@
+"""Readers of data sets, by name: the directory of its files -> `Ratings`."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+
+from unlearn_jax.recommendation.ratings import Ratings
+from unlearn_jax.recommendation.readers.movielens import read_movielens
+from unlearn_jax.recommendation.readers.recbole import read_recbole
+
+READERS: Mapping[str, Callable[[pathlib.Path], Ratings]] = {"recbole": read_recbole, "movielens": read_movielens}

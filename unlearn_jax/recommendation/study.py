@@ -1,0 +1,299 @@
+"""A study: its rows and its model, and what adapters on it are worth."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file, save
+
+from pixel_jax.cli import UserError
+from pixel_jax.config import ConfigError
+from pixel_jax.files import write_file
+from pixel_jax.terminal import say
+from pixel_jax.training.progress import ProgressLine
+from unlearn_jax.arrays import Params
+from unlearn_jax.baselines import ensemble
+from unlearn_jax.dataset import ID
+from unlearn_jax.edits import CorrectResponse, Edit, ModifyQuery, Remove
+from unlearn_jax.metrics import answers, membership, tokens
+from unlearn_jax.recommendation.config import RecommendationConfig
+from unlearn_jax.recommendation.corruption import EDITS, REMOVE, corrupt
+from unlearn_jax.recommendation.forms import FORMS, PromptForm
+from unlearn_jax.recommendation.generation import ReadQuestions
+from unlearn_jax.recommendation.ratings import Ratings, Row, draw_rows, located, split_users
+from unlearn_jax.recommendation.readers import READERS
+from unlearn_jax.recommendation.recommender import BLOCK, Encoded, Recommender, examples
+from unlearn_jax.requests.replay import TrainingRecipe, beginning, train
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+    """What all cells share."""
+
+    config: RecommendationConfig
+    ratings: Ratings
+    form: PromptForm
+    recommender: Recommender
+    users: list[str]  # to train on
+    tested: list[Row]
+    log: Callable[[str], None] = say
+
+    @classmethod
+    def of(cls, config: RecommendationConfig, model: Any = None, tokenizer: Any = None) -> "Study":
+        """Reads the data, and the model where none is given.
+
+        Raises:
+            ConfigError: a name that is none of a reader, a form or an edit.
+            UserError: the model cannot be used.
+        """
+        data = config.data
+        for name, given, known in (
+            ("data.reader", [data.reader], READERS),
+            ("form", [config.form], FORMS),
+            ("edits", config.edits, EDITS),
+        ):
+            if unknown := [x for x in given if x not in known]:
+                raise ConfigError(f"config.{name} must be of {', '.join(known)}, not {unknown[0]!r}")
+        ratings = READERS[data.reader](located(data.path))
+        users, held = split_users(ratings, data.test_share, data.seed)
+        draw = {"history": data.history, "candidates": data.candidates, "seed": data.seed}
+        tested = draw_rows(ratings, held, data.test_rows or len(held), **draw)
+        if model is None:
+            from pixel_jax.models.io import from_pretrained
+
+            model, processor = from_pretrained(located(config.model), dtype=jnp.float32)
+            if processor is None:
+                raise UserError(f"{config.model} has no tokenizer")
+            tokenizer = processor.tokenizer
+        recommender = Recommender.of(
+            model, tokenizer, **dataclasses.asdict(config.adapter), key=jax.random.key(data.seed)
+        )
+        config.directory.mkdir(parents=True, exist_ok=True)
+        return cls(config, ratings, FORMS[config.form], recommender, users, tested)
+
+    def rows(self, seed: int) -> list[Row]:
+        """The rows of a seed, as they should be trained on."""
+        data = self.config.data
+        return draw_rows(
+            self.ratings, self.users, data.examples, history=data.history, candidates=data.candidates, seed=seed
+        )
+
+    def fitted(self, row: Row) -> Row:
+        """The row without the oldest films of its history, as far as its text would be too long."""
+        while len(row.history) > 1 and sum(map(self._size, self.texts(row))) > self.config.data.length:
+            row = row._replace(history=row.history[1:])
+        return row
+
+    def texts(self, row: Row) -> tuple[str, str]:
+        """Question and answer."""
+        return self.form.prompt(row, self.ratings.titles), self.form.answer(row, self.ratings.titles)
+
+    def encode(self, rows: Sequence[Row]) -> Encoded:
+        """Tokens of the rows, as far as they fit."""
+        fitted = [self.fitted(row) for row in rows]
+        if short := sum(len(a.history) < len(b.history) for a, b in zip(fitted, rows, strict=True)):
+            self.log(f"{short} of {len(rows)} histories are too long for {self.config.data.length} tokens: shortened")
+        return self.recommender.encode(
+            [self.texts(row) for row in fitted], self.config.data.length, self.config.data.answer
+        )
+
+    def arrays(self, rows: Sequence[Row]) -> Arrays:
+        """Fields of the loss."""
+        encoded = self.encode(rows)
+        return examples(encoded, self.hidden(encoded.tokens))
+
+    def hidden(self, tokens: np.ndarray) -> np.ndarray:
+        """What the lower layers make of tokens int32 [n, T], float32 [n, T, D]; kept in a file for each text."""
+        names = [hashlib.sha256(row.tobytes()).hexdigest()[:32] for row in tokens]
+        directory = self.config.directory / self.recommender.digest
+        directory.mkdir(exist_ok=True)
+        paths = [directory / f"{name}.safetensors" for name in names]
+        missing = [i for i, path in enumerate(paths) if not path.exists() and path not in paths[:i]]
+        progress = ProgressLine("texts read by the lower layers", len(missing))
+        for at in range(0, len(missing), BLOCK):
+            block = missing[at : at + BLOCK]
+            for i, x in zip(block, self.recommender.hidden(tokens[block]), strict=True):
+                write_file(paths[i], save({"hidden": x}))
+            progress.update(min(at + BLOCK, len(missing)), {})
+        return np.stack([load_file(path)["hidden"] for path in paths])
+
+    @functools.cached_property
+    def questions(self) -> ReadQuestions:
+        """The test questions."""
+        encoded = self._tests
+        return ReadQuestions(self.recommender, encoded.tokens, encoded.lengths, self.hidden(encoded.tokens))
+
+    @functools.cached_property
+    def _tests(self) -> Encoded:
+        return self.encode(self.tested)
+
+    @functools.cached_property
+    def unseen(self) -> Arrays:
+        """The test rows as examples, which nobody trains on."""
+        return examples(self._tests, self.questions.hidden)
+
+    def case(self, edit: str, share: float, seed: int) -> "Case":
+        """The rows of a seed, `share` of which an edit is about."""
+        rows = self.rows(seed)
+        spoilt, touched = corrupt(
+            edit, rows, share, self.ratings, self.form, history=self.config.data.history, seed=seed
+        )
+        return Case(self, edit, share, seed, rows, spoilt, touched)
+
+    def trained(
+        self, rows: Arrays, seed: int, *, weights: np.ndarray | None = None, start: Params | None = None, order: int = 0
+    ) -> tuple[Params, float]:
+        """An adapter trained on rows, and the example-gradients spent; kept in a file by what it depends on.
+
+        Args:
+            rows: the examples.
+            seed: of the fresh adapter.
+            weights: zero for rows that do not count; None: all do.
+            start: None: the fresh adapter.
+            order: number of the order of the batches.
+        """
+        weights = np.ones(len(rows["labels"])) if weights is None else weights
+        start = self.recommender.fresh(seed) if start is None else start
+        recipe = dataclasses.replace(self.config.training, seed=1000 * order + seed)
+        spent = float(recipe.epochs * np.count_nonzero(weights))
+        path = self.config.directory / f"{_digest(self.recommender.digest, recipe, rows, weights, start)}.safetensors"
+        if path.exists():
+            return {name: jnp.asarray(x) for name, x in load_file(path).items()}, spent
+        progress = ProgressLine("training, steps", len(recipe.order(len(weights))))
+        log = lambda step, value: progress.update(step, {"loss": value})
+        adapter = train(recipe, self.recommender.loss, beginning(recipe, start), rows, weights, log=log)
+        write_file(path, save({name: np.asarray(x) for name, x in adapter.items()}))
+        return adapter, spent
+
+    def scores(self, stacked: Params) -> dict[str, float]:
+        """The form's scores of adapters [adapters, ...] on the test rows, by the mean of their probabilities."""
+        return self.form.score(TestSpeaker(self, stacked), self.tested, self.ratings.titles)
+
+    def _size(self, text: str) -> int:
+        return len(self.recommender.ids(text))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TestSpeaker:
+    """A `Speaker` that has read the test questions."""
+
+    study: Study
+    stacked: Params
+    __test__ = False  # for pytest
+
+    def token(self, text: str) -> int:
+        """See `Speaker.token`."""
+        return self.study.recommender.ids(text)[0]
+
+    def first_logits(self) -> np.ndarray:
+        """See `Speaker.first_logits`."""
+        return self.study.questions.first_logits(self.stacked)
+
+    def answers(self) -> list[str]:
+        """See `Speaker.answers`."""
+        recommender = self.study.recommender
+        stop = {recommender.ids("\n")[0], recommender.tokenizer.eos_token_id} - {None}
+        return self.study.questions.answers(self.stacked, self.study.config.data.answer, sorted(stop))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """An edit of some rows of a seed."""
+
+    study: Study
+    edit: str
+    share: float
+    seed: int
+    rows: list[Row]  # as they should be
+    spoilt: list[Row]  # as they were trained on
+    touched: np.ndarray  # int [k], positions of the rows that the edit is about
+
+    @functools.cached_property
+    def before(self) -> Arrays:
+        """What was trained on."""
+        return self.study.arrays(self.spoilt)
+
+    @functools.cached_property
+    def after(self) -> Arrays:
+        """What should have been trained on; removed rows are in it, at weight zero."""
+        return self.before if self.edit == REMOVE else self.study.arrays(self.rows)
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """What was trained on, with ids."""
+        return {ID: np.array([row.name for row in self.rows]), **self.before}
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of the rows after the edit."""
+        weights = np.ones(len(self.rows))
+        if self.edit == REMOVE:
+            weights[self.touched] = 0
+        return weights
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edit, for `erase` and the baselines."""
+        ids = [self.rows[i].name for i in self.touched]
+        if self.edit == REMOVE:
+            return [Remove(ids)]
+        new = {name: x[self.touched] for name, x in self.after.items()}
+        return [CorrectResponse(ids, new) if self.edit == "response" else ModifyQuery(ids, new)]
+
+    @functools.cached_property
+    def trained(self) -> Params:
+        """The adapter that is to be edited."""
+        return self.study.trained(self.before, self.seed)[0]
+
+    def retrained(self, *, warm: bool = False, order: int = 0) -> tuple[Params, float]:
+        """Trained by the same recipe on what should have been trained on; warm: from the trained adapter."""
+        start = self.trained if warm else None
+        return self.study.trained(self.after, self.seed, weights=self.weights, start=start, order=order)
+
+    @functools.cached_property
+    def reference(self) -> Params:
+        """The cold retrain, with which all others are compared."""
+        return jax.tree.map(np.asarray, alone(self.retrained()[0]))
+
+    def forgetting(self, stacked: Params) -> dict[str, float]:
+        """How far adapters [adapters, ...] are from the cold retrain, and what they say of the rows.
+
+        On the rows as they were trained on and should not have been (`forget`), on unedited ones (`kept`), and, of rows that
+        are replaced, on their right form (`right`). `auc_member`: attack by the loss on forgotten rows against test rows.
+        """
+        kept = np.setdiff1d(np.arange(len(self.rows)), self.touched)[: self.study.config.rows]
+        sets = {"forget": _take(self.before, self.touched), "kept": _take(self.before, kept)}
+        if self.edit != REMOVE:
+            sets["right"] = _take(self.after, self.touched)
+        loss, found = ensemble(self.study.recommender.loss), {}
+        nll = {}
+        for name, rows in {**sets, "test": self.study.unseen}.items():
+            said = tokens.score(loss, stacked, rows)
+            nll[name] = answers.mean_nll(said.logprob, said.mask)
+            found[f"loss_{name}"] = float(nll[name].mean())
+        for name, rows in sets.items():
+            found[f"kl_{name}"] = float(tokens.kl_to(loss, stacked, self.reference, rows).mean())
+        return {**found, "auc_member": membership.auc(nll["forget"], nll["test"])}
+
+
+def alone(adapter: Params) -> Params:
+    """One adapter as a stack."""
+    return jax.tree.map(lambda x: x[None], adapter)
+
+
+def _take(rows: Arrays, positions: np.ndarray) -> Arrays:
+    return {name: x[positions] for name, x in rows.items()}
+
+
+def _digest(model: str, recipe: TrainingRecipe, rows: Arrays, weights: np.ndarray, start: Mapping[str, Any]) -> str:
+    found = hashlib.sha256(f"{model} {recipe}".encode())
+    for part in (*(rows[name] for name in sorted(rows)), weights, *(start[name] for name in sorted(start))):
+        found.update(np.ascontiguousarray(part).tobytes())
+    return found.hexdigest()[:32]

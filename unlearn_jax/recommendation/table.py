@@ -1,0 +1,104 @@
+"""The table of a study: means over seeds with their intervals, and the paper's numbers with their standard errors."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from pixel_jax.evaluation.stats import over_seeds
+
+COLUMNS = {
+    "auc": "AUC",
+    "auc_tallrec": "AUC as TALLRec",
+    "hit_ratio": "hit ratio of valid",
+    "hit_ratio_of_all": "hit ratio of all",
+    "valid_ratio": "valid ratio",
+    "kl_forget": "KL forgotten",
+    "kl_kept": "KL kept",
+    "kl_right": "KL corrected",
+    "loss_forget": "loss forgotten",
+    "loss_kept": "loss kept",
+    "auc_member": "membership AUC",
+    "epochs": "epochs of gradients",
+}
+
+
+class TableRow(NamedTuple):
+    """A method in one part of the table."""
+
+    edit: str
+    share: float
+    method: str
+    seeds: list[int]
+    diverged: int  # seeds on which it did
+    values: dict[str, dict[str, float]]  # by column: mean, low, high, n
+    errors: dict[str, float]  # by column: the mean standard error over test rows
+
+
+class Reported(NamedTuple):
+    """A number of arXiv:2412.00383, on other data and another model."""
+
+    task: str
+    metric: str
+    method: str
+    value: float
+    right: int | None  # of how many valid answers the share must be, None: not a share
+    valid: int | None
+
+    @property
+    def error(self) -> float | None:
+        """Binomial standard error; None where the test set is not known."""
+        return None if self.valid is None else math.sqrt(self.value * (1 - self.value) / self.valid)
+
+
+REPORTED = (
+    Reported("instances removed, BookCrossing", "AUC", "retrain", 0.6357, None, None),
+    Reported("instances removed, BookCrossing", "AUC", "LLMEraser", 0.6319, None, None),
+    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "retrain", 0.4565, 42, 92),
+    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "LLMEraser", 0.4456, 41, 92),
+    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "SISA", 0.4130, 38, 92),
+    Reported("queries, MovieLens, 10 % removal", "hit ratio of valid", "RecEraser", 0.2717, 25, 92),
+    Reported("queries, MovieLens, 5 % replacement", "hit ratio of valid", "LLMEraser", 0.4516, 42, 93),
+)
+
+
+def rows_of(cells: Iterable[dict[str, Any]]) -> list[TableRow]:
+    """The rows of the table that finished cells make, in the order of the cells."""
+    grouped: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        if cell["rate"] is None:
+            grouped.setdefault((cell["edit"], cell["share"], cell["method"]), []).append(cell)
+    found = []
+    for (edit, share, method), mine in grouped.items():
+        rows = [cell["row"] for cell in mine if not cell["row"].get("diverged")]
+        column = lambda name, rows=rows: [row[name] for row in rows if row.get(name) is not None]
+        values = {name: over_seeds(column(name)) for name in COLUMNS if column(name)}
+        mean = lambda x: sum(x) / len(x)
+        errors = {name: mean(column(f"{name}_error")) for name in COLUMNS if column(f"{name}_error")}
+        seeds = sorted(cell["seed"] for cell in mine)
+        found.append(TableRow(edit, share, method, seeds, len(mine) - len(rows), values, errors))
+    return found
+
+
+def shown(row: TableRow, column: str) -> str:
+    """A mean with the half width of its 95 % interval over seeds; of one seed without."""
+    if column not in row.values:
+        return "diverged" if row.diverged else "-"
+    found = row.values[column]
+    digits = 1 if column == "epochs" else 3 if abs(found["mean"]) >= 0.01 else 5
+    half = found["high"] - found["mean"]
+    return f"{found['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
+
+
+def text(rows: Sequence[TableRow]) -> str:
+    """The table as Markdown, a part for each edit and share."""
+    lines: list[str] = []
+    for part in dict.fromkeys((row.edit, row.share) for row in rows):
+        mine = [row for row in rows if (row.edit, row.share) == part]
+        names = [name for name in COLUMNS if any(name in row.values for row in mine)]
+        lines += ["", f"**{part[0].replace('_', ' ')}, {part[1]:.0%} of the examples**", ""]
+        lines += ["| | seeds | " + " | ".join(COLUMNS[name] for name in names) + " |"]
+        lines += ["|---" * (len(names) + 2) + "|"]
+        for row in mine:
+            cells = [shown(row, name) for name in names]
+            lines.append(f"| {row.method} | {len(row.seeds)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines).strip()
