@@ -78,6 +78,7 @@ class Batches:
         ahead: int = 32,
     ):
         """`same`: the numbers that the order is drawn from; `set_state` refuses a state with others."""
+        self.order = order
         self.rows = grain.MapDataset.source(ProcessRows(order, size, process_index, process_count)).map(load)
         self.own = size // process_count
         self.collate = collate
