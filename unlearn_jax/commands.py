@@ -38,7 +38,7 @@ CONFIG_OF_RUN = "unlearn/run"  # where --run is given
 TASKS = {
     "traces": ("unlearn_jax.quickstart", "Config"),
     "people": ("unlearn_jax.people", "PeopleConfig"),
-    "run": ("unlearn_jax.runs", "RunEditConfig"),
+    "run": ("unlearn_jax.own_run", "RunEditConfig"),
 }
 
 
