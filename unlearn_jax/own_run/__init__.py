@@ -3,6 +3,7 @@
 config: where the run lies, and how an edit is computed
 item: a training example as content, and its forms after requests
 task: the run as a `RequestTask`: checks, loss, exact replay
+identity: whether model, adapter, code and data are those that it recorded
 edit: `unlearn-jax erase --run=DIR`
 evaluate: `unlearn-jax eval --run=DIR`
 """
