@@ -44,6 +44,9 @@ def check_files(run: pathlib.Path, record: RunRecord, model: str, adapter: pathl
         raise EditRequestError(
             f"{adapter} is not the adapter that {run} trained: its hash is {found}, it was {record.adapter}"
         )
+    start, then = record.settings.get("adapter"), record.settings.get("adapter_weights")
+    if isinstance(start, str) and (now := digest_adapter(start, digests)["adapter_weights"]) != then:
+        raise EditRequestError(f"{start} is not the adapter that {run} went on with: its hash is {now}, it was {then}")
     for name, then in record.settings.items():
         if name.startswith("code.") and (now := digest(name.removeprefix("code."))) != then:
             raise EditRequestError(

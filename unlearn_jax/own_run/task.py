@@ -82,6 +82,10 @@ class RunTask:
         Raises:
             EditRequestError: one is not; the run has no record; or it cannot be edited.
         """
+        if jax.process_count() > 1:
+            raise UserError(
+                f"{jax.process_count()} processes have joined; a run is edited by one, with the run's own mesh"
+            )
         run, phase = pathlib.Path(config.run), config.phase
         record = RunRecord.read(phase)
         check_run(phase, record)
@@ -130,7 +134,7 @@ class RunTask:
         if (self.directory / LOG).exists():
             if before is None or sha256(_saved(adapter)) != before.adapter:
                 raise EditRequestError(
-                    f"{self.config.run} was trained further after its first request: {self.directory} has the edits of the "
+                    f"{self.config.run} was trained again after its first request: {self.directory} has the edits of the "
                     f"adapter before. Move that directory away, and file the requests again"
                 )
             return

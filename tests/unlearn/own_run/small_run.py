@@ -40,8 +40,8 @@ NETWORK = NetworkConfig(
     width=32, layers=1, mlp=32, vision_width=32, vision_layers=1, vision_mlp=32, heads=2, kv_heads=2, vision_heads=2
 )
 QUESTION = "Which digit is on the tag?"
-BOX = (0.1, 0.2, 0.4, 0.5)
-WRITTEN = "0.10, 0.20, 0.40, 0.50"
+BOX = (0.1, 0.2, 0.6, 0.7)
+WRITTEN = "0.10, 0.20, 0.60, 0.70"
 PICTURES = (0, 1, 2, 3, 0, 1)  # of each trace: the last two are about those of the first two
 
 
