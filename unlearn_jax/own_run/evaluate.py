@@ -11,7 +11,6 @@ from pixel_jax.state_files import write_json
 from unlearn_jax import tree
 from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.own_run.task import RunTask
-from unlearn_jax.quickstart.measure import table
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER
 from unlearn_jax.requests.measure import Losses
@@ -21,7 +20,7 @@ EVALUATION = "evaluation.json"
 
 
 def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Repeats the run without what was removed and with what was changed, and prints a table.
+    """Repeats the run without what was removed and with what was changed, and prints the measures.
 
     Args:
         config: of the run and of its edits.
@@ -53,5 +52,6 @@ def evaluate(config: RunEditConfig, mesh: Mesh | None = None) -> dict[str, Any]:
         found[name] = {**groups, "distance": float(tree.norm(tree.sub(adapter, again.adapter)))}
     if is_main_process():
         write_json(task.directory / EVALUATION, found)
-    say(table(found, "adapter"))
+    for name, measures in found.items():
+        say(f"{name}: " + ", ".join(f"{measure} {value:.4g}" for measure, value in measures.items()))
     return found
