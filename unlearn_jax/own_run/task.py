@@ -192,13 +192,15 @@ class RunTask:
         """See `RequestTask.change`. A new form must read as the run would have read it, and fit its rows."""
         new, name = changed(item, request), request.ids[0]
         try:
-            example = self._example(name, new)
-            (row,) = write_rows([example.trace(example.outline())], self.vocabulary, self.tables, self.trained.rollout)
+            rows, frames = self._rendered({name: new})
+            assemble(rows, frames, self.trained.rollout, rows[0].shape)  # counts its calls
         except ValueError as error:
             raise EditRequestError(f"the new form of {name!r} cannot be written: {error}") from None
-        if not any(shape.holds(row.shape) for shape in self.record.shapes):
+        if not any(shape.holds(rows[0].shape) for shape in self.record.shapes):
             room = ", or ".join(map(str, self.record.shapes))
-            raise EditRequestError(f"the new form of {name!r} takes {row.shape}; rows of the run have room for {room}")
+            raise EditRequestError(
+                f"the new form of {name!r} takes {rows[0].shape}; rows of the run have room for {room}"
+            )
         return new
 
     def encode(self, items: Items) -> dict[str, Any]:
