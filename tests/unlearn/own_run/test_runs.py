@@ -410,7 +410,7 @@ def test_requests_that_do_not_fit(run, tmp_path):
         "rows of the run have room for": request("t0", "question", text="?" * 400),
         "a turn is a text or": request("t0", "trace", turns=[7]),
         "the new form of 't1' cannot be written: trace 0 has 3 calls, there is room": request(
-            "t1", "trace", turns=[call] * 4
+            "t1", "trace", turns=calls
         ),
     }.items():
         unchanged(run, said, [request("t3", "remove"), wrong])
