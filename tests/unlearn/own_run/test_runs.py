@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from small_run import BOX, PICTURES, QUESTION, WRITTEN, rows, save_model, trained, write_data
 
+import pixel_jax
 from pixel_jax.data.images import read_image
 from pixel_jax.data.shapes import largest
 from pixel_jax.data.synthesis import crop_call, final_answer
@@ -297,6 +298,24 @@ def test_an_edit_is_an_adapter_of_peft(asked, model):
         found = split(load_adapter(from_pretrained(model)[0], place), LoRAWeight)[0]
         assert equal(found, load_file(place / ADAPTER))
         assert {"adapter_config.json", "adapter_model.safetensors", "page.html"} <= entry.files.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("peft", "accelerate"))), reason="pip install peft accelerate"
+)
+def test_peft_reads_an_edit(asked, model):
+    import peft
+    import torch
+    import transformers
+
+    place, ids = pathlib.Path(asked[0].out) / "requests" / "0001", np.arange(20, 52)[None]
+    base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, place).eval()(input_ids=torch.tensor(ids)).logits.detach().numpy()
+    ours, plain = (pixel_jax.forward(from_pretrained(model, adapter=x)[0], input_ids=ids) for x in (place, None))
+    np.testing.assert_allclose(theirs, ours, atol=1e-5)
+    assert np.abs(np.asarray(plain) - ours).max() > 0.1
 
 
 @pytest.mark.slow
