@@ -9,6 +9,7 @@ from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.synthesis.run import SynthConfig
 from pixel_jax.train_config import TrainConfig
+from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
 
@@ -26,6 +27,7 @@ KINDS = {
     "pixel/synth": SynthConfig,
     "unlearn/people": PeopleConfig,
     "unlearn/quickstart": UnlearningConfig,
+    "unlearn/run": RunEditConfig,
 }
 
 

@@ -1,5 +1,6 @@
 """Edits of the adapter of a finished run: its record, its loss, requests of every kind, the exact replay, and what is refused."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
