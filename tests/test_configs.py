@@ -19,6 +19,7 @@ GIVEN = {name: {"model": "m", "data": "d", "out": "o"} for name in ("pixel/own_d
 GIVEN |= {
     "pixel/eval": {"model": "m", "out": "o", "benchmarks.vstar.data": "d"},
     "pixel/synth": {"seeds": "s", "out": "o"},
+    "unlearn/run": {"run": "runs/sft"},
 }
 KINDS = {
     "pixel/eval": EvalConfig,
