@@ -51,7 +51,10 @@ KINDS: Mapping[str, ChangeKind] = {
     **dict.fromkeys(("*rollout.in_flight", "*rollout.observe_chunk", "*rollout.tail_rows"), ChangeKind.FREE),
     # Output and evaluation during the run. Rows that are dropped or held out show in the digests of the data.
     **dict.fromkeys(("data_eval", "watch.*", "save_model_every", "keep_best"), ChangeKind.FREE),
-    **dict.fromkeys(("*.save_every", "*.keep", "*.writers", "*.time_operations", "bad_rows", "dtype"), ChangeKind.FREE),
+    **dict.fromkeys(
+        ("*.save_every", "*.keep", "*.replayable", "*.writers", "*.time_operations", "bad_rows", "dtype"),
+        ChangeKind.FREE,
+    ),
     # The unit of a saved position in the data, and the arrays that are saved.
     **dict.fromkeys(("seed", "sft.batch_size", "rl.prompts", "rl.seed"), ChangeKind.FIXED),
     "adapter_weights": ChangeKind.FIXED,

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,19 +14,24 @@ from jax.sharding import Mesh
 
 from pixel_jax import from_pretrained
 from pixel_jax.cli import UserError
+from pixel_jax.data.batches import Batches
 from pixel_jax.data.digests import Digests
 from pixel_jax.data.example import Example, ReadReport
 from pixel_jax.data.limits import use_limits
-from pixel_jax.data.packed import Packing
-from pixel_jax.data.questions import assign_shapes, describe_shapes, question_batches
+from pixel_jax.data.packed import PackedRow, Packing
+from pixel_jax.data.questions import ShapedQuestion, assign_shapes, describe_shapes, question_batches
 from pixel_jax.data.read import read_examples
 from pixel_jax.data.shapes import AutoShapes, training_work
 from pixel_jax.dialog.grammar import Language
 from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.export import write_model
+from pixel_jax.identity import read_settings
+from pixel_jax.models.checkpoint import named_weights
 from pixel_jax.models.config import ModelConfig
 from pixel_jax.models.io import dtype_of, read_network
+from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora
+from pixel_jax.models.peft import FOLDER
 from pixel_jax.models.released import check_architecture
 from pixel_jax.parallel import make_mesh, process_shard
 from pixel_jax.parallel.memory import PICTURES_DIVISOR, device_memory
@@ -38,6 +44,7 @@ from pixel_jax.rollouts.rollout import HostRollouts, host_rollouts, rollout
 from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.rollouts.trajectory import Tables
 from pixel_jax.run_page import draw_run
+from pixel_jax.run_record import record_run
 from pixel_jax.state_files import write_json
 from pixel_jax.tools.named import find_format, find_tools
 from pixel_jax.train_config import CONFIG, DATA, TrainConfig, run_settings
@@ -51,6 +58,7 @@ from pixel_jax.training.rl import RLConfig, rl
 from pixel_jax.training.sft import SFTConfig, sft
 from pixel_jax.training.stages import Stages, collect_on_host
 from pixel_jax.training.watch import Look, Watch
+from pixel_jax.training.writers import read_metrics
 from pixel_jax.watching import HeldOutLooks, hold_out
 
 
@@ -90,6 +98,36 @@ class Phase:
     def vocabulary(self) -> Vocabulary:
         """The token ids of the processor's tokenizer."""
         return Vocabulary.of(self.processor.tokenizer)
+
+    @functools.cached_property
+    def packing(self) -> Packing:
+        """The traces of tuning as packed rows."""
+        config, section = self.config, self.config.tuning
+        return Packing(
+            self.data.examples,
+            self.vocabulary,
+            self.tables,
+            self.limits,
+            config.trace_shapes or tuning_shapes(section, self.network, self.mesh),
+            size=section.batch_size,
+            seed=config.seed,
+            report=self.data.report,
+        )
+
+    @functools.cached_property
+    def questions(self) -> list[ShapedQuestion]:
+        """The questions of reinforcement learning."""
+        by = self.config.prompt_shapes or self.auto_shapes(self.config.learning.prompts)
+        data = self.data
+        return assign_shapes(data.examples, by, self.vocabulary, self.limits, data.report, self.tables.tools)
+
+    @functools.cached_property
+    def question_batches(self) -> Batches:
+        """The batches of `questions`."""
+        size, seed = self.config.learning.prompts, self.config.seed
+        return question_batches(
+            self.questions, self.vocabulary, self.tables, self.limits, size=size, seed=seed, **self.reader_options
+        )
 
     @property
     def rollout_mesh(self) -> Mesh | None:
@@ -171,6 +209,8 @@ def train(command: Command, config: TrainConfig, *, resume_changed: bool = False
         phase = Phase(command, config, data, model.config, dtype, processor, mesh, token_tables, rollouts)
         model = tune(phase, model) if command == "sft" else learn(phase, model)
         phase.write(model, out / "model")
+        if is_main_process():
+            record(phase, model)
     if is_main_process():
         draw_run(out)
     say(f"The model is in {out / 'model'}.")
@@ -249,17 +289,7 @@ def read_model(config: TrainConfig) -> tuple[Any, Any, Mesh | None]:
 
 def tune(phase: Phase, model: Any) -> Any:
     """`model` after instruction tuning."""
-    config, section, data = phase.config, phase.config.tuning, phase.data
-    packing = Packing(
-        data.examples,
-        phase.vocabulary,
-        phase.tables,
-        phase.limits,
-        config.trace_shapes or tuning_shapes(section, phase.network, phase.mesh),
-        size=section.batch_size,
-        seed=config.seed,
-        report=data.report,
-    )
+    config, section, data, packing = phase.config, phase.config.tuning, phase.data, phase.packing
     epoch = packing.epoch
     steps = section.updates(epoch)
     course = f"{steps} steps of {section.batch_size} rows make {steps / epoch:.3g} epochs"
@@ -277,19 +307,10 @@ def learn(phase: Phase, model: Any) -> Any:
     config, section, phase_data, vocabulary = phase.config, phase.config.learning, phase.data, phase.vocabulary
     for line in other_limits(config):
         say(line)
-    by = config.prompt_shapes or phase.auto_shapes(section.prompts)
-    questions = assign_shapes(phase_data.examples, by, vocabulary, phase.limits, phase_data.report, phase.tables.tools)
+    questions = phase.questions
     course = course_of(section, collections.Counter(x.shape for x in questions))
     announce(pathlib.Path(config.out), phase_data, f"{course}; {describe_shapes(questions)}")
-    data = question_batches(
-        questions,
-        vocabulary,
-        phase.tables,
-        phase.limits,
-        size=section.prompts,
-        seed=config.seed,
-        **phase.reader_options,
-    )
+    data = phase.question_batches
     shapes = list(dict.fromkeys(x.shape for x in questions))
     look = phase.looks.of_learning(phase_data.held_out, shapes) if phase_data.held_out else None
     watch = phase.watch(section.iterations, look)
@@ -307,6 +328,39 @@ def question_shapes(network: ModelConfig, mesh: Mesh | None, rows: int) -> AutoS
     """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
     memory = device_memory() // PICTURES_DIVISOR * (1 if mesh is None else row_shards(mesh))
     return AutoShapes(training_work(network), rows, memory // rows)
+
+
+def record(phase: Phase, model: Any) -> None:
+    """Writes what the adapter of the trained model was trained on, if an adapter is all that the run has trained."""
+    command, config, out = phase.command, phase.config, pathlib.Path(phase.config.out)
+    section = config.tuning if command == "sft" else config.learning
+    trained = [weight for _, path, weight in named_weights(model) if re.match(section.trainable, path)]
+    if not all(isinstance(weight, LoRAWeight) for weight in trained):
+        return
+    if command == "sft":
+        packing = phase.packing
+        examples, shapes, size, epoch = packing.examples, packing.buckets, packing.size, packing.epoch
+        order, steps = packing.order, config.tuning.updates(epoch)
+    else:
+        examples = [x.example for x in phase.questions]
+        shapes = list(dict.fromkeys(x.shape for x in phase.questions))
+        size, steps = config.learning.prompts, config.learning.iterations
+        epoch, asked = len(examples) / size, phase.question_batches.order
+        numbers = [int(asked[position]) for position in range(steps * size)]
+        order = [PackedRow(shapes.index(phase.questions[i].shape), (i,)) for i in numbers]
+    with Digests(out / "digests.json") as digests:
+        record_run(
+            out / command,
+            command,
+            read_settings(out / command),
+            examples,
+            shapes,
+            [[order[step * size + row] for row in range(size)] for step in range(steps)],
+            epoch=epoch,
+            metrics=read_metrics(out / command / "metrics.jsonl"),
+            adapter=out / "model" / FOLDER,
+            digests=digests,
+        )
 
 
 def tuning_shapes(config: SFTConfig, network: ModelConfig, mesh: Mesh | None) -> AutoShapes:
@@ -360,10 +414,12 @@ def other_limits(config: TrainConfig) -> list[str]:
     ]
 
 
-def announce(out: pathlib.Path, given: PhaseData, data: str) -> None:
+def announce(out: pathlib.Path, phase_data: PhaseData, data: str) -> None:
     """Prints what was read and what was dropped, and writes it to `data.json`."""
-    report = given.report
-    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {given.about_held_out}"])))
+    report = phase_data.report
+    say("\n".join(filter(None, [str(report), f"{report.source}: {data}; {phase_data.about_held_out}"])))
     if is_main_process():
         left_out = {"dropped": report.dropped, "mended": dict(report.mended)}
-        write_json(out / DATA, {"source": report.source, "data": data, "judged_by": given.about_held_out, **left_out})
+        write_json(
+            out / DATA, {"source": report.source, "data": data, "judged_by": phase_data.about_held_out, **left_out}
+        )

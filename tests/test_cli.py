@@ -31,6 +31,7 @@ from pixel_jax.models.peft import load_adapter, save_adapter
 from pixel_jax.models.processor import Processor
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.rollouts.config import RolloutConfig
+from pixel_jax.run_record import RunRecord
 from pixel_jax.train_config import TrainConfig
 from pixel_jax.training.writers import read_metrics
 from tests.evaluation.test_report import HOSTILE, Reader
@@ -377,4 +378,10 @@ def test_sft_and_rl_on_data_of_ones_own(model, picture, tmp_path):
     second, _ = start("rl", model, f"--adapter={first / 'adapter'}", alone.format("rl"), out="second")
     base = from_pretrained(model)[0]
     before, after = (split(load_adapter(base, x / "adapter"), LoRAWeight)[0] for x in (first, second))
+    for phase, place in (("sft", first), ("rl", second)):  # both recorded what they were trained on
+        record = RunRecord.read(place.parent / phase)
+        assert record.command == phase and [len(step) for step in record.order] == [2, 2]
+        assert [x.name for x in record.examples] == [f"data.jsonl:{i}" for i in range(1, 5)]
+        assert record.gradient_norm == max(x["grad_norm"] for x in read_metrics(place.parent / phase / "metrics.jsonl"))
+    assert not (tmp_path / "sft" / "sft" / "trained_on.json").exists()  # it trained all weights
     assert before.keys() == after.keys() and any((before[name] != after[name]).any() for name in before)

@@ -9,6 +9,7 @@ from pixel_jax.evaluation.config import EvalConfig
 from pixel_jax.quickstart.config import QuickstartConfig
 from pixel_jax.synthesis.run import SynthConfig
 from pixel_jax.train_config import TrainConfig
+from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.people.config import PeopleConfig
 from unlearn_jax.quickstart.config import Config as UnlearningConfig
 from unlearn_jax.recommendation.config import RecommendationConfig
@@ -19,6 +20,7 @@ GIVEN = {name: {"model": "m", "data": "d", "out": "o"} for name in ("pixel/own_d
 GIVEN |= {
     "pixel/eval": {"model": "m", "out": "o", "benchmarks.vstar.data": "d"},
     "pixel/synth": {"seeds": "s", "out": "o"},
+    "unlearn/run": {"run": "runs/sft"},
 }
 KINDS = {
     "pixel/eval": EvalConfig,
@@ -30,6 +32,7 @@ KINDS = {
     "unlearn/movielens_tallrec_all": RecommendationConfig,
     "unlearn/people": PeopleConfig,
     "unlearn/quickstart": UnlearningConfig,
+    "unlearn/run": RunEditConfig,
 }
 
 

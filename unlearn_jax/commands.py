@@ -5,6 +5,11 @@
     unlearn-jax eval
 
 With --config=unlearn/movielens_tallrec (or _llara) they fill in the table of a comparison instead, and carry out no requests.
+
+The adapter of a finished `pixel-jax sft`:
+
+    unlearn-jax erase --run=runs/sft --request=requests.jsonl
+
 A request is a line of JSON, see docs/unlearning.md:
 
     {"id": "zoom-3", "kind": "remove", "reason": "consent withdrawn", "who": "A. Person", "when": "2026-11-30"}
@@ -17,6 +22,7 @@ import dataclasses
 import importlib
 import os
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -29,17 +35,22 @@ if TYPE_CHECKING:
 FLAGS = flags.FLAGS
 SETTINGS = "unlearn_jax.quickstart.config:Config"  # whose fields `--help` lists
 CONFIG = "unlearn/quickstart"
+CONFIG_OF_RUN = "unlearn/run"  # where --run is given
 # config.task: package with the modules `config`, `edit` and `evaluate`; class of its configuration
 TASKS = {
     "traces": ("unlearn_jax.quickstart", "Config"),
     "people": ("unlearn_jax.people", "PeopleConfig"),
     "recommendation": ("unlearn_jax.recommendation", "RecommendationConfig"),
+    "run": ("unlearn_jax.own_run", "RunEditConfig"),
 }
 
 
 def define_flags(command: str) -> None:
     """The flags of the three commands."""
-    define_flag(CONFIG, "The model, the examples and the training.")
+    # The file of the config is read while flags are parsed, so which one it is by default is settled before.
+    of_run = any(argument.lstrip("-").partition("=")[0] == "run" for argument in sys.argv[2:])
+    define_flag(CONFIG_OF_RUN if of_run else CONFIG, "The model, the examples and the training.")
+    flags.DEFINE_string("run", None, "Edit the adapter of this run of `pixel-jax sft`: its config.out.")
     flags.DEFINE_integer(
         "devices", None, "Spread the examples over so many devices; on a CPU they are made.", lower_bound=1
     )
@@ -65,6 +76,10 @@ def main(command: str, arguments: list[str]) -> None:
     name = FLAGS.config.get("task", "traces")
     if name not in TASKS:
         raise UserError(f"config.task must be one of {', '.join(TASKS)}, not {name!r}")
+    if FLAGS.run is not None:
+        if name != "run":
+            raise UserError(f"--run={FLAGS.run} goes with --config={CONFIG_OF_RUN}, not with one of task {name!r}")
+        FLAGS.config.run = FLAGS.run
     package, settings = TASKS[name]
     module = lambda part: importlib.import_module(f"{package}.{part}")
     config = load(getattr(module("config"), settings), FLAGS.config)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.tree_util import Partial
 
+from pixel_jax.dialog.tokenizer import Vocabulary
 from pixel_jax.models import Model, Visual, forward_hidden
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
@@ -78,6 +79,24 @@ class Logits:
         options = {"remat": self.remat, "implementation": self.implementation}
         hidden = forward_hidden(model, row["tokens"], row["valid"], visual, **options)
         return model.logits(hidden[0][example["places"]])
+
+
+def mask_text(tokens: np.ndarray, mask: np.ndarray, text: str, vocabulary: Vocabulary) -> None:
+    """Takes the loss off the tokens that have a byte of `text`, in place.
+
+    Args:
+        tokens: int [T], the learned tokens of a row.
+        mask: bool [T], whether each carries loss.
+        text: that occurs in them.
+        vocabulary: of the tokens.
+    """
+    pieces = [vocabulary.to_bytes([int(token)]) for token in tokens]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    stretch = text.encode()
+    begin = b"".join(pieces).find(stretch)
+    assert begin >= 0, "who masks a text has found it"
+    starts = ends - [len(piece) for piece in pieces]
+    mask[(starts < begin + len(stretch)) & (ends > begin)] = False
 
 
 def adapter_loss(

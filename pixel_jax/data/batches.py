@@ -88,6 +88,7 @@ class Batches:
         ahead: int = 32,
     ):
         """`same`: the numbers that the order is drawn from; `set_state` refuses a state with others."""
+        self.order = order
         self.keys = ProcessRows(order, size, process_index, process_count)
         self.own = size // process_count
         self.load, self.collate = load, collate

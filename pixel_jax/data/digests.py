@@ -19,6 +19,7 @@ SETTLED = 2.0  # seconds after a change of a file, from which on another change 
 PIECE = 2**22  # bytes read at a time
 DIGITS = 32  # of a digest, hexadecimal: 128 bits
 NAMES = {"id"}  # fields that name a row and say nothing about its content
+SAID = ("question", "answer", "turns", "video", "seconds", "text_first")  # fields that a trained row is made of
 PICTURES = "images"  # the field with the sources of a row's pictures
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.gguf")
 TOKENIZER = ("tokenizer*.json", "vocab.json", "merges.txt", "chat_template*", "*preprocessor_config.json")
@@ -113,6 +114,11 @@ def digest_rows(rows: Sequence[NamedTuple], digests: Digests | None) -> dict[str
             values = digest_sources(values, digests)
         columns[field] = _digest(json.dumps(values).encode())
     return columns
+
+
+def digest_example(row: Any) -> str:
+    """The digest of what an `Example` says, without its pictures and its id."""
+    return _digest(json.dumps([getattr(row, name) for name in SAID]).encode())
 
 
 def digest_sources(sources: Sequence[Sequence[Source]], digests: Digests) -> list[list[str]]:

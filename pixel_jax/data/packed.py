@@ -38,6 +38,17 @@ class PackedRow(NamedTuple):
     traces: tuple[int, ...]
 
 
+class RecordedOrder:
+    """The packed rows that a run has read, in their order, which is as long as the run was."""
+
+    def __init__(self, rows: Sequence[PackedRow]):
+        self.rows = rows
+
+    def __getitem__(self, position: int) -> PackedRow:
+        # Rows are read ahead of the last step, too. No step takes them, so any will do.
+        return self.rows[min(int(position), len(self.rows) - 1)]
+
+
 class PackedOrder(BucketOrder[PackedRow]):
     """The endless order of packed rows. Epoch e draws the orders of traces, of packed rows and of batches from (seed, e)."""
 
@@ -156,10 +167,19 @@ class Packing:
 
         return stack(itertools.chain([first], (batch for _, batch in rows)), count, enlarge)
 
-    def batches(self, process_index: int, process_count: int, **reading: int) -> Batches:
-        """The endless batches of this process; `reading` are `threads` and `ahead` of `Batches`."""
+    def batches(
+        self, process_index: int, process_count: int, *, order: Sequence[PackedRow] | None = None, **reading: int
+    ) -> Batches:
+        """The endless batches of this process.
+
+        Args:
+            process_index: of this process.
+            process_count: of all.
+            order: of packed rows, as a run has recorded it; None: it is drawn from the seed.
+            reading: `threads` and `ahead` of `Batches`.
+        """
         return Batches(
-            self.order,
+            self.order if order is None else RecordedOrder(order),
             self.load,
             self.collate,
             self.size,

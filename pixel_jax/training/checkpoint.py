@@ -148,9 +148,9 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `directory`; the last `keep` of them stay. With several processes, all call all methods."""
+    """The checkpoints of a run, in `directory`; the last `keep` of them stay (None: all). All processes call all methods."""
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2):
+    def __init__(self, directory: str | os.PathLike, *, keep: int | None = 2):
         self.directory = pathlib.Path(directory).absolute()
         self.checksums = self.directory.with_name(self.directory.name + ".checksums")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)

@@ -19,6 +19,8 @@ from pixel_jax.training.progress import ProgressLine
 from pixel_jax.training.state import TrainState
 from pixel_jax.training.writers import Writer, WriterName, open_writers
 
+EARLY = "early_checkpoints"  # in the directory of a phase
+
 
 class Stateful(Protocol):
     """An object on the host that moves on with the run: a data iterator (as Grain's), a generator."""
@@ -103,6 +105,8 @@ class Keeping:
     identity: Identity = ANYTHING
     save_every: int = 1  # steps: a checkpoint
     keep: int = 2  # checkpoints, the newest
+    # Steps from the start whose checkpoints stay, that of step 0 among them, in `EARLY`: a replay begins there. 0: none do.
+    early: int = 0
     writers: tuple[WriterName, ...] = ()  # of metrics, besides `metrics.jsonl`
     mesh: Mesh | None = None  # where restored arrays lie
 
@@ -131,6 +135,7 @@ class Loop:
         self.progress = ProgressLine(work.label, work.steps) if is_main_process() else None
         self.log: Writer | None = None
         self.checkpoints: Checkpoints | None = None
+        self.early: Checkpoints | None = None
         self.base: dict[str, str] = {}
         self._closing = contextlib.ExitStack()
 
@@ -166,6 +171,10 @@ class Loop:
             self._settle(self.directory, latest)
             if latest is not None:
                 self._go_back(self.checkpoints)
+            if self.keeping.early:
+                self.early = Checkpoints(self.directory / EARLY, keep=None)
+                self._closing.enter_context(self.early)
+                self._save_early()
             if is_main_process():
                 self.log = open_writers(self.directory, self.done, self.keeping.writers, self.work.label)
                 self._closing.callback(self.log.close)
@@ -210,13 +219,26 @@ class Loop:
             host = self.before or _states(self.work.host)
             state = self.state._replace(rest=())
             self.checkpoints.save(self.done, state, host, _states(self.work.local), base=self.base)
+        if due and not self.stopped:
+            self._save_early()
         if stop and self.done < self.work.steps:
             self.checkpoints.finish()
+            if self.early is not None:
+                self.early.finish()
             self._say(
                 f"told to go; {self.done} of {self.work.steps} steps are done and saved. Started again, the run goes on."
             )
             raise Preempted
         self.checkpoints.poll()
+        if self.early is not None:
+            self.early.poll()
+
+    def _save_early(self) -> None:
+        """Saves a checkpoint of the first steps where it stays, unless an earlier start of the run has, with the same bits."""
+        if self.early is None or self.done > self.keeping.early or self.done in self.early.steps:
+            return
+        state = self.state._replace(rest=())
+        self.early.save(self.done, state, _states(self.work.host), _states(self.work.local), base=self.base)
 
     def _say(self, text: str) -> None:
         say(f"{self.work.label}: {text}")

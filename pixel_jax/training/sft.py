@@ -3,16 +3,20 @@
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from pixel_jax.config import positive
+from pixel_jax.data.batches import Batches
 from pixel_jax.models.model import Model
 from pixel_jax.parallel.sharding import process_shard, shard_batch
+from pixel_jax.terminal import warn
 from pixel_jax.training.batch import Batch
+from pixel_jax.training.checkpoint import Checkpoints, fingerprint
 from pixel_jax.training.cost import Throughput
 from pixel_jax.training.loop import ANYTHING, Identity, Keeping, Loop, Observer, RunSteps, Timer
 from pixel_jax.training.losses import Normalizer
@@ -38,6 +42,9 @@ class SFTConfig:
     forward: ForwardConfig = ForwardConfig()
     save_every: int = 100  # steps: a checkpoint
     keep: int = 2  # checkpoints, the newest
+    # Keep the checkpoints of the start and of the first epoch, too: `unlearn-jax erase --run` can then repeat the training
+    # from the last one before an example was first seen.
+    replayable: bool = False
     writers: tuple[WriterName, ...] = ()  # of metrics, besides JSON lines
 
     def __post_init__(self):
@@ -64,6 +71,12 @@ class Tuning:
         self.rate = learning_rate(config.optimizer, self.steps)
         self.update = make_sft_step(config.forward, self.optimizer, normalizer=config.normalizer, mesh=mesh)
         self.throughput = Throughput(model, config.trainable, mesh)
+
+    def work(self, label: str) -> RunSteps:
+        """The steps as a loop takes them."""
+        shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
+        host: dict[str, Any] = {"data": self.data}
+        return RunSteps(label, self.steps, self.step, host=host, shown=shown)
 
     def begin(self, model: Model) -> TrainState:
         """The state at step 0."""
@@ -118,16 +131,63 @@ def sft(
     Returns:
       The tuned model.
     """
+    if config.replayable and epoch is None:
+        raise ValueError("replayable keeps the checkpoints of the first epoch: it is not known how many steps make one")
     tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
-    shown = ("loss", "learning_rate", "epoch", "tokens_per_second", "seconds")
-    host: dict[str, Any] = {"data": data}
-    work = RunSteps(label, tuning.steps, tuning.step, host=host, shown=shown)
     keeping = Keeping(
         directory,
         identity.with_settings(sft=dataclasses.asdict(config)),
         save_every=config.save_every,
         keep=config.keep,
+        early=math.ceil(epoch) if config.replayable and epoch is not None else 0,
         writers=config.writers,
         mesh=mesh,
     )
-    return Loop(work, tuning.begin(model), keeping, watch).run().model
+    return Loop(tuning.work(label), tuning.begin(model), keeping, watch).run().model
+
+
+class Replayed(NamedTuple):
+    """The result of a run that was repeated."""
+
+    model: Model
+    begun: int  # the step after which the repetition began; 0: the start
+
+
+def replay(
+    model: Model,
+    data: Batches,
+    config: SFTConfig,
+    *,
+    early: pathlib.Path,
+    before: int,
+    mesh: Mesh | None = None,
+    epoch: float | None = None,
+    label: str = "replay",
+) -> Replayed:
+    """Repeats a run of `sft` to its end. Nothing is written.
+
+    Args:
+      model: that the run began with.
+      data: the run's batches in their order. The first that differs from the run's is that of step `before`.
+      config: of the run.
+      early: directory of the checkpoints that a `replayable` run has kept. It need not exist.
+      before: the replay begins at the last whole checkpoint that has seen no batch from this one on.
+      mesh: of the run.
+      epoch: as in `sft`.
+      label: what the terminal calls it.
+    """
+    tuning = Tuning(model, data, config, mesh=mesh, epoch=epoch)
+    loop = Loop(tuning.work(label), tuning.begin(model))
+    if early.is_dir():
+        with Checkpoints(early, keep=None) as checkpoints:
+            for step in reversed([step for step in checkpoints.steps if step <= before]):
+                if (reason := checkpoints.damage(step)) is not None:
+                    warn(f"{early}: checkpoint {step} is damaged ({reason}); the replay begins earlier")
+                    continue
+                like = loop.state._replace(rest=())
+                found = checkpoints.restore(like, mesh=mesh, step=step, base=fingerprint(loop.state.rest))
+                loop.state, loop.done = found.state._replace(rest=loop.state.rest), step
+                data.set_state(found.host["data"])
+                break
+    begun = loop.done
+    return Replayed(loop.run().model, begun)

@@ -18,6 +18,7 @@ LABORATORY = (
     "cli",
     "commands",
     "experiment",
+    "own_run",
     "people",
     "planning",
     "quickstart",

@@ -27,7 +27,7 @@ from unlearn_jax.people.model import PeopleModel
 from unlearn_jax.people.readers import read_muse, read_tofu
 from unlearn_jax.people.words import Words
 from unlearn_jax.requests.replay import TrainingPoint, TrainingRecipe, beginning, last_before, train
-from unlearn_jax.requests.request import EditRequestError, Request
+from unlearn_jax.requests.request import EditRequestError, Request, refuse_kind
 from unlearn_jax.requests.state import same_item
 from unlearn_jax.requests.task import Description, RequestsConfig, Retrained
 
@@ -110,6 +110,7 @@ class PeopleTask:
         name, words = request.ids[0], self.model.words
         if request.kind == "image":
             raise EditRequestError(f"{name!r} has no image")
+        refuse_kind(request, "question", "answer", "mask")
         if request.kind == "mask":
             if (count := item.answer.count(request.value)) != 1:
                 raise EditRequestError(f"the text to be masked occurs {count} times in the answer of {name!r}")

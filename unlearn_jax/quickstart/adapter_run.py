@@ -93,11 +93,11 @@ class AdapterRun:
         return put(adapter, self.mesh)
 
     def save(self, path: pathlib.Path, adapter: Params) -> None:
-        """Writes an adapter atomically, and in PEFT's format to the directory named by `path` without its suffix."""
+        """Writes an adapter atomically, and beside it the files of PEFT's format, so that its directory is one of PEFT's."""
         values = to_host(adapter)
         if is_main_process():
             write_file(path, save(values, metadata={"format": "np"}))
-        save_adapter(combine(adapter, self.base), path.with_suffix(""), base=self.config.model)
+        save_adapter(combine(adapter, self.base), path.parent, base=self.config.model)
 
     def write(self, name: str, values: Any) -> None:
         """Writes JSON atomically."""

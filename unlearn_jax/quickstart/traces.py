@@ -20,9 +20,9 @@ from pixel_jax.rollouts.shapes import BatchShape
 from pixel_jax.training.batch import from_trajectories
 from unlearn_jax.loss import MASK
 from unlearn_jax.quickstart.config import TracesConfig
-from unlearn_jax.requests.request import EditRequestError, Request
+from unlearn_jax.requests.request import EditRequestError, Request, refuse_kind
 from unlearn_jax.requests.task import Description
-from unlearn_jax.vision_language import examples
+from unlearn_jax.vision_language import examples, mask_text
 
 SPLIT = "test"  # photographs and digits that the base model has not seen
 KINDS = ("zoom", "direct", "video")
@@ -76,6 +76,7 @@ def changed(item: TraceItem, request: Request) -> TraceItem:
         EditRequestError: the request does not fit the trace.
     """
     trace, name = item.trace, request.ids[0]
+    refuse_kind(request, "question", "answer", "image", "mask")
     if request.kind == "mask":
         if item.masked and request.value in item.masked:
             return item
@@ -143,18 +144,8 @@ def encode(items: Mapping[str, TraceItem], vocabulary: Vocabulary, limits: Rollo
     found = to_examples({name: item.trace for name, item in items.items()}, vocabulary, limits)
     for row, item in enumerate(items.values()):
         for stretch in item.masked:
-            _mask(found["labels"][row], found[MASK][row], stretch.encode(), vocabulary)
+            mask_text(found["labels"][row], found[MASK][row], stretch, vocabulary)
     return found
-
-
-def _mask(labels: np.ndarray, mask: np.ndarray, stretch: bytes, vocabulary: Vocabulary) -> None:
-    """Takes the loss off the tokens that have a byte of `stretch`, in place."""
-    pieces = [vocabulary.to_bytes([int(label)]) for label in labels]
-    ends = np.cumsum([len(piece) for piece in pieces])
-    begin = b"".join(pieces).find(stretch)
-    assert begin >= 0, "`changed` has looked"
-    starts = ends - [len(piece) for piece in pieces]
-    mask[(starts < begin + len(stretch)) & (ends > begin)] = False
 
 
 def to_examples(traces: Mapping[str, Trace], vocabulary: Vocabulary, limits: RolloutConfig) -> dict[str, Any]:

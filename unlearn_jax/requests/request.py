@@ -6,6 +6,9 @@
     {"id": "video-0", "kind": "question", "text": "...", ...}  the question should have been this one
     {"id": "zoom-2", "kind": "image", "image": "new.png", ...} the image; its path is relative to the file of requests
     {"id": "zoom-5", "kind": "mask", "mask": "...", ...}       this part of the learned text should not have been learned
+    {"id": "zoom-6", "kind": "part", "part": "0.10, 0.20", "becomes": "0.50, 0.60", ...}
+                                                               this part, such as a box, should have been another
+    {"id": "zoom-7", "kind": "trace", "turns": ["...", ...], ...}  the turns should have been these, as in a row of data
 
 `when` is a date or a time in ISO 8601. All fields are required and there are no others.
 """
@@ -20,14 +23,16 @@ from typing import Any, Literal, get_args
 
 from pixel_jax.files import FileError, parse_json, read_bytes, read_lines
 
-Kind = Literal["remove", "question", "answer", "image", "mask"]
-VALUES: Mapping[str, str | None] = {
-    "remove": None,
-    "question": "text",
-    "answer": "answer",
-    "image": "image",
-    "mask": "mask",
-}  # the field with what is new
+Kind = Literal["remove", "question", "answer", "image", "mask", "part", "trace"]
+VALUES: Mapping[str, tuple[str, ...]] = {
+    "remove": (),
+    "question": ("text",),
+    "answer": ("answer",),
+    "image": ("image",),
+    "mask": ("mask",),
+    "part": ("part", "becomes"),
+    "trace": ("turns",),
+}  # the fields with what is new
 COMMON = ("id", "kind", "reason", "who", "when")
 MAX_LINE = 2**20  # bytes
 MAX_IMAGE = 2**26  # bytes
@@ -44,11 +49,13 @@ class Request:
 
     ids: tuple[str, ...]  # of training examples
     kind: Kind
-    value: str  # the new text or answer, or the text that is masked; empty for other kinds
+    # The new text or answer; the text that is masked or replaced; the new turns, as JSON. Empty for other kinds.
+    value: str
     image: bytes  # the file of the new image; empty for the others
     reason: str
     who: str  # who asked
     when: str  # when they asked
+    becomes: str = ""  # what replaces a part; empty for other kinds
 
     @property
     def image_name(self) -> str:
@@ -60,10 +67,16 @@ class Request:
 
         An image stands in a file of its own, `image_name`.
         """
-        value = self.image_name if self.kind == "image" else self.value
-        fields = {"id": list(self.ids), "kind": self.kind, "reason": self.reason, "who": self.who, "when": self.when}
-        if (name := VALUES[self.kind]) is not None:
-            fields[name] = value
+        fields: dict[str, Any] = {"id": list(self.ids), "kind": self.kind}
+        fields |= {"reason": self.reason, "who": self.who, "when": self.when}
+        match self.kind:
+            case "image":
+                values: tuple[Any, ...] = (self.image_name,)
+            case "trace":
+                values = (json.loads(self.value),)
+            case _:
+                values = (self.value, self.becomes)
+        fields |= dict(zip(VALUES[self.kind], values, strict=False))
         return (json.dumps(fields, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
@@ -105,8 +118,7 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
     kind: Any = value.get("kind")
     if kind not in get_args(Kind):
         raise EditRequestError(f"{where}: kind must be one of {', '.join(get_args(Kind))}, not {kind!r}")
-    name = VALUES[kind]
-    wanted = (*COMMON, *([name] if name else []))
+    wanted = (*COMMON, *VALUES[kind])
     if missing := [field for field in wanted if field not in value]:
         raise EditRequestError(f"{where}: a request of kind {kind!r} needs the field {missing[0]!r}")
     if unknown := [field for field in value if field not in wanted]:
@@ -114,6 +126,8 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
             f"{where}: a request of kind {kind!r} has no field {unknown[0]!r}; it has {', '.join(wanted)}"
         )
     for field in wanted[1:]:
+        if field == "turns":
+            continue
         if not isinstance(value[field], str) or not value[field].strip():
             raise EditRequestError(f"{where}: {field} must be a text that is not empty, not {value[field]!r}")
     ids = _ids(value["id"], kind, where)
@@ -122,8 +136,23 @@ def parse_request(value: Any, where: str, folder: pathlib.Path) -> Request:
     except ValueError:
         raise EditRequestError(f"{where}: when must be a date or time as 2026-11-30, not {value['when']!r}") from None
     image = _image(folder / value["image"], where) if kind == "image" else b""
-    text = value[name] if name and kind != "image" else ""
-    return Request(ids, kind, text, image, value["reason"], value["who"], value["when"])
+    texts = [value[field] for field in VALUES[kind]] if kind != "image" else []
+    if kind == "trace":
+        texts = [_turns(value["turns"], where)]
+    text, becomes = (*texts, "", "")[:2]
+    return Request(ids, kind, text, image, value["reason"], value["who"], value["when"], becomes)
+
+
+def _turns(value: Any, where: str) -> str:
+    if not isinstance(value, list) or not value:
+        raise EditRequestError(f"{where}: turns must be a list of turns that is not empty, not {value!r}")
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def refuse_kind(request: Request, *kinds: Kind) -> None:
+    """Raises EditRequestError unless the request is of one of these kinds, which its examples know."""
+    if request.kind not in kinds:
+        raise EditRequestError(f"{request.ids[0]!r}: examples of this kind know {', '.join(kinds)}, not {request.kind}")
 
 
 def _ids(value: Any, kind: str, where: str) -> tuple[str, ...]:

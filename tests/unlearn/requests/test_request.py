@@ -28,6 +28,8 @@ def test_every_kind_is_read_and_stored(tmp_path):
         {**REMOVE, "kind": "question", "text": "What?"},
         {**REMOVE, "kind": "image", "image": "new.png"},
         {**REMOVE, "kind": "mask", "mask": "[1, 2]"},
+        {**REMOVE, "kind": "part", "part": "[1, 2]", "becomes": "[3, 4]"},
+        {**REMOVE, "kind": "trace", "turns": ["a", {"text": "b", "learn": False}]},
     )
     requests = read_requests(path)
     filed = ("consent withdrawn", "A. Person", "2026-11-30")
@@ -38,8 +40,10 @@ def test_every_kind_is_read_and_stored(tmp_path):
         Request(("a",), "question", "What?", b"", *filed),
         Request(("a",), "image", "", b"an image", *filed),
         Request(("a",), "mask", "[1, 2]", b"", *filed),
+        Request(("a",), "part", "[1, 2]", b"", *filed, "[3, 4]"),
+        Request(("a",), "trace", '["a", {"learn": false, "text": "b"}]', b"", *filed),
     ]
-    assert len({request.stored() for request in requests}) == 6
+    assert len({request.stored() for request in requests}) == 8
     (tmp_path / requests[4].image_name).write_bytes(b"an image")
     for request in requests:
         assert parse_request(json.loads(request.stored()), "stored", tmp_path) == request
@@ -53,6 +57,8 @@ MISTAKES = {
     "a missing field": ([{k: v for k, v in REMOVE.items() if k != "who"}], "needs the field 'who'"),
     "no answer": ([{**REMOVE, "kind": "answer"}], "needs the field 'answer'"),
     "a field too many": ([{**REMOVE, "answer": "4"}], "has no field 'answer'"),
+    "half a part": ([{**REMOVE, "kind": "part", "part": "4"}], "needs the field 'becomes'"),
+    "no turns": ([{**REMOVE, "kind": "trace", "turns": []}], "turns must be a list of turns that is not empty"),
     "a number for a text": ([{**REMOVE, "kind": "answer", "answer": 4}], "answer must be a text"),
     "an empty text": ([{**REMOVE, "reason": " "}], "reason must be a text"),
     "an empty list": ([{**REMOVE, "id": []}], "id must be"),
