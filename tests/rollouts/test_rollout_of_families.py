@@ -142,8 +142,7 @@ def test_qwen3_vl():
     config = config.for_model(model.config)
     prompts = scripted_model.prompts(2, config=config, video=True)
     t = trajectory.to_host(rollout(model, prompts, KEY, config))
-    found = scripted_model.outcomes(t)
-    assert (found == scripted_model.CROPPED).any() and (found == scripted_model.SELECTED).any()
+    assert (scripted_model.outcomes(t) == scripted_model.CROPPED).any()
     t = scripted_model.with_pixels(t, prompts, config)
     assert t.visual.patches.shape[-1] == 3 * 16**2
     words = scripted_model.vocabulary()
