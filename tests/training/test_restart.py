@@ -107,7 +107,7 @@ def test_a_run_that_waits_for_data_hears_that_it_is_to_go(undisturbed, tmp_path)
         while "waits\n" not in said:
             said += process.stdout.readline()
         process.send_signal(number)
-        assert process.wait(60) == CODE
+        assert process.wait(300) == CODE
         assert f"told to go; {step} of 9 steps are done and saved" in process.stdout.read()
         assert newest(tmp_path).name == str(step)
     finish(undisturbed, tmp_path)

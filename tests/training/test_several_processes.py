@@ -106,7 +106,7 @@ def test_reinforcement_learning_goes_on_as_if_nothing_had_been(tmp_path, count, 
 
 def test_when_one_dies_the_others_say_so_and_end(tmp_path):
     event = {"signal": int(signal.SIGKILL), "victim": 1, "batch": 1}
-    (code, said), (killed, _) = fleet.wait(start(2, tmp_path, mesh={"data": 2}, steps=12, **event), 120)
+    (code, said), (killed, _) = fleet.wait(start(2, tmp_path, mesh={"data": 2}, steps=12, **event))
     assert killed == -signal.SIGKILL and code == LOST
     assert "process 0 of 2 ends" in said and "most likely because one of them died" in said
 
@@ -121,7 +121,7 @@ def test_when_one_dies_and_no_collective_tells_jax_aborts_the_others(tmp_path):
     lines += ["initialize(heartbeat=10)", "with fail_together():", "    barrier('here')"]
     lines += ["    time.sleep(100) if is_main_process() else os.kill(os.getpid(), signal.SIGKILL)"]
     script.write_text("\n".join(lines))
-    ended = fleet.wait(fleet.start(2, script), 60)
+    ended = fleet.wait(fleet.start(2, script))
     assert [code for code, _ in ended] == [-signal.SIGABRT, -signal.SIGKILL], ended
 
 
@@ -181,6 +181,6 @@ def test_a_torn_checkpoint_is_got_past_though_one_process_alone_sees_it(tmp_path
         (tmp_path / "checkpoints.checksums" / f"4.{process}.json").unlink()
     for path in (directory / "4").glob(torn):
         path.write_bytes(path.read_bytes()[:-100])
-    ended = fleet.wait(fleet.start(2, script, directory), 60)
+    ended = fleet.wait(fleet.start(2, script, directory))
     assert [code for code, _ in ended] == [0, 0] and all("goes on from 2 with 2" in said for _, said in ended), ended
     assert "Checkpoint 4 is damaged" in ended[0][1] and "It is set aside" in ended[0][1]
