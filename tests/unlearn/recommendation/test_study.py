@@ -126,7 +126,8 @@ def test_corrected_rows_are_asked_and_answered_as_they_should_be(tmp_path, kind)
     for numbers in found.values():
         assert 0 <= numbers["valid_ratio"] <= 1
         assert numbers["hit_ratio_of_all"] == pytest.approx(numbers["hit_ratio"] * numbers["valid_ratio"])
-    assert found["retrain, cold"]["kl_right"] == pytest.approx(0, abs=1e-7) < found["corrupted"]["kl_right"]
+    assert found["retrain, cold"]["kl_right"] == pytest.approx(0, abs=1e-7)
+    assert found["corrupted"]["kl_right"] > 1e-6
     case = study.case(kind, 0.2, 0)
     (change,) = case.edits
     assert change.ids == [case.rows[i].name for i in case.touched]
@@ -152,7 +153,7 @@ def test_the_table_shows_means_and_intervals(run):
     said = text(rows_of([*done, *second]))
     assert "**remove, 20% of the examples**" in said and said.count("| erase | 2 |") == 1 and "±" in said
     diverged = [{**done[-1], "row": {"rate": 1.0, "diverged": True}}]
-    assert "diverged" in text(rows_of(diverged))
+    assert "| diverged |" in text(rows_of([*done[:1], *diverged]))
     assert REPORTED[2].error == pytest.approx(0.052, abs=1e-3)  # the difference of the methods is one of 92 users
 
 
