@@ -18,6 +18,7 @@ from pixel_jax.data.images import read_image
 from pixel_jax.data.shapes import largest
 from pixel_jax.data.synthesis import crop_call, final_answer
 from pixel_jax.data.traces import assemble
+from pixel_jax.files import read_json
 from pixel_jax.models.io import from_pretrained
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import combine, split
@@ -35,6 +36,7 @@ from unlearn_jax.newton import LimitKind
 from unlearn_jax.objective import dataset_objective
 from unlearn_jax.own_run.config import RunEditConfig
 from unlearn_jax.own_run.edit import edit
+from unlearn_jax.own_run.evaluate import EVALUATION, evaluate
 from unlearn_jax.own_run.task import RunTask, _mask
 from unlearn_jax.requests.carry_out import State
 from unlearn_jax.requests.log import ADAPTER, LOG, verify
@@ -329,6 +331,10 @@ def test_an_escalated_request_is_the_replay(run, model):
     weights = np.array([float(name != "t2") for name in task.items()])
     found = task.load(State.of(task).adapter_path(task.directory))
     assert equal(found, task.retrain(task.items(), weights).adapter)
+    measures = evaluate(config)
+    (again,) = (x for name, x in measures.items() if name.startswith("the run again, from the checkpoint after step"))
+    assert measures["after all requests"] == again and again["distance"] == 0 < measures["before"]["distance"]
+    assert read_json(run / "edits" / EVALUATION) == measures
 
 
 def test_pages_show_what_was_forgotten_only_when_asked(asked, run):
