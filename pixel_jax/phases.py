@@ -141,7 +141,7 @@ class Phase:
         return {"directory": directory, "identity": self.data.identity, "mesh": self.mesh}
 
     @property
-    def reader_options(self) -> dict[str, int]:
+    def reader_options(self) -> dict[str, Any]:
         """The arguments of data loaders that say which rows this process reads, and how far ahead."""
         shard = process_shard(self.mesh)
         ahead = {"threads": self.config.read_threads, "ahead": self.config.read_ahead}

@@ -363,7 +363,8 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
     if weights > room:
         return None
     fits: dict[Kind, bool] = {}
-    for kind in phases_of(config) if rows is None else [rows.kind]:
+    kinds: list[Kind] = phases_of(config) if rows is None else [rows.kind]
+    for kind in kinds:
         with checks.item("memory"):
             parts = tuning_bytes(recipe, mesh, rows) if kind == "sft" else learning_bytes(recipe, mesh, rows)
             needs["phases"][kind] = parts

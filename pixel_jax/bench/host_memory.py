@@ -17,6 +17,7 @@ import pathlib
 import resource
 import tempfile
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,7 +144,7 @@ class Learning:
         )
 
 
-def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: int) -> tuple[Batches, int]:
+def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: Any) -> tuple[Batches, int]:
     """The batches that training would see, and how many are an epoch."""
     examples, report = read_examples(path, turns=phase == "sft")
     vocabulary = Vocabulary.of(build_tokenizer([system_prompt(), GUIDELINES["vcot"]]))

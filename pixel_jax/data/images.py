@@ -93,9 +93,9 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 @contextlib.contextmanager
 def _opened(file: IO[bytes], name: str) -> Iterator[Image.Image]:
     """Opens an image: checks its header, reserves memory for its pixels, and turns all errors into `ImageError`s."""
+    head = file.read(32)
     try:
         with contextlib.ExitStack() as stack:
-            head = file.read(32)
             if not head:
                 raise ImageError(f"{name} cannot be read: it is empty (0 bytes), so copy it again")
             file.seek(0)

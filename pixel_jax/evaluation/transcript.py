@@ -131,7 +131,7 @@ def make_transcript(
     merge = math.isqrt(int(grids.prod(axis=1).sum()) // max(1, int(pads.sum())))
 
     def seen(frame, grid, caption: str) -> Picture:
-        return draw(unpatchify(t.visual.patches[row, frame], *map(int, grid[1:]), merge), caption)
+        return draw(unpatchify(t.visual.patches[row, frame], int(grid[1]), int(grid[2]), merge), caption)
 
     overview = []
     for i in range(len(query.images)):

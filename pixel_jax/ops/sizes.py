@@ -1,11 +1,11 @@
 """The size at which an image is shown: about its own shape within limits, or the middle of it in one square."""
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.ops.smart_resize import most_pixels, smart_resize
+from pixel_jax.ops.smart_resize import Sides, most_pixels, smart_resize
 
 
 class Sizes(NamedTuple):
@@ -21,6 +21,10 @@ class Sizes(NamedTuple):
     max_side: int  # longest side, in pixels
     square: bool = False  # every image is shown at max_side x max_side
 
+    @overload
+    def of(self, height: int, width: int) -> tuple[int, int]: ...
+    @overload
+    def of(self, height: Sides, width: Sides) -> tuple[jax.Array, jax.Array]: ...
     def of(self, height, width):
         """Returns the (height, width) at which an image is shown; arguments and errors are those of `smart_resize`."""
         limits = {"factor": self.factor, "min_pixels": self.min_pixels, "max_pixels": self.max_pixels}

@@ -21,7 +21,7 @@ from pixel_jax.models.attention import Mask, attention
 from pixel_jax.models.decoder import Decoder
 from pixel_jax.models.layers import LoRAWeight
 from pixel_jax.models.lora import add_lora, combine, copied, split
-from unlearn_jax.arrays import Example, Params
+from unlearn_jax.arrays import AnyArray, Example, Params
 from unlearn_jax.loss import MASK, CrossEntropy, Loss
 
 BLOCK = 8  # texts that the lower layers read at a time
@@ -30,8 +30,8 @@ BLOCK = 8  # texts that the lower layers read at a time
 class KeysAndValues(NamedTuple):
     """Of some layers: [layers, B, T, kv_heads, head_dim]."""
 
-    k: jax.Array
-    v: jax.Array
+    k: AnyArray
+    v: AnyArray
 
 
 class Encoded(NamedTuple):

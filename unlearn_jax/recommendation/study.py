@@ -160,15 +160,15 @@ class Study:
             order: number of the order of the batches.
         """
         weights = np.ones(len(rows["labels"])) if weights is None else weights
-        start = self.recommender.fresh(seed) if start is None else start
+        begin: Params = self.recommender.fresh(seed) if start is None else start
         recipe = dataclasses.replace(self.config.training, seed=1000 * order + seed)
         spent = float(recipe.epochs * np.count_nonzero(weights))
-        path = self.config.directory / f"{_digest(self.recommender.digest, recipe, rows, weights, start)}.safetensors"
+        path = self.config.directory / f"{_digest(self.recommender.digest, recipe, rows, weights, begin)}.safetensors"
         if path.exists():
             return {name: jnp.asarray(x) for name, x in load_file(path).items()}, spent
         progress = ProgressLine("training, steps", len(recipe.order(len(weights))))
         log = lambda step, value: progress.update(step, {"loss": value})
-        adapter = train(recipe, self.recommender.loss, beginning(recipe, start), rows, weights, log=log)
+        adapter = train(recipe, self.recommender.loss, beginning(recipe, begin), rows, weights, log=log)
         write_file(path, save({name: np.asarray(x) for name, x in adapter.items()}))
         return adapter, spent
 
