@@ -8,6 +8,7 @@ DATA = ["pyarrow>=23.0.1", "av>=18.1"]  # Parquet and video files, of training d
 TFDS = ["tensorflow-datasets>=4.9.10", "importlib-resources>=6.5"]  # the second TFDS imports and does not declare
 SERVE = ["starlette>=1.10", "uvicorn>=0.54"]  # pixel-jax serve
 GGUF = ["gguf>=0.19"]  # files of llama.cpp
+PLOTS = ["matplotlib>=3.10"]  # figures of `python -m unlearn_jax.recommendation`
 METRICS = ["tensorboardX>=2.6.2.2", "wandb>=0.31"]
 
 setup(
@@ -59,6 +60,7 @@ setup(
         "plan-gpu": ["jax[cuda12]" + JAX],
         "examples": ["scikit-image>=0.25", "scikit-learn>=1.6"],
         "serve": SERVE,
+        "plots": PLOTS,
         "metrics": METRICS,
         "dev": [
             *DATA,
@@ -66,6 +68,7 @@ setup(
             *METRICS,
             *SERVE,
             *GGUF,
+            *PLOTS,
             "pytest>=8.3",
             "pytest-xdist>=3.6.1",
             "hypothesis>=6.130",

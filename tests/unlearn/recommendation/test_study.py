@@ -158,7 +158,6 @@ def test_the_table_shows_means_and_intervals(run):
 
 
 def test_the_page_has_what_is_there_and_says_what_is_not(run, tmp_path):
-    pytest.importorskip("matplotlib")
     config, _ = run
     config = dataclasses.replace(config, seeds=(0, 7))
     write_page({"tiny": config}, tmp_path / "page")
