@@ -22,8 +22,8 @@ from pixel_jax.tools import RELEASED, Tool
 
 Size = tuple[int, int]  # (height, width)
 
-EMPTY_SIDE = 64  # of the buffer of a prompt without images, which all batches have
-MAX_TRIES = 8  # at smaller images for a long question: the tokens of an image fall in steps
+EMPTY_SIDE = 64  # pixels, of the image buffer of a prompt without images: every batch has one
+MAX_TRIES = 8  # of smaller images for a long question: the tokens of an image fall in steps
 MAX_SHAPES = 2  # of questions about images, and as many of those about videos: a rollout takes long to compile
 
 
@@ -130,7 +130,7 @@ class ShapeFinder(NamedTuple):
     def assign_all(
         self, queries: Sequence[Callable[[], Query]], shapes: Sequence[BatchShape] | AutoShapes
     ) -> list[Assignment | ValueError]:
-        """The shape of each query, or the error that says why it has none. A query is called for its outline."""
+        """The shape of each query, or the error that says why it has none. `queries` are functions that return outlines."""
         if isinstance(shapes, AutoShapes):
             find = functools.partial(self.assign_own, auto=shapes)
         else:
@@ -149,7 +149,7 @@ class ShapeFinder(NamedTuple):
     def _merge_shapes(
         self, assigned: Sequence[Assignment | ValueError], auto: AutoShapes
     ) -> list[Assignment | ValueError]:
-        """The same prompts in few shapes: as many as are worth their compilation."""
+        """Assigns the same prompts to few shapes: as many as are worth their compilation."""
         needs = [x.shape for x in assigned if isinstance(x, Assignment)]
         shapes = cover(needs, auto.cost, least=auto.rows, most=MAX_SHAPES, gain=0.1)
         # A larger buffer may show more patches than any of the images that share it.

@@ -180,7 +180,7 @@ def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("config", "shape"))
 def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, shape: RolloutShape):
-    """What the rollout answers to turns, int32 [WAVE, T] (-1: no token).
+    """Computes the answers of the rollout to `turns`, int32 [WAVE, T] (-1: no token).
 
     `number` int32 [WAVE] counts the calls of each row so far.
 
@@ -195,8 +195,8 @@ def _respond(tables: Tables, turns, seen: Seen, number, config: RolloutConfig, s
     result = execute(call, seen, tables, shape.views, config)
     length = decode_loop.observation_width(tables.observations, config, shape)
     ids, lengths = tables.observations.assemble(result.message, length)
-    done = record_calls(call, result, call.required, tables.tools)
-    return call.required, done, shown_by(done, number), ids, lengths, add_to_history(seen.history, done, number)
+    calls = record_calls(call, result, call.required, tables.tools)
+    return call.required, calls, shown_by(calls, number), ids, lengths, add_to_history(seen.history, calls, number)
 
 
 def _answer_calls(
@@ -257,7 +257,7 @@ def write_rows(
 ) -> list[TraceRow]:
     """Writes traces out as rows, in their order: tokens, and views of their images. No pixel is read.
 
-    Every call is answered, but one that ends its trace.
+    Every call is answered, except one in the last turn of its trace.
     """
     check_format(tables, config)
     rows = [TraceRow(trace, i, vocabulary, config, tables.tools) for i, trace in enumerate(traces)]
@@ -282,7 +282,7 @@ def to_trajectories(
 ) -> Trajectories[Visual]:
     """Writes traces out and cuts their frames: one row a trace, in order, on the host."""
     rows = write_rows(traces, vocabulary, tables, config)
-    with ThreadPoolExecutor() as pool:  # products take most of the time, and hold no lock
+    with ThreadPoolExecutor() as pool:  # matrix products take most of the time, and release the interpreter's lock
         frames = list(pool.map(lambda row: render(row, row.trace.query.images), rows))
     return assemble(rows, frames, config, shape)
 
