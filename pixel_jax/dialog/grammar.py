@@ -401,11 +401,11 @@ class _Text:
 
     def read(self, pattern: bytes) -> bytes:
         """Reads what must match `pattern`; returns its group, or all of it where there is none."""
-        found = re.compile(pattern).match(self.body, self.at)
-        if found is None:
+        matched = re.compile(pattern).match(self.body, self.at)
+        if matched is None:
             raise MalformedCallError(f"{pattern!r} is expected at {self.body[self.at : self.at + 20]!r}")
-        self.at = found.end()
-        return found[found.re.groups]
+        self.at = matched.end()
+        return matched[matched.re.groups]
 
     def take(self, *kinds: str) -> bytes:
         """Reads the next token, which must be of one of these kinds. Each mark is a kind, too."""

@@ -83,9 +83,9 @@ class Vocabulary:
     embedding is often padded), has no bytes.
 
     `encode` never returns a token that structures a dialog, whoever wrote the text. Those tokens are in `special`; templates put
-    them between texts (`template.to_ids`). Some have properties of their own, `end_of_text` to `video_pad`: `ABSENT`, which no
-    text has, where a tokenizer lacks one. The bytes of these are ChatML's spelling, by which parsers, rewards and transcripts
-    know them, whatever the tokenizer calls them.
+    them between texts (`template.to_ids`). Some are also properties, `im_start` to `video_pad`, which are `ABSENT` where a
+    tokenizer lacks the token. Their bytes are ChatML's spelling, by which parsers, rewards and transcripts know them,
+    whatever the tokenizer calls them.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -121,7 +121,7 @@ class Vocabulary:
                     f"the tokenizer cannot write {text} as text: its vocabulary has it beside its special tokens"
                 )
         single = {token: index for index, token in reversed(list(enumerate(tokens))) if len(token) == 1}
-        for index in single.values():  # a byte may have a token of its own beside that of the character
+        for index in single.values():  # a byte may have a token besides that of the character
             written = encoders[Place.TEXT].encode(tokens[index].decode("latin-1"), add_special_tokens=False).ids
             if len(written) == 1 and tokens[written[0]] == tokens[index]:
                 single[tokens[index]] = written[0]
@@ -186,7 +186,7 @@ class Vocabulary:
 
 
 def read_layout(tokenizer: PreTrainedTokenizerFast) -> Layout:
-    """How the chat template of a tokenizer writes dialogs.
+    """Reads the layout of dialogs from the chat template of a tokenizer.
 
     Raises:
       ValueError: it cannot be used, or there is none, nor the tokens of ChatML or Llama 3.
@@ -195,7 +195,7 @@ def read_layout(tokenizer: PreTrainedTokenizerFast) -> Layout:
     chatml = {text: name for name, text in SPECIAL_TOKENS.items()}
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
     special = [text for text, token in added.items() if token.special or text in chatml or text in named.values()]
-    special = [text for text in special if text not in MARKS]  # which turns are written with, so that they are text
+    special = [text for text in special if text not in MARKS]  # marks of calls are parts of turns, which are text
     visual = [SPECIAL_TOKENS[name] for name in VISUAL_TOKENS]
     missing = [text for text in visual if text not in special]
     if 0 < len(missing) < len(visual):
@@ -259,7 +259,7 @@ def text_encoders(tokenizer: PreTrainedTokenizerFast, special: Collection[str]) 
 
 
 def _without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A normalizer or a pre-tokenizer that puts no space before a text."""
+    """Returns a normalizer or a pre-tokenizer without the space that it puts before a text."""
     if part is None or part["type"] == "Prepend":
         return None
     for name in ("normalizers", "pretokenizers"):
@@ -270,7 +270,7 @@ def _without_space(part: dict[str, Any] | None) -> dict[str, Any] | None:
     return part | {"add_prefix_space": False} if part.get("add_prefix_space") else part
 
 
-SPACE = "\u2581"  # what tokens of SentencePiece have for a space
+SPACE = "\u2581"  # stands for a space in tokens of SentencePiece
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 

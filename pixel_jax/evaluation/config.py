@@ -48,7 +48,7 @@ class BenchmarkConfig:
     # What data of one's own ("jsonl", which may be Parquet, too) calls our fields: {"question": "prompt"}.
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     split: Literal["val", "test"] | None = None  # where the files do not say; checkpoints are chosen on "val" only
-    sample: int | None = None  # so many questions, drawn at random
+    sample: int | None = None  # number of questions to draw at random; None: all
     scorer: ScorerConfig = ScorerConfig()
     # (images, height and width of the largest, tokens of the prompt) of each. None: worked out from the questions.
     buckets: tuple[Bucket, ...] | None = None

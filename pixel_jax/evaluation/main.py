@@ -308,8 +308,8 @@ def select(directories: Sequence[str]) -> dict[str, Any]:
     mode, chosen = comparable(directories)
     records = {run: {name: read_records(path) for name, path in parts.items()} for run, parts in chosen.items()}
     scores: dict[str, dict[str, Any]] = {}
-    for run, found in records.items():
-        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in found.items()}
+    for run, benchmarks in records.items():
+        each = {name: summary.summarise(x)[summary.ALL]["score"] for name, x in benchmarks.items()}
         # Every benchmark counts alike, however many questions it has.
         scores[run] = {"mean": sum(x["mean"] for x in each.values()) / len(each), "benchmarks": each}
     best = max(scores, key=lambda run: scores[run]["mean"])  # the first of equals

@@ -127,5 +127,5 @@ def page(title: str, sections: Sequence[tuple[str, str]], data: Mapping | None =
 
 
 def write(path: str | os.PathLike, content: str) -> None:
-    """Write a page whole or not at all."""
+    """Writes a page whole or not at all."""
     write_file(path, content)

@@ -153,7 +153,7 @@ def make_transcript(
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023
         for image, region in zip(source.image, source.region, strict=True):
-            if image >= 0:  # of what a tool made, the picture shows enough
+            if image >= 0:  # else the region is of a picture that a tool made; no boxes are drawn on those
                 boxes[image].append((call + 1, *region))
     turns.append(ShownTurn("assistant", written[-1]))
     return Transcript(
@@ -231,12 +231,12 @@ def as_document(transcript: Transcript) -> dict[str, Any]:
 
 
 def save(path: str | os.PathLike, transcripts: Sequence[Transcript]) -> None:
-    """Write `transcripts` as one JSON file, whole or not at all."""
+    """Writes `transcripts` as one JSON file, whole or not at all."""
     write_file(path, json.dumps([*map(as_document, transcripts)]))
 
 
 def load(path: str | os.PathLike) -> list[Transcript]:
-    """The transcripts of a file that `save` wrote. The file may come from anywhere.
+    """Reads the transcripts of a file that `save` wrote. The file is not trusted.
 
     Raises:
         FileError: anything in the file is not as `save` writes it.

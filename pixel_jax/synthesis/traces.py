@@ -204,16 +204,16 @@ def _turns(
         reference = outward(seed.box, size[1], size[0])
         options = {"pad": pad, "target": seed.image, "images": len(seed.images), "language": language}
         turns = image_turns(rng, size, seed.cue, reference, seed.answers[0], kind, **options)
-    found = []
+    rows = []
     for turn in turns[:-1]:
         ((text, learned),) = turn.parts
-        found.append({"text": text} if learned else {"text": text, "learn": False})
-    found[0]["text"] = f"{whole}\n{found[0]['text']}"
-    found.append({"text": end})
-    calls = [parse_turn(turn["text"], language) for turn in found]
+        rows.append({"text": text} if learned else {"text": text, "learn": False})
+    rows[0]["text"] = f"{whole}\n{rows[0]['text']}"
+    rows.append({"text": end})
+    calls = [parse_turn(turn["text"], language) for turn in rows]
     if any(turn.call is None for turn in calls[:-1]) or calls[-1].required:
-        raise ValueError(f"the trace of seed {seed.id} does not read as calls and an answer: {found}")
-    return found
+        raise ValueError(f"the trace of seed {seed.id} does not read as calls and an answer: {rows}")
+    return rows
 
 
 def fingerprint(seed: Seed, kind: str, settings: Mapping[str, Any], digests: Digests) -> str:

@@ -152,7 +152,7 @@ class HostTools:
         self.pool = ThreadPoolExecutor(config.workers)
         self.workers: list[Worker] = []
         for _ in range(config.workers):
-            self.free.put(None)  # a worker that is started when it is needed
+            self.free.put(None)  # stands for a worker that is started when it is needed
         self.counts: Counter[str] = Counter()
 
     def __enter__(self) -> "HostTools":
@@ -176,7 +176,7 @@ class HostTools:
         return replies
 
     def metrics(self) -> dict[str, float]:
-        """Counts calls since the last time: failed, timed out, returned a picture, and returned one that was made smaller."""
+        """Returns counts of the calls since the last time: errors, timeouts, pictures, and pictures that were made smaller."""
         counts, self.counts = self.counts, Counter()
         names = {"errors": FAILED.name, "timeouts": TIMED_OUT.name, "pictures": "pictures", "shrunk": "shrunk"}
         return {f"host_tool_{name}": float(counts[counted]) for name, counted in names.items()}
