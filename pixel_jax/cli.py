@@ -117,8 +117,8 @@ def key_errors(name: str):
     except (AttributeError, KeyError) as error:
         key, _, hint = str(error.args[0]).replace('"', "").replace("'", "").partition("\n")
         matching = [flag for flag in sys.argv if key in flag.split("=")[0].split(".")]
-        said = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in matching[:1])
-        say(f"{name}: {said}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
+        problem = f"the config has no section {key!r}" + "".join(f" to set {flag} in" for flag in matching[:1])
+        say(f"{name}: {problem}. {hint or 'A whole section is set as --config.SECTION={...}.'}", sys.stderr)
         sys.exit(1)
 
 

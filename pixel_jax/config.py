@@ -51,7 +51,7 @@ class ConfigFileParser(config_flags.ConfigFileFlagParser):
     """Parser of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
 
     def parse(self, path: str):
-        """The config of the flag's value, with a name in place of its file where it is one."""
+        """Reads the config that the flag's value names, by file or by name."""
         name, *word = path.split(":", 1)
         return super().parse(":".join([str(find_config(name)), *word]))
 
@@ -97,17 +97,17 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
     else:
         inherited = {name: _default(field) for name, field in fields.items()}
     required = [name for name, value in inherited.items() if value is dataclasses.MISSING]
-    found = {}
+    converted = {}
     for key, value in values.items():
         if key not in fields:
             raise ConfigError(f"unknown key {where}.{key}; {_nearest(str(key), list(fields), where)}")
         if value is not None or key not in required or types.NoneType in typing.get_args(hints[key]):
-            found[key] = convert(hints[key], value, f"{where}.{key}", inherited[key])
-    missing = [name for name in required if name not in found]
+            converted[key] = convert(hints[key], value, f"{where}.{key}", inherited[key])
+    missing = [name for name in required if name not in converted]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} requires")
     try:
-        return cls(**(inherited | found))
+        return cls(**(inherited | converted))
     except ConfigError:
         raise
     except ValueError as error:
@@ -136,7 +136,7 @@ def _nearest(key: str, known: list[str], where: str) -> str:
 
 
 def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
-    """`value`, checked against the type of a field.
+    """Checks `value` against the type of a field and returns it, converted.
 
     Args:
         hint: the field's type.

@@ -97,9 +97,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 
 
 def describe(changed: Mapping[str, tuple[Any, Any]]) -> str:
-    """The changes in words, at most `MOST_SAID` of them."""
-    said = [f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items()]
-    return ", ".join(said[:MOST_SAID]) + (f", and {len(said) - MOST_SAID} more" if len(said) > MOST_SAID else "")
+    """Writes the changes in words, at most `MOST_SAID` of them."""
+    parts = [f"{name} = {old!r}, now it is {new!r}" for name, (old, new) in changed.items()]
+    return ", ".join(parts[:MOST_SAID]) + (f", and {len(parts) - MOST_SAID} more" if len(parts) > MOST_SAID else "")
 
 
 def settle(

@@ -20,7 +20,7 @@ _LOCK = threading.Lock()  # around the search path
 
 
 class NamedError(ValueError):
-    """A name for which nothing is found; the message has it, and where it was looked for."""
+    """Raised for a name for which nothing is found; the message has the name, and where it was looked for."""
 
 
 def is_name(text: str) -> bool:
@@ -32,7 +32,7 @@ def find(name: str) -> Any:
     """Imports the module of `module:name` and returns the object.
 
     Raises:
-        NamedError: it is not written so, there is no such module, the module fails, or it has no such name.
+        NamedError: the name has another form, there is no such module, the module fails, or it has no such object.
     """
     if not is_name(name):
         raise NamedError(f"{name!r} is not written as module:name, such as my_rewards:iou")

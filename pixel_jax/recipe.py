@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from pixel_jax.training.algorithms import algorithm
 
-PIXEL = 28**2  # of one visual token
+PIXEL = 28**2  # pixels of one visual token
 
 
 class SizeSettings(NamedTuple):

@@ -37,7 +37,7 @@ def _escape(character: str) -> str:
 
 
 def brief(value: Any, length: int = 200) -> str:
-    """The `repr` of a foreign value, for a message; a long one is cut."""
+    """Returns the `repr` of a foreign value, for a message; a long one is cut."""
     text = repr(value[: length + 1] if isinstance(value, str | bytes | list | tuple) else value)
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -65,7 +65,7 @@ def put(text: str, stream: TextIO | None) -> None:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1, title: str = "", caption: str = ""
 ) -> "Table":
-    """A table of foreign text: no cell is markup, and control characters are escaped.
+    """Makes a table of foreign text: no cell is markup, and control characters are escaped.
 
     Args:
         head: names of the columns.
@@ -100,7 +100,7 @@ def print_table(content: "Table", stream: TextIO | None = None) -> None:
 
 
 def table_text(content: "Table") -> str:
-    """A table as `print_table` writes it to a file, without the line feed at its end."""
+    """Writes a table as `print_table` does to a file, and returns the text without the line feed at its end."""
     text = io.StringIO()
     print_table(content, text)
     return text.getvalue().rstrip("\n")

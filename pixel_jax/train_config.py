@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # In a run's directory: all its settings (config.json is what a model has), and what was read.
 CONFIG, DATA = "settings.json", "data.json"
-# Shapes by hand come together: those of all rows, and those of rows about videos.
+# Settings of shapes by hand that must be given together: for all rows, and for rows about videos.
 BY_HAND = {
     "sft": (("trace_tokens", "trace_frames", "trace_patches"), ("video_frames", "video_patches")),
     "rl": (("image_buffer", "prompt_width"), ("video_buffer", "video_prompt_width")),
@@ -48,7 +48,7 @@ class TrainConfig:
 
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)
-    out: str  # run directory: checkpoints, metrics, what was looked at, the page of the run, and at the end the model
+    out: str  # run directory: checkpoints, metrics, conversations, the page of the run, and at the end the model
     data_eval: str | None = (
         None  # examples that the run is judged by, in the format of `data`; None: `watch.share` of these
     )
@@ -95,11 +95,11 @@ class TrainConfig:
     video_buffer: tuple[int, int, int] | None = None
     video_prompt_width: int | None = None  # tokens of a prompt with a video
     seed: int = 0  # of the order of the examples and of new adapters
-    watch: WatchConfig = WatchConfig()  # what is looked at while the run goes on
+    watch: WatchConfig = WatchConfig()  # evaluation while the run goes on
     save_model_every: int = (
         0  # steps (rl: iterations): a model in `out`/models/STEP; 0: only the last one, in `out`/model
     )
-    # The model of the look that was best, in `out`/best: the highest accuracy or the lowest loss on what is held out.
+    # Keeps the model of the best evaluation in `out`/best: the highest accuracy or the lowest loss on held-out examples.
     keep_best: Criterion | None = None
     # Of the weights of the model that is saved. None: that of the model it began with, as its files have it.
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -133,7 +133,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: files are local; mount what is elsewhere")
 
     def for_model(self, network: "ModelConfig") -> "TrainConfig":
-        """Returns the same with the sizes of patches of a model's vision tower (`RolloutConfig.for_model`)."""
+        """Returns the same config with the patch sizes of a model's vision tower (`RolloutConfig.for_model`)."""
         rl = self.rl and dataclasses.replace(self.rl, rollout=self.rl.rollout.for_model(network))
         return dataclasses.replace(self, rollout=self.rollout.for_model(network), rl=rl)
 
@@ -182,9 +182,9 @@ class TrainConfig:
 
 
 def run_settings(command: str, config: TrainConfig, examples: Sequence, digests: Digests) -> dict[str, Any]:
-    """What a run is known by: its settings, and digests of its data, its model and the user's own code.
+    """Returns what identifies a run: its settings, and digests of its data, its model and the user's own code.
 
-    The settings of the phase's section are left out: the phase adds them.
+    The settings in the phase's own section are left out: the phase adds them.
     """
     settings = {name: x for name, x in dataclasses.asdict(config).items() if name not in ("sft", "rl")}
     rows = {f"data.{name}": x for name, x in digest_rows(examples, digests).items()}
@@ -198,7 +198,7 @@ def run_settings(command: str, config: TrainConfig, examples: Sequence, digests:
 
 
 def recorded(settings: Mapping[str, Any]) -> tuple[str, TrainConfig]:
-    """The command and the config of a run, from what it recorded of itself (`run_settings`, by dotted names).
+    """Restores the command and the config of a run from its record (`run_settings`, by dotted names).
 
     Raises:
         ValueError: the run is of another command.
