@@ -116,7 +116,7 @@ def check(
 
 
 def run_part(command: list[str], seconds: float) -> dict[str, Any]:
-    """The figures of a part, with its status: "passed", "failed" or "out of time"."""
+    """Runs a part and returns its figures, with its status: "passed", "failed" or "out of time"."""
     began = time.monotonic()
 
     def ended(status: str, wrong: list[str], **record: Any) -> dict[str, Any]:

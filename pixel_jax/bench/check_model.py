@@ -69,8 +69,8 @@ from pixel_jax.training.state import TrainState, init_state
 from pixel_jax.training.steps import ForwardConfig, check_report, make_rl_step, make_sft_step
 
 SHOWN = 5  # faults of the data that are printed; all are in the record
-SIDE = 448  # pixels: pictures of the trial are made smaller
-TRIED = 3  # pictures of the data with which sight is tried
+SIDE = 448  # pixels, the longest side of a picture in the trial rollout
+TRIED = 3  # pictures of the data with which sight is measured, at most
 Kind = Literal["sft", "rl"]
 MISTAKES = (
     UserError,
@@ -82,7 +82,7 @@ MISTAKES = (
 
 
 class Line(NamedTuple):
-    """One thing that was checked."""
+    """The result of one check."""
 
     name: str
     status: Literal["ok", "note", "wrong"]
@@ -109,7 +109,7 @@ class Checklist:
 
     @contextlib.contextmanager
     def item(self, name: str, remedy: str = "mend this and check again") -> Iterator[None]:
-        """What fails within is a line of this name."""
+        """Adds an error of the block as a line of this name."""
         try:
             yield
         except MISTAKES as error:
@@ -127,7 +127,7 @@ class Rows(NamedTuple):
 
     kind: Kind
     examples: Sequence[Example]
-    shapes: Sequence[BatchShape]  # that they are put in
+    shapes: Sequence[BatchShape]  # of their batches
 
 
 def check_model(config: TrainConfig, *, data: bool, out: pathlib.Path) -> list[str]:
@@ -182,13 +182,13 @@ def phases_of(config: TrainConfig) -> list[Kind]:
 
 
 def machine_lines(checks: Checklist, config: TrainConfig) -> None:
-    """Devices, versions, attention kernels, and the mesh."""
+    """Adds lines about devices, versions, attention kernels, and the mesh."""
     devices = jax.devices()
     kinds = ", ".join(f"{n} x {kind}" for kind, n in collections.Counter(x.device_kind for x in devices).items())
-    found = f"{kinds}, {_size(device_memory())} each for programs"
+    summary = f"{kinds}, {_size(device_memory())} each for programs"
     on_cpu = jax.default_backend() == "cpu"
     hint = "where there is an accelerator: pip install 'pixel_jax[tpu]', 'pixel_jax[cuda13]' or 'pixel_jax[cuda12]'"
-    checks.add("devices", found, hint * on_cpu, status="note" if on_cpu else "ok")
+    checks.add("devices", summary, hint * on_cpu, status="note" if on_cpu else "ok")
     checks.details["versions"] = found_versions = versions()
     main = ("pixel_jax", "python", "jax", "jaxlib", "libtpu", "flax", "transformers", "pillow")
     checks.add("versions", ", ".join(f"{x} {found_versions[x]}" for x in main if x in found_versions))
@@ -217,7 +217,7 @@ def machine_lines(checks: Checklist, config: TrainConfig) -> None:
 
 
 def model_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Recipe | None:
-    """Family, sizes, type and adapter; the recipe without tables, or None if something is wrong."""
+    """Adds lines about family, sizes, type and adapter; returns the recipe without tables, or None if something is wrong."""
     network, stored = files.config, {FLOATS[x.dtype].name for x in files.tensors.values() if x.dtype in FLOATS}
     dtype = stored.pop() if len(stored) == 1 else files.config_dtype or "float32"
     recipe = Recipe(config, network, (), dtype)  # pyright: ignore[reportArgumentType]: no tables are known yet
@@ -242,7 +242,7 @@ def model_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Re
 
 
 def tokenizer_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -> Vocabulary | None:
-    """The tokenizer, and the limits beside the model; None: it cannot be talked to."""
+    """Adds a line about the tokenizer and the limits beside the model; returns its vocabulary, None if it has none."""
     if files.processor is None:
         checks.add(
             "tokenizer", "none", "put the tokenizer's files (tokenizer.json, tokenizer_config.json) into the directory"
@@ -262,7 +262,7 @@ def tokenizer_lines(checks: Checklist, config: TrainConfig, files: ModelFiles) -
 def data_lines(
     checks: Checklist, config: TrainConfig, vocabulary: Vocabulary, known: Tables, files: ModelFiles, mesh: Mesh | None
 ) -> Rows | None:
-    """The rows of the data by kind, their faults, and how many have room."""
+    """Adds lines about the rows of the data, their faults and how many fit; returns those that do, None if none does."""
     use_limits(config.limits)
     options: dict[str, Any] = {
         "image_folders": config.image_folders,
@@ -301,9 +301,9 @@ def data_lines(
     )
     other: Kind = "rl" if kind == "sft" else "sft"
     use = {"sft": "have turns to tune on (sft)", "rl": "have an answer to learn by (rl)"}
-    said = f"{_plural(total, 'row')}: {len(examples)} {use[kind]}"
-    said += f", {len(found[other][0])} {use[other]}" if other in found and found[other][0] else ""
-    said += "".join(f"; {n} {name}" for name, n in counts.items())
+    summary = f"{_plural(total, 'row')}: {len(examples)} {use[kind]}"
+    summary += f", {len(found[other][0])} {use[other]}" if other in found and found[other][0] else ""
+    summary += "".join(f"; {n} {name}" for name, n in counts.items())
     left_out = len(report.dropped)
     remedy = "mend these rows, or leave them out with config.bad_rows='drop'" * (
         left_out > 0 and config.bad_rows == "error"
@@ -312,7 +312,7 @@ def data_lines(
     if not fitting:
         remedy = "no row can be used: docs/your-own-data.md describes the format, config.columns renames fields"
     room = "the config's shapes" if config.trace_shapes or config.image_buffer else "shapes worked out from them"
-    checks.add("data", f"{said}; {len(fitting)} fit {room}", remedy)
+    checks.add("data", f"{summary}; {len(fitting)} fit {room}", remedy)
     for fault in report.dropped[:SHOWN]:
         checks.add("fault", fault, status="note")
     if left_out > SHOWN:
@@ -332,7 +332,7 @@ def with_room(
     files: ModelFiles,
     mesh: Mesh | None,
 ) -> tuple[Sequence[Example], Sequence[BatchShape]]:
-    """The examples that the config's shapes, or those that are worked out, have room for; and these shapes.
+    """Returns the examples that fit the config's shapes, or those that are worked out; and these shapes.
 
     Raises:
         ValueError: there are none.
@@ -349,7 +349,7 @@ def with_room(
 
 
 def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[Kind, bool] | None:
-    """What answering and each phase take of a device, by formula. None: not even the weights fit; else which phases fit."""
+    """Adds lines about the memory of answering and of each phase, by formula; returns which fit, None if no weights do."""
     room, config, network = device_memory(), recipe.config, recipe.network
     model = abstract_model(recipe)
     weights = bytes_per_device(sharded(model, shardings(model, mesh)))
@@ -381,7 +381,7 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
 
 
 def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
-    """Bytes of a device that an update of tuning takes, with one row at a time on each shard."""
+    """Computes the bytes of a device that an update of tuning takes, with one row at a time on each shard."""
     phase = recipe.config.tuning
     state = abstract_state(recipe, phase, phase.steps or 1, mesh)
     parts = _of_update(recipe, state, phase.forward)
@@ -393,7 +393,7 @@ def tuning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int
 
 
 def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, int]:
-    """Bytes of a device that the larger of a rollout and an update takes, with one prompt, or one row, on each shard."""
+    """Computes the bytes that a rollout or an update takes, whichever is more, with one prompt or row on each shard."""
     phase, text = recipe.config.learning, recipe.network.text
     limits = phase.rollout
     rolled = make_mesh(recipe.config.rollout_mesh) if recipe.config.rollout_mesh else mesh
@@ -414,7 +414,7 @@ def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, i
 
 
 def _of_update(recipe: Recipe, state: TrainState, forward: ForwardConfig) -> dict[str, int]:
-    """What an update takes whatever its rows: as `pixel_jax.training.steps.make_step` counts it."""
+    """Computes what an update takes besides its rows, as `pixel_jax.training.steps.make_step` counts it."""
     trained = bytes_per_device(state.trainable)
     return {
         "weights and optimizer": bytes_per_device(state),
@@ -437,7 +437,7 @@ def trial_lines(
     rows: Rows | None,
     fits: dict[Kind, bool],
 ) -> None:
-    """The weights are read; the model looks; it writes and is changed once."""
+    """Reads the weights, checks that the model sees, and tries one rollout and one update."""
     announce_compiles()
     use_compilation_cache(pathlib.Path.home() / ".cache" / "pixel_jax")
     model: Any = None
@@ -461,13 +461,13 @@ def trial_lines(
 
 
 def look(checks: Checklist, model: Model, processor: Processor, rows: Rows | None) -> bool:
-    """Whether the model sees, or has nothing to see with."""
+    """Checks whether the model sees; a model without a vision tower passes."""
     if model.config.vision is None:
         checks.add("sees", "text only: nothing to see")
         return True
     sight = None
     for image, question, answer in [*pictures(rows), PICTURE]:
-        with contextlib.suppress(ValueError):  # one colour, or a text that stands for pictures: the next one is taken
+        with contextlib.suppress(ValueError):  # the picture has one colour, or the question a placeholder: try the next
             sight = measure_sight(model, processor, image, question, answer)
             if sight.sees:
                 break
@@ -486,7 +486,7 @@ def look(checks: Checklist, model: Model, processor: Processor, rows: Rows | Non
 
 
 def pictures(rows: Rows | None) -> Iterator[tuple[np.ndarray, str, str]]:
-    """A few pictures of the data, each with its question and a right answer."""
+    """Iterates over a few pictures of the data, each with its question and a right answer."""
     shown = [x for x in (rows.examples if rows is not None else ()) if x.images and not x.video]
     for example in shown[:TRIED]:
         said = example.answer[0] if example.answer else "".join(text for text, _ in example.turns[-1].parts)
@@ -495,7 +495,7 @@ def pictures(rows: Rows | None) -> Iterator[tuple[np.ndarray, str, str]]:
 
 
 def squares() -> np.ndarray:
-    """A picture of coloured squares."""
+    """Draws a picture of coloured squares."""
     colours = np.array([[220, 30, 30], [30, 180, 60], [40, 60, 220], [240, 220, 40]], np.uint8)
     rows, columns = np.indices((224, 224)) // 56
     return colours[(rows + columns) % 4]
@@ -514,7 +514,7 @@ def write(
     rows: Rows | None,
     mesh: Mesh | None,
 ) -> Batch:
-    """One rollout at small shapes; its rows as a batch."""
+    """Tries one rollout at small shapes, and returns its rows as a batch."""
     limits, prompts = small(limits_of(kind, config)), 1 if mesh is None else row_shards(mesh)
     query = question(rows, sees=model.config.vision is not None)
     asked = build_prompts([query] * prompts, vocabulary, known, limits)
@@ -536,7 +536,7 @@ def write(
 
 
 def small(limits: RolloutConfig) -> RolloutConfig:
-    """The limits with few tokens and small pictures."""
+    """Lowers the limits to few tokens and small pictures."""
     most = TOKENS * limits.factor**2
     pixels = {}
     for name in ("", "crop_", "select_", "video_"):
@@ -548,7 +548,7 @@ def small(limits: RolloutConfig) -> RolloutConfig:
 
 
 def question(rows: Rows | None, sees: bool) -> Query:
-    """The first question of the data about pictures, made smaller, or one of our own."""
+    """Returns the first question of the data about pictures, made smaller, or one of our own."""
     if not sees:
         return Query(rows.examples[0].question if rows is not None else "What is one and one?", [])
     shown = next((x for x in (rows.examples if rows is not None else ()) if x.images and not x.video), None)
@@ -561,7 +561,7 @@ def question(rows: Rows | None, sees: bool) -> Query:
 
 
 def change(checks: Checklist, model: Model, config: TrainConfig, kind: Kind, batch: Batch, mesh: Mesh | None) -> None:
-    """One update of the weights that the config trains, on these rows."""
+    """Tries one update of the weights that the config trains, on these rows."""
     phase = config.tuning if kind == "sft" else config.learning
     optimizer = make_optimizer(phase.optimizer, 1)
     forward = dataclasses.replace(phase.forward, micro_batches=None)
@@ -586,7 +586,7 @@ def change(checks: Checklist, model: Model, config: TrainConfig, kind: Kind, bat
 
 
 def _size(count: float) -> str:
-    """A number of bytes, short."""
+    """Writes a number of bytes, short."""
     return f"{count / 2**30:.3g} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
 
 
@@ -595,7 +595,7 @@ def _plural(count: int, name: str) -> str:
 
 
 def _count(count: int) -> str:
-    """A number of weights, short."""
+    """Writes a number of weights, short."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g}{name}"

@@ -43,7 +43,7 @@ class PackedConversation(NamedTuple):
 
 
 def replayed(t: Trajectories, buffers: np.ndarray, model) -> list[PackedConversation]:
-    """The rows of a rollout, to be replayed. `buffers` are the images of the prompts."""
+    """Makes the conversations of a rollout, to be replayed. `buffers` are the images of the prompts."""
     tokens = jnp.asarray(t.tokens)
     positions, _ = jax.jit(
         lambda tokens, valid, grids, seconds: mrope_positions(
@@ -105,7 +105,7 @@ def transformers_loop(twin, rows: list[PackedConversation], width: int, keep_cac
         ).logits[:, -1]
 
     def padded(parts: list[tuple[PackedConversation, int, int]]):
-        """Ranges of the rows' tokens, padded on the left."""
+        """Stacks ranges of the rows' tokens, padded on the left."""
         longest = max(last - first for _, first, last in parts)
         ids = np.zeros((len(parts), longest), np.int64)
         positions, mask = np.ones((3, len(parts), longest), np.int64), np.zeros((len(parts), longest), np.int64)

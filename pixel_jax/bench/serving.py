@@ -5,7 +5,8 @@
 Both answer the same questions, each about an image of its own, greedily and with the same number of tokens at most. The server is
 asked over HTTP by many clients at a time; the loop takes one question after the other, as a server around `generate` does. No
 tool is called, which `generate` could not answer. Answers of both are compared before anything is said about speed. The loop
-is spared HTTP and the decoding of PNGs, has all cores, and is not batched; a server that batches `generate` would be between.
+is spared HTTP and the decoding of PNGs, has all cores, and is not batched; a server that batches `generate` would lie between
+the two.
 """
 
 import base64
@@ -55,7 +56,7 @@ QUESTION = "Which digit is on card {}?"
 
 
 class TimedAnswers(NamedTuple):
-    """What one side made of all questions."""
+    """The answers of one side to all questions, and the time that they took."""
 
     texts: list[str]
     seconds: float

@@ -14,17 +14,17 @@ from pixel_jax.models.io import forward, patched
 from pixel_jax.models.model import Model
 from pixel_jax.models.processor import VISION_END, VISION_START, Processor
 
-TOKENS = 256  # of a picture, at most: a large one takes long and shows no more
+TOKENS = 256  # most tokens of a picture: a larger one takes longer and shows no more
 SHIFT = 3  # tokens of padding on one side or the other
-CLEAR = 10  # times the rounding: a move that is more
-FAINT = 1e-3  # of the size of words' embeddings: features of a projector that nobody has trained
+CLEAR = 10  # times the rounding: a larger change is caused by the picture
+FAINT = 1e-3  # of the size of words' embeddings: smaller features are those of an untrained projector
 
 
 class Sight(NamedTuple):
-    """What greying a picture changes. Log-probabilities are in nats, the largest change among the tokens of the answer."""
+    """The changes that greying a picture makes, of log-probabilities in nats, the largest among the tokens of the answer."""
 
-    moved: float  # by the grey picture
-    rounding: float  # by padding on the other side, which changes nothing but the order of sums
+    moved: float  # of log-probabilities, by the grey picture
+    rounding: float  # of log-probabilities, by padding on the other side, which changes only the order of sums
     changed: float  # of the picture's features, relative to the largest
     size: float  # of the features, root mean square, relative to that of the embeddings of words
 
@@ -35,7 +35,7 @@ class Sight(NamedTuple):
 
     @property
     def cause(self) -> str:
-        """What may be wrong with a model that does not see, by how far its features got."""
+        """The likely fault of a model that does not see, judged by its features."""
         if self.size == 0:
             return (
                 "the features of the picture are all zero: the last weights of the vision tower (merger, projector) are zero, "

@@ -1,4 +1,4 @@
-"""All that can be set about the quickstart; `configs/pixel/quickstart.py` fills it in."""
+"""The settings of the quickstart; `configs/pixel/quickstart.py` has their values."""
 
 import dataclasses
 from typing import Literal
@@ -21,7 +21,7 @@ class HeldOutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WarmStartConfig:
-    """What the warm start of the lesson "zoom" is shown."""
+    """The traces of the warm start of the lesson "zoom"."""
 
     mix: synthesis.Mix = synthesis.Mix()
     video_share: float = 0.15  # of the traces
@@ -29,7 +29,7 @@ class WarmStartConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TurnsConfig:
-    """What the warm start of the lesson "turn" is shown."""
+    """The traces of the warm start of the lesson "turn"."""
 
     direct: float = 0.4  # of the traces about cards on their side: answered without turning them
     corrected: float = 0.2  # of the others: a wrong turn first
@@ -56,7 +56,7 @@ class QuickstartConfig:
 
     @property
     def temperatures(self) -> str:
-        """Those that reinforcement learning samples at, in words."""
+        """The temperatures at which reinforcement learning samples, in words."""
         limits = self.rl.rollout
         later = f", and at {limits.later_temperature:g} after the first call" if limits.later_temperature else ""
         return f"temperature {limits.temperature:g}{later}"

@@ -67,9 +67,9 @@ def model_config(config: NetworkConfig, vocabulary: Vocabulary) -> Qwen2_5_VLCon
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)  # one program, kept on disk, and not sixty
+@functools.partial(jax.jit, static_argnums=0)  # one compiled program in the cache on disk, not sixty
 def new_model(config: Qwen2_5_VLConfig, key: jax.Array) -> Model:
-    """A random network whose every layer keeps the scale of its input (LeCun).
+    """Makes a random network in which every layer keeps the scale of its input (LeCun).
 
     The released initialiser, a standard deviation of .02 everywhere, suits a width of 3584. At a width of 96 the signal
     vanishes: no digit was read after 300 steps, in which this initialiser learned four of five.

@@ -18,11 +18,11 @@ from pixel_jax.serving.session import Reader, Saw, Session, Wrote
 
 
 class BusyError(Exception):
-    """As many requests as are allowed are being worked on."""
+    """Raised for a request beyond the number that may be worked on at a time."""
 
 
 class ClosedError(Exception):
-    """The engine takes no more requests: it was told to end, or has failed."""
+    """Raised when the engine takes no more requests, because it is closing or has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Engine:
         self._thread.start()
 
     def enter(self) -> None:
-        """Counts a request, before its body is read, against the limit; `leave` ends that.
+        """Counts a request against the limit, before its body is read, until `leave` is called.
 
         Raises:
           BusyError: the limit is reached.
@@ -97,7 +97,7 @@ class Engine:
             self._entered += 1
 
     def leave(self) -> None:
-        """Counts a request no longer, once its whole answer has been sent."""
+        """Ends the counting of a request, when its whole answer has been sent."""
         with self._changed:
             self._entered -= 1
             self._changed.notify_all()

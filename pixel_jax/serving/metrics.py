@@ -89,7 +89,7 @@ class Metrics:
         )
 
     def text(self, counts: dict[str, tuple[int, int]]) -> str:
-        """All metrics as text. `counts` has for each model the answers that are being written and those that wait."""
+        """Writes all metrics as text. `counts` has for each model the answers that are being written, and those that wait."""
         lines = [line for x in vars(self).values() for line in x.lines()]
         of = lambda index: [({"model": name}, pair[index]) for name, pair in counts.items()]
         lines += gauge("pixel_jax_running", "Answers that are being written.", of(0))
