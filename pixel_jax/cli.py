@@ -156,9 +156,8 @@ def run_program(program: str, commands: Commands) -> None:
         sys.exit(2)
     name = f"{program} {command}"
     SIGNALS.listen(name)
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # else it says that torch is missing, which we never need
+    # Else transformers warns that torch is missing, which is not needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     module = importlib.import_module(commands[command][0])
     with key_errors(name):
         module.define_flags(command)

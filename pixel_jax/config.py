@@ -154,7 +154,7 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
                 return convert(option, value, where, default)
             except ConfigError:
                 if dataclasses.is_dataclass(option) and hasattr(value, "items"):
-                    raise  # which says what is wrong inside
+                    raise  # the error names the setting inside the section
     elif origin is typing.Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value

@@ -67,7 +67,7 @@ class PhaseData(NamedTuple):
 
     examples: Sequence[Example]  # to train on
     held_out: Sequence[Example]  # to evaluate the run on
-    about_held_out: str  # which those are, in words
+    about_held_out: str  # a sentence about `held_out`
     report: ReadReport
     identity: Identity  # of the run
 
@@ -87,7 +87,7 @@ class Phase:
     processor: Any
     mesh: Mesh | None
     tables: Tables  # of the tokenizer and the tools
-    rollouts: HostRollouts | None  # where tools run on the host
+    rollouts: HostRollouts | None  # None: no tool runs on the host
 
     @property
     def limits(self) -> RolloutConfig:
@@ -408,9 +408,9 @@ def other_limits(config: TrainConfig) -> list[str]:
         "config.rollout, which is of tuning": differences(used, config.rollout, changed),
     }
     return [
-        f"rl goes by config.rl.rollout.{name}={mine!r}, not by the {other!r} of {where}"
-        for where, found in others.items()
-        for name, (mine, other) in found.items()
+        f"rl goes by config.rl.rollout.{name}={own!r}, not by the {other!r} of {where}"
+        for where, pairs in others.items()
+        for name, (own, other) in pairs.items()
     ]
 
 

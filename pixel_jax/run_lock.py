@@ -177,7 +177,7 @@ def _take_over(path: pathlib.Path, seen: LockContent, content: bytes) -> bool:
     claim = path.with_name(f".{LOCK}.{zlib.crc32(seen.content):08x}")
     if not _create(claim, b""):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - claim.stat().st_mtime > SILENCE:  # its process died at this very point
+            if time.time() - claim.stat().st_mtime > SILENCE:  # the process that made the claim has died
                 claim.unlink()
         time.sleep(LOOK / 10)
         return False

@@ -54,9 +54,9 @@ def draw_run(out: pathlib.Path, page: str | None = None) -> pathlib.Path:
         if (out / phase / METRICS).is_file():
             sections += _phase(out, out / phase)
     sections += [("Settings", _settings(read_note(out / CONFIG)))]
-    place = out / PAGE if page is None else pathlib.Path(page)
-    report.write(place, report.page(f"The run {out}", sections))
-    return place
+    page_path = out / PAGE if page is None else pathlib.Path(page)
+    report.write(page_path, report.page(f"The run {out}", sections))
+    return page_path
 
 
 def _phase(out: pathlib.Path, phase: pathlib.Path) -> list[tuple[str, str]]:

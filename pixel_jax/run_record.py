@@ -156,11 +156,11 @@ def record_run(
     """
     last = [x["grad_norm"] for x in metrics[-max(1, round(epoch)) :] if isinstance(x.get("grad_norm"), float)]
     pictures = digest_sources([x.images for x in examples], digests)
-    said = [digest_example(x) for x in examples]
+    text_digests = [digest_example(x) for x in examples]
     record = RunRecord(
         command=command,
         settings=settings,
-        examples=tuple(map(TrainedExample, distinct([x.id for x in examples]), said, map(tuple, pictures))),
+        examples=tuple(map(TrainedExample, distinct([x.id for x in examples]), text_digests, map(tuple, pictures))),
         shapes=tuple(shapes),
         order=tuple(map(tuple, order)),
         epoch=epoch,

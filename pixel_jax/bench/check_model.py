@@ -72,13 +72,8 @@ SHOWN = 5  # faults of the data that are printed; all are in the record
 SIDE = 448  # pixels, the longest side of a picture in the trial rollout
 TRIED = 3  # pictures of the data with which sight is measured, at most
 Kind = Literal["sft", "rl"]
-MISTAKES = (
-    UserError,
-    ValueError,
-    OSError,
-    RuntimeError,
-    FloatingPointError,
-)  # of a user's files and settings, and of a full device
+# Errors of a user's files and settings, and of a full device.
+MISTAKES = (UserError, ValueError, OSError, RuntimeError, FloatingPointError)
 
 
 class Line(NamedTuple):
@@ -276,7 +271,7 @@ def data_lines(
         report = ReadReport(config.data, drop=True)
         try:
             found[kind] = read_rows(config.data, report, turns=kind == "sft", **options), report
-        except ValueError as error:  # of the whole file; questions as released have no turns
+        except ValueError as error:  # the file as a whole cannot be read: the released questions have no turns
             unreadable = error
     if not found:
         assert unreadable is not None
@@ -339,12 +334,12 @@ def with_room(
     """
     limits = limits_of(kind, config)
     if kind == "sft":
-        by = config.trace_shapes or tuning_shapes(config.tuning, files.config, mesh)
-        given = {"size": config.tuning.batch_size, "seed": config.seed, "report": report}
-        packing = Packing(examples, vocabulary, known, limits, by, **given)
+        row_shapes = config.trace_shapes or tuning_shapes(config.tuning, files.config, mesh)
+        order_options = {"size": config.tuning.batch_size, "seed": config.seed, "report": report}
+        packing = Packing(examples, vocabulary, known, limits, row_shapes, **order_options)
         return packing.examples, packing.buckets
-    by = config.prompt_shapes or question_shapes(files.config, mesh, config.learning.prompts)
-    assigned = assign_shapes(examples, by, vocabulary, limits, report, known.tools)
+    row_shapes = config.prompt_shapes or question_shapes(files.config, mesh, config.learning.prompts)
+    assigned = assign_shapes(examples, row_shapes, vocabulary, limits, report, known.tools)
     return [x.example for x in assigned], list(dict.fromkeys(x.shape for x in assigned))
 
 
@@ -355,10 +350,10 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
     weights = bytes_per_device(sharded(model, shardings(model, mesh)))
     limits = read_limits(config.model) or RolloutConfig()
     cache = network.text.cache_bytes(limits.max_tokens, jnp.dtype(recipe.dtype).itemsize)
-    said = f"to answer: weights {_size(weights)}, a row of {limits.max_tokens} tokens {_size(cache)}, of {_size(room)}"
+    text = f"to answer: weights {_size(weights)}, a row of {limits.max_tokens} tokens {_size(cache)}, of {_size(room)}"
     remedy = "split the weights over more devices (config.mesh), or take a smaller model, or one in bfloat16"
     shorter = "lower max_tokens in the model's rollout.json, or split the weights over more devices (config.mesh)"
-    checks.add("memory", said, remedy if weights > room else shorter * (weights + cache > room))
+    checks.add("memory", text, remedy if weights > room else shorter * (weights + cache > room))
     checks.details["memory"] = needs = dict[str, Any](device=room, weights=weights, row=cache, phases={})
     if weights > room:
         return None
@@ -369,14 +364,14 @@ def memory_lines(checks: Checklist, recipe: Recipe, mesh: Mesh, rows: Rows | Non
             parts = tuning_bytes(recipe, mesh, rows) if kind == "sft" else learning_bytes(recipe, mesh, rows)
             needs["phases"][kind] = parts
             fits[kind] = sum(parts.values()) <= room
-            said = f"{kind}: " + ", ".join(f"{name} {_size(n)}" for name, n in parts.items())
-            said += f": {_size(sum(parts.values()))} of {_size(room)}"
+            text = f"{kind}: " + ", ".join(f"{name} {_size(n)}" for name, n in parts.items())
+            text += f": {_size(sum(parts.values()))} of {_size(room)}"
             less = "" if config.adapts else "train adapters (config.lora; --config=pixel/own_data:lora), or "
             remedy = (
                 f"{less}split the weights over more devices (config.mesh), or take smaller pictures and shorter rows"
             )
             status = "ok" if fits[kind] else "note" if rows is None else "wrong"
-            checks.add("memory", said, "" if fits[kind] else remedy, status=status)
+            checks.add("memory", text, "" if fits[kind] else remedy, status=status)
     return fits
 
 
@@ -400,9 +395,12 @@ def learning_bytes(recipe: Recipe, mesh: Mesh, rows: Rows | None) -> dict[str, i
     state = abstract_state(recipe, phase, phase.iterations * phase.updates, mesh)
     width = jnp.dtype(phase.forward.compute_dtype or recipe.dtype).itemsize
     prompt = max((x.tokens for x in rows.shapes), default=0) if rows is not None else 0
-    held = resident(recipe, "rollout", mesh, rolled) + bytes_per_device(policy(recipe, rolled))
+    fixed = resident(recipe, "rollout", mesh, rolled) + bytes_per_device(policy(recipe, rolled))
     cached = limits.group_size * text.cache_bytes(limits.max_response, width) + text.cache_bytes(prompt, width)
-    rollout_parts = {"state and weights of a rollout": held, f"caches of a prompt's {limits.group_size} rows": cached}
+    rollout_parts = {
+        "state and weights of a rollout": fixed,
+        f"caches of a prompt's {limits.group_size} rows": cached,
+    }
     update_parts = _of_update(recipe, state, phase.forward)
     if rows is not None:
         patches = max(limits.max_pixels, limits.crop_max_pixels) // limits.patch_size**2
@@ -489,9 +487,9 @@ def pictures(rows: Rows | None) -> Iterator[tuple[np.ndarray, str, str]]:
     """Iterates over a few pictures of the data, each with its question and a right answer."""
     shown = [x for x in (rows.examples if rows is not None else ()) if x.images and not x.video]
     for example in shown[:TRIED]:
-        said = example.answer[0] if example.answer else "".join(text for text, _ in example.turns[-1].parts)
-        if said:
-            yield example.query().images[0], example.question, said[:200]
+        answer = example.answer[0] if example.answer else "".join(text for text, _ in example.turns[-1].parts)
+        if answer:
+            yield example.query().images[0], example.question, answer[:200]
 
 
 def squares() -> np.ndarray:
@@ -517,13 +515,13 @@ def write(
     """Tries one rollout at small shapes, and returns its rows as a batch."""
     limits, prompts = small(limits_of(kind, config)), 1 if mesh is None else row_shards(mesh)
     query = question(rows, sees=model.config.vision is not None)
-    asked = build_prompts([query] * prompts, vocabulary, known, limits)
+    small_prompts = build_prompts([query] * prompts, vocabulary, known, limits)
     began = time.monotonic()
-    t = to_host(rollout(model, asked, jax.random.key(0), limits))
+    t = to_host(rollout(model, small_prompts, jax.random.key(0), limits))
     seconds = time.monotonic() - began
     count = len(t.stop)
-    images = np.repeat(asked.images, count // len(asked.length))
-    t = t._replace(visual=materialize(t.visual, images, static_shape(asked, limits, mesh), limits, mesh))
+    images = np.repeat(small_prompts.images, count // len(small_prompts.length))
+    t = t._replace(visual=materialize(t.visual, images, static_shape(small_prompts, limits, mesh), limits, mesh))
     ends = collections.Counter(STOP_REASONS[int(x)] for x in t.stop)
     ended = ", ".join(f"{n} {name}" for name, n in ends.items())
     text = vocabulary.to_bytes(np.asarray(t.tokens[0])[np.asarray(t.loss_mask[0])].tolist()).decode("utf-8", "replace")

@@ -149,7 +149,7 @@ def update(name: str, quick: bool) -> PartResult:
         remat=True,
         implementation="kernel",
         micro_batches=turns,
-        compute_dtype=None if quick else "bfloat16",  # which CPUs are slow at
+        compute_dtype=None if quick else "bfloat16",  # bfloat16 is slow on CPUs
     )
     step = make_rl_step(forward, PolicyLossConfig(), optimizer())
     # In one program: built weight by weight, the state would need twice its memory, and more than the step.

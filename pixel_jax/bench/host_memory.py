@@ -163,10 +163,10 @@ def batches_of(path: pathlib.Path, phase: str, batch: int, **reading: Any) -> tu
         )
         print(packing, flush=True)
         return packing.batches(0, 1, **reading), -(-sum(map(len, packing.order.packed(0))) // batch)
-    asked = assign_shapes(
+    questions = assign_shapes(
         examples, [prompt_shape(1, 2048, 2048, 2560, config, video=False)], vocabulary, config, report
     )
-    data = question_batches(asked, vocabulary, token_tables, config, size=batch, seed=0, **reading)
+    data = question_batches(questions, vocabulary, token_tables, config, size=batch, seed=0, **reading)
     return data, -(-len(examples) // batch)
 
 

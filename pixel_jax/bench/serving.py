@@ -159,8 +159,8 @@ def generated(speaker: Speaker, model: Model, words: Vocabulary, images: np.ndar
     processor = Processor(words.tokenizer, min_pixels=28**2, max_pixels=speaker.config.max_pixels)
 
     def ask(number: int) -> str:
-        asked = Message("user", (images[number], QUESTION.format(number)))
-        ids = torch.tensor([prompt_of([asked], speaker).ids])
+        message = Message("user", (images[number], QUESTION.format(number)))
+        ids = torch.tensor([prompt_of([message], speaker).ids])
         pixels, grid = processor.patches([images[number]])
         with torch.inference_mode():
             written = twin.generate(  # pyright: ignore[reportAttributeAccessIssue]: the stubs miss what the class mixes in

@@ -23,10 +23,10 @@ FAINT = 1e-3  # of the size of words' embeddings: smaller features are those of 
 class Sight(NamedTuple):
     """The changes that greying a picture makes, of log-probabilities in nats, the largest among the tokens of the answer."""
 
-    moved: float  # of log-probabilities, by the grey picture
-    rounding: float  # of log-probabilities, by padding on the other side, which changes only the order of sums
-    changed: float  # of the picture's features, relative to the largest
-    size: float  # of the features, root mean square, relative to that of the embeddings of words
+    moved: float  # change of log-probabilities by the grey picture
+    rounding: float  # change of log-probabilities by padding on the other side, which reorders sums
+    changed: float  # largest change of the picture's features, relative to the largest feature
+    size: float  # root mean square of the features, relative to that of the embeddings of words
 
     @property
     def sees(self) -> bool:
@@ -83,31 +83,31 @@ def measure_sight(model: Model, processor: Processor, image: np.ndarray, questio
         min_pixels=vision.factor**2,
         max_pixels=TOKENS * vision.factor**2,
     )
-    known = processor.tokenizer.get_vocab()
-    marks = (VISION_START, VISION_END) if {VISION_START, VISION_END} <= known.keys() else ("", "\n")
-    asked = small(f"{marks[0]}{placeholder}{marks[1]}{question}\n", images=[image])
+    vocabulary = processor.tokenizer.get_vocab()
+    marks = (VISION_START, VISION_END) if {VISION_START, VISION_END} <= vocabulary.keys() else ("", "\n")
+    prompt = small(f"{marks[0]}{placeholder}{marks[1]}{question}\n", images=[image])
     grey_pixels = small(placeholder, images=[grey])["pixel_values"]
     written = processor.tokenizer.encode(answer, add_special_tokens=False)
-    row = np.concatenate([asked["input_ids"][0], np.array(written, np.int32)])
+    row = np.concatenate([prompt["input_ids"][0], np.array(written, np.int32)])
     left, right = np.pad(row, (SHIFT, 0)), np.pad(row, (0, SHIFT))
     ones = np.ones(len(row), np.int32)
     inputs = {
         "input_ids": np.stack([right, right, left]),
         "attention_mask": np.stack([np.pad(ones, (0, SHIFT))] * 2 + [np.pad(ones, (SHIFT, 0))]),
-        "pixel_values": np.concatenate([asked["pixel_values"], grey_pixels, asked["pixel_values"]]),
+        "pixel_values": np.concatenate([prompt["pixel_values"], grey_pixels, prompt["pixel_values"]]),
     }
-    if "image_grid_thw" in asked:
-        inputs["image_grid_thw"] = np.tile(asked["image_grid_thw"], (3, 1))
+    if "image_grid_thw" in prompt:
+        inputs["image_grid_thw"] = np.tile(prompt["image_grid_thw"], (3, 1))
     logits = forward(model, **inputs)
     first, last = len(row) - len(written) - 1, len(row) - 1
     at = lambda i, start: _logprobs(logits[i, start + first : start + last], np.array(written))
-    seen, blank, shifted = at(0, 0), at(1, 0), at(2, SHIFT)
+    original, blank, shifted = at(0, 0), at(1, 0), at(2, SHIFT)
     features = _features(model, inputs["pixel_values"][: 2 * len(grey_pixels)], inputs.get("image_grid_thw"))
     size = float(np.sqrt(np.mean(features[0] ** 2)))
     words = np.asarray(model.embed(row[None, -len(written) :])[..., : model.config.text.hidden_size], np.float32)
     return Sight(
-        moved=float(np.abs(seen - blank).max()),
-        rounding=max(float(np.abs(seen - shifted).max()), float(jnp.finfo(model.dtype).eps)),
+        moved=float(np.abs(original - blank).max()),
+        rounding=max(float(np.abs(original - shifted).max()), float(jnp.finfo(model.dtype).eps)),
         changed=float(np.abs(features[0] - features[1]).max() / max(np.abs(features[0]).max(), 1e-30)),
         size=size / max(float(np.sqrt(np.mean(words**2))), 1e-30),
     )

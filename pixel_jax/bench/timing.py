@@ -47,14 +47,13 @@ class Workload:
     shapes: str  # description of the work
     alternatives: Mapping[str, Callable[[], Run]]  # the first is ours
     check: Callable[[Mapping[str, Any]], None]  # raises where the outputs (by name) differ
-    flops: float | Mapping[str, float] | None = (
-        None  # of one run (`models.flops`); by name where the alternatives differ
-    )
+    # FLOPs of one run (`models.flops`); by name where the alternatives differ.
+    flops: float | Mapping[str, float] | None = None
     bytes: float | None = None  # the least that one run moves
     aims: tuple[Aim, ...] = ()
     memory: tuple[str, ...] | None = None  # alternatives whose peak memory is measured; None: ours
-    cores: int | None = None  # that the alternatives may use; None: all of the process
-    rounds: int = 5  # at least
+    cores: int | None = None  # cores that the alternatives may use; None: all of the process
+    rounds: int = 5  # least number of rounds
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further entries of the record
 
 

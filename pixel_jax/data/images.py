@@ -21,11 +21,11 @@ __all__ = ["ImageError", "ImageWarning", "image_size", "read_image"]
 # collections hold (GIF, BMP): Pillow decodes them by itself, in time that grows with the file. Others are not read: some
 # start programs (EPS), some are decoded in Python a number at a time (PPM), most are parsers that hardly anybody uses.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
-MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each is a pass over all pixels
+MAX_SCANS = 100  # scans of a JPEG; encoders write about ten, and each is a pass over all pixels
 # Bytes that are reserved for an AVIF. Its header may lie: the picture inside is decoded at its own size, up to 16,384 x 16,384,
 # and scaled. That few are decoded at a time costs nothing, because the decoder has its own threads.
 AVIF_BYTES = 3 << 29
-MAX_BLOCKS = 4096  # of comments in a GIF, 255 bytes each: Pillow's time grows with their square
+MAX_BLOCKS = 4096  # blocks of comments in a GIF, 255 bytes each: Pillow's time grows with their square
 
 UNKNOWN = (
     "cannot be read: it is no picture (JPEG, PNG, WebP, AVIF, TIFF, GIF or BMP) and no video (MP4, QuickTime, Matroska, "

@@ -26,7 +26,7 @@ from pixel_jax.files import parse_json
 from pixel_jax.terminal import brief
 
 KINDS = {"text": "text", "image": "image", "image_url": "image", "video": "video", "video_url": "video"}
-PLACEHOLDERS = {"<image>": "image", "<video>": "video"}  # in texts: the pictures stand in a field of their own
+PLACEHOLDERS = {"<image>": "image", "<video>": "video"}  # marks in texts for pictures in a field of their own
 FETCHED = ("http:", "https:", "ftp:", "s3:", "gs:", "hf:")
 DATA = "data:"
 
@@ -211,7 +211,7 @@ def split(text: str, mark: str, kind: str) -> list[tuple[str, Any]]:
 def picture(value: Any, where: str) -> Any:
     """Returns the name of a file, or the content of a data URL. ExampleError: it is a URL that would have to be fetched."""
     if not isinstance(value, str):
-        return value  # it is refused where names are looked up
+        return value  # `locate` refuses it
     if value.startswith(DATA):
         return from_data_url(value, where)
     if value.lower().startswith(FETCHED):

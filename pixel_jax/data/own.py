@@ -49,7 +49,7 @@ from pixel_jax.terminal import brief
 from pixel_jax.training.answers import last_boxed
 
 FIELDS = ("question", "images", "answer", "turns", "messages", "video", "seconds", "id", "category")
-ALIKE = 0.8  # how alike two names are if one is the other misspelt
+ALIKE = 0.8  # similarity of two names from which on one counts as a misspelling of the other
 TURN = 'a turn is a text or {{"text": ..., "learn": true or false}}, not {}'
 
 

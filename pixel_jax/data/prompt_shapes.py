@@ -23,8 +23,8 @@ from pixel_jax.tools import RELEASED, Tool
 Size = tuple[int, int]  # (height, width)
 
 EMPTY_SIDE = 64  # pixels, of the image buffer of a prompt without images: every batch has one
-MAX_TRIES = 8  # of smaller images for a long question: the tokens of an image fall in steps
-MAX_SHAPES = 2  # of questions about images, and as many of those about videos: a rollout takes long to compile
+MAX_TRIES = 8  # times that images are shrunk for a long question: the tokens of an image fall in steps
+MAX_SHAPES = 2  # shapes for images, and as many for videos: a rollout takes long to compile
 
 
 class ScaledPrompt(NamedTuple):
@@ -82,7 +82,7 @@ class ShapeFinder(NamedTuple):
                     scale, sizes, tokens, sum(map(math.prod, shown(sizes, limits))) // self.config.patch_size**2
                 )
             image_tokens = ids.count(vocabulary.video_pad if query.is_video else vocabulary.image_pad)
-            left = max_tokens - (tokens - image_tokens)  # by the text
+            left = max_tokens - (tokens - image_tokens)  # tokens that the text leaves to images
             if left <= 0 or not image_tokens or limits.square:  # no image takes fewer tokens
                 break
             # What is shown is never larger than its limit, whatever the image is.

@@ -77,10 +77,10 @@ def trace_example(
     if not isinstance(name, str | int) or name == "":
         raise ExampleError(f"{where}: 'qid' must be a text or a number, not {brief(name)}")
     where = f"{where} ({name})"
-    system, first, said = read_dialogue(row["message_list"], f"{where}: 'message_list'", language=language)
-    if not said:
+    system, first, answers = read_dialogue(row["message_list"], f"{where}: 'message_list'", language=language)
+    if not answers:
         raise ExampleError(f"{where}: user and assistant must take turns and the assistant end")
-    turns = [Turn(((message.text, i >= len(said) - LEARNED),)) for i, message in enumerate(said)]
+    turns = [Turn(((message.text, i >= len(answers) - LEARNED),)) for i, message in enumerate(answers)]
     answer = last_boxed(turns[-1].parts[0][0])
     if answer is None:
         report.mended["an answer without \\boxed{} was kept"] += 1

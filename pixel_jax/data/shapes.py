@@ -44,7 +44,7 @@ class AutoShapes(NamedTuple):
     cost: Callable[[BatchShape], float]  # operations for a row of a shape
     rows: int  # of a batch
     memory: int  # bytes that one row may take: of the pictures of a prompt, or of a step that tunes on it
-    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # that tuning on a row of a shape takes of `memory`
+    row_bytes: Callable[[BatchShape], int] = lambda shape: 0  # bytes of `memory` that tuning on a row takes
 
 
 def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:

@@ -53,7 +53,7 @@ class Embedded(NamedTuple):
     """An encoded picture that stands in the data itself."""
 
     data: bytes
-    name: str  # where it stands
+    name: str  # its position in the data, for messages
 
     def __str__(self) -> str:
         return self.name

@@ -29,9 +29,9 @@ VIDEO_KINDS = ("single", "reselect")
 class Mix:
     """Shares of the kinds of traces. Defaults: the paper's (its 7,500 traces are 5,500 with operations and 2,000 without)."""
 
-    direct: float = 2000 / 7500  # of image traces: answered without looking closer
-    image: tuple[float, float, float, float] = (0.3, 0.2, 0.2, 0.3)  # of the others, in the order of IMAGE_KINDS
-    video: tuple[float, float] = (0.9, 0.1)  # VIDEO_KINDS
+    direct: float = 2000 / 7500  # share of image traces that answer without looking closer
+    image: tuple[float, float, float, float] = (0.3, 0.2, 0.2, 0.3)  # shares of the others, as IMAGE_KINDS
+    video: tuple[float, float] = (0.9, 0.1)  # shares of video traces, as VIDEO_KINDS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Action(NamedTuple, Generic[Entry]):
     slot: Entry  # index of the number that the byte belongs to (of a list, its first), or NO_SLOT
     begin: Entry  # flag: the byte is the number's first character
     digit: Entry  # flag: the byte is a digit before the point
-    micros: Entry  # what a digit behind the point is worth, in millionths
+    micros: Entry  # the value of a digit behind the point, in millionths
     power: Entry  # 1: the byte is a digit of an exponent; -1: of a negative one
     real: Entry  # flag: the byte makes the number no integer
     list: Entry  # the number, or the bracket, belongs to list `list` - 1; 0: to none

@@ -83,7 +83,7 @@ class ArgumentTables(NamedTuple, Generic[Array]):
     keys: Array  # int32 [T, A], bit of an argument's key, 0: none
     slot_keys: Array  # int32 [T, S], bit of the key of a slot's argument
     source: Array  # int32 [T, S], register of a slot
-    add: Array  # int32 [T, S], is added to the number
+    add: Array  # int32 [T, S], summand of the number
     default: Array  # int32 [T, S, 4], units, micros, negative, integer
     member: Array  # int32 [T, S], index of a slot in its list; -1: of no list, UNUSED: the tool has no such slot
     slot_list: Array  # int32 [T, S], index of a slot's list among the tool's

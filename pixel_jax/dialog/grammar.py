@@ -114,7 +114,7 @@ class ArgumentSource(NamedTuple):
 
     argument: Argument
     key: str | None  # in the call; None: the value is always the default
-    add: int  # is added to the integer, or to the index of the option
+    add: int  # number that is added to the integer, or to the index of the option
     default: Value | None  # None: a call must have the key
 
 

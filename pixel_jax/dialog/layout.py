@@ -46,7 +46,7 @@ VISUAL = {"image_pad": "image", "video_pad": "video"}
 
 # Made-up words, which no template contains, for the texts of a system message, questions and an answer.
 SYSTEM, FIRST, ANSWER, SECOND, CAPTION = "Sqvfoa", "Uwpkeb", "Azmtic", "Oxjgud", "Chqlye"
-NEVER = re.compile(r"<\|\w+\|>")  # what looks like a special token
+NEVER = re.compile(r"<\|\w+\|>")  # text that looks like a special token
 
 
 class Layout(NamedTuple):
@@ -54,13 +54,13 @@ class Layout(NamedTuple):
 
     Attributes:
       source: the template.
-      special: name -> what the tokenizer calls the token. `im_end` is the token that ends a turn of the model's.
-      variables: what the template calls tokens (`bos_token`, ...).
-      before: what stands between the end of a turn and the text of an observation, which is a message of the user's.
-      after: what follows an observation or a question, up to where the model begins.
+      special: name -> the tokenizer's spelling of the token. `im_end` is the token that ends a turn of the model.
+      variables: tokens by the names that the template has for them (`bos_token`, ...).
+      before: pieces between the end of a turn and the text of an observation, which is a message of the user.
+      after: pieces between an observation or a question and the answer of the model.
       lead: what the template writes at the beginning of an answer; in a rollout the model writes it.
       tail: what the template writes between an answer and `im_end`; in a rollout the model writes it.
-      image: what stands before and behind each image.
+      image: pieces before and behind each image.
       images_first: whether a message's images stand before its text, wherever the message has them.
       lists: whether the template takes messages of text as lists of parts, not as texts.
       system: whether the template takes system messages; if not, they are put in front of the first question.
@@ -94,10 +94,11 @@ class Layout(NamedTuple):
 
         Args:
           source: the template.
-          names: what the tokenizer calls a special token -> its name. Tokens with the names `image_pad` and `video_pad` stand
+          names: the tokenizer's spelling of a special token -> its name. Tokens with the names `image_pad` and `video_pad` stand
             for images and videos; any may have its own spelling for a name.
           tokens: spellings of the other tokens, which may also occur in text.
-          variables: what the template calls tokens; `eos_token` ends a turn where the template does not write what does.
+          variables: tokens by the names that the template has for them; `eos_token` ends a turn if the template writes no
+            token that does.
           begin: spelling of the token that the tokenizer puts before every text.
 
         Raises:

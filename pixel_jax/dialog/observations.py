@@ -152,7 +152,7 @@ class Observations:
             ids = [vocabulary.special[text.name]] if isinstance(text, Special) else vocabulary.encode(text, place)
             spelled = vocabulary.to_bytes(ids)
             same = [] if isinstance(text, Special) else [text.encode()]
-            if place is Place.SPECIAL:  # where some tokenizers put a space
+            if place is Place.SPECIAL:  # some tokenizers put a space there
                 same += [b" " + x for x in same]
             if same and spelled not in same:
                 raise ValueError(f"the tokenizer changes {text!r} to {spelled!r}: it must keep every text")
@@ -364,8 +364,8 @@ class Observations:
 
         offset = position - at_token(ends - lengths)
         number, count = at_token(value), at_token(num_digits)
-        place = jnp.clip(count - 1 - offset, 0, MAX_DIGITS - 1)
-        digit = jnp.asarray(self.digits)[jnp.abs(number) // powers[place] % 10]
+        power = jnp.clip(count - 1 - offset, 0, MAX_DIGITS - 1)
+        digit = jnp.asarray(self.digits)[jnp.abs(number) // powers[power] % 10]
         constant = jnp.asarray(self.constants)[jnp.clip(at_token(segment.start) + offset, 0, len(self.constants) - 1)]
         kinds = at_token(segment.type)
         ids = jnp.select([kinds == _INTEGER, kinds == _PADS], [digit, jnp.full_like(digit, self.image_pad)], constant)

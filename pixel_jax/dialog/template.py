@@ -61,7 +61,7 @@ SPECIAL_TOKENS = {
     "image_pad": "<|image_pad|>",
     "video_pad": "<|video_pad|>",
 }
-VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # which tokenizers of language models may lack
+VISUAL_TOKENS = ("vision_start", "vision_end", "image_pad", "video_pad")  # tokenizers of language models may lack them
 ABSENT = -1  # the id of a special token that a tokenizer lacks
 # Spellings of the same tokens in other tokenizers.
 OTHER_SPELLINGS = {"<|end_of_text|>": "end_of_text", "<image>": "image_pad", "<video>": "video_pad"}

@@ -89,9 +89,7 @@ class Vocabulary:
     """
 
     tokenizer: PreTrainedTokenizerFast
-    encoders: Mapping[
-        Place, Tokenizer
-    ]  # the same tokenizer, for which the spelling of a special token is ordinary text
+    encoders: Mapping[Place, Tokenizer]  # copies that read the spelling of a special token as ordinary text
     table: TokenBytes
     layout: Layout  # how dialogs are written
     special: Mapping[str, int]  # name, as in `Layout.special` -> id
@@ -326,17 +324,17 @@ def build_tokenizer(pieces: Sequence[str]) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     special = list(SPECIAL_TOKENS.values())
-    seen = set()
+    checked = set()
     for piece in pieces:
         if len(piece.encode()) < 2:
             raise ValueError(f"piece {piece!r} is shorter than two bytes: every single byte is a token already")
-        if piece in seen:
+        if piece in checked:
             raise ValueError(f"piece {piece!r} is given twice")
         if inside := [token for token in special if token in piece]:
             raise ValueError(
                 f"piece {piece!r} contains the special token {inside[0]}, which is always a token of its own"
             )
-        seen.add(piece)
+        checked.add(piece)
 
     vocabulary = {character: byte for character, byte in byte_alphabet().items()}
     for piece in pieces:

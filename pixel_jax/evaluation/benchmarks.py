@@ -24,8 +24,8 @@ from pixel_jax.training.answers import references_of
 
 Folders = Sequence[str]
 Read = Callable[[pathlib.Path, pathlib.Path | None, Folders], tuple[list[Example], str | None]]
-MOST_SECONDS = 1e6  # of a video: eleven days
-USUAL_SECONDS = 1.0  # that two frames cover, as the released code tells the model of every video
+MOST_SECONDS = 1e6  # longest video: eleven days
+USUAL_SECONDS = 1.0  # time that two frames cover: the released code states it for every video
 
 
 class BenchmarkError(ValueError):
@@ -252,11 +252,11 @@ def read(
     questions, stated_split = reader(data, images, image_folders)
     if stated_split is not None and split is not None and stated_split != split:
         raise BenchmarkError(f"{data} is the split {stated_split!r}, the config says {split!r}")
-    seen: set[str] = set()
+    ids: set[str] = set()
     for question in questions:
-        if question.id in seen:
+        if question.id in ids:
             raise BenchmarkError(f"{data} has two questions of the id {brief(question.id)}")
-        seen.add(question.id)
+        ids.add(question.id)
         if not question.answer:
             raise BenchmarkError(f"{data}: question {brief(question.id)} has no answer")
     if not questions:

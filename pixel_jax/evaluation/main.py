@@ -25,7 +25,7 @@ from pixel_jax.terminal import print_table, say, table, warn
 
 FLAGS = flags.FLAGS
 SETTINGS = "pixel_jax.evaluation.config:EvalConfig"  # whose fields `--help` lists
-MODE = "operations"  # in which checkpoints are compared
+MODE = "operations"  # the mode in which checkpoints are compared
 
 
 def define_flags(command: str) -> None:

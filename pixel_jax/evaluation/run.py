@@ -82,11 +82,11 @@ def evaluate(
     directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)
     answered = restore(directory, settings_of(policy, questions, exam, settings), process, len(questions))
-    mine = range(process, len(questions), processes)
+    indices = range(process, len(questions), processes)
     with digests or Digests(directory / f"digests-{process}.json") as digests:
-        pictures = dict(zip(mine, digest_sources([questions[i].images for i in mine], digests), strict=True))
+        pictures = dict(zip(indices, digest_sources([questions[i].images for i in indices], digests), strict=True))
     check_pictures(directory, questions, answered, pictures)
-    results, todo = Results(directory, process), [i for i in mine if i not in answered]
+    results, todo = Results(directory, process), [i for i in indices if i not in answered]
     if not todo:
         return
     context = EvaluationContext(policy, exam, directory, len(questions), scorer)
@@ -99,8 +99,8 @@ def evaluate(
     n = context.limits.group_size
     keep(unanswered(i, questions[i], str(x), n) for i, x in assigned.items() if i not in runnable)
     progress, finished = ProgressLine(label, len(todo)), len(todo) - len(runnable)
-    # Of all questions so far, those that an earlier start answered and those that could not be asked among them.
-    scores = [float(np.mean(answered[i]["score"])) for i in mine if i in answered] + [0.0] * finished
+    # The scores of all questions so far, with those that an earlier start answered and those that could not be asked.
+    scores = [float(np.mean(answered[i]["score"])) for i in indices if i in answered] + [0.0] * finished
     for loaded in load_batches(questions, runnable, exam.batch):
         records = answer_batch(context, stages, questions, runnable, loaded)
         keep(records)
@@ -203,8 +203,8 @@ def answer_batch(
     queries = {i: x for i, x in loaded.items() if isinstance(x, Query)}
     records = [unanswered(i, questions[i], str(x), n) for i, x in loaded.items() if i not in queries]
     if queries:
-        asked = QuestionBatch(
+        batch = QuestionBatch(
             list(queries), [questions[i] for i in queries], list(queries.values()), [assigned[i] for i in queries]
         )
-        records += stages.record(context, stages.judge(context, stages.answer(context, asked)))
+        records += stages.record(context, stages.judge(context, stages.answer(context, batch)))
     return records

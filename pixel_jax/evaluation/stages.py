@@ -44,7 +44,7 @@ class Policy(NamedTuple):
 
     model: Model
     vocabulary: Vocabulary
-    tables: Tables  # of the vocabulary, the same for every call: they are part of the compiled program's identity
+    tables: Tables  # the same object for every call, because compiled programs are cached by it
 
 
 @dataclasses.dataclass(frozen=True)

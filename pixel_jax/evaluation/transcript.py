@@ -64,17 +64,17 @@ class Transcript:
     """One conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
 
     question: str
-    pictures: tuple[Picture, ...]  # what may be zoomed into, at full resolution
-    overview: tuple[Picture, ...]  # the same as the model saw it first
+    pictures: tuple[Picture, ...]  # the images of the question, at full resolution
+    overview: tuple[Picture, ...]  # the same images as the model saw them first
     turns: tuple[ShownTurn, ...]
     stop: str
     answer: str | None = None
     reference: str | None = None
     correct: bool | None = None
     title: str = ""
-    reward: float | None = None  # in training
+    reward: float | None = None  # known in training only
     advantage: float | None = None  # relative to the other rows of its group
-    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # of which the reward is the sum, by name
+    terms: dict[str, float] = dataclasses.field(default_factory=dict)  # summands of the reward, by name
 
 
 LOSSLESS_AREA = 256 * 256  # pixels; what the model saw is shown exactly, large photographs are not
@@ -145,10 +145,9 @@ def make_transcript(
     turns = []
     for call, ids in enumerate(answered):
         turns.append(ShownTurn("assistant", written[call]))
-        pads = np.diff(ids == vocabulary.image_pad, prepend=False) & (
-            ids == vocabulary.image_pad
-        )  # the first of each image
-        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(pads))))
+        is_pad = ids == vocabulary.image_pad
+        first_pads = np.diff(is_pad, prepend=False) & is_pad  # the first pad token of each image
+        images = tuple(seen(*next(shown), "what it saw") for _ in range(int(np.sum(first_pads))))
         failed = t.calls.status[row, call] != CallStatus.DONE
         turns.append(ShownTurn("tool", observation_text(ids, vocabulary), images, failed=bool(failed)))
         source = jax.tree.map(lambda x: x[row, call].tolist(), t.calls.source)  # noqa: B023

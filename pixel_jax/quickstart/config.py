@@ -31,8 +31,8 @@ class WarmStartConfig:
 class TurnsConfig:
     """The traces of the warm start of the lesson "turn"."""
 
-    direct: float = 0.4  # of the traces about cards on their side: answered without turning them
-    corrected: float = 0.2  # of the others: a wrong turn first
+    direct: float = 0.4  # share of the traces about cards on their side that answer without turning them
+    corrected: float = 0.2  # share of the others that turn the wrong way first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class QuickstartConfig:
     scenes: SceneConfig
     ground: SFTConfig  # 1. write the box of the digit, read it
     ground_rows: int  # rows drawn for it
-    look_share: float  # of them that look closer; the rest read large digits
+    look_share: float  # share of these rows that look closer; the rest read large digits
     warm: SFTConfig  # 2. traces of all kinds
     warm_rows: int  # traces made for it
     rl: RLConfig  # 3. the two arms of the lesson change something about it

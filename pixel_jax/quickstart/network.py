@@ -86,5 +86,5 @@ def _rescale(path: str, weight):
     shape = weight.shape[-len(axes) :]
     std = 1.0 if "embed_tokens" in path else math.prod(shape[1:]) ** -0.5
     if any(name in path for name in ("o_proj", "down_proj", "attn']['proj", "attn.proj")):
-        std /= 2  # what is added to the residual stream
+        std /= 2  # the output is added to the residual stream
     return weight.replace(weight[...] * (std / INIT_STD))

@@ -256,8 +256,8 @@ class SideBySide(contextlib.ExitStack):
                 del self.running[phase]
                 if process.returncode:
                     log = self.directory / phase / "log.txt"
-                    said = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
-                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{said}")
+                    output = f":\n{log.read_text()[-4000:]}" if log.exists() else "; what it said is above"
+                    raise RuntimeError(f"the phase {phase} ended with code {process.returncode}{output}")
 
     def show(self) -> None:
         """Prints the progress if there is any."""

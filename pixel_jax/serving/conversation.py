@@ -28,7 +28,7 @@ class Clip(NamedTuple):
     """A video of a conversation."""
 
     frames: Sequence[np.ndarray]  # uint8 [h, w, 3] each
-    seconds: float  # that two frames cover
+    seconds: float  # time that two frames cover
 
 
 Part = str | np.ndarray | Clip  # of a message: a text, an image uint8 [h, w, 3], or a video

@@ -29,7 +29,7 @@ class ClosedError(Exception):
 class Ended:
     """The last event of a job."""
 
-    row: Trajectories[VisualRecord] | None  # its record, where the job asked for it
+    row: Trajectories[VisualRecord] | None  # the record of its row, if the job asked for it
     error: Exception | None = None  # why there is no answer
 
 
@@ -158,7 +158,7 @@ class Engine:
                         session.advance(self.budget)
                         self._read(name, session)
                         self.metrics.advances.observe(time.monotonic() - started)
-        except Exception as error:  # of the runtime: the donated state is lost, so nothing can go on
+        except Exception as error:  # the donated state is lost, so no session can go on
             logging.exception("the engine has failed")
             with self._changed:
                 self.failed = error

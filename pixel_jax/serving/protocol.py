@@ -83,7 +83,7 @@ class ChatRequest(NamedTuple):
     max_tokens: int | None
     stop: tuple[str, ...]
     stream: bool
-    usage: bool  # of a stream: whether the last chunk counts tokens
+    usage: bool  # whether the last chunk of a stream counts tokens
     pictures: bool  # whether the answer has a transcript with pictures
 
     def reader(self, speaker: Speaker) -> Reader:
@@ -193,9 +193,8 @@ def read_messages(values: Mapping[str, Any], shape: BatchShape) -> list[Message]
         where = f"messages[{i}]"
         if not isinstance(message, dict):
             raise _refusal(where, message, "give an object with `role` and `content`")
-        message = {
-            name: value for name, value in message.items() if value is not None
-        }  # clients write out what is empty
+        # Clients write fields that are not set as null.
+        message = {name: value for name, value in message.items() if value is not None}
         if unknown := sorted(message.keys() - {"role", "content"}):
             raise RequestError(f"{where} has the unknown field {brief(unknown[0])}: leave it out", param=where)
         role = ROLES.get(written) if isinstance(written := message.get("role"), str) else None

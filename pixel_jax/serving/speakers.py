@@ -56,7 +56,7 @@ def load_speaker(
     from pixel_jax.serving.conversation import Speaker
     from pixel_jax.tools.named import DEFAULT, find_format, find_tools
 
-    known = find_tools(tools or DEFAULT)
+    allowed = find_tools(tools or DEFAULT)
     model, processor = from_pretrained(pathlib.Path(directory), adapter=adapter)
     if processor is None:
         raise UserError(
@@ -64,12 +64,11 @@ def load_speaker(
         )
     config = single_answer(read_limits(directory) or RolloutConfig(), temperature).for_model(model.config)
     if call_format:
-        find_format(
-            call_format
-        )  # imported because the command line names it; what a model's files name is not imported
+        # It may be imported, because the command line names it; what a model's files name is not imported.
+        find_format(call_format)
         config = dataclasses.replace(config, call_format=call_format)
     vocabulary = Vocabulary.of(processor.tokenizer)
-    return Speaker(model, vocabulary, tables(vocabulary, known, formats.call_format(config.call_format)), config)
+    return Speaker(model, vocabulary, tables(vocabulary, allowed, formats.call_format(config.call_format)), config)
 
 
 @contextlib.contextmanager

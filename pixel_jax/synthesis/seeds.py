@@ -30,7 +30,7 @@ from pixel_jax.training.answers import references_of
 
 FIELDS = ("id", "question", "answer", "images", "cue", "box", "frames", "image", "video", "seconds")
 LONGEST_CUE = 200  # characters
-MOST_FRAMES = 8  # that the tool selects at once
+MOST_FRAMES = 8  # frames that the tool selects at once
 
 
 class SeedError(ValueError):

@@ -29,7 +29,7 @@ SYSTEM = "You are a helpful assistant.\n\n" + TOOLS_PROMPT
 
 
 class Body(enum.Enum):
-    """What stands between the marks of a call.
+    """The notation of a call between its marks.
 
     JSON: an object, `{"name": ..., "arguments": {...}}`, or, where calls have no name, the arguments alone
     TAGS: `<function=NAME>`, for each argument `<parameter=KEY>`, its value and `</parameter>`, and `</function>`, each on a line
@@ -47,7 +47,7 @@ class Spelled:
     Args:
       argument: its name in the tool.
       written: the argument in calls. None: calls do not write it, its value is always `value`.
-      add: is added to the integer that is written, or to the index of the option.
+      add: number that is added to the integer that is written, or to the index of the option.
       value: the value if calls do not write it.
     """
 
