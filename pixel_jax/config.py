@@ -1,4 +1,4 @@
-"""Strict loading of `ml_collections` configurations into frozen dataclasses: nothing is ignored and nothing is guessed."""
+"""Loads `ml_collections` configurations into frozen dataclasses, strictly: nothing is ignored and nothing is guessed."""
 
 import dataclasses
 import difflib
@@ -48,7 +48,7 @@ def find_config(name: str) -> pathlib.Path:
 
 
 class ConfigFileParser(config_flags.ConfigFileFlagParser):
-    """Parser of the flag's value: FILE, NAME, or either with `:WORD` after it, which `get_config` is called with."""
+    """A parser of the flag's value: FILE, NAME, or either with `:WORD` after it, the argument of `get_config`."""
 
     def parse(self, path: str):
         """Reads the config that the flag's value names, by file or by name."""

@@ -250,7 +250,7 @@ class Endpoint:
         raise EndpointError(f"{self.url} gave no answer in {self.retries + 1} tries; in the last one: {problem}")
 
     async def _post(self, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
-        """Status, headers and content, as it came, of one try; TimeoutError after `timeout` seconds."""
+        """Sends one try; returns status, headers and undecoded content. TimeoutError after `timeout` seconds."""
         content, address = bytearray(), f"{self.url}/chat/completions"
         sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         async with asyncio.timeout(self.timeout):

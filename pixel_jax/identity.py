@@ -68,7 +68,7 @@ def kind_of(name: str) -> ChangeKind:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names, with values as JSON reads them back."""
+    """Flattens nested settings to dotted names, with values as JSON reads them back."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

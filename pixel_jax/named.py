@@ -1,4 +1,4 @@
-"""Code of the user's own, named as `module:name`: a reward, a tool, a call format.
+"""Finds code of the user's own, named as `module:name`: a reward, a tool, a call format.
 
 Such a name runs code. It is imported only where a command line, a config file or a caller names it: readers of model
 directories, checkpoints, run directories and data never call `find`, and refuse such names with `is_name`. The current

@@ -154,11 +154,11 @@ class Phase:
         return HeldOutLooks(self.config, self.auto_shapes(self.config.watch.batch), by)
 
     def auto_shapes(self, rows: int) -> AutoShapes:
-        """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+        """Returns the inputs for shapes of questions: the images of `rows` prompts get a share of the memory."""
         return question_shapes(self.network, self.mesh, rows)
 
     def watch(self, steps: int, look: Look | None) -> Watch:
-        """What is evaluated and saved during a run of `steps`."""
+        """Makes the object that evaluates and saves the model during a run of `steps`."""
         config, out = self.config, pathlib.Path(self.config.out)
         return Watch(
             config.watch,
@@ -325,7 +325,7 @@ def learn(phase: Phase, model: Any) -> Any:
 
 
 def question_shapes(network: ModelConfig, mesh: Mesh | None, rows: int) -> AutoShapes:
-    """How shapes of questions are worked out: the images of `rows` prompts get a share of the memory."""
+    """Returns the inputs for shapes of questions: the images of `rows` prompts get a share of the memory."""
     memory = device_memory() // PICTURES_DIVISOR * (1 if mesh is None else row_shards(mesh))
     return AutoShapes(training_work(network), rows, memory // rows)
 
@@ -364,7 +364,7 @@ def record(phase: Phase, model: Any) -> None:
 
 
 def tuning_shapes(config: SFTConfig, network: ModelConfig, mesh: Mesh | None) -> AutoShapes:
-    """How the shapes of rows to tune on are worked out."""
+    """Returns the inputs for the shapes of rows to tune on."""
     shards, width = sequence_shards(mesh), 2 if config.forward.compute_dtype == "bfloat16" else 4
 
     def bytes_of_row(shape: BatchShape) -> int:

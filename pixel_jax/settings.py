@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 def settings(
     cls: type, values: Mapping[str, Any] | None = None, prefix: str = "config", default: Any = None
 ) -> Iterator[Setting]:
-    """Every setting of the dataclass `cls`, nested ones included, in the order of the code.
+    """Iterates over the settings of the dataclass `cls`, nested ones included, in the order of the code.
 
     Args:
         cls: the dataclass of the config.

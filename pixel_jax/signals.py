@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM at any moment: during a compilation, while waiting for data, at the program's end."""
+"""Handles Ctrl-C and SIGTERM at any moment: during a compilation, while waiting for data, at the program's end."""
 
 import atexit
 import contextlib

@@ -1,4 +1,4 @@
-"""Terminal output: foreign text is made harmless, and output that cannot be written does not end the program."""
+"""Writes to the terminal: foreign text is made harmless, and output that cannot be written does not end the program."""
 
 import io
 import os
@@ -15,7 +15,7 @@ BIDIRECTIONAL = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u206
 
 
 def printable(text: Any) -> str:
-    """`text` with control characters as escapes, so that no file name and no model can steer the terminal.
+    """Writes control characters of `text` as escapes, so that no file name and no model can steer the terminal.
 
     Line feeds and tabs stay. Escaped are the other control characters (Unicode category Cc, with it ESC and the C1 codes),
     line and paragraph separators, marks that reverse the direction of what follows, and halves of surrogate pairs.

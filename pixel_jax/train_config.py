@@ -44,7 +44,7 @@ class LoRAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One experiment. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of an experiment. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     model: str  # directory to start from
     data: str  # a file of one's own, a released one, or a prepared directory (`pixel_jax.data.read`)

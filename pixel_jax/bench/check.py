@@ -1,4 +1,4 @@
-"""`pixel-jax check DIR [--data=FILE]`: whether a model, the data and this machine go together.
+"""`pixel-jax check DIR [--data=FILE]`: checks whether a model, the data and this machine go together.
 
 With a model (a directory, or a GGUF file): devices and versions, the model's files, what answering and training take of the
 memory, the rows of the data and their faults, whether the model sees (else it stops), one rollout and one update at small

@@ -1,8 +1,8 @@
-"""`pixel-jax check DIR`: whether a model, the data and this machine go together, before hours are spent on them.
+"""`pixel-jax check DIR`: checks whether a model, the data and this machine go together, before hours are spent on them.
 
-Devices and versions; the model directory; the memory that answering, tuning and learning take; the rows of the data; whether the
-model sees; one rollout and one update at small shapes. Every line says what was found and, where something is wrong, what to
-do about it.
+It checks devices and versions; the model directory; the memory that answering, tuning and learning take; the rows of the data;
+whether the model sees; one rollout and one update at small shapes. Every line says what was found and, where something is wrong,
+what to do about it.
 """
 
 import collections

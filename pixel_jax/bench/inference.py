@@ -136,7 +136,7 @@ def build_prefill(quick: bool) -> Workload:
 
 
 class Decoding(NamedTuple):
-    """Greedy decoding with all that a rollout does for a token: sampling, the automaton, the record."""
+    """The functions of greedy decoding with all that a rollout does for a token: sampling, automaton, record."""
 
     start: Callable  # (model, prompts) -> the arguments of `decode`, after the prefill
     decode: Callable  # (model, its layers unstacked, *start(model, prompts)) -> the rows' state, `steps` tokens later
@@ -218,7 +218,7 @@ def build_decode(rows: int, quick: bool) -> Workload:
 
 
 def _generate(quick: bool, tokens: np.ndarray, steps: int, static: bool):
-    """`generate` of transformers without the prefill: the cache is cut back to the prompt before every run."""
+    """Prepares `generate` of transformers without the prefill: the cache is cut back to the prompt before every run."""
     import torch
     from transformers import DynamicCache, StaticCache
 

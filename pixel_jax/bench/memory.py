@@ -60,7 +60,7 @@ def highest(run: Callable[[], object], before: int) -> int | None:
 
 
 def _resident(what: str) -> int:
-    """VmRSS (now) or VmHWM (highest), in bytes."""
+    """Reads VmRSS (now) or VmHWM (highest), in bytes."""
     matched = re.search(rf"{what}:\s+(\d+)", STATUS.read_text())
     assert matched is not None
     return 1024 * int(matched[1])

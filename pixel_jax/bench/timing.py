@@ -1,4 +1,4 @@
-"""Measurement of a bench: alternatives run in turns, so that other load of the machine affects all of them alike.
+"""Measures the cases of a bench: alternatives run in turns, so that other load of the machine affects all of them alike.
 
 A `Case` builds a `Workload`, which holds the alternatives, ours first. `measure` calls every alternative once (compilations are
 counted), compares their outputs, then runs them in turns. A ratio is the median over rounds of (other's time / ours): above 1,

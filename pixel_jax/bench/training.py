@@ -88,7 +88,7 @@ def work_of(batch: Batch[Visual], config: ModelConfig) -> Work:
 
 
 def optimizer() -> optax.GradientTransformation:
-    """AdamW with clipped gradients."""
+    """Makes AdamW with clipped gradients."""
     return optax.chain(optax.clip_by_global_norm(CLIP), optax.adamw(LEARNING_RATE, weight_decay=0.0))
 
 
@@ -115,7 +115,7 @@ class TorchStep:
         self.optimizer = torch.optim.AdamW(self.twin.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
 
     def logprobs(self):
-        """Log-probabilities float32 [R, L], zero at the first token."""
+        """Computes log-probabilities float32 [R, L], zero at the first token."""
         logits = self.twin(**self.inputs).logits[:, :-1]
         logprobs = -self.torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), self.ids[:, 1:].flatten(), reduction="none"
@@ -123,12 +123,12 @@ class TorchStep:
         return self.torch.nn.functional.pad(logprobs.view(len(self.ids), -1), (1, 0))
 
     def scores(self) -> np.ndarray:
-        """Log-probabilities float32 [R, L] of the tokens that carry loss, zero elsewhere."""
+        """Computes log-probabilities float32 [R, L] of the tokens that carry loss, zero elsewhere."""
         with self.torch.no_grad():
             return self.torch.where(self.loss_mask, self.logprobs(), 0.0).numpy()
 
     def update(self, loss) -> np.ndarray:
-        """One step of the optimizer; returns the loss and the norm of the gradient."""
+        """Does one step of the optimizer; returns the loss and the norm of the gradient."""
         self.optimizer.zero_grad()
         loss.backward()
         norm = self.torch.nn.utils.clip_grad_norm_(self.twin.parameters(), CLIP)
@@ -136,11 +136,11 @@ class TorchStep:
         return np.array([loss.item(), norm.item()])
 
     def sft(self) -> np.ndarray:
-        """One step of instruction tuning."""
+        """Does one step of instruction tuning."""
         return self.update(-self.logprobs()[self.loss_mask].mean())
 
     def rl(self) -> np.ndarray:
-        """One update of reinforcement learning, with the scores before it."""
+        """Does one update of reinforcement learning, after the scores of its rows."""
         old = self.torch.from_numpy(self.scores())
         config = PolicyLossConfig()
         ratio = self.torch.where(self.loss_mask, self.logprobs() - old, 0.0).exp()

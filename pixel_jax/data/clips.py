@@ -87,7 +87,7 @@ def read_frames(file: BinaryIO, name: str, frames: int = FRAMES) -> tuple[np.nda
 
 
 def clip_size(file: BinaryIO, name: str) -> list[tuple[int, int]]:
-    """(height, width) of every frame that `read_frames` would return."""
+    """Reads the (height, width) of every frame that `read_frames` would return."""
     with VideoFile(file, name) as clip:
         return [clip.size] * min(clip.count, FRAMES)
 
@@ -357,7 +357,7 @@ def frame_indices(bound: tuple[float, float] | None, rate: float, last: int, cou
 
 
 def clip_frame_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(height, width) of a video file, or of the first frame of a folder of frames."""
+    """Reads the (height, width) of a video file, or of the first frame of a folder of frames."""
     path = pathlib.Path(path)
     if path.is_dir():
         return image_size(_listed_frames(path)[0])

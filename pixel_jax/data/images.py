@@ -134,7 +134,7 @@ ANIMATED = "give its frames as pictures, or make a video of it (`ffmpeg -i FILE 
 
 
 def _decoded_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of what is decoded: a TIFF's tile may be larger than its picture."""
+    """Returns the (width, height) that are decoded: a TIFF's tile may be larger than its picture."""
     width, height = image.size
     if not isinstance(image, TiffImagePlugin.TiffImageFile):
         return width, height
@@ -160,7 +160,7 @@ def container_of(head: bytes) -> str | None:
 
 
 def webp_size(head: bytes) -> tuple[int, int] | None:
-    """(width, height) by the first 30 bytes of a WebP file (RFC 9649); None for other files."""
+    """Reads the (width, height) from the first 30 bytes of a WebP file (RFC 9649); None for other files."""
     if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
         return None
     kind = head[12:16]
@@ -176,7 +176,7 @@ def webp_size(head: bytes) -> tuple[int, int] | None:
 
 
 def jpeg_scans(data: bytes) -> int:
-    """How many scans the first picture of a JPEG file has; 0 for other files."""
+    """Counts the scans of the first picture of a JPEG file; 0 for other files."""
     if data[:2] != b"\xff\xd8":
         return 0
     at, scans = 2, 0

@@ -65,7 +65,7 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    """`row` with its columns renamed to fields, as `columns` (field -> column) says.
+    """Renames the columns of `row` to fields, as `columns` (field -> column) says.
 
     A column that has the name of a field which another column is renamed to is left out.
     """

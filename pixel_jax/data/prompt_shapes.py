@@ -36,7 +36,7 @@ class ScaledPrompt(NamedTuple):
     patches: int  # of all images as they are shown
 
     def apply(self, query: Query) -> Query:
-        """`query` with its images scaled."""
+        """Scales the images of `query`."""
         images = [resized(image, size) for image, size in zip(query.images, self.sizes, strict=True)]
         return query._replace(images=images)
 
@@ -61,7 +61,7 @@ class ShapeFinder(NamedTuple):
         return self.config.sizes("video" if query.is_video else "")
 
     def scaled(self, query: Query, shape: BatchShape) -> ScaledPrompt:
-        """`query` with the largest images that fit `shape`.
+        """Scales the images of `query` to the largest that fit `shape`.
 
         Raises:
             PromptError: it has too many images, too long a text, or images that fit at no size.
@@ -162,12 +162,12 @@ class ShapeFinder(NamedTuple):
 
 
 def size_of(image: np.ndarray) -> Size:
-    """(height, width) of an image, uint8 [h, w, 3]."""
+    """Returns the (height, width) of an image, uint8 [h, w, 3]."""
     return image.shape[0], image.shape[1]
 
 
 def scaled_side(length: int, scale: float) -> int:
-    """A side of `length` pixels, scaled and at least one pixel long."""
+    """Scales a side of `length` pixels, to at least one pixel."""
     return max(1, int(length * scale))
 
 
@@ -188,7 +188,7 @@ def scale_for(size: Size, shape: BatchShape, limits: Sizes) -> float:
 
 
 def resized(image: np.ndarray, size: Size) -> np.ndarray:
-    """`image`, uint8 [h, w, 3], at `size`."""
+    """Resizes `image`, uint8 [h, w, 3], to `size`."""
     if image.shape[:2] == tuple(size):
         return image
     return host_crop_resize(image, (0, 0, image.shape[1], image.shape[0]), size)

@@ -1,4 +1,4 @@
-"""Batch shapes worked out from the examples.
+"""Works out batch shapes from the examples.
 
 A step is compiled for every shape that its batches have, so there are few of them. They are chosen before training, from the
 sizes in the headers of the images and the lengths of the texts.
@@ -58,7 +58,7 @@ def training_work(network: ModelConfig) -> Callable[[BatchShape], float]:
 
 
 def rounded(need: BatchShape, coarse: int = 1) -> BatchShape:
-    """`need` with its sides rounded up, so that few needs differ and slightly larger data compiles nothing new."""
+    """Rounds the sides of `need` up, so that few needs differ and slightly larger data compiles nothing new."""
 
     def up(value: int, step: int) -> int:
         return -(-value // (coarse * step)) * (coarse * step)

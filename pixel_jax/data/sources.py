@@ -215,7 +215,7 @@ def load_frames(sources: Sequence[Source], video: bool) -> tuple[list[np.ndarray
 
 
 def frame_sizes(sources: Sequence[Source], video: bool) -> list[tuple[int, int]]:
-    """(height, width) of each image that `load_frames` returns, from headers and, of a video, its first frame."""
+    """Reads the (height, width) of each image that `load_frames` returns, from headers and a video's first frame."""
     if video and len(sources) == 1 and shows_clip(sources[0]):
         with _content(sources[0]) as file:
             return clip_size(file, str(sources[0]))

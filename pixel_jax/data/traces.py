@@ -1,4 +1,4 @@
-"""Written traces as the rows that a model is trained on: the same `Trajectories` that a rollout returns.
+"""Makes rows to train on from written traces: the same `Trajectories` that a rollout returns.
 
 A trace is a question and the assistant's turns as text. Its calls are read, carried out and answered by the functions of
 the rollout (automaton, `execute`, observation assembler), so a trained row is what the model would have read had it
@@ -41,7 +41,7 @@ WAVE = 256  # traces answered by one call of the device, so that one compilation
 
 
 class Turn(NamedTuple):
-    """One turn of the assistant: pieces of text, each learned or only read."""
+    """A turn of the assistant: pieces of text, each learned or only read."""
 
     parts: tuple[tuple[str, bool], ...]
     ends: bool = True  # `<|im_end|>` follows, learned if the last piece is; else the row stops within the turn
@@ -85,7 +85,7 @@ class View(NamedTuple):
 
     @property
     def patches(self) -> int:
-        """How many patches the frame has."""
+        """The number of patches of the frame."""
         return self.grid[0] * self.grid[1]
 
 

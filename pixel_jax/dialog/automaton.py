@@ -73,7 +73,7 @@ Entry = TypeVar("Entry", int, jax.Array)  # of one state; or of the states of R 
 
 
 class Action(NamedTuple, Generic[Entry]):
-    """What entering a state by a byte does to the registers. Flags are 0 or 1."""
+    """The changes of the registers when a state is entered by a byte. Flags are 0 or 1."""
 
     slot: Entry  # index of the number that the byte belongs to (of a list, its first), or NO_SLOT
     begin: Entry  # flag: the byte is the number's first character

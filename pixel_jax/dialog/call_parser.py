@@ -38,7 +38,7 @@ Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 class ParserState(NamedTuple):
-    """State and registers of R rows; N numbers, D of them with decimals, L lists (`RegisterLayout`)."""
+    """The state and the registers of R rows; N numbers, D of them with decimals, L lists (`RegisterLayout`)."""
 
     state: jax.Array  # int32 [R], of the automaton
     saved: jax.Array  # int32 [R], the state to go back to if the "<" just read begins <|im_end|>
@@ -74,7 +74,7 @@ def token_table(vocabulary: Vocabulary) -> TokenTable:
 
 
 class ArgumentTables(NamedTuple, Generic[Array]):
-    """How the slots of `ParsedCalls` are filled from the registers, for each of T tools; S slots, A arguments, L lists.
+    """Tables by which the slots of `ParsedCalls` are filled from the registers, for T tools; S slots, A arguments, L lists.
 
     Indexed by the tools that rows have called, on the device, [T, ...] becomes [R, ...].
     """

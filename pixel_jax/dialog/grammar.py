@@ -110,7 +110,7 @@ class MalformedCallError(ValueError):
 
 
 class ArgumentSource(NamedTuple):
-    """Where the value of an argument comes from."""
+    """The source of the value of an argument."""
 
     argument: Argument
     key: str | None  # in the call; None: the value is always the default
@@ -143,7 +143,7 @@ class Language:
 
     @functools.cached_property
     def spellings(self) -> tuple[Spelling, ...]:
-        """How the format writes the calls of each tool."""
+        """The notation of the calls of each tool in the format."""
         return tuple(self.format.spelling(tool) for tool in self.tools)
 
     def _written(self) -> list[tuple[Tool, Argument]]:
@@ -167,7 +167,7 @@ class Language:
 
     @functools.cached_property
     def sources(self) -> tuple[tuple[ArgumentSource, ...], ...]:
-        """Where the value of every argument of every tool comes from."""
+        """The source of the value of every argument of every tool."""
         return tuple(map(self._sources, self.tools, self.spellings))
 
     def _sources(self, tool: Tool, spelling: Spelling) -> tuple[ArgumentSource, ...]:

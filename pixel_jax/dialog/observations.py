@@ -1,4 +1,4 @@
-r"""Observations: what a row reads after a call, as token ids.
+r"""Observations: the answers to calls, as token ids.
 
 An observation is a user message with the text of an outcome and the images that it shows. It is everything between the
 `<|im_end|>` of the turn that called and the first token of the next turn:
@@ -232,7 +232,7 @@ class Observations:
 
     @property
     def malformed(self) -> int:
-        """Index of the kind of malformed calls."""
+        """The index of the kind of malformed calls."""
         return len(self.kinds) - 1
 
     @property

@@ -39,7 +39,7 @@ class TemplateError(ValueError):
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote; what is in it is written as it is."""
+    """The tag `{% generation %}`, which marks what an assistant wrote; its content is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012, as jinja declares it
 

@@ -33,7 +33,7 @@ RELEASED = RolloutConfig(
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """One benchmark: its files, its scorer, and the static shapes its questions are run in.
+    """The settings of a benchmark: its files, its scorer, and the batch shapes of its questions.
 
     A question runs in the first bucket that holds it; images that fit no bucket are shrunk, which is counted. Without buckets
     shapes are worked out from the sizes of the images and the lengths of the questions.
@@ -61,7 +61,7 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation of one model. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of an evaluation. A file under `configs/` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     model: str  # directory
     out: str  # run directory; what is in it already is not done again

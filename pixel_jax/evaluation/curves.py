@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, readable at half a page's width, in print and on dark screens."""
+"""Draws line charts as inline SVG, readable at half a page's width, in print and on dark screens."""
 
 import html
 import math

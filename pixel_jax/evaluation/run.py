@@ -1,4 +1,4 @@
-"""Evaluation of a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
+"""Evaluates a model on a benchmark: batches of static shape, scored answers, and a record for each question."""
 
 import contextlib
 import dataclasses

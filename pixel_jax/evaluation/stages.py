@@ -49,7 +49,7 @@ class Policy(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
-    """How the questions of a benchmark are asked, and how many answers are kept as transcripts."""
+    """The settings with which the questions of a benchmark are asked, and the number of transcripts that are kept."""
 
     benchmark: BenchmarkConfig
     rollout: RolloutConfig

@@ -61,7 +61,7 @@ class ShownTurn:
 
 @dataclasses.dataclass
 class Transcript:
-    """One conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
+    """A conversation, ready to be drawn. `answer` and the fields below it are None where they are not known."""
 
     question: str
     pictures: tuple[Picture, ...]  # the images of the question, at full resolution

@@ -37,7 +37,7 @@ class TurnsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """One seed: ground and read, warm start, reinforcement learning twice from there, evaluation."""
+    """The settings of a seed: ground and read, warm start, reinforcement learning twice from there, evaluation."""
 
     network: NetworkConfig
     scenes: SceneConfig

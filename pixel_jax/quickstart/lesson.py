@@ -29,7 +29,7 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Lesson:
-    """One quickstart. Its phases, its evaluation and its report follow from this value and from the configuration."""
+    """A quickstart as a value. Its phases, its evaluation and its report follow from this value and from the configuration."""
 
     title: str  # of the report
     introduction: str  # its first paragraph, without the number of scenes and the seeds

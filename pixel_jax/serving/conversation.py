@@ -66,7 +66,7 @@ class Speaker:
 
     @property
     def call_format(self) -> CallFormat:
-        """How the model writes its calls."""
+        """The format in which the model writes its calls."""
         return self.tables.parser.language.format
 
 

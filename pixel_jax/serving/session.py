@@ -36,7 +36,7 @@ from pixel_jax.tools.host import HostTools
 
 
 class Progress(NamedTuple):
-    """What a row has written and seen so far, on the host."""
+    """The text that a row has written and the images that it has seen so far, on the host."""
 
     ids: np.ndarray  # int32 [n], what follows its prompt
     by_model: np.ndarray  # bool [n], the model wrote it; others are what it was shown

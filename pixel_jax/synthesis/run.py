@@ -43,7 +43,7 @@ FAILED = "an error, which the log has"
 
 @dataclasses.dataclass(frozen=True)
 class SynthConfig:
-    """One synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
+    """The settings of a synthesis. `configs/pixel/synth.py` makes one; any field can be set as `--config.FIELD=VALUE`."""
 
     seeds: str  # JSON lines (`pixel_jax.synthesis.seeds`)
     out: str  # run directory

@@ -54,7 +54,7 @@ class ToolRequest(NamedTuple):
 
 
 class ToolReply(NamedTuple):
-    """What a host tool returned."""
+    """The answer of a host tool."""
 
     outcome: Outcome  # ANSWERED, FAILED or TIMED_OUT
     text: str  # of the tool, or of the error

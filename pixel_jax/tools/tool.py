@@ -33,7 +33,7 @@ DrawnSize: TypeAlias = Callable[[Mapping[str, Any], jax.Array], jax.Array]
 
 
 class Coordinates(enum.IntEnum):
-    """What the numbers of a box are measured in; each call format has one of these."""
+    """The unit of the numbers of a box; each call format has one."""
 
     EITHER = 0  # shares of the image if no number is above 1, else pixels of the image as it was shown
     SHARES = 1  # shares of the image
@@ -74,7 +74,7 @@ class Argument:
 
     @property
     def slots(self) -> int:
-        """How many numbers its value takes in arrays of calls."""
+        """The number of slots that its value takes in arrays of calls."""
         return 1
 
     @property
@@ -344,7 +344,7 @@ class Tool:
 
     @property
     def starts(self) -> dict[str, int]:
-        """Argument -> the first of its number slots (`pixel_jax.tools.calls.ParsedCalls`)."""
+        """The first slot of each argument, by name (`pixel_jax.tools.calls.ParsedCalls`)."""
         starts, slot = {}, 0
         for argument in self.arguments:
             starts[argument.name] = slot
@@ -353,7 +353,7 @@ class Tool:
 
     @property
     def slots(self) -> int:
-        """How many number slots all arguments have together."""
+        """The number of slots of all arguments together."""
         return sum(argument.slots for argument in self.arguments)
 
     @property

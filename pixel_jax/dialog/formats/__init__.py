@@ -1,4 +1,4 @@
-"""Call formats: how a checkpoint writes its calls. One file a format; each names the released code that it is from."""
+"""Call formats, the notations in which checkpoints write their calls. Each file has one, and names the code that it is from."""
 
 from pixel_jax.dialog.formats.crop_image import CROP_IMAGE_PIXELS
 from pixel_jax.dialog.formats.deepeyes import DEEPEYES

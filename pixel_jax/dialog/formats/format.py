@@ -1,4 +1,4 @@
-"""Call formats as values: how a checkpoint writes its calls, and what it reads after them."""
+"""Call formats as values: the notation of a checkpoint's calls, and of the answers to them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Body(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Spelled:
-    """How a call writes an argument of a tool.
+    """The notation of an argument of a tool in calls.
 
     Args:
       argument: its name in the tool.
@@ -59,7 +59,7 @@ class Spelled:
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """How the calls of a tool are written.
+    """The notation of the calls of a tool.
 
     Args:
       tool: the name of the tool.
@@ -80,7 +80,7 @@ class Spelling:
 
 @dataclasses.dataclass(frozen=True)
 class CallFormat:
-    """How calls are written. Static and hashable.
+    """A notation of calls. Static and hashable.
 
     A call stands between two marks, in the form that `body` says.
 
