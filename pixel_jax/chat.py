@@ -183,8 +183,8 @@ class Chat:
     Args:
       speaker: the model.
       host: carries out calls of tools that run on the host; None: there are none.
-      seed: of the sampling.
-      screen: where it is shown.
+      seed: the seed of the sampling.
+      screen: the terminal in which it is shown.
     """
 
     def __init__(self, speaker: "Speaker", *, host: "HostTools | None", seed: int, screen: "Screen"):

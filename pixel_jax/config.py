@@ -79,7 +79,7 @@ def load(cls: type[T], values: Mapping[str, Any], where: str = "config", default
 
     Args:
         cls: the dataclass.
-        values: of its fields, by name.
+        values: the values of its fields, by name.
         where: the dotted path of `values`, for messages.
         default: the instance from which keys that are left out are taken; None: the class's defaults.
 
@@ -142,7 +142,7 @@ def convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         hint: the field's type.
         value: as a config has it.
         where: the field's dotted path, for messages.
-        default: of a section, the instance from which keys that are left out are taken.
+        default: for a section, the instance from which keys that are left out are taken.
 
     Raises:
         ConfigError: the value has another type.

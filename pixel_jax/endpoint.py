@@ -165,7 +165,7 @@ class Endpoint:
         The same request is answered the same way from the cache. For another answer change the request, by its `seed`.
 
         Args:
-            messages: of the conversation, as the endpoint takes them.
+            messages: the messages of the conversation, as the endpoint takes them.
             **sampling: further fields of the request (`temperature`, ...).
 
         Raises:

@@ -108,7 +108,7 @@ def write_model(model, processor, out, dtype: str, *, adapter_of: str | None, li
         model: the model.
         processor: its processor, whose files are written beside it.
         out: the directory.
-        dtype: of the weights that are written.
+        dtype: the dtype of the weights that are written.
         adapter_of: the model that its adapter belongs to. The adapter is merged, and also written beside the merged model, in
             `out`/adapter, in PEFT's format. None: there is none.
         limits: the `RolloutConfig` to write beside it.
@@ -139,9 +139,9 @@ def export(
     Args:
         phase: directory of the run's phase.
         out: the model directory to write.
-        step: of the checkpoint; None: the newest.
+        step: the step of the checkpoint; None: the newest.
         model: directory of the model that the run began with; None: as the run recorded it.
-        dtype: of the weights; None: the dtype in which the run saves its model.
+        dtype: the dtype of the weights; None: the dtype in which the run saves its model.
 
     Returns:
         The step, and the steps of all checkpoints of the run.

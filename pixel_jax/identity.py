@@ -113,7 +113,7 @@ def settle(
     """Records the settings of a new run, or checks those of a run that goes on, and adds a line to its history.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         settings: nested or not, with digests of content.
         done: the number of steps that are saved. None: none are, so the run begins anew and may have other settings.
         of: the number of steps of the run; None: it is not known.

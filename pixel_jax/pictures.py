@@ -46,7 +46,7 @@ def rgb(image: Image.Image, name: str = "the image") -> np.ndarray:
     Transparent parts are composited on white, as transformers 5 does.
 
     Args:
-      image: of any mode that says how bright its values are.
+      image: an image of any mode whose values have a scale.
       name: what errors and warnings call it.
 
     Returns:

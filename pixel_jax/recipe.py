@@ -131,7 +131,7 @@ def rl(size: str, words: str = "full", changes: Mapping[str, Any] = {}) -> Confi
     """Returns the config of reinforcement learning with the curiosity reward (§4.2, App.), with `changes` on top.
 
     Args:
-        size: of the model.
+        size: the size of the model.
         words: "full" or "lora", the name of an algorithm, or both, as in "lora,dapo".
         changes: settings that replace those of the recipe.
     """

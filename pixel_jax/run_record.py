@@ -141,15 +141,15 @@ def record_run(
 
     Args:
         phase: the directory of the phase.
-        command: of the run.
-        settings: of the run, by dotted names (`pixel_jax.identity.read_settings`).
-        examples: that it was trained on, in the order that numbers them.
-        shapes: of rows.
-        order: of each step the rows.
+        command: the command of the run.
+        settings: the settings of the run, by dotted names (`pixel_jax.identity.read_settings`).
+        examples: the examples of training, in the order that numbers them.
+        shapes: the shapes of rows.
+        order: the rows of each step.
         epoch: steps of a pass over the data.
-        metrics: of all steps.
+        metrics: the metrics of all steps.
         adapter: the directory of the trained adapter.
-        digests: of files.
+        digests: the cache of digests of files.
 
     Returns:
         The record.

@@ -26,8 +26,8 @@ def settings(
 
     Args:
         cls: the dataclass of the config.
-        values: of a config, as `load` takes them; None: the defaults, optional sections included.
-        prefix: of the keys.
+        values: the values of a config, as `load` takes them; None: the defaults, optional sections included.
+        prefix: the prefix of the keys.
         default: what the parent declares for this section; None: the class's own defaults.
     """
     hints, about = typing.get_type_hints(cls), comments(cls)

@@ -45,7 +45,7 @@ def read_note(path: str | os.PathLike, check: Check = is_object) -> Any:
     """Reads the value of a JSON file that `write_json` wrote.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         check: tells whether such a file can hold a value; by default, whether it is an object.
 
     Returns:
@@ -70,7 +70,7 @@ def read_json_lines(path: str | os.PathLike, **fields: Any) -> list[dict[str, An
     object with the fields is dropped with a warning.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         **fields: the type of each field.
     """
     if not os.path.lexists(path):
@@ -114,7 +114,7 @@ class LineLog:
         """Opens a log.
 
         Args:
-            path: of the file.
+            path: the path of the file.
             durable: whether each append is synchronised to the disk, to survive a loss of power.
         """
         self.durable = durable

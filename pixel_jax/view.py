@@ -62,8 +62,8 @@ def view(
         what: a directory or file, as the command takes it.
         out: the page to write; None: the default.
         most: traces of a file that are drawn.
-        image_folders: where images of `traces.jsonl` may lie.
-        language: of the calls in traces for tuning; None: the released one.
+        image_folders: other folders in which images of `traces.jsonl` may lie.
+        language: the language of the calls in traces for tuning; None: the released one.
 
     Returns:
         A sentence that says what was drawn, and where.

@@ -62,16 +62,16 @@ def hold_out(
     """Divides examples into those to train on and those to evaluate on. With several processes, all call it.
 
     Args:
-        examples: of the data.
+        examples: the examples of the data.
         source: a file of examples to evaluate on (`data_eval`). None: a share of `examples` is held out.
-        config: how many, and which share.
-        directory: of the phase, where the choice is recorded.
-        digests: of images; in the first process, which alone decides.
-        seed: of the choice.
+        config: the number and the share of held-out examples.
+        directory: the directory of the phase, where the choice is recorded.
+        digests: the cache of digests of images, in the first process; None in the others, which follow its choice.
+        seed: the seed of the choice.
         turns: whether the examples are traces.
         image_folders: folders in which the images of `source` may lie.
         columns: names of our fields in `source`, as in the data.
-        language: of the calls in `source`.
+        language: the language of the calls in `source`.
         pictures: whether its examples need them.
     """
     if source is not None:

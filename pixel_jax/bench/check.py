@@ -99,7 +99,7 @@ def check(
     Args:
         commands: part -> the command that prints its figures.
         shares: part -> its share of the time that is left when it starts.
-        seconds: for all parts.
+        seconds: the time limit of all parts together.
         out: the file of the record, written after every part.
     """
     began = time.monotonic()

@@ -129,7 +129,7 @@ def check_model(config: TrainConfig, *, data: bool, out: pathlib.Path) -> list[s
     """Checks a model and, with `data`, what it is to be trained on.
 
     Args:
-        config: of the training; its model, adapter, mesh, tools and limits are checked.
+        config: the config of the training; its model, adapter, mesh, tools and limits are checked.
         data: whether `config.data` is checked.
         out: the file of the record.
 

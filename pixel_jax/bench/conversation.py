@@ -154,7 +154,7 @@ def useful_flops(sampled: Trajectories, prompt: np.ndarray, config: ModelConfig)
     Args:
         sampled: the rollout.
         prompt: int [prompts], lengths of the prompts.
-        config: of the network.
+        config: the config of the network.
     """
     rows, length = prompt[sampled.prompt], np.sum(sampled.valid, axis=1)
     _, first = np.unique(sampled.prompt, return_index=True)

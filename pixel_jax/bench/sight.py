@@ -61,11 +61,11 @@ def measure_sight(model: Model, processor: Processor, image: np.ndarray, questio
     """Asks the model about a picture and about its mean colour, in one call of `pixel_jax.forward`.
 
     Args:
-        model: with a vision tower.
-        processor: of the model.
+        model: a model with a vision tower.
+        processor: the processor of the model.
         image: uint8 [h, w, 3], of more than one colour.
-        question: about it.
-        answer: whose log-probabilities are compared.
+        question: a question about it.
+        answer: the text whose log-probabilities are compared.
 
     Raises:
         ValueError: the model has no vision tower, or the image is of one colour.

@@ -38,7 +38,7 @@ def read_video(path: str | os.PathLike, frames: int = FRAMES, *, fps: float | No
     """Reads frames of a video file, evenly spread over it, as a player shows them.
 
     Args:
-      path: of a local file (MP4, QuickTime, Matroska, WebM or AVI).
+      path: the path of a local file (MP4, QuickTime, Matroska, WebM or AVI).
       frames: the most frames to return.
       fps: frames a second: those that a player shows at equal steps of time, whatever the rate of the file. If there would be
         more than `frames`, the steps are longer. None: `frames` frames, evenly spread by their number, whatever their times.

@@ -76,7 +76,7 @@ def read_dialogue(
         where: what errors call the row.
         pictures: those of a field beside the messages, for which parts without a value, or `<image>` in a text, stand.
         video: whether the pictures are the frames of one video, or its file.
-        language: of the calls.
+        language: the language of the calls.
         needs_pictures: whether the first message must show something.
 
     Raises:

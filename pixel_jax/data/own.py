@@ -93,12 +93,12 @@ def read_row(
     Args:
         row: column -> value.
         where: file and number, for messages; also the id of a row that has none.
-        folder: to which image paths are relative, and in which images may lie.
+        folder: the folder to which image paths are relative, and in which images may lie.
         image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
         columns: field -> column.
-        turns: whether they are required.
-        language: of the calls in `messages`.
-        pictures: whether rows need them; those for a language model may have none.
+        turns: whether turns are required.
+        language: the language of the calls in `messages`.
+        pictures: whether rows need pictures; those for a language model may have none.
         report: notes what was changed.
 
     Raises:
@@ -251,13 +251,13 @@ def read_own(
     """Reads the examples of a file or folder (`read_row`).
 
     Args:
-        path: of the file or folder.
-        turns: whether they are required.
+        path: the path of the file or folder.
+        turns: whether turns are required.
         report: notes the rows that are dropped or changed.
         image_folders: other folders in which images may lie (`pixel_jax.data.sources.locate`).
         columns: field -> column.
-        language: of the calls in `messages`.
-        pictures: whether rows need them; those for a language model may have none.
+        language: the language of the calls in `messages`.
+        pictures: whether rows need pictures; those for a language model may have none.
 
     Raises:
         ExampleError: a row is no example, and the report does not drop such rows.

@@ -110,13 +110,13 @@ class Packing:
         """Writes every trace out once, without its pixels.
 
         Args:
-            examples: with turns.
-            vocabulary: of the model.
-            tables: of the tokenizer and the tools.
+            examples: examples with turns.
+            vocabulary: the vocabulary of the model.
+            tables: the tables of the tokenizer and the tools.
             config: limits and pixel budgets of traces.
-            shapes: of the rows; or how to work them out, so that they hold all traces that fit the memory.
+            shapes: the shapes of the rows; or how to work them out, so that they hold all traces that fit the memory.
             size: rows of a batch.
-            seed: of the order.
+            seed: the seed of the order.
             report: notes the traces that are dropped: those that cannot be written, or fit no shape.
 
         Raises:
@@ -173,9 +173,9 @@ class Packing:
         """The endless batches of this process.
 
         Args:
-            process_index: of this process.
+            process_index: the index of this process.
             process_count: number of processes.
-            order: of packed rows, as a run has recorded it; None: it is drawn from the seed.
+            order: the packed rows as a run has recorded them; None: drawn from the seed.
             reading: `threads` and `ahead` of `Batches`.
         """
         return Batches(

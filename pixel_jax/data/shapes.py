@@ -134,7 +134,7 @@ def cover(
 
     Args:
       needs: the shape that each example needs.
-      cost: of a row of a shape.
+      cost: the cost of a row of a shape.
       packed: whether several examples share a row.
       least: rows of a shape: those of a batch, which would take many epochs to fill otherwise.
       most: shapes of images, and as many of videos.

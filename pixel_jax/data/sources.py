@@ -80,7 +80,7 @@ def locate(
 
     Args:
         name: any value that the data has.
-        folder: that names are relative to.
+        folder: the folder to which names are relative.
         others: folders that names may lead to as well.
         directory: whether it may be a folder.
         error: the class of the errors.

@@ -164,7 +164,7 @@ def render(row: TraceRow, images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Cuts the row's frames out of `images`: those that it was written for, or others of the same sizes.
 
     Args:
-        row: written out.
+        row: a row that has been written out.
         images: uint8 [h, w, 3] each.
 
     Returns:

@@ -262,7 +262,7 @@ class Observations:
         """Returns the most tokens that an observation can have, which is the least `length` for `assemble`.
 
         Args:
-          pads: of each kind, the most pad tokens of one of its images.
+          pads: for each kind, the most pad tokens of one of its images.
           images: the most images that are shown.
         """
         most = 0
@@ -313,7 +313,7 @@ class Observations:
         """Assembles the ids of R observations.
 
         Args:
-          values: of R rows.
+          values: the values of R rows.
           length: at least `bound(...)` for the pads that occur.
 
         Returns:

@@ -183,10 +183,10 @@ def to_ids(
     if no text had spelled a special token.
 
     Args:
-      pieces: of the dialog, or of a part of one.
-      vocabulary: of the tokenizer.
-      pads: as above.
-      place: where the first piece stands.
+      pieces: the pieces of the dialog, or of a part of one.
+      vocabulary: the vocabulary of the tokenizer.
+      pads: the number of pad tokens of each image or video.
+      place: the position of the first piece.
 
     Raises:
       ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.

@@ -155,8 +155,8 @@ class Vocabulary:
         """Returns the token ids of `text`. A special token spelled out in it is encoded as its letters.
 
         Args:
-          text: of any length.
-          place: where it stands.
+          text: any text.
+          place: its position in the dialog.
 
         Raises:
           ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer encodes a special token in spite of that.

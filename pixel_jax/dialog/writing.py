@@ -51,7 +51,7 @@ def write_members(call_format: CallFormat, name: str | None, members: Mapping[st
     """Returns the text of a call.
 
     Args:
-      call_format: of the call.
+      call_format: the format of the call.
       name: None: the format's calls have none.
       members: values by key: texts, or JSON.
 

@@ -234,8 +234,8 @@ def read(
       columns: names of our fields in data of the user's own.
       split: the split, where the files do not name it; by default a test set.
       sample: the number of questions to draw (the authors' TallyQA has 3,200 of 15,598); None: all.
-      seed: of the sample.
-      language: of the calls in conversations of the user's own data.
+      seed: the seed of the sample.
+      language: the language of the calls in conversations of the user's own data.
       pictures: whether questions of the user's own need them; those for a language model may have none.
 
     Raises:

@@ -47,10 +47,10 @@ def panel(title: str, lines: Mapping[str, Points], x_label: str, bounds: tuple[f
     """Draws one chart as an `<svg>` element; points that are not finite are left out.
 
     Args:
-        title: of the chart.
+        title: the title of the chart.
         lines: label -> points (x, y), by rising x.
-        x_label: of the x axis.
-        bounds: of the y axis; None: those of the points.
+        x_label: the label of the x axis.
+        bounds: the bounds of the y axis; None: those of the points.
     """
     lines = {name: thinned([p for p in points if all(map(math.isfinite, p))]) for name, points in lines.items()}
     every = [point for points in lines.values() for point in points]

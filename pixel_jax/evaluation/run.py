@@ -69,15 +69,15 @@ def evaluate(
 
     Args:
       policy: the model, its vocabulary and tables.
-      questions: of the benchmark.
+      questions: the questions of the benchmark.
       exam: the settings of the benchmark and of the rollout.
-      directory: of the results; an interrupted run goes on there.
+      directory: the directory of the results; an interrupted run goes on there.
       settings: further settings that identify the run: the model, the split.
       shard: (process, processes): the share is every `processes`-th question from `process` on.
-      digests: of the images, which identify them; by default kept in `directory`.
-      scorer: by default that of `exam.benchmark.scorer`.
+      digests: the cache of digests of the images; by default a file in `directory`.
+      scorer: the scorer; by default that of `exam.benchmark.scorer`.
       stages: the functions that a batch goes through.
-      label: of the progress line.
+      label: the label of the progress line.
     """
     directory, (process, processes) = pathlib.Path(directory), shard
     (directory / "traces").mkdir(parents=True, exist_ok=True)

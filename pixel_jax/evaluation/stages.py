@@ -86,11 +86,11 @@ class EvaluationContext:
         """Prepares the scorers and draws the questions whose transcripts are kept.
 
         Args:
-            policy: that answers.
+            policy: the model that answers.
             exam: the settings.
-            directory: of the results.
-            count: of all questions.
-            scorer: of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
+            directory: the directory of the results.
+            count: the number of all questions.
+            scorer: the scorer of the `score`, by default that of the benchmark; `accuracy` always uses the released scorer.
         """
         self.policy, self.exam, self.directory = policy, exam, directory
         self.limits = exam.limits
@@ -135,7 +135,7 @@ def answer(
     """Asks the questions. An answer depends on the question's number, the seed and the limits, not on other questions.
 
     Args:
-        context: with the policy.
+        context: the context with the policy.
         asked: the questions.
         roll: a function in place of `rollout`; `functools.partial(answer, roll=...)` is a stage, too.
     """

@@ -115,8 +115,8 @@ def make_transcript(
     Args:
         trajectories: on the host.
         row: index of the row.
-        query: that the row answers.
-        vocabulary: of the tokens.
+        query: the query that the row answers.
+        vocabulary: the vocabulary of the tokens.
         side: longest side of a picture in it, in pixels; larger ones are shrunk. None: no picture is.
         **known: further fields of the `Transcript`, `answer` and those below it.
     """

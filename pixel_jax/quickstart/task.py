@@ -84,8 +84,8 @@ class Task:
 
         Args:
             make: index -> trace.
-            count: of traces.
-            images: that a trace shows at most.
+            count: the number of traces.
+            images: the most images that a trace shows.
         """
         # A trace may have more calls than a rollout, whose limit keeps updates cheap.
         limits = dataclasses.replace(self.config.rl.rollout, max_calls=self.lesson.most_calls)

@@ -52,8 +52,8 @@ class Speaker:
 
     Args:
       model: the weights.
-      vocabulary: of its tokenizer.
-      tables: of the tools that it may call.
+      vocabulary: the vocabulary of its tokenizer.
+      tables: the tables of the tools that it may call.
       config: limits of a row and budgets of what is shown, with one row a prompt.
       guidelines: what follows each question, a key of `template.GUIDELINES`.
     """

@@ -63,7 +63,7 @@ class Engine:
     """Sessions by the name of their model, advanced by a thread of its own.
 
     Args:
-      sessions: of each model. Those of equal shapes share their compiled programs.
+      sessions: the session of each model. Sessions of equal shapes share their compiled programs.
       limit: jobs at a time, written or waiting; `enter` refuses more.
       budget: tokens that rows write before jobs are admitted and rows are read again.
     """

@@ -58,7 +58,7 @@ class RequestError(ValueError):
 
     Args:
       message: what is at fault, and what to do about it.
-      status: of HTTP.
+      status: the HTTP status.
       param: the field, as OpenAI's errors name it.
       code: one word for programs.
     """

@@ -54,7 +54,7 @@ class Session:
       slots: rows that are written at the same time. As many prompts again may wait on the device, so that no slot is empty
         until the host next admits one.
       host: carries out calls of tools that run on the host.
-      seed: of the sampling; each row's random numbers also depend on the `uid` of its prompt.
+      seed: the seed of the sampling; each row's random numbers also depend on the `uid` of its prompt.
     """
 
     def __init__(

@@ -37,11 +37,11 @@ def load_speaker(
     """Loads the model in a directory as a `Speaker`, with the limits of the file beside it.
 
     Args:
-      directory: of a model, as `save_pretrained` or Hugging Face write it.
+      directory: the directory of a model, as `save_pretrained` or Hugging Face write it.
       tools: names of the tools that it may call; None: the paper's.
       call_format: name of the call format; None: the one that it was trained with.
       adapter: directory of an adapter in PEFT's format to put on it; None: none.
-      temperature: of its answers, where a request sets none.
+      temperature: the temperature of its answers, where a request sets none.
 
     Raises:
       UserError: the model has no tokenizer.

@@ -95,7 +95,7 @@ def assign_kinds(possible: Sequence[Sequence[str]], shares: Mapping[str, float],
     Args:
         possible: the kinds of each seed.
         shares: kind -> its share.
-        seed: of the random order.
+        seed: the seed of the random order.
     """
     total = sum(shares.values())
     lacking = {kind: share / total * len(possible) for kind, share in shares.items()}
@@ -121,12 +121,12 @@ def make(
 
     Args:
         seed: the question.
-        kind: of the trace.
-        writer: of the analyses.
-        rng: for the boxes and frames of mistakes.
-        attempts: at each analysis.
-        pad: of a box.
-        language: of the calls.
+        kind: the kind of the trace.
+        writer: the writer of the analyses.
+        rng: draws the boxes and frames of mistakes.
+        attempts: the most attempts at each analysis.
+        pad: the pad of a box.
+        language: the language of the calls.
     """
     rejected: Counter[str] = Counter()
 

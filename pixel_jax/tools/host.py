@@ -142,7 +142,7 @@ class HostTools:
     """Worker processes for the host tools among the tools of a run. To be used in a `with` statement.
 
     Args:
-      names: of all tools of the run, in order, as in the config.
+      names: the names of all tools of the run, in order, as in the config.
       config: settings.
     """
 

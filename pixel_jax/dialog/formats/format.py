@@ -88,11 +88,11 @@ class CallFormat:
       name: its name in configs.
       opening: the mark before a call. Both marks begin with "<" and contain no other "<".
       closing: the mark behind a call.
-      body: what stands between them. Only in JSON can calls be without a name.
-      spellings: of the tools whose names or arguments in calls differ from their own.
-      coordinates: what boxes are measured in, after their numbers are shifted by `places`.
+      body: the notation between the marks. Only in JSON can calls be without a name.
+      spellings: the notations of the tools whose names or arguments in calls differ from their own.
+      coordinates: the unit of boxes, after their numbers are shifted by `places`.
       places: decimal places to shift the numbers of boxes by; -3 where 1000 stands for the whole side.
-      pad: is added to each side of a crop, as a share of the image; `RolloutConfig.pad` overrides it.
+      pad: the padding of each side of a crop, as a share of the image; `RolloutConfig.pad` overrides it.
       response: the frame around the text and images of outcomes without a text in `Spelling.texts`, with `{text}` and `{images}`.
         None: no frame.
       system: the system message; `{tools}` stands for a line of JSON for each tool.
