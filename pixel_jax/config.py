@@ -118,7 +118,7 @@ def positive(config: Any, *names: str) -> None:
     """Checks that these settings of a dataclass are positive or None.
 
     Raises:
-        ValueError: one is zero or less.
+        ValueError: a setting is zero or less.
     """
     for name in names:
         value = getattr(config, name)

@@ -170,7 +170,7 @@ class Endpoint:
 
         Raises:
             EndpointError: the endpoint cannot be used.
-            NoAnswerError: it gives this request no usable text.
+            NoAnswerError: the answer to this request has no usable text.
         """
         if unwanted := sampling.keys() & {"model", "messages", "stream", "n"}:
             raise ValueError(f"{sorted(unwanted)[0]!r} is no sampling field of a single, whole answer")

@@ -47,7 +47,7 @@ def phase_of(run: pathlib.Path) -> pathlib.Path:
     """The directory with a run's checkpoints.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: the run has no such directory, or more than one.
     """
     phases = [path for path in (run, *(run / phase for phase in PHASES)) if (path / "checkpoints").is_dir()]
     if len(phases) != 1:
@@ -147,7 +147,7 @@ def export(
         The step, and the steps of all checkpoints of the run.
 
     Raises:
-        UserError: there is no such checkpoint, or the model that the run began with is not there.
+        UserError: the run has no such checkpoint, or the model that it began with is missing.
     """
     import re
     from typing import cast

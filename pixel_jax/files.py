@@ -26,7 +26,7 @@ def open_regular(path: str | os.PathLike, error: Callable[[str], Exception] = Fi
     """Opens a regular file for reading. A folder, a device or a named pipe, on which reading may wait for ever, is refused.
 
     Raises:
-        error: it cannot be opened, or is no regular file. The message names it.
+        error: the path cannot be opened, or is no regular file. The message names it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -44,7 +44,7 @@ def read_bytes(
     """Reads the content of a regular file of at most `limit` bytes.
 
     Raises:
-        error: it cannot be read, or is longer. The message names it.
+        error: the file cannot be read, or is longer. The message names it.
     """
     with open_regular(path, error) as file:
         try:
@@ -60,7 +60,7 @@ def read_json(path: str | os.PathLike, *, limit: int = MAX_BYTES, error: Callabl
     """Reads the value of a JSON file, as `parse_json` does.
 
     Raises:
-        error: it cannot be read, is too long, or is not JSON. The message names it.
+        error: the file cannot be read, is too long, or is not JSON. The message names it.
     """
     return parse_json(read_bytes(path, limit=limit, error=error), os.fspath(path), error)
 
@@ -77,7 +77,7 @@ def parse_json(
         largest: the largest absolute value of an integer.
 
     Raises:
-        error: it is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
+        error: the text is not UTF-8 or not JSON; an object has a key twice; a number is NaN, infinite, or an integer beyond
             `largest`; a text holds half a surrogate pair; or it is nested deeper than `MAX_DEPTH`.
     """
     if isinstance(text, bytes):

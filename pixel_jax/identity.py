@@ -171,7 +171,7 @@ def read_settings(directory: str | os.PathLike) -> dict[str, Any]:
     """The settings with which a run was begun, by dotted names.
 
     Raises:
-        RunError: there is no record of them, or it is damaged.
+        RunError: the directory has no record of them, or a damaged one.
     """
     settings = read_note(pathlib.Path(directory) / RUN)
     if settings is None:

@@ -66,7 +66,7 @@ class RunRecord:
         """Reads the record of a phase.
 
         Raises:
-            RecordError: there is none, or it is not as it was written.
+            RecordError: the phase has no record, or a damaged one.
         """
         path = pathlib.Path(phase) / FILE
         value = read_json(path, limit=LARGEST, error=RecordError)

@@ -330,7 +330,7 @@ def with_room(
     """Returns the examples that fit the config's shapes, or those that are worked out; and these shapes.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no example fits.
     """
     limits = limits_of(kind, config)
     if kind == "sft":

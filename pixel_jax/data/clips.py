@@ -108,7 +108,7 @@ class VideoFile:
         times: when each frame appears, in seconds after the first one, float64 [count].
 
     Raises:
-        ImageError: it is no video, is too large or too long, or nothing of it can be decoded.
+        ImageError: the file is no video, is too large or too long, or has no frame that can be decoded.
     """
 
     def __init__(self, file: BinaryIO, name: str, frames: int = FRAMES):

@@ -80,7 +80,7 @@ def read_dialogue(
         needs_pictures: whether the first message must show something.
 
     Raises:
-        ExampleError: no trace can be made of it. The error names `where` and the number of the message.
+        ExampleError: the conversation is not valid. The error names `where` and the number of the message.
     """
     if not isinstance(messages, list):
         raise ExampleError(f"{where} must be a list, not {type(messages).__name__}")

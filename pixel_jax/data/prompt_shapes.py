@@ -64,7 +64,7 @@ class ShapeFinder(NamedTuple):
         """Scales the images of `query` to the largest that fit `shape`.
 
         Raises:
-            PromptError: it has too many images, too long a text, or images that fit at no size.
+            PromptError: the query has too many images, too long a text, or images that fit at no size.
         """
         sizes = [size_of(image) for image in query.images]
         if len(sizes) > shape.images:

@@ -351,7 +351,7 @@ def build(language: Language = RELEASED_LANGUAGE) -> Automaton:
     """Builds the automaton of a language.
 
     Raises:
-      ToolError: it has too many states.
+      ToolError: the automaton has too many states.
     """
     builder = _Builder(language, RegisterLayout.of(language))
     count = len(builder.edges)

@@ -241,7 +241,7 @@ def parse_call(body: bytes, language: Language = RELEASED_LANGUAGE) -> ToolCall:
     """Parses the text between the marks.
 
     Raises:
-      MalformedCallError: it is no valid call.
+      MalformedCallError: the text is no valid call.
     """
     text = _Text(body)
     if language.format.body == Body.TAGS:

@@ -211,7 +211,7 @@ def render_source(source: str, values: Mapping[str, Any]) -> str:
       values: its variables: `messages`, `add_generation_prompt`, `bos_token`, ...
 
     Raises:
-      TemplateError: it is no template, raises an error of its own, or takes too long or makes too much.
+      TemplateError: the source is no template, raises an error, takes too long, or makes too large values.
     """
     template, written, size = _compiled(source), [], 0
     _ENVIRONMENT.steps.start()

@@ -189,7 +189,7 @@ def to_ids(
       place: the position of the first piece.
 
     Raises:
-      ValueError: there is not one pad count for each image or video, or the tokenizer has no token for one.
+      ValueError: the number of pad counts is not that of images and videos, or the tokenizer has no tokens for these.
     """
     media = [piece for piece in pieces if isinstance(piece, Media)]
     if len(media) != len(pads):

@@ -102,7 +102,7 @@ class Vocabulary:
         """Reads a tokenizer with its chat template; ChatML's or Llama 3's if it has none, but their tokens.
 
         Raises:
-          TypeError: it is no fast tokenizer.
+          TypeError: the tokenizer is not a fast one.
           ValueError: its tokens are not bytes, its chat template cannot be used, or it lacks a special token or a digit. Of the
             four tokens of images and videos in ChatML it may lack all, not some.
         """
@@ -159,7 +159,7 @@ class Vocabulary:
           place: its position in the dialog.
 
         Raises:
-          ValueError: it is no Unicode text (half a surrogate pair), or the tokenizer encodes a special token in spite of that.
+          ValueError: the text is not Unicode (half a surrogate pair), or the tokenizer makes a special token of it.
         """
         # System prompts, tags and sentences repeat in every row. Encoding them again would take half of the time of making a row.
         ids = self.known.get((place, text))
@@ -187,7 +187,7 @@ def read_layout(tokenizer: PreTrainedTokenizerFast) -> Layout:
     """Reads the layout of dialogs from the chat template of a tokenizer.
 
     Raises:
-      ValueError: it cannot be used, or there is none, nor the tokens of ChatML or Llama 3.
+      ValueError: the template cannot be used; or there is none, and the tokenizer lacks the tokens of ChatML and Llama 3.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     chatml = {text: name for name, text in SPECIAL_TOKENS.items()}
@@ -276,7 +276,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     """Returns the bytes of every token id of a fast tokenizer; b"" for ids that are not used.
 
     Raises:
-      TypeError: it is no fast tokenizer.
+      TypeError: the tokenizer is not a fast one.
       ValueError: its tokens are not bytes: it is neither byte-level nor one of SentencePiece that falls back to bytes.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -29,7 +29,7 @@ def write_call(
       label: what the call is about, for formats that have a key for it.
 
     Raises:
-      UnwritableError: the format cannot write it.
+      UnwritableError: the format cannot write the call.
     """
     names = [x.name for x in language.tools]
     if tool not in names:
@@ -56,7 +56,7 @@ def write_members(call_format: CallFormat, name: str | None, members: Mapping[st
       members: values by key: texts, or JSON.
 
     Raises:
-      UnwritableError: the format cannot write it.
+      UnwritableError: the format cannot write the call.
     """
     opening, closing = call_format.opening, call_format.closing
     if call_format.body == Body.TAGS:

@@ -253,7 +253,7 @@ def complete_records(directory: pathlib.Path, count: int) -> list[dict[str, Any]
     """The records of a benchmark in a mode.
 
     Raises:
-        UserError: they are fewer than `count`, the number of questions.
+        UserError: there are fewer than `count`, the number of questions.
     """
     from pixel_jax.evaluation.results import read_records
 
@@ -327,7 +327,7 @@ def comparable(directories: Sequence[str]) -> tuple[str, dict[str, dict[str, pat
     """The mode in which runs are compared, and {run: {benchmark: directory}} in that mode.
 
     Raises:
-        UserError: they cannot be compared.
+        UserError: the runs cannot be compared.
     """
     from pixel_jax.identity import read_settings
 

@@ -238,7 +238,7 @@ def load(path: str | os.PathLike) -> list[Transcript]:
     """Reads the transcripts of a file that `save` wrote. The file is not trusted.
 
     Raises:
-        FileError: anything in the file is not as `save` writes it.
+        FileError: the file is not as `save` writes it.
     """
     rows = read_json(path)
     if not isinstance(rows, list):

@@ -170,7 +170,7 @@ def check_same(config: QuickstartConfig, path: pathlib.Path) -> None:
     """Checks that a directory belongs to this configuration: another one would mix two runs.
 
     Raises:
-        RunError: it belongs to another.
+        RunError: the directory belongs to another configuration.
     """
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     begun = read_note(path)

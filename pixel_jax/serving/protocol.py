@@ -100,7 +100,7 @@ def read_request(body: bytes, speakers: Mapping[str, Speaker], shapes: Mapping[s
       shapes: the batch shape that the prompts of each model have to fit.
 
     Raises:
-      RequestError: it is refused.
+      RequestError: the request is refused.
     """
     values = parse_json(body, "the body", RequestError, largest=2**63 - 1)
     if not isinstance(values, dict):

@@ -99,7 +99,7 @@ class Worker:
         """Sends a request and waits for the answer, a JSON document and pixels.
 
         Raises:
-          TimeoutError: it took longer than `limit` seconds.
+          TimeoutError: the answer took longer than `limit` seconds.
           EOFError: the process has ended.
         """
         if not self.ready:  # importing does not count as part of a call

@@ -369,7 +369,7 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
     its tool is known.
 
     Raises:
-      ToolError: they cannot.
+      ToolError: the tools cannot be used together.
     """
     if not isinstance(tools, tuple) or not all(isinstance(tool, Tool) for tool in tools):
         raise ToolError(f"tools are a tuple of Tool values, not {tools!r}")

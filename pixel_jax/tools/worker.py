@@ -59,7 +59,7 @@ def returned(tool: Tool, value: Any) -> tuple[str, np.ndarray | None]:
     """Returns the text and the picture, uint8 [h, w, 3], of what a tool returned; "" and None where there is none.
 
     Raises:
-      TypeError: it is neither text nor picture.
+      TypeError: the value is neither text nor picture.
       ValueError: the text is too long, or not Unicode.
     """
     text, picture = value if isinstance(value, tuple) and len(value) == 2 else (value, None)

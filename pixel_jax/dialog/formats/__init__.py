@@ -17,7 +17,7 @@ def call_format(name: str) -> CallFormat:
     """Returns the format of this name: one of the package's, or a user's own that `find_format` has imported.
 
     Raises:
-      ToolError: there is none.
+      ToolError: no format has this name.
     """
     if name not in FORMATS:
         own = (
